@@ -1,0 +1,44 @@
+# make demo   train a 50,000-layer network on real images and show what vanishes (about three minutes)
+# make test   lint, then every test                     make bench   the microbenchmarks, quick sizes
+# make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed
+.PHONY: demo test lint bench gpu clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= demo
+PART   ?= all
+BIN    := $(VENV)/bin
+
+SOURCES := $(wildcard csrc/*/* lcw_ops/__init__.py setup.py pyproject.toml)
+
+demo: $(VENV)/built
+	$(BIN)/lcw-ops profile --depth 50000 --width 64 --batch 64 --steps 30 --out $(OUT)
+	@echo "Open $(OUT)/report.png"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/built
+	$(BIN)/lcw-ops bench --quick
+
+gpu:
+	$(PYTHON) bench/gpu.py $(PART)
+
+# Two marks: the dependencies change rarely, the build whenever a source does.
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c "import lcw_ops; print(lcw_ops.info())"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lcw_ops/*.so

@@ -1,0 +1,253 @@
+// The orthogonal-filter recurrence on the CPU, forward and backward.
+//
+//   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
+//   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
+//
+// Cost per step and row, forward: 4 N^2 operations (2 N^2 with a permutation filter), W_l read once per thread;
+// backward: the forward again, 4 N^2 for G, 2 N^2 for dW. Bound by arithmetic from about 16 rows, below by reading W.
+// A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
+//
+// Rows are independent: each thread carries its slice of the batch through all layers. Backward works segment by
+// segment from the end: recompute the states of the segment and run G back through it (rows in parallel), then the
+// weight gradients of the segment (layers in parallel). Every sum has a fixed order.
+
+#include "orthogonal_filter.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "matrix.h"
+#include "vector_math.h"
+
+// One function body compiled for each instruction set; the loader picks by the processor it finds.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define LCW_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LCW_CLONES
+#endif
+
+namespace lcw_ops {
+namespace {
+
+// Matrices in the order the product reads them: transposed for O h and W h. One buffer pair per thread.
+template <typename T>
+struct StepMatrices {
+  std::vector<T> weight, filter;
+  const T *last_weight = nullptr, *last_filter = nullptr;
+
+  explicit StepMatrices(const Recurrence<T>& r)
+      : weight(r.width * r.width), filter(r.permutation ? 0 : r.width * r.width) {}
+
+  LCW_INLINE void load(const Recurrence<T>& r, int64_t l) {
+    if (r.weight_at(l) != last_weight) transpose(last_weight = r.weight_at(l), weight.data(), r.width);
+    if (!r.permutation && r.filter_at(l) != last_filter)
+      transpose(last_filter = r.filter_at(l), filter.data(), r.width);
+  }
+};
+
+// O h for `count` rows.
+template <typename T>
+LCW_INLINE void apply_filter(
+    const Recurrence<T>& r, const StepMatrices<T>& matrices, const T* state, T* filtered, int64_t count) {
+  const int64_t n = r.width;
+  if (!r.permutation) {
+    multiply(state, n, int64_t(1), matrices.filter.data(), n, n, filtered, n, count, n, false);
+    return;
+  }
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t i = 0; i < n; ++i) filtered[m * n + i] = state[m * n + r.permutation[i]];
+}
+
+// A = W h + b + u for rows begin..begin+count-1 of step l.
+template <typename T>
+LCW_INLINE void pre_activation(
+    const Recurrence<T>& r, const StepMatrices<T>& matrices, const T* state, T* out, int64_t l, int64_t begin,
+    int64_t count) {
+  const int64_t n = r.width;
+  multiply(state, n, int64_t(1), matrices.weight.data(), n, n, out, n, count, n, false);
+  if (r.bias) {
+    const T* bias = r.bias + l * r.bias_stride;
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t i = 0; i < n; ++i) out[m * n + i] += bias[i];
+  }
+  if (r.inputs) {
+    const T* input = r.inputs + (l * r.rows + begin) * n;
+    for (int64_t i = 0; i < count * n; ++i) out[i] += input[i];
+  }
+}
+
+template <Activation kind, typename T>
+LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end) {
+  const Recurrence<T>& r = pass.recurrence;
+  const int64_t n = r.width, count = end - begin, size = count * n;
+  StepMatrices<T> matrices(r);
+  std::vector<T> state(pass.h0 + begin * n, pass.h0 + end * n), filtered(size), pre(size);
+  const auto copy_state = [&](T* states, int64_t index) {
+    std::copy(state.begin(), state.end(), states + (index * r.rows + begin) * n);
+  };
+  if (pass.return_states) copy_state(pass.output, 0);
+  for (int64_t l = 0; l < r.steps; ++l) {
+    if (pass.checkpoints && l % r.segment == 0) copy_state(pass.checkpoints, l / r.segment);
+    matrices.load(r, l);
+    apply_filter(r, matrices, state.data(), filtered.data(), count);
+    pre_activation(r, matrices, state.data(), pre.data(), l, begin, count);
+    const T alpha = r.alpha_at(l), beta = r.beta_at(l);
+    for (int64_t i = 0; i < size; ++i) state[i] = alpha * filtered[i] + beta * activate<kind>(pre[i]);
+    if (pass.return_states) copy_state(pass.output, l + 1);
+  }
+  if (!pass.return_states) copy_state(pass.output, 0);
+}
+
+// Recompute the segment's states and slopes for some rows, then carry G back through it.
+template <Activation kind, typename T>
+LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end) {
+  const Recurrence<T>& r = pass.recurrence;
+  const int64_t n = r.width, count = end - begin, size = count * n;
+  const auto rows_of = [&](T* buffer, int64_t index) { return buffer + (index * r.rows + begin) * n; };
+  StepMatrices<T> matrices(r);
+  std::vector<T> filtered(size), pre(size), scaled(size);
+
+  const T* checkpoint = pass.checkpoints + (pass.first / r.segment * r.rows + begin) * n;
+  std::copy(checkpoint, checkpoint + size, rows_of(pass.states, 0));
+  for (int64_t s = 0; s < pass.count; ++s) {
+    const int64_t l = pass.first + s;
+    const T* state = rows_of(pass.states, s);
+    matrices.load(r, l);
+    apply_filter(r, matrices, state, filtered.data(), count);
+    pre_activation(r, matrices, state, pre.data(), l, begin, count);
+    const T alpha = r.alpha_at(l), beta = r.beta_at(l);
+    T* slope = rows_of(pass.grad_pre, s);
+    T* next = s + 1 < pass.count ? rows_of(pass.states, s + 1) : scaled.data();
+    T* activated = pass.activated ? rows_of(pass.activated, s) : pre.data();
+    for (int64_t i = 0; i < size; ++i) {
+      const T a = pre[i], y = activate<kind>(a);
+      slope[i] = beta * activation_slope<kind>(a, y);
+      next[i] = alpha * filtered[i] + beta * y;
+      activated[i] = y;
+    }
+    if (pass.filtered) std::copy(filtered.begin(), filtered.end(), rows_of(pass.filtered, s));
+  }
+
+  T* gradient = pass.gradient + begin * n;
+  for (int64_t s = pass.count - 1; s >= 0; --s) {
+    const int64_t l = pass.first + s;
+    if (pass.grad_states) std::copy(gradient, gradient + size, rows_of(pass.grad_states, l + 1));
+    if (pass.filtered) {
+      for (int64_t m = 0; m < count; ++m) {
+        double alpha_product = 0, beta_product = 0;
+        for (int64_t i = m * n; i < (m + 1) * n; ++i) {
+          alpha_product += double(gradient[i]) * double(rows_of(pass.filtered, s)[i]);
+          beta_product += double(gradient[i]) * double(rows_of(pass.activated, s)[i]);
+        }
+        pass.alpha_products[l * r.rows + begin + m] = alpha_product;
+        pass.beta_products[l * r.rows + begin + m] = beta_product;
+      }
+    }
+    T* grad_pre = rows_of(pass.grad_pre, s);
+    const T alpha = r.alpha_at(l);
+    for (int64_t i = 0; i < size; ++i) {
+      grad_pre[i] *= gradient[i];
+      scaled[i] = alpha * gradient[i];
+    }
+    if (r.permutation) {
+      for (int64_t m = 0; m < count; ++m)
+        for (int64_t i = 0; i < n; ++i) gradient[m * n + r.permutation[i]] = scaled[m * n + i];
+    } else {
+      multiply(scaled.data(), n, int64_t(1), r.filter_at(l), n, n, gradient, n, count, n, false);
+    }
+    multiply(grad_pre, n, int64_t(1), r.weight_at(l), n, n, gradient, n, count, n, true);
+    if (pass.return_states) {
+      const T* direct = pass.grad_output + (l * r.rows + begin) * n;
+      for (int64_t i = 0; i < size; ++i) gradient[i] += direct[i];
+    }
+    if (pass.grad_inputs) std::copy(grad_pre, grad_pre + size, rows_of(pass.grad_inputs, l));
+  }
+  if (pass.grad_states && pass.first == 0) std::copy(gradient, gradient + size, rows_of(pass.grad_states, 0));
+}
+
+// dW_l = P_l^T H_{l-1} and db_l for the layers of one segment, split over all output units of all layers.
+template <typename T>
+LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
+  const Recurrence<T>& r = pass.recurrence;
+  const int64_t n = r.width;
+  for (int64_t s = begin; s < end; ++s) {
+    const T* grad_pre = pass.grad_pre + s * r.rows * n;
+    const T* state = pass.states + s * r.rows * n;
+    const int64_t l = pass.first + s;
+    if (pass.grad_weight && r.weight_stride)
+      multiply(grad_pre, int64_t(1), n, state, n, r.rows, pass.grad_weight + l * n * n, n, n, n, false);
+    if (pass.grad_bias && r.bias_stride) {
+      T* grad_bias = pass.grad_bias + l * n;
+      std::fill(grad_bias, grad_bias + n, T(0));
+      for (int64_t m = 0; m < r.rows; ++m)
+        for (int64_t i = 0; i < n; ++i) grad_bias[i] += grad_pre[m * n + i];
+    }
+  }
+}
+
+// The same for a weight or bias shared by all steps: output units begin..end-1, summed over the whole segment.
+template <typename T>
+LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
+  const Recurrence<T>& r = pass.recurrence;
+  const int64_t n = r.width, samples = pass.count * r.rows;
+  if (pass.grad_weight && !r.weight_stride)
+    multiply(
+        pass.grad_pre + begin, int64_t(1), n, pass.states, n, samples, pass.grad_weight + begin * n, n, end - begin, n,
+        true);
+  if (pass.grad_bias && !r.bias_stride) {
+    std::vector<T> sum(end - begin, T(0));
+    for (int64_t m = 0; m < samples; ++m)
+      for (int64_t i = begin; i < end; ++i) sum[i - begin] += pass.grad_pre[m * n + i];
+    for (int64_t i = begin; i < end; ++i) pass.grad_bias[i] += sum[i - begin];
+  }
+}
+
+// target_clones needs functions that are no templates: one set per dtype, each with every activation inside.
+#define LCW_PER_ACTIVATION(function, pass, begin, end)                                                \
+  switch (pass.recurrence.activation) {                                                               \
+    case Activation::tanh: return function<Activation::tanh>(pass, begin, end);                       \
+    case Activation::relu: return function<Activation::relu>(pass, begin, end);                       \
+    case Activation::sigmoid: return function<Activation::sigmoid>(pass, begin, end);                 \
+    case Activation::identity: return function<Activation::identity>(pass, begin, end);               \
+  }
+#define LCW_CLONED(T)                                                                                              \
+  LCW_CLONES void run_forward(const Forward<T>& pass, int64_t begin, int64_t end) {                                \
+    LCW_PER_ACTIVATION(forward_rows, pass, begin, end)                                                             \
+  }                                                                                                                \
+  LCW_CLONES void run_backward(const Backward<T>& pass, int64_t begin, int64_t end) {                              \
+    LCW_PER_ACTIVATION(backward_rows, pass, begin, end)                                                            \
+  }                                                                                                                \
+  LCW_CLONES void run_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {                      \
+    weight_gradients(pass, begin, end);                                                                            \
+  }                                                                                                                \
+  LCW_CLONES void run_shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {               \
+    shared_weight_gradients(pass, begin, end);                                                                     \
+  }
+LCW_CLONED(float)
+LCW_CLONED(double)
+
+struct Cpu {
+  template <typename T>
+  static void run(const Forward<T>& pass, const Tensor&) {
+    stable::parallel_for(
+        0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { run_forward(pass, begin, end); });
+  }
+
+  template <typename T>
+  static void run_segment(const Backward<T>& pass, const Tensor&) {
+    stable::parallel_for(
+        0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { run_backward(pass, begin, end); });
+    if (!pass.grad_weight && !pass.grad_bias) return;
+    stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) { run_weight_gradients(pass, begin, end); });
+    stable::parallel_for(
+        0, pass.recurrence.width, 1, [&](int64_t begin, int64_t end) { run_shared_weight_gradients(pass, begin, end); });
+  }
+};
+
+}  // namespace
+}  // namespace lcw_ops
+
+STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
+  m.impl("orthogonal_filter.cpp", TORCH_BOX(&lcw_ops::orthogonal_filter<lcw_ops::Cpu>));
+  m.impl("orthogonal_filter_backward.cpp", TORCH_BOX(&lcw_ops::orthogonal_filter_backward<lcw_ops::Cpu>));
+}

@@ -1,0 +1,282 @@
+// What the CPU and the CUDA kernels of the orthogonal-filter recurrence share: the arguments of the two ops, checked.
+//
+// Shapes are those of lcw_ops/ops/orthogonal_filter.py, where the schemas are.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#ifdef __CUDACC__
+#define LCW_HOST_DEVICE __host__ __device__
+#else
+#define LCW_HOST_DEVICE
+#endif
+
+namespace lcw_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace stable = torch::stable;
+
+enum class Activation { tanh, relu, sigmoid, identity };
+
+// Everything a step needs; an argument shared over all steps has stride 0.
+template <typename T>
+struct Recurrence {
+  int64_t rows, width, steps, segment;
+  Activation activation;
+  const T *weight, *bias, *filter, *alpha, *beta, *inputs;
+  const int64_t* permutation;  // instead of filter
+  int64_t weight_stride, bias_stride, filter_stride, alpha_stride, beta_stride;
+
+  LCW_HOST_DEVICE const T* weight_at(int64_t l) const { return weight + l * weight_stride; }
+  LCW_HOST_DEVICE const T* filter_at(int64_t l) const { return filter + l * filter_stride; }
+  LCW_HOST_DEVICE T alpha_at(int64_t l) const { return alpha[l * alpha_stride]; }
+  LCW_HOST_DEVICE T beta_at(int64_t l) const { return beta[l * beta_stride]; }
+};
+
+template <typename T>
+struct Forward {
+  Recurrence<T> recurrence;
+  const T* h0;
+  T* output;       // (M, N), or (L + 1, M, N)
+  T* checkpoints;  // (ceil(L / segment), M, N), or nullptr
+  bool return_states;
+};
+
+// One segment of the backward pass: layers first..first+count-1. Buffers are (count, M, N).
+template <typename T>
+struct Backward {
+  Recurrence<T> recurrence;
+  const T* grad_output;
+  const T* checkpoints;
+  bool return_states;
+  int64_t first, count;
+  T* states;       // h_{l-1}
+  T* grad_pre;     // beta act'(A_l), then P_l
+  T* filtered;     // O h_{l-1}, or nullptr when alpha and beta need no gradient
+  T* activated;    // act(A_l), likewise
+  T* gradient;     // (M, N): G at the end of the segment, then at its start
+  T* grad_weight;  // (L, N, N) or (N, N), or nullptr
+  T* grad_bias;    // (L, N) or (N), or nullptr
+  T* grad_inputs;  // (L, M, N), or nullptr
+  T* grad_states;  // (L + 1, M, N), or nullptr
+  double* alpha_products;  // (L, M): <G_l, O h_{l-1}> of each row
+  double* beta_products;   // (L, M): <G_l, act(A_l)>
+};
+
+inline Activation parse_activation(const std::string& name) {
+  if (name == "tanh") return Activation::tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "sigmoid") return Activation::sigmoid;
+  STD_TORCH_CHECK(name == "identity", "orthogonal_filter: unknown activation ", name);
+  return Activation::identity;
+}
+
+// The arguments of both ops, made contiguous and checked: whatever calls the op, it never reads out of bounds.
+struct Arguments {
+  Tensor weight, filter, alpha, beta;
+  std::optional<Tensor> bias, inputs;
+
+  Arguments(
+      const Tensor& state, const Tensor& weight_, const std::optional<Tensor>& bias_, const Tensor& filter_,
+      const Tensor& alpha_, const Tensor& beta_, const std::optional<Tensor>& inputs_, int64_t steps)
+      : weight(stable::contiguous(weight_)),
+        filter(stable::contiguous(filter_)),
+        alpha(stable::contiguous(alpha_)),
+        beta(stable::contiguous(beta_)) {
+    if (bias_) bias = stable::contiguous(*bias_);
+    if (inputs_) inputs = stable::contiguous(*inputs_);
+    const int64_t m = state.size(state.dim() - 2), n = state.size(state.dim() - 1);
+    const auto fits = [&](const Tensor& tensor, int64_t shared, int64_t per_step, int64_t entry) {
+      return (tensor.dim() == shared && tensor.numel() == entry) ||
+          (tensor.dim() == per_step && tensor.size(0) == steps && tensor.numel() == steps * entry);
+    };
+    const bool permutes = filter.scalar_type() == ScalarType::Long;
+    const bool right = fits(weight, 2, 3, n * n) && (!bias || fits(*bias, 1, 2, n)) &&
+        (permutes ? filter.dim() == 1 && filter.numel() == n : fits(filter, 2, 3, n * n)) && fits_scale(alpha, steps) &&
+        fits_scale(beta, steps) && (!inputs || (inputs->dim() == 3 && inputs->numel() == steps * m * n));
+    STD_TORCH_CHECK(right, "orthogonal_filter: shapes do not fit each other; call lcw_ops.functional.orthogonal_filter");
+    for (const Tensor* tensor : {&weight, &alpha, &beta, bias ? &*bias : &weight, inputs ? &*inputs : &weight,
+                                 permutes ? &weight : &filter})
+      STD_TORCH_CHECK(
+          tensor->scalar_type() == state.scalar_type(),
+          "orthogonal_filter: dtypes do not fit each other; call lcw_ops.functional.orthogonal_filter");
+    if (permutes && filter.is_cpu()) {
+      const int64_t* index = filter.const_data_ptr<int64_t>();
+      for (int64_t i = 0; i < n; ++i)
+        STD_TORCH_CHECK(index[i] >= 0 && index[i] < n, "orthogonal_filter: the filter is not a permutation");
+    }
+  }
+
+  static bool fits_scale(const Tensor& scale, int64_t steps) {
+    return scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == steps);
+  }
+
+  template <typename T>
+  Recurrence<T> recurrence(int64_t rows, int64_t width, int64_t steps, int64_t segment, const std::string& name) const {
+    Recurrence<T> r{};
+    r.rows = rows, r.width = width, r.steps = steps, r.segment = segment;
+    r.activation = parse_activation(name);
+    r.weight = weight.const_data_ptr<T>();
+    r.weight_stride = weight.dim() == 3 ? width * width : 0;
+    if (filter.scalar_type() == ScalarType::Long) {
+      r.permutation = filter.const_data_ptr<int64_t>();
+    } else {
+      r.filter = filter.const_data_ptr<T>();
+      r.filter_stride = filter.dim() == 3 ? width * width : 0;
+    }
+    r.alpha = alpha.const_data_ptr<T>(), r.alpha_stride = alpha.numel() == 1 ? 0 : 1;
+    r.beta = beta.const_data_ptr<T>(), r.beta_stride = beta.numel() == 1 ? 0 : 1;
+    if (bias) r.bias = bias->const_data_ptr<T>(), r.bias_stride = bias->dim() == 2 ? width : 0;
+    if (inputs) r.inputs = inputs->const_data_ptr<T>();
+    return r;
+  }
+};
+
+inline void check_dtype(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double,
+      "orthogonal_filter: the state is float32 or float64; call lcw_ops.functional.orthogonal_filter");
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The work itself is Device::run(forward pass) and Device::run_segment(one segment of the backward pass); what follows
+// allocates for it. `like` tells the device.
+template <class Device, typename T>
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
+    bool return_states) {
+  const int64_t rows = h0.size(0), width = h0.size(1);
+  const int64_t checkpoint_count = segment ? (steps + segment - 1) / segment : 0;
+  Tensor output = return_states ? stable::new_empty(h0, {steps + 1, rows, width}) : stable::new_empty(h0, {rows, width});
+  Tensor checkpoints = stable::new_empty(h0, {checkpoint_count, rows, width});
+  if (output.numel() == 0) return {output, checkpoints};
+  Forward<T> pass{};
+  pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
+  pass.h0 = h0.const_data_ptr<T>();
+  pass.output = output.mutable_data_ptr<T>();
+  pass.checkpoints = segment ? checkpoints.mutable_data_ptr<T>() : nullptr;
+  pass.return_states = return_states;
+  Device::run(pass, h0);
+  return {output, checkpoints};
+}
+
+// Sum over the rows, and over the steps for a scale they share; float64 until the last rounding.
+inline Tensor sum_products(const Tensor& products, const Tensor& like) {
+  const bool shared = like.numel() == 1 && products.size(0) != 1;
+  Tensor sum = stable::sum(products, shared ? std::vector<int64_t>{0, 1} : std::vector<int64_t>{1});
+  return stable::reshape(stable::to(sum, like.scalar_type()), {like.numel()});
+}
+
+template <class Device, typename T>
+Gradients backward(
+    const Tensor& grad_output, const Tensor& checkpoints, const Arguments& arguments, int64_t steps,
+    const std::string& activation, int64_t segment, bool needs_weight, bool needs_bias, bool needs_scales,
+    bool needs_inputs, bool needs_states) {
+  const bool return_states = grad_output.dim() == 3;
+  const int64_t rows = grad_output.size(return_states ? 1 : 0), width = grad_output.size(return_states ? 2 : 1);
+  const int64_t count = std::min(segment, steps), state_size = rows * width;
+  const auto when = [&](bool needed, const Tensor& like) {
+    return needed ? stable::new_zeros(grad_output, like.sizes()) : stable::new_empty(grad_output, {int64_t(0)});
+  };
+  Tensor grad_h0 = stable::new_empty(grad_output, {rows, width});
+  Tensor grad_weight = when(needs_weight, arguments.weight);
+  Tensor grad_bias = when(needs_bias, arguments.bias ? *arguments.bias : arguments.weight);
+  Tensor grad_inputs = when(needs_inputs, arguments.inputs ? *arguments.inputs : arguments.weight);
+  Tensor grad_states = needs_states ? stable::new_empty(grad_output, {steps + 1, rows, width})
+                                    : stable::new_empty(grad_output, {int64_t(0)});
+  Tensor states = stable::new_empty(grad_output, {count, rows, width});
+  Tensor grad_pre = stable::new_empty(grad_output, {count, rows, width});
+  Tensor filtered = stable::new_empty(grad_output, {needs_scales ? count : 0, rows, width});
+  Tensor activated = stable::new_empty(grad_output, {needs_scales ? count : 0, rows, width});
+  const std::vector<int64_t> product_shape{needs_scales ? steps : 0, rows};
+  Tensor alpha_products = stable::new_zeros(grad_output, product_shape, ScalarType::Double);
+  Tensor beta_products = stable::new_zeros(grad_output, product_shape, ScalarType::Double);
+  Tensor last = return_states ? stable::select(grad_output, 0, steps) : grad_output;
+  stable::copy_(grad_h0, last);
+  if (needs_states && steps == 0) {
+    Tensor only = stable::select(grad_states, 0, 0);
+    stable::copy_(only, last);
+  }
+
+  Backward<T> pass{};
+  pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
+  pass.grad_output = grad_output.const_data_ptr<T>();
+  pass.checkpoints = checkpoints.const_data_ptr<T>();
+  pass.return_states = return_states;
+  pass.states = states.mutable_data_ptr<T>();
+  pass.grad_pre = grad_pre.mutable_data_ptr<T>();
+  pass.filtered = needs_scales ? filtered.mutable_data_ptr<T>() : nullptr;
+  pass.activated = needs_scales ? activated.mutable_data_ptr<T>() : nullptr;
+  pass.gradient = grad_h0.mutable_data_ptr<T>();
+  pass.grad_weight = needs_weight ? grad_weight.mutable_data_ptr<T>() : nullptr;
+  pass.grad_bias = needs_bias ? grad_bias.mutable_data_ptr<T>() : nullptr;
+  pass.grad_inputs = needs_inputs ? grad_inputs.mutable_data_ptr<T>() : nullptr;
+  pass.grad_states = needs_states ? grad_states.mutable_data_ptr<T>() : nullptr;
+  pass.alpha_products = alpha_products.mutable_data_ptr<double>();
+  pass.beta_products = beta_products.mutable_data_ptr<double>();
+
+  for (int64_t end = state_size > 0 ? steps : 0; end > 0; end = pass.first) {
+    pass.first = (end - 1) / segment * segment;
+    pass.count = end - pass.first;
+    Device::run_segment(pass, grad_output);
+  }
+  return {
+      grad_h0,
+      grad_weight,
+      grad_bias,
+      needs_scales ? sum_products(alpha_products, arguments.alpha) : when(false, arguments.alpha),
+      needs_scales ? sum_products(beta_products, arguments.beta) : when(false, arguments.beta),
+      grad_inputs,
+      grad_states};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> orthogonal_filter(
+    Tensor h0, Tensor weight, std::optional<Tensor> bias, Tensor filter, Tensor alpha, Tensor beta,
+    std::optional<Tensor> inputs, int64_t steps, std::string activation, int64_t segment, bool return_states) {
+  STD_TORCH_CHECK(h0.dim() == 2 && steps >= 0 && segment >= 0, "orthogonal_filter: h0 must be (M, N)");
+  check_dtype(h0);
+  h0 = stable::contiguous(h0);
+  const Arguments arguments(h0, weight, bias, filter, alpha, beta, inputs, steps);
+  return h0.scalar_type() == ScalarType::Float
+      ? forward<Device, float>(h0, arguments, steps, activation, segment, return_states)
+      : forward<Device, double>(h0, arguments, steps, activation, segment, return_states);
+}
+
+template <class Device>
+Gradients orthogonal_filter_backward(
+    Tensor grad_output, Tensor checkpoints, Tensor weight, std::optional<Tensor> bias, Tensor filter, Tensor alpha,
+    Tensor beta, std::optional<Tensor> inputs, int64_t steps, std::string activation, int64_t segment,
+    bool needs_weight, bool needs_bias, bool needs_scales, bool needs_inputs, bool needs_states) {
+  const int64_t dim = grad_output.dim();
+  STD_TORCH_CHECK(
+      (dim == 2 || (dim == 3 && grad_output.size(0) == steps + 1)) && steps >= 0 && segment >= 1,
+      "orthogonal_filter_backward: grad_output must be (M, N) or (L + 1, M, N)");
+  const int64_t state_size = grad_output.size(dim - 2) * grad_output.size(dim - 1);
+  STD_TORCH_CHECK(
+      checkpoints.numel() == (steps + segment - 1) / segment * state_size &&
+          checkpoints.scalar_type() == grad_output.scalar_type() && (!needs_bias || bias) && (!needs_inputs || inputs),
+      "orthogonal_filter_backward: checkpoints do not fit");
+  check_dtype(grad_output);
+  grad_output = stable::contiguous(grad_output);
+  checkpoints = stable::contiguous(checkpoints);
+  const Arguments arguments(grad_output, weight, bias, filter, alpha, beta, inputs, steps);
+  const auto run = grad_output.scalar_type() == ScalarType::Float ? backward<Device, float> : backward<Device, double>;
+  return run(
+      grad_output, checkpoints, arguments, steps, activation, segment, needs_weight, needs_bias, needs_scales,
+      needs_inputs, needs_states);
+}
+
+}  // namespace lcw_ops

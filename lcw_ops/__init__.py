@@ -1,0 +1,9 @@
+"""lcw_ops: five published remedies for badly conditioned deep networks, as drop-in PyTorch layers on fused kernels."""
+
+__version__ = "0.1.0"
+
+from lcw_ops import functional, nn
+from lcw_ops._info import info
+from lcw_ops.ops import use_backend
+
+__all__ = ["functional", "info", "nn", "use_backend"]

@@ -1,0 +1,61 @@
+"""What runs where, and why not elsewhere: the text of ``lcw_ops.info()`` and ``lcw-ops info``."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from lcw_ops.ops import _backends
+
+
+def info() -> str:
+    """For every op and device of this machine: the backend that runs, and for each other one why it does not.
+
+    Includes versions, the processor's vector instructions and the GPU. No argument, no side effect.
+    """
+    lines = [_versions(), f"CPU: {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    devices = [torch.device("cpu")]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+        devices.append(torch.device("cuda", index))
+    if len(devices) == 1:
+        lines.append("GPU: none")
+    if _backends.requested() is not None:
+        lines.append(f"Requested for every op: {_backends.requested()}")
+    for op in _backends.IMPLEMENTED:
+        for device in devices:
+            lines.extend(_op_lines(op, device))
+    return "\n".join(lines)
+
+
+def _op_lines(op: str, device: torch.device) -> list[str]:
+    try:
+        chosen = _backends.choose(op, device)
+    except RuntimeError as error:
+        return [f"{op} on {device}: none. {error}"]
+    lines = [f"{op} on {device}: {chosen}"]
+    for backend in _backends.BACKENDS:
+        if backend not in (chosen, "reference"):
+            reason = _backends.not_chosen_reason(op, backend, device)
+            lines.append(f"  not {backend}: {reason}")
+    return lines
+
+
+def _versions() -> str:
+    versions = {"lcw_ops": importlib.metadata.version("lcw-ops"), "python": platform.python_version()}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) + cuda
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

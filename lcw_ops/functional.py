@@ -1,0 +1,259 @@
+"""The public functions: one autograd boundary per hot path. Everything is validated here, once."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lcw_ops.ops import _backends
+from lcw_ops.ops import gradient_activation as _gradient_activation
+from lcw_ops.ops import orthogonal_filter as _orthogonal_filter
+from lcw_ops.reference import checks as _checks
+from lcw_ops.reference import orthogonal_filter as _orthogonal_filter_reference
+from lcw_ops.reference.gradient_activation import KINDS as _GRADIENT_ACTIVATION_KINDS
+
+__all__ = ["gradient_activation_", "orthogonal_filter"]
+
+
+def orthogonal_filter(
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    filter: Tensor,
+    alpha: float | Tensor | None = None,
+    beta: float | Tensor | None = None,
+    inputs: Tensor | None = None,
+    activation: str = "tanh",
+    return_states: bool = False,
+    segment: int | None = None,
+    solver: str = "sequential",
+    tolerance: float | None = None,
+) -> Tensor:
+    """The whole deep recurrence, over depth or time, as one op.
+
+    ``h <- alpha * (h @ O.T) + beta * act(h @ W.T + bias + inputs[t])``, for every one of L layers (or T time steps).
+
+    Source: A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245.
+
+    Args:
+        h0: (M, N), the first state; rows are samples. float32, float64, bfloat16 or float16. In 16 bits the state and
+            every accumulator are float32, and the result is rounded once.
+        weight: (L, N, N), one matrix per layer, (out, in) like ``nn.Linear``'s; or (N, N), shared over all steps.
+        bias: (L, N), (N,) or None.
+        filter: O, the fixed orthogonal filter, never trained: (N, N), (L, N, N), in float32 (float64 when h0 is), or an
+            (N,) int64 permutation p with (O h)_i = h[p_i], which costs no arithmetic. That a matrix is orthogonal is
+            not checked here; the modules check it once, at construction.
+        alpha, beta: number or (L,) tensor. Default beta = 1/L and alpha = 1 - beta.
+        inputs: (T, M, N), added to the pre-activation of step t, or None.
+        activation: "tanh", "relu", "sigmoid" or "identity".
+        return_states: give all states (L+1, M, N), h0 first, instead of the last one (M, N).
+        segment: keep one state in so many for the backward pass and recompute the others; default 128.
+        solver: "sequential"; "auto" is the same for now.
+        tolerance: of an iterative solver; must be None for "sequential".
+
+    Returns:
+        (M, N), or (L+1, M, N) with ``return_states``, in h0's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit each other, an unknown activation or solver, a filter that is not a
+            permutation, alpha or beta not finite, segment < 1.
+        TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast,
+            where everything is computed in float32.
+    """
+    if torch.is_autocast_enabled(h0.device.type):
+        h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
+    _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance)
+    backend = _backends.choose(_orthogonal_filter.NAME, h0.device)
+    if backend == "reference":
+        return _orthogonal_filter_reference.orthogonal_filter(
+            h0, weight, bias, filter, alpha, beta, inputs, activation, return_states
+        )
+    steps = _orthogonal_filter_reference.count_steps(weight, bias, filter, alpha, beta, inputs)
+    alpha, beta = _orthogonal_filter_reference.scale_tensors(alpha, beta, steps, h0)
+    result_dtype, dtype = h0.dtype, _orthogonal_filter_reference.state_dtype(h0.dtype)
+    if dtype != result_dtype:
+        h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
+    if not _may_need_gradient(h0, weight, bias, alpha, beta, inputs):
+        segment = 0
+    elif segment is None:
+        segment = _orthogonal_filter.DEFAULT_SEGMENT
+    output, _ = _orthogonal_filter.OrthogonalFilter.apply(
+        h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend
+    )
+    return output.to(result_dtype)
+
+
+def _to_float32(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
+
+
+def _may_need_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_orthogonal_filter(
+    h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance
+) -> None:
+    op = "orthogonal_filter"
+    for name, tensor in (("h0", h0), ("weight", weight), ("filter", filter)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, expected a tensor")
+    if h0.dtype not in _FLOATING:
+        raise TypeError(f"{op}: h0 is {h0.dtype}, expected float32, float64, bfloat16 or float16")
+    if h0.dim() != 2:
+        raise ValueError(f"{op}: h0 has shape {tuple(h0.shape)}, expected (M, N): samples x width")
+    rows, width = h0.shape
+    _check_shape(op, "weight", weight, h0, [("L", width, width), (width, width)])
+    if bias is not None:
+        _check_shape(op, "bias", bias, h0, [("L", width), (width,)])
+    if inputs is not None:
+        _check_shape(op, "inputs", inputs, h0, [("T", rows, width)])
+    _check_filter(op, filter, h0)
+    for name, scale in (("alpha", alpha), ("beta", beta)):
+        if isinstance(scale, Tensor):
+            if scale.dim() > 1 or not scale.is_floating_point() or scale.device != h0.device:
+                raise ValueError(
+                    f"{op}: {name} is a {scale.dtype} tensor of shape {tuple(scale.shape)} on {scale.device}, expected "
+                    f"a number, or one floating-point number per step, (L,), on {h0.device}"
+                )
+        elif scale is not None and not math.isfinite(scale):
+            raise ValueError(f"{op}: {name} is {scale}, expected a finite number")
+    if activation not in _orthogonal_filter_reference.ACTIVATIONS:
+        known = ", ".join(_orthogonal_filter_reference.ACTIVATIONS)
+        raise ValueError(f"{op}: activation is {activation!r}, expected one of {known}")
+    if segment is not None and segment < 1:
+        raise ValueError(f"{op}: segment is {segment}, expected at least 1, or None for the default")
+    if solver not in ("sequential", "auto"):
+        raise ValueError(f"{op}: solver is {solver!r}, expected 'sequential' or 'auto'")
+    if tolerance is not None:
+        raise ValueError(f"{op}: tolerance is {tolerance}, but the sequential solver is exact; leave it None")
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, h0: Tensor, expected: list[tuple]) -> None:
+    """``expected`` lists the shapes that fit; a string stands for any length."""
+    fits = any(
+        len(shape) == tensor.dim()
+        and all(isinstance(want, str) or want == size for want, size in zip(shape, tensor.shape, strict=True))
+        for shape in expected
+    )
+    if not fits:
+        shapes = " or ".join(str(shape).replace("'", "") for shape in expected)
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shapes} for h0 {tuple(h0.shape)}")
+    if tensor.dtype != h0.dtype:
+        raise TypeError(f"{op}: {name} is {tensor.dtype} and h0 is {h0.dtype}; give both the same dtype")
+    if tensor.device != h0.device:
+        raise TypeError(f"{op}: {name} is on {tensor.device} and h0 on {h0.device}; move one of them")
+
+
+def _check_filter(op: str, filter: Tensor, h0: Tensor) -> None:
+    width = h0.shape[1]
+    if filter.requires_grad:
+        raise ValueError(f"{op}: filter requires a gradient, but the filter is fixed; pass filter.detach()")
+    if filter.device != h0.device:
+        raise TypeError(f"{op}: filter is on {filter.device} and h0 on {h0.device}; move one of them")
+    if filter.dtype == torch.int64:
+        if filter.shape != (width,):
+            raise ValueError(f"{op}: the permutation has shape {tuple(filter.shape)}, expected ({width},)")
+        _check_permutation(op, filter)
+        return
+    dtype = _orthogonal_filter_reference.state_dtype(h0.dtype)
+    if filter.dtype != dtype:
+        raise TypeError(
+            f"{op}: filter is {filter.dtype}, expected {dtype} for a {h0.dtype} state, or an int64 permutation: "
+            "a filter in fewer bits is not orthogonal over thousands of layers"
+        )
+    if filter.dim() not in (2, 3) or filter.shape[-2:] != (width, width):
+        raise ValueError(
+            f"{op}: filter has shape {tuple(filter.shape)}, expected ({width}, {width}), (L, {width}, {width}) or an "
+            f"int64 permutation ({width},)"
+        )
+
+
+def _check_permutation(op: str, permutation: Tensor) -> None:
+    """Every index once. The answer is remembered on the tensor, so that a training loop pays for it once."""
+    if torch.compiler.is_compiling() or getattr(permutation, "_lcw_ops_checked", None) == permutation._version:
+        return
+    if not torch.equal(permutation.sort().values, torch.arange(permutation.numel(), device=permutation.device)):
+        raise ValueError(
+            f"{op}: filter is an int64 tensor but not a permutation: it must hold every index from 0 to "
+            f"{permutation.numel() - 1} once; torch.randperm({permutation.numel()}) makes one"
+        )
+    permutation._lcw_ops_checked = permutation._version
+
+
+def gradient_activation_(
+    tensors: list[Tensor], kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0
+) -> None:
+    """Activate gradients in place: tiny ones are enlarged, large ones restricted.
+
+    arctan: ``alpha * atan(beta * g)``, tanh: ``alpha * tanh(beta * g)``, log: ``alpha * sign(g) * log1p(beta * |g|)``.
+
+    Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", IEEE TNNLS 2021,
+    arXiv 2107.04228. Call it once per step on the accumulated, unscaled and clipped gradients: NaN stays NaN, but
+    +-inf becomes +-the bound (log: +-inf), so an overflow must be looked for before.
+
+    Args:
+        tensors: list or tuple of dense tensors, of any shapes, strides and devices, each float32, float64, bfloat16 or
+            float16; 16-bit tensors are computed in float32 and rounded once. May be empty.
+        kind: "arctan", "tanh" or "log".
+        alpha, beta: finite numbers > 0; the slope at 0 is alpha * beta.
+
+    Returns:
+        None. Not recorded by autograd; the differentiable form is
+        ``lcw_ops.reference.gradient_activation``.
+
+    Raises:
+        TypeError: ``tensors`` is no list or tuple; an entry is no tensor, not floating point or not dense; alpha or
+            beta is no number.
+        ValueError: unknown kind; alpha or beta out of range; an entry requires a gradient while autograd records, has
+            elements that share memory, is given twice, or is an inference tensor outside of inference mode.
+        On an error no tensor has been changed.
+    """
+    _check_gradient_activation(tensors, kind, alpha, beta)
+    by_device = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    # All choices first: one that raises must find every tensor unchanged.
+    backends = {device: _backends.choose(_gradient_activation.NAME, device) for device in by_device}
+    for device, on_device in by_device.items():
+        _gradient_activation.activate_(backends[device], on_device, kind, alpha, beta)
+
+
+def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
+    op = _gradient_activation.NAME
+    _checks.check_choice(op, "kind", kind, _GRADIENT_ACTIVATION_KINDS)
+    _checks.check_positive(op, "alpha", alpha)
+    _checks.check_positive(op, "beta", beta)
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{op}: tensors is a {type(tensors).__name__}; expected a list of tensors. Wrap it: [tensor].")
+    for index, tensor in enumerate(tensors):
+        name = f"tensors[{index}]"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{op}: {name} is a {type(tensor).__name__}; expected a tensor. "
+                "Leave out parameters without a gradient: [p.grad for p in parameters if p.grad is not None]."
+            )
+        if tensor.dtype not in _checks.FLOATING:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; expected float32, float64, bfloat16 or float16.")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} has layout {tensor.layout}; expected a dense tensor: {name}.to_dense().")
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{op}: {name} requires a gradient, and autograd does not record this op. Call it under "
+                "torch.no_grad(), or use the differentiable lcw_ops.reference.gradient_activation."
+            )
+        # A traced program has neither inference tensors nor writes to memory, and its strides may be symbols.
+        if torch.compiler.is_compiling():
+            continue
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{op}: {name} is an inference tensor; clone it, or call inside torch.inference_mode().")
+        if _gradient_activation.may_overlap(tensor):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, so elements share memory "
+                f"and would be activated more than once. Copy it first: {name}.contiguous()."
+            )
+    if len(set(map(id, tensors))) != len(tensors):
+        raise ValueError(f"{op}: a tensor is in the list twice and would be activated twice. Leave one of the two out.")

@@ -1,0 +1,230 @@
+"""Initialisers in the manner of torch.nn.init: in place, under no_grad, returning what they filled.
+
+lcw_: m sv^2 = s^2 / Var f(sZ) (Kutsuna 2019; scale derived).  lps_, lps_model_: Chen, Hao, He 2022 (rules derived).
+gmp_: the angles of uniform weights (Chen, Ge 2024, the authors' code).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lcw_ops.reference import (
+    activation_variance,
+    anchored,
+    heavy_tail,
+    hermite_second_moment,
+    hypersphere_angles,
+    joint,
+)
+from lcw_ops.reference.checks import accumulation_dtype, check_choice, check_positive, check_shape
+from lcw_ops.reference.lps import ACTIVATIONS
+
+RULES = ("joint", "heavy_tail", "anchored")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# Inputs of a layer that the anchored rule looks at; its scale is a mean over them and the units.
+MOST_SAMPLES = 1024
+
+
+@torch.no_grad()
+def lcw_(
+    weight: Tensor,
+    activation: str | None = "sigmoid",
+    std: float = 1.0,
+    basis: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill an LCW parameter with N(0, sv^2), m sv^2 = s^2 / Var f(sZ): pre-activations keep their deviation s.
+
+    weight (n, m, *k), or (n, m-1) with basis=True; m is the fan-in of the constrained weight. activation is that of the
+    previous layer, whose pre-activations have standard deviation std = s too; None is the first layer, on standardised
+    data (for data of another variance V divide by sqrt(V)): m sv^2 = s^2. The bias of an LCW layer starts at 0.
+    Derived here, not the paper's: E z^2 = m sv^2 V(a) holds exactly for both parametrizations.
+    Raises TypeError for a dtype that is not floating, ValueError for an unknown activation, a std outside [1e-4, 100],
+    or a rank below 2 (basis: other than 2).
+    """
+    accumulation_dtype("lcw_", weight=weight)
+    right, expected = (weight.dim() == 2, "(n, m-1)") if basis else (weight.dim() >= 2, "(n, m, *k)")
+    check_shape("lcw_", "weight", weight, right, expected)
+    check_choice("lcw_", "activation", activation, (None, *ACTIVATIONS))
+    check_positive("lcw_", "std", std)
+    input_variance = 1.0 if activation is None else activation_variance(activation, std)
+    return weight.normal_(0, std / math.sqrt(input_variance * max(_fan_in(weight) + basis, 1)), generator=generator)
+
+
+@torch.no_grad()
+def lps_(
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = "relu",
+    rule: str = "joint",
+    degree: int | None = 4,
+    samples: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Fill weight (n, m, *k) and bias (n,) of a linear or convolution layer as one group; returns both.
+
+    activation is that of the previous layer; None is the first layer, on standardised data. degree d is that of the
+    polynomial that replaces the activation; None uses the activation itself.
+    joint (default): iid N(0, s^2), s^2 = 1 / (m q + 1), q = E a^2, so E z^2 = 1.
+    heavy_tail: the same group with a Cauchy scale per unit, cut off.
+    anchored: every unit's zero set passes through an input; samples (S, m) are inputs of a unit (convolution: patches),
+    without them f(Z) is drawn, Z ~ N(0, 1). On real inputs this rule, and no other here, keeps far more ReLUs alive
+    than He's; on drawn ones hardly more.
+    The paper's printed constants are not known; what is derived stands with the samplers in lcw_ops.reference.lps.
+    Raises TypeError for dtypes that are not floating or differ, ValueError for an unknown rule or activation, a
+    degree below 1, shapes that do not fit, anchored without a bias, or samples with another rule.
+    """
+    accumulation_dtype("lps_", weight=weight, bias=bias)
+    check_shape("lps_", "weight", weight, weight.dim() >= 2, "(n, m, *k)")
+    units, fan_in = weight.shape[0], _fan_in(weight)
+    if bias is not None:
+        check_shape("lps_", "bias", bias, bias.shape == (units,), f"({units},), one value per unit")
+    check_choice("lps_", "activation", activation, (None, *ACTIVATIONS))
+    check_choice("lps_", "rule", rule, RULES)
+    second_moment = 1.0 if activation is None else hermite_second_moment(activation, degree)
+    if rule == "anchored":
+        if bias is None:
+            raise ValueError(
+                "lps_: bias is None; expected a tensor for rule 'anchored'. Use rule='joint' without a bias."
+            )
+        if samples is None:
+            normal = torch.randn(MOST_SAMPLES, fan_in, generator=generator, device=weight.device)
+            samples = normal if activation is None else ACTIVATIONS[activation](normal)
+        check_shape("lps_", "samples", samples, samples.shape[1:] == (fan_in,), f"(S, {fan_in}), inputs of a unit")
+        new_weight, new_bias = anchored(units, samples, generator=generator)
+    else:
+        if samples is not None:
+            raise ValueError(
+                f"lps_: samples is given with rule {rule!r}; expected None. Only 'anchored' looks at data."
+            )
+        rule_function = joint if rule == "joint" else heavy_tail
+        new_weight, new_bias = rule_function(units, fan_in, second_moment, bias is not None, generator, weight.device)
+    weight.copy_(new_weight.reshape(weight.shape))
+    if bias is not None:
+        bias.copy_(new_bias)
+    return weight, bias
+
+
+@torch.no_grad()
+def lps_model_(
+    model: nn.Module,
+    inputs: Tensor | tuple[Tensor, ...] | None = None,
+    activation: str | None = "relu",
+    rule: str = "joint",
+    degree: int | None = 4,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """`lps_` on every nn.Linear and nn.Conv1d/2d/3d of a whole MLP or CNN, layer by layer; returns the model.
+
+    The first layer is taken to see standardised data (q = 1), all others the activation's output. With inputs, one
+    forward pass (in eval mode, so that no running statistics move) gives the order of execution, and for the
+    anchored rule the real inputs: each layer is filled just before it runs, on what the filled layers before it hand
+    over (the groups of a convolution one by one). Without inputs, and for layers the pass does not reach, the order is
+    model.modules()'.
+    Derived, not the paper's; rules and their constants as in `lps_`.
+    Raises ValueError for an unknown rule or activation, a model without such layers, anchored with a layer that has
+    no bias, and what the forward pass raises; the model is then as it was.
+    """
+    check_choice("lps_model_", "activation", activation, (None, *ACTIVATIONS))
+    check_choice("lps_model_", "rule", rule, RULES)
+    layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, *CONVOLUTIONS))}
+    if not layers:
+        raise ValueError(
+            "lps_model_: model has no nn.Linear or nn.ConvNd layer; expected at least one. Use lps_ on tensors."
+        )
+    without_bias = [name for layer, name in layers.items() if layer.bias is None]
+    if rule == "anchored" and without_bias:
+        raise ValueError(
+            f"lps_model_: model has layers without bias ({', '.join(without_bias)}); expected a bias in every "
+            f"layer for rule 'anchored'. Use rule='joint', or give them a bias."
+        )
+    pending = dict(layers)
+
+    def fill(layer: nn.Module, x: Tensor | None = None) -> None:
+        if pending.pop(layer, None) is None:
+            return
+        previous = None if len(pending) == len(layers) - 1 else activation
+        if rule == "anchored" and x is not None:
+            groups = getattr(layer, "groups", 1)
+            samples = _layer_samples(layer, x, generator)
+            for part in zip(layer.weight.chunk(groups), layer.bias.chunk(groups), samples, strict=True):
+                lps_(*part[:2], previous, rule, degree, part[2], generator)
+        else:
+            lps_(layer.weight, layer.bias, previous, rule, degree, generator=generator)
+
+    def fill_on_data(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        fill(layer, args[0])
+
+    before = [(parameter, parameter.clone()) for layer in layers for parameter in layer.parameters(recurse=False)]
+    training = [(module, module.training) for module in model.modules()]
+    hooks = [layer.register_forward_pre_hook(fill_on_data) for layer in layers]
+    try:
+        if inputs is not None:
+            model.eval()
+            model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        for layer in layers:
+            fill(layer)
+    except BaseException:
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training:
+            module.training = mode
+    return model
+
+
+@torch.no_grad()
+def gmp_(
+    angles: Tensor,
+    radius: Tensor,
+    location: Tensor,
+    out_features: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill angles (n, m-1), radius (n,) and location (n,) of a GmP layer; returns the three.
+
+    W ~ U(+-sqrt(6 / (m + out_features))), angles from W, radius = ||W||, location = 0; out_features None is n, the
+    number of units. With fan-in m = 1 there are no angles and every direction is +1. The authors' code's
+    initialisation, but with the sign of W's last column kept. (Angles drawn i.i.d. would shrink u_m like 2^-(m-1).)
+    Raises TypeError for dtypes that are not floating or differ, ValueError for shapes that do not fit or
+    out_features < 1.
+    """
+    dtype = accumulation_dtype("gmp_", angles=angles, radius=radius, location=location)
+    check_shape("gmp_", "angles", angles, angles.dim() == 2, "(n, m-1)", "Flatten a filter to one row first.")
+    units, fan_in = angles.shape[0], angles.shape[1] + 1
+    for argument, tensor in (("radius", radius), ("location", location)):
+        check_shape("gmp_", argument, tensor, tensor.shape == (units,), f"({units},), one value per unit")
+    if out_features is None:
+        out_features = units
+    elif out_features < 1:
+        raise ValueError(f"gmp_: out_features is {out_features}; expected at least 1, or None for the number of units.")
+    bound = math.sqrt(6 / (fan_in + out_features))
+    weight = torch.empty(units, fan_in, dtype=dtype, device=angles.device).uniform_(-bound, bound, generator=generator)
+    return angles.copy_(hypersphere_angles(weight)), radius.copy_(weight.norm(dim=1)), location.zero_()
+
+
+def _fan_in(weight: Tensor) -> int:
+    return math.prod(weight.shape[1:])
+
+
+def _layer_samples(layer: nn.Module, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+    """At most MOST_SAMPLES random inputs of a unit of the layer, rows (S, fan_in); one such matrix per group."""
+    check_shape("lps_model_", "inputs", x, x.numel() > 0, "at least one sample in every layer")
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(-1, layer.in_features)
+        return (rows[torch.randperm(len(rows), generator=generator, device=x.device)[:MOST_SAMPLES]],)
+    spatial = len(layer.kernel_size)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    windows = F.pad(x.reshape(-1, *x.shape[-spatial - 1 :]), layer._reversed_padding_repeated_twice, mode)
+    for dim, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        windows = windows.unfold(2 + dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    positions = (windows.shape[0], *windows.shape[2 : 2 + spatial])
+    chosen = [torch.randint(count, (MOST_SAMPLES,), generator=generator, device=x.device) for count in positions]
+    patches = windows.movedim(1, spatial + 1)[tuple(chosen)]
+    return tuple(group.flatten(1) for group in patches.chunk(layer.groups, dim=1))

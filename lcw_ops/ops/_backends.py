@@ -1,0 +1,129 @@
+"""Which backend carries out an op: chosen by device, overruled by ``use_backend`` or ``LCW_OPS_BACKEND``.
+
+The automatic choice falls back quietly, and :func:`lcw_ops.info` says to what and why. An explicit request that cannot
+be met raises.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lcw_ops.ops import _library
+
+BACKENDS = ("cpp", "cuda", "triton", "reference")
+
+# In the order of preference, per kind of device.
+PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+
+# GPU kernels become the automatic choice per generation once their tests have passed on such a device: for each
+# (op, backend) the compute capabilities for which a test log is committed under bench/results/. None so far.
+PROVEN: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
+
+# Backends that each op has an implementation for, in this source tree; filled by the files beside this one.
+IMPLEMENTED: dict[str, tuple[str, ...]] = {}
+
+# Why an extension is not there; a backend that is not in here has its extension loaded.
+_extension_missing: dict[str, str] = {}
+
+_requested: str | None = None
+
+
+def load_extensions() -> None:
+    """Load the compiled backends that were built; called once, after every op is declared."""
+    for backend, stem in (("cpp", "_C"), ("cuda", "_C_cuda")):
+        reason = _library.load_extension(stem)
+        if reason is not None:
+            _extension_missing[backend] = reason
+
+
+def missing_reason(op: str, backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on such a device, or None when it can."""
+    if backend == "reference":
+        return None
+    if backend not in IMPLEMENTED[op]:
+        return f"{op} has no {backend} kernel"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1, set before import)"
+        return None if device_type in ("cpu", "cuda") else f"triton does not run on {device_type} tensors"
+    own_device = {"cpp": "cpu", "cuda": "cuda"}[backend]
+    if device_type != own_device:
+        return f"{backend} runs on {own_device} tensors only, these are on {device_type}"
+    return _extension_missing.get(backend)
+
+
+def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -> str | None:
+    """Why a kernel that could run is not chosen by itself: its tests have not passed on such a GPU yet."""
+    if capability is None or capability in PROVEN.get((op, backend), ()):
+        return None
+    generation = f"sm_{capability[0]}{capability[1]}"
+    return f"its tests have not passed on {generation} yet; it runs on request: lcw_ops.use_backend({backend!r})"
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _resolve(op: str, device: torch.device, requested: str | None) -> str:
+    if requested is not None:
+        reason = missing_reason(op, requested, device.type)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {requested!r} was requested, but {reason}")
+        return requested
+    capability = _capability(device)
+    for backend in PREFERENCE.get(device.type, ()):
+        if missing_reason(op, backend, device.type) is None and unproven_reason(op, backend, capability) is None:
+            return backend
+    return "reference"
+
+
+def choose(op: str, device: torch.device) -> str:
+    """The backend that runs ``op`` on ``device`` now. RuntimeError when an explicit request cannot be met."""
+    return _resolve(op, device, _requested)
+
+
+def requested() -> str | None:
+    """The backend asked for by ``use_backend`` or ``LCW_OPS_BACKEND``, or None."""
+    return _requested
+
+
+def not_chosen_reason(op: str, backend: str, device: torch.device) -> str:
+    """Why ``backend`` is not the one that runs ``op`` on ``device``."""
+    reason = missing_reason(op, backend, device.type) or unproven_reason(op, backend, _capability(device))
+    return reason or f"{choose(op, device)} comes first"
+
+
+def _checked(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: no backend is called {backend!r}; choose one of {', '.join(BACKENDS)}")
+    return backend
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every op of lcw_ops inside the ``with`` block on one backend: "cpp", "cuda", "triton" or "reference".
+
+    The request holds for the whole process, like the flags of ``torch.backends``; blocks nest. An op that the backend
+    cannot run raises RuntimeError with the reason when it is called. ``LCW_OPS_BACKEND=name`` in the environment does
+    the same for the whole run. A backward pass uses the backend of its forward pass.
+
+    Raises ValueError for an unknown name.
+    """
+    global _requested
+    previous, _requested = _requested, _checked(backend, "use_backend")
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+if os.environ.get("LCW_OPS_BACKEND"):
+    _requested = _checked(os.environ["LCW_OPS_BACKEND"], "LCW_OPS_BACKEND")

@@ -1,0 +1,45 @@
+"""Files that are there whole or not at all: written beside their place, then renamed into it.
+
+A reader, or a run that is killed, never sees half a file; the old file stays until the new one is complete. Every file
+of the profiler is written through ``write_atomically``.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def write_atomically(path: str | Path, write: Callable[[IO], None], binary: bool = False) -> None:
+    """Call ``write(file)`` on a hidden file beside ``path`` and rename it to ``path`` once it is on the disk.
+
+    Whatever goes wrong inside, Ctrl-C included, an existing ``path`` keeps its content and nothing is left beside it.
+    OSError when the folder cannot be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb" if binary else "w", encoding=None if binary else "utf-8", newline=None if binary else "") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def prepare_folder(folder: str | Path) -> Path:
+    """Create ``folder`` with its parents and prove that a file can be written there, before hours of work rely on it.
+
+    OSError, with a message that names the folder, when it cannot.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # os.access answers for the permission bits only: not for a read-only or full disk, and always yes for root.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {str(folder)!r}: {error.strerror or error}") from error
+    return folder

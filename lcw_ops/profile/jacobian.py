@@ -1,0 +1,216 @@
+"""Extreme singular values of a Jacobian that is never formed: Golub-Kahan-Lanczos with products J v and J^T u.
+
+G. H. Golub, W. Kahan, "Calculating the singular values and pseudo-inverse of a matrix", SIAM J. Numer. Anal. 2 (1965).
+It is power iteration that keeps every vector it has seen, reorthogonalised in full, and so converges much faster.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Up to this many outputs, one VJP per output gives the exact Jacobian and needs no second derivative of the model.
+EXACT_OUTPUTS = 64
+
+_INDEPENDENT = "jacobian: the output does not depend on the input through differentiable operations"
+
+
+@dataclass
+class JacobianSpectrum:
+    """The extreme singular values of a Jacobian, and how far they can be trusted.
+
+    Attributes:
+        largest, smallest: the first and the min(shape)-th singular value.
+        shape: (outputs, inputs).
+        method: "exact" (the matrix was formed, SVD in float64) or "lanczos".
+        iterations: Lanczos steps, or VJPs of the exact method.
+        converged: whether both values are within ``tolerance`` of singular values of J (always, for "exact").
+        smallest_resolved: False where the smallest value lies below the rounding of the largest, and only says "tiny".
+        log_lower, log_upper: natural logarithms of rigorous bounds of every singular value, None where there are none.
+    """
+
+    largest: float
+    smallest: float
+    shape: tuple[int, int]
+    method: str
+    iterations: int
+    converged: bool
+    smallest_resolved: bool
+    log_lower: float | None = None
+    log_upper: float | None = None
+
+
+def matrix_spectrum(
+    jacobian: Tensor, products: int, exponent: int = 0, computed_in: torch.dtype | None = None
+) -> JacobianSpectrum:
+    """The spectrum of a Jacobian that was formed with ``products`` VJPs in the precision ``computed_in``, times 2^exponent."""
+    shape = tuple(jacobian.shape)
+    if not jacobian.isfinite().all():
+        return JacobianSpectrum(math.nan, math.nan, shape, "exact", products, False, False)
+    values = torch.linalg.svdvals(jacobian.double())
+    largest, smallest = values[0].item(), values[-1].item()
+    resolved = smallest > _rounding(computed_in or jacobian.dtype, shape) * largest
+    return JacobianSpectrum(
+        _scaled(largest, exponent), _scaled(smallest, exponent), shape, "exact", products, True, resolved
+    )
+
+
+def function_spectrum(
+    function: Callable[[Tensor], Tensor],
+    point: Tensor,
+    method: str = "auto",
+    iterations: int = 64,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> JacobianSpectrum:
+    """Extreme singular values of the Jacobian of ``function`` at ``point``.
+
+    The function is evaluated once; every product afterwards walks its recorded graph, so that dropout masks and batch
+    statistics stay the same. A VJP is one backward pass. A JVP is the derivative of the VJP (which is linear in its
+    cotangent) and needs a model that can be differentiated twice.
+
+    Args:
+        function: tensor to tensor, differentiable.
+        point: any shape.
+        method: "exact" (one VJP per output), "lanczos", or "auto": exact for up to 64 outputs.
+        iterations: of Lanczos at the most; the result is exact once they reach min(outputs, inputs).
+        tolerance: relative, of both extreme values; Lanczos stops there.
+        seed: of the start vector.
+
+    Raises:
+        ValueError: unknown method; an output that does not depend on the input.
+    """
+    if method not in ("auto", "exact", "lanczos"):
+        raise ValueError(f"jacobian: method is {method!r}, expected 'auto', 'exact' or 'lanczos'")
+    with torch.enable_grad():
+        point = point.detach().clone().requires_grad_()
+        output = function(point)
+        if not output.requires_grad:
+            raise ValueError(_INDEPENDENT)
+        if method == "auto":
+            method = "exact" if output.numel() <= EXACT_OUTPUTS else "lanczos"
+        if method == "exact":
+            return matrix_spectrum(_rows(output, point), output.numel())
+        return _function_lanczos(output, point, iterations, tolerance, seed)
+
+
+def lanczos_spectrum(
+    jvp: Callable[[Tensor], Tensor],
+    vjp: Callable[[Tensor], Tensor],
+    shape: tuple[int, int],
+    iterations: int = 64,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> JacobianSpectrum:
+    """Golub-Kahan-Lanczos on the operator J of ``shape`` (outputs, inputs): jvp(v) = J v, vjp(u) = J^T u.
+
+    Both take and return flat float64 vectors on the CPU; ``dtype`` is the precision they are computed in, which decides
+    when a vector is zero. Iterates on the smaller side, A = J or J^T with A of size q x p, p <= q:
+
+        A V_k = U_k B_k      A^T U_k = V_k B_k^T + beta_k v_{k+1} e_k^T,      B_k upper bidiagonal
+
+    so that a singular value of B_k, of left vector y, is within |beta_k y_k| of one of A.
+    """
+    apply, apply_transposed = (jvp, vjp) if shape[1] <= shape[0] else (vjp, jvp)
+    dimension = min(shape)
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.randn(dimension, generator=generator, dtype=torch.float64)
+    right_basis, left_basis = [right / right.norm()], []
+    diagonal, above = [], []
+    scale, complete = 0.0, False
+    for k in range(min(iterations, dimension)):
+        left = apply(right_basis[k])
+        left = _orthogonalised(left, left_basis)
+        diagonal.append(left.norm().item())
+        scale = max(scale, diagonal[-1])
+        negligible = _rounding(dtype, shape) * scale
+        # The space is exhausted: the start vector had a part in every singular direction, so every value is found.
+        if diagonal[-1] <= negligible:
+            complete = True
+            break
+        left_basis.append(left / diagonal[-1])
+        right = _orthogonalised(apply_transposed(left_basis[k]), right_basis)
+        residual = right.norm().item()
+        values, converged = _bidiagonal_extremes(diagonal, above, residual, tolerance)
+        complete = residual <= negligible or k + 1 == dimension
+        if not all(map(math.isfinite, values)) or complete or converged:
+            break
+        above.append(residual)
+        right_basis.append(right / residual)
+    values, converged = _bidiagonal_extremes(diagonal, above[: len(diagonal) - 1], residual if not complete else 0.0, tolerance)
+    largest, smallest = values
+    finite = math.isfinite(largest) and math.isfinite(smallest)
+    return JacobianSpectrum(
+        largest,
+        smallest,
+        shape,
+        "lanczos",
+        len(diagonal),
+        finite and (complete or converged),
+        finite and smallest > _rounding(dtype, shape) * largest,
+    )
+
+
+def _bidiagonal_extremes(diagonal, above, residual, tolerance) -> tuple[tuple[float, float], bool]:
+    """((largest, smallest) singular value of B_k, whether both are within the tolerance)."""
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    matrix += torch.diag(torch.tensor(above, dtype=torch.float64), 1)
+    if not matrix.isfinite().all():
+        return (math.nan, math.nan), False
+    left, values, _ = torch.linalg.svd(matrix)
+    errors = residual * left[-1].abs()
+    # Agreement of one direction alone proves nothing about the other end of the spectrum.
+    converged = len(diagonal) > 1 and bool((errors[[0, -1]] <= tolerance * values[[0, -1]]).all())
+    return (values[0].item(), values[-1].item()), converged
+
+
+def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
+    """Minus its part in the span of the basis; twice is enough (Kahan, in Parlett's book)."""
+    if basis:
+        matrix = torch.stack(basis)
+        for _ in range(2):
+            vector = vector - matrix.T @ (matrix @ vector)
+    return vector
+
+
+def _function_lanczos(output: Tensor, point: Tensor, iterations, tolerance, seed) -> JacobianSpectrum:
+    cotangent = torch.zeros_like(output, requires_grad=True)
+    # Linear in the cotangent: its own derivative in direction v, taken by reverse mode, is J v.
+    pulled_back = _pull_back(output, point, cotangent, create_graph=True)
+
+    def vjp(u: Tensor) -> Tensor:
+        product = _pull_back(output, point, u.to(output).view_as(output), retain_graph=True)
+        return product.flatten().double().cpu()
+
+    def jvp(v: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(pulled_back, cotangent, v.to(point).view_as(point), retain_graph=True)
+        return product.flatten().double().cpu()
+
+    shape = (output.numel(), point.numel())
+    return lanczos_spectrum(jvp, vjp, shape, iterations, tolerance, seed, dtype=point.dtype)
+
+
+def _rows(output: Tensor, point: Tensor) -> Tensor:
+    basis = torch.eye(output.numel(), dtype=output.dtype, device=output.device)
+    return torch.stack([_pull_back(output, point, row.view_as(output), retain_graph=True).flatten() for row in basis])
+
+
+def _pull_back(output: Tensor, point: Tensor, cotangent: Tensor, **keep_graph) -> Tensor:
+    (product,) = torch.autograd.grad(output, point, cotangent, allow_unused=True, **keep_graph)
+    if product is None:
+        raise ValueError(_INDEPENDENT)
+    return product
+
+
+def _rounding(dtype: torch.dtype, shape: tuple[int, int]) -> float:
+    return max(shape) * torch.finfo(dtype).eps
+
+
+def _scaled(value: float, exponent: int) -> float:
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.inf

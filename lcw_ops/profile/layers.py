@@ -1,0 +1,174 @@
+"""One forward and backward pass of any model, watched: what leaves every leaf module, and the gradient that returns.
+
+Forward hooks take the figures of an output at once (a later in-place operation cannot change them), tensor hooks the
+gradient's. Orthogonal-filter networks are recorded as a ``Recurrence``, to be replayed layer by layer.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
+from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_rnn, root_mean_square, shift_angle, time_first
+
+# Modules whose units lie in dimension 1, with positions behind it; elsewhere units are the last dimension.
+_UNITS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+)
+
+
+@dataclass
+class LayerCall:
+    """One call of one leaf module. Figures of its first floating-point output; NaN where one does not apply."""
+
+    name: str
+    module: nn.Module
+    state_rms: float = math.nan
+    activation_shift: float = math.nan
+    shift_angle: float = math.nan
+    gradient_norm: float = math.nan
+
+
+@dataclass
+class RecurrenceCall:
+    """One call of an orthogonal-filter network; ``recurrence`` is complete after the backward pass."""
+
+    name: str
+    module: nn.Module
+    recurrence: Recurrence
+
+
+@dataclass
+class Observation:
+    """The calls in the order in which they happened; ``remove()`` takes the hooks off the model."""
+
+    calls: list[LayerCall | RecurrenceCall] = field(default_factory=list)
+    handles: list = field(default_factory=list)
+    times_called: Counter = field(default_factory=Counter)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def call_name(self, name: str) -> str:
+        """``name``, with #2, #3, ... from the second call on."""
+        self.times_called[name] += 1
+        count = self.times_called[name]
+        return name if count == 1 else f"{name}#{count}"
+
+
+def observe(model: nn.Module) -> Observation:
+    """Hook every leaf module and every orthogonal-filter network of ``model``. The caller removes the hooks."""
+    observation = Observation()
+    networks = {OrthogonalFilterMLP: _watch_mlp, OrthogonalFilterRNN: _watch_rnn}
+    # Leaves first: hooks run in the order of registration, and the row of h_0 comes before those of the recurrence.
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(networks)) and next(module.children(), None) is None:
+            _watch_leaf(observation, name or type(module).__name__, module)
+    for name, module in model.named_modules():
+        for kind, watch in networks.items():
+            if isinstance(module, kind):
+                watch(observation, name, module)
+    return observation
+
+
+def _watch_leaf(observation: Observation, name: str, module: nn.Module) -> None:
+    def after_forward(module, args, output):
+        tensor = first_floating(output)
+        if tensor is None or tensor.numel() == 0:
+            return
+        call = LayerCall(observation.call_name(name), module)
+        observation.calls.append(call)
+        with torch.no_grad():
+            _describe_output(call, args, tensor)
+        _on_gradient(tensor, lambda gradient: setattr(call, "gradient_norm", gradient.double().norm().item()))
+
+    observation.handles.append(module.register_forward_hook(after_forward))
+
+
+def _describe_output(call: LayerCall, args: tuple, output: Tensor) -> None:
+    values = output.detach().double()
+    call.state_rms = values.square().mean().sqrt().item()
+    unit_dim = 1 if values.dim() > 3 or isinstance(call.module, _UNITS_FIRST) else -1
+    if values.dim() >= 2:
+        unit_mean = values.movedim(unit_dim, -1).flatten(0, -2).mean(0)
+        call.activation_shift = root_mean_square(unit_mean).item()
+    # A subclass may compute with another weight than the one it stores, so only the plain layer is taken at its word.
+    if type(call.module) is nn.Linear and values.dim() >= 2:
+        mean_input = args[0].detach().double().flatten(0, -2).mean(0)
+        weight = call.module.weight.detach().double()
+        # Not a matrix product: the arithmetic of this pass is being counted.
+        projection = (weight * mean_input).sum(1)
+        call.shift_angle = shift_angle(projection, weight, mean_input).item()
+
+
+def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP) -> None:
+    """The first state leaves the input layer, the last one's gradient returns at the output layer."""
+
+    def after_input_layer(_, args, output):
+        recurrence = from_mlp(module, output)
+        observation.calls.append(RecurrenceCall(observation.call_name(_layer_name(name)), module, recurrence))
+
+    def before_output_layer(_, args):
+        recurrence = observation.calls[-1].recurrence
+        _on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+
+    observation.handles += [
+        module.input_layer.register_forward_hook(after_input_layer),
+        module.output_layer.register_forward_pre_hook(before_output_layer),
+    ]
+
+
+def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN) -> None:
+    """Gradients reach every state through the output, and the last one through h_n as well."""
+
+    def after_forward(_, args, kwargs, result):
+        bound = dict(zip(("input", "h_0"), args, strict=False), **kwargs)
+        recurrence = from_rnn(module, bound["input"].detach(), bound.get("h_0"))
+        observation.calls.append(RecurrenceCall(observation.call_name(_layer_name(name)), module, recurrence))
+        recurrence.grad_states = torch.zeros(
+            (recurrence.steps + 1, *recurrence.h0.shape), dtype=recurrence.h0.dtype, device=recurrence.h0.device
+        )
+
+        def add_output(gradient):
+            recurrence.grad_states[1:] += time_first(module, gradient)
+
+        def add_last(gradient):
+            recurrence.grad_states[-1] += gradient.reshape(recurrence.h0.shape)
+
+        output, h_n = result
+        _on_gradient(output, add_output)
+        _on_gradient(h_n, add_last)
+
+    observation.handles.append(module.register_forward_hook(after_forward, with_kwargs=True))
+
+
+def _layer_name(name: str) -> str:
+    return f"{name}.layer" if name else "layer"
+
+
+def _on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
+    """``record`` must not return anything: what a tensor hook returns replaces the gradient."""
+
+    def hook(gradient):
+        record(gradient)
+
+    if tensor.requires_grad:
+        tensor.register_hook(hook)
+
+
+def first_floating(output) -> Tensor | None:
+    """The first floating-point tensor in a module's output: itself, or inside tuples, lists and dicts."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    if isinstance(output, dict):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        return None
+    return next((tensor for part in output if (tensor := first_floating(part)) is not None), None)

@@ -1,0 +1,280 @@
+"""Every layer of an orthogonal-filter network as a row, though the network is one op.
+
+The recurrence is replayed in chunks of layers: forward with all states of one chunk, of which only the last is kept;
+then backward, chunk by chunk from the last, with the gradients of all states of one chunk. Memory is one chunk's.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcw_ops import functional as F
+from lcw_ops.nn import OrthogonalFilterMLP
+from lcw_ops.ops import _backends
+from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.profile import bounds, jacobian
+from lcw_ops.reference import orthogonal_filter as reference
+
+# Weights, weight gradients, states and state gradients of one chunk together: 1000 layers of 64 x 64 and 64 samples.
+CHUNK_BYTES = 64 * 2**20
+
+# The exact N x N Jacobian is one backward pass of N rows; wider than this it would cost more than the run it describes.
+EXACT_WIDTH = 512
+
+
+@dataclass
+class Recurrence:
+    """One call of an orthogonal-filter module: everything needed to replay it.
+
+    weight is (L, N, N) or (N, N), inputs (T, M, N) or None, alpha and beta (1,) or (L,); h0 (M, N). grad_states holds
+    what reaches the states from outside: (M, N) for the last one only, or (L+1, M, N) for all of them.
+    """
+
+    h0: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    filter: Tensor
+    alpha: Tensor
+    beta: Tensor
+    activation: str
+    inputs: Tensor | None = None
+    grad_states: Tensor | None = None
+    # The states at which the chunks begin, filled by the forward replay.
+    boundaries: list[Tensor] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return reference.count_steps(*self._arguments())
+
+    def _arguments(self):
+        return self.weight, self.bias, self.filter, self.alpha, self.beta, self.inputs
+
+    def chunks(self) -> list[slice]:
+        rows, width = self.h0.shape
+        bytes_per_layer = 8 * (width * width + rows * width)
+        length = max(1, min(1000, CHUNK_BYTES // bytes_per_layer))
+        return [slice(start, min(start + length, self.steps)) for start in range(0, self.steps, length)]
+
+    def chunk(self, steps: slice) -> tuple:
+        """(weight, bias, filter, alpha, beta, inputs) of some steps, each with one entry per step but the filter.
+
+        In the state's dtype. A weight shared over time is repeated, so that every step has a gradient of its own.
+        """
+        length, width = steps.stop - steps.start, self.h0.shape[1]
+        dtype = self.h0.dtype
+        weight = self.weight[steps] if self.weight.dim() == 3 else self.weight.expand(length, width, width)
+        bias = self.bias
+        if bias is not None:
+            bias = (bias[steps] if bias.dim() == 2 else bias.expand(length, width)).to(dtype)
+        filter = self.filter[steps] if self.filter.dim() == 3 else self.filter
+        alpha, beta = (scale if scale.numel() == 1 else scale[steps] for scale in (self.alpha, self.beta))
+        inputs = None if self.inputs is None else self.inputs[steps].to(dtype)
+        return weight.to(dtype), bias, filter, alpha, beta, inputs
+
+
+def from_mlp(module: OrthogonalFilterMLP, h0: Tensor) -> Recurrence:
+    """The recurrence inside an MLP, from the output of its input layer."""
+    return _recurrence(module, h0.reshape(-1, module.width), module.weight, module.depth, None)
+
+
+def from_rnn(module, input: Tensor, h_0: Tensor | None) -> Recurrence:
+    """The recurrence inside an RNN, from the arguments of its call."""
+    inputs = torch.nn.functional.linear(time_first(module, input), module.weight_ih)
+    if h_0 is None:
+        h0 = inputs.new_zeros(inputs.shape[1:])
+    else:
+        h0 = h_0.reshape(inputs.shape[1:])
+    return _recurrence(module, h0, module.weight_hh, inputs.shape[0], inputs)
+
+
+def time_first(module, sequence: Tensor) -> Tensor:
+    """An RNN's input or output as (T, B, features), whatever its layout."""
+    if sequence.dim() == 2:
+        return sequence.unsqueeze(1)
+    return sequence.transpose(0, 1) if module.batch_first else sequence
+
+
+@torch.no_grad()
+def _recurrence(module, h0, weight, steps, inputs) -> Recurrence:
+    h0 = h0.detach().to(reference.state_dtype(h0.dtype))
+    alpha, beta = reference.scale_tensors(module.alpha, module.beta, steps, h0)
+    return Recurrence(
+        h0,
+        weight.detach(),
+        module.bias.detach(),
+        module.filter,
+        alpha.detach(),
+        beta.detach(),
+        module.activation,
+        None if inputs is None else inputs.detach(),
+    )
+
+
+def forward_flops(recurrence: Recurrence) -> int:
+    """Arithmetic of the forward pass: W h, and O h unless O is a permutation, 2 M N^2 each per layer."""
+    return (1 + _filter_products(recurrence)) * _product_flops(recurrence)
+
+
+def backward_flops(recurrence: Recurrence) -> int:
+    """Arithmetic of the backward pass: P W, P^T H, and G O unless O is a permutation.
+
+    States that are computed a second time, to save memory, are not counted: they are a means, not the task.
+    """
+    return (2 + _filter_products(recurrence)) * _product_flops(recurrence)
+
+
+def _filter_products(recurrence: Recurrence) -> int:
+    return 0 if recurrence.filter.dim() == 1 else 1
+
+
+def _product_flops(recurrence: Recurrence) -> int:
+    rows, width = recurrence.h0.shape
+    return 2 * rows * width * width * recurrence.steps
+
+
+def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
+    """One value per layer, (L,) each, of everything that is measured and of its bounds; see ``result.COLUMNS``."""
+    columns = {**_forward(recurrence), **_backward(recurrence)}
+    lower, upper = gain_bounds(recurrence, columns["weight_norm_bound"])
+    log_lower, log_upper = bounds.gradient_norm_bounds(lower, upper, _injected_norms(recurrence))
+    alpha, beta = _scales(recurrence)
+    with np.errstate(over="ignore"):
+        bounded = {
+            "gain_lower": lower,
+            "gain_upper": upper,
+            "gradient_lower": np.exp(log_lower[1:]),
+            "gradient_upper": np.exp(log_upper[1:]),
+            "state_rms_bound": bounds.state_rms_bound(
+                alpha, beta, recurrence.h0, recurrence.steps, recurrence.activation
+            ),
+        }
+    return {**columns, **bounded}
+
+
+def state_jacobian(recurrence: Recurrence) -> tuple[Tensor, int]:
+    """The exact Jacobian of h_0 -> h_L at the first sample, as (J', e) with J = J' 2^e: (N, N), float32 or wider.
+
+    Rows are independent: N copies of one sample, with the identity as their gradients, give all rows of J in one
+    backward pass. It runs chunk by chunk from the states that :func:`layer_columns` kept, and is scaled by a power of
+    two after each chunk, because the Jacobian of a plain net of this depth is far below the smallest float32.
+    """
+    width = recurrence.h0.shape[1]
+    rows, exponent = torch.eye(width, dtype=recurrence.h0.dtype, device=recurrence.h0.device), 0
+    for steps, states in reversed(list(zip(recurrence.chunks(), recurrence.boundaries, strict=True))):
+        weight, bias, filter, alpha, beta, inputs = recurrence.chunk(steps)
+        if inputs is not None:
+            inputs = inputs[:, :1].expand(-1, width, -1)
+        with torch.enable_grad():
+            state = states[:1].repeat(width, 1).requires_grad_()
+            output = F.orthogonal_filter(state, weight, bias, filter, alpha, beta, inputs, recurrence.activation)
+            (rows,) = torch.autograd.grad(output, state, rows)
+        largest = rows.abs().max().item()
+        if 0 < largest < math.inf:
+            shift = math.frexp(largest)[1]
+            # In float64, because 2^148, which brings the smallest float32 to 1, is no float32 itself.
+            rows, exponent = (rows.double() * 2.0**-shift).to(rows.dtype), exponent + shift
+    return rows, exponent
+
+
+def state_spectrum(columns: dict[str, np.ndarray], rows: Tensor, exponent: int) -> jacobian.JacobianSpectrum:
+    """The singular values of :func:`state_jacobian`'s result beside their bounds."""
+    spectrum = jacobian.matrix_spectrum(rows, products=rows.shape[0], exponent=exponent)
+    spectrum.log_lower, spectrum.log_upper = bounds.jacobian_bounds(columns["gain_lower"], columns["gain_upper"])
+    return spectrum
+
+
+@torch.no_grad()
+def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
+    state, parts = recurrence.h0, []
+    recurrence.boundaries.clear()
+    for steps in recurrence.chunks():
+        recurrence.boundaries.append(state)
+        weight, bias, filter, alpha, beta, inputs = recurrence.chunk(steps)
+        states = F.orthogonal_filter(
+            state, weight, bias, filter, alpha, beta, inputs, recurrence.activation, return_states=True
+        )
+        # The mean over samples goes through the weight as it is, so no pre-activation is formed.
+        mean_input = states[:-1].mean(1)
+        mean_projection = torch.einsum("loi,li->lo", weight, mean_input)
+        mean_pre_activation = mean_projection
+        for shift in (bias, None if inputs is None else inputs.mean(1)):
+            if shift is not None:
+                mean_pre_activation = mean_pre_activation + shift
+        parts.append(
+            {
+                "state_rms": states[1:].double().square().mean((1, 2)).sqrt(),
+                "activation_shift": root_mean_square(mean_pre_activation),
+                "shift_angle": shift_angle(mean_projection, weight, mean_input),
+                "weight_norm_bound": bounds.spectral_norm_bound(weight),
+            }
+        )
+        # A copy, because a view would keep the chunk's states alive.
+        state = states[-1].clone()
+    return _joined(parts)
+
+
+def root_mean_square(values: Tensor) -> Tensor:
+    """Over the last dimension, in float64."""
+    return values.double().square().mean(-1).sqrt()
+
+
+def shift_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tensor:
+    """Degrees by which the units' weight vectors miss 90 degrees to the mean input, rms over units; NaN for a zero input.
+
+    Source: T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833: this angle is what shifts an activation.
+    ``projection`` (..., N) = ``weight`` (..., N, K) times ``mean_input`` (..., K).
+    """
+    cosine = projection / (weight.norm(dim=-1) * mean_input.norm(dim=-1, keepdim=True))
+    return root_mean_square(torch.rad2deg(torch.asin(cosine.double().clamp(-1, 1))))
+
+
+@torch.no_grad()
+def _backward(recurrence: Recurrence) -> dict[str, np.ndarray]:
+    backend = _backends.choose(op.NAME, recurrence.h0.device)
+    grad_states = recurrence.grad_states.to(recurrence.h0.dtype)
+    everywhere = grad_states.dim() == 3
+    gradient, parts = grad_states[-1] if everywhere else grad_states, []
+    for steps, state in reversed(list(zip(recurrence.chunks(), recurrence.boundaries, strict=True))):
+        if everywhere:
+            grad_output = grad_states[steps.start : steps.stop + 1].clone()
+            grad_output[-1] = gradient
+        else:
+            grad_output = gradient
+        _, grad_weight, *_, grad_chunk = op.state_gradients(
+            grad_output, state, *recurrence.chunk(steps), recurrence.activation, op.DEFAULT_SEGMENT, backend
+        )
+        parts.append(
+            {
+                "gradient_norm": grad_chunk[1:].double().flatten(1).norm(dim=1),
+                "weight_gradient_norm": grad_weight.flatten(1).double().norm(dim=1),
+            }
+        )
+        gradient = grad_chunk[0].clone()
+    return _joined(parts[::-1])
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+
+
+def gain_bounds(recurrence: Recurrence, weight_norm_bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(lower, upper) bounds of every layer's singular values, (L,) each."""
+    lipschitz = reference.LIPSCHITZ[recurrence.activation]
+    return bounds.layer_gain_bounds(*_scales(recurrence), weight_norm_bound, lipschitz)
+
+
+def _scales(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
+    return recurrence.alpha.double().cpu().numpy(), recurrence.beta.double().cpu().numpy()
+
+
+def _injected_norms(recurrence: Recurrence) -> np.ndarray:
+    """Norms of the gradients that reach each state from outside, (L+1,)."""
+    grad_states = recurrence.grad_states.double()
+    if grad_states.dim() == 3:
+        return grad_states.flatten(1).norm(dim=1).cpu().numpy()
+    injected = np.zeros(recurrence.steps + 1)
+    injected[-1] = grad_states.norm().item()
+    return injected

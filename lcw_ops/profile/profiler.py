@@ -1,0 +1,316 @@
+"""``profile(model, inputs)``: where a network's signal, gradient, time and memory go, layer by layer.
+
+One watched pass, a few timed ones, the replay of every orthogonal-filter recurrence, and the Jacobian's singular
+values. The model is left as it was: gradients, buffers, hooks, mode and random state.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
+from lcw_ops.ops import _backends
+from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.profile import jacobian as spectra
+from lcw_ops.profile import machine
+from lcw_ops.profile import orthogonal_filter as replay
+from lcw_ops.profile.layers import LayerCall, RecurrenceCall, first_floating, observe
+from lcw_ops.profile.result import COLUMNS, Profile, Timing
+
+# No further repeat of a timing starts once this much time has been spent: a run that long has averaged over itself.
+TIMING_SECONDS = 10.0
+
+
+def profile(
+    model: nn.Module,
+    inputs: Tensor | tuple,
+    targets: Tensor | None = None,
+    loss: Callable | None = None,
+    *,
+    jacobian: bool = True,
+    jacobian_method: str = "auto",
+    repeats: int = 3,
+    matmul_rate: float | None = None,
+    name: str | None = None,
+) -> Profile:
+    """Measure one forward and backward pass of any model.
+
+    A row per call of every leaf module: rms of its output, norm of the gradient there, activation shift, norm of its
+    weight's gradient. ``OrthogonalFilterMLP`` and ``OrthogonalFilterRNN`` are opened up: every one of their layers (or
+    time steps) is a row, with rigorous bounds beside it, though the whole recurrence is one op.
+
+    Args:
+        model: used in its present mode (train or eval), on its device.
+        inputs: a tensor, or a tuple of positional arguments; samples along the first dimension.
+        targets: second argument of ``loss``.
+        loss: ``loss(output, targets)``, or ``loss(output)`` without targets, a scalar. Default: cross entropy for integer
+            targets, mean squared error for others; without targets a fixed random direction of unit norm, so that the
+            gradient at the output has norm 1.
+        jacobian: also find the extreme singular values of the Jacobian. For a recurrence the exact one of h_0 -> h_L at
+            the first sample, up to a width of 512; for the model, that of the first sample's first floating-point
+            output with respect to its first input, the other samples held fixed (left out for integer inputs and for
+            an RNN, where h_0 -> h_L is what matters).
+        jacobian_method: of the model's: "exact", "lanczos" or "auto", see ``jacobian.function_spectrum``.
+        repeats: timed passes at the most; none is begun after 10 s. The median is given.
+        matmul_rate: this machine's float32 FLOP/s, if it was measured before (``machine.matmul_rate``).
+        name: what the model is called in tables and plots; default: its class.
+
+    Raises:
+        TypeError: model is no module, or inputs hold no tensor.
+        ValueError: the loss is not a scalar, nothing requires a gradient, no module was called, repeats < 1, or the
+            model cannot be differentiated twice and "lanczos" was needed.
+    """
+    work = _prepared(model, inputs, targets, loss)
+    if repeats < 1:
+        raise ValueError(f"profile: repeats is {repeats}, expected at least 1")
+    with _left_as_it_was(model, work.device):
+        watched = _watched_pass(work)
+        timing = _timed_passes(work, repeats, watched)
+        columns, jacobians = _rows(watched, jacobian)
+        if jacobian:
+            jacobians |= _model_jacobian(work, jacobian_method, jacobians)
+    timing.matmul_rate = machine.matmul_rate(work.device) if matmul_rate is None else matmul_rate
+    return Profile(
+        name=name or type(model).__name__,
+        loss=watched.loss,
+        samples=work.samples,
+        columns=columns,
+        jacobians={what: spectrum for what, (spectrum, _, _) in jacobians.items()},
+        timing=timing,
+        peak_memory_bytes=machine.peak_memory_bytes(work.device),
+        backend=_backends.choose(op.NAME, work.device),
+        machine=machine.describe(work.device),
+    )
+
+
+@dataclass
+class _Work:
+    """One forward and backward pass, to be repeated."""
+
+    model: nn.Module
+    inputs: tuple
+    criterion: Callable
+    differentiated: list[Tensor]
+
+    @property
+    def first_input(self) -> Tensor:
+        return next(argument for argument in self.inputs if isinstance(argument, Tensor))
+
+    @property
+    def device(self) -> torch.device:
+        return self.first_input.device
+
+    @property
+    def samples(self) -> int:
+        return len(self.first_input)
+
+    def forward(self) -> Tensor:
+        """The loss, ready for backward."""
+        loss = self.criterion(self.model(*self.inputs))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"profile: the loss has shape {shape}, expected one number; take its mean or sum")
+        if not loss.requires_grad:
+            raise ValueError("profile: the loss does not depend on anything that requires a gradient")
+        return loss
+
+    def backward(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the parameters, returned and not stored: the user's own ``.grad`` is left alone."""
+        return torch.autograd.grad(loss, self.differentiated, allow_unused=True)
+
+
+@dataclass
+class _Watched:
+    """What the watched pass found."""
+
+    loss: float
+    calls: list[LayerCall | RecurrenceCall]
+    weight_gradient_norms: dict[int, float]  # by the id of the parameter
+    forward_flops: int
+    backward_flops: int
+
+
+def _prepared(model, inputs, targets, loss) -> _Work:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"profile: model is {type(model).__name__}, expected a torch.nn.Module")
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not any(isinstance(argument, Tensor) and argument.dim() for argument in inputs):
+        kinds = ", ".join(type(argument).__name__ for argument in inputs)
+        raise TypeError(f"profile: inputs hold {kinds}, expected a tensor, or a tuple with one, samples first")
+    differentiated = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not differentiated:
+        inputs = tuple(
+            argument.detach().requires_grad_()
+            if isinstance(argument, Tensor) and argument.is_floating_point()
+            else argument
+            for argument in inputs
+        )
+        differentiated = [argument for argument in inputs if isinstance(argument, Tensor) and argument.requires_grad]
+    return _Work(model, inputs, _criterion(targets, loss), differentiated)
+
+
+def _criterion(targets: Tensor | None, loss: Callable | None) -> Callable:
+    if loss is not None:
+        return loss if targets is None else lambda output: loss(output, targets)
+    if targets is None:
+        return _fixed_direction
+    default = nn.functional.mse_loss if targets.is_floating_point() else nn.functional.cross_entropy
+    return lambda output: default(first_floating(output), targets)
+
+
+def _fixed_direction(output) -> Tensor:
+    """Inner product of the output with a random direction of norm 1, the same at every call."""
+    output = first_floating(output)
+    if output is None:
+        raise ValueError("profile: the model returns no floating-point tensor; pass a loss")
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(output.shape, generator=generator).to(output)
+    return (output * (direction / direction.norm())).sum()
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Random state and buffers (a batch norm's running statistics) as before, whatever happens inside."""
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, version, before in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(before)
+
+
+def _watched_pass(work: _Work) -> _Watched:
+    observation = observe(work.model)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            loss = work.forward()
+            forward_flops = counter.get_total_flops()
+            gradients = work.backward(loss)
+            backward_flops = counter.get_total_flops() - forward_flops
+    finally:
+        observation.remove()
+    calls = observation.calls
+    if not calls:
+        raise ValueError("profile: no module of the model was called, so there is nothing to show layer by layer")
+    recurrences = [call.recurrence for call in calls if isinstance(call, RecurrenceCall)]
+    for recurrence in recurrences:
+        if recurrence.grad_states is None:
+            recurrence.grad_states = torch.zeros_like(recurrence.h0)
+    # torch's counter knows its own products; those of our compiled op are added by formula.
+    if _backends.choose(op.NAME, work.device) != "reference":
+        forward_flops += sum(replay.forward_flops(recurrence) for recurrence in recurrences)
+        backward_flops += sum(replay.backward_flops(recurrence) for recurrence in recurrences)
+    norms = {
+        id(parameter): gradient.double().norm().item()
+        for parameter, gradient in zip(work.differentiated, gradients, strict=True)
+        # The recurrence's own weight has one norm per layer, from the replay.
+        if gradient is not None and gradient.dim() >= 2 and not _is_recurrent(parameter, calls)
+    }
+    return _Watched(loss.item(), calls, norms, forward_flops, backward_flops)
+
+
+def _is_recurrent(parameter: Tensor, calls) -> bool:
+    return any(
+        isinstance(call, RecurrenceCall) and call.recurrence.weight.data_ptr() == parameter.data_ptr()
+        for call in calls
+    )
+
+
+def _timed_passes(work: _Work, repeats: int, watched: _Watched) -> Timing:
+    forward, backward = [], []
+    begin = machine.now(work.device)
+    while len(forward) < repeats and (not forward or machine.now(work.device) - begin < TIMING_SECONDS):
+        start = machine.now(work.device)
+        loss = work.forward()
+        middle = machine.now(work.device)
+        gradients = work.backward(loss)
+        forward.append(middle - start)
+        backward.append(machine.now(work.device) - middle)
+        # Before the next pass allocates its own.
+        del loss, gradients
+    layers = sum(call.recurrence.steps if isinstance(call, RecurrenceCall) else 1 for call in watched.calls)
+    return Timing(
+        forward_seconds=statistics.median(forward),
+        backward_seconds=statistics.median(backward),
+        repeats=len(forward),
+        layers=layers,
+        forward_flops=watched.forward_flops,
+        backward_flops=watched.backward_flops,
+    )
+
+
+def _rows(watched: _Watched, jacobian: bool) -> tuple[dict[str, np.ndarray], dict]:
+    """The columns of the profile, one row per layer; and the Jacobian of every recurrence, as in _model_jacobian."""
+    parts, names, jacobians = [], [], {}
+    for call in watched.calls:
+        if isinstance(call, LayerCall):
+            parts.append(_single_row(call, watched.weight_gradient_norms))
+            names.append([call.name])
+            continue
+        columns = replay.layer_columns(call.recurrence)
+        parts.append(columns)
+        names.append([f"{call.name}[{l}]" for l in range(1, call.recurrence.steps + 1)])
+        if jacobian and call.recurrence.h0.shape[1] <= replay.EXACT_WIDTH and len(call.recurrence.h0):
+            rows, exponent = replay.state_jacobian(call.recurrence)
+            what = "h_0 -> h_L" if call.name == "layer" else f"{call.name}: h_0 -> h_L"
+            jacobians[what] = (replay.state_spectrum(columns, rows, exponent), rows, exponent)
+        # The chunks' states are not needed any more, and the next recurrence has its own.
+        call.recurrence.boundaries.clear()
+    table = {"name": np.array([name for part in names for name in part])}
+    for column in COLUMNS:
+        if column != "name":
+            lengths = zip(parts, names, strict=True)
+            table[column] = np.concatenate([part.get(column, np.full(len(name), math.nan)) for part, name in lengths])
+    return table, jacobians
+
+
+def _single_row(call: LayerCall, weight_gradient_norms: dict[int, float]) -> dict[str, np.ndarray]:
+    own = [id(parameter) for parameter in call.module.parameters(recurse=False)]
+    squares = [weight_gradient_norms[parameter] ** 2 for parameter in own if parameter in weight_gradient_norms]
+    row = {
+        "state_rms": call.state_rms,
+        "gradient_norm": call.gradient_norm,
+        "activation_shift": call.activation_shift,
+        "shift_angle": call.shift_angle,
+        "weight_gradient_norm": math.sqrt(sum(squares)) if squares else math.nan,
+    }
+    return {name: np.array([value]) for name, value in row.items()}
+
+
+def _model_jacobian(work: _Work, method: str, jacobians: dict) -> dict:
+    """{what: (spectrum, Jacobian or None, its exponent)} of the map from one input to its output."""
+    point = work.first_input
+    if isinstance(work.model, OrthogonalFilterRNN) or not point.is_floating_point():
+        return {}
+    if isinstance(work.model, OrthogonalFilterMLP) and "h_0 -> h_L" in jacobians:
+        # The chain rule, with the exact factor that is already there.
+        _, rows, exponent = jacobians["h_0 -> h_L"]
+        read_in, read_out = (layer.weight.detach().double() for layer in (work.model.input_layer, work.model.output_layer))
+        product = read_out @ rows.double() @ read_in
+        spectrum = spectra.matrix_spectrum(product, rows.shape[0], exponent, computed_in=rows.dtype)
+        return {"input -> output": (spectrum, product, exponent)}
+    position = next(i for i, argument in enumerate(work.inputs) if argument is point)
+
+    def first_sample(sample: Tensor) -> Tensor:
+        batch = torch.cat([sample, point[1:].detach()])
+        return first_floating(work.model(*work.inputs[:position], batch, *work.inputs[position + 1 :]))[0]
+
+    try:
+        spectrum = spectra.function_spectrum(first_sample, point[:1], method)
+    except RuntimeError as error:
+        raise ValueError(
+            f"profile: no second derivative of this model, which Lanczos' J v needs ({str(error).splitlines()[0]}); "
+            "use jacobian_method='exact' or jacobian=False"
+        ) from error
+    return {"input -> output": (spectrum, None, 0)}
+

@@ -1,0 +1,262 @@
+"""What a profile holds, and its ways out: a table for the terminal, a plot, one CSV row per layer, JSON.
+
+NaN in a column means that the figure does not apply to that row. In JSON, which has no such number, infinities and NaN
+are the strings "inf", "-inf" and "nan".
+"""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from lcw_ops.profile.files import write_atomically
+from lcw_ops.profile.jacobian import JacobianSpectrum
+
+COLUMNS = {
+    "name": "module, with #2, #3, ... for further calls; layer[l] is layer (or time step) l of a recurrence",
+    "state_rms": "rms of the output over samples and units",
+    "gradient_norm": "norm of dE/d(output) over all samples",
+    "activation_shift": "rms over units of the mean pre-activation (of other modules: output) over samples",
+    "shift_angle": "degrees by which weight vectors miss 90 degrees to the mean input, rms over units",
+    "weight_gradient_norm": "norm of dE/d(weight); of a weight shared over time, this step's share",
+    "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
+    "gain_lower": "lower bound of the singular values of this layer's Jacobian",
+    "gain_upper": "upper bound of them",
+    "gradient_lower": "lower bound of gradient_norm, given the gradient at the end",
+    "gradient_upper": "upper bound of it",
+    "state_rms_bound": "upper bound of state_rms, for |act| <= 1",
+}
+
+# Rows of a deep net that the table shows: the first, the last and some evenly between.
+TABLE_ROWS = 12
+
+
+@dataclass
+class Timing:
+    """Seconds (median of ``repeats``) and arithmetic of one forward and one backward pass over ``layers`` rows.
+
+    flops count multiplications and additions of matrix products and convolutions; matmul_rate is FLOP/s.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    repeats: int
+    layers: int
+    forward_flops: int
+    backward_flops: int
+    matmul_rate: float = math.nan
+
+    @property
+    def microseconds_per_layer(self) -> float:
+        return 1e6 * (self.forward_seconds + self.backward_seconds) / self.layers
+
+    @property
+    def forward_rate(self) -> float:
+        """FLOP/s"""
+        return self.forward_flops / self.forward_seconds
+
+    @property
+    def backward_rate(self) -> float:
+        """FLOP/s"""
+        return self.backward_flops / self.backward_seconds
+
+    def summary(self) -> dict:
+        return {
+            **dataclasses.asdict(self),
+            "microseconds_per_layer": self.microseconds_per_layer,
+            "forward_gflops_per_second": self.forward_rate / 1e9,
+            "backward_gflops_per_second": self.backward_rate / 1e9,
+            "forward_share_of_matmul_rate": self.forward_rate / self.matmul_rate,
+            "backward_share_of_matmul_rate": self.backward_rate / self.matmul_rate,
+        }
+
+
+@dataclass
+class Profile:
+    """The result of :func:`lcw_ops.profile.profile`.
+
+    Attributes:
+        name: of the model. loss: its value. samples: in the batch. backend: which carries out our ops.
+        columns: one array per entry of ``COLUMNS``, one element per layer, in the order of the calls.
+        jacobians: what -> :class:`JacobianSpectrum`.
+        timing: :class:`Timing`.
+        peak_memory_bytes: of the process so far (CPU), or of torch on the GPU; None where it is not known.
+        machine: hardware and versions.
+    """
+
+    name: str
+    loss: float
+    samples: int
+    columns: dict[str, np.ndarray]
+    jacobians: dict[str, JacobianSpectrum]
+    timing: Timing
+    peak_memory_bytes: int | None
+    backend: str
+    machine: dict
+
+    def __len__(self) -> int:
+        return len(self.columns["name"])
+
+    def summary(self) -> dict:
+        """Everything but the columns, ready for :func:`json_ready`."""
+        return {
+            "name": self.name,
+            "loss": self.loss,
+            "samples": self.samples,
+            "rows": len(self),
+            "backend": self.backend,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "timing": self.timing.summary(),
+            "jacobians": {what: dataclasses.asdict(spectrum) for what, spectrum in self.jacobians.items()},
+            "machine": self.machine,
+        }
+
+    def table(self) -> str:
+        """A summary and a selection of rows, for a terminal: with rich when it is installed, else plain text."""
+        shown = np.unique(np.linspace(0, len(self) - 1, TABLE_ROWS).round().astype(int))
+        columns = ["name", *(name for name in COLUMNS if name != "name" and self._has(name))]
+        rows = [[_cell(self.columns[name][i]) for name in columns] for i in shown]
+        title = f"{self.name}: {len(shown)} of {len(self)} rows"
+        return format_table([name.replace("_", " ") for name in columns], rows, title) + "\n" + self._figures()
+
+    def _has(self, column: str) -> bool:
+        return not np.isnan(self.columns[column]).all()
+
+    def _figures(self) -> str:
+        return format_table(["figure", "value"], timing_rows(self) + jacobian_rows(self))
+
+    def plot(self, path: str | Path) -> None:
+        """Norms by depth on a log axis, bounds shaded, as PNG, SVG or PDF by the path's ending.
+
+        ImportError without matplotlib; OSError when the file cannot be written.
+        """
+        from lcw_ops.profile.plot import plot_profile
+
+        plot_profile(self, path)
+
+    def to_csv(self, path: str | Path) -> None:
+        """One row per layer under a header; an empty cell where a figure does not apply. OSError when it cannot."""
+        write_atomically(path, lambda file: write_rows(file, list(COLUMNS), [self.csv_rows()]))
+
+    def csv_rows(self) -> Iterable[Sequence[str]]:
+        """The rows of :meth:`to_csv`, as text."""
+        texts = [[_exact(value) for value in self.columns[name].tolist()] for name in COLUMNS]
+        return zip(*texts, strict=True)
+
+    def to_json(self, path: str | Path) -> None:
+        """The summary and all columns; see the top of this file for numbers that JSON does not have."""
+        content = {**self.summary(), "columns": {name: column.tolist() for name, column in self.columns.items()}}
+        write_atomically(path, lambda file: write_json(file, content))
+
+
+def timing_rows(profile: Profile) -> list[list[str]]:
+    """(figure, value) pairs of time, rate and memory."""
+    timing = profile.timing
+    repeats = f"median of {timing.repeats}" if timing.repeats > 1 else "1 run"
+    rows = [
+        ["forward", f"{timing.forward_seconds * 1e3:.4g} ms ({repeats})"],
+        ["backward", f"{timing.backward_seconds * 1e3:.4g} ms ({repeats})"],
+        ["forward + backward per layer", f"{timing.microseconds_per_layer:.4g} µs"],
+    ]
+    for direction, rate in (("forward", timing.forward_rate), ("backward", timing.backward_rate)):
+        share = rate / timing.matmul_rate
+        rows.append([f"{direction} rate", f"{rate / 1e9:.4g} GFLOP/s, {share:.1%} of this machine's matmul rate"])
+    rows.append(["matmul rate (float32)", f"{timing.matmul_rate / 1e9:.4g} GFLOP/s"])
+    if profile.peak_memory_bytes is not None:
+        rows.append(["peak memory so far", f"{profile.peak_memory_bytes / 1e9:.2f} GB"])
+    rows.append(["backend", f"{profile.backend}, {profile.machine['threads']} threads"])
+    return rows
+
+
+def jacobian_rows(profile: Profile) -> list[list[str]]:
+    """(figure, value) pairs of the extreme singular values, with their bounds and what they are worth."""
+    rows = []
+    for what, spectrum in profile.jacobians.items():
+        smallest = f"{spectrum.smallest:.4g}"
+        if not spectrum.smallest_resolved:
+            smallest += " (below rounding)"
+        value = f"{smallest} ... {spectrum.largest:.4g}"
+        if spectrum.log_upper is not None:
+            value += f", bounds {format_log(spectrum.log_lower)} ... {format_log(spectrum.log_upper)}"
+        if not spectrum.converged:
+            value += f" (not converged after {spectrum.iterations} steps)"
+        rows.append([f"singular values {what}", value])
+    return rows
+
+
+def format_log(log_value: float) -> str:
+    """exp(log_value) in four digits, also where that is no float: 3^50000 is 10^23856."""
+    if abs(log_value) < 700:
+        return f"{math.exp(log_value):.4g}"
+    return "0" if log_value == -math.inf else f"10^{log_value / math.log(10):.0f}"
+
+
+def format_table(header: list[str], rows: list[list[str]], title: str | None = None) -> str:
+    """A table as text of the terminal's width: drawn by rich when it is installed, else columns of spaces."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return _plain_table(header, rows, title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
+
+
+def _plain_table(header, rows, title) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [title] if title else []
+    for row in (header, *rows):
+        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def write_rows(file: IO, header: list[str], parts: Iterable[Iterable[Sequence[str]]]) -> None:
+    """CSV with a header, the parts one after the other."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    for part in parts:
+        writer.writerows(part)
+
+
+def write_json(file: IO, content: dict) -> None:
+    json.dump(json_ready(content), file, indent=1, allow_nan=False)
+    file.write("\n")
+
+
+def json_ready(value):
+    """The same structure with the numbers that JSON does not have as strings."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _exact(value) -> str:
+    """Seven significant digits, what float32 holds; empty for NaN."""
+    if isinstance(value, str):
+        return value
+    return "" if math.isnan(value) else f"{value:.7g}"
+
+
+def _cell(value) -> str:
+    if isinstance(value, str):
+        return value
+    return "-" if np.isnan(value) else f"{value:.3g}"

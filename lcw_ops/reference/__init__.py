@@ -1,0 +1,42 @@
+"""Plain PyTorch: readable, any floating dtype, twice differentiable. The oracle of every kernel and the last resort."""
+
+from lcw_ops.reference.gradient_activation import adamw_step, gradient_activation, sgd_step
+from lcw_ops.reference.hypersphere import (
+    gmp_linear,
+    hypersphere_angles,
+    hypersphere_direction,
+    hypersphere_direction_backward,
+    hypersphere_direction_jvp,
+    normalize_scale,
+)
+from lcw_ops.reference.lcw_linear import activation_shift, lcw_basis, lcw_linear, lcw_weight
+from lcw_ops.reference.lps import (
+    activation_variance,
+    anchored,
+    gaussian_expectation,
+    heavy_tail,
+    hermite_second_moment,
+    joint,
+)
+
+__all__ = [
+    "activation_shift",
+    "activation_variance",
+    "adamw_step",
+    "anchored",
+    "gaussian_expectation",
+    "gmp_linear",
+    "gradient_activation",
+    "heavy_tail",
+    "hermite_second_moment",
+    "hypersphere_angles",
+    "hypersphere_direction",
+    "hypersphere_direction_backward",
+    "hypersphere_direction_jvp",
+    "joint",
+    "lcw_basis",
+    "lcw_linear",
+    "lcw_weight",
+    "normalize_scale",
+    "sgd_step",
+]

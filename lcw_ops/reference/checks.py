@@ -1,0 +1,69 @@
+"""What the public functions check before they compute: dtype, shape, numbers and names, with one form of message.
+
+"<function>: <argument> is <what came>; expected <what is right>. <What to do.>" Nothing is cast, guessed or left to
+fail later. The rule is lcw_ops' own.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulation_dtype(function: str, **tensors: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: float32 for 16-bit tensors, otherwise the tensors' own. None is skipped.
+
+    Raises TypeError where an argument is no tensor, is not floating point, or differs in dtype from the first.
+    """
+    given = {argument: tensor for argument, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given.values()))
+    for argument, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{function}: {argument} is a {type(tensor).__name__}; expected a torch.Tensor.")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(
+                f"{function}: {argument} is {tensor.dtype}; expected float64, float32, bfloat16 or float16. "
+                f"Convert it first, for example {argument}.float()."
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{function}: {argument} is {tensor.dtype}; expected {first.dtype}, as {next(iter(given))} is. "
+                f"Convert one of the two, or use torch.autocast."
+            )
+    return torch.promote_types(first.dtype, torch.float32)
+
+
+def check_shape(function: str, argument: str, tensor: Tensor, right: bool, expected: str, remedy: str = "") -> None:
+    """ValueError with the shape that came and the shape that was expected, unless `right`."""
+    if not right:
+        message = f"{function}: {argument} has shape {tuple(tensor.shape)}; expected {expected}."
+        raise ValueError(f"{message} {remedy}".rstrip())
+
+
+def check_positive(function: str, argument: str, value: float) -> None:
+    """A finite number above 0: TypeError if it is no number, ValueError if it is out of range."""
+    _check_number(function, argument, value)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{function}: {argument} is {value}; expected a finite number > 0.")
+
+
+def check_non_negative(function: str, argument: str, value: float) -> None:
+    """A finite number, 0 allowed: TypeError if it is no number, ValueError if it is out of range."""
+    _check_number(function, argument, value)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{function}: {argument} is {value}; expected a finite number >= 0.")
+
+
+def check_choice(function: str, argument: str, value: object, choices: Iterable[object]) -> None:
+    """ValueError that lists the choices, unless `value` is one of them."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{function}: {argument} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+
+
+def _check_number(function: str, argument: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; expected a Python number.")

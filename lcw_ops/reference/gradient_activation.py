@@ -1,0 +1,123 @@
+"""Activated gradients (GAF): an odd, increasing function that enlarges tiny gradients and restricts large ones.
+
+arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|);  slope at 0 alpha beta.
+M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
+"""
+
+import torch
+from torch import Tensor
+
+from lcw_ops.reference.checks import accumulation_dtype, check_choice, check_non_negative, check_positive, check_shape
+
+KINDS = ("arctan", "tanh", "log")
+PLACES = ("gradient", "momentum")
+
+
+def gradient_activation(gradient: Tensor, kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> Tensor:
+    """f(gradient) by element, out of place; any shape.
+
+    bounds: arctan alpha pi/2, tanh alpha, log none. NaN stays NaN; +-inf becomes +-bound (log: +-inf), so an
+    overflow must be looked for before (GradScaler unscales and checks first). Differentiable, with slope alpha beta
+    at 0 for every kind.
+
+    Any floating dtype; 16-bit gradients are computed in float32. Functions and constants are the authors' code's.
+    Raises TypeError for a dtype that is not floating, ValueError for an unknown kind or alpha, beta not finite and > 0.
+    """
+    dtype = accumulation_dtype("gradient_activation", gradient=gradient)
+    check_choice("gradient_activation", "kind", kind, KINDS)
+    check_positive("gradient_activation", "alpha", alpha)
+    check_positive("gradient_activation", "beta", beta)
+    g = gradient.to(dtype)
+    if kind == "arctan":
+        activated = torch.atan(beta * g)
+    elif kind == "tanh":
+        activated = torch.tanh(beta * g)
+    else:
+        # copysign and not sign, whose 0 at 0 would make the slope there 0 instead of alpha beta.
+        sign = torch.copysign(torch.ones_like(g), g)
+        activated = sign * torch.log1p(beta * (sign * g))
+    return (alpha * activated).to(gradient.dtype)
+
+
+def sgd_step(
+    param: Tensor,
+    gradient: Tensor,
+    momentum_buffer: Tensor | None,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    activate: str = "gradient",
+    kind: str = "arctan",
+    alpha: float = 0.1,
+    beta: float = 20.0,
+) -> tuple[Tensor, Tensor]:
+    """One step of SGD with an activated gradient: (new param, new momentum buffer); nothing is changed in place.
+
+    activate="gradient":  d = f(g) + weight_decay w,  v = momentum v + d,  w <- w - lr v.
+    activate="momentum":  d = g + weight_decay w,     v = momentum v + d,  w <- w - lr f(v)   (the authors' main runs).
+    momentum_buffer None is the first step, v = d. All tensors have one shape and one floating dtype; 16-bit tensors are
+    computed in float32 and rounded once. Both places are the authors' code's.
+    Raises TypeError for dtypes that are not floating or differ, ValueError for shapes, names or numbers out of range.
+    """
+    dtype = accumulation_dtype("sgd_step", param=param, gradient=gradient, momentum_buffer=momentum_buffer)
+    _check_same_shape("sgd_step", param, gradient=gradient, momentum_buffer=momentum_buffer)
+    check_choice("sgd_step", "activate", activate, PLACES)
+    check_non_negative("sgd_step", "lr", lr)
+    check_non_negative("sgd_step", "momentum", momentum)
+    check_non_negative("sgd_step", "weight_decay", weight_decay)
+    w, g = param.to(dtype), gradient.to(dtype)
+    if activate == "gradient":
+        g = gradient_activation(g, kind, alpha, beta)
+    d = g + weight_decay * w
+    v = d if momentum_buffer is None else momentum * momentum_buffer.to(dtype) + d
+    step = gradient_activation(v, kind, alpha, beta) if activate == "momentum" else v
+    return (w - lr * step).to(param.dtype), v.to(param.dtype)
+
+
+def adamw_step(
+    param: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    kind: str = "arctan",
+    alpha: float = 0.1,
+    beta: float = 15.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of AdamW with an activated gradient: (new param, new exp_avg, new exp_avg_sq); nothing in place.
+
+    f on the raw gradient, then the decoupled decay, then the moments:
+        g' = f(g),  w <- (1 - lr weight_decay) w,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2,
+        w <- w - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps).
+    step counts from 1; the moments start at zero. alpha cancels here except against eps (derived; the place is the
+    authors' code's). Dtypes and errors as `sgd_step`.
+    """
+    dtype = accumulation_dtype("adamw_step", param=param, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    _check_same_shape("adamw_step", param, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    if step < 1:
+        raise ValueError(
+            f"adamw_step: step is {step}; expected a count from 1, for the bias correction divides by 0 at 0."
+        )
+    check_non_negative("adamw_step", "lr", lr)
+    check_non_negative("adamw_step", "eps", eps)
+    check_non_negative("adamw_step", "weight_decay", weight_decay)
+    beta1, beta2 = betas
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"adamw_step: betas is {betas}; expected two numbers in [0, 1).")
+    g = gradient_activation(gradient.to(dtype), kind, alpha, beta)
+    first = beta1 * exp_avg.to(dtype) + (1 - beta1) * g
+    second = beta2 * exp_avg_sq.to(dtype) + (1 - beta2) * g.square()
+    denominator = (second / (1 - beta2**step)).sqrt() + eps
+    decayed = (1 - lr * weight_decay) * param.to(dtype)
+    new_param = decayed - lr / (1 - beta1**step) * first / denominator
+    return new_param.to(param.dtype), first.to(exp_avg.dtype), second.to(exp_avg_sq.dtype)
+
+
+def _check_same_shape(function: str, param: Tensor, **tensors: Tensor | None) -> None:
+    for argument, tensor in tensors.items():
+        if tensor is not None:
+            check_shape(function, argument, tensor, tensor.shape == param.shape, f"param's {tuple(param.shape)}")

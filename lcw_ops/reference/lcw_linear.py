@@ -1,0 +1,95 @@
+"""Linearly constrained weights (LCW): rows of zero sum, so inputs of equal means cause no activation shift.
+
+w = u - mean(u) (centred) or w = B v, B an orthonormal basis of {w : w.1 = 0} (basis). T. Kutsuna, "Linearly Constrained
+Weights", ECML PKDD 2019, arXiv 2403.13833; the centred form and the choice of B are lcw_ops' own.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lcw_ops.reference.checks import accumulation_dtype, check_shape
+
+
+def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
+    """Rows with zero sum from an unconstrained parameter.
+
+    centred (basis=False): weight (n, m, *k) -> (n, m, *k),  w = u - mean(u) over everything but dim 0.
+    basis: weight (n, m-1) -> (n, m),  w = B v with the Householder basis of `lcw_basis`, never stored: with s =
+    sqrt(m), S = sum(v):  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s.
+    Fan-in 1 leaves only w = 0: centred (n, 1) and basis (n, 0) both give zeros (n, 1).
+
+    Any floating dtype; the sums of 16-bit rows are taken in float32. The constraint set and the basis form are the
+    paper's; the centred form, the choice of basis and "a convolution's unit is a filter" are ours.
+    Raises TypeError for a dtype that is not floating, ValueError for a rank below 2 (basis: other than 2).
+    """
+    dtype = accumulation_dtype("lcw_weight", weight=weight)
+    if basis:
+        check_shape("lcw_weight", "weight", weight, weight.dim() == 2, "(n, m-1)", "Flatten a filter to one row first.")
+        v = weight.to(dtype)
+        row_sum = v.sum(dim=1, keepdim=True)
+        s = math.sqrt(v.shape[1] + 1)
+        return torch.cat([v - row_sum / (s * (s + 1)), -row_sum / s], dim=1).to(weight.dtype)
+    check_shape("lcw_weight", "weight", weight, weight.dim() >= 2, "(n, m, *k)", "A unit is one row: add dim 0.")
+    u = weight.to(dtype)
+    return (u - u.mean(dim=tuple(range(1, u.dim())), keepdim=True)).to(weight.dtype)
+
+
+def lcw_basis(m: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Tensor:
+    """The dense basis B (m, m-1) of {w : w.1 = 0}, for tests and reading: lcw_weight(v, basis=True) == v @ B.T.
+
+    B^T B = I, 1^T B = 0, B B^T = I - 1 1^T / m. The paper asks for any orthonormal basis; Householder's is our choice.
+    Raises ValueError for m < 1.
+    """
+    if m < 1:
+        raise ValueError(f"lcw_basis: m is {m}; expected a fan-in of at least 1.")
+    s = math.sqrt(m)
+    matrix = torch.eye(m, m - 1, dtype=dtype, device=device)
+    matrix[:-1] -= 1 / (s * (s + 1))
+    matrix[-1] = -1 / s
+    return matrix
+
+
+def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: bool = False) -> Tensor:
+    """x (..., m) -> (..., n):  y = x w^T + b  with w = lcw_weight(weight, basis).
+
+    weight (n, m), or (n, m-1) with basis=True; bias (n,). All of one floating dtype, which is the result's; 16-bit
+    inputs are computed in float32 and rounded once. For every x proportional to the ones vector, y = b (the paper's
+    proposition). Raises TypeError for dtypes that are not floating or differ, ValueError for shapes that do not fit.
+    """
+    dtype = accumulation_dtype("lcw_linear", x=x, weight=weight, bias=bias)
+    constrained = lcw_weight(weight.to(dtype), basis)
+    _check_linear_shapes("lcw_linear", x, constrained, bias)
+    return F.linear(x.to(dtype), constrained, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The activation shift of every unit: (mean pre-activation (n,), angle to the mean activation vector (n,)).
+
+    x (..., m) holds the samples, weight (n, m) is the weight the layer applies (for an LCW layer: lcw_weight(...)).
+    With mu the mean sample:  shift = w.mu + b = ||w|| ||mu|| cos(angle) + b, angle in [0, pi]. The paper defines the
+    shift by that angle; an angle to a zero vector is defined here as pi/2, for it means "no shift".
+    Raises TypeError for dtypes that are not floating or differ, ValueError for shapes that do not fit or no samples.
+    """
+    dtype = accumulation_dtype("activation_shift", x=x, weight=weight, bias=bias)
+    check_shape("activation_shift", "weight", weight, weight.dim() == 2, "(n, m)", "Flatten a filter to one row first.")
+    _check_linear_shapes("activation_shift", x, weight, bias)
+    check_shape("activation_shift", "x", x, x.numel() > 0, "at least one sample and feature")
+    mean_activation = x.to(dtype).reshape(-1, x.shape[-1]).mean(dim=0)
+    shift = F.linear(mean_activation, weight.to(dtype), None if bias is None else bias.to(dtype))
+    w, mu = weight.to(dtype), mean_activation
+    w_length, mu_length = w.norm(dim=1, keepdim=True), mu.norm()
+    # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(w.mu) loses near 0 and pi; scaled by both
+    # lengths it needs no division.
+    angle = 2 * torch.atan2((w * mu_length - mu * w_length).norm(dim=1), (w * mu_length + mu * w_length).norm(dim=1))
+    no_direction = (w_length * mu_length).squeeze(1) == 0
+    return shift.to(x.dtype), angle.masked_fill(no_direction, math.pi / 2).to(x.dtype)
+
+
+def _check_linear_shapes(function: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    units, fan_in = weight.shape
+    check_shape(function, "x", x, x.dim() >= 1 and x.shape[-1] == fan_in, f"(..., {fan_in}), the weight's fan-in")
+    if bias is not None:
+        check_shape(function, "bias", bias, bias.shape == (units,), f"({units},), one value per unit")

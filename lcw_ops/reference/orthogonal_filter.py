@@ -1,0 +1,241 @@
+"""The deep orthogonal-filter recurrence in plain PyTorch: the oracle every kernel is judged against, and the last resort.
+
+    h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
+
+A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. The forward formula and the convex
+choice alpha = 1 - beta are the paper's; the backward and tangent recurrences below are derived here. Rows are samples.
+"""
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda pre_activation: pre_activation,
+}
+
+# The largest slope of each activation: Lip(act) in the bounds on singular values.
+LIPSCHITZ = {"tanh": 1.0, "relu": 1.0, "sigmoid": 0.25, "identity": 1.0}
+
+
+def activation_derivative(pre_activation: Tensor, activation: str) -> Tensor:
+    """act'(a), differentiable in a. At the kink of ReLU the derivative is 0, as in torch."""
+    if activation == "relu":
+        return (pre_activation > 0).to(pre_activation.dtype)
+    if activation == "identity":
+        return torch.ones_like(pre_activation)
+    value = ACTIVATIONS[activation](pre_activation)
+    return 1 - value * value if activation == "tanh" else value * (1 - value)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that carries the state: in 16 bits alpha = 1 - 2e-5 rounds to 1 and the filter is no longer orthogonal."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def count_steps(weight: Tensor, bias, filter: Tensor, alpha, beta, inputs) -> int:
+    """L (or T): the common length of every argument that has one entry per step.
+
+    Raises ValueError when the lengths disagree, or when no argument carries one.
+    """
+    lengths = {}
+    if weight.dim() == 3:
+        lengths["weight"] = weight.shape[0]
+    if inputs is not None:
+        lengths["inputs"] = inputs.shape[0]
+    if bias is not None and bias.dim() == 2:
+        lengths["bias"] = bias.shape[0]
+    if filter.dim() == 3:
+        lengths["filter"] = filter.shape[0]
+    for name, scale in (("alpha", alpha), ("beta", beta)):
+        if isinstance(scale, Tensor) and scale.numel() != 1:
+            lengths[name] = scale.shape[0]
+    if not lengths:
+        raise ValueError(
+            "orthogonal_filter: the number of steps is unknown: weight has shape "
+            f"{tuple(weight.shape)} and nothing else has one entry per step. Pass inputs of shape (T, M, N), "
+            "or expand the weight: weight.expand(L, N, N)"
+        )
+    steps = next(iter(lengths.values()))
+    if any(length != steps for length in lengths.values()):
+        raise ValueError(
+            f"orthogonal_filter: the arguments disagree on the number of steps: {lengths}. "
+            "Give each of them one entry per layer (or time step), or share it over all steps"
+        )
+    return steps
+
+
+def scale_tensors(alpha, beta, steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and beta as tensors of shape (1,) or (L,); default beta = 1/L, alpha = 1 - beta.
+
+    1 - beta is formed in float64 from a Python number and rounded once.
+    """
+    options = {"dtype": state_dtype(like.dtype), "device": like.device}
+    if beta is None:
+        beta = 1.0 / max(steps, 1)
+    if alpha is None:
+        alpha = 1.0 - beta
+    alpha, beta = (
+        scale.to(**options).reshape(-1) if isinstance(scale, Tensor) else torch.full((1,), scale, **options)
+        for scale in (alpha, beta)
+    )
+    return alpha, beta
+
+
+def apply_filter(state: Tensor, filter: Tensor) -> Tensor:
+    """O h for rows h of ``state`` (M, N): ``filter`` is a matrix (N, N) or a permutation p with (O h)_i = h_{p_i}."""
+    return state[:, filter] if filter.dim() == 1 else state @ filter.mT
+
+
+def apply_filter_transposed(gradient: Tensor, filter: Tensor) -> Tensor:
+    """O^T g for rows g of ``gradient`` (M, N)."""
+    return gradient[:, filter.argsort()] if filter.dim() == 1 else gradient @ filter
+
+
+def orthogonal_filter(
+    h0, weight, bias, filter, alpha=None, beta=None, inputs=None, activation="tanh", return_states=False
+):
+    """The recurrence, one step after the other, through torch's own autograd.
+
+    Arguments as in :func:`lcw_ops.functional.orthogonal_filter`; any floating dtype, twice differentiable. 16-bit
+    arguments are computed with a float32 state and the result is rounded once at the end.
+    """
+    steps = count_steps(weight, bias, filter, alpha, beta, inputs)
+    alpha, beta = scale_tensors(alpha, beta, steps, h0)
+    result_dtype, dtype = h0.dtype, state_dtype(h0.dtype)
+    state = h0.to(dtype)
+    states = [state]
+    for weight_l, bias_l, filter_l, alpha_l, beta_l, input_l in _per_step(
+        steps, dtype, weight, bias, filter, alpha, beta, inputs
+    ):
+        pre_activation = _pre_activation(state, weight_l, bias_l, input_l)
+        state = alpha_l * apply_filter(state, filter_l) + beta_l * ACTIVATIONS[activation](pre_activation)
+        states.append(state)
+    result = torch.stack(states) if return_states else state
+    # With no step at all the result would be h0 itself, and an op never returns its argument.
+    return result.to(result_dtype) if steps or return_states else result.to(result_dtype, copy=True)
+
+
+def orthogonal_filter_backward(
+    grad_output, h0, weight, bias, filter, alpha, beta, inputs=None, activation="tanh", return_states=False
+):
+    """Gradients by the explicit recurrence; every line is differentiable, so this is the double backward too.
+
+        P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l
+        dW_l = P_l^T H_{l-1}    db_l = sum_rows P_l    du_l = P_l
+        dalpha_l = <G_l, H_{l-1} O_l^T>   dbeta_l = <G_l, act(A_l)>
+
+    ``grad_output`` is (M, N), or (L+1, M, N) with ``return_states``. Returns the gradients of
+    (h0, weight, bias, alpha, beta, inputs), each of its argument's shape, None for an argument that is None; and last
+    the gradients of all states, (L+1, M, N).
+    """
+    steps = count_steps(weight, bias, filter, alpha, beta, inputs)
+    dtype = h0.dtype
+    states = orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states=True)
+    gradient = grad_output[-1] if return_states else grad_output
+    grad_states = [gradient]
+    per_step = list(_per_step(steps, dtype, weight, bias, filter, alpha, beta, inputs))
+    grad_pre, grad_alpha, grad_beta = [], [], []
+    for l in reversed(range(steps)):
+        weight_l, bias_l, filter_l, alpha_l, beta_l, input_l = per_step[l]
+        pre_activation = _pre_activation(states[l], weight_l, bias_l, input_l)
+        grad_alpha.append((gradient * apply_filter(states[l], filter_l)).sum())
+        grad_beta.append((gradient * ACTIVATIONS[activation](pre_activation)).sum())
+        grad_pre.append(beta_l * activation_derivative(pre_activation, activation) * gradient)
+        gradient = alpha_l * apply_filter_transposed(gradient, filter_l) + grad_pre[-1] @ weight_l
+        if return_states:
+            gradient = gradient + grad_output[l]
+        grad_states.append(gradient)
+    grad_pre = torch.stack(grad_pre[::-1]) if steps else h0.new_zeros((0, *h0.shape))
+    grad_weight = torch.einsum("lmo,lmi->loi", grad_pre, states[:-1])
+    return (
+        gradient,
+        grad_weight if weight.dim() == 3 else grad_weight.sum(0),
+        None if bias is None else grad_pre.sum(1) if bias.dim() == 2 else grad_pre.sum((0, 1)),
+        _stack_scales(grad_alpha, alpha),
+        _stack_scales(grad_beta, beta),
+        None if inputs is None else grad_pre,
+        torch.stack(grad_states[::-1]),
+    )
+
+
+def orthogonal_filter_jvp(primals, tangents, activation="tanh", return_states=False):
+    """The tangent recurrence: the directional derivative of the output.
+
+        dh_l = dalpha O h + alpha O dh + dbeta act(A) + beta act'(A) * (dW h + W dh + db + du)
+
+    ``primals`` and ``tangents`` are (h0, weight, bias, filter, alpha, beta, inputs); the filter has no tangent, and a
+    tangent that is None is zero.
+    """
+    h0, weight, bias, filter, alpha, beta, inputs = primals
+    dh0, dweight, dbias, _, dalpha, dbeta, dinputs = tangents
+    steps = count_steps(weight, bias, filter, alpha, beta, inputs)
+    state, tangent = h0, torch.zeros_like(h0) if dh0 is None else dh0
+    tangents = [tangent]
+    moving = list(_per_step(steps, h0.dtype, dweight, dbias, filter, dalpha, dbeta, dinputs))
+    for l, (weight_l, bias_l, filter_l, alpha_l, beta_l, input_l) in enumerate(
+        _per_step(steps, h0.dtype, weight, bias, filter, alpha, beta, inputs)
+    ):
+        dweight_l, dbias_l, _, dalpha_l, dbeta_l, dinput_l = moving[l]
+        filtered = apply_filter(state, filter_l)
+        pre_activation = _pre_activation(state, weight_l, bias_l, input_l)
+        activated = ACTIVATIONS[activation](pre_activation)
+        dpre = tangent @ weight_l.mT
+        if dweight_l is not None:
+            dpre = dpre + state @ dweight_l.mT
+        for shift in (dbias_l, dinput_l):
+            if shift is not None:
+                dpre = dpre + shift
+        tangent = alpha_l * apply_filter(tangent, filter_l)
+        tangent = tangent + beta_l * activation_derivative(pre_activation, activation) * dpre
+        if dalpha_l is not None:
+            tangent = tangent + dalpha_l * filtered
+        if dbeta_l is not None:
+            tangent = tangent + dbeta_l * activated
+        state = alpha_l * filtered + beta_l * activated
+        tangents.append(tangent)
+    return torch.stack(tangents) if return_states else tangent
+
+
+def _pre_activation(state, weight, bias, step_input):
+    pre_activation = state @ weight.mT
+    for shift in (bias, step_input):
+        if shift is not None:
+            pre_activation = pre_activation + shift
+    return pre_activation
+
+
+def _per_step(steps, dtype, weight, bias, filter, alpha, beta, inputs):
+    """(W_l, b_l, O_l, alpha_l, beta_l, u_l) for every step; unbind, because indexing would make autograd O(L^2)."""
+
+    def over_steps(argument, shared_dim):
+        if argument is None:
+            return [None] * steps
+        if argument.is_floating_point():
+            argument = argument.to(dtype)
+        return [argument] * steps if argument.dim() == shared_dim else argument.unbind(0)
+
+    def scales(scale):
+        if scale is None:
+            return [None] * steps
+        return scale.expand(steps).unbind(0)
+
+    filter_dim = 1 if filter.dim() == 1 else 2
+    return zip(
+        over_steps(weight, 2),
+        over_steps(bias, 1),
+        over_steps(filter, filter_dim),
+        scales(alpha),
+        scales(beta),
+        over_steps(inputs, -1),
+        strict=True,
+    )
+
+
+def _stack_scales(reversed_gradients, scale):
+    if not reversed_gradients:
+        return torch.zeros_like(scale)
+    gradients = torch.stack(reversed_gradients[::-1])
+    return gradients if scale.shape[0] == gradients.shape[0] else gradients.sum().reshape(1)

@@ -1,0 +1,160 @@
+"""Builds the two extensions on torch's stable ABI and maps kernels/ and bench/ into the package.
+
+``lcw_ops/_C.abi3.so`` needs a C++ compiler, ``lcw_ops/_C_cuda.abi3.so`` nvcc as well. Both are plain shared libraries
+without a Python symbol, so one cp310-abi3 wheel serves every Python >= 3.10 and torch >= 2.10. Without a compiler the
+package installs as pure Python: slower, never broken.
+
+Environment: CXX; LCW_OPS_CUDA_ARCHS="80;90a;100" (default), or "" to leave CUDA out; LCW_OPS_NO_EXTENSIONS=1 for a
+pure-Python install.
+"""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).parent
+# The oldest torch whose stable ABI is used; every later one runs the same binary.
+STABLE_ABI_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+CUDA_ARCHS = "80;90a;100"
+
+
+def note(message: str) -> None:
+    print(f"lcw_ops: {message}", file=sys.stderr)
+
+
+def find_torch() -> Path | None:
+    """torch's folder: only headers and libraries are needed, and importing it would take seconds.
+
+    In pip's isolated build environment torch is not importable, but the one it will run with lies in the
+    environment's site-packages.
+    """
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    return next((folder for folder in folders if (folder / "include/torch/csrc/stable").is_dir()), None)
+
+
+def cxx() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_archs() -> list[str]:
+    return [arch for arch in os.environ.get("LCW_OPS_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";") if arch]
+
+
+def extensions() -> list[Extension]:
+    torch = find_torch()
+    if os.environ.get("LCW_OPS_NO_EXTENSIONS") == "1":
+        note("LCW_OPS_NO_EXTENSIONS=1: installing without compiled kernels")
+        return []
+    if torch is None:
+        note("no torch >= 2.10 in this environment: installing without compiled kernels. Install torch first, then again")
+        return []
+    if cxx() is None:
+        note("no C++ compiler: installing without compiled kernels (slower). Install g++ or clang++, then again")
+        return []
+    shared = {
+        "include_dirs": [str(torch / "include"), str(torch / "include/torch/csrc/api/include"), "csrc"],
+        "library_dirs": [str(torch / "lib")],
+        "py_limited_api": True,
+    }
+    found = [
+        Extension(
+            "lcw_ops._C",
+            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")),
+            libraries=["torch_cpu", "c10"],
+            **shared,
+        )
+    ]
+    if nvcc() is None:
+        note("no nvcc: installing without CUDA kernels")
+    elif cuda_archs():
+        found.append(
+            Extension("lcw_ops._C_cuda", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu")), **shared)
+        )
+    return found
+
+
+class BuildExtension(build_ext):
+    """Calls the compilers itself: the libraries contain no Python, and torch's CUDAExtension wants a CUDA torch."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".abi3.so"
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        objects = Path(self.build_temp) / extension.name
+        for folder in (target.parent, objects):
+            folder.mkdir(parents=True, exist_ok=True)
+        compiler = self._nvcc_command() if extension.name.endswith("_cuda") else self._cxx_command()
+        includes = [f"-I{folder}" for folder in extension.include_dirs]
+        commands, outputs = [], []
+        for source in extension.sources:
+            outputs.append(str(objects / (Path(source).stem + ".o")))
+            commands.append([*compiler, *includes, "-c", source, "-o", outputs[-1]])
+        self._run_together(commands)
+        libraries = [f"-L{folder}" for folder in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
+        # nvcc links its own runtime in, statically: the one that torch loaded may be another version.
+        linker = [nvcc(), "-ccbin", cxx()] if extension.name.endswith("_cuda") else [cxx()]
+        self._run_together([[*linker, "-shared", *outputs, *libraries, "-o", str(target)]])
+
+    def _cxx_command(self) -> list[str]:
+        # Vectors of 512 bits wherever a function is compiled for AVX-512: GCC prefers 256 by itself.
+        wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+        user = os.environ.get("CXXFLAGS", "").split()
+        return [cxx(), "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", *wide, STABLE_ABI_TARGET, *user]
+
+    def _nvcc_command(self) -> list[str]:
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
+        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx()]
+        return [nvcc(), "-std=c++17", "-O3", "--threads=0", *host, *targets, "-DUSE_CUDA", STABLE_ABI_TARGET]
+
+    def _run_together(self, commands: list[list[str]]) -> None:
+        running = []
+        for command in commands:
+            print(" ".join(command), flush=True)
+            running.append(subprocess.Popen(command))
+        if any(process.wait() for process in running):
+            raise SystemExit("lcw_ops: a compiler failed (above). LCW_OPS_NO_EXTENSIONS=1 installs without compiled kernels")
+
+
+class AnyPythonWheel(bdist_wheel):
+    """cp310-abi3 when there is compiled code, py3-none-any when there is none."""
+
+    def finalize_options(self) -> None:
+        if self.distribution.has_ext_modules():
+            self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+setup(
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "lcw_ops/__init__.py").read_text())[1],
+    package_dir={"lcw_ops": "lcw_ops", "lcw_ops.kernels": "kernels", "lcw_ops.bench": "bench"},
+    packages=[
+        "lcw_ops",
+        *(f"lcw_ops.{path.parent.name}" for path in sorted((ROOT / "lcw_ops").glob("*/__init__.py"))),
+        "lcw_ops.kernels",
+        "lcw_ops.bench",
+    ],
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": AnyPythonWheel},
+)

@@ -1,0 +1,323 @@
+"""F.gradient_activation_ on every backend: values, hostile memory, errors that change nothing, and torch's machinery.
+
+Judged as every backend is: the error against float64 is at most twice that of plain eager torch in the same dtype plus
+one unit in the last place of the result's scale; and in every element, a bound on the relative error.
+"""
+
+import math
+import os
+import re
+
+import pytest
+import torch
+
+import lcw_ops
+from lcw_ops import functional as F
+from lcw_ops.ops import _backends
+
+NAME = "gradient_activation_"
+KINDS = ("arctan", "tanh", "log")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# In units in the last place of f / alpha: what the kernel's docstring states, with the two roundings by alpha and beta.
+# A CUDA card divides and exponentiates approximately in float32.
+MAX_ULP = {"cpu": 4.0, "cuda": 6.0}
+
+
+# Without a GPU the triton tests run in the interpreter's process, started by test_triton_kernels.py.
+DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
+BACKENDS = [name for name in ("reference", "triton") if _backends.missing_reason(NAME, name, DEVICE_TYPE) is None]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    with lcw_ops.use_backend(request.param):
+        yield request.param
+
+
+def exact(gradient, kind, alpha, beta):
+    x = beta * gradient.double()
+    function = {"arctan": torch.atan, "tanh": torch.tanh, "log": lambda x: x.sign() * torch.log1p(x.abs())}[kind]
+    return alpha * function(x)
+
+
+def eager(gradient, kind, alpha, beta):
+    x = beta * gradient
+    function = {"arctan": torch.atan, "tanh": torch.tanh, "log": lambda x: x.sign() * torch.log1p(x.abs())}[kind]
+    return alpha * function(x)
+
+
+def assert_as_good_as_eager(result, gradient, kind, alpha, beta):
+    wanted = exact(gradient, kind, alpha, beta)
+    scale = wanted.abs().max().item()
+    last_place = torch.finfo(gradient.dtype).eps * 2.0 ** math.floor(math.log2(scale))
+    eager_error = (eager(gradient, kind, alpha, beta).double() - wanted).abs().max().item()
+    if gradient.dtype == torch.float64:
+        # Eager float64 is the reference itself: it looks exact and is not.
+        eager_error = last_place
+    assert result.dtype == gradient.dtype
+    assert (result.double() - wanted).abs().max().item() <= 2 * eager_error + last_place
+
+
+def random_gradients(shape, dtype, device):
+    """Eight powers of ten on either side of the bend, both signs."""
+    magnitude = 10.0 ** torch.empty(shape, dtype=torch.float64).uniform_(-7, 3)
+    return (magnitude * torch.randn(shape, dtype=torch.float64).sign()).to(device, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_float64(kind, dtype, device):
+    gradients = [random_gradients(size, dtype, device) for size in (1, 2, 1023, 1024, 1025, 3001)]
+    for alpha, beta in ((0.1, 20.0), (1.0, 1.5)):
+        results = [gradient.clone() for gradient in gradients]
+        assert F.gradient_activation_(results, kind, alpha, beta) is None
+        for result, gradient in zip(results, gradients, strict=True):
+            assert_as_good_as_eager(result, gradient, kind, alpha, beta)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_element_is_accurate(kind, dtype, device):
+    """Relative accuracy from the smallest normal number to the largest that beta does not overflow."""
+    tiny, large = (math.log10(limit) for limit in (torch.finfo(dtype).tiny * 10, torch.finfo(dtype).max / 100))
+    whole_range = 10.0 ** torch.linspace(tiny, large, 20_000, dtype=torch.float64)
+    bend = 10.0 ** torch.linspace(-4, 1, 20_000, dtype=torch.float64)
+    gradient = torch.cat([whole_range, -bend]).to(device, dtype)
+    wanted = exact(gradient, kind, 0.1, 20.0)
+    result = gradient.clone()
+    F.gradient_activation_([result], kind)
+    relative = (result.double() - wanted).abs() / wanted.abs()
+    # float64 is measured against float64, which has an error of its own.
+    allowed = MAX_ULP[DEVICE_TYPE] + (dtype == torch.float64)
+    assert relative.max().item() <= allowed * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_gradients_keep_their_digits(kind, device):
+    result = torch.tensor([1e-20, -1e-30], device=device)
+    F.gradient_activation_([result], kind, 0.1, 20.0)
+    torch.testing.assert_close(result.cpu(), torch.tensor([2e-20, -2e-30]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(kind, dtype, device):
+    values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype=dtype, device=device)
+    F.gradient_activation_([values], kind, 0.25, 20.0)
+    bound = {"arctan": 0.25 * math.pi / 2, "tanh": 0.25, "log": math.inf}[kind]
+    wanted = torch.tensor([math.nan, bound, -bound, 0.0, 0.0], dtype=dtype)
+    torch.testing.assert_close(values.cpu(), wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_to_the_last_bit(kind, device):
+    positive = random_gradients(2000, torch.float32, device).abs()
+    negative = -positive
+    F.gradient_activation_([positive, negative], kind)
+    assert torch.equal(positive, -negative)
+
+
+VIEWS = {
+    "transposed": lambda base: base[:24, :30].t(),
+    "columns": lambda base: base[:, 1::3],
+    "rows": lambda base: base[::2],
+    "inner block": lambda base: base[5:20, 7:11],
+    "one column": lambda base: base[:, 3],
+    "channels last": lambda base: base.view(-1)[:1200].view(2, 10, 6, 10).permute(0, 3, 1, 2),
+    "one element": lambda base: base[3, 4],
+    "size one dimensions": lambda base: base[:, None, :, None],
+    "empty": lambda base: base[:0],
+    "expanded to nothing": lambda base: base[:1].expand(0, 40),
+    "conjugate of a real": lambda base: base.conj(),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_strides(view, dtype, device):
+    base = random_gradients((40, 40), dtype, device)
+    untouched = base.clone()
+    inside = torch.zeros_like(base, dtype=torch.bool)
+    if VIEWS[view](inside).numel():
+        VIEWS[view](inside).fill_(True)
+    wanted = base.clone()
+    F.gradient_activation_([wanted])
+    F.gradient_activation_([VIEWS[view](base)])
+    assert torch.equal(base, torch.where(inside, wanted, untouched))
+
+
+def test_a_list_of_everything(device):
+    gradients = [random_gradients((3, 5), dtype, device) for dtype in DTYPES]
+    gradients += [
+        torch.empty(0, 7, device=device),
+        torch.tensor(0.5, device=device),
+        torch.ones(9, 9, device=device).t(),
+    ]
+    results = tuple(gradient.clone() for gradient in gradients)
+    F.gradient_activation_(results, "log")
+    for result, gradient in zip(results, gradients, strict=True):
+        if gradient.numel():
+            assert_as_good_as_eager(result, gradient, "log", 0.1, 20.0)
+    F.gradient_activation_([])
+
+
+def test_same_bits_every_time(device):
+    gradient = random_gradients(5000, torch.float32, device)
+    first, second = gradient.clone(), gradient.clone()
+    F.gradient_activation_([first])
+    F.gradient_activation_([second])
+    assert torch.equal(first, second)
+
+
+BAD_ENTRIES = {
+    "no gradient": (lambda: None, TypeError, "tensors[1] is a NoneType"),
+    "integers": (lambda: torch.ones(3, dtype=torch.int64), TypeError, "tensors[1] is torch.int64"),
+    "complex": (lambda: torch.ones(3, dtype=torch.complex64), TypeError, "tensors[1] is torch.complex64"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), TypeError, "to_dense()"),
+    "leaf": (lambda: torch.ones(3, requires_grad=True), ValueError, "tensors[1] requires a gradient"),
+    "view of a leaf": (lambda: torch.ones(3, requires_grad=True)[:2], ValueError, "tensors[1] requires a gradient"),
+    "recorded": (lambda: torch.ones(3, requires_grad=True) * 2, ValueError, "tensors[1] requires a gradient"),
+    "expanded": (lambda: torch.ones(1).expand(4), ValueError, "share memory"),
+    "overlapping": (lambda: torch.ones(8).as_strided((4, 3), (1, 2)), ValueError, "share memory"),
+}
+
+
+@pytest.mark.parametrize("entry", BAD_ENTRIES)
+def test_a_bad_entry_changes_nothing(entry, device):
+    make, error, message = BAD_ENTRIES[entry]
+    good = torch.ones(4, device=device)
+    with pytest.raises(error, match=re.escape(message)):
+        F.gradient_activation_([good, make(), good.clone()])
+    assert torch.equal(good, torch.ones_like(good))
+    assert good._version == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"kind": "sigmoid"}, ValueError),
+        ({"alpha": 0.0}, ValueError),
+        ({"alpha": math.nan}, ValueError),
+        ({"beta": -1.0}, ValueError),
+        ({"beta": math.inf}, ValueError),
+        ({"beta": "20"}, TypeError),
+    ],
+    ids=str,
+)
+def test_bad_options_change_nothing(options, error, device):
+    good = torch.ones(4, device=device)
+    with pytest.raises(error, match=f"gradient_activation_: {next(iter(options))} is"):
+        F.gradient_activation_([good], **options)
+    assert torch.equal(good, torch.ones_like(good))
+
+
+def test_not_a_list(device):
+    for tensors in (torch.ones(3, device=device), (tensor for tensor in [torch.ones(3)]), None):
+        with pytest.raises(TypeError, match="expected a list of tensors"):
+            F.gradient_activation_(tensors)
+
+
+def test_the_same_tensor_twice(device):
+    gradient = torch.ones(3, device=device)
+    with pytest.raises(ValueError, match="in the list twice"):
+        F.gradient_activation_([gradient, torch.ones(2, device=device), gradient])
+    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_a_backend_that_cannot_run_raises_before_writing(device):
+    gradient = torch.ones(3, device=device)
+    with lcw_ops.use_backend("cpp"), pytest.raises(RuntimeError, match=r"gradient_activation_.*cpp"):
+        F.gradient_activation_([gradient])
+    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_parameters_under_no_grad(device):
+    parameter = torch.nn.Parameter(torch.ones(3, device=device))
+    with torch.no_grad():
+        F.gradient_activation_([parameter])
+    torch.testing.assert_close(parameter.detach(), exact(torch.ones(3), "arctan", 0.1, 20.0).float().to(device))
+
+
+def test_inference_tensors(device):
+    with torch.inference_mode():
+        gradient = torch.ones(3, device=device)
+        F.gradient_activation_([gradient])
+    with pytest.raises(ValueError, match="inference tensor"):
+        F.gradient_activation_([gradient])
+
+
+def test_autograd_notices_the_write(device):
+    weight = torch.ones(3, device=device, requires_grad=True)
+    saved = torch.ones(3, device=device)
+    loss = (weight * saved).sum()
+    F.gradient_activation_([saved])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_vmap(device):
+    gradient = random_gradients((4, 5), torch.float32, device)
+
+    def activated(row):
+        row = row.clone()
+        F.gradient_activation_([row], "tanh")
+        return row
+
+    wanted = gradient.clone()
+    F.gradient_activation_([wanted], "tanh")
+    assert torch.equal(torch.vmap(activated, in_dims=1, out_dims=1)(gradient), wanted)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic, device):
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def activated(first, second):
+        results = [first.clone(), second.t().clone()]
+        F.gradient_activation_(results, "log", 0.2, 10.0)
+        return results
+
+    gradients = [random_gradients((3, 5), torch.float32, device), random_gradients((7, 2), torch.bfloat16, device)]
+    wanted = [gradients[0].clone(), gradients[1].t().clone()]
+    F.gradient_activation_(wanted, "log", 0.2, 10.0)
+    for result, one in zip(activated(*gradients), wanted, strict=True):
+        assert torch.equal(result, one)
+
+
+def test_opcheck(backend, device):
+    if backend == "reference":
+        pytest.skip("plain torch, no op of ours")
+    overload = getattr(torch.ops.lcw_ops.gradient_activation_, backend)
+    for tensors in ([torch.randn(5, 7, device=device), torch.randn(4, 6, device=device)[:, ::2]], []):
+        torch.library.opcheck(overload, (tensors, "arctan", 0.1, 20.0))
+
+
+def test_cuda_graph(device):
+    if DEVICE_TYPE != "cuda":
+        pytest.skip("CUDA graphs need a CUDA device")
+    gradients = [
+        random_gradients(2000, torch.float32, device),
+        random_gradients((30, 40), torch.float32, device)[:, ::2],
+    ]
+    wanted = [gradient.clone() for gradient in gradients]
+    F.gradient_activation_(wanted)
+    start = [gradient.clone() for gradient in gradients]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        F.gradient_activation_(gradients)
+    for gradient, value in zip(gradients, start, strict=True):
+        gradient.copy_(value)
+    graph.replay()
+    for gradient, value in zip(gradients, wanted, strict=True):
+        assert torch.equal(gradient, value)
+
+
+def test_more_elements_than_32_bits_count(device):
+    size = 2**31 + 1025
+    if DEVICE_TYPE != "cuda" or torch.cuda.mem_get_info()[0] < 16 * size:
+        pytest.skip("needs a CUDA device with 32 GB free")
+    gradient = torch.full((size,), 0.5, dtype=torch.bfloat16, device=device)
+    F.gradient_activation_([gradient])
+    wanted = torch.tensor([0.5], dtype=torch.bfloat16, device=device)
+    F.gradient_activation_([wanted])
+    assert bool((gradient == wanted).all())

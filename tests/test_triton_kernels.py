@@ -1,0 +1,103 @@
+"""Every Triton kernel without a GPU: compiled ahead of time for four generations, and run in Triton's interpreter.
+
+A kernel joins by being listed in its module's ``AOT_VARIANTS`` and by being tested in tests/test_<stem>_op.py. Compiled
+code must not spill; registers, shared memory and spills are printed (pytest -s, or -rP).
+"""
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lcw_ops.kernels
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels cannot be compiled in the interpreter's process", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+STEMS = sorted(module.name for module in pkgutil.iter_modules(lcw_ops.kernels.__path__))
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+VARIANTS = [
+    pytest.param(variant, id=f"{stem}-{variant['id']}")
+    for stem in STEMS
+    for variant in importlib.import_module(f"lcw_ops.kernels.{stem}").AOT_VARIANTS
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory):
+    """A compilation answered from the user's cache would prove nothing about this compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def compile_variant(variant: dict, target: GPUTarget):
+    kernel = variant["kernel"]
+    signature = variant["signature"] | dict.fromkeys(variant["constexprs"], "constexpr")
+    # What the launcher finds out about a pointer from torch's allocator: it is a multiple of 16.
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant["aligned"]}
+    source = ASTSource(kernel, signature, variant["constexprs"], attributes)
+    return triton.compile(source, target=target, options={"num_warps": variant["num_warps"]})
+
+
+def cuda_resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report))
+    return {
+        "registers": int(usage["REG"]),
+        "spilled": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "static_shared": int(usage["SHARED"]),
+    }
+
+
+def hip_resources(assembly: str) -> dict[str, int]:
+    usage = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly))
+    return {
+        "registers": int(usage["vgpr_count"]),
+        "spilled": int(usage["vgpr_spill_count"]) + int(usage["sgpr_spill_count"]),
+    }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiles_without_spills(variant, target, tmp_path):
+    compiled = compile_variant(variant, TARGETS[target])
+    if "cubin" in compiled.asm:
+        resources = cuda_resources(compiled.asm["cubin"], tmp_path)
+    else:
+        resources = hip_resources(compiled.asm["amdgcn"])
+    resources["shared"] = compiled.metadata.shared
+    print(f"{target} {compiled.metadata.name} {variant['id']}: {resources}")
+    assert resources["spilled"] == 0
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_in_the_interpreter(stem):
+    """The op's own tests with the triton backend; a process of its own, for Triton decides when it is imported."""
+    tests = Path(__file__).parent / f"test_{stem}_op.py"
+    command = [sys.executable, "-m", "pytest", str(tests), "-k", "triton", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"\d+ passed", result.stdout)
+    print(result.stdout.splitlines()[-1])
