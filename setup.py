@@ -54,7 +54,9 @@ def cxx() -> str | None:
 
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    return (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    return (
+        (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    )
 
 
 def cuda_archs() -> list[str]:
@@ -67,7 +69,9 @@ def extensions() -> list[Extension]:
         note("LCW_OPS_NO_EXTENSIONS=1: installing without compiled kernels")
         return []
     if torch is None:
-        note("no torch >= 2.10 in this environment: installing without compiled kernels. Install torch first, then again")
+        note(
+            "no torch >= 2.10 in this environment: installing without compiled kernels. Install torch first, then again"
+        )
         return []
     if cxx() is None:
         note("no C++ compiler: installing without compiled kernels (slower). Install g++ or clang++, then again")
@@ -89,7 +93,9 @@ def extensions() -> list[Extension]:
         note("no nvcc: installing without CUDA kernels")
     elif cuda_archs():
         found.append(
-            Extension("lcw_ops._C_cuda", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu")), **shared)
+            Extension(
+                "lcw_ops._C_cuda", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu")), **shared
+            )
         )
     return found
 
@@ -134,7 +140,9 @@ class BuildExtension(build_ext):
             print(" ".join(command), flush=True)
             running.append(subprocess.Popen(command))
         if any(process.wait() for process in running):
-            raise SystemExit("lcw_ops: a compiler failed (above). LCW_OPS_NO_EXTENSIONS=1 installs without compiled kernels")
+            raise SystemExit(
+                "lcw_ops: a compiler failed (above). LCW_OPS_NO_EXTENSIONS=1 installs without compiled kernels"
+            )
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -13,7 +13,10 @@ def info() -> str:
 
     Includes versions, the processor's vector instructions and the GPU. No argument, no side effect.
     """
-    lines = [_versions(), f"CPU: {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    lines = [
+        _versions(),
+        f"CPU: {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    ]
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)

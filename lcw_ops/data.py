@@ -121,7 +121,9 @@ def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) ->
     if y.dtype.kind not in "iu":
         raise ValueError(f"{path}: {y_name} is {y.dtype}, expected integers: class indices from 0")
     if y.shape != (len(x),):
-        raise ValueError(f"{path}: {y_name} has shape {y.shape}, expected ({len(x)},), one label per sample of {x_name}")
+        raise ValueError(
+            f"{path}: {y_name} has shape {y.shape}, expected ({len(x)},), one label per sample of {x_name}"
+        )
     # More classes than samples is a column of identifiers, and would ask for an output layer of that size.
     if y.min() < 0 or y.max() >= len(x):
         raise ValueError(

@@ -60,6 +60,9 @@ def orthogonal_filter(
         TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast,
             where everything is computed in float32.
     """
+    for name, tensor in (("h0", h0), ("weight", weight), ("filter", filter)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"orthogonal_filter: {name} is {type(tensor).__name__}, expected a tensor")
     if torch.is_autocast_enabled(h0.device.type):
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
     _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance)
@@ -77,7 +80,10 @@ def orthogonal_filter(
         segment = 0
     elif segment is None:
         segment = _orthogonal_filter.DEFAULT_SEGMENT
-    output, _ = _orthogonal_filter.OrthogonalFilter.apply(
+    function = _orthogonal_filter.traceable(
+        _orthogonal_filter.OrthogonalFilter, _orthogonal_filter.OrthogonalFilterForwardMode
+    )
+    output, _ = function.apply(
         h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend
     )
     return output.to(result_dtype)
@@ -98,9 +104,6 @@ def _check_orthogonal_filter(
     h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance
 ) -> None:
     op = "orthogonal_filter"
-    for name, tensor in (("h0", h0), ("weight", weight), ("filter", filter)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, expected a tensor")
     if h0.dtype not in _FLOATING:
         raise TypeError(f"{op}: h0 is {h0.dtype}, expected float32, float64, bfloat16 or float16")
     if h0.dim() != 2:
@@ -184,9 +187,7 @@ def _check_permutation(op: str, permutation: Tensor) -> None:
     permutation._lcw_ops_checked = permutation._version
 
 
-def gradient_activation_(
-    tensors: list[Tensor], kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0
-) -> None:
+def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> None:
     """Activate gradients in place: tiny ones are enlarged, large ones restricted.
 
     arctan: ``alpha * atan(beta * g)``, tanh: ``alpha * tanh(beta * g)``, log: ``alpha * sign(g) * log1p(beta * |g|)``.

@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from numerics import assert_as_exact_as_eager
 
 import lcw_ops
 from lcw_ops import functional as F
@@ -49,14 +50,14 @@ def eager(gradient, kind, alpha, beta):
 
 def assert_as_good_as_eager(result, gradient, kind, alpha, beta):
     wanted = exact(gradient, kind, alpha, beta)
-    scale = wanted.abs().max().item()
-    last_place = torch.finfo(gradient.dtype).eps * 2.0 ** math.floor(math.log2(scale))
-    eager_error = (eager(gradient, kind, alpha, beta).double() - wanted).abs().max().item()
+    assert result.dtype == gradient.dtype
     if gradient.dtype == torch.float64:
         # Eager float64 is the reference itself: it looks exact and is not.
-        eager_error = last_place
-    assert result.dtype == gradient.dtype
-    assert (result.double() - wanted).abs().max().item() <= 2 * eager_error + last_place
+        torch.testing.assert_close(
+            result, wanted, rtol=(MAX_ULP[DEVICE_TYPE] + 1) * torch.finfo(torch.float64).eps, atol=0
+        )
+    else:
+        assert_as_exact_as_eager(NAME, result, eager(gradient, kind, alpha, beta), wanted)
 
 
 def random_gradients(shape, dtype, device):

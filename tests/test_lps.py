@@ -31,6 +31,15 @@ SECOND_MOMENTS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of small products: waking a second thread for each would take longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

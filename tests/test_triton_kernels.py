@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-import lcw_ops.kernels
+from lcw_ops import kernels
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-STEMS = sorted(module.name for module in pkgutil.iter_modules(lcw_ops.kernels.__path__))
+STEMS = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__))
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -51,7 +51,7 @@ LCW_INLINE void apply_filter(
     const Recurrence<T>& r, const StepMatrices<T>& matrices, const T* state, T* filtered, int64_t count) {
   const int64_t n = r.width;
   if (!r.permutation) {
-    multiply(state, n, int64_t(1), matrices.filter.data(), n, n, filtered, n, count, n, false);
+    multiply(state, n, int64_t(1), matrices.filter.data(), n, n, filtered, n, count, n);
     return;
   }
   for (int64_t m = 0; m < count; ++m)
@@ -64,7 +64,7 @@ LCW_INLINE void pre_activation(
     const Recurrence<T>& r, const StepMatrices<T>& matrices, const T* state, T* out, int64_t l, int64_t begin,
     int64_t count) {
   const int64_t n = r.width;
-  multiply(state, n, int64_t(1), matrices.weight.data(), n, n, out, n, count, n, false);
+  multiply(state, n, int64_t(1), matrices.weight.data(), n, n, out, n, count, n);
   if (r.bias) {
     const T* bias = r.bias + l * r.bias_stride;
     for (int64_t m = 0; m < count; ++m)
@@ -153,9 +153,11 @@ LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t en
       for (int64_t m = 0; m < count; ++m)
         for (int64_t i = 0; i < n; ++i) gradient[m * n + r.permutation[i]] = scaled[m * n + i];
     } else {
-      multiply(scaled.data(), n, int64_t(1), r.filter_at(l), n, n, gradient, n, count, n, false);
+      multiply(scaled.data(), n, int64_t(1), r.filter_at(l), n, n, gradient, n, count, n);
     }
-    multiply(grad_pre, n, int64_t(1), r.weight_at(l), n, n, gradient, n, count, n, true);
+    // A sum of its own: added term by term onto the far larger filter branch, every term would be rounded at its scale.
+    multiply(grad_pre, n, int64_t(1), r.weight_at(l), n, n, scaled.data(), n, count, n);
+    for (int64_t i = 0; i < size; ++i) gradient[i] += scaled[i];
     if (pass.return_states) {
       const T* direct = pass.grad_output + (l * r.rows + begin) * n;
       for (int64_t i = 0; i < size; ++i) gradient[i] += direct[i];
@@ -163,6 +165,15 @@ LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t en
     if (pass.grad_inputs) std::copy(grad_pre, grad_pre + size, rows_of(pass.grad_inputs, l));
   }
   if (pass.grad_states && pass.first == 0) std::copy(gradient, gradient + size, rows_of(pass.grad_states, 0));
+}
+
+// Columns begin..end-1 of P summed over its samples, in float64 until the last rounding.
+template <typename T>
+LCW_INLINE void sum_samples(const T* grad_pre, int64_t samples, int64_t n, int64_t begin, int64_t end, T* out) {
+  std::vector<double> sum(end - begin, 0.0);
+  for (int64_t m = 0; m < samples; ++m)
+    for (int64_t i = begin; i < end; ++i) sum[i - begin] += double(grad_pre[m * n + i]);
+  for (int64_t i = begin; i < end; ++i) out[i - begin] = static_cast<T>(sum[i - begin]);
 }
 
 // dW_l = P_l^T H_{l-1} and db_l for the layers of one segment, split over all output units of all layers.
@@ -175,12 +186,9 @@ LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t
     const T* state = pass.states + s * r.rows * n;
     const int64_t l = pass.first + s;
     if (pass.grad_weight && r.weight_stride)
-      multiply(grad_pre, int64_t(1), n, state, n, r.rows, pass.grad_weight + l * n * n, n, n, n, false);
+      multiply(grad_pre, int64_t(1), n, state, n, r.rows, pass.grad_weight + l * n * n, n, n, n);
     if (pass.grad_bias && r.bias_stride) {
-      T* grad_bias = pass.grad_bias + l * n;
-      std::fill(grad_bias, grad_bias + n, T(0));
-      for (int64_t m = 0; m < r.rows; ++m)
-        for (int64_t i = 0; i < n; ++i) grad_bias[i] += grad_pre[m * n + i];
+      sum_samples(grad_pre, r.rows, n, 0, n, pass.grad_bias + l * n);
     }
   }
 }
@@ -190,14 +198,14 @@ template <typename T>
 LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, samples = pass.count * r.rows;
-  if (pass.grad_weight && !r.weight_stride)
-    multiply(
-        pass.grad_pre + begin, int64_t(1), n, pass.states, n, samples, pass.grad_weight + begin * n, n, end - begin, n,
-        true);
+  if (pass.grad_weight && !r.weight_stride) {
+    std::vector<T> sum((end - begin) * n);
+    multiply(pass.grad_pre + begin, int64_t(1), n, pass.states, n, samples, sum.data(), n, end - begin, n);
+    for (int64_t i = 0; i < (end - begin) * n; ++i) pass.grad_weight[begin * n + i] += sum[i];
+  }
   if (pass.grad_bias && !r.bias_stride) {
-    std::vector<T> sum(end - begin, T(0));
-    for (int64_t m = 0; m < samples; ++m)
-      for (int64_t i = begin; i < end; ++i) sum[i - begin] += pass.grad_pre[m * n + i];
+    std::vector<T> sum(end - begin);
+    sum_samples(pass.grad_pre, samples, n, begin, end, sum.data());
     for (int64_t i = begin; i < end; ++i) pass.grad_bias[i] += sum[i - begin];
   }
 }

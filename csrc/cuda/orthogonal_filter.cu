@@ -185,11 +185,13 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
       __syncthreads();
     }
     for (int64_t i = threadIdx.x; i < n; i += block_threads) {
-      T sum = r.permutation ? gradient[i] : T(0);
+      // Two sums: added onto the far larger filter branch, every term of the other would be rounded at its scale.
+      T filter_branch = r.permutation ? gradient[i] : T(0), weight_branch = 0;
       for (int64_t o = 0; o < n; ++o) {
-        if (!r.permutation) sum += scaled[o] * r.filter_at(l)[o * n + i];
-        sum += grad_pre[o] * r.weight_at(l)[o * n + i];
+        if (!r.permutation) filter_branch += scaled[o] * r.filter_at(l)[o * n + i];
+        weight_branch += grad_pre[o] * r.weight_at(l)[o * n + i];
       }
+      T sum = filter_branch + weight_branch;
       if (pass.return_states) sum += pass.grad_output[(l * r.rows + m) * n + i];
       gradient[i] = sum;
     }
@@ -213,9 +215,9 @@ __global__ void weight_gradients(const Backward<T> pass) {
   const auto sum_samples = [&](bool per_step, auto term) {
     const int64_t begin = per_step ? blockIdx.z * r.rows : 0;
     const int64_t end = per_step ? begin + r.rows : pass.count * r.rows;
-    T sum = 0;
-    for (int64_t sample = begin; sample < end; ++sample) sum += term(sample * n);
-    return sum;
+    double sum = 0;  // float64 until the last rounding, as on the CPU
+    for (int64_t sample = begin; sample < end; ++sample) sum += double(term(sample * n));
+    return static_cast<T>(sum);
   };
   if (pass.grad_weight && (r.weight_stride || blockIdx.z == 0)) {
     const T sum = sum_samples(

@@ -70,7 +70,6 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _resolve(op: str, device: torch.device, requested: str | None) -> str:
     if requested is not None:
@@ -85,9 +84,14 @@ def _resolve(op: str, device: torch.device, requested: str | None) -> str:
     return "reference"
 
 
+@torch.compiler.assume_constant_result
+def _resolve_at_trace_time(op: str, device: torch.device, requested: str | None) -> str:
+    return _resolve(op, device, requested)
+
+
 def choose(op: str, device: torch.device) -> str:
     """The backend that runs ``op`` on ``device`` now. RuntimeError when an explicit request cannot be met."""
-    return _resolve(op, device, _requested)
+    return _resolve_at_trace_time(op, device, _requested)
 
 
 def requested() -> str | None:

@@ -54,9 +54,7 @@ def get_overload(name: str, backend: str) -> torch._ops.OpOverload:
 
 
 def is_implemented(name: str, backend: str) -> bool:
-    return get_overload(name, backend).has_kernel_for_dispatch_key(
-        getattr(torch._C.DispatchKey, DISPATCH_KEY[backend])
-    )
+    return get_overload(name, backend).has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, DISPATCH_KEY[backend]))
 
 
 def load_extension(stem: str) -> str | None:

@@ -1,7 +1,7 @@
 """Activated gradients (GAF) in place over a list of tensors, as a registered op.
 
-f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) ln(1 + beta |g|), by element. M. Liu, L. Chen, X. Du, L. Jin,
-M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
+f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) ln(1 + beta |g|), by element. M. Liu, L. Chen, X. Du,
+L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
 """
 
 import torch

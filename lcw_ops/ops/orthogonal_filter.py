@@ -116,6 +116,11 @@ _library.declare(
 _backends.IMPLEMENTED[NAME] = ("cpp", "cuda")
 
 
+def traceable(function: type[Function], with_forward_mode: type[Function]) -> type[Function]:
+    """torch.compile refuses to trace a Function that has a jvp, so there are two of each."""
+    return function if torch.compiler.is_compiling() else with_forward_mode
+
+
 class OrthogonalFilter(Function):
     """(h0, weight, bias, filter, alpha, beta, inputs, options) -> (output, checkpoints)."""
 
@@ -124,9 +129,7 @@ class OrthogonalFilter(Function):
     @staticmethod
     def forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend):
         forward = _library.get_overload(NAME, backend)
-        return forward(
-            h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states
-        )
+        return forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -145,7 +148,8 @@ class OrthogonalFilter(Function):
         _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:7]
         needs = (weight, bias, alpha or beta, inputs)
         options = (ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend)
-        gradients = _OrthogonalFilterBackward.apply(grad_output, checkpoints, *tensors, *options, *needs)
+        function = traceable(_OrthogonalFilterBackward, _OrthogonalFilterBackwardForwardMode)
+        gradients = function.apply(grad_output, checkpoints, *tensors, *options, *needs)
         grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
         return (
             grad_h0,
@@ -158,11 +162,13 @@ class OrthogonalFilter(Function):
             *(None,) * 5,
         )
 
+
+class OrthogonalFilterForwardMode(OrthogonalFilter):
+    """The same with forward-mode derivatives."""
+
     @staticmethod
     def jvp(ctx, *tangents):
-        output = reference.orthogonal_filter_jvp(
-            ctx.saved_tensors, tangents[:7], ctx.activation, ctx.return_states
-        )
+        output = reference.orthogonal_filter_jvp(ctx.saved_tensors, tangents[:7], ctx.activation, ctx.return_states)
         return output, None
 
 
@@ -206,39 +212,63 @@ class _OrthogonalFilterBackward(Function):
         _, ctx.activation, _, ctx.return_states, _, *ctx.needs = inputs[9:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, *tensors)
+        ctx.save_for_forward(grad_output, *tensors)
 
     @staticmethod
     def backward(ctx, *grad_gradients):
-        grad_output, h0, weight, bias, filter, alpha, beta, inputs = ctx.saved_tensors
+        gradients, primals, slots = _differentiable_gradients(ctx)
+        results, pullback = torch.func.vjp(gradients, *primals)
+        cotangents = tuple(
+            torch.zeros_like(result) if grad_gradients[slot - 1] is None else grad_gradients[slot - 1]
+            for result, slot in zip(results, slots[1:], strict=True)
+        )
+        second = [None] * 18
+        for slot, gradient in zip(slots, pullback(cotangents), strict=True):
+            second[_ARGUMENT_OF_SLOT[slot]] = gradient
+        return tuple(second)
+
+
+class _OrthogonalFilterBackwardForwardMode(_OrthogonalFilterBackward):
+    """The same with forward-mode derivatives."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        gradients, primals, slots = _differentiable_gradients(ctx)
+        direction = tuple(
+            torch.zeros_like(primal) if tangents[_ARGUMENT_OF_SLOT[slot]] is None else tangents[_ARGUMENT_OF_SLOT[slot]]
+            for primal, slot in zip(primals, slots, strict=True)
+        )
+        # J v as the transpose of w -> J^T w: forward mode would have to nest inside the forward mode that called.
+        results, pullback = torch.func.vjp(gradients, *primals)
+        _, transposed = torch.func.vjp(pullback, tuple(torch.zeros_like(result) for result in results))
+        (moved,) = transposed(direction)
+        by_slot = dict(zip(slots[1:], moved, strict=True))
         needs_weight, needs_bias, needs_scales, needs_inputs = ctx.needs
         needed = (True, needs_weight, needs_bias, needs_scales, needs_scales, needs_inputs)
+        nothing = primals[0].new_empty(0)  # what the op returns for a gradient nobody needs; None fails under vmap
+        return tuple(by_slot[slot] if need else nothing for slot, need in enumerate(needed, start=1))
 
-        def gradients(*primals):
-            grad_output, h0, weight, alpha, beta, *optional = primals
-            optional = iter(optional)
-            bias_, inputs_ = (None if t is None else next(optional) for t in (bias, inputs))
-            results = reference.orthogonal_filter_backward(
-                grad_output, h0, weight, bias_, filter, alpha, beta, inputs_, ctx.activation, ctx.return_states
-            )
-            return tuple(
-                result for result, need in zip(results[:6], needed, strict=True) if need and result is not None
-            )
 
-        primals = (grad_output, h0, weight, alpha, beta, *(t for t in (bias, inputs) if t is not None))
-        results, pullback = torch.func.vjp(gradients, *primals)
-        cotangents = [
-            cotangent
-            for cotangent, need, of in zip(grad_gradients, needed, (h0, weight, bias, alpha, beta, inputs), strict=True)
-            if need and of is not None
-        ]
-        cotangents = tuple(
-            torch.zeros_like(result) if cotangent is None else cotangent
-            for result, cotangent in zip(results, cotangents, strict=True)
+# The differentiable arguments of the backward function, by slot: grad_output, h0, weight, bias, alpha, beta, inputs.
+_ARGUMENT_OF_SLOT = (0, 2, 3, 4, 6, 7, 8)
+
+
+def _differentiable_gradients(ctx):
+    """The gradients in plain torch, as a function of the arguments that are there; those arguments; their slots."""
+    grad_output, h0, weight, bias, filter, alpha, beta, inputs = ctx.saved_tensors
+    arguments = (grad_output, h0, weight, bias, alpha, beta, inputs)
+    slots = [slot for slot, argument in enumerate(arguments) if argument is not None]
+
+    def gradients(*primals):
+        grad_output, h0, weight, bias, alpha, beta, inputs = (
+            primals[slots.index(slot)] if slot in slots else None for slot in range(7)
         )
-        d_grad_output, d_h0, d_weight, d_alpha, d_beta, *optional = pullback(cotangents)
-        optional = iter(optional)
-        d_bias, d_inputs = (None if t is None else next(optional) for t in (bias, inputs))
-        return d_grad_output, None, d_h0, d_weight, d_bias, None, d_alpha, d_beta, d_inputs, *(None,) * 9
+        *results, _ = reference.orthogonal_filter_backward(
+            grad_output, h0, weight, bias, filter, alpha, beta, inputs, ctx.activation, ctx.return_states
+        )
+        return tuple(result for result in results if result is not None)
+
+    return gradients, [arguments[slot] for slot in slots], slots
 
 
 @torch.no_grad()

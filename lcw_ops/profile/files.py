@@ -20,7 +20,9 @@ def write_atomically(path: str | Path, write: Callable[[IO], None], binary: bool
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(beside, "wb" if binary else "w", encoding=None if binary else "utf-8", newline=None if binary else "") as file:
+        with open(
+            beside, "wb" if binary else "w", encoding=None if binary else "utf-8", newline=None if binary else ""
+        ) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

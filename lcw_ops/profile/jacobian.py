@@ -140,7 +140,9 @@ def lanczos_spectrum(
             break
         above.append(residual)
         right_basis.append(right / residual)
-    values, converged = _bidiagonal_extremes(diagonal, above[: len(diagonal) - 1], residual if not complete else 0.0, tolerance)
+    values, converged = _bidiagonal_extremes(
+        diagonal, above[: len(diagonal) - 1], residual if not complete else 0.0, tolerance
+    )
     largest, smallest = values
     finite = math.isfinite(largest) and math.isfinite(smallest)
     return JacobianSpectrum(

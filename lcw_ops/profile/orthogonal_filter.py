@@ -243,8 +243,8 @@ def _backward(recurrence: Recurrence) -> dict[str, np.ndarray]:
             grad_output[-1] = gradient
         else:
             grad_output = gradient
-        _, grad_weight, *_, grad_chunk = op.state_gradients(
-            grad_output, state, *recurrence.chunk(steps), recurrence.activation, op.DEFAULT_SEGMENT, backend
+        _, grad_weight, *_, grad_chunk = _state_gradients(
+            grad_output, state, recurrence.chunk(steps), recurrence.activation, backend
         )
         parts.append(
             {
@@ -254,6 +254,15 @@ def _backward(recurrence: Recurrence) -> dict[str, np.ndarray]:
         )
         gradient = grad_chunk[0].clone()
     return _joined(parts[::-1])
+
+
+def _state_gradients(grad_output: Tensor, h0: Tensor, arguments: tuple, activation: str, backend: str) -> tuple:
+    """Gradients of one chunk, its states' last; ``grad_output`` is (M, N), or (L+1, M, N) for all states."""
+    if backend == "reference":
+        return reference.orthogonal_filter_backward(
+            grad_output, h0, *arguments, activation, return_states=grad_output.dim() == 3
+        )
+    return op.state_gradients(grad_output, h0, *arguments, activation, op.DEFAULT_SEGMENT, backend)
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:

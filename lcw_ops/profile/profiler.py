@@ -221,8 +221,7 @@ def _watched_pass(work: _Work) -> _Watched:
 
 def _is_recurrent(parameter: Tensor, calls) -> bool:
     return any(
-        isinstance(call, RecurrenceCall) and call.recurrence.weight.data_ptr() == parameter.data_ptr()
-        for call in calls
+        isinstance(call, RecurrenceCall) and call.recurrence.weight.data_ptr() == parameter.data_ptr() for call in calls
     )
 
 
@@ -295,7 +294,9 @@ def _model_jacobian(work: _Work, method: str, jacobians: dict) -> dict:
     if isinstance(work.model, OrthogonalFilterMLP) and "h_0 -> h_L" in jacobians:
         # The chain rule, with the exact factor that is already there.
         _, rows, exponent = jacobians["h_0 -> h_L"]
-        read_in, read_out = (layer.weight.detach().double() for layer in (work.model.input_layer, work.model.output_layer))
+        read_in, read_out = (
+            layer.weight.detach().double() for layer in (work.model.input_layer, work.model.output_layer)
+        )
         product = read_out @ rows.double() @ read_in
         spectrum = spectra.matrix_spectrum(product, rows.shape[0], exponent, computed_in=rows.dtype)
         return {"input -> output": (spectrum, product, exponent)}
@@ -313,4 +314,3 @@ def _model_jacobian(work: _Work, method: str, jacobians: dict) -> dict:
             "use jacobian_method='exact' or jacobian=False"
         ) from error
     return {"input -> output": (spectrum, None, 0)}
-

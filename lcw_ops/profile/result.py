@@ -33,6 +33,16 @@ COLUMNS = {
     "state_rms_bound": "upper bound of state_rms, for |act| <= 1",
 }
 
+# What the table shows of them, with its headings: what fits a terminal of 80 columns.
+TABLE_COLUMNS = {
+    "state_rms": "state rms",
+    "gradient_norm": "gradient",
+    "gradient_lower": "at least",
+    "gradient_upper": "at most",
+    "activation_shift": "shift",
+    "weight_gradient_norm": "dE/dW",
+}
+
 # Rows of a deep net that the table shows: the first, the last and some evenly between.
 TABLE_ROWS = 12
 
@@ -120,13 +130,11 @@ class Profile:
     def table(self) -> str:
         """A summary and a selection of rows, for a terminal: with rich when it is installed, else plain text."""
         shown = np.unique(np.linspace(0, len(self) - 1, TABLE_ROWS).round().astype(int))
-        columns = ["name", *(name for name in COLUMNS if name != "name" and self._has(name))]
+        columns = ["name", *(name for name in TABLE_COLUMNS if not np.isnan(self.columns[name]).all())]
         rows = [[_cell(self.columns[name][i]) for name in columns] for i in shown]
+        header = ["layer", *(TABLE_COLUMNS[name] for name in columns[1:])]
         title = f"{self.name}: {len(shown)} of {len(self)} rows"
-        return format_table([name.replace("_", " ") for name in columns], rows, title) + "\n" + self._figures()
-
-    def _has(self, column: str) -> bool:
-        return not np.isnan(self.columns[column]).all()
+        return format_table(header, rows, title) + "\n\n" + self._figures()
 
     def _figures(self) -> str:
         return format_table(["figure", "value"], timing_rows(self) + jacobian_rows(self))
@@ -198,16 +206,19 @@ def format_log(log_value: float) -> str:
 
 
 def format_table(header: list[str], rows: list[list[str]], title: str | None = None) -> str:
-    """A table as text of the terminal's width: drawn by rich when it is installed, else columns of spaces."""
+    """A table as text of the terminal's width: drawn by rich when it is installed, else columns of spaces.
+
+    Numbers are set right, but in a table of two columns, figure and value, which read like a sentence.
+    """
     try:
         from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         return _plain_table(header, rows, title)
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 or len(header) == 2 else "right")
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -220,7 +231,10 @@ def _plain_table(header, rows, title) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [title] if title else []
     for row in (header, *rows):
-        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        cells = [
+            cell.rjust(width) if i and len(header) > 2 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The deep orthogonal-filter recurrence in plain PyTorch: the oracle every kernel is judged against, and the last resort.
+"""The deep orthogonal-filter recurrence in plain PyTorch: the oracle of every kernel, and the last resort.
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
@@ -31,7 +31,7 @@ def activation_derivative(pre_activation: Tensor, activation: str) -> Tensor:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that carries the state: in 16 bits alpha = 1 - 2e-5 rounds to 1 and the filter is no longer orthogonal."""
+    """The dtype of the state: in 16 bits alpha = 1 - 2e-5 rounds to 1 and the filter is no longer orthogonal."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 

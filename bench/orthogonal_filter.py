@@ -1,0 +1,218 @@
+"""The orthogonal-filter recurrence over depth and over time, forward alone and forward with backward.
+
+h <- alpha O h + beta tanh(W h + b + u), with a dense O. Beside ours: eager torch, JAX's jitted lax.scan, torch.compile
+of one step, on a GPU a CUDA graph of eager torch, and over time torch.nn.RNN: no filter, so half the arithmetic.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+
+from lcw_ops import functional as F
+from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, ours
+from lcw_ops.nn.orthogonal_filter import make_filter
+from lcw_ops.ops.orthogonal_filter import NAME
+from lcw_ops.reference.orthogonal_filter import orthogonal_filter as reference
+
+# Steps a float64 backward pass is checked over: many segments of checkpoints, and a second instead of half a minute.
+CHECKED_STEPS = 1000
+
+# Nodes of a CUDA graph are captured one by one; beyond this the capture takes longer than the benchmark.
+GRAPH_STEPS = 10_000
+
+# Differentiated, in this order; each case has those it has.
+LEARNED = ("h0", "weight", "bias", "inputs")
+
+
+def cases(device_type: str) -> list[Case]:
+    if device_type == "cuda":
+        depth = [(2_000, 128, 64, True), (50_000, 128, 64, False), (10_000, 128, 128, False)]
+        time = [(2_000, 64, 128, True), (10_000, 64, 128, False), (10_000, 64, 256, False), (10_000, 1, 128, False)]
+    else:
+        depth = [(500, 32, 64, True), (50_000, 32, 64, False), (10_000, 128, 128, False)]
+        time = [(500, 32, 128, True), (10_000, 32, 128, False), (10_000, 1, 128, False)]
+    return [
+        _case(device_type, over_time, *shape, backward)
+        for over_time, shapes in ((False, depth), (True, time))
+        for shape in shapes
+        for backward in (False, True)
+    ]
+
+
+def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, quick: bool, backward: bool) -> Case:
+    tensors = {"h0": (rows, width), "weight": (width, width), "bias": (width,)}
+    if over_time:
+        tensors["inputs"] = (steps, rows, width)
+    else:
+        tensors |= {name: (steps, *tensors[name]) for name in ("weight", "bias")}
+
+    def make_inputs(device: torch.device) -> dict:
+        inputs = {name: torch.randn(shape, device=device) for name, shape in tensors.items()}
+        inputs["weight"] *= width**-0.5
+        # Both are float32 numbers, or the rounding of alpha would be the whole error against float64.
+        alpha = torch.tensor(1 - 1 / steps)
+        return inputs | {
+            "filter": make_filter("haar", width, device=device),
+            "alpha": alpha.item(),
+            "beta": (1 - alpha).item(),
+            "backward": backward,
+            "return_states": over_time,
+            "cotangent": torch.randn((steps + 1, rows, width) if over_time else (rows, width), device=device),
+        }
+
+    def shorten(inputs: dict) -> dict:
+        if not backward:
+            return inputs
+        short = inputs | {
+            name: inputs[name][:CHECKED_STEPS] for name in (["inputs"] if over_time else ["weight", "bias"])
+        }
+        return short | {"cotangent": inputs["cotangent"][: CHECKED_STEPS + 1]} if over_time else short
+
+    elements = sum(torch.Size(shape).numel() for shape in tensors.values()) + (steps * rows * width if over_time else 0)
+    competitors = [
+        *ours(NAME, device_type, functools.partial(_torch, F.orthogonal_filter)),
+        Competitor(EAGER, functools.partial(_torch, reference)),
+        Competitor("jax lax.scan, jit", _jax, missing=_jax_missing),
+    ]
+    if not backward:
+        competitors.append(Competitor("torch.compile, one step", _compiled_step, slow_start=True))
+        if device_type == "cuda" and steps <= GRAPH_STEPS:
+            competitors.append(Competitor("CUDA graph of eager", _cuda_graph))
+    if over_time:
+        competitors.append(Competitor("nn.RNN (no filter)", _rnn, checked=False))
+    return Case(
+        stem="orthogonal_filter",
+        name=("over time" if over_time else "over depth") + (", forward + backward" if backward else ", forward"),
+        shape={"T" if over_time else "L": steps, "M": rows, "N": width},
+        dtype=torch.float32,
+        make_inputs=make_inputs,
+        expected=_expected,
+        competitors=tuple(competitors),
+        # Forward reads (and over time writes states); backward reads everything again and writes every gradient.
+        bytes=4 * elements * (3 if backward else 1),
+        # O h and W h; backward G O, P W and P^T H.
+        operations=2 * rows * width**2 * steps * (5 if backward else 2),
+        quick=quick,
+        shorten=shorten,
+    )
+
+
+def _call(function, inputs: dict) -> Tensor:
+    return function(
+        *(inputs[name] for name in ("h0", "weight", "bias", "filter")),
+        inputs["alpha"],
+        inputs["beta"],
+        inputs.get("inputs"),
+        return_states=inputs["return_states"],
+    )
+
+
+def _torch(function, inputs: dict) -> Run:
+    if not inputs["backward"]:
+        return torch.no_grad()(lambda: [_call(function, inputs)])
+    learned = {name: inputs[name].detach().requires_grad_() for name in LEARNED if name in inputs}
+    tracked = inputs | learned
+
+    def run() -> list[Tensor]:
+        output = _call(function, tracked)
+        return [output, *torch.autograd.grad(output, list(learned.values()), inputs["cotangent"])]
+
+    return run
+
+
+def _expected(inputs: dict) -> list[Tensor]:
+    exact = {name: value.double() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return [result.detach() for result in _torch(reference, exact)()]
+
+
+def _compiled_step(inputs: dict) -> Run:
+    @torch.compile(dynamic=False)
+    def step(state, weight, bias, filter, alpha: float, beta: float):
+        return alpha * (state @ filter.mT) + beta * torch.tanh(state @ weight.mT + bias)
+
+    weight, bias = inputs["weight"], inputs["bias"]
+    if "inputs" in inputs:
+        biases = bias + inputs["inputs"]
+        weights = [weight] * len(biases)
+    else:
+        weights, biases = weight.unbind(), bias
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        states = [inputs["h0"]]
+        for weight_l, bias_l in zip(weights, biases.unbind(), strict=True):
+            states.append(step(states[-1], weight_l, bias_l, inputs["filter"], inputs["alpha"], inputs["beta"]))
+        return [torch.stack(states) if inputs["return_states"] else states[-1]]
+
+    return run
+
+
+def _cuda_graph(inputs: dict) -> Run:
+    eager = _torch(reference, inputs)
+    eager()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = eager()
+
+    def run() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return run
+
+
+def _rnn(inputs: dict) -> Run:
+    """A plain tanh RNN of the same width and length on one feature; it returns all states, as ours does over time."""
+    steps, rows, width = inputs["inputs"].shape
+    device = inputs["h0"].device
+    network = nn.RNN(1, width, device=device)
+    sequence = torch.randn(steps, rows, 1, device=device)
+    if not inputs["backward"]:
+        return torch.no_grad()(lambda: list(network(sequence)))
+    parameters = list(network.parameters())
+
+    def run() -> list[Tensor]:
+        output, _ = network(sequence)
+        return [output, *torch.autograd.grad(output, parameters, inputs["cotangent"][1:])]
+
+    return run
+
+
+def _jax_missing() -> str | None:
+    return None if importlib.util.find_spec("jax") else "jax is not installed (pip install jax)"
+
+
+def _jax(inputs: dict) -> Run:
+    import jax
+    import jax.numpy as jnp
+
+    learned = [jnp.from_dlpack(inputs[name]) for name in LEARNED if name in inputs]
+    filter, cotangent = (jnp.from_dlpack(inputs[name]) for name in ("filter", "cotangent"))
+    alpha, beta = inputs["alpha"], inputs["beta"]
+
+    def recurrence(h0, weight, bias, step_inputs=None):
+        def step(state, per_step):
+            weight_l, shift = (weight, bias + per_step) if over_time else per_step
+            state = alpha * (state @ filter.T) + beta * jnp.tanh(state @ weight_l.T + shift)
+            return state, state if over_time else None
+
+        over_time = step_inputs is not None
+        last, states = jax.lax.scan(step, h0, step_inputs if over_time else (weight, bias))
+        return jnp.concatenate([h0[None], states]) if over_time else last
+
+    def forward(*arguments):
+        return [recurrence(*arguments)]
+
+    def forward_backward(cotangent, *arguments):
+        output, pullback = jax.vjp(recurrence, *arguments)
+        return [output, *pullback(cotangent)]
+
+    # On GPUs JAX would multiply in TF32, where everybody else multiplies in float32.
+    with jax.default_matmul_precision("highest"):
+        if inputs["backward"]:
+            compiled = jax.jit(forward_backward).lower(cotangent, *learned).compile()
+            return lambda: jax.block_until_ready(compiled(cotangent, *learned))
+        compiled = jax.jit(forward).lower(*learned).compile()
+        return lambda: jax.block_until_ready(compiled(*learned))

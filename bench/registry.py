@@ -1,0 +1,184 @@
+"""What a benchmark is: one piece of work, the ways to do it, the float64 truth, and the least time it can take.
+
+floor = max(bytes / copy rate, operations / matmul rate), both rates measured on this machine in the same process. A
+kernel is timed only after its error against float64 is at most twice eager torch's plus one unit in the last place.
+"""
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+import lcw_ops
+from lcw_ops.ops import _backends
+
+# A file of this package each, with a function cases(device_type).
+STEMS = ("gradient_activation", "orthogonal_filter")
+
+EAGER = "eager torch"
+
+# Peers only have to be the same function; eager's own error is no promise of theirs.
+OURS_SLACK, PEER_SLACK = 2, 100
+
+Run = Callable[[], list]
+
+
+class WrongResult(Exception):
+    """A competitor that computes something else, and is therefore not timed."""
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One way to do the work. ``prepare(inputs)`` converts and compiles, and gives the function that is timed.
+
+    ``checked`` is False for another function of the same size (a copy, another kind of network). ``missing()`` says
+    why it cannot run here, or None. ``slow_start``: takes tens of seconds to prepare, so --quick leaves it out.
+    """
+
+    name: str
+    prepare: Callable[[dict], Run]
+    ours: bool = False
+    checked: bool = True
+    slow_start: bool = False
+    missing: Callable[[], str | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table per competitor. Among the competitors are ours and one called ``EAGER``, the yardstick.
+
+    ``make_inputs(device)`` draws fresh random inputs, ``expected(inputs)`` computes in float64, and
+    ``shorten(inputs)`` gives the inputs to check with where all of them would take float64 too long.
+    """
+
+    stem: str
+    name: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    make_inputs: Callable[[torch.device], dict]
+    expected: Callable[[dict], list[Tensor]]
+    competitors: tuple[Competitor, ...]
+    bytes: float
+    operations: float
+    quick: bool = False
+    shorten: Callable[[dict], dict] = lambda inputs: inputs
+
+    def floor_seconds(self, rates: "Rates") -> float:
+        return max(self.bytes / rates.copy, self.operations / rates.matmul)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured: bytes per second read and written by a large copy, float32 operations per second of a matmul."""
+
+    copy: float
+    matmul: float
+
+
+def cases(stem: str, device_type: str) -> list[Case]:
+    return importlib.import_module(f"lcw_ops.bench.{stem}").cases(device_type)
+
+
+def ours(op: str, device_type: str, prepare: Callable[[dict], Run]) -> tuple[Competitor, ...]:
+    """Our op as a competitor, once per backend that can run here; plain torch only where there is no kernel."""
+    backends = [
+        name
+        for name in _backends.BACKENDS
+        if name != "reference" and _backends.missing_reason(op, name, device_type) is None
+    ]
+
+    def on(backend: str) -> Callable[[dict], Run]:
+        def prepared(inputs: dict) -> Run:
+            run = prepare(inputs)
+
+            def requested() -> list:
+                with lcw_ops.use_backend(backend):
+                    return run()
+
+            return requested
+
+        return prepared
+
+    return tuple(Competitor(f"lcw_ops ({name})", on(name), ours=True) for name in backends or ["reference"])
+
+
+def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:
+    """Each checked competitor's error on fresh inputs, over the result's scale, or why it must not be timed."""
+    inputs = case.shorten(case.make_inputs(device))
+    expected = case.expected(inputs)
+    eager = next(competitor for competitor in case.competitors if competitor.name == EAGER)
+    eager_results = eager.prepare(inputs)()
+    errors = {}
+    for competitor in competitors:
+        if not competitor.checked:
+            continue
+        results = [as_tensor(result) for result in competitor.prepare(inputs)()]
+        slack = OURS_SLACK if competitor.ours else PEER_SLACK
+        try:
+            errors[competitor.name] = _largest_error(results, expected, eager_results, slack)
+        except WrongResult as wrong:
+            errors[competitor.name] = wrong
+    return errors
+
+
+def _largest_error(results: list[Tensor], expected: list[Tensor], eager: list[Tensor], slack: float) -> float:
+    if len(results) != len(expected):
+        raise WrongResult(f"{len(results)} results, expected {len(expected)}")
+    largest = 0.0
+    for index, (result, wanted, yardstick) in enumerate(zip(results, expected, eager, strict=True)):
+        if result.shape != wanted.shape:
+            raise WrongResult(f"result {index} has shape {tuple(result.shape)}, expected {tuple(wanted.shape)}")
+        scale = wanted.abs().max().item()
+        last_place = torch.finfo(yardstick.dtype).eps * scale
+        error, eager_error = ((one.double() - wanted).abs().max().item() for one in (result, yardstick))
+        allowed = slack * eager_error + last_place
+        if not error <= allowed:
+            raise WrongResult(
+                f"result {index} is off by {error:.3g} from float64, allowed is {allowed:.3g} "
+                f"(eager torch: {eager_error:.3g}, scale {scale:.3g})"
+            )
+        largest = max(largest, error / scale)
+    return largest
+
+
+def as_tensor(array) -> Tensor:
+    return array.detach() if isinstance(array, Tensor) else torch.from_dlpack(array)
+
+
+@cache
+def measure_rates(device: torch.device) -> Rates:
+    """The best of several tries; on a CPU also through oneDNN, which beats torch's own matmul on some processors."""
+    size, elements = (2048, 1 << 26) if device.type == "cpu" else (8192, 1 << 29)
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    products = [lambda: torch.mm(left, right)]
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    return Rates(
+        copy=2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device),
+        matmul=2 * size**3 / min(_best_seconds(product, device) for product in products),
+    )
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    run()
+    return min(seconds(run, device) for _ in range(5))
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """One call, timed; on a GPU between two events of the stream, so that the launch is not counted twice."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    before = time.perf_counter()
+    run()
+    return time.perf_counter() - before

@@ -1,0 +1,114 @@
+"""The command ``lcw-ops``: profile a very deep network, run the benchmarks, say which backends are in use.
+
+What a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C is 130, a failure on the way 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+
+
+class UsageError(ValueError):
+    """The command line cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        # argparse would print the whole usage, which buries the one line that helps.
+        raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``lcw-ops`` with these arguments (default: the process's). Returns the exit code; SystemExit for --help."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((argument for argument in argv if argument in COMMANDS), None)
+    try:
+        arguments = build_parser(command).parse_args(argv)
+        return arguments.run(arguments)
+    except UsageError as error:
+        message = str(error)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        message = f"lcw-ops {command}: {' '.join(str(error).split())}"
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    print(message, file=sys.stderr)
+    return 2
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands, of which only ``command`` gets its arguments: adding them imports what it needs."""
+    parser = _Parser(prog="lcw-ops", description="Fused kernels for very deep networks, and a profiler for them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, (help, add_arguments, run) in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        subparser.set_defaults(run=run)
+        if name == command and add_arguments is not None:
+            add_arguments(subparser)
+    return parser
+
+
+def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    from lcw_ops.nn.orthogonal_filter import FILTERS
+    from lcw_ops.profile.main_job import KINDS, Settings
+    from lcw_ops.reference.orthogonal_filter import ACTIVATIONS
+
+    default = {field.name: field.default for field in fields(Settings)}
+
+    def add(name: str, help: str, **options) -> None:
+        parser.add_argument(f"--{name}", default=default[name], help=help, **options)
+
+    add("depth", "number of layers", type=int)
+    add("width", "units per layer", type=int)
+    add("batch", "samples per training step, and in the measured pass", type=int)
+    add("steps", "training steps; 0 measures the net as it is initialised", type=int)
+    add("out", "folder for report.json, layers.csv and report.png", metavar="DIR")
+    add("kind", "the net that is trained; the other two are measured beside it", choices=KINDS)
+    add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
+    add("filter", "of the orthogonal-filter net", choices=FILTERS)
+    add("activation", "of every layer", choices=tuple(ACTIVATIONS))
+    add("lr", "Adam's learning rate", type=float)
+    add("seed", "of weights, data split and order of samples", type=int)
+    add("device", "cpu, cuda, cuda:1, ...")
+    add("threads", "CPU threads; default: as many as torch takes", type=int)
+
+
+def _run_profile(arguments: argparse.Namespace) -> int:
+    from lcw_ops.profile import main_job
+
+    names = (field.name for field in fields(main_job.Settings))
+    return main_job.run(main_job.Settings(**{name: getattr(arguments, name) for name in names}))
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from lcw_ops.bench import runner
+
+    runner.add_arguments(parser)
+
+
+def _run_bench(arguments: argparse.Namespace) -> int:
+    from lcw_ops.bench import runner
+
+    return runner.run(arguments)
+
+
+def _run_info(arguments: argparse.Namespace) -> int:
+    import lcw_ops
+
+    print(lcw_ops.info())
+    return 0
+
+
+# name -> (help, add its arguments to a parser (None: it has none), run with the parsed ones)
+COMMANDS: dict[str, tuple[str, Callable | None, Callable]] = {
+    "profile": ("train a very deep net on real images and show its layers", _add_profile_arguments, _run_profile),
+    "bench": ("run the microbenchmarks", _add_bench_arguments, _run_bench),
+    "info": ("which backend runs each op here, and why not another", None, _run_info),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

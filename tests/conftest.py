@@ -1,0 +1,32 @@
+"""What every test stands on: seeded, uninitialised memory full of NaN, and the device of LCW_OPS_TEST_DEVICE."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the CPU, or what ``make gpu`` sets LCW_OPS_TEST_DEVICE to."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_poisoned():
+    """The same numbers on every run; and memory that a kernel forgets to write reads as NaN.
+
+    torch fills what ``torch.empty`` and ``new_empty`` return only in its deterministic mode, below Python, so memory
+    that C++ kernels allocate is poisoned too.
+    """
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)

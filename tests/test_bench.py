@@ -1,0 +1,241 @@
+"""The benchmarks themselves: every entry runs, wrong kernels are refused, competitors take turns, rows are well formed.
+
+And the command behind ``make gpu``, as far as it goes without a card.
+"""
+
+import argparse
+import csv
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcw_ops.bench import gpu, registry, runner
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+RATES = registry.Rates(copy=1e10, matmul=1e11)
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def competitor(name, run, **options) -> registry.Competitor:
+    return registry.Competitor(name, lambda inputs: lambda: run(inputs["x"]), **options)
+
+
+def doubling(*competitors: registry.Competitor) -> registry.Case:
+    return registry.Case(
+        stem="doubling",
+        name="forward",
+        shape={"N": 100},
+        dtype=torch.float32,
+        make_inputs=lambda device: {"x": torch.randn(100, device=device)},
+        expected=lambda inputs: [2 * inputs["x"].double()],
+        competitors=(*competitors, competitor(registry.EAGER, lambda x: [2 * x])),
+        bytes=800,
+        operations=100,
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every entry of the registry at a size that takes milliseconds, and no measuring of the machine."""
+    from lcw_ops.bench import gradient_activation, orthogonal_filter
+
+    tiny_cases = {
+        "orthogonal_filter": [
+            orthogonal_filter._case("cpu", over_time, 20, 3, 8, quick=True, backward=backward)
+            for over_time in (False, True)
+            for backward in (False, True)
+        ],
+        "gradient_activation": [
+            gradient_activation._case("cpu", 3, 50, dtype, quick=True) for dtype in (torch.float32, torch.bfloat16)
+        ],
+    }
+    monkeypatch.setattr(registry, "cases", lambda stem, device_type: tiny_cases[stem])
+    monkeypatch.setattr(registry, "measure_rates", lambda device: RATES)
+    monkeypatch.setattr(runner, "QUICK_SECONDS_PER_CASE", 0.0)
+
+
+def read(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_entry_end_to_end(tiny, tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    arguments = parse("--quick", "--device", "cpu", "--out", str(out))
+    assert runner.run(arguments) == 0
+    rows = read(out)
+    assert list(rows[0]) == [field.name for field in dataclasses.fields(runner.Row)]
+    assert {row["stem"] for row in rows} == set(registry.STEMS)
+    for row in rows:
+        assert float(row["median_s"]) > 0
+        assert float(row["spread_s"]) >= 0
+        assert float(row["floor_s"]) > 0
+        assert int(row["rounds"]) >= runner.MIN_ROUNDS
+        assert row["torch"] == torch.__version__
+        assert int(row["threads"]) == torch.get_num_threads()
+        assert row["commit"]
+        assert row["device"]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["competitor"] in printed
+    # A second run appends below the same header.
+    assert runner.run(arguments) == 0
+    assert len(read(out)) == 2 * len(rows)
+
+
+def test_ours_and_eager_in_every_case(tiny):
+    for stem in registry.STEMS:
+        for case in registry.cases(stem, "cpu"):
+            names = [one.name for one in case.competitors]
+            assert names.count(registry.EAGER) == 1
+            assert len(set(names)) == len(names)
+            assert any(one.ours for one in case.competitors)
+
+
+def test_the_real_registry_has_quick_and_full_cases_for_both_devices():
+    for stem in registry.STEMS:
+        for device_type in ("cpu", "cuda"):
+            assert {case.quick for case in registry.cases(stem, device_type)} == {True, False}
+
+
+def tensors_of(inputs: dict) -> list[torch.Tensor]:
+    """Every float tensor of the inputs, those in lists too."""
+    values = [value if isinstance(value, list) else [value] for value in inputs.values()]
+    return [one for value in values for one in value if isinstance(one, torch.Tensor) and one.is_floating_point()]
+
+
+def test_inputs_are_fresh_and_not_zero(tiny):
+    for stem in registry.STEMS:
+        for case in registry.cases(stem, "cpu"):
+            first, second = (tensors_of(case.make_inputs(CPU)) for _ in range(2))
+            for one, other in zip(first, second, strict=True):
+                assert one.abs().min() > 0
+                assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: [2.001 * x],
+        lambda x: [torch.zeros_like(x)],
+        lambda x: [torch.full_like(x, torch.nan)],
+        lambda x: [2 * x[:50]],
+        lambda x: [],
+    ],
+    ids=["slightly off", "zeros", "NaN", "half of it", "nothing"],
+)
+def test_a_wrong_kernel_is_not_timed(wrong, capsys):
+    case = doubling(competitor("wrong", wrong, ours=True))
+    rows, refused = runner.run_case(case, CPU, RATES, quick=True)
+    assert refused
+    assert [row.competitor for row in rows] == [registry.EAGER]
+    assert "REFUSED" in capsys.readouterr().out
+
+
+def test_a_wrong_peer_is_left_out_but_is_no_failure_of_ours(capsys):
+    case = doubling(competitor("ours", lambda x: [x + x], ours=True), competitor("peer", lambda x: [3 * x]))
+    rows, refused = runner.run_case(case, CPU, RATES, quick=True)
+    assert not refused
+    assert [row.competitor for row in rows] == ["ours", registry.EAGER]
+    assert "REFUSED" in capsys.readouterr().out
+
+
+def test_a_refused_kernel_is_the_exit_code(tiny, monkeypatch, tmp_path):
+    case = dataclasses.replace(doubling(competitor("wrong", lambda x: [3 * x], ours=True)), quick=True)
+    monkeypatch.setattr(registry, "cases", lambda stem, device_type: [case])
+    assert runner.run(parse("--quick", "--device", "cpu", "--out", str(tmp_path / "rows.csv"))) == 1
+
+
+def test_a_missing_peer_says_why(capsys):
+    case = doubling(
+        competitor("ours", lambda x: [x + x], ours=True),
+        competitor("peer", lambda x: [x + x], missing=lambda: "peer is not installed"),
+    )
+    rows, refused = runner.run_case(case, CPU, RATES, quick=True)
+    assert not refused
+    assert len(rows) == 2
+    assert "not run: peer is not installed" in capsys.readouterr().out
+
+
+def test_competitors_take_turns():
+    calls = []
+    takes_turns = [competitor(name, lambda x, name=name: calls.append(name)) for name in "AB"]
+    times = runner.interleave(takes_turns, {"x": None}, CPU, budget=0.0)
+    assert calls == ["A", "B"] * (1 + runner.MIN_ROUNDS)
+    assert [len(values) for values in times.values()] == [runner.MIN_ROUNDS] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "no benchmark is called 'nothing'; choose from gradient_activation"),
+        (["--device", "meta"], "expected cpu or cuda"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--out", "no/such/folder/rows.csv"], "does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        runner.run(parse(*arguments))
+
+
+def test_rows_of_another_kind_are_not_appended_to(tmp_path):
+    out = tmp_path / "other.csv"
+    out.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has columns a, b"):
+        runner.run(parse("--out", str(out)))
+    assert out.read_text() == "a,b\n1,2\n"
+
+
+def test_rates_of_this_machine_are_plausible():
+    rates = registry.measure_rates(CPU)
+    assert 1e8 < rates.copy < 1e13
+    assert 1e8 < rates.matmul < 1e15
+
+
+def test_gpu_command_without_a_card():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "bench/gpu.py"), "test"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert "sees no NVIDIA card" in result.stderr
+
+
+def test_gpu_command_with_an_unknown_part(capsys):
+    assert gpu.main(["everything"]) == 2
+    assert "choose from build, test, sanitize, bench" in capsys.readouterr().err
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_part_of_the_gpu_command(tmp_path, capfd):
+    log = tmp_path / "log"
+    device = python("import os; print('on', os.environ['LCW_OPS_TEST_DEVICE'])")
+    assert gpu.run_part([device, device], log, limit=60) == "passed"
+    assert log.read_text().count("on cuda") == 2
+    assert "on cuda" in capfd.readouterr().out
+    assert gpu.run_part([python("raise SystemExit(3)"), device], log, limit=60) == "failed, exit code 3"
+    assert "on cuda" not in log.read_text()
+    assert gpu.run_part([python("import time; time.sleep(60)")], log, limit=0.2) == "timed out after 0 s"
+    assert gpu.run_part([], log, limit=60).startswith("skipped")
+
+
+def test_the_sanitizer_watches_the_tests_of_every_kernel():
+    assert "tests/test_orthogonal_filter.py" in gpu.tests_of("csrc/cuda/*.cu")
+    assert "tests/test_gradient_activation_op.py" in gpu.tests_of("kernels/[!_]*.py")
