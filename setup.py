@@ -119,8 +119,11 @@ class BuildExtension(build_ext):
             commands.append([*compiler, *includes, "-c", source, "-o", outputs[-1]])
         self._run_together(commands)
         libraries = [f"-L{folder}" for folder in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
-        # nvcc links its own runtime in, statically: the one that torch loaded may be another version.
-        linker = [nvcc(), "-ccbin", cxx()] if extension.name.endswith("_cuda") else [cxx()]
+        linker = [cxx()]
+        if extension.name.endswith("_cuda"):
+            # nvcc links its own runtime in, statically: the one that torch loaded may be another version. As a pip
+            # package it does not find that runtime by itself.
+            linker = [nvcc(), "-ccbin", cxx(), f"-L{Path(nvcc()).parents[1] / 'lib'}"]
         self._run_together([[*linker, "-shared", *outputs, *libraries, "-o", str(target)]])
 
     def _cxx_command(self) -> list[str]:
@@ -141,7 +144,8 @@ class BuildExtension(build_ext):
             running.append(subprocess.Popen(command))
         if any(process.wait() for process in running):
             raise SystemExit(
-                "lcw_ops: a compiler failed (above). LCW_OPS_NO_EXTENSIONS=1 installs without compiled kernels"
+                "lcw_ops: a compiler failed (above). LCW_OPS_CUDA_ARCHS= leaves the CUDA kernels out, "
+                "LCW_OPS_NO_EXTENSIONS=1 all of them"
             )
 
 

@@ -167,11 +167,15 @@ def _reason_left_out(competitor: Competitor, quick: bool) -> str | None:
 
 
 def _device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: this torch sees no CUDA device; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {device}; expected cpu or cuda")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    choices = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
+    if name not in choices:
+        raise ValueError(f"--device is {name!r}; expected one of {', '.join(choices)}, which are what torch sees here")
+    device = torch.device(name)
+    if device.type == "cuda":
+        # Streams, events and graphs are those of the current device.
+        torch.cuda.set_device(device)
     return device
 
 

@@ -23,7 +23,7 @@ WHOLE_KEYS = ("x", "y")
 
 @dataclass
 class Dataset:
-    """A classification task, split. x_* (samples, features) float32, standardised; y_* (samples,) int64 in 0..classes-1."""
+    """A classification task, split: x_* (samples, features), standardised float32; y_* (samples,), int64 classes."""
 
     name: str
     x_train: Tensor
@@ -133,7 +133,7 @@ def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) ->
 
 
 def _split(x: np.ndarray, y: np.ndarray, seed: int):
-    """A share of every class goes to the test set, drawn by ``seed``; a class of one sample stays in the training set."""
+    """A share of every class goes to the test set, drawn by ``seed``; a class of one sample is for training."""
     generator = np.random.default_rng(seed)
     held_out = np.zeros(len(x), dtype=bool)
     for label in np.unique(y):

@@ -124,13 +124,10 @@ def _check_orthogonal_filter(
                 )
         elif scale is not None and not math.isfinite(scale):
             raise ValueError(f"{op}: {name} is {scale}, expected a finite number")
-    if activation not in _orthogonal_filter_reference.ACTIVATIONS:
-        known = ", ".join(_orthogonal_filter_reference.ACTIVATIONS)
-        raise ValueError(f"{op}: activation is {activation!r}, expected one of {known}")
+    _checks.check_choice(op, "activation", activation, _orthogonal_filter_reference.ACTIVATIONS)
+    _checks.check_choice(op, "solver", solver, ("sequential", "auto"))
     if segment is not None and segment < 1:
         raise ValueError(f"{op}: segment is {segment}, expected at least 1, or None for the default")
-    if solver not in ("sequential", "auto"):
-        raise ValueError(f"{op}: solver is {solver!r}, expected 'sequential' or 'auto'")
     if tolerance is not None:
         raise ValueError(f"{op}: tolerance is {tolerance}, but the sequential solver is exact; leave it None")
 

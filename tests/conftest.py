@@ -30,3 +30,12 @@ def _seeded_and_poisoned():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For files of small products: waking a second thread for each would take longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -180,7 +180,7 @@ def test_competitors_take_turns():
     ("arguments", "message"),
     [
         (["nothing"], "no benchmark is called 'nothing'; choose from gradient_activation"),
-        (["--device", "meta"], "expected cpu or cuda"),
+        (["--device", "meta"], "--device is 'meta'; expected one of cpu"),
         (["--threads", "0"], "--threads is 0"),
         (["--out", "no/such/folder/rows.csv"], "does not exist"),
     ],

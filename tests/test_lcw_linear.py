@@ -18,13 +18,7 @@ FAN_INS = [1, 2, 3, 7, 64, 257]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of small products: waking a second thread for each would take longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape, dtype=torch.float64, seed=0):

@@ -499,7 +499,7 @@ def valid_call(device):
         ({"beta": float("inf")}, ValueError, "beta is inf"),
         ({"beta": torch.randn(3, 1)}, ValueError, "beta is a torch.float32 tensor of shape"),
         ({"beta": torch.randn(2)}, ValueError, "disagree on the number of steps"),
-        ({"activation": "gelu"}, ValueError, "activation is 'gelu', expected one of tanh"),
+        ({"activation": "gelu"}, ValueError, "activation is 'gelu'; expected one of 'tanh'"),
         ({"segment": 0}, ValueError, "segment is 0, expected at least 1"),
         ({"solver": "magic"}, ValueError, "solver is 'magic'"),
         ({"tolerance": 1e-6}, ValueError, "tolerance is 1e-06"),

@@ -76,7 +76,7 @@ LCW_INLINE void pre_activation(
   }
 }
 
-template <Activation kind, typename T>
+template <typename T>
 LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, count = end - begin, size = count * n;
@@ -92,14 +92,16 @@ LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end)
     apply_filter(r, matrices, state.data(), filtered.data(), count);
     pre_activation(r, matrices, state.data(), pre.data(), l, begin, count);
     const T alpha = r.alpha_at(l), beta = r.beta_at(l);
-    for (int64_t i = 0; i < size; ++i) state[i] = alpha * filtered[i] + beta * activate<kind>(pre[i]);
+    with_activation(r.activation, [&](auto act) LCW_LAMBDA_INLINE {
+      for (int64_t i = 0; i < size; ++i) state[i] = alpha * filtered[i] + beta * act.value(pre[i]);
+    });
     if (pass.return_states) copy_state(pass.output, l + 1);
   }
   if (!pass.return_states) copy_state(pass.output, 0);
 }
 
 // Recompute the segment's states and slopes for some rows, then carry G back through it.
-template <Activation kind, typename T>
+template <typename T>
 LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, count = end - begin, size = count * n;
@@ -119,12 +121,14 @@ LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t en
     T* slope = rows_of(pass.grad_pre, s);
     T* next = s + 1 < pass.count ? rows_of(pass.states, s + 1) : scaled.data();
     T* activated = pass.activated ? rows_of(pass.activated, s) : pre.data();
-    for (int64_t i = 0; i < size; ++i) {
-      const T a = pre[i], y = activate<kind>(a);
-      slope[i] = beta * activation_slope<kind>(a, y);
-      next[i] = alpha * filtered[i] + beta * y;
-      activated[i] = y;
-    }
+    with_activation(r.activation, [&](auto act) LCW_LAMBDA_INLINE {
+      for (int64_t i = 0; i < size; ++i) {
+        const T a = pre[i], y = act.value(a);
+        slope[i] = beta * act.slope(a, y);
+        next[i] = alpha * filtered[i] + beta * y;
+        activated[i] = y;
+      }
+    });
     if (pass.filtered) std::copy(filtered.begin(), filtered.end(), rows_of(pass.filtered, s));
   }
 
@@ -210,20 +214,13 @@ LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, 
   }
 }
 
-// target_clones needs functions that are no templates: one set per dtype, each with every activation inside.
-#define LCW_PER_ACTIVATION(function, pass, begin, end)                                                \
-  switch (pass.recurrence.activation) {                                                               \
-    case Activation::tanh: return function<Activation::tanh>(pass, begin, end);                       \
-    case Activation::relu: return function<Activation::relu>(pass, begin, end);                       \
-    case Activation::sigmoid: return function<Activation::sigmoid>(pass, begin, end);                 \
-    case Activation::identity: return function<Activation::identity>(pass, begin, end);               \
-  }
+// target_clones needs functions that are no templates: one set per dtype.
 #define LCW_CLONED(T)                                                                                              \
   LCW_CLONES void run_forward(const Forward<T>& pass, int64_t begin, int64_t end) {                                \
-    LCW_PER_ACTIVATION(forward_rows, pass, begin, end)                                                             \
+    forward_rows(pass, begin, end);                                                            \
   }                                                                                                                \
   LCW_CLONES void run_backward(const Backward<T>& pass, int64_t begin, int64_t end) {                              \
-    LCW_PER_ACTIVATION(backward_rows, pass, begin, end)                                                            \
+    backward_rows(pass, begin, end);                                                            \
   }                                                                                                                \
   LCW_CLONES void run_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {                      \
     weight_gradients(pass, begin, end);                                                                            \

@@ -11,6 +11,7 @@
 #include "orthogonal_filter.h"
 
 #define LCW_INLINE inline __attribute__((always_inline))
+#define LCW_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace lcw_ops {
 
@@ -66,33 +67,69 @@ LCW_INLINE Exponential<T> exponential(T x) {
   return {power, r * polynomial};
 }
 
-template <Activation kind, typename T>
-LCW_INLINE T activate(T a) {
-  constexpr T limit = ExpTraits<T>::limit;
-  const T magnitude = a < T(0) ? -a : a;  // a NaN stays a NaN in each of these selections
-  if (kind == Activation::tanh) {
-    const T twice = T(2) * magnitude;
+// act(a), and act'(a) from a and y = act(a). A NaN stays a NaN in every selection.
+struct Tanh {
+  template <typename T>
+  LCW_INLINE static T value(T a) {
+    constexpr T limit = ExpTraits<T>::limit;
+    const T twice = T(2) * (a < T(0) ? -a : a);
     const Exponential<T> p = exponential(twice > limit ? limit : twice);
     const T e = p.power * p.fraction + (p.power - T(1));
-    const T value = e / (e + T(2));
-    return a < T(0) ? -value : value;
+    const T y = e / (e + T(2));
+    return a < T(0) ? -y : y;
   }
-  if (kind == Activation::sigmoid) {
+  template <typename T>
+  LCW_INLINE static T slope(T, T y) {
+    return T(1) - y * y;
+  }
+};
+
+struct Sigmoid {
+  template <typename T>
+  LCW_INLINE static T value(T a) {
+    constexpr T limit = ExpTraits<T>::limit;
+    const T magnitude = a < T(0) ? -a : a;
     const Exponential<T> p = exponential(-(magnitude > limit ? limit : magnitude));
     const T decay = p.power + p.power * p.fraction;
     return (a < T(0) ? decay : T(1)) / (T(1) + decay);
   }
-  if (kind == Activation::relu) return a < T(0) ? T(0) : a;
-  return a;
-}
+  template <typename T>
+  LCW_INLINE static T slope(T, T y) {
+    return y * (T(1) - y);
+  }
+};
 
-// act'(a) from a and y = act(a).
-template <Activation kind, typename T>
-LCW_INLINE T activation_slope(T a, T y) {
-  if (kind == Activation::tanh) return T(1) - y * y;
-  if (kind == Activation::sigmoid) return y * (T(1) - y);
-  if (kind == Activation::relu) return a > T(0) ? T(1) : T(0);
-  return T(1);
+struct Relu {
+  template <typename T>
+  LCW_INLINE static T value(T a) {
+    return a < T(0) ? T(0) : a;
+  }
+  template <typename T>
+  LCW_INLINE static T slope(T a, T) {
+    return a > T(0) ? T(1) : T(0);
+  }
+};
+
+struct Identity {
+  template <typename T>
+  LCW_INLINE static T value(T a) {
+    return a;
+  }
+  template <typename T>
+  LCW_INLINE static T slope(T, T) {
+    return T(1);
+  }
+};
+
+// Calls a loop with the activation as a type, so that the choice is made once and not for every element.
+template <typename Loop>
+LCW_INLINE void with_activation(Activation kind, const Loop& loop) {
+  switch (kind) {
+    case Activation::tanh: return loop(Tanh{});
+    case Activation::relu: return loop(Relu{});
+    case Activation::sigmoid: return loop(Sigmoid{});
+    case Activation::identity: return loop(Identity{});
+  }
 }
 
 }  // namespace lcw_ops

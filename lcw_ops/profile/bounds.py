@@ -117,7 +117,7 @@ def jacobian_bounds(gain_lower: np.ndarray, gain_upper: np.ndarray) -> tuple[flo
 
 
 def state_rms_bound(alpha, beta, h0: Tensor, steps: int, activation: str) -> np.ndarray:
-    """Upper bounds of rms(h_l), l = 1..L, for activations with |act| <= 1: ||h_l|| <= |alpha| ||h_{l-1}|| + |beta| sqrt(N).
+    """Upper bounds of rms(h_l), l = 1..L, if |act| <= 1: ||h_l|| <= |alpha| ||h_{l-1}|| + |beta| sqrt(N).
 
     In the convex case (alpha + beta = 1) this never exceeds max(||h_0||, sqrt(N)). NaN for an unbounded activation.
     ``h0`` is (M, N); the rms is over samples and units.

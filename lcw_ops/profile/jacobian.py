@@ -45,7 +45,7 @@ class JacobianSpectrum:
 def matrix_spectrum(
     jacobian: Tensor, products: int, exponent: int = 0, computed_in: torch.dtype | None = None
 ) -> JacobianSpectrum:
-    """The spectrum of a Jacobian that was formed with ``products`` VJPs in the precision ``computed_in``, times 2^exponent."""
+    """The spectrum of 2^exponent times a Jacobian that was formed by ``products`` VJPs in precision ``computed_in``."""
     shape = tuple(jacobian.shape)
     if not jacobian.isfinite().all():
         return JacobianSpectrum(math.nan, math.nan, shape, "exact", products, False, False)

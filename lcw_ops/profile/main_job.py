@@ -1,4 +1,4 @@
-"""The main job, ``lcw-ops profile``: train a very deep network on real images, then show what its gradient went through.
+"""The main job, ``lcw-ops profile``: train a very deep network on real images, then show what its gradient crossed.
 
 Three kinds of one class: the orthogonal-filter net (convex, beta = 1/L), the residual net (h + act(W h + b)) and the
 plain one (act(W h + b)). The chosen kind is trained and measured; the others are measured as they are initialised.
@@ -59,7 +59,7 @@ class Settings:
     threads: int | None = None
 
     def check(self) -> None:
-        """ValueError for a value that no run can have. Kinds, filters and activations are checked where they are used."""
+        """ValueError for a value that no run can have; filter and activation are checked where they are used."""
         for name in ("depth", "width", "batch"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _expect(self.steps >= 0, "steps", self.steps, "at least 0")

@@ -83,10 +83,7 @@ def from_mlp(module: OrthogonalFilterMLP, h0: Tensor) -> Recurrence:
 def from_rnn(module, input: Tensor, h_0: Tensor | None) -> Recurrence:
     """The recurrence inside an RNN, from the arguments of its call."""
     inputs = torch.nn.functional.linear(time_first(module, input), module.weight_ih)
-    if h_0 is None:
-        h0 = inputs.new_zeros(inputs.shape[1:])
-    else:
-        h0 = h_0.reshape(inputs.shape[1:])
+    h0 = inputs.new_zeros(inputs.shape[1:]) if h_0 is None else h_0.reshape(inputs.shape[1:])
     return _recurrence(module, h0, module.weight_hh, inputs.shape[0], inputs)
 
 
@@ -222,9 +219,9 @@ def root_mean_square(values: Tensor) -> Tensor:
 
 
 def shift_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tensor:
-    """Degrees by which the units' weight vectors miss 90 degrees to the mean input, rms over units; NaN for a zero input.
+    """Degrees by which weight vectors miss 90 degrees to the mean input, rms over units; NaN for a zero input.
 
-    Source: T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833: this angle is what shifts an activation.
+    This is what shifts an activation: T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833.
     ``projection`` (..., N) = ``weight`` (..., N, K) times ``mean_input`` (..., K).
     """
     cosine = projection / (weight.norm(dim=-1) * mean_input.norm(dim=-1, keepdim=True))

@@ -50,9 +50,9 @@ def profile(
         model: used in its present mode (train or eval), on its device.
         inputs: a tensor, or a tuple of positional arguments; samples along the first dimension.
         targets: second argument of ``loss``.
-        loss: ``loss(output, targets)``, or ``loss(output)`` without targets, a scalar. Default: cross entropy for integer
-            targets, mean squared error for others; without targets a fixed random direction of unit norm, so that the
-            gradient at the output has norm 1.
+        loss: ``loss(output, targets)``, or ``loss(output)`` without targets: one number. Default: cross entropy for
+            integer targets, mean squared error for others; without targets a fixed random direction of unit norm, so
+            that the gradient at the output has norm 1.
         jacobian: also find the extreme singular values of the Jacobian. For a recurrence the exact one of h_0 -> h_L at
             the first sample, up to a width of 512; for the model, that of the first sample's first floating-point
             output with respect to its first input, the other samples held fixed (left out for integer inputs and for
@@ -113,7 +113,12 @@ class _Work:
 
     def forward(self) -> Tensor:
         """The loss, ready for backward."""
-        loss = self.criterion(self.model(*self.inputs))
+        # torch's FLOP counter cannot follow a leaf that is differentiated, so the model gets its clone.
+        inputs = (
+            argument.clone() if isinstance(argument, Tensor) and argument.requires_grad else argument
+            for argument in self.inputs
+        )
+        loss = self.criterion(self.model(*inputs))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"profile: the loss has shape {shape}, expected one number; take its mean or sum")

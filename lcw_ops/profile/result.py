@@ -233,7 +233,7 @@ def _plain_table(header, rows, title) -> str:
     for row in (header, *rows):
         cells = [
             cell.rjust(width) if i and len(header) > 2 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

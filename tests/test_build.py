@@ -1,0 +1,141 @@
+"""What setup.py makes: one abi3 wheel on the stable ABI, or a pure-Python one where there is no compiler."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lcw_ops
+
+ROOT = Path(__file__).parent.parent
+EXTENSIONS = sorted(Path(lcw_ops.__file__).parent.glob("*.abi3.so"))
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on this machine")
+@pytest.mark.skipif(not EXTENSIONS, reason="no extension is built here")
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda path: path.name)
+def test_only_stable_symbols_are_needed(extension):
+    """Whatever torch >= 2.10 and Python >= 3.10 load it: only torch's C shim, libc and libstdc++ are asked for."""
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", extension], check=True, capture_output=True, text=True
+    ).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines() if line.split()[0] == "U"]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    # Versioned symbols are libc's and the compiler's; a few of its runtime's own carry no version.
+    runtime = re.compile(
+        r".+@(GLIBC|GLIBCXX|CXXABI|GCC)_|_ZN?K?S[tos]|_GLOBAL_OFFSET_TABLE_|__cpu_|_ITM_|__gmon_start__"
+    )
+    stable = re.compile(r"aoti_torch_|torch_")
+    foreign = [symbol for symbol in symbols if not stable.match(symbol) and not runtime.match(symbol)]
+    assert foreign == []
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what is committed to a source distribution, so that building leaves nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("source") / "lcw_ops"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", "results")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    return folder
+
+
+def build_wheel(source, out, **environment):
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-v", "-w", out]
+    environment = {**os.environ, "LCW_OPS_CUDA_ARCHS": "", **environment}
+    result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = Path(out).glob("*.whl")
+    return wheel, result.stdout + result.stderr
+
+
+def import_from_wheel(wheel, folder):
+    """The first thing a user does, from the wheel alone and outside the checkout."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    code = (
+        "import lcw_ops, lcw_ops.kernels, lcw_ops.bench, torch\n"
+        "model = lcw_ops.nn.OrthogonalFilterMLP(3, 8, 5, 2)\n"
+        "model(torch.randn(4, 3)).sum().backward()\n"
+        "print(lcw_ops.__file__, model.weight.grad.isfinite().all().item())\n"
+        "print(lcw_ops.info())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler here")
+def test_one_wheel_for_every_python_and_torch(source, tmp_path):
+    wheel, _ = build_wheel(source, tmp_path / "wheel")
+    assert re.fullmatch(r"lcw_ops-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "lcw_ops/_C.abi3.so" in names
+    assert "lcw_ops/kernels/__init__.py" in names
+    assert "lcw_ops/bench/__init__.py" in names
+    assert "lcw_ops/reference/orthogonal_filter.py" in names
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.startswith("lcw_ops")} == set(), "nothing but lcw_ops is installed"
+    result = import_from_wheel(wheel, tmp_path / "installed")
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path) in result.stdout
+    assert "True" in result.stdout
+    assert "orthogonal_filter on cpu: cpp" in result.stdout
+
+
+@pytest.mark.parametrize("why", ["no compiler", "on request"])
+def test_without_a_compiler_the_install_is_pure_python_and_says_so(why, source, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    environment = (
+        {"PATH": str(tools), "CXX": "no-such-compiler", "CUDA_HOME": str(tools)}
+        if why == "no compiler"
+        else {"LCW_OPS_NO_EXTENSIONS": "1"}
+    )
+    wheel, log = build_wheel(source, tmp_path / "wheel", **environment)
+    assert re.fullmatch(r"lcw_ops-[\d.]+-py3-none-any\.whl", wheel.name)
+    assert "lcw_ops: " in log
+    assert "installing without compiled kernels" in log
+    result = import_from_wheel(wheel, tmp_path / "installed")
+    assert result.returncode == 0, result.stderr
+    assert "orthogonal_filter on cpu: reference" in result.stdout
+    assert "not cpp: _C.abi3.so is not built" in result.stdout
+
+
+def test_a_failing_compiler_fails_loudly(source, tmp_path):
+    """A broken build is no pure-Python install in disguise."""
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    environment = {**os.environ, "CXX": str(broken), "LCW_OPS_CUDA_ARCHS": ""}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"],
+        cwd=source,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "a compiler failed" in result.stderr
+    assert "LCW_OPS_NO_EXTENSIONS=1" in result.stderr
+
+
+def test_editable_install_maps_kernels_and_bench():
+    """kernels/ and bench/ are importable under the package's name, not as top-level packages of their own."""
+    code = "import lcw_ops.kernels, lcw_ops.bench; print(lcw_ops.kernels.__file__); print(lcw_ops.bench.__file__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels, bench = (Path(line) for line in result.stdout.split())
+    assert kernels.parent.name == "kernels"
+    assert bench.parent.name == "bench"
+
+
+def test_metadata_asks_for_no_more_than_the_stable_abi_needs():
+    metadata = importlib.metadata.metadata("lcw-ops")
+    core = {requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement}
+    assert core == {"torch>=2.10", "numpy"}
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Version"] == lcw_ops.__version__

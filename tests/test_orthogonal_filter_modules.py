@@ -1,0 +1,292 @@
+"""OrthogonalFilterMLP and OrthogonalFilterRNN: what torch.nn's own modules do, and what only these need."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+from lcw_ops import nn
+from lcw_ops.nn.orthogonal_filter import make_filter
+
+KINDS = ["haar", "cyclic", "permutation", "identity"]
+
+
+def as_matrix(filter, width):
+    return torch.eye(width, dtype=torch.float64)[filter] if filter.dtype == torch.int64 else filter.double()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 2, 17, 64])
+def test_every_filter_is_orthogonal_to_its_rounding(kind, width):
+    matrix = as_matrix(make_filter(kind, width), width)
+    # Rows rounded to float32 once: each of N products is off by at most 2 x 2^-24 of its size.
+    tolerance = 2 * math.sqrt(width) * 2**-23
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+def test_haar_filter_has_no_preferred_sign():
+    """The QR alone gives a fixed sign to every diagonal of R, so traces would be biased; Haar has E[trace] = 0."""
+    traces = torch.stack([make_filter("haar", 4, torch.float64).trace() for _ in range(2000)])
+    # Var[trace] = 1 for Haar on O(N), so the mean of 2000 has standard error 0.022: five of them.
+    assert abs(traces.mean()) < 0.12
+    assert traces.var() == pytest.approx(1.0, abs=0.2)
+
+
+def test_cyclic_and_identity_are_what_their_names_say():
+    h = torch.arange(5.0)
+    assert torch.equal(h[make_filter("cyclic", 5)], torch.tensor([4.0, 0, 1, 2, 3]))
+    assert torch.equal(h[make_filter("identity", 5)], h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_qr_factor_is_accepted_and_a_random_matrix_is_not(dtype):
+    width = 48
+    q = torch.linalg.qr(torch.randn(width, width, dtype=dtype)).Q
+    assert torch.equal(make_filter(q, width, dtype), q)
+    almost = q.clone()
+    almost[0, 0] += 0.01
+    with pytest.raises(ValueError, match=r"not orthogonal: \|O O\^T - I\| reaches 0\.\d+.*torch.linalg.qr"):
+        make_filter(almost, width, dtype)
+
+
+def test_one_filter_per_layer():
+    q = torch.linalg.qr(torch.randn(6, 5, 5, dtype=torch.float64)).Q.float()
+    model = nn.OrthogonalFilterMLP(3, 5, 6, 2, filter=q)
+    assert model(torch.randn(4, 3)).shape == (4, 2)
+    with pytest.raises(ValueError, match="disagree on the number of steps"):
+        nn.OrthogonalFilterMLP(3, 5, 7, 2, filter=q)(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("filter", "error", "message"),
+    [
+        ("random", ValueError, "filter is 'random', expected one of haar"),
+        (3, TypeError, "filter is int"),
+        (torch.ones(4, 4), ValueError, "not orthogonal"),
+        (torch.full((4, 4), torch.nan), ValueError, "not orthogonal"),
+        (torch.eye(3), ValueError, "filter has shape"),
+        (torch.tensor([0, 1, 1, 2]), ValueError, "expected a permutation of 0..3"),
+        (torch.tensor([0, 1, 2]), ValueError, "expected a permutation of 0..3"),
+        (torch.eye(4, dtype=torch.int32), TypeError, "filter is torch.int32"),
+    ],
+)
+def test_a_filter_that_is_none_says_why(filter, error, message):
+    with pytest.raises(error, match=message):
+        nn.OrthogonalFilterMLP(2, 4, 3, 2, filter=filter)
+
+
+def written_out(model, x):
+    """The formula of the class docstring, layer by layer, in float64."""
+    double = copy.deepcopy(model).double()
+    matrix = as_matrix(model.filter, model.width)
+    h = double.input_layer(x.double())
+    beta = 1 / model.depth if model.beta is None else model.beta
+    alpha = 1 - beta if model.alpha is None else model.alpha
+    activation = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda a: a}
+    for weight, bias in zip(double.weight, double.bias, strict=True):
+        branch = activation[model.activation](torch.nn.functional.linear(h, weight, bias))
+        h = alpha * h @ matrix.T + beta * branch
+    return double.output_layer(h)
+
+
+@pytest.mark.parametrize("filter", KINDS)
+@pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "identity"])
+def test_mlp_is_its_formula(filter, activation, device):
+    model = nn.OrthogonalFilterMLP(7, 12, 30, 3, filter, activation=activation)
+    x = torch.randn(5, 7)
+    torch.testing.assert_close(
+        model.to(device)(x.to(device)).cpu().double(), written_out(model.cpu(), x), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_mlp_takes_any_leading_shape(device):
+    model = nn.OrthogonalFilterMLP(7, 8, 4, 3).to(device)
+    x = torch.randn(2, 5, 7, device=device)
+    assert torch.equal(model(x), model(x.reshape(10, 7)).reshape(2, 5, 3))
+    assert model(x[0, 0]).shape == (3,)
+    assert model(x[:0]).shape == (0, 5, 3)
+
+
+def test_mlp_alpha_and_beta_may_be_tensors_or_parameters():
+    beta = torch.nn.Parameter(torch.full((4,), 0.25))
+    model = nn.OrthogonalFilterMLP(3, 8, 4, 2, beta=beta, alpha=torch.full((4,), 0.75))
+    assert "beta" in dict(model.named_parameters())
+    assert "alpha" in dict(model.named_buffers())
+    model(torch.randn(5, 3)).sum().backward()
+    assert model.beta.grad.shape == (4,)
+    fixed = nn.OrthogonalFilterMLP(3, 8, 4, 2, beta=0.25, alpha=0.75)
+    fixed.load_state_dict({k: v for k, v in model.state_dict().items() if k not in ("alpha", "beta")})
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(model(x), fixed(x))
+
+
+@pytest.mark.parametrize(("activation", "variance"), [("tanh", 1.0), ("relu", 2.0), ("sigmoid", 1.0)])
+def test_initial_weights_have_the_variance_of_the_formula(activation, variance):
+    model = nn.OrthogonalFilterMLP(3, 64, 50, 2, activation=activation)
+    count = model.weight.numel()
+    # The variance of a sample variance of n Gaussians is 2 / n: five standard errors.
+    assert model.weight.var().item() * 64 == pytest.approx(variance, rel=5 * math.sqrt(2 / count))
+    assert not model.bias.any()
+
+
+def test_mlp_state_dict_round_trip_includes_the_filter(tmp_path):
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2)
+    assert set(model.state_dict()) == {
+        "weight",
+        "bias",
+        "filter",
+        "input_layer.weight",
+        "input_layer.bias",
+        "output_layer.weight",
+        "output_layer.bias",
+    }
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other = nn.OrthogonalFilterMLP(3, 8, 6, 2)
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    x = torch.randn(4, 3)
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_modules_copy_and_pickle(clone):
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter="permutation")
+    model(torch.randn(4, 3))
+    x = torch.randn(4, 3)
+    assert torch.equal(clone(model)(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_modules_keep_a_float32_filter(dtype):
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2)
+    filter = model.filter.clone()
+    model.to(dtype)
+    assert model.weight.dtype == dtype
+    assert torch.equal(model.filter, filter)
+    assert model(torch.randn(4, 3, dtype=dtype)).dtype == dtype
+    assert nn.OrthogonalFilterMLP(3, 8, 6, 2, dtype=dtype).filter.dtype == torch.float32
+
+
+def test_double_modules_stay_orthogonal():
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2).double()
+    assert model(torch.randn(4, 3).double()).dtype == torch.float64
+
+
+def test_modules_can_be_built_on_the_meta_device_only_without_a_check():
+    """A named filter needs no data to be right; nothing is computed on meta."""
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter="cyclic", device="meta")
+    assert model.weight.is_meta
+    assert model.filter.is_meta
+
+
+@pytest.mark.parametrize("filter", KINDS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_rnn_is_its_formula(filter, batch_first, device):
+    rnn = nn.OrthogonalFilterRNN(3, 10, batch_first, filter, length=15).to(device)
+    x = torch.randn(15, 4, 3)
+    h_0 = torch.randn(1, 4, 10)
+    output, h_n = rnn((x.transpose(0, 1) if batch_first else x).to(device), h_0.to(device))
+    matrix = as_matrix(rnn.filter.cpu(), 10)
+    double = copy.deepcopy(rnn).cpu().double()
+    h, states = h_0[0].double(), []
+    for x_t in x.double():
+        pre = h @ double.weight_hh.T + x_t @ double.weight_ih.T + double.bias
+        h = (1 - 1 / 15) * h @ matrix.T + torch.tanh(pre) / 15
+        states.append(h)
+    expected = torch.stack(states, dim=1 if batch_first else 0)
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(h_n.cpu().double(), h.unsqueeze(0), rtol=1e-5, atol=1e-6)
+
+
+def test_rnn_has_the_calling_convention_of_torch(device):
+    ours = nn.OrthogonalFilterRNN(3, 10, length=7, device=device)
+    theirs = torch.nn.RNN(3, 10, device=device)
+    for x in (torch.randn(7, 4, 3, device=device), torch.randn(7, 3, device=device)):
+        for h_0 in (None, torch.randn(1, *x.shape[1:-1], 10, device=device)):
+            assert [t.shape for t in ours(x, h_0)] == [t.shape for t in theirs(x, h_0)]
+
+
+def test_rnn_without_a_batch_is_a_batch_of_one(device):
+    rnn = nn.OrthogonalFilterRNN(3, 10, length=7).to(device)
+    x, h_0 = torch.randn(7, 3, device=device), torch.randn(1, 10, device=device)
+    output, h_n = rnn(x, h_0)
+    batched, batched_h_n = rnn(x.unsqueeze(1), h_0.unsqueeze(1))
+    assert torch.equal(output, batched.squeeze(1))
+    assert torch.equal(h_n, batched_h_n.squeeze(1))
+
+
+def test_rnn_trains_every_parameter_and_never_the_filter(device):
+    rnn = nn.OrthogonalFilterRNN(3, 10, length=7).to(device)
+    assert set(dict(rnn.named_parameters())) == {"weight_ih", "weight_hh", "bias"}
+    output, h_n = rnn(torch.randn(7, 4, 3, device=device))
+    (output.sum() + h_n.square().sum()).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in rnn.parameters())
+    assert rnn.filter.grad is None
+
+
+def test_rnn_parameter_count_is_the_papers():
+    """Elman net with scalar input and 10 classes: N^2 + 12 N + 10."""
+    width = 20
+    rnn, head = nn.OrthogonalFilterRNN(1, width, length=784), torch.nn.Linear(width, 10)
+    count = sum(parameter.numel() for parameter in [*rnn.parameters(), *head.parameters()])
+    assert count == width**2 + 12 * width + 10
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: nn.OrthogonalFilterMLP(3, 8, -1, 2), ValueError, "depth is -1, expected at least 1"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 0, 2), ValueError, "depth is 0"),
+        (lambda: nn.OrthogonalFilterMLP(3, 0, 2, 2), ValueError, "width is 0"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2.0, 2), TypeError, "depth is float, expected int"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=math.nan), ValueError, "beta is nan, expected finite"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, alpha=math.inf), ValueError, "alpha is inf"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, activation="gelu"), ValueError, "activation is 'gelu'"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, segment=0), ValueError, "segment is 0"),
+        (lambda: nn.OrthogonalFilterRNN(3, 8), ValueError, "give exactly one of them: length=T"),
+        (lambda: nn.OrthogonalFilterRNN(3, 8, beta=0.1, length=5), ValueError, "give exactly one of them"),
+        (lambda: nn.OrthogonalFilterRNN(3, 8, length=0), ValueError, "length is 0"),
+        (lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 4)), ValueError, "input has shape"),
+        (
+            lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 3), torch.zeros(1, 3, 8)),
+            ValueError,
+            r"h_0 has shape \(1, 3, 8\), expected \(1, 2, 8\)",
+        ),
+    ],
+)
+def test_bad_construction_says_what_to_do(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_repr_names_what_matters():
+    mlp = repr(nn.OrthogonalFilterMLP(3, 8, 4, 2, filter="cyclic", segment=2))
+    assert "width=8, depth=4, filter='cyclic', beta=0.25, activation='tanh', segment=2" in mlp
+    rnn = repr(nn.OrthogonalFilterRNN(3, 8, batch_first=True, length=10))
+    assert rnn == "OrthogonalFilterRNN(3, 8, batch_first=True, filter='haar', beta=0.1, activation='tanh')"
+
+
+def test_mlp_compiles_into_one_graph():
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2)
+    x = torch.randn(4, 3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_deep_net_keeps_its_gradient_and_a_plain_one_loses_it():
+    """The reason for the whole method: 2,000 layers, gradient norm at the first over the last."""
+    depth, width = 2000, 32
+
+    def ratio(**scales):
+        model = nn.OrthogonalFilterMLP(8, width, depth, 4, **scales)
+        loss = torch.nn.functional.cross_entropy(model(torch.randn(16, 8)), torch.randint(4, (16,)))
+        loss.backward()
+        first, last = model.bias.grad[0].norm(), model.bias.grad[-1].norm()
+        return (first / last).item()
+
+    kept, lost = ratio(), ratio(filter="identity", alpha=0.0, beta=1.0)
+    print(f"gradient at layer 1 over layer {depth}: orthogonal filter {kept:.3g}, plain {lost:.3g}")
+    # Singular values of the whole map lie in [exp(-c(1+s)), exp(c(s-1))] with c = 1 and s <= 2: [0.05, 2.8].
+    assert 0.05 < kept < 2.8
+    assert lost < 1e-6

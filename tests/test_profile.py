@@ -1,0 +1,513 @@
+"""The profiler against independent float64 autograd, exact SVDs and the bounds it claims; files are never half."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
+from lcw_ops.ops import use_backend
+from lcw_ops.profile import bounds, files, jacobian, main_job, plot, profile, spectral_norm_bound
+from lcw_ops.profile import orthogonal_filter as replay
+from lcw_ops.profile.result import COLUMNS, format_log
+
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda a: a}
+
+# What one float32 pass may differ from float64 by, over a few dozen layers.
+CLOSE = {"rtol": 2e-4, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks even in a net of a few layers, the last one shorter."""
+    monkeypatch.setattr(replay, "CHUNK_BYTES", 8 * 7 * (16 * 16 + 8 * 16))
+
+
+def make_mlp(**options):
+    options = {"in_features": 6, "width": 16, "depth": 24, "out_features": 3, **options}
+    model = OrthogonalFilterMLP(**options)
+    with torch.no_grad():
+        model.bias.normal_()
+    return model
+
+
+def float64_states(h0, weights, biases, matrix, alpha, beta, activation, inputs=None):
+    """Every state with its gradient kept, and every pre-activation, by plain torch in float64."""
+    states, pre_activations, weights_used = [h0], [], []
+    h0.retain_grad()
+    for l, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        weight = weight.clone().requires_grad_()
+        pre_activation = states[-1] @ weight.T + bias + (0 if inputs is None else inputs[l])
+        state = alpha * states[-1] @ matrix.T + beta * ACTIVATIONS[activation](pre_activation)
+        state.retain_grad()
+        states.append(state)
+        pre_activations.append(pre_activation)
+        weights_used.append(weight)
+    return states, pre_activations, weights_used
+
+
+def filter_matrix(model):
+    filter = model.filter
+    return torch.eye(len(filter), dtype=torch.float64)[filter] if filter.dim() == 1 else filter.double()
+
+
+def check_rows(columns, states, pre_activations, weights, first):
+    rows = slice(first, first + len(weights))
+    expected = {
+        "state_rms": [state.square().mean().sqrt() for state in states[1:]],
+        "gradient_norm": [state.grad.norm() for state in states[1:]],
+        "activation_shift": [pre.mean(0).square().mean().sqrt() for pre in pre_activations],
+        "weight_gradient_norm": [weight.grad.norm() for weight in weights],
+    }
+    angles = []
+    for weight, state in zip(weights, states[:-1], strict=True):
+        cosine = nn.functional.cosine_similarity(weight, state.mean(0), dim=1)
+        angles.append((90 - torch.rad2deg(cosine.acos())).square().mean().sqrt())
+    expected["shift_angle"] = angles
+    for name, values in expected.items():
+        values = torch.stack(values).detach().numpy()
+        known = np.isfinite(values)
+        np.testing.assert_allclose(columns[name][rows][known], values[known], **CLOSE, err_msg=name)
+        assert known.sum() >= len(values) - 1
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("filter", ["haar", "permutation", "identity"])
+def test_mlp_rows_are_those_of_float64_autograd(filter, activation):
+    model = make_mlp(filter=filter, activation=activation, beta=0.2)
+    inputs, targets = torch.randn(8, 6), torch.randint(3, (8,))
+    result = profile(model, inputs, targets, repeats=1, matmul_rate=1.0)
+    assert list(result.columns["name"]) == ["input_layer", *(f"layer[{l}]" for l in range(1, 25)), "output_layer"]
+
+    input_layer, output_layer = (layer.double() for layer in (model.input_layer, model.output_layer))
+    h0 = input_layer(inputs.double())
+    states, pre_activations, weights = float64_states(
+        h0, model.weight.detach().double(), model.bias.detach().double(), filter_matrix(model), 0.8, 0.2, activation
+    )
+    loss = nn.functional.cross_entropy(output_layer(states[-1]), targets)
+    loss.backward()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    check_rows(result.columns, states, pre_activations, weights, first=1)
+    assert result.columns["gradient_norm"][0] == pytest.approx(h0.grad.norm().item(), rel=2e-4)
+    assert result.columns["weight_gradient_norm"][0] == pytest.approx(input_layer.weight.grad.norm().item(), rel=2e-4)
+
+
+@pytest.mark.parametrize("layout", ["time_first", "batch_first", "unbatched"])
+@pytest.mark.parametrize("backend", ["automatic", "reference"])
+def test_rnn_rows_are_those_of_float64_autograd(layout, backend):
+    model = OrthogonalFilterRNN(3, 16, length=24, batch_first=layout == "batch_first")
+    sequence = torch.randn(24, 1 if layout == "unbatched" else 8, 3)
+    given = {"time_first": sequence, "batch_first": sequence.transpose(0, 1), "unbatched": sequence[:, 0]}[layout]
+
+    def loss(result):
+        output, h_n = result
+        return output.square().mean() + h_n.sum()
+
+    if backend == "reference":
+        with use_backend("reference"):
+            result = profile(model, given, loss=loss, repeats=1, matmul_rate=1.0)
+    else:
+        result = profile(model, given, loss=loss, repeats=1, matmul_rate=1.0)
+
+    steps, width = 24, 16
+    states, pre_activations, weights = float64_states(
+        torch.zeros(sequence.shape[1], width, dtype=torch.float64, requires_grad=True),
+        model.weight_hh.detach().double().expand(steps, width, width),
+        model.bias.detach().double().expand(steps, width),
+        filter_matrix(model),
+        1 - 1 / 24,
+        1 / 24,
+        "tanh",
+        (sequence.double() @ model.weight_ih.detach().double().T),
+    )
+    (torch.stack(states[1:]).square().mean() + states[-1].sum()).backward()
+    check_rows(result.columns, states, pre_activations, weights, first=0)
+    assert (result.columns["gradient_norm"] <= result.columns["gradient_upper"] * (1 + 1e-5)).all()
+    assert (result.columns["gradient_norm"] >= result.columns["gradient_lower"] * (1 - 1e-5)).all()
+
+
+def test_recurrence_inside_another_model_and_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep = make_mlp(in_features=16, out_features=16, depth=10)
+
+        def forward(self, x):
+            return self.deep(self.deep(x))
+
+    result = profile(Twice(), torch.randn(8, 16), repeats=1, matmul_rate=1.0)
+    names = list(result.columns["name"])
+    assert len(names) == 2 * (10 + 2)
+    assert names[1] == "deep.layer[1]"
+    assert names[13] == "deep.layer#2[1]"
+    assert set(result.jacobians) == {"deep.layer: h_0 -> h_L", "deep.layer#2: h_0 -> h_L", "input -> output"}
+    assert np.isfinite(result.columns["gradient_norm"]).all()
+
+
+class Untidy(nn.Module):
+    """Calls a module twice, modifies in place, returns a tuple from a leaf, and leaves one output unused."""
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x * 2, torch.arange(3)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.unused = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 2)
+        self.relu, self.pair = nn.ReLU(inplace=True), Untidy.Pair()
+
+    def forward(self, x):
+        x = self.relu(self.first(x))
+        x, _ = self.pair(self.shared(x))
+        self.unused(x)
+        x = self.shared(x)
+        x += 1
+        return {"result": x}
+
+
+def test_any_module_tuples_in_place_and_several_calls():
+    model, inputs = Untidy(), torch.randn(8, 5)
+    result = profile(model, inputs, loss=lambda output: output["result"].square().sum(), repeats=1, matmul_rate=1.0)
+    assert list(result.columns["name"]) == ["first", "relu", "shared", "pair", "unused", "shared#2"]
+
+    first = model.first(inputs)
+    shared = model.shared(first.relu())
+    last = model.shared(shared * 2)
+    values = [first, first.relu(), shared, shared * 2, model.unused(shared * 2), last]
+    for tensor in (first, shared, last):
+        tensor.retain_grad()
+    (last + 1).square().sum().backward()
+    np.testing.assert_allclose(
+        result.columns["state_rms"], [value.square().mean().sqrt().item() for value in values], **CLOSE
+    )
+    gradient = result.columns["gradient_norm"]
+    np.testing.assert_allclose(gradient[[0, 2, 5]], [t.grad.norm().item() for t in (first, shared, last)], **CLOSE)
+    assert math.isnan(gradient[4])
+    assert result.columns["weight_gradient_norm"][2] == pytest.approx(model.shared.weight.grad.norm().item(), rel=1e-4)
+    mean = first.mean(0)
+    assert result.columns["activation_shift"][0] == pytest.approx(mean.square().mean().sqrt().item(), rel=1e-4)
+
+
+def make_cnn():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 10)
+    )
+
+
+def test_cnn_is_counted_and_left_as_it_was():
+    model, images, labels = make_cnn(), torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    model(images).sum().backward()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    random_state = torch.get_rng_state()
+    result = profile(model, images, labels, repeats=2, matmul_rate=1e9)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(grad, p.grad) for grad, p in zip(gradients, model.parameters(), strict=True))
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    # Convolution 8 x 4 x 6 x 6 outputs of 9 products, linear 8 x 10 outputs of 144; backward has no image gradient.
+    conv, linear = 2 * 8 * 4 * 36 * 9, 2 * 8 * 10 * 144
+    assert result.timing.forward_flops == conv + linear
+    assert result.timing.backward_flops == conv + 2 * linear
+    assert result.timing.repeats == 2
+    # A channel's mean is over samples and positions; batch norm makes it 0.
+    assert result.columns["activation_shift"][1] < 1e-6 < result.columns["activation_shift"][0]
+
+
+def test_a_model_without_trainable_parameters_is_differentiated_by_its_input():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).requires_grad_(False)
+    result = profile(model, torch.randn(3, 4), repeats=1, matmul_rate=1.0)
+    assert result.columns["gradient_norm"][1] == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("filter", ["haar", "cyclic"])
+def test_flops_do_not_depend_on_the_backend(filter):
+    model, inputs = make_mlp(filter=filter), torch.randn(8, 6)
+    automatic = profile(model, inputs, repeats=1, matmul_rate=1.0).timing
+    with use_backend("reference"):
+        reference = profile(model, inputs, repeats=1, matmul_rate=1.0).timing
+    product, ends = 2 * 8 * 16 * 16 * 24, 2 * 8 * (6 * 16 + 16 * 3)
+    dense = filter == "haar"
+    assert automatic.forward_flops == reference.forward_flops == product * (1 + dense) + ends
+    assert automatic.backward_flops == product * (2 + dense) + 2 * 8 * (6 * 16 + 2 * 16 * 3)
+
+
+# --- bounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_schatten_bound_is_an_upper_bound_within_its_factor(dtype):
+    for width, scale in ((1, 1.0), (5, 1e-25), (64, 1.0), (64, 1e15)):
+        weight = (torch.randn(20, width, width, dtype=torch.float64) * scale).to(dtype)
+        weight[0] = scale * torch.eye(width)
+        weight[1] = 0
+        exact = torch.linalg.matrix_norm(weight.double(), 2)
+        for squarings in (1, 3, bounds.SQUARINGS):
+            bound = spectral_norm_bound(weight, squarings)
+            assert (bound >= exact).all()
+            assert (bound <= exact * width ** (1 / 2 ** (squarings + 1)) * 1.001).all()
+
+
+def test_schatten_bound_where_rounding_could_lower_it():
+    """An orthogonal matrix, one of rank 1 and a scaled mixture: the norm is as sharp as it gets."""
+    q = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
+    u = torch.randn(64, 1, dtype=torch.float64)
+    for matrix in (q, u @ u.T, q[:, :1] @ q[:1] * 1e3 + q):
+        weight = matrix.float()
+        assert spectral_norm_bound(weight) >= torch.linalg.matrix_norm(weight.double(), 2)
+    assert spectral_norm_bound(torch.full((3, 3), math.nan)) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("options", "convex"),
+    [({}, True), ({"beta": 0.3}, True), ({"alpha": 1.0, "beta": 1.0}, False), ({"alpha": 0.0, "beta": 1.0}, False)],
+)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bounds_hold(options, convex, activation):
+    result = profile(make_mlp(activation=activation, **options), torch.randn(8, 6), repeats=1, matmul_rate=1.0)
+    columns = {name: column[1:-1] for name, column in result.columns.items() if name != "name"}
+    assert (columns["gradient_norm"] <= columns["gradient_upper"] * (1 + 1e-4)).all()
+    assert (columns["gradient_norm"] >= columns["gradient_lower"] * (1 - 1e-4)).all()
+    assert (columns["gain_lower"] >= 0).all()
+    spectrum = result.jacobians["h_0 -> h_L"]
+    assert math.log(spectrum.largest) <= spectrum.log_upper + 1e-4
+    assert math.log(max(spectrum.smallest, 1e-300)) >= spectrum.log_lower - 1e-4
+    if activation in ("tanh", "sigmoid"):
+        assert (columns["state_rms"] <= columns["state_rms_bound"] * (1 + 1e-5)).all()
+        if convex:
+            highest = max(1.0, result.columns["state_rms"][0] * math.sqrt(8))
+            assert (columns["state_rms_bound"] <= highest + 1e-6).all()
+    else:
+        assert np.isnan(columns["state_rms_bound"]).all()
+
+
+def test_gradient_bounds_in_closed_form():
+    lower, upper = bounds.gradient_norm_bounds(np.full(50_000, 0.5), np.full(50_000, 3.0), np.eye(50_001)[-1] * 2)
+    assert upper[0] == pytest.approx(50_000 * math.log(3) + math.log(2))
+    assert lower[0] == pytest.approx(50_000 * math.log(0.5) + math.log(2))
+    assert format_log(upper[0]) == "10^23856"
+    # With a gradient of 1 entering at the last two states: 1, then at most 3 + 1 and at least 1 - 0.5 from below.
+    lower, upper = bounds.gradient_norm_bounds(np.full(2, 0.5), np.full(2, 3.0), np.array([0.0, 0.25, 1.0]))
+    np.testing.assert_allclose(np.exp(upper), [9.75, 3.25, 1.0])
+    np.testing.assert_allclose(np.exp(lower), [0.125, 0.25, 1.0])
+
+
+# --- Jacobian
+
+
+@pytest.mark.parametrize("shape", [(30, 30), (20, 45), (45, 20)])
+def test_lanczos_is_exact_at_full_length(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    exact = torch.linalg.svdvals(matrix)
+    spectrum = jacobian.lanczos_spectrum(lambda v: matrix @ v, lambda u: matrix.T @ u, shape, tolerance=0.0)
+    assert spectrum.converged
+    assert spectrum.iterations == min(shape)
+    assert spectrum.largest == pytest.approx(exact[0].item(), rel=1e-10)
+    assert spectrum.smallest == pytest.approx(exact[-1].item(), rel=1e-8)
+
+
+def test_lanczos_says_when_it_has_not_converged():
+    matrix = torch.diag(torch.logspace(0, -12, 300, dtype=torch.float64))
+    spectrum = jacobian.lanczos_spectrum(lambda v: matrix @ v, lambda u: matrix.T @ u, (300, 300), iterations=12)
+    assert not spectrum.converged
+    assert spectrum.iterations == 12
+    assert spectrum.largest == pytest.approx(1.0, rel=1e-3)
+
+
+def test_lanczos_finds_an_invariant_space():
+    """Two singular values, one of them 0: done after two steps, whatever the size."""
+    for values in ((2.0, 0.5), (2.0, 0.0)):
+        diagonal = torch.tensor(values, dtype=torch.float64).repeat(20)
+        spectrum = jacobian.lanczos_spectrum(lambda v: diagonal * v, lambda u: diagonal * u, (40, 40))  # noqa: B023
+        assert spectrum.converged
+        assert spectrum.iterations <= 3
+        assert (spectrum.largest, spectrum.smallest) == pytest.approx(values, abs=1e-12)
+
+
+def test_function_lanczos_agrees_with_the_exact_svd():
+    model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30)).double()
+    point = torch.randn(20, dtype=torch.float64)
+    exact = torch.linalg.svdvals(torch.autograd.functional.jacobian(model, point))
+    for method in ("lanczos", "exact"):
+        spectrum = jacobian.function_spectrum(model, point, method)
+        assert (spectrum.method, spectrum.converged, spectrum.shape) == (method, True, (30, 20))
+        assert spectrum.largest == pytest.approx(exact[0].item(), rel=1e-3)
+        assert spectrum.smallest == pytest.approx(exact[-1].item(), rel=1e-3)
+
+
+def test_state_jacobian_agrees_with_lanczos_and_autograd():
+    model = make_mlp(beta=0.1)
+    inputs = torch.randn(8, 6)
+    result = profile(model, inputs, repeats=1, matmul_rate=1.0)
+
+    def state_map(h0):
+        for weight, bias in zip(model.weight.detach(), model.bias.detach(), strict=True):
+            h0 = 0.9 * h0 @ model.filter.T + 0.1 * torch.tanh(h0 @ weight.T + bias)
+        return h0
+
+    h0 = model.input_layer(inputs[:1]).detach()
+    lanczos = jacobian.function_spectrum(state_map, h0, "lanczos", tolerance=1e-5)
+    exact = result.jacobians["h_0 -> h_L"]
+    assert lanczos.largest == pytest.approx(exact.largest, rel=1e-4)
+    assert lanczos.smallest == pytest.approx(exact.smallest, rel=1e-3)
+    whole = torch.autograd.functional.jacobian(model, inputs[:1]).reshape(3, 6)
+    values = torch.linalg.svdvals(whole)
+    composed = result.jacobians["input -> output"]
+    assert (composed.largest, composed.smallest) == pytest.approx((values[0].item(), values[-1].item()), rel=1e-3)
+
+
+def test_jacobian_of_one_sample_with_batch_norm():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    inputs = torch.randn(8, 6)
+    spectrum = profile(model, inputs, repeats=1, matmul_rate=1.0).jacobians["input -> output"]
+    whole = torch.autograd.functional.jacobian(model, inputs)[0, :, 0]
+    assert spectrum.largest == pytest.approx(torch.linalg.svdvals(whole)[0].item(), rel=1e-4)
+
+
+# --- what vanishes
+
+
+def test_a_plain_net_vanishes_and_is_reported(tmp_path):
+    """Below the smallest float32 the gradient is lost, but not the Jacobian's singular values."""
+    model = make_mlp(depth=400, filter="identity", alpha=0.0, beta=0.2)
+    with torch.no_grad():
+        model.bias.zero_()
+    result = profile(model, torch.randn(8, 6), repeats=1, matmul_rate=1.0)
+    norms = result.columns["gradient_norm"][1:-1]
+    assert norms[0] == 0.0
+    assert norms[-1] > 0.1
+    spectrum = result.jacobians["h_0 -> h_L"]
+    assert 0 < spectrum.largest < 1e-200
+    assert not spectrum.smallest_resolved
+    assert plot.gradient_fate(norms).startswith("underflows at layer ")
+    result.plot(tmp_path / "vanished.png")
+    assert (tmp_path / "vanished.png").read_bytes().startswith(b"\x89PNG")
+    assert "below rounding" in result.table()
+
+
+def test_fates_in_words():
+    assert plot.gradient_fate(np.array([0.5, 1.0])) == "keeps 50% of its size"
+    assert plot.gradient_fate(np.array([1.5, 1.0])) == "grows by 50%"
+    assert plot.gradient_fate(np.array([1e-5, 1.0])) == "shrinks by a factor of 10^5.0"
+    assert plot.gradient_fate(np.array([1e5, 1.0])) == "grows by a factor of 10^5.0"
+    assert plot.gradient_fate(np.array([math.nan, math.inf, 1e30, 1.0])) == "overflows at layer 2"
+    assert plot.gradient_fate(np.array([0.0, 1e-42, 1e-30, 1.0])) == "underflows at layer 2"
+
+
+# --- results and files
+
+
+def test_csv_json_table_and_plot(tmp_path):
+    result = profile(make_mlp(), torch.randn(8, 6), repeats=1, name="a net")
+    result.to_csv(tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(result) == 26
+    assert list(rows[0]) == list(COLUMNS)
+    assert rows[0]["gain_upper"] == ""
+    assert float(rows[3]["gradient_norm"]) == pytest.approx(result.columns["gradient_norm"][3], rel=1e-6)
+
+    result.to_json(tmp_path / "profile.json")
+    content = json.loads((tmp_path / "profile.json").read_text())
+    assert content["rows"] == len(content["columns"]["state_rms"]) == 26
+    assert content["columns"]["gain_upper"][0] == "nan"
+    assert content["timing"]["matmul_rate"] > 1e8
+    assert content["peak_memory_bytes"] > 1e7
+
+    table = result.table()
+    assert "a net: 12 of 26 rows" in table
+    assert "layer[24]" not in table.splitlines()[3]
+    assert "GFLOP/s" in table
+    for ending in ("png", "svg", "pdf"):
+        result.plot(tmp_path / f"picture.{ending}")
+        assert (tmp_path / f"picture.{ending}").stat().st_size > 5000
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "picture.pdf", "picture.png", "picture.svg", "profile.json", "rows.csv",
+    ]  # fmt: skip
+
+
+def test_table_without_rich(monkeypatch):
+    result = profile(nn.Linear(3, 2), torch.randn(4, 3), repeats=1, matmul_rate=1.0)
+    monkeypatch.setitem(__import__("sys").modules, "rich", None)
+    lines = result.table().splitlines()
+    assert lines[0] == "Linear: 1 of 1 rows"
+    assert lines[1].split() == ["layer", "state", "rms", "gradient", "shift", "dE/dW"]
+    assert lines[2].startswith("Linear")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_write_that_fails_keeps_the_old_file(tmp_path, error):
+    path = tmp_path / "file.txt"
+    files.write_atomically(path, lambda file: file.write("old"))
+
+    def half(file):
+        file.write("new, but only ha")
+        file.flush()
+        raise error
+
+    with pytest.raises(error):
+        files.write_atomically(path, half)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("no module", torch.ones(1)), TypeError, "expected a torch.nn.Module"),
+        ((nn.Linear(2, 2), [1.0]), TypeError, "expected a tensor"),
+        ((nn.Linear(2, 2), torch.ones(3, 2), None, lambda output: output), ValueError, "expected one number"),
+        ((nn.Linear(2, 2), torch.ones(3, 2), None, lambda output: output.sum().detach()), ValueError, "depend"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        profile(*arguments)
+
+
+def test_bad_options():
+    model, inputs = nn.Linear(2, 2), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="repeats is 0"):
+        profile(model, inputs, repeats=0)
+    with pytest.raises(ValueError, match="expected 'auto', 'exact' or 'lanczos'"):
+        profile(model, inputs, repeats=1, matmul_rate=1.0, jacobian_method="power")
+    with pytest.raises(ValueError, match="does not depend on the input"):
+        jacobian.function_spectrum(lambda x: torch.ones(2, requires_grad=True) * 1, inputs)
+    assert profile(model, inputs, repeats=1, matmul_rate=1.0, jacobian=False).jacobians == {}
+
+
+# --- the main job
+
+
+def test_kinds_are_what_their_names_say():
+    settings = main_job.Settings(depth=3, width=16)
+    h0 = torch.randn(5, 64)
+    networks = {kind: main_job.make_network(kind, settings, 64, 10) for kind in main_job.KINDS}
+    weight = networks["plain"].weight
+    assert all(torch.equal(network.weight, weight) for network in networks.values())
+    plain = residual = networks["plain"].input_layer(h0)
+    for matrix in weight:
+        plain, residual = torch.tanh(plain @ matrix.T), residual + torch.tanh(residual @ matrix.T)
+    for kind, state in (("plain", plain), ("residual", residual)):
+        torch.testing.assert_close(networks[kind](h0), networks[kind].output_layer(state), **CLOSE)
+
+
+@pytest.mark.parametrize("filter", ["haar", "permutation"])
+def test_training_on_digits_works_and_repeats_itself(filter):
+    settings = main_job.Settings(depth=100, steps=30, filter=filter)
+    digits = main_job.data.load("digits")
+
+    def histories():
+        model = main_job.make_network("orthogonal-filter", settings, 64, 10)
+        return main_job.train(model, digits, settings)
+
+    first, again = histories(), histories()
+    assert first.loss[-1] < 0.3 * first.loss[0]
+    assert first.test_accuracy[0][1] < 0.3
+    assert first.test_accuracy[-1][1] > 0.88
+    assert first.loss == again.loss
+    assert [step for step, _ in first.test_accuracy] == [0, 5, 10, 15, 20, 25, 30]
