@@ -17,6 +17,8 @@ from lcw_ops.profile.result import COLUMNS, format_log
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda a: a}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What one float32 pass may differ from float64 by, over a few dozen layers.
 CLOSE = {"rtol": 2e-4, "atol": 1e-6}
 
@@ -66,13 +68,12 @@ def check_rows(columns, states, pre_activations, weights, first):
     angles = []
     for weight, state in zip(weights, states[:-1], strict=True):
         cosine = nn.functional.cosine_similarity(weight, state.mean(0), dim=1)
-        angles.append((90 - torch.rad2deg(cosine.acos())).square().mean().sqrt())
+        angle = (90 - torch.rad2deg(cosine.acos())).square().mean().sqrt()
+        # No angle to a mean input of 0, an RNN's first one.
+        angles.append(angle if state.any() else torch.tensor(math.nan))
     expected["shift_angle"] = angles
     for name, values in expected.items():
-        values = torch.stack(values).detach().numpy()
-        known = np.isfinite(values)
-        np.testing.assert_allclose(columns[name][rows][known], values[known], **CLOSE, err_msg=name)
-        assert known.sum() >= len(values) - 1
+        np.testing.assert_allclose(columns[name][rows], torch.stack(values).detach(), **CLOSE, err_msg=name)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -286,7 +287,7 @@ def test_bounds_hold(options, convex, activation):
 
 
 def test_gradient_bounds_in_closed_form():
-    lower, upper = bounds.gradient_norm_bounds(np.full(50_000, 0.5), np.full(50_000, 3.0), np.eye(50_001)[-1] * 2)
+    lower, upper = bounds.gradient_norm_bounds(np.full(50_000, 0.5), np.full(50_000, 3.0), np.r_[np.zeros(50_000), 2.0])
     assert upper[0] == pytest.approx(50_000 * math.log(3) + math.log(2))
     assert lower[0] == pytest.approx(50_000 * math.log(0.5) + math.log(2))
     assert format_log(upper[0]) == "10^23856"

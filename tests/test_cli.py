@@ -1,0 +1,244 @@
+"""``lcw-ops`` as a user meets it: its files, every flag, one line for every mistake, and no half file after Ctrl-C."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import lcw_ops
+from lcw_ops import cli
+from lcw_ops.profile import machine, main_job
+
+FILES = sorted(main_job.REPORT_FILES)
+
+SMALL = ["--depth", "30", "--width", "8", "--batch", "16", "--steps", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """A fixed matmul rate, because its measurement is the slowest part of a small run; and the threads as before."""
+    monkeypatch.setattr(machine, "matmul_rate", lambda device: 1e11)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def profile(*arguments, out):
+    return cli.main(["profile", *SMALL, "--out", str(out), *map(str, arguments)])
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_main_job_writes_its_report(tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    assert profile(out=out) == 0
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    content = report(out)
+    assert content["settings"] == {
+        **main_job.asdict(main_job.Settings()),
+        **{"depth": 30, "width": 8, "batch": 16, "steps": 3, "out": str(out)},
+    }
+    assert len(content["training"]["loss"]) == 3
+    assert [entry["step"] for entry in content["training"]["test_accuracy"]] == [0, 1, 2, 3]
+    assert content["networks"]["orthogonal-filter"]["measured"] == "orthogonal-filter net, after 3 steps"
+    assert content["networks"]["plain"]["measured"] == "plain net, at initialisation"
+    for network in content["networks"].values():
+        assert network["timing"]["layers"] == 32
+        assert network["timing"]["forward_gflops_per_second"] > 0
+        spectrum = network["jacobians"]["h_0 -> h_L"]
+        assert 0 <= spectrum["smallest"] <= spectrum["largest"]
+
+    with open(out / "layers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kind"] for row in rows[::32]] == ["orthogonal-filter", "residual", "plain"]
+    assert len(rows) == 3 * 32
+    assert [row["name"] for row in rows[:2]] == ["input_layer", "layer[1]"]
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    printed = capsys.readouterr().out
+    for words in ("train 3/3", "test accuracy", "ms/step", "layers/s", "GFLOP/s", "peak memory", "written to"):
+        assert words in printed
+
+
+def test_the_picture_has_the_promised_size(tmp_path):
+    from matplotlib import image
+
+    assert profile(out=tmp_path) == 0
+    assert image.imread(tmp_path / "report.png").shape[:2] == (900, 1600)
+
+
+def test_a_seed_repeats_a_run(tmp_path):
+    def columns(name, *flags):
+        assert profile(*flags, out=tmp_path / name) == 0
+        return (tmp_path / name / "layers.csv").read_text(), report(tmp_path / name)["training"]["loss"]
+
+    first = columns("first", "--seed", 3)
+    assert first == columns("again", "--seed", 3)
+    assert first[1] != columns("other", "--seed", 4)[1]
+
+
+@pytest.mark.parametrize("kind", main_job.KINDS)
+def test_kind_is_what_is_trained(kind, tmp_path):
+    assert profile("--kind", kind, out=tmp_path) == 0
+    networks = report(tmp_path)["networks"]
+    assert next(iter(networks)) == kind
+    assert {name for name, network in networks.items() if "after 3 steps" in network["measured"]} == {kind}
+
+
+def test_flags_reach_the_run(tmp_path):
+    flags = ["--filter", "cyclic", "--activation", "relu", "--lr", "0.001", "--threads", "1", "--device", "cpu"]
+    assert profile(*flags, out=tmp_path / "a") == 0
+    content = report(tmp_path / "a")
+    settings = content["settings"]
+    assert [settings[name] for name in ("filter", "activation", "lr", "threads", "device")] == [
+        "cyclic", "relu", 0.001, 1, "cpu",
+    ]  # fmt: skip
+    network = content["networks"]["orthogonal-filter"]
+    assert network["machine"]["threads"] == 1
+    # A permutation costs no arithmetic: one product per layer, and the two ends.
+    assert network["timing"]["forward_flops"] == 2 * 16 * (30 * 8 * 8 + 64 * 8 + 8 * 10)
+    with open(tmp_path / "a" / "layers.csv", newline="") as file:
+        # ReLU is not bounded by 1.
+        assert next(csv.DictReader(file))["state_rms_bound"] == ""
+    assert profile("--lr", "0.1", out=tmp_path / "b") == 0
+    assert report(tmp_path / "b")["training"]["loss"] != content["training"]["loss"]
+
+
+def test_own_data_and_no_training(tmp_path):
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "own.npz", x=generator.normal(size=(60, 5)), y=np.arange(60) % 3)
+    assert profile("--data", tmp_path / "own.npz", "--steps", "0", "--depth", "1", out=tmp_path / "out") == 0
+    content = report(tmp_path / "out")
+    assert content["data"] == {
+        "name": "own.npz", "training_samples": 48, "test_samples": 12, "features": 5, "classes": 3,
+    }  # fmt: skip
+    assert content["training"]["loss"] == []
+    assert all("at initialisation" in network["measured"] for network in content["networks"].values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--depth", "0"],
+        ["--depth", "-5"],
+        ["--depth", "many"],
+        ["--width", "0"],
+        ["--batch", "0"],
+        ["--batch", "100000"],
+        ["--steps", "-1"],
+        ["--lr", "nan"],
+        ["--lr", "0"],
+        ["--seed", "-1"],
+        ["--threads", "0"],
+        ["--kind", "deep"],
+        ["--filter", "random"],
+        ["--activation", "gelu"],
+        ["--device", "toaster"],
+        ["--device", "cuda:99"],
+        ["--data", "absent.npz"],
+        ["--data", __file__],
+        ["--unknown"],
+    ],
+    ids=" ".join,
+)
+def test_every_mistake_is_one_line_and_code_2(flags, tmp_path, capsys):
+    assert profile(*flags, out=tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.err.startswith("lcw-ops profile: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert profile(out=out) == 2
+        error = capsys.readouterr().err
+        assert len(error.strip().splitlines()) == 1
+        assert "cannot write to the folder" in error
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["info", "--flag"]])
+def test_wrong_commands(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (RuntimeError("no luck"), 1)])
+@pytest.mark.parametrize("written", range(3))
+def test_interrupted_or_failed_runs_say_what_was_written(error, code, written, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in training (0), then while the second and the third file are half written."""
+    (tmp_path / "layers.csv").write_text("an earlier run's")
+
+    def fail(*args, **kwargs):
+        raise error
+
+    if written == 0:
+        monkeypatch.setattr(main_job, "accuracy", fail)
+    else:
+        # json.dump and savefig fail after some bytes have gone into the file.
+        place = {1: "lcw_ops.profile.main_job.write_json", 2: "matplotlib.figure.Figure.savefig"}[written]
+
+        def half(first, file, *args, **kwargs):
+            target = first if hasattr(first, "write") else file
+            target.write("half a" if "b" not in target.mode else b"half a")
+            raise error
+
+        monkeypatch.setattr(place, half)
+
+    assert profile(out=tmp_path) == code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    names = list(main_job.REPORT_FILES)
+    assert f"Written to {tmp_path}: {', '.join(names[:written]) or 'nothing'}." in message
+    assert f"Not written: {', '.join(names[written:])}" in message
+    assert ("an earlier run's layers.csv" in message) == (written == 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"layers.csv", *names[:written]})
+    assert ((tmp_path / "layers.csv").read_text() == "an earlier run's") == (written == 0)
+
+
+def test_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert profile(out=tmp_path / "out") == 2
+    assert "pip install lcw-ops[profile]" in capsys.readouterr().err
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    from lcw_ops.profile.progress import PlainProgress, progress
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with progress("train", 2) as bar:
+        assert not isinstance(bar, PlainProgress)
+        bar.advance("loss 1.0")
+        bar.advance("loss 0.5")
+    assert "2/2" in capsys.readouterr().out
+
+
+def test_info_prints_what_the_library_says(capsys):
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().out == lcw_ops.info() + "\n"
+
+
+def test_bench_is_handed_to_the_runner(monkeypatch):
+    from lcw_ops.bench import runner
+
+    seen = []
+    monkeypatch.setattr(runner, "add_arguments", lambda parser: parser.add_argument("--quick", action="store_true"))
+    monkeypatch.setattr(runner, "run", lambda arguments: seen.append(arguments.quick) or 7)
+    assert cli.main(["bench", "--quick"]) == 7
+    assert seen == [True]
+
+
+def test_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "lcw_ops.cli", "profile", "--depth", "0"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip() == "lcw-ops profile: --depth is 0, expected at least 1"
