@@ -79,13 +79,13 @@ def extensions() -> list[Extension]:
     shared = {
         "include_dirs": [str(torch / "include"), str(torch / "include/torch/csrc/api/include"), "csrc"],
         "library_dirs": [str(torch / "lib")],
+        "libraries": ["torch_cpu", "c10"],
         "py_limited_api": True,
     }
     found = [
         Extension(
             "lcw_ops._C",
             sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")),
-            libraries=["torch_cpu", "c10"],
             **shared,
         )
     ]
@@ -119,12 +119,19 @@ class BuildExtension(build_ext):
             commands.append([*compiler, *includes, "-c", source, "-o", outputs[-1]])
         self._run_together(commands)
         libraries = [f"-L{folder}" for folder in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
-        linker = [cxx()]
+        linker = [cxx(), "-Wl,--no-as-needed"]
         if extension.name.endswith("_cuda"):
             # nvcc links its own runtime in, statically: the one that torch loaded may be another version. As a pip
             # package it does not find that runtime by itself.
-            linker = [nvcc(), "-ccbin", cxx(), f"-L{Path(nvcc()).parents[1] / 'lib'}"]
+            linker = [nvcc(), "-ccbin", cxx(), "-Xlinker", "--no-as-needed", f"-L{Path(nvcc()).parents[1] / 'lib'}"]
+            libraries += [f"-L{self._stand_in('libtorch_cuda.so', objects)}", "-ltorch_cuda"]
         self._run_together([[*linker, "-shared", *outputs, *libraries, "-o", str(target)]])
+
+    def _stand_in(self, library: str, folder: Path) -> Path:
+        """An empty library of that name to link with: a torch without CUDA has none, and the one that loads later has
+        the symbols."""
+        self._run_together([[cxx(), "-shared", f"-Wl,-soname,{library}", "-o", str(folder / library)]])
+        return folder
 
     def _cxx_command(self) -> list[str]:
         # Vectors of 512 bits wherever a function is compiled for AVX-512: GCC prefers 256 by itself.

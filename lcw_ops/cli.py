@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command = next((argument for argument in argv if argument in COMMANDS), None)
     try:
-        arguments = build_parser(command).parse_args(argv)
+        arguments, unknown = build_parser(command).parse_known_args(argv)
+        if unknown:
+            raise UsageError(f"lcw-ops {command}: unknown: {' '.join(unknown)} (see lcw-ops {command} --help)")
         return arguments.run(arguments)
     except UsageError as error:
         message = str(error)

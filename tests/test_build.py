@@ -36,6 +36,18 @@ def test_only_stable_symbols_are_needed(extension):
     assert foreign == []
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf on this machine")
+@pytest.mark.skipif(not EXTENSIONS, reason="no extension is built here")
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda path: path.name)
+def test_every_extension_names_the_libraries_it_needs(extension):
+    """torch is not in the global symbol scope: what an extension does not name, it does not find."""
+    listing = subprocess.run(["readelf", "-d", extension], check=True, capture_output=True, text=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", listing))
+    wanted = {"libtorch_cpu.so", "libtorch_cuda.so"} if "cuda" in extension.name else {"libtorch_cpu.so"}
+    assert wanted <= needed
+    assert not any(name.startswith("libpython") for name in needed)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of what is committed to a source distribution, so that building leaves nothing in the checkout."""

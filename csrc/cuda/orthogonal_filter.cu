@@ -30,7 +30,8 @@ void check_cuda(cudaError_t error) {
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "orthogonal_filter: the current CUDA stream is unknown");
   return static_cast<cudaStream_t>(stream);
 }
 

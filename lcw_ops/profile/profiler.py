@@ -183,14 +183,14 @@ def _fixed_direction(output) -> Tensor:
 @contextmanager
 def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Random state and buffers (a batch norm's running statistics) as before, whatever happens inside."""
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, version, before in buffers:
-                    if buffer._version != version:
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
                         buffer.copy_(before)
 
 
