@@ -188,12 +188,18 @@ Gradients backward(
   const int64_t rows = grad_output.size(return_states ? 1 : 0), width = grad_output.size(return_states ? 2 : 1);
   const int64_t count = std::min(segment, steps), state_size = rows * width;
   const auto when = [&](bool needed, const Tensor& like) {
-    return needed ? stable::new_zeros(grad_output, like.sizes()) : stable::new_empty(grad_output, {int64_t(0)});
+    return needed ? stable::new_empty(grad_output, like.sizes()) : stable::new_empty(grad_output, {int64_t(0)});
+  };
+  // A parameter shared by all steps is summed over the segments; every other gradient is written once.
+  const auto zero_if_summed = [&](Tensor& gradient, bool per_step) {
+    if (!per_step || state_size == 0) stable::zero_(gradient);
   };
   Tensor grad_h0 = stable::new_empty(grad_output, {rows, width});
   Tensor grad_weight = when(needs_weight, arguments.weight);
   Tensor grad_bias = when(needs_bias, arguments.bias ? *arguments.bias : arguments.weight);
   Tensor grad_inputs = when(needs_inputs, arguments.inputs ? *arguments.inputs : arguments.weight);
+  zero_if_summed(grad_weight, arguments.weight.dim() == 3);
+  zero_if_summed(grad_bias, arguments.bias && arguments.bias->dim() == 2);
   Tensor grad_states = needs_states ? stable::new_empty(grad_output, {steps + 1, rows, width})
                                     : stable::new_empty(grad_output, {int64_t(0)});
   Tensor states = stable::new_empty(grad_output, {count, rows, width});

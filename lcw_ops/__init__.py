@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
-from lcw_ops import functional, nn
+from lcw_ops import functional, init, nn, profile, reference
 from lcw_ops._info import info
 from lcw_ops.ops import use_backend
 
-__all__ = ["functional", "info", "nn", "use_backend"]
+__all__ = ["functional", "info", "init", "nn", "profile", "reference", "use_backend"]

@@ -5,12 +5,16 @@ import math
 import torch
 from torch import Tensor
 
+from lcw_ops import reference as _reference
 from lcw_ops.ops import _backends
 from lcw_ops.ops import gradient_activation as _gradient_activation
 from lcw_ops.ops import orthogonal_filter as _orthogonal_filter
 from lcw_ops.reference import checks as _checks
-from lcw_ops.reference import orthogonal_filter as _orthogonal_filter_reference
 from lcw_ops.reference.gradient_activation import KINDS as _GRADIENT_ACTIVATION_KINDS
+from lcw_ops.reference.orthogonal_filter import ACTIVATIONS as _ACTIVATIONS
+from lcw_ops.reference.orthogonal_filter import count_steps as _count_steps
+from lcw_ops.reference.orthogonal_filter import scale_tensors as _scale_tensors
+from lcw_ops.reference.orthogonal_filter import state_dtype as _state_dtype
 
 __all__ = ["gradient_activation_", "orthogonal_filter"]
 
@@ -68,12 +72,10 @@ def orthogonal_filter(
     _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance)
     backend = _backends.choose(_orthogonal_filter.NAME, h0.device)
     if backend == "reference":
-        return _orthogonal_filter_reference.orthogonal_filter(
-            h0, weight, bias, filter, alpha, beta, inputs, activation, return_states
-        )
-    steps = _orthogonal_filter_reference.count_steps(weight, bias, filter, alpha, beta, inputs)
-    alpha, beta = _orthogonal_filter_reference.scale_tensors(alpha, beta, steps, h0)
-    result_dtype, dtype = h0.dtype, _orthogonal_filter_reference.state_dtype(h0.dtype)
+        return _reference.orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states)
+    steps = _count_steps(weight, bias, filter, alpha, beta, inputs)
+    alpha, beta = _scale_tensors(alpha, beta, steps, h0)
+    result_dtype, dtype = h0.dtype, _state_dtype(h0.dtype)
     if dtype != result_dtype:
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
     if not _may_need_gradient(h0, weight, bias, alpha, beta, inputs):
@@ -124,7 +126,7 @@ def _check_orthogonal_filter(
                 )
         elif scale is not None and not math.isfinite(scale):
             raise ValueError(f"{op}: {name} is {scale}, expected a finite number")
-    _checks.check_choice(op, "activation", activation, _orthogonal_filter_reference.ACTIVATIONS)
+    _checks.check_choice(op, "activation", activation, _ACTIVATIONS)
     _checks.check_choice(op, "solver", solver, ("sequential", "auto"))
     if segment is not None and segment < 1:
         raise ValueError(f"{op}: segment is {segment}, expected at least 1, or None for the default")
@@ -159,7 +161,7 @@ def _check_filter(op: str, filter: Tensor, h0: Tensor) -> None:
             raise ValueError(f"{op}: the permutation has shape {tuple(filter.shape)}, expected ({width},)")
         _check_permutation(op, filter)
         return
-    dtype = _orthogonal_filter_reference.state_dtype(h0.dtype)
+    dtype = _state_dtype(h0.dtype)
     if filter.dtype != dtype:
         raise TypeError(
             f"{op}: filter is {filter.dtype}, expected {dtype} for a {h0.dtype} state, or an int64 permutation: "

@@ -242,10 +242,16 @@ struct Cpu {
   static void run_segment(const Backward<T>& pass, const Tensor&) {
     stable::parallel_for(
         0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { run_backward(pass, begin, end); });
-    if (!pass.grad_weight && !pass.grad_bias) return;
-    stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) { run_weight_gradients(pass, begin, end); });
-    stable::parallel_for(
-        0, pass.recurrence.width, 1, [&](int64_t begin, int64_t end) { run_shared_weight_gradients(pass, begin, end); });
+    const Recurrence<T>& r = pass.recurrence;
+    const auto wanted = [&](bool shared) {
+      return (pass.grad_weight && !r.weight_stride == shared) || (pass.grad_bias && !r.bias_stride == shared);
+    };
+    if (wanted(false))
+      stable::parallel_for(
+          0, pass.count, 1, [&](int64_t begin, int64_t end) { run_weight_gradients(pass, begin, end); });
+    if (wanted(true))
+      stable::parallel_for(
+          0, r.width, 1, [&](int64_t begin, int64_t end) { run_shared_weight_gradients(pass, begin, end); });
   }
 };
 

@@ -223,11 +223,13 @@ __global__ void weight_gradients(const Backward<T> pass) {
   if (pass.grad_weight && (r.weight_stride || blockIdx.z == 0)) {
     const T sum = sum_samples(
         r.weight_stride != 0, [&](int64_t row) { return pass.grad_pre[row + o] * pass.states[row + i]; });
-    pass.grad_weight[layer * r.weight_stride + o * n + i] += sum;
+    T& out = pass.grad_weight[layer * r.weight_stride + o * n + i];
+    out = r.weight_stride ? sum : out + sum;
   }
   if (pass.grad_bias && o == 0 && (r.bias_stride || blockIdx.z == 0)) {
     const T sum = sum_samples(r.bias_stride != 0, [&](int64_t row) { return pass.grad_pre[row + i]; });
-    pass.grad_bias[layer * r.bias_stride + i] += sum;
+    T& out = pass.grad_bias[layer * r.bias_stride + i];
+    out = r.bias_stride ? sum : out + sum;
   }
 }
 

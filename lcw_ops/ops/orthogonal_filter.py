@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lcw_ops.ops import _backends, _library
-from lcw_ops.reference import orthogonal_filter as reference
+from lcw_ops.reference.orthogonal_filter import count_steps, orthogonal_filter_backward, orthogonal_filter_jvp
 
 NAME = "orthogonal_filter"
 BACKWARD = "orthogonal_filter_backward"
@@ -168,7 +168,7 @@ class OrthogonalFilterForwardMode(OrthogonalFilter):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        output = reference.orthogonal_filter_jvp(ctx.saved_tensors, tangents[:7], ctx.activation, ctx.return_states)
+        output = orthogonal_filter_jvp(ctx.saved_tensors, tangents[:7], ctx.activation, ctx.return_states)
         return output, None
 
 
@@ -263,7 +263,7 @@ def _differentiable_gradients(ctx):
         grad_output, h0, weight, bias, alpha, beta, inputs = (
             primals[slots.index(slot)] if slot in slots else None for slot in range(7)
         )
-        *results, _ = reference.orthogonal_filter_backward(
+        *results, _ = orthogonal_filter_backward(
             grad_output, h0, weight, bias, filter, alpha, beta, inputs, ctx.activation, ctx.return_states
         )
         return tuple(result for result in results if result is not None)
@@ -275,13 +275,15 @@ def _differentiable_gradients(ctx):
 def state_gradients(grad_output, h0, weight, bias, filter, alpha, beta, inputs, activation, segment, backend):
     """dE/dh_l for every l, (L+1, M, N), with the other gradients: what a profiler plots.
 
+    ``grad_output`` is (M, N), or (L+1, M, N) when every state receives a gradient from outside.
+
     Returns (grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs, grad_states); alpha and beta are
     tensors, as :func:`lcw_ops.reference.orthogonal_filter.scale_tensors` makes them.
     """
     shared = (weight, bias, filter, alpha, beta, inputs)
     if backend == "reference":
-        return reference.orthogonal_filter_backward(grad_output, h0, *shared, activation)
-    steps = reference.count_steps(*shared)
+        return orthogonal_filter_backward(grad_output, h0, *shared, activation, return_states=grad_output.dim() == 3)
+    steps = count_steps(*shared)
     _, checkpoints = _library.get_overload(NAME, backend)(h0, *shared, steps, activation, segment, False)
     needs = (True, bias is not None, True, inputs is not None, True)
     return _library.get_overload(BACKWARD, backend)(

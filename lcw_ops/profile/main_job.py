@@ -20,6 +20,7 @@ from lcw_ops import data
 from lcw_ops.nn import OrthogonalFilterMLP
 from lcw_ops.profile import machine
 from lcw_ops.profile.files import prepare_folder, write_atomically
+from lcw_ops.profile.jacobian import JacobianSpectrum
 from lcw_ops.profile.profiler import profile
 from lcw_ops.profile.progress import progress
 from lcw_ops.profile.result import COLUMNS, Profile, format_table, jacobian_rows, timing_rows, write_json, write_rows
@@ -330,6 +331,11 @@ def _table(report: Report) -> str:
         # The first row is the input layer's, the last one the output layer's.
         ends = [f"{state[1]:.2g} -> {state[-2]:.2g}", f"{gradient[-2]:.2g} -> {gradient[1]:.2g}"]
         spectrum = network.jacobians.get("h_0 -> h_L")
-        rows.append([kind, *ends, f"{spectrum.smallest:.2g} ... {spectrum.largest:.2g}" if spectrum else "-"])
+        rows.append([kind, *ends, _extremes(spectrum) if spectrum else "-"])
     measured = "; ".join(report.labels().values())
     return f"{figures}\n\n{format_table(header, rows)}\n{measured}"
+
+
+def _extremes(spectrum: JacobianSpectrum) -> str:
+    smallest = f"{spectrum.smallest:.2g}" if spectrum.smallest_resolved else "below rounding"
+    return f"{smallest} ... {spectrum.largest:.2g}"

@@ -16,7 +16,7 @@ from lcw_ops.nn import OrthogonalFilterMLP
 from lcw_ops.ops import _backends
 from lcw_ops.ops import orthogonal_filter as op
 from lcw_ops.profile import bounds, jacobian
-from lcw_ops.reference import orthogonal_filter as reference
+from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_tensors, state_dtype
 
 # Weights, weight gradients, states and state gradients of one chunk together: 1000 layers of 64 x 64 and 64 samples.
 CHUNK_BYTES = 64 * 2**20
@@ -47,7 +47,7 @@ class Recurrence:
 
     @property
     def steps(self) -> int:
-        return reference.count_steps(*self._arguments())
+        return count_steps(*self._arguments())
 
     def _arguments(self):
         return self.weight, self.bias, self.filter, self.alpha, self.beta, self.inputs
@@ -96,8 +96,8 @@ def time_first(module, sequence: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _recurrence(module, h0, weight, steps, inputs) -> Recurrence:
-    h0 = h0.detach().to(reference.state_dtype(h0.dtype))
-    alpha, beta = reference.scale_tensors(module.alpha, module.beta, steps, h0)
+    h0 = h0.detach().to(state_dtype(h0.dtype))
+    alpha, beta = scale_tensors(module.alpha, module.beta, steps, h0)
     return Recurrence(
         h0,
         weight.detach(),
@@ -240,8 +240,8 @@ def _backward(recurrence: Recurrence) -> dict[str, np.ndarray]:
             grad_output[-1] = gradient
         else:
             grad_output = gradient
-        _, grad_weight, *_, grad_chunk = _state_gradients(
-            grad_output, state, recurrence.chunk(steps), recurrence.activation, backend
+        _, grad_weight, *_, grad_chunk = op.state_gradients(
+            grad_output, state, *recurrence.chunk(steps), recurrence.activation, op.DEFAULT_SEGMENT, backend
         )
         parts.append(
             {
@@ -253,22 +253,13 @@ def _backward(recurrence: Recurrence) -> dict[str, np.ndarray]:
     return _joined(parts[::-1])
 
 
-def _state_gradients(grad_output: Tensor, h0: Tensor, arguments: tuple, activation: str, backend: str) -> tuple:
-    """Gradients of one chunk, its states' last; ``grad_output`` is (M, N), or (L+1, M, N) for all states."""
-    if backend == "reference":
-        return reference.orthogonal_filter_backward(
-            grad_output, h0, *arguments, activation, return_states=grad_output.dim() == 3
-        )
-    return op.state_gradients(grad_output, h0, *arguments, activation, op.DEFAULT_SEGMENT, backend)
-
-
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
     return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
 
 def gain_bounds(recurrence: Recurrence, weight_norm_bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(lower, upper) bounds of every layer's singular values, (L,) each."""
-    lipschitz = reference.LIPSCHITZ[recurrence.activation]
+    lipschitz = LIPSCHITZ[recurrence.activation]
     return bounds.layer_gain_bounds(*_scales(recurrence), weight_norm_bound, lipschitz)
 
 

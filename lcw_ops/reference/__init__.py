@@ -18,6 +18,11 @@ from lcw_ops.reference.lps import (
     hermite_second_moment,
     joint,
 )
+from lcw_ops.reference.orthogonal_filter import (
+    orthogonal_filter,
+    orthogonal_filter_backward,
+    orthogonal_filter_jvp,
+)
 
 __all__ = [
     "activation_shift",
@@ -38,5 +43,8 @@ __all__ = [
     "lcw_linear",
     "lcw_weight",
     "normalize_scale",
+    "orthogonal_filter",
+    "orthogonal_filter_backward",
+    "orthogonal_filter_jvp",
     "sgd_step",
 ]
