@@ -152,7 +152,7 @@ inline void check_dtype(const Tensor& tensor) {
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The work itself is Device::run(forward pass) and Device::run_segment(one segment of the backward pass); what follows
-// allocates for it. `like` tells the device.
+// allocates for it, and shows every large result to Device::allocated. `like` tells the device.
 template <class Device, typename T>
 std::tuple<Tensor, Tensor> forward(
     const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
@@ -162,6 +162,7 @@ std::tuple<Tensor, Tensor> forward(
   Tensor output = return_states ? stable::new_empty(h0, {steps + 1, rows, width}) : stable::new_empty(h0, {rows, width});
   Tensor checkpoints = stable::new_empty(h0, {checkpoint_count, rows, width});
   if (output.numel() == 0) return {output, checkpoints};
+  Device::allocated(output);
   Forward<T> pass{};
   pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
   pass.h0 = h0.const_data_ptr<T>();
@@ -188,7 +189,10 @@ Gradients backward(
   const int64_t rows = grad_output.size(return_states ? 1 : 0), width = grad_output.size(return_states ? 2 : 1);
   const int64_t count = std::min(segment, steps), state_size = rows * width;
   const auto when = [&](bool needed, const Tensor& like) {
-    return needed ? stable::new_empty(grad_output, like.sizes()) : stable::new_empty(grad_output, {int64_t(0)});
+    Tensor gradient =
+        needed ? stable::new_empty(grad_output, like.sizes()) : stable::new_empty(grad_output, {int64_t(0)});
+    Device::allocated(gradient);
+    return gradient;
   };
   // A parameter shared by all steps is summed over the segments; every other gradient is written once.
   const auto zero_if_summed = [&](Tensor& gradient, bool per_step) {

@@ -80,6 +80,7 @@ def test_every_entry_end_to_end(tiny, tmp_path, capsys):
     for row in rows:
         assert float(row["median_s"]) > 0
         assert float(row["spread_s"]) >= 0
+        assert 0 < float(row["best_s"]) <= float(row["median_s"])
         assert float(row["floor_s"]) > 0
         assert int(row["rounds"]) >= runner.MIN_ROUNDS
         assert row["torch"] == torch.__version__

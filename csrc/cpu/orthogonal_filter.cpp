@@ -16,6 +16,10 @@
 #include <algorithm>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "matrix.h"
 #include "vector_math.h"
 
@@ -232,6 +236,19 @@ LCW_CLONED(float)
 LCW_CLONED(double)
 
 struct Cpu {
+  // Fresh memory is mapped at the first touch. The gradient of 50,000 layers has 200,000 pages of 4 KB, which took
+  // longer than the arithmetic of dW; in pages of 2 MB it has 400.
+  static void allocated(const Tensor& tensor) {
+#ifdef __linux__
+    constexpr uintptr_t page = uintptr_t(2) << 20;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    const uintptr_t first = (start + page - 1) & ~(page - 1);
+    const uintptr_t last = (start + tensor.numel() * tensor.element_size()) & ~(page - 1);
+    // Only advice: where it is refused, the pages stay small.
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  }
+
   template <typename T>
   static void run(const Forward<T>& pass, const Tensor&) {
     stable::parallel_for(
