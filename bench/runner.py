@@ -115,7 +115,8 @@ def run_case(case: Case, device: torch.device, rates: Rates, quick: bool = False
         median, spread, best = statistics.median(times[name]), _spread(times[name]), min(times[name])
         ratio = f"{median / ours:.2f}x" if ours else "-"
         error = f"{errors[name]:.1e}" if name in errors else "-"
-        print(f"  {name:26} {_time(median):>9} {_time(spread):>9} {_time(best):>9} {ratio:>8} {floor / median:>8.1%} {error:>8}")
+        times_shown = " ".join(f"{_time(seconds):>9}" for seconds in (median, spread, best))
+        print(f"  {name:26} {times_shown} {ratio:>8} {floor / median:>8.1%} {error:>8}")
         measured = {
             "rounds": len(times[name]),
             "median_s": median,
