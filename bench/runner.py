@@ -154,17 +154,23 @@ def append_rows(path: Path, rows: list[Row]) -> None:
 
 
 def _check_csv(path: Path) -> None:
-    """Before minutes of measuring: rows of other columns would be read wrongly ever after."""
+    """Before minutes of measuring: rows of other columns would be read wrongly ever after, or not written at all."""
     columns = [field.name for field in fields(Row)]
-    if path.exists():
-        with path.open(newline="") as file:
-            found = next(csv.reader(file), [])
-        if found != columns:
-            raise ValueError(
-                f"--out: {path} has columns {', '.join(found)}, expected {', '.join(columns)}. Name another file"
-            )
-    elif not path.parent.is_dir():
+    new = not path.exists()
+    if new and not path.parent.is_dir():
         raise ValueError(f"--out: the folder {path.parent} does not exist. Create it, or name another file")
+    try:
+        with path.open("a+", newline="") as file:
+            file.seek(0)
+            found = columns if new else next(csv.reader(file), [])
+    except OSError as error:
+        raise ValueError(f"--out: {path} cannot be written: {error.strerror}. Name another file") from error
+    if new:
+        path.unlink()
+    if found != columns:
+        raise ValueError(
+            f"--out: {path} has columns {', '.join(found)}, expected {', '.join(columns)}. Name another file"
+        )
 
 
 def _reason_left_out(competitor: Competitor, quick: bool) -> str | None:

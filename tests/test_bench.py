@@ -184,6 +184,7 @@ def test_competitors_take_turns():
         (["--device", "meta"], "--device is 'meta'; expected one of cpu"),
         (["--threads", "0"], "--threads is 0"),
         (["--out", "no/such/folder/rows.csv"], "does not exist"),
+        (["--out", "/"], "cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
