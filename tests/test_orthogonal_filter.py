@@ -1,5 +1,9 @@
 """The recurrence op against the float64 reference, in every way a user of PyTorch can call it."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -551,3 +555,15 @@ def test_automatic_choice_is_the_fastest_backend_there_is(device):
     if device.type != "cpu":
         pytest.skip("on a GPU the automatic choice depends on the committed log of its generation")
     assert _backends._resolve(op.NAME, device, None) == "cpp"
+
+
+@pytest.mark.parametrize("capability", ["avx2", "portable"])
+def test_slower_instruction_sets_compute_the_same(capability, device):
+    """What this processor would not choose by itself, in a process that is told to."""
+    if device.type != "cpu":
+        pytest.skip("instruction sets of the CPU kernel only")
+    environment = {**os.environ, "LCW_OPS_CPU_CAPABILITY": capability}
+    selection = "every_kind or every_size or ulps or long_double or saturate"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]

@@ -14,6 +14,8 @@
 #include "orthogonal_filter.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string>
 #include <vector>
 
 #ifdef __linux__
@@ -23,18 +25,11 @@
 #include "matrix.h"
 #include "vector_math.h"
 
-// One function body compiled for each instruction set; the loader picks by the processor it finds.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define LCW_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LCW_CLONES
-#endif
-
 namespace lcw_ops {
 namespace {
 
 // Matrices in the order the product reads them: transposed for O h and W h. One buffer pair per thread.
-template <typename T>
+template <class Isa, typename T>
 struct StepMatrices {
   std::vector<T> weight, filter;
   const T *last_weight = nullptr, *last_filter = nullptr;
@@ -43,19 +38,19 @@ struct StepMatrices {
       : weight(r.width * r.width), filter(r.permutation ? 0 : r.width * r.width) {}
 
   LCW_INLINE void load(const Recurrence<T>& r, int64_t l) {
-    if (r.weight_at(l) != last_weight) transpose(last_weight = r.weight_at(l), weight.data(), r.width);
+    if (r.weight_at(l) != last_weight) transpose<Isa>(last_weight = r.weight_at(l), weight.data(), r.width);
     if (!r.permutation && r.filter_at(l) != last_filter)
-      transpose(last_filter = r.filter_at(l), filter.data(), r.width);
+      transpose<Isa>(last_filter = r.filter_at(l), filter.data(), r.width);
   }
 };
 
 // O h for `count` rows.
-template <typename T>
+template <class Isa, typename T>
 LCW_INLINE void apply_filter(
-    const Recurrence<T>& r, const StepMatrices<T>& matrices, const T* state, T* filtered, int64_t count) {
+    const Recurrence<T>& r, const StepMatrices<Isa, T>& matrices, const T* state, T* filtered, int64_t count) {
   const int64_t n = r.width;
   if (!r.permutation) {
-    multiply(state, n, int64_t(1), matrices.filter.data(), n, n, filtered, n, count, n);
+    multiply<Isa>(state, n, int64_t(1), matrices.filter.data(), n, n, filtered, n, count, n);
     return;
   }
   for (int64_t m = 0; m < count; ++m)
@@ -63,12 +58,12 @@ LCW_INLINE void apply_filter(
 }
 
 // A = W h + b + u for rows begin..begin+count-1 of step l.
-template <typename T>
+template <class Isa, typename T>
 LCW_INLINE void pre_activation(
-    const Recurrence<T>& r, const StepMatrices<T>& matrices, const T* state, T* out, int64_t l, int64_t begin,
+    const Recurrence<T>& r, const StepMatrices<Isa, T>& matrices, const T* state, T* out, int64_t l, int64_t begin,
     int64_t count) {
   const int64_t n = r.width;
-  multiply(state, n, int64_t(1), matrices.weight.data(), n, n, out, n, count, n);
+  multiply<Isa>(state, n, int64_t(1), matrices.weight.data(), n, n, out, n, count, n);
   if (r.bias) {
     const T* bias = r.bias + l * r.bias_stride;
     for (int64_t m = 0; m < count; ++m)
@@ -80,11 +75,11 @@ LCW_INLINE void pre_activation(
   }
 }
 
-template <typename T>
+template <class Isa, typename T>
 LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, count = end - begin, size = count * n;
-  StepMatrices<T> matrices(r);
+  StepMatrices<Isa, T> matrices(r);
   std::vector<T> state(pass.h0 + begin * n, pass.h0 + end * n), filtered(size), pre(size);
   const auto copy_state = [&](T* states, int64_t index) {
     std::copy(state.begin(), state.end(), states + (index * r.rows + begin) * n);
@@ -93,8 +88,8 @@ LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end)
   for (int64_t l = 0; l < r.steps; ++l) {
     if (pass.checkpoints && l % r.segment == 0) copy_state(pass.checkpoints, l / r.segment);
     matrices.load(r, l);
-    apply_filter(r, matrices, state.data(), filtered.data(), count);
-    pre_activation(r, matrices, state.data(), pre.data(), l, begin, count);
+    apply_filter<Isa>(r, matrices, state.data(), filtered.data(), count);
+    pre_activation<Isa>(r, matrices, state.data(), pre.data(), l, begin, count);
     const T alpha = r.alpha_at(l), beta = r.beta_at(l);
     with_activation(r.activation, [&](auto act) LCW_LAMBDA_INLINE {
       for (int64_t i = 0; i < size; ++i) state[i] = alpha * filtered[i] + beta * act.value(pre[i]);
@@ -105,12 +100,12 @@ LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end)
 }
 
 // Recompute the segment's states and slopes for some rows, then carry G back through it.
-template <typename T>
+template <class Isa, typename T>
 LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, count = end - begin, size = count * n;
   const auto rows_of = [&](T* buffer, int64_t index) { return buffer + (index * r.rows + begin) * n; };
-  StepMatrices<T> matrices(r);
+  StepMatrices<Isa, T> matrices(r);
   std::vector<T> filtered(size), pre(size), scaled(size);
 
   const T* checkpoint = pass.checkpoints + (pass.first / r.segment * r.rows + begin) * n;
@@ -119,8 +114,8 @@ LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t en
     const int64_t l = pass.first + s;
     const T* state = rows_of(pass.states, s);
     matrices.load(r, l);
-    apply_filter(r, matrices, state, filtered.data(), count);
-    pre_activation(r, matrices, state, pre.data(), l, begin, count);
+    apply_filter<Isa>(r, matrices, state, filtered.data(), count);
+    pre_activation<Isa>(r, matrices, state, pre.data(), l, begin, count);
     const T alpha = r.alpha_at(l), beta = r.beta_at(l);
     T* slope = rows_of(pass.grad_pre, s);
     T* next = s + 1 < pass.count ? rows_of(pass.states, s + 1) : scaled.data();
@@ -161,10 +156,10 @@ LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t en
       for (int64_t m = 0; m < count; ++m)
         for (int64_t i = 0; i < n; ++i) gradient[m * n + r.permutation[i]] = scaled[m * n + i];
     } else {
-      multiply(scaled.data(), n, int64_t(1), r.filter_at(l), n, n, gradient, n, count, n);
+      multiply<Isa>(scaled.data(), n, int64_t(1), r.filter_at(l), n, n, gradient, n, count, n);
     }
     // A sum of its own: added term by term onto the far larger filter branch, every term would be rounded at its scale.
-    multiply(grad_pre, n, int64_t(1), r.weight_at(l), n, n, scaled.data(), n, count, n);
+    multiply<Isa>(grad_pre, n, int64_t(1), r.weight_at(l), n, n, scaled.data(), n, count, n);
     for (int64_t i = 0; i < size; ++i) gradient[i] += scaled[i];
     if (pass.return_states) {
       const T* direct = pass.grad_output + (l * r.rows + begin) * n;
@@ -185,7 +180,7 @@ LCW_INLINE void sum_samples(const T* grad_pre, int64_t samples, int64_t n, int64
 }
 
 // dW_l = P_l^T H_{l-1} and db_l for the layers of one segment, split over all output units of all layers.
-template <typename T>
+template <class Isa, typename T>
 LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width;
@@ -194,7 +189,7 @@ LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t
     const T* state = pass.states + s * r.rows * n;
     const int64_t l = pass.first + s;
     if (pass.grad_weight && r.weight_stride)
-      multiply(grad_pre, int64_t(1), n, state, n, r.rows, pass.grad_weight + l * n * n, n, n, n);
+      multiply<Isa>(grad_pre, int64_t(1), n, state, n, r.rows, pass.grad_weight + l * n * n, n, n, n);
     if (pass.grad_bias && r.bias_stride) {
       sum_samples(grad_pre, r.rows, n, 0, n, pass.grad_bias + l * n);
     }
@@ -202,13 +197,13 @@ LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t
 }
 
 // The same for a weight or bias shared by all steps: output units begin..end-1, summed over the whole segment.
-template <typename T>
+template <class Isa, typename T>
 LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, samples = pass.count * r.rows;
   if (pass.grad_weight && !r.weight_stride) {
     std::vector<T> sum((end - begin) * n);
-    multiply(pass.grad_pre + begin, int64_t(1), n, pass.states, n, samples, sum.data(), n, end - begin, n);
+    multiply<Isa>(pass.grad_pre + begin, int64_t(1), n, pass.states, n, samples, sum.data(), n, end - begin, n);
     for (int64_t i = 0; i < (end - begin) * n; ++i) pass.grad_weight[begin * n + i] += sum[i];
   }
   if (pass.grad_bias && !r.bias_stride) {
@@ -218,22 +213,59 @@ LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, 
   }
 }
 
-// target_clones needs functions that are no templates: one set per dtype.
-#define LCW_CLONED(T)                                                                                              \
-  LCW_CLONES void run_forward(const Forward<T>& pass, int64_t begin, int64_t end) {                                \
-    forward_rows(pass, begin, end);                                                            \
-  }                                                                                                                \
-  LCW_CLONES void run_backward(const Backward<T>& pass, int64_t begin, int64_t end) {                              \
-    backward_rows(pass, begin, end);                                                            \
-  }                                                                                                                \
-  LCW_CLONES void run_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {                      \
-    weight_gradients(pass, begin, end);                                                                            \
-  }                                                                                                                \
-  LCW_CLONES void run_shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {               \
-    shared_weight_gradients(pass, begin, end);                                                                     \
-  }
-LCW_CLONED(float)
-LCW_CLONED(double)
+// The same four functions for each instruction set; which one runs is decided once, by the processor, and for tests by
+// LCW_OPS_CPU_CAPABILITY=avx2 or portable.
+template <typename T>
+struct Kernels {
+  void (*forward)(const Forward<T>&, int64_t begin, int64_t end);
+  void (*backward)(const Backward<T>&, int64_t begin, int64_t end);
+  void (*weight_gradients)(const Backward<T>&, int64_t begin, int64_t end);
+  void (*shared_weight_gradients)(const Backward<T>&, int64_t begin, int64_t end);
+};
+
+#define LCW_KERNELS(Isa, attributes)                                                                  \
+  template <typename T>                                                                               \
+  struct Isa##Kernels {                                                                               \
+    attributes static void forward(const Forward<T>& pass, int64_t begin, int64_t end) {              \
+      forward_rows<Isa>(pass, begin, end);                                                            \
+    }                                                                                                 \
+    attributes static void backward(const Backward<T>& pass, int64_t begin, int64_t end) {            \
+      backward_rows<Isa>(pass, begin, end);                                                           \
+    }                                                                                                 \
+    attributes static void weights(const Backward<T>& pass, int64_t begin, int64_t end) {             \
+      weight_gradients<Isa>(pass, begin, end);                                                        \
+    }                                                                                                 \
+    attributes static void shared_weights(const Backward<T>& pass, int64_t begin, int64_t end) {      \
+      shared_weight_gradients<Isa>(pass, begin, end);                                                 \
+    }                                                                                                 \
+    static constexpr Kernels<T> all{forward, backward, weights, shared_weights};                      \
+  };
+
+LCW_KERNELS(Portable, )
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LCW_X86_DISPATCH 1
+LCW_KERNELS(Avx2, __attribute__((target("avx2,fma"))))
+LCW_KERNELS(Avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))))
+#endif
+
+template <typename T>
+const Kernels<T>& kernels() {
+#ifdef LCW_X86_DISPATCH
+  static const Kernels<T>& fastest = []() -> const Kernels<T>& {
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    const char* limit = std::getenv("LCW_OPS_CPU_CAPABILITY");
+    const bool portable_only = limit && std::string(limit) == "portable";
+    const bool avx2_only = limit && std::string(limit) == "avx2";
+    if (avx2 && avx512 && !avx2_only && !portable_only) return Avx512Kernels<T>::all;
+    return avx2 && !portable_only ? Avx2Kernels<T>::all : PortableKernels<T>::all;
+  }();
+  return fastest;
+#else
+  return PortableKernels<T>::all;
+#endif
+}
 
 struct Cpu {
   // Fresh memory is mapped at the first touch. The gradient of 50,000 layers has 200,000 pages of 4 KB, which took
@@ -252,23 +284,23 @@ struct Cpu {
   template <typename T>
   static void run(const Forward<T>& pass, const Tensor&) {
     stable::parallel_for(
-        0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { run_forward(pass, begin, end); });
+        0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { kernels<T>().forward(pass, begin, end); });
   }
 
   template <typename T>
   static void run_segment(const Backward<T>& pass, const Tensor&) {
     stable::parallel_for(
-        0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { run_backward(pass, begin, end); });
+        0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { kernels<T>().backward(pass, begin, end); });
     const Recurrence<T>& r = pass.recurrence;
     const auto wanted = [&](bool shared) {
       return (pass.grad_weight && !r.weight_stride == shared) || (pass.grad_bias && !r.bias_stride == shared);
     };
     if (wanted(false))
       stable::parallel_for(
-          0, pass.count, 1, [&](int64_t begin, int64_t end) { run_weight_gradients(pass, begin, end); });
+          0, pass.count, 1, [&](int64_t begin, int64_t end) { kernels<T>().weight_gradients(pass, begin, end); });
     if (wanted(true))
       stable::parallel_for(
-          0, r.width, 1, [&](int64_t begin, int64_t end) { run_shared_weight_gradients(pass, begin, end); });
+          0, r.width, 1, [&](int64_t begin, int64_t end) { kernels<T>().shared_weight_gradients(pass, begin, end); });
   }
 };
 
