@@ -10,7 +10,7 @@ OUT    ?= demo
 PART   ?= all
 BIN    := $(VENV)/bin
 
-SOURCES := $(wildcard csrc/*/* lcw_ops/__init__.py setup.py pyproject.toml)
+SOURCES := $(wildcard csrc/*.h csrc/*/* lcw_ops/__init__.py setup.py pyproject.toml)
 
 demo: $(VENV)/built
 	$(BIN)/lcw-ops profile --depth 50000 --width 64 --batch 64 --steps 30 --out $(OUT)

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,11 +46,24 @@ def find_torch() -> Path | None:
     spec = importlib.util.find_spec("torch")
     folders = [Path(spec.origin).parent] if spec and spec.origin else []
     folders += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
-    return next((folder for folder in folders if (folder / "include/torch/csrc/stable").is_dir()), None)
+    return next((folder for folder in folders if _torch_version(folder) >= (2, 10)), None)
 
 
-def cxx() -> str | None:
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+def _torch_version(folder: Path) -> tuple[int, int]:
+    file = folder / "version.py"
+    found = re.search(r"__version__ = '(\d+)\.(\d+)", file.read_text()) if file.exists() else None
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def cxx() -> list[str] | None:
+    """The C++ compiler's command: $CXX with its words, or the one on the path."""
+    if "CXX" in os.environ:
+        command = shlex.split(os.environ["CXX"])
+        if not command or shutil.which(command[0]) is None:
+            raise SystemExit(f"lcw_ops: CXX={os.environ['CXX']!r} is not a command; unset it or name a C++ compiler")
+        return command
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return [found] if found else None
 
 
 def nvcc() -> str | None:
@@ -60,7 +74,14 @@ def nvcc() -> str | None:
 
 
 def cuda_archs() -> list[str]:
-    return [arch for arch in os.environ.get("LCW_OPS_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";") if arch]
+    """What LCW_OPS_CUDA_ARCHS asks for; or, of the usual ones, those that this nvcc knows."""
+    if "LCW_OPS_CUDA_ARCHS" in os.environ:
+        return [arch for arch in os.environ["LCW_OPS_CUDA_ARCHS"].replace(",", ";").split(";") if arch]
+    listing = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = [arch for arch in CUDA_ARCHS.split(";") if f"compute_{arch.rstrip('a')}" in listing.split()]
+    if len(known) < len(CUDA_ARCHS.split(";")):
+        note(f"this nvcc is too old for all of {CUDA_ARCHS}: building for {';'.join(known) or 'no GPU'}")
+    return known
 
 
 def extensions() -> list[Extension]:
@@ -80,6 +101,7 @@ def extensions() -> list[Extension]:
         "include_dirs": [str(torch / "include"), str(torch / "include/torch/csrc/api/include"), "csrc"],
         "library_dirs": [str(torch / "lib")],
         "libraries": ["torch_cpu", "c10"],
+        "depends": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
         "py_limited_api": True,
     }
     found = [
@@ -119,29 +141,42 @@ class BuildExtension(build_ext):
             commands.append([*compiler, *includes, "-c", source, "-o", outputs[-1]])
         self._run_together(commands)
         libraries = [f"-L{folder}" for folder in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
-        linker = [cxx(), "-Wl,--no-as-needed"]
+        linker = [*cxx(), "-Wl,--no-as-needed"]
         if extension.name.endswith("_cuda"):
             # nvcc links its own runtime in, statically: the one that torch loaded may be another version. As a pip
             # package it does not find that runtime by itself.
-            linker = [nvcc(), "-ccbin", cxx(), "-Xlinker", "--no-as-needed", f"-L{Path(nvcc()).parents[1] / 'lib'}"]
+            linker = [nvcc(), "-ccbin", cxx()[0], "-Xlinker", "--no-as-needed", f"-L{Path(nvcc()).parents[1] / 'lib'}"]
             libraries += [f"-L{self._stand_in('libtorch_cuda.so', objects)}", "-ltorch_cuda"]
         self._run_together([[*linker, "-shared", *outputs, *libraries, "-o", str(target)]])
 
     def _stand_in(self, library: str, folder: Path) -> Path:
         """An empty library of that name to link with: a torch without CUDA has none, and the one that loads later has
         the symbols."""
-        self._run_together([[cxx(), "-shared", f"-Wl,-soname,{library}", "-o", str(folder / library)]])
+        self._run_together([[*cxx(), "-shared", f"-Wl,-soname,{library}", "-o", str(folder / library)]])
         return folder
 
     def _cxx_command(self) -> list[str]:
-        # Vectors of 512 bits wherever a function is compiled for AVX-512: GCC prefers 256 by itself.
+        # Vectors of 512 bits wherever a function is compiled for AVX-512: GCC prefers 256 by itself. Nothing here looks
+        # at floating-point exceptions, and AVX2 vectorises a selection only when nobody does.
         wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
         user = os.environ.get("CXXFLAGS", "").split()
-        return [cxx(), "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", *wide, STABLE_ABI_TARGET, *user]
+        return [
+            *cxx(),
+            "-std=c++17",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            *wide,
+            STABLE_ABI_TARGET,
+            *user,
+        ]
 
     def _nvcc_command(self) -> list[str]:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
-        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx()]
+        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx()[0]]
         return [nvcc(), "-std=c++17", "-O3", "--threads=0", *host, *targets, "-DUSE_CUDA", STABLE_ABI_TARGET]
 
     def _run_together(self, commands: list[list[str]]) -> None:

@@ -65,8 +65,10 @@ struct Backward {
   T* filtered;     // O h_{l-1}, or nullptr when alpha and beta need no gradient
   T* activated;    // act(A_l), likewise
   T* gradient;     // (M, N): G at the end of the segment, then at its start
-  T* grad_weight;  // (L, N, N) or (N, N), or nullptr
-  T* grad_bias;    // (L, N) or (N), or nullptr
+  T* grad_weight;  // (L, N, N), or nullptr
+  T* grad_bias;    // (L, N), or nullptr
+  double* weight_sum;  // (N, N), likewise for a weight shared by all steps: summed over every sample of every step
+  double* bias_sum;    // (N)
   T* grad_inputs;  // (L, M, N), or nullptr
   T* grad_states;  // (L + 1, M, N), or nullptr
   double* alpha_products;  // (L, M): <G_l, O h_{l-1}> of each row
@@ -104,6 +106,10 @@ struct Arguments {
     const bool right = fits(weight, 2, 3, n * n) && (!bias || fits(*bias, 1, 2, n)) &&
         (permutes ? filter.dim() == 1 && filter.numel() == n : fits(filter, 2, 3, n * n)) && fits_scale(alpha, steps) &&
         fits_scale(beta, steps) && (!inputs || (inputs->dim() == 3 && inputs->numel() == steps * m * n));
+    for (const Tensor* tensor : {&weight, &filter, &alpha, &beta, bias ? &*bias : &weight, inputs ? &*inputs : &weight})
+      STD_TORCH_CHECK(
+          tensor->is_cpu() == state.is_cpu() && tensor->get_device_index() == state.get_device_index(),
+          "orthogonal_filter: the arguments are on different devices");
     STD_TORCH_CHECK(right, "orthogonal_filter: shapes do not fit each other; call lcw_ops.functional.orthogonal_filter");
     for (const Tensor* tensor : {&weight, &alpha, &beta, bias ? &*bias : &weight, inputs ? &*inputs : &weight,
                                  permutes ? &weight : &filter})
@@ -112,8 +118,12 @@ struct Arguments {
           "orthogonal_filter: dtypes do not fit each other; call lcw_ops.functional.orthogonal_filter");
     if (permutes && filter.is_cpu()) {
       const int64_t* index = filter.const_data_ptr<int64_t>();
-      for (int64_t i = 0; i < n; ++i)
-        STD_TORCH_CHECK(index[i] >= 0 && index[i] < n, "orthogonal_filter: the filter is not a permutation");
+      std::vector<bool> seen(n, false);
+      for (int64_t i = 0; i < n; ++i) {
+        const bool fresh = index[i] >= 0 && index[i] < n && !seen[index[i]];
+        STD_TORCH_CHECK(fresh, "orthogonal_filter: the filter is not a permutation");
+        seen[index[i]] = true;
+      }
     }
   }
 
@@ -194,16 +204,16 @@ Gradients backward(
     Device::allocated(gradient);
     return gradient;
   };
-  // A parameter shared by all steps is summed over the segments; every other gradient is written once.
-  const auto zero_if_summed = [&](Tensor& gradient, bool per_step) {
-    if (!per_step || state_size == 0) stable::zero_(gradient);
-  };
+  // A parameter shared by all steps is summed in float64 over the segments; every other gradient is written once.
+  const bool sums_weight = needs_weight && arguments.weight.dim() == 2;
+  const bool sums_bias = needs_bias && arguments.bias->dim() == 1;
+  Tensor weight_sum = stable::new_zeros(grad_output, {sums_weight ? width : 0, width}, ScalarType::Double);
+  Tensor bias_sum = stable::new_zeros(grad_output, {sums_bias ? width : 0}, ScalarType::Double);
   Tensor grad_h0 = stable::new_empty(grad_output, {rows, width});
   Tensor grad_weight = when(needs_weight, arguments.weight);
   Tensor grad_bias = when(needs_bias, arguments.bias ? *arguments.bias : arguments.weight);
   Tensor grad_inputs = when(needs_inputs, arguments.inputs ? *arguments.inputs : arguments.weight);
-  zero_if_summed(grad_weight, arguments.weight.dim() == 3);
-  zero_if_summed(grad_bias, arguments.bias && arguments.bias->dim() == 2);
+  if (state_size == 0) stable::zero_(grad_weight), stable::zero_(grad_bias);
   Tensor grad_states = needs_states ? stable::new_empty(grad_output, {steps + 1, rows, width})
                                     : stable::new_empty(grad_output, {int64_t(0)});
   Tensor states = stable::new_empty(grad_output, {count, rows, width});
@@ -230,8 +240,10 @@ Gradients backward(
   pass.filtered = needs_scales ? filtered.mutable_data_ptr<T>() : nullptr;
   pass.activated = needs_scales ? activated.mutable_data_ptr<T>() : nullptr;
   pass.gradient = grad_h0.mutable_data_ptr<T>();
-  pass.grad_weight = needs_weight ? grad_weight.mutable_data_ptr<T>() : nullptr;
-  pass.grad_bias = needs_bias ? grad_bias.mutable_data_ptr<T>() : nullptr;
+  pass.grad_weight = needs_weight && !sums_weight ? grad_weight.mutable_data_ptr<T>() : nullptr;
+  pass.grad_bias = needs_bias && !sums_bias ? grad_bias.mutable_data_ptr<T>() : nullptr;
+  pass.weight_sum = sums_weight ? weight_sum.mutable_data_ptr<double>() : nullptr;
+  pass.bias_sum = sums_bias ? bias_sum.mutable_data_ptr<double>() : nullptr;
   pass.grad_inputs = needs_inputs ? grad_inputs.mutable_data_ptr<T>() : nullptr;
   pass.grad_states = needs_states ? grad_states.mutable_data_ptr<T>() : nullptr;
   pass.alpha_products = alpha_products.mutable_data_ptr<double>();
@@ -242,6 +254,8 @@ Gradients backward(
     pass.count = end - pass.first;
     Device::run_segment(pass, grad_output);
   }
+  if (sums_weight) stable::copy_(grad_weight, weight_sum);
+  if (sums_bias) stable::copy_(grad_bias, bias_sum);
   return {
       grad_h0,
       grad_weight,
@@ -259,6 +273,7 @@ std::tuple<Tensor, Tensor> orthogonal_filter(
   STD_TORCH_CHECK(h0.dim() == 2 && steps >= 0 && segment >= 0, "orthogonal_filter: h0 must be (M, N)");
   check_dtype(h0);
   h0 = stable::contiguous(h0);
+  segment = std::min(segment, std::max<int64_t>(steps, 1));
   const Arguments arguments(h0, weight, bias, filter, alpha, beta, inputs, steps);
   return h0.scalar_type() == ScalarType::Float
       ? forward<Device, float>(h0, arguments, steps, activation, segment, return_states)
@@ -275,6 +290,7 @@ Gradients orthogonal_filter_backward(
       (dim == 2 || (dim == 3 && grad_output.size(0) == steps + 1)) && steps >= 0 && segment >= 1,
       "orthogonal_filter_backward: grad_output must be (M, N) or (L + 1, M, N)");
   const int64_t state_size = grad_output.size(dim - 2) * grad_output.size(dim - 1);
+  segment = std::min(segment, std::max<int64_t>(steps, 1));
   STD_TORCH_CHECK(
       checkpoints.numel() == (steps + segment - 1) / segment * state_size &&
           checkpoints.scalar_type() == grad_output.scalar_type() && (!needs_bias || bias) && (!needs_inputs || inputs),

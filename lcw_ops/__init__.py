@@ -4,6 +4,6 @@ __version__ = "0.1.0"
 
 from lcw_ops import functional, init, nn, profile, reference
 from lcw_ops._info import info
-from lcw_ops.ops import use_backend
+from lcw_ops.ops import BackendError, use_backend
 
-__all__ = ["functional", "info", "init", "nn", "profile", "reference", "use_backend"]
+__all__ = ["BackendError", "functional", "info", "init", "nn", "profile", "reference", "use_backend"]

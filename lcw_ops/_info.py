@@ -35,7 +35,7 @@ def info() -> str:
 def _op_lines(op: str, device: torch.device) -> list[str]:
     try:
         chosen = _backends.choose(op, device)
-    except RuntimeError as error:
+    except _backends.BackendError as error:
         return [f"{op} on {device}: none. {error}"]
     lines = [f"{op} on {device}: {chosen}"]
     for backend in _backends.BACKENDS:
@@ -46,7 +46,9 @@ def _op_lines(op: str, device: torch.device) -> list[str]:
 
 
 def _versions() -> str:
-    versions = {"lcw_ops": importlib.metadata.version("lcw-ops"), "python": platform.python_version()}
+    from lcw_ops import __version__
+
+    versions = {"lcw_ops": __version__, "python": platform.python_version()}
     for package in ("torch", "triton", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)

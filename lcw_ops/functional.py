@@ -52,7 +52,7 @@ def orthogonal_filter(
         activation: "tanh", "relu", "sigmoid" or "identity".
         return_states: give all states (L+1, M, N), h0 first, instead of the last one (M, N).
         segment: keep one state in so many for the backward pass and recompute the others; default 128.
-        solver: "sequential"; "auto" is the same for now.
+        solver: "sequential"; "auto" is the same. (A solver "parallel" is planned.)
         tolerance: of an iterative solver; must be None for "sequential".
 
     Returns:
@@ -60,14 +60,16 @@ def orthogonal_filter(
 
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation or solver, a filter that is not a
-            permutation, alpha or beta not finite, segment < 1.
-        TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast,
-            where everything is computed in float32.
+            permutation, a number alpha or beta that is not finite, segment < 1.
+        TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast, where
+            16-bit arguments become float32, and tensors alpha and beta, which take the state's dtype.
     """
-    for name, tensor in (("h0", h0), ("weight", weight), ("filter", filter)):
+    optional = ((name, tensor) for name, tensor in (("bias", bias), ("inputs", inputs)) if tensor is not None)
+    for name, tensor in (("h0", h0), ("weight", weight), ("filter", filter), *optional):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"orthogonal_filter: {name} is {type(tensor).__name__}, expected a tensor")
-    if torch.is_autocast_enabled(h0.device.type):
+    # Autocast does not know the meta device.
+    if not h0.is_meta and torch.is_autocast_enabled(h0.device.type):
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
     _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance)
     backend = _backends.choose(_orthogonal_filter.NAME, h0.device)
@@ -128,8 +130,8 @@ def _check_orthogonal_filter(
             raise ValueError(f"{op}: {name} is {scale}, expected a finite number")
     _checks.check_choice(op, "activation", activation, _ACTIVATIONS)
     _checks.check_choice(op, "solver", solver, ("sequential", "auto"))
-    if segment is not None and segment < 1:
-        raise ValueError(f"{op}: segment is {segment}, expected at least 1, or None for the default")
+    if segment is not None:
+        check_segment(op, segment)
     if tolerance is not None:
         raise ValueError(f"{op}: tolerance is {tolerance}, but the sequential solver is exact; leave it None")
 
@@ -174,16 +176,31 @@ def _check_filter(op: str, filter: Tensor, h0: Tensor) -> None:
         )
 
 
+def check_segment(owner: str, segment: int) -> None:
+    """TypeError unless an int, ValueError below 1."""
+    if isinstance(segment, bool) or not isinstance(segment, int):
+        raise TypeError(f"{owner}: segment is {segment!r}, expected an int, or None for the default")
+    if not 1 <= segment < 2**63:
+        raise ValueError(f"{owner}: segment is {segment}, expected at least 1, or None for the default")
+
+
 def _check_permutation(op: str, permutation: Tensor) -> None:
-    """Every index once. The answer is remembered on the tensor, so that a training loop pays for it once."""
-    if torch.compiler.is_compiling() or getattr(permutation, "_lcw_ops_checked", None) == permutation._version:
+    """Every index once. The answer is remembered on the tensor, so that a training loop pays for it once.
+
+    Under torch.compile and torch.func the values are not there to look at: the CPU kernel checks them itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(permutation):
+        return
+    # An inference tensor counts no versions: it is checked every time.
+    version = None if permutation.is_inference() else permutation._version
+    if version is not None and getattr(permutation, "_lcw_ops_checked", None) == version:
         return
     if not torch.equal(permutation.sort().values, torch.arange(permutation.numel(), device=permutation.device)):
         raise ValueError(
             f"{op}: filter is an int64 tensor but not a permutation: it must hold every index from 0 to "
             f"{permutation.numel() - 1} once; torch.randperm({permutation.numel()}) makes one"
         )
-    permutation._lcw_ops_checked = permutation._version
+    permutation._lcw_ops_checked = version
 
 
 def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> None:

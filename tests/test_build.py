@@ -60,6 +60,8 @@ def source(tmp_path_factory):
 def build_wheel(source, out, **environment):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-v", "-w", out]
     environment = {**os.environ, "LCW_OPS_CUDA_ARCHS": "", **environment}
+    if "PATH" in environment:
+        environment.pop("CXX", None)
     result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = Path(out).glob("*.whl")
@@ -103,9 +105,7 @@ def test_without_a_compiler_the_install_is_pure_python_and_says_so(why, source, 
     tools = tmp_path / "tools"
     tools.mkdir()
     environment = (
-        {"PATH": str(tools), "CXX": "no-such-compiler", "CUDA_HOME": str(tools)}
-        if why == "no compiler"
-        else {"LCW_OPS_NO_EXTENSIONS": "1"}
+        {"PATH": str(tools), "CUDA_HOME": str(tools)} if why == "no compiler" else {"LCW_OPS_NO_EXTENSIONS": "1"}
     )
     wheel, log = build_wheel(source, tmp_path / "wheel", **environment)
     assert re.fullmatch(r"lcw_ops-[\d.]+-py3-none-any\.whl", wheel.name)
@@ -115,6 +115,15 @@ def test_without_a_compiler_the_install_is_pure_python_and_says_so(why, source, 
     assert result.returncode == 0, result.stderr
     assert "orthogonal_filter on cpu: reference" in result.stdout
     assert "not cpp: _C.abi3.so is not built" in result.stdout
+
+
+def test_a_compiler_that_is_named_but_not_there_is_refused(source):
+    environment = {**os.environ, "CXX": "no-such-compiler -O9"}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=source, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "CXX='no-such-compiler -O9' is not a command" in result.stderr
 
 
 def test_a_failing_compiler_fails_loudly(source, tmp_path):

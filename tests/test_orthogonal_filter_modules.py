@@ -55,8 +55,6 @@ def test_one_filter_per_layer():
     q = torch.linalg.qr(torch.randn(6, 5, 5, dtype=torch.float64)).Q.float()
     model = nn.OrthogonalFilterMLP(3, 5, 6, 2, filter=q)
     assert model(torch.randn(4, 3)).shape == (4, 2)
-    with pytest.raises(ValueError, match="disagree on the number of steps"):
-        nn.OrthogonalFilterMLP(3, 5, 7, 2, filter=q)(torch.randn(4, 3))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +68,8 @@ def test_one_filter_per_layer():
         (torch.tensor([0, 1, 1, 2]), ValueError, "expected a permutation of 0..3"),
         (torch.tensor([0, 1, 2]), ValueError, "expected a permutation of 0..3"),
         (torch.eye(4, dtype=torch.int32), TypeError, "filter is torch.int32"),
+        (torch.eye(4).bfloat16(), TypeError, "no matrix of so few bits is orthogonal"),
+        (torch.eye(4).expand(2, 4, 4), ValueError, r"filter has shape \(2, 4, 4\), expected \(4, 4\) or \(3, 4, 4\)"),
     ],
 )
 def test_a_filter_that_is_none_says_why(filter, error, message):
@@ -168,6 +168,21 @@ def test_sixteen_bit_modules_keep_a_float32_filter(dtype):
     assert nn.OrthogonalFilterMLP(3, 8, 6, 2, dtype=dtype).filter.dtype == torch.float32
 
 
+def test_sixteen_bit_modules_keep_exact_scales():
+    """alpha = 1 - 2e-5 would become 1 in bfloat16, for buffers and for trained parameters alike."""
+    alpha = torch.full((6,), 1 - 2e-5)
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2, alpha=alpha, beta=torch.nn.Parameter(1 - alpha)).bfloat16()
+    assert torch.equal(model.alpha, alpha)
+    assert torch.equal(model.beta, 1 - alpha)
+    assert isinstance(model.beta, torch.nn.Parameter)
+    assert model.alpha.data_ptr() != alpha.data_ptr()
+
+
+def test_a_double_module_can_be_made_a_sixteen_bit_one():
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2).double().bfloat16()
+    assert model(torch.randn(4, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_double_modules_stay_orthogonal():
     model = nn.OrthogonalFilterMLP(3, 8, 6, 2).double()
     assert model(torch.randn(4, 3).double()).dtype == torch.float64
@@ -244,6 +259,16 @@ def test_rnn_parameter_count_is_the_papers():
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, alpha=math.inf), ValueError, "alpha is inf"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, activation="gelu"), ValueError, "activation is 'gelu'"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, segment=0), ValueError, "segment is 0"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, segment=2.5), TypeError, "segment is 2.5, expected an int"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta="a"), TypeError, "beta is str"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=torch.ones(3)), ValueError, r"beta has shape \(3,\)"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=torch.ones(2, 1)), ValueError, r"beta has shape \(2, 1\)"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2)(torch.randn(5, 4)), ValueError, r"expected \(\*, 3\)"),
+        (
+            lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 3), [torch.zeros(1, 2, 8)]),
+            TypeError,
+            "pad_packed_sequence",
+        ),
         (lambda: nn.OrthogonalFilterRNN(3, 8), ValueError, "give exactly one of them: length=T"),
         (lambda: nn.OrthogonalFilterRNN(3, 8, beta=0.1, length=5), ValueError, "give exactly one of them"),
         (lambda: nn.OrthogonalFilterRNN(3, 8, length=0), ValueError, "length is 0"),

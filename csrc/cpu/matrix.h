@@ -101,12 +101,17 @@ LCW_INLINE void multiply_narrow(
     const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo, int64_t rows,
     int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) {
-    T sum[Vector<T, Isa::vector_bytes>::lanes] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-      const T scale = a[r * a_row + k * a_k];
-      for (int64_t j = 0; j < columns; ++j) sum[j] += scale * b[k * ldb + j];
+    constexpr int lanes = Vector<T, Isa::vector_bytes>::lanes;
+    T total[lanes] = {};
+    for (int64_t chunk = 0; chunk < depth; chunk += chunk_terms) {
+      T sum[lanes] = {};
+      for (int64_t k = chunk; k < depth && k < chunk + chunk_terms; ++k) {
+        const T scale = a[r * a_row + k * a_k];
+        for (int64_t j = 0; j < columns; ++j) sum[j] += scale * b[k * ldb + j];
+      }
+      for (int64_t j = 0; j < columns; ++j) total[j] += sum[j];
     }
-    std::memcpy(out + r * ldo, sum, columns * sizeof(T));
+    std::memcpy(out + r * ldo, total, columns * sizeof(T));
   }
 }
 

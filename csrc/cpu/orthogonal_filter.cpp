@@ -170,46 +170,47 @@ LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t en
   if (pass.grad_states && pass.first == 0) std::copy(gradient, gradient + size, rows_of(pass.grad_states, 0));
 }
 
-// Columns begin..end-1 of P summed over its samples, in float64 until the last rounding.
-template <typename T>
-LCW_INLINE void sum_samples(const T* grad_pre, int64_t samples, int64_t n, int64_t begin, int64_t end, T* out) {
-  std::vector<double> sum(end - begin, 0.0);
-  for (int64_t m = 0; m < samples; ++m)
-    for (int64_t i = begin; i < end; ++i) sum[i - begin] += double(grad_pre[m * n + i]);
-  for (int64_t i = begin; i < end; ++i) out[i - begin] = static_cast<T>(sum[i - begin]);
-}
-
-// dW_l = P_l^T H_{l-1} and db_l for the layers of one segment, split over all output units of all layers.
+// dW_l = P_l^T H_{l-1} and db_l for some layers of the segment. Biases are summed in float64.
 template <class Isa, typename T>
 LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width;
+  std::vector<double> bias_sum(n);
   for (int64_t s = begin; s < end; ++s) {
     const T* grad_pre = pass.grad_pre + s * r.rows * n;
     const T* state = pass.states + s * r.rows * n;
     const int64_t l = pass.first + s;
-    if (pass.grad_weight && r.weight_stride)
+    if (pass.grad_weight)
       multiply<Isa>(grad_pre, int64_t(1), n, state, n, r.rows, pass.grad_weight + l * n * n, n, n, n);
-    if (pass.grad_bias && r.bias_stride) {
-      sum_samples(grad_pre, r.rows, n, 0, n, pass.grad_bias + l * n);
+    if (pass.grad_bias) {
+      std::fill(bias_sum.begin(), bias_sum.end(), 0.0);
+      for (int64_t m = 0; m < r.rows; ++m)
+        for (int64_t i = 0; i < n; ++i) bias_sum[i] += double(grad_pre[m * n + i]);
+      for (int64_t i = 0; i < n; ++i) pass.grad_bias[l * n + i] = static_cast<T>(bias_sum[i]);
     }
   }
 }
 
-// The same for a weight or bias shared by all steps: output units begin..end-1, summed over the whole segment.
+// The same for a weight or bias shared by all steps: output units begin..end-1, added up over the segment's samples.
 template <class Isa, typename T>
 LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, samples = pass.count * r.rows;
-  if (pass.grad_weight && !r.weight_stride) {
+  if (pass.weight_sum) {
+    // Short sums in T, long ones in float64: ten thousand steps of one sign would lose four digits otherwise.
+    constexpr int64_t block_samples = 16 * chunk_terms;
     std::vector<T> sum((end - begin) * n);
-    multiply<Isa>(pass.grad_pre + begin, int64_t(1), n, pass.states, n, samples, sum.data(), n, end - begin, n);
-    for (int64_t i = 0; i < (end - begin) * n; ++i) pass.grad_weight[begin * n + i] += sum[i];
+    for (int64_t first = 0; first < samples; first += block_samples) {
+      const int64_t count = std::min(block_samples, samples - first);
+      multiply<Isa>(
+          pass.grad_pre + first * n + begin, int64_t(1), n, pass.states + first * n, n, count, sum.data(), n, end - begin,
+          n);
+      for (int64_t i = 0; i < (end - begin) * n; ++i) pass.weight_sum[begin * n + i] += double(sum[i]);
+    }
   }
-  if (pass.grad_bias && !r.bias_stride) {
-    std::vector<T> sum(end - begin);
-    sum_samples(pass.grad_pre, samples, n, begin, end, sum.data());
-    for (int64_t i = begin; i < end; ++i) pass.grad_bias[i] += sum[i - begin];
+  if (pass.bias_sum) {
+    for (int64_t m = 0; m < samples; ++m)
+      for (int64_t i = begin; i < end; ++i) pass.bias_sum[i] += double(pass.grad_pre[m * n + i]);
   }
 }
 
@@ -291,16 +292,14 @@ struct Cpu {
   static void run_segment(const Backward<T>& pass, const Tensor&) {
     stable::parallel_for(
         0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { kernels<T>().backward(pass, begin, end); });
-    const Recurrence<T>& r = pass.recurrence;
-    const auto wanted = [&](bool shared) {
-      return (pass.grad_weight && !r.weight_stride == shared) || (pass.grad_bias && !r.bias_stride == shared);
-    };
-    if (wanted(false))
-      stable::parallel_for(
-          0, pass.count, 1, [&](int64_t begin, int64_t end) { kernels<T>().weight_gradients(pass, begin, end); });
-    if (wanted(true))
-      stable::parallel_for(
-          0, r.width, 1, [&](int64_t begin, int64_t end) { kernels<T>().shared_weight_gradients(pass, begin, end); });
+    if (pass.grad_weight || pass.grad_bias)
+      stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) {
+        kernels<T>().weight_gradients(pass, begin, end);
+      });
+    if (pass.weight_sum || pass.bias_sum)
+      stable::parallel_for(0, pass.recurrence.width, 1, [&](int64_t begin, int64_t end) {
+        kernels<T>().shared_weight_gradients(pass, begin, end);
+      });
   }
 };
 

@@ -16,6 +16,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 
 namespace lcw_ops {
 namespace {
@@ -23,6 +24,10 @@ namespace {
 constexpr int warp_size = 32;
 // Enough warps to give every scheduler of a multiprocessor two, few enough that narrow nets do not idle.
 constexpr int block_threads = 256;
+// Partial sums of so many terms, for the sake of rounding; as on the CPU.
+constexpr int64_t chunk_terms = 32;
+// The most blocks a grid has along z.
+constexpr int64_t most_layers = 65535;
 
 void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "orthogonal_filter: ", cudaGetErrorString(error));
@@ -83,7 +88,10 @@ __device__ void apply_matrices(const Recurrence<T>& r, int64_t l, const T* state
       pre[o] = sum;
     }
     if (r.permutation) {
-      if (first_lane) filtered[o] = state[r.permutation[o]];
+      const int64_t from = r.permutation[o];
+      // The public function has checked it; the op itself cannot without waiting for the device.
+      if (from < 0 || from >= n) __trap();
+      if (first_lane) filtered[o] = state[from];
     } else {
       const T rotated = warp_dot(r.filter_at(l) + o * n, state, n);
       if (first_lane) filtered[o] = rotated;
@@ -188,9 +196,14 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
     for (int64_t i = threadIdx.x; i < n; i += block_threads) {
       // Two sums: added onto the far larger filter branch, every term of the other would be rounded at its scale.
       T filter_branch = r.permutation ? gradient[i] : T(0), weight_branch = 0;
-      for (int64_t o = 0; o < n; ++o) {
-        if (!r.permutation) filter_branch += scaled[o] * r.filter_at(l)[o * n + i];
-        weight_branch += grad_pre[o] * r.weight_at(l)[o * n + i];
+      for (int64_t chunk = 0; chunk < n; chunk += chunk_terms) {
+        T filter_terms = 0, weight_terms = 0;
+        for (int64_t o = chunk; o < n && o < chunk + chunk_terms; ++o) {
+          if (!r.permutation) filter_terms += scaled[o] * r.filter_at(l)[o * n + i];
+          weight_terms += grad_pre[o] * r.weight_at(l)[o * n + i];
+        }
+        filter_branch += filter_terms;
+        weight_branch += weight_terms;
       }
       T sum = filter_branch + weight_branch;
       if (pass.return_states) sum += pass.grad_output[(l * r.rows + m) * n + i];
@@ -204,7 +217,8 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
   }
 }
 
-// dW_l = P_l^T H_{l-1} and db_l: a thread per element; blockIdx.z is the layer, or 0 when one weight serves all.
+// dW_l = P_l^T H_{l-1} and db_l, a thread per element; or, for a weight or bias shared by all steps, their sums over
+// every sample of the segment. float64 until the last rounding.
 template <typename T>
 __global__ void weight_gradients(const Backward<T> pass) {
   const Recurrence<T>& r = pass.recurrence;
@@ -212,25 +226,24 @@ __global__ void weight_gradients(const Backward<T> pass) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t o = int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
   if (i >= n || o >= n) return;
-  const int64_t layer = pass.first + blockIdx.z;
-  const auto sum_samples = [&](bool per_step, auto term) {
-    const int64_t begin = per_step ? blockIdx.z * r.rows : 0;
-    const int64_t end = per_step ? begin + r.rows : pass.count * r.rows;
-    double sum = 0;  // float64 until the last rounding, as on the CPU
-    for (int64_t sample = begin; sample < end; ++sample) sum += double(term(sample * n));
-    return static_cast<T>(sum);
+  const auto weight_over = [&](int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t m = begin; m < end; ++m) sum += double(pass.grad_pre[m * n + o]) * double(pass.states[m * n + i]);
+    return sum;
   };
-  if (pass.grad_weight && (r.weight_stride || blockIdx.z == 0)) {
-    const T sum = sum_samples(
-        r.weight_stride != 0, [&](int64_t row) { return pass.grad_pre[row + o] * pass.states[row + i]; });
-    T& out = pass.grad_weight[layer * r.weight_stride + o * n + i];
-    out = r.weight_stride ? sum : out + sum;
+  const auto bias_over = [&](int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t m = begin; m < end; ++m) sum += double(pass.grad_pre[m * n + i]);
+    return sum;
+  };
+  for (int64_t s = blockIdx.z; s < pass.count; s += gridDim.z) {
+    const int64_t l = pass.first + s, begin = s * r.rows, end = begin + r.rows;
+    if (pass.grad_weight) pass.grad_weight[(l * n + o) * n + i] = static_cast<T>(weight_over(begin, end));
+    if (pass.grad_bias && o == 0) pass.grad_bias[l * n + i] = static_cast<T>(bias_over(begin, end));
   }
-  if (pass.grad_bias && o == 0 && (r.bias_stride || blockIdx.z == 0)) {
-    const T sum = sum_samples(r.bias_stride != 0, [&](int64_t row) { return pass.grad_pre[row + i]; });
-    T& out = pass.grad_bias[layer * r.bias_stride + i];
-    out = r.bias_stride ? sum : out + sum;
-  }
+  if (blockIdx.z != 0) return;
+  if (pass.weight_sum) pass.weight_sum[o * n + i] += weight_over(0, pass.count * r.rows);
+  if (pass.bias_sum && o == 0) pass.bias_sum[i] += bias_over(0, pass.count * r.rows);
 }
 
 // Three rows of shared memory; beyond 48 KB a kernel has to ask.
@@ -252,6 +265,7 @@ struct Cuda {
   template <typename T>
   static void run(const Forward<T>& pass, const Tensor& like) {
     const Recurrence<T>& r = pass.recurrence;
+    const stable::accelerator::DeviceGuard guard(like.get_device_index());
     const size_t bytes = shared_bytes(forward_rows<T>, r.width, sizeof(T), like.get_device_index());
     forward_rows<T><<<unsigned(r.rows), block_threads, bytes, current_stream(like)>>>(pass);
     check_cuda(cudaGetLastError());
@@ -260,16 +274,17 @@ struct Cuda {
   template <typename T>
   static void run_segment(const Backward<T>& pass, const Tensor& like) {
     const Recurrence<T>& r = pass.recurrence;
+    const stable::accelerator::DeviceGuard guard(like.get_device_index());
     const cudaStream_t stream = current_stream(like);
     const size_t bytes = shared_bytes(backward_rows<T>, r.width, sizeof(T), like.get_device_index());
     backward_rows<T><<<unsigned(r.rows), block_threads, bytes, stream>>>(pass);
     check_cuda(cudaGetLastError());
-    if (!pass.grad_weight && !pass.grad_bias) return;
-    const bool per_layer = (pass.grad_weight && r.weight_stride) || (pass.grad_bias && r.bias_stride);
+    const bool per_layer = pass.grad_weight || pass.grad_bias;
+    if (!per_layer && !pass.weight_sum && !pass.bias_sum) return;
     const dim3 tile(32, 8);
     const dim3 grid(
         unsigned((r.width + tile.x - 1) / tile.x), unsigned((r.width + tile.y - 1) / tile.y),
-        per_layer ? unsigned(pass.count) : 1u);
+        per_layer ? unsigned(std::min(pass.count, most_layers)) : 1u);
     weight_gradients<T><<<grid, tile, 0, stream>>>(pass);
     check_cuda(cudaGetLastError());
   }

@@ -69,10 +69,14 @@ def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> T
         raise ValueError(
             f"filter has shape {tuple(filter.shape)}, expected ({width}, {width}) or (depth, {width}, {width})"
         )
+    if filter.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"filter is {filter.dtype}: no matrix of so few bits is orthogonal; give it in float32 or float64"
+        )
     exact = filter.detach().double()
     deviation = (exact @ exact.mT - torch.eye(width, dtype=torch.float64, device=exact.device)).abs().max().item()
-    # A QR in this precision leaves about N roundings in an inner product of two rows; ten times that is not orthogonal.
-    limit = 10 * width * torch.finfo(filter.dtype).eps
+    # A QR in this precision leaves at most about sqrt(N) roundings in an inner product of two rows.
+    limit = 4 * math.sqrt(width) * torch.finfo(filter.dtype).eps
     if not deviation <= limit:
         raise ValueError(
             f"filter is not orthogonal: |O O^T - I| reaches {deviation:.3g}, at most {limit:.3g} is rounding in "
@@ -84,33 +88,53 @@ def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> T
 class _OrthogonalFilter(nn.Module):
     """What both networks share: the filter as a buffer that keeps its precision, and the two scales."""
 
-    def __init__(self, width, filter, alpha, beta, activation, segment, device, dtype):
+    def __init__(self, width, steps, filter, alpha, beta, activation, segment, device, dtype):
         super().__init__()
         if activation not in ("tanh", "relu", "sigmoid", "identity"):
             raise ValueError(
                 f"{type(self).__name__}: activation is {activation!r}, expected tanh, relu, sigmoid or identity"
             )
         for name, scale in (("alpha", alpha), ("beta", beta)):
-            if scale is not None and not torch.as_tensor(scale).isfinite().all():
-                raise ValueError(f"{type(self).__name__}: {name} is {scale}, expected finite")
-        if segment is not None and segment < 1:
-            raise ValueError(f"{type(self).__name__}: segment is {segment}, expected at least 1 or None")
+            if scale is not None:
+                self._check_scale(name, scale, steps)
+        if segment is not None:
+            F.check_segment(type(self).__name__, segment)
         self.filter_kind = filter if isinstance(filter, str) else "tensor"
         self.activation = activation
         self.segment = segment
-        self.register_buffer("filter", make_filter(filter, width, dtype, device))
+        filter = make_filter(filter, width, dtype, device)
+        if filter.dim() == 3 and filter.shape[0] != steps:
+            raise ValueError(
+                f"{type(self).__name__}: filter has shape {tuple(filter.shape)}, expected "
+                + (f"({width}, {width}) or ({steps}, {width}, {width})" if steps else f"({width}, {width})")
+            )
+        self.register_buffer("filter", filter)
         for name, scale in (("alpha", alpha), ("beta", beta)):
             if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
-                self.register_buffer(name, scale)
+                self.register_buffer(name, scale.detach().to(device=device, copy=True))
             else:
                 setattr(self, name, scale)
 
+    def _check_scale(self, name: str, scale: float | Tensor, steps: int | None) -> None:
+        """A finite number, or a finite tensor with one element or one per step."""
+        owner = type(self).__name__
+        if not isinstance(scale, (int, float, Tensor)):
+            raise TypeError(f"{owner}: {name} is {type(scale).__name__}, expected a number or a tensor")
+        if isinstance(scale, Tensor) and scale.shape not in ((), (1,), (steps,)):
+            expected = f"() or ({steps},)" if steps else "()"
+            raise ValueError(f"{owner}: {name} has shape {tuple(scale.shape)}, expected {expected}")
+        if not torch.as_tensor(scale).isfinite().all():
+            raise ValueError(f"{owner}: {name} is {scale}, expected finite")
+
     def _apply(self, fn, recurse=True):
-        # .to(bfloat16) must not take the filter along: in 16 bits it is no longer orthogonal.
-        before = self.filter
+        # .to(bfloat16) must not take these along: the filter is no longer orthogonal then, and 1 - 2e-5 becomes 1.
+        exact = {name: getattr(self, name) for name in ("filter", "alpha", "beta")}
+        exact = {name: kept.detach() for name, kept in exact.items() if isinstance(kept, Tensor)}
         super()._apply(fn, recurse)
-        if self.filter.dtype in (torch.bfloat16, torch.float16):
-            self.filter = before.to(self.filter.device)
+        for name, kept in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                moved.data = kept.to(dtype=torch.float32, device=moved.device)
         return self
 
     def _init_recurrent(self, weight: Tensor, bias: Tensor) -> None:
@@ -173,7 +197,7 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
     ) -> None:
         _check_sizes(self, in_features=in_features, width=width, depth=depth, out_features=out_features)
         beta = 1.0 / depth if beta is None else beta
-        super().__init__(width, filter, alpha, beta, activation, segment, device, dtype)
+        super().__init__(width, depth, filter, alpha, beta, activation, segment, device, dtype)
         options = {"device": device, "dtype": dtype}
         self.in_features, self.width, self.depth, self.out_features = in_features, width, depth, out_features
         self.input_layer = nn.Linear(in_features, width, **options)
@@ -188,6 +212,8 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         self._init_recurrent(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"OrthogonalFilterMLP: input has shape {tuple(x.shape)}, expected (*, {self.in_features})")
         h0 = self.input_layer(x).reshape(-1, self.width)
         h = F.orthogonal_filter(
             h0,
@@ -252,7 +278,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         if length is not None:
             _check_sizes(self, length=length)
             beta = 1.0 / length
-        super().__init__(hidden_size, filter, alpha, beta, activation, segment, device, dtype)
+        super().__init__(hidden_size, None, filter, alpha, beta, activation, segment, device, dtype)
         options = {"device": device, "dtype": dtype}
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
         self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size, **options))
@@ -265,6 +291,11 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         self._init_recurrent(self.weight_hh, self.bias)
 
     def forward(self, input: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not isinstance(input, Tensor) or not (h_0 is None or isinstance(h_0, Tensor)):
+            raise TypeError(
+                f"OrthogonalFilterRNN: input and h_0 are {type(input).__name__} and {type(h_0).__name__}, expected "
+                "tensors; pad a packed sequence first: torch.nn.utils.rnn.pad_packed_sequence"
+            )
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             raise ValueError(
                 f"OrthogonalFilterRNN: input has shape {tuple(input.shape)}, expected "
@@ -278,7 +309,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         batch = input.shape[1]
         if h_0 is None:
             h_0 = input.new_zeros(1, batch, self.hidden_size)
-        elif not batched:
+        elif not batched and h_0.dim() == 2:
             h_0 = h_0.unsqueeze(1)
         if h_0.shape != (1, batch, self.hidden_size):
             raise ValueError(

@@ -29,7 +29,12 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {}
 # Why an extension is not there; a backend that is not in here has its extension loaded.
 _extension_missing: dict[str, str] = {}
 
-_requested: str | None = None
+# What the environment asks for is checked at the first use, so that importing never fails.
+_requested: str | None = os.environ.get("LCW_OPS_BACKEND") or None
+
+
+class BackendError(ValueError, RuntimeError):
+    """A backend was asked for that does not exist, or that cannot run this op on this device."""
 
 
 def load_extensions() -> None:
@@ -73,9 +78,10 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 @functools.cache
 def _resolve(op: str, device: torch.device, requested: str | None) -> str:
     if requested is not None:
+        _check_known(requested)
         reason = missing_reason(op, requested, device.type)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {requested!r} was requested, but {reason}")
+            raise BackendError(f"{op}: backend {requested!r} was requested, but {reason}")
         return requested
     capability = _capability(device)
     for backend in PREFERENCE.get(device.type, ()):
@@ -90,7 +96,7 @@ def _resolve_at_trace_time(op: str, device: torch.device, requested: str | None)
 
 
 def choose(op: str, device: torch.device) -> str:
-    """The backend that runs ``op`` on ``device`` now. RuntimeError when an explicit request cannot be met."""
+    """The backend that runs ``op`` on ``device`` now. BackendError when an explicit request cannot be met."""
     return _resolve_at_trace_time(op, device, _requested)
 
 
@@ -105,10 +111,9 @@ def not_chosen_reason(op: str, backend: str, device: torch.device) -> str:
     return reason or f"{choose(op, device)} comes first"
 
 
-def _checked(backend: str, source: str) -> str:
+def _check_known(backend: str) -> None:
     if backend not in BACKENDS:
-        raise ValueError(f"{source}: no backend is called {backend!r}; choose one of {', '.join(BACKENDS)}")
-    return backend
+        raise BackendError(f"no backend is called {backend!r}; choose one of {', '.join(BACKENDS)}")
 
 
 @contextmanager
@@ -116,18 +121,15 @@ def use_backend(backend: str) -> Iterator[None]:
     """Run every op of lcw_ops inside the ``with`` block on one backend: "cpp", "cuda", "triton" or "reference".
 
     The request holds for the whole process, like the flags of ``torch.backends``; blocks nest. An op that the backend
-    cannot run raises RuntimeError with the reason when it is called. ``LCW_OPS_BACKEND=name`` in the environment does
+    cannot run raises BackendError with the reason when it is called. ``LCW_OPS_BACKEND=name`` in the environment does
     the same for the whole run. A backward pass uses the backend of its forward pass.
 
-    Raises ValueError for an unknown name.
+    Raises BackendError, which is a ValueError and a RuntimeError, for an unknown name.
     """
     global _requested
-    previous, _requested = _requested, _checked(backend, "use_backend")
+    _check_known(backend)
+    previous, _requested = _requested, backend
     try:
         yield
     finally:
         _requested = previous
-
-
-if os.environ.get("LCW_OPS_BACKEND"):
-    _requested = _checked(os.environ["LCW_OPS_BACKEND"], "LCW_OPS_BACKEND")

@@ -1,20 +1,23 @@
 """What the machine is and what it can do: its measured matmul rate, clocks that wait for the GPU, peak memory.
 
-A share of a data sheet's peak says little about a shared or throttled machine, so the rate of a plain float32 matmul,
-measured here and now with the threads in use, is what the recurrence is compared with.
+A share of a data sheet's peak says little about a shared or throttled machine, so the rate of a float32 matmul, measured
+here and now with the threads in use, is what everything is compared with: the profiler's rates and the benchmarks'.
 """
 
 import os
 import platform
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-# Large enough to be bound by arithmetic everywhere (48 MiB of operands), small enough to take a quarter of a second
-# on two CPU cores.
-MATMUL_SIZE = 2048
+# Large enough to be bound by arithmetic (48 MiB of operands on a CPU, 768 MiB on a GPU), small enough to take a quarter
+# of a second on two CPU cores.
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def synchronise(device: torch.device) -> None:
@@ -30,17 +33,39 @@ def now(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def matmul_rate(device: torch.device | str = "cpu", size: int = MATMUL_SIZE, repeats: int = 4) -> float:
-    """FLOP/s of a float32 matmul of size^3 on this machine, with torch's own threads: the best of ``repeats``."""
+def matmul_rate(device: torch.device | str = "cpu", size: int | None = None, repeats: int = 5) -> float:
+    """FLOP/s of the fastest float32 matmul of size^3 on this machine, with torch's own threads: best of ``repeats``.
+
+    On a CPU torch.mm and oneDNN are both tried: on some processors one is several times as fast as the other. ``size``
+    defaults to ``MATMUL_SIZE``.
+    """
     device = torch.device(device)
+    size = size or MATMUL_SIZE.get(device.type, 2048)
     left, right = torch.randn(2, size, size, device=device).unbind()
-    result = left @ right
     seconds = []
-    for _ in range(repeats):
-        start = now(device)
-        torch.mm(left, right, out=result)
-        seconds.append(now(device) - start)
+    for product in _products(device):
+        product(left, right)
+        for _ in range(repeats):
+            start = now(device)
+            product(left, right)
+            seconds.append(now(device) - start)
     return 2 * size**3 / min(seconds)
+
+
+def _products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """The matrix products that torch has on this device; they all do the same arithmetic."""
+    products = [torch.mm]
+    # torch.mm goes to MKL where there is one, which is slow on AVX-512 processors that are not Intel's.
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+
+        def through_onednn(left: Tensor, right: Tensor) -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+
+        # The op is not part of torch's public interface: it may be absent, or made for other processors.
+        with suppress(AttributeError, RuntimeError, TypeError):
+            through_onednn(torch.ones(8, 8), torch.ones(8, 8))
+            products.append(through_onednn)
+    return products
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -54,6 +79,23 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
         return None
     # Kibibytes on Linux, bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:
+    """What can still be allocated: on the GPU, or of the machine's or container's memory. None where it is not known."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    amounts = []
+    with suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        amounts.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    # A container's limit (cgroup v2); "max" where there is none, which is no int.
+    with suppress(OSError, ValueError):
+        folder = Path("/sys/fs/cgroup")
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        amounts.append(limit - used)
+    return min(amounts, default=None)
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, str | int]:

@@ -135,7 +135,8 @@ def _product_flops(recurrence: Recurrence) -> int:
 def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
     """One value per layer, (L,) each, of everything that is measured and of its bounds; see ``result.COLUMNS``."""
     columns = {**_forward(recurrence), **_backward(recurrence)}
-    lower, upper = gain_bounds(recurrence, columns["weight_norm_bound"])
+    deviation = bounds.filter_deviation(recurrence.filter)
+    lower, upper = gain_bounds(recurrence, columns["weight_norm_bound"], deviation)
     log_lower, log_upper = bounds.gradient_norm_bounds(lower, upper, _injected_norms(recurrence))
     alpha, beta = _scales(recurrence)
     with np.errstate(over="ignore"):
@@ -145,7 +146,7 @@ def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
             "gradient_lower": np.exp(log_lower[1:]),
             "gradient_upper": np.exp(log_upper[1:]),
             "state_rms_bound": bounds.state_rms_bound(
-                alpha, beta, recurrence.h0, recurrence.steps, recurrence.activation
+                alpha, beta, recurrence.h0, recurrence.steps, recurrence.activation, deviation
             ),
         }
     return {**columns, **bounded}
@@ -257,10 +258,12 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
     return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
 
-def gain_bounds(recurrence: Recurrence, weight_norm_bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(lower, upper) bounds of every layer's singular values, (L,) each."""
+def gain_bounds(
+    recurrence: Recurrence, weight_norm_bound: np.ndarray, deviation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(lower, upper) bounds of every layer's singular values, (L,) each; ``deviation`` is the filter's."""
     lipschitz = LIPSCHITZ[recurrence.activation]
-    return bounds.layer_gain_bounds(*_scales(recurrence), weight_norm_bound, lipschitz)
+    return bounds.layer_gain_bounds(*_scales(recurrence), weight_norm_bound, lipschitz, deviation)
 
 
 def _scales(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
