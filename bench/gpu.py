@@ -5,6 +5,7 @@ Nothing is downloaded. Each part runs alone too (``make gpu PART=test``) and log
 """
 
 import datetime
+import importlib.util
 import os
 import shutil
 import signal
@@ -20,6 +21,11 @@ RESULTS = ROOT / "bench" / "results"
 # part -> its time limit in seconds, unless the environment gives another.
 SECONDS = {"build": 900, "test": 1800, "sanitize": 1800, "bench": 1800}
 
+# part -> the modules it imports, by the names pip knows them by where those differ.
+_TESTS = ("pytest", "hypothesis", "numpy", "sklearn", "matplotlib", "rich", "setuptools")
+MODULES = {"build": ("pip", "setuptools"), "test": _TESTS, "sanitize": _TESTS, "bench": ("numpy",)}
+PIP_NAMES = {"sklearn": "scikit-learn"}
+
 # Under the sanitizer a launch takes a hundred times as long, and these launch the same kernels again.
 SAME_KERNELS_AGAIN = "thousand or gradcheck or compile or opcheck or more_elements"
 
@@ -29,6 +35,9 @@ def main(arguments: list[str]) -> int:
     unknown = [part for part in wanted if part not in SECONDS]
     if unknown:
         return _refuse(f"no part is called {unknown[0]!r}; choose from {', '.join(SECONDS)}, all")
+    missing = missing_modules(wanted)
+    if missing:
+        return _refuse(f"{sys.executable} lacks {', '.join(missing)}; pip install {' '.join(missing)}, or PYTHON=...")
     try:
         import torch
     except ImportError:
@@ -52,6 +61,12 @@ def main(arguments: list[str]) -> int:
     for part, result, seconds, log in summary:
         print(f"{part:9} {result:24} {seconds:>7}  {log}")
     return int(any(result.startswith(("failed", "timed out")) for _, result, *_ in summary))
+
+
+def missing_modules(parts: list[str]) -> list[str]:
+    """What pip must install before these parts can run."""
+    needed = dict.fromkeys(module for part in parts for module in MODULES[part])
+    return [PIP_NAMES.get(module, module) for module in needed if importlib.util.find_spec(module) is None]
 
 
 def commands(part: str, csv: Path) -> list[list[str]]:

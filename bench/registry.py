@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lcw_ops
 from lcw_ops.ops import _backends
+from lcw_ops.profile.machine import matmul_rate
 
 # A file of this package each, with a function cases(device_type).
 STEMS = ("gradient_activation", "orthogonal_filter")
@@ -84,26 +85,32 @@ def cases(stem: str, device_type: str) -> list[Case]:
 
 
 def ours(op: str, device_type: str, prepare: Callable[[dict], Run]) -> tuple[Competitor, ...]:
-    """Our op as a competitor, once per backend that can run here; plain torch only where there is no kernel."""
-    backends = [
-        name
-        for name in _backends.BACKENDS
-        if name != "reference" and _backends.missing_reason(op, name, device_type) is None
-    ]
+    """Our op as a competitor, once per backend that can run here; plain torch only where there is no kernel.
+
+    Of an explicit request (``use_backend``, ``LCW_OPS_BACKEND``) only that backend. RuntimeError if it cannot run here.
+    """
+    if _backends.requested() is not None:
+        backends = [_backends.choose(op, torch.device(device_type))]
+    else:
+        backends = [
+            name
+            for name in _backends.BACKENDS
+            if name != "reference" and _backends.missing_reason(op, name, device_type) is None
+        ] or ["reference"]
 
     def on(backend: str) -> Callable[[dict], Run]:
         def prepared(inputs: dict) -> Run:
             run = prepare(inputs)
 
-            def requested() -> list:
+            def run_on_backend() -> list:
                 with lcw_ops.use_backend(backend):
                     return run()
 
-            return requested
+            return run_on_backend
 
         return prepared
 
-    return tuple(Competitor(f"lcw_ops ({name})", on(name), ours=True) for name in backends or ["reference"])
+    return tuple(Competitor(f"lcw_ops ({name})", on(name), ours=True) for name in backends)
 
 
 def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:
@@ -151,18 +158,11 @@ def as_tensor(array) -> Tensor:
 
 @cache
 def measure_rates(device: torch.device) -> Rates:
-    """The best of several tries; on a CPU also through oneDNN, which beats torch's own matmul on some processors."""
-    size, elements = (2048, 1 << 26) if device.type == "cpu" else (8192, 1 << 29)
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    products = [lambda: torch.mm(left, right)]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
-    source = torch.randn(elements, device=device)
+    """The best of several tries."""
+    source = torch.randn(1 << 26 if device.type == "cpu" else 1 << 29, device=device)
     target = torch.empty_like(source)
-    return Rates(
-        copy=2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device),
-        matmul=2 * size**3 / min(_best_seconds(product, device) for product in products),
-    )
+    copy = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
+    return Rates(copy=copy, matmul=matmul_rate(device))
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:

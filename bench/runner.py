@@ -13,7 +13,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -69,12 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out ``lcw-ops bench``. Returns 0, or 1 if one of our kernels was wrong and therefore not timed.
 
-    Raises ValueError for an unknown benchmark or device, a number of threads below 1, or a CSV with other columns.
+    Raises ValueError for an unknown benchmark or device, a number of threads below 1, or a CSV with other columns;
+    RuntimeError if a backend was requested (``LCW_OPS_BACKEND``) that cannot run one of the benchmarks here.
     """
     unknown = [stem for stem in args.stem if stem not in registry.STEMS]
     if unknown:
         raise ValueError(f"no benchmark is called {unknown[0]!r}; choose from {', '.join(registry.STEMS)}")
     device = _device(args.device)
+    cases = [case for stem in args.stem or registry.STEMS for case in registry.cases(stem, device.type)]
     out = args.out or _default_csv(device)
     _check_csv(out)
     if args.threads is not None:
@@ -83,12 +84,11 @@ def run(args: argparse.Namespace) -> int:
     rates = registry.measure_rates(device)
     print(f"measured here: copy {rates.copy / 1e9:.0f} GB/s, float32 matmul {rates.matmul / 1e9:.0f} GFLOP/s\n")
     wrong = False
-    for stem in args.stem or registry.STEMS:
-        for case in registry.cases(stem, device.type):
-            if case.quick == args.quick:
-                rows, refused = run_case(case, device, rates, args.quick)
-                append_rows(out, rows)
-                wrong |= refused
+    for case in cases:
+        if case.quick == args.quick:
+            rows, refused = run_case(case, device, rates, args.quick)
+            append_rows(out, rows)
+            wrong |= refused
     print(f"rows appended to {out}")
     return int(wrong)
 
@@ -254,9 +254,3 @@ def _time(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    sys.exit(run(parser.parse_args()))

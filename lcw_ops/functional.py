@@ -226,7 +226,9 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
         TypeError: ``tensors`` is no list or tuple; an entry is no tensor, not floating point or not dense; alpha or
             beta is no number.
         ValueError: unknown kind; alpha or beta out of range; an entry requires a gradient while autograd records, has
-            elements that share memory, is given twice, or is an inference tensor outside of inference mode.
+            elements that share memory, is given twice, or is an inference tensor outside of inference mode; two entries
+            share memory. Disjoint slices, columns and interleaved views of one tensor are fine; views that lie within
+            each other in a less regular way are refused even where they are disjoint. Not looked for in traced code.
         On an error no tensor has been changed.
     """
     _check_gradient_activation(tensors, kind, alpha, beta)
@@ -246,31 +248,46 @@ def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
     _checks.check_positive(op, "beta", beta)
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{op}: tensors is a {type(tensors).__name__}; expected a list of tensors. Wrap it: [tensor].")
+    # Asked once: this loop runs over thousands of gradients before every step.
+    recording, traced = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    inference = traced or torch.is_inference_mode_enabled()
     for index, tensor in enumerate(tensors):
-        name = f"tensors[{index}]"
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"{op}: {name} is a {type(tensor).__name__}; expected a tensor. "
+                f"{op}: tensors[{index}] is a {type(tensor).__name__}; expected a tensor. "
                 "Leave out parameters without a gradient: [p.grad for p in parameters if p.grad is not None]."
             )
         if tensor.dtype not in _checks.FLOATING:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; expected float32, float64, bfloat16 or float16.")
+            raise TypeError(
+                f"{op}: tensors[{index}] is {tensor.dtype}; expected float32, float64, bfloat16 or float16."
+            )
         if tensor.layout != torch.strided:
-            raise TypeError(f"{op}: {name} has layout {tensor.layout}; expected a dense tensor: {name}.to_dense().")
-        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise TypeError(
+                f"{op}: tensors[{index}] has layout {tensor.layout}; expected a dense tensor: "
+                f"tensors[{index}].to_dense()."
+            )
+        if recording and tensor.requires_grad:
             raise ValueError(
-                f"{op}: {name} requires a gradient, and autograd does not record this op. Call it under "
+                f"{op}: tensors[{index}] requires a gradient, and autograd does not record this op. Call it under "
                 "torch.no_grad(), or use the differentiable lcw_ops.reference.gradient_activation."
             )
         # A traced program has neither inference tensors nor writes to memory, and its strides may be symbols.
-        if torch.compiler.is_compiling():
+        if traced:
             continue
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(f"{op}: {name} is an inference tensor; clone it, or call inside torch.inference_mode().")
+        if not inference and tensor.is_inference():
+            raise ValueError(
+                f"{op}: tensors[{index}] is an inference tensor; clone it, or call inside torch.inference_mode()."
+            )
         if _gradient_activation.may_overlap(tensor):
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, so elements share memory "
-                f"and would be activated more than once. Copy it first: {name}.contiguous()."
+                f"{op}: tensors[{index}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}, so elements "
+                f"share memory and would be activated more than once. Copy it first: tensors[{index}].contiguous()."
             )
     if len(set(map(id, tensors))) != len(tensors):
         raise ValueError(f"{op}: a tensor is in the list twice and would be activated twice. Leave one of the two out.")
+    shared = None if traced else _gradient_activation.find_shared(tensors)
+    if shared is not None:
+        raise ValueError(
+            f"{op}: tensors[{shared[0]}] and tensors[{shared[1]}] lie in the same memory, and what they share would be "
+            "activated twice. Give the whole tensor once, or clones."
+        )

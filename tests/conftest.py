@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+import lcw_ops
+
 DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))
 
 
@@ -12,6 +14,23 @@ DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))
 def device() -> torch.device:
     """Where kernels are tested: the CPU, or what ``make gpu`` sets LCW_OPS_TEST_DEVICE to."""
     return DEVICE
+
+
+@pytest.fixture
+def kernel_under_test(device):
+    """orthogonal_filter runs on the compiled kernel of ``device``, or raises: never quietly on the reference.
+
+    On a GPU the kernel runs on request only, until its tests have passed on that generation: these are those tests.
+    """
+    with lcw_ops.use_backend("cuda" if device.type == "cuda" else "cpp"):
+        yield
+
+
+@pytest.fixture
+def made_on_device(device):
+    """Tensors and modules are made on ``device`` where no other is named."""
+    with device:
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,10 @@ And the command behind ``make gpu``, as far as it goes without a card.
 """
 
 import argparse
+import ast
 import csv
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lcw_ops
 from lcw_ops.bench import gpu, registry, runner
 
 CPU = torch.device("cpu")
@@ -108,6 +111,21 @@ def test_the_real_registry_has_quick_and_full_cases_for_both_devices():
     for stem in registry.STEMS:
         for device_type in ("cpu", "cuda"):
             assert {case.quick for case in registry.cases(stem, device_type)} == {True, False}
+
+
+def test_an_explicit_request_is_the_only_one_of_ours():
+    with lcw_ops.use_backend("reference"):
+        for stem in registry.STEMS:
+            for case in registry.cases(stem, "cpu"):
+                assert [one.name for one in case.competitors if one.ours] == ["lcw_ops (reference)"]
+
+
+def test_an_explicit_request_that_cannot_be_met_raises_before_measuring(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "measure_rates", lambda device: pytest.fail("measured"))
+    out = tmp_path / "rows.csv"
+    with lcw_ops.use_backend("cuda"), pytest.raises(RuntimeError, match=r"backend 'cuda' was requested, but"):
+        runner.run(parse("--quick", "--device", "cpu", "--out", str(out)))
+    assert not out.exists()
 
 
 def tensors_of(inputs: dict) -> list[torch.Tensor]:
@@ -205,6 +223,46 @@ def test_rates_of_this_machine_are_plausible():
     rates = registry.measure_rates(CPU)
     assert 1e8 < rates.copy < 1e13
     assert 1e8 < rates.matmul < 1e15
+
+
+def test_rates_come_from_the_one_place_that_measures_products(monkeypatch):
+    monkeypatch.setattr(registry, "matmul_rate", lambda device: 123.0)
+    assert registry.measure_rates.__wrapped__(CPU).matmul == 123.0
+
+
+def test_rows_go_beside_the_benchmarks_by_default():
+    """The folder is in the repository only if a file in it is."""
+    assert (ROOT / "bench/results/README.md").is_file()
+    assert runner._default_csv(CPU).parent == ROOT / "bench/results"
+
+
+def test_there_is_one_command_for_benchmarks():
+    assert "__main__" not in (ROOT / "bench/runner.py").read_text()
+
+
+def without(monkeypatch, *names: str) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in names else find_spec(name))
+
+
+def test_gpu_command_without_what_the_tests_need(monkeypatch, capsys):
+    without(monkeypatch, "hypothesis", "sklearn")
+    monkeypatch.setattr(gpu, "run_part", lambda *_: pytest.fail("something ran"))
+    assert gpu.main([]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "lacks hypothesis, scikit-learn; pip install hypothesis scikit-learn" in error
+    assert gpu.missing_modules(["build", "bench"]) == []
+
+
+def test_gpu_command_knows_what_the_tests_import():
+    files = {path: ast.parse(path.read_text()) for path in (ROOT / "tests").glob("*.py")}
+    imports = [node for tree in files.values() for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {one.name for node in imports for one in node.names if isinstance(node, ast.Import)}
+    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
+    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {path.stem for path in files}
+    # torch is asked for by itself; the tests of Triton kernels are skipped without it.
+    assert modules - {"torch", "triton", "lcw_ops"} <= set(gpu.MODULES["test"])
 
 
 def test_gpu_command_without_a_card():

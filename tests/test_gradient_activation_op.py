@@ -6,15 +6,20 @@ one unit in the last place of the result's scale; and in every element, a bound 
 
 import math
 import os
+import random
 import re
+import time
+import warnings
 
 import pytest
 import torch
 from numerics import assert_as_exact_as_eager
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lcw_ops
 from lcw_ops import functional as F
 from lcw_ops.ops import _backends
+from lcw_ops.ops.gradient_activation import FOREACH_TENSORS, find_shared
 
 NAME = "gradient_activation_"
 KINDS = ("arctan", "tanh", "log")
@@ -224,6 +229,102 @@ def test_the_same_tensor_twice(device):
     with pytest.raises(ValueError, match="in the list twice"):
         F.gradient_activation_([gradient, torch.ones(2, device=device), gradient])
     assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+SHARED = {
+    "another shape": lambda x: [x, x.view(4, 6)],
+    "overlapping slices": lambda x: [x[:14], x[12:]],
+    "an element of a whole": lambda x: [x[5], x],
+    "a column and a row": lambda x: [x.view(4, 6)[:, 1], x.view(4, 6)[2]],
+    "overlapping columns": lambda x: [x.view(4, 6)[:, :4], x.view(4, 6)[:, 3:]],
+    "a column and every second element": lambda x: [x.view(4, 6)[:, 3], x[1::2]],
+    "wrapped around": lambda x: [x[1:].unflatten(0, (1, 23))[:, :13], x.view(4, 6)[:, 0]],
+    "another dtype": lambda x: [x[:12], x.view(torch.bfloat16)[23:]],
+    "another storage": lambda x: [x, torch.from_dlpack(x)[3:4]],
+    "third of three": lambda x: [x[::3], x[1::3], x[2:5]],
+}
+
+
+@pytest.mark.parametrize("views", SHARED)
+def test_two_tensors_of_the_same_memory_change_nothing(views, device):
+    base = torch.ones(24, device=device)
+    shared = SHARED[views](base)
+    others = [torch.ones(3, device=device) for _ in range(3)]
+    tensors = [others[0], shared[-1], others[1], *shared[:-1], others[2]]
+    with pytest.raises(ValueError, match=r"tensors\[\d\] and tensors\[\d\] lie in the same memory"):
+        F.gradient_activation_(tensors)
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in (base, *others))
+
+
+DISJOINT = {
+    "two slices": lambda x: [x[12:], x[:12]],
+    "interleaved": lambda x: [x[1::2], x[::2]],
+    "interleaved in four and two": lambda x: [x[::4], x[1::2]],
+    "columns": lambda x: [x.view(4, 6)[:, 1:3], x.view(4, 6)[:, 3:], x.view(4, 6)[:, 0]],
+    "transposed columns": lambda x: [x.view(4, 6)[:, 3:].t(), x.view(4, 6)[:, :3].t()],
+    "channels last": lambda x: [x.view(2, 3, 4)[..., channel] for channel in range(4)],
+    "middle dimension": lambda x: [x.view(2, 3, 4)[:, 1], x.view(2, 3, 4)[:, :1], x.view(2, 3, 4)[:, 2]],
+    "in two dtypes": lambda x: [x.view(4, 6)[:, :2], x.view(torch.bfloat16).view(4, 12)[:, 4:]],
+    "nothing of the same place": lambda x: [x[3:3], x[3:3].view(0, 2), x],
+}
+
+
+@pytest.mark.parametrize("views", DISJOINT)
+def test_disjoint_views_of_the_same_memory(views, device):
+    base = random_gradients(24, torch.float32, device)
+    wanted = base.clone()
+    for view in DISJOINT[views](wanted):
+        F.gradient_activation_([view])
+    F.gradient_activation_(DISJOINT[views](base))
+    assert torch.equal(base, wanted)
+
+
+def test_sharing_is_found_among_random_views(device):
+    """Against a count of every element: what shares is always refused, and parts of a regular grid never are."""
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        base = torch.zeros(60, device=device)
+        views = []
+        for _ in range(generator.choice([2, 2, 3])):
+            grid = base.view(generator.choice([(60,), (6, 10), (3, 4, 5)]))
+            for dim, size in enumerate(grid.shape):
+                start, stop = sorted(generator.sample(range(size + 1), 2))
+                grid = grid.transpose(0, dim)[start : stop : generator.choice([1, 1, 2])].transpose(0, dim)
+            views.append(grid)
+        count = torch.zeros(60, device=device)
+        for view in views:
+            count.as_strided(view.shape, view.stride(), view.storage_offset()).add_(1)
+        found = find_shared(views)
+        refused += found is not None and count.max() < 2
+        assert found is not None or count.max() < 2
+    print(f"refused though disjoint: {refused} of 300")
+
+
+def test_thousands_of_tensors_are_compared_in_no_time():
+    """Every pair of 20,000 would be 2e8 comparisons; columns of one matrix all lie within each other."""
+    for tensors in ([torch.ones(1) for _ in range(20_000)], list(torch.ones(2, 20_000).unbind(1))):
+        start = time.perf_counter()
+        assert find_shared(tensors) is None
+        assert time.perf_counter() - start < 5
+
+
+def test_tensors_without_memory_share_none():
+    assert find_shared([torch.empty(3, device="meta"), torch.empty(3, device="meta")]) is None
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_shared([torch.empty(3), torch.empty(3)]) is None
+
+
+def test_plain_torch_takes_the_list_in_few_calls(backend, device):
+    """A loop over the tensors spends more on calls than on arithmetic."""
+    if backend != "reference":
+        pytest.skip("about the reference backend")
+    gradients = [torch.ones(3, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16) * 64]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        F.gradient_activation_(gradients)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::_foreach_atan_"] == 128 / FOREACH_TENSORS
 
 
 def test_a_backend_that_cannot_run_raises_before_writing(device):

@@ -17,6 +17,8 @@ from lcw_ops.reference.orthogonal_filter import ACTIVATIONS as EXACT
 
 ACTIVATIONS = ["tanh", "relu", "sigmoid", "identity"]
 FILTERS = ["matrix", "permutation", "per_layer"]
+pytestmark = pytest.mark.usefixtures("kernel_under_test")
+
 NAMES = ["h0", "weight", "bias", "alpha", "beta", "inputs"]
 
 
@@ -68,13 +70,6 @@ def assert_matches_reference(arguments, filter, grad_output=None, **options):
     assert_as_exact_as_eager("output", output, eager, exact)
     for name, *triple in zip(NAMES, gradients, eager_gradients, exact_gradients, strict=True):
         assert_as_exact_as_eager(f"gradient of {name}", *triple)
-
-
-@pytest.fixture(autouse=True)
-def _kernel_under_test(device):
-    """On a GPU the kernel runs on request until its tests have passed on that generation: these are those tests."""
-    with lcw_ops.use_backend("cuda" if device.type == "cuda" else "cpp"):
-        yield
 
 
 @pytest.mark.parametrize("filter_kind", FILTERS)

@@ -11,6 +11,9 @@ import torch
 
 from lcw_ops import functional as F
 from lcw_ops import use_backend
+from lcw_ops.ops import _backends
+
+pytestmark = pytest.mark.usefixtures("kernel_under_test", "made_on_device")
 
 LIPSCHITZ = {"tanh": 1.0, "relu": 1.0, "sigmoid": 0.25, "identity": 1.0}
 
@@ -28,6 +31,12 @@ def jacobian(h0, weight, bias, filter, **options):
     copies = h0.expand(width, width).clone().requires_grad_()
     output = F.orthogonal_filter(copies, weight, bias, filter, **options)
     return torch.autograd.grad(output, copies, torch.eye(width, dtype=output.dtype))[0]
+
+
+def test_the_kernel_of_the_device_is_what_runs_here(device):
+    weight, bias, rotation = net(2, 4)
+    assert {tensor.device.type for tensor in (weight, bias, rotation)} == {device.type}
+    assert _backends.requested() == ("cuda" if device.type == "cuda" else "cpp")
 
 
 def spectral_norm(weight, activation):

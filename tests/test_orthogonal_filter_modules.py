@@ -9,8 +9,11 @@ import torch
 
 from lcw_ops import nn
 from lcw_ops.nn.orthogonal_filter import make_filter
+from lcw_ops.ops import _backends
 
 KINDS = ["haar", "cyclic", "permutation", "identity"]
+
+pytestmark = pytest.mark.usefixtures("kernel_under_test", "made_on_device")
 
 
 def as_matrix(filter, width):
@@ -31,7 +34,7 @@ def test_haar_filter_has_no_preferred_sign():
     traces = torch.stack([make_filter("haar", 4, torch.float64).trace() for _ in range(2000)])
     # Var[trace] = 1 for Haar on O(N), so the mean of 2000 has standard error 0.022: five of them.
     assert abs(traces.mean()) < 0.12
-    assert traces.var() == pytest.approx(1.0, abs=0.2)
+    assert traces.var().item() == pytest.approx(1.0, abs=0.2)
 
 
 def test_cyclic_and_identity_are_what_their_names_say():
@@ -93,17 +96,23 @@ def written_out(model, x):
 
 @pytest.mark.parametrize("filter", KINDS)
 @pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "identity"])
-def test_mlp_is_its_formula(filter, activation, device):
+def test_mlp_is_its_formula(filter, activation):
     model = nn.OrthogonalFilterMLP(7, 12, 30, 3, filter, activation=activation)
     x = torch.randn(5, 7)
-    torch.testing.assert_close(
-        model.to(device)(x.to(device)).cpu().double(), written_out(model.cpu(), x), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(model(x).double(), written_out(model, x), rtol=1e-5, atol=1e-5)
 
 
-def test_mlp_takes_any_leading_shape(device):
-    model = nn.OrthogonalFilterMLP(7, 8, 4, 3).to(device)
-    x = torch.randn(2, 5, 7, device=device)
+def test_the_kernel_of_the_device_is_what_runs_here(device):
+    """LCW_OPS_TEST_DEVICE=cuda says nothing about the kernel if these modules are on the CPU or on the reference."""
+    model = nn.OrthogonalFilterMLP(3, 8, 4, 2)
+    places = {tensor.device.type for tensor in (*model.parameters(), *model.buffers(), model(torch.randn(5, 3)))}
+    assert places == {device.type}
+    assert _backends.requested() == ("cuda" if device.type == "cuda" else "cpp")
+
+
+def test_mlp_takes_any_leading_shape():
+    model = nn.OrthogonalFilterMLP(7, 8, 4, 3)
+    x = torch.randn(2, 5, 7)
     assert torch.equal(model(x), model(x.reshape(10, 7)).reshape(2, 5, 3))
     assert model(x[0, 0]).shape == (3,)
     assert model(x[:0]).shape == (0, 5, 3)
@@ -197,44 +206,44 @@ def test_modules_can_be_built_on_the_meta_device_only_without_a_check():
 
 @pytest.mark.parametrize("filter", KINDS)
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_rnn_is_its_formula(filter, batch_first, device):
-    rnn = nn.OrthogonalFilterRNN(3, 10, batch_first, filter, length=15).to(device)
+def test_rnn_is_its_formula(filter, batch_first):
+    rnn = nn.OrthogonalFilterRNN(3, 10, batch_first, filter, length=15)
     x = torch.randn(15, 4, 3)
     h_0 = torch.randn(1, 4, 10)
-    output, h_n = rnn((x.transpose(0, 1) if batch_first else x).to(device), h_0.to(device))
-    matrix = as_matrix(rnn.filter.cpu(), 10)
-    double = copy.deepcopy(rnn).cpu().double()
+    output, h_n = rnn(x.transpose(0, 1) if batch_first else x, h_0)
+    matrix = as_matrix(rnn.filter, 10)
+    double = copy.deepcopy(rnn).double()
     h, states = h_0[0].double(), []
     for x_t in x.double():
         pre = h @ double.weight_hh.T + x_t @ double.weight_ih.T + double.bias
         h = (1 - 1 / 15) * h @ matrix.T + torch.tanh(pre) / 15
         states.append(h)
     expected = torch.stack(states, dim=1 if batch_first else 0)
-    torch.testing.assert_close(output.cpu().double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(h_n.cpu().double(), h.unsqueeze(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(h_n.double(), h.unsqueeze(0), rtol=1e-5, atol=1e-6)
 
 
-def test_rnn_has_the_calling_convention_of_torch(device):
-    ours = nn.OrthogonalFilterRNN(3, 10, length=7, device=device)
-    theirs = torch.nn.RNN(3, 10, device=device)
-    for x in (torch.randn(7, 4, 3, device=device), torch.randn(7, 3, device=device)):
-        for h_0 in (None, torch.randn(1, *x.shape[1:-1], 10, device=device)):
+def test_rnn_has_the_calling_convention_of_torch():
+    ours = nn.OrthogonalFilterRNN(3, 10, length=7)
+    theirs = torch.nn.RNN(3, 10)
+    for x in (torch.randn(7, 4, 3), torch.randn(7, 3)):
+        for h_0 in (None, torch.randn(1, *x.shape[1:-1], 10)):
             assert [t.shape for t in ours(x, h_0)] == [t.shape for t in theirs(x, h_0)]
 
 
-def test_rnn_without_a_batch_is_a_batch_of_one(device):
-    rnn = nn.OrthogonalFilterRNN(3, 10, length=7).to(device)
-    x, h_0 = torch.randn(7, 3, device=device), torch.randn(1, 10, device=device)
+def test_rnn_without_a_batch_is_a_batch_of_one():
+    rnn = nn.OrthogonalFilterRNN(3, 10, length=7)
+    x, h_0 = torch.randn(7, 3), torch.randn(1, 10)
     output, h_n = rnn(x, h_0)
     batched, batched_h_n = rnn(x.unsqueeze(1), h_0.unsqueeze(1))
     assert torch.equal(output, batched.squeeze(1))
     assert torch.equal(h_n, batched_h_n.squeeze(1))
 
 
-def test_rnn_trains_every_parameter_and_never_the_filter(device):
-    rnn = nn.OrthogonalFilterRNN(3, 10, length=7).to(device)
+def test_rnn_trains_every_parameter_and_never_the_filter():
+    rnn = nn.OrthogonalFilterRNN(3, 10, length=7)
     assert set(dict(rnn.named_parameters())) == {"weight_ih", "weight_hh", "bias"}
-    output, h_n = rnn(torch.randn(7, 4, 3, device=device))
+    output, h_n = rnn(torch.randn(7, 4, 3))
     (output.sum() + h_n.square().sum()).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in rnn.parameters())
     assert rnn.filter.grad is None

@@ -58,7 +58,7 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
 
 def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> Tensor:
     if filter.dtype == torch.int64:
-        if filter.shape != (width,) or not torch.equal(filter.sort().values.cpu(), torch.arange(width)):
+        if filter.shape != (width,) or not torch.equal(filter.sort().values.cpu(), torch.arange(width, device="cpu")):
             raise ValueError(
                 f"filter is an int64 tensor of shape {tuple(filter.shape)}, expected a permutation of 0..{width - 1}"
             )
