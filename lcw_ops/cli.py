@@ -1,16 +1,21 @@
 """The command ``lcw-ops``: profile a very deep network, run the benchmarks, say which backends are in use.
 
-What a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C is 130, a failure on the way 1.
+What a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C is 130, a failure on the way 1, with the
+traceback that its report needs.
 """
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
 
+# The functions of lcw_ops.bench in which checking the arguments is over.
+BENCH_WORK = ("measure_rates", "run_case", "append_rows")
+
 
 class UsageError(ValueError):
-    """The command line cannot be understood."""
+    """The command line cannot be understood, or asks for what this machine cannot do."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,14 +34,18 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"lcw-ops {command}: unknown: {' '.join(unknown)} (see lcw-ops {command} --help)")
         return arguments.run(arguments)
     except UsageError as error:
-        message = str(error)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        message = f"lcw-ops {command}: {' '.join(str(error).split())}"
+        print(error, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    print(message, file=sys.stderr)
-    return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _usage_error(command: str, error: Exception) -> UsageError:
+    return UsageError(f"lcw-ops {command}: {' '.join(str(error).split())}")
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -81,8 +90,13 @@ def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_profile(arguments: argparse.Namespace) -> int:
     from lcw_ops.profile import main_job
 
+    _check_backend("profile")
     names = (field.name for field in fields(main_job.Settings))
-    return main_job.run(main_job.Settings(**{name: getattr(arguments, name) for name in names}))
+    try:
+        return main_job.run(main_job.Settings(**{name: getattr(arguments, name) for name in names}))
+    except (ValueError, OSError, ImportError) as error:
+        # Only of what it checks before any work: it reports failures of the work itself.
+        raise _usage_error("profile", error) from error
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,14 +108,33 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_bench(arguments: argparse.Namespace) -> int:
     from lcw_ops.bench import runner
 
-    return runner.run(arguments)
+    _check_backend("bench")
+    try:
+        return runner.run(arguments)
+    except (ValueError, OSError) as error:
+        if any(frame.name in BENCH_WORK for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise _usage_error("bench", error) from error
 
 
 def _run_info(arguments: argparse.Namespace) -> int:
     import lcw_ops
 
+    _check_backend("info")
     print(lcw_ops.info())
     return 0
+
+
+def _check_backend(command: str) -> None:
+    """UsageError when LCW_OPS_BACKEND names no backend; whether it can run an op is up to the op and its device."""
+    from lcw_ops.ops import _backends
+
+    requested = _backends.requested()
+    if requested is not None and requested not in _backends.BACKENDS:
+        raise UsageError(
+            f"lcw-ops {command}: LCW_OPS_BACKEND: no backend is called {requested!r}; choose one of "
+            f"{', '.join(_backends.BACKENDS)}"
+        )
 
 
 # name -> (help, add its arguments to a parser (None: it has none), run with the parsed ones)

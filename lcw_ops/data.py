@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# One sample in five is held out: 360 of the 1797 digits, the split that scikit-learn's own examples use.
+# One sample in five of every class is held out.
 TEST_SHARE = 0.2
 
 SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -78,7 +78,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
     if all(key in arrays for key in SPLIT_KEYS):
         x_train, y_train, x_test, y_test = (arrays[key] for key in SPLIT_KEYS)
         _check_pair(path, "x_train", x_train, "y_train", y_train)
-        _check_pair(path, "x_test", x_test, "y_test", y_test)
+        _check_pair(path, "x_test", x_test, "y_test", y_test, classes=int(y_train.max()) + 1)
         if x_train.shape[1:] != x_test.shape[1:]:
             raise ValueError(
                 f"{path}: a sample has shape {x_train.shape[1:]} in x_train and {x_test.shape[1:]} in x_test; "
@@ -111,7 +111,8 @@ def _read_npz(path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: cannot be read as an .npz file: {reason}") from error
 
 
-def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
+def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, classes: int | None = None) -> None:
+    """ValueError unless x and y are samples and their labels; ``classes``: of the training set, where that is known."""
     if x.dtype.kind not in "fiu":
         raise ValueError(f"{path}: {x_name} is {x.dtype}, expected real numbers")
     if x.ndim < 2 or x.size == 0:
@@ -124,8 +125,15 @@ def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) ->
         raise ValueError(
             f"{path}: {y_name} has shape {y.shape}, expected ({len(x)},), one label per sample of {x_name}"
         )
+    if classes is not None:
+        # A network is made for the classes that it is trained on.
+        if y.min() < 0 or y.max() >= classes:
+            raise ValueError(
+                f"{path}: {y_name} runs from {y.min()} to {y.max()}, expected classes of the training set, which has 0 "
+                f"to {classes - 1}"
+            )
     # More classes than samples is a column of identifiers, and would ask for an output layer of that size.
-    if y.min() < 0 or y.max() >= len(x):
+    elif y.min() < 0 or y.max() >= len(x):
         raise ValueError(
             f"{path}: {y_name} runs from {y.min()} to {y.max()}, expected class indices from 0 and fewer classes than "
             f"the {len(x)} samples"
@@ -147,9 +155,11 @@ def _split(x: np.ndarray, y: np.ndarray, seed: int):
 def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
     x_train, x_test = (x.reshape(len(x), -1).astype(np.float64) for x in (x_train, x_test))
     mean, std = x_train.mean(0), x_train.std(0)
-    # A pixel that never changes has nothing to say; dividing by its 0 would make it NaN.
-    std[std == 0] = 1.0
+    # A pixel that never changes has nothing to say. Its computed deviation is 0, or the rounding of its mean: dividing
+    # by either would make NaN or noise of it.
+    constant = (x_train.max(0) == x_train.min(0)) | (std <= len(x_train) * np.finfo(np.float64).eps * np.abs(mean))
+    std[constant] = 1.0
     x_train, x_test = (torch.from_numpy(((x - mean) / std).astype(np.float32)) for x in (x_train, x_test))
-    classes = int(max(y_train.max(), y_test.max())) + 1
+    classes = int(y_train.max()) + 1
     y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
     return Dataset(name, x_train, y_train, x_test, y_test, classes)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -49,6 +50,8 @@ def test_the_main_job_writes_its_report(tmp_path, capsys):
     assert [entry["step"] for entry in content["training"]["test_accuracy"]] == [0, 1, 2, 3]
     assert content["networks"]["orthogonal-filter"]["measured"] == "orthogonal-filter net, after 3 steps"
     assert content["networks"]["plain"]["measured"] == "plain net, at initialisation"
+    # Of the whole run: at least what it was when the last of the profiles ended.
+    assert content["peak_memory_bytes"] >= content["networks"]["plain"]["peak_memory_bytes"] > 0
     for network in content["networks"].values():
         assert network["timing"]["layers"] == 32
         assert network["timing"]["forward_gflops_per_second"] > 0
@@ -57,8 +60,9 @@ def test_the_main_job_writes_its_report(tmp_path, capsys):
 
     with open(out / "layers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["kind"] for row in rows[::32]] == ["orthogonal-filter", "residual", "plain"]
-    assert len(rows) == 3 * 32
+    assert [row["kind"] for row in rows[: 3 * 32 : 32]] == ["orthogonal-filter", "residual", "plain"]
+    assert {row["kind"] for row in rows[3 * 32 :]} == {"orthogonal-filter, at initialisation"}
+    assert len(rows) == 3 * 32 + 30
     assert [row["name"] for row in rows[:2]] == ["input_layer", "layer[1]"]
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -82,6 +86,21 @@ def test_a_seed_repeats_a_run(tmp_path):
     first = columns("first", "--seed", 3)
     assert first == columns("again", "--seed", 3)
     assert first[1] != columns("other", "--seed", 4)[1]
+
+
+@pytest.mark.parametrize("depth", range(1, 6))
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_net_of_a_few_layers_is_drawn(depth, steps, tmp_path):
+    assert profile("--depth", depth, "--steps", steps, out=tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+
+
+def test_the_table_has_the_peak_of_the_whole_run(tmp_path, monkeypatch, capsys):
+    moments = iter([10**9, 2 * 10**9, 3 * 10**9, 4 * 10**9])
+    monkeypatch.setattr(machine, "peak_memory_bytes", lambda device: next(moments))
+    assert profile(out=tmp_path) == 0
+    assert report(tmp_path)["peak_memory_bytes"] == 4 * 10**9
+    assert "4.00 GB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", main_job.KINDS)
@@ -141,6 +160,10 @@ def test_own_data_and_no_training(tmp_path):
         ["--filter", "random"],
         ["--activation", "gelu"],
         ["--device", "toaster"],
+        ["--device", "meta"],
+        ["--width", "300000"],
+        ["--depth", "1000000000000"],
+        ["--threads", "10000000"],
         ["--device", "cuda:99"],
         ["--data", "absent.npz"],
         ["--data", __file__],
@@ -224,6 +247,55 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
 def test_info_prints_what_the_library_says(capsys):
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out == lcw_ops.info() + "\n"
+
+
+def test_too_large_a_network_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda device: 10**9)
+    flags = ["--depth", "100000", "--width", "64"]
+    assert profile(*flags, out=tmp_path / "out") == 2
+    # Weights, gradients and Adam's two moments are 4 x 100000 x 64 x 65 float32 numbers, 6.66 GB.
+    assert "need at least 6.9 GB of memory on cpu, 1.0 GB are there" in capsys.readouterr().err
+    assert profile("--width", "8", out=tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "command", "message"),
+    [
+        ("bogus", ["info"], "no backend is called 'bogus'"),
+        ("bogus", ["bench", "--quick"], "no backend is called 'bogus'"),
+        ("bogus", ["profile", *SMALL], "no backend is called 'bogus'"),
+        ("triton", ["profile", *SMALL], "backend 'triton' was requested, but"),
+    ],
+)
+def test_a_backend_that_is_not_there_is_one_line(backend, command, message, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "lcw_ops.cli", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "LCW_OPS_BACKEND": backend},
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith(f"lcw-ops {command[0]}: ")
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_middle_of_a_benchmark_is_no_mistake_of_the_user(monkeypatch, tmp_path, capsys):
+    from lcw_ops.bench import registry
+
+    def measure_rates(*args):
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(registry, "measure_rates", measure_rates)
+    arguments = ["bench", "--quick", "--device", "cpu", "--out", str(tmp_path / "a.csv")]
+    assert cli.main(arguments) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert cli.main(["bench", "no such stem"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_bench_is_handed_to_the_runner(monkeypatch):

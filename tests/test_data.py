@@ -74,6 +74,28 @@ def test_images_of_integers_with_a_constant_pixel(tmp_path):
     assert not loaded.x_train[:, 0].any()
 
 
+def test_constant_features_of_any_size_say_nothing(tmp_path):
+    """The mean of 0.1 over 1000 samples is not 0.1: their deviation is 1e-17, and dividing by it would make noise."""
+    x = np.random.default_rng(0).normal(size=(1000, 6))
+    x[:, :5] = 0.1, 1e6 + 0.1, -1e-30, 1 / 3, 0.0
+    keys = {"x_train": x, "y_train": np.arange(1000) % 2, "y_test": np.arange(1000) % 2}
+    loaded = data.load_npz(save(tmp_path / "a.npz", **keys, x_test=x * (1 + 1e-9)))
+    for part in (loaded.x_train, loaded.x_test):
+        assert (part[:, :5].abs() < 2e-3).all()
+        assert part[:, 5].std() == pytest.approx(1, abs=0.01)
+
+
+def test_a_small_test_set_is_right(tmp_path, arrays):
+    """Its labels are classes of the training set, and not fewer than its own samples."""
+    parts = {"x_train": arrays["x"], "y_train": arrays["y"], "x_test": arrays["x"][3:5], "y_test": arrays["y"][3:5]}
+    loaded = data.load_npz(save(tmp_path / "a.npz", **parts))
+    assert loaded.y_test.tolist() == [3, 4]
+    assert loaded.classes == 5
+    parts["y_test"] = np.array([3, 5])
+    with pytest.raises(ValueError, match=r"y_test runs from 3 to 5, expected classes of the training set.* 0 to 4"):
+        data.load_npz(save(tmp_path / "b.npz", **parts))
+
+
 WRONG = {
     "missing key": (lambda a: {"x": a["x"]}, "expected x_train"),
     "text": (lambda a: {**a, "x": np.full((50, 2), "a")}, "expected real numbers"),

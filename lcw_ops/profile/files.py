@@ -1,10 +1,13 @@
 """Files that are there whole or not at all: written beside their place, then renamed into it.
 
-A reader, or a run that is killed, never sees half a file; the old file stays until the new one is complete. Every file
-of the profiler is written through ``write_atomically``.
+A reader never sees half a file: the old one stays until the new one is complete. After an error or Ctrl-C nothing is
+left beside it. A process that is killed (SIGTERM, SIGKILL) leaves its hidden .part file, which the next write of the
+same file removes. The content is on the disk before the rename; whether a power cut right after it finds the old or the
+new file is up to the file system. Every file of the profiler is written through ``write_atomically``.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +17,11 @@ from typing import IO
 def write_atomically(path: str | Path, write: Callable[[IO], None], binary: bool = False) -> None:
     """Call ``write(file)`` on a hidden file beside ``path`` and rename it to ``path`` once it is on the disk.
 
-    Whatever goes wrong inside, Ctrl-C included, an existing ``path`` keeps its content and nothing is left beside it.
+    When it raises, KeyboardInterrupt included, an existing ``path`` keeps its content and nothing is left beside it.
     OSError when the folder cannot be written.
     """
     path = Path(path)
+    _sweep(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(
@@ -29,6 +33,28 @@ def write_atomically(path: str | Path, write: Callable[[IO], None], binary: bool
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of earlier writes of ``path``; those that still run keep theirs."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.part")
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = name.fullmatch(entry.name)
+        if match and not _is_running(int(match[1])):
+            entry.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    # Signal 0 asks and sends nothing, but on Windows it would end the process.
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def prepare_folder(folder: str | Path) -> Path:

@@ -5,7 +5,8 @@ It is power iteration that keeps every vector it has seen, reorthogonalised in f
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,8 @@ def function_spectrum(
         seed: of the start vector.
 
     Raises:
-        ValueError: unknown method; an output that does not depend on the input.
+        ValueError: unknown method; an output that does not depend on the input; Lanczos of a function that cannot be
+            differentiated twice.
     """
     if method not in ("auto", "exact", "lanczos"):
         raise ValueError(f"jacobian: method is {method!r}, expected 'auto', 'exact' or 'lanczos'")
@@ -181,18 +183,35 @@ def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
 def _function_lanczos(output: Tensor, point: Tensor, iterations, tolerance, seed) -> JacobianSpectrum:
     cotangent = torch.zeros_like(output, requires_grad=True)
     # Linear in the cotangent: its own derivative in direction v, taken by reverse mode, is J v.
-    pulled_back = _pull_back(output, point, cotangent, create_graph=True)
+    with _second_derivative():
+        pulled_back = _pull_back(output, point, cotangent, create_graph=True)
 
     def vjp(u: Tensor) -> Tensor:
         product = _pull_back(output, point, u.to(output).view_as(output), retain_graph=True)
         return product.flatten().double().cpu()
 
     def jvp(v: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(pulled_back, cotangent, v.to(point).view_as(point), retain_graph=True)
+        with _second_derivative():
+            (product,) = torch.autograd.grad(pulled_back, cotangent, v.to(point).view_as(point), retain_graph=True)
         return product.flatten().double().cpu()
 
     shape = (output.numel(), point.numel())
     return lanczos_spectrum(jvp, vjp, shape, iterations, tolerance, seed, dtype=point.dtype)
+
+
+@contextmanager
+def _second_derivative() -> Iterator[None]:
+    """Says what to do when the function has none; its own first pass has been through without an error by then."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"jacobian: no second derivative of this model, which Lanczos' J v needs ({reason}); "
+            "use the method 'exact', or leave the Jacobian out (profile: jacobian=False)"
+        ) from error
 
 
 def _rows(output: Tensor, point: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class Observation:
     calls: list[LayerCall | RecurrenceCall] = field(default_factory=list)
     handles: list = field(default_factory=list)
     times_called: Counter = field(default_factory=Counter)
+    # Arithmetic of matrix products that the hooks did themselves, to be taken off what was counted.
+    own_flops: int = 0
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -109,19 +111,34 @@ def _describe_output(call: LayerCall, args: tuple, output: Tensor) -> None:
 
 
 def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP) -> None:
-    """The first state leaves the input layer, the last one's gradient returns at the output layer."""
+    """The first state leaves the input layer, the last one's gradient returns at the output layer.
+
+    Only inside a call of the network: its two layers may be called on their own as well.
+    """
+    # One entry per call that is under way: its recurrence, once the input layer has been called.
+    under_way: list[Recurrence | None] = []
+
+    def before_forward(*_):
+        under_way.append(None)
 
     def after_input_layer(_, args, output):
-        recurrence = from_mlp(module, output)
-        observation.calls.append(RecurrenceCall(observation.call_name(_layer_name(name)), module, recurrence))
+        if under_way:
+            under_way[-1] = recurrence = from_mlp(module, output)
+            observation.calls.append(RecurrenceCall(observation.call_name(_layer_name(name)), module, recurrence))
 
     def before_output_layer(_, args):
-        recurrence = observation.calls[-1].recurrence
-        _on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+        if under_way and (recurrence := under_way[-1]) is not None:
+            _on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+
+    def after_forward(*_):
+        under_way.pop()
 
     observation.handles += [
+        module.register_forward_pre_hook(before_forward),
         module.input_layer.register_forward_hook(after_input_layer),
         module.output_layer.register_forward_pre_hook(before_output_layer),
+        # Also when the forward pass raises and the model goes on without it.
+        module.register_forward_hook(after_forward, always_call=True),
     ]
 
 
@@ -131,6 +148,7 @@ def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN)
     def after_forward(_, args, kwargs, result):
         bound = dict(zip(("input", "h_0"), args, strict=False), **kwargs)
         recurrence = from_rnn(module, bound["input"].detach(), bound.get("h_0"))
+        observation.own_flops += 2 * bound["input"].numel() * module.hidden_size
         observation.calls.append(RecurrenceCall(observation.call_name(_layer_name(name)), module, recurrence))
         recurrence.grad_states = torch.zeros(
             (recurrence.steps + 1, *recurrence.h0.shape), dtype=recurrence.h0.dtype, device=recurrence.h0.device

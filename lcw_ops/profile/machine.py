@@ -1,7 +1,8 @@
 """What the machine is and what it can do: its measured matmul rate, clocks that wait for the GPU, peak memory.
 
-A share of a data sheet's peak says little about a shared or throttled machine, so the rate of a float32 matmul, measured
-here and now with the threads in use, is what everything is compared with: the profiler's rates and the benchmarks'.
+A share of a data sheet's peak says little about a shared or throttled machine, so the rate of a float32 matmul,
+measured here and now with the threads in use, is what everything is compared with: the profiler's rates and the
+benchmarks'.
 """
 
 import os
@@ -42,18 +43,21 @@ def matmul_rate(device: torch.device | str = "cpu", size: int | None = None, rep
     device = torch.device(device)
     size = size or MATMUL_SIZE.get(device.type, 2048)
     left, right = torch.randn(2, size, size, device=device).unbind()
-    seconds = []
-    for product in _products(device):
+
+    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        start = now(device)
         product(left, right)
-        for _ in range(repeats):
-            start = now(device)
-            product(left, right)
-            seconds.append(now(device) - start)
-    return 2 * size**3 / min(seconds)
+        return now(device) - start
+
+    products = _products(device)
+    for product in products:
+        product(left, right)
+    fastest = min(products, key=seconds)
+    return 2 * size**3 / min(seconds(fastest) for _ in range(repeats))
 
 
 def _products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """The matrix products that torch has on this device; they all do the same arithmetic."""
+    """The matrix products that torch has on this device: left @ right, or left @ right.T, which is as much work."""
     products = [torch.mm]
     # torch.mm goes to MKL where there is one, which is slow on AVX-512 processors that are not Intel's.
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -82,7 +86,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
 
 
 def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:
-    """What can still be allocated: on the GPU, or of the machine's or container's memory. None where it is not known."""
+    """What can still be allocated: on the GPU, or of the machine's or container's memory. None where it is unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

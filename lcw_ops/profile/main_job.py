@@ -1,31 +1,49 @@
 """The main job, ``lcw-ops profile``: train a very deep network on real images, then show what its gradient crossed.
 
 Three kinds of one class: the orthogonal-filter net (convex, beta = 1/L), the residual net (h + act(W h + b)) and the
-plain one (act(W h + b)). The chosen kind is trained and measured; the others are measured as they are initialised.
+plain one (act(W h + b)). All three are measured as they are initialised, and the chosen one once more after training,
+in full.
 """
 
 import gc
 import math
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from lcw_ops import data
 from lcw_ops.nn import OrthogonalFilterMLP
+from lcw_ops.ops import _backends
+from lcw_ops.ops import orthogonal_filter as op
 from lcw_ops.profile import machine
+from lcw_ops.profile import orthogonal_filter as replay
 from lcw_ops.profile.files import prepare_folder, write_atomically
 from lcw_ops.profile.jacobian import JacobianSpectrum
 from lcw_ops.profile.profiler import profile
 from lcw_ops.profile.progress import progress
-from lcw_ops.profile.result import COLUMNS, Profile, format_table, jacobian_rows, timing_rows, write_json, write_rows
+from lcw_ops.profile.result import (
+    COLUMNS,
+    Profile,
+    csv_rows,
+    format_table,
+    jacobian_rows,
+    timing_rows,
+    write_json,
+    write_rows,
+)
 
 KINDS = ("orthogonal-filter", "residual", "plain")
+
+# In words: residual networks that train at depth normalise, this one does not.
+IN_WORDS = {"orthogonal-filter": "orthogonal-filter", "residual": "un-normalised residual", "plain": "plain"}
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
 
@@ -34,6 +52,12 @@ ADAM_EPS = 1e-12
 
 # Times that the whole test set is classified: before the first step, after the last one, and between.
 EVALUATIONS = 7
+
+# More threads than this per processor only wait for each other; torch would start millions if it was asked to.
+THREADS_PER_CPU = 4
+
+# Per layer of the report: its rows in four tables, as numbers and as the text of a CSV.
+ROW_BYTES = 2000
 
 
 @dataclass
@@ -65,7 +89,8 @@ class Settings:
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _expect(self.steps >= 0, "steps", self.steps, "at least 0")
         _expect(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "a finite number above 0")
-        _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        most = THREADS_PER_CPU * (os.cpu_count() or 1)
+        _expect(self.threads is None or 1 <= self.threads <= most, "threads", self.threads, f"from 1 to {most}")
         _expect(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2^63 - 1")
         _expect(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
 
@@ -90,19 +115,24 @@ class History:
 
 @dataclass
 class Report:
-    """Everything the three files are made of. The first profile is the chosen kind's."""
+    """Everything the three files are made of. The first profile is the chosen kind's, after training.
+
+    initial: kind -> state_rms and gradient_norm of every layer, (L,), as the net is initialised.
+    """
 
     settings: Settings
     dataset: data.Dataset
     history: History
     profiles: dict[str, Profile]
+    initial: dict[str, dict[str, np.ndarray]]
+    peak_memory_bytes: int | None
     seconds: float
 
     def labels(self) -> dict[str, str]:
-        """kind -> what was measured, in words."""
+        """kind -> what was profiled, in words."""
         trained = f"after {self.settings.steps} steps" if self.settings.steps else "at initialisation"
         return {
-            kind: f"{kind} net, {trained if kind == self.settings.kind else 'at initialisation'}"
+            kind: f"{IN_WORDS[kind]} net, {trained if kind == self.settings.kind else 'at initialisation'}"
             for kind in self.profiles
         }
 
@@ -139,10 +169,13 @@ def run(settings: Settings) -> int:
     """
     settings.check()
     device = _device(settings.device)
+    # A request for a backend that cannot be met shows here, and not after an hour.
+    _backends.choose(op.NAME, device)
     dataset = data.load(settings.data, settings.seed)
     _expect(
         settings.batch <= len(dataset.x_train), "batch", settings.batch, f"at most the {len(dataset.x_train)} samples"
     )
+    _check_memory(settings, dataset.features + dataset.classes, device)
     # A wrong filter or activation shows in a net of one layer too, without the 800 MB.
     make_network(settings.kind, Settings(**{**asdict(settings), "depth": 1}), dataset.features, dataset.classes)
     folder = prepare_folder(settings.out)
@@ -168,10 +201,38 @@ def run(settings: Settings) -> int:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        # There and back: a meta tensor has no values to train with.
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def needed_bytes(settings: Settings, ends: int) -> tuple[int, int]:
+    """(on the device, of the filter on the CPU) that a run holds at the least; ``ends``: features and classes.
+
+    Weights and their gradients, with training Adam's two moments as well, and the rows of the report. Filters are made
+    in float64: random numbers, their QR factors, and the matrix.
+    """
+    width = settings.width
+    parameters = settings.depth * width * (width + 1) + ends * (width + 1)
+    network = 4 * parameters * (4 if settings.steps else 2) + ROW_BYTES * settings.depth
+    dense = settings.kind == "orthogonal-filter" and settings.filter == "haar"
+    return network, 4 * 8 * width**2 if dense else 8 * width
+
+
+def _check_memory(settings: Settings, ends: int, device: torch.device) -> None:
+    """ValueError for a network that cannot fit, before the machine swaps or kills the process."""
+    network, filter = needed_bytes(settings, ends)
+    # The network is made on the CPU before it moves.
+    on_cpu = max(filter, network if device.type == "cpu" else network // 4)
+    for place, needed in (("cpu", on_cpu), (device, network)):
+        available = machine.available_memory_bytes(place)
+        if available is not None and needed > available:
+            raise ValueError(
+                f"--depth {settings.depth} and --width {settings.width} need at least {needed / 1e9:,.1f} GB of memory "
+                f"on {place}, {available / 1e9:,.1f} GB are there; make the network smaller"
+            )
 
 
 def _require_matplotlib() -> None:
@@ -194,23 +255,42 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Re
         "samples",
         flush=True,
     )
+    # One batch, the same for all kinds.
+    inputs, targets = dataset.x_train[: settings.batch], dataset.y_train[: settings.batch]
+    initial = {settings.kind: initial_norms(model, inputs, targets)} if settings.steps else {}
     history = train(model, dataset, settings)
     # Once more: on a machine that others use too, the better of two moments is closer to what it can do.
     matmul_rate = max(matmul_rate, machine.matmul_rate(device))
-    # One batch, the same for all kinds.
-    inputs, targets = dataset.x_train[: settings.batch], dataset.y_train[: settings.batch]
     profiles = {}
     kinds = (settings.kind, *(kind for kind in KINDS if kind != settings.kind))
     with progress("measure", len(kinds)) as bar:
         for kind in kinds:
             if kind != settings.kind:
                 model = make_network(kind, settings, dataset.features, dataset.classes)
-            profiles[kind] = profile(model, inputs, targets, matmul_rate=matmul_rate, name=f"{kind} net")
+            profiles[kind] = profile(model, inputs, targets, matmul_rate=matmul_rate, name=f"{IN_WORDS[kind]} net")
+            # The first and the last row are those of the input and the output layer.
+            layers = {name: profiles[kind].columns[name][1:-1] for name in ("state_rms", "gradient_norm")}
+            initial.setdefault(kind, layers)
             # A second network of this depth must not be made while the first one is still held.
             del model
             gc.collect()
-            bar.advance(f"{kind} net")
-    return Report(settings, dataset, history, profiles, time.perf_counter() - start)
+            bar.advance(f"{IN_WORDS[kind]} net")
+    peak = machine.peak_memory_bytes(device)
+    return Report(settings, dataset, history, profiles, initial, peak, time.perf_counter() - start)
+
+
+def initial_norms(model: OrthogonalFilterMLP, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
+    """state_rms and gradient_norm of every layer: what a profile finds too, and ten times as fast."""
+
+    def gradient_at_end(state: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            state = state.requires_grad_()
+            loss = nn.functional.cross_entropy(model.output_layer(state), targets)
+            return torch.autograd.grad(loss, state)[0]
+
+    with torch.no_grad():
+        recurrence = replay.from_mlp(model, model.input_layer(inputs))
+    return replay.signal_norms(recurrence, gradient_at_end)
 
 
 def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> History:
@@ -269,8 +349,15 @@ def _write(report: Report, folder: Path, written: list[str]) -> None:
 
 
 def write_layers(report: Report, path: Path) -> None:
-    """One row per layer and kind, a column "kind" before those of ``Profile.to_csv``."""
-    parts = (((kind, *row) for row in profile.csv_rows()) for kind, profile in report.profiles.items())
+    """One row per layer and kind, a column "kind" before those of ``Profile.to_csv``.
+
+    At the end the chosen kind as it was before training, with what was measured of it.
+    """
+    kind, tables = report.settings.kind, {name: profile.columns for name, profile in report.profiles.items()}
+    if report.history.loss:
+        names = report.profiles[kind].columns["name"][1:-1]
+        tables[f"{kind}, at initialisation"] = {"name": names, **report.initial[kind]}
+    parts = (((kind, *row) for row in csv_rows(columns)) for kind, columns in tables.items())
     write_atomically(path, lambda file: write_rows(file, ["kind", *COLUMNS], parts))
 
 
@@ -297,6 +384,7 @@ def summary(report: Report) -> dict:
             kind: {"measured": label, **report.profiles[kind].summary()} for kind, label in report.labels().items()
         },
         "columns": {"kind": "which network", **COLUMNS},
+        "peak_memory_bytes": report.peak_memory_bytes,
         "seconds": report.seconds,
     }
 
@@ -323,19 +411,36 @@ def _table(report: Report) -> str:
             ["loss", f"{history.loss[0]:.3f} at step 1, {history.loss[-1]:.3f} at step {settings.steps}"],
         ]
     training.append(["test accuracy", f"{history.test_accuracy[-1][1]:.1%}"])
-    figures = format_table(["figure", "value"], training + timing_rows(chosen) + jacobian_rows(chosen), chosen.name)
-    header = ["network", "state rms 1 -> L", "gradient L -> 1", "singular values h_0 -> h_L"]
-    rows = []
+    # Of the whole run, and not what it was when this profile ended.
+    timing = timing_rows(replace(chosen, peak_memory_bytes=report.peak_memory_bytes))
+    figures = format_table(["figure", "value"], training + timing + jacobian_rows(chosen), chosen.name)
+    header = ["network", "state rms 1 -> L", "gradient L -> 1", "singular values"]
+    measured = []
+    if history.loss:
+        measured.append((IN_WORDS[settings.kind], report.initial[settings.kind], "-"))
     for kind, network in report.profiles.items():
-        state, gradient = network.columns["state_rms"], network.columns["gradient_norm"]
-        # The first row is the input layer's, the last one the output layer's.
-        ends = [f"{state[1]:.2g} -> {state[-2]:.2g}", f"{gradient[-2]:.2g} -> {gradient[1]:.2g}"]
-        spectrum = network.jacobians.get("h_0 -> h_L")
-        rows.append([kind, *ends, _extremes(spectrum) if spectrum else "-"])
-    measured = "; ".join(report.labels().values())
-    return f"{figures}\n\n{format_table(header, rows)}\n{measured}"
+        layers = {name: network.columns[name][1:-1] for name in ("state_rms", "gradient_norm")}
+        # Its row stands below the one of the same net at initialisation.
+        label = f"same after {settings.steps} steps" if history.loss and kind == settings.kind else IN_WORDS[kind]
+        measured.append((label, layers, _extremes(network.jacobians.get("h_0 -> h_L"))))
+    rows = [
+        [label, _ends(layers["state_rms"]), _ends(layers["gradient_norm"][::-1]), extremes]
+        for label, layers, extremes in measured
+    ]
+    footnote = "At initialisation, but for what says its steps. Singular values of h_0 -> h_L; ~0 is below rounding."
+    return f"{figures}\n\n{format_table(header, rows)}\n{footnote}"
 
 
-def _extremes(spectrum: JacobianSpectrum) -> str:
-    smallest = f"{spectrum.smallest:.2g}" if spectrum.smallest_resolved else "below rounding"
+def _ends(values: np.ndarray) -> str:
+    """The first value and the last one, in words where it is none any more."""
+    first, last = (f"{value:.2g}" if math.isfinite(value) else "overflows" for value in (values[0], values[-1]))
+    return f"{first} -> {last}"
+
+
+def _extremes(spectrum: JacobianSpectrum | None) -> str:
+    if spectrum is None:
+        return "-"
+    if not math.isfinite(spectrum.largest):
+        return "overflows"
+    smallest = f"{spectrum.smallest:.2g}" if spectrum.smallest_resolved else "~0"
     return f"{smallest} ... {spectrum.largest:.2g}"

@@ -5,6 +5,7 @@ then backward, chunk by chunk from the last, with the gradients of all states of
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -150,6 +151,39 @@ def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
             ),
         }
     return {**columns, **bounded}
+
+
+@torch.no_grad()
+def signal_norms(recurrence: Recurrence, gradient_at_end: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
+    """state_rms and gradient_norm of :func:`layer_columns` and nothing else, in a tenth of its time.
+
+    For a network that is read at its end: ``gradient_at_end(h_L)`` is dE/dh_L.
+    """
+    backend = _backends.choose(op.NAME, recurrence.h0.device)
+    chunks, boundaries, parts = recurrence.chunks(), [recurrence.h0], []
+    for steps in chunks:
+        states = F.orthogonal_filter(
+            boundaries[-1], *recurrence.chunk(steps), recurrence.activation, return_states=True
+        )
+        parts.append(_norms(states[1:]) / math.sqrt(recurrence.h0.numel()))
+        boundaries.append(states[-1].clone())
+    gradient, gradient_parts = gradient_at_end(boundaries.pop()), []
+    for steps, state in reversed(list(zip(chunks, boundaries, strict=True))):
+        *_, grad_chunk = op.state_gradients(
+            gradient, state, *recurrence.chunk(steps), recurrence.activation, op.DEFAULT_SEGMENT, backend
+        )
+        gradient_parts.append(_norms(grad_chunk[1:]))
+        gradient = grad_chunk[0].clone()
+    joined = {"state_rms": parts, "gradient_norm": gradient_parts[::-1]}
+    return {name: torch.cat(part).cpu().numpy() for name, part in joined.items()}
+
+
+def _norms(layers: Tensor) -> Tensor:
+    """Of every layer, in float64 at the end: through the largest entry, because squares leave the range of float32."""
+    layers = layers.flatten(1)
+    largest = layers.abs().amax(1)
+    scale = torch.where(largest > 0, largest, 1)
+    return (layers / scale[:, None]).norm(dim=1).double() * scale.double()
 
 
 def state_jacobian(recurrence: Recurrence) -> tuple[Tensor, int]:

@@ -1,10 +1,11 @@
 """Pictures of a profile: norms by depth on a log axis, the rigorous bounds shaded, every line labelled where it is.
 
 Colours are Okabe and Ito's, told apart by every common kind of colour blindness. Norms that a log axis cannot show are
-not dropped: 0 lies on the floor and inf or NaN on the ceiling, and a label says so.
+not dropped: what is too small for float32 lies, faded, on the floor and inf or NaN on the ceiling, and words say so.
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lcw_ops.profile.files import write_atomically
+from lcw_ops.profile.main_job import IN_WORDS
 
 # M. Okabe, K. Ito, "Color Universal Design", 2008: blue, vermillion, and a dark grey beside them.
 COLOURS = {"orthogonal-filter": "#0072B2", "residual": "#D55E00", "plain": "#4D4D4D"}
@@ -32,6 +34,12 @@ LEAST_DECADES = 4
 
 # Values that a log axis cannot hold are drawn this share of its height beyond its end.
 OFF_SCALE = 0.05
+
+# How much remains of a line where its values are off the scale.
+FADED = 0.35
+
+# Points between which a label may lie: a net of two layers has no others.
+LABEL_POINTS = 200
 
 # Between a line and its label, as a share of the axis.
 LABEL_GAP = 0.015
@@ -58,6 +66,16 @@ STYLE = {
 }
 
 
+@dataclass
+class Line:
+    """One curve: norms by layer. ``label`` "" for a line that needs none."""
+
+    label: str
+    values: np.ndarray
+    colour: str
+    style: str = "-"
+
+
 def plot_profile(profile, path: str | Path) -> None:
     """Gradient norm and state rms by row, with their bounds; the file's kind follows the path's ending."""
     import matplotlib
@@ -72,14 +90,14 @@ def plot_profile(profile, path: str | Path) -> None:
         log_lines(
             gradient,
             rows,
-            {profile.name: (columns["gradient_norm"], colour)},
+            [Line(profile.name, columns["gradient_norm"], colour)],
             band=(columns["gradient_lower"], columns["gradient_upper"], colour),
         )
         gradient.set_title("gradient norm of each layer's output")
         log_lines(
             state,
             rows,
-            {profile.name: (columns["state_rms"], colour)},
+            [Line(profile.name, columns["state_rms"], colour)],
             band=(np.zeros(len(profile)), columns["state_rms_bound"], colour),
         )
         state.set_title("rms of each layer's output")
@@ -122,23 +140,22 @@ def _line_of_text(figure: Figure, height: float, words: str, fontsize: float, **
 
 
 def findings(report) -> tuple[str, str]:
-    """(headline, second line): the result in words, computed from what was measured."""
+    """(headline, second line): the result in words, computed from what was measured. All nets as initialised."""
     settings, history = report.settings, report.history
-    fates = {kind: gradient_fate(profile.columns["gradient_norm"][1:-1]) for kind, profile in report.profiles.items()}
-    chosen = fates.pop(settings.kind)
-    headline = (
-        f"Through {settings.depth:,} layers, the gradient of {_article(settings.kind)} {settings.kind} net {chosen}"
-    )
-    details = "; ".join(f"that of {_article(kind)} {kind} net {fate}" for kind, fate in fates.items())
-    details = details[0].upper() + details[1:] + "."
+    fates = {kind: gradient_fate(columns["gradient_norm"]) for kind, columns in report.initial.items()}
+    net = f"{_article(settings.kind)} {IN_WORDS[settings.kind]} net"
+    headline = f"Through {settings.depth:,} layers, the gradient of {net} {fates.pop(settings.kind)}"
+    others = "; ".join(f"{IN_WORDS[kind]} {fate}" for kind, fate in fates.items())
+    details = f"All at initialisation: {others}."
     if history.loss:
-        share = history.test_accuracy[-1][1]
-        details += f"  {settings.steps} training steps: {share:.0%} test accuracy on {report.dataset.name}."
+        trained = gradient_fate(report.profiles[settings.kind].columns["gradient_norm"][1:-1])
+        steps = f"{settings.steps} step{'s' if settings.steps > 1 else ''}"
+        details += f"  After {steps} (dashed): {trained}, {history.test_accuracy[-1][1]:.0%} test accuracy."
     return headline, details
 
 
 def _article(kind: str) -> str:
-    return "an" if kind[0] in "aeiou" else "a"
+    return "an" if IN_WORDS[kind][0] in "aeiou" else "a"
 
 
 def gradient_fate(norms: np.ndarray) -> str:
@@ -158,23 +175,36 @@ def gradient_fate(norms: np.ndarray) -> str:
 
 def _gradient_panel(axes: Axes, report) -> None:
     settings = report.settings
-    lines = {}
-    for kind, label in report.labels().items():
-        norms = report.profiles[kind].columns["gradient_norm"][1:-1]
-        lines[f"{label}:\n{gradient_fate(norms)}"] = (norms, COLOURS[kind])
+    lines = [
+        Line(f"{IN_WORDS[kind]}:\n{gradient_fate(columns['gradient_norm'])}", columns["gradient_norm"], COLOURS[kind])
+        for kind, columns in report.initial.items()
+    ]
     chosen = report.profiles[settings.kind].columns
+    if report.history.loss:
+        norms = chosen["gradient_norm"][1:-1]
+        label = f"{IN_WORDS[settings.kind]}, after {settings.steps} steps:\n{gradient_fate(norms)}"
+        lines.append(Line(label, norms, COLOURS[settings.kind], "--"))
     band = (chosen["gradient_lower"][1:-1], chosen["gradient_upper"][1:-1], COLOURS[settings.kind])
     log_lines(axes, np.arange(1, settings.depth + 1), lines, band)
-    axes.set_title(r"gradient norm  $\|dE/dh_l\|$  at every layer; shaded: proved bounds")
+    axes.set_title(r"gradient norm  $\|dE/dh_l\|$;  shaded: proved bounds" + _bounded_line(report))
     _layer_axis(axes, settings.depth, "layer $l$   (backpropagation runs from right to left)")
 
 
 def _state_panel(axes: Axes, report) -> None:
-    lines = {kind: (profile.columns["state_rms"][1:-1], COLOURS[kind]) for kind, profile in report.profiles.items()}
-    layers = np.arange(1, report.settings.depth + 1)
-    log_lines(axes, layers, lines)
-    axes.set_title("rms of the state after every layer")
-    _layer_axis(axes, report.settings.depth, "layer")
+    kind, depth = report.settings.kind, report.settings.depth
+    lines = [Line(IN_WORDS[kind], columns["state_rms"], COLOURS[kind]) for kind, columns in report.initial.items()]
+    chosen = report.profiles[kind].columns
+    if report.history.loss:
+        lines.append(Line("", chosen["state_rms"][1:-1], COLOURS[kind], "--"))
+    band = (np.zeros(depth), chosen["state_rms_bound"][1:-1], COLOURS[kind])
+    log_lines(axes, np.arange(1, depth + 1), lines, band)
+    axes.set_title("state rms;  shaded: bound" + _bounded_line(report))
+    _layer_axis(axes, depth, "layer")
+
+
+def _bounded_line(report) -> str:
+    """Which of the chosen kind's two lines the bounds are for: they follow from its weights as they are at the end."""
+    return " of the dashed line" if report.history.loss else ""
 
 
 def _training_panel(axes: Axes, report) -> None:
@@ -218,45 +248,54 @@ def _layer_axis(axes: Axes, depth: int, label: str) -> None:
 def log_lines(
     axes: Axes,
     x: np.ndarray,
-    lines: dict[str, tuple[np.ndarray, str]],
+    lines: list[Line],
     band: tuple[np.ndarray, np.ndarray, str] | None = None,
 ) -> None:
-    """label -> (values, colour) against x on a log axis, with a shaded band (lower, upper, colour).
+    """Every line against x on a log axis, with a shaded band (lower, upper, colour).
 
-    It is log10 of the values that is drawn, because bounds leave the range of a float. A value of 0 lies on the floor
-    of the picture, one that is not finite on its ceiling, both off the scale.
+    It is log10 of the values that is drawn, because bounds leave the range of a float. Where a value is 0 or rounding
+    (below ``SMALLEST``) its line goes on, faded, in a band at the floor of the picture; where it is not finite, at the
+    ceiling.
     """
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MOST_POINTS)).astype(int))
     x = x[keep]
-    heights = {label: _log10(values)[keep] for label, (values, _) in lines.items()}
+    smallest = math.log10(SMALLEST)
+    heights = [_log10(line.values)[keep] for line in lines]
+    # Subnormal numbers are noise, whatever they look like.
+    lost = [logs < smallest for logs in heights]
+    overflown = [~np.isfinite(logs) & ~below for logs, below in zip(heights, lost, strict=True)]
     edges = [] if band is None else [_log10(edge)[keep] for edge in band[:2]]
-    low, high = _decades_shown(heights.values(), edges)
+    shown = [logs[np.isfinite(logs) & ~below] for logs, below in zip(heights, lost, strict=True)]
+    underflow, overflow = np.any(lost), np.any(overflown)
+    if underflow:
+        shown.append(np.array([smallest]))
+    low, high = _decades_shown(shown, edges)
     margin = OFF_SCALE * (high - low)
     floor, ceiling = low - margin, high + margin
-    for label, logs in heights.items():
-        logs[logs == -math.inf] = floor
-        logs[~np.isfinite(logs)] = ceiling
-        axes.plot(x, logs, color=lines[label][1], linewidth=2.4, clip_on=False)
+    for line, logs, below, above in zip(lines, heights, lost, overflown, strict=True):
+        logs[below], logs[above] = (floor + min(smallest, low)) / 2 if underflow else floor, ceiling
+        style = {"color": line.colour, "linewidth": 2.4, "linestyle": line.style, "clip_on": False}
+        # A single layer is a point, which no line shows.
+        style["marker"] = "o" if len(x) == 1 else None
+        if (below | above).any():
+            axes.plot(x, logs, alpha=FADED, **style)
+        axes.plot(x, np.where(below | above, math.nan, logs), **style)
     if band is not None:
         lower, upper = (np.clip(edge, floor, ceiling) for edge in edges)
         axes.fill_between(x, np.nan_to_num(lower, nan=floor), upper, color=band[2], alpha=0.18, linewidth=0)
-    reached = np.concatenate(list(heights.values()))
-    axes.set_ylim(
-        floor if (reached == floor).any() else low, ceiling if (reached == ceiling).any() else high + 2 * margin
-    )
-    _decade_ticks(axes, low, high, floor, ceiling)
-    colours = {label: colour for label, (_, colour) in lines.items()}
-    smallest = math.log10(SMALLEST)
+    axes.set_xlim(x[0], max(x[-1], x[0] + 1))
+    axes.set_ylim(floor if underflow else low, ceiling if overflow else high + 2 * margin)
+    _decade_ticks(axes, low, high, ceiling)
+    labels = [(line.label, logs, line.colour) for line, logs in zip(lines, heights, strict=True)]
     if axes.get_ylim()[0] < smallest:
-        # What lies below float32's normal numbers is rounding, however a line may look there.
         axes.axhspan(axes.get_ylim()[0], smallest, color="#000000", alpha=0.07, linewidth=0)
-        heights[UNDERFLOW_NOTE], colours[UNDERFLOW_NOTE] = np.full(len(x), smallest), NOTE_COLOUR
-    _label_lines(axes, x, heights, colours)
+        labels.append((UNDERFLOW_NOTE, np.full(len(x), smallest), NOTE_COLOUR))
+    _label_lines(axes, x, labels)
 
 
 def _decades_shown(heights, edges) -> tuple[int, int]:
     """(lowest, highest) power of ten: of what was measured, and of bounds as far as they stay near it."""
-    measured = np.concatenate([logs[np.isfinite(logs)] for logs in heights] or [np.zeros(1)])
+    measured = np.concatenate(heights or [np.zeros(1)])
     if not measured.size:
         measured = np.zeros(1)
     low, high = math.floor(measured.min()), math.ceil(measured.max())
@@ -270,39 +309,40 @@ def _decades_shown(heights, edges) -> tuple[int, int]:
     return low - (spare + 1) // 2, high + spare // 2
 
 
-def _decade_ticks(axes: Axes, low: int, high: int, floor: float, ceiling: float) -> None:
-    """Whole powers of ten, and words for what is off the scale, where the axis reaches it."""
+def _decade_ticks(axes: Axes, low: int, high: int, ceiling: float) -> None:
+    """Whole powers of ten, and a word for what is above the scale, where the axis reaches it."""
     step = max(1, round((high - low) / 8))
     ticks = {decade: f"$10^{{{decade}}}$" if decade else "1" for decade in range(low, high + 1) if decade % step == 0}
-    bottom, top = axes.get_ylim()
-    if bottom == floor:
-        ticks[floor] = "0"
-    if top == ceiling:
-        ticks[ceiling] = "inf"
+    if axes.get_ylim()[1] == ceiling:
+        ticks[ceiling] = "overflow"
     axes.set_yticks(list(ticks), list(ticks.values()))
 
 
-def _label_lines(axes: Axes, x: np.ndarray, heights: dict[str, np.ndarray], colours: dict[str, str]) -> None:
-    """Every label beside its line, where it covers no line and comes near none but its own."""
+def _label_lines(axes: Axes, x: np.ndarray, lines: list[tuple[str, np.ndarray, str]]) -> None:
+    """Every (label, heights, colour): beside its line, where it covers no line and comes near none but its own."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
-    (left, right), (bottom, top) = (x[0], x[-1]), axes.get_ylim()
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    points = np.union1d(x, np.linspace(left, right, LABEL_POINTS))
+    lines = [(label, np.interp(points, x, logs), colour) for label, logs, colour in lines]
     taken: list[tuple[float, float, float, float]] = []
     box_of_axes = axes.get_window_extent(renderer)
-    for label, own in heights.items():
-        text = axes.text(left, bottom, label, color=colours[label], fontweight="bold", ha="center", va="center")
+    for i, (label, own, colour) in enumerate(lines):
+        if not label:
+            continue
+        text = axes.text(left, bottom, label, color=colour, fontweight="bold", ha="center", va="center")
         extent = text.get_window_extent(renderer)
         half_width = extent.width / box_of_axes.width * (right - left) / 2
         half_height = extent.height / box_of_axes.height * (top - bottom) / 2
         gap = LABEL_GAP * (top - bottom)
         best, best_score = None, -math.inf
         for centre in np.linspace(left + 1.1 * half_width, right - 1.1 * half_width, 25):
-            window = np.abs(x - centre) <= half_width
+            window = np.abs(points - centre) <= half_width
             for middle in (own[window].max() + half_height + gap, own[window].min() - half_height - gap):
                 box = (centre - half_width, centre + half_width, middle - half_height, middle + half_height)
                 if box[2] < bottom or box[3] > top or any(_overlap(box, other) for other in taken):
                     continue
-                others = [logs[window] for other, logs in heights.items() if other != label]
+                others = [logs[window] for j, (_, logs, _) in enumerate(lines) if j != i]
                 clearance = min((np.abs(logs - middle).min() for logs in others), default=top - bottom)
                 # Its own line counts a little: a label under a steep line would float far from most of it.
                 score = min(clearance, (top - bottom) / 4) - 0.5 * np.ptp(own[window])
@@ -310,7 +350,9 @@ def _label_lines(axes: Axes, x: np.ndarray, heights: dict[str, np.ndarray], colo
                     best, best_score = (centre, middle, box), score
         if best is None:
             text.remove()
-            axes.plot([], [], color=colours[label], label=label)
+            if label == UNDERFLOW_NOTE:
+                continue
+            axes.plot([], [], color=colour, label=label)
             axes.legend(frameon=False)
             continue
         text.set_position(best[:2])

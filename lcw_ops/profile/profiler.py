@@ -63,13 +63,18 @@ def profile(
         name: what the model is called in tables and plots; default: its class.
 
     Raises:
-        TypeError: model is no module, or inputs hold no tensor.
-        ValueError: the loss is not a scalar, nothing requires a gradient, no module was called, repeats < 1, or the
-            model cannot be differentiated twice and "lanczos" was needed.
+        TypeError: model is no module, inputs hold no tensor, or repeats is no int.
+        ValueError: inputs hold no sample, the loss is not a scalar, nothing requires a gradient, no module was called,
+            repeats < 1, inside torch.inference_mode(), or the model cannot be differentiated twice and "lanczos" was
+            needed. What the model itself raises comes through as it is.
     """
-    work = _prepared(model, inputs, targets, loss)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("profile: no gradients in torch.inference_mode(); call profile outside of it")
+    if isinstance(repeats, bool) or not isinstance(repeats, int):
+        raise TypeError(f"profile: repeats is {type(repeats).__name__}, expected int")
     if repeats < 1:
         raise ValueError(f"profile: repeats is {repeats}, expected at least 1")
+    work = _prepared(model, inputs, targets, loss)
     with _left_as_it_was(model, work.device):
         watched = _watched_pass(work)
         timing = _timed_passes(work, repeats, watched)
@@ -101,7 +106,7 @@ class _Work:
 
     @property
     def first_input(self) -> Tensor:
-        return next(argument for argument in self.inputs if isinstance(argument, Tensor))
+        return _first_tensor(self.inputs)
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +151,12 @@ def _prepared(model, inputs, targets, loss) -> _Work:
     if not isinstance(model, nn.Module):
         raise TypeError(f"profile: model is {type(model).__name__}, expected a torch.nn.Module")
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    if not any(isinstance(argument, Tensor) and argument.dim() for argument in inputs):
+    first = _first_tensor(inputs)
+    if first is None:
         kinds = ", ".join(type(argument).__name__ for argument in inputs)
         raise TypeError(f"profile: inputs hold {kinds}, expected a tensor, or a tuple with one, samples first")
+    if first.numel() == 0:
+        raise ValueError(f"profile: the input has shape {tuple(first.shape)}, expected at least one sample")
     differentiated = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not differentiated:
         inputs = tuple(
@@ -159,6 +167,11 @@ def _prepared(model, inputs, targets, loss) -> _Work:
         )
         differentiated = [argument for argument in inputs if isinstance(argument, Tensor) and argument.requires_grad]
     return _Work(model, inputs, _criterion(targets, loss), differentiated)
+
+
+def _first_tensor(inputs: tuple) -> Tensor | None:
+    """The one whose first dimension is the samples."""
+    return next((argument for argument in inputs if isinstance(argument, Tensor) and argument.dim()), None)
 
 
 def _criterion(targets: Tensor | None, loss: Callable | None) -> Callable:
@@ -184,10 +197,15 @@ def _fixed_direction(output) -> Tensor:
 def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Random state and buffers (a batch norm's running statistics) as before, whatever happens inside."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # A module may also put another tensor in a buffer's place, like self.n = self.n + 1.
+    places = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         try:
             yield
         finally:
+            for module, name, buffer in places:
+                if module._buffers.get(name) is not buffer:
+                    setattr(module, name, buffer)
             with torch.no_grad():
                 for buffer, before in buffers:
                     if not torch.equal(buffer, before):
@@ -199,9 +217,10 @@ def _watched_pass(work: _Work) -> _Watched:
     try:
         with FlopCounterMode(display=False) as counter:
             loss = work.forward()
-            forward_flops = counter.get_total_flops()
+            counted = counter.get_total_flops()
             gradients = work.backward(loss)
-            backward_flops = counter.get_total_flops() - forward_flops
+            backward_flops = counter.get_total_flops() - counted
+            forward_flops = counted - observation.own_flops
     finally:
         observation.remove()
     calls = observation.calls
@@ -311,11 +330,4 @@ def _model_jacobian(work: _Work, method: str, jacobians: dict) -> dict:
         batch = torch.cat([sample, point[1:].detach()])
         return first_floating(work.model(*work.inputs[:position], batch, *work.inputs[position + 1 :]))[0]
 
-    try:
-        spectrum = spectra.function_spectrum(first_sample, point[:1], method)
-    except RuntimeError as error:
-        raise ValueError(
-            f"profile: no second derivative of this model, which Lanczos' J v needs ({str(error).splitlines()[0]}); "
-            "use jacobian_method='exact' or jacobian=False"
-        ) from error
-    return {"input -> output": (spectrum, None, 0)}
+    return {"input -> output": (spectra.function_spectrum(first_sample, point[:1], method), None, 0)}

@@ -154,8 +154,7 @@ class Profile:
 
     def csv_rows(self) -> Iterable[Sequence[str]]:
         """The rows of :meth:`to_csv`, as text."""
-        texts = [[_exact(value) for value in self.columns[name].tolist()] for name in COLUMNS]
-        return zip(*texts, strict=True)
+        return csv_rows(self.columns)
 
     def to_json(self, path: str | Path) -> None:
         """The summary and all columns; see the top of this file for numbers that JSON does not have."""
@@ -177,7 +176,7 @@ def timing_rows(profile: Profile) -> list[list[str]]:
         rows.append([f"{direction} rate", f"{rate / 1e9:.4g} GFLOP/s, {share:.1%} of this machine's matmul rate"])
     rows.append(["matmul rate (float32)", f"{timing.matmul_rate / 1e9:.4g} GFLOP/s"])
     if profile.peak_memory_bytes is not None:
-        rows.append(["peak memory so far", f"{profile.peak_memory_bytes / 1e9:.2f} GB"])
+        rows.append(["peak memory", f"{profile.peak_memory_bytes / 1e9:.2f} GB"])
     rows.append(["backend", f"{profile.backend}, {profile.machine['threads']} threads"])
     return rows
 
@@ -189,7 +188,7 @@ def jacobian_rows(profile: Profile) -> list[list[str]]:
         smallest = f"{spectrum.smallest:.4g}"
         if not spectrum.smallest_resolved:
             smallest += " (below rounding)"
-        value = f"{smallest} ... {spectrum.largest:.4g}"
+        value = f"{smallest} ... {spectrum.largest:.4g}" if math.isfinite(spectrum.largest) else "overflows"
         if spectrum.log_upper is not None:
             value += f", bounds {format_log(spectrum.log_lower)} ... {format_log(spectrum.log_upper)}"
         if not spectrum.converged:
@@ -237,6 +236,15 @@ def _plain_table(header, rows, title) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def csv_rows(columns: dict[str, np.ndarray]) -> Iterable[Sequence[str]]:
+    """The rows of a table with the columns of ``COLUMNS``, as text; cells of a column that is not there are empty."""
+    length = len(columns["name"])
+    texts = [
+        [_exact(value) for value in columns[name].tolist()] if name in columns else [""] * length for name in COLUMNS
+    ]
+    return zip(*texts, strict=True)
 
 
 def write_rows(file: IO, header: list[str], parts: Iterable[Iterable[Sequence[str]]]) -> None:
