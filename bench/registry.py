@@ -87,7 +87,7 @@ def cases(stem: str, device_type: str) -> list[Case]:
 def ours(op: str, device_type: str, prepare: Callable[[dict], Run]) -> tuple[Competitor, ...]:
     """Our op as a competitor, once per backend that can run here; plain torch only where there is no kernel.
 
-    Of an explicit request (``use_backend``, ``LCW_OPS_BACKEND``) only that backend. RuntimeError if it cannot run here.
+    Of an explicit request (``use_backend``, ``LCW_OPS_BACKEND``) only that backend. BackendError if it cannot run here.
     """
     if _backends.requested() is not None:
         backends = [_backends.choose(op, torch.device(device_type))]

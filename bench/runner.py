@@ -65,11 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU cores for every competitor; all if not given")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out ``lcw-ops bench``. Returns 0, or 1 if one of our kernels was wrong and therefore not timed.
+@dataclass(frozen=True)
+class Plan:
+    """What the arguments ask for, checked: nothing is the user's fault from here on."""
+
+    device: torch.device
+    cases: list[Case]
+    out: Path
+    quick: bool
+
+
+def prepare(args: argparse.Namespace) -> Plan:
+    """Check the arguments of ``lcw-ops bench`` before anything is measured.
 
     Raises ValueError for an unknown benchmark or device, a number of threads below 1, or a CSV with other columns;
-    RuntimeError if a backend was requested (``LCW_OPS_BACKEND``) that cannot run one of the benchmarks here.
+    BackendError if a backend was requested (``LCW_OPS_BACKEND``) that cannot run one of the benchmarks here.
     """
     unknown = [stem for stem in args.stem if stem not in registry.STEMS]
     if unknown:
@@ -80,16 +90,20 @@ def run(args: argparse.Namespace) -> int:
     _check_csv(out)
     if args.threads is not None:
         _use_threads(args.threads)
-    print(_machine_line(device))
-    rates = registry.measure_rates(device)
+    return Plan(device, [case for case in cases if case.quick == args.quick], out, args.quick)
+
+
+def carry_out(plan: Plan) -> int:
+    """Measure, print and append the rows. Returns 0, or 1 if a kernel of ours was wrong and therefore not timed."""
+    print(_machine_line(plan.device))
+    rates = registry.measure_rates(plan.device)
     print(f"measured here: copy {rates.copy / 1e9:.0f} GB/s, float32 matmul {rates.matmul / 1e9:.0f} GFLOP/s\n")
     wrong = False
-    for case in cases:
-        if case.quick == args.quick:
-            rows, refused = run_case(case, device, rates, args.quick)
-            append_rows(out, rows)
-            wrong |= refused
-    print(f"rows appended to {out}")
+    for case in plan.cases:
+        rows, refused = run_case(case, plan.device, rates, plan.quick)
+        append_rows(plan.out, rows)
+        wrong |= refused
+    print(f"rows appended to {plan.out}")
     return int(wrong)
 
 

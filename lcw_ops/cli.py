@@ -10,9 +10,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields
 
-# The functions of lcw_ops.bench in which checking the arguments is over.
-BENCH_WORK = ("measure_rates", "run_case", "append_rows")
-
 
 class UsageError(ValueError):
     """The command line cannot be understood, or asks for what this machine cannot do."""
@@ -110,11 +107,10 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
     _check_backend("bench")
     try:
-        return runner.run(arguments)
+        plan = runner.prepare(arguments)
     except (ValueError, OSError) as error:
-        if any(frame.name in BENCH_WORK for frame in traceback.extract_tb(error.__traceback__)):
-            raise
         raise _usage_error("bench", error) from error
+    return runner.carry_out(plan)
 
 
 def _run_info(arguments: argparse.Namespace) -> int:

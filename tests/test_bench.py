@@ -76,7 +76,7 @@ def read(path: Path) -> list[dict]:
 def test_every_entry_end_to_end(tiny, tmp_path, capsys):
     out = tmp_path / "rows.csv"
     arguments = parse("--quick", "--device", "cpu", "--out", str(out))
-    assert runner.run(arguments) == 0
+    assert runner.carry_out(runner.prepare(arguments)) == 0
     rows = read(out)
     assert list(rows[0]) == [field.name for field in dataclasses.fields(runner.Row)]
     assert {row["stem"] for row in rows} == set(registry.STEMS)
@@ -94,7 +94,7 @@ def test_every_entry_end_to_end(tiny, tmp_path, capsys):
     for row in rows:
         assert row["competitor"] in printed
     # A second run appends below the same header.
-    assert runner.run(arguments) == 0
+    assert runner.carry_out(runner.prepare(arguments)) == 0
     assert len(read(out)) == 2 * len(rows)
 
 
@@ -124,7 +124,7 @@ def test_an_explicit_request_that_cannot_be_met_raises_before_measuring(monkeypa
     monkeypatch.setattr(registry, "measure_rates", lambda device: pytest.fail("measured"))
     out = tmp_path / "rows.csv"
     with lcw_ops.use_backend("cuda"), pytest.raises(RuntimeError, match=r"backend 'cuda' was requested, but"):
-        runner.run(parse("--quick", "--device", "cpu", "--out", str(out)))
+        runner.carry_out(runner.prepare(parse("--quick", "--device", "cpu", "--out", str(out))))
     assert not out.exists()
 
 
@@ -173,7 +173,8 @@ def test_a_wrong_peer_is_left_out_but_is_no_failure_of_ours(capsys):
 def test_a_refused_kernel_is_the_exit_code(tiny, monkeypatch, tmp_path):
     case = dataclasses.replace(doubling(competitor("wrong", lambda x: [3 * x], ours=True)), quick=True)
     monkeypatch.setattr(registry, "cases", lambda stem, device_type: [case])
-    assert runner.run(parse("--quick", "--device", "cpu", "--out", str(tmp_path / "rows.csv"))) == 1
+    arguments = parse("--quick", "--device", "cpu", "--out", str(tmp_path / "rows.csv"))
+    assert runner.carry_out(runner.prepare(arguments)) == 1
 
 
 def test_a_missing_peer_says_why(capsys):
@@ -208,14 +209,14 @@ def test_competitors_take_turns():
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        runner.run(parse(*arguments))
+        runner.prepare(parse(*arguments))
 
 
 def test_rows_of_another_kind_are_not_appended_to(tmp_path):
     out = tmp_path / "other.csv"
     out.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has columns a, b"):
-        runner.run(parse("--out", str(out)))
+        runner.prepare(parse("--out", str(out)))
     assert out.read_text() == "a,b\n1,2\n"
 
 

@@ -303,9 +303,10 @@ def test_bench_is_handed_to_the_runner(monkeypatch):
 
     seen = []
     monkeypatch.setattr(runner, "add_arguments", lambda parser: parser.add_argument("--quick", action="store_true"))
-    monkeypatch.setattr(runner, "run", lambda arguments: seen.append(arguments.quick) or 7)
+    monkeypatch.setattr(runner, "prepare", lambda arguments: ("plan", arguments.quick))
+    monkeypatch.setattr(runner, "carry_out", lambda plan: seen.append(plan) or 7)
     assert cli.main(["bench", "--quick"]) == 7
-    assert seen == [True]
+    assert seen == [("plan", True)]
 
 
 def test_as_a_module():

@@ -69,19 +69,29 @@ LCW_INLINE void multiply_tile(
     for (int v = 0; v < vectors; ++v) std::memcpy(out + r * ldo + v * Lanes::lanes, &total[r][v], sizeof(Wide));
 }
 
+// From column j on: as many tiles of `vectors` vectors as fit, then the rest in tiles of half of that.
+template <class Isa, typename T, int rows, int vectors>
+LCW_INLINE void multiply_columns(
+    int64_t j, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo,
+    int64_t columns) {
+  constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
+  for (; j + vectors * lanes <= columns; j += vectors * lanes)
+    multiply_tile<Isa, T, rows, vectors>(a, a_row, a_k, b + j, ldb, depth, out + j, ldo);
+  if constexpr (vectors > 1) {
+    multiply_columns<Isa, T, rows, vectors / 2>(j, a, a_row, a_k, b, ldb, depth, out, ldo, columns);
+  } else if (j < columns) {
+    // The columns left over share a tile with some that are done already.
+    j = columns - lanes;
+    multiply_tile<Isa, T, rows, 1>(a, a_row, a_k, b + j, ldb, depth, out + j, ldo);
+  }
+}
+
 template <class Isa, typename T, int rows>
 LCW_INLINE void multiply_rows(
     const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo, int64_t columns) {
-  constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
-  constexpr int64_t wide = Isa::tile_vectors * lanes;
-  int64_t j = 0;
-  for (; j + wide <= columns; j += wide)
-    multiply_tile<Isa, T, rows, Isa::tile_vectors>(a, a_row, a_k, b + j, ldb, depth, out + j, ldo);
-  for (; j + lanes <= columns; j += lanes)
-    multiply_tile<Isa, T, rows, 1>(a, a_row, a_k, b + j, ldb, depth, out + j, ldo);
-  // The columns left over share a tile with some that are done already.
-  if (j < columns)
-    multiply_tile<Isa, T, rows, 1>(a, a_row, a_k, b + columns - lanes, ldb, depth, out + columns - lanes, ldo);
+  // Fewer rows, wider tiles: a single row needs as many sums in flight as eight.
+  constexpr int accumulators = Isa::tile_rows * Isa::tile_vectors, vectors = accumulators / rows;
+  multiply_columns<Isa, T, rows, vectors < 8 ? vectors : 8>(0, a, a_row, a_k, b, ldb, depth, out, ldo, columns);
 }
 
 // As many tiles of `rows` rows as fit, then the rest in tiles of half of that.
