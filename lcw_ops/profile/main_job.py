@@ -64,8 +64,9 @@ ROW_BYTES = 2000
 class Settings:
     """What the command line says; the defaults are the command's.
 
-    depth, width: of the network. batch: samples per step. steps: of training. lr: Adam's, constant: the best of a
-    grid at 30 steps, where it reaches 94 % test accuracy at any depth. filter: of the orthogonal-filter net.
+    depth, width: of the network. batch: samples per step. steps: of training. lr: Adam's, for the first half of the
+    steps, then linearly to 0; the best of a grid at 30 steps, measured at 300 layers. filter: of the orthogonal-filter
+    net.
     threads: torch's; None leaves them as they are.
     """
 
