@@ -131,7 +131,7 @@ def _check_orthogonal_filter(
     _checks.check_choice(op, "activation", activation, _ACTIVATIONS)
     _checks.check_choice(op, "solver", solver, ("sequential", "auto"))
     if segment is not None:
-        check_segment(op, segment)
+        _checks.check_segment(op, segment)
     if tolerance is not None:
         raise ValueError(f"{op}: tolerance is {tolerance}, but the sequential solver is exact; leave it None")
 
@@ -174,14 +174,6 @@ def _check_filter(op: str, filter: Tensor, h0: Tensor) -> None:
             f"{op}: filter has shape {tuple(filter.shape)}, expected ({width}, {width}), (L, {width}, {width}) or an "
             f"int64 permutation ({width},)"
         )
-
-
-def check_segment(owner: str, segment: int) -> None:
-    """TypeError unless an int, ValueError below 1."""
-    if isinstance(segment, bool) or not isinstance(segment, int):
-        raise TypeError(f"{owner}: segment is {segment!r}, expected an int, or None for the default")
-    if not 1 <= segment < 2**63:
-        raise ValueError(f"{owner}: segment is {segment}, expected at least 1, or None for the default")
 
 
 def _check_permutation(op: str, permutation: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
+from lcw_ops.reference.checks import check_segment
 from lcw_ops.reference.orthogonal_filter import state_dtype
 
 FILTERS = ("haar", "cyclic", "permutation", "identity")
@@ -98,7 +99,7 @@ class _OrthogonalFilter(nn.Module):
             if scale is not None:
                 self._check_scale(name, scale, steps)
         if segment is not None:
-            F.check_segment(type(self).__name__, segment)
+            check_segment(type(self).__name__, segment)
         self.filter_kind = filter if isinstance(filter, str) else "tensor"
         self.activation = activation
         self.segment = segment

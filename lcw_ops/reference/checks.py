@@ -64,6 +64,14 @@ def check_choice(function: str, argument: str, value: object, choices: Iterable[
         raise ValueError(f"{function}: {argument} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
 
 
+def check_segment(owner: str, segment: int) -> None:
+    """An int from 1 to 2^63 - 1: TypeError if it is no int, ValueError if it is out of range."""
+    if isinstance(segment, bool) or not isinstance(segment, int):
+        raise TypeError(f"{owner}: segment is {segment!r}, expected an int, or None for the default")
+    if not 1 <= segment < 2**63:
+        raise ValueError(f"{owner}: segment is {segment}, expected at least 1, or None for the default")
+
+
 def _check_number(function: str, argument: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: {argument} is a {type(value).__name__}; expected a Python number.")
