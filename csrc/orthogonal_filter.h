@@ -33,11 +33,16 @@ template <typename T>
 struct Recurrence {
   int64_t rows, width, steps, segment;
   Activation activation;
-  const T *weight, *bias, *filter, *alpha, *beta, *inputs;
+  const void* weight;      // of weight_type: like the state, or in 16 bits beside a float32 state
+  ScalarType weight_type;
+  const T *bias, *filter, *alpha, *beta, *inputs;
   const int64_t* permutation;  // instead of filter
   int64_t weight_stride, bias_stride, filter_stride, alpha_stride, beta_stride;
 
-  LCW_HOST_DEVICE const T* weight_at(int64_t l) const { return weight + l * weight_stride; }
+  template <typename W>
+  LCW_HOST_DEVICE const W* weight_at(int64_t l) const {
+    return static_cast<const W*>(weight) + l * weight_stride;
+  }
   LCW_HOST_DEVICE const T* filter_at(int64_t l) const { return filter + l * filter_stride; }
   LCW_HOST_DEVICE T alpha_at(int64_t l) const { return alpha[l * alpha_stride]; }
   LCW_HOST_DEVICE T beta_at(int64_t l) const { return beta[l * beta_stride]; }
@@ -65,7 +70,7 @@ struct Backward {
   T* filtered;     // O h_{l-1}, or nullptr when alpha and beta need no gradient
   T* activated;    // act(A_l), likewise
   T* gradient;     // (M, N): G at the end of the segment, then at its start
-  T* grad_weight;  // (L, N, N), or nullptr
+  void* grad_weight;  // (L, N, N) of weight_type, or nullptr
   T* grad_bias;    // (L, N), or nullptr
   double* weight_sum;  // (N, N), likewise for a weight shared by all steps: summed over every sample of every step
   double* bias_sum;    // (N)
@@ -111,11 +116,13 @@ struct Arguments {
           tensor->is_cpu() == state.is_cpu() && tensor->get_device_index() == state.get_device_index(),
           "orthogonal_filter: the arguments are on different devices");
     STD_TORCH_CHECK(right, "orthogonal_filter: shapes do not fit each other; call lcw_ops.functional.orthogonal_filter");
-    for (const Tensor* tensor : {&weight, &alpha, &beta, bias ? &*bias : &weight, inputs ? &*inputs : &weight,
-                                 permutes ? &weight : &filter})
-      STD_TORCH_CHECK(
-          tensor->scalar_type() == state.scalar_type(),
-          "orthogonal_filter: dtypes do not fit each other; call lcw_ops.functional.orthogonal_filter");
+    bool same = weight.scalar_type() == state.scalar_type() ||
+        (state.scalar_type() == ScalarType::Float &&
+         (weight.scalar_type() == ScalarType::BFloat16 || weight.scalar_type() == ScalarType::Half));
+    for (const Tensor* tensor : {&alpha, &beta, bias ? &*bias : &alpha, inputs ? &*inputs : &alpha,
+                                 permutes ? &alpha : &filter})
+      same = same && tensor->scalar_type() == state.scalar_type();
+    STD_TORCH_CHECK(same, "orthogonal_filter: dtypes do not fit each other; call lcw_ops.functional.orthogonal_filter");
     if (permutes && filter.is_cpu()) {
       const int64_t* index = filter.const_data_ptr<int64_t>();
       std::vector<bool> seen(n, false);
@@ -136,7 +143,8 @@ struct Arguments {
     Recurrence<T> r{};
     r.rows = rows, r.width = width, r.steps = steps, r.segment = segment;
     r.activation = parse_activation(name);
-    r.weight = weight.const_data_ptr<T>();
+    r.weight = weight.const_data_ptr();
+    r.weight_type = weight.scalar_type();
     r.weight_stride = weight.dim() == 3 ? width * width : 0;
     if (filter.scalar_type() == ScalarType::Long) {
       r.permutation = filter.const_data_ptr<int64_t>();
@@ -199,8 +207,7 @@ Gradients backward(
   const int64_t rows = grad_output.size(return_states ? 1 : 0), width = grad_output.size(return_states ? 2 : 1);
   const int64_t count = std::min(segment, steps), state_size = rows * width;
   const auto when = [&](bool needed, const Tensor& like) {
-    Tensor gradient =
-        needed ? stable::new_empty(grad_output, like.sizes()) : stable::new_empty(grad_output, {int64_t(0)});
+    Tensor gradient = needed ? stable::new_empty(like, like.sizes()) : stable::new_empty(like, {int64_t(0)});
     Device::allocated(gradient);
     return gradient;
   };
@@ -240,7 +247,7 @@ Gradients backward(
   pass.filtered = needs_scales ? filtered.mutable_data_ptr<T>() : nullptr;
   pass.activated = needs_scales ? activated.mutable_data_ptr<T>() : nullptr;
   pass.gradient = grad_h0.mutable_data_ptr<T>();
-  pass.grad_weight = needs_weight && !sums_weight ? grad_weight.mutable_data_ptr<T>() : nullptr;
+  pass.grad_weight = needs_weight && !sums_weight ? grad_weight.mutable_data_ptr() : nullptr;
   pass.grad_bias = needs_bias && !sums_bias ? grad_bias.mutable_data_ptr<T>() : nullptr;
   pass.weight_sum = sums_weight ? weight_sum.mutable_data_ptr<double>() : nullptr;
   pass.bias_sum = sums_bias ? bias_sum.mutable_data_ptr<double>() : nullptr;

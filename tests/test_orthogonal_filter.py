@@ -20,6 +20,7 @@ FILTERS = ["matrix", "permutation", "per_layer"]
 pytestmark = pytest.mark.usefixtures("kernel_under_test")
 
 NAMES = ["h0", "weight", "bias", "alpha", "beta", "inputs"]
+RESULTS = ["output", *(f"gradient of {name}" for name in NAMES)]
 
 
 def make_filter(kind, depth, width, dtype=torch.float32, device="cpu"):
@@ -54,22 +55,39 @@ def to_float64(arguments, filter):
     return exact, filter.double() if filter.is_floating_point() else filter
 
 
-def assert_matches_reference(arguments, filter, grad_output=None, **options):
-    """Result and every gradient, by the rule of the house."""
+def results_of_three(arguments, filter, grad_output, **options):
+    """Result and gradients: of the kernel, of plain torch in the arguments' dtype, and of plain torch in float64."""
     output = run(arguments, filter, **options)
     if grad_output is None:
         grad_output = torch.randn_like(output)
-    gradients = torch.autograd.grad(output, arguments, grad_output)
+    actual = [output, *torch.autograd.grad(output, arguments, grad_output)]
     options.pop("segment", None)
     with lcw_ops.use_backend("reference"):
-        eager = run(arguments, filter, **options)
-        eager_gradients = torch.autograd.grad(eager, arguments, grad_output, materialize_grads=True)
-        exact_arguments, exact_filter = to_float64(arguments, filter)
-        exact = run(exact_arguments, exact_filter, **options)
-        exact_gradients = torch.autograd.grad(exact, exact_arguments, grad_output.double(), materialize_grads=True)
-    assert_as_exact_as_eager("output", output, eager, exact)
-    for name, *triple in zip(NAMES, gradients, eager_gradients, exact_gradients, strict=True):
-        assert_as_exact_as_eager(f"gradient of {name}", *triple)
+        output = run(arguments, filter, **options)
+        eager = [output, *torch.autograd.grad(output, arguments, grad_output, materialize_grads=True)]
+        arguments, filter = to_float64(arguments, filter)
+        output = run(arguments, filter, **options)
+        exact = [output, *torch.autograd.grad(output, arguments, grad_output.double(), materialize_grads=True)]
+    return zip(actual, eager, exact, strict=True)
+
+
+def redraw(arguments):
+    """Other states and inputs in the same network."""
+    h0, *network, inputs = arguments
+    return [torch.randn_like(h0).requires_grad_(), *network, torch.randn_like(inputs).requires_grad_()]
+
+
+def assert_matches_reference(arguments, filter, grad_output=None, **options):
+    """Result and every gradient, by the rule of the house.
+
+    The largest error among a handful of numbers is a lottery (now and then eager's gradients of seven alphas are right
+    to the last bit), so small cases are judged over four draws together.
+    """
+    draws = [results_of_three(arguments, filter, grad_output, **options)]
+    if grad_output is None and min(tensor.numel() for tensor in arguments) < 64:
+        draws += [results_of_three(redraw(arguments), filter, None, **options) for _ in range(3)]
+    for name, *draw in zip(RESULTS, *draws, strict=True):
+        assert_as_exact_as_eager(name, *(torch.stack(column) for column in zip(*draw, strict=True)))
 
 
 @pytest.mark.parametrize("filter_kind", FILTERS)
@@ -452,7 +470,7 @@ def test_state_gradients_are_the_gradients_of_every_state(device):
 
 def test_explicit_request_that_cannot_be_met_raises(device):
     arguments = make_arguments(2, 3, 3, device=device)
-    with lcw_ops.use_backend("triton"), pytest.raises(RuntimeError, match=r"triton.*orthogonal_filter has no triton"):
+    with lcw_ops.use_backend("triton"), pytest.raises(RuntimeError, match=r"triton.*interpreter"):
         run(arguments, make_filter("matrix", 3, 3, device=device))
 
 

@@ -1,6 +1,4 @@
-// Small matrix products on row-major data, the inner loop of every recurrence here:
-//
-//   out[r][j] = sum_k a[r * a_row + k * a_k] * b[k * ldb + j]
+// Small matrix products on row-major data, the inner loops of every recurrence here.
 //
 // Written with the compiler's vectors, so that one source serves every instruction set: `Isa` says how wide they are and
 // how many accumulators the register file holds. The sum over k runs in the same order for every element, whatever
@@ -9,7 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
+#include <utility>
 
 #include "vector_math.h"
 
@@ -17,16 +15,16 @@ namespace lcw_ops {
 
 // 16 accumulators of 32 registers: two multiply-adds per cycle with a latency of four need 8, the rest is slack.
 struct Avx512 {
-  static constexpr int vector_bytes = 64, tile_rows = 8, tile_vectors = 2;
+  static constexpr int vector_bytes = 64, accumulators = 16, dot_rows = 4;
 };
 
-// 8 accumulators of 16 registers.
+// 12 accumulators, two vectors of b and one number of a make 15 of 16 registers.
 struct Avx2 {
-  static constexpr int vector_bytes = 32, tile_rows = 4, tile_vectors = 2;
+  static constexpr int vector_bytes = 32, accumulators = 12, dot_rows = 2;
 };
 
 struct Portable {
-  static constexpr int vector_bytes = 16, tile_rows = 4, tile_vectors = 2;
+  static constexpr int vector_bytes = 16, accumulators = 8, dot_rows = 2;
 };
 
 template <typename T, int bytes>
@@ -35,159 +33,360 @@ struct Vector {
   static constexpr int lanes = bytes / sizeof(T);
 };
 
-// Partial sums of so many terms: rounding grows like sqrt(32) + sqrt(depth / 32) instead of sqrt(depth).
-constexpr int64_t chunk_terms = 32;
+// out[r * ldo + j] = sum over k < depth of a[r * a_row + k * a_k] * b[k * ldb + j], added to what is there or not.
+template <typename T>
+struct Product {
+  const T* a;
+  int64_t a_row, a_k;
+  const T* b;
+  int64_t ldb;
+  T* out;
+  int64_t ldo, rows, columns, depth;
+  bool accumulate = false;
+  const T* shift = nullptr;  // added to every column at the end, one number per row, or nullptr
+  const T* ahead = nullptr;  // fetched along the way: a matrix like `a` that comes next and may still be in memory
 
-template <class Isa, typename T, int rows, int vectors>
-LCW_INLINE void multiply_tile(
-    const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo) {
+  LCW_INLINE Product at(int64_t r, int64_t j) const {
+    Product part = *this;
+    part.a += r * a_row, part.b += j, part.out += r * ldo + j, part.rows -= r, part.columns -= j;
+    if (shift) part.shift += r;
+    return part;
+  }
+};
+
+template <class Isa, int rows, int vectors, typename T>
+LCW_INLINE void multiply_tile(const Product<T> p) {
   using Lanes = Vector<T, Isa::vector_bytes>;
   using Wide = typename Lanes::type;
-  Wide total[rows][vectors] = {};
-  for (int64_t chunk = 0; chunk < depth; chunk += chunk_terms) {
-    const int64_t end = chunk + chunk_terms < depth ? chunk + chunk_terms : depth;
-    Wide sum[rows][vectors] = {};
-    for (int64_t k = chunk; k < end; ++k) {
-      Wide column[vectors];
+  Wide sum[rows][vectors] = {};
+  for (int64_t k = 0; k < p.depth; ++k) {
+    Wide column[vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) std::memcpy(&column[v], b + k * ldb + v * Lanes::lanes, sizeof(Wide));
+    for (int v = 0; v < vectors; ++v) std::memcpy(&column[v], p.b + k * p.ldb + v * Lanes::lanes, sizeof(Wide));
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const T scale = p.a[r * p.a_row + k * p.a_k];
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const T scale = a[r * a_row + k * a_k];
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) sum[r][v] += scale * column[v];
-      }
+      for (int v = 0; v < vectors; ++v) sum[r][v] += scale * column[v];
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) total[r][v] += sum[r][v];
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) std::memcpy(out + r * ldo + v * Lanes::lanes, &total[r][v], sizeof(Wide));
+    for (int v = 0; v < vectors; ++v) {
+      T* out = p.out + r * p.ldo + v * Lanes::lanes;
+      if (p.accumulate) {
+        Wide before;
+        std::memcpy(&before, out, sizeof(Wide));
+        sum[r][v] += before;
+      }
+      if (p.shift) sum[r][v] += p.shift[r];
+      std::memcpy(out, &sum[r][v], sizeof(Wide));
+    }
 }
 
-// From column j on: as many tiles of `vectors` vectors as fit, then the rest in tiles of half of that.
-template <class Isa, typename T, int rows, int vectors>
-LCW_INLINE void multiply_columns(
-    int64_t j, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo,
-    int64_t columns) {
-  constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
-  for (; j + vectors * lanes <= columns; j += vectors * lanes)
-    multiply_tile<Isa, T, rows, vectors>(a, a_row, a_k, b + j, ldb, depth, out + j, ldo);
-  if constexpr (vectors > 1) {
-    multiply_columns<Isa, T, rows, vectors / 2>(j, a, a_row, a_k, b, ldb, depth, out, ldo, columns);
-  } else if (j < columns) {
-    // The columns left over share a tile with some that are done already.
-    j = columns - lanes;
-    multiply_tile<Isa, T, rows, 1>(a, a_row, a_k, b + j, ldb, depth, out + j, ldo);
+// The tile with as many rows as are left, at most `rows`.
+template <class Isa, int rows, int vectors, typename T>
+LCW_INLINE void multiply_rest(const Product<T> p) {
+  if (p.rows >= rows) return multiply_tile<Isa, rows, vectors>(p);
+  if constexpr (rows > 1) multiply_rest<Isa, rows - 1, vectors>(p);
+}
+
+// `rows` rows of a contiguous matrix.
+template <int rows, typename T>
+LCW_INLINE void prefetch(const T* matrix, int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < rows * columns; i += line) __builtin_prefetch(matrix + i);
+}
+
+// All rows of `vectors` vectors of columns.
+template <class Isa, int rows, int vectors, typename T>
+LCW_INLINE void multiply_columns(const Product<T> p) {
+  int64_t r = 0;
+  for (; r + rows <= p.rows; r += rows) {
+    // What the tile after this one reads, which is too short for the processor to see a pattern in time.
+    if (p.a_k == 1) prefetch<rows>(p.a + (r + rows) * p.a_row, p.depth);
+    if (p.ahead) prefetch<rows>(p.ahead + r * p.depth, p.depth);
+    multiply_tile<Isa, rows, vectors>(p.at(r, 0));
   }
-}
-
-template <class Isa, typename T, int rows>
-LCW_INLINE void multiply_rows(
-    const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo, int64_t columns) {
-  // Fewer rows, wider tiles: a single row needs as many sums in flight as eight.
-  constexpr int accumulators = Isa::tile_rows * Isa::tile_vectors, vectors = accumulators / rows;
-  multiply_columns<Isa, T, rows, vectors < 8 ? vectors : 8>(0, a, a_row, a_k, b, ldb, depth, out, ldo, columns);
-}
-
-// As many tiles of `rows` rows as fit, then the rest in tiles of half of that.
-template <class Isa, typename T, int rows>
-LCW_INLINE void multiply_from(
-    int64_t r, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo,
-    int64_t all_rows, int64_t columns) {
-  for (; r + rows <= all_rows; r += rows)
-    multiply_rows<Isa, T, rows>(a + r * a_row, a_row, a_k, b, ldb, depth, out + r * ldo, ldo, columns);
   if constexpr (rows > 1)
-    multiply_from<Isa, T, rows / 2>(r, a, a_row, a_k, b, ldb, depth, out, ldo, all_rows, columns);
+    if (r < p.rows) multiply_rest<Isa, rows - 1, vectors>(p.at(r, 0));
 }
 
 // Fewer columns than one vector has lanes.
 template <class Isa, typename T>
-LCW_INLINE void multiply_narrow(
-    const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo, int64_t rows,
-    int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) {
-    constexpr int lanes = Vector<T, Isa::vector_bytes>::lanes;
-    T total[lanes] = {};
-    for (int64_t chunk = 0; chunk < depth; chunk += chunk_terms) {
-      T sum[lanes] = {};
-      for (int64_t k = chunk; k < depth && k < chunk + chunk_terms; ++k) {
-        const T scale = a[r * a_row + k * a_k];
-        for (int64_t j = 0; j < columns; ++j) sum[j] += scale * b[k * ldb + j];
-      }
-      for (int64_t j = 0; j < columns; ++j) total[j] += sum[j];
+LCW_INLINE void multiply_narrow(const Product<T> p) {
+  for (int64_t r = 0; r < p.rows; ++r) {
+    T sum[Vector<T, Isa::vector_bytes>::lanes] = {};
+    for (int64_t k = 0; k < p.depth; ++k) {
+      const T scale = p.a[r * p.a_row + k * p.a_k];
+      for (int64_t j = 0; j < p.columns; ++j) sum[j] += scale * p.b[k * p.ldb + j];
     }
-    std::memcpy(out + r * ldo, total, columns * sizeof(T));
+    T* out = p.out + r * p.ldo;
+    const T shift = p.shift ? p.shift[r] : T(0);
+    for (int64_t j = 0; j < p.columns; ++j) out[j] = (p.accumulate ? out[j] + sum[j] : sum[j]) + shift;
+  }
+}
+
+// The columns left over: a vector of columns that ends with them, of which only they are kept.
+template <class Isa, typename T>
+LCW_INLINE void multiply_last(const Product<T> p, int64_t kept) {
+  constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
+  T last[Isa::accumulators * lanes];
+  for (int64_t r = 0; r < p.rows; r += Isa::accumulators) {
+    Product<T> part = p.at(r, 0);
+    part.rows = part.rows < Isa::accumulators ? part.rows : Isa::accumulators;
+    part.out = last, part.ldo = lanes, part.accumulate = false, part.shift = nullptr, part.ahead = nullptr;
+    multiply_rest<Isa, Isa::accumulators, 1>(part);
+    for (int64_t i = 0; i < part.rows; ++i)
+      for (int64_t j = lanes - kept; j < lanes; ++j) {
+        T& out = p.out[(r + i) * p.ldo + j];
+        const T shift = p.shift ? p.shift[r + i] : T(0);
+        out = (p.accumulate ? out + last[i * lanes + j] : last[i * lanes + j]) + shift;
+      }
   }
 }
 
 template <class Isa, typename T>
-LCW_INLINE void multiply(
-    const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo, int64_t rows,
-    int64_t columns) {
-  if (columns < Vector<T, Isa::vector_bytes>::lanes)
-    multiply_narrow<Isa>(a, a_row, a_k, b, ldb, depth, out, ldo, rows, columns);
-  else
-    multiply_from<Isa, T, Isa::tile_rows>(0, a, a_row, a_k, b, ldb, depth, out, ldo, rows, columns);
+LCW_INLINE void multiply(Product<T> p) {
+  constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
+  if (p.columns < lanes) return multiply_narrow<Isa>(p);
+  int64_t j = 0;
+  // Fewer rows, wider tiles: a single row needs as many sums in flight as eight.
+  if (p.rows == 1)
+    for (; j + 8 * lanes <= p.columns; j += 8 * lanes) multiply_tile<Isa, 1, 8>(p.at(0, j));
+  if (p.rows <= 2)
+    for (; j + 4 * lanes <= p.columns; j += 4 * lanes) multiply_columns<Isa, 2, 4>(p.at(0, j));
+  for (; j + 2 * lanes <= p.columns; j += 2 * lanes) {
+    multiply_columns<Isa, Isa::accumulators / 2, 2>(p.at(0, j));
+    p.ahead = nullptr;
+  }
+  for (; j + lanes <= p.columns; j += lanes) {
+    multiply_columns<Isa, Isa::accumulators, 1>(p.at(0, j));
+    p.ahead = nullptr;
+  }
+  if (j < p.columns) multiply_last<Isa>(p.at(0, p.columns - lanes), p.columns - j);
 }
 
 // GCC's name for a shuffle of two vectors; elsewhere, and where registers are narrower, elements move one by one.
 #if defined(__GNUC__) && !defined(__clang__)
 #define LCW_SHUFFLES 1
 
-// Swaps the off-diagonal blocks of every 2 distance x 2 distance block: all distances together transpose.
-template <typename T, int distance, int lanes>
-LCW_INLINE void swap_blocks(typename Vector<T, lanes * sizeof(T)>::type (&row)[lanes]) {
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
-  typename Vector<Index, lanes * sizeof(T)>::type upper, lower;
-#pragma GCC unroll 8
-  for (int i = 0; i < lanes; ++i) {
-    upper[i] = i & distance ? lanes + i - distance : i;
-    lower[i] = i & distance ? lanes + i : i + distance;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < lanes; ++i) {
-    if (i & distance) continue;
-    const auto top = row[i], bottom = row[i + distance];
-    row[i] = __builtin_shuffle(top, bottom, upper);
-    row[i + distance] = __builtin_shuffle(top, bottom, lower);
-  }
+// rows first and second become `low` and `high`; indices up to `lanes` - 1 choose from the first, the others from the
+// second. Every choice below is one instruction.
+template <typename Wide, typename Index>
+LCW_INLINE void shuffle_pair(Wide& first, Wide& second, Index low, Index high) {
+  const Wide a = first, b = second;
+  first = __builtin_shuffle(a, b, low);
+  second = __builtin_shuffle(a, b, high);
+}
+
+LCW_INLINE void transpose_lanes(Vector<float, 32>::type (&row)[8]) {
+  typedef int32_t Index __attribute__((vector_size(32)));
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2)
+    shuffle_pair(row[i], row[i + 1], Index{0, 8, 1, 9, 4, 12, 5, 13}, Index{2, 10, 3, 11, 6, 14, 7, 15});
+  // Now pairs of rows: columns 0, 1, 4, 5 in the even ones, 2, 3, 6, 7 in the odd ones.
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i = i % 2 ? i + 3 : i + 1)
+    shuffle_pair(row[i], row[i + 2], Index{0, 1, 8, 9, 4, 5, 12, 13}, Index{2, 3, 10, 11, 6, 7, 14, 15});
+  // Now fours of rows: columns 0 and 4, 2 and 6, 1 and 5, 3 and 7.
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    shuffle_pair(row[i], row[i + 4], Index{0, 1, 2, 3, 8, 9, 10, 11}, Index{4, 5, 6, 7, 12, 13, 14, 15});
+  std::swap(row[1], row[2]);
+  std::swap(row[5], row[6]);
+}
+
+LCW_INLINE void transpose_lanes(Vector<double, 32>::type (&row)[4]) {
+  typedef int64_t Index __attribute__((vector_size(32)));
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) shuffle_pair(row[i], row[i + 1], Index{0, 4, 2, 6}, Index{1, 5, 3, 7});
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) shuffle_pair(row[i], row[i + 2], Index{0, 1, 4, 5}, Index{2, 3, 6, 7});
 }
 
 template <typename T, int lanes>
-LCW_INLINE void transpose_block(const T* in, T* out, int64_t n) {
+LCW_INLINE void transpose_block(const T* in, int64_t in_row, T* out, int64_t out_row) {
   typename Vector<T, lanes * sizeof(T)>::type row[lanes];
 #pragma GCC unroll 8
-  for (int i = 0; i < lanes; ++i) std::memcpy(&row[i], in + i * n, sizeof(row[i]));
-  swap_blocks<T, 1, lanes>(row);
-  swap_blocks<T, 2, lanes>(row);
-  if constexpr (lanes == 8) swap_blocks<T, 4, lanes>(row);
+  for (int i = 0; i < lanes; ++i) std::memcpy(&row[i], in + i * in_row, sizeof(row[i]));
+  transpose_lanes(row);
 #pragma GCC unroll 8
-  for (int i = 0; i < lanes; ++i) std::memcpy(out + i * n, &row[i], sizeof(row[i]));
+  for (int i = 0; i < lanes; ++i) std::memcpy(out + i * out_row, &row[i], sizeof(row[i]));
 }
 #else
 #define LCW_SHUFFLES 0
 template <typename T, int lanes>
-LCW_INLINE void transpose_block(const T*, T*, int64_t) {}
+LCW_INLINE void transpose_block(const T*, int64_t, T*, int64_t) {}
 #endif
 
-// out = in^T, both n x n.
+// 32 bytes are what AVX2 and AVX-512 shuffle in registers alike.
+template <class Isa>
+constexpr bool shuffles = LCW_SHUFFLES && Isa::vector_bytes >= 32;
+
+// out[c * out_row + r] = in[r * in_row + c]
 template <class Isa, typename T>
-LCW_INLINE void transpose(const T* in, T* out, int64_t n) {
-  // 32 bytes are what AVX2 and AVX-512 shuffle in registers alike.
+LCW_INLINE void transpose(const T* in, int64_t in_row, T* out, int64_t out_row, int64_t rows, int64_t columns) {
   constexpr int lanes = 32 / sizeof(T);
-  int64_t whole = 0;
-  if constexpr (LCW_SHUFFLES && Isa::vector_bytes >= 32) {
-    whole = n - n % lanes;
-    for (int64_t i = 0; i < whole; i += lanes)
-      for (int64_t j = 0; j < whole; j += lanes) transpose_block<T, lanes>(in + i * n + j, out + j * n + i, n);
+  int64_t whole_rows = 0, whole_columns = 0;
+  if constexpr (shuffles<Isa>) {
+    whole_rows = rows - rows % lanes, whole_columns = columns - columns % lanes;
+    for (int64_t r = 0; r < whole_rows; r += lanes)
+      for (int64_t c = 0; c < whole_columns; c += lanes)
+        transpose_block<T, lanes>(in + r * in_row + c, in_row, out + c * out_row + r, out_row);
   }
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = i < whole ? whole : 0; j < n; ++j) out[j * n + i] = in[i * n + j];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) out[c * out_row + r] = in[r * in_row + c];
+}
+
+// totals[i] = the lanes of sum[i], added up.
+template <class Isa, int count, typename T>
+LCW_INLINE void sum_lanes(const typename Vector<T, Isa::vector_bytes>::type (&sum)[count], T* totals) {
+  constexpr int lanes = 32 / sizeof(T);
+  if constexpr (shuffles<Isa>) {
+    using Block = typename Vector<T, 32>::type;
+#pragma GCC unroll 4
+    for (int first = 0; first < count; first += lanes) {
+      Block row[lanes];
+#pragma GCC unroll 8
+      for (int i = 0; i < lanes; ++i) {
+        const char* bytes = reinterpret_cast<const char*>(&sum[first + i]);
+        std::memcpy(&row[i], bytes, sizeof(Block));
+        if constexpr (Isa::vector_bytes == 64) {
+          Block upper;
+          std::memcpy(&upper, bytes + sizeof(Block), sizeof(Block));
+          row[i] += upper;
+        }
+      }
+      transpose_lanes(row);
+#pragma GCC unroll 8
+      for (int i = 1; i < lanes; ++i) row[0] += row[i];
+      std::memcpy(totals + first, &row[0], sizeof(Block));
+    }
+  } else {
+    for (int i = 0; i < count; ++i) {
+      totals[i] = sum[i][0];
+      for (int lane = 1; lane < int(Isa::vector_bytes / sizeof(T)); ++lane) totals[i] += sum[i][lane];
+    }
+  }
+}
+
+// `rows` states by `units` rows of the matrix: both lie along k, and no matrix needs to be transposed.
+template <class Isa, int rows, int units, typename T>
+LCW_INLINE void dot_tile(const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo) {
+  using Lanes = Vector<T, Isa::vector_bytes>;
+  using Wide = typename Lanes::type;
+  Wide sum[rows * units] = {};
+  int64_t k = 0;
+  for (; k + Lanes::lanes <= depth; k += Lanes::lanes) {
+    Wide part[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) std::memcpy(&part[r], state + r * depth + k, sizeof(Wide));
+#pragma GCC unroll 8
+    for (int o = 0; o < units; ++o) {
+      Wide weights;
+      std::memcpy(&weights, matrix + o * depth + k, sizeof(Wide));
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) sum[r * units + o] += part[r] * weights;
+    }
+  }
+  T totals[rows * units];
+  if constexpr (units == 1) {
+    for (int r = 0; r < rows; ++r) {
+      totals[r] = T(0);
+      for (int lane = 0; lane < Lanes::lanes; ++lane) totals[r] += sum[r][lane];
+    }
+  } else {
+    sum_lanes<Isa>(sum, totals);
+  }
+  for (; k < depth; ++k)
+    for (int r = 0; r < rows; ++r)
+      for (int o = 0; o < units; ++o) totals[r * units + o] += state[r * depth + k] * matrix[o * depth + k];
+  for (int r = 0; r < rows; ++r) std::memcpy(out + r * ldo, totals + r * units, units * sizeof(T));
+}
+
+template <class Isa, int rows, int units, typename T>
+LCW_INLINE void dot_rows(
+    const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo, int64_t all_units, const T* ahead) {
+  if (all_units < units) {
+    for (int64_t o = 0; o < all_units; ++o) dot_tile<Isa, rows, 1>(state, matrix + o * depth, depth, out + o, ldo);
+    return;
+  }
+  int64_t o = 0;
+  for (; o + units <= all_units; o += units) {
+    if (ahead) prefetch<units>(ahead + o * depth, depth);
+    dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);
+  }
+  // The units left over share a tile with some that are done already.
+  if (o < all_units) {
+    o = all_units - units;
+    dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);
+  }
+}
+
+// out[r * ldo + o] = <row r of the state, row o of the matrix>, both of `depth` numbers. `ahead` as in Product.
+template <class Isa, typename T>
+LCW_INLINE void multiply_by_rows(
+    const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo, int64_t rows, int64_t units, const T* ahead) {
+  int64_t r = 0;
+  const auto next = [&](int64_t count) LCW_LAMBDA_INLINE { state += count * depth, out += count * ldo, r += count, ahead = nullptr; };
+  for (; r + Isa::dot_rows <= rows; next(Isa::dot_rows))
+    dot_rows<Isa, Isa::dot_rows, 4>(state, matrix, depth, out, ldo, units, ahead);
+  if constexpr (Isa::dot_rows > 2)
+    for (; r + 2 <= rows; next(2)) dot_rows<Isa, 2, 4>(state, matrix, depth, out, ldo, units, ahead);
+  if (r < rows) dot_rows<Isa, 1, 8>(state, matrix, depth, out, ldo, units, ahead);
+}
+
+// 16-bit weights become float32, exactly, in steps that every instruction set vectorises.
+LCW_INLINE float widen_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+LCW_INLINE float widen_half(uint16_t bits) {
+  // Exponent and fraction moved into place; the multiplication mends the exponent's bias, also of denormal numbers.
+  const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
+  float value;
+  std::memcpy(&value, &magnitude, sizeof(value));
+  value *= 0x1p112f;
+  uint32_t wide;
+  std::memcpy(&wide, &value, sizeof(wide));
+  // Infinities and NaN have the largest exponent in both formats.
+  wide |= (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  wide |= uint32_t(bits & 0x8000) << 16;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// To nearest, ties to even.
+LCW_INLINE uint16_t round_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  // Rounding could carry a NaN's fraction away.
+  return uint16_t(value != value ? (bits >> 16) | 0x40 : rounded);
+}
+
+LCW_INLINE uint16_t round_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  // From 2^-14 on: rebias by 112 and drop 13 bits.
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Below: adding 1/2 leaves the fraction, rounded by the addition itself, in the low bits.
+  float absolute;
+  std::memcpy(&absolute, &magnitude, sizeof(absolute));
+  const float shifted = absolute + 0.5f;
+  uint32_t denormal;
+  std::memcpy(&denormal, &shifted, sizeof(denormal));
+  denormal -= 0x3f000000u;
+  // 65520 is half-way between the largest number and the next one there would be.
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
+  return uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));
 }
 
 }  // namespace lcw_ops

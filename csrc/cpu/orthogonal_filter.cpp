@@ -7,15 +7,20 @@
 // backward: the forward again, 4 N^2 for G, 2 N^2 for dW. Bound by arithmetic from about 16 rows, below by reading W.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
-// Rows are independent: each thread carries its slice of the batch through all layers. Backward works segment by
-// segment from the end: recompute the states of the segment and run G back through it (rows in parallel), then the
-// weight gradients of the segment (layers in parallel). Every sum has a fixed order.
+// Rows are independent: each thread carries its slice of the batch through all layers; where there are fewer rows than
+// threads, several threads carry the same rows and share the units. Backward works segment by segment from the end:
+// recompute the states of the segment and run G back through it (rows in parallel), then the weight gradients of the
+// segment (layers in parallel). Every sum has a fixed order.
 
 #include "orthogonal_filter.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #ifdef __linux__
@@ -28,160 +33,514 @@
 namespace lcw_ops {
 namespace {
 
-// Matrices in the order the product reads them: transposed for O h and W h. One buffer pair per thread.
-template <class Isa, typename T>
-struct StepMatrices {
-  std::vector<T> weight, filter;
-  const T *last_weight = nullptr, *last_filter = nullptr;
+// Terms of one partial sum. Products with a state are added up like a plain matrix product; gradients of weights run over
+// all samples, whose number has no bound.
+constexpr int64_t state_terms = 128, sample_terms = 32;
 
-  explicit StepMatrices(const Recurrence<T>& r)
-      : weight(r.width * r.width), filter(r.permutation ? 0 : r.width * r.width) {}
+// The product in partial sums of so many terms: rounding grows like sqrt(terms) + sqrt(depth / terms) instead of
+// sqrt(depth).
+template <class Products, typename T>
+void multiply_in_parts(Product<T> product, int64_t terms) {
+  const int64_t depth = product.depth;
+  const T* shift = product.shift;
+  for (int64_t k = 0; k < depth; k += terms) {
+    product.depth = std::min(terms, depth - k);
+    product.shift = k + terms < depth ? nullptr : shift;
+    Products::multiply(product);
+    product.a += terms * product.a_k, product.b += terms * product.ldb;
+    product.accumulate = true;
+  }
+}
 
-  LCW_INLINE void load(const Recurrence<T>& r, int64_t l) {
-    if (r.weight_at(l) != last_weight) transpose<Isa>(last_weight = r.weight_at(l), weight.data(), r.width);
-    if (!r.permutation && r.filter_at(l) != last_filter)
-      transpose<Isa>(last_filter = r.filter_at(l), filter.data(), r.width);
+// What is compiled once per instruction set, as functions of their own: inlined everywhere they would be megabytes.
+#define LCW_PRODUCTS(Instructions, attributes)                                                               \
+  template <typename T>                                                                                      \
+  struct Instructions##Products {                                                                            \
+    using Isa = Instructions;                                                                                \
+    static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;                                    \
+    attributes LCW_NOINLINE static void multiply(const Product<T>& product) {                                \
+      lcw_ops::multiply<Isa>(product);                                                                       \
+    }                                                                                                        \
+    attributes LCW_NOINLINE static void multiply_by_rows(                                                    \
+        const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo, int64_t rows, int64_t units,    \
+        const T* ahead) {                                                                                    \
+      lcw_ops::multiply_by_rows<Isa>(state, matrix, depth, out, ldo, rows, units, ahead);                    \
+    }                                                                                                        \
+    attributes LCW_NOINLINE static void transpose(                                                           \
+        const T* in, int64_t in_row, T* out, int64_t out_row, int64_t rows, int64_t columns) {               \
+      lcw_ops::transpose<Isa>(in, in_row, out, out_row, rows, columns);                                      \
+    }                                                                                                        \
+    attributes LCW_NOINLINE static void widen(const uint16_t* in, ScalarType type, T* out, int64_t count) {  \
+      if (type == ScalarType::BFloat16)                                                                      \
+        for (int64_t i = 0; i < count; ++i) out[i] = widen_bfloat16(in[i]);                                  \
+      else                                                                                                   \
+        for (int64_t i = 0; i < count; ++i) out[i] = widen_half(in[i]);                                      \
+    }                                                                                                        \
+    attributes LCW_NOINLINE static void round(const T* in, ScalarType type, uint16_t* out, int64_t count) {  \
+      if (type == ScalarType::BFloat16)                                                                      \
+        for (int64_t i = 0; i < count; ++i) out[i] = round_to_bfloat16(in[i]);                               \
+      else                                                                                                   \
+        for (int64_t i = 0; i < count; ++i) out[i] = round_to_half(in[i]);                                   \
+    }                                                                                                        \
+  };
+
+LCW_PRODUCTS(Portable, )
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LCW_X86_DISPATCH 1
+#define LCW_AVX2 __attribute__((target("avx2,fma")))
+#define LCW_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
+LCW_PRODUCTS(Avx2, LCW_AVX2)
+LCW_PRODUCTS(Avx512, LCW_AVX512)
+#endif
+
+// Memory that begins with a cache line, so that no vector lies across two of them; zeros.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(count * sizeof(T) + line) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.data());
+    begin_ = reinterpret_cast<T*>((start + line - 1) / line * line);
+  }
+  Buffer(const Buffer&) = delete;
+
+  T* data() { return begin_; }
+  T& operator[](int64_t i) { return begin_[i]; }
+
+ private:
+  static constexpr size_t line = 64;
+  std::vector<unsigned char> memory_;
+  T* begin_;
+};
+
+// The weights in the state's type: as they lie, or widened from 16 bits into a buffer of the thread's own.
+template <class Products, typename T>
+class Weights {
+ public:
+  explicit Weights(const Recurrence<T>& r)
+      : r_(r), native_(sizeof(T) == 8 || r.weight_type == ScalarType::Float), wide_(native_ ? 0 : r.width * r.width) {}
+
+  LCW_INLINE const T* at(int64_t l) {
+    if (native_) return r_.template weight_at<T>(l);
+    const uint16_t* narrow = r_.template weight_at<uint16_t>(l);
+    if (narrow != last_) Products::widen(last_ = narrow, r_.weight_type, wide_.data(), r_.width * r_.width);
+    return wide_.data();
+  }
+
+  // Where the matrix of another step lies, if it is worth fetching early; nullptr if not, or if there is no such step.
+  LCW_INLINE const T* ahead(int64_t l) const {
+    return native_ && r_.weight_stride > 0 && l >= 0 && l < r_.steps ? r_.template weight_at<T>(l) : nullptr;
+  }
+
+ private:
+  const Recurrence<T>& r_;
+  const bool native_;
+  Buffer<T> wide_;
+  const uint16_t* last_ = nullptr;
+};
+
+// p with (O h)_i = h_{p_i}, and its inverse for O^T.
+struct Permutation {
+  const int64_t* forward;
+  std::vector<int64_t> inverse;
+
+  template <typename T>
+  explicit Permutation(const Recurrence<T>& r) : forward(r.permutation), inverse(r.permutation ? r.width : 0) {
+    for (size_t i = 0; i < inverse.size(); ++i) inverse[forward[i]] = i;
   }
 };
 
-// O h for `count` rows.
-template <class Isa, typename T>
+// A slice of the units; all of them, except where threads share rows.
+struct Slice {
+  int64_t begin, end;
+};
+
+// Two ways of holding some rows of the state, with the same members. Many rows: (units, rows) in panels of two vectors
+// of rows, so that a vector holds one unit of neighbouring rows and W is read as it lies, number by number. Rows are
+// padded to whole vectors; what the padding holds is never read back.
+template <class Products, typename T>
+struct ManyRows {
+  static constexpr int64_t lanes = Products::lanes, widest = 2 * lanes;
+  int64_t rows, width;
+  Slice units;  // always all
+
+  ManyRows(int64_t rows_, int64_t width_, Slice units_) : rows(rows_), width(width_), units(units_) {}
+
+  LCW_INLINE static int64_t padded(int64_t rows) { return (rows + lanes - 1) / lanes * lanes; }
+  LCW_INLINE static int64_t size(int64_t rows, int64_t width) { return padded(rows) * width; }
+
+  // f(first row, rows, padded rows, where the panel begins)
+  template <typename F>
+  LCW_INLINE void for_each_panel(const F& f) const {
+    for (int64_t first = 0; first < rows; first += widest) {
+      const int64_t count = std::min(widest, rows - first);
+      f(first, count, padded(count), first * width);
+    }
+  }
+
+  // f(begin, count) for the elements that are this thread's.
+  template <typename F>
+  LCW_INLINE void for_each_run(const F& f) const {
+    f(int64_t(0), size(rows, width));
+  }
+
+  LCW_INLINE void load(const T* source, T* state) const {
+    for_each_panel([&](int64_t first, int64_t count, int64_t columns, int64_t offset) LCW_LAMBDA_INLINE {
+      Products::transpose(source + first * width, width, state + offset, columns, count, width);
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t r = count; r < columns; ++r) state[offset + i * columns + r] = T(0);
+    });
+  }
+
+  LCW_INLINE void store(const T* state, T* target) const {
+    for_each_panel([&](int64_t first, int64_t count, int64_t columns, int64_t offset) LCW_LAMBDA_INLINE {
+      Products::transpose(state + offset, columns, target + first * width, width, width, count);
+    });
+  }
+
+  // out = W h + b; `bias` may be nullptr, and so may `ahead`, the matrix that comes next.
+  LCW_INLINE void multiply(const T* matrix, const T* bias, const T* state, T* out, const T* ahead) const {
+    product(matrix, width, 1, bias, state, out, ahead);
+  }
+
+  // out = W^T h
+  LCW_INLINE void multiply_transposed(const T* matrix, const T* state, T* out, const T* ahead) const {
+    product(matrix, 1, width, nullptr, state, out, ahead);
+  }
+
+  LCW_INLINE void product(
+      const T* matrix, int64_t row, int64_t k, const T* bias, const T* state, T* out, const T* ahead) const {
+    for_each_panel([&](int64_t first, int64_t, int64_t columns, int64_t offset) LCW_LAMBDA_INLINE {
+      multiply_in_parts<Products, T>(
+          {matrix, row, k, state + offset, columns, out + offset, columns, width, columns, width, false, bias,
+           first == 0 ? ahead : nullptr},
+          state_terms);
+    });
+  }
+
+  // out_i = h_{index_i}
+  LCW_INLINE void permute(const int64_t* index, const T* state, T* out) const {
+    for_each_panel([&](int64_t, int64_t, int64_t columns, int64_t offset) LCW_LAMBDA_INLINE {
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t r = 0; r < columns; ++r) out[offset + i * columns + r] = state[offset + index[i] * columns + r];
+    });
+  }
+
+  LCW_INLINE const T* row_major(const T* state, T* scratch) const {
+    store(state, scratch);
+    return scratch;
+  }
+
+  // out += source, which is row-major; `scratch` has the size of a state.
+  LCW_INLINE void add_rows(const T* source, T* scratch, T* out) const {
+    load(source, scratch);
+    for (int64_t i = 0; i < size(rows, width); ++i) out[i] += scratch[i];
+  }
+};
+
+// Few rows: row-major. Products with W run along its rows, so that it need not be transposed either.
+template <class Products, typename T>
+struct FewRows {
+  int64_t rows, width;
+  Slice units;
+
+  FewRows(int64_t rows_, int64_t width_, Slice units_) : rows(rows_), width(width_), units(units_) {}
+
+  LCW_INLINE static int64_t size(int64_t rows, int64_t width) { return rows * width; }
+
+  template <typename F>
+  LCW_INLINE void for_each_run(const F& f) const {
+    const int64_t count = units.end - units.begin;
+    if (count == width) return f(int64_t(0), rows * width);
+    for (int64_t m = 0; m < rows; ++m) f(m * width + units.begin, count);
+  }
+
+  LCW_INLINE void load(const T* source, T* state) const {
+    for_each_run([&](int64_t begin, int64_t count) LCW_LAMBDA_INLINE {
+      std::copy(source + begin, source + begin + count, state + begin);
+    });
+  }
+
+  LCW_INLINE void store(const T* state, T* target) const { load(state, target); }
+
+  LCW_INLINE void multiply(const T* matrix, const T* bias, const T* state, T* out, const T* ahead) const {
+    const int64_t count = units.end - units.begin;
+    Products::multiply_by_rows(
+        state, matrix + units.begin * width, width, out + units.begin, width, rows, count,
+        ahead ? ahead + units.begin * width : nullptr);
+    if (!bias) return;
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t i = units.begin; i < units.end; ++i) out[m * width + i] += bias[i];
+  }
+
+  LCW_INLINE void multiply_transposed(const T* matrix, const T* state, T* out, const T*) const {
+    multiply_in_parts<Products, T>(
+        {state, width, 1, matrix + units.begin, width, out + units.begin, width, rows, units.end - units.begin, width},
+        state_terms);
+  }
+
+  LCW_INLINE void permute(const int64_t* index, const T* state, T* out) const {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t i = units.begin; i < units.end; ++i) out[m * width + i] = state[m * width + index[i]];
+  }
+
+  LCW_INLINE const T* row_major(const T* state, T*) const { return state; }
+
+  LCW_INLINE void add_rows(const T* source, T*, T* out) const {
+    for_each_run([&](int64_t begin, int64_t count) LCW_LAMBDA_INLINE {
+      for (int64_t i = begin; i < begin + count; ++i) out[i] += source[i];
+    });
+  }
+};
+
+// Threads that carry the same rows and wait for each other after every step. Whoever comes within a moment is in;
+// nobody waits for a thread that the pool may never start, and when waiting goes on to be slow, because somebody else
+// has the processors, one member goes on alone. The results do not depend on who did what.
+class Team {
+ public:
+  explicit Team(int64_t expected) : expected_(expected) {}
+
+  // This thread's number, or -1 when the others have begun; `slots` are the calls it stands for.
+  int64_t join(int64_t slots) {
+    const int64_t number = members_.fetch_add(1);
+    if (number >= closed) return -1;
+    present_.fetch_add(slots);
+    if (number == 0) {
+      const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
+      while (present_.load() < expected_ && std::chrono::steady_clock::now() < deadline) pause();
+      count_.store(members_.fetch_add(closed));
+    } else {
+      while (count_.load() == 0) pause();
+    }
+    return number;
+  }
+
+  int64_t count() const { return count_.load(std::memory_order_relaxed); }
+
+  // Everything that any member wrote before is visible to every member after. Afterwards the members from count() on
+  // have nothing left to do.
+  void wait() {
+    const int64_t count = this->count();
+    if (count == 1) return;
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+      arrived_.store(0, std::memory_order_relaxed);
+      if (slow_rounds_.load(std::memory_order_relaxed) > slow_rounds_at_first + round / rounds_per_slow_one) count_.store(1);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    int64_t spins = 0;
+    for (; round_.load(std::memory_order_acquire) == round; ++spins) spins < most_spins ? pause() : std::this_thread::yield();
+    if (spins >= most_spins) slow_rounds_.fetch_add(1, std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int64_t closed = int64_t(1) << 32;
+  // About 50 microseconds, ten or more steps: a processor was taken away.
+  static constexpr int64_t most_spins = 2048, slow_rounds_at_first = 2, rounds_per_slow_one = 512;
+
+  static void pause() {
+#ifdef LCW_X86_DISPATCH
+    __builtin_ia32_pause();
+#endif
+  }
+
+  const int64_t expected_;
+  std::atomic<int64_t> members_{0}, present_{0}, count_{0}, slow_rounds_{0};
+  alignas(64) std::atomic<int64_t> arrived_{0};
+  alignas(64) std::atomic<int64_t> round_{0};
+};
+
+// What the members of a team have in common: a state or gradient, the next one, and the slopes of a segment.
+template <typename T>
+struct Shared {
+  Team team;
+  Buffer<T> now, next, slopes;
+
+  Shared(int64_t expected, int64_t size, int64_t slope_count)
+      : team(expected), now(size), next(size), slopes(slope_count * size) {}
+
+  // The units of a member: none for those that the team goes on without.
+  Slice slice(int64_t number, int64_t width) const {
+    const int64_t count = team.count();
+    return number < count ? Slice{width * number / count, width * (number + 1) / count} : Slice{0, 0};
+  }
+};
+
+// O h; or O^T h with the transposed product and the inverse permutation.
+template <class Layout, typename T>
 LCW_INLINE void apply_filter(
-    const Recurrence<T>& r, const StepMatrices<Isa, T>& matrices, const T* state, T* filtered, int64_t count) {
-  const int64_t n = r.width;
-  if (!r.permutation) {
-    multiply<Isa>(state, n, int64_t(1), matrices.filter.data(), n, n, filtered, n, count, n);
-    return;
-  }
-  for (int64_t m = 0; m < count; ++m)
-    for (int64_t i = 0; i < n; ++i) filtered[m * n + i] = state[m * n + r.permutation[i]];
+    const Recurrence<T>& r, const Permutation& permutation, const Layout& layout, int64_t l, const T* state, T* filtered) {
+  if (r.permutation)
+    layout.permute(permutation.forward, state, filtered);
+  else
+    layout.multiply(r.filter_at(l), nullptr, state, filtered, nullptr);
 }
 
-// A = W h + b + u for rows begin..begin+count-1 of step l.
-template <class Isa, typename T>
+// A = W h + b + u of step l for the rows from `begin` on.
+template <class Layout, class Weights, typename T>
 LCW_INLINE void pre_activation(
-    const Recurrence<T>& r, const StepMatrices<Isa, T>& matrices, const T* state, T* out, int64_t l, int64_t begin,
-    int64_t count) {
-  const int64_t n = r.width;
-  multiply<Isa>(state, n, int64_t(1), matrices.weight.data(), n, n, out, n, count, n);
-  if (r.bias) {
-    const T* bias = r.bias + l * r.bias_stride;
-    for (int64_t m = 0; m < count; ++m)
-      for (int64_t i = 0; i < n; ++i) out[m * n + i] += bias[i];
-  }
-  if (r.inputs) {
-    const T* input = r.inputs + (l * r.rows + begin) * n;
-    for (int64_t i = 0; i < count * n; ++i) out[i] += input[i];
-  }
+    const Recurrence<T>& r, const Layout& layout, Weights& weights, const T* state, T* scratch, T* out, int64_t l,
+    int64_t begin) {
+  const T* bias = r.bias ? r.bias + l * r.bias_stride : nullptr;
+  layout.multiply(weights.at(l), bias, state, out, weights.ahead(l + 1));
+  if (r.inputs) layout.add_rows(r.inputs + (l * r.rows + begin) * r.width, scratch, out);
 }
 
-template <class Isa, typename T>
-LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end) {
+template <class Products, class Layout, typename T>
+LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
   const Recurrence<T>& r = pass.recurrence;
-  const int64_t n = r.width, count = end - begin, size = count * n;
-  StepMatrices<Isa, T> matrices(r);
-  std::vector<T> state(pass.h0 + begin * n, pass.h0 + end * n), filtered(size), pre(size);
-  const auto copy_state = [&](T* states, int64_t index) {
-    std::copy(state.begin(), state.end(), states + (index * r.rows + begin) * n);
+  const int64_t n = r.width, rows = end - begin, size = Layout::size(rows, n);
+  Buffer<T> filtered(size), pre(size), scratch(r.inputs ? size : 0);
+  Weights<Products, T> weights(r);
+  const Permutation permutation(r);
+  Team& team = shared.team;
+  const int64_t number = team.join(slots);
+  if (number < 0) return;
+  Layout layout(rows, n, shared.slice(number, n));
+  // False when the others go on without this thread.
+  const auto meet = [&]() LCW_LAMBDA_INLINE {
+    team.wait();
+    layout.units = shared.slice(number, n);
+    return layout.units.end > 0;
   };
-  if (pass.return_states) copy_state(pass.output, 0);
+  T *state = shared.now.data(), *next = shared.next.data();
+  const auto store = [&](T* states, int64_t index) { layout.store(state, states + (index * r.rows + begin) * n); };
+
+  layout.load(pass.h0 + begin * n, state);
+  if (!meet()) return;
+  if (pass.return_states) store(pass.output, 0);
   for (int64_t l = 0; l < r.steps; ++l) {
-    if (pass.checkpoints && l % r.segment == 0) copy_state(pass.checkpoints, l / r.segment);
-    matrices.load(r, l);
-    apply_filter<Isa>(r, matrices, state.data(), filtered.data(), count);
-    pre_activation<Isa>(r, matrices, state.data(), pre.data(), l, begin, count);
+    if (pass.checkpoints && l % r.segment == 0) store(pass.checkpoints, l / r.segment);
+    apply_filter(r, permutation, layout, l, state, filtered.data());
+    pre_activation(r, layout, weights, state, scratch.data(), pre.data(), l, begin);
     const T alpha = r.alpha_at(l), beta = r.beta_at(l);
     with_activation(r.activation, [&](auto act) LCW_LAMBDA_INLINE {
-      for (int64_t i = 0; i < size; ++i) state[i] = alpha * filtered[i] + beta * act.value(pre[i]);
+      layout.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+        for (int64_t i = first; i < first + count; ++i) next[i] = alpha * filtered[i] + beta * act.value(pre[i]);
+      });
     });
-    if (pass.return_states) copy_state(pass.output, l + 1);
+    if (!meet()) return;
+    std::swap(state, next);
+    if (pass.return_states) store(pass.output, l + 1);
   }
-  if (!pass.return_states) copy_state(pass.output, 0);
+  if (!pass.return_states) store(pass.output, 0);
+}
+
+// <G_l, O h_{l-1}> and <G_l, act(A_l)> of each row, in float64: the gradients of alpha and beta.
+template <typename T>
+LCW_INLINE void scale_products(const Backward<T>& pass, const T* gradient, int64_t s, int64_t begin, int64_t end) {
+  const Recurrence<T>& r = pass.recurrence;
+  const T* filtered = pass.filtered + s * r.rows * r.width;
+  const T* activated = pass.activated + s * r.rows * r.width;
+  for (int64_t m = begin; m < end; ++m) {
+    const T* row = gradient + (m - begin) * r.width;
+    double alpha_product = 0, beta_product = 0;
+    for (int64_t i = 0; i < r.width; ++i) {
+      alpha_product += double(row[i]) * double(filtered[m * r.width + i]);
+      beta_product += double(row[i]) * double(activated[m * r.width + i]);
+    }
+    pass.alpha_products[(pass.first + s) * r.rows + m] = alpha_product;
+    pass.beta_products[(pass.first + s) * r.rows + m] = beta_product;
+  }
 }
 
 // Recompute the segment's states and slopes for some rows, then carry G back through it.
-template <class Isa, typename T>
-LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end) {
+template <class Products, class Layout, typename T>
+LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
   const Recurrence<T>& r = pass.recurrence;
-  const int64_t n = r.width, count = end - begin, size = count * n;
+  const int64_t n = r.width, rows = end - begin, size = Layout::size(rows, n);
+  Buffer<T> filtered(size), pre(size), grad_pre(size), scratch(size);
+  Weights<Products, T> weights(r);
+  const Permutation permutation(r);
+  Team& team = shared.team;
+  const int64_t number = team.join(slots);
+  if (number < 0) return;
+  Layout layout(rows, n, shared.slice(number, n));
+  // False when the others go on without this thread.
+  const auto meet = [&]() LCW_LAMBDA_INLINE {
+    team.wait();
+    layout.units = shared.slice(number, n);
+    return layout.units.end > 0;
+  };
   const auto rows_of = [&](T* buffer, int64_t index) { return buffer + (index * r.rows + begin) * n; };
-  StepMatrices<Isa, T> matrices(r);
-  std::vector<T> filtered(size), pre(size), scaled(size);
 
-  const T* checkpoint = pass.checkpoints + (pass.first / r.segment * r.rows + begin) * n;
-  std::copy(checkpoint, checkpoint + size, rows_of(pass.states, 0));
+  T *state = shared.now.data(), *next = shared.next.data();
+  layout.load(pass.checkpoints + (pass.first / r.segment * r.rows + begin) * n, state);
+  if (!meet()) return;
   for (int64_t s = 0; s < pass.count; ++s) {
     const int64_t l = pass.first + s;
-    const T* state = rows_of(pass.states, s);
-    matrices.load(r, l);
-    apply_filter<Isa>(r, matrices, state, filtered.data(), count);
-    pre_activation<Isa>(r, matrices, state, pre.data(), l, begin, count);
+    layout.store(state, rows_of(pass.states, s));
+    // The state after the segment is known to nobody and needed by nobody.
+    const bool goes_on = s + 1 < pass.count;
+    if (goes_on || pass.filtered) apply_filter(r, permutation, layout, l, state, filtered.data());
+    pre_activation(r, layout, weights, state, scratch.data(), pre.data(), l, begin);
     const T alpha = r.alpha_at(l), beta = r.beta_at(l);
-    T* slope = rows_of(pass.grad_pre, s);
-    T* next = s + 1 < pass.count ? rows_of(pass.states, s + 1) : scaled.data();
-    T* activated = pass.activated ? rows_of(pass.activated, s) : pre.data();
+    T* slopes = shared.slopes.data() + s * size;
     with_activation(r.activation, [&](auto act) LCW_LAMBDA_INLINE {
-      for (int64_t i = 0; i < size; ++i) {
-        const T a = pre[i], y = act.value(a);
-        slope[i] = beta * act.slope(a, y);
-        next[i] = alpha * filtered[i] + beta * y;
-        activated[i] = y;
-      }
+      layout.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+        for (int64_t i = first; i < first + count; ++i) {
+          const T a = pre[i], y = act.value(a);
+          slopes[i] = beta * act.slope(a, y);
+          next[i] = alpha * filtered[i] + beta * y;
+          pre[i] = y;
+        }
+      });
     });
-    if (pass.filtered) std::copy(filtered.begin(), filtered.end(), rows_of(pass.filtered, s));
+    if (pass.filtered) {
+      layout.store(filtered.data(), rows_of(pass.filtered, s));
+      layout.store(pre.data(), rows_of(pass.activated, s));
+    }
+    if (!meet()) return;
+    std::swap(state, next);
   }
 
-  T* gradient = pass.gradient + begin * n;
+  T *gradient = shared.now.data(), *next_gradient = shared.next.data();
+  layout.load(pass.gradient + begin * n, gradient);
+  if (!meet()) return;
   for (int64_t s = pass.count - 1; s >= 0; --s) {
     const int64_t l = pass.first + s;
-    if (pass.grad_states) std::copy(gradient, gradient + size, rows_of(pass.grad_states, l + 1));
-    if (pass.filtered) {
-      for (int64_t m = 0; m < count; ++m) {
-        double alpha_product = 0, beta_product = 0;
-        for (int64_t i = m * n; i < (m + 1) * n; ++i) {
-          alpha_product += double(gradient[i]) * double(rows_of(pass.filtered, s)[i]);
-          beta_product += double(gradient[i]) * double(rows_of(pass.activated, s)[i]);
-        }
-        pass.alpha_products[l * r.rows + begin + m] = alpha_product;
-        pass.beta_products[l * r.rows + begin + m] = beta_product;
-      }
-    }
-    T* grad_pre = rows_of(pass.grad_pre, s);
-    const T alpha = r.alpha_at(l);
-    for (int64_t i = 0; i < size; ++i) {
-      grad_pre[i] *= gradient[i];
-      scaled[i] = alpha * gradient[i];
-    }
-    if (r.permutation) {
-      for (int64_t m = 0; m < count; ++m)
-        for (int64_t i = 0; i < n; ++i) gradient[m * n + r.permutation[i]] = scaled[m * n + i];
-    } else {
-      multiply<Isa>(scaled.data(), n, int64_t(1), r.filter_at(l), n, n, gradient, n, count, n);
-    }
+    if (pass.grad_states) layout.store(gradient, rows_of(pass.grad_states, l + 1));
+    if (pass.filtered && number == 0)
+      scale_products(pass, layout.row_major(gradient, scratch.data()), s, begin, end);
+    const T* slopes = shared.slopes.data() + s * size;
+    for (int64_t i = 0; i < size; ++i) grad_pre[i] = slopes[i] * gradient[i];
+    layout.store(grad_pre.data(), rows_of(pass.grad_pre, s));
+    if (pass.grad_inputs) layout.store(grad_pre.data(), rows_of(pass.grad_inputs, l));
+    if (r.permutation)
+      layout.permute(permutation.inverse.data(), gradient, filtered.data());
+    else
+      layout.multiply_transposed(r.filter_at(l), gradient, filtered.data(), nullptr);
     // A sum of its own: added term by term onto the far larger filter branch, every term would be rounded at its scale.
-    multiply<Isa>(grad_pre, n, int64_t(1), r.weight_at(l), n, n, scaled.data(), n, count, n);
-    for (int64_t i = 0; i < size; ++i) gradient[i] += scaled[i];
-    if (pass.return_states) {
-      const T* direct = pass.grad_output + (l * r.rows + begin) * n;
-      for (int64_t i = 0; i < size; ++i) gradient[i] += direct[i];
-    }
-    if (pass.grad_inputs) std::copy(grad_pre, grad_pre + size, rows_of(pass.grad_inputs, l));
+    layout.multiply_transposed(weights.at(l), grad_pre.data(), pre.data(), weights.ahead(l - 1));
+    const T alpha = r.alpha_at(l);
+    layout.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+      for (int64_t i = first; i < first + count; ++i) next_gradient[i] = alpha * filtered[i] + pre[i];
+    });
+    if (pass.return_states) layout.add_rows(pass.grad_output + (l * r.rows + begin) * n, scratch.data(), next_gradient);
+    if (!meet()) return;
+    std::swap(gradient, next_gradient);
   }
-  if (pass.grad_states && pass.first == 0) std::copy(gradient, gradient + size, rows_of(pass.grad_states, 0));
+  layout.store(gradient, pass.gradient + begin * n);
+  if (pass.grad_states && pass.first == 0) layout.store(gradient, rows_of(pass.grad_states, 0));
 }
 
 // dW_l = P_l^T H_{l-1} and db_l for some layers of the segment. Biases are summed in float64.
-template <class Isa, typename T>
+template <class Products, typename T>
 LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width;
+  const bool narrow = sizeof(T) == 4 && r.weight_type != ScalarType::Float;
+  Buffer<T> wide(pass.grad_weight && narrow ? n * n : 0);
   std::vector<double> bias_sum(n);
   for (int64_t s = begin; s < end; ++s) {
     const T* grad_pre = pass.grad_pre + s * r.rows * n;
     const T* state = pass.states + s * r.rows * n;
     const int64_t l = pass.first + s;
-    if (pass.grad_weight)
-      multiply<Isa>(grad_pre, int64_t(1), n, state, n, r.rows, pass.grad_weight + l * n * n, n, n, n);
+    if (pass.grad_weight) {
+      T* target = narrow ? wide.data() : static_cast<T*>(pass.grad_weight) + l * n * n;
+      multiply_in_parts<Products, T>({grad_pre, 1, n, state, n, target, n, n, n, r.rows}, sample_terms);
+      if (narrow) Products::round(target, r.weight_type, static_cast<uint16_t*>(pass.grad_weight) + l * n * n, n * n);
+    }
     if (pass.grad_bias) {
       std::fill(bias_sum.begin(), bias_sum.end(), 0.0);
       for (int64_t m = 0; m < r.rows; ++m)
@@ -192,19 +551,19 @@ LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t
 }
 
 // The same for a weight or bias shared by all steps: output units begin..end-1, added up over the segment's samples.
-template <class Isa, typename T>
+template <class Products, typename T>
 LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, samples = pass.count * r.rows;
   if (pass.weight_sum) {
     // Short sums in T, long ones in float64: terms of one sign were off by up to 80 times eager torch's error otherwise.
-    constexpr int64_t block_samples = 16 * chunk_terms;
-    std::vector<T> sum((end - begin) * n);
+    constexpr int64_t block_samples = 16 * sample_terms;
+    Buffer<T> sum((end - begin) * n);
     for (int64_t first = 0; first < samples; first += block_samples) {
       const int64_t count = std::min(block_samples, samples - first);
-      multiply<Isa>(
-          pass.grad_pre + first * n + begin, int64_t(1), n, pass.states + first * n, n, count, sum.data(), n, end - begin,
-          n);
+      multiply_in_parts<Products, T>(
+          {pass.grad_pre + first * n + begin, 1, n, pass.states + first * n, n, sum.data(), n, end - begin, n, count},
+          sample_terms);
       for (int64_t i = 0; i < (end - begin) * n; ++i) pass.weight_sum[begin * n + i] += double(sum[i]);
     }
   }
@@ -214,39 +573,46 @@ LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, 
   }
 }
 
-// The same four functions for each instruction set; which one runs is decided once, by the processor, and for tests by
-// LCW_OPS_CPU_CAPABILITY=avx2 or portable.
+// The same functions for each instruction set; which one runs is decided once, by the processor, and for tests by
+// LCW_OPS_CPU_CAPABILITY=avx2 or portable. Rows begin..end-1, held in one of the two ways.
 template <typename T>
 struct Kernels {
-  void (*forward)(const Forward<T>&, int64_t begin, int64_t end);
-  void (*backward)(const Backward<T>&, int64_t begin, int64_t end);
+  int64_t lanes;
+  void (*forward_many)(const Forward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*forward_few)(const Forward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*backward_many)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*backward_few)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
   void (*weight_gradients)(const Backward<T>&, int64_t begin, int64_t end);
   void (*shared_weight_gradients)(const Backward<T>&, int64_t begin, int64_t end);
 };
 
-#define LCW_KERNELS(Isa, attributes)                                                                  \
-  template <typename T>                                                                               \
-  struct Isa##Kernels {                                                                               \
-    attributes static void forward(const Forward<T>& pass, int64_t begin, int64_t end) {              \
-      forward_rows<Isa>(pass, begin, end);                                                            \
-    }                                                                                                 \
-    attributes static void backward(const Backward<T>& pass, int64_t begin, int64_t end) {            \
-      backward_rows<Isa>(pass, begin, end);                                                           \
-    }                                                                                                 \
-    attributes static void weights(const Backward<T>& pass, int64_t begin, int64_t end) {             \
-      weight_gradients<Isa>(pass, begin, end);                                                        \
-    }                                                                                                 \
-    attributes static void shared_weights(const Backward<T>& pass, int64_t begin, int64_t end) {      \
-      shared_weight_gradients<Isa>(pass, begin, end);                                                 \
-    }                                                                                                 \
-    static constexpr Kernels<T> all{forward, backward, weights, shared_weights};                      \
+#define LCW_ROWS(attributes, pass_type, function, name, Layout)                                                  \
+  attributes static void name(                                                                                   \
+      const pass_type<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {                  \
+    function<Products, Layout<Products, T>>(pass, begin, end, shared, slots);                                    \
+  }
+#define LCW_KERNELS(Isa, attributes)                                                                             \
+  template <typename T>                                                                                          \
+  struct Isa##Kernels {                                                                                          \
+    using Products = Isa##Products<T>;                                                                           \
+    LCW_ROWS(attributes, Forward, forward_rows, forward_many, ManyRows)                                          \
+    LCW_ROWS(attributes, Forward, forward_rows, forward_few, FewRows)                                            \
+    LCW_ROWS(attributes, Backward, backward_rows, backward_many, ManyRows)                                       \
+    LCW_ROWS(attributes, Backward, backward_rows, backward_few, FewRows)                                         \
+    attributes static void weights(const Backward<T>& pass, int64_t begin, int64_t end) {                        \
+      weight_gradients<Products>(pass, begin, end);                                                              \
+    }                                                                                                            \
+    attributes static void shared_weights(const Backward<T>& pass, int64_t begin, int64_t end) {                 \
+      shared_weight_gradients<Products>(pass, begin, end);                                                       \
+    }                                                                                                            \
+    static constexpr Kernels<T> all{                                                                             \
+        Products::lanes, forward_many, forward_few, backward_many, backward_few, weights, shared_weights};       \
   };
 
 LCW_KERNELS(Portable, )
-#if defined(__x86_64__) && defined(__GNUC__)
-#define LCW_X86_DISPATCH 1
-LCW_KERNELS(Avx2, __attribute__((target("avx2,fma"))))
-LCW_KERNELS(Avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))))
+#ifdef LCW_X86_DISPATCH
+LCW_KERNELS(Avx2, LCW_AVX2)
+LCW_KERNELS(Avx512, LCW_AVX512)
 #endif
 
 template <typename T>
@@ -269,6 +635,9 @@ const Kernels<T>& kernels() {
 }
 
 struct Cpu {
+  // A thread's share of the units below which waiting for the others takes longer than the work saved.
+  static constexpr int64_t least_units = 32;
+
   // Fresh memory is mapped at the first touch. The gradient of 50,000 layers has 200,000 pages of 4 KB, which took
   // longer than the arithmetic of dW; in pages of 2 MB it has 400.
   static void allocated(const Tensor& tensor) {
@@ -282,24 +651,69 @@ struct Cpu {
 #endif
   }
 
+  // Vectors of rows cost the same however many of their lanes are in use; rows one by one use all lanes along the units.
+  static bool are_many(int64_t rows, int64_t lanes) {
+    const int64_t threads = stable::get_num_threads();
+    const int64_t vectors = (rows + lanes - 1) / lanes;
+    const auto busiest = [&](int64_t items) { return (items + threads - 1) / threads; };
+    return 2 * busiest(rows) > lanes * busiest(vectors);
+  }
+
+  // Calls many or few(begin, end, shared, slots) for all rows, on all threads.
+  template <typename T, typename Rows>
+  static void for_all_rows(const Recurrence<T>& r, int64_t slope_count, const Rows& many, const Rows& few) {
+    const int64_t lanes = kernels<T>().lanes, width = r.width, threads = stable::get_num_threads();
+    if (are_many(r.rows, lanes)) {
+      stable::parallel_for(0, (r.rows + lanes - 1) / lanes, 1, [&](int64_t first, int64_t last) {
+        const int64_t begin = first * lanes, end = std::min(last * lanes, r.rows);
+        Shared<T> shared(1, (last - first) * lanes * width, slope_count);
+        many(begin, end, shared, 1);
+      });
+      return;
+    }
+    const int64_t members = std::max<int64_t>(1, std::min(threads / r.rows, width / least_units));
+    if (members == 1) {
+      stable::parallel_for(0, r.rows, 1, [&](int64_t begin, int64_t end) {
+        Shared<T> shared(1, (end - begin) * width, slope_count);
+        few(begin, end, shared, 1);
+      });
+      return;
+    }
+    std::vector<std::unique_ptr<Shared<T>>> teams;
+    for (int64_t m = 0; m < r.rows; ++m) teams.push_back(std::make_unique<Shared<T>>(members, width, slope_count));
+    stable::parallel_for(0, r.rows * members, 1, [&](int64_t first, int64_t last) {
+      for (int64_t m = first / members; m * members < last; ++m) {
+        const int64_t slots = std::min(last, (m + 1) * members) - std::max(first, m * members);
+        few(m, m + 1, *teams[m], slots);
+      }
+    });
+  }
+
   template <typename T>
   static void run(const Forward<T>& pass, const Tensor&) {
-    stable::parallel_for(
-        0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { kernels<T>().forward(pass, begin, end); });
+    const Kernels<T>& all = kernels<T>();
+    const auto with = [&](auto kernel) {
+      return [&pass, kernel](int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
+        kernel(pass, begin, end, shared, slots);
+      };
+    };
+    for_all_rows(pass.recurrence, 0, with(all.forward_many), with(all.forward_few));
   }
 
   template <typename T>
   static void run_segment(const Backward<T>& pass, const Tensor&) {
-    stable::parallel_for(
-        0, pass.recurrence.rows, 1, [&](int64_t begin, int64_t end) { kernels<T>().backward(pass, begin, end); });
+    const Kernels<T>& all = kernels<T>();
+    const auto with = [&](auto kernel) {
+      return [&pass, kernel](int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
+        kernel(pass, begin, end, shared, slots);
+      };
+    };
+    for_all_rows(pass.recurrence, pass.count, with(all.backward_many), with(all.backward_few));
     if (pass.grad_weight || pass.grad_bias)
-      stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) {
-        kernels<T>().weight_gradients(pass, begin, end);
-      });
+      stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) { all.weight_gradients(pass, begin, end); });
     if (pass.weight_sum || pass.bias_sum)
-      stable::parallel_for(0, pass.recurrence.width, 1, [&](int64_t begin, int64_t end) {
-        kernels<T>().shared_weight_gradients(pass, begin, end);
-      });
+      stable::parallel_for(
+          0, pass.recurrence.width, 1, [&](int64_t begin, int64_t end) { all.shared_weight_gradients(pass, begin, end); });
   }
 };
 

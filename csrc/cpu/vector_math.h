@@ -1,16 +1,18 @@
 // Activations written so that the compiler vectorises a loop over them: no branches, no calls, no tables.
 //
 // tanh(x) = e / (e + 2) with e = expm1(2|x|), so that small arguments keep their relative accuracy; sigmoid(x) =
-// 1 / (1 + exp(-x)) from the side where the exponential decays. Both take the Taylor polynomial of expm1 on
-// |r| <= ln(2)/2, after the usual reduction x = n ln(2) + r. Error under 4 ulp in both precisions (tested).
+// 1 / (1 + exp(-x)) from the side where the exponential decays. Both take expm1(r) = r + r^2 q(r) on |r| <= ln(2)/2,
+// after the usual reduction x = n ln(2) + r. Error under 4 ulp in both precisions (tested).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "orthogonal_filter.h"
 
 #define LCW_INLINE inline __attribute__((always_inline))
+#define LCW_NOINLINE __attribute__((noinline))
 #define LCW_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace lcw_ops {
@@ -27,8 +29,8 @@ struct ExpTraits<float> {
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   // Up to here exp(x) and exp(-x) are normal numbers; tanh(x / 2) has long been 1.
   static constexpr float limit = 87.0f;
-  // r^7 / 8! < 2^-25: the first term left out.
-  static constexpr int degree = 7;
+  // q, highest power first: minimax for the relative error of expm1, which is 1.3e-8, a quarter of an ulp.
+  static constexpr float q[] = {0.00139464729f, 0.00836659782f, 0.0416662805f, 0.166665435f, 0.5f};
 };
 
 template <>
@@ -38,8 +40,10 @@ struct ExpTraits<double> {
   static constexpr double round_shift = 6755399441055744.0;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
   static constexpr double limit = 708.0;
-  // r^13 / 14! < 2^-53.
-  static constexpr int degree = 13;
+  // Taylor's: the first term left out, r^13 / 14!, is below 2^-53.
+  static constexpr double q[] = {
+      1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800., 1 / 362880., 1 / 40320.,
+      1 / 5040.,       1 / 720.,       1 / 120.,      1 / 24.,      1 / 6.,      1 / 2.};
 };
 
 // exp(x) = power + power * fraction, with power = 2^n and fraction = expm1(r).
@@ -55,28 +59,27 @@ LCW_INLINE Exponential<T> exponential(T x) {
   const T shifted = x * T(1.44269504088896340736) + Traits::round_shift;
   const T n = shifted - Traits::round_shift;
   const T r = (x - n * Traits::ln2_high) - n * Traits::ln2_low;
-  T polynomial = T(1);
+  T polynomial = Traits::q[0];
 #pragma GCC unroll 16
-  for (int k = Traits::degree; k >= 2; --k) polynomial = T(1) + polynomial * (r * (T(1) / T(k)));
+  for (size_t k = 1; k < sizeof(Traits::q) / sizeof(T); ++k) polynomial = polynomial * r + Traits::q[k];
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof(T));
   // The shift drops round_shift's own bits, whatever they are.
   bits = (bits + Traits::exponent_bias) << Traits::mantissa_bits;
   T power;
   std::memcpy(&power, &bits, sizeof(T));
-  return {power, r * polynomial};
+  return {power, r * r * polynomial + r};
 }
 
 // act(a), and act'(a) from a and y = act(a). A NaN stays a NaN in every selection.
 struct Tanh {
   template <typename T>
   LCW_INLINE static T value(T a) {
-    constexpr T limit = ExpTraits<T>::limit;
-    const T twice = T(2) * (a < T(0) ? -a : a);
-    const Exponential<T> p = exponential(twice > limit ? limit : twice);
+    constexpr T limit = ExpTraits<T>::limit / 2;
+    const T magnitude = std::abs(a);
+    const Exponential<T> p = exponential(T(2) * (magnitude > limit ? limit : magnitude));
     const T e = p.power * p.fraction + (p.power - T(1));
-    const T y = e / (e + T(2));
-    return a < T(0) ? -y : y;
+    return std::copysign(e / (e + T(2)), a);
   }
   template <typename T>
   LCW_INLINE static T slope(T, T y) {
@@ -88,7 +91,7 @@ struct Sigmoid {
   template <typename T>
   LCW_INLINE static T value(T a) {
     constexpr T limit = ExpTraits<T>::limit;
-    const T magnitude = a < T(0) ? -a : a;
+    const T magnitude = std::abs(a);
     const Exponential<T> p = exponential(-(magnitude > limit ? limit : magnitude));
     const T decay = p.power + p.power * p.fraction;
     return (a < T(0) ? decay : T(1)) / (T(1) + decay);
