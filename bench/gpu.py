@@ -1,7 +1,8 @@
 """``make gpu``: build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed.
 
 Nothing is downloaded. Each part runs alone too (``make gpu PART=test``) and logs to bench/results/<generation>-<date>-
-<part>.log, the benchmarks to a CSV beside it. LCW_OPS_GPU_<PART>_SECONDS limits a part. Exit code 1: a part failed.
+<part>.log; the benchmarks write a CSV beside it, and so does the part that finds out which kernel is the fastest at
+which width. LCW_OPS_GPU_<PART>_SECONDS limits a part. Exit code 1: a part failed.
 """
 
 import datetime
@@ -19,15 +20,27 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 # part -> its time limit in seconds, unless the environment gives another.
-SECONDS = {"build": 900, "test": 1800, "sanitize": 1800, "bench": 1800}
+SECONDS = {"build": 900, "test": 1800, "sanitize": 1800, "bench": 1800, "crossover": 900}
 
 # part -> the modules it imports, by the names pip knows them by where those differ.
 _TESTS = ("pytest", "hypothesis", "numpy", "sklearn", "matplotlib", "rich", "setuptools")
-MODULES = {"build": ("pip", "setuptools"), "test": _TESTS, "sanitize": _TESTS, "bench": ("numpy",)}
+MODULES = {
+    "build": ("pip", "setuptools"),
+    "test": _TESTS,
+    "sanitize": _TESTS,
+    "bench": ("numpy",),
+    "crossover": ("numpy",),
+}
 PIP_NAMES = {"sklearn": "scikit-learn"}
+
+# A folder of kernels -> what the names of the tests begin with that only its backend has.
+PREFIX = {"cuda": "cuda", "kernels": "triton"}
 
 # Under the sanitizer a launch takes a hundred times as long, and these launch the same kernels again.
 SAME_KERNELS_AGAIN = "thousand or gradcheck or compile or opcheck or more_elements"
+
+# In front of a command: csrc/cuda's kernels that carry one row each, instead of the fastest.
+BY_ROWS = ["env", "LCW_OPS_CUDA_KERNEL=rows"]
 
 
 def main(arguments: list[str]) -> int:
@@ -77,26 +90,31 @@ def commands(part: str, csv: Path) -> list[list[str]]:
         pip = [*python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
         return [pip, [*python, "-c", "import lcw_ops; print(lcw_ops.info())"]]
     if part == "test":
-        return [[*pytest, "tests"]]
+        # Every kernel of csrc/cuda: the one that a width chooses, and the one that takes every width.
+        return [[*pytest, "tests"], [*BY_ROWS, *pytest, *tests_of("csrc/cuda/*.cu")]]
     if part == "bench":
         return [[*python, "-m", "lcw_ops.cli", "bench", "--device", "cuda", "--out", str(csv)]]
+    if part == "crossover":
+        return [[*python, "-m", "lcw_ops.bench.crossover", str(csv.with_name(f"{csv.stem}-crossover.csv"))]]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         return []
     watched = [sanitizer, "--error-exitcode=1", "--target-processes=application-only"]
     once = [*pytest, "-k", f"not ({SAME_KERNELS_AGAIN})"]
+    of_cuda_alone = [name for name in tests_of("csrc/cuda/*.cu") if "test_cuda_" in name]
     return [
         [*watched, "--tool=memcheck", *once, *tests_of("csrc/cuda/*.cu", "kernels/[!_]*.py")],
-        # Races are between threads that share memory on chip: hand-written in CUDA, the compiler's business in Triton.
-        [*watched, "--tool=racecheck", *once, *tests_of("csrc/cuda/*.cu")],
+        # Between threads that share memory on chip: hand-written in CUDA, the compiler's business in Triton.
+        *([*watched, f"--tool={tool}", *pytest, *of_cuda_alone] for tool in ("racecheck", "synccheck")),
     ]
 
 
 def tests_of(*sources: str) -> list[str]:
-    """The test files of these kernels: one idea has one file name everywhere."""
-    stems = {path.stem for source in sources for path in ROOT.glob(source)}
-    names = sorted(f"tests/test_{stem}{suffix}.py" for stem in stems for suffix in ("", "_op"))
-    return [name for name in names if (ROOT / name).exists()]
+    """The test files of these kernels: one idea has one file name everywhere; some are a backend's own."""
+    paths = [path for source in sources for path in ROOT.glob(source)]
+    names = {f"tests/test_{path.stem}{suffix}.py" for path in paths for suffix in ("", "_op")}
+    names |= {f"tests/test_{PREFIX.get(path.parent.name)}_{path.stem}.py" for path in paths}
+    return [name for name in sorted(names) if (ROOT / name).exists()]
 
 
 def run_part(part_commands: list[list[str]], log: Path, limit: float) -> str:

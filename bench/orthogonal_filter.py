@@ -72,14 +72,13 @@ def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, 
 
     elements = sum(torch.Size(shape).numel() for shape in tensors.values()) + (steps * rows * width if over_time else 0)
     competitors = [
-        *ours(NAME, device_type, functools.partial(_torch, F.orthogonal_filter)),
+        *ours(NAME, device_type, functools.partial(_torch, F.orthogonal_filter), width),
         Competitor(EAGER, functools.partial(_torch, reference)),
         Competitor("jax lax.scan, jit", _jax, missing=_jax_missing),
     ]
-    if not backward:
-        competitors.append(Competitor("torch.compile, one step", _compiled_step, slow_start=True))
-        if device_type == "cuda" and steps <= GRAPH_STEPS:
-            competitors.append(Competitor("CUDA graph of eager", _cuda_graph))
+    competitors.append(Competitor("torch.compile, one step", _compiled_step, slow_start=True))
+    if not backward and device_type == "cuda" and steps <= GRAPH_STEPS:
+        competitors.append(Competitor("CUDA graph of eager", _cuda_graph))
     if over_time:
         competitors.append(Competitor("nn.RNN (no filter)", _rnn, checked=False))
     return Case(
@@ -132,21 +131,15 @@ def _compiled_step(inputs: dict) -> Run:
     def step(state, weight, bias, filter, alpha: float, beta: float):
         return alpha * (state @ filter.mT) + beta * torch.tanh(state @ weight.mT + bias)
 
-    weight, bias = inputs["weight"], inputs["bias"]
-    if "inputs" in inputs:
-        biases = bias + inputs["inputs"]
-        weights = [weight] * len(biases)
-    else:
-        weights, biases = weight.unbind(), bias
+    def recurrence(h0, weight, bias, filter, alpha, beta, inputs=None, return_states=False) -> Tensor:
+        biases = (bias if inputs is None else bias + inputs).unbind()
+        weights = weight.unbind() if weight.dim() == 3 else [weight] * len(biases)
+        states = [h0]
+        for weight_l, bias_l in zip(weights, biases, strict=True):
+            states.append(step(states[-1], weight_l, bias_l, filter, alpha, beta))
+        return torch.stack(states) if return_states else states[-1]
 
-    @torch.no_grad()
-    def run() -> list[Tensor]:
-        states = [inputs["h0"]]
-        for weight_l, bias_l in zip(weights, biases.unbind(), strict=True):
-            states.append(step(states[-1], weight_l, bias_l, inputs["filter"], inputs["alpha"], inputs["beta"]))
-        return [torch.stack(states) if inputs["return_states"] else states[-1]]
-
-    return run
+    return _torch(recurrence, inputs)
 
 
 def _cuda_graph(inputs: dict) -> Run:

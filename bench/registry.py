@@ -84,18 +84,21 @@ def cases(stem: str, device_type: str) -> list[Case]:
     return importlib.import_module(f"lcw_ops.bench.{stem}").cases(device_type)
 
 
-def ours(op: str, device_type: str, prepare: Callable[[dict], Run]) -> tuple[Competitor, ...]:
-    """Our op as a competitor, once per backend that can run here; plain torch only where there is no kernel.
+def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int = 0) -> tuple[Competitor, ...]:
+    """Our op as a competitor, once per backend that can run here, on float32 rows of ``width`` elements; plain torch
+    only where there is no kernel.
 
     Of an explicit request (``use_backend``, ``LCW_OPS_BACKEND``) only that backend. BackendError if it cannot run here.
     """
     if _backends.requested() is not None:
-        backends = [_backends.choose(op, torch.device(device_type))]
+        backends = [_backends.choose(op, torch.device(device_type), width)]
     else:
         backends = [
             name
             for name in _backends.BACKENDS
-            if name != "reference" and _backends.missing_reason(op, name, device_type) is None
+            if name != "reference"
+            and _backends.missing_reason(op, name, device_type) is None
+            and _backends.width_reason(op, name, width, itemsize=4) is None
         ] or ["reference"]
 
     def on(backend: str) -> Callable[[dict], Run]:

@@ -37,12 +37,25 @@ def _op_lines(op: str, device: torch.device) -> list[str]:
         chosen = _backends.choose(op, device)
     except _backends.BackendError as error:
         return [f"{op} on {device}: none. {error}"]
-    lines = [f"{op} on {device}: {chosen}"]
+    lines = [f"{op} on {device}: {chosen}{_wider(op, chosen, device)}"]
     for backend in _backends.BACKENDS:
         if backend not in (chosen, "reference"):
             reason = _backends.not_chosen_reason(op, backend, device)
             lines.append(f"  not {backend}: {reason}")
     return lines
+
+
+def _wider(op: str, chosen: str, device: torch.device) -> str:
+    """What runs beyond the width that the chosen backend ends at, if it ends anywhere."""
+    limit = _backends.MAX_ROW_BYTES.get((op, chosen))
+    if limit is None:
+        return ""
+    float32, float64 = (limit // dtype.itemsize for dtype in (torch.float32, torch.float64))
+    try:
+        wider = _backends.choose(op, device, float32 + 1)
+    except _backends.BackendError:
+        wider = "none"
+    return f"; above width {float32} in float32 and {float64} in float64: {wider}"
 
 
 def _versions() -> str:

@@ -1,4 +1,4 @@
-"""The command ``lcw-ops``: profile a very deep network, run the benchmarks, say which backends are in use.
+"""The command ``lcw-ops``: profile or train a very deep network, run the benchmarks, say which backends are in use.
 
 What a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C is 130, a failure on the way 1, with the
 traceback that its report needs.
@@ -13,6 +13,12 @@ from dataclasses import fields
 
 class UsageError(ValueError):
     """The command line cannot be understood, or asks for what this machine cannot do."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # What None stands for is said in the text.
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,50 +56,95 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     parser = _Parser(prog="lcw-ops", description="Fused kernels for very deep networks, and a profiler for them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, (help, add_arguments, run) in COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        subparser = commands.add_parser(name, help=help, description=help, formatter_class=_HelpFormatter)
         subparser.set_defaults(run=run)
         if name == command and add_arguments is not None:
             add_arguments(subparser)
     return parser
 
 
-def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
-    from lcw_ops.nn.orthogonal_filter import FILTERS
-    from lcw_ops.profile.main_job import KINDS, Settings
-    from lcw_ops.reference.orthogonal_filter import ACTIVATIONS
-
-    default = {field.name: field.default for field in fields(Settings)}
+def _adder(parser: argparse.ArgumentParser, settings: type) -> Callable:
+    """``add(name, help, ...)`` for the flags of a settings class, with its defaults."""
+    default = {field.name: field.default for field in fields(settings)}
 
     def add(name: str, help: str, **options) -> None:
         parser.add_argument(f"--{name}", default=default[name], help=help, **options)
 
+    return add
+
+
+def _add_training_arguments(add: Callable) -> None:
+    """What every command that trains takes."""
+    from lcw_ops.reference.orthogonal_filter import ACTIVATIONS
+
+    add("batch", "samples per training step", type=int)
+    add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
+    add("activation", "of every layer", choices=tuple(ACTIVATIONS))
+    add("device", "cpu, cuda, cuda:1, ...")
+    add("threads", "CPU threads; default: as many as torch takes", type=int)
+
+
+def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    from lcw_ops.nn.orthogonal_filter import FILTERS
+    from lcw_ops.profile.main_job import KINDS, Settings
+
+    add = _adder(parser, Settings)
     add("depth", "number of layers", type=int)
     add("width", "units per layer", type=int)
-    add("batch", "samples per training step, and in the measured pass", type=int)
     add("steps", "training steps; 0 measures the net as it is initialised", type=int)
     add("out", "folder for report.json, layers.csv and report.png", metavar="DIR")
     add("kind", "the net that is trained; the other two are measured beside it", choices=KINDS)
-    add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
     add("filter", "of the orthogonal-filter net", choices=FILTERS)
-    add("activation", "of every layer", choices=tuple(ACTIVATIONS))
     add("lr", "Adam's learning rate", type=float)
     add("seed", "of weights, data split and order of samples", type=int)
-    add("device", "cpu, cuda, cuda:1, ...")
-    add("threads", "CPU threads; default: as many as torch takes", type=int)
+    _add_training_arguments(add)
 
 
 def _run_profile(arguments: argparse.Namespace) -> int:
     from lcw_ops.profile import main_job
 
-    _check_backend("profile")
-    names = (field.name for field in fields(main_job.Settings))
+    return _run_job("profile", main_job, arguments)
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    from lcw_ops.nn.orthogonal_filter import FILTERS
+    from lcw_ops.train.job import DEFAULTS, KINDS, Settings
+
+    def by_kind(name: str) -> str:
+        return ", ".join(f"{values[name] or 'one per feature'} ({kind})" for kind, values in DEFAULTS.items())
+
+    add = _adder(parser, Settings)
+    add("kind", "mlp: a deep net; rnn: reads a sample feature by feature, then zeros up to depth steps", choices=KINDS)
+    add("depth", f"number of layers, or of time steps; default: {by_kind('depth')}", type=int)
+    add("width", f"units per layer; default: {by_kind('width')}", type=int)
+    add("steps", f"training steps; default: {by_kind('steps')}", type=int)
+    add("epochs", "passes over the data, instead of --steps", type=int)
+    add("lr", f"Adam's learning rate; default: {by_kind('lr')}", type=float)
+    add("c", f"weight of the nonlinear branch, beta = c / depth; default: {by_kind('c')}", type=float)
+    add("filter", f"the fixed matrix; default: {by_kind('filter')}", choices=FILTERS)
+    add("seed", "of weights and order of samples; the data split stays the same", type=int)
+    add("checkpoint", "folder for checkpoints, the last two are kept; without it none are written", metavar="DIR")
+    add("every", "steps from one checkpoint to the next", type=int)
+    add("resume", "go on from the newest checkpoint; the other arguments must be the same", action="store_true")
+    add("out", "folder for metrics.csv and model.pt, written at the end", metavar="DIR")
+    _add_training_arguments(add)
+
+
+def _run_train(arguments: argparse.Namespace) -> int:
+    from lcw_ops.train import job
+
+    return _run_job("train", job, arguments)
+
+
+def _run_job(command: str, job, arguments: argparse.Namespace) -> int:
+    """``job.run(job.Settings)`` with the arguments of these names."""
+    _check_backend(command)
+    settings = job.Settings(**{field.name: getattr(arguments, field.name) for field in fields(job.Settings)})
     try:
-        return main_job.run(main_job.Settings(**{name: getattr(arguments, name) for name in names}))
+        return job.run(settings)
     except (ValueError, OSError, ImportError) as error:
         # Only of what it checks before any work: it reports failures of the work itself.
-        raise _usage_error("profile", error) from error
+        raise _usage_error(command, error) from error
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +187,7 @@ def _check_backend(command: str) -> None:
 # name -> (help, add its arguments to a parser (None: it has none), run with the parsed ones)
 COMMANDS: dict[str, tuple[str, Callable | None, Callable]] = {
     "profile": ("train a very deep net on real images and show its layers", _add_profile_arguments, _run_profile),
+    "train": ("train a very deep net, with checkpoints to resume from", _add_train_arguments, _run_train),
     "bench": ("run the microbenchmarks", _add_bench_arguments, _run_bench),
     "info": ("which backend runs each op here, and why not another", None, _run_info),
 }

@@ -72,14 +72,18 @@ def orthogonal_filter(
     if not h0.is_meta and torch.is_autocast_enabled(h0.device.type):
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
     _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance)
-    backend = _backends.choose(_orthogonal_filter.NAME, h0.device)
+    dtype = _state_dtype(h0.dtype)
+    backend = _backends.choose(_orthogonal_filter.NAME, h0.device, h0.shape[1], dtype.itemsize)
     if backend == "reference":
         return _reference.orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states)
     steps = _count_steps(weight, bias, filter, alpha, beta, inputs)
     alpha, beta = _scale_tensors(alpha, beta, steps, h0)
-    result_dtype, dtype = h0.dtype, _state_dtype(h0.dtype)
+    result_dtype = h0.dtype
     if dtype != result_dtype:
-        h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
+        h0, bias, inputs = (_to_float32(tensor) for tensor in (h0, bias, inputs))
+        # Nearly all of the memory is the weight: where the op reads it as it is, there is no copy.
+        if backend not in _orthogonal_filter.READS_16_BIT_WEIGHT:
+            weight = _to_float32(weight)
     if not _may_need_gradient(h0, weight, bias, alpha, beta, inputs):
         segment = 0
     elif segment is None:

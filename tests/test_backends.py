@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lcw_ops
+from lcw_ops import _info
 from lcw_ops.ops import _backends, _library
 
 OPS = sorted(_backends.IMPLEMENTED)
@@ -60,6 +61,51 @@ def test_gpu_kernels_wait_until_their_tests_have_passed(op):
     """No kernel is chosen by itself on a GPU generation without a committed test log."""
     for backend in ("cuda", "triton"):
         assert "have not passed on sm_123" in _backends.unproven_reason(op, backend, (12, 3))
+
+
+@pytest.fixture
+def proven_gpu(monkeypatch):
+    """A choice as on a GPU whose kernels have all passed their tests; nothing runs there."""
+    monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
+    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
+    proven = {(op, backend): frozenset({(9, 0)}) for op in OPS for backend in ("cuda", "triton")}
+    monkeypatch.setattr(_backends, "PROVEN", proven)
+    _backends._resolve.cache_clear()
+    yield torch.device("cuda", 0)
+    _backends._resolve.cache_clear()
+
+
+def test_the_choice_on_a_gpu_goes_by_width(proven_gpu):
+    def choose(width, itemsize=4):
+        return _backends.choose("orthogonal_filter", proven_gpu, width, itemsize)
+
+    assert [choose(width) for width in (1, 128, 129, 512, 4096)] == ["triton", "triton", "cuda", "cuda", "cuda"]
+    assert [choose(width, 8) for width in (64, 65)] == ["triton", "cuda"]
+    assert _backends.choose("gradient_activation_", proven_gpu) == "triton"
+    lines = _info._op_lines("orthogonal_filter", proven_gpu)
+    assert lines[0].endswith(": triton; above width 128 in float32 and 64 in float64: cuda")
+    assert lines[2] == "  not cuda: triton comes first"
+
+
+def test_nothing_unproven_is_chosen_on_a_gpu(proven_gpu, monkeypatch):
+    monkeypatch.setattr(_backends, "PROVEN", {("orthogonal_filter", "cuda"): frozenset({(9, 0)})})
+    assert _backends.choose("orthogonal_filter", proven_gpu, 64) == "cuda"
+    monkeypatch.setattr(_backends, "PROVEN", {})
+    _backends._resolve.cache_clear()
+    assert _backends.choose("orthogonal_filter", proven_gpu, 64) == "reference"
+    with lcw_ops.use_backend("triton"):
+        assert _backends.choose("orthogonal_filter", proven_gpu, 128) == "triton"
+
+
+def test_a_request_that_is_too_wide_names_the_width(proven_gpu):
+    with lcw_ops.use_backend("triton"):
+        with pytest.raises(lcw_ops.BackendError, match="but width 300 > 128, the most triton takes in float32"):
+            _backends.choose("orthogonal_filter", proven_gpu, 300)
+        with pytest.raises(lcw_ops.BackendError, match="but width 65 > 64, the most triton takes in float64"):
+            _backends.choose("orthogonal_filter", proven_gpu, 65, 8)
+        assert (
+            "above width 128 in float32 and 64 in float64: none" in _info._op_lines("orthogonal_filter", proven_gpu)[0]
+        )
 
 
 def test_info_names_versions_devices_and_reasons():

@@ -189,6 +189,16 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.mark.parametrize("command", ["profile", "train"])
+def test_help_says_every_default(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "None" not in printed
+    for flag in ("--depth DEPTH", "--data DATA", "--filter", "--lr LR", "50000", "0.0"):
+        assert flag in printed
+
+
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["info", "--flag"]])
 def test_wrong_commands(arguments, capsys):
     assert cli.main(arguments) == 2

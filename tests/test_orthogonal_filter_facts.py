@@ -4,14 +4,20 @@ A. Ceni, arXiv 2210.01245, proves bounds of this kind; these constants are deriv
 one layer has its singular values in [alpha - beta s, alpha + beta s], and L layers in the L-th powers of that.
 """
 
+import copy
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
+from lcw_ops import data, nn, use_backend
 from lcw_ops import functional as F
-from lcw_ops import use_backend
 from lcw_ops.ops import _backends
+from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.profile import bounds
+from lcw_ops.reference.orthogonal_filter import activation_derivative
 
 pytestmark = pytest.mark.usefixtures("kernel_under_test", "made_on_device")
 
@@ -158,3 +164,136 @@ def test_the_reference_itself_against_finite_differences(activation, filter):
 
     assert torch.autograd.gradcheck(function, arguments, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+
+
+@dataclass
+class Trained:
+    """A network that has been trained on the digits in float32, its copy in float64, and a pass over some samples."""
+
+    losses: list[float]
+    growth: float  # the largest relative change of ||W_l||_2 by training
+    weight: torch.Tensor
+    bias: torch.Tensor
+    filter: torch.Tensor
+    alpha: float
+    beta: float
+    activation: str
+    states: torch.Tensor  # (L + 1, M, N)
+    grad_states: torch.Tensor  # (L + 1, M, N), of the mean loss
+    grad_weight: torch.Tensor
+
+    def gain_bounds(self):
+        """Of every layer, from the profiler's bound of ||W_l||_2 and the filter's own rounding."""
+        norms = bounds.spectral_norm_bound(self.weight).cpu().numpy()
+        deviation = bounds.filter_deviation(self.filter)
+        return bounds.layer_gain_bounds(self.alpha, self.beta, norms, LIPSCHITZ[self.activation], deviation)
+
+
+def train(activation, depth, width, steps, samples, batch=64):
+    pytest.importorskip("sklearn", reason="the digits images come with scikit-learn")
+    digits = data.load("digits").to(torch.get_default_device())
+    model = nn.OrthogonalFilterMLP(digits.features, width, depth, digits.classes, activation=activation)
+    norms_before = torch.linalg.matrix_norm(model.weight.detach().double(), 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-12)
+    loss_of = torch.nn.functional.cross_entropy
+    losses = []
+    for step in range(steps):
+        first = step * batch % (len(digits.x_train) - batch)
+        loss = loss_of(model(digits.x_train[first : first + batch]), digits.y_train[first : first + batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    norms = torch.linalg.matrix_norm(model.weight.detach().double(), 2)
+    exact = copy.deepcopy(model).double().requires_grad_(False)
+    h0 = exact.input_layer(digits.x_test[:samples].double())
+    alpha, beta = (torch.tensor([scale], dtype=torch.float64) for scale in (1 - 1 / depth, 1 / depth))
+    arguments = (exact.weight, exact.bias, exact.filter, alpha, beta)
+    states = F.orthogonal_filter(h0, *arguments, activation=activation, return_states=True)
+    last = states[-1].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(exact.output_layer(last), digits.y_test[:samples]), last)
+    _, grad_weight, *_, grad_states = op.state_gradients(
+        gradient, h0, *arguments, None, activation, op.DEFAULT_SEGMENT, _backends.requested()
+    )
+    return Trained(
+        losses,
+        (norms / norms_before - 1).abs().max().item(),
+        *arguments[:3],
+        alpha.item(),
+        beta.item(),
+        activation,
+        states,
+        grad_states,
+        grad_weight,
+    )
+
+
+# Products and singular values in float64: far below the 1e-9 that the bounds are stretched by.
+STRETCH = 1 + 1e-9
+
+
+def assert_gradients_in_bounds(net):
+    """||g_l|| from the last layer down, over all samples; returns log ||g_1|| / ||g_L|| and its bounds."""
+    injected = np.zeros(len(net.weight) + 1)
+    norms = net.grad_states.flatten(1).norm(dim=1).cpu().numpy()
+    injected[-1] = norms[-1]
+    lower, upper = bounds.gradient_norm_bounds(*net.gain_bounds(), injected)
+    depth = len(net.weight)
+    # One rounding of float64 per layer, in either direction.
+    slack = math.log(STRETCH) + depth * np.finfo(np.float64).eps
+    assert (np.log(norms) >= lower - slack).all()
+    assert (np.log(norms) <= upper + slack).all()
+    return [values[1] - values[-1] for values in (np.log(norms), lower, upper)]
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_bounds_hold_on_a_trained_net(activation):
+    """2000 layers, 20 steps on real images: every layer's Jacobian, the whole net's, gradients, weights' and states."""
+    depth, width, samples = 2000, 24, 6
+    net = train(activation, depth, width, steps=20, samples=samples)
+    assert sum(net.losses[-3:]) < 0.7 * sum(net.losses[:3]), "this net has not learned anything"
+    assert net.growth > 0.01, "the weights are still those of the initialisation"
+    norms = torch.linalg.matrix_norm(net.weight, 2)
+    bound = bounds.spectral_norm_bound(net.weight)
+    assert (norms <= bound * STRETCH).all()
+
+    lower, upper = (torch.from_numpy(values).unsqueeze(1) for values in net.gain_bounds())
+    pre_activation = torch.einsum("lmi,loi->lmo", net.states[:-1], net.weight) + net.bias.unsqueeze(1)
+    slopes = activation_derivative(pre_activation, activation)
+    layers = net.alpha * net.filter + net.beta * slopes.unsqueeze(3) * net.weight.unsqueeze(1)
+    values = torch.linalg.svdvals(layers).cpu()
+    assert (values[..., 0] <= upper * STRETCH).all()
+    assert (values[..., -1] >= lower / STRETCH).all()
+
+    scales = {"alpha": net.alpha, "beta": net.beta, "activation": activation}
+    whole = torch.linalg.svdvals(jacobian(net.states[0, 0], net.weight, net.bias, net.filter, **scales))
+    log_lower, log_upper = bounds.jacobian_bounds(*net.gain_bounds())
+    assert log_lower - 1e-9 <= whole[-1].log().item()
+    assert whole[0].log().item() <= log_upper + 1e-9
+
+    assert_gradients_in_bounds(net)
+    # Summed over the samples: dW_l = sum_m P_lm h_{l-1,m}^T.
+    by_sample = net.grad_states[1:].norm(dim=2) * net.states[:-1].norm(dim=2)
+    weight_bound = net.beta * LIPSCHITZ[activation] * by_sample.sum(1)
+    assert (net.grad_weight.flatten(1).norm(dim=1) <= weight_bound * STRETCH).all()
+    if activation == "tanh":
+        rms = net.states[1:].square().mean((1, 2)).sqrt().cpu().numpy()
+        deviation = bounds.filter_deviation(net.filter)
+        state_bound = bounds.state_rms_bound(net.alpha, net.beta, net.states[0], depth, activation, deviation)
+        assert (rms <= state_bound * STRETCH).all()
+
+
+def test_gradient_norm_across_fifty_thousand_trained_layers(capsys):
+    """From layer 50,000 to layer 1 the gradient stays within what exp(-c (1 + s)) and exp(c (s - 1)) allow, c = 1."""
+    net = train("tanh", 50_000, 16, steps=3, samples=8, batch=32)
+    measured, lower, upper = assert_gradients_in_bounds(net)
+    with capsys.disabled():
+        print(
+            f"\n50,000 layers of width 16 after {len(net.losses)} steps, loss {net.losses[0]:.3f} to "
+            f"{net.losses[-1]:.3f}: ||g_1|| / ||g_L|| = {math.exp(measured):.4f}, bounds {math.exp(lower):.4f} to "
+            f"{math.exp(upper):.4f}"
+        )
+    assert net.losses[-1] < net.losses[0]
+    # The bounds themselves say something: neither vanished nor exploded.
+    assert math.exp(lower) > 1e-3
+    assert math.exp(upper) < 100

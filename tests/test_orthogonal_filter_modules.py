@@ -158,6 +158,105 @@ def test_mlp_state_dict_round_trip_includes_the_filter(tmp_path):
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("filter", KINDS)
+def test_state_dicts_of_every_precision_come_back(filter, dtype):
+    """A float64 module holds a filter that was rounded to float32 once: still orthogonal when it is loaded."""
+    model = nn.OrthogonalFilterRNN(3, 48, filter=filter, length=5).to(dtype)
+    other = nn.OrthogonalFilterRNN(3, 48, filter=filter, length=5).to(dtype)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.filter, model.filter)
+    x = torch.randn(5, 2, 3, dtype=dtype)
+    assert torch.equal(other(x)[0], model(x)[0])
+
+
+def changed(filter, index, value):
+    filter = filter.clone()
+    filter[index] = value
+    return filter
+
+
+@pytest.mark.parametrize(
+    ("made_with", "change", "error", "message"),
+    [
+        ("haar", lambda q: changed(q, (0, 0), 2.0), ValueError, "not orthogonal"),
+        ("haar", lambda q: changed(q, (3, 4), torch.nan), ValueError, "not orthogonal"),
+        ("haar", lambda q: q.bfloat16(), TypeError, "no matrix of so few bits"),
+        ("haar", lambda q: q[:, :4], ValueError, "filter has shape"),
+        ("haar", lambda q: torch.arange(8), TypeError, "make it with the other kind"),
+        ("cyclic", lambda p: changed(p, 0, p[1]), ValueError, r"expected a permutation of 0\.\.7"),
+        ("cyclic", lambda p: p + 1, ValueError, r"expected a permutation of 0\.\.7"),
+        # Without the check torch would round these to integers.
+        ("cyclic", lambda p: p.float() + 0.5, TypeError, "make it with the other kind"),
+        ("cyclic", lambda p: torch.eye(8), TypeError, "make it with the other kind"),
+    ],
+)
+def test_a_wrong_filter_is_refused_before_anything_is_loaded(made_with, change, error, message):
+    source = torch.nn.Sequential(nn.OrthogonalFilterMLP(3, 8, 6, 2, filter=made_with))
+    state = source.state_dict()
+    state["0.filter"] = change(state["0.filter"])
+    model = torch.nn.Sequential(nn.OrthogonalFilterMLP(3, 8, 6, 2, filter=made_with))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=rf"OrthogonalFilterMLP: the state dict's 0\.filter.*{message}"):
+        model.load_state_dict(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("loaded", KINDS)
+@pytest.mark.parametrize("made_with", KINDS)
+def test_repr_names_the_filter_that_was_loaded(made_with, loaded):
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter=made_with)
+    state = {**model.state_dict(), "filter": make_filter(loaded, 8)}
+    if (made_with == "haar") != (loaded == "haar"):
+        with pytest.raises(TypeError, match="make it with the other kind"):
+            model.load_state_dict(state)
+        assert f"filter='{made_with}'" in repr(model)
+        return
+    model.load_state_dict(state)
+    # A matrix does not say how it was drawn, and might be any.
+    assert f"filter='{'tensor' if loaded == 'haar' else loaded}'" in repr(model)
+    model.load_state_dict(model.state_dict())
+    assert f"filter='{'tensor' if loaded == 'haar' else loaded}'" in repr(model)
+
+
+def test_loading_its_own_filter_keeps_its_name():
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2)
+    model.load_state_dict(model.state_dict())
+    assert "filter='haar'" in repr(model)
+    model.load_state_dict({"weight": torch.zeros(6, 8, 8)}, strict=False)
+    assert "filter='haar'" in repr(model)
+
+
+def test_a_meta_module_takes_its_filter_from_a_state_dict():
+    source = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter="permutation")
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter="cyclic", device="meta")
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert "filter='permutation'" in repr(model)
+    x = torch.randn(4, 3)
+    assert torch.equal(model(x), source(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64])
+def test_inputs_of_another_dtype_say_so(dtype):
+    message = rf"input is {dtype}, the parameters are torch.float32; convert one of them"
+    with pytest.raises(TypeError, match=f"OrthogonalFilterMLP: {message}"):
+        nn.OrthogonalFilterMLP(3, 8, 6, 2)(torch.ones(4, 3, dtype=dtype))
+    with pytest.raises(TypeError, match=f"OrthogonalFilterRNN: {message}"):
+        nn.OrthogonalFilterRNN(3, 8, length=5)(torch.ones(5, 4, 3, dtype=dtype))
+
+
+def test_autocast_takes_what_it_casts(device):
+    model = nn.OrthogonalFilterMLP(3, 8, 6, 2)
+    rnn = nn.OrthogonalFilterRNN(3, 8, length=5)
+    with torch.autocast(device.type, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert model(torch.ones(4, 3, dtype=dtype)).shape == (4, 2)
+            assert rnn(torch.ones(5, 4, 3, dtype=dtype))[0].shape == (5, 4, 8)
+        for dtype in (torch.float64, torch.int64):
+            with pytest.raises(TypeError, match=f"input is {dtype}"):
+                model(torch.ones(4, 3, dtype=dtype))
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_modules_copy_and_pickle(clone):
     model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter="permutation")
@@ -273,6 +372,7 @@ def test_rnn_parameter_count_is_the_papers():
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=torch.ones(3)), ValueError, r"beta has shape \(3,\)"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=torch.ones(2, 1)), ValueError, r"beta has shape \(2, 1\)"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2)(torch.randn(5, 4)), ValueError, r"expected \(\*, 3\)"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2)([1.0, 2.0, 3.0]), TypeError, "input is list, expected a tensor"),
         (
             lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 3), [torch.zeros(1, 2, 8)]),
             TypeError,

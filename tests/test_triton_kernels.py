@@ -1,11 +1,13 @@
 """Every Triton kernel without a GPU: compiled ahead of time for four generations, and run in Triton's interpreter.
 
-A kernel joins by being listed in its module's ``AOT_VARIANTS`` and by being tested in tests/test_<stem>_op.py. Compiled
-code must not spill; registers, shared memory and spills are printed (pytest -s, or -rP).
+A kernel joins by being listed in its module's ``AOT_VARIANTS`` and by being tested in tests/test_triton_<stem>.py, or
+in tests/test_<stem>_op.py for all backends at once. Compiled code must not spill and its shared memory must fit;
+registers, shared memory and spills are printed (pytest -s, or -rP).
 """
 
 import importlib
 import importlib.util
+import itertools
 import os
 import pkgutil
 import re
@@ -26,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+orthogonal_filter = importlib.import_module("lcw_ops.kernels.orthogonal_filter")
+
 STEMS = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__))
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,10 +37,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# A variant says which targets it is for when its tile depends on them.
 VARIANTS = [
-    pytest.param(variant, id=f"{stem}-{variant['id']}")
+    pytest.param(variant, target, id=f"{target}-{variant['kernel'].fn.__name__}-{variant['id']}")
     for stem in STEMS
     for variant in importlib.import_module(f"lcw_ops.kernels.{stem}").AOT_VARIANTS
+    for target in variant.get("targets", TARGETS)
 ]
 
 
@@ -78,8 +84,7 @@ def hip_resources(assembly: str) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "target"), VARIANTS)
 def test_compiles_without_spills(variant, target, tmp_path):
     compiled = compile_variant(variant, TARGETS[target])
     if "cubin" in compiled.asm:
@@ -87,14 +92,42 @@ def test_compiles_without_spills(variant, target, tmp_path):
     else:
         resources = hip_resources(compiled.asm["amdgcn"])
     resources["shared"] = compiled.metadata.shared
-    print(f"{target} {compiled.metadata.name} {variant['id']}: {resources}")
+    launch = {name: variant["constexprs"].get(name) for name in ("BLOCK_M", "STAGES")} | {"warps": variant["num_warps"]}
+    print(f"{target} {compiled.metadata.name} {variant['id']} {launch}: {resources}")
     assert resources["spilled"] == 0
+    assert resources["shared"] <= variant.get("shared_memory", 48 * 1024)
+
+
+def test_tiles_of_the_recurrence():
+    """As few rows as leave every program a multiprocessor; what fits on no GPU of that kind is refused by name."""
+    devices = orthogonal_filter.AOT_DEVICES
+
+    def rows_per_tile(width, rows, target, per_layer=1):
+        launch = orthogonal_filter.choose_launch(width, 4, rows, per_layer, 2 - per_layer, False, devices[target])
+        return launch["BLOCK_M"]
+
+    assert [rows_per_tile(64, rows, "sm_90") for rows in (1, 128, 529, 1057, 10**6)] == [4, 4, 8, 16, 16]
+    assert [rows_per_tile(128, rows, "sm_90") for rows in (1, 10**6)] == [4, 8]
+    assert rows_per_tile(128, 64, "sm_90", per_layer=0) == 2
+    assert rows_per_tile(64, 1, "gfx942") == 16
+    for target, width, itemsize, rows, per_layer in itertools.product(
+        devices, (1, 16, 17, 64, 65, 128), (4, 8), (1, 500, 5000), (0, 1, 2)
+    ):
+        if width * itemsize <= 512:
+            launch = orthogonal_filter.choose_launch(
+                width, itemsize, rows, per_layer, 2 - per_layer, True, devices[target]
+            )
+            assert launch["BLOCK_N"] >= max(16, width)
+            assert launch["num_warps"] in (1, 2, 4, 8, 16)
+    with pytest.raises(ValueError, match="needs 132 KB of shared memory for width 128, this GPU has 99"):
+        orthogonal_filter.choose_launch(128, 4, 32, 1, 1, False, orthogonal_filter.Device(84, 99 * 1024, False))
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_in_the_interpreter(stem):
     """The op's own tests with the triton backend; a process of its own, for Triton decides when it is imported."""
-    tests = Path(__file__).parent / f"test_{stem}_op.py"
+    folder = Path(__file__).parent
+    tests = next(path for path in (folder / f"test_triton_{stem}.py", folder / f"test_{stem}_op.py") if path.exists())
     command = [sys.executable, "-m", "pytest", str(tests), "-k", "triton", "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -88,27 +88,31 @@ LCW_PRODUCTS(Portable, )
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LCW_X86_DISPATCH 1
 #define LCW_AVX2 __attribute__((target("avx2,fma")))
+// For tests on processors without AVX-512: its tiles, carried out by pairs of AVX2 instructions.
+#ifdef LCW_AVX512_BY_AVX2
+#define LCW_AVX512 LCW_AVX2
+#else
 #define LCW_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
+#endif
 LCW_PRODUCTS(Avx2, LCW_AVX2)
 LCW_PRODUCTS(Avx512, LCW_AVX512)
 #endif
 
-// Memory that begins with a cache line, so that no vector lies across two of them; zeros.
+// Memory that begins with a cache line, so that no vector lies across two of them. Not initialised.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : memory_(count * sizeof(T) + line) {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.data());
+  explicit Buffer(int64_t count) : memory_(new unsigned char[count * sizeof(T) + line]) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.get());
     begin_ = reinterpret_cast<T*>((start + line - 1) / line * line);
   }
-  Buffer(const Buffer&) = delete;
 
   T* data() { return begin_; }
   T& operator[](int64_t i) { return begin_[i]; }
 
  private:
   static constexpr size_t line = 64;
-  std::vector<unsigned char> memory_;
+  std::unique_ptr<unsigned char[]> memory_;
   T* begin_;
 };
 
@@ -359,10 +363,13 @@ struct Shared {
   Shared(int64_t expected, int64_t size, int64_t slope_count)
       : team(expected), now(size), next(size), slopes(slope_count * size) {}
 
-  // The units of a member: none for those that the team goes on without.
+  // The units of a member: none for those that the team goes on without. Slices begin with a whole vector, so that every
+  // unit meets the same instructions however many members there are.
   Slice slice(int64_t number, int64_t width) const {
+    constexpr int64_t vector = 64 / sizeof(T);
     const int64_t count = team.count();
-    return number < count ? Slice{width * number / count, width * (number + 1) / count} : Slice{0, 0};
+    if (number >= count) return {0, 0};
+    return {width * number / count / vector * vector, number + 1 < count ? width * (number + 1) / count / vector * vector : width};
   }
 };
 
@@ -471,8 +478,7 @@ LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t en
     const int64_t l = pass.first + s;
     layout.store(state, rows_of(pass.states, s));
     // The state after the segment is known to nobody and needed by nobody.
-    const bool goes_on = s + 1 < pass.count;
-    if (goes_on || pass.filtered) apply_filter(r, permutation, layout, l, state, filtered.data());
+    if (s + 1 < pass.count || pass.filtered) apply_filter(r, permutation, layout, l, state, filtered.data());
     pre_activation(r, layout, weights, state, scratch.data(), pre.data(), l, begin);
     const T alpha = r.alpha_at(l), beta = r.beta_at(l);
     T* slopes = shared.slopes.data() + s * size;
@@ -505,7 +511,6 @@ LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t en
     const T* slopes = shared.slopes.data() + s * size;
     for (int64_t i = 0; i < size; ++i) grad_pre[i] = slopes[i] * gradient[i];
     layout.store(grad_pre.data(), rows_of(pass.grad_pre, s));
-    if (pass.grad_inputs) layout.store(grad_pre.data(), rows_of(pass.grad_inputs, l));
     if (r.permutation)
       layout.permute(permutation.inverse.data(), gradient, filtered.data());
     else
@@ -620,8 +625,12 @@ const Kernels<T>& kernels() {
 #ifdef LCW_X86_DISPATCH
   static const Kernels<T>& fastest = []() -> const Kernels<T>& {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef LCW_AVX512_BY_AVX2
+    const bool avx512 = avx2;
+#else
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
     const char* limit = std::getenv("LCW_OPS_CPU_CAPABILITY");
     const bool portable_only = limit && std::string(limit) == "portable";
     const bool avx2_only = limit && std::string(limit) == "avx2";
@@ -701,8 +710,10 @@ struct Cpu {
   }
 
   template <typename T>
-  static void run_segment(const Backward<T>& pass, const Tensor&) {
+  static void run_segment(Backward<T> pass, const Tensor&) {
     const Kernels<T>& all = kernels<T>();
+    // The gradients of the inputs are the P_l themselves: written where they are to stay.
+    if (pass.grad_inputs) pass.grad_pre = pass.grad_inputs + pass.first * pass.recurrence.rows * pass.recurrence.width;
     const auto with = [&](auto kernel) {
       return [&pass, kernel](int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
         kernel(pass, begin, end, shared, slots);

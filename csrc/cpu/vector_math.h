@@ -27,8 +27,8 @@ struct ExpTraits<float> {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
   static constexpr float round_shift = 12582912.0f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  // Up to here exp(x) and exp(-x) are normal numbers; tanh(x / 2) has long been 1.
-  static constexpr float limit = 87.0f;
+  // Beyond, exp(-x) is no normal number any more, and tanh(x / 2) has long been 1; up to here 2^n is one.
+  static constexpr float limit = 87.5f;
   // q, highest power first: minimax for the relative error of expm1, which is 1.3e-8, a quarter of an ulp.
   static constexpr float q[] = {0.00139464729f, 0.00836659782f, 0.0416662805f, 0.166665435f, 0.5f};
 };
@@ -39,7 +39,7 @@ struct ExpTraits<double> {
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
   static constexpr double round_shift = 6755399441055744.0;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
-  static constexpr double limit = 708.0;
+  static constexpr double limit = 708.5;
   // Taylor's: the first term left out, r^13 / 14!, is below 2^-53.
   static constexpr double q[] = {
       1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800., 1 / 362880., 1 / 40320.,

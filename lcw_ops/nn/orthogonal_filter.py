@@ -58,12 +58,19 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
 
 
 def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> Tensor:
+    _check_filter(filter, width, torch.finfo(filter.dtype).eps if filter.is_floating_point() else 0.0)
+    kept = filter.dtype if filter.dtype == torch.int64 else dtype
+    return filter.detach().to(dtype=kept, device=device, copy=True)
+
+
+def _check_filter(filter: Tensor, width: int, eps: float) -> None:
+    """ValueError or TypeError unless it is orthogonal to rounding of relative size ``eps``, or a permutation."""
     if filter.dtype == torch.int64:
         if filter.shape != (width,) or not torch.equal(filter.sort().values.cpu(), torch.arange(width, device="cpu")):
             raise ValueError(
                 f"filter is an int64 tensor of shape {tuple(filter.shape)}, expected a permutation of 0..{width - 1}"
             )
-        return filter.detach().to(device=device, copy=True)
+        return
     if not filter.is_floating_point():
         raise TypeError(f"filter is {filter.dtype}, expected floating point, or int64 for a permutation")
     if filter.dim() not in (2, 3) or filter.shape[-2:] != (width, width):
@@ -77,13 +84,22 @@ def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> T
     exact = filter.detach().double()
     deviation = (exact @ exact.mT - torch.eye(width, dtype=torch.float64, device=exact.device)).abs().max().item()
     # A QR in this precision leaves at most about sqrt(N) roundings in an inner product of two rows.
-    limit = 4 * math.sqrt(width) * torch.finfo(filter.dtype).eps
+    limit = 4 * math.sqrt(width) * eps
     if not deviation <= limit:
         raise ValueError(
             f"filter is not orthogonal: |O O^T - I| reaches {deviation:.3g}, at most {limit:.3g} is rounding in "
             f"{filter.dtype}. Orthogonalise it first: torch.linalg.qr(filter.double()).Q"
         )
-    return filter.detach().to(dtype=dtype, device=device, copy=True)
+
+
+def _kind_of(filter: Tensor) -> str:
+    """What a loaded filter can be called: a matrix does not say from which measure it was drawn."""
+    if filter.dtype != torch.int64:
+        return "tensor"
+    for kind in ("identity", "cyclic"):
+        if torch.equal(filter, make_filter(kind, len(filter), device=filter.device)):
+            return kind
+    return "permutation"
 
 
 class _OrthogonalFilter(nn.Module):
@@ -137,6 +153,48 @@ class _OrthogonalFilter(nn.Module):
             if moved.dtype in (torch.bfloat16, torch.float16):
                 moved.data = kept.to(dtype=torch.float32, device=moved.device)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        loaded = state_dict.get(f"{prefix}filter")
+        is_another = False
+        if isinstance(loaded, Tensor) and not loaded.is_meta:
+            self._check_loaded(loaded, f"{prefix}filter")
+            is_another = loaded.shape == self.filter.shape and (
+                self.filter.is_meta or not torch.equal(loaded.to(self.filter), self.filter)
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if is_another:
+            self.filter_kind = _kind_of(loaded)
+
+    def _check_loaded(self, filter: Tensor, key: str) -> None:
+        """ValueError or TypeError, before anything is loaded, for what would not be a filter of this module."""
+        owner = type(self).__name__
+        if (filter.dtype == torch.int64) != (self.filter.dtype == torch.int64):
+            raise TypeError(
+                f"{owner}: the state dict's {key} is {filter.dtype}, this module's is {self.filter.dtype}; make it "
+                "with the other kind of filter: a permutation or a matrix"
+            )
+        # A module turned to float64 saves a filter that was rounded to float32 once.
+        try:
+            _check_filter(filter, self.filter.shape[-1], torch.finfo(torch.float32).eps)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{owner}: the state dict's {key}: {error}") from error
+
+    def _check_input(self, name: str, input: Tensor, weight: Tensor) -> None:
+        """TypeError for what would fail further below, in words of other ops."""
+        owner = type(self).__name__
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{owner}: {name} is {type(input).__name__}, expected a tensor")
+        if input.dtype == weight.dtype:
+            return
+        # Autocast casts all but these.
+        castable = input.is_floating_point() and torch.float64 not in (input.dtype, weight.dtype)
+        if castable and torch.is_autocast_enabled(input.device.type):
+            return
+        raise TypeError(
+            f"{owner}: {name} is {input.dtype}, the parameters are {weight.dtype}; convert one of them, for instance "
+            f"{name}.to({weight.dtype})"
+        )
 
     def _init_recurrent(self, weight: Tensor, bias: Tensor) -> None:
         gain = _INIT_GAIN.get(self.activation, 1.0)
@@ -213,6 +271,7 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         self._init_recurrent(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input("input", x, self.input_layer.weight)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"OrthogonalFilterMLP: input has shape {tuple(x.shape)}, expected (*, {self.in_features})")
         h0 = self.input_layer(x).reshape(-1, self.width)
@@ -302,6 +361,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
                 f"OrthogonalFilterRNN: input has shape {tuple(input.shape)}, expected "
                 f"{'(B, T' if self.batch_first else '(T, B'}, {self.input_size}) or (T, {self.input_size})"
             )
+        self._check_input("input", input, self.weight_ih)
         batched = input.dim() == 3
         if not batched:
             input = input.unsqueeze(1)

@@ -17,7 +17,7 @@ from lcw_ops.ops import _library
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
 # In the order of preference, per kind of device.
-PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 
 # GPU kernels become the automatic choice per generation once their tests have passed on such a device: for each
 # (op, backend) the compute capabilities for which a test log is committed under bench/results/. None so far.
@@ -25,6 +25,9 @@ PROVEN: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
 
 # Backends that each op has an implementation for, in this source tree; filled by the files beside this one.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {}
+
+# The longest row (width times element size) that a backend takes: where Triton ends, the next one in the order begins.
+MAX_ROW_BYTES: dict[tuple[str, str], int] = {}
 
 # Why an extension is not there; a backend that is not in here has its extension loaded.
 _extension_missing: dict[str, str] = {}
@@ -63,6 +66,14 @@ def missing_reason(op: str, backend: str, device_type: str) -> str | None:
     return _extension_missing.get(backend)
 
 
+def width_reason(op: str, backend: str, width: int, itemsize: int) -> str | None:
+    """Why ``backend`` cannot run ``op`` on rows of ``width`` elements, or None when it can."""
+    limit = MAX_ROW_BYTES.get((op, backend))
+    if limit is None or width * itemsize <= limit:
+        return None
+    return f"width {int(width)} > {limit // itemsize}, the most {backend} takes in float{8 * itemsize}"
+
+
 def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -> str | None:
     """Why a kernel that could run is not chosen by itself: its tests have not passed on such a GPU yet."""
     if capability is None or capability in PROVEN.get((op, backend), ()):
@@ -76,28 +87,39 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 @functools.cache
-def _resolve(op: str, device: torch.device, requested: str | None) -> str:
+def _resolve(op: str, device: torch.device, requested: str | None, too_wide: tuple[tuple[str, str], ...] = ()) -> str:
+    """``too_wide`` has the backends that cannot take rows of this width, with the reason: nearly always none."""
+    reasons = dict(too_wide)
     if requested is not None:
         _check_known(requested)
-        reason = missing_reason(op, requested, device.type)
+        reason = missing_reason(op, requested, device.type) or reasons.get(requested)
         if reason is not None:
             raise BackendError(f"{op}: backend {requested!r} was requested, but {reason}")
         return requested
     capability = _capability(device)
     for backend in PREFERENCE.get(device.type, ()):
-        if missing_reason(op, backend, device.type) is None and unproven_reason(op, backend, capability) is None:
+        missing = missing_reason(op, backend, device.type) or reasons.get(backend)
+        if missing is None and unproven_reason(op, backend, capability) is None:
             return backend
     return "reference"
 
 
 @torch.compiler.assume_constant_result
-def _resolve_at_trace_time(op: str, device: torch.device, requested: str | None) -> str:
-    return _resolve(op, device, requested)
+def _resolve_at_trace_time(
+    op: str, device: torch.device, requested: str | None, too_wide: tuple[tuple[str, str], ...]
+) -> str:
+    return _resolve(op, device, requested, too_wide)
 
 
-def choose(op: str, device: torch.device) -> str:
-    """The backend that runs ``op`` on ``device`` now. BackendError when an explicit request cannot be met."""
-    return _resolve_at_trace_time(op, device, _requested)
+def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4) -> str:
+    """The backend that runs ``op`` on ``device`` now, on rows of ``width`` elements of ``itemsize`` bytes.
+
+    BackendError when an explicit request cannot be met.
+    """
+    # Outside of what is looked up: while torch.compile traces, a width may be a symbol, a reason never is.
+    reasons = [(backend, width_reason(op, backend, width, itemsize)) for name, backend in MAX_ROW_BYTES if name == op]
+    too_wide = tuple((backend, reason) for backend, reason in reasons if reason is not None)
+    return _resolve_at_trace_time(op, device, _requested, too_wide)
 
 
 def requested() -> str | None:

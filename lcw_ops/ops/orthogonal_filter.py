@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lcw_ops.ops import _backends, _library
-from lcw_ops.reference.orthogonal_filter import count_steps, orthogonal_filter_backward, orthogonal_filter_jvp
+from lcw_ops.reference.orthogonal_filter import (
+    ACTIVATIONS,
+    count_steps,
+    orthogonal_filter_backward,
+    orthogonal_filter_jvp,
+)
 
 NAME = "orthogonal_filter"
 BACKWARD = "orthogonal_filter_backward"
@@ -17,6 +22,9 @@ BACKWARD = "orthogonal_filter_backward"
 # States kept: L / segment checkpoints and one segment recomputed, so sqrt(L) is best: 128 for 16,000 layers, and
 # within 1.2 of the best for 10,000 to 50,000. A constant keeps L symbolic under torch.compile.
 DEFAULT_SEGMENT = 128
+
+# Whose op reads a bfloat16 or float16 weight beside a float32 state; for the others it is copied into float32.
+READS_16_BIT_WEIGHT = ("cpp", "cuda", "triton")
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, Tensor filter, Tensor alpha, Tensor beta, Tensor? inputs, "
@@ -49,7 +57,8 @@ def _backward_fake(
     needs_states,
 ):
     def when(needed, like):
-        return grad_output.new_empty(like.shape if needed else (0,))
+        # A weight in 16 bits beside a float32 state has a gradient in its own dtype.
+        return (weight if like is None else like).new_empty(like.shape if needed else (0,))
 
     state_shape = grad_output.shape[-2:]
     return (
@@ -98,7 +107,7 @@ def _backward_vmap(overload, info, in_dims, *arguments):
 _library.declare(
     NAME,
     f"(Tensor h0, {_ARGUMENTS}, bool return_states) -> (Tensor output, Tensor checkpoints)",
-    backends=("cpp", "cuda"),
+    backends=("cpp", "cuda", "triton"),
     fake=_forward_fake,
     autocast_dtype=torch.float32,
     vmap=_forward_vmap,
@@ -108,12 +117,90 @@ _library.declare(
     f"(Tensor grad_output, Tensor checkpoints, {_ARGUMENTS}, bool needs_weight, bool needs_bias, bool needs_scales, "
     "bool needs_inputs, bool needs_states) -> (Tensor grad_h0, Tensor grad_weight, Tensor grad_bias, "
     "Tensor grad_alpha, Tensor grad_beta, Tensor grad_inputs, Tensor grad_states)",
-    backends=("cpp", "cuda"),
+    backends=("cpp", "cuda", "triton"),
     fake=_backward_fake,
     autocast_dtype=torch.float32,
     vmap=_backward_vmap,
 )
-_backends.IMPLEMENTED[NAME] = ("cpp", "cuda")
+
+
+def _triton(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
+    # Here and not above: importing lcw_ops must not need Triton.
+    from lcw_ops.kernels import orthogonal_filter as kernels
+
+    if h0.dim() != 2 or segment < 0:
+        raise ValueError(f"{NAME}: h0 has shape {tuple(h0.shape)} and segment is {segment}; expected (M, N) and >= 0")
+    _check_arguments(h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
+    return kernels.orthogonal_filter(
+        h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states
+    )
+
+
+def _triton_backward(
+    grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
+):
+    from lcw_ops.kernels import orthogonal_filter as kernels
+
+    states = grad_output.dim() == 3 and len(grad_output) == steps + 1
+    if segment < 1 or not (states or grad_output.dim() == 2):
+        raise ValueError(f"{BACKWARD}: grad_output must be (M, N) or (L + 1, M, N), and segment at least 1")
+    state_shape = grad_output.shape[-2:]
+    expected = (-(-steps // min(segment, max(steps, 1))), *state_shape)
+    _, needs_bias, _, needs_inputs, _ = needs
+    if (
+        checkpoints.shape != expected
+        or (checkpoints.dtype, checkpoints.device) != (grad_output.dtype, grad_output.device)
+        or (needs_bias and bias is None)
+        or (needs_inputs and inputs is None)
+    ):
+        raise ValueError(f"{BACKWARD}: checkpoints {tuple(checkpoints.shape)} do not fit, expected {expected}")
+    _check_arguments(grad_output, weight, bias, filter, alpha, beta, inputs, steps, activation)
+    return kernels.orthogonal_filter_backward(
+        grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
+    )
+
+
+def _check_arguments(state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
+    """Whatever calls the op, a kernel never reads out of bounds."""
+    rows, width = state.shape[-2:]
+    reason = _backends.width_reason(NAME, "triton", width, state.itemsize)
+    if reason is not None:
+        raise _backends.BackendError(f"{NAME}: {reason}")
+
+    def fits(tensor, *shapes):
+        return tensor is None or tuple(tensor.shape) in shapes
+
+    square, scales = (width, width), ((1,), (steps,))
+    permutes = filter.dtype == torch.int64
+    if not (
+        steps >= 0
+        and fits(weight, square, (steps, *square))
+        and fits(bias, (width,), (steps, width))
+        and fits(filter, *([(width,)] if permutes else [square, (steps, *square)]))
+        and fits(alpha, *scales)
+        and fits(beta, *scales)
+        and fits(inputs, (steps, rows, width))
+    ):
+        raise ValueError(f"{NAME}: shapes do not fit each other; call lcw_ops.functional.orthogonal_filter")
+    dtype = state.dtype
+    weight_dtypes = (torch.float32, torch.bfloat16, torch.float16) if dtype == torch.float32 else (dtype,)
+    like_state = [tensor for tensor in (bias, alpha, beta, inputs, None if permutes else filter) if tensor is not None]
+    if (
+        dtype not in (torch.float32, torch.float64)
+        or weight.dtype not in weight_dtypes
+        or any(tensor.dtype != dtype for tensor in like_state)
+        or any(tensor.device != state.device for tensor in (weight, filter, *like_state))
+    ):
+        raise ValueError(f"{NAME}: dtypes or devices do not fit; call lcw_ops.functional.orthogonal_filter")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{NAME}: unknown activation {activation}")
+
+
+_library.implement(NAME, "triton", _triton)
+_library.implement(BACKWARD, "triton", _triton_backward)
+_backends.IMPLEMENTED[NAME] = ("cpp", "cuda", "triton")
+# Matrices of 128 x 128 in float32 are what one program can hold.
+_backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 
 
 def traceable(function: type[Function], with_forward_mode: type[Function]) -> type[Function]:
@@ -266,7 +353,10 @@ def _differentiable_gradients(ctx):
         *results, _ = orthogonal_filter_backward(
             grad_output, h0, weight, bias, filter, alpha, beta, inputs, ctx.activation, ctx.return_states
         )
-        return tuple(result for result in results if result is not None)
+        # The formulas compute a 16-bit weight's gradient in the state's dtype; it is rounded once.
+        return tuple(
+            result.to(like.dtype) for result, like in zip(results, arguments[1:], strict=True) if result is not None
+        )
 
     return gradients, [arguments[slot] for slot in slots], slots
 

@@ -7,7 +7,6 @@ in full.
 
 import gc
 import math
-import os
 import sys
 import time
 import traceback
@@ -39,6 +38,8 @@ from lcw_ops.profile.result import (
     write_json,
     write_rows,
 )
+from lcw_ops.train.arguments import TrainingSettings, check_memory, expect, filter_bytes, usable_device
+from lcw_ops.train.loop import Training, accuracy, evaluation_steps
 
 KINDS = ("orthogonal-filter", "residual", "plain")
 
@@ -47,58 +48,24 @@ IN_WORDS = {"orthogonal-filter": "orthogonal-filter", "residual": "un-normalised
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
 
-# Of all weights' gradients, which carry the factor beta = 1/L: Adam's usual 1e-8 would be larger than they are.
-ADAM_EPS = 1e-12
-
-# Times that the whole test set is classified: before the first step, after the last one, and between.
-EVALUATIONS = 7
-
-# More threads than this per processor only wait for each other; torch would start millions if it was asked to.
-THREADS_PER_CPU = 4
-
 # Per layer of the report: its rows in four tables, as numbers and as the text of a CSV.
 ROW_BYTES = 2000
 
 
 @dataclass
-class Settings:
+class Settings(TrainingSettings):
     """What the command line says; the defaults are the command's.
 
-    depth, width: of the network. batch: samples per step. steps: of training. lr: Adam's, for the first half of the
-    steps, then linearly to 0; the best of a grid at 30 steps, measured at 300 layers. filter: of the orthogonal-filter
-    net.
-    threads: torch's; None leaves them as they are.
+    kind: of ``KINDS``, which is trained. out: folder of the report. lr: its default is the best of a grid at 30 steps,
+    measured at 300 layers.
     """
 
-    out: str = "lcw-profile"
-    depth: int = 50_000
-    width: int = 64
-    batch: int = 64
-    steps: int = 30
     kind: str = "orthogonal-filter"
-    data: str = "digits"
-    filter: str = "haar"
-    activation: str = "tanh"
-    seed: int = 0
-    device: str = "cpu"
-    lr: float = 0.02
-    threads: int | None = None
+    out: str = "lcw-profile"
 
     def check(self) -> None:
-        """ValueError for a value that no run can have; filter and activation are checked where they are used."""
-        for name in ("depth", "width", "batch"):
-            _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _expect(self.steps >= 0, "steps", self.steps, "at least 0")
-        _expect(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "a finite number above 0")
-        most = THREADS_PER_CPU * (os.cpu_count() or 1)
-        _expect(self.threads is None or 1 <= self.threads <= most, "threads", self.threads, f"from 1 to {most}")
-        _expect(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2^63 - 1")
-        _expect(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
-
-
-def _expect(holds: bool, name: str, value, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"--{name} is {value}, expected {expected}")
+        super().check()
+        expect(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
 
 
 @dataclass
@@ -169,14 +136,14 @@ def run(settings: Settings) -> int:
         ValueError, OSError, ImportError: before any work, when an argument, the data or the folder is at fault.
     """
     settings.check()
-    device = _device(settings.device)
+    device = usable_device(settings.device)
     # A request for a backend that cannot be met shows here, and not after an hour.
-    _backends.choose(op.NAME, device)
+    _backends.choose(op.NAME, device, settings.width)
     dataset = data.load(settings.data, settings.seed)
-    _expect(
+    expect(
         settings.batch <= len(dataset.x_train), "batch", settings.batch, f"at most the {len(dataset.x_train)} samples"
     )
-    _check_memory(settings, dataset.features + dataset.classes, device)
+    check_memory(settings, *needed_bytes(settings, dataset.features + dataset.classes), device)
     # A wrong filter or activation shows in a net of one layer too, without the 800 MB.
     make_network(settings.kind, Settings(**{**asdict(settings), "depth": 1}), dataset.features, dataset.classes)
     folder = prepare_folder(settings.out)
@@ -199,41 +166,17 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        # There and back: a meta tensor has no values to train with.
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def needed_bytes(settings: Settings, ends: int) -> tuple[int, int]:
     """(on the device, of the filter on the CPU) that a run holds at the least; ``ends``: features and classes.
 
-    Weights and their gradients, with training Adam's two moments as well, and the rows of the report. Filters are made
-    in float64: random numbers, their QR factors, and the matrix.
+    Weights and their gradients, with training Adam's two moments as well, and the rows of the report.
     """
     width = settings.width
     parameters = settings.depth * width * (width + 1) + ends * (width + 1)
     network = 4 * parameters * (4 if settings.steps else 2) + ROW_BYTES * settings.depth
-    dense = settings.kind == "orthogonal-filter" and settings.filter == "haar"
-    return network, 4 * 8 * width**2 if dense else 8 * width
-
-
-def _check_memory(settings: Settings, ends: int, device: torch.device) -> None:
-    """ValueError for a network that cannot fit, before the machine swaps or kills the process."""
-    network, filter = needed_bytes(settings, ends)
-    # The network is made on the CPU before it moves.
-    on_cpu = max(filter, network if device.type == "cpu" else network // 4)
-    for place, needed in (("cpu", on_cpu), (device, network)):
-        available = machine.available_memory_bytes(place)
-        if available is not None and needed > available:
-            raise ValueError(
-                f"--depth {settings.depth} and --width {settings.width} need at least {needed / 1e9:,.1f} GB of memory "
-                f"on {place}, {available / 1e9:,.1f} GB are there; make the network smaller"
-            )
+    # The other kinds have the identity.
+    filter = settings.filter if settings.kind == "orthogonal-filter" else "identity"
+    return network, filter_bytes(filter, width)
 
 
 def _require_matplotlib() -> None:
@@ -299,26 +242,14 @@ def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> Histor
     history = History(test_accuracy=[(0, accuracy(model, dataset))])
     if settings.steps == 0:
         return history
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, eps=ADAM_EPS, fused=True)
-    # Full rate for half of the steps, then linearly to 0: the last steps settle what the large ones found.
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / settings.steps)))
-    generator = torch.Generator().manual_seed(settings.seed)
-    evaluate_after = {round(i * settings.steps / (EVALUATIONS - 1)) for i in range(EVALUATIONS)}
+    training = Training(model, dataset, settings.steps, settings.batch, settings.lr, settings.seed)
+    evaluate_after = evaluation_steps(settings.steps)
     device = dataset.x_train.device
-    order = torch.empty(0, dtype=torch.int64)
     with progress("train", settings.steps) as bar:
         for step in range(1, settings.steps + 1):
-            if len(order) < settings.batch:
-                order = torch.randperm(len(dataset.x_train), generator=generator)
-            batch, order = order[: settings.batch].to(device), order[settings.batch :]
             start = machine.now(device)
-            loss = nn.functional.cross_entropy(model(dataset.x_train[batch]), dataset.y_train[batch])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            decay.step()
+            history.loss.append(training.step())
             history.milliseconds.append((machine.now(device) - start) * 1e3)
-            history.loss.append(loss.item())
             if step in evaluate_after:
                 history.test_accuracy.append((step, accuracy(model, dataset)))
             rate = settings.depth / history.milliseconds[-1] * 1e3
@@ -327,12 +258,6 @@ def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> Histor
                 f"{history.milliseconds[-1]:.0f} ms/step  {rate:,.0f} layers/s"
             )
     return history
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, dataset: data.Dataset) -> float:
-    """Share of the test set that is classified correctly."""
-    return (model(dataset.x_test).argmax(1) == dataset.y_test).double().mean().item()
 
 
 def _write(report: Report, folder: Path, written: list[str]) -> None:

@@ -50,6 +50,11 @@ class Recurrence:
     def steps(self) -> int:
         return count_steps(*self._arguments())
 
+    @property
+    def backend(self) -> str:
+        """What carries it out now."""
+        return _backends.choose(op.NAME, self.h0.device, self.h0.shape[1], self.h0.dtype.itemsize)
+
     def _arguments(self):
         return self.weight, self.bias, self.filter, self.alpha, self.beta, self.inputs
 
@@ -159,7 +164,7 @@ def signal_norms(recurrence: Recurrence, gradient_at_end: Callable[[Tensor], Ten
 
     For a network that is read at its end: ``gradient_at_end(h_L)`` is dE/dh_L.
     """
-    backend = _backends.choose(op.NAME, recurrence.h0.device)
+    backend = recurrence.backend
     chunks, boundaries, parts = recurrence.chunks(), [recurrence.h0], []
     for steps in chunks:
         states = F.orthogonal_filter(
@@ -265,7 +270,7 @@ def shift_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tenso
 
 @torch.no_grad()
 def _backward(recurrence: Recurrence) -> dict[str, np.ndarray]:
-    backend = _backends.choose(op.NAME, recurrence.h0.device)
+    backend = recurrence.backend
     grad_states = recurrence.grad_states.to(recurrence.h0.dtype)
     everywhere = grad_states.dim() == 3
     gradient, parts = grad_states[-1] if everywhere else grad_states, []

@@ -231,9 +231,9 @@ def _watched_pass(work: _Work) -> _Watched:
         if recurrence.grad_states is None:
             recurrence.grad_states = torch.zeros_like(recurrence.h0)
     # torch's counter knows its own products; those of our compiled op are added by formula.
-    if _backends.choose(op.NAME, work.device) != "reference":
-        forward_flops += sum(replay.forward_flops(recurrence) for recurrence in recurrences)
-        backward_flops += sum(replay.backward_flops(recurrence) for recurrence in recurrences)
+    compiled = [recurrence for recurrence in recurrences if recurrence.backend != "reference"]
+    forward_flops += sum(replay.forward_flops(recurrence) for recurrence in compiled)
+    backward_flops += sum(replay.backward_flops(recurrence) for recurrence in compiled)
     norms = {
         id(parameter): gradient.double().norm().item()
         for parameter, gradient in zip(work.differentiated, gradients, strict=True)

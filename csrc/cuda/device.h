@@ -1,0 +1,98 @@
+// What only a GPU has, in small functions: dynamic shared memory, thread-block clusters, barriers in shared memory and
+// the copy engine (PTX ISA 8.1, sm_90 and later). tests/cuda_emulator/device.h is the same for a CPU.
+//
+// An mbarrier counts arrivals and bytes; a phase ends when both are complete, and the waiter names the phase's parity:
+// 0, 1, 0, ... A fresh one is in phase 0, so a wait for parity 1 returns at once.
+#pragma once
+
+#include <cstdint>
+
+namespace lcw_ops {
+
+template <typename T>
+__device__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Every thread of every block of the cluster; what was written before is seen after.
+__device__ inline void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The first `threads` threads of the block; __syncthreads is barrier 0.
+__device__ inline void barrier_of_first(int threads) { asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory"); }
+
+__device__ inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the cluster and to the copy engine; a cluster_barrier follows.
+__device__ inline void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and makes the phase wait for so many bytes; they may come before.
+__device__ inline void mbarrier_arrive_expecting(uint64_t* barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+  unsigned complete = 0;
+  while (!complete)
+    asm volatile(
+        "{\n.reg .pred complete;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n}"
+        : "=r"(complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+}
+
+// The copy engine brings bytes from global memory and counts them at the barrier; addresses and size in sixteens.
+__device__ inline void copy_in_bulk(void* target, const void* source, unsigned bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(target)),
+      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Where the block of that rank has what this one has at `pointer`.
+__device__ inline uint32_t address_in(unsigned rank, const void* pointer) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+// Stores into the shared memory of the block of that rank and counts the bytes at its barrier. Both pointers are this
+// block's own; the four values start on a multiple of 16 bytes.
+__device__ inline void send(unsigned rank, float* target, float value, uint64_t* barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+                   address_in(rank, target)),
+               "f"(value), "r"(address_in(rank, barrier))
+               : "memory");
+}
+
+__device__ inline void send_four(unsigned rank, float* target, const float* values, uint64_t* barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address_in(rank, target)),
+      "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(address_in(rank, barrier))
+      : "memory");
+}
+
+}  // namespace lcw_ops

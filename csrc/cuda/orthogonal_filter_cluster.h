@@ -1,0 +1,760 @@
+// The orthogonal-filter recurrence by thread-block clusters (sm_90 and later, float32 state, N <= 512): a cluster
+// carries a tile of the batch through all layers, each of its blocks owns up to 32 output units, a lane per unit.
+//
+// Forward, per block: the own units' rows of O_l and W_l times the whole state; what comes out is sent to every block
+// of the cluster (distributed shared memory), which starts the next layer once all of it has arrived. Backward, per
+// block: G and P of the own units times the same rows; every block receives its units' share from all others and adds
+// them up in the order of their ranks. So both directions read the same slice of the matrices, and no barrier spans the
+// cluster.
+//
+// The slices pass through shared memory in chunks of columns, brought by the copy engine ahead of the layer at work; a
+// matrix shared by all steps stays there for the whole sequence when it fits (N = 512: 64 KB of W and as much of O in
+// each of 16 blocks). One more warp does nothing but order the copies.
+//
+// Cost per layer and tile of R rows, per block of N / C units: 4 R N N/C operations from registers (both products share
+// what they read of the state), 8 N N/C bytes of slices and R N of state per warp from shared memory, 4 R N bytes sent.
+// At R = 8 arithmetic and shared memory take about as long as each other; then the latency of one exchange.
+//
+// float32 products are plain multiply-adds. A sum is cut into one part per warp (forward) or per block (backward); the
+// number of rows in a tile does not change its order.
+#pragma once
+
+#include <optional>
+
+#include "orthogonal_filter_gradients.h"
+
+namespace lcw_ops {
+
+// A lane per unit.
+constexpr int block_units = warp_size;
+// Enough warps to keep the multiply-add units busy while others wait for shared memory.
+constexpr int consumer_warps = 8;
+constexpr int consumer_threads = consumer_warps * warp_size;
+constexpr int cluster_threads = consumer_threads + warp_size;
+// 512 bytes of a float32 row: long enough for the copy engine, short enough that N = 512 has four chunks to stream.
+constexpr int chunk_columns = 128;
+constexpr int most_cluster_blocks = 16;
+constexpr int64_t most_cluster_width = most_cluster_blocks * block_units;
+
+struct ClusterShape {
+  int blocks, units;                // of a cluster; of a block
+  int filter_slots, weight_slots;  // chunks in shared memory
+};
+
+template <typename E>
+struct alignas(4 * sizeof(E)) Quad {
+  E values[4];
+};
+
+template <typename E>
+__device__ Quad<E> load_four(const E* source) {
+  return *reinterpret_cast<const Quad<E>*>(source);
+}
+
+// A row of a chunk in shared memory; sixteen bytes more, so that a column of quads is spread over all banks.
+template <typename E>
+constexpr int chunk_pitch = chunk_columns + 16 / sizeof(E);
+
+// Takes a block's shared memory apart, each piece on a multiple of 16 bytes; on the host, from nullptr, it only counts.
+class SharedPieces {
+ public:
+  LCW_HOST_DEVICE explicit SharedPieces(unsigned char* start) : start_(start) {}
+
+  template <typename E>
+  LCW_HOST_DEVICE E* take(int64_t count) {
+    unsigned char* piece = start_ + bytes_;
+    bytes_ += (count * sizeof(E) + 15) / 16 * 16;
+    return reinterpret_cast<E*>(piece);
+  }
+  LCW_HOST_DEVICE size_t bytes() const { return bytes_; }
+
+ private:
+  unsigned char* start_;
+  size_t bytes_ = 0;
+};
+
+template <typename W>
+struct RingMemory {
+  float* filter;
+  W* weight;
+  uint64_t *filter_barriers, *weight_barriers;  // two per slot
+
+  LCW_HOST_DEVICE RingMemory(SharedPieces& pieces, const ClusterShape& shape)
+      : filter(pieces.take<float>(int64_t(shape.filter_slots) * shape.units * chunk_pitch<float>)),
+        weight(pieces.take<W>(int64_t(shape.weight_slots) * shape.units * chunk_pitch<W>)),
+        filter_barriers(pieces.take<uint64_t>(2 * shape.filter_slots)),
+        weight_barriers(pieces.take<uint64_t>(2 * shape.weight_slots)) {}
+};
+
+LCW_HOST_DEVICE inline int state_pitch(int64_t width) { return int(width + 3) / 4 * 4; }
+
+// Forward: the whole state, twice; and the warps' partial sums of both products.
+template <int R>
+struct ForwardMemory {
+  float *states, *partials;
+  uint64_t* inbox;
+
+  LCW_HOST_DEVICE ForwardMemory(SharedPieces& pieces, const ClusterShape&, const Recurrence<float>& r)
+      : states(pieces.take<float>(2 * R * state_pitch(r.width))),
+        partials(pieces.take<float>(consumer_warps * 2 * R * warp_size)),
+        inbox(pieces.take<uint64_t>(2)) {}
+};
+
+// Backward: alpha G and P of the own units; and what every block sends, with one place more for a permutation's. All
+// twice: a warp that has received everything may write the next while another still multiplies.
+template <int R>
+struct BackwardMemory {
+  float *scaled, *grad_pre, *received;
+  int* seen;
+  uint64_t* inbox;
+
+  LCW_HOST_DEVICE BackwardMemory(SharedPieces& pieces, const ClusterShape& shape, const Recurrence<float>& r)
+      : scaled(pieces.take<float>(2 * shape.units * R)),
+        grad_pre(pieces.take<float>(2 * shape.units * R)),
+        received(pieces.take<float>(2 * (shape.blocks + 1) * shape.units * R)),
+        seen(pieces.take<int>(r.width)),
+        inbox(pieces.take<uint64_t>(2)) {}
+
+  // Of step 1, 2, ...
+  __device__ BackwardMemory of_step(int64_t step, const ClusterShape& shape) const {
+    const int odd = int(step % 2);
+    BackwardMemory memory = *this;
+    memory.scaled += odd * shape.units * R, memory.grad_pre += odd * shape.units * R;
+    memory.received += odd * (shape.blocks + 1) * shape.units * R;
+    memory.inbox += odd;
+    return memory;
+  }
+};
+
+// The block's rows of a matrix per layer on their way through shared memory. The producer fills the slots in the order
+// in which the consumers take them; each warp follows with a Ring of its own.
+template <typename E>
+class Ring {
+ public:
+  __device__ Ring(
+      const E* matrix, int64_t layer_stride, int64_t width, int first_unit, int units, E* slots, uint64_t* barriers,
+      int slot_count, int slot_units)
+      : matrix_(matrix),
+        layer_stride_(layer_stride),
+        width_(int(width)),
+        first_unit_(first_unit),
+        units_(units),
+        slots_(slots),
+        full_(barriers),
+        empty_(barriers + slot_count),
+        slot_count_(slot_count),
+        slot_size_(slot_units * chunk_pitch<E>),
+        chunks_((int(width) + chunk_columns - 1) / chunk_columns),
+        in_bulk_(width * sizeof(E) % 16 == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
+
+  // By one thread, before anything else.
+  __device__ void init() {
+#pragma unroll 1
+    for (int slot = 0; slot < slot_count_; ++slot) {
+      mbarrier_init(full_ + slot, in_bulk_ ? 1 : warp_size);
+      mbarrier_init(empty_ + slot, consumer_warps);
+    }
+  }
+
+  // By all lanes of the producer.
+  __device__ void fill(int64_t l, int chunk) {
+    if (resident() && filled_ == chunks_) return;
+    ++filled_;
+    mbarrier_wait(empty_ + slot_, parity_ ^ 1);
+    const int begin = chunk * chunk_columns, columns = min(chunk_columns, width_ - begin);
+    const E* source = matrix_ + l * layer_stride_ + int64_t(first_unit_) * width_ + begin;
+    if (in_bulk_)
+      copy_in_bulk_by_warp(source, columns);
+    else
+      copy_by_warp(source, columns);
+    advance();
+  }
+
+  // The next chunk: rows of chunk_pitch<E>, columns filled up with zeros to a multiple of four.
+  __device__ const E* acquire() {
+    mbarrier_wait(full_ + slot_, parity_);
+    return slots_ + slot_ * slot_size_;
+  }
+
+  __device__ void release() {
+    if (!resident()) {
+      __syncwarp();
+      if (threadIdx.x % warp_size == 0) mbarrier_arrive(empty_ + slot_);
+    }
+    advance();
+  }
+
+ private:
+  __device__ bool resident() const { return layer_stride_ == 0 && slot_count_ == chunks_; }
+
+  __device__ void advance() {
+    if (++slot_ < slot_count_) return;
+    slot_ = 0;
+    if (!resident()) parity_ ^= 1;
+  }
+
+  __device__ void copy_in_bulk_by_warp(const E* source, int columns) {
+    E* slot = slots_ + slot_ * slot_size_;
+    const int lane = threadIdx.x % warp_size;
+    const unsigned bytes = columns * sizeof(E);
+    if (lane == 0) mbarrier_arrive_expecting(full_ + slot_, units_ * bytes);
+    __syncwarp();
+#pragma unroll 1
+    for (int unit = lane; unit < units_; unit += warp_size)
+      copy_in_bulk(slot + unit * chunk_pitch<E>, source + int64_t(unit) * width_, bytes, full_ + slot_);
+  }
+
+  // Rows that do not start on multiples of 16 bytes.
+  __device__ void copy_by_warp(const E* source, int columns) {
+    E* slot = slots_ + slot_ * slot_size_;
+#pragma unroll 1
+    for (int unit = 0; unit < units_; ++unit)
+      for (int column = threadIdx.x % warp_size; column < (columns + 3) / 4 * 4; column += warp_size)
+        slot[unit * chunk_pitch<E> + column] = column < columns ? source[int64_t(unit) * width_ + column] : E(0.0f);
+    mbarrier_arrive(full_ + slot_);
+  }
+
+  const E* matrix_;
+  int64_t layer_stride_;
+  int width_, first_unit_, units_;
+  E* slots_;
+  uint64_t *full_, *empty_;
+  int slot_count_, slot_size_, chunks_;
+  bool in_bulk_;
+  int slot_ = 0, filled_ = 0;
+  unsigned parity_ = 0;
+};
+
+// What a thread knows of its place; and both rings, which every warp follows.
+template <typename W, int R>
+struct ClusterBlock {
+  const Recurrence<float>& r;
+  int rank, blocks, slot_units, first_unit, units;
+  int64_t first_row;
+  int chunks;
+  Ring<float> filter;
+  Ring<W> weight;
+
+  __device__ ClusterBlock(const Recurrence<float>& recurrence, const ClusterShape& shape, const RingMemory<W>& memory)
+      : r(recurrence),
+        rank(cluster_rank()),
+        blocks(shape.blocks),
+        slot_units(shape.units),
+        first_unit(rank * shape.units),
+        units(max(0, min(shape.units, int(r.width) - first_unit))),
+        first_row(int64_t(blockIdx.x) / shape.blocks * R),
+        chunks((int(r.width) + chunk_columns - 1) / chunk_columns),
+        filter(
+            r.filter, r.filter_stride, r.width, first_unit, units, memory.filter, memory.filter_barriers,
+            shape.filter_slots, shape.units),
+        weight(
+            static_cast<const W*>(r.weight), r.weight_stride, r.width, first_unit, units, memory.weight,
+            memory.weight_barriers, shape.weight_slots, shape.units) {}
+
+  __device__ bool is_producer() const { return threadIdx.x >= consumer_threads; }
+  __device__ int warp() const { return threadIdx.x / warp_size; }
+  __device__ int lane() const { return threadIdx.x % warp_size; }
+
+  // By every thread of the cluster; nobody sends before all barriers are there.
+  __device__ void init_barriers(uint64_t* inbox) {
+    if (threadIdx.x == 0) {
+      if (!r.permutation) filter.init();
+      weight.init();
+      mbarrier_init(inbox, 1);
+      mbarrier_init(inbox + 1, 1);
+      mbarrier_init_fence();
+    }
+    cluster_barrier();
+  }
+
+  __device__ void produce_layer(int64_t l) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      if (!r.permutation) filter.fill(l, chunk);
+      weight.fill(l, chunk);
+    }
+  }
+};
+
+// Step s of a pass waits for its inbox; steps alternate between two, and step 0 needs none.
+__device__ inline unsigned inbox_parity(int64_t s) { return (s - 1) / 2 % 2; }
+
+// The warp's quads of one chunk of columns, times R rows of the state.
+template <bool filters, typename W, int R>
+__device__ void multiply_chunk(
+    const float* filter, const W* weight, const float* state, int pitch, int columns, int warp, float* filter_terms,
+    float* weight_terms) {
+#pragma unroll 2
+  for (int column = 4 * warp; column < columns; column += 4 * consumer_warps) {
+    const Quad<W> w = load_four(weight + column);
+    const Quad<float> o = filters ? load_four(filter + column) : Quad<float>{};
+#pragma unroll
+    for (int row = 0; row < R; ++row) {
+      const Quad<float> h = load_four(state + row * pitch + column);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        weight_terms[row] += static_cast<float>(w.values[k]) * h.values[k];
+        if (filters) filter_terms[row] += o.values[k] * h.values[k];
+      }
+    }
+  }
+}
+
+// Both products of the own units with the whole state, this warp's part of the columns.
+template <typename W, int R>
+__device__ void multiply_state(ClusterBlock<W, R>& block, const float* state, int pitch, float* partials) {
+  const int n = int(block.r.width), row_of_lane = max(0, min(block.lane(), block.units - 1));
+  float filter_terms[R] = {}, weight_terms[R] = {};
+#pragma unroll 1
+  for (int chunk = 0; chunk < block.chunks; ++chunk) {
+    const int begin = chunk * chunk_columns, columns = min(chunk_columns, n - begin);
+    const W* weight = block.weight.acquire() + row_of_lane * chunk_pitch<W>;
+    if (block.r.permutation) {
+      multiply_chunk<false, W, R>(
+          nullptr, weight, state + begin, pitch, columns, block.warp(), filter_terms, weight_terms);
+    } else {
+      const float* filter = block.filter.acquire() + row_of_lane * chunk_pitch<float>;
+      multiply_chunk<true, W, R>(
+          filter, weight, state + begin, pitch, columns, block.warp(), filter_terms, weight_terms);
+      block.filter.release();
+    }
+    block.weight.release();
+  }
+#pragma unroll
+  for (int row = 0; row < R; ++row) {
+    partials[((block.warp() * 2 + 0) * R + row) * warp_size + block.lane()] = filter_terms[row];
+    partials[((block.warp() * 2 + 1) * R + row) * warp_size + block.lane()] = weight_terms[row];
+  }
+}
+
+template <int R>
+__device__ float sum_partials(const float* partials, int product, int row, int unit) {
+  float sum = 0;
+  for (int warp = 0; warp < consumer_warps; ++warp)
+    sum += partials[((warp * 2 + product) * R + row) * warp_size + unit];
+  return sum;
+}
+
+// One element of the tile, the same for the whole pass; the thread's `which`-th.
+struct Element {
+  bool exists, in_batch;  // a tile at the end of the batch has rows of zeros
+  int row, unit;
+  int64_t m, i;
+};
+
+// Neighbouring threads: neighbouring units.
+template <typename W, int R>
+__device__ Element forward_element(const ClusterBlock<W, R>& block, int which) {
+  const int index = threadIdx.x + which * consumer_threads;
+  Element e;
+  e.row = index / warp_size, e.unit = index % warp_size;
+  e.exists = e.row < R && e.unit < block.units;
+  e.m = block.first_row + e.row, e.i = block.first_unit + e.unit;
+  e.in_batch = e.exists && e.m < block.r.rows;
+  return e;
+}
+
+// Neighbouring threads: neighbouring rows, as the own units' G and P lie in shared memory.
+template <typename W, int R>
+__device__ Element backward_element(const ClusterBlock<W, R>& block, int which) {
+  const int index = threadIdx.x + which * consumer_threads;
+  Element e;
+  e.row = index % R, e.unit = index / R;
+  e.exists = e.unit < block.units;
+  e.m = block.first_row + e.row, e.i = block.first_unit + e.unit;
+  e.in_batch = e.exists && e.m < block.r.rows;
+  return e;
+}
+
+template <int R>
+constexpr int elements_per_thread = (R * block_units + consumer_threads - 1) / consumer_threads;
+
+// What is carried through layers first..first+count-1, and what is written on the way unless it is nullptr.
+struct Carry {
+  const float* start;  // (M, N)
+  int64_t first, count;
+  float* last;         // (M, N), after the last layer
+  float* checkpoints;  // every segment-th state from the first on
+  // (count, M, N), of every layer: the state before it, beta act'(A), O h and act(A).
+  float *states, *slopes, *filtered, *activated;
+};
+
+inline Carry forward_carry(const Forward<float>& pass) {
+  const Recurrence<float>& r = pass.recurrence;
+  Carry carry{};
+  carry.start = pass.h0, carry.count = r.steps, carry.checkpoints = pass.checkpoints;
+  carry.states = pass.return_states ? pass.output : nullptr;
+  carry.last = pass.return_states ? pass.output + r.steps * r.rows * r.width : pass.output;
+  return carry;
+}
+
+inline Carry recomputing_carry(const Backward<float>& pass) {
+  const Recurrence<float>& r = pass.recurrence;
+  Carry carry{};
+  carry.start = pass.checkpoints + pass.first / r.segment * r.rows * r.width;
+  carry.first = pass.first, carry.count = pass.count;
+  carry.states = pass.states, carry.slopes = pass.grad_pre;
+  carry.filtered = pass.filtered, carry.activated = pass.activated;
+  return carry;
+}
+
+// Of the element e, before and after layer l with O h = filtered, pre-activation pre, act(A) = y.
+__device__ inline void write_forward(
+    const Recurrence<float>& r, const Carry& carry, const Element& e, int64_t l, float state, float filtered, float pre,
+    float y) {
+  if (!e.in_batch) return;
+  const int64_t place = ((l - carry.first) * r.rows + e.m) * r.width + e.i;
+  if (carry.states) carry.states[place] = state;
+  if (carry.slopes) carry.slopes[place] = r.beta_at(l) * activation_slope(pre, y, r.activation);
+  if (carry.filtered) carry.filtered[place] = filtered, carry.activated[place] = y;
+  if (carry.checkpoints && l % r.segment == 0)
+    carry.checkpoints[(l / r.segment * r.rows + e.m) * r.width + e.i] = state;
+}
+
+// Below sm_90 nothing of this exists, and nobody launches it.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define LCW_HAS_CLUSTERS 1
+#else
+#define LCW_HAS_CLUSTERS 0
+#endif
+
+template <typename W, int R>
+__global__ void __launch_bounds__(cluster_threads, 1)
+    forward_cluster(const Recurrence<float> r, const Carry carry, ClusterShape shape) {
+#if LCW_HAS_CLUSTERS
+  SharedPieces pieces(dynamic_shared<unsigned char>());
+  const RingMemory<W> rings(pieces, shape);
+  const ForwardMemory<R> memory(pieces, shape, r);
+  ClusterBlock<W, R> block(r, shape, rings);
+  const int64_t n = r.width;
+  const int pitch = state_pitch(n);
+  constexpr int elements = elements_per_thread<R>;
+#pragma unroll 1
+  for (int index = threadIdx.x; !block.is_producer() && index < R * pitch; index += consumer_threads) {
+    const int64_t m = block.first_row + index / pitch, i = index % pitch;
+    memory.states[index] = m < r.rows && i < n ? carry.start[m * n + i] : 0.0f;
+    memory.states[R * pitch + index] = 0;
+  }
+  block.init_barriers(memory.inbox);
+  if (block.is_producer()) {
+#pragma unroll 1
+    for (int64_t s = 0; s < carry.count; ++s) block.produce_layer(carry.first + s);
+    cluster_barrier();
+    return;
+  }
+  float current[elements];
+  int64_t from[elements] = {};
+  for (int which = 0; which < elements; ++which) {
+    const Element e = forward_element(block, which);
+    if (!e.exists) continue;
+    current[which] = memory.states[e.row * pitch + e.i];
+    if (r.permutation) from[which] = r.permutation[e.i];
+    // The public function has checked it; the op itself cannot without waiting for the device.
+    if (from[which] < 0 || from[which] >= n) __trap();
+  }
+  for (int64_t s = 0; s < carry.count; ++s) {
+    const int64_t l = carry.first + s;
+    const bool last = s + 1 == carry.count;
+    const float* state = memory.states + s % 2 * R * pitch;
+    float* next = memory.states + (s + 1) % 2 * R * pitch;
+    uint64_t* next_inbox = memory.inbox + (s + 1) % 2;
+    if (!last && threadIdx.x == 0) mbarrier_arrive_expecting(next_inbox, unsigned(R * n * sizeof(float)));
+    // Read now, used when the products are there.
+    const float alpha = r.alpha_at(l), beta = r.beta_at(l);
+    float shift[elements] = {};
+    for (int which = 0; which < elements; ++which) {
+      const Element e = forward_element(block, which);
+      if (e.exists && r.bias) shift[which] = r.bias[l * r.bias_stride + e.i];
+      if (e.in_batch && r.inputs) shift[which] += r.inputs[(l * r.rows + e.m) * n + e.i];
+    }
+    if (s > 0) mbarrier_wait(memory.inbox + s % 2, inbox_parity(s));
+    multiply_state(block, state, pitch, memory.partials);
+    barrier_of_first(consumer_threads);
+    for (int which = 0; which < elements; ++which) {
+      const Element e = forward_element(block, which);
+      if (!e.exists) continue;
+      const float before = current[which];
+      const float filtered = r.permutation ? state[e.row * pitch + from[which]]
+                                           : sum_partials<R>(memory.partials, 0, e.row, e.unit);
+      const float pre = sum_partials<R>(memory.partials, 1, e.row, e.unit) + shift[which];
+      const float y = activate(pre, r.activation);
+      current[which] = alpha * filtered + beta * y;
+      // The others wait for this; what only later kernels read comes after.
+#pragma unroll 2
+      for (int rank = 0; rank < block.blocks && !last; ++rank)
+        send(rank, next + e.row * pitch + e.i, current[which], next_inbox);
+      write_forward(r, carry, e, l, before, filtered, pre, y);
+    }
+  }
+  for (int which = 0; which < elements; ++which) {
+    const Element e = forward_element(block, which);
+    if (e.in_batch && carry.last) carry.last[e.m * n + e.i] = current[which];
+  }
+  // No block ends while another still sends to it.
+  cluster_barrier();
+#endif
+}
+
+// What a step of the backward pass reads of an element from global memory, a step ahead.
+struct BackwardRead {
+  float slope, filtered, activated, grad_output;
+};
+
+__device__ inline BackwardRead read_backward(const Backward<float>& pass, const Element& e, int64_t s) {
+  const Recurrence<float>& r = pass.recurrence;
+  BackwardRead read{};
+  if (!e.in_batch || s < 0) return read;
+  const int64_t place = (s * r.rows + e.m) * r.width + e.i;
+  read.slope = pass.grad_pre[place];
+  if (pass.filtered) read.filtered = pass.filtered[place], read.activated = pass.activated[place];
+  if (pass.return_states) read.grad_output = pass.grad_output[((pass.first + s) * r.rows + e.m) * r.width + e.i];
+  return read;
+}
+
+// P from G: into shared memory for the products, and into global memory for all that is made of it.
+template <int R>
+__device__ void write_backward(
+    const Backward<float>& pass, const BackwardMemory<R>& memory, const Element& e, int64_t s, float gradient,
+    const BackwardRead& read) {
+  const Recurrence<float>& r = pass.recurrence;
+  const int64_t l = pass.first + s, row = s * r.rows + e.m;
+  const float grad_pre = gradient * read.slope;
+  memory.scaled[e.unit * R + e.row] = r.alpha_at(l) * gradient;
+  memory.grad_pre[e.unit * R + e.row] = grad_pre;
+  if (!e.in_batch) return;
+  pass.grad_pre[row * r.width + e.i] = grad_pre;
+  if (pass.grad_inputs) pass.grad_inputs[(l * r.rows + e.m) * r.width + e.i] = grad_pre;
+  if (pass.grad_states) pass.grad_states[((l + 1) * r.rows + e.m) * r.width + e.i] = gradient;
+  // scale_products sums them up.
+  if (pass.filtered) {
+    pass.filtered[row * r.width + e.i] = gradient * read.filtered;
+    pass.activated[row * r.width + e.i] = gradient * read.activated;
+  }
+}
+
+// alpha G O + P W over the own units, for the columns of all blocks; a warp has 32 of them at a time.
+template <typename W, int R>
+__device__ void multiply_gradient(
+    ClusterBlock<W, R>& block, const BackwardMemory<R>& memory) {
+  constexpr int groups = chunk_columns / warp_size;
+  const int n = int(block.r.width);
+#pragma unroll 1
+  for (int chunk = 0; chunk < block.chunks; ++chunk) {
+    const float* filter = block.r.permutation ? nullptr : block.filter.acquire();
+    const W* weight = block.weight.acquire();
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+      const int column = group * warp_size + block.lane(), i = chunk * chunk_columns + column;
+      if ((chunk * groups + group) % consumer_warps != block.warp() || i - block.lane() >= n) continue;
+      float filter_terms[R] = {}, weight_terms[R] = {};
+#pragma unroll 4
+      for (int unit = 0; unit < block.units; ++unit) {
+        const float w = static_cast<float>(weight[unit * chunk_pitch<W> + column]);
+        const float o = filter ? filter[unit * chunk_pitch<float> + column] : 0.0f;
+#pragma unroll
+        for (int row = 0; row < R; row += 4) {
+          const Quad<float> scaled = load_four(memory.scaled + unit * R + row);
+          const Quad<float> grad_pre = load_four(memory.grad_pre + unit * R + row);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            weight_terms[row + k] += grad_pre.values[k] * w;
+            if (filter) filter_terms[row + k] += scaled.values[k] * o;
+          }
+        }
+      }
+      if (i >= n) continue;
+      // At most 32 terms each: the sum of both is rounded as a partial sum is.
+#pragma unroll
+      for (int row = 0; row < R; ++row) weight_terms[row] += filter_terms[row];
+      const int owner = i / block.slot_units, unit = i % block.slot_units;
+      float* place = memory.received + (block.rank * block.slot_units + unit) * R;
+#pragma unroll
+      for (int row = 0; row < R; row += 4) send_four(owner, place + row, weight_terms + row, memory.inbox);
+    }
+    if (filter) block.filter.release();
+    block.weight.release();
+  }
+}
+
+// A permutation that names an index twice would leave others waiting for ever.
+__device__ inline void check_permutation(const Recurrence<float>& r, int* seen) {
+  for (int64_t i = threadIdx.x; i < r.width; i += cluster_threads) seen[i] = 0;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < r.width; i += cluster_threads) {
+    const int64_t from = r.permutation[i];
+    if (from < 0 || from >= r.width) __trap();
+    seen[from] = 1;
+  }
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < r.width; i += cluster_threads)
+    if (!seen[i]) __trap();
+}
+
+template <typename W, int R>
+__global__ void __launch_bounds__(cluster_threads, 1) backward_cluster(const Backward<float> pass, ClusterShape shape) {
+#if LCW_HAS_CLUSTERS
+  const Recurrence<float>& r = pass.recurrence;
+  SharedPieces pieces(dynamic_shared<unsigned char>());
+  const RingMemory<W> rings(pieces, shape);
+  const BackwardMemory<R> both(pieces, shape, r);
+  ClusterBlock<W, R> block(r, shape, rings);
+  constexpr int elements = elements_per_thread<R>;
+  if (r.permutation) check_permutation(r, both.seen);
+  block.init_barriers(both.inbox);
+  if (block.is_producer()) {
+    for (int64_t s = pass.count - 1; s >= 0; --s) block.produce_layer(pass.first + s);
+    cluster_barrier();
+    return;
+  }
+  const int place_size = shape.units * R;
+  const unsigned expected = (shape.blocks + (r.permutation ? 1 : 0)) * block.units * R * sizeof(float);
+  float gradient[elements] = {};
+  BackwardRead read[elements];
+  int64_t to[elements] = {};
+  for (int which = 0; which < elements; ++which) {
+    const Element e = backward_element(block, which);
+    if (e.in_batch) gradient[which] = pass.gradient[e.m * r.width + e.i];
+    if (e.exists && r.permutation) to[which] = r.permutation[e.i];
+    read[which] = read_backward(pass, e, pass.count - 1);
+  }
+  for (int64_t s = pass.count - 1; s >= 0; --s) {
+    const int64_t step = pass.count - s;
+    const BackwardMemory<R> memory = both.of_step(step, shape);
+    if (threadIdx.x == 0) mbarrier_arrive_expecting(memory.inbox, expected);
+    float grad_output[elements];
+    for (int which = 0; which < elements; ++which) {
+      const Element e = backward_element(block, which);
+      grad_output[which] = read[which].grad_output;
+      if (!e.exists) continue;
+      write_backward(pass, memory, e, s, gradient[which], read[which]);
+      // The element's place in the block that owns unit `to`, behind those of all ranks.
+      const int owner = int(to[which]) / shape.units, unit = int(to[which]) % shape.units;
+      if (r.permutation)
+        send(
+            owner, memory.received + (shape.blocks * shape.units + unit) * R + e.row, memory.scaled[e.unit * R + e.row],
+            memory.inbox);
+      read[which] = read_backward(pass, e, s - 1);
+    }
+    barrier_of_first(consumer_threads);
+    multiply_gradient(block, memory);
+    mbarrier_wait(memory.inbox, inbox_parity(step));
+    for (int which = 0; which < elements; ++which) {
+      const Element e = backward_element(block, which);
+      if (!e.exists) continue;
+      const float* place = memory.received + e.unit * R + e.row;
+      float sum = 0;
+      for (int rank = 0; rank < shape.blocks; ++rank) sum += place[rank * place_size];
+      if (r.permutation) sum += place[shape.blocks * place_size];
+      gradient[which] = sum + grad_output[which];
+    }
+  }
+  for (int which = 0; which < elements; ++which) {
+    const Element e = backward_element(block, which);
+    if (!e.in_batch) continue;
+    pass.gradient[e.m * r.width + e.i] = gradient[which];
+    if (pass.grad_states && pass.first == 0) pass.grad_states[e.m * r.width + e.i] = gradient[which];
+  }
+  cluster_barrier();
+#endif
+}
+
+// The smallest cluster with a lane per unit.
+inline ClusterShape cluster_shape(int64_t width) {
+  ClusterShape shape{1, 0, 0, 0};
+  while (shape.blocks * block_units < width) shape.blocks *= 2;
+  shape.units = int((width + shape.blocks - 1) / shape.blocks);
+  return shape;
+}
+
+template <typename W, class Memory>
+size_t shared_bytes(const ClusterShape& shape, const Recurrence<float>& r) {
+  SharedPieces pieces(nullptr);
+  const RingMemory<W> rings(pieces, shape);
+  const Memory memory(pieces, shape, r);
+  return pieces.bytes();
+}
+
+// Shares out what shared memory is left: matrices that all steps share stay if they fit, the others get room for two
+// layers, and never less than two chunks each, one to read and one on its way. Nothing if even that does not fit.
+template <typename W, class Memory>
+std::optional<ClusterShape> share_out_slots(ClusterShape shape, const Recurrence<float>& r, size_t most_bytes) {
+  const int chunks = int((r.width + chunk_columns - 1) / chunk_columns), few = std::min(chunks, 2);
+  const auto fits = [&](int filter_slots, int weight_slots) {
+    shape.filter_slots = filter_slots, shape.weight_slots = weight_slots;
+    return shared_bytes<W, Memory>(shape, r) <= most_bytes;
+  };
+  const int most_filter = r.permutation ? 0 : r.filter_stride ? 2 * chunks : chunks;
+  const int most_weight = r.weight_stride ? 2 * chunks : chunks;
+  int filter_slots = std::min(few, most_filter), weight_slots = few;
+  if (!fits(filter_slots, weight_slots)) return std::nullopt;
+  if (r.filter_stride == 0 && fits(most_filter, weight_slots)) filter_slots = most_filter;
+  while (weight_slots < most_weight && fits(filter_slots, weight_slots + 1)) ++weight_slots;
+  while (filter_slots < most_filter && fits(filter_slots + 1, weight_slots)) ++filter_slots;
+  fits(filter_slots, weight_slots);
+  return shape;
+}
+
+struct ClusterLaunch {
+  ClusterShape shape;
+  cudaLaunchConfig_t config;
+};
+
+// How to launch a cluster kernel whose shared memory is a Memory, or nothing where this GPU cannot run it.
+template <typename W, int R, class Memory, typename Kernel>
+std::optional<ClusterLaunch> plan_cluster(
+    Kernel kernel, const Recurrence<float>& r, cudaLaunchAttribute& cluster, const Tensor& like) {
+  const int device = like.get_device_index();
+  const auto shape = share_out_slots<W, Memory>(
+      cluster_shape(r.width), r, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (!shape) return std::nullopt;
+  const unsigned tiles = unsigned((r.rows + R - 1) / R);
+  const size_t bytes = shared_bytes<W, Memory>(*shape, r);
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(shape->blocks), 1, 1};
+  cudaLaunchConfig_t config = launch_config(dim3(tiles * shape->blocks), dim3(cluster_threads), bytes, like);
+  config.attrs = &cluster, config.numAttrs = 1;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  if (shape->blocks > 8) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  int at_once = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config));
+  if (at_once == 0) return std::nullopt;
+  return ClusterLaunch{*shape, config};
+}
+
+template <typename W, int R>
+bool run_cluster_tiles(const Forward<float>& pass, const Tensor& like) {
+  const Recurrence<float>& r = pass.recurrence;
+  cudaLaunchAttribute cluster;
+  const auto forward = plan_cluster<W, R, ForwardMemory<R>>(forward_cluster<W, R>, r, cluster, like);
+  if (!forward) return false;
+  launch(forward->config, forward_cluster<W, R>, r, forward_carry(pass), forward->shape);
+  return true;
+}
+
+template <typename W, int R>
+bool run_cluster_tiles(const Backward<float>& pass, const Tensor& like) {
+  const Recurrence<float>& r = pass.recurrence;
+  cudaLaunchAttribute cluster;
+  const auto forward = plan_cluster<W, R, ForwardMemory<R>>(forward_cluster<W, R>, r, cluster, like);
+  const auto backward = plan_cluster<W, R, BackwardMemory<R>>(backward_cluster<W, R>, r, cluster, like);
+  if (!forward || !backward) return false;
+  launch(forward->config, forward_cluster<W, R>, r, recomputing_carry(pass), forward->shape);
+  launch(backward->config, backward_cluster<W, R>, pass, backward->shape);
+  if (pass.filtered) launch_scale_products(pass, like);
+  return true;
+}
+
+// With the smallest tiles that all run at once; larger ones read the matrices less often. False: not on this GPU.
+template <typename W, typename Pass>
+bool run_cluster(const Pass& pass, const Tensor& like) {
+  const Recurrence<float>& r = pass.recurrence;
+  const int device = like.get_device_index();
+  if (r.width > most_cluster_width || device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 9) return false;
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const int64_t clusters = std::max<int64_t>(processors / cluster_shape(r.width).blocks, 1);
+  if (r.rows <= 4 * clusters) return run_cluster_tiles<W, 4>(pass, like);
+  if (r.rows <= 8 * clusters) return run_cluster_tiles<W, 8>(pass, like);
+  return run_cluster_tiles<W, 16>(pass, like);
+}
+
+}  // namespace lcw_ops

@@ -1,0 +1,165 @@
+// Gradients of weight, bias and scales, once G and P of a segment are known: sums over samples, all of them parallel.
+//
+//   dW_l = P_l^T H_{l-1}      db_l = sum_rows P_l      dalpha_l = <G_l, O h_{l-1}>      dbeta_l = <G_l, act(A_l)>
+//
+// Cost per layer: 2 M N^2 operations for dW in tiles of 64 x 64, M N numbers read (N / 64) times, N^2 written. Bound by
+// arithmetic. Chunks of 32 samples are summed in the state's type, the chunks in float64 (an addition for 32
+// multiply-adds), the result is rounded once. No atomics: every sum has a fixed order.
+#pragma once
+
+#include "orthogonal_filter_common.h"
+
+namespace lcw_ops {
+
+constexpr int tile_size = 64;
+// 16 x 16 threads, each with 4 x 4 of the tile: a multiply-add per half a number read from shared memory.
+constexpr int tile_side = 16, thread_tile = tile_size / tile_side;
+constexpr int tile_threads = tile_side * tile_side;
+constexpr int column_warps = 8;
+
+// Slice z of all samples of the segment: a layer's, for a weight per layer, or a share of them, for partial sums of a
+// weight that all steps share.
+template <typename T, typename W>
+__global__ void __launch_bounds__(tile_threads)
+    weight_gradients(const Backward<T> pass, int64_t slices, double* partials) {
+  const int64_t n = pass.recurrence.width, samples = pass.count * pass.recurrence.rows;
+  const int64_t first_o = int64_t(blockIdx.y) * tile_size, first_i = int64_t(blockIdx.x) * tile_size;
+  T* grad_pre = dynamic_shared<T>();
+  T* states = grad_pre + chunk_terms * tile_size;
+  const int o = threadIdx.x / tile_side * thread_tile, i = threadIdx.x % tile_side * thread_tile;
+  for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z) {
+    const int64_t end = (slice + 1) * samples / slices;
+    double sum[thread_tile][thread_tile] = {};
+    for (int64_t begin = slice * samples / slices; begin < end; begin += chunk_terms) {
+      __syncthreads();
+      for (int entry = threadIdx.x; entry < chunk_terms * tile_size; entry += tile_threads) {
+        const int64_t sample = begin + entry / tile_size, column = entry % tile_size;
+        const bool inside = sample < end;
+        grad_pre[entry] = inside && first_o + column < n ? pass.grad_pre[sample * n + first_o + column] : T(0);
+        states[entry] = inside && first_i + column < n ? pass.states[sample * n + first_i + column] : T(0);
+      }
+      __syncthreads();
+      T chunk[thread_tile][thread_tile] = {};
+      for (int k = 0; k < chunk_terms; ++k)
+        for (int a = 0; a < thread_tile; ++a)
+          for (int b = 0; b < thread_tile; ++b)
+            chunk[a][b] += grad_pre[k * tile_size + o + a] * states[k * tile_size + i + b];
+      for (int a = 0; a < thread_tile; ++a)
+        for (int b = 0; b < thread_tile; ++b) sum[a][b] += chunk[a][b];
+    }
+    for (int a = 0; a < thread_tile; ++a)
+      for (int b = 0; b < thread_tile; ++b) {
+        const int64_t row = first_o + o + a, column = first_i + i + b;
+        if (row >= n || column >= n) continue;
+        if (partials)
+          partials[(slice * n + row) * n + column] = sum[a][b];
+        else
+          static_cast<W*>(pass.grad_weight)[((pass.first + slice) * n + row) * n + column] =
+              static_cast<W>(static_cast<T>(sum[a][b]));
+      }
+  }
+}
+
+// One layer's db, a lane per column, the rows shared out among the warps.
+template <typename T>
+__global__ void __launch_bounds__(column_warps* warp_size) bias_gradients(const Backward<T> pass, double* partials) {
+  const int64_t n = pass.recurrence.width, rows = pass.recurrence.rows;
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  const int64_t i = int64_t(blockIdx.x) * warp_size + lane;
+  double* sums = dynamic_shared<double>();
+  for (int64_t s = blockIdx.y; s < pass.count; s += gridDim.y) {
+    double sum = 0;
+    if (i < n)
+      for (int64_t m = warp; m < rows; m += column_warps) sum += double(pass.grad_pre[(s * rows + m) * n + i]);
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp == 0 && i < n) {
+      for (int other = 1; other < column_warps; ++other) sum += sums[other * warp_size + lane];
+      if (partials)
+        partials[s * n + i] = sum;
+      else
+        pass.grad_bias[(pass.first + s) * n + i] = static_cast<T>(sum);
+    }
+    __syncthreads();
+  }
+}
+
+// Rows of `filtered` and `activated`, which hold G_l * O h and G_l * act(A_l) by now; a warp each.
+template <typename T>
+__global__ void scale_products(const Backward<T> pass) {
+  const int64_t n = pass.recurrence.width, rows = pass.recurrence.rows;
+  const int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / warp_size;
+  if (row >= pass.count * rows) return;
+  double alpha_product = 0, beta_product = 0;
+  for (int64_t i = threadIdx.x % warp_size; i < n; i += warp_size) {
+    alpha_product += double(pass.filtered[row * n + i]);
+    beta_product += double(pass.activated[row * n + i]);
+  }
+  alpha_product = warp_sum(alpha_product);
+  beta_product = warp_sum(beta_product);
+  if (threadIdx.x % warp_size != 0) return;
+  pass.alpha_products[pass.first * rows + row] = alpha_product;
+  pass.beta_products[pass.first * rows + row] = beta_product;
+}
+
+static __global__ void add_partials(double* target, const double* partials, int64_t slices, int64_t size) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= size) return;
+  double sum = target[i];
+  for (int64_t slice = 0; slice < slices; ++slice) sum += partials[slice * size + i];
+  target[i] = sum;
+}
+
+inline unsigned blocks_for(int64_t items, int64_t per_block) { return unsigned((items + per_block - 1) / per_block); }
+
+inline void launch_add_partials(double* target, const Tensor& partials, const Tensor& like) {
+  constexpr int threads = 256;
+  const int64_t slices = partials.size(0), size = partials.numel() / slices;
+  launch(
+      launch_config(dim3(blocks_for(size, threads)), dim3(threads), 0, like), add_partials, target,
+      partials.const_data_ptr<double>(), slices, size);
+}
+
+template <typename T, typename W>
+void launch_weight_gradients(const Backward<T>& pass, const Tensor& like) {
+  const int64_t width = pass.recurrence.width, samples = pass.count * pass.recurrence.rows;
+  const unsigned tiles = blocks_for(width, tile_size);
+  // For a shared weight so many shares that the GPU is full, and none so small that adding them up is the work.
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, like.get_device_index());
+  const int64_t shares = std::min<int64_t>(2 * processors / (tiles * tiles), samples / (4 * chunk_terms));
+  const int64_t slices = pass.weight_sum ? std::max<int64_t>(shares, 1) : pass.count;
+  Tensor partials = stable::new_empty(like, {pass.weight_sum ? slices : 0, width, width}, ScalarType::Double);
+  const size_t bytes = 2 * chunk_terms * tile_size * sizeof(T);
+  const dim3 grid(tiles, tiles, unsigned(std::min(slices, most_blocks)));
+  launch(
+      launch_config(grid, dim3(tile_threads), bytes, like), weight_gradients<T, W>, pass, slices,
+      pass.weight_sum ? partials.mutable_data_ptr<double>() : nullptr);
+  if (pass.weight_sum) launch_add_partials(pass.weight_sum, partials, like);
+}
+
+template <typename T>
+void launch_bias_gradients(const Backward<T>& pass, const Tensor& like) {
+  const int64_t width = pass.recurrence.width;
+  Tensor partials = stable::new_empty(like, {pass.bias_sum ? pass.count : 0, width}, ScalarType::Double);
+  const dim3 grid(blocks_for(width, warp_size), unsigned(std::min(pass.count, most_blocks)));
+  const int threads = column_warps * warp_size;
+  launch(
+      launch_config(grid, dim3(threads), threads * sizeof(double), like), bias_gradients<T>, pass,
+      pass.bias_sum ? partials.mutable_data_ptr<double>() : nullptr);
+  if (pass.bias_sum) launch_add_partials(pass.bias_sum, partials, like);
+}
+
+template <typename T, typename W>
+void launch_parameter_gradients(const Backward<T>& pass, const Tensor& like) {
+  if (pass.grad_weight || pass.weight_sum) launch_weight_gradients<T, W>(pass, like);
+  if (pass.grad_bias || pass.bias_sum) launch_bias_gradients(pass, like);
+}
+
+template <typename T>
+void launch_scale_products(const Backward<T>& pass, const Tensor& like) {
+  constexpr int threads = 256;
+  const int64_t rows = pass.count * pass.recurrence.rows;
+  launch(launch_config(dim3(blocks_for(rows * warp_size, threads)), dim3(threads), 0, like), scale_products<T>, pass);
+}
+
+}  // namespace lcw_ops

@@ -1,0 +1,339 @@
+"""The orthogonal-filter recurrence as CUDA graphs of matmuls, for nets too wide for a kernel with a layer on chip.
+
+    h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
+    P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
+
+What is sequential in a block of steps is plain torch on static buffers, captured once and replayed for every block: a
+step costs its kernels (two matmuls and four element-wise ones forward, two and two backward) and no launch from Python.
+What is parallel over steps (slopes, dW, sums) is one call per block. Buffers: the block's weights once more, and eight
+states per step. On a CPU, and while a graph of the caller's is captured, the same lines run as they stand.
+
+The signatures are those of the op overloads in orthogonal_filter.py beside this file.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Steps per graph: starting one costs about as much as a step of a wide net, so a longer one gains little.
+MOST_STEPS = 64
+# For the weights of one block.
+MOST_BYTES = 256 << 20
+# Blocks kept with their graphs: forward and backward of two layers of different shapes.
+MOST_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a captured block depends on."""
+
+    steps: int
+    rows: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    stream: int  # two streams must not share buffers
+    activation: str
+    weight_per_step: bool
+    filter: str  # "matrix", "per_step" or "permutation"
+    shifted: bool  # by a bias or inputs
+    adds_outer: bool  # every state receives a gradient from outside
+
+
+class Block:
+    """Buffers of ``kind.steps`` steps and what is sequential in them; captured at the first run where it may be."""
+
+    def __init__(self, kind: Kind, capture: bool):
+        self.kind = kind
+        options = {"dtype": kind.dtype, "device": kind.device}
+        per_step = (kind.steps, kind.rows, kind.width)
+        matrix = (kind.width, kind.width)
+        self.weight = torch.empty((kind.steps if kind.weight_per_step else 1, *matrix), **options)
+        if kind.filter == "permutation":
+            self.permutation, self.inverse = (
+                torch.empty(kind.width, dtype=torch.int64, device=kind.device) for _ in range(2)
+            )
+        else:
+            self.filter = torch.empty((kind.steps if kind.filter == "per_step" else 1, *matrix), **options)
+        self.alpha, self.beta = (torch.empty(kind.steps, 1, 1, **options) for _ in range(2))
+        self.shift = torch.empty(per_step if kind.shifted else (0,), **options)
+        self.outer = torch.empty(per_step if kind.adds_outer else (0,), **options)
+        self.states, self.gradients = (torch.empty((kind.steps + 1, *per_step[1:]), **options) for _ in range(2))
+        # beta act'(A), then P, in grad_pre.
+        self.filtered, self.activated, self.slopes, self.grad_pre = (torch.empty(per_step, **options) for _ in range(4))
+        self.graphs: dict[str, torch.cuda.CUDAGraph] | None = {} if capture else None
+
+    def load(self, steps: slice, weight, bias, filter, alpha, beta, inputs) -> None:
+        """Arguments of these steps; 16-bit weights are widened on the way."""
+        self.weight.copy_(weight[steps] if self.kind.weight_per_step else weight)
+        if self.kind.filter == "permutation":
+            self.permutation.copy_(filter)
+            self.inverse.copy_(filter.argsort())
+        else:
+            self.filter.copy_(filter[steps] if self.kind.filter == "per_step" else filter)
+        for buffer, scale in ((self.alpha, alpha), (self.beta, beta)):
+            buffer.copy_((scale if scale.numel() == 1 else scale[steps]).reshape(-1, 1, 1))
+        if self.kind.shifted:
+            self.shift.zero_()
+            if bias is not None:
+                self.shift.add_(bias if bias.dim() == 1 else bias[steps].unsqueeze(1))
+            if inputs is not None:
+                self.shift.add_(inputs[steps])
+
+    def run(self, direction: str) -> None:
+        """ "forward": states and what they are made of, from states[0]. "backward": from slopes and gradients[-1]."""
+        function = {"forward": self._forward, "backward": self._backward}[direction]
+        if self.graphs is None:
+            function()
+            return
+        if direction not in self.graphs:
+            # Libraries allocate and choose at their first call, which must not be captured.
+            function()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                function()
+            self.graphs[direction] = graph
+        self.graphs[direction].replay()
+
+    def _forward(self) -> None:
+        for s in range(self.kind.steps):
+            state, filtered, activated = self.states[s], self.filtered[s], self.activated[s]
+            weight = self.weight[s if self.kind.weight_per_step else 0].mT
+            torch.mm(state, weight, out=activated)
+            if self.kind.shifted:
+                activated.add_(self.shift[s])
+            if self.kind.activation != "identity":
+                getattr(activated, f"{self.kind.activation}_")()
+            if self.kind.filter == "permutation":
+                torch.index_select(state, 1, self.permutation, out=filtered)
+            else:
+                torch.mm(state, self._filter_of(s).mT, out=filtered)
+            torch.mul(filtered, self.alpha[s], out=self.states[s + 1])
+            self.states[s + 1].addcmul_(activated, self.beta[s])
+
+    def _backward(self) -> None:
+        for s in reversed(range(self.kind.steps)):
+            gradient, before, grad_pre = self.gradients[s + 1], self.gradients[s], self.grad_pre[s]
+            torch.mul(gradient, self.slopes[s], out=grad_pre)
+            if self.kind.filter == "permutation":
+                torch.index_select(gradient, 1, self.inverse, out=before)
+            else:
+                torch.mm(gradient, self._filter_of(s), out=before)
+            before.mul_(self.alpha[s])
+            before.addmm_(grad_pre, self.weight[s if self.kind.weight_per_step else 0])
+            if self.kind.adds_outer:
+                before.add_(self.outer[s])
+
+    def _filter_of(self, s: int) -> Tensor:
+        return self.filter[s if self.kind.filter == "per_step" else 0]
+
+    def write_slopes(self, activated: Tensor) -> None:
+        """beta act'(A) from act(A); at the kink of ReLU the derivative is 0."""
+        if self.kind.activation == "tanh":
+            torch.mul(activated, activated, out=self.slopes)
+            self.slopes.neg_().add_(1)
+        elif self.kind.activation == "sigmoid":
+            torch.mul(activated, 1 - activated, out=self.slopes)
+        elif self.kind.activation == "relu":
+            torch.gt(activated, 0, out=self.slopes)
+        else:
+            self.slopes.fill_(1)
+        self.slopes.mul_(self.beta)
+
+
+_cached: OrderedDict[Kind, Block] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _get_block(kind: Kind) -> Block:
+    """From the cache, made if need be; a block of its own where nothing may be captured."""
+    if kind.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or kind.rows * kind.width == 0:
+        return Block(kind, capture=False)
+    if kind not in _cached:
+        while len(_cached) >= MOST_BLOCKS:
+            _cached.popitem(last=False)
+        _cached[kind] = Block(kind, capture=True)
+    _cached.move_to_end(kind)
+    return _cached[kind]
+
+
+class _Call:
+    """One call of an op: its arguments, cut into blocks."""
+
+    def __init__(self, like: Tensor, weight, bias, filter, alpha, beta, inputs, steps, activation, adds_outer=False):
+        self.arguments = (weight, bias, filter, alpha, beta, inputs)
+        rows, width = like.shape[-2:]
+        step_bytes = max(weight.shape[-1] ** 2 * like.element_size(), 1)
+        self.kind = Kind(
+            steps=max(1, min(MOST_STEPS, MOST_BYTES // step_bytes, steps)),
+            rows=rows,
+            width=width,
+            dtype=like.dtype,
+            device=like.device,
+            stream=torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0,
+            activation=activation,
+            weight_per_step=weight.dim() == 3,
+            filter={1: "permutation", 2: "matrix", 3: "per_step"}[filter.dim()],
+            shifted=bias is not None or inputs is not None,
+            adds_outer=adds_outer,
+        )
+        self._loaded: tuple[Block, slice] | None = None
+
+    def ranges(self, first: int, end: int) -> list[slice]:
+        return [slice(begin, min(begin + self.kind.steps, end)) for begin in range(first, end, self.kind.steps)]
+
+    def block(self, steps: slice) -> Block:
+        """The block with the arguments of these steps in it. The last few steps of a range get one that is not kept."""
+        if self._loaded is None or self._loaded[1] != steps:
+            count = steps.stop - steps.start
+            whole = count == self.kind.steps
+            block = _get_block(self.kind) if whole else Block(replace(self.kind, steps=count), capture=False)
+            block.load(steps, *self.arguments)
+            self._loaded = block, steps
+        return self._loaded[0]
+
+    def carry_forward(self, state: Tensor, first: int, end: int) -> Iterator[tuple[slice, Block]]:
+        """Runs the steps block by block; each is yielded when it is done, and overwritten by the next."""
+        for steps in self.ranges(first, end):
+            block = self.block(steps)
+            block.states[0].copy_(state)
+            block.run("forward")
+            yield steps, block
+            state = block.states[-1]
+
+
+@contextmanager
+def _exclusively(device: torch.device) -> Iterator[None]:
+    """One call at a time, since blocks are shared; no derivative; and float32 products in float32, whatever is set."""
+    matmul = torch.backends.cuda.matmul
+    with _lock, torch.no_grad(), torch.cuda.device(device if device.type == "cuda" else -1):
+        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = precision
+
+
+def orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
+    """The op ``orthogonal_filter``: (output, checkpoints)."""
+    output = h0.new_empty((steps + 1, *h0.shape)) if return_states else h0.clone()
+    checkpoints = h0.new_empty(((steps + segment - 1) // segment if segment else 0, *h0.shape))
+    if return_states:
+        output[0] = h0
+    with _exclusively(h0.device):
+        call = _Call(h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
+        for done, block in call.carry_forward(h0, 0, steps):
+            if return_states:
+                output[done.start + 1 : done.stop + 1] = block.states[1:]
+            elif done.stop == steps:
+                output.copy_(block.states[-1])
+            if segment:
+                kept = range(-done.start % segment, done.stop - done.start, segment)
+                for step in kept:
+                    checkpoints[(done.start + step) // segment] = block.states[step]
+    return output, checkpoints
+
+
+def orthogonal_filter_backward(
+    grad_output,
+    checkpoints,
+    weight,
+    bias,
+    filter,
+    alpha,
+    beta,
+    inputs,
+    steps,
+    activation,
+    segment,
+    needs_weight,
+    needs_bias,
+    needs_scales,
+    needs_inputs,
+    needs_states,
+):
+    """The op ``orthogonal_filter_backward``: gradients of h0, weight, bias, alpha, beta, inputs and all states."""
+    return_states = grad_output.dim() == 3
+    gradient = (grad_output[-1] if return_states else grad_output).clone()
+    sums = _Gradients(gradient, weight, bias, steps, needs_weight, needs_bias, needs_scales, needs_inputs, needs_states)
+    if needs_states:
+        sums.states[steps] = gradient
+    with _exclusively(grad_output.device):
+        arguments = (weight, bias, filter, alpha, beta, inputs)
+        call = _Call(gradient, *arguments, min(steps, segment), activation, adds_outer=return_states)
+        for first in reversed(range(0, steps, segment)):
+            done = call.carry_forward(checkpoints[first // segment], first, min(first + segment, steps))
+            # The recomputed states, act(A) and O h of the whole segment; a block's buffers are those of the next.
+            kept = [
+                (range_, block.states[:-1].clone(), block.activated.clone(), block.filtered.clone())
+                for range_, block in done
+            ]
+            for range_, states, activated, filtered in reversed(kept):
+                block = call.block(range_)
+                block.write_slopes(activated)
+                block.gradients[-1].copy_(gradient)
+                if return_states:
+                    block.outer.copy_(grad_output[range_])
+                block.run("backward")
+                gradient.copy_(block.gradients[0])
+                sums.add(range_, block, states, activated, filtered)
+    return (gradient, *sums.rounded(alpha, beta))
+
+
+class _Gradients:
+    """What is made of G and P: written once per step, or summed in float64 for an argument shared by all steps."""
+
+    def __init__(self, like, weight, bias, steps, needs_weight, needs_bias, needs_scales, needs_inputs, needs_states):
+        def sums(needed, argument, shared_dim):
+            if not needed:
+                return None, like.new_empty(0) if argument is None else argument.new_empty(0)
+            shared = argument.dim() == shared_dim
+            return shared, torch.zeros_like(argument, dtype=torch.float64) if shared else torch.empty_like(argument)
+
+        def when(needed, *shape, dtype=like.dtype):
+            return like.new_empty(shape if needed else (0,), dtype=dtype)
+
+        self.weight_shared, self.weight = sums(needs_weight, weight, 2)
+        self.bias_shared, self.bias = sums(needs_bias, bias, 1)
+        self.dtypes = weight.dtype, like.dtype if bias is None else bias.dtype
+        self.needs = needs_weight, needs_bias, needs_scales, needs_inputs, needs_states
+        self.alpha, self.beta = (when(needs_scales, steps, dtype=torch.float64) for _ in range(2))
+        self.inputs = when(needs_inputs, steps, *like.shape)
+        self.states = when(needs_states, steps + 1, *like.shape)
+
+    def add(self, steps: slice, block: Block, states: Tensor, activated: Tensor, filtered: Tensor) -> None:
+        needs_weight, needs_bias, needs_scales, needs_inputs, needs_states = self.needs
+        if needs_weight and self.weight_shared:
+            self.weight += block.grad_pre.flatten(0, 1).mT @ states.flatten(0, 1)
+        elif needs_weight:
+            self.weight[steps] = torch.bmm(block.grad_pre.mT, states).to(self.weight.dtype)
+        if needs_bias and self.bias_shared:
+            self.bias += block.grad_pre.sum((0, 1), dtype=torch.float64)
+        elif needs_bias:
+            self.bias[steps] = block.grad_pre.sum(1)
+        if needs_scales:
+            self.alpha[steps] = (block.gradients[1:] * filtered).sum((1, 2), dtype=torch.float64)
+            self.beta[steps] = (block.gradients[1:] * activated).sum((1, 2), dtype=torch.float64)
+        if needs_inputs:
+            self.inputs[steps] = block.grad_pre
+        if needs_states:
+            self.states[steps] = block.gradients[:-1]
+
+    def rounded(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        _, _, needs_scales, _, _ = self.needs
+        scales = [
+            (sums if sums.numel() == scale.numel() else sums.sum().reshape(1)).to(scale.dtype) if needs_scales else sums
+            for sums, scale in ((self.alpha, alpha), (self.beta, beta))
+        ]
+        return (
+            self.weight.to(self.dtypes[0]),
+            self.bias.to(self.dtypes[1]),
+            *scales,
+            self.inputs,
+            self.states,
+        )

@@ -1,0 +1,150 @@
+"""Checkpoints that survive ``kill -9`` and a power cut: the two newest of a run, each a file of tensors alone.
+
+A file is written beside its place, brought to the disk and renamed, and so is the rename: under its name it is whole or
+not there. What goes wrong later (a bad disk, a copy that stopped half-way) shows in the digest at its end; the one
+before it serves then, and the damaged file is renamed. Loading runs no code: ``torch.load(path, weights_only=True)``.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from lcw_ops.profile.files import prepare_folder, write_atomically
+
+# The newest may be damaged, so one more.
+KEPT = 2
+
+# As path_of writes it, and in no other way.
+NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})\.pt")
+
+# Read at a time when a digest is taken.
+BLOCK_BYTES = 1 << 20
+
+
+class DamagedError(Exception):
+    """A file that is not the checkpoint that was written."""
+
+
+class _DigestedFile:
+    """A file that ends with the SHA-256 of what is before. The checksums in torch's own archives do not cover all."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def end(self) -> None:
+        self.file.write(self.sha256.digest())
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.pt"
+
+
+def steps_in(folder: str | Path) -> list[int]:
+    """The steps of the checkpoints in a folder, which need not exist; the oldest first."""
+    folder = Path(folder)
+    names = (NAME.fullmatch(entry.name) for entry in (folder.iterdir() if folder.is_dir() else ()))
+    return sorted(int(name[1]) for name in names if name)
+
+
+@contextmanager
+def owned(folder: str | Path):
+    """The folder, created and writable, for this process alone while the context lasts.
+
+    OSError when it cannot be written or another process has it. The system takes the lock from a process that dies.
+    """
+    created = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    folder = prepare_folder(folder)
+    for path in (folder / "any", *created):
+        _sync(path.parent)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # No such lock on Windows.
+        except BlockingIOError as error:
+            raise OSError(f"another process is training in the folder {str(folder)!r}") from error
+        # Whoever was writing these is dead: it would have the lock.
+        for part in folder.glob(".step-*.part"):
+            part.unlink()
+        yield folder
+
+
+def write(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
+    """The checkpoint of this step is on the disk when this returns; only then the oldest ones go."""
+
+    def save(file: IO[bytes]) -> None:
+        digested = _DigestedFile(file)
+        torch.save(tensors, digested)
+        digested.end()
+
+    write_atomically(path_of(folder, step), save, binary=True)
+    _sync(folder)
+    for old in steps_in(folder)[:-KEPT]:
+        path_of(folder, old).unlink()
+
+
+def newest(folder: Path) -> dict[str, Tensor] | None:
+    """The newest checkpoint that is whole, None where there is none at all; damaged ones are named and set aside.
+
+    ValueError when every one of them is damaged; they stay where they are.
+    """
+    damaged: list[Path] = []
+    for step in reversed(steps_in(folder)):
+        path = path_of(folder, step)
+        try:
+            tensors = read(path)
+        except DamagedError as error:
+            print(f"{path} is damaged: {error}", file=sys.stderr)
+            damaged.append(path)
+            continue
+        for path in damaged:
+            # Under its own name it would count as one of those that are kept.
+            os.replace(path, path.with_suffix(".damaged"))
+        return tensors
+    if damaged:
+        raise ValueError(f"--checkpoint {folder}: every checkpoint is damaged; give another folder to start afresh")
+    return None
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, on the CPU. DamagedError unless they are what was written."""
+    sha256 = hashlib.sha256()
+    try:
+        left = path.stat().st_size - sha256.digest_size
+        with open(path, "rb") as file:
+            while left > 0 and (block := file.read(min(left, BLOCK_BYTES))):
+                sha256.update(block)
+                left -= len(block)
+            end = file.read()
+    except OSError as error:
+        raise DamagedError(error.strerror or str(error)) from error
+    if end != sha256.digest():
+        raise DamagedError("its end is not the digest of what is before")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on the disk once its folder is. Windows has no such call."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

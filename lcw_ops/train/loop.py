@@ -1,0 +1,108 @@
+"""One step of training, and everything that the next one depends on: Adam on shuffled batches, without replacement.
+
+The state is a flat dictionary of tensors. Put back into a new process with as many threads, it goes on bit for bit.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lcw_ops.data import Dataset
+
+# Of all weights' gradients, which carry the factor beta = 1/L: Adam's usual 1e-8 would be larger than they are.
+ADAM_EPS = 1e-12
+
+# Times that the whole test set is classified: before the first step, after the last one, and between.
+EVALUATIONS = 7
+
+
+class Training:
+    """``step()`` by ``step()``; ``state()`` and ``restore()`` in between.
+
+    Args:
+        model: trained in place, on the device of the data.
+        steps: of the whole training: full rate for half of them, then linearly to 0, so that the last ones settle
+            what the large ones found.
+        batch: samples per step, at most those of ``dataset``.
+        seed: of the order of samples.
+        betas: Adam's.
+        label_smoothing: of the cross entropy that is trained on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        steps: int,
+        batch: int,
+        lr: float,
+        seed: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self.model, self.dataset, self.steps, self.batch, self.lr = model, dataset, steps, batch, lr
+        self.objective = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.done = 0
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=ADAM_EPS, fused=True)
+        self.generator = torch.Generator().manual_seed(seed)
+        # What is left of this epoch.
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    def step(self) -> float:
+        """One step; returns the cross entropy of its batch, not smoothed: 0 is perfect."""
+        x, y = self.dataset.x_train, self.dataset.y_train
+        if len(self.order) < self.batch:
+            self.order = torch.randperm(len(x), generator=self.generator)
+        batch, self.order = self.order[: self.batch].to(x.device), self.order[self.batch :]
+        # From the count alone: a schedule object would be one more state to save.
+        self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, 2 * (1 - self.done / self.steps))
+        logits = self.model(x[batch])
+        self.objective(logits, y[batch]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        return nn.functional.cross_entropy(logits.detach(), y[batch]).item()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on; the tensors of model and optimizer themselves, no copies."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            moments = self.optimizer.state[parameter]
+            tensors |= {f"adam.{name}.{moment}": tensor for moment, tensor in moments.items()}
+        tensors["done"] = torch.tensor(self.done)
+        # A slice would be saved with all of the epoch that it is from.
+        tensors["order"] = self.order.clone()
+        tensors["order_generator"] = self.generator.get_state()
+        tensors["generator"] = torch.get_rng_state()
+        if self.dataset.x_train.is_cuda:
+            tensors["cuda_generator"] = torch.cuda.get_rng_state(self.dataset.x_train.device)
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on where ``state()`` was taken. The tensors of the optimizer are kept, not copied."""
+        self.model.load_state_dict(_below("model.", tensors))
+        for name, parameter in self.model.named_parameters():
+            moments = _below(f"adam.{name}.", tensors)
+            self.optimizer.state[parameter] = {key: moment.to(parameter.device) for key, moment in moments.items()}
+        self.done, self.order = int(tensors["done"]), tensors["order"]
+        self.generator.set_state(tensors["order_generator"])
+        torch.set_rng_state(tensors["generator"])
+        if self.dataset.x_train.is_cuda:
+            torch.cuda.set_rng_state(tensors["cuda_generator"], self.dataset.x_train.device)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def evaluation_steps(steps: int) -> set[int]:
+    """After which steps the test set is classified, 0 for before the first one."""
+    return {round(i * steps / (EVALUATIONS - 1)) for i in range(EVALUATIONS)}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset: Dataset, batch: int | None = None) -> float:
+    """Share of the test set that is classified correctly; ``batch``: samples at a time, all of them by default."""
+    batch = batch or len(dataset.x_test)
+    batches = zip(dataset.x_test.split(batch), dataset.y_test.split(batch), strict=True)
+    correct = sum((model(x).argmax(1) == y).sum().item() for x, y in batches)
+    return correct / len(dataset.y_test)

@@ -1,0 +1,147 @@
+"""The C++ of the CPU under GCC's sanitizers: ``python tests/sanitize/harness.py`` (make sanitize), some minutes.
+
+The package is built by setup.py into a folder of its own, with the sanitizer's flags, and the tests run on it with the
+sanitizer's runtime loaded first:
+- address and undefined behaviour, for every instruction set of this processor: sizes, kinds, memory layouts;
+- threads: the barriers of threads that share rows. torch's OpenMP pool is invisible to this sanitizer, so loops run on
+  std::thread instead (threads.cpp).
+
+broken.cpp, in the same library, is the proof that mistakes are seen.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+PROOF = ROOT / "tests/test_orthogonal_filter_proof.py"
+
+MEMORY = "address,undefined"
+THREADS = "thread"
+RUNTIMES = {MEMORY: ("libasan.so", "libubsan.so", "libstdc++.so"), THREADS: ("libtsan.so", "libstdc++.so")}
+
+# Python frees little before it ends, so leaks say nothing; any other report ends the process with this status.
+CAUGHT = 66
+OPTIONS = {
+    "ASAN_OPTIONS": f"detect_leaks=0:exitcode={CAUGHT}",
+    "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={CAUGHT}",
+    "TSAN_OPTIONS": f"halt_on_error=1:exitcode={CAUGHT}",
+}
+
+# Of broken.cpp, those that each of them must catch.
+MISTAKES = {MEMORY: range(1, 9), THREADS: (9,)}
+
+# Like is compared with like: where the kernel has no fused multiply-add, eager torch and its matrix products have none.
+# Compilers fuse only when they optimize.
+EAGER_WITHOUT_FMA = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+
+# Of the proof: reads and writes around every argument, any options and layouts, every remainder of rows and units.
+MEMORY_TESTS = "nothing_but_the_arguments or any_call or every_row_count or every_width or every_kind"
+THREAD_TESTS = "same_bits_twice"
+
+
+def why_not(sanitizers: str) -> str | None:
+    """Why the sanitizers cannot run here, or None."""
+    if shutil.which("g++") is None:
+        return "no g++ on this machine; the sanitizers are GCC's"
+    missing = [name for name in RUNTIMES[sanitizers] if not _runtime(name).is_absolute()]
+    return f"this g++ comes without {', '.join(missing)}" if missing else None
+
+
+def _runtime(name: str) -> Path:
+    """Where g++ has this library; just the name when it has none."""
+    found = subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+    return Path(found.strip())
+
+
+def build(folder: Path, sanitizers: str, optimize: str) -> Path:
+    """The package with a sanitized ``_C.abi3.so``: the folder to put on PYTHONPATH."""
+    source, package = folder / "source", folder / "package"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", "results")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    shutil.copy(HERE / "broken.cpp", source / "csrc/cpu")
+    if sanitizers == THREADS:
+        shutil.copy(HERE / "threads.cpp", source / "csrc/cpu")
+    watched = f"g++ -g -fno-omit-frame-pointer -fsanitize={sanitizers}"
+    if sanitizers == MEMORY:
+        watched += " -fno-sanitize-recover=all"
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", package, "--build-temp", folder / "objects"]
+    environment = {**os.environ, "CXX": watched, "CXXFLAGS": optimize, "LCW_OPS_CUDA_ARCHS": ""}
+    result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"the sanitized build failed:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return package
+
+
+def run(package: Path, sanitizers: str, arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """``python arguments`` on the sanitized package."""
+    environment = {
+        **os.environ,
+        **OPTIONS,
+        "LD_PRELOAD": " ".join(str(_runtime(name)) for name in RUNTIMES[sanitizers]),
+        "PYTHONPATH": str(package),
+        **environment,
+    }
+    # Not in the checkout, whose lcw_ops would be imported instead.
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=package, env=environment, capture_output=True, text=True, timeout=3000
+    )
+
+
+def run_tests(package: Path, sanitizers: str, selection: str, **environment: str) -> subprocess.CompletedProcess:
+    """The tests of the proof that ``selection`` names, on the sanitized package."""
+    arguments = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", str(PROOF), "-k", selection]
+    return run(package, sanitizers, arguments, LCW_OPS_PROOF_SUBPROCESS="1", **EAGER_WITHOUT_FMA, **environment)
+
+
+# Each in a child, because the first finding ends a process; importing torch takes most of the time.
+MAKE_MISTAKES = """
+import ctypes, os, sys, torch, lcw_ops
+from pathlib import Path
+library = ctypes.CDLL(str(Path(lcw_ops.__file__).parent / "_C.abi3.so"))
+library.lcw_ops_broken.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
+tensor = torch.ones(64)
+for mistake in map(int, sys.argv[1:]):
+    child = os.fork()
+    if not child:
+        library.lcw_ops_broken(mistake, tensor.data_ptr(), 64)
+        os._exit(0)
+    print(mistake, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def make_mistakes(package: Path, sanitizers: str, mistakes: Iterable[int]) -> tuple[dict[int, int], str]:
+    """The exit status of a process that makes each of broken.cpp's mistakes, of which 0 is none, and all reports."""
+    result = run(package, sanitizers, ["-c", MAKE_MISTAKES, *map(str, mistakes)])
+    if result.returncode:
+        raise RuntimeError(f"nothing runs on the sanitized package:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return {int(mistake): int(status) for mistake, status in map(str.split, result.stdout.splitlines())}, result.stderr
+
+
+def main() -> None:
+    """Everything, on every instruction set of this processor; ends with status 1 at the first finding."""
+    jobs = [(MEMORY, "-O1", MEMORY_TESTS, ("", "avx2", "portable")), (THREADS, "-O1", THREAD_TESTS, ("", "portable"))]
+    for sanitizers, optimize, selection, capabilities in jobs:
+        if reason := why_not(sanitizers):
+            raise SystemExit(f"{sanitizers}: {reason}")
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{sanitizers}: building ...", flush=True)
+            package = build(Path(folder), sanitizers, optimize)
+            found, _ = make_mistakes(package, sanitizers, [0, *MISTAKES[sanitizers]])
+            if found != {0: 0, **dict.fromkeys(MISTAKES[sanitizers], CAUGHT)}:
+                raise SystemExit(f"{sanitizers}: broken.cpp is not caught; exit status by mistake: {found}")
+            for capability in capabilities:
+                result = run_tests(package, sanitizers, selection, LCW_OPS_CPU_CAPABILITY=capability)
+                summary = result.stdout.strip().splitlines()[-1:]
+                print(f"{sanitizers}, {capability or 'fastest'}: {' '.join(summary)}", flush=True)
+                if result.returncode:
+                    raise SystemExit(result.stdout[-8000:] + result.stderr[-8000:])
+
+
+if __name__ == "__main__":
+    main()

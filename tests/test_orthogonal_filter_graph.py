@@ -1,0 +1,198 @@
+"""The recurrence as blocks of matmuls: right for every kind and cut, and on a GPU with replayed graphs."""
+
+import contextlib
+
+import pytest
+import torch
+from numerics import assert_as_exact_as_eager
+from test_orthogonal_filter import NAMES, make_arguments, make_filter
+
+from lcw_ops.ops import orthogonal_filter_graph as graph
+from lcw_ops.reference.orthogonal_filter import orthogonal_filter, orthogonal_filter_backward
+
+RESULTS = ("output", "h0", "weight", "bias", "alpha", "beta", "inputs", "states")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    """So that a few steps are several blocks, and some that are left over."""
+    monkeypatch.setattr(graph, "MOST_STEPS", 3)
+
+
+def problem(
+    device, rows, width, depth, shared=False, kind="matrix", dtype=torch.float32, weight_dtype=None, without=()
+):
+    made = [tensor.detach() for tensor in make_arguments(rows, width, depth, shared, dtype, device)]
+    h0, weight, bias, alpha, beta, inputs = (
+        None if name in without else tensor for name, tensor in zip(NAMES, made, strict=True)
+    )
+    return (
+        h0,
+        weight.to(weight_dtype or dtype),
+        bias,
+        make_filter(kind, depth, width, dtype, device),
+        alpha,
+        beta,
+        inputs,
+    )
+
+
+def by_graph(tensors, grad_output, depth, activation="tanh", segment=4, return_states=False):
+    options = (depth, activation, segment)
+    output, checkpoints = graph.orthogonal_filter(*tensors, *options, return_states)
+    needs = (True, tensors[2] is not None, True, tensors[6] is not None, True)
+    return [output, *graph.orthogonal_filter_backward(grad_output, checkpoints, *tensors[1:], *options, *needs)]
+
+
+def by_reference(tensors, grad_output, activation, return_states, dtype):
+    tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+    output = orthogonal_filter(*tensors, activation, return_states)
+    gradients = orthogonal_filter_backward(grad_output.to(dtype), *tensors, activation, return_states=return_states)
+    return [output, *gradients]
+
+
+def assert_right(tensors, depth, activation="tanh", segment=4, return_states=False):
+    h0, weight = tensors[:2]
+    shape = (depth + 1, *h0.shape) if return_states else h0.shape
+    grad_output = torch.randn(shape, dtype=h0.dtype, device=h0.device)
+    actual = by_graph(tensors, grad_output, depth, activation, segment, return_states)
+    eager = by_reference(tensors, grad_output, activation, return_states, h0.dtype)
+    exact = by_reference(tensors, grad_output, activation, return_states, torch.float64)
+    eager[2] = eager[2].to(weight.dtype)
+    for name, a, e, x in zip(RESULTS, actual, eager, exact, strict=True):
+        if x is not None:
+            assert a.dtype == e.dtype, name
+            assert_as_exact_as_eager(name, a, e, x)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "permutation", "per_layer"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "identity"])
+@pytest.mark.parametrize("return_states", [False, True])
+def test_every_kind(kind, shared, activation, return_states, device):
+    assert_right(problem(device, 6, 40, 11, shared, kind), 11, activation, return_states=return_states)
+
+
+@pytest.mark.parametrize(("rows", "width", "depth"), [(0, 4, 5), (3, 4, 0), (1, 1, 1), (5, 33, 2), (2, 7, 20)])
+@pytest.mark.parametrize("segment", [1, 3, 5, 100])
+def test_every_size_and_segment(rows, width, depth, segment, device):
+    segment = min(segment, max(depth, 1))
+    assert_right(problem(device, rows, width, depth), depth, segment=segment, return_states=True)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_weights_in_16_bits(weight_dtype, shared, device):
+    assert_right(problem(device, 5, 30, 7, shared, weight_dtype=weight_dtype), 7)
+
+
+@pytest.mark.parametrize("without", [("bias",), ("inputs",), ("bias", "inputs")])
+def test_without_what_is_optional(without, device):
+    assert_right(problem(device, 5, 30, 7, without=without), 7)
+
+
+def test_scales_shared_by_all_steps(device):
+    """The same as one for each step, and their gradients summed."""
+    tensors, grad_output = list(problem(device, 5, 30, 7)), torch.randn(5, 30, device=device)
+    shared = [*tensors[:4], tensors[4][:1], tensors[5][:1], tensors[6]]
+    tensors[4:6] = (scale[:1].expand(7) for scale in tensors[4:6])
+    for name, a, b in zip(RESULTS, by_graph(shared, grad_output, 7), by_graph(tensors, grad_output, 7), strict=True):
+        if name in ("alpha", "beta"):
+            torch.testing.assert_close(a, b.sum().reshape(1), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(a, b), name
+
+
+def test_only_what_is_asked_for(device):
+    tensors = problem(device, 5, 30, 7)
+    grad_output = torch.randn(5, 30, device=device)
+    expected = by_graph(tensors, grad_output, 7)[1:]
+    _, checkpoints = graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)
+    nothing = graph.orthogonal_filter_backward(grad_output, checkpoints, *tensors[1:], 7, "tanh", 4, *(False,) * 5)
+    assert torch.equal(nothing[0], expected[0])
+    assert [gradient.numel() for gradient in nothing[1:]] == [0] * 6
+
+
+def test_nothing_is_left_from_the_call_before(device):
+    """Other numbers, the same shapes: what a graph reads must be the new ones; and results are the caller's own."""
+    first, second = problem(device, 5, 30, 9), problem(device, 5, 30, 9)
+    grad_output = torch.randn(5, 30, device=device)
+    once = by_graph(first, grad_output, 9)
+    copies = [result.clone() for result in once]
+    by_graph(second, grad_output, 9)
+    for name, result, copy, again in zip(RESULTS, once, copies, by_graph(first, grad_output, 9), strict=True):
+        assert torch.equal(result, copy), name
+        assert torch.equal(again, copy), name
+
+
+def test_leaves_the_settings_alone(device):
+    """float32 means float32 whatever matmuls are set to, and the setting is the user's afterwards."""
+    tensors = problem(device, 5, 30, 7)
+    expected = graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0]
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        assert torch.equal(graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0], expected)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_graphs_are_kept_and_the_oldest_given_up(monkeypatch):
+    """Without a GPU: what is kept, for whom."""
+    monkeypatch.setattr(graph, "_cached", graph.OrderedDict())
+    monkeypatch.setattr(graph, "Block", lambda kind, capture: [kind, capture])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kinds = [
+        graph.Kind(3, 2, width, torch.float32, torch.device("cuda"), 0, "tanh", True, "matrix", True, False)
+        for width in range(1, graph.MOST_BLOCKS + 2)
+    ]
+    blocks = [graph._get_block(kind) for kind in kinds[:-1]]
+    assert all(capture for _, capture in blocks)
+    assert graph._get_block(kinds[0]) is blocks[0]
+    graph._get_block(kinds[-1])
+    assert graph._get_block(kinds[0]) is blocks[0]
+    assert graph._get_block(kinds[1]) is not blocks[1]
+    assert len(graph._cached) == graph.MOST_BLOCKS
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert graph._get_block(kinds[0]) == [kinds[0], False]
+
+
+def test_captured_once_and_replayed(monkeypatch):
+    """Without a GPU: the order of things. Libraries warm up before the capture, and a capture runs nothing."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextlib.contextmanager
+    def capturing(captured, capture_error_mode):
+        calls.append("capture")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(graph.Block, "_forward", lambda self: calls.append("forward"))
+    kind = graph.Kind(3, 2, 4, torch.float32, torch.device("cpu"), 0, "tanh", True, "matrix", True, False)
+    block = graph.Block(kind, capture=True)
+    block.run("forward")
+    assert calls == ["forward", "capture", "forward", "replay"]
+    block.run("forward")
+    assert calls[4:] == ["replay"]
+
+
+def test_captured_by_the_caller(device):
+    """Inside somebody else's graph the lines run as they stand, on memory of that graph."""
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    tensors = problem(device, 5, 30, 7)
+    expected = graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0]
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        output = graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0]
+    tensors[0].neg_()
+    captured.replay()
+    assert not torch.equal(output, expected)
+    assert torch.equal(output, graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0])

@@ -1,0 +1,797 @@
+"""The proof of the recurrence: every depth, width, batch, kind and thread count against float64, to 50,000 layers.
+
+Rows are independent, so one net of 33 rows is traced once in float64 and once in float32 (eager torch), and judges the
+kernel for every number of rows M <= 33: row-wise results are compared with the first M rows, sums over the samples with
+the sum over these rows. The rule is that of design.md (Numerics), as in numerics.py; what a net of few numbers would
+leave to luck (one weight has one rounding error, and eager torch's may happen to be 0) is judged over several nets.
+
+What runs where, by what a reference costs:
+- L = 1, 2, 7: every N and M with 1, 2 and 3 threads, result and all gradients, last state and all states.
+- L = 1000: every N and M, result and all gradients; the number of threads changes with M.
+- L = 50,000, forward: N = 3, 17 and 64 with a weight per layer and every M; N = 100, 128 and 256, whose weights would
+  fill 2 to 13 GB, in the time form (one weight) and with M = 1 and 5.
+- L = 50,000, result and all gradients: N = 1 with M = 33, N = 16 with M = 1, 5 and 33.
+"""
+
+import ctypes
+import itertools
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numerics import hostile_layouts
+from sanitize.harness import EAGER_WITHOUT_FMA
+from torch import Tensor
+
+import lcw_ops
+from lcw_ops import functional as F
+from lcw_ops.reference.orthogonal_filter import (
+    ACTIVATIONS,
+    activation_derivative,
+    apply_filter,
+    apply_filter_transposed,
+)
+
+# References are small products; the kernel is called with the threads that each test is about.
+pytestmark = pytest.mark.usefixtures("kernel_under_test", "on_the_cpu", "one_thread")
+
+WIDTHS = [1, 3, 16, 17, 64, 100, 128, 256]
+ROWS = [0, 1, 5, 32, 33]
+THREADS = [1, 2, 3]
+FILTERS = ["haar", "per_layer", "permutation", "cyclic", "identity"]
+NAMES = ["h0", "weight", "bias", "alpha", "beta", "inputs"]
+# Gradients with one entry per sample, and those that are sums over the samples.
+ROW_WISE = ["h0", "inputs"]
+
+# Set in the processes that tests below start.
+IN_SUBPROCESS = "LCW_OPS_PROOF_SUBPROCESS" in os.environ
+
+# What has few numbers is judged over so many layers, of several nets where one has fewer.
+POOLED = 8
+
+
+@pytest.fixture
+def on_the_cpu(device):
+    if device.type != "cpu":
+        pytest.skip("threads and instruction sets of the CPU kernel; test_orthogonal_filter.py proves the GPU's")
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class Net:
+    """The arguments of one call and the gradient of its result, for as many rows as any call will have."""
+
+    arguments: dict[str, Tensor]
+    filter: Tensor
+    activation: str
+    grad_output: Tensor  # (L + 1, M, N); without return_states its last entry counts
+
+    def at(self, name, l):
+        """The argument of step l; one that is shared over all steps has one dimension less."""
+        tensor = self.filter if name == "filter" else self.arguments[name]
+        per_step = {"weight": 3, "bias": 2, "filter": 3, "inputs": 3}[name]
+        return tensor[l] if tensor.dim() == per_step else tensor
+
+    def __call__(self, rows, return_states, segment=None, with_gradients=True):
+        """The kernel's result and gradients for the first rows of the batch."""
+        narrowed = {"h0": self.arguments["h0"][:rows], "inputs": self.arguments["inputs"][:, :rows]}
+        leaves = {
+            name: narrowed.get(name, tensor).detach().requires_grad_(with_gradients)
+            for name, tensor in self.arguments.items()
+        }
+        output = F.orthogonal_filter(
+            **leaves, filter=self.filter, activation=self.activation, return_states=return_states, segment=segment
+        )
+        if not with_gradients:
+            return output
+        grad_output = self.grad_output[:, :rows] if return_states else self.grad_output[-1, :rows]
+        return output, dict(zip(NAMES, torch.autograd.grad(output, leaves.values(), grad_output), strict=True))
+
+
+def make_filter(kind, steps, width):
+    if kind == "permutation":
+        return torch.randperm(width)
+    if kind == "cyclic":
+        return torch.arange(width).roll(1)
+    if kind == "identity":
+        return torch.eye(width)
+    if kind == "haar":
+        return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q.float()
+    few = torch.linalg.qr(torch.randn(min(steps, 8), width, width, dtype=torch.float64)).Q.float()
+    return few[torch.arange(steps) % len(few)] if steps else torch.empty(0, width, width)
+
+
+def make_net(rows, width, steps, filter="haar", activation="tanh", shared=False):
+    """Scaled like a network that trains: beta about 1 / L, alpha = 1 - beta."""
+    beta = (0.5 + torch.rand(steps)) / max(steps, 1)
+    depth = () if shared else (steps,)
+    arguments = {
+        "h0": torch.randn(rows, width),
+        "weight": torch.randn(*depth, width, width) / width**0.5,
+        "bias": torch.randn(*depth, width),
+        "alpha": 1 - beta,
+        "beta": beta,
+        "inputs": torch.randn(steps, rows, width),
+    }
+    # 0 but for the last entry would do as well without return_states; a kernel that reads the others is caught.
+    net = Net(arguments, make_filter(filter, steps, width), activation, torch.randn(steps + 1, rows, width))
+    if activation == "relu":
+        keep_off_the_kink(net)
+    return net
+
+
+def keep_off_the_kink(net):
+    """Inputs such that no pre-activation is so near 0 that rounding decides which slope ReLU has there."""
+    margin = 1e-3
+
+    def away(l, pre_activation):
+        shift = torch.where(pre_activation.abs() < margin, 2 * margin * pre_activation.sign(), 0.0)
+        net.arguments["inputs"][l] += shift
+        return pre_activation + shift
+
+    for _ in forward_steps(net, torch.float64, away):
+        pass
+
+
+def forward_steps(net, dtype, adjust=lambda l, pre_activation: pre_activation):
+    """(state, O h, A) of each step and then the last state, as eager torch computes them in this dtype."""
+    act = ACTIVATIONS[net.activation]
+    alpha, beta = net.arguments["alpha"].to(dtype), net.arguments["beta"].to(dtype)
+    state = net.arguments["h0"].to(dtype)
+    for l in range(len(alpha)):
+        filter = net.at("filter", l)
+        filtered = apply_filter(state, filter.to(dtype) if filter.is_floating_point() else filter)
+        weight, bias, step_input = (net.at(name, l).to(dtype) for name in ("weight", "bias", "inputs"))
+        pre_activation = adjust(l, state @ weight.mT + bias + step_input)
+        yield state, filtered, pre_activation
+        state = alpha[l] * filtered + beta[l] * act(pre_activation)
+    yield state, None, None
+
+
+def last_state(net, dtype):
+    for state, _, _ in forward_steps(net, dtype):  # noqa: B007
+        pass
+    return state
+
+
+class Trace:
+    """All states of a net and all their gradients, step by step in plain torch; every other gradient is a sum."""
+
+    def __init__(self, net, dtype, return_states):
+        steps, *shape = net.arguments["inputs"].shape
+        self.states, self.grad_states = (torch.empty(steps + 1, *shape, dtype=dtype) for _ in range(2))
+        self.filtered, self.activated, self.grad_pre = (torch.empty(steps, *shape, dtype=dtype) for _ in range(3))
+        alpha, beta = net.arguments["alpha"].to(dtype), net.arguments["beta"].to(dtype)
+        for l, (state, filtered, pre_activation) in enumerate(forward_steps(net, dtype)):
+            self.states[l] = state
+            if l < steps:
+                self.filtered[l] = filtered
+                self.activated[l] = ACTIVATIONS[net.activation](pre_activation)
+                self.grad_pre[l] = beta[l] * activation_derivative(pre_activation, net.activation)
+        injected = net.grad_output.to(dtype)
+        gradient = self.grad_states[steps] = injected[steps]
+        for l in reversed(range(steps)):
+            filter, weight = net.at("filter", l), net.at("weight", l).to(dtype)
+            self.grad_pre[l] *= gradient
+            through_filter = apply_filter_transposed(
+                gradient, filter.to(dtype) if filter.is_floating_point() else filter
+            )
+            gradient = alpha[l] * through_filter + self.grad_pre[l] @ weight
+            if return_states:
+                gradient = gradient + injected[l]
+            self.grad_states[l] = gradient
+
+    def row_wise(self, return_states):
+        output = self.states if return_states else self.states[-1]
+        return {"output": output, "h0": self.grad_states[0], "inputs": self.grad_pre}
+
+    def sums(self, rows, layers):
+        """The gradients of these layers' weights and biases that come from the first rows."""
+        grad_pre, states = self.grad_pre[layers, :rows], self.states[:-1][layers, :rows]
+        return {"weight": grad_pre.mT @ states, "bias": grad_pre.sum(1)}
+
+    def scale_sums(self, batches):
+        """The gradients of alpha and beta, (L, batches), from each of some batches of rows, (33, batches).
+
+        <G_l, O h_{l-1}> hardly changes from layer to layer, and nor does its error: what a batch errs by is one number
+        however many the layers. Other batches of the same net are what there is more of.
+        """
+        gradient = self.grad_states[1:]
+        return {
+            "alpha": (gradient * self.filtered).sum(2).double() @ batches,
+            "beta": (gradient * self.activated).sum(2).double() @ batches,
+        }
+
+
+def draw_batches(rows, of, count=32):
+    """(of, count): the first ``rows`` rows, then as many others at random, each with a random sign of its gradient.
+
+    The sign changes no rounding in a row, only how the rows add up.
+    """
+    chosen = torch.rand(of, count).argsort(0) < rows
+    batches = chosen * torch.where(torch.rand(of, count) < 0.5, 1.0, -1.0).double()
+    batches[:, 0] = torch.arange(of) < rows
+    return batches
+
+
+class Errors:
+    """Largest errors, the kernel's of each call and eager torch's, pooled over nets and batch sizes, and judged.
+
+    What eager torch errs by, relative to the quantity's largest value, is the largest over the nets and batch sizes of
+    the group: a sum over 5 samples is rounded no better than one over 33.
+    """
+
+    def __init__(self):
+        self.kernel = defaultdict(float)  # (name, rows, call)
+        self.eager, self.scale = defaultdict(float), defaultdict(float)  # (name, rows)
+
+    def add_expected(self, name, rows, eager, exact):
+        if exact.numel():
+            error, scale = (eager.double() - exact).abs().max().item(), exact.abs().max().item()
+            self.eager[name, rows] = max(self.eager[name, rows], error)
+            self.scale[name, rows] = max(self.scale[name, rows], scale)
+
+    def add(self, name, rows, call, actual, exact):
+        assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+        if exact.numel():
+            assert actual.isfinite().all(), f"{call}: {name} is not finite"
+            error = (actual.double() - exact).abs().max().item()
+            self.kernel[name, rows, call] = max(self.kernel[name, rows, call], error)
+
+    def judge(self, dtype=torch.float32, times_eager=2.0):
+        relative = defaultdict(float)
+        for (name, rows), error in self.eager.items():
+            if error:
+                relative[name] = max(relative[name], error / self.scale[name, rows])
+        for (name, rows, call), error in self.kernel.items():
+            allowed = (times_eager * relative[name] + torch.finfo(dtype).eps) * self.scale[name, rows]
+            assert error <= allowed, f"{call}: error of {name} {error:.3g}, the rule allows {allowed:.3g}"
+
+
+def kind_of(case):
+    """Filters and activations take turns; all pairs of them are in test_every_kind."""
+    return {"filter": FILTERS[case % len(FILTERS)], "activation": list(ACTIVATIONS)[case % len(ACTIVATIONS)]}
+
+
+def assert_grid(nets, calls, return_states, what):
+    """``calls``: (rows, threads, segment), each for every net: the result and all gradients, by the rule."""
+    errors = Errors()
+    for net in nets:
+        eager, exact = (Trace(net, dtype, return_states) for dtype in (torch.float32, torch.float64))
+        for rows, group in itertools.groupby(calls, key=lambda call: call[0]):
+            compare(errors, net, eager, exact, rows, list(group), return_states, what)
+    errors.judge()
+
+
+def compare(errors, net, eager, exact, rows, calls, return_states, what):
+    """The calls for the first rows of one net with its traces."""
+    results = {}
+    for _, thread_count, segment in calls:
+        with threads(thread_count):
+            call = f"{what}, M={rows}, {thread_count} threads, segment {segment}"
+            results[call] = net(rows, return_states, segment)
+    in_eager, in_exact = eager.row_wise(return_states), exact.row_wise(return_states)
+    for name, expected in in_exact.items():
+        errors.add_expected(name, rows, in_eager[name], expected)
+        for call, (output, gradients) in results.items():
+            errors.add(name, rows, call, output if name == "output" else gradients[name], expected[..., :rows, :])
+    batches = draw_batches(rows, of=exact.grad_pre.shape[1])
+    in_eager, in_exact = eager.scale_sums(batches), exact.scale_sums(batches)
+    for name, expected in in_exact.items():
+        errors.add_expected(name, rows, in_eager[name], expected)
+        for call, (_, gradients) in results.items():
+            errors.add(name, rows, call, gradients[name], expected[:, 0])
+    steps, _, width = exact.grad_pre.shape
+    # Layer weights in parts that fit into memory.
+    part = max(1, 2**22 // width**2)
+    for first in range(0, steps, part):
+        layers = slice(first, first + part)
+        in_eager, in_exact = eager.sums(rows, layers), exact.sums(rows, layers)
+        for name, expected in in_exact.items():
+            errors.add_expected(name, rows, in_eager[name], expected)
+            for call, (_, gradients) in results.items():
+                errors.add(name, rows, call, gradients[name][layers], expected)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_grid_of_few_layers(steps, width):
+    case = [1, 2, 7].index(steps) * len(WIDTHS) + WIDTHS.index(width)
+    kind = kind_of(case)
+    nets = [make_net(max(ROWS), width, steps, **kind) for _ in range(max(1, POOLED // steps))]
+    calls = [(*pair, None) for pair in itertools.product(ROWS, THREADS)]
+    assert_grid(nets, calls, case % 2 == 0, f"L={steps}, N={width}, {kind}")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_grid_of_a_thousand_layers(width):
+    case = WIDTHS.index(width)
+    kind = kind_of(case)
+    calls = [(rows, THREADS[(case + i) % len(THREADS)], None) for i, rows in enumerate(ROWS)]
+    assert_grid([make_net(max(ROWS), width, 1000, **kind)], calls, case % 2 == 0, f"L=1000, N={width}, {kind}")
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("return_states", [False, True])
+def test_every_kind(filter, activation, return_states):
+    """All filters, activations and results, for one row, few rows and many."""
+    nets = [make_net(max(ROWS), 19, 6, filter, activation)]
+    calls = [(1, 1, None), (1, 3, None), (2, 2, 4), (5, 2, None), (33, 2, None)]
+    assert_grid(nets, calls, return_states, f"{filter}, {activation}")
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("return_states", [False, True])
+def test_every_segment_of_a_thousand_layers(rows, return_states):
+    calls = [(rows, count, segment) for segment in (1, 7, 31, 1000, None) for count in (1, 2)]
+    assert_grid([make_net(33, 17, 1000)], calls, return_states, "L=1000")
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+def test_every_row_count(thread_count):
+    """Every way to deal 0 to 40 rows out to the threads and to vectors of 4, 8 and 16."""
+    for width in (5, 16, 33):
+        calls = [(rows, thread_count, 2) for rows in range(41)]
+        assert_grid([make_net(40, width, 3)], calls, True, f"L=3, N={width}")
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+def test_every_width(thread_count):
+    """Every remainder of a vector and of a tile, for the path of few rows and that of many."""
+    for width in (*range(1, 50), 63, 65, 95, 96, 97, 127, 129):
+        net = make_net(12, width, POOLED, filter="haar" if width % 2 else "permutation")
+        assert_grid([net], [(rows, thread_count, None) for rows in (1, 2, 12)], False, f"L={POOLED}, N={width}")
+
+
+# ---- 50,000 layers -------------------------------------------------------------------------------------------------
+
+DEEP = 50_000
+
+
+@torch.no_grad()
+def assert_deep_forward(net, calls):
+    errors = Errors()
+    eager, exact = last_state(net, torch.float32), last_state(net, torch.float64)
+    for rows, thread_count in calls:
+        errors.add_expected("output", rows, eager, exact)
+        with threads(thread_count):
+            call = f"L={DEEP}, N={exact.shape[1]}, M={rows}, {thread_count} threads"
+            errors.add("output", rows, call, net(rows, False, with_gradients=False), exact[:rows])
+    errors.judge()
+
+
+@pytest.mark.parametrize(
+    ("width", "filter", "activation"),
+    [
+        (3, "identity", "sigmoid"),
+        (17, "per_layer", "relu"),
+        (64, "haar", "tanh"),
+    ],
+)
+def test_fifty_thousand_layers_forward(width, filter, activation):
+    net = make_net(max(ROWS), width, DEEP, filter, activation)
+    assert_deep_forward(net, [(rows, THREADS[i % len(THREADS)]) for i, rows in enumerate(ROWS)])
+
+
+@pytest.mark.parametrize(
+    ("width", "filter", "activation"),
+    [(100, "permutation", "tanh"), (128, "haar", "sigmoid"), (256, "haar", "tanh")],
+)
+def test_fifty_thousand_steps_of_one_weight_forward(width, filter, activation):
+    assert_deep_forward(make_net(5, width, DEEP, filter, activation, shared=True), [(1, 2), (5, 1)])
+
+
+@pytest.mark.parametrize(
+    ("width", "filter", "calls"),
+    [
+        (1, "identity", [(33, 1, None)]),
+        (16, "haar", [(1, 2, None), (5, 1, 224), (33, 2, DEEP)]),
+    ],
+)
+def test_fifty_thousand_layers_backward(width, filter, calls):
+    rows = max(rows for rows, *_ in calls)
+    assert_grid([make_net(rows, width, DEEP, filter)], calls, False, f"L={DEEP}, N={width}")
+
+
+# ---- Every other way to call it ------------------------------------------------------------------------------------
+
+
+def draw_arguments(case):
+    """Plain tensors for the shapes and options of a hypothesis example."""
+    rows, width, steps, dtype = case["rows"], case["width"], case["steps"], case["dtype"]
+
+    def tensor(name, *shape):
+        return torch.randn(*(() if case["shared"][name] else (steps,)), *shape, dtype=dtype)
+
+    def scale(name):
+        return torch.rand(1 if case["shared"][name] else steps, dtype=dtype) / max(steps, 1)
+
+    arguments = {
+        "h0": torch.randn(rows, width, dtype=dtype),
+        "weight": tensor("weight", width, width) / width**0.5,
+        "bias": tensor("bias", width) if case["bias"] else None,
+        "alpha": 1 - scale("alpha"),
+        "beta": scale("beta"),
+        # They carry the number of steps where everything else is shared.
+        "inputs": torch.randn(steps, rows, width, dtype=dtype),
+    }
+    if not case["inputs"] and not all(case["shared"].values()):
+        arguments["inputs"] = None
+    filter = make_filter(case["filter"], steps, width)
+    return arguments, filter.to(dtype) if filter.is_floating_point() else filter
+
+
+def evaluate(arguments, filter, grad_output, wanted, **options):
+    """The result, and the gradients of the arguments that are wanted."""
+    leaves = {
+        name: tensor if tensor is None else tensor.detach().requires_grad_(name in wanted)
+        for name, tensor in arguments.items()
+    }
+    output = F.orthogonal_filter(**leaves, filter=filter, **options)
+    present = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    gradients = torch.autograd.grad(output, list(present.values()), grad_output, materialize_grads=True)
+    return {"output": output.detach(), **dict(zip(present, gradients, strict=True))}
+
+
+def in_layout(tensor, layout):
+    can_hold_nan = tensor is not None and tensor.is_floating_point()
+    return hostile_layouts(tensor).get(layout, tensor) if can_hold_nan and tensor.numel() else tensor
+
+
+# The fixtures only choose the backend and seed, which every example does for itself.
+PROPERTY = {
+    "max_examples": 120,
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+LAYOUTS = st.sampled_from(["contiguous", "sliced", "strided", "transposed"])
+CASES = st.fixed_dictionaries(
+    {
+        "rows": st.integers(0, 40),
+        "width": st.integers(1, 40),
+        "steps": st.integers(0, 12),
+        "dtype": st.sampled_from([torch.float32, torch.float64]),
+        "filter": st.sampled_from(FILTERS),
+        "activation": st.sampled_from(["tanh", "sigmoid", "identity"]),
+        "return_states": st.booleans(),
+        "segment": st.sampled_from([None, 1, 2, 5, 100]),
+        "threads": st.integers(1, 4),
+        "bias": st.booleans(),
+        "inputs": st.booleans(),
+        "shared": st.fixed_dictionaries({name: st.booleans() for name in ("weight", "bias", "alpha", "beta")}),
+        "layouts": st.fixed_dictionaries(dict.fromkeys((*NAMES, "filter", "grad_output"), LAYOUTS)),
+        "wanted": st.sets(st.sampled_from(NAMES), min_size=1),
+        "seed": st.integers(0, 2**32 - 1),
+    }
+)
+
+
+@given(case=CASES)
+@settings(**PROPERTY)
+def test_any_call(case):
+    """Shapes, options, memory layouts and sets of gradients that nobody thought of."""
+    torch.manual_seed(case["seed"])
+    options = {name: case[name] for name in ("activation", "return_states")}
+    wanted = case["wanted"] | {"h0"}
+    errors = Errors()
+    # Few numbers are judged over several draws of them.
+    one_scale = any(case["shared"][name] for name in wanted & {"alpha", "beta"})
+    fewest = 1 if one_scale else max(1, min(case["width"], case["steps"]))
+    for _ in range(max(1, 24 // fewest)):
+        arguments, filter = draw_arguments(case)
+        grad_output = torch.randn(case["steps"] + 1, *arguments["h0"].shape, dtype=case["dtype"])
+        grad_output = grad_output if case["return_states"] else grad_output[-1]
+        hostile = {name: in_layout(tensor, case["layouts"][name]) for name, tensor in arguments.items()}
+        hostile_filter = in_layout(filter, case["layouts"]["filter"])
+        hostile_grad = in_layout(grad_output, case["layouts"]["grad_output"])
+        with threads(case["threads"]):
+            actual = evaluate(hostile, hostile_filter, hostile_grad, wanted, segment=case["segment"], **options)
+        eager, exact = (
+            reference(arguments, filter, grad_output, wanted, dtype, options)
+            for dtype in (torch.float32, torch.float64)
+        )
+        for name, expected in exact.items():
+            errors.add_expected(name, case["rows"], eager[name], expected)
+            errors.add(name, case["rows"], "any call", actual[name], expected)
+    if case["dtype"] == torch.float32:
+        errors.judge()
+    else:
+        # There is no wider judge here. Eager float64 errs by what eager float32 errs (which rounded its arguments
+        # besides), 2^29 times less, the kernel by at most twice that and one ulp: they differ by at most the sum.
+        narrowing = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        errors.judge(torch.float64, times_eager=3 * narrowing)
+
+
+def reference(arguments, filter, grad_output, wanted, dtype, options):
+    cast = {name: tensor if tensor is None else tensor.to(dtype) for name, tensor in arguments.items()}
+    filter = filter.to(dtype) if filter.is_floating_point() else filter
+    with lcw_ops.use_backend("reference"):
+        return evaluate(cast, filter, grad_output.to(dtype), wanted, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "shared"), [(1, False), (3, True), (20, False), (33, True)])
+def test_sixteen_bits_are_rounded_once(dtype, rows, shared):
+    """Result and gradients are those of the same numbers in float32, by the rule of float32, rounded at the end."""
+    net = make_net(rows, 33, 30, shared=shared)
+    narrow = {name: tensor.to(dtype) for name, tensor in net.arguments.items()}
+    # Scales are float32 in every 16-bit net: alpha = 1 - 2e-5 is 1 in 16 bits.
+    narrow.update(alpha=net.arguments["alpha"], beta=net.arguments["beta"])
+    grad_output = net.grad_output[-1].to(dtype)
+    with threads(2):
+        actual = evaluate(narrow, net.filter, grad_output, NAMES)
+    eager, exact = (
+        reference(narrow, net.filter, grad_output, NAMES, wide, {}) for wide in (torch.float32, torch.float64)
+    )
+    finfo = torch.finfo(dtype)
+    for name in ("output", "h0", "weight", "bias", "inputs"):
+        assert actual[name].dtype == dtype
+        expected = exact[name]
+        allowed_in_float32 = 2 * (eager[name].double() - expected).abs().max()
+        allowed_in_float32 += torch.finfo(torch.float32).eps * expected.abs().max()
+        # Half of the spacing, which below the smallest normal number is that of the smallest normal number.
+        largest = (expected.abs() + allowed_in_float32).clamp(min=finfo.smallest_normal)
+        rounding = 0.5 * finfo.eps * 2 ** largest.log2().floor()
+        error = (actual[name].double() - expected).abs()
+        assert (error <= rounding + allowed_in_float32).all(), name
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32])
+@pytest.mark.parametrize("scale_shape", ["per_layer", "one", "no_dimension"])
+@pytest.mark.parametrize("wanted", [{"alpha"}, {"beta"}, {"alpha", "beta"}])
+def test_gradients_of_the_scales(rows, scale_shape, wanted):
+    """Per layer and shared, alone and together, with nothing else asked for.
+
+    Over many nets, because <G_l, O h_{l-1}> hardly changes from layer to layer, and nor does its error.
+    """
+    errors = Errors()
+    for _ in range(24):
+        net = make_net(rows, 21, 12)
+        arguments = dict(net.arguments)
+        if scale_shape != "per_layer":
+            shape = (1,) if scale_shape == "one" else ()
+            arguments.update(alpha=torch.full(shape, 0.97), beta=torch.full(shape, 0.03))
+        with threads(2):
+            actual = evaluate(arguments, net.filter, net.grad_output[-1], wanted)
+        eager, exact = (
+            reference(arguments, net.filter, net.grad_output[-1], wanted, dtype, {})
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert actual.keys() == wanted | {"output"}
+        for name, expected in exact.items():
+            errors.add_expected(name, rows, eager[name], expected)
+            errors.add(name, rows, f"{scale_shape}, M={rows}", actual[name], expected)
+    errors.judge()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("width", [7, 64, 200])
+def test_same_bits_twice_however_the_rows_are_dealt_out(count, width):
+    """One net, every way to share rows and units between threads, and threads that come late or not at all."""
+    net = make_net(20, width, 40)
+    with threads(count):
+        for rows in (1, 2, 3, 4, 20):
+            first_output, first = net(rows, False)
+            for _ in range(4):
+                output, gradients = net(rows, False)
+                assert torch.equal(output, first_output)
+                for name, gradient in gradients.items():
+                    assert torch.equal(gradient, first[name]), f"{name}, M={rows}, N={width}, {count} threads"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_without_gradients_the_result_has_the_same_bits(count):
+    for rows, return_states in itertools.product((1, 3, 5, 33), (False, True)):
+        net = make_net(rows, 70, 9)
+        with threads(count):
+            with_gradients, _ = net(rows, return_states)
+            assert torch.equal(net(rows, return_states, with_gradients=False), with_gradients)
+
+
+def test_calls_from_several_threads_at_once():
+    """Teams of different calls never wait for each other."""
+    net = make_net(2, 130, 300)
+    with threads(2):
+        expected, expected_gradients = net(2, False)
+    found = []
+
+    def call():
+        # The number of threads is a setting of the calling thread's own OpenMP team.
+        with threads(2):
+            found.extend(net(2, False) for _ in range(5))
+
+    callers = [threading.Thread(target=call, daemon=True) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=100)
+    assert len(found) == 20, "a call does not return"
+    for output, gradients in found:
+        assert torch.equal(output, expected)
+        assert all(torch.equal(gradients[name], expected_gradients[name]) for name in NAMES)
+
+
+# ---- The activations -----------------------------------------------------------------------------------------------
+
+
+def every_float32(stride):
+    """Bit patterns from 0 to infinity and their negatives, every ``stride``-th."""
+    infinity = 0x7F800000
+    positive = np.arange(0, infinity + 1, stride, dtype=np.uint32)
+    edges = np.arange(-5, 6)
+    special = np.concatenate([anchor.view(np.uint32) + edges for anchor in SATURATIONS]).astype(np.uint32)
+    positive = np.concatenate([positive, special, np.array([infinity], np.uint32)])
+    return torch.from_numpy(np.concatenate([positive, positive | np.uint32(1 << 31)]).view(np.float32))
+
+
+# Where kernels clamp: exp(-x) and exp(-2 x) leave the normal numbers, tanh becomes 1.
+SATURATIONS = np.array([[9.01], [43.5], [43.668], [87.0], [87.336], [88.0], [88.72], [103.97]], np.float32)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_activation_error_over_all_of_float32(activation, capsys):
+    """In true ulps: the spacing of float32 at the exact value."""
+    values = every_float32(stride=1021)
+    columns = 64
+    inputs = torch.nn.functional.pad(values, (0, -len(values) % columns)).view(1, -1, columns)
+    nothing, no_weight = torch.zeros(inputs.shape[1:]), torch.zeros(1, columns, columns)
+    actual = F.orthogonal_filter(nothing, no_weight, None, torch.arange(columns), 0.0, 1.0, inputs, activation)
+    actual, exact = actual.flatten()[: len(values)].double(), ACTIVATIONS[activation](values.double())
+    finfo = torch.finfo(torch.float32)
+    is_normal = exact.abs() >= finfo.smallest_normal
+    ulps = (actual - exact).abs() / (finfo.eps * 2 ** exact.abs().log2().floor())
+    worst = torch.where(is_normal, ulps, 0.0).argmax()
+    with capsys.disabled():
+        print(f"\n{activation}: {len(values):,} floats, at most {ulps[worst]:.2f} ulp, at {values[worst]:.9g}")
+    assert ulps[worst] < 4
+    # Below the smallest normal number float32 has no full mantissa, and processors may be told to flush.
+    assert ((actual - exact).abs()[~is_normal] <= finfo.smallest_normal).all()
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("rows", [1, 33])
+def test_nan_and_infinity_stay_in_their_row(activation, rows):
+    """A NaN in one sample is a NaN in its result, and nowhere else; an infinite input saturates."""
+    net = make_net(rows, 19, 3, filter="permutation", activation=activation)
+    expected = net(rows, False, with_gradients=False)
+    net.arguments["h0"][rows // 2, 4] = torch.nan
+    actual = net(rows, False, with_gradients=False)
+    others = torch.arange(rows) != rows // 2
+    assert actual[rows // 2].isnan().all()
+    assert torch.equal(actual[others], expected[others])
+
+
+# ---- In processes of their own -------------------------------------------------------------------------------------
+
+PAGE = mmap.PAGESIZE
+PROT_NONE, MAP_PRIVATE_ANONYMOUS = 0, 0x22
+
+
+def between_guards(tensor, flush):
+    """The same tensor in read-only memory with an unreadable page on either side, flush with one of them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = tensor.numel() * tensor.element_size()
+    inside = -(-size // PAGE) * PAGE
+    address = libc.mmap(None, inside + 2 * PAGE, PROT_NONE, MAP_PRIVATE_ANONYMOUS, -1, 0) + PAGE
+    assert libc.mprotect(address, inside, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+    start = address if flush == "front" else address + inside - size
+    guarded = torch.frombuffer((ctypes.c_char * size).from_address(start), dtype=tensor.dtype).view(tensor.shape)
+    guarded.copy_(tensor)
+    assert libc.mprotect(address, inside, mmap.PROT_READ) == 0
+    return guarded
+
+
+def call_between_guards(rows, width, steps, dtype, kind, shared, flush, return_states):
+    net = make_net(rows, width, steps, kind, shared=shared)
+    arguments = {
+        name: between_guards(tensor.to(tensor.dtype if name in ("alpha", "beta") else dtype), flush)
+        for name, tensor in net.arguments.items()
+    }
+    grad_output = (net.grad_output if return_states else net.grad_output[-1]).to(dtype)
+    filter = net.filter.to(dtype) if dtype == torch.float64 and net.filter.is_floating_point() else net.filter
+    results = evaluate(
+        arguments, between_guards(filter, flush), between_guards(grad_output, flush), NAMES, return_states=return_states
+    )
+    assert all(tensor.isfinite().all() for tensor in results.values())
+
+
+if IN_SUBPROCESS:
+
+    @pytest.mark.parametrize("flush", ["front", "back"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("thread_count", [1, 3])
+    def test_nothing_but_the_arguments_is_read_and_nothing_of_them_written(flush, dtype, thread_count):
+        """What a vector too wide or a tile too high would touch is not mapped: the process would end here."""
+        with threads(thread_count):
+            for rows, width in itertools.product((1, 2, 3, 5, 9, 17, 33), (1, 2, 5, 8, 13, 16, 31, 65, 100)):
+                kind = FILTERS[(rows + width) % len(FILTERS)]
+                shared = (rows * width) % 3 == 0
+                call_between_guards(rows, width, 3, dtype, kind, shared, flush, return_states=width % 2 == 0)
+
+
+def in_a_process(selection, **environment):
+    """Tests of this file in a process of their own; returns what pytest says."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        [*command, "-k", selection],
+        env={**os.environ, "LCW_OPS_PROOF_SUBPROCESS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert " passed" in result.stdout
+    return result.stdout
+
+
+@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
+@pytest.mark.parametrize("capability", ["fastest", "avx2", "portable"])
+def test_every_instruction_set(capability):
+    """Sizes, kinds and memory bounds with what this processor would not choose by itself."""
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip(f"the fastest instruction set of this processor is {torch.backends.cpu.get_cpu_capability()}")
+    environment = {} if capability == "fastest" else {"LCW_OPS_CPU_CAPABILITY": capability}
+    if capability == "portable":
+        environment.update(EAGER_WITHOUT_FMA)
+    # The fastest one has had all other tests in this process.
+    more = "" if capability == "fastest" else " or every_row or every_width or every_kind or all_of_float32 or rounded"
+    in_a_process("nothing_but_the_arguments" + more, **environment)
+
+
+@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_fewer_threads_than_asked_for(limit):
+    """OpenMP may start fewer threads than torch asks for.
+
+    Those that share a row do not wait for the others, and the bits are the same however many came.
+    """
+    code = (
+        "import torch, hashlib, lcw_ops\n"
+        "torch.set_num_threads(4)\n"
+        "torch.manual_seed(0)\n"
+        "digest = hashlib.sha256()\n"
+        "for rows in (1, 2):\n"
+        "    weight = (torch.randn(40, 150, 150) / 13).requires_grad_()\n"
+        "    h0 = torch.randn(rows, 150, requires_grad=True)\n"
+        "    states = lcw_ops.functional.orthogonal_filter(h0, weight, None, torch.eye(150), return_states=True)\n"
+        "    states.sum().backward()\n"
+        "    for tensor in (states.detach(), weight.grad, h0.grad):\n"
+        "        digest.update(tensor.numpy().tobytes())\n"
+        "print(digest.hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "OMP_THREAD_LIMIT": str(threads), "OMP_NUM_THREADS": "4"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=100,
+        ).stdout
+        for threads in (limit, 64)
+    }
+    assert len(digests) == 1
