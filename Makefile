@@ -1,7 +1,8 @@
 # make demo   train a 50,000-layer network on real images and show what vanishes (about three minutes)
 # make test   lint, then every test                     make bench   the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed
-.PHONY: demo test lint bench gpu clean
+# make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (some minutes)
+.PHONY: demo test lint bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -28,6 +29,9 @@ bench: $(VENV)/built
 
 gpu:
 	$(PYTHON) bench/gpu.py $(PART)
+
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/sanitize/harness.py
 
 # Two marks: the dependencies change rarely, the build whenever a source does.
 $(VENV)/installed: requirements.txt

@@ -73,7 +73,7 @@ def orthogonal_filter(
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
     _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance)
     dtype = _state_dtype(h0.dtype)
-    backend = _backends.choose(_orthogonal_filter.NAME, h0.device, h0.shape[1], dtype.itemsize)
+    backend = _orthogonal_filter.choose_kernel(h0.device, h0.shape[1], dtype.itemsize)
     if backend == "reference":
         return _reference.orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states)
     steps = _count_steps(weight, bias, filter, alpha, beta, inputs)

@@ -261,7 +261,11 @@ def test_gpu_command_knows_what_the_tests_import():
     imports = [node for tree in files.values() for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {one.name for node in imports for one in node.names if isinstance(node, ast.Import)}
     names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
-    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {path.stem for path in (ROOT / "tests").iterdir()}
+    modules = (
+        {name.split(".")[0] for name in names}
+        - sys.stdlib_module_names
+        - {path.stem for path in (ROOT / "tests").iterdir()}
+    )
     # torch is asked for by itself; the tests of Triton kernels are skipped without it.
     assert modules - {"torch", "triton", "lcw_ops"} <= set(gpu.MODULES["test"])
 

@@ -7,6 +7,10 @@ import torch
 from numerics import assert_as_exact_as_eager
 from test_orthogonal_filter import NAMES, make_arguments, make_filter
 
+import lcw_ops
+from lcw_ops.ops import _backends, _library
+from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.ops import orthogonal_filter_crossover as crossover
 from lcw_ops.ops import orthogonal_filter_graph as graph
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter, orthogonal_filter_backward
 
@@ -196,3 +200,63 @@ def test_captured_by_the_caller(device):
     captured.replay()
     assert not torch.equal(output, expected)
     assert torch.equal(output, graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_it_is_an_op(device, weight_dtype):
+    tensors = problem(device, 3, 5, 4, weight_dtype=weight_dtype)
+    output, checkpoints = _library.get_overload(op.NAME, op.GRAPH)(*tensors, 4, "tanh", 2, False)
+    gradients = _library.get_overload(op.BACKWARD, op.GRAPH)(
+        torch.ones_like(output), checkpoints, *tensors[1:], 4, "tanh", 2, *[True] * 5
+    )
+    direct = by_graph(tensors, torch.ones_like(output), 4, segment=2)
+    assert all(torch.equal(a, b) for a, b in zip([output, *gradients], direct, strict=True))
+    torch.library.opcheck(_library.get_overload(op.NAME, op.GRAPH), (*tensors, 4, "tanh", 2, False))
+    needs = (torch.ones_like(output), checkpoints, *tensors[1:], 4, "tanh", 2, *[True] * 5)
+    torch.library.opcheck(_library.get_overload(op.BACKWARD, op.GRAPH), needs)
+
+
+def test_it_checks_its_arguments(device):
+    h0, weight, bias, *rest = problem(device, 3, 5, 4)
+    forward = _library.get_overload(op.NAME, op.GRAPH)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        forward(h0, weight[..., :4], bias, *rest, 4, "tanh", 2, False)
+    with pytest.raises(ValueError, match="dtypes or devices"):
+        forward(h0.double(), weight, bias, *rest, 4, "tanh", 2, False)
+
+
+@pytest.mark.parametrize(
+    ("table", "chosen"),
+    [
+        (None, {8: "triton", 128: "triton", 129: "cuda", 512: "cuda", 513: "graph", 4096: "graph"}),
+        ((("cuda", 32), ("triton", 64), ("graph", None)), {32: "cuda", 33: "triton", 65: "graph", 2000: "graph"}),
+    ],
+)
+def test_the_crossover_table_decides(monkeypatch, table, chosen):
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
+    monkeypatch.setattr(_backends, "PROVEN", {(op.NAME, name): frozenset({(9, 0)}) for name in ("cuda", "triton")})
+    if table is not None:
+        monkeypatch.setattr(crossover, "MEASURED", {(9, 0): table})
+    _backends._resolve.cache_clear()
+    try:
+        assert {width: op.choose_kernel(card, width, 4) for width in chosen} == chosen
+        assert op.choose_kernel(card, 512, 8) == "graph"
+        with lcw_ops.use_backend("cuda"):
+            assert op.choose_kernel(card, 8, 4) == "cuda"
+            assert op.choose_kernel(card, 4096, 4) == "graph"
+        with lcw_ops.use_backend("reference"):
+            assert op.choose_kernel(card, 8, 4) == "reference"
+    finally:
+        _backends._resolve.cache_clear()
+
+
+def test_nothing_is_automatic_before_it_is_proven(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 3))
+    monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
+    _backends._resolve.cache_clear()
+    try:
+        assert {op.choose_kernel(torch.device("cuda", 0), width, 4) for width in (8, 300, 1000)} == {"reference"}
+    finally:
+        _backends._resolve.cache_clear()

@@ -87,7 +87,13 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 @functools.cache
-def _resolve(op: str, device: torch.device, requested: str | None, too_wide: tuple[tuple[str, str], ...] = ()) -> str:
+def _resolve(
+    op: str,
+    device: torch.device,
+    requested: str | None,
+    too_wide: tuple[tuple[str, str], ...] = (),
+    first: str | None = None,
+) -> str:
     """``too_wide`` has the backends that cannot take rows of this width, with the reason: nearly always none."""
     reasons = dict(too_wide)
     if requested is not None:
@@ -97,7 +103,7 @@ def _resolve(op: str, device: torch.device, requested: str | None, too_wide: tup
             raise BackendError(f"{op}: backend {requested!r} was requested, but {reason}")
         return requested
     capability = _capability(device)
-    for backend in PREFERENCE.get(device.type, ()):
+    for backend in sorted(PREFERENCE.get(device.type, ()), key=lambda name: name != first):
         missing = missing_reason(op, backend, device.type) or reasons.get(backend)
         if missing is None and unproven_reason(op, backend, capability) is None:
             return backend
@@ -106,20 +112,21 @@ def _resolve(op: str, device: torch.device, requested: str | None, too_wide: tup
 
 @torch.compiler.assume_constant_result
 def _resolve_at_trace_time(
-    op: str, device: torch.device, requested: str | None, too_wide: tuple[tuple[str, str], ...]
+    op: str, device: torch.device, requested: str | None, too_wide: tuple[tuple[str, str], ...], first: str | None
 ) -> str:
-    return _resolve(op, device, requested, too_wide)
+    return _resolve(op, device, requested, too_wide, first)
 
 
-def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4) -> str:
+def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None) -> str:
     """The backend that runs ``op`` on ``device`` now, on rows of ``width`` elements of ``itemsize`` bytes.
 
-    BackendError when an explicit request cannot be met.
+    ``first`` comes before the usual order of preference: the fastest where that was measured. BackendError when an
+    explicit request cannot be met.
     """
     # Outside of what is looked up: while torch.compile traces, a width may be a symbol, a reason never is.
     reasons = [(backend, width_reason(op, backend, width, itemsize)) for name, backend in MAX_ROW_BYTES if name == op]
     too_wide = tuple((backend, reason) for backend, reason in reasons if reason is not None)
-    return _resolve_at_trace_time(op, device, _requested, too_wide)
+    return _resolve_at_trace_time(op, device, _requested, too_wide, first)
 
 
 def requested() -> str | None:

@@ -11,8 +11,13 @@ import torch
 
 _library = torch.library.Library("lcw_ops", "DEF")
 
-# Dispatch keys an implementation may sit on, per backend.
-DISPATCH_KEY = {"cpp": "CPU", "cuda": "CUDA", "triton": "CompositeExplicitAutograd"}
+# The dispatch key that an overload's implementation sits on: compiled ones have a device, those in Python take any.
+DISPATCH_KEY = {
+    "cpp": "CPU",
+    "cuda": "CUDA",
+    "triton": "CompositeExplicitAutograd",
+    "graph": "CompositeExplicitAutograd",
+}
 
 
 def declare(

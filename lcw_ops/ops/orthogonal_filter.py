@@ -4,11 +4,14 @@ Forward returns the result and the states at segment boundaries; backward recomp
 bias, filter, alpha and beta may each be shared over all steps or have one entry per step.
 """
 
+import importlib
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from lcw_ops.ops import _backends, _library
+from lcw_ops.ops.orthogonal_filter_crossover import fastest_kernel
 from lcw_ops.reference.orthogonal_filter import (
     ACTIVATIONS,
     count_steps,
@@ -19,12 +22,15 @@ from lcw_ops.reference.orthogonal_filter import (
 NAME = "orthogonal_filter"
 BACKWARD = "orthogonal_filter_backward"
 
+# The form of the cuda backend for nets too wide for its kernels: an overload of its own, not a backend to ask for.
+GRAPH = "graph"
+
 # States kept: L / segment checkpoints and one segment recomputed, so sqrt(L) is best: 128 for 16,000 layers, and
 # within 1.2 of the best for 10,000 to 50,000. A constant keeps L symbolic under torch.compile.
 DEFAULT_SEGMENT = 128
 
 # Whose op reads a bfloat16 or float16 weight beside a float32 state; for the others it is copied into float32.
-READS_16_BIT_WEIGHT = ("cpp", "cuda", "triton")
+READS_16_BIT_WEIGHT = ("cpp", "cuda", "triton", GRAPH)
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, Tensor filter, Tensor alpha, Tensor beta, Tensor? inputs, "
@@ -107,7 +113,7 @@ def _backward_vmap(overload, info, in_dims, *arguments):
 _library.declare(
     NAME,
     f"(Tensor h0, {_ARGUMENTS}, bool return_states) -> (Tensor output, Tensor checkpoints)",
-    backends=("cpp", "cuda", "triton"),
+    backends=("cpp", "cuda", "triton", GRAPH),
     fake=_forward_fake,
     autocast_dtype=torch.float32,
     vmap=_forward_vmap,
@@ -117,53 +123,67 @@ _library.declare(
     f"(Tensor grad_output, Tensor checkpoints, {_ARGUMENTS}, bool needs_weight, bool needs_bias, bool needs_scales, "
     "bool needs_inputs, bool needs_states) -> (Tensor grad_h0, Tensor grad_weight, Tensor grad_bias, "
     "Tensor grad_alpha, Tensor grad_beta, Tensor grad_inputs, Tensor grad_states)",
-    backends=("cpp", "cuda", "triton"),
+    backends=("cpp", "cuda", "triton", GRAPH),
     fake=_backward_fake,
     autocast_dtype=torch.float32,
     vmap=_backward_vmap,
 )
 
 
-def _triton(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
-    # Here and not above: importing lcw_ops must not need Triton.
-    from lcw_ops.kernels import orthogonal_filter as kernels
+def choose_kernel(device: torch.device, width: int, itemsize: int) -> str:
+    """The overload that runs rows of ``width`` numbers on ``device``: the backend's name, or GRAPH.
 
-    if h0.dim() != 2 or segment < 0:
-        raise ValueError(f"{NAME}: h0 has shape {tuple(h0.shape)} and segment is {segment}; expected (M, N) and >= 0")
-    _check_arguments(h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
-    return kernels.orthogonal_filter(
-        h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states
-    )
+    On GPUs by the crossover table. BackendError when an explicit request cannot be met.
+    """
+    if device.type != "cuda":
+        return _backends.choose(NAME, device, width, itemsize)
+    # Measured in float32; a layer in float64 takes the room of one twice as wide.
+    fastest = fastest_kernel(width * itemsize // 4, torch.cuda.get_device_capability(device))
+    backend = _backends.choose(NAME, device, width, itemsize, first="cuda" if fastest == GRAPH else fastest)
+    return GRAPH if backend == "cuda" and fastest == GRAPH else backend
 
 
-def _triton_backward(
-    grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
-):
-    from lcw_ops.kernels import orthogonal_filter as kernels
+def _implement_in_python(backend: str, module: str) -> None:
+    """Both ops by the functions of a module, which is imported at the first use: lcw_ops must not need Triton."""
 
-    states = grad_output.dim() == 3 and len(grad_output) == steps + 1
-    if segment < 1 or not (states or grad_output.dim() == 2):
-        raise ValueError(f"{BACKWARD}: grad_output must be (M, N) or (L + 1, M, N), and segment at least 1")
-    state_shape = grad_output.shape[-2:]
-    expected = (-(-steps // min(segment, max(steps, 1))), *state_shape)
-    _, needs_bias, _, needs_inputs, _ = needs
-    if (
-        checkpoints.shape != expected
-        or (checkpoints.dtype, checkpoints.device) != (grad_output.dtype, grad_output.device)
-        or (needs_bias and bias is None)
-        or (needs_inputs and inputs is None)
-    ):
-        raise ValueError(f"{BACKWARD}: checkpoints {tuple(checkpoints.shape)} do not fit, expected {expected}")
-    _check_arguments(grad_output, weight, bias, filter, alpha, beta, inputs, steps, activation)
-    return kernels.orthogonal_filter_backward(
+    def forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
+        if h0.dim() != 2 or segment < 0:
+            raise ValueError(
+                f"{NAME}: h0 has shape {tuple(h0.shape)} and segment is {segment}; expected (M, N) and >= 0"
+            )
+        _check_arguments(backend, h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
+        return importlib.import_module(module).orthogonal_filter(
+            h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states
+        )
+
+    def backward(
         grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
-    )
+    ):
+        states = grad_output.dim() == 3 and len(grad_output) == steps + 1
+        if segment < 1 or not (states or grad_output.dim() == 2):
+            raise ValueError(f"{BACKWARD}: grad_output must be (M, N) or (L + 1, M, N), and segment at least 1")
+        expected = (-(-steps // min(segment, max(steps, 1))), *grad_output.shape[-2:])
+        _, needs_bias, _, needs_inputs, _ = needs
+        if (
+            checkpoints.shape != expected
+            or (checkpoints.dtype, checkpoints.device) != (grad_output.dtype, grad_output.device)
+            or (needs_bias and bias is None)
+            or (needs_inputs and inputs is None)
+        ):
+            raise ValueError(f"{BACKWARD}: checkpoints {tuple(checkpoints.shape)} do not fit, expected {expected}")
+        _check_arguments(backend, grad_output, weight, bias, filter, alpha, beta, inputs, steps, activation)
+        return importlib.import_module(module).orthogonal_filter_backward(
+            grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
+        )
+
+    _library.implement(NAME, backend, forward)
+    _library.implement(BACKWARD, backend, backward)
 
 
-def _check_arguments(state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
+def _check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
     """Whatever calls the op, a kernel never reads out of bounds."""
     rows, width = state.shape[-2:]
-    reason = _backends.width_reason(NAME, "triton", width, state.itemsize)
+    reason = _backends.width_reason(NAME, backend, width, state.itemsize)
     if reason is not None:
         raise _backends.BackendError(f"{NAME}: {reason}")
 
@@ -196,8 +216,8 @@ def _check_arguments(state, weight, bias, filter, alpha, beta, inputs, steps, ac
         raise ValueError(f"{NAME}: unknown activation {activation}")
 
 
-_library.implement(NAME, "triton", _triton)
-_library.implement(BACKWARD, "triton", _triton_backward)
+_implement_in_python("triton", "lcw_ops.kernels.orthogonal_filter")
+_implement_in_python(GRAPH, "lcw_ops.ops.orthogonal_filter_graph")
 _backends.IMPLEMENTED[NAME] = ("cpp", "cuda", "triton")
 # Matrices of 128 x 128 in float32 are what one program can hold.
 _backends.MAX_ROW_BYTES[NAME, "triton"] = 512

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lcw_ops import functional as F
 from lcw_ops.nn import OrthogonalFilterMLP
-from lcw_ops.ops import _backends
 from lcw_ops.ops import orthogonal_filter as op
 from lcw_ops.profile import bounds, jacobian
 from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_tensors, state_dtype
@@ -53,7 +52,7 @@ class Recurrence:
     @property
     def backend(self) -> str:
         """What carries it out now."""
-        return _backends.choose(op.NAME, self.h0.device, self.h0.shape[1], self.h0.dtype.itemsize)
+        return op.choose_kernel(self.h0.device, self.h0.shape[1], self.h0.dtype.itemsize)
 
     def _arguments(self):
         return self.weight, self.bias, self.filter, self.alpha, self.beta, self.inputs
