@@ -646,12 +646,12 @@ const Kernels<T>& kernels() {
 struct Cpu {
   // A thread's share of the units below which waiting for the others takes longer than the work saved.
   static constexpr int64_t least_units = 32;
+  static constexpr uintptr_t page = uintptr_t(2) << 20, small_page = 4096;
 
   // Fresh memory is mapped at the first touch. The gradient of 50,000 layers has 200,000 pages of 4 KB, which took
   // longer than the arithmetic of dW; in pages of 2 MB it has 400.
   static void allocated(const Tensor& tensor) {
 #ifdef __linux__
-    constexpr uintptr_t page = uintptr_t(2) << 20;
     const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr());
     const uintptr_t first = (start + page - 1) & ~(page - 1);
     const uintptr_t last = (start + tensor.numel() * tensor.element_size()) & ~(page - 1);
@@ -698,9 +698,25 @@ struct Cpu {
     });
   }
 
+  // Maps fresh memory that all threads are about to write step by step, every page by one thread: threads that meet in an
+  // unmapped page each clear 2 MB, of which all but one is thrown away, and stop the others at the end of the segment.
+  static void map(void* memory, int64_t bytes) {
+#ifdef __linux__
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes, first = begin / page * page;
+    stable::parallel_for(0, (end - first + page - 1) / page, 1, [&](int64_t from, int64_t to) {
+      const uintptr_t start = std::max(begin, first + from * page), stop = std::min(end, first + to * page);
+      // A byte of every small page: what it holds is about to be overwritten.
+      for (uintptr_t at = start; at < stop; at = (at / small_page + 1) * small_page)
+        *reinterpret_cast<volatile char*>(at) = 0;
+    });
+#endif
+  }
+
   template <typename T>
   static void run(const Forward<T>& pass, const Tensor&) {
     const Kernels<T>& all = kernels<T>();
+    const int64_t state_bytes = pass.recurrence.rows * pass.recurrence.width * sizeof(T);
+    if (pass.return_states) map(pass.output, (pass.recurrence.steps + 1) * state_bytes);
     const auto with = [&](auto kernel) {
       return [&pass, kernel](int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
         kernel(pass, begin, end, shared, slots);
@@ -713,7 +729,11 @@ struct Cpu {
   static void run_segment(Backward<T> pass, const Tensor&) {
     const Kernels<T>& all = kernels<T>();
     // The gradients of the inputs are the P_l themselves: written where they are to stay.
-    if (pass.grad_inputs) pass.grad_pre = pass.grad_inputs + pass.first * pass.recurrence.rows * pass.recurrence.width;
+    const int64_t state_size = pass.recurrence.rows * pass.recurrence.width;
+    if (pass.grad_inputs) {
+      pass.grad_pre = pass.grad_inputs + pass.first * state_size;
+      map(pass.grad_pre, pass.count * state_size * sizeof(T));
+    }
     const auto with = [&](auto kernel) {
       return [&pass, kernel](int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
         kernel(pass, begin, end, shared, slots);
