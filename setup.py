@@ -167,6 +167,7 @@ class BuildExtension(build_ext):
             "-fPIC",
             "-fvisibility=hidden",
             "-Wall",
+            "-Wno-psabi",
             "-fno-math-errno",
             "-fno-trapping-math",
             *wide,

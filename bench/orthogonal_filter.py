@@ -75,8 +75,8 @@ def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, 
         *ours(NAME, device_type, functools.partial(_torch, F.orthogonal_filter), width),
         Competitor(EAGER, functools.partial(_torch, reference)),
         Competitor("jax lax.scan, jit", _jax, missing=_jax_missing),
+        Competitor("torch.compile, one step", _compiled_step, slow_start=True),
     ]
-    competitors.append(Competitor("torch.compile, one step", _compiled_step, slow_start=True))
     if not backward and device_type == "cuda" and steps <= GRAPH_STEPS:
         competitors.append(Competitor("CUDA graph of eager", _cuda_graph))
     if over_time:

@@ -116,8 +116,8 @@ def orthogonal_filter_backward(
     # What nobody needs is empty, in the dtype of its argument.
     grad_inputs = (weight if inputs is None else inputs).new_empty((steps, rows, width) if needs_inputs else 0)
     grad_states = gradient.new_empty((steps + 1, rows, width) if needs_states else 0)
-    grad_weight = _ParameterGradient(weight, 2) if needs_weight else None
-    grad_bias = _ParameterGradient(bias, 1) if needs_bias else None
+    grad_weight = _ParameterGradient(weight, 2, rows) if needs_weight else None
+    grad_bias = _ParameterGradient(bias, 1, rows) if needs_bias else None
     states, activated = (gradient.new_empty((count, rows, width)) for _ in range(2))
     grad_pre = None if needs_inputs else torch.empty_like(states)
     recurrence = _Recurrence(gradient, weight, bias, filter, alpha, beta, inputs, activation)
@@ -201,15 +201,22 @@ class _Recurrence:
 
 
 class _ParameterGradient:
-    """Of a parameter with one entry per layer, or one entry shared by all: then a sum in float64 over the segments."""
+    """Of a parameter with one entry per layer, or one entry shared by all: then a sum in float64 over the layers."""
 
-    def __init__(self, parameter: Tensor, shared_dim: int):
+    def __init__(self, parameter: Tensor, shared_dim: int, rows: int):
         self._parameter = parameter
         self._shared = parameter.dim() == shared_dim
-        self._gradient = parameter.new_zeros(parameter.shape, dtype=torch.float64 if self._shared else None)
+        if self._shared:
+            self._gradient = torch.zeros_like(parameter, dtype=torch.float64)
+        else:
+            # Every entry is written by a launch, and without rows there is none.
+            self._gradient = parameter.new_empty(parameter.shape) if rows else parameter.new_zeros(parameter.shape)
 
     def add_products(self, first: int, delta: Tensor, states: Tensor) -> None:
-        """dW_l = P_l^T H_{l-1}, in TF32 only where the user has told torch's matmul so."""
+        """dW_l = P_l^T H_{l-1}, in TF32 only where the user has told torch's matmul so.
+
+        A shared W's too is summed over the layers in float64: one product over all rows has twice the error.
+        """
         self._add(first, torch.bmm(delta.mT, states))
 
     def add_sums(self, first: int, delta: Tensor) -> None:
@@ -722,6 +729,18 @@ _FORWARD, _BACKWARD = orthogonal_filter_kernel, orthogonal_filter_backward_kerne
 _OLD_AND_AMD = ("sm_80", "gfx942")
 AOT_VARIANTS = [
     *_aot_variants("64", _FORWARD, 64),
+    *_aot_variants("64-tf32x3", _FORWARD, 64, 4096, allow_tf32=True, targets=("sm_90",)),
+    *_aot_variants("64-fp64", _FORWARD, 64, dtype="fp64", targets=_OLD_AND_AMD),
+    *_aot_variants(
+        "100-bf16-permutation-everything",
+        _FORWARD,
+        100,
+        filter="permutation",
+        weight_dtype="bf16",
+        everything=True,
+        targets=_OLD_AND_AMD,
+    ),
+    *_aot_variants("128-everything", _FORWARD, 128, filter="per_layer", everything=True, targets=_OLD_AND_AMD),
     *_aot_variants("64", _BACKWARD, 64),
     *_aot_variants("64-everything-4096-rows", _BACKWARD, 64, 4096, "per_layer", everything=True, targets=_OLD_AND_AMD),
     *_aot_variants("64-tf32x3", _BACKWARD, 64, 4096, allow_tf32=True, targets=("sm_80", "sm_90")),

@@ -5,7 +5,8 @@ import platform
 
 import torch
 
-from lcw_ops.ops import _backends
+from lcw_ops.ops import _backends, orthogonal_filter
+from lcw_ops.ops.orthogonal_filter_crossover import get_table
 
 
 def info() -> str:
@@ -34,28 +35,46 @@ def info() -> str:
 
 def _op_lines(op: str, device: torch.device) -> list[str]:
     try:
-        chosen = _backends.choose(op, device)
+        chosen = _choose(op, device, 1)
     except _backends.BackendError as error:
-        return [f"{op} on {device}: none. {error}"]
+        return [f"{op} on {device}: none{_wider(op, 'none', device)}. {error}"]
     lines = [f"{op} on {device}: {chosen}{_wider(op, chosen, device)}"]
     for backend in _backends.BACKENDS:
         if backend not in (chosen, "reference"):
-            reason = _backends.not_chosen_reason(op, backend, device)
+            reason = _backends.not_chosen_reason(op, backend, device, chosen)
             lines.append(f"  not {backend}: {reason}")
     return lines
 
 
-def _wider(op: str, chosen: str, device: torch.device) -> str:
-    """What runs beyond the width that the chosen backend ends at, if it ends anywhere."""
-    limit = _backends.MAX_ROW_BYTES.get((op, chosen))
-    if limit is None:
-        return ""
-    float32, float64 = (limit // dtype.itemsize for dtype in (torch.float32, torch.float64))
-    try:
-        wider = _backends.choose(op, device, float32 + 1)
-    except _backends.BackendError:
-        wider = "none"
-    return f"; above width {float32} in float32 and {float64} in float64: {wider}"
+def _choose(op: str, device: torch.device, width: int) -> str:
+    """As the public function of the op chooses, in float32."""
+    if op == orthogonal_filter.NAME:
+        return orthogonal_filter.choose_kernel(device, width, torch.float32.itemsize)
+    return _backends.choose(op, device, width, torch.float32.itemsize)
+
+
+def _wider(op: str, narrowest: str, device: torch.device) -> str:
+    """What runs instead of the kernel for the narrowest rows, beyond each width at which that changes."""
+    text, before = "", narrowest
+    for widest in _last_widths(op, device):
+        try:
+            wider = _choose(op, device, widest + 1)
+        except _backends.BackendError:
+            wider = "none"
+        if wider != before:
+            # A row in float64 takes the room of one twice as wide.
+            text += f"; above width {widest} in float32 and {widest // 2} in float64: {wider}"
+        before = wider
+    return text
+
+
+def _last_widths(op: str, device: torch.device) -> list[int]:
+    """In float32, the widths at which a backend or an entry of the crossover table ends."""
+    widths = {limit // torch.float32.itemsize for (name, _), limit in _backends.MAX_ROW_BYTES.items() if name == op}
+    capability = _backends.compute_capability(device)
+    if op == orthogonal_filter.NAME and capability is not None:
+        widths |= {widest for _, widest in get_table(capability) if widest is not None}
+    return sorted(widths)
 
 
 def _versions() -> str:

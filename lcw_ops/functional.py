@@ -80,10 +80,8 @@ def orthogonal_filter(
     alpha, beta = _scale_tensors(alpha, beta, steps, h0)
     result_dtype = h0.dtype
     if dtype != result_dtype:
+        # Nearly all of the memory is the weight: every op reads it as it is, without a copy.
         h0, bias, inputs = (_to_float32(tensor) for tensor in (h0, bias, inputs))
-        # Nearly all of the memory is the weight: where the op reads it as it is, there is no copy.
-        if backend not in _orthogonal_filter.READS_16_BIT_WEIGHT:
-            weight = _to_float32(weight)
     if not _may_need_gradient(h0, weight, bias, alpha, beta, inputs):
         segment = 0
     elif segment is None:

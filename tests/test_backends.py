@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import lcw_ops
 from lcw_ops import _info
-from lcw_ops.ops import _backends, _library
+from lcw_ops.ops import _backends, _library, orthogonal_filter
+from lcw_ops.ops import orthogonal_filter_crossover as crossover
 
 OPS = sorted(_backends.IMPLEMENTED)
 
@@ -67,8 +69,8 @@ def test_gpu_kernels_wait_until_their_tests_have_passed(op):
 def proven_gpu(monkeypatch):
     """A choice as on a GPU whose kernels have all passed their tests; nothing runs there."""
     monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
-    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
-    proven = {(op, backend): frozenset({(9, 0)}) for op in OPS for backend in ("cuda", "triton")}
+    monkeypatch.setattr(_backends, "compute_capability", lambda device: (9, 0))
+    proven = {(op, backend): frozenset({(9, 0)}) for op in OPS for backend in ("cuda", "triton", "graph")}
     monkeypatch.setattr(_backends, "PROVEN", proven)
     _backends._resolve.cache_clear()
     yield torch.device("cuda", 0)
@@ -83,8 +85,84 @@ def test_the_choice_on_a_gpu_goes_by_width(proven_gpu):
     assert [choose(width, 8) for width in (64, 65)] == ["triton", "cuda"]
     assert _backends.choose("gradient_activation_", proven_gpu) == "triton"
     lines = _info._op_lines("orthogonal_filter", proven_gpu)
-    assert lines[0].endswith(": triton; above width 128 in float32 and 64 in float64: cuda")
+    assert lines[0].endswith(
+        ": triton; above width 128 in float32 and 64 in float64: cuda; above width 512 in float32 and 256 in float64: "
+        "graph"
+    )
     assert lines[2] == "  not cuda: triton comes first"
+
+
+def test_info_goes_by_the_crossover_table(proven_gpu, monkeypatch):
+    monkeypatch.setitem(crossover.MEASURED, (9, 0), (("cuda", 33), ("triton", 64), ("graph", None)))
+    lines = _info._op_lines(orthogonal_filter.NAME, proven_gpu)
+    assert lines[0].endswith(
+        ": cuda; above width 33 in float32 and 16 in float64: triton; above width 64 in float32 and 32 in float64: "
+        "graph"
+    )
+    in_float64 = [orthogonal_filter.choose_kernel(proven_gpu, width, 8) for width in (16, 17, 32, 33)]
+    assert in_float64 == ["cuda", "triton", "triton", "graph"]
+    monkeypatch.setitem(crossover.MEASURED, (9, 0), (("graph", None),))
+    assert _info._op_lines(orthogonal_filter.NAME, proven_gpu)[0].endswith(": graph")
+    assert "  not cuda: graph comes first" in _info._op_lines(orthogonal_filter.NAME, proven_gpu)
+
+
+@pytest.fixture
+def gpu_without_extension(proven_gpu, monkeypatch):
+    def missing_reason(op, backend, device_type):
+        return "_C_cuda.abi3.so is not built" if backend == "cuda" else None
+
+    monkeypatch.setattr(_backends, "missing_reason", missing_reason)
+    monkeypatch.setattr(_backends, "PROVEN", {})
+    return proven_gpu
+
+
+def test_the_graph_needs_no_extension(gpu_without_extension, monkeypatch):
+    def choose(*widths):
+        _backends._resolve.cache_clear()
+        return [orthogonal_filter.choose_kernel(gpu_without_extension, width, 4) for width in widths]
+
+    assert choose(128, 512, 513) == ["reference"] * 3
+    with lcw_ops.use_backend("cuda"):
+        assert choose(513, 4096) == ["graph", "graph"]
+        with pytest.raises(lcw_ops.BackendError, match="'cuda' was requested, but _C_cuda"):
+            choose(512)
+        line = _info._op_lines(orthogonal_filter.NAME, gpu_without_extension)[0]
+        assert ": none; above width 512 in float32 and 256 in float64: graph. orthogonal_filter: backend" in line
+    with lcw_ops.use_backend("triton"), pytest.raises(lcw_ops.BackendError, match="width 513 > 128"):
+        choose(513)
+    monkeypatch.setitem(_backends.PROVEN, (orthogonal_filter.NAME, "cuda"), frozenset({(9, 0)}))
+    assert choose(128, 512, 513) == ["reference"] * 3
+    monkeypatch.setitem(_backends.PROVEN, (orthogonal_filter.NAME, "graph"), frozenset({(9, 0)}))
+    monkeypatch.setitem(_backends.PROVEN, (orthogonal_filter.NAME, "triton"), frozenset({(9, 0)}))
+    assert choose(128, 512, 513) == ["triton", "graph", "graph"]
+
+
+def test_the_graph_waits_for_its_own_proof(proven_gpu, monkeypatch):
+    assert orthogonal_filter.choose_kernel(proven_gpu, 513, 4) == "graph"
+    monkeypatch.delitem(_backends.PROVEN, (orthogonal_filter.NAME, "graph"))
+    _backends._resolve.cache_clear()
+    assert orthogonal_filter.choose_kernel(proven_gpu, 513, 4) == "cuda"
+    assert "request: lcw_ops.use_backend('cuda')" in _backends.unproven_reason(orthogonal_filter.NAME, "graph", (9, 0))
+
+
+@pytest.mark.parametrize("widths", [(17, 20, 100), (130, 137, 200)])
+def test_one_program_for_all_widths_on_a_cpu(widths):
+    """No backend's limit cuts the widths where that backend is not asked for."""
+    reason = _backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lcw_ops.functional.orthogonal_filter, fullgraph=True, dynamic=True, backend=counter)
+    for width in widths:
+        compiled(torch.randn(2, width), torch.randn(4, width, width), None, torch.eye(width))
+    assert counter.frame_count == 1
+
+
+def test_a_width_leaves_no_trace_in_the_cache(proven_gpu):
+    for width in range(129, 200):
+        assert _backends.choose(orthogonal_filter.NAME, proven_gpu, width) == "cuda"
+    assert _backends._resolve.cache_info().currsize == 1
 
 
 def test_nothing_unproven_is_chosen_on_a_gpu(proven_gpu, monkeypatch):

@@ -130,17 +130,104 @@ def test_nothing_is_left_from_the_call_before(device):
         assert torch.equal(again, copy), name
 
 
-def test_leaves_the_settings_alone(device):
-    """float32 means float32 whatever matmuls are set to, and the setting is the user's afterwards."""
-    tensors = problem(device, 5, 30, 7)
-    expected = graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0]
+@pytest.fixture
+def tf32():
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    try:
-        assert torch.equal(graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0], expected)
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
+    yield matmul
+    matmul.fp32_precision = before
+
+
+def test_float32_means_float32(device, tf32):
+    if device.type != "cuda":
+        pytest.skip("TF32 needs a GPU")
+    tensors = problem(device, 64, 128, 7)
+    under_tf32 = graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0]
+    tf32.fp32_precision = "ieee"
+    assert torch.equal(graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0], under_tf32)
+
+
+def test_leaves_the_settings_alone(monkeypatch, tf32):
+    """Without a GPU: TF32 is off inside, and the user's again afterwards, also after an error."""
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    seen = []
+
+    def fail():
+        with graph._exclusively(torch.device("cuda", 0)):
+            seen.append(tf32.fp32_precision)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert [*seen, tf32.fp32_precision] == ["ieee", "tf32"]
+    with graph._exclusively(torch.device("cpu")):
+        assert tf32.fp32_precision == "tf32"
+
+
+@pytest.fixture
+def cached_blocks(monkeypatch):
+    """Blocks that are kept as on a GPU, full of what must not be read; on a CPU their lines run as they stand."""
+    cached, get = {}, graph._get_block
+
+    def get_block(kind):
+        if kind.device.type == "cuda":
+            return get(kind)
+        if kind not in cached:
+            cached[kind] = graph.Block(kind, capture=False)
+            for buffer in vars(cached[kind]).values():
+                if isinstance(buffer, torch.Tensor) and buffer.is_floating_point():
+                    buffer.fill_(torch.nan)
+        return cached[kind]
+
+    graph.clear()
+    monkeypatch.setattr(graph, "_get_block", get_block)
+    return cached
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["permutation", "per_layer"])
+def test_kept_blocks_serve_every_length(cached_blocks, shared, kind, device):
+    """Seven steps are blocks of three, three and one, all on the same buffers."""
+    for depth in (7, 11, 9):
+        assert_right(problem(device, 5, 30, depth, shared, kind), depth, segment=5, return_states=True)
+    if device.type != "cuda":
+        assert {(block.steps, block.adds_outer) for block in cached_blocks} == {(3, False), (3, True)}
+
+
+def test_first_called_in_inference_mode(cached_blocks, device):
+    """Its buffers serve the calls after it, and the other way round."""
+    tensors = problem(device, 5, 30, 7)
+    grad_output = torch.randn(5, 30, device=device)
+    with torch.inference_mode():
+        first = by_graph(tensors, grad_output, 7)
+    second = by_graph(tensors, grad_output, 7)
+    with torch.inference_mode():
+        third = by_graph(tensors, grad_output, 7)
+    for name, a, b, c in zip(RESULTS, first, second, third, strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(b, c), name
+
+
+def test_what_all_steps_share_is_copied_once(device, monkeypatch):
+    calls = []
+    load_shared = graph.Block.load_shared
+    monkeypatch.setattr(graph.Block, "load_shared", lambda *arguments: calls.append(load_shared(*arguments)))
+    by_graph(problem(device, 5, 30, 11, shared=True), torch.randn(5, 30, device=device), 11)
+    assert len(calls) == 2  # forward, backward
+
+
+def test_only_what_changes_with_the_step_shortens_a_block(monkeypatch):
+    """Of 8 x 8 matrices and 2 rows a step holds 64 numbers for each of the two, and 128 for its states."""
+    monkeypatch.setattr(graph, "MOST_STEPS", 10**6)
+    monkeypatch.setattr(graph, "MOST_BYTES", 4 * 128 * 12)
+
+    def steps(shared, kind):
+        tensors = problem(torch.device("cpu"), 2, 8, 100, shared, kind)
+        return graph._Call(*tensors, 100, "tanh").kind.steps
+
+    assert steps(True, "permutation") == steps(True, "matrix") == 12
+    assert steps(False, "matrix") == steps(True, "per_layer") == 8
+    assert steps(False, "per_layer") == 6
 
 
 def test_graphs_are_kept_and_the_oldest_given_up(monkeypatch):
@@ -161,6 +248,8 @@ def test_graphs_are_kept_and_the_oldest_given_up(monkeypatch):
     assert len(graph._cached) == graph.MOST_BLOCKS
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert graph._get_block(kinds[0]) == [kinds[0], False]
+    graph.clear()
+    assert not graph._cached
 
 
 def test_captured_once_and_replayed(monkeypatch):
@@ -185,6 +274,10 @@ def test_captured_once_and_replayed(monkeypatch):
     assert calls == ["forward", "capture", "forward", "replay"]
     block.run("forward")
     assert calls[4:] == ["replay"]
+    block.count = 2
+    block.run("forward")
+    block.run("forward")
+    assert calls[5:] == ["forward", "capture", "forward", "replay", "replay"]
 
 
 def test_captured_by_the_caller(device):
@@ -203,17 +296,20 @@ def test_captured_by_the_caller(device):
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_it_is_an_op(device, weight_dtype):
-    tensors = problem(device, 3, 5, 4, weight_dtype=weight_dtype)
+@pytest.mark.parametrize("without", [(), ("bias",), ("inputs",)])
+def test_it_is_an_op(device, weight_dtype, without):
+    tensors = problem(device, 3, 5, 4, weight_dtype=weight_dtype, without=without)
+    is_there = (True, tensors[2] is not None, True, tensors[6] is not None, True)
     output, checkpoints = _library.get_overload(op.NAME, op.GRAPH)(*tensors, 4, "tanh", 2, False)
     gradients = _library.get_overload(op.BACKWARD, op.GRAPH)(
-        torch.ones_like(output), checkpoints, *tensors[1:], 4, "tanh", 2, *[True] * 5
+        torch.ones_like(output), checkpoints, *tensors[1:], 4, "tanh", 2, *is_there
     )
     direct = by_graph(tensors, torch.ones_like(output), 4, segment=2)
     assert all(torch.equal(a, b) for a, b in zip([output, *gradients], direct, strict=True))
     torch.library.opcheck(_library.get_overload(op.NAME, op.GRAPH), (*tensors, 4, "tanh", 2, False))
-    needs = (torch.ones_like(output), checkpoints, *tensors[1:], 4, "tanh", 2, *[True] * 5)
-    torch.library.opcheck(_library.get_overload(op.BACKWARD, op.GRAPH), needs)
+    arguments = (torch.ones_like(output), checkpoints, *tensors[1:], 4, "tanh", 2)
+    for needs in (is_there, (False,) * 5):
+        torch.library.opcheck(_library.get_overload(op.BACKWARD, op.GRAPH), (*arguments, *needs))
 
 
 def test_it_checks_its_arguments(device):
@@ -236,7 +332,8 @@ def test_the_crossover_table_decides(monkeypatch, table, chosen):
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
-    monkeypatch.setattr(_backends, "PROVEN", {(op.NAME, name): frozenset({(9, 0)}) for name in ("cuda", "triton")})
+    names = ("cuda", "triton", "graph")
+    monkeypatch.setattr(_backends, "PROVEN", {(op.NAME, name): frozenset({(9, 0)}) for name in names})
     if table is not None:
         monkeypatch.setattr(crossover, "MEASURED", {(9, 0): table})
     _backends._resolve.cache_clear()

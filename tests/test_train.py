@@ -1,6 +1,7 @@
 """``lcw-ops train``: killed, damaged and resumed runs end with the bits of one that was never stopped."""
 
 import csv
+import errno
 import io
 import json
 import multiprocessing
@@ -235,6 +236,13 @@ def test_other_versions_are_said(stopped, monkeypatch, capsys):
     assert ", is 9.9: the last bits may differ" in capsys.readouterr().err
 
 
+def test_other_instructions_are_said(stopped, monkeypatch, capsys):
+    monkeypatch.setenv("LCW_OPS_CPU_CAPABILITY", "portable")
+    assert train(*SMALL, "--checkpoint", stopped, "--resume") == 0
+    note = "note: LCW_OPS_CPU_CAPABILITY was None, is portable: the last bits may differ"
+    assert capsys.readouterr().err.strip() == note
+
+
 def test_a_format_of_later_versions_is_refused(stopped, monkeypatch, capsys):
     monkeypatch.setattr(job, "FORMAT", 2)
     assert train(*SMALL, "--checkpoint", stopped, "--resume") == 2
@@ -384,8 +392,18 @@ def test_what_dead_processes_left_goes(stopped):
 def test_one_process_at_a_time(stopped, capsys):
     with checkpoints.owned(stopped):
         assert train(*SMALL, "--checkpoint", stopped, "--resume") == 2
-    assert "another process is training in the folder" in capsys.readouterr().err
+        assert "another process is training in the folder" in capsys.readouterr().err
+        # What it holds is looked at by its owner alone.
+        assert train(*SMALL, "--checkpoint", stopped) == 2
+        assert "another process is training in the folder" in capsys.readouterr().err
     assert train(*SMALL, "--checkpoint", stopped, "--resume") == 0
+
+
+def test_a_lock_of_someone_elses_keeps_its_content(tmp_path):
+    (tmp_path / ".lock").write_text("theirs")
+    (tmp_path / "file").touch()
+    assert train(*SMALL, "--checkpoint", tmp_path) == 2
+    assert (tmp_path / ".lock").read_text() == "theirs"
 
 
 # --- damaged files
@@ -439,6 +457,40 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, stopped, tmp_
     assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
     assert names(stopped) == ["step-00000009.damaged", STEP_9, STEP_12]
     assert (stopped / "step-00000009.damaged").read_bytes() == damaged
+
+
+def opening_fails_with(code, monkeypatch):
+    """The newest checkpoint cannot be opened, the one before can."""
+
+    def failing_open(path, *arguments, **options):
+        if str(path).endswith(STEP_9):
+            raise OSError(code, os.strerror(code), str(path))
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoints, "open", failing_open, raising=False)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ENOENT])
+def test_a_checkpoint_that_cannot_be_opened_is_not_damaged(code, stopped, monkeypatch, tmp_path, uninterrupted, capsys):
+    """Going on from an older one would cost steps, and a new name would hide the newest for good."""
+    with monkeypatch.context() as patch:
+        opening_fails_with(code, patch)
+        assert train(*SMALL, "--checkpoint", stopped, "--resume") == 2
+    error = capsys.readouterr().err
+    assert os.strerror(code) in error
+    assert STEP_9 in error
+    assert len(error.strip().splitlines()) == 1
+    assert names(stopped) == [STEP_6, STEP_9]
+    assert train(*SMALL, "--checkpoint", stopped, "--resume", "--out", tmp_path / "out") == 0
+    assert "going on after step 9" in capsys.readouterr().out
+    assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
+
+
+def test_a_bad_disk_is_damage(stopped, monkeypatch, capsys):
+    opening_fails_with(errno.EIO, monkeypatch)
+    assert checkpoints.newest(stopped)["done"] == 6
+    assert f"{stopped / STEP_9} is damaged: {os.strerror(errno.EIO)}" in capsys.readouterr().err
+    assert names(stopped) == [STEP_6, "step-00000009.damaged"]
 
 
 @pytest.mark.parametrize("damage", [truncated, text])

@@ -162,7 +162,7 @@ def test_shared_parameters_are_summed_in_float64(shared_dim, device):
     """Sums that only grow are where float32 loses digits: 3000 segments, each rounded away in part."""
     parameter = torch.zeros((3,) * shared_dim, device=device)
     delta, states = torch.rand(2, 5, 3, device=device), torch.rand(2, 5, 3, device=device)
-    gradient = kernels._ParameterGradient(parameter, shared_dim)
+    gradient = kernels._ParameterGradient(parameter, shared_dim, rows=5)
     for segment in range(3000):
         if shared_dim == 2:
             gradient.add_products(2 * segment, delta, states)

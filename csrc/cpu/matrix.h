@@ -5,6 +5,7 @@
 // tile it falls in.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -44,7 +45,7 @@ struct Product {
   int64_t ldo, rows, columns, depth;
   bool accumulate = false;
   const T* shift = nullptr;  // added to every column at the end, one number per row, or nullptr
-  const T* ahead = nullptr;  // fetched along the way: a matrix like `a` that comes next and may still be in memory
+  const T* ahead = nullptr;  // as many numbers as `a` has, fetched along the way: what comes next, if not in cache yet
 
   LCW_INLINE Product at(int64_t r, int64_t j) const {
     Product part = *this;
@@ -92,11 +93,10 @@ LCW_INLINE void multiply_rest(const Product<T> p) {
   if constexpr (rows > 1) multiply_rest<Isa, rows - 1, vectors>(p);
 }
 
-// `rows` rows of a contiguous matrix.
-template <int rows, typename T>
-LCW_INLINE void prefetch(const T* matrix, int64_t columns) {
+template <typename T>
+LCW_INLINE void prefetch(const T* begin, int64_t count) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < rows * columns; i += line) __builtin_prefetch(matrix + i);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(begin + i);
 }
 
 // All rows of `vectors` vectors of columns.
@@ -105,8 +105,10 @@ LCW_INLINE void multiply_columns(const Product<T> p) {
   int64_t r = 0;
   for (; r + rows <= p.rows; r += rows) {
     // What the tile after this one reads, which is too short for the processor to see a pattern in time.
-    if (p.a_k == 1) prefetch<rows>(p.a + (r + rows) * p.a_row, p.depth);
-    if (p.ahead) prefetch<rows>(p.ahead + r * p.depth, p.depth);
+    if (p.a_k == 1)
+      for (int64_t next = r + rows; next < std::min<int64_t>(r + 2 * rows, p.rows); ++next)
+        prefetch(p.a + next * p.a_row, p.depth);
+    if (p.ahead) prefetch(p.ahead + r * p.depth, rows * p.depth);
     multiply_tile<Isa, rows, vectors>(p.at(r, 0));
   }
   if constexpr (rows > 1)
@@ -315,7 +317,7 @@ LCW_INLINE void dot_rows(
   }
   int64_t o = 0;
   for (; o + units <= all_units; o += units) {
-    if (ahead) prefetch<units>(ahead + o * depth, depth);
+    if (ahead) prefetch(ahead + o * depth, units * depth);
     dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);
   }
   // The units left over share a tile with some that are done already.
@@ -347,16 +349,16 @@ LCW_INLINE float widen_bfloat16(uint16_t bits) {
 }
 
 LCW_INLINE float widen_half(uint16_t bits) {
-  // Exponent and fraction moved into place; the multiplication mends the exponent's bias, also of denormal numbers.
-  const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
+  const uint32_t magnitude = bits & 0x7fff;
+  // Exponent and fraction moved into place, and the exponent's bias mended; twice for infinities and NaN.
+  const uint32_t bias = 112u << 23;
+  uint32_t wide = (magnitude << 13) + bias + (magnitude >= 0x7c00 ? bias : 0u);
+  // Denormal numbers are multiples of 2^-24: as integers they are exact in every rounding mode.
+  const float multiple = float(int32_t(magnitude)) * 0x1p-24f;
+  uint32_t denormal;
+  std::memcpy(&denormal, &multiple, sizeof(denormal));
+  wide = (magnitude < 0x0400 ? denormal : wide) | uint32_t(bits & 0x8000) << 16;
   float value;
-  std::memcpy(&value, &magnitude, sizeof(value));
-  value *= 0x1p112f;
-  uint32_t wide;
-  std::memcpy(&wide, &value, sizeof(wide));
-  // Infinities and NaN have the largest exponent in both formats.
-  wide |= (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-  wide |= uint32_t(bits & 0x8000) << 16;
   std::memcpy(&value, &wide, sizeof(value));
   return value;
 }

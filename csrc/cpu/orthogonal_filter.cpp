@@ -48,6 +48,7 @@ void multiply_in_parts(Product<T> product, int64_t terms) {
     product.shift = k + terms < depth ? nullptr : shift;
     Products::multiply(product);
     product.a += terms * product.a_k, product.b += terms * product.ldb;
+    if (product.ahead) product.ahead += product.depth * product.rows;
     product.accumulate = true;
   }
 }
@@ -332,15 +333,18 @@ class Team {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
+    const int64_t usual = usual_spins_.load(std::memory_order_relaxed), most = least_slow_spins + 8 * usual;
     int64_t spins = 0;
-    for (; round_.load(std::memory_order_acquire) == round; ++spins) spins < most_spins ? pause() : std::this_thread::yield();
-    if (spins >= most_spins) slow_rounds_.fetch_add(1, std::memory_order_relaxed);
+    for (; round_.load(std::memory_order_acquire) == round; ++spins) spins < most ? pause() : std::this_thread::yield();
+    if (spins >= most) slow_rounds_.fetch_add(1, std::memory_order_relaxed);
+    // An average over about eight rounds, whoever waits.
+    usual_spins_.store(usual + (std::min(spins, most) - usual) / 8, std::memory_order_relaxed);
   }
 
  private:
   static constexpr int64_t closed = int64_t(1) << 32;
-  // About 50 microseconds, ten or more steps: a processor was taken away.
-  static constexpr int64_t most_spins = 2048, slow_rounds_at_first = 2, rounds_per_slow_one = 512;
+  // At least some 50 microseconds, and many times what is usual: a processor was taken away.
+  static constexpr int64_t least_slow_spins = 2048, slow_rounds_at_first = 2, rounds_per_slow_one = 512;
 
   static void pause() {
 #ifdef LCW_X86_DISPATCH
@@ -349,7 +353,7 @@ class Team {
   }
 
   const int64_t expected_;
-  std::atomic<int64_t> members_{0}, present_{0}, count_{0}, slow_rounds_{0};
+  std::atomic<int64_t> members_{0}, present_{0}, count_{0}, slow_rounds_{0}, usual_spins_{0};
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<int64_t> round_{0};
 };
@@ -373,7 +377,7 @@ struct Shared {
   }
 };
 
-// O h; or O^T h with the transposed product and the inverse permutation.
+// O h.
 template <class Layout, typename T>
 LCW_INLINE void apply_filter(
     const Recurrence<T>& r, const Permutation& permutation, const Layout& layout, int64_t l, const T* state, T* filtered) {

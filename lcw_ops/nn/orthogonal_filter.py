@@ -17,6 +17,9 @@ from lcw_ops.reference.orthogonal_filter import state_dtype
 
 FILTERS = ("haar", "cyclic", "permutation", "identity")
 
+# Elements of the filters that are checked at a time: 50,000 layers of them in float64 would be several gigabytes.
+_CHECKED_AT_ONCE = 2**20
+
 # Gain g of the init std g / sqrt(N): sqrt(2) keeps the second moment through ReLU, 1 suits the other activations.
 _INIT_GAIN = {"relu": math.sqrt(2.0)}
 
@@ -81,8 +84,7 @@ def _check_filter(filter: Tensor, width: int, eps: float) -> None:
         raise TypeError(
             f"filter is {filter.dtype}: no matrix of so few bits is orthogonal; give it in float32 or float64"
         )
-    exact = filter.detach().double()
-    deviation = (exact @ exact.mT - torch.eye(width, dtype=torch.float64, device=exact.device)).abs().max().item()
+    deviation = _deviation(filter.detach().reshape(-1, width, width))
     # A QR in this precision leaves at most about sqrt(N) roundings in an inner product of two rows.
     limit = 4 * math.sqrt(width) * eps
     if not deviation <= limit:
@@ -90,6 +92,19 @@ def _check_filter(filter: Tensor, width: int, eps: float) -> None:
             f"filter is not orthogonal: |O O^T - I| reaches {deviation:.3g}, at most {limit:.3g} is rounding in "
             f"{filter.dtype}. Orthogonalise it first: torch.linalg.qr(filter.double()).Q"
         )
+
+
+def _deviation(filters: Tensor) -> float:
+    """The largest element of |O O^T - I| of any of some matrices (L, N, N), in float64."""
+    largest = torch.zeros((), dtype=torch.float64, device=filters.device)
+    at_once = max(1, _CHECKED_AT_ONCE // filters.shape[-1] ** 2)
+    for first in range(0, len(filters), at_once):
+        exact = filters[first : first + at_once].double()
+        product = exact @ exact.mT
+        product.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        # Unlike Python's max, this keeps a NaN.
+        largest = torch.maximum(largest, product.abs_().max())
+    return largest.item()
 
 
 def _kind_of(filter: Tensor) -> str:
@@ -154,23 +169,34 @@ class _OrthogonalFilter(nn.Module):
                 moved.data = kept.to(dtype=torch.float32, device=moved.device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        loaded = state_dict.get(f"{prefix}filter")
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        key = f"{prefix}filter"
+        loaded = state_dict.get(key)
         is_another = False
         if isinstance(loaded, Tensor) and not loaded.is_meta:
-            self._check_loaded(loaded, f"{prefix}filter")
-            is_another = loaded.shape == self.filter.shape and (
-                self.filter.is_meta or not torch.equal(loaded.to(self.filter), self.filter)
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            problem = self._problem_of(loaded, key)
+            if problem is not None:
+                # As torch does with a tensor of the wrong size: this one stays, the others of the model are loaded,
+                # and load_state_dict raises one RuntimeError with every message.
+                error_msgs.append(problem)
+                state_dict = {**state_dict, key: self.filter}
+            else:
+                is_another = loaded.shape == self.filter.shape and (
+                    self.filter.is_meta or not torch.equal(loaded.to(self.filter), self.filter)
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if is_another:
             self.filter_kind = _kind_of(loaded)
 
-    def _check_loaded(self, filter: Tensor, key: str) -> None:
-        """ValueError or TypeError, before anything is loaded, for what would not be a filter of this module."""
+    def _problem_of(self, filter: Tensor, key: str) -> str | None:
+        """What keeps a tensor of a state dict from being a filter of this module, None when nothing does."""
         owner = type(self).__name__
         if (filter.dtype == torch.int64) != (self.filter.dtype == torch.int64):
-            raise TypeError(
+            return (
                 f"{owner}: the state dict's {key} is {filter.dtype}, this module's is {self.filter.dtype}; make it "
                 "with the other kind of filter: a permutation or a matrix"
             )
@@ -178,7 +204,8 @@ class _OrthogonalFilter(nn.Module):
         try:
             _check_filter(filter, self.filter.shape[-1], torch.finfo(torch.float32).eps)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{owner}: the state dict's {key}: {error}") from error
+            return f"{owner}: the state dict's {key}: {error}"
+        return None
 
     def _check_input(self, name: str, input: Tensor, weight: Tensor) -> None:
         """TypeError for what would fail further below, in words of other ops."""

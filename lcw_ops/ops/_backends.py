@@ -17,10 +17,13 @@ from lcw_ops.ops import _library
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
 # In the order of preference, per kind of device.
-PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda", "graph")}
+
+# Kernels that are no backend to ask for: a request for the backend is met by them where an op puts them first.
+FORM_OF = {"graph": "cuda"}
 
 # GPU kernels become the automatic choice per generation once their tests have passed on such a device: for each
-# (op, backend) the compute capabilities for which a test log is committed under bench/results/. None so far.
+# (op, backend or form) the compute capabilities for which a test log is committed under bench/results/. None so far.
 PROVEN: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
 
 # Backends that each op has an implementation for, in this source tree; filled by the files beside this one.
@@ -60,18 +63,23 @@ def missing_reason(op: str, backend: str, device_type: str) -> str | None:
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1, set before import)"
         return None if device_type in ("cpu", "cuda") else f"triton does not run on {device_type} tensors"
-    own_device = {"cpp": "cpu", "cuda": "cuda"}[backend]
+    own_device = {"cpp": "cpu", "cuda": "cuda", "graph": "cuda"}[backend]
     if device_type != own_device:
         return f"{backend} runs on {own_device} tensors only, these are on {device_type}"
     return _extension_missing.get(backend)
 
 
+def _is_too_wide(op: str, backend: str, width: int, itemsize: int) -> bool:
+    limit = MAX_ROW_BYTES.get((op, backend))
+    return limit is not None and width * itemsize > limit
+
+
 def width_reason(op: str, backend: str, width: int, itemsize: int) -> str | None:
     """Why ``backend`` cannot run ``op`` on rows of ``width`` elements, or None when it can."""
-    limit = MAX_ROW_BYTES.get((op, backend))
-    if limit is None or width * itemsize <= limit:
+    if not _is_too_wide(op, backend, width, itemsize):
         return None
-    return f"width {int(width)} > {limit // itemsize}, the most {backend} takes in float{8 * itemsize}"
+    limit = MAX_ROW_BYTES[op, backend] // itemsize
+    return f"width {int(width)} > {limit}, the most {backend} takes in float{8 * itemsize}"
 
 
 def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -> str | None:
@@ -79,10 +87,12 @@ def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -
     if capability is None or capability in PROVEN.get((op, backend), ()):
         return None
     generation = f"sm_{capability[0]}{capability[1]}"
-    return f"its tests have not passed on {generation} yet; it runs on request: lcw_ops.use_backend({backend!r})"
+    request = f"lcw_ops.use_backend({FORM_OF.get(backend, backend)!r})"
+    return f"its tests have not passed on {generation} yet; it runs on request: {request}"
 
 
-def _capability(device: torch.device) -> tuple[int, int] | None:
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a GPU, as in PROVEN; None for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
@@ -91,28 +101,32 @@ def _resolve(
     op: str,
     device: torch.device,
     requested: str | None,
-    too_wide: tuple[tuple[str, str], ...] = (),
+    too_wide: tuple[str, ...] = (),
     first: str | None = None,
 ) -> str:
-    """``too_wide`` has the backends that cannot take rows of this width, with the reason: nearly always none."""
-    reasons = dict(too_wide)
+    """Passes over those in ``too_wide``, which cannot take rows of this width, unless one was requested."""
     if requested is not None:
         _check_known(requested)
-        reason = missing_reason(op, requested, device.type) or reasons.get(requested)
+        kernel = first if FORM_OF.get(first) == requested else requested
+        reason = missing_reason(op, kernel, device.type)
         if reason is not None:
-            raise BackendError(f"{op}: backend {requested!r} was requested, but {reason}")
-        return requested
-    capability = _capability(device)
+            raise _cannot_be_met(op, requested, reason)
+        return kernel
+    capability = compute_capability(device)
     for backend in sorted(PREFERENCE.get(device.type, ()), key=lambda name: name != first):
-        missing = missing_reason(op, backend, device.type) or reasons.get(backend)
-        if missing is None and unproven_reason(op, backend, capability) is None:
+        able = backend not in too_wide and missing_reason(op, backend, device.type) is None
+        if able and unproven_reason(op, backend, capability) is None:
             return backend
     return "reference"
 
 
+def _cannot_be_met(op: str, requested: str, reason: str) -> BackendError:
+    return BackendError(f"{op}: backend {requested!r} was requested, but {reason}")
+
+
 @torch.compiler.assume_constant_result
 def _resolve_at_trace_time(
-    op: str, device: torch.device, requested: str | None, too_wide: tuple[tuple[str, str], ...], first: str | None
+    op: str, device: torch.device, requested: str | None, too_wide: tuple[str, ...], first: str | None
 ) -> str:
     return _resolve(op, device, requested, too_wide, first)
 
@@ -120,13 +134,17 @@ def _resolve_at_trace_time(
 def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None) -> str:
     """The backend that runs ``op`` on ``device`` now, on rows of ``width`` elements of ``itemsize`` bytes.
 
-    ``first`` comes before the usual order of preference: the fastest where that was measured. BackendError when an
-    explicit request cannot be met.
+    ``first`` comes before the usual order of preference, the fastest where that was measured; a form of the requested
+    backend meets the request. BackendError when an explicit request cannot be met.
     """
-    # Outside of what is looked up: while torch.compile traces, a width may be a symbol, a reason never is.
-    reasons = [(backend, width_reason(op, backend, width, itemsize)) for name, backend in MAX_ROW_BYTES if name == op]
-    too_wide = tuple((backend, reason) for backend, reason in reasons if reason is not None)
-    return _resolve_at_trace_time(op, device, _requested, too_wide, first)
+    # While torch.compile traces, a width may be a symbol: every limit asked for becomes a guard, and a width put into
+    # words would compile anew for every width.
+    candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
+    too_wide = tuple(name for name in candidates if _is_too_wide(op, name, width, itemsize))
+    chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first)
+    if chosen in too_wide:
+        raise _cannot_be_met(op, chosen, width_reason(op, chosen, width, itemsize))
+    return chosen
 
 
 def requested() -> str | None:
@@ -134,10 +152,10 @@ def requested() -> str | None:
     return _requested
 
 
-def not_chosen_reason(op: str, backend: str, device: torch.device) -> str:
-    """Why ``backend`` is not the one that runs ``op`` on ``device``."""
-    reason = missing_reason(op, backend, device.type) or unproven_reason(op, backend, _capability(device))
-    return reason or f"{choose(op, device)} comes first"
+def not_chosen_reason(op: str, backend: str, device: torch.device, chosen: str) -> str:
+    """Why ``backend`` is not the one that runs ``op`` on ``device``, but ``chosen``."""
+    reason = missing_reason(op, backend, device.type) or unproven_reason(op, backend, compute_capability(device))
+    return reason or f"{chosen} comes first"
 
 
 def _check_known(backend: str) -> None:

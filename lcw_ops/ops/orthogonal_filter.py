@@ -22,15 +22,13 @@ from lcw_ops.reference.orthogonal_filter import (
 NAME = "orthogonal_filter"
 BACKWARD = "orthogonal_filter_backward"
 
-# The form of the cuda backend for nets too wide for its kernels: an overload of its own, not a backend to ask for.
+# The form of the cuda backend for nets too wide for its kernels: an overload of its own, in plain torch, so that it
+# needs no extension. A request for cuda means it too.
 GRAPH = "graph"
 
 # States kept: L / segment checkpoints and one segment recomputed, so sqrt(L) is best: 128 for 16,000 layers, and
 # within 1.2 of the best for 10,000 to 50,000. A constant keeps L symbolic under torch.compile.
 DEFAULT_SEGMENT = 128
-
-# Whose op reads a bfloat16 or float16 weight beside a float32 state; for the others it is copied into float32.
-READS_16_BIT_WEIGHT = ("cpp", "cuda", "triton", GRAPH)
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, Tensor filter, Tensor alpha, Tensor beta, Tensor? inputs, "
@@ -135,12 +133,10 @@ def choose_kernel(device: torch.device, width: int, itemsize: int) -> str:
 
     On GPUs by the crossover table. BackendError when an explicit request cannot be met.
     """
-    if device.type != "cuda":
-        return _backends.choose(NAME, device, width, itemsize)
+    capability = _backends.compute_capability(device)
     # Measured in float32; a layer in float64 takes the room of one twice as wide.
-    fastest = fastest_kernel(width * itemsize // 4, torch.cuda.get_device_capability(device))
-    backend = _backends.choose(NAME, device, width, itemsize, first="cuda" if fastest == GRAPH else fastest)
-    return GRAPH if backend == "cuda" and fastest == GRAPH else backend
+    fastest = None if capability is None else fastest_kernel(width * itemsize // 4, capability)
+    return _backends.choose(NAME, device, width, itemsize, first=fastest)
 
 
 def _implement_in_python(backend: str, module: str) -> None:
@@ -218,7 +214,7 @@ def _check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, 
 
 _implement_in_python("triton", "lcw_ops.kernels.orthogonal_filter")
 _implement_in_python(GRAPH, "lcw_ops.ops.orthogonal_filter_graph")
-_backends.IMPLEMENTED[NAME] = ("cpp", "cuda", "triton")
+_backends.IMPLEMENTED[NAME] = ("cpp", "cuda", "triton", GRAPH)
 # Matrices of 128 x 128 in float32 are what one program can hold.
 _backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 

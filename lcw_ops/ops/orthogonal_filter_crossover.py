@@ -11,7 +11,10 @@ DEFAULT: Table = (("triton", 128), ("cuda", 512), ("graph", None))
 MEASURED: dict[tuple[int, int], Table] = {}
 
 
+def get_table(capability: tuple[int, int]) -> Table:
+    return MEASURED.get(capability, DEFAULT)
+
+
 def fastest_kernel(width: int, capability: tuple[int, int]) -> str:
     """ "triton", "cuda" (by clusters or by rows, which it chooses itself) or "graph"."""
-    table = MEASURED.get(capability, DEFAULT)
-    return next(kernel for kernel, widest in table if widest is None or width <= widest)
+    return next(kernel for kernel, widest in get_table(capability) if widest is None or width <= widest)

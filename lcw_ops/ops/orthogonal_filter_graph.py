@@ -6,7 +6,8 @@
 What is sequential in a block of steps is plain torch on static buffers, captured once and replayed for every block: a
 step costs its kernels (two matmuls and four element-wise ones forward, two and two backward) and no launch from Python.
 What is parallel over steps (slopes, dW, sums) is one call per block. Buffers: the block's weights once more, and eight
-states per step. On a CPU, and while a graph of the caller's is captured, the same lines run as they stand.
+states per step; they are kept for the next call of the same shape, until ``clear()``. On a CPU, and while a graph of
+the caller's is captured, the same lines run as they stand.
 
 The signatures are those of the op overloads in orthogonal_filter.py beside this file.
 """
@@ -15,15 +16,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # Steps per graph: starting one costs about as much as a step of a wide net, so a longer one gains little.
 MOST_STEPS = 64
-# For the weights of one block.
-MOST_BYTES = 256 << 20
+# For what a block holds of its steps: matrices that change with the step, and states.
+MOST_BYTES = 512 << 20
+STATES_PER_STEP = 8
 # Blocks kept with their graphs: forward and backward of two layers of different shapes.
 MOST_BLOCKS = 4
 
@@ -32,7 +34,7 @@ MOST_BLOCKS = 4
 class Kind:
     """What a captured block depends on."""
 
-    steps: int
+    steps: int  # there is room for; a graph may run fewer
     rows: int
     width: int
     dtype: torch.dtype
@@ -48,8 +50,11 @@ class Kind:
 class Block:
     """Buffers of ``kind.steps`` steps and what is sequential in them; captured at the first run where it may be."""
 
+    # Buffers made in inference mode could not be written outside of it.
+    @torch.inference_mode(False)
     def __init__(self, kind: Kind, capture: bool):
         self.kind = kind
+        self.count = kind.steps
         options = {"dtype": kind.dtype, "device": kind.device}
         per_step = (kind.steps, kind.rows, kind.width)
         matrix = (kind.width, kind.width)
@@ -66,42 +71,55 @@ class Block:
         self.states, self.gradients = (torch.empty((kind.steps + 1, *per_step[1:]), **options) for _ in range(2))
         # beta act'(A), then P, in grad_pre.
         self.filtered, self.activated, self.slopes, self.grad_pre = (torch.empty(per_step, **options) for _ in range(4))
-        self.graphs: dict[str, torch.cuda.CUDAGraph] | None = {} if capture else None
+        self.graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] | None = {} if capture else None
 
-    def load(self, steps: slice, weight, bias, filter, alpha, beta, inputs) -> None:
-        """Arguments of these steps; 16-bit weights are widened on the way."""
-        self.weight.copy_(weight[steps] if self.kind.weight_per_step else weight)
+    def load_shared(self, weight: Tensor, filter: Tensor) -> None:
+        """What all steps of a call share; 16-bit weights are widened on the way."""
+        if not self.kind.weight_per_step:
+            self.weight.copy_(weight)
         if self.kind.filter == "permutation":
             self.permutation.copy_(filter)
             self.inverse.copy_(filter.argsort())
-        else:
-            self.filter.copy_(filter[steps] if self.kind.filter == "per_step" else filter)
+        elif self.kind.filter == "matrix":
+            self.filter.copy_(filter)
+
+    def load(self, steps: slice, weight, bias, filter, alpha, beta, inputs) -> None:
+        """What belongs to these steps, ``kind.steps`` or fewer; 16-bit weights are widened on the way."""
+        self.count = count = steps.stop - steps.start
+        if self.kind.weight_per_step:
+            self.weight[:count] = weight[steps]
+        if self.kind.filter == "per_step":
+            self.filter[:count] = filter[steps]
         for buffer, scale in ((self.alpha, alpha), (self.beta, beta)):
-            buffer.copy_((scale if scale.numel() == 1 else scale[steps]).reshape(-1, 1, 1))
+            buffer[:count] = (scale if scale.numel() == 1 else scale[steps]).reshape(-1, 1, 1)
         if self.kind.shifted:
-            self.shift.zero_()
+            shift = self.shift[:count].zero_()
             if bias is not None:
-                self.shift.add_(bias if bias.dim() == 1 else bias[steps].unsqueeze(1))
+                shift.add_(bias if bias.dim() == 1 else bias[steps].unsqueeze(1))
             if inputs is not None:
-                self.shift.add_(inputs[steps])
+                shift.add_(inputs[steps])
 
     def run(self, direction: str) -> None:
-        """ "forward": states and what they are made of, from states[0]. "backward": from slopes and gradients[-1]."""
+        """ "forward": states and what they are made of, from states[0]. "backward": from slopes and gradients[count].
+
+        A range's last steps are a graph of their own on the same buffers.
+        """
         function = {"forward": self._forward, "backward": self._backward}[direction]
         if self.graphs is None:
             function()
             return
-        if direction not in self.graphs:
+        key = direction, self.count
+        if key not in self.graphs:
             # Libraries allocate and choose at their first call, which must not be captured.
             function()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 function()
-            self.graphs[direction] = graph
-        self.graphs[direction].replay()
+            self.graphs[key] = graph
+        self.graphs[key].replay()
 
     def _forward(self) -> None:
-        for s in range(self.kind.steps):
+        for s in range(self.count):
             state, filtered, activated = self.states[s], self.filtered[s], self.activated[s]
             weight = self.weight[s if self.kind.weight_per_step else 0].mT
             torch.mm(state, weight, out=activated)
@@ -117,7 +135,7 @@ class Block:
             self.states[s + 1].addcmul_(activated, self.beta[s])
 
     def _backward(self) -> None:
-        for s in reversed(range(self.kind.steps)):
+        for s in reversed(range(self.count)):
             gradient, before, grad_pre = self.gradients[s + 1], self.gradients[s], self.grad_pre[s]
             torch.mul(gradient, self.slopes[s], out=grad_pre)
             if self.kind.filter == "permutation":
@@ -134,16 +152,17 @@ class Block:
 
     def write_slopes(self, activated: Tensor) -> None:
         """beta act'(A) from act(A); at the kink of ReLU the derivative is 0."""
+        slopes = self.slopes[: self.count]
         if self.kind.activation == "tanh":
-            torch.mul(activated, activated, out=self.slopes)
-            self.slopes.neg_().add_(1)
+            torch.mul(activated, activated, out=slopes)
+            slopes.neg_().add_(1)
         elif self.kind.activation == "sigmoid":
-            torch.mul(activated, 1 - activated, out=self.slopes)
+            torch.mul(activated, 1 - activated, out=slopes)
         elif self.kind.activation == "relu":
-            torch.gt(activated, 0, out=self.slopes)
+            torch.gt(activated, 0, out=slopes)
         else:
-            self.slopes.fill_(1)
-        self.slopes.mul_(self.beta)
+            slopes.fill_(1)
+        slopes.mul_(self.beta[: self.count])
 
 
 _cached: OrderedDict[Kind, Block] = OrderedDict()
@@ -162,13 +181,20 @@ def _get_block(kind: Kind) -> Block:
     return _cached[kind]
 
 
+def clear() -> None:
+    """Frees the buffers and graphs kept for the next call: at most MOST_BLOCKS of about MOST_BYTES each."""
+    with _lock:
+        _cached.clear()
+
+
 class _Call:
     """One call of an op: its arguments, cut into blocks."""
 
     def __init__(self, like: Tensor, weight, bias, filter, alpha, beta, inputs, steps, activation, adds_outer=False):
         self.arguments = (weight, bias, filter, alpha, beta, inputs)
         rows, width = like.shape[-2:]
-        step_bytes = max(weight.shape[-1] ** 2 * like.element_size(), 1)
+        matrices = (weight.dim() == 3) + (filter.dim() == 3)
+        step_bytes = max((matrices * width + STATES_PER_STEP * rows) * width * like.element_size(), 1)
         self.kind = Kind(
             steps=max(1, min(MOST_STEPS, MOST_BYTES // step_bytes, steps)),
             rows=rows,
@@ -182,20 +208,22 @@ class _Call:
             shifted=bias is not None or inputs is not None,
             adds_outer=adds_outer,
         )
-        self._loaded: tuple[Block, slice] | None = None
+        self._block: Block | None = None
+        self._loaded: slice | None = None
 
     def ranges(self, first: int, end: int) -> list[slice]:
         return [slice(begin, min(begin + self.kind.steps, end)) for begin in range(first, end, self.kind.steps)]
 
     def block(self, steps: slice) -> Block:
-        """The block with the arguments of these steps in it. The last few steps of a range get one that is not kept."""
-        if self._loaded is None or self._loaded[1] != steps:
-            count = steps.stop - steps.start
-            whole = count == self.kind.steps
-            block = _get_block(self.kind) if whole else Block(replace(self.kind, steps=count), capture=False)
-            block.load(steps, *self.arguments)
-            self._loaded = block, steps
-        return self._loaded[0]
+        """The call's one block, with the arguments of these steps in it."""
+        if self._block is None:
+            weight, _, filter, *_ = self.arguments
+            self._block = _get_block(self.kind)
+            self._block.load_shared(weight, filter)
+        if self._loaded != steps:
+            self._block.load(steps, *self.arguments)
+            self._loaded = steps
+        return self._block
 
     def carry_forward(self, state: Tensor, first: int, end: int) -> Iterator[tuple[slice, Block]]:
         """Runs the steps block by block; each is yielded when it is done, and overwritten by the next."""
@@ -204,19 +232,27 @@ class _Call:
             block.states[0].copy_(state)
             block.run("forward")
             yield steps, block
-            state = block.states[-1]
+            state = block.states[block.count]
 
 
 @contextmanager
 def _exclusively(device: torch.device) -> Iterator[None]:
-    """One call at a time, since blocks are shared; no derivative; and float32 products in float32, whatever is set."""
-    matmul = torch.backends.cuda.matmul
-    with _lock, torch.no_grad(), torch.cuda.device(device if device.type == "cuda" else -1):
-        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-        try:
+    """One call at a time, since blocks are shared; no derivative; and on CUDA no TF32, whatever is set.
+
+    torch has one such flag for the process: matmuls that other threads launch meanwhile are without TF32 too. On a CPU
+    the user's torch.set_float32_matmul_precision holds.
+    """
+    with _lock, torch.no_grad():
+        if device.type != "cuda":
             yield
-        finally:
-            matmul.fp32_precision = precision
+            return
+        matmul = torch.backends.cuda.matmul
+        with torch.cuda.device(device):
+            precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+            try:
+                yield
+            finally:
+                matmul.fp32_precision = precision
 
 
 def orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
@@ -229,9 +265,9 @@ def orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, steps, acti
         call = _Call(h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
         for done, block in call.carry_forward(h0, 0, steps):
             if return_states:
-                output[done.start + 1 : done.stop + 1] = block.states[1:]
+                output[done.start + 1 : done.stop + 1] = block.states[1 : block.count + 1]
             elif done.stop == steps:
-                output.copy_(block.states[-1])
+                output.copy_(block.states[block.count])
             if segment:
                 kept = range(-done.start % segment, done.stop - done.start, segment)
                 for step in kept:
@@ -260,7 +296,8 @@ def orthogonal_filter_backward(
     """The op ``orthogonal_filter_backward``: gradients of h0, weight, bias, alpha, beta, inputs and all states."""
     return_states = grad_output.dim() == 3
     gradient = (grad_output[-1] if return_states else grad_output).clone()
-    sums = _Gradients(gradient, weight, bias, steps, needs_weight, needs_bias, needs_scales, needs_inputs, needs_states)
+    needs = (needs_weight, needs_bias, needs_scales, needs_inputs, needs_states)
+    sums = _Gradients(gradient, weight, bias, alpha, beta, inputs, steps, needs)
     if needs_states:
         sums.states[steps] = gradient
     with _exclusively(grad_output.device):
@@ -270,70 +307,69 @@ def orthogonal_filter_backward(
             done = call.carry_forward(checkpoints[first // segment], first, min(first + segment, steps))
             # The recomputed states, act(A) and O h of the whole segment; a block's buffers are those of the next.
             kept = [
-                (range_, block.states[:-1].clone(), block.activated.clone(), block.filtered.clone())
+                (range_, *(buffer[: block.count].clone() for buffer in (block.states, block.activated, block.filtered)))
                 for range_, block in done
             ]
             for range_, states, activated, filtered in reversed(kept):
                 block = call.block(range_)
                 block.write_slopes(activated)
-                block.gradients[-1].copy_(gradient)
+                block.gradients[block.count].copy_(gradient)
                 if return_states:
-                    block.outer.copy_(grad_output[range_])
+                    block.outer[: block.count] = grad_output[range_]
                 block.run("backward")
                 gradient.copy_(block.gradients[0])
                 sums.add(range_, block, states, activated, filtered)
-    return (gradient, *sums.rounded(alpha, beta))
+    return (gradient, *sums.rounded())
 
 
 class _Gradients:
     """What is made of G and P: written once per step, or summed in float64 for an argument shared by all steps."""
 
-    def __init__(self, like, weight, bias, steps, needs_weight, needs_bias, needs_scales, needs_inputs, needs_states):
+    def __init__(self, like, weight, bias, alpha, beta, inputs, steps, needs):
         def sums(needed, argument, shared_dim):
+            shared = argument is not None and argument.dim() == shared_dim
             if not needed:
-                return None, like.new_empty(0) if argument is None else argument.new_empty(0)
-            shared = argument.dim() == shared_dim
+                return shared, like.new_empty(0)
             return shared, torch.zeros_like(argument, dtype=torch.float64) if shared else torch.empty_like(argument)
 
         def when(needed, *shape, dtype=like.dtype):
             return like.new_empty(shape if needed else (0,), dtype=dtype)
 
+        self.needs = needs_weight, needs_bias, needs_scales, needs_inputs, needs_states = needs
         self.weight_shared, self.weight = sums(needs_weight, weight, 2)
         self.bias_shared, self.bias = sums(needs_bias, bias, 1)
-        self.dtypes = weight.dtype, like.dtype if bias is None else bias.dtype
-        self.needs = needs_weight, needs_bias, needs_scales, needs_inputs, needs_states
         self.alpha, self.beta = (when(needs_scales, steps, dtype=torch.float64) for _ in range(2))
+        self.scales_shared = alpha.numel() == 1, beta.numel() == 1
         self.inputs = when(needs_inputs, steps, *like.shape)
         self.states = when(needs_states, steps + 1, *like.shape)
+        arguments = (weight, bias, alpha, beta, inputs)
+        self.dtypes = [(weight if argument is None else argument).dtype for argument in arguments]
 
     def add(self, steps: slice, block: Block, states: Tensor, activated: Tensor, filtered: Tensor) -> None:
         needs_weight, needs_bias, needs_scales, needs_inputs, needs_states = self.needs
+        grad_pre, gradients = block.grad_pre[: block.count], block.gradients[: block.count + 1]
         if needs_weight and self.weight_shared:
-            self.weight += block.grad_pre.flatten(0, 1).mT @ states.flatten(0, 1)
+            self.weight += grad_pre.flatten(0, 1).mT @ states.flatten(0, 1)
         elif needs_weight:
-            self.weight[steps] = torch.bmm(block.grad_pre.mT, states).to(self.weight.dtype)
+            self.weight[steps] = torch.bmm(grad_pre.mT, states).to(self.weight.dtype)
         if needs_bias and self.bias_shared:
-            self.bias += block.grad_pre.sum((0, 1), dtype=torch.float64)
+            self.bias += grad_pre.sum((0, 1), dtype=torch.float64)
         elif needs_bias:
-            self.bias[steps] = block.grad_pre.sum(1)
+            self.bias[steps] = grad_pre.sum(1)
         if needs_scales:
-            self.alpha[steps] = (block.gradients[1:] * filtered).sum((1, 2), dtype=torch.float64)
-            self.beta[steps] = (block.gradients[1:] * activated).sum((1, 2), dtype=torch.float64)
+            self.alpha[steps] = (gradients[1:] * filtered).sum((1, 2), dtype=torch.float64)
+            self.beta[steps] = (gradients[1:] * activated).sum((1, 2), dtype=torch.float64)
         if needs_inputs:
-            self.inputs[steps] = block.grad_pre
+            self.inputs[steps] = grad_pre
         if needs_states:
-            self.states[steps] = block.gradients[:-1]
+            self.states[steps] = gradients[:-1]
 
-    def rounded(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    def rounded(self) -> tuple[Tensor, ...]:
+        """In the dtypes of the arguments; of one that is not there, in the weight's."""
         _, _, needs_scales, _, _ = self.needs
         scales = [
-            (sums if sums.numel() == scale.numel() else sums.sum().reshape(1)).to(scale.dtype) if needs_scales else sums
-            for sums, scale in ((self.alpha, alpha), (self.beta, beta))
+            sums.sum().reshape(1) if needs_scales and shared else sums
+            for sums, shared in zip((self.alpha, self.beta), self.scales_shared, strict=True)
         ]
-        return (
-            self.weight.to(self.dtypes[0]),
-            self.bias.to(self.dtypes[1]),
-            *scales,
-            self.inputs,
-            self.states,
-        )
+        gradients = (self.weight, self.bias, *scales, self.inputs)
+        return *(gradient.to(dtype) for gradient, dtype in zip(gradients, self.dtypes, strict=True)), self.states

@@ -20,7 +20,6 @@ from torch import nn
 
 from lcw_ops import data
 from lcw_ops.nn import OrthogonalFilterMLP
-from lcw_ops.ops import _backends
 from lcw_ops.ops import orthogonal_filter as op
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
@@ -138,7 +137,7 @@ def run(settings: Settings) -> int:
     settings.check()
     device = usable_device(settings.device)
     # A request for a backend that cannot be met shows here, and not after an hour.
-    _backends.choose(op.NAME, device, settings.width)
+    op.choose_kernel(device, settings.width, torch.float32.itemsize)
     dataset = data.load(settings.data, settings.seed)
     expect(
         settings.batch <= len(dataset.x_train), "batch", settings.batch, f"at most the {len(dataset.x_train)} samples"

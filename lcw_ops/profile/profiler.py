@@ -90,7 +90,7 @@ def profile(
         jacobians={what: spectrum for what, (spectrum, _, _) in jacobians.items()},
         timing=timing,
         peak_memory_bytes=machine.peak_memory_bytes(work.device),
-        backend=_backends.choose(op.NAME, work.device),
+        backend=_backend(watched.calls, work.device),
         machine=machine.describe(work.device),
     )
 
@@ -270,6 +270,12 @@ def _timed_passes(work: _Work, repeats: int, watched: _Watched) -> Timing:
         forward_flops=watched.forward_flops,
         backward_flops=watched.backward_flops,
     )
+
+
+def _backend(calls: list[LayerCall | RecurrenceCall], device: torch.device) -> str:
+    """What carried out the recurrences; of a model that has none, what would."""
+    used = {call.recurrence.backend for call in calls if isinstance(call, RecurrenceCall)}
+    return ", ".join(sorted(used)) if used else _backends.choose(op.NAME, device)
 
 
 def _rows(watched: _Watched, jacobian: bool) -> tuple[dict[str, np.ndarray], dict]:

@@ -5,6 +5,7 @@ not there. What goes wrong later (a bad disk, a copy that stopped half-way) show
 before it serves then, and the damaged file is renamed. Loading runs no code: ``torch.load(path, weights_only=True)``.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -70,7 +71,7 @@ def owned(folder: str | Path):
     folder = prepare_folder(folder)
     for path in (folder / "any", *created):
         _sync(path.parent)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "a") as lock:
         try:
             import fcntl
 
@@ -113,9 +114,9 @@ def newest(folder: Path) -> dict[str, Tensor] | None:
             print(f"{path} is damaged: {error}", file=sys.stderr)
             damaged.append(path)
             continue
-        for path in damaged:
+        for bad in damaged:
             # Under its own name it would count as one of those that are kept.
-            os.replace(path, path.with_suffix(".damaged"))
+            os.replace(bad, bad.with_suffix(".damaged"))
         return tensors
     if damaged:
         raise ValueError(f"--checkpoint {folder}: every checkpoint is damaged; give another folder to start afresh")
@@ -123,7 +124,10 @@ def newest(folder: Path) -> dict[str, Tensor] | None:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU. DamagedError unless they are what was written."""
+    """The tensors of a checkpoint, on the CPU. DamagedError unless they are what was written.
+
+    OSError when that cannot be told.
+    """
     sha256 = hashlib.sha256()
     try:
         left = path.stat().st_size - sha256.digest_size
@@ -133,7 +137,10 @@ def read(path: Path) -> dict[str, Tensor]:
                 left -= len(block)
             end = file.read()
     except OSError as error:
-        raise DamagedError(error.strerror or str(error)) from error
+        # A bad disk; a missing permission or too many open files say nothing about the content.
+        if error.errno != errno.EIO:
+            raise
+        raise DamagedError(error.strerror) from error
     if end != sha256.digest():
         raise DamagedError("its end is not the digest of what is before")
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 import lcw_ops
 from lcw_ops import data
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
-from lcw_ops.ops import _backends
 from lcw_ops.ops import orthogonal_filter as op
 from lcw_ops.profile import machine
 from lcw_ops.profile.files import prepare_folder, write_atomically
@@ -208,8 +208,10 @@ def configuration(settings: Settings, dataset: data.Dataset, device: torch.devic
         "made_with": {
             "torch": torch.__version__,
             "lcw_ops": lcw_ops.__version__,
-            "backend": _backends.choose(op.NAME, device, settings.width),
+            "backend": op.choose_kernel(device, settings.width, torch.float32.itemsize),
             "instructions": torch.backends.cpu.get_cpu_capability(),
+            # Limits the instructions of the CPU kernel alone.
+            "LCW_OPS_CPU_CAPABILITY": os.environ.get("LCW_OPS_CPU_CAPABILITY"),
         },
     }
 
@@ -242,15 +244,16 @@ def run(settings: Settings) -> int:
     settings, dataset, device = _checked(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if settings.checkpoint is not None and not settings.resume:
-        _expect_empty(Path(settings.checkpoint))
-    out = None if settings.out is None else prepare_folder(settings.out)
     with nullcontext() if settings.checkpoint is None else checkpoints.owned(settings.checkpoint) as folder:
         current = configuration(settings, dataset, device)
         saved = None
         if folder is not None:
+            # Before the lock is taken another process may still write here.
+            if not settings.resume:
+                _expect_empty(folder)
             _check_disk(settings, dataset, folder)
             saved = _saved(folder, current) if settings.resume else None
+        out = None if settings.out is None else prepare_folder(settings.out)
         try:
             training, log = _begin(settings, dataset.to(device), saved)
             # Its moments now belong to the optimizer; the rest would be held for nothing.
@@ -279,7 +282,7 @@ def _checked(settings: Settings) -> tuple[Settings, data.Dataset, torch.device]:
     dataset = data.load(settings.data)
     settings = complete(settings, dataset)
     # A request for a backend that cannot be met shows here, and not after an hour.
-    _backends.choose(op.NAME, device, settings.width)
+    op.choose_kernel(device, settings.width, torch.float32.itemsize)
     check_memory(settings, needed_bytes(settings, dataset), filter_bytes(settings.filter, settings.width), device)
     # A wrong filter or activation shows in a small net too.
     make_network(replace(settings, kind="mlp", depth=1), 1, 1)
@@ -287,7 +290,7 @@ def _checked(settings: Settings) -> tuple[Settings, data.Dataset, torch.device]:
 
 
 def _expect_empty(folder: Path) -> None:
-    if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
+    if all(entry.name.startswith(".") for entry in folder.iterdir()):
         return
     steps = checkpoints.steps_in(folder)
     held = f"checkpoints up to step {steps[-1]}: add --resume to go on, or" if steps else "files already:"
