@@ -628,3 +628,29 @@ def test_slower_instruction_sets_compute_the_same(capability, device):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+PEAK_MEMORY = """
+import resource, torch
+from lcw_ops import functional as F
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+weight = torch.randn(20_000, 64, 64).mul_(1 / 8).requires_grad_()
+h0, filter = torch.randn(32, 64), torch.randperm(64)
+F.orthogonal_filter(h0, torch.randn(10, 64, 64, requires_grad=True), None, filter).sum().backward()  # loads what it needs
+before = peak()
+F.orthogonal_filter(h0, weight, None, filter).sum().backward()
+print(peak() - before - weight.grad.nbytes)
+"""
+
+
+def test_memory_beside_weights_and_gradients(device):
+    """States at segment boundaries and one segment's worth of everything else: here 164 MB of states are not kept."""
+    if device.type != "cpu" or sys.platform != "linux":
+        pytest.skip("measures the resident memory of a process on Linux")
+    result = subprocess.run([sys.executable, "-c", PEAK_MEMORY], capture_output=True, text=True, check=True)
+    extra = int(result.stdout)
+    print(f"{extra / 2**20:.1f} MB beside weights and gradients")
+    assert 0 < extra < 40 << 20
