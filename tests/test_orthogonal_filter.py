@@ -639,7 +639,7 @@ def peak():
 
 weight = torch.randn(20_000, 64, 64).mul_(1 / 8).requires_grad_()
 h0, filter = torch.randn(32, 64), torch.randperm(64)
-F.orthogonal_filter(h0, torch.randn(10, 64, 64, requires_grad=True), None, filter).sum().backward()  # loads what it needs
+F.orthogonal_filter(h0, torch.randn(10, 64, 64, requires_grad=True), None, filter).sum().backward()  # loads code
 before = peak()
 F.orthogonal_filter(h0, weight, None, filter).sum().backward()
 print(peak() - before - weight.grad.nbytes)
