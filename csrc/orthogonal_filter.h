@@ -63,9 +63,11 @@ struct Backward {
   Recurrence<T> recurrence;
   const T* grad_output;
   const T* checkpoints;
+  int64_t checkpoint_every;  // steps from one checkpoint to the next: a segment, or 1
   bool return_states;
   int64_t first, count;
   T* states;       // h_{l-1}
+  T* slopes;       // beta act'(A_l), or nullptr where Device::keeps_slopes is false
   T* grad_pre;     // beta act'(A_l), then P_l
   T* filtered;     // O h_{l-1}, or nullptr when alpha and beta need no gradient
   T* activated;    // act(A_l), likewise
@@ -78,6 +80,11 @@ struct Backward {
   T* grad_states;  // (L + 1, M, N), or nullptr
   double* alpha_products;  // (L, M): <G_l, O h_{l-1}> of each row
   double* beta_products;   // (L, M): <G_l, act(A_l)>
+
+  // The state at the start of the segment.
+  LCW_HOST_DEVICE const T* checkpoint() const {
+    return checkpoints + first / checkpoint_every * recurrence.rows * recurrence.width;
+  }
 };
 
 inline Activation parse_activation(const std::string& name) {
@@ -224,6 +231,7 @@ Gradients backward(
   Tensor grad_states = needs_states ? stable::new_empty(grad_output, {steps + 1, rows, width})
                                     : stable::new_empty(grad_output, {int64_t(0)});
   Tensor states = stable::new_empty(grad_output, {count, rows, width});
+  Tensor slopes = stable::new_empty(grad_output, {Device::keeps_slopes ? count : 0, rows, width});
   Tensor grad_pre = stable::new_empty(grad_output, {count, rows, width});
   Tensor filtered = stable::new_empty(grad_output, {needs_scales ? count : 0, rows, width});
   Tensor activated = stable::new_empty(grad_output, {needs_scales ? count : 0, rows, width});
@@ -241,8 +249,10 @@ Gradients backward(
   pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
   pass.grad_output = grad_output.const_data_ptr<T>();
   pass.checkpoints = checkpoints.const_data_ptr<T>();
+  pass.checkpoint_every = checkpoints.numel() == steps * state_size ? 1 : segment;
   pass.return_states = return_states;
   pass.states = states.mutable_data_ptr<T>();
+  pass.slopes = Device::keeps_slopes ? slopes.mutable_data_ptr<T>() : nullptr;
   pass.grad_pre = grad_pre.mutable_data_ptr<T>();
   pass.filtered = needs_scales ? filtered.mutable_data_ptr<T>() : nullptr;
   pass.activated = needs_scales ? activated.mutable_data_ptr<T>() : nullptr;
@@ -299,7 +309,7 @@ Gradients orthogonal_filter_backward(
   const int64_t state_size = grad_output.size(dim - 2) * grad_output.size(dim - 1);
   segment = std::min(segment, std::max<int64_t>(steps, 1));
   STD_TORCH_CHECK(
-      checkpoints.numel() == (steps + segment - 1) / segment * state_size &&
+      (checkpoints.numel() == (steps + segment - 1) / segment * state_size || checkpoints.numel() == steps * state_size) &&
           checkpoints.scalar_type() == grad_output.scalar_type() && (!needs_bias || bias) && (!needs_inputs || inputs),
       "orthogonal_filter_backward: checkpoints do not fit");
   check_dtype(grad_output);

@@ -46,6 +46,7 @@ struct Product {
   bool accumulate = false;
   const T* shift = nullptr;  // added to every column at the end, one number per row, or nullptr
   const T* ahead = nullptr;  // as many numbers as `a` has, fetched along the way: what comes next, if not in cache yet
+  bool is_near = false;      // `a` is in the nearest cache already
 
   LCW_INLINE Product at(int64_t r, int64_t j) const {
     Product part = *this;
@@ -105,7 +106,7 @@ LCW_INLINE void multiply_columns(const Product<T> p) {
   int64_t r = 0;
   for (; r + rows <= p.rows; r += rows) {
     // What the tile after this one reads, which is too short for the processor to see a pattern in time.
-    if (p.a_k == 1)
+    if (p.a_k == 1 && !p.is_near)
       for (int64_t next = r + rows; next < std::min<int64_t>(r + 2 * rows, p.rows); ++next)
         prefetch(p.a + next * p.a_row, p.depth);
     if (p.ahead) prefetch(p.ahead + r * p.depth, rows * p.depth);

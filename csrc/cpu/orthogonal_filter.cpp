@@ -165,6 +165,7 @@ struct Slice {
 template <class Products, typename T>
 struct ManyRows {
   static constexpr int64_t lanes = Products::lanes, widest = 2 * lanes;
+  static constexpr bool is_row_major = false;
   int64_t rows, width;
   Slice units;  // always all
 
@@ -245,6 +246,7 @@ struct ManyRows {
 // Few rows: row-major. Products with W run along its rows, so that it need not be transposed either.
 template <class Products, typename T>
 struct FewRows {
+  static constexpr bool is_row_major = true;
   int64_t rows, width;
   Slice units;
 
@@ -294,6 +296,48 @@ struct FewRows {
     for_each_run([&](int64_t begin, int64_t count) LCW_LAMBDA_INLINE {
       for (int64_t i = begin; i < begin + count; ++i) out[i] += source[i];
     });
+  }
+};
+
+// Many rows and one matrix for all steps, a recurrence over time: row-major too, since here the matrix can be put in
+// order once, in panels of two vectors of columns (`pack`), and neither states nor inputs are transposed in any step.
+template <class Products, typename T>
+struct PackedRows : FewRows<Products, T> {
+  static constexpr int64_t panel = 2 * Products::lanes;  // and the least width
+  using FewRows<Products, T>::FewRows;
+
+  LCW_INLINE static int64_t panels(int64_t width) { return (width + panel - 1) / panel; }
+  LCW_INLINE static int64_t packed_size(int64_t width) { return panels(width) * panel * width; }
+
+  // f(first column, where the panel lies); the last panel ends with the matrix.
+  template <typename F>
+  LCW_INLINE static void for_each_panel(int64_t width, const F& f) {
+    for (int64_t p = 0; p < panels(width); ++p) f(std::min(p * panel, width - panel), p * panel * width);
+  }
+
+  // For products of a row with the matrix or, `transposed`, with its transpose.
+  LCW_INLINE static void pack(const T* matrix, int64_t width, bool transposed, T* packed) {
+    for_each_panel(width, [&](int64_t column, int64_t offset) LCW_LAMBDA_INLINE {
+      if (transposed) return Products::transpose(matrix + column * width, width, packed + offset, panel, panel, width);
+      for (int64_t k = 0; k < width; ++k)
+        std::copy(matrix + k * width + column, matrix + k * width + column + panel, packed + offset + k * panel);
+    });
+  }
+
+  LCW_INLINE void multiply(const T* packed, const T* bias, const T* state, T* out, const T*) const {
+    const int64_t rows = this->rows, width = this->width;
+    for_each_panel(width, [&](int64_t column, int64_t offset) LCW_LAMBDA_INLINE {
+      Product<T> product{state, width, 1, packed + offset, panel, out + column, width, rows, panel, width};
+      product.is_near = true;
+      multiply_in_parts<Products, T>(product, state_terms);
+    });
+    if (!bias) return;
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t i = 0; i < width; ++i) out[m * width + i] += bias[i];
+  }
+
+  LCW_INLINE void multiply_transposed(const T* packed, const T* state, T* out, const T* ahead) const {
+    multiply(packed, nullptr, state, out, ahead);
   }
 };
 
@@ -377,66 +421,6 @@ struct Shared {
   }
 };
 
-// O h.
-template <class Layout, typename T>
-LCW_INLINE void apply_filter(
-    const Recurrence<T>& r, const Permutation& permutation, const Layout& layout, int64_t l, const T* state, T* filtered) {
-  if (r.permutation)
-    layout.permute(permutation.forward, state, filtered);
-  else
-    layout.multiply(r.filter_at(l), nullptr, state, filtered, nullptr);
-}
-
-// A = W h + b + u of step l for the rows from `begin` on.
-template <class Layout, class Weights, typename T>
-LCW_INLINE void pre_activation(
-    const Recurrence<T>& r, const Layout& layout, Weights& weights, const T* state, T* scratch, T* out, int64_t l,
-    int64_t begin) {
-  const T* bias = r.bias ? r.bias + l * r.bias_stride : nullptr;
-  layout.multiply(weights.at(l), bias, state, out, weights.ahead(l + 1));
-  if (r.inputs) layout.add_rows(r.inputs + (l * r.rows + begin) * r.width, scratch, out);
-}
-
-template <class Products, class Layout, typename T>
-LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
-  const Recurrence<T>& r = pass.recurrence;
-  const int64_t n = r.width, rows = end - begin, size = Layout::size(rows, n);
-  Buffer<T> filtered(size), pre(size), scratch(r.inputs ? size : 0);
-  Weights<Products, T> weights(r);
-  const Permutation permutation(r);
-  Team& team = shared.team;
-  const int64_t number = team.join(slots);
-  if (number < 0) return;
-  Layout layout(rows, n, shared.slice(number, n));
-  // False when the others go on without this thread.
-  const auto meet = [&]() LCW_LAMBDA_INLINE {
-    team.wait();
-    layout.units = shared.slice(number, n);
-    return layout.units.end > 0;
-  };
-  T *state = shared.now.data(), *next = shared.next.data();
-  const auto store = [&](T* states, int64_t index) { layout.store(state, states + (index * r.rows + begin) * n); };
-
-  layout.load(pass.h0 + begin * n, state);
-  if (!meet()) return;
-  if (pass.return_states) store(pass.output, 0);
-  for (int64_t l = 0; l < r.steps; ++l) {
-    if (pass.checkpoints && l % r.segment == 0) store(pass.checkpoints, l / r.segment);
-    apply_filter(r, permutation, layout, l, state, filtered.data());
-    pre_activation(r, layout, weights, state, scratch.data(), pre.data(), l, begin);
-    const T alpha = r.alpha_at(l), beta = r.beta_at(l);
-    with_activation(r.activation, [&](auto act) LCW_LAMBDA_INLINE {
-      layout.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
-        for (int64_t i = first; i < first + count; ++i) next[i] = alpha * filtered[i] + beta * act.value(pre[i]);
-      });
-    });
-    if (!meet()) return;
-    std::swap(state, next);
-    if (pass.return_states) store(pass.output, l + 1);
-  }
-  if (!pass.return_states) store(pass.output, 0);
-}
-
 // <G_l, O h_{l-1}> and <G_l, act(A_l)> of each row, in float64: the gradients of alpha and beta.
 template <typename T>
 LCW_INLINE void scale_products(const Backward<T>& pass, const T* gradient, int64_t s, int64_t begin, int64_t end) {
@@ -455,82 +439,219 @@ LCW_INLINE void scale_products(const Backward<T>& pass, const T* gradient, int64
   }
 }
 
+// One thread carrying rows begin..end-1, or some of their units, through the steps.
+template <class Products, class Layout, typename T>
+class Carrier {
+ public:
+  LCW_INLINE Carrier(const Recurrence<T>& r, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots)
+      : r_(r),
+        begin_(begin),
+        end_(end),
+        size_(Layout::size(end - begin, r.width)),
+        shared_(shared),
+        weights_(r),
+        permutation_(r),
+        filtered_(size_),
+        pre_(size_),
+        scratch_(size_),
+        number_(shared.team.join(slots)),
+        layout_(end - begin, r.width, number_ < 0 ? Slice{0, 0} : shared.slice(number_, r.width)) {}
+
+  // False when the others began without this thread.
+  LCW_INLINE bool is_in() const { return number_ >= 0; }
+
+  LCW_INLINE void forward(const Forward<T>& pass) {
+    const int64_t n = r_.width;
+    T *state = shared_.now.data(), *next = shared_.next.data();
+    const auto store = [&](T* states, int64_t index) { layout_.store(state, rows_of(states, index)); };
+
+    layout_.load(pass.h0 + begin_ * n, state);
+    if (!meet()) return;
+    if (pass.return_states) store(pass.output, 0);
+    for (int64_t l = 0; l < r_.steps; ++l) {
+      if (pass.checkpoints && l % r_.segment == 0) store(pass.checkpoints, l / r_.segment);
+      apply_filter(l, state);
+      pre_activation(l, state);
+      const T alpha = r_.alpha_at(l), beta = r_.beta_at(l);
+      const T *filtered = filtered_.data(), *pre = pre_.data();
+      with_activation(r_.activation, [&](auto act) LCW_LAMBDA_INLINE {
+        layout_.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+          for (int64_t i = first; i < first + count; ++i) next[i] = alpha * filtered[i] + beta * act.value(pre[i]);
+        });
+      });
+      if (!meet()) return;
+      std::swap(state, next);
+      if (pass.return_states) store(pass.output, l + 1);
+    }
+    if (!pass.return_states) store(pass.output, 0);
+  }
+
+  // The states and slopes of a segment from the checkpoint at its start. False when the others go on without this thread.
+  LCW_INLINE bool recompute(const Backward<T>& pass) {
+    T *state = shared_.now.data(), *next = shared_.next.data();
+    layout_.load(pass.checkpoint() + begin_ * r_.width, state);
+    if (!meet()) return false;
+    for (int64_t s = 0; s < pass.count; ++s) {
+      const int64_t l = pass.first + s;
+      layout_.store(state, rows_of(pass.states, s));
+      // The state after the segment is known to nobody and needed by nobody.
+      if (s + 1 < pass.count || pass.filtered) apply_filter(l, state);
+      pre_activation(l, state);
+      const T alpha = r_.alpha_at(l), beta = r_.beta_at(l);
+      const T* filtered = filtered_.data();
+      T *pre = pre_.data(), *slopes = slopes_of(pass, s);
+      with_activation(r_.activation, [&](auto act) LCW_LAMBDA_INLINE {
+        layout_.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+          for (int64_t i = first; i < first + count; ++i) {
+            const T a = pre[i], y = act.value(a);
+            slopes[i] = beta * act.slope(a, y);
+            next[i] = alpha * filtered[i] + beta * y;
+            pre[i] = y;
+          }
+        });
+      });
+      if (pass.filtered) {
+        layout_.store(filtered, rows_of(pass.filtered, s));
+        layout_.store(pre, rows_of(pass.activated, s));
+      }
+      if (!meet()) return false;
+      std::swap(state, next);
+    }
+    return true;
+  }
+
+  // G from the end of a segment to its start, given the slopes.
+  LCW_INLINE void carry_back(const Backward<T>& pass) {
+    T *gradient = shared_.now.data(), *next = shared_.next.data();
+    Buffer<T> grad_pre(size_);
+    layout_.load(pass.gradient + begin_ * r_.width, gradient);
+    if (!meet()) return;
+    for (int64_t s = pass.count - 1; s >= 0; --s) {
+      const int64_t l = pass.first + s;
+      if (pass.grad_states) layout_.store(gradient, rows_of(pass.grad_states, l + 1));
+      if (pass.filtered && number_ == 0)
+        scale_products(pass, layout_.row_major(gradient, scratch_.data()), s, begin_, end_);
+      const T* slopes = slopes_of(pass, s);
+      for (int64_t i = 0; i < size_; ++i) grad_pre[i] = slopes[i] * gradient[i];
+      layout_.store(grad_pre.data(), rows_of(pass.grad_pre, s));
+      if (r_.permutation)
+        layout_.permute(permutation_.inverse.data(), gradient, filtered_.data());
+      else
+        layout_.multiply_transposed(r_.filter_at(l), gradient, filtered_.data(), nullptr);
+      // A sum of its own: added term by term onto the far larger filter branch, every term would be rounded at its scale.
+      layout_.multiply_transposed(weights_.at(l), grad_pre.data(), pre_.data(), weights_.ahead(l - 1));
+      const T alpha = r_.alpha_at(l);
+      const T *filtered = filtered_.data(), *pre = pre_.data();
+      layout_.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+        for (int64_t i = first; i < first + count; ++i) next[i] = alpha * filtered[i] + pre[i];
+      });
+      if (pass.return_states) layout_.add_rows(rows_of(pass.grad_output, l), scratch_.data(), next);
+      if (!meet()) return;
+      std::swap(gradient, next);
+    }
+    layout_.store(gradient, pass.gradient + begin_ * r_.width);
+    if (pass.grad_states && pass.first == 0) layout_.store(gradient, rows_of(pass.grad_states, 0));
+  }
+
+ private:
+  // False when the others go on without this thread.
+  LCW_INLINE bool meet() {
+    shared_.team.wait();
+    layout_.units = shared_.slice(number_, r_.width);
+    return layout_.units.end > 0;
+  }
+
+  // This thread's rows of entry `index` of (L, M, N).
+  template <typename Pointer>
+  LCW_INLINE Pointer rows_of(Pointer buffer, int64_t index) const {
+    return buffer + (index * r_.rows + begin_) * r_.width;
+  }
+
+  LCW_INLINE T* slopes_of(const Backward<T>& pass, int64_t s) const {
+    return Layout::is_row_major ? rows_of(pass.slopes, s) : shared_.slopes.data() + s * size_;
+  }
+
+  // filtered = O h
+  LCW_INLINE void apply_filter(int64_t l, const T* state) {
+    if (r_.permutation)
+      layout_.permute(permutation_.forward, state, filtered_.data());
+    else
+      layout_.multiply(r_.filter_at(l), nullptr, state, filtered_.data(), nullptr);
+  }
+
+  // pre = W h + b + u
+  LCW_INLINE void pre_activation(int64_t l, const T* state) {
+    const T* bias = r_.bias ? r_.bias + l * r_.bias_stride : nullptr;
+    layout_.multiply(weights_.at(l), bias, state, pre_.data(), weights_.ahead(l + 1));
+    if (r_.inputs) layout_.add_rows(rows_of(r_.inputs, l), scratch_.data(), pre_.data());
+  }
+
+  const Recurrence<T>& r_;
+  const int64_t begin_, end_, size_;
+  Shared<T>& shared_;
+  Weights<Products, T> weights_;
+  const Permutation permutation_;
+  Buffer<T> filtered_, pre_, scratch_;
+  const int64_t number_;
+  Layout layout_;
+};
+
+template <class Products, class Layout, typename T>
+LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
+  Carrier<Products, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);
+  if (carrier.is_in()) carrier.forward(pass);
+}
+
 // Recompute the segment's states and slopes for some rows, then carry G back through it.
 template <class Products, class Layout, typename T>
 LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
-  const Recurrence<T>& r = pass.recurrence;
-  const int64_t n = r.width, rows = end - begin, size = Layout::size(rows, n);
-  Buffer<T> filtered(size), pre(size), grad_pre(size), scratch(size);
-  Weights<Products, T> weights(r);
-  const Permutation permutation(r);
-  Team& team = shared.team;
-  const int64_t number = team.join(slots);
-  if (number < 0) return;
-  Layout layout(rows, n, shared.slice(number, n));
-  // False when the others go on without this thread.
-  const auto meet = [&]() LCW_LAMBDA_INLINE {
-    team.wait();
-    layout.units = shared.slice(number, n);
-    return layout.units.end > 0;
-  };
-  const auto rows_of = [&](T* buffer, int64_t index) { return buffer + (index * r.rows + begin) * n; };
+  Carrier<Products, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);
+  if (carrier.is_in() && carrier.recompute(pass)) carrier.carry_back(pass);
+}
 
-  T *state = shared.now.data(), *next = shared.next.data();
-  layout.load(pass.checkpoints + (pass.first / r.segment * r.rows + begin) * n, state);
-  if (!meet()) return;
-  for (int64_t s = 0; s < pass.count; ++s) {
-    const int64_t l = pass.first + s;
-    layout.store(state, rows_of(pass.states, s));
-    // The state after the segment is known to nobody and needed by nobody.
-    if (s + 1 < pass.count || pass.filtered) apply_filter(r, permutation, layout, l, state, filtered.data());
-    pre_activation(r, layout, weights, state, scratch.data(), pre.data(), l, begin);
-    const T alpha = r.alpha_at(l), beta = r.beta_at(l);
-    T* slopes = shared.slopes.data() + s * size;
-    with_activation(r.activation, [&](auto act) LCW_LAMBDA_INLINE {
-      layout.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
-        for (int64_t i = first; i < first + count; ++i) {
-          const T a = pre[i], y = act.value(a);
+// The latter alone.
+template <class Products, class Layout, typename T>
+LCW_INLINE void carry_back_rows(const Backward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
+  Carrier<Products, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);
+  if (carrier.is_in()) carrier.carry_back(pass);
+}
+
+// The slopes of samples begin..end-1 of a segment whose states are known: no step waits for another. `packed` are the
+// matrices for multiplying by W^T and O^T.
+template <class Products, typename T>
+LCW_INLINE void known_slopes(const Backward<T>& pass, const Recurrence<T>& packed, int64_t begin, int64_t end) {
+  const Recurrence<T>& r = pass.recurrence;
+  const int64_t n = r.width;
+  constexpr int64_t most = 48;  // whole tiles for every instruction set
+  const Permutation permutation(r);
+  Buffer<T> pre(most * n);
+  for (int64_t first = begin; first < end; first += most) {
+    const int64_t count = std::min(most, end - first);
+    const PackedRows<Products, T> layout(count, n, {0, n});
+    const T* states = pass.states + first * n;
+    layout.multiply(packed.template weight_at<T>(0), nullptr, states, pre.data(), nullptr);
+    if (pass.filtered && r.permutation)
+      layout.permute(permutation.forward, states, pass.filtered + first * n);
+    else if (pass.filtered)
+      layout.multiply(packed.filter, nullptr, states, pass.filtered + first * n, nullptr);
+    for (int64_t m = first; m < first + count; ++m) {
+      const int64_t l = pass.first + m / r.rows;
+      T *row = pre.data() + (m - first) * n, *slopes = pass.slopes + m * n;
+      T* activated = pass.activated ? pass.activated + m * n : row;
+      if (r.bias)
+        for (int64_t i = 0; i < n; ++i) row[i] += r.bias[l * r.bias_stride + i];
+      if (r.inputs)
+        for (int64_t i = 0; i < n; ++i) row[i] += r.inputs[(pass.first * r.rows + m) * n + i];
+      const T beta = r.beta_at(l);
+      with_activation(r.activation, [&](auto act) LCW_LAMBDA_INLINE {
+        for (int64_t i = 0; i < n; ++i) {
+          const T a = row[i], y = act.value(a);
           slopes[i] = beta * act.slope(a, y);
-          next[i] = alpha * filtered[i] + beta * y;
-          pre[i] = y;
+          activated[i] = y;
         }
       });
-    });
-    if (pass.filtered) {
-      layout.store(filtered.data(), rows_of(pass.filtered, s));
-      layout.store(pre.data(), rows_of(pass.activated, s));
     }
-    if (!meet()) return;
-    std::swap(state, next);
   }
-
-  T *gradient = shared.now.data(), *next_gradient = shared.next.data();
-  layout.load(pass.gradient + begin * n, gradient);
-  if (!meet()) return;
-  for (int64_t s = pass.count - 1; s >= 0; --s) {
-    const int64_t l = pass.first + s;
-    if (pass.grad_states) layout.store(gradient, rows_of(pass.grad_states, l + 1));
-    if (pass.filtered && number == 0)
-      scale_products(pass, layout.row_major(gradient, scratch.data()), s, begin, end);
-    const T* slopes = shared.slopes.data() + s * size;
-    for (int64_t i = 0; i < size; ++i) grad_pre[i] = slopes[i] * gradient[i];
-    layout.store(grad_pre.data(), rows_of(pass.grad_pre, s));
-    if (r.permutation)
-      layout.permute(permutation.inverse.data(), gradient, filtered.data());
-    else
-      layout.multiply_transposed(r.filter_at(l), gradient, filtered.data(), nullptr);
-    // A sum of its own: added term by term onto the far larger filter branch, every term would be rounded at its scale.
-    layout.multiply_transposed(weights.at(l), grad_pre.data(), pre.data(), weights.ahead(l - 1));
-    const T alpha = r.alpha_at(l);
-    layout.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
-      for (int64_t i = first; i < first + count; ++i) next_gradient[i] = alpha * filtered[i] + pre[i];
-    });
-    if (pass.return_states) layout.add_rows(pass.grad_output + (l * r.rows + begin) * n, scratch.data(), next_gradient);
-    if (!meet()) return;
-    std::swap(gradient, next_gradient);
-  }
-  layout.store(gradient, pass.gradient + begin * n);
-  if (pass.grad_states && pass.first == 0) layout.store(gradient, rows_of(pass.grad_states, 0));
 }
 
 // dW_l = P_l^T H_{l-1} and db_l for some layers of the segment. Biases are summed in float64.
@@ -591,6 +712,11 @@ struct Kernels {
   void (*forward_few)(const Forward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
   void (*backward_many)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
   void (*backward_few)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*forward_packed)(const Forward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*carry_back_few)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*carry_back_packed)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*pack)(const Recurrence<T>&, bool transposed, T* weight, T* filter);
+  void (*known_slopes)(const Backward<T>&, const Recurrence<T>& packed, int64_t begin, int64_t end);
   void (*weight_gradients)(const Backward<T>&, int64_t begin, int64_t end);
   void (*shared_weight_gradients)(const Backward<T>&, int64_t begin, int64_t end);
 };
@@ -608,6 +734,18 @@ struct Kernels {
     LCW_ROWS(attributes, Forward, forward_rows, forward_few, FewRows)                                            \
     LCW_ROWS(attributes, Backward, backward_rows, backward_many, ManyRows)                                       \
     LCW_ROWS(attributes, Backward, backward_rows, backward_few, FewRows)                                         \
+    LCW_ROWS(attributes, Forward, forward_rows, forward_packed, PackedRows)                                      \
+    LCW_ROWS(attributes, Backward, carry_back_rows, carry_back_few, FewRows)                                     \
+    LCW_ROWS(attributes, Backward, carry_back_rows, carry_back_packed, PackedRows)                               \
+    attributes static void pack(const Recurrence<T>& r, bool transposed, T* weight, T* filter) {                 \
+      using Rows = PackedRows<Products, T>;                                                                      \
+      Rows::pack(Weights<Products, T>(r).at(0), r.width, transposed, weight);                                    \
+      if (r.filter) Rows::pack(r.filter, r.width, transposed, filter);                                           \
+    }                                                                                                            \
+    attributes static void slopes(                                                                               \
+        const Backward<T>& pass, const Recurrence<T>& packed, int64_t begin, int64_t end) {                      \
+      known_slopes<Products>(pass, packed, begin, end);                                                          \
+    }                                                                                                            \
     attributes static void weights(const Backward<T>& pass, int64_t begin, int64_t end) {                        \
       weight_gradients<Products>(pass, begin, end);                                                              \
     }                                                                                                            \
@@ -615,7 +753,8 @@ struct Kernels {
       shared_weight_gradients<Products>(pass, begin, end);                                                       \
     }                                                                                                            \
     static constexpr Kernels<T> all{                                                                             \
-        Products::lanes, forward_many, forward_few, backward_many, backward_few, weights, shared_weights};       \
+        Products::lanes, forward_many,   forward_few,       backward_many, backward_few, forward_packed,         \
+        carry_back_few,  carry_back_packed, pack,           slopes,        weights,      shared_weights};        \
   };
 
 LCW_KERNELS(Portable, )
@@ -648,8 +787,11 @@ const Kernels<T>& kernels() {
 }
 
 struct Cpu {
+  static constexpr bool keeps_slopes = true;
+
   // A thread's share of the units below which waiting for the others takes longer than the work saved.
   static constexpr int64_t least_units = 32;
+  static constexpr int64_t least_packed_rows = 4;  // per thread
   static constexpr uintptr_t page = uintptr_t(2) << 20, small_page = 4096;
 
   // Fresh memory is mapped at the first touch. The gradient of 50,000 layers has 200,000 pages of 4 KB, which took
@@ -672,32 +814,51 @@ struct Cpu {
     return 2 * busiest(rows) > lanes * busiest(vectors);
   }
 
-  // Calls many or few(begin, end, shared, slots) for all rows, on all threads.
+  // One matrix for all steps, which is worth putting in order, and at least one panel of it.
+  template <typename T>
+  static bool packs(const Recurrence<T>& r) {
+    return r.weight_stride == 0 && r.filter_stride == 0 && r.width >= 2 * kernels<T>().lanes;
+  }
+
+  // Enough rows for packed matrices to be faster than rows one by one.
+  static bool are_several(int64_t rows) { return rows >= least_packed_rows * stable::get_num_threads(); }
+
+  // The same recurrence with its matrices in panels, and the memory they lie in.
+  template <typename T>
+  struct Packed {
+    Buffer<T> memory;
+    Recurrence<T> recurrence;
+
+    Packed(const Recurrence<T>& r, bool transposed) : memory(2 * padded_size(r.width)), recurrence(r) {
+      T *weight = memory.data(), *filter = weight + padded_size(r.width);
+      kernels<T>().pack(r, transposed, weight, filter);
+      recurrence.weight = weight, recurrence.weight_type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+      if (r.filter) recurrence.filter = filter;
+    }
+
+    static int64_t padded_size(int64_t width) { return (width + 2 * kernels<T>().lanes) * width; }
+  };
+
+  // rows(begin, end, shared, slots) for all rows, each on one thread, in groups of `together`.
   template <typename T, typename Rows>
-  static void for_all_rows(const Recurrence<T>& r, int64_t slope_count, const Rows& many, const Rows& few) {
-    const int64_t lanes = kernels<T>().lanes, width = r.width, threads = stable::get_num_threads();
-    if (are_many(r.rows, lanes)) {
-      stable::parallel_for(0, (r.rows + lanes - 1) / lanes, 1, [&](int64_t first, int64_t last) {
-        const int64_t begin = first * lanes, end = std::min(last * lanes, r.rows);
-        Shared<T> shared(1, (last - first) * lanes * width, slope_count);
-        many(begin, end, shared, 1);
-      });
-      return;
-    }
-    const int64_t members = std::max<int64_t>(1, std::min(threads / r.rows, width / least_units));
-    if (members == 1) {
-      stable::parallel_for(0, r.rows, 1, [&](int64_t begin, int64_t end) {
-        Shared<T> shared(1, (end - begin) * width, slope_count);
-        few(begin, end, shared, 1);
-      });
-      return;
-    }
+  static void split_rows(const Recurrence<T>& r, int64_t together, int64_t slope_count, const Rows& rows) {
+    stable::parallel_for(0, (r.rows + together - 1) / together, 1, [&](int64_t first, int64_t last) {
+      Shared<T> shared(1, (last - first) * together * r.width, slope_count);
+      rows(first * together, std::min(last * together, r.rows), shared, 1);
+    });
+  }
+
+  // The same with threads that share a row where there are fewer rows than threads.
+  template <typename T, typename Rows>
+  static void share_rows(const Recurrence<T>& r, const Rows& rows) {
+    const int64_t members = std::max<int64_t>(1, std::min(stable::get_num_threads() / r.rows, r.width / least_units));
+    if (members == 1) return split_rows(r, 1, 0, rows);
     std::vector<std::unique_ptr<Shared<T>>> teams;
-    for (int64_t m = 0; m < r.rows; ++m) teams.push_back(std::make_unique<Shared<T>>(members, width, slope_count));
+    for (int64_t m = 0; m < r.rows; ++m) teams.push_back(std::make_unique<Shared<T>>(members, r.width, 0));
     stable::parallel_for(0, r.rows * members, 1, [&](int64_t first, int64_t last) {
       for (int64_t m = first / members; m * members < last; ++m) {
         const int64_t slots = std::min(last, (m + 1) * members) - std::max(first, m * members);
-        few(m, m + 1, *teams[m], slots);
+        rows(m, m + 1, *teams[m], slots);
       }
     });
   }
@@ -716,34 +877,60 @@ struct Cpu {
 #endif
   }
 
-  template <typename T>
-  static void run(const Forward<T>& pass, const Tensor&) {
-    const Kernels<T>& all = kernels<T>();
-    const int64_t state_bytes = pass.recurrence.rows * pass.recurrence.width * sizeof(T);
-    if (pass.return_states) map(pass.output, (pass.recurrence.steps + 1) * state_bytes);
-    const auto with = [&](auto kernel) {
-      return [&pass, kernel](int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
-        kernel(pass, begin, end, shared, slots);
-      };
+  // A kernel with its pass.
+  template <typename Pass, typename Kernel>
+  static auto bind(const Pass& pass, Kernel kernel) {
+    return [&pass, kernel](int64_t begin, int64_t end, auto& shared, int64_t slots) {
+      kernel(pass, begin, end, shared, slots);
     };
-    for_all_rows(pass.recurrence, 0, with(all.forward_many), with(all.forward_few));
+  }
+
+  template <typename T>
+  static void run(Forward<T> pass, const Tensor&) {
+    const Kernels<T>& all = kernels<T>();
+    const Recurrence<T> r = pass.recurrence;
+    if (pass.return_states) map(pass.output, (r.steps + 1) * r.rows * r.width * sizeof(T));
+    if (packs(r) && are_several(r.rows)) {
+      const Packed<T> packed(r, true);
+      pass.recurrence = packed.recurrence;
+      split_rows(r, 1, 0, bind(pass, all.forward_packed));
+    } else if (are_many(r.rows, all.lanes)) {
+      split_rows(r, all.lanes, 0, bind(pass, all.forward_many));
+    } else {
+      share_rows(r, bind(pass, all.forward_few));
+    }
   }
 
   template <typename T>
   static void run_segment(Backward<T> pass, const Tensor&) {
     const Kernels<T>& all = kernels<T>();
+    const Recurrence<T> r = pass.recurrence;
+    const int64_t state_size = r.rows * r.width;
     // The gradients of the inputs are the P_l themselves: written where they are to stay.
-    const int64_t state_size = pass.recurrence.rows * pass.recurrence.width;
     if (pass.grad_inputs) {
       pass.grad_pre = pass.grad_inputs + pass.first * state_size;
       map(pass.grad_pre, pass.count * state_size * sizeof(T));
     }
-    const auto with = [&](auto kernel) {
-      return [&pass, kernel](int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
-        kernel(pass, begin, end, shared, slots);
-      };
-    };
-    for_all_rows(pass.recurrence, pass.count, with(all.backward_many), with(all.backward_few));
+    const bool states_known = pass.checkpoint_every == 1 && packs(r);
+    if (states_known) {
+      pass.states = const_cast<T*>(pass.checkpoint());
+      const Packed<T> packed(r, true);
+      stable::parallel_for(0, pass.count * r.rows, 1, [&](int64_t begin, int64_t end) {
+        all.known_slopes(pass, packed.recurrence, begin, end);
+      });
+    }
+    if (states_known && are_several(r.rows)) {
+      const Packed<T> packed(r, false);
+      pass.recurrence = packed.recurrence;
+      split_rows(r, 1, 0, bind(pass, all.carry_back_packed));
+      pass.recurrence = r;
+    } else if (states_known) {
+      share_rows(r, bind(pass, all.carry_back_few));
+    } else if (are_many(r.rows, all.lanes)) {
+      split_rows(r, all.lanes, pass.count, bind(pass, all.backward_many));
+    } else {
+      share_rows(r, bind(pass, all.backward_few));
+    }
     if (pass.grad_weight || pass.grad_bias)
       stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) { all.weight_gradients(pass, begin, end); });
     if (pass.weight_sum || pass.bias_sum)

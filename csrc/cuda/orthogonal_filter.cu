@@ -48,6 +48,8 @@ bool ran_on_cluster(const Pass& pass, const Tensor& like) {
 }
 
 struct Cuda {
+  static constexpr bool keeps_slopes = false;
+
   static void allocated(const Tensor&) {}
 
   template <typename T>

@@ -391,7 +391,7 @@ inline Carry forward_carry(const Forward<float>& pass) {
 inline Carry recomputing_carry(const Backward<float>& pass) {
   const Recurrence<float>& r = pass.recurrence;
   Carry carry{};
-  carry.start = pass.checkpoints + pass.first / r.segment * r.rows * r.width;
+  carry.start = pass.checkpoint();
   carry.first = pass.first, carry.count = pass.count;
   carry.states = pass.states, carry.slopes = pass.grad_pre;
   carry.filtered = pass.filtered, carry.activated = pass.activated;

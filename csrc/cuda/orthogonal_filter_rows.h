@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
   const auto row_of = [&](T* buffer, int64_t index) { return buffer + (index * r.rows + m) * n; };
   T* state = dynamic_shared<T>();
   T *filtered = state + n, *pre = filtered + n;
-  const T* checkpoint = pass.checkpoints + (pass.first / r.segment * r.rows + m) * n;
+  const T* checkpoint = pass.checkpoint() + m * n;
   for (int64_t i = threadIdx.x; i < n; i += block_threads) state[i] = checkpoint[i];
   __syncthreads();
   for (int64_t s = 0; s < pass.count; ++s) {

@@ -219,6 +219,14 @@ _backends.IMPLEMENTED[NAME] = ("cpp", "cuda", "triton", GRAPH)
 _backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 
 
+def keeps_all_states(weight: Tensor, return_states: bool, backend: str) -> bool:
+    """Whether backward reads the states that forward returned, instead of checkpoints of its own.
+
+    With one weight for all steps, nothing then has to be recomputed step after step.
+    """
+    return return_states and backend == "cpp" and weight.dim() == 2
+
+
 def traceable(function: type[Function], with_forward_mode: type[Function]) -> type[Function]:
     """torch.compile refuses to trace a Function that has a jvp, so there are two of each."""
     return function if torch.compiler.is_compiling() else with_forward_mode
@@ -232,13 +240,18 @@ class OrthogonalFilter(Function):
     @staticmethod
     def forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend):
         forward = _library.get_overload(NAME, backend)
+        if keeps_all_states(weight, return_states, backend):
+            segment = 0
         return forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend = inputs
-        _, checkpoints = output
+        states, checkpoints = output
         ctx.mark_non_differentiable(checkpoints)
+        ctx.states_known = keeps_all_states(tensors[1], ctx.return_states, ctx.backend)
+        if ctx.states_known:
+            checkpoints = states
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(checkpoints, *tensors)
         ctx.save_for_forward(*tensors)
@@ -248,6 +261,8 @@ class OrthogonalFilter(Function):
         if grad_output is None:
             return (None,) * 12
         checkpoints, *tensors = ctx.saved_tensors
+        if ctx.states_known:
+            checkpoints = checkpoints[:-1]
         _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:7]
         needs = (weight, bias, alpha or beta, inputs)
         options = (ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend)
@@ -302,10 +317,11 @@ class _OrthogonalFilterBackward(Function):
         needs_inputs,
     ):
         shared = (weight, bias, filter, alpha, beta, inputs, steps, activation)
-        if not segment:
-            # The forward pass did not know that a gradient would be asked for (it was hidden inside torch.func).
-            segment = DEFAULT_SEGMENT
-            _, checkpoints = _library.get_overload(NAME, backend)(h0, *shared, segment, False)
+        # Without checkpoints the forward pass did not know that a gradient would be asked for (it was hidden inside
+        # torch.func).
+        if not segment and not keeps_all_states(weight, return_states, backend):
+            _, checkpoints = _library.get_overload(NAME, backend)(h0, *shared, DEFAULT_SEGMENT, False)
+        segment = segment or DEFAULT_SEGMENT
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs, False)
         return _library.get_overload(BACKWARD, backend)(grad_output, checkpoints, *shared, segment, *needs)[:6]
 
