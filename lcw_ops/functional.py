@@ -50,7 +50,9 @@ def orthogonal_filter(
         alpha, beta: number or (L,) tensor. Default beta = 1/L and alpha = 1 - beta.
         inputs: (T, M, N), added to the pre-activation of step t, or None.
         activation: "tanh", "relu", "sigmoid" or "identity".
-        return_states: give all states (L+1, M, N), h0 first, instead of the last one (M, N).
+        return_states: give all states (L+1, M, N), h0 first, instead of the last one (M, N). On a CPU, with one weight
+            for all steps, backward reads them: like ``nn.RNN``'s output on a GPU, they must not be changed in place
+            before it (torch raises an error).
         segment: keep one state in so many for the backward pass and recompute the others; default 128.
         solver: "sequential"; "auto" is the same. (A solver "parallel" is planned.)
         tolerance: of an iterative solver; must be None for "sequential".

@@ -630,6 +630,26 @@ def test_slower_instruction_sets_compute_the_same(capability, device):
     assert result.returncode == 0, result.stdout[-4000:]
 
 
+def test_states_changed_in_place_before_backward(device):
+    """Never a wrong gradient: either backward keeps states of its own, or torch says what is wrong."""
+    h0, inputs = torch.randn(9, 40, device=device), torch.randn(5, 9, 40, device=device)
+    weight = (torch.randn(40, 40, device=device) / 6).requires_grad_()
+    filter = torch.randperm(40, device=device)
+
+    def call():
+        return F.orthogonal_filter(h0, weight, None, filter, inputs=inputs, return_states=True)
+
+    (expected,) = torch.autograd.grad(call(), weight, torch.full((6, 9, 40), 2.0, device=device))
+    states = call()
+    try:
+        states.mul_(2)
+        (actual,) = torch.autograd.grad(states, weight, torch.ones_like(states))
+    except RuntimeError as error:
+        assert "inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(actual, expected)
+
+
 PEAK_MEMORY = """
 import re, torch
 from lcw_ops import functional as F

@@ -11,7 +11,7 @@ What runs where, by what a reference costs:
 - L = 50,000, forward: N = 3, 17 and 64 with a weight per layer and every M; N = 100, 128 and 256, whose weights would
   fill 2 to 13 GB, in the time form (one weight) and with M = 1 and 5.
 - L = 50,000, result and all gradients: N = 1 with M = 33, N = 16 with M = 1, 5 and 33, N = 64 with M = 5 (there the
-  gradients of every 7th layer's weight and bias).
+  gradients of every 7th layer's weight and bias); in the time form N = 32 with M = 1 and 8.
 """
 
 import ctypes
@@ -211,6 +211,17 @@ class Trace:
         grad_pre, states = self.grad_pre[layers, :rows], self.states[:-1][layers, :rows]
         return {"weight": grad_pre.mT @ states, "bias": grad_pre.sum(1)}
 
+    def sums_over_time(self, batches):
+        """The gradients of a weight and a bias that all steps share, (N, N, batches) and (N, batches).
+
+        From each of some batches of rows, (33, batches), because errors of a state stay in all states that follow.
+        """
+        by_row = {
+            "weight": self.grad_pre.permute(1, 2, 0) @ self.states[:-1].transpose(0, 1),
+            "bias": self.grad_pre.sum(0),
+        }
+        return {name: torch.einsum("m...,mb->...b", sums.double(), batches) for name, sums in by_row.items()}
+
     def scale_sums(self, batches):
         """The gradients of alpha and beta, (L, batches), from each of some batches of rows, (33, batches).
 
@@ -305,6 +316,13 @@ def compare(errors, net, eager, exact, rows, calls, return_states, what):
         for call, (_, gradients) in results.items():
             errors.add(name, rows, call, gradients[name], expected[:, 0])
     steps, _, width = exact.grad_pre.shape
+    if net.arguments["weight"].dim() == 2:
+        in_eager, in_exact = eager.sums_over_time(batches), exact.sums_over_time(batches)
+        for name, expected in in_exact.items():
+            errors.add_expected(name, rows, in_eager[name], expected)
+            for call, (_, gradients) in results.items():
+                errors.add(name, rows, call, gradients[name], expected[..., 0])
+        return
     # Layer weights in parts that fit into memory.
     part = max(1, 2**22 // width**2)
     # Of very many weights every 7th layer, the first and the last of 50,000 among them: all would take a minute.
@@ -339,34 +357,39 @@ def test_grid_of_a_thousand_layers(width):
 @pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("return_states", [False, True])
-def test_every_kind(filter, activation, return_states):
-    """All filters, activations and results, for one row, few rows and many."""
-    nets = [make_net(max(ROWS), 19, 6, filter, activation)]
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_kind(filter, activation, return_states, shared):
+    """All filters, activations and results, over depth and over time, for one row, few rows and many."""
+    nets = [make_net(max(ROWS), 37 if shared else 19, 6, filter, activation, shared)]
     calls = [(1, 1, None), (1, 3, None), (2, 2, 4), (5, 2, None), (33, 2, None)]
     assert_grid(nets, calls, return_states, f"{filter}, {activation}")
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])
 @pytest.mark.parametrize("return_states", [False, True])
-def test_every_segment_of_a_thousand_layers(rows, return_states):
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_segment_of_a_thousand_layers(rows, return_states, shared):
     calls = [(rows, count, segment) for segment in (1, 7, 31, 1000, None) for count in (1, 2)]
-    assert_grid([make_net(33, 17, 1000)], calls, return_states, "L=1000")
+    assert_grid([make_net(33, 35 if shared else 17, 1000, shared=shared)], calls, return_states, "L=1000")
 
 
 @pytest.mark.parametrize("thread_count", THREADS)
-def test_every_row_count(thread_count):
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_row_count(thread_count, shared):
     """Every way to deal 0 to 40 rows out to the threads and to vectors of 4, 8 and 16."""
     for width in (5, 16, 33):
         calls = [(rows, thread_count, 2) for rows in range(41)]
-        assert_grid([make_net(40, width, 3)], calls, True, f"L=3, N={width}")
+        assert_grid([make_net(40, width, 3, shared=shared)], calls, True, f"L=3, N={width}, shared: {shared}")
 
 
 @pytest.mark.parametrize("thread_count", THREADS)
-def test_every_width(thread_count):
-    """Every remainder of a vector and of a tile, for the path of few rows and that of many."""
-    for width in (*range(1, 50), 63, 65, 95, 96, 97, 127, 129):
-        net = make_net(12, width, POOLED, filter="haar" if width % 2 else "permutation")
-        assert_grid([net], [(rows, thread_count, None) for rows in (1, 2, 12)], False, f"L={POOLED}, N={width}")
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_width(thread_count, shared):
+    """Every remainder of a vector, of a tile and of a panel, for the paths of few rows and those of many."""
+    for width in (*range(1, 50), 63, 65, 95, 96, 97, 127, 129, *([131, 257] if shared else [])):
+        net = make_net(12, width, POOLED, filter="haar" if width % 2 else "permutation", shared=shared)
+        what = f"L={POOLED}, N={width}, shared: {shared}"
+        assert_grid([net], [(rows, thread_count, None) for rows in (1, 2, 12)], shared, what)
 
 
 # ---- 50,000 layers -------------------------------------------------------------------------------------------------
@@ -419,6 +442,11 @@ def test_fifty_thousand_steps_of_one_weight_forward(width, filter, activation):
 def test_fifty_thousand_layers_backward(width, filter, calls):
     rows = max(rows for rows, *_ in calls)
     assert_grid([make_net(rows, width, DEEP, filter)], calls, False, f"L={DEEP}, N={width}")
+
+
+def test_fifty_thousand_steps_of_one_weight_backward():
+    net = make_net(8, 32, DEEP, shared=True)
+    assert_grid([net], [(1, 2, None), (8, 1, None), (8, 2, None)], True, f"T={DEEP}")
 
 
 # ---- Every other way to call it ------------------------------------------------------------------------------------
@@ -550,18 +578,22 @@ def reference(arguments, filter, grad_output, wanted, dtype, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "shared"), [(1, False), (3, True), (20, False), (33, True)])
-def test_sixteen_bits_are_rounded_once(dtype, rows, shared):
+@pytest.mark.parametrize(
+    ("rows", "shared", "return_states"),
+    [(1, False, False), (3, True, False), (20, False, True), (33, True, False), (1, True, True), (33, True, True)],
+)
+def test_sixteen_bits_are_rounded_once(dtype, rows, shared, return_states):
     """Result and gradients are those of the same numbers in float32, by the rule of float32, rounded at the end."""
     net = make_net(rows, 33, 30, shared=shared)
     narrow = {name: tensor.to(dtype) for name, tensor in net.arguments.items()}
     # Scales are float32 in every 16-bit net: alpha = 1 - 2e-5 is 1 in 16 bits.
     narrow.update(alpha=net.arguments["alpha"], beta=net.arguments["beta"])
-    grad_output = net.grad_output[-1].to(dtype)
+    grad_output = (net.grad_output if return_states else net.grad_output[-1]).to(dtype)
+    options = {"return_states": return_states}
     with threads(2):
-        actual = evaluate(narrow, net.filter, grad_output, NAMES)
+        actual = evaluate(narrow, net.filter, grad_output, NAMES, **options)
     eager, exact = (
-        reference(narrow, net.filter, grad_output, NAMES, wide, {}) for wide in (torch.float32, torch.float64)
+        reference(narrow, net.filter, grad_output, NAMES, wide, options) for wide in (torch.float32, torch.float64)
     )
     finfo = torch.finfo(dtype)
     for name in ("output", "h0", "weight", "bias", "inputs"):
@@ -579,22 +611,25 @@ def test_sixteen_bits_are_rounded_once(dtype, rows, shared):
 @pytest.mark.parametrize("rows", [1, 4, 32])
 @pytest.mark.parametrize("scale_shape", ["per_layer", "one", "no_dimension"])
 @pytest.mark.parametrize("wanted", [{"alpha"}, {"beta"}, {"alpha", "beta"}])
-def test_gradients_of_the_scales(rows, scale_shape, wanted):
+@pytest.mark.parametrize("over_time", [False, True])
+def test_gradients_of_the_scales(rows, scale_shape, wanted, over_time):
     """Per layer and shared, alone and together, with nothing else asked for.
 
     Over many nets, because <G_l, O h_{l-1}> hardly changes from layer to layer, and nor does its error.
     """
     errors = Errors()
     for _ in range(24):
-        net = make_net(rows, 21, 12)
+        net = make_net(rows, 37 if over_time else 21, 12, shared=over_time)
         arguments = dict(net.arguments)
+        options = {"return_states": over_time}
+        grad_output = net.grad_output if over_time else net.grad_output[-1]
         if scale_shape != "per_layer":
             shape = (1,) if scale_shape == "one" else ()
             arguments.update(alpha=torch.full(shape, 0.97), beta=torch.full(shape, 0.03))
         with threads(2):
-            actual = evaluate(arguments, net.filter, net.grad_output[-1], wanted)
+            actual = evaluate(arguments, net.filter, grad_output, wanted, **options)
         eager, exact = (
-            reference(arguments, net.filter, net.grad_output[-1], wanted, dtype, {})
+            reference(arguments, net.filter, grad_output, wanted, dtype, options)
             for dtype in (torch.float32, torch.float64)
         )
         assert actual.keys() == wanted | {"output"}
@@ -606,14 +641,15 @@ def test_gradients_of_the_scales(rows, scale_shape, wanted):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("width", [7, 64, 200])
-def test_same_bits_twice_however_the_rows_are_dealt_out(count, width):
+@pytest.mark.parametrize("over_time", [False, True])
+def test_same_bits_twice_however_the_rows_are_dealt_out(count, width, over_time):
     """One net, every way to share rows and units between threads, and threads that come late or not at all."""
-    net = make_net(20, width, 40)
+    net = make_net(20, width, 40, shared=over_time)
     with threads(count):
         for rows in (1, 2, 3, 4, 20):
-            first_output, first = net(rows, False)
+            first_output, first = net(rows, over_time)
             for _ in range(4):
-                output, gradients = net(rows, False)
+                output, gradients = net(rows, over_time)
                 assert torch.equal(output, first_output)
                 for name, gradient in gradients.items():
                     assert torch.equal(gradient, first[name]), f"{name}, M={rows}, N={width}, {count} threads"
@@ -621,8 +657,8 @@ def test_same_bits_twice_however_the_rows_are_dealt_out(count, width):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_without_gradients_the_result_has_the_same_bits(count):
-    for rows, return_states in itertools.product((1, 3, 5, 33), (False, True)):
-        net = make_net(rows, 70, 9)
+    for rows, return_states, shared in itertools.product((1, 3, 5, 33), (False, True), (False, True)):
+        net = make_net(rows, 70, 9, shared=shared)
         with threads(count):
             with_gradients, _ = net(rows, return_states)
             assert torch.equal(net(rows, return_states, with_gradients=False), with_gradients)
