@@ -32,7 +32,7 @@ def cases(device_type: str) -> list[Case]:
         time = [(2_000, 64, 128, True), (10_000, 64, 128, False), (10_000, 64, 256, False), (10_000, 1, 128, False)]
     else:
         depth = [(500, 32, 64, True), (50_000, 32, 64, False), (10_000, 128, 128, False)]
-        time = [(500, 32, 128, True), (10_000, 32, 128, False), (10_000, 1, 128, False)]
+        time = [(500, 32, 128, True), (10_000, 32, 128, False), (784, 128, 256, False), (10_000, 1, 128, False)]
     return [
         _case(device_type, over_time, *shape, backward)
         for over_time, shapes in ((False, depth), (True, time))

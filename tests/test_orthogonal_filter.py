@@ -641,13 +641,12 @@ def test_states_changed_in_place_before_backward(device):
 
     (expected,) = torch.autograd.grad(call(), weight, torch.full((6, 9, 40), 2.0, device=device))
     states = call()
-    try:
-        states.mul_(2)
-        (actual,) = torch.autograd.grad(states, weight, torch.ones_like(states))
-    except RuntimeError as error:
-        assert "inplace operation" in str(error)
+    states.mul_(2)
+    if op.keeps_all_states(weight, True, op.choose_kernel(device, 40, 4)):
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            torch.autograd.grad(states, weight, torch.ones_like(states))
     else:
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(torch.autograd.grad(states, weight, torch.ones_like(states)), (expected,))
 
 
 PEAK_MEMORY = """
