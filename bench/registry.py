@@ -5,6 +5,7 @@ kernel is timed only after its error against float64 is at most twice eager torc
 """
 
 import importlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ EAGER = "eager torch"
 
 # Peers only have to be the same function; eager's own error is no promise of theirs.
 OURS_SLACK, PEER_SLACK = 2, 100
+
+# How often a case is drawn, at most, before a competitor is refused.
+MOST_DRAWS = 4
 
 Run = Callable[[], list]
 
@@ -117,42 +121,62 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
 
 
 def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:
-    """Each checked competitor's error on fresh inputs, over the result's scale, or why it must not be timed."""
-    inputs = case.shorten(case.make_inputs(device))
-    expected = case.expected(inputs)
-    eager = next(competitor for competitor in case.competitors if competitor.name == EAGER)
-    eager_results = eager.prepare(inputs)()
-    errors = {}
-    for competitor in competitors:
-        if not competitor.checked:
-            continue
-        results = [as_tensor(result) for result in competitor.prepare(inputs)()]
-        slack = OURS_SLACK if competitor.ours else PEER_SLACK
-        try:
-            errors[competitor.name] = _largest_error(results, expected, eager_results, slack)
-        except WrongResult as wrong:
-            errors[competitor.name] = wrong
-    return errors
+    """Each checked competitor's error on fresh inputs, over the result's scale, or why it must not be timed.
+
+    Of a gradient with a hundred numbers, whose errors come from the same few roundings, the largest error is a matter
+    of luck, eager torch's as anybody's. So who is refused is judged again, over more draws: by the largest errors.
+    """
+    errors, eager_errors = {}, []
+    for _ in range(MOST_DRAWS):
+        inputs = case.shorten(case.make_inputs(device))
+        expected = case.expected(inputs)
+        eager = next(competitor for competitor in case.competitors if competitor.name == EAGER)
+        eager_results = eager.prepare(inputs)()
+        eager_errors = _largest(eager_errors, _relative_errors(eager_results, expected))
+        last_place = torch.finfo(eager_results[0].dtype).eps
+        verdicts = {}
+        for competitor in competitors:
+            if not competitor.checked:
+                continue
+            name, slack = competitor.name, OURS_SLACK if competitor.ours else PEER_SLACK
+            try:
+                results = [as_tensor(result) for result in competitor.prepare(inputs)()]
+                errors[name] = _largest(errors.get(name, []), _relative_errors(results, expected))
+                verdicts[name] = _judge(errors[name], eager_errors, slack, last_place)
+            except WrongResult as wrong:
+                verdicts[name] = wrong
+        if not any(isinstance(verdict, WrongResult) for verdict in verdicts.values()):
+            break
+    return verdicts
 
 
-def _largest_error(results: list[Tensor], expected: list[Tensor], eager: list[Tensor], slack: float) -> float:
+def _largest(before: list[float], now: list[float]) -> list[float]:
+    return list(map(max, before, now)) if before else now
+
+
+def _relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """The largest error of each result over its largest value; infinity, not NaN, for what is not finite."""
     if len(results) != len(expected):
         raise WrongResult(f"{len(results)} results, expected {len(expected)}")
-    largest = 0.0
-    for index, (result, wanted, yardstick) in enumerate(zip(results, expected, eager, strict=True)):
+    relative = []
+    for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         if result.shape != wanted.shape:
             raise WrongResult(f"result {index} has shape {tuple(result.shape)}, expected {tuple(wanted.shape)}")
-        scale = wanted.abs().max().item()
-        last_place = torch.finfo(yardstick.dtype).eps * scale
-        error, eager_error = ((one.double() - wanted).abs().max().item() for one in (result, yardstick))
+        error, scale = (result.double() - wanted).abs().max().item(), wanted.abs().max().item()
+        relative.append(math.inf if math.isnan(error) else error / scale if scale else math.inf if error else 0.0)
+    return relative
+
+
+def _judge(errors: list[float], eager_errors: list[float], slack: float, last_place: float) -> float:
+    """The largest of the errors, relative to the scale of its result; WrongResult where one is too large."""
+    for index, (error, eager_error) in enumerate(zip(errors, eager_errors, strict=True)):
         allowed = slack * eager_error + last_place
         if not error <= allowed:
             raise WrongResult(
-                f"result {index} is off by {error:.3g} from float64, allowed is {allowed:.3g} "
-                f"(eager torch: {eager_error:.3g}, scale {scale:.3g})"
+                f"result {index} is off by {error:.3g} of its scale from float64, allowed is {allowed:.3g} "
+                f"(eager torch: {eager_error:.3g})"
             )
-        largest = max(largest, error / scale)
-    return largest
+    return max(errors, default=0.0)
 
 
 def as_tensor(array) -> Tensor:

@@ -17,7 +17,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <memory>
 #include <string>
 #include <thread>
@@ -27,6 +26,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "dispatch.h"
 #include "matrix.h"
 #include "vector_math.h"
 
@@ -86,15 +86,7 @@ void multiply_in_parts(Product<T> product, int64_t terms) {
   };
 
 LCW_PRODUCTS(Portable, )
-#if defined(__x86_64__) && defined(__GNUC__)
-#define LCW_X86_DISPATCH 1
-#define LCW_AVX2 __attribute__((target("avx2,fma")))
-// For tests on processors without AVX-512: its tiles, carried out by pairs of AVX2 instructions.
-#ifdef LCW_AVX512_BY_AVX2
-#define LCW_AVX512 LCW_AVX2
-#else
-#define LCW_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
-#endif
+#ifdef LCW_X86_DISPATCH
 LCW_PRODUCTS(Avx2, LCW_AVX2)
 LCW_PRODUCTS(Avx512, LCW_AVX512)
 #endif
@@ -765,25 +757,13 @@ LCW_KERNELS(Avx512, LCW_AVX512)
 
 template <typename T>
 const Kernels<T>& kernels() {
+  switch (instruction_set()) {
 #ifdef LCW_X86_DISPATCH
-  static const Kernels<T>& fastest = []() -> const Kernels<T>& {
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#ifdef LCW_AVX512_BY_AVX2
-    const bool avx512 = avx2;
-#else
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    case InstructionSet::avx512: return Avx512Kernels<T>::all;
+    case InstructionSet::avx2: return Avx2Kernels<T>::all;
 #endif
-    const char* limit = std::getenv("LCW_OPS_CPU_CAPABILITY");
-    const bool portable_only = limit && std::string(limit) == "portable";
-    const bool avx2_only = limit && std::string(limit) == "avx2";
-    if (avx2 && avx512 && !avx2_only && !portable_only) return Avx512Kernels<T>::all;
-    return avx2 && !portable_only ? Avx2Kernels<T>::all : PortableKernels<T>::all;
-  }();
-  return fastest;
-#else
-  return PortableKernels<T>::all;
-#endif
+    default: return PortableKernels<T>::all;
+  }
 }
 
 struct Cpu {

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd import Function
 
 _library = torch.library.Library("lcw_ops", "DEF")
 
@@ -74,3 +75,8 @@ def load_extension(stem: str) -> str | None:
     except OSError as error:
         return f"{path.name} did not load: {str(error).splitlines()[0]}"
     return None
+
+
+def traceable(function: type[Function], with_forward_mode: type[Function]) -> type[Function]:
+    """torch.compile refuses to trace a Function that has a jvp, so there are two of each."""
+    return function if torch.compiler.is_compiling() else with_forward_mode

@@ -227,11 +227,6 @@ def keeps_all_states(weight: Tensor, return_states: bool, backend: str) -> bool:
     return return_states and backend == "cpp" and weight.dim() == 2
 
 
-def traceable(function: type[Function], with_forward_mode: type[Function]) -> type[Function]:
-    """torch.compile refuses to trace a Function that has a jvp, so there are two of each."""
-    return function if torch.compiler.is_compiling() else with_forward_mode
-
-
 class OrthogonalFilter(Function):
     """(h0, weight, bias, filter, alpha, beta, inputs, options) -> (output, checkpoints)."""
 
@@ -266,7 +261,7 @@ class OrthogonalFilter(Function):
         _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:7]
         needs = (weight, bias, alpha or beta, inputs)
         options = (ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend)
-        function = traceable(_OrthogonalFilterBackward, _OrthogonalFilterBackwardForwardMode)
+        function = _library.traceable(_OrthogonalFilterBackward, _OrthogonalFilterBackwardForwardMode)
         gradients = function.apply(grad_output, checkpoints, *tensors, *options, *needs)
         grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
         return (
