@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lcw_ops import reference as _reference
-from lcw_ops.ops import _backends
+from lcw_ops.ops import _backends, _library
 from lcw_ops.ops import gradient_activation as _gradient_activation
+from lcw_ops.ops import lcw_linear as _lcw_linear
 from lcw_ops.ops import orthogonal_filter as _orthogonal_filter
 from lcw_ops.reference import checks as _checks
 from lcw_ops.reference.gradient_activation import KINDS as _GRADIENT_ACTIVATION_KINDS
@@ -16,7 +17,7 @@ from lcw_ops.reference.orthogonal_filter import count_steps as _count_steps
 from lcw_ops.reference.orthogonal_filter import scale_tensors as _scale_tensors
 from lcw_ops.reference.orthogonal_filter import state_dtype as _state_dtype
 
-__all__ = ["gradient_activation_", "orthogonal_filter"]
+__all__ = ["activation_shift", "gradient_activation_", "lcw_linear", "lcw_weight", "orthogonal_filter"]
 
 
 def orthogonal_filter(
@@ -88,9 +89,7 @@ def orthogonal_filter(
         segment = 0
     elif segment is None:
         segment = _orthogonal_filter.DEFAULT_SEGMENT
-    function = _orthogonal_filter.traceable(
-        _orthogonal_filter.OrthogonalFilter, _orthogonal_filter.OrthogonalFilterForwardMode
-    )
+    function = _library.traceable(_orthogonal_filter.OrthogonalFilter, _orthogonal_filter.OrthogonalFilterForwardMode)
     output, _ = function.apply(
         h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend
     )
@@ -197,6 +196,111 @@ def _check_permutation(op: str, permutation: Tensor) -> None:
             f"{permutation.numel() - 1} once; torch.randperm({permutation.numel()}) makes one"
         )
     permutation._lcw_ops_checked = version
+
+
+def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
+    """Rows of zero sum from an unconstrained parameter: inputs of equal means then cause no activation shift.
+
+    centred: ``w = u - mean(u)`` over everything but dim 0. basis: ``w = B v`` with Householder's orthonormal basis of
+    the zero-sum vectors, never stored: with s = sqrt(m) and S = sum(v), ``w_j = v_j - S / (s (s + 1))`` for j < m,
+    ``w_m = -S / s``.
+
+    Source: T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster Training of Neural
+    Networks", ECML PKDD 2019, arXiv 2403.13833 (the constraint and the basis form; the centred form is ours).
+
+    Args:
+        weight: (n, m, *k), or (n, m - 1) with ``basis``; one row, or filter, per unit. float32, float64, bfloat16 or
+            float16; sums are taken in float64 and the result is rounded once. A channels-last layout is kept.
+        basis: the paper's parametrization.
+
+    Returns:
+        (n, m, *k), or (n, m). A fan-in of 1 leaves only the weight 0: (n, 1) zeros, whatever the parameter.
+
+    Raises:
+        TypeError: a dtype that is not floating.
+        ValueError: fewer than 2 dimensions; with ``basis``, other than 2.
+    """
+    _checks.accumulation_dtype("lcw_weight", weight=weight)
+    if basis:
+        right, expected, remedy = weight.dim() == 2, "(n, m-1)", "Flatten a filter to one row first."
+    else:
+        right, expected, remedy = weight.dim() >= 2, "(n, m, *k)", "A unit is one row: add dim 0."
+    _checks.check_shape("lcw_weight", "weight", weight, right, expected, remedy)
+    backend = _backends.choose(_lcw_linear.NAME, weight.device)
+    if backend == "reference":
+        return _reference.lcw_weight(weight, basis)
+    return _lcw_linear.constrained_weight(weight, basis, backend)
+
+
+def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: bool = False) -> Tensor:
+    """A linear layer whose rows sum to zero: ``x @ lcw_weight(weight, basis).T + bias``.
+
+    A constant added to all features of a sample changes nothing. Source: as :func:`lcw_weight`. The constraint costs a
+    pass over x or over the weight, whichever is smaller: <B v, x> = <v, B^T x>. Rounding errors are therefore relative
+    to |w| |x - mean(x)| or to |w - mean(w)| |x|. Under autocast it is laid on the weight, before that is rounded.
+
+    Args:
+        x: (..., m). float32, float64, bfloat16 or float16.
+        weight: (n, m), or (n, m - 1) with ``basis``; x's dtype, or under autocast any.
+        bias: (n,), or None.
+        basis: the paper's parametrization, see :func:`lcw_weight`.
+
+    Returns:
+        (..., n), of x's dtype (under autocast: autocast's).
+
+    Raises:
+        TypeError: dtypes that are not floating or differ.
+        ValueError: shapes that do not fit.
+    """
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    _check_lcw_linear(x, weight, bias, basis, autocast)
+    backend = _backends.choose(_lcw_linear.NAME, x.device)
+    if backend == "reference" and not autocast:
+        return _reference.lcw_linear(x, weight, bias, basis)
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not autocast and rows <= _lcw_linear.FUSED_ROWS and _lcw_linear.has_fused_linear(backend):
+        return _lcw_linear.fused_linear(x, weight, bias, basis, backend)
+    if autocast or rows > weight.shape[0]:
+        return torch.nn.functional.linear(x, lcw_weight(weight, basis), bias)
+    return torch.nn.functional.linear(_lcw_linear.project(x, basis, backend), weight, bias)
+
+
+def _check_lcw_linear(x, weight, bias, basis, autocast) -> None:
+    op = "lcw_linear"
+    if autocast:
+        for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+            _checks.accumulation_dtype(op, **({} if tensor is None else {name: tensor}) or {"x": x})
+    else:
+        _checks.accumulation_dtype(op, x=x, weight=weight, bias=bias)
+    expected = "(n, m-1)" if basis else "(n, m)"
+    _checks.check_shape(op, "weight", weight, weight.dim() == 2, expected, "Flatten a filter to one row first.")
+    fan_in = weight.shape[1] + bool(basis)
+    right = x.dim() >= 1 and x.shape[-1] == fan_in
+    _checks.check_shape(op, "x", x, right, f"(..., {fan_in}), the weight's fan-in")
+    if bias is not None:
+        units = weight.shape[0]
+        _checks.check_shape(op, "bias", bias, bias.shape == (units,), f"({units},), one value per unit")
+
+
+def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The activation shift of every unit: its mean pre-activation, and the angle between weight and mean activation.
+
+    With mu the mean sample: ``shift = w.mu + b = ||w|| ||mu|| cos(angle) + b``, angle in [0, pi]; the angle to a zero
+    vector is pi / 2: no shift. Source: as :func:`lcw_weight`. Differentiable, in plain torch on every device.
+
+    Args:
+        x: (..., m), the samples; at least one.
+        weight: (n, m), the weight the layer applies; for an LCW layer ``lcw_weight(...)``.
+        bias: (n,), or None.
+
+    Returns:
+        (shift (n,), angle (n,)) in x's dtype; angles in radians.
+
+    Raises:
+        TypeError: dtypes that are not floating or differ.
+        ValueError: shapes that do not fit, or no samples.
+    """
+    return _reference.activation_shift(x, weight, bias)
 
 
 def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> None:

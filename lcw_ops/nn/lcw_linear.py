@@ -1,0 +1,125 @@
+"""Layers with linearly constrained weights (LCW): every unit's weights sum to zero.
+
+A unit z = w.a + b with w.1 = 0 has no activation shift: a constant added to all its inputs changes nothing.
+T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster Training of Neural Networks", ECML PKDD
+2019, arXiv 2403.13833. What is trained is unconstrained; a convolution's unit is a filter.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lcw_ops import functional as F
+from lcw_ops import init
+from lcw_ops.nn._derived import DerivedWeight
+
+
+class LCWLinear(nn.Linear):
+    """``nn.Linear`` whose effective weight has rows of zero sum; see :func:`lcw_ops.functional.lcw_linear`.
+
+    Input (..., in_features), output (..., out_features). ``effective_weight()`` is the weight that is applied.
+    Nothing is kept between calls, so nothing can be stale: the constraint is laid on the input or on the weight,
+    whichever is smaller, each time.
+
+    Args:
+        in_features, out_features, bias, device, dtype: ``nn.Linear``'s.
+        basis: the paper's parametrization, w = B v with ``weight`` = v (out_features, in_features - 1). False is the
+            centred form, w = u - mean(u), whose state_dict is ``nn.Linear``'s, keys and shapes. Under SGD, momentum and
+            L2 both train alike.
+
+    Weights begin as :func:`lcw_ops.init.lcw_` draws them for standardised inputs, N(0, 1 / in_features); for deep nets
+    call it with the activation of the previous layer. The bias begins at 0.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        basis: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.basis = basis
+        super().__init__(in_features, out_features, bias, device, dtype)
+        _make_parameters(self)
+
+    def reset_parameters(self) -> None:
+        _reset_parameters(self)
+
+    def effective_weight(self) -> Tensor:
+        """(out_features, in_features), rows of zero sum."""
+        return F.lcw_weight(self.weight, self.basis)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.lcw_linear(input, self.weight, self.bias, self.basis)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, basis={self.basis}"
+
+
+class _LCWConv(nn.modules.conv._ConvNd):
+    """What the three ranks share; the rest is torch's convolution."""
+
+    def __init__(self, *args, basis: bool = False, **kwargs) -> None:
+        self.basis = basis
+        super().__init__(*args, **kwargs)
+        self._filter_shape = tuple(self.weight.shape[1:])
+        self._derived = DerivedWeight()
+        _make_parameters(self)
+
+    def reset_parameters(self) -> None:
+        _reset_parameters(self)
+
+    def effective_weight(self) -> Tensor:
+        """(out_channels, in_channels / groups, *kernel_size), every filter of zero sum."""
+        return self._derived.get(self.weight, self._constrain, self.training)
+
+    def _constrain(self, weight: Tensor) -> Tensor:
+        constrained = F.lcw_weight(weight, self.basis)
+        return constrained.view(-1, *self._filter_shape) if self.basis else constrained
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, basis={self.basis}"
+
+
+class LCWConv1d(_LCWConv, nn.Conv1d):
+    """``nn.Conv1d`` whose filters sum to zero. Arguments: ``nn.Conv1d``'s, and ``basis``; see :class:`LCWConv2d`."""
+
+
+class LCWConv2d(_LCWConv, nn.Conv2d):
+    """``nn.Conv2d`` whose filters sum to zero: over input channels of the group and the kernel, per output channel.
+
+    Input (N, C_in, H, W) or (C_in, H, W), output as ``nn.Conv2d``'s. Zero padding adds inputs of another mean, so a
+    shift remains at the border. In eval mode without gradients, on a CPU, the constrained weight is kept while the
+    parameter's content is the same.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            ``nn.Conv2d``'s.
+        basis: the paper's parametrization, ``weight`` (C_out, m - 1) with m = C_in / groups * kH * kW. False is the
+            centred form, whose state_dict is ``nn.Conv2d``'s, keys and shapes.
+
+    Weights and bias begin as :class:`LCWLinear`'s.
+    """
+
+
+class LCWConv3d(_LCWConv, nn.Conv3d):
+    """``nn.Conv3d`` whose filters sum to zero. Arguments: ``nn.Conv3d``'s, and ``basis``; see :class:`LCWConv2d`."""
+
+
+def _make_parameters(module: nn.Module) -> None:
+    """The parameter of the basis form has one column less, and one dimension for the whole filter."""
+    if module.basis:
+        weight = module.weight
+        module.weight = nn.Parameter(weight.new_empty(weight.shape[0], weight[:1].numel() - 1))
+        module.reset_parameters()
+
+
+def _reset_parameters(module: nn.Module) -> None:
+    # torch's constructor calls this once more, before the parameter of the basis form is there.
+    init.lcw_(module.weight, activation=None, basis=module.basis and module.weight.dim() == 2)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
