@@ -127,6 +127,9 @@ def _expected(inputs: dict) -> list[Tensor]:
 
 
 def _compiled_step(inputs: dict) -> Run:
+    # Of one function torch.compile makes eight variants; after that it quietly runs it as it is.
+    torch.compiler.reset()
+
     @torch.compile(dynamic=False)
     def step(state, weight, bias, filter, alpha: float, beta: float):
         return alpha * (state @ filter.mT) + beta * torch.tanh(state @ weight.mT + bias)

@@ -89,10 +89,9 @@ def orthogonal_filter(
         segment = 0
     elif segment is None:
         segment = _orthogonal_filter.DEFAULT_SEGMENT
-    function = _library.traceable(_orthogonal_filter.OrthogonalFilter, _orthogonal_filter.OrthogonalFilterForwardMode)
-    output, _ = function.apply(
-        h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend
-    )
+    functions = _orthogonal_filter.OrthogonalFilter, _orthogonal_filter.OrthogonalFilterForwardMode
+    tensors = h0, weight, bias, filter, alpha, beta, inputs
+    output, _ = _library.apply(*functions, *tensors, steps, activation, segment, return_states, backend)
     return output.to(result_dtype)
 
 
@@ -252,34 +251,35 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
         TypeError: dtypes that are not floating or differ.
         ValueError: shapes that do not fit.
     """
+    _check_lcw_linear(x, weight, bias, basis)
+    # Autocast does not know the meta device.
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    _check_lcw_linear(x, weight, bias, basis, autocast)
+    if not autocast:
+        _checks.accumulation_dtype("lcw_linear", x=x, weight=weight, bias=bias)
     backend = _backends.choose(_lcw_linear.NAME, x.device)
     if backend == "reference" and not autocast:
         return _reference.lcw_linear(x, weight, bias, basis)
     rows = x.numel() // max(x.shape[-1], 1)
-    if not autocast and rows <= _lcw_linear.FUSED_ROWS and _lcw_linear.has_fused_linear(backend):
+    if not autocast and _lcw_linear.is_fused(rows, x.dtype, backend):
         return _lcw_linear.fused_linear(x, weight, bias, basis, backend)
     if autocast or rows > weight.shape[0]:
         return torch.nn.functional.linear(x, lcw_weight(weight, basis), bias)
     return torch.nn.functional.linear(_lcw_linear.project(x, basis, backend), weight, bias)
 
 
-def _check_lcw_linear(x, weight, bias, basis, autocast) -> None:
+def _check_lcw_linear(x, weight, bias, basis) -> None:
     op = "lcw_linear"
-    if autocast:
-        for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-            _checks.accumulation_dtype(op, **({} if tensor is None else {name: tensor}) or {"x": x})
-    else:
-        _checks.accumulation_dtype(op, x=x, weight=weight, bias=bias)
-    expected = "(n, m-1)" if basis else "(n, m)"
-    _checks.check_shape(op, "weight", weight, weight.dim() == 2, expected, "Flatten a filter to one row first.")
-    fan_in = weight.shape[1] + bool(basis)
-    right = x.dim() >= 1 and x.shape[-1] == fan_in
-    _checks.check_shape(op, "x", x, right, f"(..., {fan_in}), the weight's fan-in")
-    if bias is not None:
-        units = weight.shape[0]
-        _checks.check_shape(op, "bias", bias, bias.shape == (units,), f"({units},), one value per unit")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None or name != "bias":
+            _checks.accumulation_dtype(op, **{name: tensor})
+    if weight.dim() != 2:
+        expected = "(n, m-1)" if basis else "(n, m)"
+        _checks.check_shape(op, "weight", weight, False, expected, "Flatten a filter to one row first.")
+    units, fan_in = weight.shape[0], weight.shape[1] + bool(basis)
+    if x.dim() < 1 or x.shape[-1] != fan_in:
+        _checks.check_shape(op, "x", x, False, f"(..., {fan_in}), the weight's fan-in")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != units):
+        _checks.check_shape(op, "bias", bias, False, f"({units},), one value per unit")
 
 
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -300,6 +300,7 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
         TypeError: dtypes that are not floating or differ.
         ValueError: shapes that do not fit, or no samples.
     """
+    _checks.accumulation_dtype("activation_shift", weight=weight)
     return _reference.activation_shift(x, weight, bias)
 
 

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <string>
 
+#include <torch/csrc/stable/ops.h>
+
 #include "matrix.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -44,6 +46,40 @@ inline InstructionSet instruction_set() {
 #else
   return InstructionSet::portable;
 #endif
+}
+
+// task(Isa{}, begin, end), compiled for each instruction set: whatever it calls must be inlined into it.
+template <class Task>
+LCW_NOINLINE void run_portable(const Task& task, int64_t begin, int64_t end) {
+  task(Portable{}, begin, end);
+}
+#ifdef LCW_X86_DISPATCH
+template <class Task>
+LCW_AVX2 LCW_NOINLINE void run_avx2(const Task& task, int64_t begin, int64_t end) {
+  task(Avx2{}, begin, end);
+}
+template <class Task>
+LCW_AVX512 LCW_NOINLINE void run_avx512(const Task& task, int64_t begin, int64_t end) {
+  task(Avx512{}, begin, end);
+}
+#endif
+
+// The task on all threads of torch's pool, for 0..count-1 in parts of at least `grain`.
+template <class Task>
+void for_each_part(int64_t count, int64_t grain, const Task& task) {
+  const auto run = [] {
+    switch (instruction_set()) {
+#ifdef LCW_X86_DISPATCH
+      case InstructionSet::avx512: return run_avx512<Task>;
+      case InstructionSet::avx2: return run_avx2<Task>;
+#endif
+      default: return run_portable<Task>;
+    }
+  }();
+  if (count <= grain)
+    run(task, 0, count);
+  else
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { run(task, begin, end); });
 }
 
 }  // namespace lcw_ops

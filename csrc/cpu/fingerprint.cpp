@@ -50,39 +50,17 @@ LCW_INLINE uint64_t hash_block(const unsigned char* bytes, int64_t count) {
   return hash;
 }
 
-LCW_INLINE void hash_blocks(const unsigned char* bytes, int64_t count, uint64_t* hashes, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b)
-    hashes[b] = hash_block(bytes + b * block_bytes, std::min(block_bytes, count - b * block_bytes));
-}
-
-#define LCW_HASH(Isa, attributes)                                                                                    \
-  attributes void hash_blocks_##Isa(const unsigned char* bytes, int64_t count, uint64_t* hashes, int64_t b, int64_t e) { \
-    hash_blocks(bytes, count, hashes, b, e);                                                                         \
-  }
-LCW_HASH(portable, )
-#ifdef LCW_X86_DISPATCH
-LCW_HASH(avx2, LCW_AVX2)
-LCW_HASH(avx512, LCW_AVX512)
-#endif
-
 int64_t fingerprint(torch::stable::Tensor tensor) {
-  namespace stable = torch::stable;
   const int64_t count = tensor.numel() * tensor.element_size();
   const int64_t blocks = (count + block_bytes - 1) / block_bytes;
   if (blocks == 0) return 0;
   STD_TORCH_CHECK(tensor.is_contiguous(), "fingerprint: the tensor is not contiguous");
-  const auto run = [] {
-    switch (instruction_set()) {
-#ifdef LCW_X86_DISPATCH
-      case InstructionSet::avx512: return hash_blocks_avx512;
-      case InstructionSet::avx2: return hash_blocks_avx2;
-#endif
-      default: return hash_blocks_portable;
-    }
-  }();
   const auto* bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
   std::vector<uint64_t> hashes(blocks);
-  stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { run(bytes, count, hashes.data(), begin, end); });
+  for_each_part(blocks, 1, [&](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    for (int64_t b = begin; b < end; ++b)
+      hashes[b] = hash_block(bytes + b * block_bytes, std::min(block_bytes, count - b * block_bytes));
+  });
   uint64_t hash = uint64_t(count);
   for (const uint64_t one : hashes) hash = finish(hash, one);
   return int64_t(hash);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "vector_math.h"
@@ -34,6 +35,24 @@ struct Vector {
   static constexpr int lanes = bytes / sizeof(T);
 };
 
+// Memory that begins with a cache line, so that no vector lies across two of them. Not initialised.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(new unsigned char[count * sizeof(T) + line]) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.get());
+    begin_ = reinterpret_cast<T*>((start + line - 1) / line * line);
+  }
+
+  T* data() { return begin_; }
+  T& operator[](int64_t i) { return begin_[i]; }
+
+ private:
+  static constexpr size_t line = 64;
+  std::unique_ptr<unsigned char[]> memory_;
+  T* begin_;
+};
+
 // out[r * ldo + j] = sum over k < depth of a[r * a_row + k * a_k] * b[k * ldb + j], added to what is there or not.
 template <typename T>
 struct Product {
@@ -45,6 +64,7 @@ struct Product {
   int64_t ldo, rows, columns, depth;
   bool accumulate = false;
   const T* shift = nullptr;  // added to every column at the end, one number per row, or nullptr
+  const T* column_shift = nullptr;  // likewise one number per column; whole tiles only
   const T* ahead = nullptr;  // as many numbers as `a` has, fetched along the way: what comes next, if not in cache yet
   bool is_near = false;      // `a` is in the nearest cache already
 
@@ -83,6 +103,11 @@ LCW_INLINE void multiply_tile(const Product<T> p) {
         sum[r][v] += before;
       }
       if (p.shift) sum[r][v] += p.shift[r];
+      if (p.column_shift) {
+        Wide shift;
+        std::memcpy(&shift, p.column_shift + v * Lanes::lanes, sizeof(Wide));
+        sum[r][v] += shift;
+      }
       std::memcpy(out, &sum[r][v], sizeof(Wide));
     }
 }

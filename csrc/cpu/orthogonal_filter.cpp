@@ -26,8 +26,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "dispatch.h"
-#include "matrix.h"
+#include "products.h"
 #include "vector_math.h"
 
 namespace lcw_ops {
@@ -52,62 +51,6 @@ void multiply_in_parts(Product<T> product, int64_t terms) {
     product.accumulate = true;
   }
 }
-
-// What is compiled once per instruction set, as functions of their own: inlined everywhere they would be megabytes.
-#define LCW_PRODUCTS(Instructions, attributes)                                                               \
-  template <typename T>                                                                                      \
-  struct Instructions##Products {                                                                            \
-    using Isa = Instructions;                                                                                \
-    static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;                                    \
-    attributes LCW_NOINLINE static void multiply(const Product<T>& product) {                                \
-      lcw_ops::multiply<Isa>(product);                                                                       \
-    }                                                                                                        \
-    attributes LCW_NOINLINE static void multiply_by_rows(                                                    \
-        const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo, int64_t rows, int64_t units,    \
-        const T* ahead) {                                                                                    \
-      lcw_ops::multiply_by_rows<Isa>(state, matrix, depth, out, ldo, rows, units, ahead);                    \
-    }                                                                                                        \
-    attributes LCW_NOINLINE static void transpose(                                                           \
-        const T* in, int64_t in_row, T* out, int64_t out_row, int64_t rows, int64_t columns) {               \
-      lcw_ops::transpose<Isa>(in, in_row, out, out_row, rows, columns);                                      \
-    }                                                                                                        \
-    attributes LCW_NOINLINE static void widen(const uint16_t* in, ScalarType type, T* out, int64_t count) {  \
-      if (type == ScalarType::BFloat16)                                                                      \
-        for (int64_t i = 0; i < count; ++i) out[i] = widen_bfloat16(in[i]);                                  \
-      else                                                                                                   \
-        for (int64_t i = 0; i < count; ++i) out[i] = widen_half(in[i]);                                      \
-    }                                                                                                        \
-    attributes LCW_NOINLINE static void round(const T* in, ScalarType type, uint16_t* out, int64_t count) {  \
-      if (type == ScalarType::BFloat16)                                                                      \
-        for (int64_t i = 0; i < count; ++i) out[i] = round_to_bfloat16(in[i]);                               \
-      else                                                                                                   \
-        for (int64_t i = 0; i < count; ++i) out[i] = round_to_half(in[i]);                                   \
-    }                                                                                                        \
-  };
-
-LCW_PRODUCTS(Portable, )
-#ifdef LCW_X86_DISPATCH
-LCW_PRODUCTS(Avx2, LCW_AVX2)
-LCW_PRODUCTS(Avx512, LCW_AVX512)
-#endif
-
-// Memory that begins with a cache line, so that no vector lies across two of them. Not initialised.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : memory_(new unsigned char[count * sizeof(T) + line]) {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.get());
-    begin_ = reinterpret_cast<T*>((start + line - 1) / line * line);
-  }
-
-  T* data() { return begin_; }
-  T& operator[](int64_t i) { return begin_[i]; }
-
- private:
-  static constexpr size_t line = 64;
-  std::unique_ptr<unsigned char[]> memory_;
-  T* begin_;
-};
 
 // The weights in the state's type: as they lie, or widened from 16 bits into a buffer of the thread's own.
 template <class Products, typename T>

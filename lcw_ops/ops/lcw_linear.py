@@ -1,7 +1,7 @@
 """Rows with zero sum (LCW) as two registered ops, a linear map and its adjoint, each the derivative of the other.
 
 centred: w = u - mean(u), self-adjoint. basis: w = B v, adjoint B^T g. T. Kutsuna, "Linearly Constrained Weights",
-ECML PKDD 2019, arXiv 2403.13833. A third op, on GPUs, is the whole linear layer for few samples.
+ECML PKDD 2019, arXiv 2403.13833. A third op is the whole linear layer, a fourth its gradients.
 """
 
 import importlib
@@ -15,9 +15,10 @@ from lcw_ops.ops import _backends, _library
 NAME = "lcw_weight"
 ADJOINT = "lcw_weight_backward"
 LINEAR = "lcw_linear"
+LINEAR_BACKWARD = "lcw_linear_backward"
 
-# Samples up to which the layer's one kernel reads the weight once; beyond, the vendor's matmul.
-FUSED_ROWS = 64
+# Samples up to which a backend's own kernel runs the whole layer, reading the weight once; beyond, the vendor's matmul.
+FUSED_ROWS = {"cpp": 16, "triton": 64}
 
 
 def _out_shape(tensor: Tensor, grow: int) -> tuple:
@@ -30,6 +31,15 @@ def _weight_fake(weight, basis):
 
 def _adjoint_fake(grad_output, basis):
     return grad_output.new_empty(_out_shape(grad_output, -1) if basis else grad_output.shape)
+
+
+def _linear_backward_fake(grad_output, x, weight, basis, needs_x, needs_weight, needs_bias):
+    shapes = (
+        x.shape if needs_x else (0,),
+        weight.shape if needs_weight else (0,),
+        (weight.shape[0] if needs_bias else 0,),
+    )
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 def _vmap(overload, info, in_dims, rows, basis):
@@ -45,8 +55,15 @@ for _name, _argument, _fake in ((NAME, "weight", _weight_fake), (ADJOINT, "grad_
 _library.declare(
     LINEAR,
     "(Tensor x, Tensor weight, Tensor? bias, bool basis) -> Tensor",
-    backends=("triton",),
+    backends=("cpp", "triton"),
     fake=lambda x, weight, bias, basis: x.new_empty((x.shape[0], weight.shape[0])),
+)
+_library.declare(
+    LINEAR_BACKWARD,
+    "(Tensor grad_output, Tensor x, Tensor weight, bool basis, bool needs_x, bool needs_weight, bool needs_bias)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    backends=("cpp",),
+    fake=_linear_backward_fake,
 )
 
 
@@ -79,7 +96,7 @@ class ConstrainedWeight(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return apply(ConstrainedWeightAdjoint, grad_output, ctx.basis, ctx.backend), None, None
+        return embed_adjoint(grad_output, ctx.basis, ctx.backend), None, None
 
 
 class ConstrainedWeightAdjoint(ConstrainedWeight):
@@ -91,7 +108,7 @@ class ConstrainedWeightAdjoint(ConstrainedWeight):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return apply(ConstrainedWeight, grad_output, ctx.basis, ctx.backend), None, None
+        return embed(grad_output, ctx.basis, ctx.backend), None, None
 
 
 class ConstrainedWeightForwardMode(ConstrainedWeight):
@@ -99,7 +116,7 @@ class ConstrainedWeightForwardMode(ConstrainedWeight):
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        return apply(ConstrainedWeight, tangent, ctx.basis, ctx.backend)
+        return embed(tangent, ctx.basis, ctx.backend)
 
 
 class ConstrainedWeightAdjointForwardMode(ConstrainedWeightAdjoint):
@@ -107,25 +124,24 @@ class ConstrainedWeightAdjointForwardMode(ConstrainedWeightAdjoint):
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        return apply(ConstrainedWeightAdjoint, tangent, ctx.basis, ctx.backend)
+        return embed_adjoint(tangent, ctx.basis, ctx.backend)
 
 
-_FORWARD_MODE = {
-    ConstrainedWeight: ConstrainedWeightForwardMode,
-    ConstrainedWeightAdjoint: ConstrainedWeightAdjointForwardMode,
-}
+def embed(rows: Tensor, basis: bool, backend: str) -> Tensor:
+    return _library.apply(ConstrainedWeight, ConstrainedWeightForwardMode, rows, basis, backend)
 
 
-def apply(function: type[Function], rows: Tensor, basis: bool, backend: str) -> Tensor:
-    return _library.traceable(function, _FORWARD_MODE[function]).apply(rows, basis, backend)
+def embed_adjoint(rows: Tensor, basis: bool, backend: str) -> Tensor:
+    functions = ConstrainedWeightAdjoint, ConstrainedWeightAdjointForwardMode
+    return _library.apply(*functions, rows, basis, backend)
 
 
 def constrained_weight(weight: Tensor, basis: bool, backend: str) -> Tensor:
     """(n, m, *k) -> the same shape; basis: (n, m - 1) -> (n, m). Keeps a channels-last layout."""
     for memory_format in () if weight.is_contiguous() else _MEMORY_FORMATS.get(weight.dim(), ()):
         if weight.is_contiguous(memory_format=memory_format):
-            return apply(ConstrainedWeight, weight.movedim(1, -1), basis, backend).movedim(-1, 1)
-    return apply(ConstrainedWeight, weight, basis, backend)
+            return embed(weight.movedim(1, -1), basis, backend).movedim(-1, 1)
+    return embed(weight, basis, backend)
 
 
 _MEMORY_FORMATS = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
@@ -136,15 +152,13 @@ def project(x: Tensor, basis: bool, backend: str) -> Tensor:
 
     <w, x> = <B v, x> = <v, B^T x>: the constraint can be laid on the weight or on the input.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    projected = apply(ConstrainedWeightAdjoint, rows, basis, backend)
-    return projected.view(*x.shape[:-1], projected.shape[1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    projected = embed_adjoint(rows, basis, backend)
+    return projected if x.dim() == 2 else projected.view(*x.shape[:-1], projected.shape[1])
 
 
 class FusedLinear(Function):
-    """(x (M, m), weight, bias, basis, backend): one kernel forward; backward is the vendor's matmuls."""
-
-    generate_vmap_rule = True
+    """(x (M, m), weight, bias, basis, backend): the whole layer in one op, its gradients in another or in matmuls."""
 
     @staticmethod
     def forward(x, weight, bias, basis, backend):
@@ -159,8 +173,12 @@ class FusedLinear(Function):
     @staticmethod
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_x = apply(ConstrainedWeight, grad_output @ weight, ctx.basis, ctx.backend) if needs_x else None
+        needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
+        # With a graph the gradients are made of what can be differentiated again.
+        if ctx.backend == "cpp" and not torch.is_grad_enabled():
+            gradients = _library.get_overload(LINEAR_BACKWARD, "cpp")(grad_output, x, weight, ctx.basis, *needs)
+            return *(one if needed else None for one, needed in zip(gradients, needs, strict=True)), None, None
+        grad_x = embed(grad_output @ weight, ctx.basis, ctx.backend) if needs_x else None
         grad_weight = grad_output.mT @ project(x, ctx.basis, ctx.backend) if needs_weight else None
         return grad_x, grad_weight, grad_output.sum(0) if needs_bias else None, None, None
 
@@ -178,10 +196,26 @@ class FusedLinearForwardMode(FusedLinear):
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, backend: str) -> Tensor:
     """(..., m) -> (..., n) for few samples."""
-    function = _library.traceable(FusedLinear, FusedLinearForwardMode)
-    rows = x.reshape(-1, x.shape[-1])
-    return function.apply(rows, weight, bias, basis, backend).view(*x.shape[:-1], weight.shape[0])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    result = _library.apply(FusedLinear, FusedLinearForwardMode, rows, weight, bias, basis, backend)
+    return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])
 
 
-def has_fused_linear(backend: str) -> bool:
-    return backend == "triton"
+def is_fused(rows: int, dtype: torch.dtype, backend: str) -> bool:
+    """Whether one op runs the layer. Not under torch.func, whose transforms matmuls have rules for."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return rows <= FUSED_ROWS.get(backend, -1) or (backend == "cpp" and dtype in _SLOW_MATMULS)
+
+
+def _slow_matmuls() -> frozenset[torch.dtype]:
+    """16 bits on processors without instructions for them, where torch's matmul runs at a tenth of float32's rate."""
+    mkldnn = torch.ops.mkldnn
+    fast = {
+        torch.bfloat16: hasattr(mkldnn, "_is_mkldnn_bf16_supported") and mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: hasattr(mkldnn, "_is_mkldnn_fp16_supported") and mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, supported in fast.items() if not supported)
+
+
+_SLOW_MATMULS = _slow_matmuls()

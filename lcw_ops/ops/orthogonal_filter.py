@@ -261,8 +261,8 @@ class OrthogonalFilter(Function):
         _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:7]
         needs = (weight, bias, alpha or beta, inputs)
         options = (ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend)
-        function = _library.traceable(_OrthogonalFilterBackward, _OrthogonalFilterBackwardForwardMode)
-        gradients = function.apply(grad_output, checkpoints, *tensors, *options, *needs)
+        functions = _OrthogonalFilterBackward, _OrthogonalFilterBackwardForwardMode
+        gradients = _library.apply(*functions, grad_output, checkpoints, *tensors, *options, *needs)
         grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
         return (
             grad_h0,

@@ -14,13 +14,14 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def accumulation_dtype(function: str, **tensors: Tensor | None) -> torch.dtype:
-    """The dtype to compute in: float32 for 16-bit tensors, otherwise the tensors' own. None is skipped.
+    """The dtype to compute in: float32 for 16-bit tensors, otherwise the tensors' own. None is skipped after the first.
 
     Raises TypeError where an argument is no tensor, is not floating point, or differs in dtype from the first.
     """
-    given = {argument: tensor for argument, tensor in tensors.items() if tensor is not None}
-    first = next(iter(given.values()))
-    for argument, tensor in given.items():
+    first_argument, first = next(iter(tensors.items()))
+    for argument, tensor in tensors.items():
+        if tensor is None and argument != first_argument:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {argument} is a {type(tensor).__name__}; expected a torch.Tensor.")
         if tensor.dtype not in FLOATING:
@@ -30,7 +31,7 @@ def accumulation_dtype(function: str, **tensors: Tensor | None) -> torch.dtype:
             )
         if tensor.dtype != first.dtype:
             raise TypeError(
-                f"{function}: {argument} is {tensor.dtype}; expected {first.dtype}, as {next(iter(given))} is. "
+                f"{function}: {argument} is {tensor.dtype}; expected {first.dtype}, as {first_argument} is. "
                 f"Convert one of the two, or use torch.autocast."
             )
     return torch.promote_types(first.dtype, torch.float32)

@@ -1,0 +1,62 @@
+// The inner loops of matrix.h, compiled for each instruction set.
+#pragma once
+
+#include "dispatch.h"
+
+namespace lcw_ops {
+
+// What is compiled once per instruction set, as functions of their own: inlined everywhere they would be megabytes.
+#define LCW_PRODUCTS(Instructions, attributes)                                                               \
+  template <typename T>                                                                                      \
+  struct Instructions##Products {                                                                            \
+    using Isa = Instructions;                                                                                \
+    static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;                                    \
+    attributes LCW_NOINLINE static void multiply(const Product<T>& product) {                                \
+      lcw_ops::multiply<Isa>(product);                                                                       \
+    }                                                                                                        \
+    /* One tile, of as many rows as are there, and two vectors. */                                           \
+    attributes LCW_NOINLINE static void multiply_tile(const Product<T>& product) {                           \
+      for (int64_t r = 0; r < product.rows; ++r) __builtin_prefetch(product.out + r * product.ldo, 1);       \
+      lcw_ops::multiply_rest<Isa, Isa::accumulators / 2, 2>(product);                                        \
+    }                                                                                                        \
+    attributes LCW_NOINLINE static void multiply_by_rows(                                                    \
+        const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo, int64_t rows, int64_t units,    \
+        const T* ahead) {                                                                                    \
+      lcw_ops::multiply_by_rows<Isa>(state, matrix, depth, out, ldo, rows, units, ahead);                    \
+    }                                                                                                        \
+    attributes LCW_NOINLINE static void transpose(                                                           \
+        const T* in, int64_t in_row, T* out, int64_t out_row, int64_t rows, int64_t columns) {               \
+      lcw_ops::transpose<Isa>(in, in_row, out, out_row, rows, columns);                                      \
+    }                                                                                                        \
+    attributes LCW_NOINLINE static void widen(const uint16_t* in, ScalarType type, T* out, int64_t count) {  \
+      if (type == ScalarType::BFloat16)                                                                      \
+        for (int64_t i = 0; i < count; ++i) out[i] = widen_bfloat16(in[i]);                                  \
+      else                                                                                                   \
+        for (int64_t i = 0; i < count; ++i) out[i] = widen_half(in[i]);                                      \
+    }                                                                                                        \
+    attributes LCW_NOINLINE static void round(const T* in, ScalarType type, uint16_t* out, int64_t count) {  \
+      if (type == ScalarType::BFloat16)                                                                      \
+        for (int64_t i = 0; i < count; ++i) out[i] = round_to_bfloat16(in[i]);                               \
+      else                                                                                                   \
+        for (int64_t i = 0; i < count; ++i) out[i] = round_to_half(in[i]);                                   \
+    }                                                                                                        \
+  };
+
+LCW_PRODUCTS(Portable, )
+#ifdef LCW_X86_DISPATCH
+LCW_PRODUCTS(Avx2, LCW_AVX2)
+LCW_PRODUCTS(Avx512, LCW_AVX512)
+#endif
+
+template <class Isa, typename T>
+struct ProductsFor;
+template <typename T>
+struct ProductsFor<Portable, T> : PortableProducts<T> {};
+#ifdef LCW_X86_DISPATCH
+template <typename T>
+struct ProductsFor<Avx2, T> : Avx2Products<T> {};
+template <typename T>
+struct ProductsFor<Avx512, T> : Avx512Products<T> {};
+#endif
+
+}  // namespace lcw_ops
