@@ -260,7 +260,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     if backend == "reference" and not autocast:
         return _reference.lcw_linear(x, weight, bias, basis)
     rows = x.numel() // max(x.shape[-1], 1)
-    if not autocast and _lcw_linear.is_fused(rows, x.dtype, backend):
+    if not autocast and _lcw_linear.is_fused(rows, backend):
         return _lcw_linear.fused_linear(x, weight, bias, basis, backend)
     if autocast or rows > weight.shape[0]:
         return torch.nn.functional.linear(x, lcw_weight(weight, basis), bias)

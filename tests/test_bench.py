@@ -51,7 +51,7 @@ def doubling(*competitors: registry.Competitor) -> registry.Case:
 @pytest.fixture
 def tiny(monkeypatch):
     """Every entry of the registry at a size that takes milliseconds, and no measuring of the machine."""
-    from lcw_ops.bench import gradient_activation, orthogonal_filter
+    from lcw_ops.bench import gradient_activation, lcw_linear, orthogonal_filter
 
     tiny_cases = {
         "orthogonal_filter": [
@@ -62,6 +62,13 @@ def tiny(monkeypatch):
         "gradient_activation": [
             gradient_activation._case("cpu", 3, 50, dtype, quick=True) for dtype in (torch.float32, torch.bfloat16)
         ],
+        "lcw_linear": [
+            lcw_linear._linear("cpu", rows, 12, 7, dtype, backward, quick=True)
+            for rows in (3, 9)
+            for dtype in (torch.float32, torch.bfloat16)
+            for backward in (False, True)
+        ]
+        + [lcw_linear._convolution("cpu", 2, 3, 5, 6, quick=True)],
     }
     monkeypatch.setattr(registry, "cases", lambda stem, device_type: tiny_cases[stem])
     monkeypatch.setattr(registry, "measure_rates", lambda device: RATES)

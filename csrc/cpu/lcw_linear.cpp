@@ -11,8 +11,9 @@
 // The layer y = X w^T + b multiplies the parameter V itself, with X' = X B, for <B v, x> = <v, B^T x>. X' is X less one
 // number per row: it is made while X is copied for the product, and costs a pass over X to find the numbers.
 //   Y = X' V^T + b        dX = (dY V) B^T        dV = dY^T X'        db = sum of dY's rows
-// 2 M m n operations each. From a dozen samples on bound by arithmetic, below by reading V, or writing dV, once.
+// 2 M m n operations each, by torch's own matmul for many samples, where that is the fastest. From a dozen samples on bound by arithmetic, below by reading V, or writing dV, once.
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -116,7 +117,8 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
   return map_rows(basis ? Map::project : Map::centre, grad_output);
 }
 
-// The matrices of one layer, in numbers of type T where they are computed with, E where they lie.
+// The layer by our own products: of few samples, and of any number in 16 bits, which some processors have no library for.
+// The matrices are in numbers of type T where they are computed with, E where they lie.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
@@ -179,10 +181,9 @@ struct Layer {
 
   void forward(const E* x, const E* v, const T* bias, T* y) const {
     const std::vector<T> shifts = find_shifts(x);
-    if (samples > few_samples) {
-      multiply({x, in_features, 1, shifts.data()}, {v, 1, m}, samples, n, m, bias, y, n);
-      return;
-    }
+    if constexpr (is_narrow)
+      if (samples > few_samples)
+        return multiply({x, in_features, 1, shifts.data()}, {v, 1, m}, samples, n, m, bias, y, n);
     // A few samples against rows of V: both lie along what is summed over, and V is read as it lies.
     Buffer<T> projected(samples * m);
     copy_rows(x, &shifts, samples, m, in_features, projected.data());
@@ -212,10 +213,10 @@ struct Layer {
 
   // dX, whose rows have a stride of in_features.
   void grad_input(const E* grad, const E* v, T* out) const {
-    if (samples > few_samples) {
-      multiply({grad, n, 1}, {v, m, 1}, samples, m, n, nullptr, out, in_features);
-    } else {
+    if (samples <= few_samples) {
       few_grad_input(grad, v, out);
+    } else if constexpr (is_narrow) {
+      multiply({grad, n, 1}, {v, m, 1}, samples, m, n, nullptr, out, in_features);
     }
     const Map map = m == in_features ? Map::centre : Map::embed;
     for_each_part(samples, std::max<int64_t>(1, least_elements / in_features), [=, *this](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -250,10 +251,9 @@ struct Layer {
 
   void grad_weight(const E* grad, const E* x, T* out) const {
     const std::vector<T> shifts = find_shifts(x);
-    if (samples > few_samples) {
-      multiply({grad, 1, n}, {x, in_features, 1, shifts.data()}, n, m, samples, nullptr, out, m);
-      return;
-    }
+    if constexpr (is_narrow)
+      if (samples > few_samples)
+        return multiply({grad, 1, n}, {x, in_features, 1, shifts.data()}, n, m, samples, nullptr, out, m);
     Buffer<T> projected(samples * m), wide_grad(samples * n);
     copy_rows(x, &shifts, samples, m, in_features, projected.data());
     copy_rows(grad, nullptr, samples, n, n, wide_grad.data());
@@ -266,15 +266,19 @@ struct Layer {
     });
   }
 
-  // In float64, units side by side.
+  // In float64, units side by side, in partial sums: samples have no bound.
   void grad_bias(const E* grad, E* out) const {
     for_each_part(n, std::max<int64_t>(32, least_elements / std::max<int64_t>(samples, 1)), [=, *this](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
-      constexpr int64_t width = 32;
+      constexpr int64_t width = 32, terms = 64;
       for (int64_t j = begin; j < end; j += width) {
         const int64_t count = std::min(width, end - j);
         double total[width] = {};
-        for (int64_t i = 0; i < samples; ++i)
-          for (int64_t u = 0; u < count; ++u) total[u] += double(load(grad[i * n + j + u]));
+        for (int64_t first = 0; first < samples; first += terms) {
+          double part[width] = {};
+          for (int64_t i = first; i < std::min(samples, first + terms); ++i)
+            for (int64_t u = 0; u < count; ++u) part[u] += double(load(grad[i * n + j + u]));
+          for (int64_t u = 0; u < count; ++u) total[u] += part[u];
+        }
         for (int64_t u = 0; u < count; ++u) store(T(total[u]), out[j + u]);
       }
     });
@@ -311,12 +315,26 @@ void check_layer(const Tensor& x, const Tensor& weight, bool basis) {
       "lcw_linear: x (M, m) and weight do not fit each other; call lcw_ops.functional.lcw_linear");
 }
 
-Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis) {
+// More samples than our own products are for.
+bool needs_library(const Tensor& x) { return x.size(0) > few_samples && x.element_size() > 2; }
+
+// torch's own linear layer.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// y = x w^T + b; torch multiplies with `vendor`, and the constraint is laid on the smaller of x and weight.
+Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis, bool vendor) {
   check_layer(x, weight, basis);
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
   STD_TORCH_CHECK(
       !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
       "lcw_linear: the bias does not fit; call lcw_ops.functional.lcw_linear");
+  if (vendor || needs_library(x))
+    return samples > n ? linear(x, lcw_weight(weight, basis), bias) : linear(lcw_weight_backward(x, basis), weight, bias);
   x = stable::contiguous(x), weight = stable::contiguous(weight);
   if (bias) bias = stable::contiguous(*bias);
   Tensor y = stable::new_empty(x, {samples, n});
@@ -338,19 +356,37 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
 
 // The gradients of x, weight and bias; an empty tensor for one that nobody needs.
 std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
-    Tensor grad_output, Tensor x, Tensor weight, bool basis, bool needs_x, bool needs_weight, bool needs_bias) {
+    Tensor grad_output, Tensor x, Tensor weight, bool basis, bool vendor, bool needs_x, bool needs_weight,
+    bool needs_bias) {
   check_layer(x, weight, basis);
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
   STD_TORCH_CHECK(
       grad_output.dim() == 2 && grad_output.size(0) == samples && grad_output.size(1) == n && grad_output.is_cpu() &&
           grad_output.scalar_type() == x.scalar_type(),
       "lcw_linear_backward: grad_output does not fit; call lcw_ops.functional.lcw_linear");
-  grad_output = stable::contiguous(grad_output), x = stable::contiguous(x), weight = stable::contiguous(weight);
+  grad_output = stable::contiguous(grad_output);
   const auto when = [&](bool needed, const Tensor& like) {
     return needed ? stable::new_empty(like, like.sizes()) : stable::new_empty(like, {int64_t(0)});
   };
   Tensor grad_x = when(needs_x, x), grad_weight = when(needs_weight, weight);
   Tensor grad_bias = stable::new_empty(weight, {needs_bias ? n : 0});
+  if (vendor || needs_library(x)) {
+    const bool constrains_weight = samples > n;
+    if (needs_x)
+      grad_x = constrains_weight ? stable::matmul(grad_output, lcw_weight(weight, basis))
+                                 : lcw_weight(stable::matmul(grad_output, weight), basis);
+    const Tensor transposed = stable::transpose(grad_output, 0, 1);
+    if (needs_weight)
+      grad_weight = constrains_weight ? lcw_weight_backward(stable::matmul(transposed, x), basis)
+                                      : stable::matmul(transposed, lcw_weight_backward(x, basis));
+    with_elements(x, [&](auto element) {
+      using E = decltype(element);
+      if (needs_bias && n > 0)
+        Layer<E>{samples, n, m, x.size(1)}.grad_bias(data<E>(grad_output), static_cast<E*>(grad_bias.mutable_data_ptr()));
+    });
+    return {grad_x, grad_weight, grad_bias};
+  }
+  x = stable::contiguous(x), weight = stable::contiguous(weight);
   with_elements(x, [&](auto element) {
     using E = decltype(element);
     using T = Computed<E>;

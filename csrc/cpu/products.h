@@ -48,6 +48,19 @@ LCW_PRODUCTS(Avx2, LCW_AVX2)
 LCW_PRODUCTS(Avx512, LCW_AVX512)
 #endif
 
+// Compiled once, in products.cpp.
+#ifndef LCW_PRODUCTS_HERE
+#define LCW_PRODUCTS_HERE extern
+#endif
+LCW_PRODUCTS_HERE template struct PortableProducts<float>;
+LCW_PRODUCTS_HERE template struct PortableProducts<double>;
+#ifdef LCW_X86_DISPATCH
+LCW_PRODUCTS_HERE template struct Avx2Products<float>;
+LCW_PRODUCTS_HERE template struct Avx2Products<double>;
+LCW_PRODUCTS_HERE template struct Avx512Products<float>;
+LCW_PRODUCTS_HERE template struct Avx512Products<double>;
+#endif
+
 template <class Isa, typename T>
 struct ProductsFor;
 template <typename T>

@@ -5,6 +5,8 @@ T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster 
 2019, arXiv 2403.13833. What is trained is unconstrained; a convolution's unit is a filter.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -72,14 +74,15 @@ class _LCWConv(nn.modules.conv._ConvNd):
 
     def effective_weight(self) -> Tensor:
         """(out_channels, in_channels / groups, *kernel_size), every filter of zero sum."""
-        return self._derived.get(self.weight, self._constrain, self.training)
+        return self._constrain(self.weight)
 
     def _constrain(self, weight: Tensor) -> Tensor:
         constrained = F.lcw_weight(weight, self.basis)
         return constrained.view(-1, *self._filter_shape) if self.basis else constrained
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.bias)
+        weight = self._derived.get(self.weight, self._constrain, self.training)
+        return self._conv_forward(input, weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, basis={self.basis}"
@@ -114,7 +117,7 @@ def _make_parameters(module: nn.Module) -> None:
     """The parameter of the basis form has one column less, and one dimension for the whole filter."""
     if module.basis:
         weight = module.weight
-        module.weight = nn.Parameter(weight.new_empty(weight.shape[0], weight[:1].numel() - 1))
+        module.weight = nn.Parameter(weight.new_empty(weight.shape[0], math.prod(weight.shape[1:]) - 1))
         module.reset_parameters()
 
 

@@ -16,7 +16,9 @@ def can_be_taken(tensor: Tensor) -> bool:
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
         and tensor.is_contiguous()
         and _library.is_implemented(NAME, "cpp")
     )

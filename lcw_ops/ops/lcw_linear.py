@@ -5,6 +5,8 @@ ECML PKDD 2019, arXiv 2403.13833. A third op is the whole linear layer, a fourth
 """
 
 import importlib
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ ADJOINT = "lcw_weight_backward"
 LINEAR = "lcw_linear"
 LINEAR_BACKWARD = "lcw_linear_backward"
 
-# Samples up to which a backend's own kernel runs the whole layer, reading the weight once; beyond, the vendor's matmul.
-FUSED_ROWS = {"cpp": 16, "triton": 64}
+# Samples up to which our own kernel multiplies, reading the weight once; beyond, the vendor's matmul: on a CPU inside
+# the op, on a GPU after the constraint.
+FEW_ROWS, FUSED_ROWS = 16, 64
 
 
 def _out_shape(tensor: Tensor, grow: int) -> tuple:
@@ -33,7 +36,7 @@ def _adjoint_fake(grad_output, basis):
     return grad_output.new_empty(_out_shape(grad_output, -1) if basis else grad_output.shape)
 
 
-def _linear_backward_fake(grad_output, x, weight, basis, needs_x, needs_weight, needs_bias):
+def _linear_backward_fake(grad_output, x, weight, basis, vendor, needs_x, needs_weight, needs_bias):
     shapes = (
         x.shape if needs_x else (0,),
         weight.shape if needs_weight else (0,),
@@ -54,30 +57,28 @@ for _name, _argument, _fake in ((NAME, "weight", _weight_fake), (ADJOINT, "grad_
     )
 _library.declare(
     LINEAR,
-    "(Tensor x, Tensor weight, Tensor? bias, bool basis) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, bool basis, bool vendor) -> Tensor",
     backends=("cpp", "triton"),
-    fake=lambda x, weight, bias, basis: x.new_empty((x.shape[0], weight.shape[0])),
+    fake=lambda x, weight, bias, basis, vendor: x.new_empty((x.shape[0], weight.shape[0])),
 )
 _library.declare(
     LINEAR_BACKWARD,
-    "(Tensor grad_output, Tensor x, Tensor weight, bool basis, bool needs_x, bool needs_weight, bool needs_bias)"
+    "(Tensor grad_output, Tensor x, Tensor weight, bool basis, bool vendor, bool needs_x, bool needs_weight, "
+    "bool needs_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     backends=("cpp",),
     fake=_linear_backward_fake,
 )
 
 
-def _implement_in_triton(name: str) -> None:
+def _in_triton(name: str) -> Callable:
     """The module is imported at the first use: lcw_ops must not need Triton."""
-
-    def run(*arguments):
-        return getattr(importlib.import_module("lcw_ops.kernels.lcw_linear"), name)(*arguments)
-
-    _library.implement(name, "triton", run)
+    return lambda *arguments: getattr(importlib.import_module("lcw_ops.kernels.lcw_linear"), name)(*arguments)
 
 
-for _name in (NAME, ADJOINT, LINEAR):
-    _implement_in_triton(_name)
+_library.implement(NAME, "triton", _in_triton(NAME))
+_library.implement(ADJOINT, "triton", _in_triton(ADJOINT))
+_library.implement(LINEAR, "triton", lambda x, weight, bias, basis, _: _in_triton(LINEAR)(x, weight, bias, basis))
 _backends.IMPLEMENTED[NAME] = ("cpp", "triton")
 
 
@@ -152,21 +153,21 @@ def project(x: Tensor, basis: bool, backend: str) -> Tensor:
 
     <w, x> = <B v, x> = <v, B^T x>: the constraint can be laid on the weight or on the input.
     """
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     projected = embed_adjoint(rows, basis, backend)
     return projected if x.dim() == 2 else projected.view(*x.shape[:-1], projected.shape[1])
 
 
 class FusedLinear(Function):
-    """(x (M, m), weight, bias, basis, backend): the whole layer in one op, its gradients in another or in matmuls."""
+    """(x (M, m), weight, bias, basis, vendor, backend): the layer in one op, its gradients in another or in matmuls."""
 
     @staticmethod
-    def forward(x, weight, bias, basis, backend):
-        return _library.get_overload(LINEAR, backend)(x, weight, bias, basis)
+    def forward(x, weight, bias, basis, vendor, backend):
+        return _library.get_overload(LINEAR, backend)(x, weight, bias, basis, vendor)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, ctx.basis, ctx.backend = inputs
+        x, weight, _, ctx.basis, ctx.vendor, ctx.backend = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
 
@@ -176,11 +177,12 @@ class FusedLinear(Function):
         needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
         # With a graph the gradients are made of what can be differentiated again.
         if ctx.backend == "cpp" and not torch.is_grad_enabled():
-            gradients = _library.get_overload(LINEAR_BACKWARD, "cpp")(grad_output, x, weight, ctx.basis, *needs)
-            return *(one if needed else None for one, needed in zip(gradients, needs, strict=True)), None, None
+            backward = _library.get_overload(LINEAR_BACKWARD, "cpp")
+            gradients = backward(grad_output, x, weight, ctx.basis, ctx.vendor, *needs)
+            return *(one if needed else None for one, needed in zip(gradients, needs, strict=True)), None, None, None
         grad_x = embed(grad_output @ weight, ctx.basis, ctx.backend) if needs_x else None
         grad_weight = grad_output.mT @ project(x, ctx.basis, ctx.backend) if needs_weight else None
-        return grad_x, grad_weight, grad_output.sum(0) if needs_bias else None, None, None
+        return grad_x, grad_weight, grad_output.sum(0) if needs_bias else None, None, None, None
 
 
 class FusedLinearForwardMode(FusedLinear):
@@ -195,17 +197,20 @@ class FusedLinearForwardMode(FusedLinear):
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, backend: str) -> Tensor:
-    """(..., m) -> (..., n) for few samples."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    result = _library.apply(FusedLinear, FusedLinearForwardMode, rows, weight, bias, basis, backend)
+    """(..., m) -> (..., n)."""
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    vendor = backend == "cpp" and rows.shape[0] > FEW_ROWS and x.dtype not in _SLOW_MATMULS
+    arguments = rows, weight, bias, basis, vendor
+    if torch.is_grad_enabled():
+        result = _library.apply(FusedLinear, FusedLinearForwardMode, *arguments, backend)
+    else:
+        result = _library.get_overload(LINEAR, backend)(*arguments)
     return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])
 
 
-def is_fused(rows: int, dtype: torch.dtype, backend: str) -> bool:
+def is_fused(rows: int, backend: str) -> bool:
     """Whether one op runs the layer. Not under torch.func, whose transforms matmuls have rules for."""
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return rows <= FUSED_ROWS.get(backend, -1) or (backend == "cpp" and dtype in _SLOW_MATMULS)
+    return (backend == "cpp" or rows <= FUSED_ROWS) and not torch._C._are_functorch_transforms_active()
 
 
 def _slow_matmuls() -> frozenset[torch.dtype]:

@@ -1,0 +1,3 @@
+// The one place where products.h is compiled.
+#define LCW_PRODUCTS_HERE
+#include "products.h"
