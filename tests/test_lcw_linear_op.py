@@ -941,7 +941,11 @@ def test_every_instruction_set(capability):
     if capability == "portable":
         environment.update(EAGER_WITHOUT_FMA)
     # The fastest one has had all other tests in this process.
-    more = "" if capability == "fastest" else " or weights_of_every_rank or every_byte or (small_layers and True)"
+    more = (
+        ""
+        if capability == "fastest"
+        else " or weights_of_every_rank or every_byte or (small_layers and True and not float16)"
+    )
     command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(
         [*command, "-k", "nothing_but_the_arguments or print_a_fingerprint" + more],

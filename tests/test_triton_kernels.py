@@ -8,11 +8,14 @@ registers, shared memory and spills are printed (pytest -s, or -rP).
 import importlib
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import pkgutil
 import re
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,16 +87,33 @@ def hip_resources(assembly: str) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize(("variant", "target"), VARIANTS)
-def test_compiles_without_spills(variant, target, tmp_path):
+def resources_of(index: int) -> dict[str, int]:
+    variant, target = VARIANTS[index].values
     compiled = compile_variant(variant, TARGETS[target])
     if "cubin" in compiled.asm:
-        resources = cuda_resources(compiled.asm["cubin"], tmp_path)
+        with tempfile.TemporaryDirectory() as folder:
+            resources = cuda_resources(compiled.asm["cubin"], Path(folder))
     else:
         resources = hip_resources(compiled.asm["amdgcn"])
-    resources["shared"] = compiled.metadata.shared
+    return resources | {"shared": compiled.metadata.shared}
+
+
+@pytest.fixture(scope="module")
+def compiled(fresh_cache, request):
+    """Each variant's resources, by its place in VARIANTS: the compiler takes one core, so one process for each core."""
+    chosen = [item.callspec.params["index"] for item in request.session.items if "compiled" in item.fixturenames]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        futures = {index: pool.submit(resources_of, index) for index in chosen}
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=[parameter.id for parameter in VARIANTS])
+def test_compiles_without_spills(index, compiled):
+    variant, target = VARIANTS[index].values
+    resources = compiled[index].result()
     launch = {name: variant["constexprs"].get(name) for name in ("BLOCK_M", "STAGES")} | {"warps": variant["num_warps"]}
-    print(f"{target} {compiled.metadata.name} {variant['id']} {launch}: {resources}")
+    print(f"{target} {variant['kernel'].fn.__name__} {variant['id']} {launch}: {resources}")
     assert resources["spilled"] == 0
     assert resources["shared"] <= variant.get("shared_memory", 48 * 1024)
 

@@ -64,9 +64,9 @@ struct Product {
   int64_t ldo, rows, columns, depth;
   bool accumulate = false;
   const T* shift = nullptr;  // added to every column at the end, one number per row, or nullptr
-  const T* column_shift = nullptr;  // likewise one number per column; whole tiles only
   const T* ahead = nullptr;  // as many numbers as `a` has, fetched along the way: what comes next, if not in cache yet
   bool is_near = false;      // `a` is in the nearest cache already
+  const T* column_shift = nullptr;  // like `shift`, one number per column; whole tiles only
 
   LCW_INLINE Product at(int64_t r, int64_t j) const {
     Product part = *this;
