@@ -1,4 +1,4 @@
-# make demo   train a 50,000-layer network on real images and show what vanishes (about three minutes)
+# make demo   train a 50,000-layer network on real images and show what vanishes (some minutes)
 # make test   lint, then every test                     make bench   the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (some minutes)

@@ -209,7 +209,7 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
 
     Args:
         weight: (n, m, *k), or (n, m - 1) with ``basis``; one row, or filter, per unit. float32, float64, bfloat16 or
-            float16; sums are taken in float64 and the result is rounded once. A channels-last layout is kept.
+            float16; sums are taken in float32 or wider and the result is rounded once. A channels-last layout is kept.
         basis: the paper's parametrization.
 
     Returns:
@@ -248,14 +248,10 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
         (..., n), of x's dtype (under autocast: autocast's).
 
     Raises:
-        TypeError: dtypes that are not floating or differ.
+        TypeError: dtypes that are not floating or differ; tensors on different devices.
         ValueError: shapes that do not fit.
     """
-    _check_lcw_linear(x, weight, bias, basis)
-    # Autocast does not know the meta device.
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if not autocast:
-        _checks.accumulation_dtype("lcw_linear", x=x, weight=weight, bias=bias)
+    autocast = _check_lcw_linear(x, weight, bias, basis)
     backend = _backends.choose(_lcw_linear.NAME, x.device)
     if backend == "reference" and not autocast:
         return _reference.lcw_linear(x, weight, bias, basis)
@@ -267,11 +263,20 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     return torch.nn.functional.linear(_lcw_linear.project(x, basis, backend), weight, bias)
 
 
-def _check_lcw_linear(x, weight, bias, basis) -> None:
+def _check_lcw_linear(x, weight, bias, basis) -> bool:
+    """Whether autocast, which takes tensors of any dtypes, is on."""
     op = "lcw_linear"
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None or name != "bias":
-            _checks.accumulation_dtype(op, **{name: tensor})
+    # Autocast does not know the meta device.
+    autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+            if tensor is not None or name != "bias":
+                _checks.accumulation_dtype(op, **{name: tensor})
+    else:
+        if weight is None:
+            _checks.accumulation_dtype(op, weight=weight)
+        _checks.accumulation_dtype(op, x=x, weight=weight, bias=bias)
+    _checks.check_devices(op, x=x, weight=weight, bias=bias)
     if weight.dim() != 2:
         expected = "(n, m-1)" if basis else "(n, m)"
         _checks.check_shape(op, "weight", weight, False, expected, "Flatten a filter to one row first.")
@@ -280,6 +285,7 @@ def _check_lcw_linear(x, weight, bias, basis) -> None:
         _checks.check_shape(op, "x", x, False, f"(..., {fan_in}), the weight's fan-in")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != units):
         _checks.check_shape(op, "bias", bias, False, f"({units},), one value per unit")
+    return autocast
 
 
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -297,10 +303,12 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
         (shift (n,), angle (n,)) in x's dtype; angles in radians.
 
     Raises:
-        TypeError: dtypes that are not floating or differ.
+        TypeError: dtypes that are not floating or differ; tensors on different devices.
         ValueError: shapes that do not fit, or no samples.
     """
-    _checks.accumulation_dtype("activation_shift", weight=weight)
+    for name, tensor in (("x", x), ("weight", weight)):
+        _checks.accumulation_dtype("activation_shift", **{name: tensor})
+    _checks.check_devices("activation_shift", x=x, weight=weight, bias=bias)
     return _reference.activation_shift(x, weight, bias)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lcw_ops
@@ -686,3 +687,32 @@ def test_100_sigmoid_layers_learn_the_digits_with_lcw_only(seed):
     # a standard error of 0.016: 0.3 is twelve of them off.
     assert plain < 0.11
     assert lcw > 0.3
+
+
+# ---- What a review found ---------------------------------------------------------------------------------------------
+
+
+def test_a_kept_weight_has_no_part_in_forward_mode():
+    layer, x = nn.LCWConv1d(2, 3, 2).eval(), torch.randn(1, 2, 5)
+    weight, tangent = layer.weight.detach().clone(), torch.randn_like(layer.weight)
+    with torch.no_grad():
+        layer(x)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(weight, tangent)
+            output = torch.func.functional_call(layer, {"weight": dual}, (x,))
+            actual = forward_ad.unpack_dual(output).tangent
+        expected = torch.nn.functional.conv1d(x, F.lcw_weight(tangent))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_kept_weight_meets_no_request_for_another_backend():
+    layer, x = nn.LCWConv1d(2, 3, 2).eval(), torch.randn(1, 2, 5)
+    with torch.no_grad():
+        layer(x)
+        with pytest.raises(lcw_ops.BackendError), lcw_ops.use_backend("cuda"):
+            layer(x)
+
+
+def test_a_basis_without_inputs():
+    with pytest.raises(ValueError, match="LCWLinear: a unit has no inputs"):
+        nn.LCWLinear(0, 3, basis=True)

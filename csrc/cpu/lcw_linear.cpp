@@ -36,7 +36,7 @@ using torch::stable::Tensor;
 // Fewer elements than these on a thread take less time than waking it.
 constexpr int64_t least_elements = 16384;
 
-// Samples up to which copying the parameter would cost more than it saves.
+// In 16 bits, samples up to which copying the parameter would cost more than it saves.
 constexpr int64_t few_samples = 16;
 
 enum class Map { centre, embed, project };  // embed: B v; project: B^T g
@@ -117,7 +117,8 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
   return map_rows(basis ? Map::project : Map::centre, grad_output);
 }
 
-// The layer by our own products: of few samples, and of any number in 16 bits, which some processors have no library for.
+// The layer by our own products: made for few samples, and for any number in 16 bits, which some processors have no
+// library for.
 // The matrices are in numbers of type T where they are computed with, E where they lie.
 template <typename E>
 struct Layer {
@@ -187,8 +188,8 @@ struct Layer {
     // A few samples against rows of V: both lie along what is summed over, and V is read as it lies.
     Buffer<T> projected(samples * m);
     copy_rows(x, &shifts, samples, m, in_features, projected.data());
-    // So many rows of V as stay in the nearest cache while all samples pass.
-    constexpr int64_t units = 4;
+    // So many rows of V as stay in the nearest cache while all samples pass; a sample by itself takes eight at a time.
+    const int64_t units = samples % 2 ? 8 : 4;
     const T* rows = projected.data();
     for_each_part((n + units - 1) / units, std::max<int64_t>(1, least_elements / (units * m)), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       Buffer<T> wide(is_narrow ? units * m : 0);
@@ -213,19 +214,17 @@ struct Layer {
 
   // dX, whose rows have a stride of in_features.
   void grad_input(const E* grad, const E* v, T* out) const {
-    if (samples <= few_samples) {
-      few_grad_input(grad, v, out);
-    } else if constexpr (is_narrow) {
-      multiply({grad, n, 1}, {v, m, 1}, samples, m, n, nullptr, out, in_features);
-    }
+    multiply_by_parameter(grad, v, out);
     const Map map = m == in_features ? Map::centre : Map::embed;
     for_each_part(samples, std::max<int64_t>(1, least_elements / in_features), [=, *this](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       for (int64_t i = begin; i < end; ++i) map_row(map, out + i * in_features, m, out + i * in_features);
     });
   }
 
-  // dY V, the rows of V one after another; the result stays in cache.
-  void few_grad_input(const E* grad, const E* v, T* out) const {
+  // dY V, of a few samples by the rows of V one after another; the result stays in cache.
+  void multiply_by_parameter(const E* grad, const E* v, T* out) const {
+    if constexpr (is_narrow)
+      if (samples > few_samples) return multiply({grad, n, 1}, {v, m, 1}, samples, m, n, nullptr, out, in_features);
     constexpr int64_t depth = 16;
     Buffer<T> wide_grad(samples * n);
     copy_rows(grad, nullptr, samples, n, n, wide_grad.data());
@@ -315,9 +314,6 @@ void check_layer(const Tensor& x, const Tensor& weight, bool basis) {
       "lcw_linear: x (M, m) and weight do not fit each other; call lcw_ops.functional.lcw_linear");
 }
 
-// More samples than our own products are for.
-bool needs_library(const Tensor& x) { return x.size(0) > few_samples && x.element_size() > 2; }
-
 // torch's own linear layer.
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{
@@ -333,7 +329,7 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
   STD_TORCH_CHECK(
       !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
       "lcw_linear: the bias does not fit; call lcw_ops.functional.lcw_linear");
-  if (vendor || needs_library(x))
+  if (vendor)
     return samples > n ? linear(x, lcw_weight(weight, basis), bias) : linear(lcw_weight_backward(x, basis), weight, bias);
   x = stable::contiguous(x), weight = stable::contiguous(weight);
   if (bias) bias = stable::contiguous(*bias);
@@ -370,7 +366,7 @@ std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
   };
   Tensor grad_x = when(needs_x, x), grad_weight = when(needs_weight, weight);
   Tensor grad_bias = stable::new_empty(weight, {needs_bias ? n : 0});
-  if (vendor || needs_library(x)) {
+  if (vendor) {
     const bool constrains_weight = samples > n;
     if (needs_x)
       grad_x = constrains_weight ? stable::matmul(grad_output, lcw_weight(weight, basis))

@@ -1,4 +1,4 @@
-"""What a layer computes from its weight alone, kept between calls of inference; never stale.
+"""What a layer computes from its weight alone, kept between calls of inference; never stale, but for a hash collision.
 
 A kept value belongs to one parameter with one content. An edit through ``.data`` changes neither version nor
 address, so it is the content that is compared: a fingerprint of its bytes, read at the speed of memory, a fraction
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lcw_ops.ops import fingerprint
+from lcw_ops.ops import _backends, fingerprint
 
 
 class DerivedWeight:
@@ -20,18 +20,20 @@ class DerivedWeight:
     """
 
     def __init__(self) -> None:
-        self._key = self._value = None
+        # Key and value in one: threads that share a module read and replace them together.
+        self._kept: tuple = (None, None)
 
     def get(self, parameter: Tensor, compute: Callable[[Tensor], Tensor], training: bool) -> Tensor:
         """``compute(parameter)``, or what it gave for the same content before."""
         if training or torch.is_grad_enabled() or not fingerprint.can_be_taken(parameter):
-            self._key = self._value = None
             return compute(parameter)
-        key = (parameter.data_ptr(), parameter.shape, parameter.dtype, fingerprint.fingerprint(parameter))
-        if key != self._key:
-            self._key, self._value = None, compute(parameter)
-            self._key = key
-        return self._value
+        content = (parameter.shape, parameter.dtype, fingerprint.fingerprint(parameter))
+        key = (_backends.requested(), parameter.data_ptr(), *content)
+        kept, value = self._kept
+        if key != kept:
+            value = compute(parameter)
+            self._kept = (key, value)
+        return value
 
     def __deepcopy__(self, memo) -> "DerivedWeight":
         return type(self)()

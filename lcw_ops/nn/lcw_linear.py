@@ -117,6 +117,8 @@ def _make_parameters(module: nn.Module) -> None:
     """The parameter of the basis form has one column less, and one dimension for the whole filter."""
     if module.basis:
         weight = module.weight
+        if math.prod(weight.shape[1:]) == 0:
+            raise ValueError(f"{type(module).__name__}: a unit has no inputs; basis=True needs at least one.")
         module.weight = nn.Parameter(weight.new_empty(weight.shape[0], math.prod(weight.shape[1:]) - 1))
         module.reset_parameters()
 

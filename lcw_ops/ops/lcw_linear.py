@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from lcw_ops.ops import _backends, _library
 
@@ -139,13 +139,9 @@ def embed_adjoint(rows: Tensor, basis: bool, backend: str) -> Tensor:
 
 def constrained_weight(weight: Tensor, basis: bool, backend: str) -> Tensor:
     """(n, m, *k) -> the same shape; basis: (n, m - 1) -> (n, m). Keeps a channels-last layout."""
-    for memory_format in () if weight.is_contiguous() else _MEMORY_FORMATS.get(weight.dim(), ()):
-        if weight.is_contiguous(memory_format=memory_format):
-            return embed(weight.movedim(1, -1), basis, backend).movedim(-1, 1)
+    if weight.dim() >= 4 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous():
+        return embed(weight.movedim(1, -1), basis, backend).movedim(-1, 1)
     return embed(weight, basis, backend)
-
-
-_MEMORY_FORMATS = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
 
 
 def project(x: Tensor, basis: bool, backend: str) -> Tensor:
@@ -201,7 +197,8 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     vendor = backend == "cpp" and rows.shape[0] > FEW_ROWS and x.dtype not in _SLOW_MATMULS
     arguments = rows, weight, bias, basis, vendor
-    if torch.is_grad_enabled():
+    # Forward-mode derivatives are made under no_grad too.
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         result = _library.apply(FusedLinear, FusedLinearForwardMode, *arguments, backend)
     else:
         result = _library.get_overload(LINEAR, backend)(*arguments)

@@ -37,6 +37,17 @@ def accumulation_dtype(function: str, **tensors: Tensor | None) -> torch.dtype:
     return torch.promote_types(first.dtype, torch.float32)
 
 
+def check_devices(function: str, **tensors: Tensor | None) -> None:
+    """TypeError where an argument is on another device than the first. None is skipped."""
+    (first_argument, first), *others = tensors.items()
+    for argument, tensor in others:
+        if tensor is not None and tensor.device != first.device:
+            raise TypeError(
+                f"{function}: {argument} is on {tensor.device}; expected {first.device}, as {first_argument} is. "
+                f"Move one of the two."
+            )
+
+
 def check_shape(function: str, argument: str, tensor: Tensor, right: bool, expected: str, remedy: str = "") -> None:
     """ValueError with the shape that came and the shape that was expected, unless `right`."""
     if not right:
