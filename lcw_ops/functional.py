@@ -1,5 +1,6 @@
 """The public functions: one autograd boundary per hot path. Everything is validated here, once."""
 
+import contextlib
 import math
 
 import torch
@@ -309,7 +310,9 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     for name, tensor in (("x", x), ("weight", weight)):
         _checks.accumulation_dtype("activation_shift", **{name: tensor})
     _checks.check_devices("activation_shift", x=x, weight=weight, bias=bias)
-    return _reference.activation_shift(x, weight, bias)
+    # A diagnosis in the tensors' own digits. Autocast does not know the meta device.
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return _reference.activation_shift(x, weight, bias)
 
 
 def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> None:

@@ -7,9 +7,6 @@ over several draws.
 """
 
 import math
-import os
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 
@@ -20,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager, hostile_layouts
 from sanitize.harness import EAGER_WITHOUT_FMA
-from test_orthogonal_filter_proof import between_guards
+from test_orthogonal_filter_proof import IN_SUBPROCESS, between_guards, in_a_process
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -29,9 +26,6 @@ from lcw_ops import functional as F
 from lcw_ops.ops import fingerprint as content
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel", "one_thread")
-
-# Set in the processes that test_every_instruction_set starts.
-IN_SUBPROCESS = "LCW_OPS_LCW_SUBPROCESS" in os.environ
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*NARROW, torch.float64]
@@ -950,18 +944,9 @@ def test_every_instruction_set(capability):
         if capability == "fastest"
         else " or weights_of_every_rank or every_byte or (small_layers and True and not float16)"
     )
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        [*command, "-k", "nothing_but_the_arguments or print_a_fingerprint" + more],
-        env={**os.environ, "LCW_OPS_LCW_SUBPROCESS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
+    printed = in_a_process("nothing_but_the_arguments or print_a_fingerprint" + more, __file__, **environment)
     here = content.fingerprint(torch.arange(100_003, dtype=torch.int32))
-    assert f"fingerprint {here}\n" in result.stdout
+    assert f"fingerprint {here}\n" in printed
 
 
 # ---- Fingerprint ----------------------------------------------------------------------------------------------------
@@ -1133,6 +1118,14 @@ def test_what_has_no_bytes_to_read_has_no_number():
 
 
 # ---- What a review found ---------------------------------------------------------------------------------------------
+
+
+def test_activation_shift_is_not_rounded_by_autocast():
+    x, weight = torch.randn(50, 30), torch.randn(7, 30)
+    expected = F.activation_shift(x, weight)
+    with torch.autocast("cpu"):
+        actual = F.activation_shift(x, weight)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("elsewhere", ["x", "weight", "bias"])

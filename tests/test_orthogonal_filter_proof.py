@@ -788,9 +788,9 @@ if IN_SUBPROCESS:
                 call_between_guards(rows, width, 3, dtype, kind, shared, flush, return_states=width % 2 == 0)
 
 
-def in_a_process(selection, **environment):
-    """Tests of this file in a process of their own; returns what pytest says."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+def in_a_process(selection, file=__file__, **environment):
+    """Tests of a file in a process of their own; returns what they print and what pytest says."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", file]
     result = subprocess.run(
         [*command, "-k", selection],
         env={**os.environ, "LCW_OPS_PROOF_SUBPROCESS": "1", **environment},

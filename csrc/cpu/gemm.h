@@ -32,8 +32,8 @@ struct Gemm {
   using Products = ProductsFor<Isa, T>;
   static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   static constexpr int64_t panel = 2 * lanes, tile_rows = Isa::accumulators / 2;
-  // 256 rows of a panel are 16 KB for AVX2, 32 KB for AVX-512, half and all of the nearest cache of the processors that
-  // have them; 16 tiles of 256 columns are 96 and 128 KB, a quarter of the next one.
+  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of a nearest cache of 32 KB.
+  // 16 tiles of as many columns are about 96 KB, a fraction of the next one.
   static constexpr int64_t block_depth = Isa::vector_bytes > 32 ? 192 : 256, block_rows = 16 * tile_rows;
 
   // Columns j, j + 1, ... of B, `count` <= panel of them, the others zero: out[k * panel + c].
@@ -44,10 +44,6 @@ struct Gemm {
         for (int64_t c = 0; c < panel; ++c) out[k * panel + c] = load(b.data[k * b.row + c]) - shift;
       }
       return;
-    }
-    if constexpr (std::is_same_v<E, T>) {
-      if (b.row == 1 && count == panel && !b.shift)
-        return Products::transpose(b.data, b.column, out, panel, panel, depth);
     }
     for (int64_t c = 0; c < panel; ++c)
       for (int64_t k = 0; k < depth; ++k) out[k * panel + c] = c < count ? b.get(k, c) : T(0);

@@ -11,7 +11,8 @@
 // The layer y = X w^T + b multiplies the parameter V itself, with X' = X B, for <B v, x> = <v, B^T x>. X' is X less one
 // number per row: it is made while X is copied for the product, and costs a pass over X to find the numbers.
 //   Y = X' V^T + b        dX = (dY V) B^T        dV = dY^T X'        db = sum of dY's rows
-// 2 M m n operations each, by torch's own matmul for many samples, where that is the fastest. From a dozen samples on bound by arithmetic, below by reading V, or writing dV, once.
+// 2 M m n operations each, for many samples by torch's own matmul where that is the fastest. From a dozen samples on
+// bound by arithmetic, below by reading V, or writing dV, once.
 
 #include <array>
 #include <cmath>
@@ -35,6 +36,9 @@ using torch::stable::Tensor;
 
 // Fewer elements than these on a thread take less time than waking it.
 constexpr int64_t least_elements = 16384;
+
+// Parts of a loop whose every step takes so many elements.
+int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, least_elements / std::max<int64_t>(elements, 1)); }
 
 // In 16 bits, samples up to which copying the parameter would cost more than it saves.
 constexpr int64_t few_samples = 16;
@@ -103,8 +107,7 @@ Tensor map_rows(Map map, const Tensor& tensor) {
     using E = decltype(element);
     const E* source = static_cast<const E*>(in.const_data_ptr());
     E* target = static_cast<E*>(out.mutable_data_ptr());
-    const int64_t grain = std::max<int64_t>(1, least_elements / std::max<int64_t>(length, 1));
-    for_each_part(count, grain, [=](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    for_each_part(count, grain_of(length), [=](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       for (int64_t r = begin; r < end; ++r) map_row(map, source + r * length, length, target + r * out_length);
     });
   });
@@ -118,8 +121,7 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
 }
 
 // The layer by our own products: made for few samples, and for any number in 16 bits, which some processors have no
-// library for.
-// The matrices are in numbers of type T where they are computed with, E where they lie.
+// library for. The matrices are in numbers of type T where they are computed with, E where they lie.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
@@ -134,7 +136,8 @@ struct Layer {
     constexpr int64_t least_operations = 1 << 21;
     // A whole panel of columns, for most instruction sets.
     constexpr int64_t panel = 16;
-    const int64_t most = std::min<int64_t>(stable::get_num_threads(), std::max<int64_t>(1, 2 * rows * columns * depth / least_operations));
+    const int64_t worthwhile = std::max<int64_t>(1, 2 * rows * columns * depth / least_operations);
+    const int64_t most = std::min<int64_t>(stable::get_num_threads(), worthwhile);
     int64_t down = 1;
     for (int64_t d = 1; d <= most; ++d)
       if (most % d == 0 && rows / d + columns * d / most < rows / down + columns * down / most) down = d;
@@ -145,7 +148,8 @@ struct Layer {
     for_each_part(most, 1, [&, down, across](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = cut(rows, t / across, down, 1), last_row = cut(rows, t / across + 1, down, 1);
-        const int64_t column = cut(columns, t % across, across, panel), last_column = cut(columns, t % across + 1, across, panel);
+        const int64_t column = cut(columns, t % across, across, panel);
+        const int64_t last_column = cut(columns, t % across + 1, across, panel);
         if (row < last_row && column < last_column) part(isa, row, last_row - row, column, last_column - column);
       }
     });
@@ -153,25 +157,29 @@ struct Layer {
 
   // c (rows, columns) = A B, plus `bias` to every row of it unless it is nullptr.
   static void multiply(
-      const Operand<E>& a, const Operand<E>& b, int64_t rows, int64_t columns, int64_t depth, const T* bias, T* c, int64_t ldc) {
-    for_each_block(rows, columns, depth, [&](auto isa, int64_t i, int64_t row_count, int64_t j, int64_t column_count) LCW_LAMBDA_INLINE {
-      Gemm<decltype(isa), E>::multiply(
-          a.at(i, 0), b.at(0, j), row_count, column_count, depth, bias ? bias + j : nullptr, c + i * ldc + j, ldc);
-    });
+      const Operand<E>& a, const Operand<E>& b, int64_t rows, int64_t columns, int64_t depth, const T* bias, T* c,
+      int64_t ldc) {
+    for_each_block(
+        rows, columns, depth,
+        [&](auto isa, int64_t i, int64_t row_count, int64_t j, int64_t column_count) LCW_LAMBDA_INLINE {
+          Gemm<decltype(isa), E>::multiply(
+              a.at(i, 0), b.at(0, j), row_count, column_count, depth, bias ? bias + j : nullptr, c + i * ldc + j, ldc);
+        });
   }
 
   // The numbers by which X' is less than X.
   std::vector<T> find_shifts(const E* x) const {
     std::vector<T> shifts(samples);
     const Map map = m == in_features ? Map::centre : Map::project;
-    for_each_part(samples, std::max<int64_t>(1, least_elements / in_features), [&](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    for_each_part(samples, grain_of(in_features), [&](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       for (int64_t i = begin; i < end; ++i) shifts[i] = T(find_shift(map, x + i * in_features, in_features));
     });
     return shifts;
   }
 
   // Few rows of X less their shifts, or of dY, one after another in T.
-  static void copy_rows(const E* in, const std::vector<T>* shifts, int64_t rows, int64_t columns, int64_t stride, T* out) {
+  static void copy_rows(
+      const E* in, const std::vector<T>* shifts, int64_t rows, int64_t columns, int64_t stride, T* out) {
     for_each_part(rows, rows, [&](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       for (int64_t i = begin; i < end; ++i) {
         const T shift = shifts ? (*shifts)[i] : T(0);
@@ -191,7 +199,8 @@ struct Layer {
     // So many rows of V as stay in the nearest cache while all samples pass; a sample by itself takes eight at a time.
     const int64_t units = samples % 2 ? 8 : 4;
     const T* rows = projected.data();
-    for_each_part((n + units - 1) / units, std::max<int64_t>(1, least_elements / (units * m)), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    const int64_t blocks = (n + units - 1) / units;
+    for_each_part(blocks, grain_of(units * m), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       Buffer<T> wide(is_narrow ? units * m : 0);
       for (int64_t j = begin * units; j < std::min(n, end * units); j += units) {
         const int64_t count = std::min(units, n - j);
@@ -216,7 +225,7 @@ struct Layer {
   void grad_input(const E* grad, const E* v, T* out) const {
     multiply_by_parameter(grad, v, out);
     const Map map = m == in_features ? Map::centre : Map::embed;
-    for_each_part(samples, std::max<int64_t>(1, least_elements / in_features), [=, *this](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    for_each_part(samples, grain_of(in_features), [=, *this](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       for (int64_t i = begin; i < end; ++i) map_row(map, out + i * in_features, m, out + i * in_features);
     });
   }
@@ -229,8 +238,11 @@ struct Layer {
     Buffer<T> wide_grad(samples * n);
     copy_rows(grad, nullptr, samples, n, n, wide_grad.data());
     const T* a = wide_grad.data();
-    for_each_part((m + 31) / 32, std::max<int64_t>(1, least_elements / (32 * n)), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
-      const int64_t first = begin * 32, columns = std::min(m, end * 32) - first;
+    // A cache line or two of every row of V.
+    constexpr int64_t width = 32;
+    const int64_t strips = (m + width - 1) / width;
+    for_each_part(strips, grain_of(width * n), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      const int64_t first = begin * width, columns = std::min(m, end * width) - first;
       Buffer<T> wide(is_narrow ? depth * columns : 0);
       for (int64_t k = 0; k < n; k += depth) {
         const int64_t part = std::min(depth, n - k);
@@ -259,16 +271,19 @@ struct Layer {
     const T *a = wide_grad.data(), *b = projected.data();
     // Rows of the result one after another: it is written once, in the order in which it lies.
     constexpr int64_t rows = 12;
-    for_each_part((n + rows - 1) / rows, std::max<int64_t>(1, least_elements / (rows * m)), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    const int64_t blocks = (n + rows - 1) / rows;
+    for_each_part(blocks, grain_of(rows * m), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       for (int64_t i = begin * rows; i < std::min(n, end * rows); i += rows)
-        ProductsFor<decltype(isa), T>::multiply(Product<T>{a + i, 1, n, b, m, out + i * m, m, std::min(rows, n - i), m, samples});
+        ProductsFor<decltype(isa), T>::multiply(
+            Product<T>{a + i, 1, n, b, m, out + i * m, m, std::min(rows, n - i), m, samples});
     });
   }
 
   // In float64, units side by side, in partial sums: samples have no bound.
   void grad_bias(const E* grad, E* out) const {
-    for_each_part(n, std::max<int64_t>(32, least_elements / std::max<int64_t>(samples, 1)), [=, *this](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
-      constexpr int64_t width = 32, terms = 64;
+    constexpr int64_t width = 32, terms = 64;
+    const int64_t grain = std::max(width, grain_of(samples));
+    for_each_part(n, grain, [=, *this](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       for (int64_t j = begin; j < end; j += width) {
         const int64_t count = std::min(width, end - j);
         double total[width] = {};

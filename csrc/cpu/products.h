@@ -16,7 +16,6 @@ namespace lcw_ops {
     }                                                                                                        \
     /* One tile, of as many rows as are there, and two vectors. */                                           \
     attributes LCW_NOINLINE static void multiply_tile(const Product<T>& product) {                           \
-      for (int64_t r = 0; r < product.rows; ++r) __builtin_prefetch(product.out + r * product.ldo, 1);       \
       lcw_ops::multiply_rest<Isa, Isa::accumulators / 2, 2>(product);                                        \
     }                                                                                                        \
     attributes LCW_NOINLINE static void multiply_by_rows(                                                    \

@@ -124,11 +124,14 @@ def _cannot_be_met(op: str, requested: str, reason: str) -> BackendError:
     return BackendError(f"{op}: backend {requested!r} was requested, but {reason}")
 
 
-@torch.compiler.assume_constant_result
 def _resolve_at_trace_time(
     op: str, device: torch.device, requested: str | None, too_wide: tuple[str, ...], first: str | None
 ) -> str:
     return _resolve(op, device, requested, too_wide, first)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch's compiler, which takes as long as torch's.
+_resolve_at_trace_time._dynamo_marked_constant = True
 
 
 def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None) -> str:
