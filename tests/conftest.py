@@ -7,6 +7,9 @@ import torch
 
 import lcw_ops
 
+# What is measured in a test is forgotten with it, in the processes that tests start too.
+os.environ["LCW_OPS_CACHE_DIR"] = ""
+
 DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))
 
 

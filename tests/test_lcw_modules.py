@@ -1,6 +1,7 @@
 """LCWLinear and LCWConv1d/2d/3d: what torch.nn's own layers do, weights kept in inference, and 100 sigmoid layers."""
 
 import copy
+import inspect
 import itertools
 import math
 import pickle
@@ -716,3 +717,12 @@ def test_a_kept_weight_meets_no_request_for_another_backend():
 def test_a_basis_without_inputs():
     with pytest.raises(ValueError, match="LCWLinear: a unit has no inputs"):
         nn.LCWLinear(0, 3, basis=True)
+
+
+@pytest.mark.parametrize("basis", [False, True])
+@pytest.mark.parametrize(("module_class", "plain", "rank"), CONVS)
+def test_skip_init_and_help_know_the_arguments(module_class, plain, rank, basis):
+    assert list(inspect.signature(module_class).parameters) == [*inspect.signature(plain).parameters, "basis"]
+    module = torch.nn.utils.skip_init(module_class, 3, 4, 2, basis=basis)
+    assert module.weight.device.type == "cpu"
+    assert module.weight.shape == module_class(3, 4, 2, basis=basis).weight.shape

@@ -45,6 +45,9 @@ struct Gemm {
       }
       return;
     }
+    if constexpr (std::is_same_v<E, T>)
+      if (b.row == 1 && count == panel && !b.shift)
+        return Products::transpose(b.data, b.column, out, panel, panel, depth);
     for (int64_t c = 0; c < panel; ++c)
       for (int64_t k = 0; k < depth; ++k) out[k * panel + c] = c < count ? b.get(k, c) : T(0);
   }
@@ -58,6 +61,11 @@ struct Gemm {
         for (int64_t k = 0; k < depth; ++k) out[r * depth + k] = load(row[k]) - shift;
       }
       return {depth, 1};
+    }
+    if (a.row == 1 && !a.shift && rows == tile_rows) {
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t r = 0; r < tile_rows; ++r) out[k * tile_rows + r] = load(a.data[k * a.column + r]);
+      return {1, rows};
     }
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t r = 0; r < rows; ++r) out[k * rows + r] = a.get(r, k);

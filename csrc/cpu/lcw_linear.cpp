@@ -11,8 +11,8 @@
 // The layer y = X w^T + b multiplies the parameter V itself, with X' = X B, for <B v, x> = <v, B^T x>. X' is X less one
 // number per row: it is made while X is copied for the product, and costs a pass over X to find the numbers.
 //   Y = X' V^T + b        dX = (dY V) B^T        dV = dY^T X'        db = sum of dY's rows
-// 2 M m n operations each, for many samples by torch's own matmul where that is the fastest. From a dozen samples on
-// bound by arithmetic, below by reading V, or writing dV, once.
+// 2 M m n operations each, by whoever matmul.h finds the fastest. From a dozen samples on bound by arithmetic, below by
+// reading V, or writing dV, once.
 
 #include <array>
 #include <cmath>
@@ -26,6 +26,7 @@
 
 #include "dispatch.h"
 #include "gemm.h"
+#include "matmul.h"
 
 namespace lcw_ops {
 namespace {
@@ -39,9 +40,6 @@ constexpr int64_t least_elements = 16384;
 
 // Parts of a loop whose every step takes so many elements.
 int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, least_elements / std::max<int64_t>(elements, 1)); }
-
-// In 16 bits, samples up to which copying the parameter would cost more than it saves.
-constexpr int64_t few_samples = 16;
 
 enum class Map { centre, embed, project };  // embed: B v; project: B^T g
 
@@ -92,10 +90,13 @@ auto with_elements(const Tensor& tensor, const F& f) {
   }
 }
 
+// A call less than torch's own, which asks the dispatcher first.
+Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : stable::contiguous(tensor); }
+
 // Everything but dimension 0 is one row.
 Tensor map_rows(Map map, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() >= (map == Map::centre ? 1 : 2), "lcw_weight: not rows; call lcw_ops.functional");
-  const Tensor in = stable::contiguous(tensor);
+  const Tensor in = as_contiguous(tensor);
   const int64_t count = in.size(0);
   int64_t length = 1;
   for (int64_t d = 1; d < in.dim(); ++d) length *= in.size(d);
@@ -120,12 +121,14 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
   return map_rows(basis ? Map::project : Map::centre, grad_output);
 }
 
-// The layer by our own products: made for few samples, and for any number in 16 bits, which some processors have no
-// library for. The matrices are in numbers of type T where they are computed with, E where they lie.
+// The layer by our own products: made for few samples, and for any number where no library is faster, as in 16 bits on
+// processors without such instructions. The matrices are in numbers of type T where they are computed with, E where they lie.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
   static constexpr bool is_narrow = !std::is_same_v<E, T>;
+  // Samples up to which copying the parameter would cost more than it saves.
+  static constexpr int64_t few_samples = is_narrow ? 16 : 64;
   int64_t samples, n, m;  // m: columns of the parameter
   int64_t in_features;
 
@@ -190,9 +193,8 @@ struct Layer {
 
   void forward(const E* x, const E* v, const T* bias, T* y) const {
     const std::vector<T> shifts = find_shifts(x);
-    if constexpr (is_narrow)
-      if (samples > few_samples)
-        return multiply({x, in_features, 1, shifts.data()}, {v, 1, m}, samples, n, m, bias, y, n);
+    if (samples > few_samples)
+      return multiply({x, in_features, 1, shifts.data()}, {v, 1, m}, samples, n, m, bias, y, n);
     // A few samples against rows of V: both lie along what is summed over, and V is read as it lies.
     Buffer<T> projected(samples * m);
     copy_rows(x, &shifts, samples, m, in_features, projected.data());
@@ -232,13 +234,18 @@ struct Layer {
 
   // dY V, of a few samples by the rows of V one after another; the result stays in cache.
   void multiply_by_parameter(const E* grad, const E* v, T* out) const {
-    if constexpr (is_narrow)
-      if (samples > few_samples) return multiply({grad, n, 1}, {v, m, 1}, samples, m, n, nullptr, out, in_features);
-    constexpr int64_t depth = 16;
-    Buffer<T> wide_grad(samples * n);
-    copy_rows(grad, nullptr, samples, n, n, wide_grad.data());
-    const T* a = wide_grad.data();
-    // A cache line or two of every row of V.
+    if (samples > few_samples) return multiply({grad, n, 1}, {v, m, 1}, samples, m, n, nullptr, out, in_features);
+    // A tile reads a cache line or two of so many rows of V: many for few visits to the result, but for a V that is in
+    // no cache, each is on another page of memory.
+    const int64_t depth = n * m * int64_t(sizeof(E)) > int64_t(16) << 20 ? 32 : 128;
+    Buffer<T> wide_grad(is_narrow ? samples * n : 0);
+    const T* a;
+    if constexpr (is_narrow) {
+      copy_rows(grad, nullptr, samples, n, n, wide_grad.data());
+      a = wide_grad.data();
+    } else {
+      a = grad;
+    }
     constexpr int64_t width = 32;
     const int64_t strips = (m + width - 1) / width;
     for_each_part(strips, grain_of(width * n), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -262,20 +269,41 @@ struct Layer {
 
   void grad_weight(const E* grad, const E* x, T* out) const {
     const std::vector<T> shifts = find_shifts(x);
-    if constexpr (is_narrow)
-      if (samples > few_samples)
-        return multiply({grad, 1, n}, {x, in_features, 1, shifts.data()}, n, m, samples, nullptr, out, m);
-    Buffer<T> projected(samples * m), wide_grad(samples * n);
-    copy_rows(x, &shifts, samples, m, in_features, projected.data());
-    copy_rows(grad, nullptr, samples, n, n, wide_grad.data());
-    const T *a = wide_grad.data(), *b = projected.data();
-    // Rows of the result one after another: it is written once, in the order in which it lies.
-    constexpr int64_t rows = 12;
-    const int64_t blocks = (n + rows - 1) / rows;
-    for_each_part(blocks, grain_of(rows * m), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
-      for (int64_t i = begin * rows; i < std::min(n, end * rows); i += rows)
-        ProductsFor<decltype(isa), T>::multiply(
-            Product<T>{a + i, 1, n, b, m, out + i * m, m, std::min(rows, n - i), m, samples});
+    if (samples > few_samples)
+      return multiply({grad, 1, n}, {x, in_features, 1, shifts.data()}, n, m, samples, nullptr, out, m);
+    // Both operands in the order in which a tile reads them. Tiles are wide and low: the result is written once, in few
+    // streams, and at the stride of a row a high tile's lines would share a few places of the nearest cache.
+    constexpr int64_t height = 3;
+    constexpr int64_t widest = 4 * Vector<T, 64>::lanes;
+    const int64_t blocks = (n + height - 1) / height;
+    Buffer<T> projected((m + widest) * samples), columns(blocks * height * samples);
+    T *a = columns.data(), *b = projected.data();
+    for_each_part(samples, samples, [=, *this, &shifts](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      constexpr int64_t width = 4 * Vector<T, decltype(isa)::vector_bytes>::lanes;
+      for (int64_t k = begin; k < end; ++k) {
+        const E *row = x + k * in_features, *grad_row = grad + k * n;
+        for (int64_t j = 0; j < m; j += width)
+          for (int64_t c = 0; c < std::min(width, m - j); ++c)
+            b[j * samples + k * width + c] = load(row[j + c]) - shifts[k];
+        for (int64_t i = 0; i < n; i += height)
+          for (int64_t r = 0; r < std::min(height, n - i); ++r) a[i * samples + k * height + r] = load(grad_row[i + r]);
+      }
+    });
+    for_each_part(blocks, grain_of(height * m), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      constexpr int64_t width = 4 * Vector<T, Isa::vector_bytes>::lanes;
+      // So many blocks share a strip of the other operand while it is in the nearest cache.
+      constexpr int64_t chunk = 8;
+      for (int64_t block = begin; block < end; block += chunk)
+        for (int64_t j = 0; j < m; j += width)
+          for (int64_t i = block * height; i < std::min(n, std::min(end, block + chunk) * height); i += height) {
+            const Product<T> product{a + i * samples, 1, height, b + j * samples, width, out + i * m + j, m,
+                                     std::min(height, n - i), std::min(width, m - j), samples};
+            if (product.rows == height && product.columns == width)
+              multiply_tile<Isa, height, 4>(product);
+            else
+              ProductsFor<Isa, T>::multiply(product);
+          }
     });
   }
 
@@ -324,95 +352,180 @@ const E* data(const Tensor& tensor) {
 
 void check_layer(const Tensor& x, const Tensor& weight, bool basis) {
   STD_TORCH_CHECK(
-      x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) + int64_t(basis) && x.is_cpu() && weight.is_cpu() &&
-          x.scalar_type() == weight.scalar_type(),
+      x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) + int64_t(basis) && x.is_cpu() &&
+          weight.is_cpu() && x.scalar_type() == weight.scalar_type(),
       "lcw_linear: x (M, m) and weight do not fit each other; call lcw_ops.functional.lcw_linear");
 }
 
-// torch's own linear layer.
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// The ops are no functions of autograd, nor is what they call.
+struct WithoutGradients {
+  bool was_enabled = aoti_torch_grad_mode_is_enabled();
+  WithoutGradients() { aoti_torch_grad_mode_set_enabled(false); }
+  ~WithoutGradients() { aoti_torch_grad_mode_set_enabled(was_enabled); }
+  WithoutGradients(const WithoutGradients&) = delete;
+};
+
+Tensor centre_in_place(Tensor tensor) {
+  tensor = as_contiguous(tensor);
+  const int64_t length = tensor.size(1);
+  with_elements(tensor, [&](auto element) {
+    using E = decltype(element);
+    E* rows = static_cast<E*>(tensor.mutable_data_ptr());
+    for_each_part(tensor.size(0), grain_of(length), [=](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      for (int64_t r = begin; r < end; ++r) map_row(Map::centre, rows + r * length, length, rows + r * length);
+    });
+  });
+  return tensor;
 }
 
-// y = x w^T + b; torch multiplies with `vendor`, and the constraint is laid on the smaller of x and weight.
-Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis, bool vendor) {
-  check_layer(x, weight, basis);
+// Each of the three passes by our own kernels, or by torch's product with the constraint laid on x or on the weight,
+// whichever is smaller. No size is 0.
+
+Tensor forward(Multiplier by, Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis) {
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
-  STD_TORCH_CHECK(
-      !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
-      "lcw_linear: the bias does not fit; call lcw_ops.functional.lcw_linear");
-  if (vendor)
-    return samples > n ? linear(x, lcw_weight(weight, basis), bias) : linear(lcw_weight_backward(x, basis), weight, bias);
-  x = stable::contiguous(x), weight = stable::contiguous(weight);
-  if (bias) bias = stable::contiguous(*bias);
+  if (by != Multiplier::own)
+    return samples > n ? linear(x, lcw_weight(weight, basis), bias)
+                       : linear(lcw_weight_backward(x, basis), weight, bias);
+  x = as_contiguous(x), weight = as_contiguous(weight);
+  if (bias) bias = as_contiguous(*bias);
   Tensor y = stable::new_empty(x, {samples, n});
-  if (y.numel() == 0) return y;
   with_elements(x, [&](auto element) {
     using E = decltype(element);
     using T = Computed<E>;
-    std::vector<T> wide_bias(n, T(0));
-    if (bias)
-      for (int64_t j = 0; j < n; ++j) wide_bias[j] = load(data<E>(*bias)[j]);
-    const Layer<E> layer{samples, n, m, x.size(1)};
+    const T* wide_bias = nullptr;
+    Buffer<T> widened(0);
+    if constexpr (std::is_same_v<E, T>) {
+      if (bias) wide_bias = data<E>(*bias);
+    } else if (bias) {
+      widened = Buffer<T>(n);
+      for (int64_t j = 0; j < n; ++j) widened[j] = load(data<E>(*bias)[j]);
+      wide_bias = widened.data();
+    }
     computed<E>(y, [&](T* out) {
-      if (m > 0) return layer.forward(data<E>(x), data<E>(weight), bias ? wide_bias.data() : nullptr, out);
-      for (int64_t i = 0; i < samples; ++i) std::copy(wide_bias.begin(), wide_bias.end(), out + i * n);
+      Layer<E>{samples, n, m, x.size(1)}.forward(data<E>(x), data<E>(weight), wide_bias, out);
     });
   });
   return y;
 }
 
+Tensor grad_input(Multiplier by, const Tensor& grad_output, Tensor weight, bool basis) {
+  const int64_t samples = grad_output.size(0), n = weight.size(0), m = weight.size(1), in_features = m + int64_t(basis);
+  if (by != Multiplier::own) {
+    if (samples > n) return linear(grad_output, stable::transpose(lcw_weight(weight, basis), 0, 1));
+    Tensor grad_x = linear(grad_output, stable::transpose(weight, 0, 1));
+    return basis ? lcw_weight(grad_x, true) : centre_in_place(grad_x);
+  }
+  weight = as_contiguous(weight);
+  Tensor grad_x = stable::new_empty(weight, {samples, in_features});
+  with_elements(weight, [&](auto element) {
+    using E = decltype(element);
+    computed<E>(grad_x, [&](Computed<E>* out) {
+      Layer<E>{samples, n, m, in_features}.grad_input(data<E>(grad_output), data<E>(weight), out);
+    });
+  });
+  return grad_x;
+}
+
+Tensor grad_weight(Multiplier by, const Tensor& grad_output, Tensor x, bool basis) {
+  const int64_t samples = x.size(0), n = grad_output.size(1), m = x.size(1) - int64_t(basis);
+  if (by != Multiplier::own) {
+    const Tensor transposed = stable::transpose(grad_output, 0, 1);
+    if (samples > n) return lcw_weight_backward(linear(transposed, stable::transpose(x, 0, 1)), basis);
+    return linear(transposed, stable::transpose(lcw_weight_backward(x, basis), 0, 1));
+  }
+  x = as_contiguous(x);
+  Tensor result = stable::new_empty(x, {n, m});
+  with_elements(x, [&](auto element) {
+    using E = decltype(element);
+    computed<E>(result, [&](Computed<E>* out) {
+      Layer<E>{samples, n, m, x.size(1)}.grad_weight(data<E>(grad_output), data<E>(x), out);
+    });
+  });
+  return result;
+}
+
+// Matrices to measure with: numbers of every digit, between -1 and 1.
+Tensor make_operand(ScalarType type, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      2, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  with_elements(tensor, [&](auto element) {
+    using E = decltype(element);
+    E* out = static_cast<E*>(tensor.mutable_data_ptr());
+    for (int64_t i = 0; i < rows * columns; ++i)
+      store(Computed<E>(int32_t(uint32_t(i) * 2654435761u)) * Computed<E>(0x1p-31), out[i]);
+  });
+  return tensor;
+}
+
+Multiplier choose_forward(ScalarType type, LayerSize size) {
+  return choose_multiplier(Pass::forward, type, size, [=](LayerSize like) -> Trial {
+    const Tensor x = make_operand(type, like.samples, like.m), weight = make_operand(type, like.n, like.m);
+    return [=](Multiplier by) { forward(by, x, weight, std::nullopt, false); };
+  });
+}
+
+Multiplier choose_grad_input(ScalarType type, LayerSize size) {
+  return choose_multiplier(Pass::grad_input, type, size, [=](LayerSize like) -> Trial {
+    const Tensor grad = make_operand(type, like.samples, like.n), weight = make_operand(type, like.n, like.m);
+    return [=](Multiplier by) { grad_input(by, grad, weight, false); };
+  });
+}
+
+Multiplier choose_grad_weight(ScalarType type, LayerSize size) {
+  return choose_multiplier(Pass::grad_weight, type, size, [=](LayerSize like) -> Trial {
+    const Tensor grad = make_operand(type, like.samples, like.n), x = make_operand(type, like.samples, like.m);
+    return [=](Multiplier by) { grad_weight(by, grad, x, false); };
+  });
+}
+
+// y = x w^T + b
+Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis) {
+  check_layer(x, weight, basis);
+  const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
+  STD_TORCH_CHECK(
+      !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
+      "lcw_linear: the bias does not fit; call lcw_ops.functional.lcw_linear");
+  const WithoutGradients guard;
+  // The weight of a layer without inputs has nothing to constrain.
+  const bool is_empty = samples == 0 || n == 0 || m == 0;
+  if (is_empty) return linear(stable::new_zeros(x, {samples, m}), weight, bias);
+  return forward(choose_forward(x.scalar_type(), {samples, n, m}), x, weight, bias, basis);
+}
+
 // The gradients of x, weight and bias; an empty tensor for one that nobody needs.
 std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
-    Tensor grad_output, Tensor x, Tensor weight, bool basis, bool vendor, bool needs_x, bool needs_weight,
-    bool needs_bias) {
+    Tensor grad_output, Tensor x, Tensor weight, bool basis, bool needs_x, bool needs_weight, bool needs_bias) {
   check_layer(x, weight, basis);
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
   STD_TORCH_CHECK(
       grad_output.dim() == 2 && grad_output.size(0) == samples && grad_output.size(1) == n && grad_output.is_cpu() &&
           grad_output.scalar_type() == x.scalar_type(),
       "lcw_linear_backward: grad_output does not fit; call lcw_ops.functional.lcw_linear");
-  grad_output = stable::contiguous(grad_output);
-  const auto when = [&](bool needed, const Tensor& like) {
-    return needed ? stable::new_empty(like, like.sizes()) : stable::new_empty(like, {int64_t(0)});
+  const WithoutGradients guard;
+  grad_output = as_contiguous(grad_output);
+  const auto nothing = [&](bool needed, const Tensor& like) {
+    return needed ? stable::new_zeros(like, like.sizes()) : stable::new_empty(like, {int64_t(0)});
   };
-  Tensor grad_x = when(needs_x, x), grad_weight = when(needs_weight, weight);
+  const bool is_empty = samples == 0 || n == 0 || m == 0;
+  const ScalarType type = x.scalar_type();
+  const LayerSize size{samples, n, m};
+  const Tensor grad_x = is_empty || !needs_x
+      ? nothing(needs_x, x)
+      : grad_input(choose_grad_input(type, size), grad_output, weight, basis);
+  const Tensor grad_w = is_empty || !needs_weight
+      ? nothing(needs_weight, weight)
+      : grad_weight(choose_grad_weight(type, size), grad_output, x, basis);
   Tensor grad_bias = stable::new_empty(weight, {needs_bias ? n : 0});
-  if (vendor) {
-    const bool constrains_weight = samples > n;
-    if (needs_x)
-      grad_x = constrains_weight ? stable::matmul(grad_output, lcw_weight(weight, basis))
-                                 : lcw_weight(stable::matmul(grad_output, weight), basis);
-    const Tensor transposed = stable::transpose(grad_output, 0, 1);
-    if (needs_weight)
-      grad_weight = constrains_weight ? lcw_weight_backward(stable::matmul(transposed, x), basis)
-                                      : stable::matmul(transposed, lcw_weight_backward(x, basis));
-    with_elements(x, [&](auto element) {
-      using E = decltype(element);
-      if (needs_bias && n > 0)
-        Layer<E>{samples, n, m, x.size(1)}.grad_bias(data<E>(grad_output), static_cast<E*>(grad_bias.mutable_data_ptr()));
-    });
-    return {grad_x, grad_weight, grad_bias};
-  }
-  x = stable::contiguous(x), weight = stable::contiguous(weight);
   with_elements(x, [&](auto element) {
     using E = decltype(element);
-    using T = Computed<E>;
-    const Layer<E> layer{samples, n, m, x.size(1)};
-    const E* grad = data<E>(grad_output);
-    if (m == 0 || n == 0 || samples == 0) {
-      if (needs_x) stable::zero_(grad_x);
-      if (needs_weight) stable::zero_(grad_weight);
-    } else {
-      if (needs_x) computed<E>(grad_x, [&](T* out) { layer.grad_input(grad, data<E>(weight), out); });
-      if (needs_weight) computed<E>(grad_weight, [&](T* out) { layer.grad_weight(grad, data<E>(x), out); });
-    }
-    if (needs_bias && n > 0) layer.grad_bias(grad, static_cast<E*>(grad_bias.mutable_data_ptr()));
+    if (needs_bias && n > 0)
+      Layer<E>{samples, n, m, x.size(1)}.grad_bias(data<E>(grad_output), static_cast<E*>(grad_bias.mutable_data_ptr()));
   });
-  return {grad_x, grad_weight, grad_bias};
+  return {grad_x, grad_w, grad_bias};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster 
 2019, arXiv 2403.13833. What is trained is unconstrained; a convolution's unit is a filter.
 """
 
+import inspect
 import math
 
 import torch
@@ -111,6 +112,13 @@ class LCWConv2d(_LCWConv, nn.Conv2d):
 
 class LCWConv3d(_LCWConv, nn.Conv3d):
     """``nn.Conv3d`` whose filters sum to zero. Arguments: ``nn.Conv3d``'s, and ``basis``; see :class:`LCWConv2d`."""
+
+
+for _class in (LCWConv1d, LCWConv2d, LCWConv3d):
+    # For help() and for torch.nn.utils.skip_init, which looks for `device`.
+    _arguments = inspect.signature(_class.__mro__[2])
+    _basis = inspect.signature(_LCWConv).parameters["basis"].replace(annotation=bool)
+    _class.__signature__ = _arguments.replace(parameters=[*_arguments.parameters.values(), _basis])
 
 
 def _make_parameters(module: nn.Module) -> None:

@@ -130,7 +130,7 @@ def _resolve_at_trace_time(
     return _resolve(op, device, requested, too_wide, first)
 
 
-# What torch.compiler.assume_constant_result does, without its import of torch's compiler, which takes as long as torch's.
+# What torch.compiler.assume_constant_result does, which would import torch's compiler, in as long as all of torch.
 _resolve_at_trace_time._dynamo_marked_constant = True
 
 
@@ -142,6 +142,8 @@ def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, fir
     """
     # While torch.compile traces, a width may be a symbol: every limit asked for becomes a guard, and a width put into
     # words would compile anew for every width.
+    if not width:
+        return _resolve_at_trace_time(op, device, _requested, (), first)
     candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
     too_wide = tuple(name for name in candidates if _is_too_wide(op, name, width, itemsize))
     chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first)

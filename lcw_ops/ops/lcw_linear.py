@@ -19,9 +19,9 @@ ADJOINT = "lcw_weight_backward"
 LINEAR = "lcw_linear"
 LINEAR_BACKWARD = "lcw_linear_backward"
 
-# Samples up to which our own kernel multiplies, reading the weight once; beyond, the vendor's matmul: on a CPU inside
-# the op, on a GPU after the constraint.
-FEW_ROWS, FUSED_ROWS = 16, 64
+# Samples up to which the GPU's kernel multiplies, reading the weight once; beyond, the vendor's matmul after the
+# constraint. On a CPU the op itself chooses.
+FUSED_ROWS = 64
 
 
 def _out_shape(tensor: Tensor, grow: int) -> tuple:
@@ -36,7 +36,7 @@ def _adjoint_fake(grad_output, basis):
     return grad_output.new_empty(_out_shape(grad_output, -1) if basis else grad_output.shape)
 
 
-def _linear_backward_fake(grad_output, x, weight, basis, vendor, needs_x, needs_weight, needs_bias):
+def _linear_backward_fake(grad_output, x, weight, basis, needs_x, needs_weight, needs_bias):
     shapes = (
         x.shape if needs_x else (0,),
         weight.shape if needs_weight else (0,),
@@ -57,14 +57,13 @@ for _name, _argument, _fake in ((NAME, "weight", _weight_fake), (ADJOINT, "grad_
     )
 _library.declare(
     LINEAR,
-    "(Tensor x, Tensor weight, Tensor? bias, bool basis, bool vendor) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, bool basis) -> Tensor",
     backends=("cpp", "triton"),
-    fake=lambda x, weight, bias, basis, vendor: x.new_empty((x.shape[0], weight.shape[0])),
+    fake=lambda x, weight, bias, basis: x.new_empty((x.shape[0], weight.shape[0])),
 )
 _library.declare(
     LINEAR_BACKWARD,
-    "(Tensor grad_output, Tensor x, Tensor weight, bool basis, bool vendor, bool needs_x, bool needs_weight, "
-    "bool needs_bias)"
+    "(Tensor grad_output, Tensor x, Tensor weight, bool basis, bool needs_x, bool needs_weight, bool needs_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     backends=("cpp",),
     fake=_linear_backward_fake,
@@ -78,8 +77,11 @@ def _in_triton(name: str) -> Callable:
 
 _library.implement(NAME, "triton", _in_triton(NAME))
 _library.implement(ADJOINT, "triton", _in_triton(ADJOINT))
-_library.implement(LINEAR, "triton", lambda x, weight, bias, basis, _: _in_triton(LINEAR)(x, weight, bias, basis))
+_library.implement(LINEAR, "triton", _in_triton(LINEAR))
 _backends.IMPLEMENTED[NAME] = ("cpp", "triton")
+
+_linear = {backend: _library.get_overload(LINEAR, backend) for backend in ("cpp", "triton")}
+_linear_backward = _library.get_overload(LINEAR_BACKWARD, "cpp")
 
 
 class ConstrainedWeight(Function):
@@ -155,17 +157,16 @@ def project(x: Tensor, basis: bool, backend: str) -> Tensor:
 
 
 class FusedLinear(Function):
-    """(x (M, m), weight, bias, basis, vendor, backend): the layer in one op, its gradients in another or in matmuls."""
+    """(x (M, m), weight, bias, basis, backend): the layer in one op, its gradients in another or in matmuls.
+
+    ``forward`` takes the context itself: a ``setup_context``, which only torch.func needs, costs tens of microseconds.
+    """
 
     @staticmethod
-    def forward(x, weight, bias, basis, vendor, backend):
-        return _library.get_overload(LINEAR, backend)(x, weight, bias, basis, vendor)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, ctx.basis, ctx.vendor, ctx.backend = inputs
+    def forward(ctx, x, weight, bias, basis, backend):
         ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
+        ctx.basis, ctx.backend = basis, backend
+        return _linear[backend](x, weight, bias, basis)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -173,16 +174,27 @@ class FusedLinear(Function):
         needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
         # With a graph the gradients are made of what can be differentiated again.
         if ctx.backend == "cpp" and not torch.is_grad_enabled():
-            backward = _library.get_overload(LINEAR_BACKWARD, "cpp")
-            gradients = backward(grad_output, x, weight, ctx.basis, ctx.vendor, *needs)
-            return *(one if needed else None for one, needed in zip(gradients, needs, strict=True)), None, None, None
-        grad_x = embed(grad_output @ weight, ctx.basis, ctx.backend) if needs_x else None
-        grad_weight = grad_output.mT @ project(x, ctx.basis, ctx.backend) if needs_weight else None
-        return grad_x, grad_weight, grad_output.sum(0) if needs_bias else None, None, None, None
+            grad_x, grad_weight, grad_bias = _linear_backward(grad_output, x, weight, ctx.basis, *needs)
+        else:
+            grad_x = embed(grad_output @ weight, ctx.basis, ctx.backend) if needs_x else None
+            grad_weight = grad_output.mT @ project(x, ctx.basis, ctx.backend) if needs_weight else None
+            grad_bias = grad_output.sum(0) if needs_bias else None
+        return (
+            grad_x if needs_x else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            None,
+            None,
+        )
 
 
 class FusedLinearForwardMode(FusedLinear):
-    """The same with forward-mode derivatives."""
+    """The same with forward-mode derivatives, which torch.compile does not trace."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, basis, backend):
+        ctx.save_for_forward(x, weight)
+        return FusedLinear.forward(ctx, x, weight, bias, basis, backend)
 
     @staticmethod
     def jvp(ctx, x_tangent, weight_tangent, bias_tangent, *_):
@@ -195,29 +207,18 @@ class FusedLinearForwardMode(FusedLinear):
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, backend: str) -> Tensor:
     """(..., m) -> (..., n)."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    vendor = backend == "cpp" and rows.shape[0] > FEW_ROWS and x.dtype not in _SLOW_MATMULS
-    arguments = rows, weight, bias, basis, vendor
     # Forward-mode derivatives are made under no_grad too.
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        result = _library.apply(FusedLinear, FusedLinearForwardMode, *arguments, backend)
+    if forward_ad._current_level >= 0:
+        result = FusedLinearForwardMode.apply(rows, weight, bias, basis, backend)
+    elif torch.is_grad_enabled():
+        result = FusedLinear.apply(rows, weight, bias, basis, backend)
     else:
-        result = _library.get_overload(LINEAR, backend)(*arguments)
+        result = _linear[backend](rows, weight, bias, basis)
     return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])
 
 
-def is_fused(rows: int, backend: str) -> bool:
+def is_fused(x: Tensor, backend: str) -> bool:
     """Whether one op runs the layer. Not under torch.func, whose transforms matmuls have rules for."""
-    return (backend == "cpp" or rows <= FUSED_ROWS) and not torch._C._are_functorch_transforms_active()
-
-
-def _slow_matmuls() -> frozenset[torch.dtype]:
-    """16 bits on processors without instructions for them, where torch's matmul runs at a tenth of float32's rate."""
-    mkldnn = torch.ops.mkldnn
-    fast = {
-        torch.bfloat16: hasattr(mkldnn, "_is_mkldnn_bf16_supported") and mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: hasattr(mkldnn, "_is_mkldnn_fp16_supported") and mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return frozenset(dtype for dtype, supported in fast.items() if not supported)
-
-
-_SLOW_MATMULS = _slow_matmuls()
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return backend == "cpp" or x.numel() <= FUSED_ROWS * x.shape[-1]

@@ -79,13 +79,20 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     check_shape("activation_shift", "x", x, x.numel() > 0, "at least one sample and feature")
     mean_activation = x.to(dtype).reshape(-1, x.shape[-1]).mean(dim=0)
     shift = F.linear(mean_activation, weight.to(dtype), None if bias is None else bias.to(dtype))
-    w, mu = weight.to(dtype), mean_activation
+    # The angle does not depend on the lengths; of numbers around 1 their squares neither overflow nor vanish.
+    w, mu = _with_largest_1(weight.to(dtype)), _with_largest_1(mean_activation)
     w_length, mu_length = w.norm(dim=1, keepdim=True), mu.norm()
     # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(w.mu) loses near 0 and pi; scaled by both
     # lengths it needs no division.
     angle = 2 * torch.atan2((w * mu_length - mu * w_length).norm(dim=1), (w * mu_length + mu * w_length).norm(dim=1))
     no_direction = (w_length * mu_length).squeeze(1) == 0
     return shift.to(x.dtype), angle.masked_fill(no_direction, math.pi / 2).to(x.dtype)
+
+
+def _with_largest_1(vectors: Tensor) -> Tensor:
+    """Each divided by its largest magnitude, as by a constant; a zero vector stays one."""
+    largest = vectors.detach().abs().amax(dim=-1, keepdim=True)
+    return vectors / torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def _check_linear_shapes(function: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,0 +1,33 @@
+// Who multiplies a layer's matrices: our own kernels or torch's matmul, whichever is the faster here.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace lcw_ops {
+
+enum class Multiplier { own, torch };
+
+// The products of `samples` rows with a weight of n by m, which is multiplied with, or whose gradient is made.
+enum class Pass { forward, grad_input, grad_weight };
+struct LayerSize {
+  int64_t samples, n, m;
+};
+
+// LCW_OPS_MATMUL=own or torch is the answer where it is set. Otherwise it is measured: once per processor, number of
+// threads, weight, and samples as a power of two, on such a product; `prepare` makes one and returns what carries it out.
+// torch keeps it unless ours takes a twentieth less. The answer is kept in memory, and in a file, so that the next run
+// of a program gives the same bits.
+using Trial = std::function<void(Multiplier)>;
+Multiplier choose_multiplier(
+    Pass pass, torch::headeronly::ScalarType type, LayerSize size, const std::function<Trial(LayerSize)>& prepare);
+
+// torch's x w^T + bias, for x (M, m) and w (n, m) of any strides.
+torch::stable::Tensor linear(
+    const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
+    const std::optional<torch::stable::Tensor>& bias = std::nullopt);
+
+}  // namespace lcw_ops

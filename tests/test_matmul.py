@@ -1,0 +1,156 @@
+"""Who multiplies a layer's matrices on a CPU: what is asked for, or what was measured once and is kept in a file."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import lcw_ops
+from lcw_ops import functional as F
+
+pytestmark = pytest.mark.skipif(
+    not lcw_ops.ops._library.is_implemented("lcw_linear", "cpp"), reason="the C++ extension is not built"
+)
+
+# A layer that nobody else's tests have: whoever measures first would have the answer.
+SAMPLES, UNITS, INPUTS = 24, 67, 61
+
+# Prints the bits of a layer's result and gradients.
+PROGRAM = f"""
+import sys, torch
+from lcw_ops import functional as F
+torch.manual_seed(0)
+x, weight = torch.randn({SAMPLES}, {INPUTS}, requires_grad=True), torch.randn({UNITS}, {INPUTS}, requires_grad=True)
+torch.set_num_threads(1)
+output = F.lcw_linear(x, weight)
+tensors = output, *torch.autograd.grad(output, (x, weight), torch.randn({SAMPLES}, {UNITS}))
+print(torch.cat([tensor.detach().flatten() for tensor in tensors]).view(torch.int32).tolist())
+"""
+
+
+MULTIPLIERS = ("own", "torch")
+
+
+def run_all(*environments, program=PROGRAM):
+    """What the program prints in each environment, in processes side by side."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+        )
+        for environment in environments
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started)
+    return printed
+
+
+def layer(samples=SAMPLES, units=UNITS, inputs=INPUTS, dtype=torch.float32):
+    x = torch.randn(samples, inputs, dtype=dtype, requires_grad=True)
+    weight = torch.randn(units, inputs, dtype=dtype, requires_grad=True)
+    output = F.lcw_linear(x, weight)
+    return output.detach(), *torch.autograd.grad(output, (x, weight), torch.ones_like(output))
+
+
+def read(folder):
+    (file,) = folder.iterdir()
+    return file, [line.split() for line in file.read_text().splitlines()]
+
+
+def test_an_unknown_name_is_refused(monkeypatch):
+    monkeypatch.setenv("LCW_OPS_MATMUL", "mkl")
+    with pytest.raises(RuntimeError, match="LCW_OPS_MATMUL=mkl: expected own or torch"):
+        layer()
+
+
+def test_an_empty_name_is_no_request(monkeypatch):
+    monkeypatch.setenv("LCW_OPS_MATMUL", "")
+    assert all(tensor.isfinite().all() for tensor in layer())
+
+
+def test_the_file_keeps_what_was_measured_and_is_believed(tmp_path):
+    folder = tmp_path / "cache"
+    environments = [{"LCW_OPS_MATMUL": name} for name in MULTIPLIERS]
+    first, *bits = run_all({"LCW_OPS_CACHE_DIR": str(folder)}, *environments)
+    assert len(set(bits)) > 1, "sums in different orders"
+    file, answers = read(folder)
+    # One line per pass: its name, the dtype, threads, samples as a power of two, the weight, the answer.
+    assert [answer[0] for answer in answers] == ["forward", "grad_input", "grad_weight"]
+    for answer in answers:
+        assert answer[2:6] == ["1", "32", str(UNITS), str(INPUTS)]
+        assert answer[6] in MULTIPLIERS
+
+    # Other answers in another's place; of two for one question, which processes may find at the same time, the first
+    # counts; what is no answer is passed over.
+    def lines(name):
+        return "".join(" ".join([*answer[:6], name]) + "\n" for answer in answers)
+
+    broken = "forward\n\nforward 6 1 32 x\nforward 6 1 32 67 61 fastest\nforward 6 1 32 67 61 own more\n"
+    environments = [{"LCW_OPS_CACHE_DIR": str(folder)}]
+    for name, other in zip(MULTIPLIERS, MULTIPLIERS[1:] + MULTIPLIERS[:1], strict=True):
+        (tmp_path / name).mkdir()
+        text = broken + "nothing 6 1 32 67 61 torch\n" + lines(name) + lines(other)
+        (tmp_path / name / file.name).write_text(text)
+        environments.append({"LCW_OPS_CACHE_DIR": str(tmp_path / name)})
+    assert run_all(*environments) == [first, *bits]
+    assert read(folder) == (file, answers)
+
+
+def test_where_the_file_is(tmp_path):
+    """In a folder that is made, in the usual places, or nowhere."""
+    home, no_home, caches, blocked = (tmp_path / name for name in ("home", "no_home", "caches", "blocked"))
+    home.mkdir(), no_home.mkdir(), blocked.touch()
+    # Three samples are another question than 24, none are no question, and 30 are the same.
+    program = (
+        "import os\nif os.environ['LCW_OPS_CACHE_DIR'] == 'usual': del os.environ['LCW_OPS_CACHE_DIR']\n" + PROGRAM
+    )
+    program += "".join(f"F.lcw_linear(torch.randn({count}, {INPUTS}), weight)\n" for count in (3, 0, 30))
+    run_all(
+        {"LCW_OPS_CACHE_DIR": "usual", "HOME": str(home), "XDG_CACHE_HOME": ""},
+        {"LCW_OPS_CACHE_DIR": "usual", "HOME": str(no_home), "XDG_CACHE_HOME": str(caches)},
+        {"LCW_OPS_CACHE_DIR": "", "HOME": str(no_home), "XDG_CACHE_HOME": ""},
+        {"LCW_OPS_CACHE_DIR": str(blocked / "folder")},
+        program=program,
+    )
+    assert list(no_home.iterdir()) == []
+    for folder in (home / ".cache" / "lcw_ops", caches / "lcw_ops"):
+        _, answers = read(folder)
+        passes = [(answer[0], answer[3]) for answer in answers]
+        assert passes == [("forward", "32"), ("grad_input", "32"), ("grad_weight", "32"), ("forward", "4")]
+
+
+def test_threads_that_ask_at_once():
+    results, errors = [], []
+
+    def work(units):
+        try:
+            results.append(all(tensor.isfinite().all() for tensor in layer(units=units)))
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(71 + index % 3,)) for index in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not errors
+    assert results == [True] * 6
+
+
+def test_a_large_weight_is_not_measured_whole():
+    """Of 400 MB: a product of 4096 by 4096 stands for it."""
+    weight = torch.ones(1, 1).expand(10_000, 10_000)
+    output = F.lcw_linear(torch.ones(1, 10_000), weight)
+    assert torch.equal(output, torch.zeros(1, 10_000))
+
+
+@pytest.mark.parametrize("name", MULTIPLIERS)
+def test_the_ops_take_no_part_in_autograd(monkeypatch, name):
+    """Called directly, past ``functional``: torch's warning instead of half a graph."""
+    monkeypatch.setenv("LCW_OPS_MATMUL", name)
+    x, weight = torch.randn(20, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    output = torch.ops.lcw_ops.lcw_linear.cpp(x, weight, None, False)
+    assert "NotImplemented" in output.grad_fn.name()
+    assert torch.is_grad_enabled()
