@@ -240,6 +240,11 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     pass over x or over the weight, whichever is smaller: <B v, x> = <v, B^T x>. Rounding errors are therefore relative
     to |w| |x - mean(x)| or to |w - mean(w)| |x|. Under autocast it is laid on the weight, before that is rounded.
 
+    On a CPU our own kernels or torch's matmul multiply, whichever took less time when a layer of such a size was first
+    met. The answers are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that the next run gives the same
+    bits; ``LCW_OPS_MATMUL=own`` or ``torch`` is the answer without measuring. Under
+    ``torch.use_deterministic_algorithms`` nothing is measured: up to 16 samples are ours.
+
     Args:
         x: (..., m). float32, float64, bfloat16 or float16.
         weight: (n, m), or (n, m - 1) with ``basis``; x's dtype, or under autocast any.

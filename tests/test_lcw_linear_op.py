@@ -621,10 +621,10 @@ def test_opcheck_of_the_layer(basis):
     for rows, n, m, dtype in [(4, 6, 5, torch.float32), (9, 6, 5, torch.bfloat16), (0, 3, 2, torch.float32)]:
         arguments, grad_output = draw(rows, n, m, dtype, basis)
         x, weight, bias = arguments.values()
-        torch.library.opcheck(torch.ops.lcw_ops.lcw_linear.cpp, (x, weight, bias, basis))
+        torch.library.opcheck(torch.ops.lcw_ops.lcw_linear.cpp, (x, weight, bias, basis, False))
         needs = (True, rows != 4, True)
         backward = torch.ops.lcw_ops.lcw_linear_backward.cpp
-        torch.library.opcheck(backward, (grad_output, x, weight, basis, *needs))
+        torch.library.opcheck(backward, (grad_output, x, weight, basis, False, *needs))
 
 
 def test_opcheck_of_the_fingerprint():

@@ -34,6 +34,12 @@ print(torch.cat([tensor.detach().flatten() for tensor in tensors]).view(torch.in
 MULTIPLIERS = ("own", "torch")
 
 
+@pytest.fixture(autouse=True)
+def _measured():
+    """Not in torch's deterministic mode, in which nothing is."""
+    torch.use_deterministic_algorithms(False)
+
+
 def run_all(*environments, program=PROGRAM):
     """What the program prints in each environment, in processes side by side."""
     started = [
@@ -121,6 +127,22 @@ def test_where_the_file_is(tmp_path):
         assert passes == [("forward", "32"), ("grad_input", "32"), ("grad_weight", "32"), ("forward", "4")]
 
 
+@pytest.mark.parametrize(("samples", "name"), [(16, "own"), (17, "torch")])
+def test_in_deterministic_mode_nothing_is_measured(monkeypatch, samples, name):
+    def bits():
+        torch.manual_seed(0)
+        return layer(samples, 300, 1000)
+
+    torch.use_deterministic_algorithms(True)
+    by_rule = bits()
+    results = {}
+    for multiplier in MULTIPLIERS:
+        monkeypatch.setenv("LCW_OPS_MATMUL", multiplier)
+        results[multiplier] = bits()
+    assert any(not torch.equal(*pair) for pair in zip(*results.values(), strict=True)), "sums in different orders"
+    assert all(torch.equal(*pair) for pair in zip(by_rule, results[name], strict=True))
+
+
 def test_threads_that_ask_at_once():
     results, errors = [], []
 
@@ -151,6 +173,6 @@ def test_the_ops_take_no_part_in_autograd(monkeypatch, name):
     """Called directly, past ``functional``: torch's warning instead of half a graph."""
     monkeypatch.setenv("LCW_OPS_MATMUL", name)
     x, weight = torch.randn(20, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    output = torch.ops.lcw_ops.lcw_linear.cpp(x, weight, None, False)
+    output = torch.ops.lcw_ops.lcw_linear.cpp(x, weight, None, False, False)
     assert "NotImplemented" in output.grad_fn.name()
     assert torch.is_grad_enabled()

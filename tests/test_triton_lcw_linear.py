@@ -346,7 +346,7 @@ def test_opcheck(basis, device):
     x, weight, bias = normal(2, 5, device=device), normal(3, 5 - basis, device=device), normal(3, device=device)
     torch.library.opcheck(overload(op.NAME), (weight, basis))
     torch.library.opcheck(overload(op.ADJOINT), (normal(3, 5, device=device), basis))
-    torch.library.opcheck(overload(op.LINEAR), (x, weight, bias, basis))
+    torch.library.opcheck(overload(op.LINEAR), (x, weight, bias, basis, False))
     torch.library.opcheck(overload(op.LINEAR), (x, weight, None, basis, False))
 
 

@@ -461,29 +461,29 @@ Tensor make_operand(ScalarType type, int64_t rows, int64_t columns) {
   return tensor;
 }
 
-Multiplier choose_forward(ScalarType type, LayerSize size) {
-  return choose_multiplier(Pass::forward, type, size, [=](LayerSize like) -> Trial {
+Multiplier choose_forward(ScalarType type, LayerSize size, bool deterministic) {
+  return choose_multiplier(Pass::forward, type, size, deterministic, [=](LayerSize like) -> Trial {
     const Tensor x = make_operand(type, like.samples, like.m), weight = make_operand(type, like.n, like.m);
     return [=](Multiplier by) { forward(by, x, weight, std::nullopt, false); };
   });
 }
 
-Multiplier choose_grad_input(ScalarType type, LayerSize size) {
-  return choose_multiplier(Pass::grad_input, type, size, [=](LayerSize like) -> Trial {
+Multiplier choose_grad_input(ScalarType type, LayerSize size, bool deterministic) {
+  return choose_multiplier(Pass::grad_input, type, size, deterministic, [=](LayerSize like) -> Trial {
     const Tensor grad = make_operand(type, like.samples, like.n), weight = make_operand(type, like.n, like.m);
     return [=](Multiplier by) { grad_input(by, grad, weight, false); };
   });
 }
 
-Multiplier choose_grad_weight(ScalarType type, LayerSize size) {
-  return choose_multiplier(Pass::grad_weight, type, size, [=](LayerSize like) -> Trial {
+Multiplier choose_grad_weight(ScalarType type, LayerSize size, bool deterministic) {
+  return choose_multiplier(Pass::grad_weight, type, size, deterministic, [=](LayerSize like) -> Trial {
     const Tensor grad = make_operand(type, like.samples, like.n), x = make_operand(type, like.samples, like.m);
     return [=](Multiplier by) { grad_weight(by, grad, x, false); };
   });
 }
 
 // y = x w^T + b
-Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis) {
+Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis, bool deterministic) {
   check_layer(x, weight, basis);
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
   STD_TORCH_CHECK(
@@ -493,12 +493,13 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
   // The weight of a layer without inputs has nothing to constrain.
   const bool is_empty = samples == 0 || n == 0 || m == 0;
   if (is_empty) return linear(stable::new_zeros(x, {samples, m}), weight, bias);
-  return forward(choose_forward(x.scalar_type(), {samples, n, m}), x, weight, bias, basis);
+  return forward(choose_forward(x.scalar_type(), {samples, n, m}, deterministic), x, weight, bias, basis);
 }
 
 // The gradients of x, weight and bias; an empty tensor for one that nobody needs.
 std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
-    Tensor grad_output, Tensor x, Tensor weight, bool basis, bool needs_x, bool needs_weight, bool needs_bias) {
+    Tensor grad_output, Tensor x, Tensor weight, bool basis, bool deterministic, bool needs_x, bool needs_weight,
+    bool needs_bias) {
   check_layer(x, weight, basis);
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
   STD_TORCH_CHECK(
@@ -515,10 +516,10 @@ std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
   const LayerSize size{samples, n, m};
   const Tensor grad_x = is_empty || !needs_x
       ? nothing(needs_x, x)
-      : grad_input(choose_grad_input(type, size), grad_output, weight, basis);
+      : grad_input(choose_grad_input(type, size, deterministic), grad_output, weight, basis);
   const Tensor grad_w = is_empty || !needs_weight
       ? nothing(needs_weight, weight)
-      : grad_weight(choose_grad_weight(type, size), grad_output, x, basis);
+      : grad_weight(choose_grad_weight(type, size, deterministic), grad_output, x, basis);
   Tensor grad_bias = stable::new_empty(weight, {needs_bias ? n : 0});
   with_elements(x, [&](auto element) {
     using E = decltype(element);

@@ -17,13 +17,15 @@ struct LayerSize {
   int64_t samples, n, m;
 };
 
-// LCW_OPS_MATMUL=own or torch is the answer where it is set. Otherwise it is measured: once per processor, number of
+// LCW_OPS_MATMUL=own or torch is the answer where it is set; `deterministic`, up to 16 samples are ours, where reading
+// the weight is what takes the time. Otherwise it is measured: once per processor, number of
 // threads, weight, and samples as a power of two, on such a product; `prepare` makes one and returns what carries it out.
 // torch keeps it unless ours takes a twentieth less. The answer is kept in memory, and in a file, so that the next run
 // of a program gives the same bits.
 using Trial = std::function<void(Multiplier)>;
 Multiplier choose_multiplier(
-    Pass pass, torch::headeronly::ScalarType type, LayerSize size, const std::function<Trial(LayerSize)>& prepare);
+    Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic,
+    const std::function<Trial(LayerSize)>& prepare);
 
 // torch's x w^T + bias, for x (M, m) and w (n, m) of any strides.
 torch::stable::Tensor linear(

@@ -36,7 +36,7 @@ def _adjoint_fake(grad_output, basis):
     return grad_output.new_empty(_out_shape(grad_output, -1) if basis else grad_output.shape)
 
 
-def _linear_backward_fake(grad_output, x, weight, basis, needs_x, needs_weight, needs_bias):
+def _linear_backward_fake(grad_output, x, weight, basis, deterministic, needs_x, needs_weight, needs_bias):
     shapes = (
         x.shape if needs_x else (0,),
         weight.shape if needs_weight else (0,),
@@ -57,13 +57,14 @@ for _name, _argument, _fake in ((NAME, "weight", _weight_fake), (ADJOINT, "grad_
     )
 _library.declare(
     LINEAR,
-    "(Tensor x, Tensor weight, Tensor? bias, bool basis) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, bool basis, bool deterministic) -> Tensor",
     backends=("cpp", "triton"),
-    fake=lambda x, weight, bias, basis: x.new_empty((x.shape[0], weight.shape[0])),
+    fake=lambda x, weight, bias, basis, deterministic: x.new_empty((x.shape[0], weight.shape[0])),
 )
 _library.declare(
     LINEAR_BACKWARD,
-    "(Tensor grad_output, Tensor x, Tensor weight, bool basis, bool needs_x, bool needs_weight, bool needs_bias)"
+    "(Tensor grad_output, Tensor x, Tensor weight, bool basis, bool deterministic, bool needs_x, bool needs_weight, "
+    "bool needs_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     backends=("cpp",),
     fake=_linear_backward_fake,
@@ -77,11 +78,13 @@ def _in_triton(name: str) -> Callable:
 
 _library.implement(NAME, "triton", _in_triton(NAME))
 _library.implement(ADJOINT, "triton", _in_triton(ADJOINT))
-_library.implement(LINEAR, "triton", _in_triton(LINEAR))
+_library.implement(LINEAR, "triton", lambda x, weight, bias, basis, _: _in_triton(LINEAR)(x, weight, bias, basis))
 _backends.IMPLEMENTED[NAME] = ("cpp", "triton")
 
 _linear = {backend: _library.get_overload(LINEAR, backend) for backend in ("cpp", "triton")}
 _linear_backward = _library.get_overload(LINEAR_BACKWARD, "cpp")
+# Who multiplies on a CPU then follows from the sizes: whoever is measured faster may be another in the next process.
+_is_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 class ConstrainedWeight(Function):
@@ -166,7 +169,7 @@ class FusedLinear(Function):
     def forward(ctx, x, weight, bias, basis, backend):
         ctx.save_for_backward(x, weight)
         ctx.basis, ctx.backend = basis, backend
-        return _linear[backend](x, weight, bias, basis)
+        return _linear[backend](x, weight, bias, basis, _is_deterministic())
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -174,7 +177,9 @@ class FusedLinear(Function):
         needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
         # With a graph the gradients are made of what can be differentiated again.
         if ctx.backend == "cpp" and not torch.is_grad_enabled():
-            grad_x, grad_weight, grad_bias = _linear_backward(grad_output, x, weight, ctx.basis, *needs)
+            grad_x, grad_weight, grad_bias = _linear_backward(
+                grad_output, x, weight, ctx.basis, _is_deterministic(), *needs
+            )
         else:
             grad_x = embed(grad_output @ weight, ctx.basis, ctx.backend) if needs_x else None
             grad_weight = grad_output.mT @ project(x, ctx.basis, ctx.backend) if needs_weight else None
@@ -213,7 +218,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
     elif torch.is_grad_enabled():
         result = FusedLinear.apply(rows, weight, bias, basis, backend)
     else:
-        result = _linear[backend](rows, weight, bias, basis)
+        result = _linear[backend](rows, weight, bias, basis, _is_deterministic())
     return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])
 
 
