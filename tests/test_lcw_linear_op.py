@@ -954,6 +954,18 @@ if IN_SUBPROCESS:
                 assert torch.ops.lcw_ops.lcw_weight_backward.cpp(guarded, basis).isfinite().all()
             assert content.fingerprint(guarded) == content.fingerprint(weight)
 
+    @pytest.mark.parametrize("flush", ["front", "back"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_no_product_reads_beyond_its_arguments(monkeypatch, flush, dtype):
+        monkeypatch.setenv("LCW_OPS_MATMUL", "own")
+        backward = torch.ops.lcw_ops.lcw_linear_backward.cpp
+        for rows, n, m in [(1, 1, 1), (3, 5, 17), (8, 24, 64), (11, 7, 33), (17, 3, 16), (65, 7, 31), (70, 26, 15)]:
+            arguments, grad_output = draw(rows, n, m, dtype, False)
+            x, weight, bias, grad = (between_guards(t, flush) for t in (*arguments.values(), grad_output))
+            assert torch.ops.lcw_ops.lcw_linear.cpp(x, weight, bias, False, False).isfinite().all()
+            for gradient in backward(grad, x, weight, False, False, True, True, True):
+                assert gradient.isfinite().all()
+
     def test_print_a_fingerprint():
         print("fingerprint", content.fingerprint(torch.arange(100_003, dtype=torch.int32)))
 
@@ -973,7 +985,9 @@ def test_every_instruction_set(capability):
         if capability == "fastest"
         else " or weights_of_every_rank or every_byte or (small_layers and own and True and not float16)"
     )
-    printed = in_a_process("nothing_but_the_arguments or print_a_fingerprint" + more, __file__, **environment)
+    printed = in_a_process(
+        "nothing_but_the_arguments or beyond_its_arguments or print_a_fingerprint" + more, __file__, **environment
+    )
     here = content.fingerprint(torch.arange(100_003, dtype=torch.int32))
     assert f"fingerprint {here}\n" in printed
 

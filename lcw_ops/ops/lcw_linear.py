@@ -216,7 +216,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
     if forward_ad._current_level >= 0:
         result = FusedLinearForwardMode.apply(rows, weight, bias, basis, backend)
     elif torch.is_grad_enabled():
-        result = FusedLinear.apply(rows, weight, bias, basis, backend)
+        result = _library.apply(FusedLinear, FusedLinear, rows, weight, bias, basis, backend)
     else:
         result = _linear[backend](rows, weight, bias, basis, _is_deterministic())
     return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])
