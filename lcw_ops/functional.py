@@ -222,6 +222,7 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
         ValueError: fewer than 2 dimensions; with ``basis``, other than 2.
     """
     _checks.accumulation_dtype("lcw_weight", weight=weight)
+    _checks.check_dense("lcw_weight", weight=weight)
     if basis:
         right, expected, remedy = weight.dim() == 2, "(n, m-1)", "Flatten a filter to one row first."
     else:
@@ -238,12 +239,13 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
     A constant added to all features of a sample changes nothing. Source: as :func:`lcw_weight`. The constraint costs a
     pass over x or over the weight, whichever is smaller: <B v, x> = <v, B^T x>. Rounding errors are therefore relative
-    to |w| |x - mean(x)| or to |w - mean(w)| |x|. Under autocast it is laid on the weight, before that is rounded.
+    to |w| |x - mean(x)| or to |w - mean(w)| |x|, those of x's gradient to |grad| |w| or to |grad| |w - mean(w)|. Under
+    autocast it is laid on the weight, before that is rounded.
 
     On a CPU our own kernels or torch's matmul multiply, whichever took less time when a layer of such a size was first
-    met. The answers are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that the next run gives the same
-    bits; ``LCW_OPS_MATMUL=own`` or ``torch`` is the answer without measuring. Under
-    ``torch.use_deterministic_algorithms`` nothing is measured: up to 16 samples are ours.
+    met. The answers are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that later runs give the same bits;
+    ``LCW_OPS_MATMUL=own`` or ``torch`` is the answer without measuring. Under ``torch.use_deterministic_algorithms``
+    nothing is measured: up to 16 samples are ours.
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16.
@@ -255,7 +257,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
         (..., n), of x's dtype (under autocast: autocast's).
 
     Raises:
-        TypeError: dtypes that are not floating or differ; tensors on different devices.
+        TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
         ValueError: shapes that do not fit.
     """
     if _is_plain_call(x, weight, bias):
@@ -305,6 +307,9 @@ def _check_lcw_linear(x, weight, bias, basis) -> bool:
         if weight is None:
             _checks.accumulation_dtype(op, weight=weight)
         _checks.accumulation_dtype(op, x=x, weight=weight, bias=bias)
+    _checks.check_dense(op, x=x, weight=weight, bias=bias)
+    if not isinstance(basis, int):
+        raise TypeError(f"{op}: basis is a {type(basis).__name__}; expected True or False.")
     _checks.check_devices(op, x=x, weight=weight, bias=bias)
     if weight.dim() != 2:
         expected = "(n, m-1)" if basis else "(n, m)"

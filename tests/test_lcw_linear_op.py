@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager, hostile_layouts
 from sanitize.harness import EAGER_WITHOUT_FMA
 from test_orthogonal_filter_proof import IN_SUBPROCESS, between_guards, in_a_process
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -1198,3 +1199,68 @@ def test_vmap_over_any_dimension_of_filters(in_dim, shape):
     weight = torch.randn(shape)
     expected = torch.stack([F.lcw_weight(one) for one in weight.unbind(in_dim)])
     torch.testing.assert_close(torch.vmap(F.lcw_weight, in_dims=in_dim)(weight), expected)
+
+
+def test_forward_over_reverse_without_a_graph():
+    """The backward pass hands tangents on."""
+    x, weight = normal(5, 6, dtype=torch.float64).requires_grad_(), normal(4, 6, dtype=torch.float64).requires_grad_()
+    tangent = normal(5, 6, dtype=torch.float64)
+    found = []
+    for layer in (F.lcw_linear, plain_linear):
+        with forward_ad.dual_level():
+            output = layer(forward_ad.make_dual(x, tangent), weight)
+            gradients = torch.autograd.grad((output**3).sum(), (x, weight))
+            found.append([forward_ad.unpack_dual(gradient).tangent for gradient in gradients])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.usefixtures("every_multiplier")
+def test_backward_under_autocast_is_in_the_digits_of_forward():
+    arguments, grad_output = draw(40, 30, 20, torch.float32, False)
+    expected = evaluate(F.lcw_linear, arguments, grad_output)
+    leaves = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
+    output = F.lcw_linear(**leaves)
+    with torch.autocast("cpu"):
+        gradients = torch.autograd.grad(output, leaves.values(), grad_output)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        assert torch.equal(gradient, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        ((4, 5), (2, 3), None),
+        ((4, 5), (2, 5), (7,)),
+        ((4, 5), (2, 5, 1), None),
+        ((), (2, 5), None),
+    ],
+    ids=str,
+)
+def test_fake_tensors_are_checked_too(x, weight, bias):
+    with FakeTensorMode(), pytest.raises(ValueError, match="lcw_linear: "):
+        F.lcw_linear(torch.ones(x), torch.ones(weight), None if bias is None else torch.ones(bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 3)])
+def test_no_numbers_of_other_kinds(shape, dtype):
+    with pytest.raises(TypeError, match="expected float64, float32, bfloat16 or float16"):
+        F.lcw_linear(torch.ones(shape, dtype=dtype), torch.ones(2, 3, dtype=dtype))
+
+
+def test_sparse_and_nested_tensors_are_refused():
+    for sparse in (ONES(4, 3).to_sparse(), ONES(4, 3).to_sparse_csr()):
+        for arguments in ((sparse, ONES(2, 3)), (ONES(2, 3), sparse), (ONES(2, 3), ONES(4, 3), sparse)):
+            with pytest.raises(TypeError, match="is sparse_"):
+                F.lcw_linear(*arguments)
+        with pytest.raises(TypeError, match="weight is sparse_"):
+            F.lcw_weight(sparse)
+    nested = torch.nested.nested_tensor([ONES(2, 3), ONES(1, 3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="x is a nested tensor; expected a dense tensor"):
+        F.lcw_linear(nested, ONES(2, 3))
+
+
+def test_a_basis_is_true_or_false():
+    with pytest.raises(TypeError, match="basis is a str"):
+        F.lcw_linear(ONES(4, 3), ONES(2, 3), basis="x")

@@ -161,6 +161,35 @@ def test_threads_that_ask_at_once():
     assert results == [True] * 6
 
 
+def test_a_fork_while_another_thread_measures():
+    """The child has that thread's lock, but not the thread. In a process of one thread otherwise."""
+    program = """
+import os, threading, time, torch
+from lcw_ops import functional as F
+torch.set_num_threads(1)
+F.lcw_linear(torch.randn(3, 5), torch.randn(2, 5))
+work = threading.Thread(target=F.lcw_linear, args=[torch.randn(s, 1500, dtype=torch.float64) for s in (128, 1500)])
+work.start()
+time.sleep(0.05)
+measuring = work.is_alive()
+child = os.fork()
+if not child:
+    F.lcw_linear(torch.randn(3, 5), torch.randn(2, 5))
+    os._exit(7)
+for _ in range(200):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+    raise SystemExit("the child hangs")
+work.join()
+print(measuring, os.waitstatus_to_exitcode(status))
+"""
+    assert run_all({}, program=program) == ["True 7\n"]
+
+
 def test_a_large_weight_is_not_measured_whole():
     """Of 400 MB: a product of 4096 by 4096 stands for it."""
     weight = torch.ones(1, 1).expand(10_000, 10_000)

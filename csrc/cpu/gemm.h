@@ -32,8 +32,8 @@ struct Gemm {
   using Products = ProductsFor<Isa, T>;
   static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   static constexpr int64_t panel = 2 * lanes, tile_rows = Isa::accumulators / 2;
-  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of a nearest cache of 32 KB.
-  // 16 tiles of as many columns are about 96 KB, a fraction of the next one.
+  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of a nearest cache of 32
+  // KB. 16 tiles of as many columns are about 96 KB, a fraction of the next one.
   static constexpr int64_t block_depth = Isa::vector_bytes > 32 ? 192 : 256, block_rows = 16 * tile_rows;
 
   // Columns j, j + 1, ... of B, `count` <= panel of them, the others zero: out[k * panel + c].

@@ -351,6 +351,10 @@ const E* data(const Tensor& tensor) {
 }
 
 void check_layer(const Tensor& x, const Tensor& weight, bool basis) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "lcw_linear: float32, float64, bfloat16 or float16; call lcw_ops.functional.lcw_linear");
   STD_TORCH_CHECK(
       x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) + int64_t(basis) && x.is_cpu() &&
           weight.is_cpu() && x.scalar_type() == weight.scalar_type(),

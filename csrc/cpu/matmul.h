@@ -17,11 +17,10 @@ struct LayerSize {
   int64_t samples, n, m;
 };
 
-// LCW_OPS_MATMUL=own or torch is the answer where it is set; `deterministic`, up to 16 samples are ours, where reading
-// the weight is what takes the time. Otherwise it is measured: once per processor, number of
-// threads, weight, and samples as a power of two, on such a product; `prepare` makes one and returns what carries it out.
-// torch keeps it unless ours takes a twentieth less. The answer is kept in memory, and in a file, so that the next run
-// of a program gives the same bits.
+// LCW_OPS_MATMUL=own or torch is the answer where it is set. If `deterministic`, products of up to 16 samples are ours,
+// where reading the weight takes most of the time, and all others torch's. Otherwise it is measured, once per processor,
+// number of threads, size of the weight and power of two of samples: `prepare` makes such a product and returns what
+// carries it out. The answer is kept in memory, and in a file, so that the next run of a program gives the same bits.
 using Trial = std::function<void(Multiplier)>;
 Multiplier choose_multiplier(
     Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic,

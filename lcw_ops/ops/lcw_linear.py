@@ -36,6 +36,15 @@ def _adjoint_fake(grad_output, basis):
     return grad_output.new_empty(_out_shape(grad_output, -1) if basis else grad_output.shape)
 
 
+def _linear_fake(x, weight, bias, basis, deterministic):
+    # Whoever calls the op on fake tensors hears of what does not fit as the kernel's callers do.
+    fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] + basis and x.dtype == weight.dtype
+    torch._check(fits and x.is_floating_point(), lambda: "lcw_linear: x (M, m) and weight do not fit each other")
+    fits = bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0] and bias.dtype == x.dtype)
+    torch._check(fits, lambda: "lcw_linear: the bias does not fit")
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 def _linear_backward_fake(grad_output, x, weight, basis, deterministic, needs_x, needs_weight, needs_bias):
     shapes = (
         x.shape if needs_x else (0,),
@@ -59,7 +68,7 @@ _library.declare(
     LINEAR,
     "(Tensor x, Tensor weight, Tensor? bias, bool basis, bool deterministic) -> Tensor",
     backends=("cpp", "triton"),
-    fake=lambda x, weight, bias, basis, deterministic: x.new_empty((x.shape[0], weight.shape[0])),
+    fake=_linear_fake,
 )
 _library.declare(
     LINEAR_BACKWARD,
@@ -173,10 +182,14 @@ class FusedLinear(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        if torch.is_autocast_enabled("cpu"):
+            # The forward pass ran without: in its own digits.
+            with torch.autocast("cpu", enabled=False):
+                return FusedLinear.backward(ctx, grad_output)
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
-        # With a graph the gradients are made of what can be differentiated again.
-        if ctx.backend == "cpp" and not torch.is_grad_enabled():
+        # With a graph, or under forward mode, the gradients are made of what can be differentiated again.
+        if ctx.backend == "cpp" and not torch.is_grad_enabled() and forward_ad._current_level < 0:
             grad_x, grad_weight, grad_bias = _linear_backward(
                 grad_output, x, weight, ctx.basis, _is_deterministic(), *needs
             )

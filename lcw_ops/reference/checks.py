@@ -37,6 +37,14 @@ def accumulation_dtype(function: str, **tensors: Tensor | None) -> torch.dtype:
     return torch.promote_types(first.dtype, torch.float32)
 
 
+def check_dense(function: str, **tensors: Tensor | None) -> None:
+    """TypeError where an argument is sparse or nested. None is skipped."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested):
+            kind = "a nested tensor" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise TypeError(f"{function}: {argument} is {kind}; expected a dense tensor. Convert it first.")
+
+
 def check_devices(function: str, **tensors: Tensor | None) -> None:
     """TypeError where an argument is on another device than the first. None is skipped."""
     (first_argument, first), *others = tensors.items()
