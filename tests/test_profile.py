@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
+from lcw_ops.nn import LCWLinear, OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.ops import use_backend
 from lcw_ops.profile import bounds, files, jacobian, machine, main_job, plot, profile, spectral_norm_bound
 from lcw_ops.profile import orthogonal_filter as replay
@@ -240,6 +240,20 @@ def test_flops_do_not_depend_on_the_backend(filter):
     dense = filter == "haar"
     assert automatic.forward_flops == reference.forward_flops == product * (1 + dense) + ends
     assert automatic.backward_flops == product * (2 + dense) + 2 * 8 * (6 * 16 + 2 * 16 * 3)
+
+
+@pytest.mark.parametrize("samples", [3, 40])
+@pytest.mark.parametrize("basis", [False, True])
+def test_flops_of_an_lcw_layer_are_a_plain_layers(basis, samples):
+    layers = LCWLinear(6, 5, basis=basis), nn.Linear(6 - basis, 5)
+    lcw, plain = (
+        profile(
+            nn.Sequential(layer, nn.Linear(5, 3)), torch.randn(samples, features), repeats=1, matmul_rate=1.0
+        ).timing
+        for layer, features in zip(layers, (6, 6 - basis), strict=True)
+    )
+    assert lcw.forward_flops == plain.forward_flops
+    assert lcw.backward_flops == plain.backward_flops
 
 
 def test_flops_of_an_rnn_are_counted_once():

@@ -122,7 +122,8 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
 }
 
 // The layer by our own products: made for few samples, and for any number where no library is faster, as in 16 bits on
-// processors without such instructions. The matrices are in numbers of type T where they are computed with, E where they lie.
+// processors without such instructions. The matrices are in numbers of type T where they are computed with, and of type
+// E where they lie.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
@@ -353,7 +354,8 @@ const E* data(const Tensor& tensor) {
 void check_layer(const Tensor& x, const Tensor& weight, bool basis) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+          type == ScalarType::Half,
       "lcw_linear: float32, float64, bfloat16 or float16; call lcw_ops.functional.lcw_linear");
   STD_TORCH_CHECK(
       x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) + int64_t(basis) && x.is_cpu() &&

@@ -1,8 +1,8 @@
 // torch multiplies by the BLAS it was built with, mostly MKL, which reads a weight for few samples slowly, and on some
 // processors does not use all of their vectors: what is best differs from one to the next too much for a table.
 //
-// oneDNN, which torch brings as well, is not among the choices: its sums of 1024 numbers err up to four times as much as
-// torch's, and in parts short enough to be as exact it was slower.
+// oneDNN, which torch brings as well, is not among the choices: its sums of 1024 numbers err up to four times as much
+// as torch's, and in parts short enough to be as exact it was slower.
 
 #include "matmul.h"
 
@@ -170,8 +170,8 @@ class Answers {
     close(out);
   }
 
-  // In turns, the first of which does not count; the best is what nothing else disturbed. Our own has to take a twentieth
-  // less than torch's, for less may be chance.
+  // In turns, the first of which does not count; the best is what nothing else disturbed. Our own has to take a
+  // twentieth less than torch's, for less may be chance.
   static Multiplier measure(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
     const Trial trial = prepare({question.samples, question.n, question.m});
     using Clock = std::chrono::steady_clock;

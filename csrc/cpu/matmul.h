@@ -18,9 +18,9 @@ struct LayerSize {
 };
 
 // LCW_OPS_MATMUL=own or torch is the answer where it is set. If `deterministic`, products of up to 16 samples are ours,
-// where reading the weight takes most of the time, and all others torch's. Otherwise it is measured, once per processor,
-// number of threads, size of the weight and power of two of samples: `prepare` makes such a product and returns what
-// carries it out. The answer is kept in memory, and in a file, so that the next run of a program gives the same bits.
+// where reading the weight takes most of the time, and all others torch's. Otherwise it is measured, once per
+// processor, number of threads, size of the weight and power of two of samples: `prepare` makes such a product and
+// returns what carries it out. The answer is kept in memory, and in a file, so that later runs give the same bits.
 using Trial = std::function<void(Multiplier)>;
 Multiplier choose_multiplier(
     Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic,

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.ops import _backends
 from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.profile import flops as _flops  # noqa: F401 - what torch's counter does not know
 from lcw_ops.profile import jacobian as spectra
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
