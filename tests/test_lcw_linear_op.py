@@ -46,7 +46,7 @@ def compiled_kernel():
 
 @pytest.fixture(params=["own", "torch"])
 def every_multiplier(request, monkeypatch):
-    """Whoever may be the fastest on some processor; without it, whoever is on this one."""
+    """Whoever may be the fastest on some processor; without it sizes decide, as in torch's deterministic mode."""
     monkeypatch.setenv("LCW_OPS_MATMUL", request.param)
 
 

@@ -723,6 +723,12 @@ def test_a_basis_without_inputs():
 @pytest.mark.parametrize(("module_class", "plain", "rank"), CONVS)
 def test_skip_init_and_help_know_the_arguments(module_class, plain, rank, basis):
     assert list(inspect.signature(module_class).parameters) == [*inspect.signature(plain).parameters, "basis"]
+
+    class OfAnother(module_class):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 1)
+
+    assert list(inspect.signature(OfAnother).parameters) == ["channels"]
     module = torch.nn.utils.skip_init(module_class, 3, 4, 2, basis=basis)
     assert module.weight.device.type == "cpu"
     assert module.weight.shape == module_class(3, 4, 2, basis=basis).weight.shape

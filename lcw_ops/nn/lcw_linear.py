@@ -7,6 +7,7 @@ T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster 
 
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,18 @@ class LCWLinear(nn.Linear):
         return f"{super().extra_repr()}, basis={self.basis}"
 
 
+def _takes_arguments_of(plain: type[nn.Module]) -> Callable[[Callable], Callable]:
+    """Says which arguments ``__init__`` takes: to help(), and to torch.nn.utils.skip_init, which looks for device."""
+
+    def decorate(init: Callable) -> Callable:
+        arguments = inspect.signature(plain.__init__)
+        basis = inspect.signature(init).parameters["basis"]
+        init.__signature__ = arguments.replace(parameters=[*arguments.parameters.values(), basis])
+        return init
+
+    return decorate
+
+
 class _LCWConv(nn.modules.conv._ConvNd):
     """What the three ranks share; the rest is torch's convolution."""
 
@@ -92,6 +105,10 @@ class _LCWConv(nn.modules.conv._ConvNd):
 class LCWConv1d(_LCWConv, nn.Conv1d):
     """``nn.Conv1d`` whose filters sum to zero. Arguments: ``nn.Conv1d``'s, and ``basis``; see :class:`LCWConv2d`."""
 
+    @_takes_arguments_of(nn.Conv1d)
+    def __init__(self, *args, basis: bool = False, **kwargs) -> None:
+        super().__init__(*args, basis=basis, **kwargs)
+
 
 class LCWConv2d(_LCWConv, nn.Conv2d):
     """``nn.Conv2d`` whose filters sum to zero: over input channels of the group and the kernel, per output channel.
@@ -109,16 +126,17 @@ class LCWConv2d(_LCWConv, nn.Conv2d):
     Weights and bias begin as :class:`LCWLinear`'s.
     """
 
+    @_takes_arguments_of(nn.Conv2d)
+    def __init__(self, *args, basis: bool = False, **kwargs) -> None:
+        super().__init__(*args, basis=basis, **kwargs)
+
 
 class LCWConv3d(_LCWConv, nn.Conv3d):
     """``nn.Conv3d`` whose filters sum to zero. Arguments: ``nn.Conv3d``'s, and ``basis``; see :class:`LCWConv2d`."""
 
-
-for _class in (LCWConv1d, LCWConv2d, LCWConv3d):
-    # For help() and for torch.nn.utils.skip_init, which looks for `device`.
-    _arguments = inspect.signature(_class.__mro__[2])
-    _basis = inspect.signature(_LCWConv).parameters["basis"].replace(annotation=bool)
-    _class.__signature__ = _arguments.replace(parameters=[*_arguments.parameters.values(), _basis])
+    @_takes_arguments_of(nn.Conv3d)
+    def __init__(self, *args, basis: bool = False, **kwargs) -> None:
+        super().__init__(*args, basis=basis, **kwargs)
 
 
 def _make_parameters(module: nn.Module) -> None:

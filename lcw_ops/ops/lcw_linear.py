@@ -182,9 +182,10 @@ class FusedLinear(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        if torch.is_autocast_enabled("cpu"):
+        device_type = grad_output.device.type
+        if torch.is_autocast_enabled(device_type):
             # The forward pass ran without: in its own digits.
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(device_type, enabled=False):
                 return FusedLinear.backward(ctx, grad_output)
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
@@ -229,6 +230,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
     if forward_ad._current_level >= 0:
         result = FusedLinearForwardMode.apply(rows, weight, bias, basis, backend)
     elif torch.is_grad_enabled():
+        # Not needed under torch.func, whose transforms never come here.
         result = _library.apply(FusedLinear, FusedLinear, rows, weight, bias, basis, backend)
     else:
         result = _linear[backend](rows, weight, bias, basis, _is_deterministic())
