@@ -125,12 +125,11 @@ LCW_INLINE void prefetch(const T* begin, int64_t count) {
   for (int64_t i = 0; i < count; i += line) __builtin_prefetch(begin + i);
 }
 
-// All rows of `vectors` vectors of columns. The last two tiles share what is left for them: a tile of two rows takes as
-// long as one of four.
+// All rows of `vectors` vectors of columns.
 template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_columns(const Product<T> p) {
   int64_t r = 0;
-  for (; r + rows <= p.rows && (r + rows == p.rows || r + 2 * rows <= p.rows); r += rows) {
+  for (; r + rows <= p.rows; r += rows) {
     // What the tile after this one reads, which is too short for the processor to see a pattern in time.
     if (p.a_k == 1 && !p.is_near)
       for (int64_t next = r + rows; next < std::min<int64_t>(r + 2 * rows, p.rows); ++next)
@@ -139,13 +138,7 @@ LCW_INLINE void multiply_columns(const Product<T> p) {
     multiply_tile<Isa, rows, vectors>(p.at(r, 0));
   }
   if constexpr (rows > 1)
-    while (r < p.rows) {
-      Product<T> part = p.at(r, 0);
-      if (part.rows > rows) part.rows = (part.rows + 1) / 2;
-      if (part.ahead) prefetch(part.ahead + r * part.depth, part.rows * part.depth);
-      multiply_rest<Isa, rows, vectors>(part);
-      r += part.rows;
-    }
+    if (r < p.rows) multiply_rest<Isa, rows - 1, vectors>(p.at(r, 0));
 }
 
 // Fewer columns than one vector has lanes.
