@@ -8,8 +8,10 @@ rows, uniform on the sphere, where nothing else is said.
 
 import itertools
 import math
+import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -1601,3 +1603,74 @@ def test_a_scale_far_from_the_rows_length_overflows_nothing(dtype, size, scale):
         # Both factors and the result are rounded, five terms are added.
         error = (grad_x.double() - exact).abs().max()
         assert error <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+# Samples of every way to compute a layer: few, the last of them, some, and more than a quarter of 100 inputs.
+WAYS = (2, 64, 65, 130)
+
+
+@pytest.mark.usefixtures("every_multiplier")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_weight_norm_of_huge_inputs_overflows_only_where_its_result_does(dtype):
+    """Products with rows that are longer than their scale may be infinite where the output is not."""
+    m = 400
+    for rows in WAYS:
+        weight = (100 * normal(6, m, dtype=torch.float64)).to(dtype)
+        scale, bias = torch.ones(6, dtype=dtype), normal(6, dtype=dtype)
+        x = normal(rows, m, dtype=torch.float64).to(dtype)
+        # About 0.3 of the largest number as y; q is a thousand times that.
+        x[1] *= 0.3 * torch.finfo(dtype).max / x[1].abs().max()
+        output = F.weight_norm_linear(x, weight, scale, bias)
+        assert output.isfinite().all(), rows
+        direction = as_exact(weight) / np.linalg.norm(as_exact(weight), axis=1, keepdims=True)
+        exact = as_exact(x) @ direction.T + as_exact(bias)
+        size = np.abs(as_exact(x)) @ np.abs(direction.T) + np.abs(as_exact(bias))
+        # m terms added in any order; in 16 bits the row, the product and the result are rounded as well.
+        digits = 2.0**-24 if dtype == torch.bfloat16 else torch.finfo(dtype).eps
+        rounded = 3 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
+        assert (np.abs(as_exact(output) - exact) <= (m * digits + rounded) * size).all(), rows
+
+
+@pytest.mark.usefixtures("every_multiplier")
+@pytest.mark.parametrize("length", [1e-30, 1e-6, 1e6, 1e30])
+def test_one_row_of_another_length_changes_no_result_by_more_than_roundings(length):
+    """However it is computed: a row far from 1 sends the layer another way."""
+    for rows in WAYS:
+        arguments, grad_output = draw_weight_norm(5, 100, torch.float32, rows)
+        changed = {**arguments, "weight": arguments["weight"].clone()}
+        changed["weight"][2] *= length / changed["weight"][2].norm()
+        exact = exact_weight_norm(changed, grad_output)
+        actual = evaluate(F.weight_norm_linear, changed, grad_output)
+        eager = evaluate(plain_weight_norm, changed, grad_output)
+        for name in ("output", "x", "scale"):
+            assert_by_the_rule(f"{name}, {rows} samples", [actual[name]], [eager[name]], [exact[name]])
+        for unit in range(5):
+            one, other, right = (result["weight"][unit] for result in (actual, eager, exact))
+            assert_by_the_rule(f"weight {unit}, {rows} samples", [one], [other], [right])
+
+
+def test_angles_get_the_same_gradient_in_the_rows_memory():
+    """Beyond few samples it is made where the rows' gradient was, by threads that pass each other."""
+    for n, m in [(1, 64), (2, 64), (7, 64), (300, 64), (1000, 65), (50, 300)]:
+        arguments, grad_output = draw_gmp(n, m, torch.float32, FUSED + 8)
+        x, angles, radius, location = arguments.values()
+        _, activated, direction = torch.ops.lcw_ops.gmp_linear.cpp(x, angles, radius, location, False, True, True, True)
+        rest = (False, True, False, True, False, False)
+        for count in (1, 2, 3, 5):
+            with threads(count):
+                _, grad_angles, _, _ = torch.ops.lcw_ops.gmp_linear_backward.cpp(
+                    grad_output, x, angles, radius, activated, direction, *rest
+                )
+            # dz as the op makes it, so that only the recurrence is left to differ.
+            grad_rows = (radius * grad_output).T @ x
+            expected = torch.ops.lcw_ops.hypersphere_direction_backward.cpp(grad_rows, angles)
+            # The products may be added in another order.
+            bound = 64 * torch.finfo(torch.float32).eps * expected.abs().max()
+            assert grad_angles.is_contiguous()
+            assert grad_angles.shape == angles.shape
+            assert (grad_angles - expected).abs().max() <= bound, (n, m, count)
+
+
+def test_the_kernel_and_python_agree_on_how_few_samples_are_few():
+    source = (Path(__file__).parents[1] / "csrc/cpu/hypersphere.cpp").read_text()
+    assert re.findall(r"constexpr int64_t few_samples = (\d+);", source) == [str(FUSED)]

@@ -16,8 +16,15 @@
 // samples, and forgotten; backward makes them once more, and the gradient of the rows goes into the recurrence from the
 // same caches: the layer reads its angles twice and writes their gradient, 12 bytes in place of 32. More samples: the
 // rows are made once and multiplied by whoever matmul.h finds the fastest.
+//
+// A layer with normalised rows makes none as long as samples are few, or few beside a unit's inputs:
+//   q = X v^T,  y = (s / |v|) q + b;    G = dY^T X,  ds = <G, v> / |v|,  dV = (s / |v|) (G - (ds / |v|) v),
+//   dX = (s / |v|) dY V
+// Beside the plain layer's products that is a reading of the weight for the lengths, and one more for dV.
 
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -25,6 +32,7 @@
 #include <utility>
 #include <vector>
 
+#include "few_samples.h"
 #include "gemm.h"
 #include "matmul.h"
 #include "sincos.h"
@@ -35,6 +43,9 @@ namespace {
 
 // Samples up to which rows are made inside the product; the Python side knows the same number.
 constexpr int64_t few_samples = 32;
+
+// The same where rows are multiplied as they are.
+constexpr int64_t few_unnormalised = 64;
 
 // The widest vector of any instruction set: rows in buffers end with so many numbers that may be written over.
 template <typename T>
@@ -170,6 +181,27 @@ LCW_INLINE double product_of_lanes(typename Lanes<Isa, T>::Wide value) {
   }
 }
 
+// All numbers of some vectors added up in float64.
+template <class Isa, typename T, size_t vectors>
+LCW_INLINE double sum_of_lanes(const T (&part)[vectors]) {
+  using Number = std::decay_t<decltype(part[0][0])>;
+  using Doubles = typename Lanes<Isa, double>::Wide;
+  Doubles sum{};
+  for (const T& vector : part) {
+    if constexpr (std::is_same_v<Number, double>) {
+      sum += vector;
+    } else {
+      using Half = typename Vector<Number, Isa::vector_bytes / 2>::type;
+      Half half[2];
+      std::memcpy(half, &vector, sizeof half);
+      sum += __builtin_convertvector(half[0], Doubles) + __builtin_convertvector(half[1], Doubles);
+    }
+  }
+  double total = 0;
+  for (int i = 0; i < Lanes<Isa, double>::count; ++i) total += sum[i];
+  return total;
+}
+
 // P_k and u_k for k < m and beyond, to the end of a vector, and the product of the sines of each vector. What goes from
 // one vector to the next does so in float64: products of numbers just below 1 round downwards, for the a b in
 // (1 - a)(1 - b) = 1 - a - b + a b is lost, and thousands of them would add up.
@@ -207,32 +239,50 @@ LCW_INLINE void angles_backward_row(
   }
 }
 
-// In partial sums of 16 numbers each that are carried out at once, added up in float64.
-template <typename T>
-LCW_INLINE double dot(const T* a, const T* b, int64_t count) {
-  constexpr int64_t lanes = 32, block = 16 * lanes;
-  double total = 0;
+// <a, b> and, if there is one, <a, c>, in partial sums of 16 numbers each that are carried out at once, added up in
+// float64.
+template <class Isa, typename T>
+LCW_INLINE std::pair<double, double> dots(const T* a, const T* b, const T* c, int64_t count) {
+  using L = Lanes<Isa, T>;
+  constexpr int vectors = 4;
+  constexpr int64_t step = vectors * L::count, block = 16 * step;
+  double with_b = 0, with_c = 0;
   for (int64_t first = 0; first < count; first += block) {
     const int64_t end = std::min(count, first + block);
-    T part[lanes] = {};
+    typename L::Wide part_b[vectors] = {}, part_c[vectors] = {};
     int64_t i = first;
-    for (; i + lanes <= end; i += lanes)
-      for (int64_t lane = 0; lane < lanes; ++lane) part[lane] += a[i + lane] * b[i + lane];
-    for (int64_t lane = 0; i + lane < end; ++lane) part[lane] += a[i + lane] * b[i + lane];
-    double sum[lanes];
-    for (int64_t lane = 0; lane < lanes; ++lane) sum[lane] = double(part[lane]);
-    for (int64_t half = lanes / 2; half > 0; half /= 2)
-      for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
-    total += sum[0];
+    const auto add = [&](int v) LCW_LAMBDA_INLINE {
+      const typename L::Wide of_a = L::load(a + i);
+      part_b[v] += of_a * L::load(b + i);
+      if (c) part_c[v] += of_a * L::load(c + i);
+      i += L::count;
+    };
+    while (i + step <= end)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) add(v);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      if (i + L::count <= end) add(v);
+    with_b += sum_of_lanes<Isa>(part_b);
+    if (c) with_c += sum_of_lanes<Isa>(part_c);
+    for (; i < end; ++i) {
+      with_b += double(a[i]) * double(b[i]);
+      if (c) with_c += double(a[i]) * double(c[i]);
+    }
   }
-  return total;
+  return {with_b, with_c};
+}
+
+template <class Isa, typename T>
+LCW_INLINE double dot(const T* a, const T* b, int64_t count) {
+  return dots<Isa, T>(a, b, nullptr, count).first;
 }
 
 // scale v / |v|, or zeros, into out, which may be the row, and |v|, or infinity: every derivative of a row without
 // direction is zero.
-template <typename T>
+template <class Isa, typename T>
 LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
-  const double square = dot(row, row, m);
+  const double square = dot<Isa>(row, row, m);
   // Within, no square that counts was rounded to 0 or infinity, and the factor is a number of full accuracy.
   constexpr double limit = std::is_same_v<T, double> ? 0x1p900 : 0x1p90;
   const double length = std::sqrt(square), factor = double(scale) / length, size = std::abs(factor);
@@ -267,9 +317,9 @@ LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
 }
 
 // g <- s (g - <g, v / |v|> v / |v|) / |v|, and returns the inner product.
-template <typename T>
+template <class Isa, typename T>
 LCW_INLINE double normalized_backward_row(const T* direction, double length, double scale, int64_t m, T* g) {
-  const double along = dot(g, direction, m), factor = scale / length;
+  const double along = dot<Isa>(g, direction, m), factor = scale / length;
   const T narrow = T(along);
   // A factor of full accuracy, or every step in float64.
   if (std::abs(factor) < 0x1p100 && std::abs(factor) > 0x1p-100)
@@ -293,12 +343,22 @@ LCW_INLINE double normalized_backward_row(const T* direction, double length, dou
         const T* sine, const T* cosine, const T* products, const double* vector_products, int64_t m, T* g) {      \
       angles_backward_row<Isa>(sine, cosine, products, vector_products, g, m, g);                                 \
     }                                                                                                             \
+    attributes LCW_NOINLINE static double square(const T* row, int64_t m) { return dot<Isa>(row, row, m); }       \
+    /* <row, row> and <row, other> */                                                                             \
+    attributes LCW_NOINLINE static std::pair<double, double> squares(const T* row, const T* other, int64_t m) {   \
+      return dots<Isa>(row, row, other, m);                                                                       \
+    }                                                                                                             \
+    /* out <- factor (g - share row), which may be g */                                                           \
+    attributes LCW_NOINLINE static void take_off(                                                                 \
+        const T* row, T share, T factor, int64_t m, const T* g, T* out) {                                         \
+      for (int64_t i = 0; i < m; ++i) out[i] = (g[i] - share * row[i]) * factor;                                  \
+    }                                                                                                             \
     attributes LCW_NOINLINE static double normalize(const T* row, int64_t m, T scale, T* out) {                   \
-      return normalize_row(row, m, scale, out);                                                                   \
+      return normalize_row<Isa>(row, m, scale, out);                                                              \
     }                                                                                                             \
     attributes LCW_NOINLINE static double normalized_backward(                                                    \
         const T* direction, double length, double scale, int64_t m, T* g) {                                       \
-      return normalized_backward_row(direction, length, scale, m, g);                                             \
+      return normalized_backward_row<Isa>(direction, length, scale, m, g);                                        \
     }                                                                                                             \
   };
 
@@ -439,9 +499,18 @@ struct AngleRows {
   // g: dL/d(row), 0 beyond m; overwritten.
   template <class Isa>
   LCW_INLINE void backward(int64_t unit, T* kept, const T*, T* g) const {
+    backward_in<Isa>(kept, g);
+    grad_angles.template write<Isa>(g, unit * (m - 1), m - 1);
+  }
+  template <class Isa>
+  LCW_INLINE void backward_to(T* kept, T* g, T* out) const {
+    backward_in<Isa>(kept, g);
+    std::copy(g, g + m - 1, out);
+  }
+  template <class Isa>
+  LCW_INLINE void backward_in(T* kept, T* g) const {
     const T *cosine = kept + padded<T>(m), *products = cosine + padded<T>(m);
     RowsFor<Isa, T>::angles_backward(kept, cosine, products, vector_products(kept), m, g);
-    grad_angles.template write<Isa>(g, unit * (m - 1), m - 1);
   }
 };
 
@@ -452,7 +521,6 @@ struct VectorRows {
   int64_t m;
   const T* scale = nullptr;
   Target<T> grad_weight = {}, grad_scale = {};
-  double* lengths = nullptr;  // for backward to leave them in
 
   int64_t kept() const { return slack<T>; }
 
@@ -467,7 +535,6 @@ struct VectorRows {
   LCW_INLINE void backward(int64_t unit, T* kept, const T* direction, T* g) const {
     double length;
     std::memcpy(&length, kept, sizeof length);
-    if (lengths) lengths[unit] = length;
     const T along = T(RowsFor<Isa, T>::normalized_backward(direction, length, double(scale[unit]), m, g));
     grad_scale.template write<Isa>(&along, unit, 1);
     grad_weight.template write<Isa>(g, unit * m, m);
@@ -496,6 +563,208 @@ void backward_rows(const Rows<T>& rows, const Source<T>& grad, int64_t n) {
   });
 }
 
+// The same from rows' gradients (n, m) to angles' (n, m-1), in the memory of the first: new memory, of which each page
+// is cleared first, costs more than the pass itself. A row ends up before where it was; what would end up where another
+// thread has still to read waits until all are done.
+template <typename T>
+void backward_in_place(AngleRows<T> rows, const Tensor& grad, int64_t n) {
+  const int64_t m = rows.m, parts = std::max<int64_t>(1, std::min<int64_t>(n, stable::get_num_threads()));
+  rows.grad_angles = Target<T>{grad.mutable_data_ptr(), grad.scalar_type()};
+  const Source<T> in = source<T>(grad);
+  const auto first_of = [=](int64_t part) { return n * part / parts; };
+  std::vector<Buffer<T>> waiting;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = first_of(part), early = (first * m + m - 2) / (m - 1) - first;
+    waiting.emplace_back(std::min(early, first_of(part + 1) - first) * (m - 1) + slack<T>);
+  }
+  Buffer<T>* early = waiting.data();
+  for_each_part(parts, 1, [=](auto isa, int64_t first_part, int64_t last_part) LCW_LAMBDA_INLINE {
+    using Isa = decltype(isa);
+    Buffer<T> kept(rows.kept()), direction(padded<T>(m)), g(padded<T>(m));
+    for (int64_t part = first_part; part < last_part; ++part)
+      for (int64_t unit = first_of(part); unit < first_of(part + 1); ++unit) {
+        rows.template make<Isa>(unit, kept.data(), direction.data());
+        const T* row = in.template read<Isa>(unit * m, m, g.data());
+        if (row != g.data()) std::copy(row, row + m, g.data());
+        std::fill(g.data() + m, g.data() + padded<T>(m), T(0));
+        if (unit * (m - 1) >= first_of(part) * m)
+          rows.template backward<Isa>(unit, kept.data(), direction.data(), g.data());
+        else
+          rows.template backward_to<Isa>(kept.data(), g.data(), early[part].data() + (unit - first_of(part)) * (m - 1));
+      }
+  });
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t unit = first_of(part); unit < first_of(part + 1) && unit * (m - 1) < first_of(part) * m; ++unit)
+      rows.grad_angles.template write<Portable>(
+          early[part].data() + (unit - first_of(part)) * (m - 1), unit * (m - 1), m - 1);
+}
+
+// The layer with normalised rows by products with the rows as they are; see the top. Each function is false where a
+// number was, or might have been, too large or too small for that: then rows must be normalised first.
+template <typename T>
+struct UnnormalisedRows {
+  Source<T> weight;
+  int64_t samples, n, m;
+  const T* scale;
+
+  // Within it, lengths and factors of rows cost at most so many of the dtype's range of exponents.
+  T limit() const { return weight.type == ScalarType::Half ? T(0x1p4) : T(0x1p16); }
+
+  // |v| into `length` and s / |v| into `factor`, or false. What is infinite or NaN leaves no number of its row behind,
+  // and the others as they are.
+  template <class Isa>
+  LCW_INLINE bool measure(const T* row, int64_t unit, double& length, T& factor) const {
+    return measure(row, RowsFor<Isa, T>::square(row, m), unit, length, factor);
+  }
+  bool measure(const T* row, double square, int64_t unit, double& length, T& factor) const {
+    const double found = std::sqrt(square), most = double(limit());
+    const double ratio = double(scale[unit]) / found, size = std::abs(ratio);
+    length = found, factor = T(ratio);
+    if (found < most && found > 1 / most && (ratio == 0 || (size < most && size > 1 / most))) return true;
+    constexpr T largest = std::numeric_limits<T>::max();
+    if (found != found || !(std::abs(scale[unit]) <= largest)) return true;
+    if (std::all_of(row, row + m, [](T number) { return std::abs(number) <= largest; })) return false;
+    length = std::numeric_limits<double>::quiet_NaN(), factor = T(length);
+    return true;
+  }
+
+  // From g = dL/d(row) to dL/dv in `out`, which may be g, and ds; s / |v|; or false.
+  template <class Isa>
+  LCW_INLINE bool backward(
+      const T* row, int64_t unit, const T* g, T* out, T& factor, const Target<T>& grad_scale) const {
+    const auto [square, product] = RowsFor<Isa, T>::squares(row, g, m);
+    double length;
+    if (!measure(row, square, unit, length, factor)) return false;
+    const double along = product / length;
+    const T of_scale = T(along);
+    RowsFor<Isa, T>::take_off(row, T(along / length), factor, m, g, out);
+    grad_scale.template write<Isa>(&of_scale, unit, 1);
+    return true;
+  }
+
+  // s / |v| of every row, or false.
+  bool measure(T* factor) const {
+    std::atomic<bool> all{true}, *found = &all;
+    for_each_unit(n, m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      Buffer<T> buffer(weight.is_narrow() ? m : 0);
+      bool ordinary = true;
+      double length;
+      for (int64_t unit = begin; unit < end; ++unit)
+        ordinary &= measure<Isa>(weight.template read<Isa>(unit * m, m, buffer.data()), unit, length, factor[unit]);
+      if (!ordinary) *found = false;
+    });
+    return all;
+  }
+
+  // q of one sample and the units from `first` on to y, in its place; x is the sample, factor and bias the units'.
+  LCW_INLINE void finish(const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
+    int infinite = 0;
+    for (int64_t u = 0; u < units; ++u) {
+      infinite |= !(std::abs(row[u]) <= std::numeric_limits<T>::max());
+      row[u] = factor[u] * row[u] + (bias ? bias[u] : T(0));
+    }
+    if (infinite) finish_infinite(x, first, units, factor, bias, row);
+  }
+
+  // The same where q is infinite, or NaN: it may be where y is not.
+  LCW_NOINLINE void finish_infinite(
+      const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
+    for (int64_t k = 0; k < m; ++k)
+      if (!(std::abs(x[k]) <= std::numeric_limits<T>::max())) return;
+    constexpr double small = 0x1p-40;
+    Buffer<T> buffer(weight.is_narrow() ? m : 0);
+    for (int64_t u = 0; u < units; ++u) {
+      if (std::abs(row[u]) <= std::numeric_limits<T>::max()) continue;
+      const T* v = weight.template read<Portable>((first + u) * m, m, buffer.data());
+      double sum = 0;
+      for (int64_t k = 0; k < m; ++k) sum += small * double(x[k]) * double(v[k]);
+      row[u] = T(double(factor[u]) / small * sum + (bias ? double(bias[u]) : 0));
+    }
+  }
+
+  // y from x (samples, m).
+  bool forward_few(const T* x, const T* bias, const Target<T>& y) const {
+    std::atomic<bool> all{true}, *found = &all;
+    // A sample by itself takes eight rows at a time.
+    const int64_t units = samples % 2 ? 8 : 4;
+    const int64_t blocks = (n + units - 1) / units;
+    for_each_unit(blocks, units * m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      Buffer<T> block(weight.is_narrow() ? units * m : 0), products(samples * units);
+      double length[8];
+      T factor[8];
+      bool ordinary = true;
+      for (int64_t j = begin * units; j < std::min(n, end * units); j += units) {
+        const int64_t count = std::min(units, n - j);
+        const T* rows = weight.template read<Isa>(j * m, count * m, block.data());
+        for (int64_t u = 0; u < count; ++u) ordinary &= measure<Isa>(rows + u * m, j + u, length[u], factor[u]);
+        ProductsFor<Isa, T>::multiply_by_rows(x, rows, m, products.data(), units, samples, count, nullptr);
+        for (int64_t i = 0; i < samples; ++i) {
+          T* row = products.data() + i * units;
+          finish(x + i * m, j, count, factor, bias ? bias + j : nullptr, row);
+          y.template write<Isa>(row, i * n + j, count);
+        }
+      }
+      if (!ordinary) *found = false;
+    });
+    return all;
+  }
+
+  // The same from q, in its place.
+  void forward_many(const Source<T>& x, const T* factor, const T* bias, const Target<T>& y) const {
+    for_each_part(samples, grain_of(n), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      const Source<T> product{y.data, y.type};
+      Buffer<T> row(n), sample(x.is_narrow() ? m : 0);
+      for (int64_t i = begin; i < end; ++i) {
+        T* q = const_cast<T*>(product.template read<Isa>(i * n, n, row.data()));
+        finish(x.template read<Isa>(i * m, m, sample.data()), 0, n, factor, bias, q);
+        if (y.is_narrow()) y.template write<Isa>(q, i * n, n);
+      }
+    });
+  }
+
+  // dV and ds from X and dY, and s / |v| of every row.
+  template <typename E>
+  bool backward_few(const E* x, const E* grad, T* grad_weight, const Target<T>& grad_scale, T* factor) const {
+    std::atomic<bool> all{true}, *found = &all;
+    FewSamplesGradients<E>{samples, n, m}.grad_weight(
+        grad, x, m, nullptr, grad_weight, [=, *this](auto isa, int64_t first, int64_t last) LCW_LAMBDA_INLINE {
+          using Isa = decltype(isa);
+          Buffer<T> buffer(weight.is_narrow() ? m : 0);
+          bool ordinary = true;
+          for (int64_t unit = first; unit < last; ++unit) {
+            const T* v = weight.template read<Isa>(unit * m, m, buffer.data());
+            T* g = grad_weight + unit * m;
+            ordinary &= backward<Isa>(v, unit, g, g, factor[unit], grad_scale);
+          }
+          if (!ordinary) *found = false;
+        });
+    return all;
+  }
+
+  // G, in the memory of which dV is then, and ds; s / |v| of every row.
+  bool backward_many(const Target<T>& g, const Target<T>& grad_scale, T* factor) const {
+    std::atomic<bool> all{true}, *found = &all;
+    for_each_unit(n, m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      const Source<T> in{g.data, g.type};
+      Buffer<T> row(weight.is_narrow() ? m : 0), buffer(weight.is_narrow() ? m : 0);
+      bool ordinary = true;
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const T* v = weight.template read<Isa>(unit * m, m, row.data());
+        T* sums = const_cast<T*>(in.template read<Isa>(unit * m, m, buffer.data()));
+        ordinary = backward<Isa>(v, unit, sums, sums, factor[unit], grad_scale);
+        if (!ordinary) break;
+        if (g.is_narrow()) g.template write<Isa>(sums, unit * m, m);
+      }
+      if (!ordinary) *found = false;
+    });
+    return all;
+  }
+};
+
 bool fits(const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes) {
   if (tensor.dim() != int64_t(sizes.size()) || tensor.scalar_type() != like.scalar_type() || !tensor.is_cpu())
     return false;
@@ -509,7 +778,7 @@ Tensor hypersphere_direction(Tensor angles) {
   STD_TORCH_CHECK(angles.dim() == 2 && angles.is_cpu(), "hypersphere_direction: not rows; call lcw_ops.functional");
   angles = as_contiguous(angles);
   const int64_t n = angles.size(0), m = angles.size(1) + 1;
-  Tensor result = stable::new_empty(angles, {n, m});
+  Tensor result = new_large(angles, {n, m});
   with_computed(angles, [&](auto number) {
     using T = decltype(number);
     const AngleRows<T> rows{source<T>(angles), m};
@@ -530,7 +799,7 @@ Tensor hypersphere_direction_backward(Tensor grad_direction, Tensor angles) {
       angles.dim() == 2 && angles.is_cpu() && fits(grad_direction, angles, {angles.size(0), angles.size(1) + 1}),
       "hypersphere_direction_backward: grad_direction (n, m) and angles (n, m-1) do not fit; call lcw_ops.functional");
   angles = as_contiguous(angles), grad_direction = as_contiguous(grad_direction);
-  Tensor result = stable::new_empty(angles, angles.sizes());
+  Tensor result = new_large(angles, angles.sizes());
   if (result.numel() == 0) return result;
   with_computed(angles, [&](auto number) {
     using T = decltype(number);
@@ -549,7 +818,7 @@ void check_normalised(const Tensor& weight, const Tensor& scale) {
 Tensor normalize_scale(Tensor weight, Tensor scale) {
   check_normalised(weight, scale);
   weight = as_contiguous(weight);
-  Tensor result = stable::new_empty(weight, weight.sizes());
+  Tensor result = new_large(weight, weight.sizes());
   with_computed(weight, [&](auto number) {
     using T = decltype(number);
     const Wide<T> wide_scale(scale);
@@ -578,13 +847,32 @@ std::tuple<Tensor, Tensor> normalize_scale_backward(Tensor grad_output, Tensor w
       fits(grad_output, weight, {weight.size(0), weight.size(1)}),
       "normalize_scale_backward: grad_output does not fit the weight; call lcw_ops.functional");
   weight = as_contiguous(weight), grad_output = as_contiguous(grad_output);
-  Tensor grad_weight = stable::new_empty(weight, weight.sizes()), grad_scale = stable::new_empty(scale, scale.sizes());
+  Tensor grad_weight = new_large(weight, weight.sizes()), grad_scale = stable::new_empty(scale, scale.sizes());
   with_computed(weight, [&](auto number) {
     using T = decltype(number);
-    const Wide<T> factor(scale);
-    const VectorRows<T> rows{source<T>(weight), weight.size(1), factor.data(), target<T>(grad_weight),
-                             target<T>(grad_scale)};
-    backward_rows(rows, source<T>(grad_output), weight.size(0));
+    const Wide<T> scales(scale);
+    const int64_t m = weight.size(1);
+    const Source<T> in = source<T>(weight), grad = source<T>(grad_output);
+    const Target<T> out = target<T>(grad_weight), of_scale = target<T>(grad_scale);
+    const UnnormalisedRows<T> ordinary{in, 0, weight.size(0), m, scales.data()};
+    const VectorRows<T> any{in, m, scales.data(), out, of_scale};
+    for_each_unit(weight.size(0), m, [=](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      Buffer<T> kept(any.kept()), row(padded<T>(m)), buffer(padded<T>(m));
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const T* v = in.template read<Isa>(unit * m, m, row.data());
+        const T* g = grad.template read<Isa>(unit * m, m, buffer.data());
+        T factor;
+        T* to = out.is_narrow() ? buffer.data() : static_cast<T*>(out.data) + unit * m;
+        if (m > 1 && ordinary.template backward<Isa>(v, unit, g, to, factor, of_scale)) {
+          if (out.is_narrow()) out.template write<Isa>(to, unit * m, m);
+          continue;
+        }
+        if (g != buffer.data()) std::copy(g, g + m, buffer.data());
+        any.template make<Isa>(unit, kept.data(), row.data());
+        any.template backward<Isa>(unit, kept.data(), row.data(), buffer.data());
+      }
+    });
   });
   return {grad_weight, grad_scale};
 }
@@ -606,10 +894,20 @@ struct Epilogue {
   }
 };
 
-// A layer of few samples. Units go through it in blocks, whose rows the nearest caches hold.
-template <template <typename> class Rows, typename T>
+// Adds what other threads have summed, one after the other.
+template <typename T>
+void add_parts(const T* partial, int64_t parts, int64_t count, T* sum) {
+  if (parts == 0) return;
+  for_each_part(count, least_elements, [=](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t i = begin; i < end; ++i) sum[i] += partial[part * count + i];
+  });
+}
+
+// GmP's layer of few samples. Units go through it in blocks, whose rows the nearest caches hold.
+template <typename T>
 struct FewSamples {
-  Rows<T> rows;
+  AngleRows<T> rows;
   int64_t samples, n, m;
 
   // y and, unless it is nowhere, act(z), from x (samples, m).
@@ -671,11 +969,7 @@ struct FewSamples {
         }
       }
     });
-    if (!grad_x || parts == 1) return;
-    for_each_part(samples * m, least_elements, [=, *this](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
-      for (int64_t part = 0; part < parts - 1; ++part)
-        for (int64_t i = begin; i < end; ++i) grad_x[i] += partial[part * samples * m + i];
-    });
+    if (grad_x) add_parts(partial, parts - 1, samples * m, grad_x);
   }
 };
 
@@ -779,7 +1073,7 @@ Tensor multiply_grad_input(Multiplier by, const Tensor& grad, const Tensor& weig
 Tensor multiply_grad_weight(Multiplier by, const Tensor& grad, const Tensor& x) {
   if (by == Multiplier::torch) return linear(stable::transpose(grad, 0, 1), stable::transpose(x, 0, 1));
   const int64_t samples = grad.size(0), n = grad.size(1), m = x.size(1);
-  Tensor result = stable::new_empty(grad, {n, m});
+  Tensor result = new_large(grad, {n, m});
   with_elements(grad, [&](auto element) {
     using E = decltype(element);
     computed<E>(result, [&](Computed<E>* out) {
@@ -840,7 +1134,7 @@ std::tuple<Tensor, Tensor, Tensor> gmp_linear(
     const Epilogue<T> epilogue{is_few ? shift.data() : nullptr, scale.data(), nullptr, relu};
     const Target<T> out = target<T>(y), kept = target<T>(activated);
     if (is_few) {
-      const FewSamples<AngleRows, T> layer{{source<T>(angles), m}, samples, n, m};
+      const FewSamples<T> layer{{source<T>(angles), m}, samples, n, m};
       return layer.forward(Wide<T>(x).data(), epilogue, out, kept);
     }
     const Source<T> in = source<T>(product);
@@ -879,7 +1173,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
   activated = as_contiguous(activated), direction = as_contiguous(direction);
   const bool is_few = samples <= few_samples;
   Tensor grad_x = needs_x ? stable::new_empty(x, x.sizes()) : no_elements(x);
-  Tensor grad_angles = needs_angles ? stable::new_empty(angles, angles.sizes()) : no_elements(x);
+  // Beyond few samples the angles' gradient is made in the memory of the rows', of which a number a row then stays with
+  // it: not where that is a large part.
+  const bool is_in_place = !is_few && m >= 64;
+  Tensor grad_angles =
+      needs_angles && !is_in_place ? new_large(angles, angles.sizes()) : no_elements(x);
   Tensor grad_radius = needs_radius ? stable::new_empty(radius, {n}) : no_elements(x);
   Tensor grad_location = needs_location ? stable::new_empty(radius, {n}) : no_elements(x);
   with_computed(x, [&](auto number) {
@@ -895,7 +1193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
       T* dz = needs_products ? grad_product.data() : nullptr;
       gradients.compute({dz, scalar_type<T>}, with_activated, of_product, {});
       if (!needs_products) return;
-      const FewSamples<AngleRows, T> layer{rows, samples, n, m};
+      const FewSamples<T> layer{rows, samples, n, m};
       const Wide<T> wide(x);
       // Without angles there is nothing to hand on to.
       const T* grad_rows = needs_angles && m > 1 ? dz : nullptr;
@@ -908,10 +1206,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
       if (direction.numel() == 0) direction = hypersphere_direction(angles);
       grad_x = multiply_grad_input(by(Pass::plain_grad_input), dz, direction);
     }
-    if (needs_angles && m > 1)
-      backward_rows(rows, source<T>(multiply_grad_weight(by(Pass::plain_grad_weight), dz, x)), n);
+    if (!needs_angles || m == 1) return;
+    const Tensor grad_rows = multiply_grad_weight(by(Pass::plain_grad_weight), dz, x);
+    if (!is_in_place) return backward_rows(rows, source<T>(grad_rows), n);
+    backward_in_place(rows, grad_rows, n);
+    Tensor flat = stable::view(grad_rows, {n * m});
+    grad_angles = stable::view(stable::narrow(flat, 0, 0, n * (m - 1)), {n, m - 1});
   });
   return {grad_x, grad_angles, grad_radius, grad_location};
+}
+
+// Whether y is made of products with rows that are not normalised. A row of one number has no gradient, exactly.
+bool is_unnormalised(int64_t samples, int64_t m) {
+  return m > 1 && (samples <= few_unnormalised || samples <= m / 4);
 }
 
 void check_weight_norm(const Tensor& x, const Tensor& weight, const Tensor& scale) {
@@ -931,19 +1238,32 @@ Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<T
   const WithoutGradients guard;
   if (samples == 0 || n == 0) return stable::new_empty(x, {samples, n});
   x = as_contiguous(x), weight = as_contiguous(weight), scale = as_contiguous(scale);
-  if (samples > few_samples) {
+  const auto multiply = [&](const Tensor& rows, const std::optional<Tensor>& add) {
     const Multiplier by = choose(Pass::plain_forward, x.scalar_type(), {samples, n, m}, deterministic);
-    return multiply_forward(by, x, normalize_scale(weight, scale), bias);
+    return multiply_forward(by, x, rows, add);
+  };
+  if (is_unnormalised(samples, m)) {
+    Tensor y = no_elements(x);
+    bool is_done = false;
+    with_computed(x, [&](auto number) {
+      using T = decltype(number);
+      const Wide<T> factor(scale);
+      const WideOrNothing<T> shift(bias);
+      const UnnormalisedRows<T> rows{source<T>(weight), samples, n, m, factor.data()};
+      if (samples <= few_unnormalised) {
+        y = stable::new_empty(x, {samples, n});
+        is_done = rows.forward_few(Wide<T>(x).data(), shift.data(), target<T>(y));
+        return;
+      }
+      Buffer<T> factors(n);
+      if (!rows.measure(factors.data())) return;
+      y = multiply(weight, std::nullopt);
+      rows.forward_many(source<T>(x), factors.data(), shift.data(), target<T>(y));
+      is_done = true;
+    });
+    if (is_done) return y;
   }
-  Tensor y = stable::new_empty(x, {samples, n});
-  with_computed(x, [&](auto number) {
-    using T = decltype(number);
-    const Wide<T> factor(scale), wide(x);
-    const WideOrNothing<T> shift(bias);
-    const FewSamples<VectorRows, T> layer{{source<T>(weight), m}, samples, n, m};
-    layer.forward(wide.data(), {nullptr, factor.data(), shift.data(), false}, target<T>(y), {});
-  });
-  return y;
+  return multiply(normalize_scale(weight, scale), bias);
 }
 
 // The gradients of x, weight, scale and bias; without elements where they are not needed.
@@ -962,58 +1282,77 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
   x = as_contiguous(x), weight = as_contiguous(weight), scale = as_contiguous(scale);
   grad_output = as_contiguous(grad_output);
   const bool needs_rows = needs_weight || needs_scale;
-  Tensor grad_x = needs_x ? stable::new_empty(x, x.sizes()) : no_elements(x);
-  const bool is_few = samples <= few_samples;
-  Tensor grad_weight = needs_rows && is_few ? stable::new_empty(weight, weight.sizes()) : no_elements(x);
+  Tensor grad_x = no_elements(x), grad_weight = no_elements(x);
   Tensor grad_scale = needs_rows ? stable::new_empty(scale, {n}) : no_elements(x);
   Tensor grad_bias = needs_bias ? stable::new_empty(scale, {n}) : no_elements(x);
+  const auto by = [&](Pass pass) { return choose(pass, x.scalar_type(), {samples, n, m}, deterministic); };
   with_computed(x, [&](auto number) {
     using T = decltype(number);
     const Wide<T> factor(scale);
-    const VectorRows<T> rows{source<T>(weight), m, factor.data(), target<T>(grad_weight), target<T>(grad_scale)};
+    const UnnormalisedRows<T> rows{source<T>(weight), samples, n, m, factor.data()};
     const UnitGradients<T> gradients{
         samples, n, source<T>(grad_output), {nullptr, x.scalar_type()}, factor.data(), false};
-    const Target<T> of_grad = target<T>(grad_bias);
-    if (is_few) {
-      Buffer<T> grad_product(needs_x ? samples * n : 0);
-      T* scaled = needs_x ? grad_product.data() : nullptr;
-      if (needs_x || needs_bias) gradients.compute({scaled, scalar_type<T>}, {}, {}, of_grad);
-      if (!needs_x && !needs_rows) return;
-      const Wide<T> wide_x(x), wide_grad(grad_output);
-      const FewSamples<VectorRows, T> layer{rows, samples, n, m};
-      return computed_in<T>(grad_x, [&](T* out) {
-        layer.backward(wide_x.data(), scaled, needs_rows ? wide_grad.data() : nullptr, out);
+    const Target<T> of_grad = target<T>(grad_bias), of_scale = target<T>(grad_scale);
+    // s / |v|, and dY with it.
+    Buffer<T> factors(n);
+    const auto scale_grad = [&](const Target<T>& scaled) {
+      UnitGradients<T> by_lengths = gradients;
+      by_lengths.scale = factors.data();
+      by_lengths.compute(scaled, {}, {}, of_grad);
+    };
+    if (samples <= few_unnormalised && is_unnormalised(samples, m)) {
+      bool is_ordinary = true;
+      with_elements(x, [&](auto element) {
+        using E = decltype(element);
+        if constexpr (std::is_same_v<Computed<E>, T>) {
+          if (needs_rows) {
+            grad_weight = new_large(weight, weight.sizes());
+            computed<E>(grad_weight, [&](T* out) {
+              is_ordinary = rows.backward_few(data<E>(x), data<E>(grad_output), out, of_scale, factors.data());
+            });
+          } else if (needs_x) {
+            is_ordinary = rows.measure(factors.data());
+          }
+          if (!is_ordinary || (!needs_x && !needs_bias)) return;
+          Buffer<T> scaled(needs_x ? samples * n : 0);
+          scale_grad({needs_x ? scaled.data() : nullptr, scalar_type<T>});
+          if (!needs_x) return;
+          grad_x = stable::new_empty(x, x.sizes());
+          computed<E>(grad_x, [&](T* out) {
+            FewSamplesGradients<E>{samples, n, m}.multiply_by_parameter(scaled.data(), data<E>(weight), out, m);
+          });
+        }
       });
+      if (is_ordinary) return;
     }
-    const auto by = [&](Pass pass) { return choose(pass, x.scalar_type(), {samples, n, m}, deterministic); };
-    std::vector<double> lengths(needs_rows ? n : 0);
+    if (needs_bias && !needs_x) gradients.compute({}, {}, {}, of_grad);
+    const auto make_grad_rows = [&] {
+      return multiply_grad_weight(by(Pass::plain_grad_weight), grad_output, x);
+    };
+    // Float16 has no room for products with rows of other lengths.
+    const bool is_scaled = x.scalar_type() != ScalarType::Half;
+    bool is_ordinary = is_scaled && m > 1;
     if (needs_rows) {
       // In the memory of the rows' gradient, of which each is read before it is written: new memory, of which each page
       // is cleared first, costs more than the pass itself.
-      grad_weight = multiply_grad_weight(by(Pass::plain_grad_weight), grad_output, x);
-      VectorRows<T> in_place = rows;
-      in_place.grad_weight = target<T>(grad_weight), in_place.lengths = lengths.data();
-      backward_rows(in_place, source<T>(grad_weight), n);
+      grad_weight = make_grad_rows();
+      is_ordinary = is_ordinary && rows.backward_many(target<T>(grad_weight), of_scale, factors.data());
+      if (!is_ordinary) {
+        if (is_scaled && m > 1) grad_weight = make_grad_rows();
+        const VectorRows<T> any{source<T>(weight), m, factor.data(), target<T>(grad_weight), of_scale};
+        backward_rows(any, source<T>(grad_weight), n);
+      }
+    } else {
+      is_ordinary = is_ordinary && needs_x && rows.measure(factors.data());
     }
-    // dX = (dY s / |v|) V, without the rows being normalised once more, as far as all numbers stay of ordinary size;
-    // float16 has no room for those that are not.
-    bool is_ordinary = needs_rows && x.scalar_type() != ScalarType::Half;
-    Buffer<T> factors(n);
-    for (int64_t unit = 0; is_ordinary && unit < n; ++unit) {
-      const double length = lengths[unit], ratio = double(factor.data()[unit]) / length, size = std::abs(ratio);
-      is_ordinary = length > 0x1p-40 && length < 0x1p40 && (ratio == 0 || (size > 0x1p-40 && size < 0x1p40));
-      factors[unit] = T(ratio);
-    }
-    if (!needs_x || !is_ordinary) {
+    if (!needs_x) return;
+    if (!is_ordinary) {
       if (needs_bias) gradients.compute({}, {}, {}, of_grad);
-      if (needs_x)
-        grad_x = multiply_grad_input(by(Pass::plain_grad_input), grad_output, normalize_scale(weight, scale));
+      grad_x = multiply_grad_input(by(Pass::plain_grad_input), grad_output, normalize_scale(weight, scale));
       return;
     }
     Tensor scaled = stable::new_empty(grad_output, {samples, n});
-    UnitGradients<T> by_lengths = gradients;
-    by_lengths.scale = factors.data();
-    by_lengths.compute(target<T>(scaled), {}, {}, of_grad);
+    scale_grad(target<T>(scaled));
     grad_x = multiply_grad_input(by(Pass::plain_grad_input), scaled, weight);
   });
   return {grad_x, needs_weight ? grad_weight : no_elements(x), needs_scale ? grad_scale : no_elements(x), grad_bias};

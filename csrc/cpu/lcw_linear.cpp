@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "few_samples.h"
 #include "gemm.h"
 #include "matmul.h"
 #include "tensors.h"
@@ -73,7 +74,7 @@ Tensor map_rows(Map map, const Tensor& tensor) {
   for (int64_t d = 1; d < in.dim(); ++d) length *= in.size(d);
   STD_TORCH_CHECK(map != Map::project || length >= 1, "lcw_weight_backward: rows of at least one element");
   const int64_t out_length = map == Map::centre ? length : map == Map::embed ? length + 1 : length - 1;
-  Tensor out = map == Map::centre ? stable::new_empty(in, in.sizes()) : stable::new_empty(in, {count, out_length});
+  Tensor out = map == Map::centre ? new_large(in, in.sizes()) : new_large(in, {count, out_length});
   if (out.numel() == 0) return out;
   with_elements(in, [&](auto element) {
     using E = decltype(element);
@@ -166,80 +167,25 @@ struct Layer {
     });
   }
 
-  // dY V, of a few samples by the rows of V one after another; the result stays in cache.
+  // dY V
   void multiply_by_parameter(const E* grad, const E* v, T* out) const {
     if (samples > few_samples)
       return multiply_on_threads<E>({grad, n, 1}, {v, m, 1}, samples, m, n, nullptr, out, in_features);
-    // A tile reads a cache line or two of so many rows of V: many for few visits to the result, but for a V that is in
-    // no cache, each is on another page of memory.
-    const int64_t depth = n * m * int64_t(sizeof(E)) > int64_t(16) << 20 ? 32 : 128;
-    Buffer<T> wide_grad(is_narrow ? samples * n : 0);
-    const T* a;
     if constexpr (is_narrow) {
-      copy_rows(grad, nullptr, samples, n, n, wide_grad.data());
-      a = wide_grad.data();
+      Buffer<T> wide(samples * n);
+      copy_rows(grad, nullptr, samples, n, n, wide.data());
+      FewSamplesGradients<E>{samples, n, m}.multiply_by_parameter(wide.data(), v, out, in_features);
     } else {
-      a = grad;
+      FewSamplesGradients<E>{samples, n, m}.multiply_by_parameter(grad, v, out, in_features);
     }
-    constexpr int64_t width = 32;
-    const int64_t strips = (m + width - 1) / width;
-    for_each_part(strips, grain_of(width * n), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
-      const int64_t first = begin * width, columns = std::min(m, end * width) - first;
-      Buffer<T> wide(is_narrow ? depth * columns : 0);
-      for (int64_t k = 0; k < n; k += depth) {
-        const int64_t part = std::min(depth, n - k);
-        Product<T> product{a + k, n, 1, nullptr, 0, out + first, in_features, samples, columns, part, k > 0};
-        product.is_near = true;
-        if constexpr (is_narrow) {
-          for (int64_t i = 0; i < part; ++i)
-            for (int64_t j = 0; j < columns; ++j) wide[i * columns + j] = load(v[(k + i) * m + first + j]);
-          product.b = wide.data(), product.ldb = columns;
-        } else {
-          product.b = v + k * m + first, product.ldb = m;
-        }
-        multiply_evenly<decltype(isa)>(product);
-      }
-    });
   }
 
   void grad_weight(const E* grad, const E* x, T* out) const {
     const std::vector<T> shifts = find_shifts(x);
     if (samples > few_samples)
       return multiply_on_threads<E>({grad, 1, n}, {x, in_features, 1, shifts.data()}, n, m, samples, nullptr, out, m);
-    // Both operands in the order in which a tile reads them. Tiles are wide and low: the result is written once, in few
-    // streams, and at the stride of a row a high tile's lines would share a few places of the nearest cache.
-    constexpr int64_t height = 3;
-    constexpr int64_t widest = 4 * Vector<T, 64>::lanes;
-    const int64_t blocks = (n + height - 1) / height;
-    Buffer<T> projected((m + widest) * samples), columns(blocks * height * samples);
-    T *a = columns.data(), *b = projected.data();
-    for_each_part(samples, samples, [=, *this, &shifts](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
-      constexpr int64_t width = 4 * Vector<T, decltype(isa)::vector_bytes>::lanes;
-      for (int64_t k = begin; k < end; ++k) {
-        const E *row = x + k * in_features, *grad_row = grad + k * n;
-        for (int64_t j = 0; j < m; j += width)
-          for (int64_t c = 0; c < std::min(width, m - j); ++c)
-            b[j * samples + k * width + c] = load(row[j + c]) - shifts[k];
-        for (int64_t i = 0; i < n; i += height)
-          for (int64_t r = 0; r < std::min(height, n - i); ++r) a[i * samples + k * height + r] = load(grad_row[i + r]);
-      }
-    });
-    for_each_part(blocks, grain_of(height * m), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
-      using Isa = decltype(isa);
-      constexpr int64_t width = 4 * Vector<T, Isa::vector_bytes>::lanes;
-      // So many blocks share a strip of the other operand while it is in the nearest cache.
-      constexpr int64_t chunk = 8;
-      for (int64_t block = begin; block < end; block += chunk)
-        for (int64_t j = 0; j < m; j += width)
-          for (int64_t i = block * height; i < std::min(n, std::min(end, block + chunk) * height); i += height) {
-            const Product<T> product{a + i * samples, 1, height, b + j * samples, width, out + i * m + j, m,
-                                     std::min(height, n - i), std::min(width, m - j), samples};
-            if (product.rows == height && product.columns == width)
-              multiply_tile<Isa, height, 4>(product);
-            else
-              ProductsFor<Isa, T>::multiply(product);
-          }
-    });
+    FewSamplesGradients<E>{samples, n, m}.grad_weight(
+        grad, x, in_features, shifts.data(), out, [](auto, int64_t, int64_t) LCW_LAMBDA_INLINE {});
   }
 
   // In float64, units side by side, in partial sums: samples have no bound.
@@ -343,7 +289,7 @@ Tensor grad_weight(Multiplier by, const Tensor& grad_output, Tensor x, bool basi
     return linear(transposed, stable::transpose(lcw_weight_backward(x, basis), 0, 1));
   }
   x = as_contiguous(x);
-  Tensor result = stable::new_empty(x, {n, m});
+  Tensor result = new_large(x, {n, m});
   with_elements(x, [&](auto element) {
     using E = decltype(element);
     computed<E>(result, [&](Computed<E>* out) {

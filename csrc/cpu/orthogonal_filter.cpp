@@ -22,10 +22,7 @@
 #include <thread>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "large_pages.h"
 #include "products.h"
 #include "vector_math.h"
 
@@ -715,19 +712,9 @@ struct Cpu {
   // A thread's share of the units below which waiting for the others takes longer than the work saved.
   static constexpr int64_t least_units = 32;
   static constexpr int64_t least_packed_rows = 4;  // per thread
-  static constexpr uintptr_t page = uintptr_t(2) << 20, small_page = 4096;
+  static constexpr uintptr_t page = large_page, small_page = 4096;
 
-  // Fresh memory is mapped at the first touch. The gradient of 50,000 layers has 200,000 pages of 4 KB, which took
-  // longer than the arithmetic of dW; in pages of 2 MB it has 400.
-  static void allocated(const Tensor& tensor) {
-#ifdef __linux__
-    const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    const uintptr_t first = (start + page - 1) & ~(page - 1);
-    const uintptr_t last = (start + tensor.numel() * tensor.element_size()) & ~(page - 1);
-    // Only advice: where it is refused, the pages stay small.
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  }
+  static void allocated(const Tensor& tensor) { prefer_large_pages(tensor); }
 
   // Vectors of rows cost the same however many of their lanes are in use; rows one by one use all lanes along the units.
   static bool are_many(int64_t rows, int64_t lanes) {

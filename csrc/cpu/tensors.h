@@ -8,6 +8,7 @@
 
 #include "dispatch.h"
 #include "elements.h"
+#include "large_pages.h"
 
 namespace lcw_ops {
 
@@ -38,6 +39,13 @@ auto with_elements(const Tensor& tensor, const F& f) {
 // A call less than torch's own, which asks the dispatcher first.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : stable::contiguous(tensor);
+}
+
+// A result of the weight's size.
+inline Tensor new_large(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  Tensor tensor = stable::new_empty(like, sizes);
+  prefer_large_pages(tensor);
+  return tensor;
 }
 
 // Calls compute(T*) with the tensor's memory, or with wider memory that is then rounded into it.

@@ -3,7 +3,7 @@
 The package is built by setup.py into a folder of its own, with the sanitizer's flags, and the tests run on it with the
 sanitizer's runtime loaded first:
 - address and undefined behaviour, for every instruction set (without AVX-512, its tiles in AVX2): sizes, kinds, memory
-  layouts;
+  layouts, and every op on sizes around every tile (calls.py);
 - threads: the barriers of threads that share rows. torch's OpenMP pool is invisible to this sanitizer, so loops run on
   std::thread instead (threads.cpp).
 
@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 PROOF = ROOT / "tests/test_orthogonal_filter_proof.py"
+CALLS = HERE / "calls.py"
 
 MEMORY = "address,undefined"
 THREADS = "thread"
@@ -147,6 +148,13 @@ def main() -> None:
                 print(f"{sanitizers}, {capability or 'fastest'}: {' '.join(summary)}", flush=True)
                 if result.returncode:
                     raise SystemExit(result.stdout[-8000:] + result.stderr[-8000:])
+                if sanitizers == MEMORY:
+                    result = run(
+                        package, sanitizers, [str(CALLS)], LCW_OPS_CPU_CAPABILITY=capability, LCW_OPS_CACHE_DIR=""
+                    )
+                    print(f"{sanitizers}, {capability or 'fastest'}: {result.stdout.strip()}", flush=True)
+                    if result.returncode:
+                        raise SystemExit(result.stdout[-8000:] + result.stderr[-8000:])
 
 
 if __name__ == "__main__":
