@@ -1,55 +1,143 @@
-"""Activated gradients over a list of tensors: ours, a loop over the tensors, three foreach calls, and a plain copy.
+"""Activated gradients over the parameters of a model: in place over a list, and inside a step of SGD and AdamW.
 
-The work is memory traffic: every element is read once and written once. The copy moves the same bytes and computes
-nothing; the loop and the foreach calls go over them three times.
+All of it is memory traffic. In place, every gradient is read and written once; a step reads parameter, gradient and
+state once and writes parameter and state once. Beside ours: a loop over the parameters, foreach calls, torch.compile,
+a copy of the same bytes, and torch's own optimizers, with the activation before them and without any.
 """
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcw_ops import functional as F
+from lcw_ops import optim, reference
 from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, ours
-from lcw_ops.ops.gradient_activation import NAME
+from lcw_ops.ops.gradient_activation import ADAMW_STEP, NAME, SGD_STEP
+from lcw_ops.reference.gradient_activation import KINDS, PLACES
 
 ALPHA, BETA = 0.1, 20.0
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
+# Steps done before the one that is checked: at the first, the momentum is the gradient and hides how it decays.
+STEPS_BEFORE = 9
 
-def _case(device_type: str, tensors: int, elements: int, dtype: torch.dtype, quick: bool = False) -> Case:
-    def make_inputs(device: torch.device) -> dict:
-        return {"gradients": [torch.randn(elements, device=device).to(dtype) for _ in range(tensors)]}
+# torch.compile takes two minutes for three calls over 1000 tensors, and as long for a step over 100; it does so twice.
+MOST_COMPILED, MOST_COMPILED_STEPS = 200, 100
 
-    return Case(
-        stem="gradient_activation",
-        name="arctan in place",
-        shape={"tensors": tensors, "elements": elements},
-        dtype=dtype,
-        make_inputs=make_inputs,
-        expected=_expected,
-        competitors=(
-            *ours(NAME, device_type, _ours),
-            Competitor(EAGER, _loop),
-            Competitor("three foreach calls", _foreach),
-            Competitor("copy", _copy, checked=False),
-        ),
-        bytes=2 * tensors * elements * dtype.itemsize,
-        operations=0,
-        quick=quick,
-    )
+Shapes = list[tuple[int, ...]]
 
 
 def cases(device_type: str) -> list[Case]:
     if device_type == "cuda":
         # 100 million elements: 400 and 200 MB, more than any second-level cache.
-        return [
-            _case(device_type, 1000, 10_000, torch.float32, quick=True),
-            _case(device_type, 1000, 100_000, torch.float32),
-            _case(device_type, 1000, 100_000, torch.bfloat16),
-        ]
+        lists = [("1000 of 100,000", [(100_000,)] * 1000), ("ResNet-50", resnet50()), ("transformer", transformer())]
+    else:
+        lists = [("1000 of 10,000", [(10_000,)] * 1000), ("ResNet-50", resnet50()), ("transformer", transformer())]
+    dtypes = (torch.float32, torch.bfloat16)
+    # What a kind costs shows on one list, what a list costs on one kind.
+    in_place = [(*lists[0], kind, dtype) for kind in KINDS for dtype in dtypes]
+    in_place += [(*one, "arctan", dtype) for one in lists[1:] for dtype in dtypes]
+    # The weights of 50,000 layers of width 64, in one tensor as nn.OrthogonalFilterMLP keeps them.
+    in_place += [("one of 204.8 M", [(50_000, 64, 64)], "arctan", torch.float32)]
+    small, smaller = [(10_000,)] * 200, [(10_000,)] * 50
     return [
-        _case(device_type, 200, 10_000, torch.float32, quick=True),
-        _case(device_type, 1000, 10_000, torch.float32),
-        _case(device_type, 1000, 10_000, torch.bfloat16),
+        _in_place(device_type, "200 of 10,000", small, "arctan", torch.float32, quick=True),
+        *(_in_place(device_type, *one) for one in in_place),
+        *(_sgd(device_type, "50 of 10,000", smaller, place, quick=True) for place in PLACES),
+        *(_sgd(device_type, *one, place) for place in PLACES for one in lists),
+        _adamw(device_type, "50 of 10,000", smaller, quick=True),
+        *(_adamw(device_type, *one) for one in lists),
     ]
+
+
+# ---- Parameters of models -------------------------------------------------------------------------------------------
+
+
+def resnet50() -> Shapes:
+    """Convolutions without bias, batch norms, and the classifier of 1000 classes: 161 tensors, 25,557,032 elements."""
+
+    def convolution(out_channels: int, in_channels: int, side: int) -> Shapes:
+        return [(out_channels, in_channels, side, side), (out_channels,), (out_channels,)]
+
+    channels = 64
+    shapes = convolution(channels, 3, 7)
+    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+        for block in range(blocks):
+            shapes += convolution(width, channels, 1) + convolution(width, width, 3) + convolution(4 * width, width, 1)
+            if block == 0:
+                shapes += convolution(4 * width, channels, 1)
+            channels = 4 * width
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def transformer(layers: int = 6, width: int = 512, hidden: int = 2048, vocabulary: int = 32_000) -> Shapes:
+    """Encoder layers as torch.nn's, a last norm, and one table of tokens: 75 tensors, 35.3 million elements."""
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    feed_forward = [(hidden, width), (hidden,), (width, hidden), (width,)]
+    norm = [(width,), (width,)]
+    return [(vocabulary, width), *(attention + feed_forward + 2 * norm) * layers, *norm]
+
+
+def _count(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    return {"tensors": len(shapes), "total": _count(shapes)}
+
+
+def _draw(shapes: Shapes, device: torch.device) -> list[Tensor]:
+    return [torch.randn(shape, device=device) for shape in shapes]
+
+
+def _compiled_competitor(name: str, prepare: Callable[[dict], Run], shapes: Shapes, most: int) -> Competitor:
+    reason = f"to compile for {len(shapes)} tensors takes minutes" if len(shapes) > most else None
+    return Competitor(name, prepare, slow_start=True, missing=lambda: reason)
+
+
+def _compiled(function: Callable, *arguments) -> Run:
+    # A function is compiled for eight lists; from the ninth on it would run uncompiled, and be timed as that.
+    torch.compiler.reset()
+    compiled = torch.compile(function, dynamic=False)
+    return lambda: compiled(*arguments)
+
+
+# ---- In place -------------------------------------------------------------------------------------------------------
+
+
+def _in_place(device_type: str, name: str, shapes: Shapes, kind: str, dtype: torch.dtype, quick: bool = False) -> Case:
+    def make_inputs(device: torch.device) -> dict:
+        return {"gradients": [gradient.to(dtype) for gradient in _draw(shapes, device)], "kind": kind}
+
+    return Case(
+        stem="gradient_activation",
+        name=f"{kind} in place, {name}",
+        shape=_sizes(shapes),
+        dtype=dtype,
+        make_inputs=make_inputs,
+        expected=_activated,
+        competitors=(
+            *ours(NAME, device_type, _ours),
+            Competitor(EAGER, _loop),
+            Competitor("six foreach calls" if kind == "log" else "three foreach calls", _foreach),
+            _compiled_competitor("torch.compile of these", _compiled_list, shapes, MOST_COMPILED),
+            Competitor("copy", _copy, checked=False),
+        ),
+        bytes=2 * _count(shapes) * dtype.itemsize,
+        operations=0,
+        quick=quick,
+        shorten=_shorten,
+    )
+
+
+def _shorten(inputs: dict) -> dict:
+    """Of one tensor of 205 million elements the first tenth: a float64 copy of all of it, and a few more, is 5 GB."""
+    gradients = inputs["gradients"]
+    return inputs | {"gradients": [gradients[0][:5000]] if len(gradients) == 1 else gradients}
 
 
 def _own_copy(inputs: dict) -> list[Tensor]:
@@ -57,35 +145,61 @@ def _own_copy(inputs: dict) -> list[Tensor]:
     return [gradient.clone() for gradient in inputs["gradients"]]
 
 
-def _expected(inputs: dict) -> list[Tensor]:
-    return [ALPHA * torch.atan(BETA * gradient.double()) for gradient in inputs["gradients"]]
+def _activated(inputs: dict) -> list[Tensor]:
+    kind = inputs["kind"]
+    return [reference.gradient_activation(gradient.double(), kind, ALPHA, BETA) for gradient in inputs["gradients"]]
 
 
 def _ours(inputs: dict) -> Run:
-    gradients = _own_copy(inputs)
+    gradients, kind = _own_copy(inputs), inputs["kind"]
 
     def run() -> list[Tensor]:
-        F.gradient_activation_(gradients, "arctan", ALPHA, BETA)
+        F.gradient_activation_(gradients, kind, ALPHA, BETA)
         return gradients
 
     return run
 
 
 def _loop(inputs: dict) -> Run:
-    gradients = _own_copy(inputs)
-    return lambda: [gradient.mul_(BETA).atan_().mul_(ALPHA) for gradient in gradients]
+    gradients, activate = _own_copy(inputs), LOOPS[inputs["kind"]]
+    return lambda: [activate(gradient) for gradient in gradients]
+
+
+def _arctan_(gradient: Tensor) -> Tensor:
+    return gradient.mul_(BETA).atan_().mul_(ALPHA)
+
+
+def _tanh_(gradient: Tensor) -> Tensor:
+    return gradient.mul_(BETA).tanh_().mul_(ALPHA)
+
+
+def _log_(gradient: Tensor) -> Tensor:
+    sign = gradient.sign()
+    return gradient.abs_().mul_(BETA).log1p_().mul_(sign).mul_(ALPHA)
+
+
+LOOPS = {"arctan": _arctan_, "tanh": _tanh_, "log": _log_}
 
 
 def _foreach(inputs: dict) -> Run:
-    gradients = _own_copy(inputs)
+    gradients, kind = _own_copy(inputs), inputs["kind"]
+    return lambda: _foreach_activate_(gradients, kind)
 
-    def run() -> list[Tensor]:
-        torch._foreach_mul_(gradients, BETA)
-        torch._foreach_atan_(gradients)
-        torch._foreach_mul_(gradients, ALPHA)
-        return gradients
 
-    return run
+def _foreach_activate_(gradients: list[Tensor], kind: str) -> list[Tensor]:
+    if kind == "log":
+        signs = torch._foreach_sign(gradients)
+        torch._foreach_abs_(gradients)
+    torch._foreach_mul_(gradients, BETA)
+    {"arctan": torch._foreach_atan_, "tanh": torch._foreach_tanh_, "log": torch._foreach_log1p_}[kind](gradients)
+    if kind == "log":
+        torch._foreach_mul_(gradients, signs)
+    torch._foreach_mul_(gradients, ALPHA)
+    return gradients
+
+
+def _compiled_list(inputs: dict) -> Run:
+    return _compiled(_foreach_activate_, _own_copy(inputs), inputs["kind"])
 
 
 def _copy(inputs: dict) -> Run:
@@ -96,3 +210,211 @@ def _copy(inputs: dict) -> Run:
         return target
 
     return run
+
+
+# ---- Steps ----------------------------------------------------------------------------------------------------------
+
+
+def _sgd(device_type: str, name: str, shapes: Shapes, place: str, quick: bool = False) -> Case:
+    our_sgd = functools.partial(optim.SGD, **SGD, gradient_activation="arctan", alpha=ALPHA, beta=BETA, activate=place)
+    by_gradient = _gradient_first(torch.optim.SGD, SGD, shapes)
+    by_momentum = (
+        Competitor(EAGER, functools.partial(_momentum_run, _momentum_loop)),
+        Competitor("six foreach calls", functools.partial(_momentum_run, _momentum_foreach)),
+        _compiled_competitor("torch.compile of these", _compiled_momentum, shapes, MOST_COMPILED_STEPS),
+    )
+    return _step(
+        name=f"SGD, arctan of the {place}, {name}",
+        shapes=shapes,
+        make_state=lambda device: {"momentum_buffer": _draw(shapes, device)},
+        expected=functools.partial(_expected_sgd, place),
+        competitors=(
+            *ours(SGD_STEP, device_type, functools.partial(_optimizer, our_sgd)),
+            *(by_gradient if place == "gradient" else by_momentum),
+            *_without_activation(torch.optim.SGD, SGD),
+        ),
+        quick=quick,
+    )
+
+
+def _adamw(device_type: str, name: str, shapes: Shapes, quick: bool = False) -> Case:
+    our_adamw = functools.partial(optim.AdamW, **ADAMW, gradient_activation="arctan", alpha=ALPHA, beta=BETA)
+
+    def make_state(device: torch.device) -> dict[str, list[Tensor]]:
+        # Squares far from 0: a division by next to nothing would enlarge everybody's last bit.
+        squares = [torch.rand(shape, device=device) + 0.1 for shape in shapes]
+        return {"exp_avg": _draw(shapes, device), "exp_avg_sq": squares}
+
+    return _step(
+        name=f"AdamW, arctan, {name}",
+        shapes=shapes,
+        make_state=make_state,
+        expected=_expected_adamw,
+        competitors=(
+            *ours(ADAMW_STEP, device_type, functools.partial(_optimizer, our_adamw)),
+            *_gradient_first(torch.optim.AdamW, ADAMW, shapes),
+            *_without_activation(torch.optim.AdamW, ADAMW),
+        ),
+        quick=quick,
+    )
+
+
+def _step(
+    name: str,
+    shapes: Shapes,
+    make_state: Callable[[torch.device], dict[str, list[Tensor]]],
+    expected: Callable[[dict], list[Tensor]],
+    competitors: tuple[Competitor, ...],
+    quick: bool,
+) -> Case:
+    def make_inputs(device: torch.device) -> dict:
+        return {"params": _draw(shapes, device), "grads": _draw(shapes, device), "state": make_state(device)}
+
+    states = len(make_state(torch.device("meta")))
+    return Case(
+        stem="gradient_activation",
+        name=name,
+        shape=_sizes(shapes),
+        dtype=torch.float32,
+        make_inputs=make_inputs,
+        expected=expected,
+        competitors=competitors,
+        # The gradient is read, parameter and states are read and written.
+        bytes=(1 + 2 * (1 + states)) * _count(shapes) * torch.float32.itemsize,
+        operations=0,
+        quick=quick,
+    )
+
+
+def _gradient_first(make: Callable, options: dict, shapes: Shapes) -> tuple[Competitor, ...]:
+    """Of torch's optimizers, after an activation of the gradient in place."""
+    return (
+        Competitor(EAGER, functools.partial(_activate_and_step, make, options, False)),
+        Competitor("foreach calls + fused", functools.partial(_activate_and_step, make, options, True)),
+        _compiled_competitor(
+            "torch.compile of a step", functools.partial(_compiled_step, make, options), shapes, MOST_COMPILED_STEPS
+        ),
+    )
+
+
+def _without_activation(make: Callable, options: dict) -> tuple[Competitor, ...]:
+    """Another function: what a step costs that has no activation."""
+    return tuple(
+        Competitor(f"torch {form}, none", functools.partial(_optimizer, make, **options, **{form: True}), checked=False)
+        for form in ("fused", "foreach")
+    )
+
+
+def _primed(make: Callable, inputs: dict, own_gradients: bool = False, **options) -> tuple[torch.optim.Optimizer, list]:
+    """An optimizer in the middle of training, with its own copy of the parameters, and all that a step writes."""
+    params = [nn.Parameter(param.clone()) for param in inputs["params"]]
+    for param, gradient in zip(params, inputs["grads"], strict=True):
+        param.grad = gradient.clone() if own_gradients else gradient
+    optimizer = make(params, **options)
+    # A step at rate 0 leaves the parameters as they are, and makes the state in the form the optimizer likes.
+    (group,) = optimizer.param_groups
+    rate, group["lr"] = group["lr"], 0.0
+    optimizer.step()
+    group["lr"] = rate
+    states = [optimizer.state[param] for param in params]
+    for name, values in inputs["state"].items():
+        for state, value in zip(states, values, strict=True):
+            state[name].copy_(value)
+    for state in states:
+        if "step" in state:
+            state["step"].fill_(STEPS_BEFORE)
+    return optimizer, [*params, *(state[name] for name in inputs["state"] for state in states)]
+
+
+def _optimizer(make: Callable, inputs: dict, **options) -> Run:
+    optimizer, written = _primed(make, inputs, **options)
+
+    def run() -> list[Tensor]:
+        optimizer.step()
+        return written
+
+    return run
+
+
+def _activate_and_step(make: Callable, options: dict, fused: bool, inputs: dict) -> Run:
+    form = {"fused": True} if fused else {"foreach": False}
+    optimizer, written = _primed(make, inputs, own_gradients=True, **options, **form)
+    gradients = [param.grad for group in optimizer.param_groups for param in group["params"]]
+
+    def run() -> list[Tensor]:
+        if fused:
+            _foreach_activate_(gradients, "arctan")
+        else:
+            for gradient in gradients:
+                _arctan_(gradient)
+        optimizer.step()
+        return written
+
+    return run
+
+
+def _compiled_step(make: Callable, options: dict, inputs: dict) -> Run:
+    optimizer, written = _primed(make, inputs, own_gradients=True, **options, foreach=True)
+    gradients = [param.grad for group in optimizer.param_groups for param in group["params"]]
+
+    def step() -> None:
+        _foreach_activate_(gradients, "arctan")
+        optimizer.step()
+
+    compiled = _compiled(step)
+
+    def run() -> list[Tensor]:
+        compiled()
+        return written
+
+    return run
+
+
+def _momentum_run(step: Callable, inputs: dict) -> Run:
+    params = [param.clone() for param in inputs["params"]]
+    buffers = [buffer.clone() for buffer in inputs["state"]["momentum_buffer"]]
+
+    def run() -> list[Tensor]:
+        step(params, inputs["grads"], buffers)
+        return [*params, *buffers]
+
+    return run
+
+
+def _momentum_loop(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:
+    for param, grad, buffer in zip(params, grads, buffers, strict=True):
+        buffer.mul_(SGD["momentum"]).add_(grad).add_(param, alpha=SGD["weight_decay"])
+        param.sub_(buffer.mul(BETA).atan_(), alpha=SGD["lr"] * ALPHA)
+
+
+def _momentum_foreach(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:
+    torch._foreach_mul_(buffers, SGD["momentum"])
+    torch._foreach_add_(buffers, grads)
+    torch._foreach_add_(buffers, params, alpha=SGD["weight_decay"])
+    steps = torch._foreach_mul(buffers, BETA)
+    torch._foreach_atan_(steps)
+    torch._foreach_sub_(params, steps, alpha=SGD["lr"] * ALPHA)
+
+
+def _compiled_momentum(inputs: dict) -> Run:
+    torch.compiler.reset()
+    return _momentum_run(torch.compile(_momentum_foreach, dynamic=False), inputs)
+
+
+def _expected_sgd(place: str, inputs: dict) -> list[Tensor]:
+    step = functools.partial(reference.sgd_step, **SGD, activate=place, kind="arctan", alpha=ALPHA, beta=BETA)
+    return _expected(step, inputs)
+
+
+def _expected_adamw(inputs: dict) -> list[Tensor]:
+    step = functools.partial(
+        reference.adamw_step, **ADAMW, step=STEPS_BEFORE + 1, kind="arctan", alpha=ALPHA, beta=BETA
+    )
+    return _expected(step, inputs)
+
+
+def _expected(step: Callable[..., tuple[Tensor, ...]], inputs: dict) -> list[Tensor]:
+    """All new parameters, then all new states of a name, and so on."""
+    columns = (inputs["params"], inputs["grads"], *inputs["state"].values())
+    stepped = [step(*(tensor.double() for tensor in row)) for row in zip(*columns, strict=True)]
+    return [tensor for column in zip(*stepped, strict=True) for tensor in column]

@@ -1,16 +1,26 @@
-"""Activated gradients (GAF) in place, one launch per tensor, in Triton.
+"""Activated gradients (GAF) over a list of tensors, in place or inside the steps of SGD and AdamW, in Triton.
 
 arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|).  M. Liu, L. Chen, X. Du,
-L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228. Approximations: ours.
+L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228. The steps are
+torch.optim's. Approximations: ours.
 
-Cost per element: 2 * itemsize bytes (one read, one write) and, counted in the sm_90 code, 34 / 28 / 40 instructions for
-arctan / tanh / log in float32, 1.5 more in 16 bits, 67 / 87 / 75 in float64. An H200 issues 33 T a second and copies
-4.3 TB/s, 0.54 T elements of 4 bytes: memory bound in float32 and float64; in 16 bits the two bounds meet.
+Cost per element of f: 2 * itemsize bytes (one read, one write) and, counted in the sm_90 code, 34 / 28 / 40
+instructions for arctan / tanh / log in float32, 1.5 more in 16 bits, 67 / 87 / 75 in float64. An H200 issues 33 T a
+second and copies 4.3 TB/s, 0.54 T elements of 4 bytes: memory bound in float32 and float64; in 16 bits the two bounds
+meet. A step too reads and writes everything once: 5 accesses for SGD with momentum, 7 for AdamW, 9 with amsgrad.
 
-Accuracy: the largest error of f / alpha over all arguments, in units in the last place, with correctly rounded basic
-operations: arctan 1.4, tanh 2.0, log 1.1 in float32, each 1.4 in float64. On CUDA the approximate float32 division and
-exponential add at most 2 for arctan, 2.5 for tanh, 0.5 for log. Relative everywhere: f(1e-20) is 1e-20 alpha beta.
+Launches: tensors that follow each other in memory, as the views of one flat buffer do, are one. What then are more than
+a few goes to the GPU as a table of addresses, and tensors of like size share a launch. A CUDA graph cannot record how
+the table gets there; while one is recorded every run of neighbours has its own launch.
+
+Accuracy of f: the largest error of f / alpha over all arguments, in units in the last place, with correctly rounded
+basic operations: arctan 1.4, tanh 2.0, log 1.1 in float32, each 1.4 in float64. On CUDA the approximate float32
+division and exponential add at most 2 for arctan, 2.5 for tanh, 0.5 for log. Relative everywhere: f(1e-20) is
+1e-20 alpha beta.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,6 +30,11 @@ from torch import Tensor
 # Elements per program: with 4 warps 8 per thread, which are 16-byte loads in 16 bits and two of them in float32.
 BLOCK = 1024
 NUM_WARPS = 4
+# AdamW's five arrays are twice the registers that four warps have without spilling.
+ADAMW_WARPS = 8
+
+# More launches than these cost more than the table of addresses, which is built in Python and copied to the GPU.
+MOST_LAUNCHES = 4
 
 # Below it tanh is a polynomial, for 1 - 2 / (exp(2x) + 1) cancels towards 0; above it that costs under 1 ulp.
 _TANH_SERIES_END = tl.constexpr(0.5625)
@@ -65,29 +80,395 @@ def gradient_activation(gradient: Tensor, kind: str, alpha: float, beta: float) 
     float32, bfloat16 and float16 are computed in float32, float64 in float64. NaN stays NaN, +-inf becomes +-the bound
     (log: +-inf). Nothing is checked here.
     """
-    if gradient.numel() == 0:
+    gradient_activation_many([gradient], kind, alpha, beta)
+
+
+def gradient_activation_many(tensors: Sequence[Tensor], kind: str, alpha: float, beta: float) -> None:
+    """`gradient_activation` of each, which may differ in dtype and size; all on one device."""
+    _launch_over(gradient_activation_kernel, [tensors], (alpha, beta), {"KIND": kind})
+
+
+def sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    is_first: bool,
+    on_momentum: bool,
+    kind: str,
+    alpha: float,
+    beta: float,
+) -> None:
+    """One step of SGD, in place; ``grads`` are only read. ``is_first``: the buffers hold nothing yet.
+
+    All on one device and dense; what belongs to one parameter has its dtype, shape and strides. ``momentum_buffers``
+    is empty where ``momentum`` is 0. Nothing is checked here.
+    """
+    flags = {
+        "HAS_BUFFER": momentum != 0,
+        "NESTEROV": nesterov,
+        "MAXIMIZE": maximize,
+        "IS_FIRST": is_first,
+        "ON_MOMENTUM": on_momentum,
+    }
+    numbers = (lr, momentum, 1 - dampening, weight_decay, alpha, beta)
+    # A kernel has all its arguments; what a flag turns off is not looked at.
+    buffers = momentum_buffers if momentum != 0 else params
+    _launch_over(sgd_step_kernel, [params, grads, buffers], numbers, {"KIND": kind, **flags})
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+    kind: str,
+    alpha: float,
+    beta: float,
+) -> None:
+    """One step of AdamW, in place; ``grads`` and ``state_steps`` are only read.
+
+    As `sgd_step`; ``max_exp_avg_sqs`` is empty without ``amsgrad``. ``state_steps`` are 0-dim float32, on the CPU or on
+    the parameters' device, and have been counted up for this step.
+    """
+    if not params:
         return
-    grid = (triton.cdiv(gradient.numel(), BLOCK),)
+    numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, alpha, beta)
+    flags = {"KIND": kind, "AMSGRAD": amsgrad, "MAXIMIZE": maximize, "num_warps": ADAMW_WARPS}
+    maxima = max_exp_avg_sqs if amsgrad else exp_avg_sqs
+    # Reading a counter on a GPU would wait for it.
+    counts = [step.data_ptr() if step.is_cuda else step.item() for step in state_steps]
+    corrections = _bias_corrections(state_steps, lr, beta1, beta2).to(params[0].device)
+    lists = [params, grads, exp_avgs, exp_avg_sqs, maxima]
+    _launch_over(adamw_step_kernel, lists, numbers, flags, counts, corrections)
+
+
+def _bias_corrections(state_steps: Sequence[Tensor], lr: float, beta1: float, beta2: float) -> Tensor:
+    """(n, 2) float64: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t); computed where the counters are."""
+    steps = torch.stack(list(state_steps)).double()
+    biases = [-torch.expm1(steps * (math.log(b) if b > 0 else -math.inf)) for b in (beta1, beta2)]
+    return torch.stack([lr / biases[0], biases[1].rsqrt()], 1)
+
+
+def _launch_over(
+    kernel,
+    lists: list[Sequence[Tensor]],
+    numbers: tuple[float, ...],
+    flags: dict[str, object],
+    keys: Sequence[object] | None = None,
+    corrections: Tensor | None = None,
+) -> None:
+    """``kernel`` over all tensors of the lists, of which the first decides what the others are like.
+
+    Only tensors of equal ``keys`` share a run. ``corrections`` has a row for each tensor.
+    """
+    indices = [i for i, tensor in enumerate(lists[0]) if tensor.numel() > 0]
+    if not indices:
+        return
+    first = lists[0][indices[0]]
+    recording = first.is_cuda and torch.cuda.is_current_stream_capturing()
+    settings = {"BLOCK": BLOCK, "num_warps": NUM_WARPS, **flags}
     # Triton launches on the current device, not on the tensor's.
-    with torch.cuda.device_of(gradient):
-        gradient_activation_kernel[grid](
-            gradient, gradient.numel(), alpha, beta, KIND=kind, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+    with torch.cuda.device_of(first):
+        for dtype in dict.fromkeys(lists[0][i].dtype for i in indices):
+            runs = _find_runs(lists, [i for i in indices if lists[0][i].dtype == dtype], keys)
+            if recording or len(runs) <= MOST_LAUNCHES:
+                for index, numel in runs:
+                    tensors = [tensors[index] for tensors in lists]
+                    extra = () if corrections is None else (corrections[index],)
+                    blocks = triton.cdiv(numel, BLOCK)
+                    arguments = (*tensors, *extra, tensors[0], numel, blocks, *numbers)
+                    kernel[(blocks,)](*arguments, TABLE=False, ALIGNED=False, **settings)
+            else:
+                tensors = [tensors[runs[0][0]] for tensors in lists]
+                extra = () if corrections is None else (corrections,)
+                for rows, blocks, aligned in _tables(lists, runs):
+                    table = torch.tensor(rows, dtype=torch.int64).to(first.device)
+                    arguments = (*tensors, *extra, table, 0, blocks, *numbers)
+                    kernel[(blocks * len(rows),)](*arguments, TABLE=True, ALIGNED=aligned, **settings)
 
 
-@triton.jit(do_not_specialize=["numel"])
+def _find_runs(
+    lists: list[Sequence[Tensor]], indices: list[int], keys: Sequence[object] | None
+) -> list[tuple[int, int]]:
+    """(index of the first tensor, elements) of what lies in memory without a gap, in every list."""
+    runs: list[tuple[int, int]] = []
+    expected: list[object] = []
+    for index in sorted(indices, key=lambda i: lists[0][i].data_ptr()):
+        own = [tensors[index] for tensors in lists]
+        key = None if keys is None else keys[index]
+        if [*(tensor.data_ptr() for tensor in own), key] == expected:
+            runs[-1] = (runs[-1][0], runs[-1][1] + own[0].numel())
+        else:
+            runs.append((index, own[0].numel()))
+        expected = [*(tensor.data_ptr() + tensor.numel() * tensor.itemsize for tensor in own), key]
+    return runs
+
+
+def _tables(lists: list[Sequence[Tensor]], runs: list[tuple[int, int]]) -> list[tuple[list[list[int]], int, bool]]:
+    """(rows, programs for each row, whether all addresses are multiples of 16) of every launch.
+
+    A row is a run's addresses, its elements and its place in the lists. Rows of one launch differ in size by less than
+    a factor of 2, so that fewer than half of the programs find nothing to do.
+    """
+    launches: dict[tuple[int, bool], list[list[int]]] = {}
+    for index, numel in runs:
+        addresses = [tensors[index].data_ptr() for tensors in lists]
+        aligned = all(address % 16 == 0 for address in addresses)
+        size = triton.cdiv(numel, BLOCK).bit_length()
+        launches.setdefault((size, aligned), []).append([*addresses, numel, index])
+    return [
+        (rows, triton.cdiv(max(row[-2] for row in rows), BLOCK), aligned) for (_, aligned), rows in launches.items()
+    ]
+
+
+@triton.jit(do_not_specialize=["numel", "blocks"])
 def gradient_activation_kernel(
-    gradient, numel: tl.int64, alpha: tl.float64, beta: tl.float64, KIND: tl.constexpr, BLOCK: tl.constexpr
+    gradient,
+    table,
+    numel: tl.int64,
+    blocks: tl.int64,
+    alpha: tl.float64,
+    beta: tl.float64,
+    KIND: tl.constexpr,
+    TABLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    lanes = tl.arange(0, BLOCK)
-    elements = gradient + start + lanes
+    block = tl.program_id(0).to(tl.int64)
+    if TABLE:
+        row = table + (block // blocks) * 3
+        gradient = _pointer(row, gradient.dtype, ALIGNED)
+        numel = tl.load(row + 1)
+        block = block % blocks
+    start = block * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
     # A mask would forbid wide loads wherever numel is no multiple of 16, so only the last block has one.
     if start + BLOCK <= numel:
-        tl.store(elements, _activate(tl.load(elements), alpha, beta, KIND))
-    else:
-        inside = start + lanes < numel
-        tl.store(elements, _activate(tl.load(elements, mask=inside, other=0.0), alpha, beta, KIND), mask=inside)
+        tl.store(gradient + offsets, _activate(tl.load(gradient + offsets), alpha, beta, KIND))
+    elif start < numel:
+        inside = offsets < numel
+        value = tl.load(gradient + offsets, mask=inside, other=0.0)
+        tl.store(gradient + offsets, _activate(value, alpha, beta, KIND), mask=inside)
+
+
+@triton.jit(do_not_specialize=["numel", "blocks"])
+def sgd_step_kernel(
+    param,
+    gradient,
+    buffer,
+    table,
+    numel: tl.int64,
+    blocks: tl.int64,
+    lr: tl.float64,
+    momentum: tl.float64,
+    undamped: tl.float64,
+    weight_decay: tl.float64,
+    alpha: tl.float64,
+    beta: tl.float64,
+    KIND: tl.constexpr,
+    HAS_BUFFER: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    ON_MOMENTUM: tl.constexpr,
+    TABLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    if TABLE:
+        row = table + (block // blocks) * 5
+        param = _pointer(row, param.dtype, ALIGNED)
+        gradient = _pointer(row + 1, gradient.dtype, ALIGNED)
+        buffer = _pointer(row + 2, buffer.dtype, ALIGNED)
+        numel = tl.load(row + 3)
+        block = block % blocks
+    dtype: tl.constexpr = _computed(param.dtype.element_ty)
+    lr, momentum, undamped = _number(lr, dtype), _number(momentum, dtype), _number(undamped, dtype)
+    weight_decay = _number(weight_decay, dtype)
+    start = block * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= numel:
+        _sgd_block(
+            param + offsets, gradient + offsets, buffer + offsets, None, lr, momentum, undamped, weight_decay,
+            alpha, beta, KIND, HAS_BUFFER, NESTEROV, MAXIMIZE, IS_FIRST, ON_MOMENTUM,
+        )  # fmt: skip
+    elif start < numel:
+        _sgd_block(
+            param + offsets, gradient + offsets, buffer + offsets, offsets < numel, lr, momentum, undamped,
+            weight_decay, alpha, beta, KIND, HAS_BUFFER, NESTEROV, MAXIMIZE, IS_FIRST, ON_MOMENTUM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sgd_block(
+    params,
+    gradients,
+    buffers,
+    inside,
+    lr,
+    momentum,
+    undamped,
+    weight_decay,
+    alpha,
+    beta,
+    KIND: tl.constexpr,
+    HAS_BUFFER: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    ON_MOMENTUM: tl.constexpr,
+):
+    """d = f(g) + wd w, v = mu v + (1 - dampening) d, w -= lr v; on the momentum d = g + wd w, w -= lr f(v)."""
+    element: tl.constexpr = params.dtype.element_ty
+    dtype: tl.constexpr = _computed(element)
+    w = tl.load(params, mask=inside).to(dtype)
+    d = tl.load(gradients, mask=inside).to(dtype)
+    if MAXIMIZE:
+        d = -d
+    if not ON_MOMENTUM:
+        d = _activate(d, alpha, beta, KIND)
+    d += weight_decay * w
+    step = d
+    if HAS_BUFFER:
+        # What lies in a buffer before the first step is no number.
+        v = d if IS_FIRST else momentum * tl.load(buffers, mask=inside).to(dtype) + undamped * d
+        tl.store(buffers, v.to(element), mask=inside)
+        step = d + momentum * v if NESTEROV else v
+    if ON_MOMENTUM:
+        step = _activate(step, alpha, beta, KIND)
+    tl.store(params, (w - lr * step).to(element), mask=inside)
+
+
+@triton.jit(do_not_specialize=["numel", "blocks"])
+def adamw_step_kernel(
+    param,
+    gradient,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    corrections,
+    table,
+    numel: tl.int64,
+    blocks: tl.int64,
+    kept: tl.float64,
+    added: tl.float64,
+    beta2: tl.float64,
+    added_sq: tl.float64,
+    eps: tl.float64,
+    alpha: tl.float64,
+    beta: tl.float64,
+    KIND: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    TABLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    if TABLE:
+        row = table + (block // blocks) * 7
+        param = _pointer(row, param.dtype, ALIGNED)
+        gradient = _pointer(row + 1, gradient.dtype, ALIGNED)
+        exp_avg = _pointer(row + 2, exp_avg.dtype, ALIGNED)
+        exp_avg_sq = _pointer(row + 3, exp_avg_sq.dtype, ALIGNED)
+        max_exp_avg_sq = _pointer(row + 4, max_exp_avg_sq.dtype, ALIGNED)
+        numel = tl.load(row + 5)
+        corrections += 2 * tl.load(row + 6)
+        block = block % blocks
+    dtype: tl.constexpr = _computed(param.dtype.element_ty)
+    step_size, root_scale = tl.load(corrections).to(dtype), tl.load(corrections + 1).to(dtype)
+    kept, added, beta2 = _number(kept, dtype), _number(added, dtype), _number(beta2, dtype)
+    added_sq, eps = _number(added_sq, dtype), _number(eps, dtype)
+    start = block * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= numel:
+        _adamw_block(
+            param + offsets, gradient + offsets, exp_avg + offsets, exp_avg_sq + offsets, max_exp_avg_sq + offsets,
+            None, step_size, root_scale, kept, added, beta2, added_sq, eps, alpha, beta, KIND, AMSGRAD, MAXIMIZE,
+        )  # fmt: skip
+    elif start < numel:
+        _adamw_block(
+            param + offsets, gradient + offsets, exp_avg + offsets, exp_avg_sq + offsets, max_exp_avg_sq + offsets,
+            offsets < numel, step_size, root_scale, kept, added, beta2, added_sq, eps, alpha, beta, KIND, AMSGRAD,
+            MAXIMIZE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _adamw_block(
+    params,
+    gradients,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    inside,
+    step_size,
+    root_scale,
+    kept,
+    added,
+    beta2,
+    added_sq,
+    eps,
+    alpha,
+    beta,
+    KIND: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+):
+    """g' = f(g), m += (1 - b1) (g' - m), v = b2 v + (1 - b2) g'^2, w = kept w - step_size m / (sqrt(v) scale + eps)."""
+    element: tl.constexpr = params.dtype.element_ty
+    dtype: tl.constexpr = _computed(element)
+    w = tl.load(params, mask=inside).to(dtype)
+    g = tl.load(gradients, mask=inside).to(dtype)
+    m = tl.load(exp_avgs, mask=inside).to(dtype)
+    v = tl.load(exp_avg_sqs, mask=inside).to(dtype)
+    g = _activate(-g if MAXIMIZE else g, alpha, beta, KIND)
+    m += added * (g - m)
+    v = beta2 * v + added_sq * g * g
+    tl.store(exp_avgs, m.to(element), mask=inside)
+    tl.store(exp_avg_sqs, v.to(element), mask=inside)
+    if AMSGRAD:
+        most = tl.load(max_exp_avg_sqs, mask=inside).to(dtype)
+        # A NaN stays one, as in torch.maximum.
+        v = tl.where((most >= v) | (most != most), most, v)
+        tl.store(max_exp_avg_sqs, v.to(element), mask=inside)
+    # The approximate root takes what is below the normal numbers for 0.
+    root = tl.sqrt(v) if dtype == tl.float64 else tl.sqrt_rn(v)
+    tl.store(params, (kept * w - step_size * (m / (root * root_scale + eps))).to(element), mask=inside)
+
+
+@triton.constexpr_function
+def _computed(element):
+    """What a number of that type is computed in."""
+    return tl.float64 if element == tl.float64 else tl.float32
+
+
+@triton.jit
+def _number(value, dtype: tl.constexpr):
+    return tl.full((), value, dtype)
+
+
+@triton.jit
+def _pointer(entry, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in an entry of the table; the compiler knows of an argument by itself whether it is a multiple."""
+    pointer = tl.load(entry).to(dtype)
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
@@ -170,17 +551,63 @@ def _signed_log1p(x):
     return tl.where(x < 0, -logarithm, logarithm)
 
 
-def _aot_variant(kind: str, dtype: str) -> dict:
+def _aot_variant(
+    kernel, name: str, dtype: str, arrays: list[str], numbers: list[str], flags: dict, table: bool
+) -> dict:
+    adamw = kernel is adamw_step_kernel
+    signature = {
+        **dict.fromkeys(arrays, f"*{dtype}"),
+        **({"corrections": "*fp64"} if adamw else {}),
+        "table": "*i64" if table else f"*{dtype}",
+        "numel": "i64",
+        "blocks": "i64",
+        **dict.fromkeys(numbers, "fp64"),
+    }
     return {
-        "id": f"{kind}-{dtype}",
-        "kernel": gradient_activation_kernel,
-        "signature": {"gradient": f"*{dtype}", "numel": "i64", "alpha": "fp64", "beta": "fp64"},
-        "constexprs": {"KIND": kind, "BLOCK": BLOCK},
-        "aligned": ("gradient",),
-        "num_warps": NUM_WARPS,
+        "id": f"{name}-{dtype}{'-table' * table}",
+        "kernel": kernel,
+        "signature": signature,
+        "constexprs": {**flags, "TABLE": table, "ALIGNED": table, "BLOCK": BLOCK},
+        "aligned": ("table",) if table else tuple(arrays),
+        "num_warps": ADAMW_WARPS if adamw else NUM_WARPS,
     }
 
 
+def _activation_variant(kind: str, dtype: str, table: bool = False) -> dict:
+    return _aot_variant(gradient_activation_kernel, kind, dtype, ["gradient"], ["alpha", "beta"], {"KIND": kind}, table)
+
+
+def _sgd_variant(dtype: str, table: bool, on_momentum: bool) -> dict:
+    numbers = ["lr", "momentum", "undamped", "weight_decay", "alpha", "beta"]
+    flags = {
+        "KIND": "log" if on_momentum else "arctan",
+        "HAS_BUFFER": True,
+        "NESTEROV": True,
+        "MAXIMIZE": True,
+        "IS_FIRST": False,
+        "ON_MOMENTUM": on_momentum,
+    }
+    name = "momentum" if on_momentum else "gradient"
+    return _aot_variant(sgd_step_kernel, name, dtype, ["param", "gradient", "buffer"], numbers, flags, table)
+
+
+def _adamw_variant(kind: str, dtype: str, table: bool) -> dict:
+    arrays = ["param", "gradient", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+    numbers = ["kept", "added", "beta2", "added_sq", "eps", "alpha", "beta"]
+    flags = {"KIND": kind, "AMSGRAD": True, "MAXIMIZE": True}
+    return _aot_variant(adamw_step_kernel, kind, dtype, arrays, numbers, flags, table)
+
+
 AOT_VARIANTS = [
-    _aot_variant(kind, dtype) for kind in ("arctan", "tanh", "log") for dtype in ("fp32", "bf16", "fp16", "fp64")
+    *(
+        _activation_variant(kind, dtype)
+        for kind in ("arctan", "tanh", "log")
+        for dtype in ("fp32", "bf16", "fp16", "fp64")
+    ),
+    _activation_variant("arctan", "fp32", table=True),
+    _sgd_variant("fp32", False, True),
+    _sgd_variant("bf16", True, False),
+    _adamw_variant("arctan", "fp32", True),
+    _adamw_variant("tanh", "bf16", True),
+    _adamw_variant("log", "fp64", False),
 ]

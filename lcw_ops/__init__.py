@@ -2,8 +2,21 @@
 
 __version__ = "0.1.0"
 
-from lcw_ops import functional, init, nn, profile, reference
+from lcw_ops import functional, init, nn, optim, profile, reference
 from lcw_ops._info import info
+from lcw_ops.gradient_hooks import activate_gradients, register_gradient_hook
 from lcw_ops.ops import BackendError, use_backend
 
-__all__ = ["BackendError", "functional", "info", "init", "nn", "profile", "reference", "use_backend"]
+__all__ = [
+    "BackendError",
+    "activate_gradients",
+    "functional",
+    "info",
+    "init",
+    "nn",
+    "optim",
+    "profile",
+    "reference",
+    "register_gradient_hook",
+    "use_backend",
+]

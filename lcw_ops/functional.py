@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -117,6 +118,7 @@ def _may_need_gradient(*tensors: Tensor | None) -> bool:
 
 
 _CPU = torch.device("cpu")
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -494,12 +496,13 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
 def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer with weight normalization: ``x @ normalize_scale(weight, scale).T + bias``.
 
-    Source: as :func:`normalize_scale`. For few samples the normalised weight is never written to memory, and no
-    gradient takes more than one pass over the weight. Who multiplies: as in :func:`gmp_linear`.
+    Source: as :func:`normalize_scale`. On a CPU the normalised weight is never made while there are at most 64 samples,
+    or a quarter as many as inputs: the products are with the rows as they are, then scaled. (Not where a row's length,
+    or scale / length, is beyond 2**16 or below 2**-16.) Who multiplies: as in :func:`gmp_linear`.
 
     Args:
-        x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32; from 33 samples on the
-            normalised weight is rounded to x's dtype, as torch's own layers would.
+        x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32; beyond few samples
+            products, or the normalised weight, are rounded to x's dtype, as torch's own layers would.
         weight: (n, m), m >= 1; a zero row is a unit of weight zero.
         scale: (n,), of any sign.
         bias: (n,), or None.
@@ -614,6 +617,9 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
             each other in a less regular way are refused even where they are disjoint. Not looked for in traced code.
         On an error no tensor has been changed.
     """
+    if _is_plain_list(tensors, kind, alpha, beta) and _gradient_activation.activate_plain_(tensors, kind, alpha, beta):
+        # Thousands of gradients before every step: the kernel checks, and what is wrong is asked after a refusal.
+        return
     _check_gradient_activation(tensors, kind, alpha, beta)
     by_device = {}
     for tensor in tensors:
@@ -622,6 +628,24 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     backends = {device: _backends.choose(_gradient_activation.NAME, device) for device in by_device}
     for device, on_device in by_device.items():
         _gradient_activation.activate_(backends[device], on_device, kind, alpha, beta)
+
+
+def _is_plain_list(tensors, kind, alpha, beta) -> bool:
+    """Whether the CPU's kernel may be asked to take the list, or to refuse it before the first write."""
+    return (
+        isinstance(tensors, (list, tuple))
+        and set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
+        and kind in _GRADIENT_ACTIVATION_KINDS
+        and type(alpha) is type(beta) is float
+        and 0 < alpha < math.inf
+        and 0 < beta < math.inf
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and _backends.choose(_gradient_activation.NAME, _CPU) == "cpp"
+        # What neither the kernel nor the dispatcher sees.
+        and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
+        and (torch.is_inference_mode_enabled() or not any(map(Tensor.is_inference, tensors)))
+    )
 
 
 def _check_gradient_activation(tensors, kind, alpha, beta) -> None:

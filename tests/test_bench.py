@@ -22,6 +22,7 @@ from lcw_ops.bench import gpu, registry, runner
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
+TWO_SHAPES = [(50,), (3, 7)]
 RATES = registry.Rates(copy=1e10, matmul=1e11)
 
 
@@ -61,8 +62,12 @@ def tiny(monkeypatch):
             for backward in (False, True)
         ],
         "gradient_activation": [
-            gradient_activation._case("cpu", 3, 50, dtype, quick=True) for dtype in (torch.float32, torch.bfloat16)
-        ],
+            gradient_activation._in_place("cpu", "two", TWO_SHAPES, kind, dtype, quick=True)
+            for kind in ("arctan", "tanh", "log")
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        + [gradient_activation._sgd("cpu", "two", TWO_SHAPES, place, quick=True) for place in ("gradient", "momentum")]
+        + [gradient_activation._adamw("cpu", "two", TWO_SHAPES, quick=True)],
         "lcw_linear": [
             lcw_linear._linear("cpu", rows, 12, 7, dtype, backward, quick=True)
             for rows in (3, 9)

@@ -147,8 +147,8 @@ def test_tiles_of_the_recurrence():
 def test_in_the_interpreter(stem):
     """The op's own tests with the triton backend; a process of its own, for Triton decides when it is imported."""
     folder = Path(__file__).parent
-    tests = next(path for path in (folder / f"test_triton_{stem}.py", folder / f"test_{stem}_op.py") if path.exists())
-    command = [sys.executable, "-m", "pytest", str(tests), "-k", "triton", "-q", "-p", "no:cacheprovider"]
+    tests = [str(path) for path in (folder / f"test_triton_{stem}.py", folder / f"test_{stem}_op.py") if path.exists()]
+    command = [sys.executable, "-m", "pytest", *tests, "-k", "triton", "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -14,6 +14,7 @@ from lcw_ops import reference
 from lcw_ops.ops import _backends, _library
 
 NAME = "gradient_activation_"
+SGD_STEP, ADAMW_STEP = "activated_sgd_step_", "activated_adamw_step_"
 
 # At once in plain torch: many, for a foreach call costs what one tensor's does; few, for float32 copies of 16-bit ones.
 FOREACH_TENSORS = 32
@@ -113,36 +114,198 @@ def _find_shared_in_cluster(cluster: list[tuple[int, int, Tensor]]) -> tuple[int
 
 
 def _fake(tensors, kind, alpha, beta):
+    # Meta tensors hide others from the backends that would change them: nothing may be skipped in silence.
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise ValueError(f"{NAME}: tensors on different devices; call lcw_ops.functional.{NAME}")
+
+
+def _step_fake(*arguments):
     return None
 
 
 def _vmap(overload, info, in_dims, tensors, kind, alpha, beta):
     """By element: a batch dimension is a dimension like any other."""
-    overload(tensors, kind, alpha, beta)
+    _activate_dense_(overload, tensors, kind, alpha, beta)
     return None, None
 
 
-def _triton(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
+def _triton_activate(*arguments):
     # Here and not above: importing lcw_ops must not need Triton.
-    from lcw_ops.kernels.gradient_activation import gradient_activation
+    from lcw_ops.kernels.gradient_activation import gradient_activation_many
 
-    for tensor in tensors:
-        if is_dense(tensor):
-            gradient_activation(tensor, kind, alpha, beta)
-            if not tensor.is_inference():
-                # The kernel writes through a pointer: nothing else tells autograd, which may have saved the tensor.
-                torch.autograd.graph.increment_version(tensor)
-        else:
-            dense = tensor.contiguous()
-            gradient_activation(dense, kind, alpha, beta)
-            tensor.copy_(dense)
+    gradient_activation_many(*arguments)
+
+
+def _triton_sgd_step(*arguments):
+    from lcw_ops.kernels.gradient_activation import sgd_step
+
+    sgd_step(*arguments)
+
+
+def _triton_adamw_step(*arguments):
+    from lcw_ops.kernels.gradient_activation import adamw_step
+
+    adamw_step(*arguments)
 
 
 def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
     """The op on ``backend``; the tensors are on one device, and everything has been checked."""
-    if backend != "reference":
-        _library.get_overload(NAME, backend)(tensors, kind, alpha, beta)
+    if backend == "reference":
+        _reference_activate_(tensors, kind, alpha, beta)
         return
+    overload = _library.get_overload(NAME, backend)
+    if torch._C._are_functorch_transforms_active():
+        # How memory lies is seen below the transforms only: there _vmap looks.
+        overload(tensors, kind, alpha, beta)
+        return
+    if not _refuses_gaps(backend) or not _succeeds(overload, tensors, kind, alpha, beta):
+        _activate_dense_(overload, tensors, kind, alpha, beta)
+    _count_writes(tensors)
+
+
+def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> bool:
+    """The C++ kernel on tensors of which nothing is known but their type; False if it refused before any write."""
+    if not _succeeds(_library.get_overload(NAME, "cpp"), tensors, kind, alpha, beta):
+        return False
+    _count_writes(tensors)
+    return True
+
+
+def _refuses_gaps(backend: str) -> bool:
+    """Whether it looks itself, so that nobody has to look before; a traced program finds out too late."""
+    return backend in ("cpp", "cuda") and not torch.compiler.is_compiling()
+
+
+def _succeeds(overload, *arguments) -> bool:
+    """Whether the kernel took them; it refuses before the first write."""
+    try:
+        overload(*arguments)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _activate_dense_(overload, tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
+    dense = [_to_dense(tensor) for tensor in tensors]
+    overload(dense, kind, alpha, beta)
+    _write_back(tensors, dense)
+
+
+def _to_dense(tensor: Tensor) -> Tensor:
+    # While torch.compile traces, strides may be symbols, which cannot be sorted.
+    lies_well = tensor.is_contiguous() if torch.compiler.is_compiling() else is_dense(tensor)
+    return tensor if lies_well else tensor.contiguous()
+
+
+def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
+    for tensor, copy in zip(tensors, copies, strict=True):
+        if copy is not tensor:
+            tensor.copy_(copy)
+
+
+def _count_writes(tensors: list[Tensor]) -> None:
+    """The kernels write through pointers: nothing else tells autograd, which may have saved the tensors."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_inference_mode_enabled():
+        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
+
+
+def sgd_step_(
+    backend: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    is_first: bool,
+    activate: str,
+    kind: str,
+    alpha: float,
+    beta: float,
+) -> None:
+    """One step of SGD on ``backend``, with f of the gradient or of what leaves the momentum (``activate``).
+
+    As ``lcw_ops.reference.sgd_step`` by element, in place. Tensors of one device, in any layout; grads are only read.
+    ``momentum_buffers`` is empty without momentum; with ``is_first`` it holds nothing yet. Nothing is checked here.
+    """
+    numbers = (lr, momentum, dampening, weight_decay, nesterov, maximize, is_first)
+    if backend == "reference":
+        _by_dtype(_foreach_sgd_step_, [params, momentum_buffers], grads, None, *numbers, activate, kind, alpha, beta)
+        return
+
+    def step(params, momentum_buffers, grads):
+        overload = _library.get_overload(SGD_STEP, backend)
+        overload(params, grads, momentum_buffers, *numbers, activate == "momentum", kind, alpha, beta)
+
+    _step_in_place(backend, step, [params, momentum_buffers], grads)
+
+
+def adamw_step_(
+    backend: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+    kind: str,
+    alpha: float,
+    beta: float,
+) -> None:
+    """One step of AdamW on ``backend``, with f of the raw gradient.
+
+    As ``lcw_ops.reference.adamw_step`` by element, in place. Tensors of one device, in any layout; grads are only read.
+    ``max_exp_avg_sqs`` is empty without ``amsgrad``; ``state_steps`` have been counted up. Nothing is checked here.
+    """
+    written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
+    numbers = (lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, kind, alpha, beta)
+    if backend == "reference":
+        _by_dtype(_foreach_adamw_step_, written, grads, state_steps, *numbers)
+        return
+
+    def step(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grads):
+        overload = _library.get_overload(ADAMW_STEP, backend)
+        overload(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *numbers)
+
+    _step_in_place(backend, step, written, grads)
+
+
+def _step_in_place(backend: str, step, written: list[list[Tensor]], grads: list[Tensor]) -> None:
+    """``step(*written, grads)`` on tensors in any layout."""
+    # Of no tensors the dispatcher cannot tell the device.
+    if not grads:
+        return
+    if not _refuses_gaps(backend) or not _succeeds(step, *written, grads):
+        params = [_to_dense(param) for param in written[0]]
+        laid_out = [params, *([_lay_out_as(params, tensors) for tensors in written[1:]])]
+        step(*laid_out, _lay_out_as(params, grads))
+        for tensors, copies in zip(written, laid_out, strict=True):
+            _write_back(tensors, copies)
+    _count_writes([tensor for tensors in written for tensor in tensors])
+
+
+def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, copied where their memory does not lie as the parameter's does; [] stays []."""
+    return [
+        tensor if tensor.stride() == param.stride() else torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+        for param, tensor in zip(params, tensors, strict=bool(tensors))
+    ]
+
+
+def _reference_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         # The compiler fuses these itself, and foreach calls have no vmap rules.
         for tensor in tensors:
@@ -174,12 +337,128 @@ def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: flo
     torch._foreach_mul_(tensors, alpha)
 
 
+def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -> None:
+    """``step(*written, grads, counts, *options)`` on few parameters of one dtype at a time, 16 bits in float32."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, param in enumerate(written[0]):
+        by_dtype.setdefault(param.dtype, []).append(index)
+    # One wait for the device, not one for each.
+    counts = torch.stack(state_steps).tolist() if state_steps else []
+    for dtype, indices in by_dtype.items():
+        for start in range(0, len(indices), FOREACH_TENSORS):
+            chosen = indices[start : start + FOREACH_TENSORS]
+            narrow = [[tensors[index] for index in chosen] if tensors else [] for tensors in written]
+            wide = narrow
+            # A copy in any case: the step overwrites it.
+            gradients = [grads[index].to(torch.promote_types(dtype, torch.float32), copy=True) for index in chosen]
+            if dtype in (torch.bfloat16, torch.float16):
+                wide = [[tensor.float() for tensor in tensors] for tensors in narrow]
+            step(*wide, gradients, [counts[index] for index in chosen] if counts else [], *options)
+            if wide is not narrow:
+                for tensors, results in zip(narrow, wide, strict=True):
+                    if tensors:
+                        torch._foreach_copy_(tensors, results)
+
+
+def _foreach_sgd_step_(
+    params,
+    momentum_buffers,
+    gradients,
+    counts,
+    lr,
+    momentum,
+    dampening,
+    weight_decay,
+    nesterov,
+    maximize,
+    is_first,
+    activate,
+    kind,
+    alpha,
+    beta,
+) -> None:
+    if maximize:
+        torch._foreach_neg_(gradients)
+    if activate == "gradient":
+        _foreach_activate_(gradients, kind, alpha, beta)
+    if weight_decay != 0:
+        torch._foreach_add_(gradients, params, alpha=weight_decay)
+    if momentum != 0:
+        if is_first:
+            torch._foreach_copy_(momentum_buffers, gradients)
+        else:
+            torch._foreach_mul_(momentum_buffers, momentum)
+            torch._foreach_add_(momentum_buffers, gradients, alpha=1 - dampening)
+        if nesterov:
+            torch._foreach_add_(gradients, momentum_buffers, alpha=momentum)
+        else:
+            torch._foreach_copy_(gradients, momentum_buffers)
+    if activate == "momentum":
+        _foreach_activate_(gradients, kind, alpha, beta)
+    torch._foreach_add_(params, gradients, alpha=-lr)
+
+
+def _foreach_adamw_step_(
+    params,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    gradients,
+    counts,
+    lr,
+    beta1,
+    beta2,
+    weight_decay,
+    eps,
+    amsgrad,
+    maximize,
+    kind,
+    alpha,
+    beta,
+) -> None:
+    if maximize:
+        torch._foreach_neg_(gradients)
+    _foreach_activate_(gradients, kind, alpha, beta)
+    if weight_decay != 0:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
+    if amsgrad:
+        torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
+    denominators = torch._foreach_sqrt(max_exp_avg_sqs if amsgrad else exp_avg_sqs)
+    torch._foreach_div_(denominators, [(1 - beta2**count) ** 0.5 for count in counts])
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(params, exp_avgs, denominators, [-lr / (1 - beta1**count) for count in counts])
+
+
+# Lists of tensors on one device, without gaps or overlap; all of one parameter have its shape, dtype and strides.
+# `is_first`: the momentum buffers hold nothing yet. `state_steps` have been counted up already.
 _library.declare(
     NAME,
     "(Tensor(a!)[] tensors, str kind, float alpha, float beta) -> ()",
-    backends=("triton",),
+    backends=("cpp", "cuda", "triton"),
     fake=_fake,
     vmap=_vmap,
 )
-_library.implement(NAME, "triton", _triton)
-_backends.IMPLEMENTED[NAME] = ("triton",)
+_library.declare(
+    SGD_STEP,
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, float dampening, "
+    "float weight_decay, bool nesterov, bool maximize, bool is_first, bool on_momentum, str kind, float alpha, "
+    "float beta) -> ()",
+    backends=("cpp", "cuda", "triton"),
+    fake=_step_fake,
+)
+_library.declare(
+    ADAMW_STEP,
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor[] state_steps, float lr, float beta1, float beta2, float weight_decay, "
+    "float eps, bool amsgrad, bool maximize, str kind, float alpha, float beta) -> ()",
+    backends=("cpp", "cuda", "triton"),
+    fake=_step_fake,
+)
+_library.implement(NAME, "triton", _triton_activate)
+_library.implement(SGD_STEP, "triton", _triton_sgd_step)
+_library.implement(ADAMW_STEP, "triton", _triton_adamw_step)
+for _op in (NAME, SGD_STEP, ADAMW_STEP):
+    _backends.IMPLEMENTED[_op] = ("cpp", "cuda", "triton")

@@ -26,6 +26,8 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
+
 
 struct dim3 {
   unsigned x, y, z;
@@ -230,7 +232,8 @@ inline void emulated_run(EmulatedCluster& cluster) {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  constexpr size_t stack_bytes = 64 << 10;
+  // A launch's arguments may take 32 KB, and every thread has its own.
+  constexpr size_t stack_bytes = 128 << 10;
   static std::vector<std::unique_ptr<unsigned char[]>> stacks;
   const std::function<void()> body = [&] { kernel(arguments...); };
   emulated_kernel = &body;

@@ -9,6 +9,7 @@ import os
 import torch
 
 from lcw_ops import functional as F
+from lcw_ops import optim
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SAMPLES = (1, 2, 5, 8, 17, 32, 33, 64, 65, 130)
@@ -45,12 +46,34 @@ def rows(dtype: torch.dtype, n: int, m: int) -> None:
     backward(F.lcw_weight(weight), weight)
 
 
+def gradients(dtype: torch.dtype) -> None:
+    sizes = (0, 1, 3, 7, 8, 63, 64, 65, 1000, 40_000)
+    for kind in ("arctan", "tanh", "log"):
+        flat = torch.randn(sum(sizes) + len(sizes)).to(dtype)
+        # One behind the other, a number apart: neither aligned nor with room to spare.
+        starts = [sum(sizes[:i]) + i for i in range(len(sizes))]
+        tensors = [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        F.gradient_activation_([*tensors, torch.randn(9, 14).to(dtype)[::2]], kind)
+        params = [torch.nn.Parameter(tensor) for tensor in tensors]
+        for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "activate": "momentum"}):
+            step(optim.SGD(params, 0.1, gradient_activation=kind, **options), params)
+        for amsgrad in (False, True):
+            step(optim.AdamW(params, amsgrad=amsgrad, gradient_activation=kind), params)
+
+
+def step(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> None:
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+
+
 def main() -> None:
     for threads, dtype in itertools.product((1, 3), DTYPES):
         torch.set_num_threads(threads)
+        gradients(dtype)
         for n, m in itertools.product((0, *UNITS), (*INPUTS, 700)):
             rows(dtype, n, m)
-
         os.environ["LCW_OPS_MATMUL"] = "own"
         for samples, n, m in itertools.product((0, *SAMPLES), UNITS, INPUTS):
             if threads == 1 or (samples + n + m) % 3 == 0:

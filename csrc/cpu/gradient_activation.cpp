@@ -1,0 +1,526 @@
+// Activated gradients in place over a list of tensors, and the SGD and AdamW steps with the activation inside.
+//
+//   f(g) = alpha atan(beta g)  |  alpha tanh(beta g)  |  alpha sign(g) ln(1 + beta |g|)
+//   SGD:    d = f(g) + wd w (or g + wd w),  v = mu v + (1 - dampening) d,  w -= lr v (or lr f(v), or Nesterov's)
+//   AdamW:  g = f(g),  w *= 1 - lr wd,  m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
+//           w -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+//
+// M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
+// 2107.04228.
+//
+// Every element of every tensor is read and written once, and f(g) lives in registers. Bytes of memory an element, and
+// instructions of a vector (8 numbers of float32 in AVX2, 16 in AVX-512) with arctan / tanh / log, loop included:
+//
+//                          float32 bytes   AVX2, float32   AVX-512        AVX2, float64
+//   activation                   8          29 / 30 / 34   27 / 29 / 33   40 / 37 / 39
+//   SGD without momentum        12          35 / 36 / 43   33 / 35 / 39   47 / 44 / 46
+//   SGD with momentum           20          47 / 48 / 53   44 / 45 / 50   57 / 54 / 57
+//   AdamW                       28          43 / 44 / 49   39 / 41 / 45   53 / 50 / 52
+//
+// bfloat16 takes 18 (AVX-512: 16) more for an array read and written, float16 57 (46). A core that copies 20 GB/s has
+// the time of some 11 cycles for 8 float32 numbers in the activation, and of 28 in SGD with momentum.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "activations.h"
+#include "tensors.h"
+
+namespace lcw_ops {
+namespace {
+
+// All tensors of a call are one range of units, shared out among threads at once: a unit is a whole number of cache
+// lines in every dtype, and the last one of a tensor may be shorter.
+constexpr int64_t unit = 64;
+
+enum class Kind { arctan, tanh, log };
+
+Kind to_kind(const char* op, const std::string& name) {
+  if (name == "arctan") return Kind::arctan;
+  if (name == "tanh") return Kind::tanh;
+  STD_TORCH_CHECK(name == "log", op, ": kind is ", name, "; expected arctan, tanh or log; call lcw_ops.functional");
+  return Kind::log;
+}
+
+// A list of tensors as torch hands it over: stable::Tensor would allocate once more for each of them.
+class Tensors {
+ public:
+  explicit Tensors(StableListHandle list) {
+    size_t size = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    handles_.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue element;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+      handles_.push_back(stable::detail::to<AtenTensorHandle>(element));
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+  Tensors(Tensors&&) = default;
+  ~Tensors() {
+    for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+  }
+
+  size_t size() const { return handles_.size(); }
+  AtenTensorHandle operator[](size_t i) const { return handles_[i]; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+// ---- Vectors of numbers from and to memory --------------------------------------------------------------------------
+
+template <class Isa, typename E>
+struct Memory {
+  using T = Computed<E>;
+  using Wide = typename Vector<T, Isa::vector_bytes>::type;
+  static constexpr int count = Vector<T, Isa::vector_bytes>::lanes;
+
+  LCW_INLINE static Wide load(const E* from) {
+    if constexpr (std::is_same_v<E, T>) {
+      Wide value;
+      std::memcpy(&value, from, sizeof value);
+      return value;
+    } else {
+      Short bits;
+      std::memcpy(&bits, from, sizeof bits);
+      return widen(__builtin_convertvector(bits, Bits), E{});
+    }
+  }
+
+  LCW_INLINE static void store(Wide value, E* to) {
+    if constexpr (std::is_same_v<E, T>) {
+      std::memcpy(to, &value, sizeof value);
+    } else {
+      const Short bits = __builtin_convertvector(round(value, E{}), Short);
+      std::memcpy(to, &bits, sizeof bits);
+    }
+  }
+
+ private:
+  // The conversions of matrix.h, of a whole vector.
+  using Bits = typename Vector<uint32_t, Isa::vector_bytes>::type;
+  using Signed = typename Vector<int32_t, Isa::vector_bytes>::type;
+  using Short = typename Vector<uint16_t, Isa::vector_bytes / 2>::type;
+  LCW_INLINE static Wide numbers(Bits bits) { return Activations<Isa, T>::template as<Wide>(bits); }
+  LCW_INLINE static Bits bits_of(Wide value) { return Activations<Isa, T>::template as<Bits>(value); }
+
+  LCW_INLINE static Wide widen(Bits bits, BFloat16) { return numbers(bits << 16); }
+
+  LCW_INLINE static Wide widen(Bits bits, Half) {
+    const Bits magnitude = bits & 0x7fff;
+    const Bits bias = Bits{} + (112u << 23);
+    const Bits wide = (magnitude << 13) + bias + ((Signed)magnitude >= 0x7c00 ? bias : Bits{});
+    const Bits denormal = bits_of(__builtin_convertvector((Signed)magnitude, Wide) * 0x1p-24f);
+    return numbers(((Signed)magnitude < 0x0400 ? denormal : wide) | (bits & 0x8000) << 16);
+  }
+
+  LCW_INLINE static Bits round(Wide value, BFloat16) {
+    const Bits bits = bits_of(value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return value != value ? (bits >> 16) | 0x40 : rounded;
+  }
+
+  LCW_INLINE static Bits round(Wide value, Half) {
+    const Bits bits = bits_of(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Bits denormal = bits_of(numbers(magnitude) + 0.5f) - 0x3f000000u;
+    const Signed order = (Signed)magnitude;
+    const Bits large = order > 0x7f800000 ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+    const Bits finite = order < 0x38800000 ? denormal : normal;
+    return sign | (order >= 0x477ff000 ? large : finite);
+  }
+};
+
+template <Kind kind, typename T>
+struct Activation {
+  T alpha, beta;
+
+  template <class Isa>
+  LCW_INLINE auto apply(typename Vector<T, Isa::vector_bytes>::type gradient) const {
+    using A = Activations<Isa, T>;
+    if constexpr (kind == Kind::arctan) return A::atan(gradient * beta) * alpha;
+    if constexpr (kind == Kind::tanh) return A::tanh(gradient * beta) * alpha;
+    if constexpr (kind == Kind::log) return A::log(gradient * beta) * alpha;
+  }
+};
+
+// The lanes of a square root one by one, which the compiler puts together.
+template <class Isa, typename T>
+LCW_INLINE auto square_root(typename Vector<T, Isa::vector_bytes>::type value) {
+  T lane[Vector<T, Isa::vector_bytes>::lanes];
+  std::memcpy(lane, &value, sizeof value);
+  for (T& number : lane) number = std::sqrt(number);
+  std::memcpy(&value, lane, sizeof value);
+  return value;
+}
+
+// Of two averages of squares: what is not negative has the order of its bits, and a NaN, of either sign, comes last.
+template <class Isa, typename T>
+LCW_INLINE auto larger(typename Vector<T, Isa::vector_bytes>::type a, typename Vector<T, Isa::vector_bytes>::type b) {
+  return Activations<Isa, T>::magnitude_bits(a) > Activations<Isa, T>::magnitude_bits(b) ? a : b;
+}
+
+// ---- One tensor, or what belongs to one parameter -------------------------------------------------------------------
+
+// `written` arrays come first; the rest is read only.
+template <int arrays>
+struct Item {
+  void* at[arrays];
+  int64_t count;
+  ScalarType type;
+};
+
+// step(vectors), which changes the first `written` of its `arrays` vectors, for `count` elements from `first` on.
+template <class Isa, typename E, int arrays, int written, typename Step>
+LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t count, const Step& step) {
+  using M = Memory<Isa, E>;
+  E* at[arrays];
+  for (int a = 0; a < arrays; ++a) at[a] = static_cast<E*>(item.at[a]) + first;
+  const int64_t whole = count / M::count * M::count, left = count - whole;
+  E rest[arrays][M::count] = {};
+  int64_t end = whole;
+  while (true) {
+    for (int64_t i = 0; i < end; i += M::count) {
+      typename M::Wide vectors[arrays];
+#pragma GCC unroll 8
+      for (int a = 0; a < arrays; ++a) vectors[a] = M::load(at[a] + i);
+      step(vectors);
+#pragma GCC unroll 8
+      for (int a = 0; a < written; ++a) M::store(vectors[a], at[a] + i);
+    }
+    if (left == 0 || at[0] == rest[0]) break;
+    // What fills no vector, in memory that does: by the same code, so the same bits wherever an element lies.
+    for (int a = 0; a < arrays; ++a) {
+      std::copy(at[a] + whole, at[a] + count, rest[a]);
+      at[a] = rest[a];
+    }
+    end = M::count;
+  }
+  if (left > 0)
+    for (int a = 0; a < written; ++a) std::copy(rest[a], rest[a] + left, static_cast<E*>(item.at[a]) + first + whole);
+}
+
+// task(Isa{}, item, first, count) for pieces of the items, on all threads.
+template <int arrays, typename Task>
+void for_each_piece(const std::vector<Item<arrays>>& items, const Task& task) {
+  std::vector<int64_t> ends(items.size());
+  int64_t units = 0;
+  for (size_t i = 0; i < items.size(); ++i) ends[i] = units += (items[i].count + unit - 1) / unit;
+  for_each_part(units, least_elements / unit, [&](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (int64_t at = begin; at < end; at = ends[i++]) {
+      const int64_t first = (at - (i > 0 ? ends[i - 1] : 0)) * unit;
+      const int64_t last = std::min(items[i].count, first + (end - at) * unit);
+      if (first < last) task(isa, i, first, last - first);
+    }
+  });
+}
+
+// f(E{}) for the numbers of a tensor.
+template <typename F>
+LCW_INLINE void with_numbers(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default: return f(Half{});
+  }
+}
+
+// f with the kind as a type, so that the choice is made once and not for every element.
+template <typename F>
+void with_kind(Kind kind, const F& f) {
+  switch (kind) {
+    case Kind::arctan: return f(std::integral_constant<Kind, Kind::arctan>());
+    case Kind::tanh: return f(std::integral_constant<Kind, Kind::tanh>());
+    case Kind::log: return f(std::integral_constant<Kind, Kind::log>());
+  }
+}
+
+template <typename F>
+void with_flag(bool flag, const F& f) {
+  if (flag)
+    f(std::true_type());
+  else
+    f(std::false_type());
+}
+
+// ---- What memory safety needs ---------------------------------------------------------------------------------------
+
+template <typename Result, typename Of>
+Result ask(AOTITorchError (*question)(AtenTensorHandle, Of*), AtenTensorHandle tensor) {
+  Of result{};
+  STABLE_TORCH_ERROR_CODE_CHECK(question(tensor, &result));
+  return static_cast<Result>(result);
+}
+
+int64_t numel(AtenTensorHandle tensor) { return ask<int64_t>(aoti_torch_get_numel, tensor); }
+int32_t dtype(AtenTensorHandle tensor) { return ask<int32_t>(aoti_torch_get_dtype, tensor); }
+bool is_contiguous(AtenTensorHandle tensor) { return ask<bool>(aoti_torch_is_contiguous, tensor); }
+bool is_cpu(AtenTensorHandle tensor) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  return ask<int32_t>(aoti_torch_get_device_type, tensor) == cpu;
+}
+
+// (stride, size) of every dimension along which there is a step, in the order of the dimensions.
+std::vector<std::pair<int64_t, int64_t>> steps(AtenTensorHandle tensor) {
+  const int64_t *sizes = ask<int64_t*>(aoti_torch_get_sizes, tensor),
+                *strides = ask<int64_t*>(aoti_torch_get_strides, tensor);
+  std::vector<std::pair<int64_t, int64_t>> result;
+  for (int64_t d = 0; d < ask<int64_t>(aoti_torch_get_dim, tensor); ++d)
+    if (sizes[d] != 1) result.emplace_back(strides[d], sizes[d]);
+  return result;
+}
+
+bool is_dense(AtenTensorHandle tensor) {
+  if (is_contiguous(tensor)) return true;
+  auto dimensions = steps(tensor);
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Whether element by element both lie in the same order, given that one of them is dense.
+bool lie_alike(AtenTensorHandle one, AtenTensorHandle other) {
+  if (is_contiguous(one) && is_contiguous(other)) return numel(one) == numel(other);
+  return steps(one) == steps(other);
+}
+
+// The type of a tensor that the kernels take.
+std::optional<ScalarType> taken_type(AtenTensorHandle tensor) {
+  static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
+                       bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
+  if (!is_cpu(tensor) || !is_dense(tensor)) return std::nullopt;
+  const int32_t type = dtype(tensor);
+  if (type == float32) return ScalarType::Float;
+  if (type == float64) return ScalarType::Double;
+  if (type == bfloat16) return ScalarType::BFloat16;
+  if (type == float16) return ScalarType::Half;
+  return std::nullopt;
+}
+
+void* memory(AtenTensorHandle tensor, bool is_written) {
+  if (is_written) return ask<void*>(torch_get_mutable_data_ptr, tensor);
+  return const_cast<void*>(ask<const void*>(torch_get_const_data_ptr, tensor));
+}
+
+// Of every parameter its tensors, `written` ones first.
+template <int arrays>
+std::vector<Item<arrays>> to_items(
+    const char* op, const std::array<const Tensors*, arrays>& lists, int written) {
+  const Tensors& params = *lists[0];
+  for (const Tensors* list : lists)
+    STD_TORCH_CHECK(
+        list->size() == params.size(), op, ": ", list->size(), " tensors for ", params.size(),
+        " parameters; call lcw_ops.optim");
+  std::vector<Item<arrays>> items;
+  items.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const AtenTensorHandle param = params[i];
+    const std::optional<ScalarType> type = taken_type(param);
+    STD_TORCH_CHECK(
+        type, op, ": parameter ", i,
+        " is not on the CPU, not of a floating dtype or has gaps in memory; call lcw_ops.optim");
+    Item<arrays> item{{}, numel(param), *type};
+    for (int a = 1; a < arrays; ++a) {
+      const AtenTensorHandle other = (*lists[a])[i];
+      STD_TORCH_CHECK(
+          is_cpu(other) && dtype(other) == dtype(param) && lie_alike(param, other), op,
+          ": a tensor of parameter ", i, " differs from it in dtype, device, shape or strides; call lcw_ops.optim");
+    }
+    for (int a = 0; a < arrays; ++a) item.at[a] = memory((*lists[a])[i], a < written);
+    items.push_back(item);
+  }
+  return items;
+}
+
+int64_t size_of(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+// Dense tensors share memory where their ranges of addresses meet.
+void check_disjoint(const std::vector<Item<1>>& items) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  ranges.reserve(items.size());
+  for (const Item<1>& item : items) {
+    if (item.count == 0) continue;
+    const char* begin = static_cast<const char*>(item.at[0]);
+    ranges.emplace_back(begin, begin + item.count * size_of(item.type));
+  }
+  if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i)
+    STD_TORCH_CHECK(
+        ranges[i - 1].second <= ranges[i].first,
+        "gradient_activation_: two tensors share memory; call lcw_ops.functional.gradient_activation_");
+}
+
+// ---- The ops --------------------------------------------------------------------------------------------------------
+
+void gradient_activation(const Tensors& tensors, std::string kind_name, double alpha, double beta) {
+  const Kind kind = to_kind("gradient_activation_", kind_name);
+  std::vector<Item<1>> items;
+  items.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const std::optional<ScalarType> type = taken_type(tensors[i]);
+    STD_TORCH_CHECK(
+        type, "gradient_activation_: tensors[", i,
+        "] is not on the CPU, not of a floating dtype or has gaps in memory; call "
+        "lcw_ops.functional.gradient_activation_");
+    items.push_back({{memory(tensors[i], true)}, numel(tensors[i]), *type});
+  }
+  check_disjoint(items);
+  with_kind(kind, [&](auto kind_type) {
+    for_each_piece(items, [&](auto isa, size_t i, int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+      with_numbers(items[i].type, [&](auto element) LCW_LAMBDA_INLINE {
+        using Isa = decltype(isa);
+        using E = decltype(element);
+        const Activation<kind_type(), Computed<E>> activation{Computed<E>(alpha), Computed<E>(beta)};
+        step_through<Isa, E, 1, 1>(items[i], first, count, [&](auto* vectors) LCW_LAMBDA_INLINE {
+          vectors[0] = activation.template apply<Isa>(vectors[0]);
+        });
+      });
+    });
+  });
+}
+
+void sgd_step(
+    const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
+    double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first,
+    bool on_momentum, std::string kind_name, double alpha, double beta) {
+  const char* op = "activated_sgd_step_";
+  const Kind kind = to_kind(op, kind_name);
+  const double sign = maximize ? -1 : 1;
+  // The activation is odd: its argument's sign is beta's.
+  const double signed_beta = on_momentum ? beta : sign * beta;
+  const auto run = [&](auto kind_type, auto at_momentum, const auto& items) {
+    constexpr int arrays = sizeof(items[0].at) / sizeof(void*), gradient = arrays - 1;
+    for_each_piece(items, [&](auto isa, size_t i, int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+      with_numbers(items[i].type, [&](auto element) LCW_LAMBDA_INLINE {
+        using Isa = decltype(isa);
+        using E = decltype(element);
+        using T = Computed<E>;
+        using Wide = typename Memory<Isa, E>::Wide;
+        const Activation<kind_type(), T> activation{T(alpha), T(signed_beta)};
+        const T rate = T(lr), decay = T(weight_decay), keep = T(momentum), add = T(1 - dampening), turn = T(sign);
+        step_through<Isa, E, arrays, gradient>(items[i], first, count, [&](auto* vectors) LCW_LAMBDA_INLINE {
+          Wide d;
+          if constexpr (at_momentum)
+            d = vectors[gradient] * turn;
+          else
+            d = activation.template apply<Isa>(vectors[gradient]);
+          if (weight_decay != 0) d += decay * vectors[0];
+          Wide step = d;
+          if constexpr (arrays == 3) {
+            const Wide v = is_first ? d : keep * vectors[1] + add * d;
+            vectors[1] = v;
+            step = nesterov ? d + keep * v : v;
+          }
+          if constexpr (at_momentum) step = activation.template apply<Isa>(step);
+          vectors[0] -= rate * step;
+        });
+      });
+    });
+  };
+  const auto run_all = [&](const auto& items) {
+    with_kind(kind, [&](auto kind_type) {
+      with_flag(on_momentum, [&](auto at_momentum) { run(kind_type, at_momentum, items); });
+    });
+  };
+  if (momentum != 0) return run_all(to_items<3>(op, {&params, &momentum_buffers, &grads}, 2));
+  STD_TORCH_CHECK(momentum_buffers.size() == 0, op, ": momentum buffers without momentum; call lcw_ops.optim.SGD");
+  run_all(to_items<2>(op, {&params, &grads}, 1));
+}
+
+// What AdamW's step takes from the count of steps.
+struct Correction {
+  double step_size, inverse_root;
+};
+
+double to_count(AtenTensorHandle step) {
+  const std::optional<ScalarType> type = taken_type(step);
+  STD_TORCH_CHECK(
+      numel(step) == 1 && (type == ScalarType::Float || type == ScalarType::Double),
+      "activated_adamw_step_: a count of steps is no float32 number on the CPU; call lcw_ops.optim.AdamW");
+  const void* count = memory(step, false);
+  return type == ScalarType::Float ? *static_cast<const float*>(count) : *static_cast<const double*>(count);
+}
+
+void adamw_step(
+    const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+    const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
+    const Tensors& state_steps, double lr, double beta1, double beta2, double weight_decay, double eps,
+    bool amsgrad, bool maximize, std::string kind_name, double alpha, double beta) {
+  const char* op = "activated_adamw_step_";
+  const Kind kind = to_kind(op, kind_name);
+  STD_TORCH_CHECK(
+      state_steps.size() == params.size(), op, ": ", state_steps.size(), " counts of steps for ", params.size(),
+      " parameters; call lcw_ops.optim.AdamW");
+  std::vector<Correction> corrections;
+  corrections.reserve(params.size());
+  double previous = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const double count = to_count(state_steps[i]);
+    // Nearly always the same for all, and powers take longer than a small tensor.
+    if (i > 0 && count == previous)
+      corrections.push_back(corrections.back());
+    else
+      corrections.push_back({lr / (1 - std::pow(beta1, count)), 1 / std::sqrt(1 - std::pow(beta2, count))});
+    previous = count;
+  }
+  const double signed_beta = maximize ? -beta : beta;
+  const auto run = [&](auto kind_type, const auto& items) {
+    constexpr int arrays = sizeof(items[0].at) / sizeof(void*), gradient = arrays - 1;
+    for_each_piece(items, [&](auto isa, size_t i, int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+      with_numbers(items[i].type, [&](auto element) LCW_LAMBDA_INLINE {
+        using Isa = decltype(isa);
+        using E = decltype(element);
+        using T = Computed<E>;
+        using Wide = typename Memory<Isa, E>::Wide;
+        const Activation<kind_type(), T> activation{T(alpha), T(signed_beta)};
+        const T keep1 = T(beta1), add1 = T(1 - beta1), keep2 = T(beta2), add2 = T(1 - beta2);
+        const T shrink = T(1 - lr * weight_decay), epsilon = T(eps);
+        const T step_size = T(corrections[i].step_size), inverse_root = T(corrections[i].inverse_root);
+        step_through<Isa, E, arrays, gradient>(items[i], first, count, [&](auto* vectors) LCW_LAMBDA_INLINE {
+          const Wide g = activation.template apply<Isa>(vectors[gradient]);
+          const Wide m = vectors[1] = keep1 * vectors[1] + add1 * g;
+          Wide v = vectors[2] = keep2 * vectors[2] + add2 * (g * g);
+          if constexpr (arrays == 5) {
+            v = vectors[3] = larger<Isa, T>(vectors[3], v);
+          }
+          const Wide denominator = square_root<Isa, T>(v) * inverse_root + epsilon;
+          vectors[0] = vectors[0] * shrink - step_size * (m / denominator);
+        });
+      });
+    });
+  };
+  const auto run_all = [&](const auto& items) { with_kind(kind, [&](auto kind_type) { run(kind_type, items); }); };
+  if (amsgrad) return run_all(to_items<5>(op, {&params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &grads}, 4));
+  STD_TORCH_CHECK(max_exp_avg_sqs.size() == 0, op, ": largest averages without amsgrad; call lcw_ops.optim.AdamW");
+  run_all(to_items<4>(op, {&params, &exp_avgs, &exp_avg_sqs, &grads}, 3));
+}
+
+}  // namespace
+}  // namespace lcw_ops
+
+// How TORCH_BOX takes a list from the stack.
+template <>
+struct torch::stable::detail::ToImpl<lcw_ops::Tensors> {
+  static lcw_ops::Tensors call(StableIValue value, uint64_t, bool) {
+    return lcw_ops::Tensors(to<StableListHandle>(value));
+  }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
+  m.impl("gradient_activation_.cpp", TORCH_BOX(&lcw_ops::gradient_activation));
+  m.impl("activated_sgd_step_.cpp", TORCH_BOX(&lcw_ops::sgd_step));
+  m.impl("activated_adamw_step_.cpp", TORCH_BOX(&lcw_ops::adamw_step));
+}

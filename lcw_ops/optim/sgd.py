@@ -1,0 +1,128 @@
+"""SGD with activated gradients, drop-in for torch.optim.SGD.
+
+M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228;
+both places of the activation are the authors' code's.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lcw_ops.ops import _backends
+from lcw_ops.ops import gradient_activation as ops
+from lcw_ops.optim._activated import ActivatedOptimizer, split
+from lcw_ops.reference import checks
+from lcw_ops.reference.gradient_activation import PLACES
+
+
+class SGD(ActivatedOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD`` that activates the gradient, or the momentum, inside its step: each tensor is read once.
+
+    With f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|):
+
+    - activate="gradient": ``d = f(g) + weight_decay * w``, then momentum and step as torch's;
+    - activate="momentum": ``d = g + weight_decay * w``, momentum as torch's, ``w -= lr * f(step)``.
+
+    Near a stationary point f is the line of slope alpha * beta: compare with plain SGD at ``lr * alpha * beta`` too.
+    16-bit parameters are stepped in float32 and rounded once.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's.
+        foreach, fused: torch's, for groups without activation; groups with it take our op whatever they say.
+        differentiable: torch's; True needs gradient_activation=None.
+        gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
+        alpha, beta: finite numbers > 0.
+        activate: "gradient" or "momentum".
+
+    All options may differ from group to group. ``state_dict`` has torch's keys: torch.optim.SGD's loads into this one,
+    where each group keeps its activation, and this one's into torch's. A group that has a parameter twice steps it
+    once. DTensor parameters (FSDP2) are stepped shard by shard. GradScaler unscales, and looks for overflow, first.
+    With a tensor lr on a GPU, the step waits for its value.
+
+    Raises:
+        ValueError: options out of range. TypeError: alpha or beta is no number. Otherwise torch's.
+    """
+
+    _torch_optimizer = torch.optim.SGD
+    _options = (*ActivatedOptimizer._options, "activate")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        gradient_activation: str | None = "arctan",
+        alpha: float = 0.1,
+        beta: float = 20.0,
+        activate: str = "gradient",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._add_options(gradient_activation=gradient_activation, alpha=alpha, beta=beta, activate=activate)
+
+    def _check_options(self, group: dict) -> None:
+        super()._check_options(group)
+        checks.check_choice(self._name(), "activate", group["activate"], PLACES)
+
+    def _gather(self, index: int, group: dict) -> list[Callable[[], None]]:
+        group = self._checked_group(index, group)
+        params, grads, found = [], [], []
+        self._init_group(group, params, grads, found)
+        owners = list(params)
+        is_first = [buffer is None for buffer in found] if found else [False] * len(params)
+        buffers = [
+            torch.empty_like(param) if buffer is None else buffer for param, buffer in zip(params, found, strict=False)
+        ]
+        kept = list(buffers)
+        self._localize(index, params, grads, [buffers] if buffers else [])
+        calls = []
+        for (device, first), take in split([param.device for param in params], is_first).items():
+            calls.append(
+                functools.partial(
+                    ops.sgd_step_,
+                    _backends.choose(ops.SGD_STEP, device),
+                    take(params),
+                    take(grads),
+                    take(buffers),
+                    lr=float(group["lr"]),
+                    momentum=float(group["momentum"]),
+                    dampening=float(group["dampening"]),
+                    weight_decay=float(group["weight_decay"]),
+                    nesterov=bool(group["nesterov"]),
+                    maximize=bool(group["maximize"]),
+                    is_first=first,
+                    activate=group["activate"],
+                    kind=group["gradient_activation"],
+                    alpha=float(group["alpha"]),
+                    beta=float(group["beta"]),
+                )
+            )
+        if any(is_first):
+            # The op writes these without reading them: they become state only then.
+            calls.append(functools.partial(self._keep_buffers, owners, kept))
+        return calls
+
+    def _keep_buffers(self, params: list[Tensor], buffers: list[Tensor]) -> None:
+        for param, buffer in zip(params, buffers, strict=True):
+            self.state[param]["momentum_buffer"] = buffer

@@ -1,0 +1,160 @@
+"""The kernels of csrc/cuda/gradient_activation.cu, on a GPU or on the emulator that test_cuda_emulated.py starts."""
+
+import math
+import os
+
+import pytest
+import torch
+from gradient_activation_kernels import (
+    ACTIVATION,
+    ADAMW,
+    SGD,
+    AdamWCase,
+    GradientActivationKernels,
+    Ops,
+    SgdCase,
+    gradients,
+)
+
+DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))
+EMULATED = os.environ.get("LCW_OPS_EMULATED_LIBRARY")
+if EMULATED:
+    torch.ops.load_library(EMULATED)
+elif DEVICE.type != "cuda":
+    pytest.skip("no GPU asked for; test_cuda_emulated.py starts a process that does without", allow_module_level=True)
+
+namespace = torch.ops.lcw_ops
+OPS = Ops(namespace.gradient_activation_.cuda, namespace.activated_sgd_step_.cuda, namespace.activated_adamw_step_.cuda)
+
+on_gpu = pytest.mark.skipif(bool(EMULATED), reason="the emulator has no streams, graphs, or memory for so much")
+
+
+@pytest.fixture
+def counters_on_device(monkeypatch):
+    """The emulator's GPU has the CPU's memory: it is told which it is."""
+    monkeypatch.setenv("LCW_OPS_EMULATED_STEPS_ON_GPU", "1")
+
+
+class TestCuda(GradientActivationKernels):
+    ops = OPS
+    # CUDA's own functions: at most 2, and four roundings of half a unit, which may be a whole one below a power of 2.
+    most_ulp = 4.0
+
+
+def test_more_tensors_than_a_launch_takes(device):
+    """Several launches: of f, of SGD and of AdamW."""
+    tensors = [torch.full((3,), float(i), device=device) for i in range(600)]
+    OPS.activate(tensors, "log", 1.0, 1.0)
+    for i, tensor in enumerate(tensors):
+        torch.testing.assert_close(tensor, torch.full((3,), math.log1p(i)))
+    SgdCase([2] * 300, torch.float32, device).run(OPS).check()
+    AdamWCase([2] * 200, torch.float32, device, amsgrad=True).run(OPS).check()
+
+
+def test_any_order_of_dimensions(device):
+    """Dense, but transposed or channels last: the same memory, element for element."""
+    for view in (lambda t: t.view(30, 40).t(), lambda t: t.view(2, 10, 6, 10).permute(0, 3, 1, 2)):
+        case, plain = (SgdCase((1200,), torch.float32, device, behind=(1, 1, 1)) for _ in range(2))
+        for name in ("params", "grads", "buffers"):
+            getattr(plain, name)[0].copy_(getattr(case, name)[0])
+        plain.run(OPS)
+        lists = [[view(tensor) for tensor in tensors] for tensors in (case.params, case.grads, case.buffers)]
+        OPS.sgd_step(*lists, *SGD.values(), *ACTIVATION.values())
+        assert torch.equal(case.params[0], plain.params[0])
+        assert torch.equal(case.buffers[0], plain.buffers[0])
+
+
+def arguments(device, **lists):
+    """Of AdamW's step with amsgrad, two parameters; ``lists`` instead of its own."""
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+    own = {name: [torch.ones(4, 3, device=device), torch.ones(5, device=device)] for name in names}
+    own["state_steps"] = [torch.tensor(1.0), torch.tensor(1.0)]
+    own |= {name: change(own[name]) for name, change in lists.items()}
+    return own
+
+
+def transposed(tensors):
+    return [torch.ones(3, 4, device=tensors[0].device).t(), tensors[1]]
+
+
+BAD_LISTS = {
+    "too few": ({"grads": lambda tensors: tensors[:1]}, r"grads has 1 tensors; expected 2"),
+    "another dtype": ({"exp_avgs": lambda tensors: [tensors[0], tensors[1].double()]}, r"exp_avgs\[1\] has not the"),
+    "another shape": ({"grads": lambda tensors: [tensors[0], tensors[0]]}, r"grads\[1\] has not the"),
+    "other strides": ({"exp_avg_sqs": transposed}, r"exp_avg_sqs\[0\] has not the"),
+    "integers": ({"params": lambda tensors: [tensors[0].int(), tensors[1]]}, "a tensor is not float32"),
+    "gaps": ({"params": lambda tensors: [tensors[0], torch.ones(10)[::2].to(tensors[0])]}, None),
+    "overlapping": ({"params": lambda tensors: [tensors[0], tensors[1][:1].expand(5)]}, "has gaps or overlaps"),
+    "no maxima": ({"max_exp_avg_sqs": lambda tensors: []}, "max_exp_avg_sqs has 0 tensors; expected 2"),
+    "integer counters": ({"state_steps": lambda steps: [step.long() for step in steps]}, "single float32 numbers"),
+    "counters of two": ({"state_steps": lambda steps: [steps[0], torch.ones(2)]}, "single float32 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_bad_lists_change_nothing(case, device):
+    changes, message = BAD_LISTS[case]
+    lists = arguments(device, **changes)
+    if case == "gaps":
+        lists["params"] = [lists["params"][0], torch.ones(10, device=device)[::2]]
+        message = "has gaps or overlaps"
+    with pytest.raises(RuntimeError, match=f"activated_adamw_step_: .*{message}"):
+        OPS.adamw_step(*lists.values(), *(ADAMW | {"amsgrad": True}).values(), *ACTIVATION.values())
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+        assert all((tensor == 1).all() for tensor in lists[name])
+
+
+def test_a_bad_kind_changes_nothing(device):
+    tensor = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError, match="gradient_activation_: kind is sigmoid; expected arctan, tanh or log"):
+        OPS.activate([tensor], "sigmoid", 0.1, 20.0)
+    assert (tensor == 1).all()
+    with pytest.raises(RuntimeError, match="gradient_activation_: a tensor has gaps"):
+        OPS.activate([tensor, torch.ones(6, device=device)[::2]], "tanh", 0.1, 20.0)
+    assert (tensor == 1).all()
+
+
+@on_gpu
+def test_recorded_in_a_cuda_graph(device):
+    """Replayed on new numbers, with counters that went on."""
+    tensors = [gradients(100 + i).to(device, torch.float32) for i in range(300)]
+    case = AdamWCase([3000] * 100, torch.float32, device, steps_device=device)
+    before = [[tensor.clone() for tensor in tensors] for tensors in case.lists]
+    new = [tensor + 1 for tensor in tensors]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        OPS.activate(tensors, "arctan", 0.1, 20.0)
+        case.run(OPS)
+    for current, wanted in ((tensors, new), *zip(case.lists, before, strict=True)):
+        for one, other in zip(current, wanted, strict=True):
+            one.copy_(other)
+    graph.replay()
+    OPS.activate(new, "arctan", 0.1, 20.0)
+    assert all(map(torch.equal, tensors, new))
+    case.check()
+
+
+@on_gpu
+def test_on_the_current_stream(device):
+    tensor = torch.ones(1 << 24, device=device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        tensor.fill_(math.inf)
+        OPS.activate([tensor], "tanh", 0.5, 1.0)
+    stream.synchronize()
+    assert (tensor == 0.5).all()
+
+
+@on_gpu
+def test_more_elements_than_31_bits_count(device):
+    size = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 8 * size:
+        pytest.skip("too little free memory")
+    tensor = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    places = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**31 + 1, size - 1], device=device)
+    tensor[places] = math.inf
+    OPS.activate([tensor], "tanh", 0.5, 20.0)
+    assert (tensor[places] == 0.5).all()
+    assert tensor.count_nonzero() == len(places)

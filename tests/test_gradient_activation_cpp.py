@@ -1,0 +1,256 @@
+"""The C++ kernel of activated gradients: units in the last place over all numbers, memory, threads, refusals."""
+
+import ctypes
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from numerics import needs_more_digits, threads
+from test_orthogonal_filter_proof import IN_SUBPROCESS, PAGE, between_guards, in_a_process
+
+import lcw_ops
+from lcw_ops import functional as F
+from lcw_ops.ops import _backends
+from lcw_ops.ops import gradient_activation as ops
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        _backends.missing_reason(ops.NAME, "cpp", "cpu") is not None, reason="the C++ extension is not built"
+    ),
+]
+
+KINDS = ("arctan", "tanh", "log")
+# What csrc/cpu/activations.h states, in units in the last place of the result.
+MAX_ULP = {"arctan": 1.5, "tanh": 2.5, "log": 1.5}
+EXACT = {"arctan": np.arctan, "tanh": np.tanh, "log": lambda x: np.copysign(np.log1p(np.abs(x)), x)}
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BOUND = {"arctan": np.pi / 2, "tanh": 1.0, "log": np.inf}
+
+
+def activate(tensor, kind, alpha=1.0, beta=1.0):
+    result = tensor.clone()
+    torch.ops.lcw_ops.gradient_activation_.cpp([result], kind, alpha, beta)
+    return result
+
+
+def every_exponent(dtype, each):
+    """Random fractions for every exponent from the denormal numbers to the largest, and the first and last of each."""
+    bits, count, integer = (23, 255, torch.int32) if dtype == torch.float32 else (52, 2047, torch.int64)
+    exponents = torch.arange(count)[:, None]
+    fractions = torch.randint(0, 2**bits, (len(exponents), each))
+    fractions[:, 0], fractions[:, 1] = 0, 2**bits - 1
+    return (exponents << bits | fractions).to(integer).view(dtype).flatten()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_units_in_the_last_place_over_all_numbers(kind, dtype):
+    needs_more_digits(dtype)
+    # The bends, where errors are largest, more densely.
+    bend = 10.0 ** torch.empty(200_000, dtype=torch.float64).uniform_(-4, 2)
+    x = torch.cat([every_exponent(dtype, 2000 if dtype == torch.float32 else 250), bend.to(dtype)])
+    assert x.isfinite().all()
+    assert x.min() == 0
+    assert x.max() == torch.finfo(dtype).max
+    result = activate(x, kind)
+    exact = EXACT[kind](x.numpy().astype(np.longdouble))
+    ulp = np.spacing(exact.astype(NUMPY[dtype])).astype(np.longdouble)
+    error = np.abs(result.numpy().astype(np.longdouble) - exact) / ulp
+    assert error.max() <= MAX_ULP[kind], f"{error.max()} at {x[error.argmax()]}"
+    assert torch.equal(activate(-x, kind), -result)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_is_rounded_once(kind, dtype):
+    x = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
+    x = x[x.isfinite()]
+    exact = EXACT[kind](x.double().numpy())
+    nearest = torch.from_numpy(exact).abs().to(dtype)
+    ulp = torch.nextafter(nearest, torch.full_like(x, torch.inf)).double() - nearest.double()
+    error = (activate(x, kind).double() - torch.from_numpy(exact)).abs()
+    # Half a unit, and what float32's own error may take to the other side of the middle.
+    allowed = 0.5 * ulp + MAX_ULP[kind] * torch.finfo(torch.float32).eps * torch.from_numpy(exact).abs()
+    assert (error <= allowed).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_no_ordinary_number(kind, dtype):
+    """NaN of either sign stays NaN, an infinity becomes the bound, and zero keeps its sign; anywhere in a vector."""
+    values = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=dtype)
+    bound = torch.tensor(BOUND[kind], dtype=torch.float64).to(dtype)
+    for shift in range(17):
+        x = torch.cat([torch.ones(shift, dtype=dtype), values])
+        result = activate(x, kind)[shift:]
+        assert result[:2].isnan().all()
+        assert torch.equal(result[2:4], torch.stack([bound, -bound]))
+        assert torch.equal(result[4:].signbit(), torch.tensor([False, True]))
+        assert (result[4:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_element_has_the_same_bits_wherever_it_lies(kind, dtype):
+    """At the start, in the middle or in the rest of a vector, of a tensor or of a list, on one thread or on three."""
+    x = (torch.randn(70_001, dtype=torch.float64) * 10.0 ** torch.empty(70_001).uniform_(-4, 2)).to(dtype)
+    with threads(1):
+        wanted = activate(x, kind, 0.1, 20.0)
+    for count in (1, 3, 7, 8, 9, 31, 63, 64, 65, 127, 1000):
+        for start in (0, 1, 5, 64):
+            part = slice(start, start + count)
+            assert torch.equal(activate(x[part], kind, 0.1, 20.0), wanted[part])
+    sizes = [1, 0, 2, 10_000, 63, 64, 0, 65, 17_011, 1, 8, 30_000, 0]
+    sizes.append(len(x) - sum(sizes))
+    for count in (1, 2, 3, 7):
+        with threads(count):
+            assert torch.equal(activate(x, kind, 0.1, 20.0), wanted)
+            parts = [part.clone() for part in x.split(sizes)]
+            torch.ops.lcw_ops.gradient_activation_.cpp(parts, kind, 0.1, 20.0)
+            assert torch.equal(torch.cat(parts), wanted)
+
+
+def test_a_thousand_tensors_of_every_dtype():
+    """A list is one range of elements to the threads: none is left out, and none taken twice."""
+    sizes = [int(size) for size in torch.randint(0, 200, (1000,))]
+    gradients = [torch.randn(size, dtype=DTYPES[index % 4]) for index, size in enumerate(sizes)]
+    wanted = [activate(gradient, "tanh", 0.3, 4.5) for gradient in gradients]
+    with threads(3):
+        F.gradient_activation_(gradients, "tanh", 0.3, 4.5)
+    assert all(torch.equal(gradient, one) for gradient, one in zip(gradients, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_around_a_tensor_is_written(dtype):
+    """Every start and size around a vector's: the neighbours keep bits that the kernel would change."""
+    base = torch.full((200,), 0.5, dtype=dtype)
+    inside = activate(base, "arctan")[0]
+    for start in range(0, 40, 3):
+        for count in (*range(1, 20), 31, 33, 63, 65, 100):
+            whole = base.clone()
+            torch.ops.lcw_ops.gradient_activation_.cpp([whole[start : start + count]], "arctan", 1.0, 1.0)
+            assert (whole[start : start + count] == inside).all()
+            assert (whole[:start] == 0.5).all()
+            assert (whole[start + count :] == 0.5).all()
+
+
+# ---- What the kernel refuses -----------------------------------------------------------------------------------------
+
+
+def _refused():
+    x = torch.ones(24)
+    return {
+        "gaps": [torch.ones(3), x[::2]],
+        "overlap": [torch.ones(3), x.as_strided((4, 3), (1, 2))],
+        "expanded": [torch.ones(3), x[:1].expand(4)],
+        "twice": [x, torch.ones(3), x],
+        "a view": [torch.ones(3), x, x.view(4, 6)],
+        "neighbours that meet": [x[12:], x[:13]],
+        "integers": [x, torch.ones(3, dtype=torch.int32)],
+        "complex": [x, torch.ones(3, dtype=torch.complex64)],
+        "another device": [x, torch.ones(3, device="meta")],
+    }
+
+
+@pytest.mark.parametrize("case", _refused())
+def test_the_op_refuses_before_the_first_write(case):
+    tensors = _refused()[case]
+    with pytest.raises((RuntimeError, ValueError), match=r"lcw_ops.functional.gradient_activation_"):
+        torch.ops.lcw_ops.gradient_activation_.cpp(tensors, "arctan", 0.1, 20.0)
+    assert all((tensor == 1).all() for tensor in tensors if tensor.device.type == "cpu")
+
+
+def test_an_unknown_kind_is_refused_by_the_op():
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="expected arctan, tanh or log"):
+        torch.ops.lcw_ops.gradient_activation_.cpp([x], "sigmoid", 0.1, 20.0)
+    assert (x == 1).all()
+
+
+def test_tensors_of_two_devices():
+    """A list with a meta tensor goes to the meta device's kernel, which does nothing: the others must not be lost."""
+    for order in (1, -1):
+        x = torch.ones(3)
+        F.gradient_activation_([x, torch.ones(2, device="meta")][::order])
+        assert torch.equal(x, activate(torch.ones(3), "arctan", 0.1, 20.0))
+
+
+# ---- The way there ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_list_is_not_looked_through_in_python(monkeypatch):
+    """A thousand gradients before every step: what the kernel checks is not checked twice."""
+
+    def looked_through(*arguments):
+        raise AssertionError("looked through in Python")
+
+    monkeypatch.setattr(F, "_check_gradient_activation", looked_through)
+    monkeypatch.setattr(ops, "is_dense", looked_through)
+    x = torch.ones(3, 4).t()
+    F.gradient_activation_([x, torch.nn.Parameter(torch.ones(3), requires_grad=False), torch.ones(0)])
+    assert torch.equal(x, activate(torch.ones(4, 3), "arctan", 0.1, 20.0))
+    with torch.no_grad():
+        F.gradient_activation_([torch.nn.Parameter(torch.ones(3))])
+
+
+def test_a_request_for_another_backend_is_met():
+    with lcw_ops.use_backend("reference"), torch.profiler.profile() as profile:
+        F.gradient_activation_([torch.ones(3)])
+    assert any("foreach" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_versions_are_counted_in_inference_mode_too(inference):
+    x = torch.ones(3)
+    before = x._version
+    with torch.inference_mode(inference):
+        F.gradient_activation_([x])
+        if inference:
+            F.gradient_activation_([x, torch.ones(3)])
+    assert x._version > before
+
+
+# ---- In processes of their own ---------------------------------------------------------------------------------------
+
+
+def writable_between_guards(tensor, flush):
+    guarded = between_guards(tensor, flush)
+    libc = ctypes.CDLL(None)
+    start = guarded.data_ptr() // PAGE * PAGE
+    size = -(-(guarded.data_ptr() + guarded.nbytes - start) // PAGE) * PAGE
+    assert libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE) == 0
+    return guarded
+
+
+if IN_SUBPROCESS:
+
+    @pytest.mark.parametrize("flush", ["front", "back"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_nothing_but_the_arguments_is_touched(flush, dtype):
+        """What a vector too wide would touch is not mapped, and a gradient written to is not writable."""
+        for count in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000):
+            x = torch.randn(count).to(dtype)
+            guarded = writable_between_guards(x, flush)
+            torch.ops.lcw_ops.gradient_activation_.cpp([guarded], KINDS[count % 3], 0.1, 20.0)
+            assert torch.equal(guarded, activate(x, KINDS[count % 3], 0.1, 20.0))
+            w, v, m, s = (writable_between_guards(torch.rand(count).to(dtype), flush) for _ in range(4))
+            gradient, step = between_guards(x, flush), torch.tensor(3.0)
+            numbers = (0.1, 0.9, 0.0, 0.01, True, False, False, count % 2 == 0, KINDS[count % 3], 0.1, 20.0)
+            torch.ops.lcw_ops.activated_sgd_step_.cpp([w], [gradient], [v], *numbers)
+            numbers = (0.1, 0.9, 0.99, 0.01, 1e-8, True, False, KINDS[count % 3], 0.1, 20.0)
+            torch.ops.lcw_ops.activated_adamw_step_.cpp([w], [gradient], [v], [m], [s], [step], *numbers)
+            assert all(tensor.isfinite().all() for tensor in (w, v, m, s))
+
+
+@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
+@pytest.mark.parametrize("capability", ["fastest", "avx2", "portable"])
+def test_every_instruction_set(capability):
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip(f"the fastest instruction set of this processor is {torch.backends.cpu.get_cpu_capability()}")
+    environment = {} if capability == "fastest" else {"LCW_OPS_CPU_CAPABILITY": capability}
+    # The fastest one has had all other tests in this process.
+    more = " or units or rounded_once or no_ordinary or same_bits" if capability != "fastest" else ""
+    in_a_process("nothing_but_the_arguments" + more, __file__, **environment)

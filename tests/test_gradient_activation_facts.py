@@ -1,0 +1,288 @@
+"""What is known about descent with activated gradients: how far a step may go, where it leads, and what equals it.
+
+With K = alpha beta, the slope at 0: F falls for rates below 2 / (L K); a coordinate moves by at most the rate times the
+bound of f; near a stationary point it is plain descent at the rate times K. So the plain optimizer at that rate stands
+beside every figure here: whatever it does too is no merit of the activation. All derived.
+"""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+
+import lcw_ops
+from lcw_ops import optim
+from lcw_ops.reference import sgd_step
+from lcw_ops.reference.gradient_activation import KINDS
+
+pytestmark = pytest.mark.usefixtures("made_on_device", "one_thread")
+
+EPS = torch.finfo(torch.float64).eps
+ALPHA, BETA = 0.1, 20.0
+GAIN = ALPHA * BETA
+BOUND = {"arctan": ALPHA * math.pi / 2, "tanh": ALPHA}
+
+
+class ReferenceSGD(torch.optim.SGD):
+    """The formulas of lcw_ops.reference under an optimizer's calling convention."""
+
+    def __init__(self, params, gradient_activation, alpha, beta, activate="gradient", **options):
+        super().__init__(params, **options)
+        self.activation = {"kind": gradient_activation, "alpha": alpha, "beta": beta, "activate": activate}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            numbers = [group[name] for name in ("lr", "momentum", "weight_decay")]
+            for param in group["params"]:
+                buffer = self.state[param].get("momentum_buffer")
+                moved, buffer = sgd_step(param.detach(), param.grad, buffer, *numbers, **self.activation)
+                param.copy_(moved)
+                if group["momentum"]:
+                    self.state[param]["momentum_buffer"] = buffer
+
+
+def hooked_sgd(params, gradient_activation, alpha, beta, **options):
+    optimizer = torch.optim.SGD(params, **options)
+    lcw_ops.activate_gradients(optimizer, gradient_activation, alpha, beta)
+    return optimizer
+
+
+# Three ways to the same step; only the hook cannot activate the momentum.
+WAYS = {"optim.SGD": optim.SGD, "activate_gradients": hooked_sgd, "reference": ReferenceSGD}
+WITH_PLACES = {name: WAYS[name] for name in ("optim.SGD", "reference")}
+way = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
+
+
+def activated(make, kind="arctan"):
+    return functools.partial(make, gradient_activation=kind, alpha=ALPHA, beta=BETA)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
+def on_device(tensor):
+    return tensor.to(torch.get_default_device())
+
+
+def descend(make, w, gradient, steps, **options):
+    """The places w, w_1, ..., w_steps; ``gradient`` of a place, or one for each step."""
+    param = w.clone().requires_grad_()
+    optimizer = make([param], **options)
+    places = [w]
+    for step in range(steps):
+        param.grad = (gradient(param.detach()) if callable(gradient) else gradient[step]).clone()
+        optimizer.step()
+        places.append(param.detach().clone())
+    return places
+
+
+# ---- 1. Descent below 2 / (L K) -------------------------------------------------------------------------------------
+
+
+def quadratic():
+    root = on_device(normal(6, 6))
+    hessian = root @ root.T
+    return (lambda w: 0.5 * w @ hessian @ w), (lambda w: hessian @ w), torch.linalg.eigvalsh(hessian)[-1].item()
+
+
+def log_cosh():
+    # Second derivative 1 - tanh^2 <= 1.
+    return (lambda w: w.cosh().log().sum()), torch.tanh, 1.0
+
+
+@way
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("problem", [quadratic, log_cosh])
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.9])
+def test_descent_is_guaranteed_below_two_over_lk(make, kind, problem, share):
+    function, gradient, smoothness = problem()
+    lr = share / (smoothness * GAIN)
+    for seed in range(5):
+        # Tiny and large gradients: f is the slope K there, and far below it here.
+        w = on_device(normal(6, seed=seed) * 10.0 ** (seed - 3))
+        places = descend(activated(make, kind), w, gradient, 3, lr=lr)
+        for before, after in itertools.pairwise(places):
+            g, step = gradient(before), (before - after) / lr
+            promised = function(before) - lr * (1 - smoothness * lr * GAIN / 2) * (g @ step)
+            assert function(after) <= promised + 16 * EPS * (function(before) + before.square().sum() * smoothness)
+
+
+@way
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_on_the_rate_is_that_of_plain_descent_at_the_rate_times_k(make, kind):
+    """One coordinate of curvature 1, a gradient where f is linear: below 2 / K it falls, above it rises, both alike."""
+    w = torch.tensor([1e-9], dtype=torch.float64)
+    for share, falls in ((1.98, True), (2.02, False)):
+        for optimizer, lr in ((activated(make, kind), share / GAIN), (torch.optim.SGD, share)):
+            places = descend(optimizer, w, lambda w: w, 50, lr=lr)
+            sizes = torch.cat(places).abs().tolist()
+            assert sizes == sorted(sizes, reverse=falls)
+            assert sizes[0] != sizes[-1]
+
+
+# ---- 2. The step of a coordinate ------------------------------------------------------------------------------------
+
+HUGE = (1.0, -1e3, 1e30, -1e300, math.inf)
+
+
+@way
+@pytest.mark.parametrize("kind", BOUND)
+def test_a_step_moves_a_coordinate_by_at_most_the_rate_times_the_bound(make, kind):
+    g = torch.tensor(HUGE, dtype=torch.float64)
+    w = torch.linspace(-1, 1, len(HUGE), dtype=torch.float64)
+    _, moved = descend(activated(make, kind), w, [g], 1, lr=0.5)
+    limit = 0.5 * BOUND[kind]
+    # f by at most 4 ulp, the product and the difference rounded.
+    rounding = 8 * EPS * limit + EPS * w.abs().max()
+    steps = (moved - w).abs()
+    assert (steps <= limit + rounding).all()
+    # And that far it goes; 1e3 is 20000 of the function's own units, where pi/2 - atan is 1 / 20000.
+    assert (steps[2:] >= limit - rounding).all()
+    assert (steps[1:] >= limit * (1 - 1e-4)).all()
+    # The plain optimizer at the rate times K goes as far as the gradient says.
+    _, plain = descend(torch.optim.SGD, w, [g], 1, lr=0.5 * GAIN)
+    assert (plain - w).abs()[1] > 1e3 * limit
+
+
+@way
+def test_log_has_no_bound_but_restricts(make):
+    g = torch.tensor([1e300], dtype=torch.float64)
+    w = torch.zeros_like(g)
+    _, moved = descend(activated(make, "log"), w, [g], 1, lr=0.5)
+    assert moved.item() == pytest.approx(-0.5 * ALPHA * math.log(BETA * 1e300), rel=8 * EPS)
+
+
+@pytest.mark.parametrize("make", WITH_PLACES.values(), ids=WITH_PLACES)
+@pytest.mark.parametrize("kind", BOUND)
+def test_activated_momentum_bounds_every_step(make, kind):
+    """The activation comes last: neither gathered momentum nor weight decay passes the bound."""
+    gradients = [1e6 * on_device(normal(50, seed=seed).abs()) for seed in range(20)]
+    w = on_device(normal(50))
+    options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
+    places = descend(activated(make, kind), w, gradients, 20, activate="momentum", **options)
+    limit = 0.5 * BOUND[kind]
+    for before, after in itertools.pairwise(places):
+        steps = (after - before).abs()
+        assert (steps <= limit + 8 * EPS * limit + EPS * before.abs().max()).all()
+        assert (steps >= 0.999 * limit).all()
+
+
+@way
+@pytest.mark.parametrize("kind", BOUND)
+def test_momentum_of_activated_gradients_gathers_to_the_bound_over_one_minus_mu(make, kind):
+    gradients = [torch.full((3,), 1e30, dtype=torch.float64)] * 200
+    w = torch.zeros(3, dtype=torch.float64)
+    places = descend(activated(make, kind), w, gradients, 200, lr=0.5, momentum=0.9)
+    steps = [(before - after).max().item() for before, after in itertools.pairwise(places)]
+    limit = 0.5 * BOUND[kind] / (1 - 0.9)
+    assert steps[0] == pytest.approx(0.1 * limit, rel=1e-12)
+    assert all(step <= limit * (1 + 1e-12) for step in steps)
+    # 0.9^200 = 7e-10 is what is left to go.
+    assert steps[-1] == pytest.approx(limit, rel=1e-8)
+
+
+# ---- 3. Near a stationary point -------------------------------------------------------------------------------------
+
+
+@way
+@pytest.mark.parametrize(("kind", "order"), [("arctan", 2), ("tanh", 2), ("log", 1)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_small_gradients_are_plain_descent_at_the_rate_times_k(make, kind, order, momentum):
+    _, gradient, smoothness = quadratic()
+    lr = 0.5 / (smoothness * GAIN)
+    w = on_device(normal(6))
+    w *= 1e-8 / (BETA * gradient(w).abs().max())
+    ours = descend(activated(make, kind), w, gradient, 100, lr=lr, momentum=momentum)[-1]
+    plain = descend(torch.optim.SGD, w, gradient, 100, lr=lr * GAIN, momentum=momentum)[-1]
+    same_rate = descend(torch.optim.SGD, w, gradient, 100, lr=lr, momentum=momentum)[-1]
+    # f(g) = K g (1 - (beta g)^2 / 3) for the bounded kinds, K g (1 - beta |g| / 2) for log, with beta |g| <= 1e-8 at
+    # the start and less than 10 times that under momentum, in each of 100 steps.
+    allowed = 100 * (1e-7**order + 8 * EPS) * w.abs().max()
+    assert (ours - plain).abs().max() <= allowed
+    assert (ours - same_rate).abs().max() > 5 * allowed
+
+
+@pytest.mark.parametrize("make", WITH_PLACES.values(), ids=WITH_PLACES)
+@pytest.mark.parametrize(("place", "decay"), [("gradient", 0.01 / GAIN), ("momentum", 0.01)])
+def test_weight_decay_beside_a_rate_times_k(make, place, decay):
+    """Decay that f does not see is K times weaker than the plain optimizer's at the rate times K."""
+    _, gradient, smoothness = quadratic()
+    lr = 0.5 / (smoothness * GAIN)
+    w = on_device(normal(6))
+    w *= 1e-6 / (BETA * gradient(w).abs().max())
+    options = {"momentum": 0.9, "weight_decay": 0.01}
+    ours = descend(activated(make), w, gradient, 100, lr=lr, activate=place, **options)[-1]
+    plain = descend(torch.optim.SGD, w, gradient, 100, lr=lr * GAIN, momentum=0.9, weight_decay=decay)[-1]
+    other = descend(torch.optim.SGD, w, gradient, 100, lr=lr * GAIN, momentum=0.9, weight_decay=GAIN * decay)[-1]
+    assert (ours - plain).abs().max() <= 1e-8 * w.abs().max()
+    assert (ours - other).abs().max() > 1e-6 * w.abs().max()
+
+
+# The saddle F = (x^2 - mu y^2) / 2: steps until y is END, from START, at rate 0.1, for three mu at once. Plain descent
+# multiplies y by 1 + 0.1 mu, an activated one by 1 + 0.1 K mu as long as beta mu y is small. The six numbers of the
+# table hold together for a growth between 0.9996 and 1.0006 million, and for no other.
+MU = (1.0, 0.1, 0.01)
+START, END = 1e-8, 1e-2
+PLAIN_STEPS, ACTIVATED_STEPS = [145, 1389, 13823], [76, 698, 6915]
+
+
+def steps_to_escape(make, lr, mu=MU, start=START, end=END):
+    mu = torch.tensor(mu, dtype=torch.float64)
+    place = torch.stack([torch.full_like(mu, 1e-3), torch.full_like(mu, start)]).requires_grad_()
+    optimizer = make([place], lr=lr)
+    place.grad = torch.empty_like(place)
+    x, y = place.detach()
+    escaped = torch.zeros_like(mu)
+    step = 0
+    while not escaped.all():
+        place.grad[0].copy_(x)
+        torch.mul(y, -mu, out=place.grad[1])
+        optimizer.step()
+        step += 1
+        escaped[(y >= end) & (escaped == 0)] = step
+    assert x.abs().max() < 1e-3
+    return escaped.int().tolist()
+
+
+@way
+def test_saddle_escape_takes_the_steps_of_the_table_and_so_does_the_rate_times_k(make):
+    growth = math.log(END / START)
+    assert [math.ceil(growth / math.log1p(0.1 * mu)) for mu in MU] == PLAIN_STEPS
+    assert [math.ceil(growth / math.log1p(0.1 * GAIN * mu)) for mu in MU] == ACTIVATED_STEPS
+    assert steps_to_escape(activated(make), lr=0.1) == ACTIVATED_STEPS
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(0.1, PLAIN_STEPS), (0.1 * GAIN, ACTIVATED_STEPS)])
+def test_saddle_escape_of_plain_descent(lr, steps):
+    """At the rate times K it needs not one step more than with the activation."""
+    assert steps_to_escape(torch.optim.SGD, lr) == steps
+
+
+@pytest.mark.parametrize("growth", [0.9995e6, 1.0007e6])
+def test_no_other_growth_gives_the_table(growth):
+    found = [[math.ceil(math.log(growth) / math.log1p(rate * mu)) for mu in MU] for rate in (0.1, 0.1 * GAIN)]
+    assert found != [PLAIN_STEPS, ACTIVATED_STEPS]
+
+
+@way
+def test_far_from_the_saddle_the_bound_makes_it_slower_than_the_rate_times_k(make):
+    far = {"mu": (1.0,), "start": 1e-6, "end": 1.0}
+    assert steps_to_escape(activated(make), 0.1, **far) == [129]
+    assert steps_to_escape(torch.optim.SGD, 0.1, **far) == [145]
+    assert steps_to_escape(torch.optim.SGD, 0.1 * GAIN, **far) == [76]
+
+
+@way
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_no_rate_does_a_steep_wall_and_a_flat_floor(make, kind):
+    """F = x^4 / 4 from x = 3: the plain optimizer is thrown off at the same rate and at the rate times K."""
+    w = torch.tensor([3.0], dtype=torch.float64)
+    places = torch.cat(descend(activated(make, kind), w, lambda w: w**3, 200, lr=0.5))
+    assert (places.diff() < 0).all()
+    assert 0 < places[-1] < 0.2
+    for lr in (0.5, 0.5 * GAIN):
+        assert not descend(torch.optim.SGD, w, lambda w: w**3, 20, lr=lr)[-1].isfinite()
