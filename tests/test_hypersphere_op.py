@@ -1649,6 +1649,24 @@ def test_one_row_of_another_length_changes_no_result_by_more_than_roundings(leng
             assert_by_the_rule(f"weight {unit}, {rows} samples", [one], [other], [right])
 
 
+@pytest.mark.usefixtures("every_multiplier")
+def test_pruned_units_send_no_other_unit_another_way():
+    """A row of zeros, or a scale near zero, is a number like others: the rest of the layer keeps its bits."""
+    others = [0, 2, 4]
+    for rows, dtype in itertools.product(WAYS, (torch.float32, torch.bfloat16)):
+        arguments, grad_output = draw_weight_norm(5, 400, dtype, rows)
+        clean = evaluate(F.weight_norm_linear, arguments, grad_output)
+        pruned = {name: tensor.clone() for name, tensor in arguments.items()}
+        pruned["weight"][1], pruned["scale"][3] = 0, 1e-12
+        result = evaluate(F.weight_norm_linear, pruned, grad_output)
+        assert torch.equal(result["output"][:, others], clean["output"][:, others]), rows
+        bias = arguments["bias"] if "bias" in arguments else torch.zeros(5, dtype=dtype)
+        assert torch.equal(result["output"][:, 1], bias[1].expand(rows))
+        for name in ("weight", "scale"):
+            assert torch.equal(result[name][others], clean[name][others]), (name, rows)
+            assert not result[name][1].any()
+
+
 def test_angles_get_the_same_gradient_in_the_rows_memory():
     """Beyond few samples it is made where the rows' gradient was, by threads that pass each other."""
     for n, m in [(1, 64), (2, 64), (7, 64), (300, 64), (1000, 65), (50, 300)]:

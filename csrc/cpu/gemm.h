@@ -76,12 +76,14 @@ struct Gemm {
   LCW_INLINE static void multiply(
       const Operand<E>& a, const Operand<E>& b, int64_t rows, int64_t columns, int64_t depth, const T* bias, T* c,
       int64_t ldc) {
-    const int64_t panels = (columns + panel - 1) / panel, deepest = std::min(depth, block_depth);
+    // At least two sums for what is not short: 256 terms one after another err by 2.5 times what MKL does.
+    const int64_t deepest = std::min({depth, block_depth, std::max<int64_t>(128, (depth + 1) / 2)});
+    const int64_t panels = (columns + panel - 1) / panel;
     Buffer<T> packed_b(panels * panel * deepest), packed_a(block_rows * deepest), last(tile_rows * panel);
     Buffer<T> padded_bias(bias ? panels * panel : 0);
     if (bias) std::fill(std::copy(bias, bias + columns, padded_bias.data()), padded_bias.data() + panels * panel, T(0));
-    for (int64_t k = 0; k < depth; k += block_depth) {
-      const int64_t part = std::min(block_depth, depth - k);
+    for (int64_t k = 0; k < depth; k += deepest) {
+      const int64_t part = std::min(deepest, depth - k);
       for (int64_t p = 0; p < panels; ++p)
         pack_panel(b.at(k, p * panel), part, std::min(panel, columns - p * panel), packed_b.data() + p * panel * part);
       for (int64_t i = 0; i < rows; i += block_rows) {

@@ -607,7 +607,8 @@ struct UnnormalisedRows {
   int64_t samples, n, m;
   const T* scale;
 
-  // Within it, lengths and factors of rows cost at most so many of the dtype's range of exponents.
+  // Within it, lengths of rows, and factors above 1, cost at most so many of the dtype's range of exponents. Small factors
+  // cost none: that q overflows is seen.
   T limit() const { return weight.type == ScalarType::Half ? T(0x1p4) : T(0x1p16); }
 
   // |v| into `length` and s / |v| into `factor`, or false. What is infinite or NaN leaves no number of its row behind,
@@ -620,9 +621,14 @@ struct UnnormalisedRows {
     const double found = std::sqrt(square), most = double(limit());
     const double ratio = double(scale[unit]) / found, size = std::abs(ratio);
     length = found, factor = T(ratio);
-    if (found < most && found > 1 / most && (ratio == 0 || (size < most && size > 1 / most))) return true;
+    if (found < most && found > 1 / most && (ratio == 0 || (size < most && size > 0x1p-64))) return true;
     constexpr T largest = std::numeric_limits<T>::max();
     if (found != found || !(std::abs(scale[unit]) <= largest)) return true;
+    if (found == 0 && std::all_of(row, row + m, [](T number) { return number == T(0); })) {
+      // A row without direction is no unit, and has no derivatives.
+      length = std::numeric_limits<double>::infinity(), factor = T(0);
+      return true;
+    }
     if (std::all_of(row, row + m, [](T number) { return std::abs(number) <= largest; })) return false;
     length = std::numeric_limits<double>::quiet_NaN(), factor = T(length);
     return true;
