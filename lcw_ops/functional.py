@@ -497,8 +497,9 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     """A linear layer with weight normalization: ``x @ normalize_scale(weight, scale).T + bias``.
 
     Source: as :func:`normalize_scale`. On a CPU the normalised weight is never made while there are at most 64 samples,
-    or a quarter as many as inputs: the products are with the rows as they are, then scaled. (Not where a row's length,
-    or scale / length, is beyond 2**16 or below 2**-16.) Who multiplies: as in :func:`gmp_linear`.
+    or a quarter as many as inputs: the products are with the rows as they are, then scaled. (Not where a row is longer
+    than 2**16, or shorter than its 2**-16 or scale * 2**-16; with one input; nor in float16 with many samples. Numbers
+    that near the least of x's dtype lose digits.) Who multiplies: as in :func:`gmp_linear`.
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32; beyond few samples
@@ -596,13 +597,14 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", IEEE TNNLS 2021,
     arXiv 2107.04228. Call it once per step on the accumulated, unscaled and clipped gradients: NaN stays NaN, but
-    +-inf becomes +-the bound (log: +-inf), so an overflow must be looked for before.
+    +-inf becomes +-the bound (log: +-inf, as does a g of which beta * g overflows), so an overflow must be looked for
+    before.
 
     Args:
         tensors: list or tuple of dense tensors, of any shapes, strides and devices, each float32, float64, bfloat16 or
             float16; 16-bit tensors are computed in float32 and rounded once. May be empty.
         kind: "arctan", "tanh" or "log".
-        alpha, beta: finite numbers > 0; the slope at 0 is alpha * beta.
+        alpha, beta: numbers > 0 that are normal in float32; the slope at 0 is alpha * beta.
 
     Returns:
         None. Not recorded by autograd; the differentiable form is
@@ -637,8 +639,8 @@ def _is_plain_list(tensors, kind, alpha, beta) -> bool:
         and set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
         and kind in _GRADIENT_ACTIVATION_KINDS
         and type(alpha) is type(beta) is float
-        and 0 < alpha < math.inf
-        and 0 < beta < math.inf
+        and _checks.LEAST_FLOAT32 <= alpha <= _checks.LARGEST_FLOAT32
+        and _checks.LEAST_FLOAT32 <= beta <= _checks.LARGEST_FLOAT32
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and _backends.choose(_gradient_activation.NAME, _CPU) == "cpp"
@@ -651,8 +653,8 @@ def _is_plain_list(tensors, kind, alpha, beta) -> bool:
 def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
     op = _gradient_activation.NAME
     _checks.check_choice(op, "kind", kind, _GRADIENT_ACTIVATION_KINDS)
-    _checks.check_positive(op, "alpha", alpha)
-    _checks.check_positive(op, "beta", beta)
+    _checks.check_positive_float32(op, "alpha", alpha)
+    _checks.check_positive_float32(op, "beta", beta)
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{op}: tensors is a {type(tensors).__name__}; expected a list of tensors. Wrap it: [tensor].")
     # Asked once: this loop runs over thousands of gradients before every step.
@@ -668,6 +670,8 @@ def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
             raise TypeError(
                 f"{op}: tensors[{index}] is {tensor.dtype}; expected float32, float64, bfloat16 or float16."
             )
+        if tensor.is_nested:
+            _checks.check_dense(op, **{f"tensors[{index}]": tensor})
         if tensor.layout != torch.strided:
             raise TypeError(
                 f"{op}: tensors[{index}] has layout {tensor.layout}; expected a dense tensor: "

@@ -3,6 +3,9 @@
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
 """
 
+import functools
+import inspect
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -18,6 +21,9 @@ from lcw_ops.reference.gradient_activation import KINDS
 
 # In a parameter group: False leaves the group alone, a dict of kind, alpha or beta overrules what is said for all.
 GROUP_KEY = "activate_gradients"
+
+# The code of what torch wraps around the step of every optimizer class to run the hooks.
+_STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
 
 
 def activate_gradients(
@@ -40,26 +46,35 @@ def activate_gradients(
       (LBFGS calls it many times; its line search then sees a slope that is not the loss').
     - ``GradScaler``: unscales and looks for overflow first, and skips the step, with gradients untouched. A fused
       optimizer that would unscale inside its step gets the gradients unscaled here; it then skips the step by itself,
-      and the gradients of such a step are of no use. Clipping comes before ``step()``, hence before this.
+      and the gradients of such a step are of no use. float16 gradients, which GradScaler refuses otherwise, pass with
+      a fused optimizer: they are unscaled in float16, where the smallest become 0.
+    - Clipping comes before ``step()``, hence before this. Step pre-hooks run in the order of their registration: one
+      that clips, or looks at gradients as they were, is to be registered first.
     - DDP and FSDP2: after the reduction, on the local shards.
     - ``.grad`` itself is changed: a second step needs new gradients.
     - Gradients that share memory, with each other or in themselves, get memory of their own.
+    - A subclass whose step calls ``super().step()`` is one step: the gradients are activated before the outer one.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``.
-        kind, alpha, beta: "arctan", "tanh" or "log"; finite numbers > 0.
+        kind, alpha, beta: "arctan", "tanh" or "log"; numbers > 0 that are normal in float32.
         params: those of the optimizer's parameters that are meant; default all, of groups added later too. Several
             calls for one optimizer must name different ones.
 
     Returns:
         A handle; ``handle.remove()`` ends it. Optimizer and handle can be copied by ``copy.deepcopy`` and pickled: the
-        copy activates the gradients of its own parameters. (Other hooks are lost then, as torch has it.)
+        copy activates the gradients of its own parameters. (Other hooks are lost then, as torch has it.) After
+        ``copy.copy(optimizer)`` both have the same parameters and this one handle, whose ``remove()`` ends it for both;
+        copies of that copy have no activation.
 
     Raises:
         TypeError: no optimizer, no numbers, no parameters; at a step, a gradient that is sparse, or not float32,
-            float64, bfloat16 or float16. No gradient has been changed then.
+            float64, bfloat16 or float16.
         ValueError: unknown kind, numbers out of range; params that the optimizer does not have, or that are activated
-            already, by another call or by an lcw_ops.optim optimizer, which is to have gradient_activation=None.
+            already, by another call or by an lcw_ops.optim optimizer, which is to have gradient_activation=None; a
+            group with differentiable=True; at a step, a gradient that requires a gradient itself, or that is an
+            inference tensor outside of inference mode.
+        All groups are checked before any gradient is changed.
     """
     name = "activate_gradients"
     if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
@@ -88,14 +103,19 @@ class ActivatedGradients:
     def __init__(
         self, optimizer: torch.optim.Optimizer, kind: str, alpha: float, beta: float, params: list[Tensor] | None
     ) -> None:
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] = weakref.ref(optimizer)
+        self._is_removed = False
         self.kind, self.alpha, self.beta, self.params = kind, alpha, beta, params
 
     def remove(self) -> None:
         """Gradients are left alone from now on. A second call does nothing."""
+        # For a copy.copy of the optimizer, which has this hook too.
+        self._is_removed = True
         optimizer = self._optimizer()
         if optimizer is not None and optimizer._optimizer_step_pre_hooks.pop(self, None) is not None:
             del optimizer._optimizer_load_state_dict_pre_hooks[self]
+            if not _activations(optimizer):
+                optimizer.__dict__.pop("__getstate__", None)
 
     def overlaps(self, params: list[Tensor] | None) -> bool:
         if self.params is None or params is None:
@@ -117,19 +137,31 @@ class ActivatedGradients:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         optimizer = state["_optimizer"]
+        if optimizer is None:
+            self._optimizer = _no_optimizer
+            return
         self._optimizer = weakref.ref(optimizer)
-        # The optimizer is being put together itself: its own __setstate__ keeps the hooks that it finds.
-        self.attach()
+        if not self._is_removed:
+            # The optimizer is being put together itself: its own __setstate__ keeps the hooks that it finds.
+            self.attach()
 
+    def __copy__(self) -> "ActivatedGradients":
+        return self
+
+    @torch._disable_dynamo
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before ``optimizer.step(closure)``; ``args`` begins with the optimizer."""
+        if self._is_removed or _is_inner_step(optimizer):
+            return None
         if kwargs.get("grad_scaler") is not None:
             raise RuntimeError(
                 f"activate_gradients: {type(optimizer).__name__}.step takes grad_scaler and unscales the gradients "
                 "itself, after they would have been activated. Use an optimizer without that argument."
             )
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
+        by_name = "closure" in kwargs
+        place = _place_of_closure(type(optimizer).step)
+        closure = kwargs["closure"] if by_name else args[place] if place < len(args) else None
+        if not callable(closure):
             self._activate(optimizer)
             return None
 
@@ -138,9 +170,9 @@ class ActivatedGradients:
             self._activate(optimizer)
             return loss
 
-        if "closure" in kwargs:
+        if by_name:
             return args, {**kwargs, "closure": closure_and_activation}
-        return (args[0], closure_and_activation, *args[2:]), kwargs
+        return (*args[:place], closure_and_activation, *args[place + 1 :]), kwargs
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -180,6 +212,12 @@ class ActivatedGradients:
         override = group.get(GROUP_KEY)
         if override is False:
             return None
+        if group.get("differentiable", False):
+            raise ValueError(
+                "activate_gradients: a parameter group has differentiable=True; the activation in place is not "
+                "recorded by autograd. Activate with lcw_ops.reference.gradient_activation, which is differentiable, "
+                "and leave activate_gradients out."
+            )
         settings = {"kind": self.kind, "alpha": self.alpha, "beta": self.beta}
         if override is not None:
             if not isinstance(override, dict) or not override.keys() <= settings.keys():
@@ -190,6 +228,37 @@ class ActivatedGradients:
             settings |= override
             _check_function("activate_gradients", **settings)
         return settings["kind"], settings["alpha"], settings["beta"]
+
+
+def _no_optimizer() -> None:
+    return None
+
+
+def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this step was called by another of the same optimizer: a subclass' ``super().step()``.
+
+    torch runs the hooks around the step of every class of which it has made an optimizer, so around both; found on the
+    stack, which forgets a step that raised.
+    """
+    frame, count = sys._getframe(1), 0
+    while frame is not None and count < 2:
+        code = frame.f_code
+        # By name: while torch.compile traces, the code that runs is another.
+        if code.co_name == _STEP_WRAPPER.co_name and code.co_filename == _STEP_WRAPPER.co_filename:
+            args = frame.f_locals.get("args")
+            count += bool(args) and args[0] is optimizer
+        frame = frame.f_back
+    return count > 1
+
+
+@functools.lru_cache(maxsize=64)
+def _place_of_closure(step: Callable) -> int:
+    """Among the positional arguments of a class' step, self included; torch has it at 1."""
+    parameters = list(inspect.signature(step).parameters.values())
+    for place, parameter in enumerate(parameters):
+        if parameter.name == "closure":
+            return sys.maxsize if parameter.kind is parameter.KEYWORD_ONLY else place
+    return 1
 
 
 class _StateWithActivation:
@@ -209,7 +278,8 @@ class _StateWithActivation:
 
 
 def _activations(optimizer: torch.optim.Optimizer) -> list[ActivatedGradients]:
-    return [hook for hook in optimizer._optimizer_step_pre_hooks.values() if isinstance(hook, ActivatedGradients)]
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, ActivatedGradients) and not hook._is_removed]
 
 
 def _keep_group_settings(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict | None:
@@ -227,8 +297,8 @@ def _keep_group_settings(optimizer: torch.optim.Optimizer, state_dict: dict) -> 
 
 def _check_function(name: str, kind: str, alpha: float, beta: float) -> None:
     checks.check_choice(name, "kind", kind, KINDS)
-    checks.check_positive(name, "alpha", alpha)
-    checks.check_positive(name, "beta", beta)
+    checks.check_positive_float32(name, "alpha", alpha)
+    checks.check_positive_float32(name, "beta", beta)
 
 
 def _check_params(name: str, optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
@@ -251,7 +321,7 @@ def _check_params(name: str, optimizer: torch.optim.Optimizer, params: Iterable[
 
 def _with_gradient(where: str, params: Iterable[Tensor]) -> list[Tensor]:
     """Those parameters that have a gradient, each once, their gradients checked."""
-    found = []
+    found, inference = [], torch.is_inference_mode_enabled()
     for param in {id(param): param for param in params}.values():
         gradient = param.grad
         if gradient is None:
@@ -266,6 +336,18 @@ def _with_gradient(where: str, params: Iterable[Tensor]) -> list[Tensor]:
             raise TypeError(
                 f"{where}: the gradient of a parameter of shape {tuple(param.shape)} is {gradient.dtype}; expected "
                 "float32, float64, bfloat16 or float16. Leave this parameter out."
+            )
+        if gradient.requires_grad:
+            raise ValueError(
+                f"{where}: the gradient of a parameter of shape {tuple(param.shape)} requires a gradient itself, as "
+                "after backward(create_graph=True); the activation in place is not recorded. Use "
+                "torch.autograd.grad and lcw_ops.reference.gradient_activation, which is differentiable, or detach "
+                "the gradient."
+            )
+        if not inference and gradient.is_inference():
+            raise ValueError(
+                f"{where}: the gradient of a parameter of shape {tuple(param.shape)} is an inference tensor, which "
+                "cannot be changed outside of torch.inference_mode. Give a clone made outside of it."
             )
         if (
             type(gradient) is not Tensor
@@ -287,7 +369,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _activate_plain(settings: tuple[str, float, float], params: list[Tensor]) -> bool:
     """In one call of the C++ kernel, which looks for itself how memory lies; False: nothing was done."""
     grads = [param.grad for param in params]
-    if not all(type(grad) is Tensor and grad.is_cpu for grad in grads):
+    if not all(type(grad) is Tensor and grad.is_cpu and not grad.is_neg() for grad in grads):
         return False
     return _backends.choose(ops.NAME, torch.device("cpu")) == "cpp" and ops.activate_plain_(grads, *settings)
 
@@ -295,6 +377,10 @@ def _activate_plain(settings: tuple[str, float, float], params: list[Tensor]) ->
 def _unshare(params: list[Tensor]) -> None:
     """Gradients in memory of their own: what two share, or one has twice, would be activated twice."""
     params = [param for param in params if param.grad is not None and param.grad.layout is torch.strided]
+    for param in params:
+        # A view that only says that it is negated: nothing writes through it.
+        if param.grad.is_neg():
+            param.grad = param.grad.resolve_neg()
     grads = [_local(param.grad) for param in params]
     if any(map(ops.may_overlap, grads)) or ops.find_shared(grads) is not None:
         for param in params:
@@ -330,12 +416,14 @@ def register_gradient_hook(
     - A hook runs whenever a gradient has been added to ``.grad``. With two backward passes before a step that is
       ``f(f(g1) + g2)`` and not ``f(g1 + g2)``: take one pass per step.
     - With GradScaler it would run on scaled gradients, and hide an overflow from it. It comes before clipping.
-    - Under DDP each process would activate its own gradient, before the mean: such a module is refused. FSDP2 runs the
-      hooks after the reduction, if they are registered after ``fully_shard``.
+    - Under DDP each process would activate its own gradient, before the mean: a module that is or has a
+      DistributedDataParallel is refused. Not seen, and wrong, are ``ddp.module``, other parts of it, and a module that
+      is wrapped afterwards. FSDP2 runs the hooks after the reduction, if they are registered after ``fully_shard``.
+    - ``backward(create_graph=True)`` is refused where the gradient has a graph, of which the hook would not be part.
 
     Args:
         module: its parameters that require a gradient now get the hook, those that are shared once.
-        kind, alpha, beta: "arctan", "tanh" or "log"; finite numbers > 0.
+        kind, alpha, beta: "arctan", "tanh" or "log"; numbers > 0 that are normal in float32.
 
     Returns:
         A handle with ``.remove()``. The hooks belong to the parameters: a copy of the module (``copy.deepcopy``,
@@ -343,16 +431,17 @@ def register_gradient_hook(
 
     Raises:
         TypeError: no module; no numbers; during backward, a gradient that is sparse or not floating.
-        ValueError: unknown kind, numbers out of range; a module in DistributedDataParallel, without a parameter that
-            requires a gradient, or with one that has such a hook already.
+        ValueError: unknown kind, numbers out of range; a module with DistributedDataParallel, without a parameter that
+            requires a gradient, or with one that has such a hook already; during backward, a gradient that requires a
+            gradient itself, or is an inference tensor outside of inference mode.
     """
     name = "register_gradient_hook"
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: module is a {type(module).__name__}; expected a torch.nn.Module.")
     _check_function(name, kind, alpha, beta)
-    if isinstance(module, nn.parallel.DistributedDataParallel):
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in module.modules()):
         raise ValueError(
-            f"{name}: module is in DistributedDataParallel, which averages gradients after these hooks. Use "
+            f"{name}: module has a DistributedDataParallel, which averages gradients after these hooks. Use "
             "lcw_ops.activate_gradients(optimizer)."
         )
     params = [param for param in module.parameters() if param.requires_grad]
@@ -383,6 +472,7 @@ class _GradientHook:
     def __init__(self, kind: str, alpha: float, beta: float) -> None:
         self._function = kind, alpha, beta
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def __call__(self, param: Tensor) -> None:
         params = _with_gradient("register_gradient_hook", [param])

@@ -38,9 +38,12 @@ def still(params, kind=torch.optim.SGD, **options):
     return kind(params, lr=0.0, **options)
 
 
-def assert_gradients(params, expected):
+def assert_gradients(params, expected, exact=True):
     for index, (param, gradient) in enumerate(zip(params, expected, strict=True)):
-        assert torch.equal(param.grad, gradient), f"the gradient of parameter {index}"
+        if exact:
+            assert torch.equal(param.grad, gradient), f"the gradient of parameter {index}"
+        else:
+            torch.testing.assert_close(param.grad.double(), gradient, rtol=1e-6, atol=0)
 
 
 # ---- activate_gradients ----------------------------------------------------------------------------------------------
@@ -178,6 +181,41 @@ def test_parameters_without_gradients_and_of_several_dtypes():
     assert_gradients(params, map(f, gradients))
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_negated_views_are_activated(shared, backend):
+    params = make_params((3,), (4,), (2,))
+    gradients = [torch.randn(3), torch.randn(4), torch.randn(2)]
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = torch._neg_view(gradient.clone())
+    assert params[0].grad.is_neg()
+    if shared:
+        params[2].grad, gradients[2] = params[1].grad[:2], gradients[1][:2]
+    groups = [{"params": params[:1]}, {"params": params[1:], "activate_gradients": {"beta": 3.0}}]
+    optimizer = still(groups)
+    lcw_ops.activate_gradients(optimizer)
+    with lcw_ops.use_backend(backend):
+        optimizer.step()
+    assert_gradients(params, [_f64(-gradients[0]), _f64(-gradients[1], 3.0), _f64(-gradients[2], 3.0)], exact=False)
+    plain = torch.randn(3)
+    optimizer, params[0].grad = still(params[:1]), torch._neg_view(plain.clone())
+    lcw_ops.activate_gradients(optimizer)
+    with lcw_ops.use_backend(backend):
+        optimizer.step()
+    assert_gradients(params[:1], [_f64(-plain)], exact=False)
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(3))
+    module.weight.grad = torch._neg_view(plain.clone())
+    lcw_ops.register_gradient_hook(module)
+    with lcw_ops.use_backend(backend):
+        module.weight.sum().backward()
+    assert_gradients([module.weight], [_f64(1 - plain)], exact=False)
+
+
+def _f64(gradient, beta=20.0):
+    return 0.1 * torch.atan(beta * gradient.double())
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize(
     "settings", [{}, {"activate_gradients": {"beta": 20.0}}, {"activate_gradients": {"beta": 3.0}}]
@@ -271,6 +309,112 @@ def test_lbfgs_sees_activated_gradients_at_every_evaluation():
     assert torch.equal(params[0], others[0])
 
 
+# ---- Steps within steps ----------------------------------------------------------------------------------------------
+
+
+def make_subclass(base):
+    class Own(base):
+        def step(self, closure=None):
+            if self.defaults.get("fails"):
+                raise RuntimeError("not now")
+            return super().step(closure)
+
+    return Own
+
+
+@pytest.fixture(params=["torch's", "ours"])
+def base(request):
+    """A class of its own, whose step torch has not wrapped: it wraps each once in a process."""
+
+    class Base(torch.optim.SGD if request.param == "torch's" else optim.SGD):
+        def __init__(self, params, lr=0.0):
+            super().__init__(params, lr, **({} if request.param == "torch's" else {"gradient_activation": None}))
+
+        def step(self, closure=None):
+            return super().step(closure)
+
+    return Base
+
+
+@pytest.mark.parametrize("closure", ["none", "by place", "by name"])
+@pytest.mark.parametrize("parent_first", [False, True])
+def test_a_step_within_a_step_activates_once(base, parent_first, closure):
+    params, own = make_params(), make_subclass(base)
+    # Every class of which there has been an optimizer runs the hooks around its step.
+    if parent_first:
+        base(make_params())
+    optimizer = own(params)
+    if not parent_first:
+        base(make_params())
+    lcw_ops.activate_gradients(optimizer)
+    gradients = []
+
+    def compute():
+        gradients[:] = set_gradients(params)
+        return 1.0
+
+    for fails in (False, True, False, False):
+        optimizer.defaults["fails"] = fails
+        gradients[:] = set_gradients(params)
+        call = {"none": optimizer.step, "by place": lambda: optimizer.step(compute)}.get(
+            closure, lambda: optimizer.step(closure=compute)
+        )
+        if fails:
+            with pytest.raises(RuntimeError, match="not now"):
+                call()
+        else:
+            assert call() == (None if closure == "none" else 1.0)
+            assert_gradients(params, map(f, gradients))
+
+
+def test_an_optimizer_stepped_by_another_is_no_step_within_a_step():
+    params, others = make_params(), make_params()
+    inner = still(params)
+
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            inner.step()
+            return super().step(closure)
+
+    outer = Outer(others, lr=0.0)
+    for optimizer in (inner, outer):
+        lcw_ops.activate_gradients(optimizer)
+    for _ in range(2):
+        gradients, other_gradients = set_gradients(params), set_gradients(others)
+        outer.step()
+        assert_gradients(params, map(f, gradients))
+        assert_gradients(others, map(f, other_gradients))
+
+
+def test_what_stands_before_the_closure_is_no_closure():
+    class Own(torch.optim.SGD):
+        def step(self, zero=False, closure=None):
+            self.seen = zero
+            return closure() if closure is not None else None
+
+    class Other(torch.optim.SGD):
+        def step(self, *flags, closure=None):
+            self.seen = flags
+            return closure() if closure is not None else None
+
+    params = make_params()
+    for kind, seen in ((Own, True), (Other, (True,))):
+        optimizer = kind(params, lr=0.0)
+        lcw_ops.activate_gradients(optimizer)
+        gradients = set_gradients(params)
+        optimizer.step(True)
+        assert optimizer.seen == seen
+        assert_gradients(params, map(f, gradients))
+
+        def compute(gradients=gradients):
+            gradients[:] = set_gradients(params)
+            return 2.0
+
+        loss = optimizer.step(True, compute) if kind is Own else optimizer.step(True, closure=compute)
+        assert (loss, optimizer.seen) == (2.0, seen)
+        assert_gradients(params, map(f, gradients))
+
+
 # ---- Copies ----------------------------------------------------------------------------------------------------------
 
 COPIES = {
@@ -318,6 +462,61 @@ def test_an_optimizer_copied_alone_keeps_its_activation_and_its_overrides(copied
     gradients = set_gradients(params)
     twin.step()
     assert_gradients(params, [f(gradients[0], beta=2.0)])
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]], ids=str)
+def test_copies_of_what_has_ended_have_ended(copied, order):
+    originals = [still(make_params()), None]
+    originals[1] = lcw_ops.activate_gradients(originals[0])
+    originals[1].remove()
+    found = dict(zip(order, copied([originals[index] for index in order]), strict=True))
+    params = found[0].param_groups[0]["params"]
+    gradients = set_gradients(params)
+    found[0].step()
+    assert_gradients(params, gradients)
+    found[1].remove()
+    lcw_ops.activate_gradients(found[0])
+    found[0].step()
+    assert_gradients(params, map(f, gradients))
+
+
+def test_a_handle_outlives_its_optimizer_and_can_be_copied():
+    handle = lcw_ops.activate_gradients(still(make_params()))
+    gc.collect()
+    for copied in COPIES.values():
+        copied(handle).remove()
+    assert copy.copy(handle) is handle
+
+
+def test_removing_leaves_the_optimizer_as_it_was():
+    params = make_params()
+    optimizer = still(params)
+    before = set(optimizer.__dict__)
+    handles = [lcw_ops.activate_gradients(optimizer, params=[param]) for param in params[:2]]
+    handles[0].remove()
+    twin = copy.deepcopy(optimizer)
+    gradients = set_gradients(twin.param_groups[0]["params"])
+    twin.step()
+    expected = [gradients[0], f(gradients[1]), gradients[2]]
+    assert_gradients(twin.param_groups[0]["params"], expected)
+    handles[1].remove()
+    assert set(optimizer.__dict__) == before
+
+
+def test_remove_ends_it_for_a_shallow_copy_too():
+    params = make_params()
+    optimizer = still(params)
+    handle = lcw_ops.activate_gradients(optimizer)
+    twin = copy.copy(optimizer)
+    gradients = set_gradients(params)
+    twin.step()
+    assert_gradients(params, map(f, gradients))
+    handle.remove()
+    gradients = set_gradients(params)
+    twin.step()
+    assert_gradients(params, gradients)
+    lcw_ops.activate_gradients(twin)
 
 
 def test_hooks_of_another_process_do_not_take_its_place():
@@ -441,12 +640,58 @@ def test_complex_gradients_are_refused():
     assert_gradients(params, gradients)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_gradients_with_a_graph_are_refused_before_any_changes():
+    params = [*make_params((3,)), nn.Parameter(torch.randn(4))]
+    optimizer = still([{"params": params[:1]}, {"params": params[1:], "activate_gradients": {"beta": 3.0}}])
+    lcw_ops.activate_gradients(optimizer)
+    gradients = set_gradients(params[:1])
+    params[1].pow(4).sum().backward(create_graph=True)
+    with pytest.raises(ValueError, match=r"param_groups\[1\].*create_graph=True.*reference\.gradient_activation"):
+        optimizer.step()
+    assert_gradients(params[:1], gradients)
+    gradients.append(params[1].grad.detach().clone())
+    params[1].grad = params[1].grad.detach()
+    optimizer.step()
+    assert_gradients(params, [f(gradients[0]), f(gradients[1], beta=3.0)])
+
+
+def test_differentiable_steps_are_refused():
+    params = make_params()
+    match = r"differentiable=True.*reference\.gradient_activation"
+    with pytest.raises(ValueError, match=match):
+        lcw_ops.activate_gradients(still(params, differentiable=True))
+    optimizer = still([{"params": params[:2]}, {"params": params[2:]}])
+    lcw_ops.activate_gradients(optimizer)
+    optimizer.param_groups[1]["differentiable"] = True
+    gradients = set_gradients(params)
+    with pytest.raises(ValueError, match=match):
+        optimizer.step()
+    assert_gradients(params, gradients)
+
+
+def test_inference_tensors_are_refused_outside_of_inference_mode():
+    params = make_params((3,), (4,))
+    optimizer = still(params)
+    lcw_ops.activate_gradients(optimizer)
+    gradients = set_gradients(params)
+    with torch.inference_mode():
+        params[1].grad = gradients[1].clone()
+    with pytest.raises(ValueError, match=r"shape \(4,\) is an inference tensor"):
+        optimizer.step()
+    assert_gradients(params, gradients)
+    with torch.inference_mode():
+        optimizer.step()
+    assert_gradients(params, map(f, gradients))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
         ({"kind": "sigmoid"}, ValueError, "activate_gradients: kind is 'sigmoid'"),
         ({"alpha": 0}, ValueError, "alpha is 0"),
         ({"beta": float("nan")}, ValueError, "beta is nan"),
+        ({"beta": 1e39}, ValueError, "beta is 1e[+]39"),
         ({"params": []}, ValueError, "params is empty"),
         ({"params": nn.Parameter(torch.ones(2))}, TypeError, "params is a Parameter; expected a list"),
         ({"params": 3}, TypeError, "params is a int"),
@@ -583,6 +828,34 @@ def test_sparse_gradients_are_refused_in_backward():
     lcw_ops.register_gradient_hook(module)
     with pytest.raises(TypeError, match=r"register_gradient_hook.*sparse"):
         module(torch.tensor([1])).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_gradients_with_a_graph_are_refused_in_backward():
+    module = nn.Linear(3, 1, bias=False)
+    lcw_ops.register_gradient_hook(module)
+    loss = module(torch.randn(4, 3)).pow(4).sum()
+    with pytest.raises(ValueError, match=r"register_gradient_hook.*create_graph=True.*reference\.gradient_activation"):
+        loss.backward(create_graph=True)
+
+
+def test_distributed_data_parallel_is_refused_at_any_depth():
+    # No process group here, which its constructor asks for; the class is what is looked at.
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Linear(2, 2)
+    for module in (wrapped, nn.Sequential(nn.Linear(2, 2), nn.Sequential(wrapped))):
+        with pytest.raises(ValueError, match=r"DistributedDataParallel.*activate_gradients\(optimizer\)"):
+            lcw_ops.register_gradient_hook(module)
+
+
+def test_compiled_autograd_runs_the_hooks():
+    module = nn.Linear(3, 2)
+    lcw_ops.register_gradient_hook(module)
+    gradients = random_gradients(module)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: backward(module, gradients), backend="eager")()
+    assert_gradients(module.parameters(), map(f, gradients))
 
 
 def test_what_cannot_be_hooked_is_refused():

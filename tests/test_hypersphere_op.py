@@ -1605,8 +1605,8 @@ def test_a_scale_far_from_the_rows_length_overflows_nothing(dtype, size, scale):
         assert error <= 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-# Samples of every way to compute a layer: few, the last of them, some, and more than a quarter of 100 inputs.
-WAYS = (2, 64, 65, 130)
+# Samples of every way to compute a layer of 400 inputs: few, the last of them, up to a quarter of the inputs, and more.
+WAYS = (2, 64, 65, 101)
 
 
 @pytest.mark.usefixtures("every_multiplier")
@@ -1636,7 +1636,7 @@ def test_weight_norm_of_huge_inputs_overflows_only_where_its_result_does(dtype):
 def test_one_row_of_another_length_changes_no_result_by_more_than_roundings(length):
     """However it is computed: a row far from 1 sends the layer another way."""
     for rows in WAYS:
-        arguments, grad_output = draw_weight_norm(5, 100, torch.float32, rows)
+        arguments, grad_output = draw_weight_norm(5, 400, torch.float32, rows)
         changed = {**arguments, "weight": arguments["weight"].clone()}
         changed["weight"][2] *= length / changed["weight"][2].norm()
         exact = exact_weight_norm(changed, grad_output)
@@ -1647,6 +1647,35 @@ def test_one_row_of_another_length_changes_no_result_by_more_than_roundings(leng
         for unit in range(5):
             one, other, right = (result["weight"][unit] for result in (actual, eager, exact))
             assert_by_the_rule(f"weight {unit}, {rows} samples", [one], [other], [right])
+
+
+@pytest.mark.usefixtures("every_multiplier")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gradients_of_weight_norm_overflow_only_where_they_must(dtype):
+    """A factor scale / length far above 1, or a long row, takes no finite gradient beyond the range of numbers."""
+    m, largest = 400, torch.finfo(dtype).max
+    for rows, length, size in itertools.product(WAYS, (3e-5, 6e4), (largest / 1e4, 1.0)):
+        weight = normal(5, m, dtype=torch.float64)
+        weight = (weight * length / weight.norm(dim=1, keepdim=True)).to(dtype)
+        arguments = {"x": normal(rows, m, dtype=dtype), "weight": weight, "scale": torch.ones(5, dtype=dtype)}
+        grad_output = (normal(rows, 5, dtype=torch.float64) * size / 1e3).to(dtype)
+        exact = exact_weight_norm(arguments, grad_output)
+        result = evaluate(F.weight_norm_linear, arguments, grad_output)
+        for name in ("x", "weight", "scale"):
+            is_in_range = np.abs(exact[name]) < float(largest) / 4
+            assert result[name].isfinite().numpy()[is_in_range].all(), (name, rows, length, size)
+
+
+def test_no_gradient_is_a_view():
+    """User code changes and detaches what autograd gives."""
+    for layer in LAYERS.values():
+        for rows in (2, FUSED + 1, 200):
+            arguments, grad_output = layer.draw(8, 128, torch.float32, rows)
+            leaves = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
+            gradients = torch.autograd.grad(layer.ours(**leaves), list(leaves.values()), grad_output)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                assert not gradient._is_view(), (name, rows)
+                gradient.mul_(torch.ones((), requires_grad=True)).detach_()
 
 
 @pytest.mark.usefixtures("every_multiplier")

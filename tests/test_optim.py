@@ -401,6 +401,59 @@ def test_sparse_gradients_are_refused_before_any_group_changes(pair):
     assert_refused(optimizer, params, TypeError, r"param_groups\[1\].*sparse.*dense.*sparse=False")
 
 
+@pytest.mark.parametrize("flags", [{}, {"fused": True}], ids=str)
+def test_sparse_gradients_of_plain_groups_are_refused_where_torch_would_after_other_groups(pair, flags):
+    params = make_params(shapes=[(3, 2), (4, 2), (5, 2)])
+    off = {"gradient_activation": None}
+    groups = [{"params": params[:1]}, {"params": params[1:2], **off}, {"params": params[2:], **off}]
+    optimizer = pair[0](groups, lr=0.1, **flags)
+    set_gradients(params[:2], make_gradients(params[:2], 0))
+    params[2].grad = torch.sparse_coo_tensor([[1]], [[1.0, 2.0]], (5, 2), check_invariants=True)
+    if pair[0] is optim.SGD and not flags:
+        before = copies(params)
+        optimizer.step()
+        assert all(not torch.equal(param, old) for param, old in zip(params, before, strict=True))
+        return
+    assert_refused(optimizer, params, RuntimeError, "without activation is sparse.*sparse=False")
+    assert not optimizer.state
+
+
+def test_parameters_whose_elements_share_memory_are_refused(pair):
+    params = [*make_params(shapes=[(3,)]), nn.Parameter(torch.ones(1).expand(4)), *make_params(shapes=[(2,)])]
+    optimizer = pair[0]([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+    set_gradients(params, [torch.ones(param.shape) for param in params])
+    assert_refused(optimizer, params, ValueError, r"param_groups\[1\] of shape \(4,\).*share memory.*clone")
+    params[1].grad = None
+    optimizer.step()
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_two_parameters_in_the_same_memory_are_stepped_one_after_the_other(pair):
+    oracle = SGDOracle if pair[0] is optim.SGD else AdamWOracle
+    size = 300_000
+    for repeat in range(5):
+        generator = torch.Generator().manual_seed(repeat)
+        start, *gradients = (torch.randn(size, generator=generator) for _ in range(3))
+        first = nn.Parameter(start.clone())
+        second = nn.Parameter(first.data.view(2, -1))
+        optimizer = pair[0]([first, second], lr=0.5)
+        first.grad, second.grad = gradients[0], gradients[1].view(2, -1)
+        optimizer.step()
+        one = oracle(start)
+        one.step(gradients[0], lr=0.5)
+        other = oracle(one.param)
+        other.step(gradients[1], lr=0.5)
+        torch.testing.assert_close(first.detach().double(), other.param, rtol=1e-6, atol=1e-6)
+
+
 def test_complex_parameters_are_refused(pair):
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.complex64))]
     for param in params:
@@ -433,6 +486,25 @@ def test_an_op_that_fails_leaves_no_momentum_behind(monkeypatch):
     assert not optimizer.state[param]
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_an_op_that_fails_is_no_counted_step(monkeypatch, default):
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: default)
+    params = make_params(shapes=[(3,), (4,)])
+    optimizer = optim.AdamW(params, lr=0.1)
+    train(optimizer, params, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "adamw_step_", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            train(optimizer, params, 1)
+    assert [optimizer.state[param]["step"] for param in params] == [2, 2]
+    assert optimizer.state[params[0]]["step"].dtype is default
+    train(optimizer, params, 1)
+    assert [optimizer.state[param]["step"] for param in params] == [3, 3]
+
+
 def test_state_of_another_dtype_is_refused_and_can_be_converted(pair):
     param = nn.Parameter(torch.ones(3))
     optimizer = pair[0]([param], lr=0.1, **({"momentum": 0.9} if pair[0] is optim.SGD else {}))
@@ -451,6 +523,7 @@ def test_state_of_another_dtype_is_refused_and_can_be_converted(pair):
         ({"alpha": 0.0}, ValueError, "alpha is 0.0"),
         ({"alpha": -1.0}, ValueError, "alpha is -1.0"),
         ({"beta": math.inf}, ValueError, "beta is inf"),
+        ({"beta": 1e39}, ValueError, "beta is 1e[+]39"),
         ({"beta": "20"}, TypeError, "beta is a str"),
         ({"differentiable": True}, ValueError, "differentiable.*gradient_activation=None.*reference"),
     ],
@@ -730,6 +803,32 @@ def test_a_subclass_and_its_parameters_keep_working(pair):
     train(Own(params, lr=0.1), params, 2)
     train(pair[0](others, lr=0.1), others, 2)
     assert_same_bits(params, others)
+
+
+def test_a_step_within_a_step_is_one_step(pair):
+    class Own(pair[0]):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    params, others = make_params(), make_params()
+    # torch wraps the hooks around the step of every class of which it has made an optimizer.
+    plain, optimizer = pair[0](others, lr=0.1), Own(params, lr=0.1)
+    for step in range(3):
+        gradients = make_gradients(params, step)
+        set_gradients(params, gradients)
+        set_gradients(others, gradients)
+        assert optimizer.step(lambda: 1.0) == 1.0
+        plain.step()
+    assert_same_bits(params, others)
+
+
+def test_a_checkpoint_of_adam_is_refused():
+    params = make_params(shapes=[(3,)])
+    checkpoint = torch.optim.Adam(params).state_dict()
+    optimizer = optim.AdamW(params)
+    with pytest.raises(ValueError, match=r"decoupled_weight_decay is False.*torch\.optim\.Adam"):
+        optimizer.load_state_dict(checkpoint)
+    train(optimizer, params, 1)
 
 
 def test_a_compiled_step_gives_the_same_bits(pair):

@@ -313,6 +313,28 @@ void* memory(AtenTensorHandle tensor, bool is_written) {
   return const_cast<void*>(ask<const void*>(torch_get_const_data_ptr, tensor));
 }
 
+int64_t size_of(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+// Of tensors to be changed, or parameters: dense ones share memory where their ranges of addresses meet, and two threads
+// would then write there.
+template <int arrays>
+void check_disjoint(const char* op, const std::vector<Item<arrays>>& items) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  ranges.reserve(items.size());
+  for (const Item<arrays>& item : items) {
+    if (item.count == 0) continue;
+    const char* begin = static_cast<const char*>(item.at[0]);
+    ranges.emplace_back(begin, begin + item.count * size_of(item.type));
+  }
+  if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i)
+    STD_TORCH_CHECK(
+        ranges[i - 1].second <= ranges[i].first, op,
+        ": two tensors share memory; call lcw_ops.functional or lcw_ops.optim");
+}
+
 // Of every parameter its tensors, `written` ones first.
 template <int arrays>
 std::vector<Item<arrays>> to_items(
@@ -340,27 +362,8 @@ std::vector<Item<arrays>> to_items(
     for (int a = 0; a < arrays; ++a) item.at[a] = memory((*lists[a])[i], a < written);
     items.push_back(item);
   }
+  check_disjoint(op, items);
   return items;
-}
-
-int64_t size_of(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
-
-// Dense tensors share memory where their ranges of addresses meet.
-void check_disjoint(const std::vector<Item<1>>& items) {
-  std::vector<std::pair<const char*, const char*>> ranges;
-  ranges.reserve(items.size());
-  for (const Item<1>& item : items) {
-    if (item.count == 0) continue;
-    const char* begin = static_cast<const char*>(item.at[0]);
-    ranges.emplace_back(begin, begin + item.count * size_of(item.type));
-  }
-  if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
-  for (size_t i = 1; i < ranges.size(); ++i)
-    STD_TORCH_CHECK(
-        ranges[i - 1].second <= ranges[i].first,
-        "gradient_activation_: two tensors share memory; call lcw_ops.functional.gradient_activation_");
 }
 
 // ---- The ops --------------------------------------------------------------------------------------------------------
@@ -377,7 +380,7 @@ void gradient_activation(const Tensors& tensors, std::string kind_name, double a
         "lcw_ops.functional.gradient_activation_");
     items.push_back({{memory(tensors[i], true)}, numel(tensors[i]), *type});
   }
-  check_disjoint(items);
+  check_disjoint("gradient_activation_", items);
   with_kind(kind, [&](auto kind_type) {
     for_each_piece(items, [&](auto isa, size_t i, int64_t first, int64_t count) LCW_LAMBDA_INLINE {
       with_numbers(items[i].type, [&](auto element) LCW_LAMBDA_INLINE {

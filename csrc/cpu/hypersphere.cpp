@@ -17,7 +17,7 @@
 // same caches: the layer reads its angles twice and writes their gradient, 12 bytes in place of 32. More samples: the
 // rows are made once and multiplied by whoever matmul.h finds the fastest.
 //
-// A layer with normalised rows makes none as long as samples are few, or few beside a unit's inputs:
+// A layer with normalised rows makes none as long as samples are few, or, forward, few beside a unit's inputs:
 //   q = X v^T,  y = (s / |v|) q + b;    G = dY^T X,  ds = <G, v> / |v|,  dV = (s / |v|) (G - (ds / |v|) v),
 //   dX = (s / |v|) dY V
 // Beside the plain layer's products that is a reading of the weight for the lengths, and one more for dV.
@@ -302,7 +302,7 @@ LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
     return std::numeric_limits<double>::quiet_NaN();
   }
   if (largest == 0) {
-    std::fill(out, out + m, T(0));
+    std::fill(out, out + m, scale * T(0));
     return std::numeric_limits<double>::infinity();
   }
   const int exponent = std::ilogb(largest);
@@ -607,9 +607,9 @@ struct UnnormalisedRows {
   int64_t samples, n, m;
   const T* scale;
 
-  // Within it, lengths of rows, and factors above 1, cost at most so many of the dtype's range of exponents. Small factors
-  // cost none: that q overflows is seen.
-  T limit() const { return weight.type == ScalarType::Half ? T(0x1p4) : T(0x1p16); }
+  // Within it, lengths of rows, and factors above 1, cost at most so much of the range of numbers. Small factors cost
+  // nothing: that q overflows is seen.
+  static constexpr double most = 0x1p16;
 
   // |v| into `length` and s / |v| into `factor`, or false. What is infinite or NaN leaves no number of its row behind,
   // and the others as they are.
@@ -618,17 +618,17 @@ struct UnnormalisedRows {
     return measure(row, RowsFor<Isa, T>::square(row, m), unit, length, factor);
   }
   bool measure(const T* row, double square, int64_t unit, double& length, T& factor) const {
-    const double found = std::sqrt(square), most = double(limit());
+    const double found = std::sqrt(square);
     const double ratio = double(scale[unit]) / found, size = std::abs(ratio);
     length = found, factor = T(ratio);
     if (found < most && found > 1 / most && (ratio == 0 || (size < most && size > 0x1p-64))) return true;
     constexpr T largest = std::numeric_limits<T>::max();
-    if (found != found || !(std::abs(scale[unit]) <= largest)) return true;
     if (found == 0 && std::all_of(row, row + m, [](T number) { return number == T(0); })) {
-      // A row without direction is no unit, and has no derivatives.
-      length = std::numeric_limits<double>::infinity(), factor = T(0);
+      // A row without direction has no derivatives.
+      length = std::numeric_limits<double>::infinity(), factor = scale[unit] * T(0);
       return true;
     }
+    if (found != found || !(std::abs(scale[unit]) <= largest)) return true;
     if (std::all_of(row, row + m, [](T number) { return std::abs(number) <= largest; })) return false;
     length = std::numeric_limits<double>::quiet_NaN(), factor = T(length);
     return true;
@@ -642,8 +642,12 @@ struct UnnormalisedRows {
     double length;
     if (!measure(row, square, unit, length, factor)) return false;
     const double along = product / length;
-    const T of_scale = T(along);
-    RowsFor<Isa, T>::take_off(row, T(along / length), factor, m, g, out);
+    const T of_scale = T(along), share = T(along / length);
+    constexpr T largest = std::numeric_limits<T>::max();
+    if (!(std::abs(of_scale) <= largest && std::abs(share) <= largest) &&
+        std::all_of(g, g + m, [](T number) { return std::abs(number) <= largest; }) && factor == factor)
+      return false;
+    RowsFor<Isa, T>::take_off(row, share, factor, m, g, out);
     grad_scale.template write<Isa>(&of_scale, unit, 1);
     return true;
   }
@@ -987,6 +991,7 @@ struct UnitGradients {
   Source<T> grad, activated;  // activated: nowhere where there is no activation, and nothing to sum with it
   const T* scale;
   bool relu;
+  std::atomic<bool>* overflowed = nullptr;  // set where a product is infinite of finite numbers
 
   void compute(
       const Target<T>& grad_product, const Target<T>& with_activated, const Target<T>& of_product,
@@ -995,6 +1000,7 @@ struct UnitGradients {
     // first level's are T's, the others float64's.
     constexpr int64_t width = 32, terms = 16;
     constexpr int levels = 4, sums = 3;
+    constexpr T largest = std::numeric_limits<T>::max();
     const int64_t grain = std::max(width, grain_of(samples));
     for_each_part(n, grain, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       using Isa = decltype(isa);
@@ -1010,6 +1016,7 @@ struct UnitGradients {
         };
         T part[sums][width] = {};
         double total[levels][sums][width] = {};
+        int infinite = 0;
         for (int64_t i = 0; i < samples; ++i) {
           const T* dy = whole(grad.template read<Isa>(i * n + j, count, grad_buffer), grad_buffer);
           const T* a = activated_buffer;
@@ -1018,6 +1025,7 @@ struct UnitGradients {
           for (int64_t u = 0; u < width; ++u) {
             // A NaN is not behind the ReLU.
             dz[u] = relu && a[u] <= T(0) ? T(0) : factor[u] * dy[u];
+            infinite |= int(!(std::abs(dz[u]) <= largest)) & int(std::abs(dy[u]) <= largest);
             part[0][u] += dy[u] * a[u];
             part[1][u] += dz[u];
             part[2][u] += dy[u];
@@ -1035,6 +1043,7 @@ struct UnitGradients {
                 total[level][s][u] = 0;
               }
         }
+        if (infinite && overflowed) *overflowed = true;
         const Target<T> targets[sums] = {with_activated, of_product, of_grad};
         for (int s = 0; s < sums; ++s) {
           T rounded[width];
@@ -1223,8 +1232,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
 }
 
 // Whether y is made of products with rows that are not normalised. A row of one number has no gradient, exactly.
-bool is_unnormalised(int64_t samples, int64_t m) {
-  return m > 1 && (samples <= few_unnormalised || samples <= m / 4);
+// Many samples' products are rounded to their dtype before they are scaled: float16 has no room for that.
+bool is_unnormalised(const Tensor& x) {
+  const int64_t samples = x.size(0), m = x.size(1);
+  return m > 1 && (samples <= few_unnormalised || (samples <= m / 4 && x.scalar_type() != ScalarType::Half));
 }
 
 void check_weight_norm(const Tensor& x, const Tensor& weight, const Tensor& scale) {
@@ -1248,7 +1259,7 @@ Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<T
     const Multiplier by = choose(Pass::plain_forward, x.scalar_type(), {samples, n, m}, deterministic);
     return multiply_forward(by, x, rows, add);
   };
-  if (is_unnormalised(samples, m)) {
+  if (is_unnormalised(x)) {
     Tensor y = no_elements(x);
     bool is_done = false;
     with_computed(x, [&](auto number) {
@@ -1302,11 +1313,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
     // s / |v|, and dY with it.
     Buffer<T> factors(n);
     const auto scale_grad = [&](const Target<T>& scaled) {
+      std::atomic<bool> overflowed{false};
       UnitGradients<T> by_lengths = gradients;
-      by_lengths.scale = factors.data();
+      by_lengths.scale = factors.data(), by_lengths.overflowed = &overflowed;
       by_lengths.compute(scaled, {}, {}, of_grad);
+      return !overflowed;
     };
-    if (samples <= few_unnormalised && is_unnormalised(samples, m)) {
+    const auto multiply_by_normalised = [&] {
+      grad_x = multiply_grad_input(by(Pass::plain_grad_input), grad_output, normalize_scale(weight, scale));
+    };
+    if (samples <= few_unnormalised && is_unnormalised(x)) {
       bool is_ordinary = true;
       with_elements(x, [&](auto element) {
         using E = decltype(element);
@@ -1321,8 +1337,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
           }
           if (!is_ordinary || (!needs_x && !needs_bias)) return;
           Buffer<T> scaled(needs_x ? samples * n : 0);
-          scale_grad({needs_x ? scaled.data() : nullptr, scalar_type<T>});
+          const bool is_finite = scale_grad({needs_x ? scaled.data() : nullptr, scalar_type<T>});
           if (!needs_x) return;
+          if (!is_finite) return multiply_by_normalised();
           grad_x = stable::new_empty(x, x.sizes());
           computed<E>(grad_x, [&](T* out) {
             FewSamplesGradients<E>{samples, n, m}.multiply_by_parameter(scaled.data(), data<E>(weight), out, m);
@@ -1354,11 +1371,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
     if (!needs_x) return;
     if (!is_ordinary) {
       if (needs_bias) gradients.compute({}, {}, {}, of_grad);
-      grad_x = multiply_grad_input(by(Pass::plain_grad_input), grad_output, normalize_scale(weight, scale));
-      return;
+      return multiply_by_normalised();
     }
     Tensor scaled = stable::new_empty(grad_output, {samples, n});
-    scale_grad(target<T>(scaled));
+    if (!scale_grad(target<T>(scaled))) return multiply_by_normalised();
     grad_x = multiply_grad_input(by(Pass::plain_grad_input), scaled, weight);
   });
   return {grad_x, needs_weight ? grad_weight : no_elements(x), needs_scale ? grad_scale : no_elements(x), grad_bias};

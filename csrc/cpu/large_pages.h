@@ -1,6 +1,8 @@
 // Large results in large pages.
 #pragma once
 
+#include <cstdint>
+
 #include <torch/csrc/stable/tensor.h>
 
 #ifdef __linux__

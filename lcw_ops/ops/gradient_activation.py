@@ -177,10 +177,12 @@ def _refuses_gaps(backend: str) -> bool:
 
 
 def _succeeds(overload, *arguments) -> bool:
-    """Whether the kernel took them; it refuses before the first write."""
+    """Whether the kernel took them; it refuses before the first write, and says whom to call."""
     try:
         overload(*arguments)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError) as error:
+        if "; call " not in str(error) and not isinstance(error, NotImplementedError):
+            raise
         return False
     return True
 
@@ -239,11 +241,11 @@ def sgd_step_(
         _by_dtype(_foreach_sgd_step_, [params, momentum_buffers], grads, None, *numbers, activate, kind, alpha, beta)
         return
 
-    def step(params, momentum_buffers, grads):
+    def step(params, momentum_buffers, grads, _):
         overload = _library.get_overload(SGD_STEP, backend)
         overload(params, grads, momentum_buffers, *numbers, activate == "momentum", kind, alpha, beta)
 
-    _step_in_place(backend, step, [params, momentum_buffers], grads)
+    _step_in_place(backend, step, [params, momentum_buffers], grads, [])
 
 
 def adamw_step_(
@@ -276,22 +278,30 @@ def adamw_step_(
         _by_dtype(_foreach_adamw_step_, written, grads, state_steps, *numbers)
         return
 
-    def step(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grads):
+    def step(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grads, state_steps):
         overload = _library.get_overload(ADAMW_STEP, backend)
         overload(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *numbers)
 
-    _step_in_place(backend, step, written, grads)
+    _step_in_place(backend, step, written, grads, state_steps)
 
 
-def _step_in_place(backend: str, step, written: list[list[Tensor]], grads: list[Tensor]) -> None:
-    """``step(*written, grads)`` on tensors in any layout."""
+def _step_in_place(
+    backend: str, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
+) -> None:
+    """``step(*written, grads, state_steps)`` on tensors in any layout."""
     # Of no tensors the dispatcher cannot tell the device.
     if not grads:
         return
-    if not _refuses_gaps(backend) or not _succeeds(step, *written, grads):
+    if not _refuses_gaps(backend) or not _succeeds(step, *written, grads, state_steps):
+        if len(grads) > 1 and not torch.compiler.is_compiling() and find_shared(written[0]) is not None:
+            # Parameters over the same memory, one after another.
+            for index in range(len(grads)):
+                one = [tensors[index : index + 1] for tensors in (*written, grads, state_steps)]
+                _step_in_place(backend, step, one[:-2], *one[-2:])
+            return
         params = [_to_dense(param) for param in written[0]]
         laid_out = [params, *([_lay_out_as(params, tensors) for tensors in written[1:]])]
-        step(*laid_out, _lay_out_as(params, grads))
+        step(*laid_out, _lay_out_as(params, grads), state_steps)
         for tensors, copies in zip(written, laid_out, strict=True):
             _write_back(tensors, copies)
     _count_writes([tensor for tensors in written for tensor in tensors])

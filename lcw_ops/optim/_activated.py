@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import KINDS
 
@@ -38,6 +39,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     _torch_optimizer: type[torch.optim.Optimizer]
     _options: tuple[str, ...] = ("gradient_activation", "alpha", "beta")
+    # Whether torch's step does, in its form without fused=True.
+    _takes_sparse: bool
 
     def _add_options(self, **options) -> None:
         """Into the defaults, and into the groups that torch's constructor has made."""
@@ -56,8 +59,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _check_options(self, group: dict) -> None:
         name = self._name()
         checks.check_choice(name, "gradient_activation", group["gradient_activation"], (*KINDS, None))
-        checks.check_positive(name, "alpha", group["alpha"])
-        checks.check_positive(name, "beta", group["beta"])
+        checks.check_positive_float32(name, "alpha", group["alpha"])
+        checks.check_positive_float32(name, "beta", group["beta"])
         if group["gradient_activation"] is not None and group.get("differentiable", False):
             raise ValueError(
                 f"{name}: differentiable is True and gradient_activation is {group['gradient_activation']!r}; the "
@@ -100,8 +103,9 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a gradient that is sparse, or a parameter that is not float32, float64, bfloat16 or float16.
-            ValueError: options of a group that are out of range.
-            On an error no parameter has been changed.
+            ValueError: options of a group that are out of range; an activated parameter whose elements share memory.
+            RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
+            On these errors no parameter has been changed. (With no activated group, errors are torch's.)
         """
         if not any(map(_is_activated, self.param_groups)):
             return self._torch_step(closure)
@@ -118,10 +122,11 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _mixed_step(self) -> None:
         _check_capture(self)
         groups = self.param_groups
+        plain = [group for group in groups if not _is_activated(group)]
+        self._check_plain(plain)
         calls = [
             call for index, group in enumerate(groups) if _is_activated(group) for call in self._gather(index, group)
         ]
-        plain = [group for group in groups if not _is_activated(group)]
         if plain:
             self.param_groups = plain
             try:
@@ -130,6 +135,18 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 self.param_groups = groups
         for call in calls:
             call()
+
+    def _check_plain(self, groups: list[dict]) -> None:
+        """Refuses what torch's step would refuse only after it has changed other groups."""
+        for group in groups:
+            if self._takes_sparse and not group.get("fused", False):
+                continue
+            if any(param.grad is not None and param.grad.layout is not torch.strided for param in group["params"]):
+                raise RuntimeError(
+                    f"{self._name()}: a gradient in a group without activation is sparse, which torch's step does not "
+                    "take here. Make the layer give a dense one (nn.Embedding's sparse=False), or put its parameters "
+                    "into a torch.optim.SparseAdam."
+                )
 
     def _torch_step(self, closure: Callable[[], float] | None = None) -> float | None:
         """torch's step without its hooks, which have run: the first optimizer of torch's class wraps them around it."""
@@ -160,6 +177,11 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                     f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} is "
                     f"{param.dtype}; expected float32, float64, bfloat16 or float16. Give its group "
                     "gradient_activation=None, which is torch's step."
+                )
+            if ops.may_overlap(param):
+                raise ValueError(
+                    f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} has elements "
+                    "that share memory, and cannot be stepped in place. Give a clone, or the tensor that was expanded."
                 )
             params.append(param)
         return {**group, "params": params}

@@ -29,16 +29,18 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             betas are numbers in the graph.
         differentiable: torch's; True needs gradient_activation=None.
         gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
-        alpha, beta: finite numbers > 0.
+        alpha, beta: numbers > 0 that are normal in float32.
 
     All options may differ from group to group. What :class:`lcw_ops.optim.SGD` says of state_dicts, parameters given
-    twice, DTensors, GradScaler and a tensor lr holds here too.
+    twice, DTensors, GradScaler and a tensor lr holds here too; the state_dict of a torch.optim.Adam is refused, for its
+    decay is part of the gradient.
 
     Raises:
         ValueError: options out of range. TypeError: alpha or beta is no number. Otherwise torch's.
     """
 
     _torch_optimizer = torch.optim.AdamW
+    _takes_sparse = False
 
     def __init__(
         self,
@@ -121,16 +123,20 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
 
 def _step(backend: str, *lists: list[Tensor], **options) -> None:
     *tensors, steps = lists
-    _count_up(steps)
-    # Under a float64 default dtype torch counts in that.
-    if any(step.dtype is not torch.float32 for step in steps):
-        steps = [step.float() for step in steps]
-    ops.adamw_step_(backend, *tensors, steps, **options)
+    _count(steps, 1.0)
+    try:
+        # Under a float64 default dtype torch counts in that.
+        counts = steps if all(step.dtype is torch.float32 for step in steps) else [step.float() for step in steps]
+        ops.adamw_step_(backend, *tensors, counts, **options)
+    except BaseException:
+        # The op wants them counted up, and no step has been made.
+        _count(steps, -1.0)
+        raise
 
 
-def _count_up(steps: list[Tensor]) -> None:
+def _count(steps: list[Tensor], by: float) -> None:
     # On the CPU torch adds in a loop, where a number would become a tensor anew each time.
     if steps[0].is_cpu:
-        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=by)
     else:
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, by)

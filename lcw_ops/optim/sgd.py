@@ -34,7 +34,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         foreach, fused: torch's, for groups without activation; groups with it take our op whatever they say.
         differentiable: torch's; True needs gradient_activation=None.
         gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
-        alpha, beta: finite numbers > 0.
+        alpha, beta: numbers > 0 that are normal in float32.
         activate: "gradient" or "momentum".
 
     All options may differ from group to group. ``state_dict`` has torch's keys: torch.optim.SGD's loads into this one,
@@ -47,6 +47,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     """
 
     _torch_optimizer = torch.optim.SGD
+    _takes_sparse = True
     _options = (*ActivatedOptimizer._options, "activate")
 
     def __init__(

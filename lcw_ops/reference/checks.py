@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LEAST_FLOAT32, LARGEST_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def accumulation_dtype(function: str, **tensors: Tensor | None) -> torch.dtype:
@@ -68,6 +69,13 @@ def check_positive(function: str, argument: str, value: float) -> None:
     _check_number(function, argument, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{function}: {argument} is {value}; expected a finite number > 0.")
+
+
+def check_positive_float32(function: str, argument: str, value: float) -> None:
+    """A number above 0 that float32 holds with all its digits: otherwise kernels would compute with 0 or infinity."""
+    check_positive(function, argument, value)
+    if not LEAST_FLOAT32 <= value <= LARGEST_FLOAT32:
+        raise ValueError(f"{function}: {argument} is {value}; expected a number from 1.2e-38 to 3.4e38, as in float32.")
 
 
 def check_non_negative(function: str, argument: str, value: float) -> None:

@@ -78,6 +78,12 @@ def main() -> None:
         for samples, n, m in itertools.product((0, *SAMPLES), UNITS, INPUTS):
             if threads == 1 or (samples + n + m) % 3 == 0:
                 linear_layers(dtype, samples, n, m)
+        for length in (1.0, 100.0):
+            x, weight, units = leaf(66, 280, dtype=dtype), leaf(5, 280, dtype=dtype), leaf(5, dtype=dtype)
+            huge = (x.detach() * (torch.finfo(dtype).max / 1e3)).requires_grad_()
+            long = (weight.detach() * length).requires_grad_()
+            for few in (huge[:3], huge):
+                backward(F.weight_norm_linear(few, long, units), huge, long, units)
     os.environ["LCW_OPS_MATMUL"] = ""
     for samples, n, m in ((40, 300, 70), (40, 70, 300), (20, 700, 900), (100, 500, 1300)):
         linear_layers(torch.float32, samples, n, m)
