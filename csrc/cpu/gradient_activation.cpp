@@ -317,8 +317,8 @@ int64_t size_of(ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// Of tensors to be changed, or parameters: dense ones share memory where their ranges of addresses meet, and two threads
-// would then write there.
+// Of tensors to be changed, or parameters: dense ones share memory where their ranges of addresses meet, and two
+// threads would then write there.
 template <int arrays>
 void check_disjoint(const char* op, const std::vector<Item<arrays>>& items) {
   std::vector<std::pair<const char*, const char*>> ranges;
