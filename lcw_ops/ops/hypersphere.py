@@ -339,8 +339,8 @@ class GmPLinear(Function):
         gradients = _gmp_linear_backward[ctx.backend](
             grad_output, x, angles, radius, activated, direction, ctx.relu, _is_deterministic(), *needs
         )
-        if needs[1]:
-            # It may be a view, which user code could not change as it can other gradients.
+        if needs[1] and not torch.compiler.is_compiling() and gradients[1]._is_view():
+            # User code could not change it as it can other gradients.
             gradients = (gradients[0], gradients[1].detach(), *gradients[2:])
         return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
 
