@@ -63,11 +63,13 @@ def _runtime(name: str) -> Path:
     return Path(found.strip())
 
 
-def build(folder: Path, sanitizers: str, optimize: str) -> Path:
-    """The package with a sanitized ``_C.abi3.so``: the folder to put on PYTHONPATH."""
+def build(folder: Path, sanitizers: str, optimize: str, without: Iterable[str] = ()) -> Path:
+    """The package with a sanitized ``_C.abi3.so``, less the ops that are named: the folder to put on PYTHONPATH."""
     source, package = folder / "source", folder / "package"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", "results")
     shutil.copytree(ROOT, source, ignore=ignored)
+    for stem in without:
+        (source / f"csrc/cpu/{stem}.cpp").unlink()
     shutil.copy(HERE / "broken.cpp", source / "csrc/cpu")
     if sanitizers == THREADS:
         shutil.copy(HERE / "threads.cpp", source / "csrc/cpu")
