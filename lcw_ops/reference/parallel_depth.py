@@ -1,0 +1,200 @@
+"""The recurrence in parallel over depth, in plain PyTorch: what a Picard sweep over all layers at once is made of.
+
+    h_l = alpha_l O h_{l-1} + F_l,    F_l = beta_l act(W_l h_{l-1} + b_l + u_l),    l = 1..D
+
+The first term is a linear recurrence, which a scan solves in parallel; F is small for beta = c/L. A sweep computes every
+F_l from the states of the sweep before, which takes one batched matmul, and scans once. The adjoint recurrence
+G_{l-1} = alpha_l O^T G_l + W_l^T (beta_l act'(A_l) * G_l) has the same structure from the other end. Derived here; the
+idea is Picard-Lindelof's and waveform relaxation's, near relatives are DEER and ELK.
+
+A filter comes in one of three forms, linear maps of rows: an int64 permutation p (N,) with (O h)_i = h_{p_i}; a matrix
+(N, N); or rotations (2 N,), N cosines and then N sines of (O h)_i = cosine_i h_i + sine_i h_{i xor 1}: the matrices with
+2 x 2 blocks on the diagonal. (The last unit of an odd number has no partner, and its sine is 0.)
+"""
+
+import torch
+from torch import Tensor
+
+from lcw_ops.reference.orthogonal_filter import ACTIVATIONS, activation_derivative
+
+
+def is_permutation(filter: Tensor) -> bool:
+    return filter.dtype == torch.int64
+
+
+def is_rotation(filter: Tensor) -> bool:
+    return filter.dim() == 1 and not is_permutation(filter)
+
+
+def apply_filter(states: Tensor, filter: Tensor) -> Tensor:
+    """O h for every row h of ``states`` (..., N), in any of the three forms; computed in the states' dtype."""
+    if is_permutation(filter):
+        return states[..., filter]
+    filter = filter.to(states.dtype)
+    if not is_rotation(filter):
+        return states @ filter.mT
+    cosine, sine = filter.chunk(2)
+    return cosine * states + sine * states[..., partners(cosine)]
+
+
+def partners(units: Tensor) -> Tensor:
+    """i xor 1 for every unit i of (N,); the last one of an odd number is its own."""
+    width = units.shape[0]
+    return (torch.arange(width, device=units.device) ^ 1).clamp(max=width - 1)
+
+
+def transpose_filter(filter: Tensor) -> Tensor:
+    """O^T, in the form of O."""
+    if is_permutation(filter):
+        return filter.argsort()
+    if not is_rotation(filter):
+        return filter.mT
+    cosine, sine = filter.chunk(2)
+    return torch.cat((cosine, sine[partners(sine)]))
+
+
+def compose_filters(first: Tensor, second: Tensor) -> Tensor:
+    """``second`` after ``first``, in their form; rotations must have the same blocks up to scale, like O's powers."""
+    if is_permutation(first):
+        return first[second]
+    if not is_rotation(first):
+        return second @ first
+    (cosine, sine), (other_cosine, other_sine) = first.chunk(2), second.chunk(2)
+    partner = partners(cosine)
+    return torch.cat(
+        (
+            cosine * other_cosine + other_sine * sine[partner],
+            other_cosine * sine + other_sine * cosine[partner],
+        )
+    )
+
+
+def filter_power(filter: Tensor, exponent: int) -> Tensor:
+    """O^exponent in O's form; matrices and rotations in float64."""
+    if not is_permutation(filter):
+        filter = filter.double()
+    power = None
+    while exponent:
+        if exponent & 1:
+            power = filter if power is None else compose_filters(power, filter)
+        exponent >>= 1
+        if exponent:
+            filter = compose_filters(filter, filter)
+    return identity_like(filter) if power is None else power
+
+
+def identity_like(filter: Tensor) -> Tensor:
+    if is_permutation(filter):
+        return torch.arange(len(filter), device=filter.device)
+    if not is_rotation(filter):
+        return torch.eye(len(filter), dtype=filter.dtype, device=filter.device)
+    cosine, sine = filter.chunk(2)
+    return torch.cat((torch.ones_like(cosine), torch.zeros_like(sine)))
+
+
+def linear_scan(first: Tensor, source: Tensor, filter: Tensor, alpha: Tensor) -> Tensor:
+    """x_0 = first, x_l = alpha_l O x_{l-1} + source_l: all of them, (D+1, M, N), in log2(D) passes.
+
+    ``first`` (M, N), ``source`` (D, M, N), ``alpha`` (1,) or (D,). A pass with the shift s adds, to every sum over the
+    last s terms, the sum over the s terms before them: x_l + (alpha_l ... alpha_{l-s+1}) O^s x_{l-s}.
+    """
+    steps = source.shape[0]
+    sums = torch.cat((first.unsqueeze(0), source))
+    # Nothing comes before x_0: the factor 0 ends every product that would reach beyond it.
+    decay = torch.cat((alpha.new_zeros(1), alpha.expand(steps)))[:, None, None]
+    power = filter if is_permutation(filter) else filter.double()
+    shift = 1
+    while shift <= steps:
+        before = apply_filter(sums[:-shift], power)
+        sums = torch.cat((sums[:shift], sums[shift:] + decay[shift:] * before))
+        decay = torch.cat((torch.zeros_like(decay[:shift]), decay[shift:] * decay[:-shift]))
+        power, shift = compose_filters(power, power), 2 * shift
+    return sums
+
+
+def relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """max over layers and samples of max_i |new_i - old_i| / max_i |new_i|, (1,) in float64.
+
+    0 where nothing changed; NaN or inf when a new state is not finite. The largest element instead of the root of
+    squares, because squares of small states vanish.
+    """
+    if new.numel() == 0:
+        return new.new_zeros(1, dtype=torch.float64)
+    change, scale = (new - old).abs().amax(-1), new.abs().amax(-1)
+    ratio = torch.where(change == 0, 0, change / scale)
+    # A state of infinity that was infinity before does not compare.
+    return torch.where(scale.isfinite(), ratio, torch.nan).amax().double().reshape(1)
+
+
+def activate_(
+    product: Tensor, bias: Tensor | None, inputs: Tensor | None, beta: Tensor, activation: str, derivative: bool
+) -> None:
+    """product <- beta_l act(A_l), or beta_l act'(A_l), with A_l = product_l + bias_l + inputs_l, in place.
+
+    ``product`` (D, M, N) holds W_l h_{l-1}; ``bias`` (D, N) or (N,); ``inputs`` (D, M, N); ``beta`` (1,) or (D,).
+    """
+    pre_activation = product
+    for shift in (bias, inputs):
+        if shift is not None:
+            pre_activation = pre_activation + (shift.unsqueeze(1) if shift.dim() == 2 else shift)
+    act = activation_derivative(pre_activation, activation) if derivative else ACTIVATIONS[activation](pre_activation)
+    product.copy_(beta[:, None, None] * act)
+
+
+def sweep_(
+    states: Tensor,
+    product: Tensor | None,
+    bias: Tensor | None,
+    inputs: Tensor | None,
+    filter: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    activation: str,
+) -> Tensor:
+    """One scan: states_l <- alpha_l O states_{l-1} + beta_l act(product_l + bias_l + inputs_l) for l = 1..D, in place.
+
+    ``states`` (D+1, M, N) holds the last sweep's states; the first one, states_0, is given and stays. ``product`` as in
+    :func:`activate_`, unchanged; None leaves the second term out. ``alpha``, ``beta`` (1,) or (D,).
+
+    Returns:
+        :func:`relative_change` of states_1..D.
+    """
+    if product is None:
+        source = torch.zeros_like(states[1:])
+    else:
+        source = product.clone()
+        activate_(source, bias, inputs, beta, activation, derivative=False)
+    new = linear_scan(states[0], source, filter, alpha)
+    change = relative_change(new[1:], states[1:])
+    states[1:] = new[1:]
+    return change
+
+
+def adjoint_sweep_(
+    gradients: Tensor,
+    product: Tensor | None,
+    outside: Tensor | None,
+    filter: Tensor,
+    alpha: Tensor,
+    slope: Tensor | None,
+    scaled: Tensor | None,
+) -> Tensor:
+    """One scan from the other end: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, l = D..1, in place.
+
+    ``gradients`` (D+1, M, N): the last one is given and stays. ``product`` (D, M, N) holds P_l W_l, ``outside``
+    (D, M, N) what reaches state l-1 from outside; either may be None. ``filter`` is what carries gradients back, the
+    transpose of the layers'. With ``slope`` (D, M, N), scaled_l <- slope_l gradients_l of the new gradients.
+
+    Returns:
+        :func:`relative_change` of gradients_0..D-1.
+    """
+    source = torch.zeros_like(gradients[1:])
+    for term in (product, outside):
+        if term is not None:
+            source = source + term
+    new = linear_scan(gradients[-1], source.flip(0), filter, alpha.flip(0)).flip(0)
+    change = relative_change(new[:-1], gradients[:-1])
+    gradients[:-1] = new[:-1]
+    if slope is not None:
+        torch.mul(slope, gradients[1:], out=scaled)
+    return change
