@@ -1,13 +1,13 @@
 // atan, tanh and sign(x) ln(1 + |x|) of a vector of numbers at once, with the compiler's vectors: no branch, no table.
 //
-//   atan:  t = x, or -1/x beyond 1;  atan(t) = t + t^3 Q(t^2), and pi/2 added beyond.
+//   atan:  t = (x - c) / (1 + c x), with c = 0 up to 2/3 and near 1.5 beyond;  atan(x) = atan(c) + t + t^3 Q(t^2).
 //   tanh:  e / (e + 2) with e = expm1(2|x|) = 2^n expm1(r) + (2^n - 1), 2|x| = n ln 2 + r.
 //   log:   2^k m = 1 + |x| with m in [0.75, 1.5), f = m - 1 with what 1 + |x| lost by rounding added;
 //          ln = k ln 2 + f - s (f - s^2 Q(s^2)), s = f / (2 + f)  (T. Sun's log1p, fdlibm, 1993).
 //
 // All of |x|, and the sign put back: odd to the last bit, -0 stays -0. NaN stays NaN. Errors stay below 2, 3 and 2
 // units in the last place over all numbers, denormal ones too (tested); the largest found are, of every float32 from
-// 2^-9 to 16, 1.32, 2.52, 0.90 (without multiply-add 1.42, 2.56, 1.07), of millions of float64 1.40, 2.49, 1.25 (1.50,
+// 2^-9 to 16, 1.38, 2.52, 0.90 (without multiply-add 1.52, 2.56, 1.07), of millions of float64 1.32, 2.49, 1.25 (1.47,
 // 2.49, 1.48).
 #pragma once
 
@@ -17,8 +17,9 @@
 
 namespace lcw_ops {
 
-// How the bits of a number lie, and the coefficients of Q, highest power first (Chebyshev interpolation; each adds less
-// than 0.1 ulp to the result). expm1's are those of vector_math.h.
+// How the bits of a number lie, and the coefficients of Q, highest power first (minimax for atan, Chebyshev
+// interpolation for log; each adds less than 0.2 ulp to the result). expm1's are those of vector_math.h. `angle` is
+// atan(center), to a thousandth of its last place: such centers are rare.
 template <typename T>
 struct ActivationTraits;
 
@@ -28,9 +29,8 @@ struct ActivationTraits<float> {
   using Signed = int32_t;
   static constexpr int mantissa_bits = 23;
   static constexpr Bits sign = 0x80000000u, one = 0x3f800000u, three_quarters = 0x3f400000u, infinity = 0x7f800000u;
-  static constexpr float half_pi = 0x1.921fb6p+0f, half_pi_low = -0x1.777a5cp-25f;
-  static constexpr float atan[] = {0.00148869194f, -0.00914462976f, 0.0263050011f, -0.048960514f, 0.0703191425f,
-                                   -0.0893182678f, 0.110882616f,    -0.142840038f, 0.199999493f,  -0.333333331f};
+  static constexpr float center = 0x1.7ebcp+0f, angle = 0x1.f668e6p-1f;
+  static constexpr float atan[] = {0.024261639f, -0.06662783f, 0.104835145f, -0.14199068f, 0.19994348f, -0.3333321f};
   static constexpr float log[] = {0.237473445f, 0.285327448f, 0.400003113f, 0.666666663f};
 };
 
@@ -41,14 +41,11 @@ struct ActivationTraits<double> {
   static constexpr int mantissa_bits = 52;
   static constexpr Bits sign = uint64_t(1) << 63, one = uint64_t(0x3ff) << 52, three_quarters = uint64_t(0x3fe8) << 48,
                         infinity = uint64_t(0x7ff) << 52;
-  static constexpr double half_pi = 0x1.921fb54442d18p+0, half_pi_low = 0x1.1a62633145c07p-54;
+  static constexpr double center = 0x1.7ec9p+0, angle = 0x1.f670ef2f969e6p-1;
   static constexpr double atan[] = {
-      -1.1832505417555692e-05, 0.0001368724853148122, -0.0007518472526973822, 0.002622977891906089,
-      -0.006575683344151699,   0.012756172907694298,  -0.020238706986393514,  0.027567942297344678,
-      -0.033750132001619734,   0.03872640214042632,   -0.04308119655330471,   0.04752086773576656,
-      -0.05261265735709454,    0.05882074956371294,   -0.06666636435777692,   0.07692305354678655,
-      -0.09090908969557403,    0.11111111107234799,   -0.14285714285648404,   0.19999999999999554,
-      -0.3333333333333333};
+      0.002323825071505645, -0.01025333837908986, 0.02272677163637726, -0.035109232968798976, 0.04460016438306498,
+      -0.05182418635204417, 0.058664493039709865, -0.0666438883964419, 0.07692075585221267,   -0.09090892837885607,
+      0.11111110370536473,  -0.1428571426562637,  0.1999999999972373,  -0.33333333333332};
   static constexpr double log[] = {0.13604015707124079, 0.1321036048513262, 0.15388834677801916, 0.18181738454723026,
                                    0.22222223037807243, 0.2857142856733919, 0.400000000000078,   0.6666666666666666};
 };
@@ -82,13 +79,14 @@ struct Activations {
   LCW_INLINE static Wide atan(Wide x) {
     const Bits sign = as<Bits>(x) & Traits::sign;
     const Wide magnitude = as<Wide>(as<Bits>(x) ^ sign);
-    const auto is_outer = magnitude > T(1);
-    const Wide t = is_outer ? T(-1) / magnitude : magnitude;
+    // Far out it has long been pi/2, and an infinity is no number to divide. A NaN is not above.
+    const Wide bounded = magnitude > T(0x1p+60) ? Wide{} + T(0x1p+60) : magnitude;
+    const auto is_outer = magnitude > T(0.667);
+    const Wide center = is_outer ? Wide{} + Traits::center : Wide{};
+    const Wide t = (bounded - center) / (T(1) + bounded * center);
     const Wide square = t * t;
-    // The low part of pi/2 goes with what is small.
-    const Wide small = (t * square) * polynomial(Traits::atan, square) +
-        (is_outer ? Wide{} + Traits::half_pi_low : Wide{});
-    const Wide value = (is_outer ? Wide{} + Traits::half_pi : Wide{}) + (t + small);
+    const Wide value = (is_outer ? Wide{} + Traits::angle : Wide{}) +
+        (t + (t * square) * polynomial(Traits::atan, square));
     return as<Wide>(as<Bits>(value) | sign);
   }
 

@@ -12,12 +12,12 @@
 // instructions of a vector (8 numbers of float32 in AVX2, 16 in AVX-512) with arctan / tanh / log, loop included:
 //
 //                          float32 bytes   AVX2, float32   AVX-512        AVX2, float64
-//   activation                   8          29 / 30 / 34   27 / 29 / 33   40 / 37 / 39
-//   SGD without momentum        12          35 / 36 / 43   33 / 35 / 39   47 / 44 / 46
-//   SGD with momentum           20          47 / 48 / 53   44 / 45 / 50   57 / 54 / 57
-//   AdamW                       28          43 / 44 / 49   39 / 41 / 45   53 / 50 / 52
+//   activation                   8          27 / 30 / 35   26 / 29 / 33   35 / 37 / 39
+//   SGD without momentum        12          29 / 32 / 44   28 / 31 / 40   43 / 45 / 47
+//   SGD with momentum           20          45 / 49 / 55   43 / 46 / 51   53 / 55 / 58
+//   AdamW                       28          40 / 44 / 49   38 / 41 / 45   48 / 50 / 52
 //
-// bfloat16 takes 18 (AVX-512: 16) more for an array read and written, float16 57 (46). A core that copies 20 GB/s has
+// bfloat16 takes 6 (AVX-512: 4) more for an array read and written, float16 42 (34). A core that copies 20 GB/s has
 // the time of some 11 cycles for 8 float32 numbers in the activation, and of 28 in SGD with momentum.
 #include <algorithm>
 #include <array>
@@ -75,30 +75,33 @@ class Tensors {
 
 // ---- Vectors of numbers from and to memory --------------------------------------------------------------------------
 
+// 16-bit numbers are taken two vectors at once: the halves of 32-bit words, which need no shuffles to come apart.
 template <class Isa, typename E>
 struct Memory {
   using T = Computed<E>;
   using Wide = typename Vector<T, Isa::vector_bytes>::type;
-  static constexpr int count = Vector<T, Isa::vector_bytes>::lanes;
+  static constexpr int parts = sizeof(T) / sizeof(E), count = parts * Vector<T, Isa::vector_bytes>::lanes;
 
-  LCW_INLINE static Wide load(const E* from) {
-    if constexpr (std::is_same_v<E, T>) {
+  LCW_INLINE static void load(const E* from, Wide (&values)[parts]) {
+    if constexpr (parts == 1) {
       Wide value;
       std::memcpy(&value, from, sizeof value);
-      return value;
+      values[0] = value;
     } else {
-      Short bits;
-      std::memcpy(&bits, from, sizeof bits);
-      return widen(__builtin_convertvector(bits, Bits), E{});
+      Bits words;
+      std::memcpy(&words, from, sizeof words);
+      values[0] = widen_low(words, E{});
+      values[1] = widen_high(words, E{});
     }
   }
 
-  LCW_INLINE static void store(Wide value, E* to) {
-    if constexpr (std::is_same_v<E, T>) {
+  LCW_INLINE static void store(const Wide (&values)[parts], E* to) {
+    if constexpr (parts == 1) {
+      const Wide value = values[0];
       std::memcpy(to, &value, sizeof value);
     } else {
-      const Short bits = __builtin_convertvector(round(value, E{}), Short);
-      std::memcpy(to, &bits, sizeof bits);
+      const Bits words = join(values[0], values[1], E{});
+      std::memcpy(to, &words, sizeof words);
     }
   }
 
@@ -106,13 +109,26 @@ struct Memory {
   // The conversions of matrix.h, of a whole vector.
   using Bits = typename Vector<uint32_t, Isa::vector_bytes>::type;
   using Signed = typename Vector<int32_t, Isa::vector_bytes>::type;
-  using Short = typename Vector<uint16_t, Isa::vector_bytes / 2>::type;
   LCW_INLINE static Wide numbers(Bits bits) { return Activations<Isa, T>::template as<Wide>(bits); }
   LCW_INLINE static Bits bits_of(Wide value) { return Activations<Isa, T>::template as<Bits>(value); }
 
-  LCW_INLINE static Wide widen(Bits bits, BFloat16) { return numbers(bits << 16); }
+  LCW_INLINE static Wide widen_low(Bits words, BFloat16) { return numbers(words << 16); }
+  LCW_INLINE static Wide widen_high(Bits words, BFloat16) { return numbers(words & 0xffff0000u); }
+  LCW_INLINE static Bits join(Wide low, Wide high, BFloat16) {
+    return (round(low) >> 16) | (round(high) & 0xffff0000u);
+  }
+  // In the upper half. A NaN stays one: it comes from a NaN of 16 bits, or is the processor's own, so nothing below is
+  // set that could carry.
+  LCW_INLINE static Bits round(Wide value) {
+    const Bits bits = bits_of(value);
+    return bits + 0x7fff + ((bits >> 16) & 1);
+  }
 
-  LCW_INLINE static Wide widen(Bits bits, Half) {
+  LCW_INLINE static Wide widen_low(Bits words, Half) { return widen_half(words & 0xffff); }
+  LCW_INLINE static Wide widen_high(Bits words, Half) { return widen_half(words >> 16); }
+  LCW_INLINE static Bits join(Wide low, Wide high, Half) { return round_half(low) | round_half(high) << 16; }
+
+  LCW_INLINE static Wide widen_half(Bits bits) {
     const Bits magnitude = bits & 0x7fff;
     const Bits bias = Bits{} + (112u << 23);
     const Bits wide = (magnitude << 13) + bias + ((Signed)magnitude >= 0x7c00 ? bias : Bits{});
@@ -120,12 +136,7 @@ struct Memory {
     return numbers(((Signed)magnitude < 0x0400 ? denormal : wide) | (bits & 0x8000) << 16);
   }
 
-  LCW_INLINE static Bits round(Wide value, BFloat16) {
-    const Bits bits = bits_of(value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return value != value ? (bits >> 16) | 0x40 : rounded;
-  }
-
-  LCW_INLINE static Bits round(Wide value, Half) {
+  LCW_INLINE static Bits round_half(Wide value) {
     const Bits bits = bits_of(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
     const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     const Bits denormal = bits_of(numbers(magnitude) + 0.5f) - 0x3f000000u;
@@ -186,12 +197,20 @@ LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t co
   int64_t end = whole;
   while (true) {
     for (int64_t i = 0; i < end; i += M::count) {
-      typename M::Wide vectors[arrays];
+      typename M::Wide parts[arrays][M::parts];
 #pragma GCC unroll 8
-      for (int a = 0; a < arrays; ++a) vectors[a] = M::load(at[a] + i);
-      step(vectors);
+      for (int a = 0; a < arrays; ++a) M::load(at[a] + i, parts[a]);
+#pragma GCC unroll 2
+      for (int p = 0; p < M::parts; ++p) {
+        typename M::Wide vectors[arrays];
 #pragma GCC unroll 8
-      for (int a = 0; a < written; ++a) M::store(vectors[a], at[a] + i);
+        for (int a = 0; a < arrays; ++a) vectors[a] = parts[a][p];
+        step(vectors);
+#pragma GCC unroll 8
+        for (int a = 0; a < written; ++a) parts[a][p] = vectors[a];
+      }
+#pragma GCC unroll 8
+      for (int a = 0; a < written; ++a) M::store(parts[a], at[a] + i);
     }
     if (left == 0 || at[0] == rest[0]) break;
     // What fills no vector, in memory that does: by the same code, so the same bits wherever an element lies.
@@ -414,18 +433,20 @@ void sgd_step(
         using Wide = typename Memory<Isa, E>::Wide;
         const Activation<kind_type(), T> activation{T(alpha), T(signed_beta)};
         const T rate = T(lr), decay = T(weight_decay), keep = T(momentum), add = T(1 - dampening), turn = T(sign);
+        // In registers: the loop's stores could change what lies in memory.
+        const bool decays = weight_decay != 0, starts = is_first, looks_ahead = nesterov;
         step_through<Isa, E, arrays, gradient>(items[i], first, count, [&](auto* vectors) LCW_LAMBDA_INLINE {
           Wide d;
           if constexpr (at_momentum)
             d = vectors[gradient] * turn;
           else
             d = activation.template apply<Isa>(vectors[gradient]);
-          if (weight_decay != 0) d += decay * vectors[0];
+          if (decays) d += decay * vectors[0];
           Wide step = d;
           if constexpr (arrays == 3) {
-            const Wide v = is_first ? d : keep * vectors[1] + add * d;
+            const Wide v = starts ? d : keep * vectors[1] + add * d;
             vectors[1] = v;
-            step = nesterov ? d + keep * v : v;
+            step = looks_ahead ? d + keep * v : v;
           }
           if constexpr (at_momentum) step = activation.template apply<Isa>(step);
           vectors[0] -= rate * step;
