@@ -19,7 +19,7 @@ from lcw_ops.ops import _backends
 from lcw_ops.profile.machine import matmul_rate
 
 # A file of this package each, with a function cases(device_type).
-STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter")
+STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter", "parallel_depth")
 
 EAGER = "eager torch"
 

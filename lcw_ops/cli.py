@@ -87,6 +87,7 @@ def _add_training_arguments(add: Callable) -> None:
 def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     from lcw_ops.nn.orthogonal_filter import FILTERS
     from lcw_ops.profile.main_job import KINDS, Settings
+    from lcw_ops.reference.checks import SOLVERS
 
     add = _adder(parser, Settings)
     add("depth", "number of layers", type=int)
@@ -95,6 +96,9 @@ def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", "folder for report.json, layers.csv and report.png", metavar="DIR")
     add("kind", "the net that is trained; the other two are measured beside it", choices=KINDS)
     add("filter", "of the orthogonal-filter net", choices=FILTERS)
+    add("solver", "of the orthogonal-filter net: layer by layer, or many layers at once by sweeps", choices=SOLVERS)
+    add("tolerance", "of the parallel solver; default: about what rounding leaves anyway", type=float)
+    add("window", "layers that the parallel solver takes at once; default: what suits the device", type=int)
     add("lr", "Adam's learning rate", type=float)
     add("seed", "of weights, data split and order of samples", type=int)
     _add_training_arguments(add)

@@ -13,6 +13,7 @@ from lcw_ops.ops import gradient_activation as _gradient_activation
 from lcw_ops.ops import hypersphere as _hypersphere
 from lcw_ops.ops import lcw_linear as _lcw_linear
 from lcw_ops.ops import orthogonal_filter as _orthogonal_filter
+from lcw_ops.ops import parallel_depth as _parallel_depth
 from lcw_ops.reference import checks as _checks
 from lcw_ops.reference.gradient_activation import KINDS as _GRADIENT_ACTIVATION_KINDS
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS as _ACTIVATIONS
@@ -47,6 +48,7 @@ def orthogonal_filter(
     segment: int | None = None,
     solver: str = "sequential",
     tolerance: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The whole deep recurrence, over depth or time, as one op.
 
@@ -69,15 +71,25 @@ def orthogonal_filter(
             for all steps, backward reads them: like ``nn.RNN``'s output on a GPU, they must not be changed in place
             before it (torch raises an error).
         segment: keep one state in so many for the backward pass and recompute the others; default 128.
-        solver: "sequential"; "auto" is the same. (A solver "parallel" is planned.)
-        tolerance: of an iterative solver; must be None for "sequential".
+        solver: "sequential", one layer after the other; "parallel", all layers of a window at once by Picard sweeps
+            until they have converged (the filter must be shared by all layers); "auto", the one that measurements of
+            this machine's kind committed with the package found faster, sequential where there are none.
+        tolerance: of the parallel solver, relative error of a state by its own estimate; default eps sqrt(L) / 8 of the
+            state's dtype, about what rounding leaves anyway.
+        window: of the parallel solver, layers at a time; between windows only the last state is kept for backward, and
+            the others are solved for once more. Default: as many as suit the device, with all states kept: (L+1, M, N).
+
+    The parallel solver halves a window that does not converge, goes on sequentially in the end, and then warns
+    (RuntimeWarning). It decides on the host, so CUDA graphs cannot capture it. Derivatives of second order and in
+    forward mode are computed layer by layer in plain torch. See docs/parallel_depth.md.
 
     Returns:
         (M, N), or (L+1, M, N) with ``return_states``, in h0's dtype.
 
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation or solver, a filter that is not a
-            permutation, a number alpha or beta that is not finite, segment < 1.
+            permutation, a number alpha or beta that is not finite, segment or window < 1, tolerance <= 0; one filter
+            per layer with the parallel solver; tolerance or window without it.
         TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast, where
             16-bit arguments become float32, and tensors alpha and beta, which take the state's dtype.
     """
@@ -88,7 +100,14 @@ def orthogonal_filter(
     # Autocast does not know the meta device.
     if not h0.is_meta and torch.is_autocast_enabled(h0.device.type):
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
-    _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance)
+    _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment)
+    _check_solver(solver, filter, tolerance, window)
+    if solver == "auto":
+        solver = _parallel_depth.choose_solver(h0, weight, bias, filter, alpha, beta, inputs)
+    if solver == "parallel":
+        return _solve_in_parallel(
+            h0, weight, bias, filter, alpha, beta, inputs, activation, return_states, tolerance, window
+        )
     dtype = _state_dtype(h0.dtype)
     backend = _orthogonal_filter.choose_kernel(h0.device, h0.shape[1], dtype.itemsize)
     if backend == "reference":
@@ -109,6 +128,23 @@ def orthogonal_filter(
     return output.to(result_dtype)
 
 
+def _solve_in_parallel(
+    h0, weight, bias, filter, alpha, beta, inputs, activation, return_states, tolerance, window
+) -> Tensor:
+    backend = _backends.choose(_parallel_depth.SWEEP, h0.device, h0.shape[1], _state_dtype(h0.dtype).itemsize)
+    steps = _count_steps(weight, bias, filter, alpha, beta, inputs)
+    alpha, beta = _scale_tensors(alpha, beta, steps, h0)
+    result_dtype = h0.dtype
+    if _state_dtype(result_dtype) != result_dtype:
+        h0, bias, inputs = (_to_float32(tensor) for tensor in (h0, bias, inputs))
+    tensors = h0, weight, bias, filter, alpha, beta, inputs
+    keeps = _may_need_gradient(h0, weight, bias, alpha, beta, inputs)
+    functions = _parallel_depth.ParallelOrthogonalFilter, _parallel_depth.ParallelOrthogonalFilterForwardMode
+    options = (steps, activation, tolerance or 0.0, window or 0, return_states, keeps, backend)
+    output, _ = _library.apply(*functions, *tensors, *options)
+    return output.to(result_dtype)
+
+
 def _to_float32(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
 
@@ -122,9 +158,7 @@ _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _check_orthogonal_filter(
-    h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance
-) -> None:
+def _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment) -> None:
     op = "orthogonal_filter"
     if h0.dtype not in _FLOATING:
         raise TypeError(f"{op}: h0 is {h0.dtype}, expected float32, float64, bfloat16 or float16")
@@ -147,11 +181,18 @@ def _check_orthogonal_filter(
         elif scale is not None and not math.isfinite(scale):
             raise ValueError(f"{op}: {name} is {scale}, expected a finite number")
     _checks.check_choice(op, "activation", activation, _ACTIVATIONS)
-    _checks.check_choice(op, "solver", solver, ("sequential", "auto"))
     if segment is not None:
-        _checks.check_segment(op, segment)
-    if tolerance is not None:
-        raise ValueError(f"{op}: tolerance is {tolerance}, but the sequential solver is exact; leave it None")
+        _checks.check_count(op, "segment", segment)
+
+
+def _check_solver(solver: str, filter: Tensor, tolerance: float | None, window: int | None) -> None:
+    op = "orthogonal_filter"
+    _checks.check_solver(op, solver, tolerance, window)
+    if solver == "parallel" and filter.dim() == 3:
+        raise ValueError(
+            f"{op}: filter has shape {tuple(filter.shape)}, one per layer, but the parallel solver needs one filter "
+            "that all layers share; use solver='sequential'"
+        )
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, h0: Tensor, expected: list[tuple]) -> None:

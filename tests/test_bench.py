@@ -18,7 +18,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import lcw_ops
-from lcw_ops.bench import gpu, registry, runner
+from lcw_ops.bench import gpu, parallel_depth, registry, runner
+from lcw_ops.ops.parallel_depth_crossover import Call, Region
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,12 @@ def tiny(monkeypatch):
             for backward in (False, True)
         ]
         + [hypersphere._convolution("cpu", 2, 3, 5, 6, quick=True)],
+        "parallel_depth": [
+            parallel_depth._case("cpu", over_time, 20, 3, 8, filter, backward, quick=True)
+            for over_time in (False, True)
+            for filter in ("haar", "cyclic")
+            for backward in (False, True)
+        ],
     }
     monkeypatch.setattr(registry, "cases", lambda stem, device_type: tiny_cases[stem])
     monkeypatch.setattr(registry, "measure_rates", lambda device: RATES)
@@ -143,7 +150,8 @@ def test_an_explicit_request_is_the_only_one_of_ours():
     with lcw_ops.use_backend("reference"):
         for stem in registry.STEMS:
             for case in registry.cases(stem, "cpu"):
-                assert [one.name for one in case.competitors if one.ours] == ["lcw_ops (reference)"]
+                # What stands behind a comma is a choice of solver.
+                assert {one.name.split(",")[0] for one in case.competitors if one.ours} == {"lcw_ops (reference)"}
 
 
 def test_an_explicit_request_that_cannot_be_met_raises_before_measuring(monkeypatch, tmp_path):
@@ -254,6 +262,122 @@ def test_rates_of_this_machine_are_plausible():
 def test_rates_come_from_the_one_place_that_measures_products(monkeypatch):
     monkeypatch.setattr(registry, "matmul_rate", lambda device: 123.0)
     assert registry.measure_rates.__wrapped__(CPU).matmul == 123.0
+
+
+def test_parallel_windows_stand_beside_the_sequential_kernel_and_the_peers():
+    """The baseline comes first; a whole depth of states only where it leaves room for everybody's gradients."""
+    by_name = {}
+    for case in registry.cases("parallel_depth", "cpu"):
+        ours = [one.name.split(", ")[1] for one in case.competitors if one.ours]
+        assert ours[:2] == ["sequential", "parallel"]
+        by_name[(case.name, *case.shape.values())] = ours
+        timed = [one.name for one in case.competitors if one.name == registry.EAGER and one.missing() is None]
+        assert bool(timed) == ("haar" in case.name)
+    assert by_name["over depth, haar, forward", 50_000, 32, 64][2:] == ["by 1000", "one window"]
+    assert by_name["over depth, haar, forward", 50_000, 128, 64][2:] == ["by 1000"]
+    assert by_name["over time, cyclic, forward + backward", 784, 128, 256][2:] == ["one window"]
+
+
+def test_a_permutation_is_no_arithmetic():
+    haar, cyclic = (
+        {backward: parallel_depth._case("cpu", False, 20, 3, 8, filter, backward, True) for backward in (False, True)}
+        for filter in ("haar", "cyclic")
+    )
+    product = 2 * 20 * 3 * 8 * 8
+    assert [haar[backward].operations for backward in (False, True)] == [2 * product, 5 * product]
+    assert [cyclic[backward].operations for backward in (False, True)] == [product, 3 * product]
+
+
+def crossover_rows(path: Path, seconds: dict, **options) -> None:
+    """``seconds``: (over, filter, layers, rows, width, pass) -> (sequential, parallel)."""
+    names = [field.name for field in dataclasses.fields(runner.Row)]
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="0")
+        if file.tell() == 0:
+            writer.writeheader()
+        for (over, filter, layers, rows, width, passes), times in seconds.items():
+            common = {"stem": "parallel_depth", "kind": "cpu", "threads": 2, **options}
+            common |= {"case": f"over {over}, {filter}, {passes}", "shape": f"L={layers} M={rows} N={width}"}
+            names_of_ours = ("lcw_ops (cpp), sequential", "lcw_ops (cpp), parallel", "lcw_ops (cpp), one window")
+            for name, time in zip(names_of_ours, (*times, 0.001), strict=True):
+                writer.writerow(common | {"competitor": name, "median_s": time})
+
+
+PASSES = ("forward", "forward + backward")
+TWO_THREADS = "cpu AVX2, 2 threads"
+
+
+def measured(path: Path, won: dict, **options) -> None:
+    """``won``: (over, filter, layers, rows, width) -> whether the parallel solver wins both passes."""
+    times = {(*point, passes): (1.0, 0.5 if wins else 0.95) for point, wins in won.items() for passes in PASSES}
+    crossover_rows(path, times, **options)
+
+
+def test_regions_lie_between_winning_sizes(tmp_path):
+    path = tmp_path / "rows.csv"
+    measured(
+        path,
+        {
+            ("depth", "haar", 10_000, 1, 128): True,
+            ("depth", "haar", 50_000, 1, 128): True,
+            # Faster, but by less than a tenth.
+            ("depth", "haar", 10_000, 32, 128): False,
+            # Its box with the others has corners that nobody measured.
+            ("depth", "haar", 2000, 1, 512): True,
+            ("time", "cyclic", 784, 1, 64): True,
+            ("time", "cyclic", 784, 8, 64): False,
+            ("time", "cyclic", 784, 32, 64): True,
+        },
+    )
+    found = parallel_depth.regions(path, TWO_THREADS)
+    assert set(found) == {
+        Region(TWO_THREADS, False, False, (10_000, 50_000), (1, 1), (128, 128), 1.0),
+        Region(TWO_THREADS, False, False, (2000, 2000), (1, 1), (512, 512), 1.0),
+        Region(TWO_THREADS, True, True, (784, 784), (1, 1), (64, 64), 1.0),
+        Region(TWO_THREADS, True, True, (784, 784), (32, 32), (64, 64), 1.0),
+    }
+    assert any(region.holds(Call(TWO_THREADS, False, False, 30_000, 1, 128, 1.0)) for region in found)
+    assert not any(region.holds(Call(TWO_THREADS, False, False, 30_000, 1, 200, 1.0)) for region in found)
+    assert not any(region.holds(Call(TWO_THREADS, False, False, 30_000, 1, 128, 1.5)) for region in found)
+
+
+def test_a_box_needs_all_its_corners(tmp_path):
+    path = tmp_path / "rows.csv"
+    corners = {("depth", "haar", layers, rows, 64): True for layers in (100, 1000) for rows in (1, 4)}
+    measured(path, corners)
+    (region,) = parallel_depth.regions(path, TWO_THREADS)
+    assert region[3:6] == ((100, 1000), (1, 4), (64, 64))
+    # A size inside that loses splits it into its edges.
+    measured(path, {("depth", "haar", 500, 2, 64): False})
+    assert len(parallel_depth.regions(path, TWO_THREADS)) == 4
+
+
+def test_regions_are_of_one_kind_of_machine_and_of_the_last_run(tmp_path):
+    path, point = tmp_path / "rows.csv", ("depth", "haar", 100, 1, 64)
+    measured(path, {point: True}, kind="gpu", threads=1)
+    measured(path, {point: True}, stem="orthogonal_filter")
+    assert parallel_depth.regions(path, TWO_THREADS) == []
+    assert [region.device for region in parallel_depth.regions(path, "sm_90")] == ["sm_90"]
+    measured(path, {point: True})
+    assert parallel_depth.regions(path, "cpu AVX2, 1 threads") == []
+    assert len(parallel_depth.regions(path, TWO_THREADS)) == 1
+    measured(path, {point: False})
+    assert parallel_depth.regions(path, TWO_THREADS) == []
+    # Winning forward alone is not enough, measured or not.
+    crossover_rows(path, {(*point, "forward"): (1.0, 0.1)})
+    assert parallel_depth.regions(path, TWO_THREADS) == []
+    crossover_rows(path, {("depth", "haar", 7, 1, 64, "forward"): (1.0, 0.1)})
+    assert parallel_depth.regions(path, TWO_THREADS) == []
+
+
+def test_lines_for_the_crossover_are_python(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    measured(path, {("depth", "haar", 100, 1, 64): True})
+    assert parallel_depth.main([str(path), "--key", TWO_THREADS]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert eval(line.strip().rstrip(",")) == parallel_depth.regions(path, TWO_THREADS)[0]
+    assert parallel_depth.main([str(path), "--key", "sm_90"]) == 0
+    assert "no measured size of sm_90" in capsys.readouterr().out
 
 
 def test_rows_go_beside_the_benchmarks_by_default():

@@ -16,9 +16,11 @@ from torch import nn
 
 from lcw_ops.nn import GmPLinear, LCWLinear, OrthogonalFilterMLP, OrthogonalFilterRNN, WeightNormLinear
 from lcw_ops.ops import use_backend
+from lcw_ops.ops.parallel_depth_solver import Solve, record_solves
 from lcw_ops.profile import bounds, files, jacobian, machine, main_job, plot, profile, spectral_norm_bound
 from lcw_ops.profile import orthogonal_filter as replay
-from lcw_ops.profile.result import COLUMNS, format_log
+from lcw_ops.profile import result as result_module
+from lcw_ops.profile.result import COLUMNS, Solves, format_log
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda a: a}
 
@@ -757,3 +759,132 @@ def test_training_on_digits_works_and_repeats_itself(filter):
     assert first.test_accuracy[-1][1] > 0.88
     assert first.loss == again.loss
     assert [step for step, _ in first.test_accuracy] == [0, 5, 10, 15, 20, 25, 30]
+
+
+# --- solved in parallel over depth
+
+
+def profile_of(solver, inputs, module=make_mlp, **options):
+    torch.manual_seed(1)
+    return profile(module(solver=solver, **options), inputs, repeats=1, matmul_rate=1.0, jacobian=False)
+
+
+@pytest.mark.parametrize("filter", ["haar", "cyclic"])
+@pytest.mark.parametrize("window", [None, 12])
+def test_parallel_solves_are_told_and_nothing_else_changes(filter, window, tmp_path):
+    inputs = torch.randn(8, 6)
+    sequential = profile_of("sequential", inputs, filter=filter)
+    with record_solves() as recorded:
+        parallel = profile_of("parallel", inputs, filter=filter, window=window)
+    for name, values in sequential.columns.items():
+        if name != "name":
+            np.testing.assert_allclose(parallel.columns[name], values, rtol=1e-4, atol=1e-7, err_msg=name)
+    assert parallel.timing.forward_flops == sequential.timing.forward_flops
+    assert parallel.timing.backward_flops == sequential.timing.backward_flops
+    assert list(parallel.solves) == ["forward", "backward"]
+    # The watched pass and one timed pass are alike, and the backward pass solves windows forward once more.
+    for direction, solves in parallel.solves.items():
+        of_direction = [solve for solve in recorded if solve.direction == direction]
+        assert solves.windows == (1 if window is None else 2)
+        assert solves.largest_window == (24 if window is None else 12)
+        assert solves.largest_sweeps == max(solve.sweeps for solve in of_direction) >= 2
+        assert 2 <= solves.mean_sweeps <= solves.largest_sweeps
+        for figure in ("contraction", "residual", "error"):
+            largest = max(getattr(solve, figure) for solve in of_direction)
+            assert getattr(solves, f"largest_{figure}") == largest
+            assert 0 <= largest < 1
+        assert (solves.given_up, solves.sequential_layers) == (0, 0)
+    table = parallel.table()
+    assert "forward in parallel" in table
+    assert "backward in parallel" in table
+    parallel.to_json(tmp_path / "profile.json")
+    written = json.loads((tmp_path / "profile.json").read_text())["solves"]
+    assert written["forward"]["windows"] == parallel.solves["forward"].windows
+
+
+def test_a_sequential_profile_shows_nothing_of_solves(tmp_path):
+    result = profile_of("sequential", torch.randn(8, 6))
+    assert result.solves == {}
+    assert "in parallel" not in result.table()
+    assert "solves" not in result.summary()
+    # Nothing was measured to be faster in parallel at such sizes.
+    automatic = profile_of("auto", torch.randn(8, 6))
+    assert automatic.solves == {}
+
+
+def test_solves_of_an_rnn_in_a_larger_model():
+    class Reader(nn.Module):
+        def __init__(self, solver):
+            super().__init__()
+            self.rnn = OrthogonalFilterRNN(3, 16, length=24, solver=solver)
+            self.output = nn.Linear(16, 2)
+
+        def forward(self, sequence):
+            return self.output(self.rnn(sequence)[1][0])
+
+    sequence = torch.randn(24, 8, 3)
+    sequential, parallel = (profile_of(solver, sequence, Reader) for solver in ("sequential", "parallel"))
+    np.testing.assert_allclose(parallel.columns["state_rms"], sequential.columns["state_rms"], rtol=1e-4)
+    assert parallel.timing.backward_flops == sequential.timing.backward_flops
+    assert {direction: solves.windows for direction, solves in parallel.solves.items()} == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.filterwarnings("ignore:orthogonal_filter. the parallel solver did not converge:RuntimeWarning")
+def test_what_did_not_converge_is_told():
+    """alpha = beta = 1: no window but the smallest converges, and some layers are left to the sequential kernel."""
+    result = profile_of("parallel", torch.randn(8, 6), depth=60, filter="identity", alpha=1.0, beta=1.0)
+    solves = result.solves["forward"]
+    assert solves.given_up > 0
+    assert solves.sequential_layers > 0 or solves.windows > 1
+    words = dict(result_module.solves_rows(result))["forward in parallel"]
+    assert f"{solves.given_up} window" in words
+    assert "given up" in words
+
+
+def solve(direction="forward", layers=100, sweeps=3, contraction=0.01, residual=1e-6, error=1e-8, converged=True):
+    return Solve(direction, 0, layers, sweeps, contraction, residual, error, converged)
+
+
+def test_solves_in_words():
+    assert Solves.of([]) is None
+    few = Solves.of([solve(), solve(layers=50, sweeps=2, contraction=math.nan), solve(sweeps=4, contraction=0.02)])
+    assert result_module._solves_in_words(few) == (
+        "3 windows of at most 100 layers, 3 sweeps in the mean, at most 4, contraction 0.02, residual 1e-06, "
+        "error estimate 1e-08"
+    )
+    one = Solves.of([solve(layers=50_000, sweeps=1, contraction=math.nan, residual=0.0, error=0.0)])
+    assert result_module._solves_in_words(one) == "one window of 50,000 layers, 1 sweeps, residual 0, error estimate 0"
+    gone = Solves.of(
+        [
+            solve(sweeps=16, contraction=math.nan, residual=math.nan, error=math.inf, converged=False),
+            solve(layers=1000, sweeps=0, contraction=math.nan, residual=0.0, error=0.0),
+        ]
+    )
+    assert result_module._solves_in_words(gone) == "1 window given up, 1,000 layers one after the other"
+    assert math.isnan(gone.largest_error)
+
+
+def test_the_main_job_in_parallel(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(main_job.machine, "matmul_rate", lambda device: 1e9)
+    settings = main_job.Settings(
+        depth=48, width=16, batch=8, steps=0, out=str(tmp_path), solver="parallel", window=16, tolerance=1e-5
+    )
+    assert main_job.run(settings) == 0
+    networks = json.loads((tmp_path / "report.json").read_text())["networks"]
+    assert networks["orthogonal-filter"]["solves"]["forward"]["windows"] == 3
+    assert not any("solves" in networks[kind] for kind in ("residual", "plain"))
+    assert "forward in parallel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "fast"}, "--solver: solver is 'fast'"),
+        ({"window": 5}, "--solver: window is 5, but the sequential"),
+        ({"solver": "parallel", "window": 0}, "--solver: window is 0"),
+        ({"solver": "parallel", "tolerance": -1.0}, "--solver: tolerance is -1.0"),
+    ],
+)
+def test_the_main_job_checks_the_solver_before_any_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        main_job.run(main_job.Settings(depth=3, **options))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
-from lcw_ops.reference.checks import check_segment
+from lcw_ops.reference.checks import check_count, check_solver
 from lcw_ops.reference.orthogonal_filter import state_dtype
 
 FILTERS = ("haar", "cyclic", "permutation", "identity")
@@ -120,7 +120,9 @@ def _kind_of(filter: Tensor) -> str:
 class _OrthogonalFilter(nn.Module):
     """What both networks share: the filter as a buffer that keeps its precision, and the two scales."""
 
-    def __init__(self, width, steps, filter, alpha, beta, activation, segment, device, dtype):
+    def __init__(
+        self, width, steps, filter, alpha, beta, activation, segment, device, dtype, solver, tolerance, window
+    ):
         super().__init__()
         if activation not in ("tanh", "relu", "sigmoid", "identity"):
             raise ValueError(
@@ -130,11 +132,18 @@ class _OrthogonalFilter(nn.Module):
             if scale is not None:
                 self._check_scale(name, scale, steps)
         if segment is not None:
-            check_segment(type(self).__name__, segment)
+            check_count(type(self).__name__, "segment", segment)
+        check_solver(type(self).__name__, solver, tolerance, window)
         self.filter_kind = filter if isinstance(filter, str) else "tensor"
         self.activation = activation
         self.segment = segment
+        self.solver, self.tolerance, self.window = solver, tolerance, window
         filter = make_filter(filter, width, dtype, device)
+        if filter.dim() == 3 and solver == "parallel":
+            raise ValueError(
+                f"{type(self).__name__}: filter has shape {tuple(filter.shape)}, one per layer, but the parallel "
+                'solver needs one filter that all layers share; use solver="sequential"'
+            )
         if filter.dim() == 3 and filter.shape[0] != steps:
             raise ValueError(
                 f"{type(self).__name__}: filter has shape {tuple(filter.shape)}, expected "
@@ -146,6 +155,10 @@ class _OrthogonalFilter(nn.Module):
                 self.register_buffer(name, scale.detach().to(device=device, copy=True))
             else:
                 setattr(self, name, scale)
+
+    def __setstate__(self, state) -> None:
+        # Modules pickled before there was a choice of solvers.
+        super().__setstate__({"solver": "sequential", "tolerance": None, "window": None, **state})
 
     def _check_scale(self, name: str, scale: float | Tensor, steps: int | None) -> None:
         """A finite number, or a finite tensor with one element or one per step."""
@@ -235,8 +248,11 @@ class _OrthogonalFilter(nn.Module):
             if (scale := getattr(self, name)) is not None
         }
         scales = "".join(f", {name}={scale}" for name, scale in shown.items())
-        segment = "" if self.segment is None else f", segment={self.segment}"
-        return f"filter={self.filter_kind!r}{scales}, activation={self.activation!r}{segment}"
+        options = "" if self.solver == "sequential" else f", solver={self.solver!r}"
+        for name in ("segment", "tolerance", "window"):
+            if getattr(self, name) is not None:
+                options += f", {name}={getattr(self, name)}"
+        return f"filter={self.filter_kind!r}{scales}, activation={self.activation!r}{options}"
 
 
 class OrthogonalFilterMLP(_OrthogonalFilter):
@@ -253,6 +269,7 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         alpha: weight of the filter branch; default 1 - beta.
         activation: "tanh", "relu", "sigmoid" or "identity".
         segment: states kept for backward, one in so many; see :func:`lcw_ops.functional.orthogonal_filter`.
+        solver, tolerance, window: "sequential", or "parallel" over depth; the same.
 
     Shapes:
         input (*, in_features) -> output (*, out_features).
@@ -280,10 +297,15 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         segment: int | None = None,
         device=None,
         dtype=None,
+        solver: str = "sequential",
+        tolerance: float | None = None,
+        window: int | None = None,
     ) -> None:
         _check_sizes(self, in_features=in_features, width=width, depth=depth, out_features=out_features)
         beta = 1.0 / depth if beta is None else beta
-        super().__init__(width, depth, filter, alpha, beta, activation, segment, device, dtype)
+        super().__init__(
+            width, depth, filter, alpha, beta, activation, segment, device, dtype, solver, tolerance, window
+        )
         options = {"device": device, "dtype": dtype}
         self.in_features, self.width, self.depth, self.out_features = in_features, width, depth, out_features
         self.input_layer = nn.Linear(in_features, width, **options)
@@ -311,6 +333,9 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
             self.beta,
             activation=self.activation,
             segment=self.segment,
+            solver=self.solver,
+            tolerance=self.tolerance,
+            window=self.window,
         )
         return self.output_layer(h).reshape(*x.shape[:-1], self.out_features)
 
@@ -327,7 +352,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         input_size: size of x_t.
         hidden_size: N.
         batch_first: input and output are (batch, time, features) instead of (time, batch, features).
-        filter, alpha, activation, segment: as in :class:`OrthogonalFilterMLP`.
+        filter, alpha, activation, segment, solver, tolerance, window: as in :class:`OrthogonalFilterMLP`.
         beta: weight of the nonlinear branch; or give ``length``.
         length: number of steps to remember; then beta = 1 / length.
 
@@ -355,6 +380,9 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         segment: int | None = None,
         device=None,
         dtype=None,
+        solver: str = "sequential",
+        tolerance: float | None = None,
+        window: int | None = None,
     ) -> None:
         _check_sizes(self, input_size=input_size, hidden_size=hidden_size)
         if (beta is None) == (length is None):
@@ -365,7 +393,9 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         if length is not None:
             _check_sizes(self, length=length)
             beta = 1.0 / length
-        super().__init__(hidden_size, None, filter, alpha, beta, activation, segment, device, dtype)
+        super().__init__(
+            hidden_size, None, filter, alpha, beta, activation, segment, device, dtype, solver, tolerance, window
+        )
         options = {"device": device, "dtype": dtype}
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
         self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size, **options))
@@ -414,6 +444,9 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
             activation=self.activation,
             return_states=True,
             segment=self.segment,
+            solver=self.solver,
+            tolerance=self.tolerance,
+            window=self.window,
         )
         output, h_n = states[1:], states[-1:]
         if not batched:

@@ -1,8 +1,16 @@
 """Registered torch ops: schema, fake kernel, autocast, vmap, and the choice of backend."""
 
-from lcw_ops.ops import gradient_activation, hypersphere, lcw_linear, orthogonal_filter
+from lcw_ops.ops import gradient_activation, hypersphere, lcw_linear, orthogonal_filter, parallel_depth
 from lcw_ops.ops._backends import BackendError, load_extensions, use_backend
 
 load_extensions()
 
-__all__ = ["BackendError", "gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter", "use_backend"]
+__all__ = [
+    "BackendError",
+    "gradient_activation",
+    "hypersphere",
+    "lcw_linear",
+    "orthogonal_filter",
+    "parallel_depth",
+    "use_backend",
+]

@@ -18,6 +18,7 @@ DISPATCH_KEY = {
     "cuda": "CUDA",
     "triton": "CompositeExplicitAutograd",
     "graph": "CompositeExplicitAutograd",
+    "reference": "CompositeExplicitAutograd",
 }
 
 

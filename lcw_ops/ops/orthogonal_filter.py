@@ -76,7 +76,7 @@ def _backward_fake(
     )
 
 
-def _slices(arguments, in_dims, batch):
+def slices(arguments, in_dims, batch):
     """One list of arguments per element of the batch dimension."""
     for index in range(batch):
         yield [
@@ -85,7 +85,7 @@ def _slices(arguments, in_dims, batch):
         ]
 
 
-def _forward_vmap(overload, info, in_dims, *arguments):
+def forward_vmap(overload, info, in_dims, *arguments):
     """Rows are independent: a batch of states or inputs becomes more rows. A batch of weights becomes a loop."""
     h0, inputs = arguments[0], arguments[6]
     if all(dim is None for i, dim in enumerate(in_dims) if i not in (0, 6)):
@@ -98,13 +98,13 @@ def _forward_vmap(overload, info, in_dims, *arguments):
         results = overload(h0.flatten(0, 1), *arguments[1:6], inputs, *arguments[7:])
         rows = h0.shape[:2]
         return tuple(result.unflatten(-2, rows) for result in results), tuple(result.dim() - 2 for result in results)
-    results = [overload(*slice) for slice in _slices(arguments, in_dims, info.batch_size)]
+    results = [overload(*slice) for slice in slices(arguments, in_dims, info.batch_size)]
     return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0, 0)
 
 
 def _backward_vmap(overload, info, in_dims, *arguments):
     """Every element of the batch has weight gradients of its own, so this is a loop."""
-    results = [overload(*slice) for slice in _slices(arguments, in_dims, info.batch_size)]
+    results = [overload(*slice) for slice in slices(arguments, in_dims, info.batch_size)]
     return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * 7
 
 
@@ -114,7 +114,7 @@ _library.declare(
     backends=("cpp", "cuda", "triton", GRAPH),
     fake=_forward_fake,
     autocast_dtype=torch.float32,
-    vmap=_forward_vmap,
+    vmap=forward_vmap,
 )
 _library.declare(
     BACKWARD,
@@ -147,7 +147,7 @@ def _implement_in_python(backend: str, module: str) -> None:
             raise ValueError(
                 f"{NAME}: h0 has shape {tuple(h0.shape)} and segment is {segment}; expected (M, N) and >= 0"
             )
-        _check_arguments(backend, h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
+        check_arguments(backend, h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
         return importlib.import_module(module).orthogonal_filter(
             h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states
         )
@@ -167,7 +167,7 @@ def _implement_in_python(backend: str, module: str) -> None:
             or (needs_inputs and inputs is None)
         ):
             raise ValueError(f"{BACKWARD}: checkpoints {tuple(checkpoints.shape)} do not fit, expected {expected}")
-        _check_arguments(backend, grad_output, weight, bias, filter, alpha, beta, inputs, steps, activation)
+        check_arguments(backend, grad_output, weight, bias, filter, alpha, beta, inputs, steps, activation)
         return importlib.import_module(module).orthogonal_filter_backward(
             grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
         )
@@ -176,7 +176,7 @@ def _implement_in_python(backend: str, module: str) -> None:
     _library.implement(BACKWARD, backend, backward)
 
 
-def _check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
+def check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
     """Whatever calls the op, a kernel never reads out of bounds."""
     rows, width = state.shape[-2:]
     reason = _backends.width_reason(NAME, backend, width, state.itemsize)
@@ -261,7 +261,7 @@ class OrthogonalFilter(Function):
         _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:7]
         needs = (weight, bias, alpha or beta, inputs)
         options = (ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend)
-        functions = _OrthogonalFilterBackward, _OrthogonalFilterBackwardForwardMode
+        functions = OrthogonalFilterBackward, OrthogonalFilterBackwardForwardMode
         gradients = _library.apply(*functions, grad_output, checkpoints, *tensors, *options, *needs)
         grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
         return (
@@ -285,7 +285,7 @@ class OrthogonalFilterForwardMode(OrthogonalFilter):
         return output, None
 
 
-class _OrthogonalFilterBackward(Function):
+class OrthogonalFilterBackward(Function):
     """The gradients, as a function that can be differentiated again: second order runs the reference's formulas."""
 
     generate_vmap_rule = True
@@ -322,8 +322,14 @@ class _OrthogonalFilterBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        OrthogonalFilterBackward.keep(ctx, inputs, activation=10, return_states=12, needs=14)
+
+    @staticmethod
+    def keep(ctx, inputs, activation: int, return_states: int, needs: int):
+        """What the second order takes: the nine tensors, and the options at these places of the arguments."""
         grad_output, _, *tensors = inputs[:9]
-        _, ctx.activation, _, ctx.return_states, _, *ctx.needs = inputs[9:]
+        ctx.activation, ctx.return_states, ctx.needs = inputs[activation], inputs[return_states], inputs[needs:]
+        ctx.argument_count = len(inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, *tensors)
         ctx.save_for_forward(grad_output, *tensors)
@@ -336,13 +342,13 @@ class _OrthogonalFilterBackward(Function):
             torch.zeros_like(result) if grad_gradients[slot - 1] is None else grad_gradients[slot - 1]
             for result, slot in zip(results, slots[1:], strict=True)
         )
-        second = [None] * 18
+        second = [None] * ctx.argument_count
         for slot, gradient in zip(slots, pullback(cotangents), strict=True):
             second[_ARGUMENT_OF_SLOT[slot]] = gradient
         return tuple(second)
 
 
-class _OrthogonalFilterBackwardForwardMode(_OrthogonalFilterBackward):
+class OrthogonalFilterBackwardForwardMode(OrthogonalFilterBackward):
     """The same with forward-mode derivatives."""
 
     @staticmethod

@@ -6,11 +6,12 @@
 from lcw_ops.profile.bounds import spectral_norm_bound
 from lcw_ops.profile.jacobian import JacobianSpectrum, function_spectrum, lanczos_spectrum
 from lcw_ops.profile.profiler import profile
-from lcw_ops.profile.result import Profile, Timing
+from lcw_ops.profile.result import Profile, Solves, Timing
 
 __all__ = [
     "JacobianSpectrum",
     "Profile",
+    "Solves",
     "Timing",
     "function_spectrum",
     "lanczos_spectrum",

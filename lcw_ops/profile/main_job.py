@@ -33,10 +33,12 @@ from lcw_ops.profile.result import (
     csv_rows,
     format_table,
     jacobian_rows,
+    solves_rows,
     timing_rows,
     write_json,
     write_rows,
 )
+from lcw_ops.reference.checks import check_solver
 from lcw_ops.train.arguments import TrainingSettings, check_memory, expect, filter_bytes, usable_device
 from lcw_ops.train.loop import Training, accuracy, evaluation_steps
 
@@ -56,15 +58,20 @@ class Settings(TrainingSettings):
     """What the command line says; the defaults are the command's.
 
     kind: of ``KINDS``, which is trained. out: folder of the report. lr: its default is the best of a grid at 30 steps,
-    measured at 300 layers.
+    measured at 300 layers. solver, tolerance, window: of the orthogonal-filter net's recurrence; the others, whose
+    layers change everything, converge in no window.
     """
 
     kind: str = "orthogonal-filter"
     out: str = "lcw-profile"
+    solver: str = "sequential"
+    tolerance: float | None = None
+    window: int | None = None
 
     def check(self) -> None:
         super().check()
         expect(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
+        check_solver("--solver", self.solver, self.tolerance, self.window)
 
 
 @dataclass
@@ -110,7 +117,7 @@ def make_network(kind: str, settings: Settings, features: int, classes: int) -> 
     ValueError for an unknown filter or activation.
     """
     scales = {
-        "orthogonal-filter": {"filter": settings.filter},
+        "orthogonal-filter": {name: getattr(settings, name) for name in ("filter", "solver", "tolerance", "window")},
         # h + act(W h + b): the identity as filter, both branches in full.
         "residual": {"filter": "identity", "alpha": 1.0, "beta": 1.0},
         # act(W h + b): the filter's branch is switched off.
@@ -338,7 +345,9 @@ def _table(report: Report) -> str:
     training.append(["test accuracy", f"{history.test_accuracy[-1][1]:.1%}"])
     # Of the whole run, and not what it was when this profile ended.
     timing = timing_rows(replace(chosen, peak_memory_bytes=report.peak_memory_bytes))
-    figures = format_table(["figure", "value"], training + timing + jacobian_rows(chosen), chosen.name)
+    figures = format_table(
+        ["figure", "value"], training + timing + solves_rows(chosen) + jacobian_rows(chosen), chosen.name
+    )
     header = ["network", "state rms 1 -> L", "gradient L -> 1", "singular values"]
     measured = []
     if history.loss:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lcw_ops import functional as F
 from lcw_ops.nn import OrthogonalFilterMLP
+from lcw_ops.ops import _backends, parallel_depth
 from lcw_ops.ops import orthogonal_filter as op
 from lcw_ops.profile import bounds, jacobian
 from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_tensors, state_dtype
@@ -30,7 +31,8 @@ class Recurrence:
     """One call of an orthogonal-filter module: everything needed to replay it.
 
     weight is (L, N, N) or (N, N), inputs (T, M, N) or None, alpha and beta (1,) or (L,); h0 (M, N). grad_states holds
-    what reaches the states from outside: (M, N) for the last one only, or (L+1, M, N) for all of them.
+    what reaches the states from outside: (M, N) for the last one only, or (L+1, M, N) for all of them. solver is how
+    the module goes through it, "sequential" or "parallel"; the replay is sequential.
     """
 
     h0: Tensor
@@ -42,6 +44,7 @@ class Recurrence:
     activation: str
     inputs: Tensor | None = None
     grad_states: Tensor | None = None
+    solver: str = "sequential"
     # The states at which the chunks begin, filled by the forward replay.
     boundaries: list[Tensor] = field(default_factory=list)
 
@@ -51,8 +54,23 @@ class Recurrence:
 
     @property
     def backend(self) -> str:
-        """What carries it out now."""
-        return op.choose_kernel(self.h0.device, self.h0.shape[1], self.h0.dtype.itemsize)
+        """What carries out the replay."""
+        return op.choose_kernel(*self._kernel_arguments())
+
+    @property
+    def solved_on(self) -> str:
+        """What carries out the module's own passes."""
+        if self.solver == "sequential":
+            return self.backend
+        return _backends.choose(parallel_depth.SWEEP, *self._kernel_arguments())
+
+    @property
+    def is_one_op(self) -> bool:
+        """Whether torch's FLOP counter sees no product inside: everywhere but in the sequential reference."""
+        return self.solver == "parallel" or self.backend != "reference"
+
+    def _kernel_arguments(self):
+        return self.h0.device, self.h0.shape[1], self.h0.dtype.itemsize
 
     def _arguments(self):
         return self.weight, self.bias, self.filter, self.alpha, self.beta, self.inputs
@@ -103,16 +121,10 @@ def time_first(module, sequence: Tensor) -> Tensor:
 def _recurrence(module, h0, weight, steps, inputs) -> Recurrence:
     h0 = h0.detach().to(state_dtype(h0.dtype))
     alpha, beta = scale_tensors(module.alpha, module.beta, steps, h0)
-    return Recurrence(
-        h0,
-        weight.detach(),
-        module.bias.detach(),
-        module.filter,
-        alpha.detach(),
-        beta.detach(),
-        module.activation,
-        None if inputs is None else inputs.detach(),
-    )
+    inputs = None if inputs is None else inputs.detach()
+    tensors = weight.detach(), module.bias.detach(), module.filter, alpha.detach(), beta.detach()
+    solver = parallel_depth.choose_solver(h0, *tensors, inputs) if module.solver == "auto" else module.solver
+    return Recurrence(h0, *tensors, module.activation, inputs, solver=solver)
 
 
 def forward_flops(recurrence: Recurrence) -> int:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
-from lcw_ops.ops import _backends
-from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.ops import _backends, orthogonal_filter
+from lcw_ops.ops.parallel_depth_solver import Solve, record_solves
 from lcw_ops.profile import flops as _flops  # noqa: F401 - what torch's counter does not know
 from lcw_ops.profile import jacobian as spectra
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
 from lcw_ops.profile.layers import LayerCall, RecurrenceCall, first_floating, observe
-from lcw_ops.profile.result import COLUMNS, Profile, Timing
+from lcw_ops.profile.result import COLUMNS, Profile, Solves, Timing
 
 # No further repeat of a timing starts once this much time has been spent: a run that long has averaged over itself.
 TIMING_SECONDS = 10.0
@@ -45,7 +45,8 @@ def profile(
 
     A row per call of every leaf module: rms of its output, norm of the gradient there, activation shift, norm of its
     weight's gradient. ``OrthogonalFilterMLP`` and ``OrthogonalFilterRNN`` are opened up: every one of their layers (or
-    time steps) is a row, with rigorous bounds beside it, though the whole recurrence is one op.
+    time steps) is a row, with rigorous bounds beside it, though the whole recurrence is one op. Of those that were
+    solved in parallel over depth, sweeps and convergence are told.
 
     Args:
         model: used in its present mode (train or eval), on its device.
@@ -93,6 +94,7 @@ def profile(
         peak_memory_bytes=machine.peak_memory_bytes(work.device),
         backend=_backend(watched.calls, work.device),
         machine=machine.describe(work.device),
+        solves=watched.solves,
     )
 
 
@@ -146,6 +148,7 @@ class _Watched:
     weight_gradient_norms: dict[int, float]  # by the id of the parameter
     forward_flops: int
     backward_flops: int
+    solves: dict[str, Solves]  # by direction
 
 
 def _prepared(model, inputs, targets, loss) -> _Work:
@@ -216,9 +219,9 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _watched_pass(work: _Work) -> _Watched:
     observation = observe(work.model)
     try:
-        with FlopCounterMode(display=False) as counter:
+        with record_solves() as solves, FlopCounterMode(display=False) as counter:
             loss = work.forward()
-            counted = counter.get_total_flops()
+            in_forward, counted = len(solves), counter.get_total_flops()
             gradients = work.backward(loss)
             backward_flops = counter.get_total_flops() - counted
             forward_flops = counted - observation.own_flops
@@ -231,17 +234,26 @@ def _watched_pass(work: _Work) -> _Watched:
     for recurrence in recurrences:
         if recurrence.grad_states is None:
             recurrence.grad_states = torch.zeros_like(recurrence.h0)
-    # torch's counter knows its own products; those of our compiled op are added by formula.
-    compiled = [recurrence for recurrence in recurrences if recurrence.backend != "reference"]
-    forward_flops += sum(replay.forward_flops(recurrence) for recurrence in compiled)
-    backward_flops += sum(replay.backward_flops(recurrence) for recurrence in compiled)
+    # torch's counter knows its own products; those of one op are added by formula.
+    uncounted = [recurrence for recurrence in recurrences if recurrence.is_one_op]
+    forward_flops += sum(replay.forward_flops(recurrence) for recurrence in uncounted)
+    backward_flops += sum(replay.backward_flops(recurrence) for recurrence in uncounted)
     norms = {
         id(parameter): gradient.double().norm().item()
         for parameter, gradient in zip(work.differentiated, gradients, strict=True)
         # The recurrence's own weight has one norm per layer, from the replay.
         if gradient is not None and gradient.dim() >= 2 and not _is_recurrent(parameter, calls)
     }
-    return _Watched(loss.item(), calls, norms, forward_flops, backward_flops)
+    return _Watched(loss.item(), calls, norms, forward_flops, backward_flops, _by_direction(solves, in_forward))
+
+
+def _by_direction(solves: list[Solve], in_forward: int) -> dict[str, Solves]:
+    """The first ``in_forward`` are the forward pass's. The backward pass may solve windows forward once more, alike."""
+    parts = {
+        "forward": solves[:in_forward],
+        "backward": [solve for solve in solves[in_forward:] if solve.direction == "backward"],
+    }
+    return {direction: summary for direction, part in parts.items() if (summary := Solves.of(part)) is not None}
 
 
 def _is_recurrent(parameter: Tensor, calls) -> bool:
@@ -275,8 +287,8 @@ def _timed_passes(work: _Work, repeats: int, watched: _Watched) -> Timing:
 
 def _backend(calls: list[LayerCall | RecurrenceCall], device: torch.device) -> str:
     """What carried out the recurrences; of a model that has none, what would."""
-    used = {call.recurrence.backend for call in calls if isinstance(call, RecurrenceCall)}
-    return ", ".join(sorted(used)) if used else _backends.choose(op.NAME, device)
+    used = {call.recurrence.solved_on for call in calls if isinstance(call, RecurrenceCall)}
+    return ", ".join(sorted(used)) if used else _backends.choose(orthogonal_filter.NAME, device)
 
 
 def _rows(watched: _Watched, jacobian: bool) -> tuple[dict[str, np.ndarray], dict]:

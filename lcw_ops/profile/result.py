@@ -9,12 +9,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from lcw_ops.ops.parallel_depth_solver import Solve
 from lcw_ops.profile.files import write_atomically
 from lcw_ops.profile.jacobian import JacobianSpectrum
 
@@ -88,6 +89,51 @@ class Timing:
 
 
 @dataclass
+class Solves:
+    """How the parallel solver went through the windows of one pass, forward or backward.
+
+    Attributes:
+        windows: that converged. largest_window: layers of the largest of them.
+        largest_sweeps, mean_sweeps: of these windows.
+        largest_contraction: change of the last sweep over the one before; NaN where no window took two sweeps.
+        largest_residual: relative change of a state in a window's last sweep.
+        largest_error: estimate of a window's relative error.
+        given_up: windows that did not converge and were tried again with half the layers.
+        sequential_layers: those that were left to the sequential kernel in the end.
+    """
+
+    windows: int
+    largest_window: int
+    largest_sweeps: int
+    mean_sweeps: float
+    largest_contraction: float
+    largest_residual: float
+    largest_error: float
+    given_up: int
+    sequential_layers: int
+
+    @classmethod
+    def of(cls, solves: Iterable[Solve]) -> "Solves | None":
+        """None where nothing was solved in parallel."""
+        solves = list(solves)
+        converged = [solve for solve in solves if solve.converged and solve.sweeps]
+        contractions = [solve.contraction for solve in converged if not math.isnan(solve.contraction)]
+        if not solves:
+            return None
+        return cls(
+            windows=len(converged),
+            largest_window=max((solve.layers for solve in converged), default=0),
+            largest_sweeps=max((solve.sweeps for solve in converged), default=0),
+            mean_sweeps=sum(solve.sweeps for solve in converged) / len(converged) if converged else math.nan,
+            largest_contraction=max(contractions, default=math.nan),
+            largest_residual=max((solve.residual for solve in converged), default=math.nan),
+            largest_error=max((solve.error for solve in converged), default=math.nan),
+            given_up=sum(not solve.converged for solve in solves),
+            sequential_layers=sum(solve.layers for solve in solves if solve.sweeps == 0),
+        )
+
+
+@dataclass
 class Profile:
     """The result of :func:`lcw_ops.profile.profile`.
 
@@ -98,6 +144,7 @@ class Profile:
         timing: :class:`Timing`.
         peak_memory_bytes: of the process so far (CPU), or of torch on the GPU; None where it is not known.
         machine: hardware and versions.
+        solves: "forward" and "backward" -> :class:`Solves`, of what ran with the parallel solver; else empty.
     """
 
     name: str
@@ -109,12 +156,14 @@ class Profile:
     peak_memory_bytes: int | None
     backend: str
     machine: dict
+    solves: dict[str, Solves] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.columns["name"])
 
     def summary(self) -> dict:
-        """Everything but the columns, ready for :func:`json_ready`."""
+        """Everything but the columns, ready for :func:`json_ready`; "solves" only where there are any."""
+        solves = {direction: dataclasses.asdict(solves) for direction, solves in self.solves.items()}
         return {
             "name": self.name,
             "loss": self.loss,
@@ -125,6 +174,7 @@ class Profile:
             "timing": self.timing.summary(),
             "jacobians": {what: dataclasses.asdict(spectrum) for what, spectrum in self.jacobians.items()},
             "machine": self.machine,
+            **({"solves": solves} if solves else {}),
         }
 
     def table(self) -> str:
@@ -137,7 +187,7 @@ class Profile:
         return format_table(header, rows, title) + "\n\n" + self._figures()
 
     def _figures(self) -> str:
-        return format_table(["figure", "value"], timing_rows(self) + jacobian_rows(self))
+        return format_table(["figure", "value"], timing_rows(self) + solves_rows(self) + jacobian_rows(self))
 
     def plot(self, path: str | Path) -> None:
         """Norms by depth on a log axis, bounds shaded, as PNG, SVG or PDF by the path's ending.
@@ -179,6 +229,30 @@ def timing_rows(profile: Profile) -> list[list[str]]:
         rows.append(["peak memory", f"{profile.peak_memory_bytes / 1e9:.2f} GB"])
     rows.append(["backend", f"{profile.backend}, {profile.machine['threads']} threads"])
     return rows
+
+
+def solves_rows(profile: Profile) -> list[list[str]]:
+    """(figure, value) pairs of how the parallel solver converged; none of a profile without it."""
+    return [[f"{direction} in parallel", _solves_in_words(solves)] for direction, solves in profile.solves.items()]
+
+
+def _solves_in_words(solves: Solves) -> str:
+    parts = []
+    if solves.windows:
+        windows = f"{solves.windows:,} windows of at most {solves.largest_window:,} layers"
+        if solves.windows == 1:
+            windows = f"one window of {solves.largest_window:,} layers"
+        parts.append(f"{windows}, {solves.mean_sweeps:.3g} sweeps")
+        if solves.mean_sweeps < solves.largest_sweeps:
+            parts[-1] += f" in the mean, at most {solves.largest_sweeps}"
+        if not math.isnan(solves.largest_contraction):
+            parts.append(f"contraction {solves.largest_contraction:.2g}")
+        parts += [f"residual {solves.largest_residual:.2g}", f"error estimate {solves.largest_error:.2g}"]
+    if solves.given_up:
+        parts.append(f"{solves.given_up} window{'s' if solves.given_up > 1 else ''} given up")
+    if solves.sequential_layers:
+        parts.append(f"{solves.sequential_layers:,} layers one after the other")
+    return ", ".join(parts)
 
 
 def jacobian_rows(profile: Profile) -> list[list[str]]:

@@ -92,12 +92,30 @@ def check_choice(function: str, argument: str, value: object, choices: Iterable[
         raise ValueError(f"{function}: {argument} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
 
 
-def check_segment(owner: str, segment: int) -> None:
+def check_count(owner: str, argument: str, count: int) -> None:
     """An int from 1 to 2^63 - 1: TypeError if it is no int, ValueError if it is out of range."""
-    if isinstance(segment, bool) or not isinstance(segment, int):
-        raise TypeError(f"{owner}: segment is {segment!r}, expected an int, or None for the default")
-    if not 1 <= segment < 2**63:
-        raise ValueError(f"{owner}: segment is {segment}, expected at least 1, or None for the default")
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{owner}: {argument} is {count!r}, expected an int, or None for the default")
+    if not 1 <= count < 2**63:
+        raise ValueError(f"{owner}: {argument} is {count}, expected at least 1, or None for the default")
+
+
+SOLVERS = ("sequential", "parallel", "auto")
+
+
+def check_solver(owner: str, solver: str, tolerance: float | None, window: int | None) -> None:
+    """How the recurrence is solved; ValueError for options of the parallel solver without it."""
+    check_choice(owner, "solver", solver, SOLVERS)
+    for argument, value in (("tolerance", tolerance), ("window", window)):
+        if value is not None and solver == "sequential":
+            raise ValueError(
+                f"{owner}: {argument} is {value}, but the sequential solver is exact, layer by layer; leave it None, "
+                'or take solver="parallel"'
+            )
+    if tolerance is not None:
+        check_positive(owner, "tolerance", tolerance)
+    if window is not None:
+        check_count(owner, "window", window)
 
 
 def _check_number(function: str, argument: str, value: float) -> None:

@@ -2,14 +2,14 @@
 
     h_l = alpha_l O h_{l-1} + F_l,    F_l = beta_l act(W_l h_{l-1} + b_l + u_l),    l = 1..D
 
-The first term is a linear recurrence, which a scan solves in parallel; F is small for beta = c/L. A sweep computes every
-F_l from the states of the sweep before, which takes one batched matmul, and scans once. The adjoint recurrence
+The first term is a linear recurrence, which a scan solves in parallel; F is small for beta = c/L. A sweep computes
+every F_l from the states of the sweep before, which takes one batched matmul, and scans once. The adjoint recurrence
 G_{l-1} = alpha_l O^T G_l + W_l^T (beta_l act'(A_l) * G_l) has the same structure from the other end. Derived here; the
 idea is Picard-Lindelof's and waveform relaxation's, near relatives are DEER and ELK.
 
 A filter comes in one of three forms, linear maps of rows: an int64 permutation p (N,) with (O h)_i = h_{p_i}; a matrix
-(N, N); or rotations (2 N,), N cosines and then N sines of (O h)_i = cosine_i h_i + sine_i h_{i xor 1}: the matrices with
-2 x 2 blocks on the diagonal. (The last unit of an odd number has no partner, and its sine is 0.)
+(N, N); or rotations (2 N,), N cosines and then N sines of (O h)_i = cosine_i h_i + sine_i h_{i xor 1}: the matrices
+with 2 x 2 blocks on the diagonal. (The last unit of an odd number has no partner, and its sine is 0.)
 """
 
 import torch
@@ -179,7 +179,7 @@ def adjoint_sweep_(
     slope: Tensor | None,
     scaled: Tensor | None,
 ) -> Tensor:
-    """One scan from the other end: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, l = D..1, in place.
+    """One scan from the end: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, l = D..1, in place.
 
     ``gradients`` (D+1, M, N): the last one is given and stays. ``product`` (D, M, N) holds P_l W_l, ``outside``
     (D, M, N) what reaches state l-1 from outside; either may be None. ``filter`` is what carries gradients back, the

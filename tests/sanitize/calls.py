@@ -68,6 +68,26 @@ def step(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> None:
         optimizer.step()
 
 
+def sweeps(dtype: torch.dtype, layers: int, samples: int, width: int) -> None:
+    """What a sweep over all layers is made of, with every kind of filter and every argument given or missing."""
+    shape = (layers, samples, width)
+    product, term = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    one, each = torch.rand(1, dtype=dtype), torch.rand(layers, dtype=dtype)
+    angles = torch.rand((width + 1) // 2, dtype=torch.float64)
+    sine = torch.stack((angles.sin(), -angles.sin()), dim=1).flatten()[:width]
+    rotations = torch.cat((angles.cos().repeat_interleave(2)[:width], sine))
+    for filter in (torch.randperm(width), torch.arange(width).roll(1), rotations):
+        states = torch.randn(layers + 1, samples, width, dtype=dtype)
+        for bias in (None, torch.randn(width, dtype=dtype), torch.randn(layers, width, dtype=dtype)):
+            torch.ops.lcw_ops.parallel_depth_sweep_.cpp(states, product, bias, None, filter, each, one, "tanh")
+            torch.ops.lcw_ops.parallel_depth_sweep_.cpp(states, product, bias, term, filter, one, each, "relu")
+        torch.ops.lcw_ops.parallel_depth_sweep_.cpp(states, None, None, None, filter, one, one, "identity")
+        torch.ops.lcw_ops.parallel_depth_adjoint_.cpp(states, None, None, filter, one, None, None)
+        torch.ops.lcw_ops.parallel_depth_adjoint_.cpp(states, product, term, filter, each, term, term.clone())
+    for activation, derivative in itertools.product(("tanh", "relu", "sigmoid", "identity"), (False, True)):
+        torch.ops.lcw_ops.parallel_depth_activate_.cpp(product, None, term, each, activation, derivative)
+
+
 def main() -> None:
     for threads, dtype in itertools.product((1, 3), DTYPES):
         torch.set_num_threads(threads)
@@ -84,6 +104,10 @@ def main() -> None:
             long = (weight.detach() * length).requires_grad_()
             for few in (huge[:3], huge):
                 backward(F.weight_norm_linear(few, long, units), huge, long, units)
+    for threads, dtype in itertools.product((1, 3), (torch.float32, torch.float64)):
+        torch.set_num_threads(threads)
+        for layers, samples, width in itertools.product((0, 1, 7, 1000), (0, 1, 5), (0, 1, 2, 7, 8, 9, 33, 64)):
+            sweeps(dtype, layers, samples, width)
     os.environ["LCW_OPS_MATMUL"] = ""
     for samples, n, m in ((40, 300, 70), (40, 70, 300), (20, 700, 900), (100, 500, 1300)):
         linear_layers(torch.float32, samples, n, m)

@@ -1,0 +1,206 @@
+"""The recurrence in parallel over depth against our own kernel that goes layer by layer, in windows of several sizes.
+
+A sweep does the arithmetic of the sequential kernel once more, and it takes two or three: what it saves is waiting. So
+beside the sizes of the other benchmark of the recurrence there are those where a kernel waits the most: one sample,
+wide layers. With rows of this benchmark ``python -m lcw_ops.bench.parallel_depth rows.csv`` prints the lines that go
+into lcw_ops/ops/parallel_depth_crossover.py.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lcw_ops import functional as F
+from lcw_ops.bench import orthogonal_filter as layer_by_layer
+from lcw_ops.bench.registry import EAGER, Case, Run, ours
+from lcw_ops.nn.orthogonal_filter import make_filter
+from lcw_ops.ops.parallel_depth import SWEEP
+from lcw_ops.ops.parallel_depth_crossover import Region, device_key
+
+STEM = "parallel_depth"
+
+# Beside the default window, which is what "auto" would take, and the whole depth.
+WINDOW = 1000
+
+# A whole depth of states, of which the solver holds eight, must leave room for everybody's weights and gradients.
+MOST_STATES_BYTES = 2**29
+
+# beta = c / L in all cases.
+MEASURED_C = 1.0
+
+# Of the time of the sequential kernel: what a region must win by, so that noise is no reason.
+LEAST_GAIN = 0.1
+
+
+def cases(device_type: str) -> list[Case]:
+    quick_depth, quick_time = [(500, 8, 32)], [(500, 1, 32)]
+    if device_type == "cuda":
+        depth = [(50_000, 128, 64), (50_000, 1, 64), (10_000, 128, 128), (2000, 32, 256), (2000, 32, 512)]
+        time = [(10_000, 64, 128), (10_000, 1, 128), (784, 128, 256)]
+    else:
+        depth = [
+            (50_000, 32, 64),
+            (50_000, 128, 64),
+            (50_000, 1, 64),
+            (10_000, 128, 128),
+            (10_000, 1, 128),
+            (2000, 32, 256),
+            (2000, 1, 512),
+            (2000, 32, 512),
+        ]
+        time = [(10_000, 32, 128), (10_000, 1, 128), (784, 128, 256)]
+    return [
+        _case(device_type, over_time, *shape, filter, backward, quick)
+        for quick, over_time, shapes in (
+            (True, False, quick_depth),
+            (True, True, quick_time),
+            (False, False, depth),
+            (False, True, time),
+        )
+        for shape in shapes
+        for filter in ("haar", "cyclic")
+        for backward in (False, True)
+    ]
+
+
+def _case(
+    device_type: str, over_time: bool, steps: int, rows: int, width: int, filter: str, backward: bool, quick: bool
+) -> Case:
+    base = layer_by_layer._case(device_type, over_time, steps, rows, width, quick, backward)
+    by_name = {one.name: one for one in base.competitors}
+    sequential = (dataclasses.replace(one, name=f"{one.name}, sequential") for one in base.competitors if one.ours)
+    parallel = (
+        dataclasses.replace(one, name=f"{one.name}, {label}")
+        for label, window in _windows(device_type, steps, rows, width).items()
+        for one in ours(SWEEP, device_type, functools.partial(_parallel, window), width)
+    )
+    peers = [by_name[EAGER], by_name["jax lax.scan, jit"]]
+    permutes, saved = filter != "haar", 0
+    if permutes:
+        peers = [dataclasses.replace(peer, missing=lambda: "timed with the Haar filter") for peer in peers]
+        # O h, and G O.
+        saved = 2 * rows * width**2 * steps * (2 if backward else 1)
+
+    def make_inputs(device: torch.device) -> dict:
+        return base.make_inputs(device) | {"filter": make_filter(filter, width, device=device)}
+
+    def expected(inputs: dict) -> list[Tensor]:
+        given = inputs["filter"]
+        matrix = torch.eye(width, device=given.device)[given] if permutes else given
+        return base.expected(inputs | {"filter": matrix})
+
+    return dataclasses.replace(
+        base,
+        stem=STEM,
+        name=base.name.replace(",", f", {filter},", 1),
+        make_inputs=make_inputs,
+        expected=expected,
+        competitors=(*sequential, *parallel, *peers),
+        operations=base.operations - saved,
+    )
+
+
+def _windows(device_type: str, steps: int, rows: int, width: int) -> dict[str, int | None]:
+    """Name of a competitor -> its window; None is the default one."""
+    windows = {"parallel": None}
+    if steps > WINDOW:
+        windows[f"by {WINDOW}"] = WINDOW
+    # On a GPU that is the default.
+    if device_type == "cpu" and 4 * steps * rows * width <= MOST_STATES_BYTES:
+        windows["one window"] = steps
+    return windows
+
+
+def _parallel(window: int | None, inputs: dict) -> Run:
+    return layer_by_layer._torch(functools.partial(F.orthogonal_filter, solver="parallel", window=window), inputs)
+
+
+# ---- Where the parallel solver wins ----------------------------------------------------------------------------------
+
+# Layers, rows, width.
+Point = tuple[int, int, int]
+
+
+def regions(path: Path, key: str) -> list[Region]:
+    """What a CSV of measurements on machines of that key (``device_key``) says for MEASURED.
+
+    Cautious: between points that were measured and that won, forward and with backward, in the default window.
+    """
+    times: dict[tuple, dict[Point, dict[str, dict[str, float]]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["stem"] == STEM and _is_of(row, key):
+                over, filter, passes = row["case"].split(", ")
+                point = tuple(int(size.split("=")[1]) for size in row["shape"].split())
+                of_kind = times.setdefault((filter != "haar", over == "over time"), {})
+                # Of several runs the last one counts.
+                of_kind.setdefault(point, {}).setdefault(passes, {})[row["competitor"]] = float(row["median_s"])
+    return [
+        Region(key, permutes, shares_weight, *box, MEASURED_C)
+        for (permutes, shares_weight), of_kind in times.items()
+        for box in _boxes({point: _is_won_by_both(passes) for point, passes in of_kind.items()})
+    ]
+
+
+def _is_of(row: dict[str, str], key: str) -> bool:
+    return key.startswith("sm_") if row["kind"] == "gpu" else key.endswith(f", {row['threads']} threads")
+
+
+def _is_won_by_both(passes: dict[str, dict[str, float]]) -> bool:
+    return len(passes) == 2 and all(map(_is_won, passes.values()))
+
+
+def _is_won(seconds: dict[str, float]) -> bool:
+    sequential = [time for name, time in seconds.items() if name.endswith(", sequential")]
+    parallel = [time for name, time in seconds.items() if name.endswith(", parallel")]
+    return bool(sequential and parallel) and max(parallel) <= (1 - LEAST_GAIN) * min(sequential)
+
+
+def _boxes(won: dict[Point, bool]) -> list[tuple]:
+    """Layers, rows and width as pairs of ends: the largest boxes of which all corners, and all points inside, won."""
+    boxes = []
+    for ends in itertools.combinations_with_replacement(sorted(won), 2):
+        box = tuple(tuple(sorted(pair)) for pair in zip(*ends, strict=True))
+        if all(won.get(corner) for corner in itertools.product(*box)) and all(
+            is_won for point, is_won in won.items() if _holds(box, point)
+        ):
+            boxes.append(box)
+    boxes = list(dict.fromkeys(boxes))
+    return [box for box in boxes if not any(_is_within(box, other) for other in boxes if other != box)]
+
+
+def _holds(box: tuple, point: Point) -> bool:
+    return all(least <= size <= most for (least, most), size in zip(box, point, strict=True))
+
+
+def _is_within(box: tuple, other: tuple) -> bool:
+    return all(least <= a and b <= most for (a, b), (least, most) in zip(box, other, strict=True))
+
+
+def line_of(region: Region) -> str:
+    """As it stands in MEASURED."""
+    device, *rest = region
+    return f"    Region({', '.join((json.dumps(device), *map(str, rest)))}),"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="CSV of lcw-ops bench parallel_depth")
+    parser.add_argument("--key", help="kind of machine that measured, such as sm_90; this one if not given")
+    args = parser.parse_args(arguments)
+    key = args.key or device_key(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = regions(args.rows, key)
+    print("\n".join(map(line_of, found)) if found else f"no measured size of {key} is won by {LEAST_GAIN:.0%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,642 @@
+"""The recurrence in parallel over depth in Triton: what a Picard sweep over all layers does beside its batched matmul.
+
+    h_l = alpha_l O h_{l-1} + beta_l act(P_l + b_l + u_l), P_l given; the adjoint likewise from the other end
+
+A scan in chunks of C layers, three launches: where every chunk ends that begins with 0; a carry through those ends,
+c_{k+1} = (alpha ... alpha) O^C c_k + end_k; and every chunk again from its carry, which stores the states and compares
+them with the old ones. Notation of lcw_ops/reference/parallel_depth.py; the chunked scan is a textbook's.
+
+Cost per element in float32: 16 bytes forward (P twice, the old state, the new one), 8 more for u; adjoint 16, 8 more
+each for what comes from outside and for slope with scaled; 32 / C for the ends. Rows enough to fill the GPU are one
+chunk, and P is read once. Instructions in the sm_90 code at N = 64, tanh, bias and u, per warp and layer of 4 rows: 390
+and 527 with a permutation, in which tanh is 300 each. At L = 50,000, M = 128, N = 64 on an H200 (4.3 TB/s, 0.92 T warp
+instructions a second) that is 1.5 ms of memory beside 1.6 ms of instructions. Predicted, not measured: no GPU has run
+this yet.
+
+A warp holds 4 rows of 64 units and waits for no other; its residual is one reduction over the warp by the bits of the
+magnitudes. A permutation moves nothing: a lane follows its unit through the inverse's table, whose loads stay in the
+first-level cache, and reads and writes where that unit is, inside the same cache lines. It is scanned in the
+states' dtype. Rotations are scanned in float64; partners are in one thread for even N, and exchanged by shuffles for
+odd. Everything in a fixed order, no atomics.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcw_ops.kernels.orthogonal_filter import AOT_DEVICES, _activate, _device, _is_permutation, _slope
+
+# All units of a row are in one program, for the residual is relative to the largest of them.
+MAX_WIDTH = 2048
+
+# A warp's tile: 8 elements a thread. Rows up to that length have a warp of their own, which waits for no other.
+WARP_ELEMENTS = 256
+# Two rounds of the blocks of one warp that a multiprocessor holds at a time.
+WARPS_PER_PROCESSOR = 64
+# Layers of one program where layers do not depend on each other.
+POINTWISE_LAYERS = 8
+# Chunk ends on their way while one is added.
+CARRY_STAGES = 3
+
+_ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
+
+
+def sweep_(
+    states: Tensor,
+    product: Tensor | None,
+    bias: Tensor | None,
+    inputs: Tensor | None,
+    filter: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    activation: str,
+) -> Tensor:
+    """One scan: states_l <- alpha_l O states_{l-1} + beta_l act(product_l + bias_l + inputs_l) for l = 1..D, in place.
+
+    Shapes as for ``lcw_ops.reference.parallel_depth.sweep_``; float32 or float64, contiguous. ``filter`` is an int64
+    permutation (N,) or rotations (2 N,) in float64. A wrong permutation gives NaN, for to look at it the host would
+    have to wait for the device. Returns the relative change, (1,) in float64.
+
+    Raises ValueError for what does not fit, and for N > MAX_WIDTH.
+    """
+    op = "parallel_depth_sweep_"
+    steps = _check_layers(op, states) - 1
+    _check(op, states, steps, [product, inputs], bias, [alpha, beta])
+    _check_filter(op, states, filter)
+    _check_activation(op, activation)
+    if product is None:
+        # The whole second term is left out.
+        bias = inputs = beta = None
+    return _scan(states, product, bias, inputs, filter, alpha, beta, activation, None, None, reverse=False)
+
+
+def adjoint_sweep_(
+    gradients: Tensor,
+    product: Tensor | None,
+    outside: Tensor | None,
+    filter: Tensor,
+    alpha: Tensor,
+    slope: Tensor | None,
+    scaled: Tensor | None,
+) -> Tensor:
+    """One scan from the other end: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, in place.
+
+    With ``slope``, scaled_l <- slope_l gradients_l. Shapes as for
+    ``lcw_ops.reference.parallel_depth.adjoint_sweep_``; the rest as for :func:`sweep_`.
+    """
+    op = "parallel_depth_adjoint_"
+    steps = _check_layers(op, gradients) - 1
+    _check(op, gradients, steps, [product, outside, slope, scaled], None, [alpha])
+    _check_filter(op, gradients, filter)
+    if slope is not None and scaled is None:
+        raise ValueError(f"{op}: slope needs scaled beside it; call lcw_ops.functional.orthogonal_filter")
+    return _scan(gradients, product, None, outside, filter, alpha, None, "identity", slope, scaled, reverse=True)
+
+
+def activate_(
+    product: Tensor, bias: Tensor | None, inputs: Tensor | None, beta: Tensor, activation: str, derivative: bool
+) -> None:
+    """product <- beta_l act(A_l), or beta_l act'(A_l), with A_l = product_l + bias_l + inputs_l, in place.
+
+    Shapes as for ``lcw_ops.reference.parallel_depth.activate_``; the rest as for :func:`sweep_`.
+    """
+    op = "parallel_depth_activate_"
+    layers = _check_layers(op, product)
+    _check(op, product, layers, [inputs], bias, [beta])
+    _check_activation(op, activation)
+    if product.numel() == 0:
+        return
+    rows, width = product.shape[1:]
+    tile = _choose_tile(width, rows)
+    with torch.cuda.device_of(product):
+        activate_kernel[(triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(layers, POINTWISE_LAYERS),)](
+            product,
+            bias,
+            inputs,
+            beta,
+            rows,
+            layers,
+            POINTWISE_LAYERS,
+            BIAS_STRIDE=_bias_stride(bias),
+            BETA_STRIDE=_scale_stride(beta),
+            ACTIVATION=activation,
+            DERIVATIVE=derivative,
+            WIDTH=width,
+            **tile,
+        )
+
+
+def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope, scaled, reverse) -> Tensor:
+    """Both sweeps: what differs is the end that they begin at, the activation, and what is made of the new states."""
+    steps, rows, width = states.shape[0] - 1, *states.shape[1:]
+    if steps * rows * width == 0:
+        return states.new_zeros(1, dtype=torch.float64)
+    permutes = not filter.is_floating_point()
+    # Sorting gives indices whatever is sorted: with them no address is out of bounds.
+    inverse = filter.argsort() if permutes else None
+    carrier = inverse if permutes else filter
+    tile = _choose_tile(width, rows)
+    blocks = triton.cdiv(rows, tile["BLOCK_M"])
+    chunk = choose_chunk(steps, blocks * tile["num_warps"], _device(states.device).processors)
+    chunks = triton.cdiv(steps, chunk)
+    carries = states.new_empty((chunks, rows, width), dtype=torch.float64)
+    decays = carries.new_empty(chunks)
+    power = torch.empty_like(inverse, dtype=torch.int32) if permutes else None
+    residuals = carries.new_empty(chunks * blocks)
+    lengths = {"rows": rows, "steps": steps, "chunk": chunk}
+    strides = {
+        "BIAS_STRIDE": _bias_stride(bias),
+        "ALPHA_STRIDE": _scale_stride(alpha),
+        "BETA_STRIDE": _scale_stride(beta),
+    }
+    options = strides | {"ACTIVATION": activation, "REVERSE": reverse, "WIDTH": width} | tile
+    with torch.cuda.device_of(states):
+        if chunks > 1:
+            # Nothing follows on the end of the last chunk.
+            chunk_ends_kernel[((chunks - 1) * blocks,)](
+                product, bias, inputs, carrier, alpha, beta, carries, decays, power, **lengths, **options
+            )
+        carry_kernel[(blocks,)](
+            states[-1] if reverse else states, carries, decays, filter, inverse, power, rows, chunks, chunk,
+            WIDTH=width, STAGES=CARRY_STAGES, **tile,
+        )  # fmt: skip
+        sweep_kernel[(chunks * blocks,)](
+            states, product, bias, inputs, slope, scaled, carrier, alpha, beta, carries, residuals, **lengths, **options
+        )
+    return residuals.amax(0, keepdim=True)
+
+
+def _check_layers(op: str, states: Tensor) -> int:
+    if states.dim() != 3 or states.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: {states.dtype} of shape {tuple(states.shape)} is not float32 or float64 (layers, samples, units); "
+            "call lcw_ops.functional.orthogonal_filter"
+        )
+    if states.shape[2] > MAX_WIDTH:
+        raise ValueError(
+            f"{op}: width {states.shape[2]} > {MAX_WIDTH}, the most triton takes; "
+            "call lcw_ops.functional.orthogonal_filter"
+        )
+    return states.shape[0]
+
+
+def _check(op: str, states: Tensor, layers: int, per_layer: list, bias: Tensor | None, scales: list) -> None:
+    """That the kernels neither read nor write beyond what the tensors hold."""
+    rows, width = states.shape[1:]
+    expected = [(states, [tuple(states.shape)]), (bias, [(width,), (layers, width)])]
+    expected += [(tensor, [(layers, rows, width)]) for tensor in per_layer]
+    expected += [(scale, [(1,), (layers,)]) for scale in scales]
+    for tensor, shapes in expected:
+        if tensor is None:
+            continue
+        same = tensor.dtype == states.dtype and tensor.device == states.device
+        if not (same and tuple(tensor.shape) in shapes and tensor.is_contiguous()):
+            raise ValueError(
+                f"{op}: shapes, dtypes, devices or strides do not fit: {_describe(tensor)} beside {_describe(states)}; "
+                "call lcw_ops.functional.orthogonal_filter"
+            )
+
+
+def _check_filter(op: str, states: Tensor, filter: Tensor) -> None:
+    width = states.shape[2]
+    fits = filter.dtype == torch.int64 and filter.shape == (width,)
+    fits |= filter.dtype == torch.float64 and filter.shape == (2 * width,)
+    if states.shape[0] == 0 or not (fits and filter.is_contiguous() and filter.device == states.device):
+        raise ValueError(
+            f"{op}: the filter {_describe(filter)} is no permutation and no rotations for {_describe(states)}; "
+            "call lcw_ops.functional.orthogonal_filter"
+        )
+
+
+def _check_activation(op: str, activation: str) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{op}: no activation is called {activation!r}; call lcw_ops.functional.orthogonal_filter")
+
+
+def _describe(tensor: Tensor) -> str:
+    strides = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{strides}"
+
+
+def _bias_stride(bias: Tensor | None) -> int:
+    return bias.shape[1] if bias is not None and bias.dim() == 2 else 0
+
+
+def _scale_stride(scale: Tensor | None) -> int:
+    return int(scale is not None and scale.numel() != 1)
+
+
+def _choose_tile(width: int, rows: int) -> dict:
+    """Whole rows, as many as one warp's tile holds; a longer row has warps of half a tile, which spill no registers."""
+    block_n = max(2, triton.next_power_of_2(width))
+    block_m = max(1, min(WARP_ELEMENTS // block_n, triton.next_power_of_2(rows)))
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": 1 if block_n <= WARP_ELEMENTS else 2 * block_n // WARP_ELEMENTS,
+    }
+
+
+def choose_chunk(steps: int, warps: int, processors: int) -> int:
+    """Layers per chunk, where a layer takes so many warps.
+
+    Chunks enough to fill the GPU. More than the root of all layers would be longer to carry through than to scan.
+    """
+    chunks = min(processors * WARPS_PER_PROCESSOR // warps, math.isqrt(steps))
+    return triton.cdiv(steps, max(chunks, 1))
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "chunk"])
+def chunk_ends_kernel(
+    product,
+    bias,
+    inputs,
+    filter,
+    alpha,
+    beta,
+    carries,
+    decays,
+    power,
+    rows: tl.int64,
+    steps: tl.int64,
+    chunk: tl.int64,
+    BIAS_STRIDE: tl.constexpr,
+    ALPHA_STRIDE: tl.constexpr,
+    BETA_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where chunk k ends that begins with 0, stored in place k + 1; and the product of its alphas, in place k.
+
+    ``power``: where a chunk leads what begins at each unit. All are as long as the first.
+    """
+    number, block, base, unit, present, inside = _program(rows, WIDTH, BLOCK_M, BLOCK_N)
+    dtype: tl.constexpr = _scanned_in(alpha.dtype.element_ty, filter.dtype.element_ty)
+    cosine = _rotation(filter, 0, unit, present)
+    sine = _rotation(filter, WIDTH, unit, present)
+    row_offset = tl.arange(0, BLOCK_M)[:, None] * WIDTH
+    at = _first_units(filter, unit, WIDTH)
+    state = tl.zeros((BLOCK_M, BLOCK_N), dtype)
+    decay = tl.full((), 1, tl.float64)
+    layer = steps - 1 - number * chunk if REVERSE else number * chunk
+    for _ in range(0, chunk):
+        scale = tl.load(alpha + layer * ALPHA_STRIDE)
+        decay *= scale.to(tl.float64)
+        state, at = _filtered(state, at, present, filter, cosine, sine)
+        state *= scale.to(dtype)
+        if product is not None or inputs is not None:
+            here = layer * rows * WIDTH + base
+            state += _source(
+                product, bias, inputs, beta, layer, here, row_offset, at, present, inside,
+                BIAS_STRIDE, BETA_STRIDE, ACTIVATION,
+            ).to(dtype)  # fmt: skip
+        layer += -1 if REVERSE else 1
+    tl.store(carries + (number + 1) * rows * WIDTH + base + at + row_offset, state.to(tl.float64), mask=inside)
+    tl.store(decays + number, decay, mask=block == 0)
+    if power is not None:
+        tl.store(power + _first_units(filter, unit, WIDTH), at, mask=present & (tl.program_id(0) == 0))
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "chunk"])
+def carry_kernel(
+    initial,
+    carries,
+    decays,
+    filter,
+    inverse,
+    power,
+    rows: tl.int64,
+    chunks: tl.int64,
+    chunk: tl.int64,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What every chunk begins with, in place of the end of the chunk before that began with 0."""
+    _, _, base, unit, present, inside = _program(rows, WIDTH, BLOCK_M, BLOCK_N)
+    row_offset = tl.arange(0, BLOCK_M)[:, None] * WIDTH
+    state = tl.load(initial + base + unit + row_offset, mask=inside, other=0.0).to(tl.float64)
+    at = unit
+    if inverse is not None:
+        sorts = tl.min(_is_permutation(filter, inverse, WIDTH, BLOCK_N).to(tl.int32), 0) == 1
+        state = tl.where(sorts, state, float("nan"))
+    else:
+        cosine = tl.full((1, BLOCK_N), 1, tl.float64)
+        sine = tl.zeros((1, BLOCK_N), tl.float64)
+        cosine_square = _rotation(filter, 0, unit, present)
+        sine_square = _rotation(filter, WIDTH, unit, present)
+        while chunk > 0:
+            if chunk % 2 == 1:
+                cosine, sine = _compose(cosine_square, sine_square, cosine, sine)
+            cosine_square, sine_square = _compose(cosine_square, sine_square, cosine_square, sine_square)
+            chunk = chunk // 2
+    place = carries + base + row_offset
+    tl.store(place + at, state, mask=inside)
+    for _ in tl.range(0, chunks - 1, num_stages=STAGES):
+        place += rows * WIDTH
+        if inverse is not None:
+            at = tl.load(power + at, mask=present, other=0)
+        else:
+            state = cosine * state + sine * _partner(state)
+        state = tl.load(decays) * state + tl.load(place + at, mask=inside, other=0.0)
+        tl.store(place + at, state, mask=inside)
+        decays += 1
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "chunk"])
+def sweep_kernel(
+    states,
+    product,
+    bias,
+    inputs,
+    slope,
+    scaled,
+    filter,
+    alpha,
+    beta,
+    carries,
+    residuals,
+    rows: tl.int64,
+    steps: tl.int64,
+    chunk: tl.int64,
+    BIAS_STRIDE: tl.constexpr,
+    ALPHA_STRIDE: tl.constexpr,
+    BETA_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One chunk of BLOCK_M rows from its carry: the new states, and how much they differ from the old ones."""
+    number, _, base, unit, present, inside = _program(rows, WIDTH, BLOCK_M, BLOCK_N)
+    element: tl.constexpr = states.dtype.element_ty
+    dtype: tl.constexpr = _scanned_in(alpha.dtype.element_ty, filter.dtype.element_ty)
+    cosine = _rotation(filter, 0, unit, present)
+    sine = _rotation(filter, WIDTH, unit, present)
+    row_offset = tl.arange(0, BLOCK_M)[:, None] * WIDTH
+    at = _first_units(filter, unit, WIDTH)
+    size = rows * WIDTH
+    state = tl.load(carries + number * size + base + at + row_offset, mask=inside, other=0.0).to(dtype)
+    first = number * chunk
+    layer = steps - 1 - first if REVERSE else first
+    if slope is not None:
+        # Of the gradient that the recurrence begins with; a chunk takes care of those that it makes.
+        here = layer * size + base
+        factor = tl.load(slope + here + at + row_offset, mask=inside & (first == 0), other=0.0)
+        tl.store(scaled + here + at + row_offset, factor * state.to(element), mask=inside & (first == 0))
+    worst = _magnitude(tl.zeros((BLOCK_M,), element))
+    # Counted in 32 bits, which are enough for a chunk: with 64, ptxas spills beside rows of MAX_WIDTH.
+    for _ in range(0, min(chunk, steps - first).to(tl.int32)):
+        scale = tl.load(alpha + layer * ALPHA_STRIDE).to(dtype)
+        state, at = _filtered(state, at, present, filter, cosine, sine)
+        state *= scale
+        here = layer * size + base
+        if product is not None or inputs is not None:
+            state += _source(
+                product,
+                bias,
+                inputs,
+                beta,
+                layer,
+                here,
+                row_offset,
+                at,
+                present,
+                inside,
+                BIAS_STRIDE,
+                BETA_STRIDE,
+                ACTIVATION,
+            ).to(dtype)
+        place = states + (here if REVERSE else here + size) + at + row_offset
+        new = state.to(element)
+        worst = tl.maximum(worst, _relative_change(new, tl.load(place, mask=inside, other=0.0), inside))
+        tl.store(place, new, mask=inside)
+        if slope is not None:
+            factor = tl.load(slope + (here - size) + at + row_offset, mask=inside & (layer > 0), other=0.0)
+            tl.store(scaled + (here - size) + at + row_offset, factor * new, mask=inside & (layer > 0))
+        layer += -1 if REVERSE else 1
+    tl.store(residuals + tl.program_id(0), tl.max(worst, 0).to(element, bitcast=True).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["rows", "layers", "chunk"])
+def activate_kernel(
+    product,
+    bias,
+    inputs,
+    beta,
+    rows: tl.int64,
+    layers: tl.int64,
+    chunk: tl.int64,
+    BIAS_STRIDE: tl.constexpr,
+    BETA_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    number, _, base, unit, present, inside = _program(rows, WIDTH, BLOCK_M, BLOCK_N)
+    row_offset = tl.arange(0, BLOCK_M)[:, None] * WIDTH
+    layer = number * chunk
+    for _ in range(layer, min(layer + chunk, layers)):
+        here = layer * rows * WIDTH + base
+        total = _pre_activation(product, bias, inputs, layer, here, row_offset, unit, present, inside, BIAS_STRIDE)
+        y = _activate(total, ACTIVATION)
+        if DERIVATIVE:
+            y = _slope(y, ACTIVATION)
+        tl.store(product + here + unit + row_offset, tl.load(beta + layer * BETA_STRIDE) * y, mask=inside)
+        layer += 1
+
+
+@triton.constexpr_function
+def _scanned_in(element, filter):
+    """A cosine rounded to float32 drifts over 50,000 layers; a permutation has nothing to round."""
+    return element if filter.is_int() else tl.float64
+
+
+@triton.jit
+def _program(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The number of the chunk and of the block of rows, where these begin in a layer, its units, and what there is."""
+    blocks = tl.cdiv(rows, BLOCK_M)
+    number = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    unit = tl.arange(0, BLOCK_N)[None, :]
+    present = unit < WIDTH
+    return number, block, block * BLOCK_M * WIDTH, unit, present, (row < rows) & present
+
+
+@triton.jit
+def _rotation(filter, FIRST: tl.constexpr, unit, present):
+    """Cosines or sines by unit; None for a permutation."""
+    if filter.dtype.element_ty.is_int():
+        return None
+    else:
+        return tl.load(filter + FIRST + unit, mask=present, other=0.0)
+
+
+@triton.jit
+def _partner(x):
+    """x_{i xor 1} in place i."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(odd, even), x.shape)
+
+
+@triton.jit
+def _compose(cosine, sine, other_cosine, other_sine):
+    """One rotation after the other."""
+    return (
+        cosine * other_cosine + sine * _partner(other_sine),
+        cosine * other_sine + sine * _partner(other_cosine),
+    )
+
+
+@triton.jit
+def _first_units(filter, unit, WIDTH: tl.constexpr):
+    """The unit that every lane begins with; with a permutation, any but neighbours in order.
+
+    For their wide loads the compiler would lay out the whole tile and move every layer's numbers between threads. That
+    is also why the table is loaded in one dimension here: loads of the same shape would share their layout.
+    """
+    if filter.dtype.element_ty.is_int():
+        lane = tl.arange(0, unit.shape[1])
+        return tl.load(filter + lane, mask=lane < WIDTH, other=0).to(tl.int32)[None, :]
+    else:
+        return unit
+
+
+@triton.jit
+def _filtered(state, at, present, filter, cosine, sine):
+    """O h and where it is. A permutation moves nothing: what was at i is at inverse_i."""
+    if cosine is None:
+        at = tl.load(filter + at, mask=present, other=0).to(tl.int32)
+    else:
+        state = cosine * state + sine * _partner(state)
+    return state, at
+
+
+@triton.jit
+def _pre_activation(product, bias, inputs, layer, here, row_offset, at, present, inside, BIAS_STRIDE: tl.constexpr):
+    """P_l + b_l + u_l, of those that there are."""
+    if product is None:
+        total = tl.load(inputs + here + at + row_offset, mask=inside, other=0.0)
+    else:
+        total = tl.load(product + here + at + row_offset, mask=inside, other=0.0)
+        if bias is not None:
+            total += tl.load(bias + layer * BIAS_STRIDE + at, mask=present, other=0.0)
+        if inputs is not None:
+            total += tl.load(inputs + here + at + row_offset, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _source(
+    product,
+    bias,
+    inputs,
+    beta,
+    layer,
+    here,
+    row_offset,
+    at,
+    present,
+    inside,
+    BIAS_STRIDE: tl.constexpr,
+    BETA_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """beta_l act(A_l); A_l itself without a beta."""
+    total = _pre_activation(product, bias, inputs, layer, here, row_offset, at, present, inside, BIAS_STRIDE)
+    if beta is None:
+        return total
+    else:
+        return tl.load(beta + layer * BETA_STRIDE) * _activate(total, ACTIVATION)
+
+
+@triton.jit
+def _magnitude(x):
+    """The bits of |x|: whole numbers in the same order, with NaN above infinity."""
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _relative_change(new, old, inside):
+    """By row, as its magnitude: max_i |new_i - old_i| / max_i |new_i|; NaN for a row that is not finite."""
+    # Where nothing is, there may be numbers: sigmoid(0) is 1/2.
+    change = tl.max(tl.where(inside, _magnitude(new - old), 0), 1).to(new.dtype, bitcast=True)
+    scale = tl.max(tl.where(inside, _magnitude(new), 0), 1).to(new.dtype, bitcast=True)
+    ratio = change / tl.where(change == 0, 1.0, scale)
+    return _magnitude(tl.where(scale < float("inf"), ratio, float("nan")))
+
+
+def _aot_variants(width: int, filter: str, dtype: str = "fp32", targets: tuple[str, ...] = tuple(AOT_DEVICES)) -> list:
+    """Every kernel of both sweeps with every argument that may be left out."""
+    pointer = f"*{dtype}"
+    permutes = filter == "permutation"
+    arrays = {
+        **dict.fromkeys(("states", "initial", "product", "bias", "inputs", "slope", "scaled"), pointer),
+        **dict.fromkeys(("alpha", "beta"), pointer),
+        **dict.fromkeys(("carries", "decays", "residuals"), "*fp64"),
+        "filter": "*i64" if permutes else "*fp64",
+        "inverse": "*i64" if permutes else None,
+        "power": "*i32" if permutes else None,
+    }
+    tile = _choose_tile(width, WARP_ELEMENTS)
+    num_warps = tile.pop("num_warps")
+    strides = {"BIAS_STRIDE": width, "ALPHA_STRIDE": 1, "BETA_STRIDE": 1}
+    forward = strides | {"ACTIVATION": "tanh", "REVERSE": False, "DERIVATIVE": True, "STAGES": CARRY_STAGES}
+    backward = forward | {"ACTIVATION": "identity", "REVERSE": True}
+    variants = []
+    for name, kernel, absent, flags in (
+        ("forward", chunk_ends_kernel, (), forward),
+        ("both", carry_kernel, (), forward),
+        ("forward", sweep_kernel, ("slope", "scaled"), forward),
+        ("adjoint", sweep_kernel, ("bias", "beta"), backward),
+        ("both", activate_kernel, (), forward),
+    ):
+        if not permutes and kernel is activate_kernel and dtype == "fp32":
+            # The same as beside a permutation.
+            continue
+        own = {argument: kind for argument, kind in arrays.items() if argument in kernel.arg_names}
+        present = {argument: kind for argument, kind in own.items() if kind is not None and argument not in absent}
+        lengths = [name for name in ("rows", "steps", "layers", "chunks", "chunk") if name in kernel.arg_names]
+        constants = {flag: value for flag, value in flags.items() if flag in kernel.arg_names}
+        missing = dict.fromkeys(argument for argument in own if argument not in present)
+        variants.append(
+            {
+                "id": f"{name}-{width}-{filter}-{dtype}",
+                "targets": targets,
+                "kernel": kernel,
+                "signature": present | dict.fromkeys(lengths, "i64"),
+                "constexprs": constants | missing | {"WIDTH": width} | tile,
+                "aligned": tuple(present),
+                "num_warps": num_warps,
+                "shared_memory": min(device.shared_memory for device in AOT_DEVICES.values()),
+            }
+        )
+    return variants
+
+
+# Where registers are scarcest.
+_OLD_AND_AMD = ("sm_80", "gfx942")
+AOT_VARIANTS = [
+    *_aot_variants(64, "permutation"),
+    *_aot_variants(64, "rotations"),
+    *_aot_variants(MAX_WIDTH, "permutation"),
+    *_aot_variants(MAX_WIDTH, "rotations"),
+    *_aot_variants(33, "rotations", targets=_OLD_AND_AMD),
+    *_aot_variants(128, "permutation", targets=_OLD_AND_AMD),
+    *_aot_variants(128, "rotations", targets=_OLD_AND_AMD),
+    *_aot_variants(MAX_WIDTH, "rotations", "fp64", targets=_OLD_AND_AMD),
+]

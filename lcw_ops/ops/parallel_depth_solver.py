@@ -1,0 +1,562 @@
+"""Picard sweeps over windows of layers until they have converged, forward and backward.
+
+With d_k the largest relative change of a state in sweep k and rho = d_k / d_{k-1} < 1, the error that is left is about
+rho / (1 - rho) d_k: a window has converged when that is below the tolerance. One that does not is halved; where nothing
+is left to halve the sequential kernel goes on, with one warning that says so.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcw_ops.ops.parallel_depth_frame import Frame, get_frame
+from lcw_ops.reference import parallel_depth as reference
+
+# Beyond so many sweeps halving the window is cheaper. It is also more than a window of LEAST_WINDOW layers can need: a
+# sweep makes at least one more layer exact.
+MAX_SWEEPS = 16
+LEAST_WINDOW = 8
+
+# What one window's weights and states may take on a CPU: a sweep reads them again, from a cache if they fit in there.
+CACHED_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Solve:
+    """How one window of layers was solved.
+
+    Attributes:
+        direction: "forward" or "backward".
+        first_layer, layers: the window.
+        sweeps: how many it took; 0 where the sequential kernel did it.
+        contraction: rho, the last change over the one before; NaN after fewer than two sweeps.
+        residual: d_k, the largest relative change of a state in the last sweep.
+        error: estimate of the relative error that is left.
+        converged: whether that is below the tolerance; False for a window that was given up.
+    """
+
+    direction: str
+    first_layer: int
+    layers: int
+    sweeps: int
+    contraction: float
+    residual: float
+    error: float
+    converged: bool
+
+
+_recorders: list[list[Solve]] = []
+
+
+@contextmanager
+def record_solves() -> Iterator[list[Solve]]:
+    """Collects a :class:`Solve` for every window that is solved inside the ``with`` block, by any thread."""
+    solves: list[Solve] = []
+    _recorders.append(solves)
+    try:
+        yield solves
+    finally:
+        _recorders[:] = [recorder for recorder in _recorders if recorder is not solves]
+
+
+def _record(solve: Solve) -> None:
+    for recorder in _recorders:
+        recorder.append(solve)
+
+
+def default_tolerance(dtype: torch.dtype, steps: int) -> float:
+    """What rounding leaves over the depth anyway: an eighth of eps sqrt(L), and eps at least."""
+    return torch.finfo(dtype).eps * max(1.0, math.sqrt(steps) / 8)
+
+
+class Convergence:
+    """The changes of a window's sweeps so far, and what follows from them."""
+
+    def __init__(self, layers: int, tolerance: float, dtype: torch.dtype) -> None:
+        self.layers, self.tolerance = layers, tolerance
+        # Changes of an ulp or two that do not fall any more are the rounding of states, not the sweeps.
+        self.rounding = 2 * torch.finfo(dtype).eps
+        self.changes: list[float] = []
+
+    def add(self, change: float) -> None:
+        self.changes.append(change)
+
+    @property
+    def contraction(self) -> float:
+        if len(self.changes) < 2:
+            return math.nan
+        before, now = self.changes[-2:]
+        return now / before if before > 0 else 0.0
+
+    @property
+    def error(self) -> float:
+        """The estimate; infinite as long as there is none."""
+        # After as many sweeps as layers every state is exact, and a sweep that changes nothing is the last one.
+        if len(self.changes) >= self.layers or self.changes[-1] == 0:
+            return 0.0
+        rho = self.contraction
+        return rho / (1 - rho) * self.changes[-1] if rho < 1 else math.inf
+
+    @property
+    def has_converged(self) -> bool:
+        if not math.isfinite(self.changes[-1]):
+            return False
+        return self.error <= self.tolerance or self.is_rounding
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.changes[-1] <= self.rounding and self.contraction > 0.5
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the sweeps that are left would not do, even if the contraction falls as it does at best.
+
+        The error of Picard's iteration falls like (c s)^k / k!, and its contraction like 1 / k.
+        """
+        sweeps, change, rho = len(self.changes), self.changes[-1], self.contraction
+        if not math.isfinite(change) or sweeps >= MAX_SWEEPS:
+            return True
+        if sweeps < 3 or self.layers <= MAX_SWEEPS:
+            return False
+        for later in range(sweeps + 1, MAX_SWEEPS + 1):
+            change *= rho * sweeps / later
+        rho *= sweeps / MAX_SWEEPS
+        return rho >= 1 or rho / (1 - rho) * change > self.tolerance
+
+    def to_solve(self, direction: str, first_layer: int) -> Solve:
+        return Solve(
+            direction,
+            first_layer,
+            self.layers,
+            len(self.changes),
+            self.contraction,
+            self.changes[-1],
+            self.error,
+            self.has_converged,
+        )
+
+
+class Layers(NamedTuple):
+    """The arguments of some consecutive layers: per-layer ones (D, ...) or shared by all of them.
+
+    weight (D, N, N) or (N, N), of the states' dtype or fewer bits; bias (D, N), (N,) or None; alpha, beta (1,) or (D,);
+    inputs (D, M, N) or None. ``first`` is the number of the first of them in the whole net.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    alpha: Tensor
+    beta: Tensor
+    inputs: Tensor | None
+    activation: str
+    first: int = 0
+
+    def part(self, start: int, stop: int) -> "Layers":
+        def cut(tensor: Tensor | None, shared_dim: int) -> Tensor | None:
+            return tensor if tensor is None or tensor.dim() == shared_dim else tensor[start:stop]
+
+        def cut_scale(scale: Tensor) -> Tensor:
+            return scale if scale.numel() == 1 else scale[start:stop]
+
+        return Layers(
+            cut(self.weight, 2),
+            cut(self.bias, 1),
+            cut_scale(self.alpha),
+            cut_scale(self.beta),
+            None if self.inputs is None else self.inputs[start:stop],
+            self.activation,
+            self.first + start,
+        )
+
+    def to_dtype(self, dtype: torch.dtype) -> "Layers":
+        return self._replace(weight=self.weight.to(dtype))
+
+    def multiply(self, states: Tensor, out: Tensor) -> None:
+        """W_l h_{l-1} of all layers; ``states`` (D, M, N) begin at h_0."""
+        if self.weight.dim() == 3:
+            torch.bmm(states, self.weight.mT, out=out)
+        else:
+            torch.mm(states.flatten(0, 1), self.weight.mT, out=out.flatten(0, 1))
+
+    def multiply_transposed(self, grad_pre: Tensor, out: Tensor) -> None:
+        """P_l W_l of all layers."""
+        if self.weight.dim() == 3:
+            torch.bmm(grad_pre, self.weight, out=out)
+        else:
+            torch.mm(grad_pre.flatten(0, 1), self.weight, out=out.flatten(0, 1))
+
+
+class _DirectScan:
+    """Sweeps with a filter that the kernels take as it is."""
+
+    def __init__(self, kernels, filter: Tensor) -> None:
+        self.kernels, self.filter = kernels, filter.contiguous()
+        self.transposed = reference.transpose_filter(filter).contiguous()
+
+    def begin(self, continues: bool) -> None:
+        """A window begins; whether with the state that the last one ended with."""
+
+    def finish(self, states: Tensor) -> None:
+        """A window has converged."""
+
+    finish_adjoint = finish
+
+    def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
+        return self.kernels.sweep_(
+            states, product, layers.bias, layers.inputs, self.filter, layers.alpha, layers.beta, layers.activation
+        )
+
+    def adjoint_sweep(self, layers, gradients, product, outside, slope, scaled) -> Tensor:
+        return self.kernels.adjoint_sweep_(gradients, product, outside, self.transposed, layers.alpha, slope, scaled)
+
+
+class _FrameScan:
+    """Sweeps with a dense filter, in the basis in which it rotates pairs of units.
+
+    Single states come in and go out through float64, and from window to window they stay inside: on the way out and in
+    again they would be multiplied by the same rounding of the identity every time.
+    """
+
+    def __init__(self, kernels, frame: Frame) -> None:
+        self.kernels, self.frame = kernels, frame
+        self.basis, self.inverse = frame.basis, frame.inverse
+        self.transposed = reference.transpose_filter(frame.rotation)
+        self.one = self.basis.new_ones(1)
+        self.inside: Tensor | None = None
+        self.carried: Tensor | None = None
+
+    def begin(self, continues: bool) -> None:
+        self.inside = self.outside = None
+        if not continues:
+            self.carried = None
+
+    def finish(self, states: Tensor) -> None:
+        self.carried = self.inside[-1].clone()
+        states[-1] = self.carried.double() @ self.frame.exact_basis.mT
+
+    def finish_adjoint(self, gradients: Tensor) -> None:
+        self.carried = self.inside[0].clone()
+        gradients[0] = self.carried.double() @ self.frame.exact_inverse
+
+    def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
+        if self.inside is None:
+            self.inside = torch.empty_like(states)
+            self.inside[0] = self._entered(states[0], self.frame.exact_inverse.mT)
+        source = None
+        if product is not None:
+            self.kernels.activate_(product, layers.bias, layers.inputs, layers.beta, layers.activation, False)
+            source = torch.empty_like(product)
+            multiply_exactly(product, self.inverse.mT, source)
+        change = self.kernels.sweep_(
+            self.inside, source, None, None, self.frame.rotation, layers.alpha, self.one, "identity"
+        )
+        multiply_exactly(self.inside[1:], self.basis.mT, states[1:])
+        return change
+
+    def adjoint_sweep(self, layers, gradients, product, outside, slope, scaled) -> Tensor:
+        if self.inside is None:
+            self.inside = torch.empty_like(gradients)
+            self.inside[-1] = self._entered(gradients[-1], self.frame.exact_basis)
+            if outside is not None:
+                self.outside = torch.empty_like(outside)
+                multiply_exactly(outside, self.basis, self.outside)
+        source = None
+        if product is not None:
+            source = torch.empty_like(product)
+            multiply_exactly(product, self.basis, source)
+        change = self.kernels.adjoint_sweep_(
+            self.inside, source, self.outside, self.transposed, layers.alpha, None, None
+        )
+        multiply_exactly(self.inside[:-1], self.inverse, gradients[:-1])
+        torch.mul(slope, gradients[1:], out=scaled)
+        return change
+
+    def _entered(self, state: Tensor, matrix: Tensor) -> Tensor:
+        return state.double() @ matrix if self.carried is None else self.carried
+
+
+def multiply_exactly(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """rows @ matrix, never in TensorFloat-32: states carry all their digits from layer to layer."""
+    with _full_float32(rows.device):
+        torch.mm(rows.reshape(-1, rows.shape[-1]), matrix, out=out.view(-1, out.shape[-1]))
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def make_scan(kernels, reference_kernels, filter: Tensor):
+    """How sweeps treat this filter: an int64 permutation (N,) or a matrix (N, N)."""
+    if reference.is_permutation(filter):
+        return _DirectScan(kernels, filter)
+    frame = get_frame(filter)
+    # Without a basis the plain scan multiplies powers of the matrix.
+    return _DirectScan(reference_kernels, filter) if frame is None else _FrameScan(kernels, frame)
+
+
+def default_window(weight: Tensor, rows: int, steps: int) -> int:
+    """Layers at a time: all of them on a GPU, on a CPU as many as stay in its cache."""
+    if not weight.is_cpu:
+        return max(steps, 1)
+    width = weight.shape[-1]
+    per_layer = weight.itemsize * (4 * rows * width + (width * width if weight.dim() == 3 else 0))
+    return max(LEAST_WINDOW, min(steps, CACHED_BYTES // max(per_layer, 1)))
+
+
+# (h_0, layers, how many) -> all their states (D+1, M, N)
+SequentialForward = Callable[[Tensor, Layers, int], Tensor]
+
+
+class Windows:
+    """What forward and backward share: the size of the window, and the sweeps in one.
+
+    The errors of windows add up, so each has its share of the tolerance for all ``steps`` layers.
+    """
+
+    direction: str
+
+    def __init__(self, scan, tolerance: float, window: int, steps: int) -> None:
+        self.scan, self.window = scan, window
+        self.tolerance_per_layer = tolerance / max(steps, 1)
+        self.asked = window
+        self.given_up: Convergence | None = None
+        # Where the window after the last solved one would begin.
+        self.next_layer: int | None = None
+
+    def converge(self, first_layer: int, layers: int, dtype: torch.dtype, sweep: Callable[[], Tensor]) -> bool:
+        """Sweeps until they have converged, or cannot."""
+        convergence = Convergence(layers, self.tolerance_per_layer * layers, dtype)
+        while True:
+            convergence.add(sweep().item())
+            done = convergence.has_converged
+            if done or convergence.is_hopeless:
+                break
+        _record(convergence.to_solve(self.direction, first_layer))
+        if not done:
+            self.given_up = convergence
+        return done
+
+    def halve(self, layers: int) -> None:
+        self.window = min(self.window, layers) // 2
+
+    @property
+    def is_sequential(self) -> bool:
+        return self.window < LEAST_WINDOW
+
+    def record_sequential(self, first_layer: int, layers: int) -> None:
+        _record(Solve(self.direction, first_layer, layers, 0, math.nan, 0.0, 0.0, True))
+
+
+def warn_of_given_up(*windows: Windows) -> None:
+    """One warning for the first of these that did not converge."""
+    given_up = next((one for one in windows if one.given_up is not None), None)
+    if given_up is None:
+        return
+    went_on = "the sequential solver" if given_up.is_sequential else f"windows of {given_up.window} layers"
+    warnings.warn(
+        f"orthogonal_filter: the parallel solver did not converge ({given_up.direction}, windows of {given_up.asked} "
+        f"layers, then {given_up.given_up.layers}: contraction {given_up.given_up.contraction:.2g} per sweep); it went "
+        f"on with {went_on}, and the result is right, but late. Give window={max(given_up.window, 1)}, or "
+        'solver="sequential"; a smaller beta converges faster',
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class Forward(Windows):
+    """States of consecutive layers from the first one, window by window."""
+
+    direction = "forward"
+
+    def __init__(self, scan, tolerance: float, window: int, steps: int, sequential: SequentialForward) -> None:
+        super().__init__(scan, tolerance, window, steps)
+        self.sequential = sequential
+        self.product: Tensor | None = None
+
+    def run(self, states: Tensor, layers: Layers) -> None:
+        """Fills states[1:] from states[0]; ``states`` (D+1, M, N) of all of ``layers``."""
+        start, steps = 0, len(states) - 1
+        while start < steps:
+            if self.is_sequential or steps - start < LEAST_WINDOW:
+                rest = layers.part(start, steps)
+                states[start:] = self.sequential(states[start], rest, steps - start)
+                self.record_sequential(rest.first, steps - start)
+                return
+            stop = min(start + self.window, steps)
+            if self._solve(states[start : stop + 1], layers.part(start, stop)):
+                start = stop
+            else:
+                self.halve(stop - start)
+
+    def _solve(self, states: Tensor, layers: Layers) -> bool:
+        steps = len(states) - 1
+        layers = layers.to_dtype(states.dtype)
+        if self.product is None or len(self.product) < steps:
+            self.product = torch.empty_like(states[1:])
+        product = self.product[:steps]
+        self.scan.begin(continues=layers.first == self.next_layer)
+        self.scan.sweep(layers, states, None)
+
+        def sweep() -> Tensor:
+            layers.multiply(states[:-1], product)
+            return self.scan.sweep(layers, states, product)
+
+        if not self.converge(layers.first, steps, states.dtype, sweep):
+            return False
+        self.scan.finish(states)
+        self.next_layer = layers.first + steps
+        return True
+
+
+class Gradients(NamedTuple):
+    """Where a backward pass leaves what it finds, each of its argument's shape; None where nobody asks.
+
+    Those of arguments that all layers share are sums; ``weight`` is in float64 then.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    alpha: Tensor | None
+    beta: Tensor | None
+    inputs: Tensor | None
+
+    def part(self, start: int, stop: int, layers: Layers) -> "Gradients":
+        def cut(gradient, is_per_layer):
+            return gradient[start:stop] if gradient is not None and is_per_layer else gradient
+
+        return Gradients(
+            cut(self.weight, layers.weight.dim() == 3),
+            cut(self.bias, layers.bias is not None and layers.bias.dim() == 2),
+            cut(self.alpha, layers.alpha.numel() != 1),
+            cut(self.beta, layers.beta.numel() != 1),
+            cut(self.inputs, True),
+        )
+
+
+# (gradient at the end, h_0, layers, what reaches each state from outside, gradients, how many) -> gradient of h_0
+SequentialBackward = Callable[[Tensor, Tensor, Layers, Tensor | None, Gradients, int], Tensor]
+
+
+class Backward(Windows):
+    """Gradients of consecutive layers from the last state's, window by window, for known states."""
+
+    direction = "backward"
+
+    def __init__(self, scan, tolerance: float, window: int, steps: int, kernels, filter: Tensor, sequential) -> None:
+        super().__init__(scan, tolerance, window, steps)
+        self.kernels, self.filter, self.sequential = kernels, filter, sequential
+
+    def run(
+        self, gradient: Tensor, states: Tensor, layers: Layers, outside: Tensor | None, gradients: Gradients
+    ) -> Tensor:
+        """The gradient of states[0]; those of the arguments go into ``gradients``.
+
+        ``gradient`` (M, N) is the last state's; ``outside`` (D, M, N) reaches the states before it.
+        """
+        stop = len(states) - 1
+        while stop > 0:
+            if self.is_sequential or stop < LEAST_WINDOW:
+                part = gradients.part(0, stop, layers)
+                rest = layers.part(0, stop)
+                self.record_sequential(rest.first, stop)
+                reaching = None if outside is None else outside[:stop]
+                return self.sequential(gradient, states[0], rest, reaching, part, stop)
+            start = max(0, stop - self.window)
+            found = self._solve(
+                gradient,
+                states[start : stop + 1],
+                layers.part(start, stop),
+                None if outside is None else outside[start:stop],
+                gradients.part(start, stop, layers),
+            )
+            if found is None:
+                self.halve(stop - start)
+            else:
+                gradient, stop = found, start
+        return gradient
+
+    def _solve(self, gradient, states, layers, outside, gradients) -> Tensor | None:
+        steps = len(states) - 1
+        layers = layers.to_dtype(states.dtype)
+        slope = torch.empty_like(states[1:])
+        layers.multiply(states[:-1], slope)
+        self.kernels.activate_(slope, layers.bias, layers.inputs, layers.beta, layers.activation, True)
+        adjoint, grad_pre, product = torch.empty_like(states), torch.empty_like(slope), torch.empty_like(slope)
+        adjoint[-1] = gradient
+        self.scan.begin(continues=layers.first + steps == self.next_layer)
+        self.scan.adjoint_sweep(layers, adjoint, None, outside, slope, grad_pre)
+
+        def sweep() -> Tensor:
+            layers.multiply_transposed(grad_pre, product)
+            return self.scan.adjoint_sweep(layers, adjoint, product, outside, slope, grad_pre)
+
+        if not self.converge(layers.first, steps, states.dtype, sweep):
+            return None
+        self.scan.finish_adjoint(adjoint)
+        self.next_layer = layers.first
+        self._collect(adjoint, grad_pre, states, layers, gradients, product)
+        return adjoint[0].clone()
+
+    def _collect(self, adjoint, grad_pre, states, layers: Layers, gradients: Gradients, spare: Tensor) -> None:
+        """The gradients of the arguments: one batched matmul for the weights, sums for the others."""
+        before = states[:-1]
+        if gradients.inputs is not None:
+            gradients.inputs.copy_(grad_pre)
+        if gradients.bias is not None:
+            if gradients.bias.dim() == 2:
+                torch.sum(grad_pre, 1, out=gradients.bias)
+            else:
+                gradients.bias.add_(grad_pre.sum((0, 1)))
+        if gradients.weight is not None:
+            if gradients.weight.dim() == 2:
+                _add_outer_products(gradients.weight, grad_pre, before)
+            elif gradients.weight.dtype == grad_pre.dtype:
+                torch.bmm(grad_pre.mT, before, out=gradients.weight)
+            else:
+                gradients.weight.copy_(torch.bmm(grad_pre.mT, before))
+        if gradients.alpha is not None:
+            _add_inner_products(gradients.alpha, adjoint[1:], reference.apply_filter(before, self.filter))
+        if gradients.beta is not None:
+            layers.multiply(before, spare)
+            one = spare.new_ones(1)
+            self.kernels.activate_(spare, layers.bias, layers.inputs, one, layers.activation, False)
+            _add_inner_products(gradients.beta, adjoint[1:], spare)
+
+
+# Samples of all layers that one sum in float32 takes, and the memory for such sums at a time.
+SUMMED_SAMPLES = 64
+SUMMED_BYTES = 64 * 2**20
+
+
+def _add_outer_products(weight_gradient: Tensor, grad_pre: Tensor, before: Tensor) -> None:
+    """P_l^T h_{l-1} of all layers into their shared weight's gradient, float64: fewer digits for few samples only."""
+    rows = [tensor.flatten(0, 1) for tensor in (grad_pre, before)]
+    sums_at_once = max(1, SUMMED_BYTES // max(weight_gradient.numel() * before.itemsize, 1))
+    whole = len(rows[0]) // SUMMED_SAMPLES * SUMMED_SAMPLES
+    for start in range(0, whole, sums_at_once * SUMMED_SAMPLES):
+        stop = min(start + sums_at_once * SUMMED_SAMPLES, whole)
+        left, right = (tensor[start:stop].unflatten(0, (-1, SUMMED_SAMPLES)) for tensor in rows)
+        weight_gradient.add_(torch.bmm(left.mT, right).sum(0, dtype=torch.float64))
+    left, right = (tensor[whole:] for tensor in rows)
+    weight_gradient.add_(left.mT @ right)
+
+
+def _add_inner_products(scale_gradient: Tensor, left: Tensor, right: Tensor) -> None:
+    """<left_l, right_l> of every layer, or of all of them where they share one scale."""
+    products = (left * right).sum((1, 2))
+    scale_gradient.add_(products if scale_gradient.numel() == len(products) else products.sum())

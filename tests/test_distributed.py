@@ -1,0 +1,733 @@
+"""lcw_ops.distributed: the recurrence over ranks is one process's, and a rank that fails is no silent hang.
+
+Four processes on this machine (gloo) run every case, as a group of four and as two groups of two. Run as a script, this
+file is one of the processes: it stores what it computed, and the tests compare that with the plain module.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from copy import deepcopy
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import nn
+
+import lcw_ops
+import lcw_ops.distributed
+from lcw_ops.ops import parallel_depth_solver as solver
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROCESSES = 4
+GROUP_SIZES = (2, 4)
+# Several times what all cases take; a process that waits for another one in vain is ended.
+TIMEOUT = 300
+# Of the groups in which a rank fails, in seconds.
+PATIENCE = 5
+EXIT_STATUS = 7
+
+SIZES = {"in_features": 5, "width": 6, "out_features": 3}
+
+
+def make_mlp(
+    depth=103,
+    dtype=torch.float64,
+    filter="permutation",
+    activation="tanh",
+    c=1.0,
+    per_layer=(),
+    solver="parallel",
+    tolerance=None,
+    alpha=None,
+    **sizes,
+):
+    torch.manual_seed(depth)
+    scales = {"beta": c / depth, "alpha": 1 - c / depth if alpha is None else alpha}
+    for name in per_layer:
+        scales[name] = scales[name] * (0.75 + torch.rand(depth, dtype=torch.float64) / 2)
+    if "alpha" in per_layer:
+        scales["alpha"] = scales["alpha"].clamp(max=1.0)
+    sizes = {**SIZES, **sizes}
+    mlp = lcw_ops.nn.OrthogonalFilterMLP(
+        depth=depth, filter=filter, activation=activation, solver=solver, tolerance=tolerance, **scales, **sizes
+    )
+    nn.init.normal_(mlp.bias, std=0.3)
+    return mlp.to(dtype)
+
+
+def make_samples(mlp, rows=4, step=0):
+    generator = torch.Generator().manual_seed(step)
+    samples, weights = (
+        torch.randn(rows, size, generator=generator, dtype=torch.float64)
+        for size in (mlp.in_features, mlp.out_features)
+    )
+    dtype = mlp.input_layer.weight.dtype
+    return samples.to(dtype), weights.to(dtype)
+
+
+CASES = {
+    "tanh": {},
+    "relu, dense": {"activation": "relu", "filter": "haar", "c": 3.0},
+    "sigmoid, scales per layer": {"activation": "sigmoid", "per_layer": ("alpha", "beta"), "depth": 37},
+    "identity, dense, scales per layer": {
+        "activation": "identity",
+        "filter": "haar",
+        "per_layer": ("alpha", "beta"),
+        "depth": 38,
+    },
+    "dense without a frame": {"filter": "haar", "depth": 38},
+    "residual, alpha 1": {"filter": "identity", "depth": 50, "alpha": 1.0},
+    "odd width, one sample": {"filter": "haar", "width": 7, "rows": 1},
+    "width 1": {"filter": "haar", "width": 1, "depth": 21},
+    "no samples": {"rows": 0, "depth": 21},
+    "a layer per rank": {"depth": 4},
+    "float32": {"dtype": torch.float32},
+    "float32, dense, relu": {"dtype": torch.float32, "filter": "haar", "activation": "relu", "width": 16},
+    "float32, sigmoid, beta per layer": {"dtype": torch.float32, "activation": "sigmoid", "per_layer": ("beta",)},
+    "bfloat16": {"dtype": torch.bfloat16, "filter": "haar", "c": 3.0},
+    "autocast": {"dtype": torch.float32, "filter": "haar", "autocast": True},
+    "too strong": {"c": 70.0, "alpha": 0.5},
+    "float32, dense, too strong": {"dtype": torch.float32, "filter": "haar", "c": 70.0, "alpha": 0.5},
+}
+GIVEN_UP = [name for name in CASES if "too strong" in name]
+
+# One sweep, or two, of a tolerance that asks for no more: far from the solution, and still the same.
+LOOSE = {
+    "one sweep": {"tolerance": 0.9},
+    "two sweeps": {"tolerance": 1e-3},
+    "three sweeps, dense": {"tolerance": 1e-4, "filter": "haar", "c": 3.0},
+    "to 1e-9, scales per layer": {"tolerance": 1e-9, "per_layer": ("alpha", "beta"), "depth": 38},
+    "to 1e-9, relu, dense": {"tolerance": 1e-9, "filter": "haar", "activation": "relu", "depth": 41},
+}
+
+OPTIMIZERS = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=3.0, momentum=0.9),
+    # Gradients carry the factor beta.
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.01, eps=1e-12),
+}
+
+TRAINED = [
+    ("SGD", "permutation", torch.float64),
+    ("SGD", "haar", torch.float32),
+    ("Adam", "haar", torch.float64),
+    ("Adam", "permutation", torch.float32),
+]
+
+
+def split_options(options):
+    options = dict(options)
+    return options.pop("rows", 4), options.pop("autocast", False), options
+
+
+def run(module, samples, weights, autocast=False):
+    """The output and every gradient by name; that of the samples under "x"."""
+    samples = samples.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = module(samples)
+    (output * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {"output": output.detach(), "x": samples.grad, **gradients}
+
+
+def train(module, plain, name, part=slice(None)):
+    optimizer = OPTIMIZERS[name](module.parameters())
+    for step in range(4):
+        samples, weights = (tensor[part] for tensor in make_samples(plain, step=step))
+        optimizer.zero_grad()
+        (module(samples) - weights).square().mean().backward()
+        optimizer.step()
+
+
+# ---- What the processes found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Of every process, what it stored."""
+    folder = tmp_path_factory.mktemp("gloo")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LCW_OPS_CACHE_DIR": ""}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(PROCESSES)
+    ]
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    statuses = [process.returncode for process in processes]
+    assert statuses == [0] * (PROCESSES - 1) + [EXIT_STATUS], "\n".join(outputs)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+
+
+def own_layers(depth, size, rank):
+    rank %= size
+    return slice(depth * rank // size, depth * (rank + 1) // size)
+
+
+@pytest.fixture(params=GROUP_SIZES, ids="{} ranks".format)
+def size(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
+    rows, autocast, options = split_options(CASES[name])
+    mlp = make_mlp(**options)
+    samples, weights = make_samples(mlp, rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        one = run(mlp, samples, weights, autocast)
+    plain = make_mlp(**{**options, "solver": "sequential"})
+    sequential = run(plain, samples, weights, autocast)
+    exact = run(deepcopy(plain).double(), samples.double(), weights.double())
+    dtype = torch.bfloat16 if autocast else options.get("dtype", torch.float64)
+    for rank in range(PROCESSES):
+        result = found[rank][size, name]
+        assert result.keys() == exact.keys()
+        for key, right in exact.items():
+            cut = own_layers(mlp.depth, size, rank) if key in ("weight", "bias") else slice(None)
+            right, actual = right[cut], result[key]
+            assert actual.dtype == sequential[key].dtype
+            assert actual.shape == right.shape
+            if not right.numel():
+                continue
+            # At most twice the error of one process, in sweeps or layer by layer, and for every layer the rounding of
+            # a sum of ``width`` products.
+            errors = [(kept[key][cut].double() - right).abs().max() for kept in (one, sequential)]
+            rounding = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps * mlp.depth * mlp.width**0.5
+            allowed = 2 * max(errors) + (rounding + torch.finfo(dtype).eps) * exact[key].abs().max()
+            error = (actual.double() - right).abs().max()
+            assert error <= allowed, f"{key} on rank {rank}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_every_rank_has_is_the_same_to_the_last_bit(found, name, size):
+    for rank in range(PROCESSES):
+        for key, value in found[rank][size, name].items():
+            if key not in ("weight", "bias"):
+                assert torch.equal(value, found[0][size, name][key]), key
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_every_sweep_is_one_process_s(found, name, size):
+    mlp = make_mlp(**LOOSE[name])
+    samples, weights = make_samples(mlp)
+    with solver.record_solves() as solves:
+        one = run(mlp, samples, weights)
+    exact = run(make_mlp(**{**LOOSE[name], "solver": "sequential", "tolerance": None}), samples, weights)
+    assert len(solves) == 2
+    assert (one["output"] - exact["output"]).abs().max() > 1e-13, "converged: nothing is known of single sweeps"
+    for rank in range(PROCESSES):
+        result, theirs = found[rank][size, name]
+        assert len(theirs) == len(solves)
+        for actual, expected in zip(theirs, solves, strict=True):
+            for field in ("direction", "first_layer", "layers", "sweeps", "converged"):
+                assert actual[field] == getattr(expected, field), field
+            for field in ("contraction", "residual", "error"):
+                # Changes carry the states' rounding: relative to the states, not to themselves.
+                right = getattr(expected, field)
+                assert actual[field] == pytest.approx(right, rel=1e-4, abs=1e-13, nan_ok=True), field
+        for key, right in one.items():
+            cut = own_layers(mlp.depth, size, rank) if key in ("weight", "bias") else slice(None)
+            error = (result[key] - right[cut]).abs().max()
+            # Two solvers, a rounding for every layer in each.
+            assert error <= 2 * mlp.depth * torch.finfo(torch.float64).eps * right.abs().max(), key
+
+
+@pytest.mark.parametrize("name", GIVEN_UP)
+def test_ranks_give_up_alike_with_one_warning(found, name, size):
+    for rank in range(PROCESSES):
+        messages, solves = found[rank][size, name, "solves"]
+        assert [solve["converged"] for solve in solves] == [False, True, True]
+        assert [solve["direction"] for solve in solves] == ["forward", "forward", "backward"]
+        assert solves[0]["sweeps"] == found[0][size, name, "solves"][1][0]["sweeps"] > 0
+        layers = own_layers(103, size, rank)
+        for solve in solves[1:]:
+            assert (solve["first_layer"], solve["layers"], solve["sweeps"]) == (
+                layers.start,
+                layers.stop - layers.start,
+                0,
+            )
+        if rank % size == 0:
+            (message,) = messages
+            assert "sweeps over 103 layers did not converge (forward, contraction" in message
+        else:
+            assert not messages
+
+
+def test_a_backward_pass_that_does_not_converge_is_right_too(found, size):
+    """By itself: the states of its forward pass are those of sweeps."""
+    mlp = make_mlp(solver="sequential")
+    samples, weights = make_samples(mlp)
+    right = run(mlp, samples, weights)
+    for rank in range(PROCESSES):
+        result, messages, solves = found[rank][size, "backward given up"]
+        assert [(solve["direction"], solve["converged"]) for solve in solves] == [
+            ("forward", True),
+            ("backward", False),
+            ("backward", True),
+        ]
+        assert len(messages) == (rank % size == 0)
+        for key, expected in right.items():
+            cut = own_layers(mlp.depth, size, rank) if key in ("weight", "bias") else slice(None)
+            allowed = 2 * mlp.depth * torch.finfo(torch.float64).eps * expected.abs().max()
+            assert (result[key] - expected[cut]).abs().max() <= allowed, key
+
+
+def test_a_weight_that_is_no_number_on_one_rank_is_given_up_by_all(found, size):
+    for rank in range(PROCESSES):
+        output, messages, solves = found[rank][size, "not a number"]
+        assert output.isnan().all()
+        assert [(solve["sweeps"], solve["converged"]) for solve in solves] == [(1, False), (0, True)]
+        assert solves[0]["residual"] == float("inf")
+        assert len(messages) == (rank % size == 0)
+
+
+@pytest.mark.parametrize(("name", "filter", "dtype"), TRAINED)
+def test_ranks_train_to_the_parameters_of_one_process(found, name, filter, dtype, size):
+    plain = make_mlp(filter=filter, dtype=dtype, solver="sequential")
+    start = deepcopy(plain.state_dict())
+    train(plain, plain, name)
+    # Adam divides by what may be near zero: a gradient's rounding comes back relative to its own size.
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-3 if name == "Adam" else 1e-4}[dtype]
+    for rank in range(PROCESSES):
+        trained = found[rank][size, "trained", name, filter, dtype]
+        assert trained.keys() == start.keys()
+        for key, expected in plain.state_dict().items():
+            if key == "filter":
+                assert torch.equal(trained[key], expected)
+                continue
+            moved = (expected - start[key]).abs().max()
+            assert moved > 1e-3, f"{key}: nothing was learned"
+            assert (trained[key] - expected).abs().max() <= tolerance * moved, key
+            # Gathered from all ranks, and the same on all of them.
+            assert torch.equal(trained[key], found[0][size, "trained", name, filter, dtype][key])
+
+
+def test_data_parallelism_over_another_group(found):
+    """Two groups of two ranks, each with half of every batch, in torch's own DistributedDataParallel."""
+    plain = make_mlp(solver="sequential")
+    start = deepcopy(plain.state_dict())
+    train(plain, plain, "SGD")
+    for rank in range(PROCESSES):
+        for key, trained in found[rank]["data parallel"].items():
+            expected = plain.state_dict()[key]
+            assert key == "filter" or (trained - start[key]).abs().max() > 1e-3
+            assert (trained - expected).abs().max() <= 1e-10 * expected.abs().max(), key
+
+
+def test_a_group_of_one(found):
+    mlp = make_mlp(filter="haar", solver="sequential")
+    one = run(mlp, *make_samples(mlp))
+    for rank in range(PROCESSES):
+        for key, right in one.items():
+            error = (found[rank]["alone"][key] - right).abs().max()
+            assert error <= 2 * mlp.depth * torch.finfo(torch.float64).eps * right.abs().max(), key
+
+
+# ---- Checkpoints
+
+
+def test_a_checkpoint_is_the_plain_module_s(found, size):
+    """Of a module that was just made: rank 0's parameters, and of each layer its owner's."""
+    for name in ("sigmoid, scales per layer", "bfloat16"):
+        expected = make_mlp(**split_options(CASES[name])[2]).state_dict()
+        for rank in range(PROCESSES):
+            full, on_first = found[rank][size, name, "checkpoint"]
+            assert list(full) == list(expected)
+            for key, value in expected.items():
+                assert full[key].dtype == value.dtype
+                assert torch.equal(full[key], value), key
+            if rank % size == 0:
+                assert all(torch.equal(on_first[key], value) for key, value in expected.items())
+            else:
+                assert not on_first
+
+
+def test_a_plain_checkpoint_is_loaded(found, size):
+    plain = make_mlp(filter="haar", solver="sequential", per_layer=("beta",))
+    samples, weights = make_samples(plain)
+    right = run(plain, samples, weights)["output"]
+    for rank in range(PROCESSES):
+        before, after, full, of_local = found[rank][size, "loaded"]
+        assert (before - right).abs().max() > 1e-2
+        assert (after - right).abs().max() <= 2 * plain.depth * torch.finfo(torch.float64).eps * right.abs().max()
+        assert torch.equal(after, of_local)
+        for key, value in plain.state_dict().items():
+            assert torch.equal(full[key], value)
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        ("missing", ["bias is missing", "extra is unexpected"]),
+        ("depth", ["weight has shape (102, 6, 6), expected (103, 6, 6)"]),
+        ("filter", ["is not orthogonal"]),
+        ("nothing", ["it is NoneType"]),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing_on_any_rank(found, problem, words, size):
+    for rank in range(PROCESSES):
+        message, unchanged = found[rank][size, "refused", problem]
+        assert all(word in message for word in words), message
+        assert unchanged
+
+
+# ---- Errors
+
+
+@pytest.mark.parametrize(
+    ("name", "type_name", "words"),
+    [
+        ("too few layers", "ValueError", "ranks for 1 layers"),
+        ("filter per layer", "ValueError", "one filter that all layers share"),
+        ("trained alpha", "ValueError", "mlp.alpha.requires_grad_(False)"),
+        ("window", "ValueError", "window is 10"),
+        ("other module", "TypeError", "mlp is Linear, expected lcw_ops.nn.OrthogonalFilterMLP"),
+        ("other module on one rank", "TypeError", "mlp is Linear"),
+        ("other depth on one rank", "ValueError", "depth of the module is 20 on rank 1 and 21 on rank 0"),
+        ("shape", "ValueError", "input has shape (4, 6), expected (*, 5)"),
+        ("dtype", "TypeError", "input is torch.float32"),
+        ("rows on one rank", "ValueError", "ranks differ in the number of samples"),
+        ("numbers on one rank", "ValueError", "the input: the numbers differ between ranks"),
+        ("gradient mode on one rank", "ValueError", "whether gradients are enabled"),
+        ("loss on one rank", "ValueError", "the output's gradient: the numbers differ between ranks"),
+        ("twice", "RuntimeError", "derivatives of second order"),
+        ("no member", "ValueError", "no member"),
+    ],
+)
+def test_every_rank_raises_alike(found, name, type_name, words, size):
+    for rank in range(PROCESSES):
+        error = found[rank][size, "error", name]
+        assert error[0] == type_name, error
+        assert words in error[1]
+
+
+def test_a_refusal_on_one_rank_is_every_rank_s(found, size):
+    for rank in range(PROCESSES):
+        error = found[rank][size, "error", "shape on one rank"]
+        expected = "input has shape (4, 6)" if rank % size == 1 else "rank 1 refused the input"
+        assert error[0] == "ValueError"
+        assert expected in error[1]
+
+
+def test_after_these_errors_the_group_still_works(found, size):
+    """And layers that one rank alone has frozen do not keep it from the others' backward pass."""
+    for rank in range(PROCESSES):
+        again, gradient = found[rank][size, "afterwards"]
+        assert torch.equal(again, found[rank][size, "tanh"]["output"])
+        if rank % size == 0:
+            assert gradient is None
+        else:
+            assert torch.equal(gradient, found[rank][size, "tanh"]["weight"])
+
+
+def test_without_a_process_group():
+    with pytest.raises(ValueError, match=r"no process group; call torch\.distributed\.init_process_group"):
+        lcw_ops.distributed.DepthParallel(make_mlp())
+
+
+def assert_stopped_answering(error, words):
+    type_name, message, cause, seconds = error
+    assert type_name == "RuntimeError"
+    assert words in message
+    assert "a rank of the process group stopped answering" in message
+    assert cause is not None, "the backend's own error is lost"
+    # What a busy machine may add.
+    assert seconds < PATIENCE + 30
+
+
+def test_a_rank_that_ends_in_a_forward_pass(found):
+    for rank in range(PROCESSES - 1):
+        words = f"the all-gather of the states between ranks in sweep 2 failed on rank {rank} of 4"
+        # Who waits only for a living rank finds out from it, up to a collective later.
+        _, message, *_ = error = found[rank]["ended"]
+        assert_stopped_answering(error, words if words in message else f"failed on rank {rank} of 4")
+        assert "sweep 2" in message
+
+
+def test_a_rank_that_raises_in_a_backward_pass(found):
+    assert found[1]["raised"][:2] == ("ZeroDivisionError", "on purpose")
+    assert_stopped_answering(
+        found[0]["raised"], "the all-gather of the gradients between ranks in adjoint sweep 2 failed on rank 0 of 2"
+    )
+
+
+def test_a_rank_that_does_not_call(found):
+    assert_stopped_answering(found[2]["raised"], "the agreement on the input failed on rank 0 of 2")
+
+
+# ---- One of the processes
+
+
+def describe_solve(solve):
+    return {field: getattr(solve, field) for field in solve.__dataclass_fields__}
+
+
+@contextmanager
+def recorded():
+    """(messages of RuntimeWarnings, solves)."""
+    messages, solves = [], []
+    with warnings.catch_warnings(record=True) as caught, solver.record_solves() as recording:
+        warnings.simplefilter("always")
+        yield messages, solves
+    messages += [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    solves += [describe_solve(solve) for solve in recording]
+
+
+def error_of(function):
+    start = time.monotonic()
+    try:
+        function()
+    except Exception as error:
+        cause = None if error.__cause__ is None else str(error.__cause__)
+        return type(error).__name__, str(error), cause, time.monotonic() - start
+    return "nothing", "", None, time.monotonic() - start
+
+
+class Process:
+    """One rank, in one group."""
+
+    def __init__(self, group, size, results):
+        self.group, self.size, self.results = group, size, results
+        self.rank = torch.distributed.get_rank(group)
+
+    def distribute(self, mlp):
+        """Of a module whose shared part is right on rank 0 alone."""
+        if self.rank:
+            with torch.no_grad():
+                for parameter in (*mlp.input_layer.parameters(), *mlp.output_layer.parameters()):
+                    parameter.add_(1.0)
+                mlp.filter.copy_(mlp.filter.flip(0))
+                for scale in (mlp.alpha, mlp.beta):
+                    if isinstance(scale, torch.Tensor):
+                        scale.mul_(0.5)
+        return lcw_ops.distributed.DepthParallel(mlp, self.group)
+
+    def run_all(self):
+        self.run_cases()
+        self.train()
+        self.keep_checkpoints()
+        self.meet_errors()
+
+    def run_cases(self):
+        find_frame = lcw_ops.distributed.get_frame
+        for name, options in CASES.items():
+            rows, autocast, options = split_options(options)
+            mlp = make_mlp(**options)
+            samples, weights = make_samples(mlp, rows)
+            lcw_ops.distributed.get_frame = find_frame if "without a frame" not in name else lambda _: None
+            with recorded() as self.results[self.size, name, "solves"]:
+                self.results[self.size, name] = run(self.distribute(mlp), samples, weights, autocast)
+        for name, options in LOOSE.items():
+            mlp = make_mlp(**options)
+            with recorded() as (_, solves):
+                result = run(self.distribute(mlp), *make_samples(mlp))
+            self.results[self.size, name] = result, solves
+        module = self.distribute(make_mlp())
+        if self.rank == self.size - 1:
+            nn.init.constant_(module.weight, torch.nan)
+        with recorded() as (messages, solves), torch.no_grad():
+            output = module(make_samples(module)[0])
+        self.results[self.size, "not a number"] = output, messages, solves
+        # The adjoint contracts as the states do, so its failure is made: changes that do not get smaller.
+        module = self.distribute(make_mlp())
+        largest = module.group.largest
+        module.group.largest = lambda change, what: (
+            largest(change, what) * 0 + 1 if "adjoint" in what else largest(change, what)
+        )
+        with recorded() as (messages, solves):
+            result = run(module, *make_samples(module))
+        self.results[self.size, "backward given up"] = result, messages, solves
+
+    def train(self):
+        for name, filter, dtype in TRAINED:
+            mlp = make_mlp(filter=filter, dtype=dtype)
+            module = self.distribute(mlp)
+            train(module, mlp, name)
+            self.results[self.size, "trained", name, filter, dtype] = module.full_state_dict()
+
+    def keep_checkpoints(self):
+        # Pieces of few layers, so that ranges are cut.
+        lcw_ops.distributed._PIECE_BYTES = 1000
+        for name in ("sigmoid, scales per layer", "bfloat16"):
+            module = self.distribute(make_mlp(**split_options(CASES[name])[2]))
+            full = module.full_state_dict(), module.full_state_dict(rank0_only=True)
+            self.results[self.size, name, "checkpoint"] = full
+
+        plain = make_mlp(filter="haar", per_layer=("beta",))
+        full = plain.state_dict()
+        module = self.distribute(deepcopy(plain))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+            module.filter.copy_(torch.eye(6))
+            module.beta.mul_(0.5)
+        samples, _ = make_samples(plain)
+        before = module(samples).detach()
+        module.load_full_state_dict(full if self.rank == 0 else None)
+        after = module(samples).detach()
+        restored = self.distribute(deepcopy(plain))
+        restored.load_state_dict(module.state_dict())
+        copied = deepcopy(restored)
+        self.results[self.size, "loaded"] = before, after, module.full_state_dict(), copied(samples).detach()
+
+        kept = deepcopy(module.state_dict())
+        refused = {
+            "missing": {"extra": full["bias"], **{key: value for key, value in full.items() if key != "bias"}},
+            "depth": {**full, "weight": full["weight"][1:]},
+            "filter": {**full, "filter": 2 * full["filter"]},
+            "nothing": None,
+        }
+        for problem, broken in refused.items():
+            error = error_of(lambda broken=broken: module.load_full_state_dict(broken))
+            unchanged = all(torch.equal(kept[key], value) for key, value in module.state_dict().items())
+            self.results[self.size, "refused", problem] = error[1], unchanged
+
+    def meet_errors(self):
+        is_other = self.rank == 1
+
+        def construct(mlp, group=self.group):
+            return lambda: lcw_ops.distributed.DepthParallel(mlp, group)
+
+        windowed = make_mlp()
+        windowed.window = 10
+        alpha = nn.Parameter(torch.ones(103, dtype=torch.float64))
+        per_layer = torch.eye(6).expand(103, 6, 6)
+        module = self.distribute(make_mlp())
+        samples, weights = make_samples(module)
+
+        def call(samples):
+            return lambda: module(samples)
+
+        def call_without_gradients():
+            with torch.set_grad_enabled(not is_other):
+                module(samples)
+
+        def differentiate_twice():
+            (gradient,) = torch.autograd.grad(module(samples).square().sum(), module.bias, create_graph=True)
+            gradient.sum().backward()
+
+        def no_member():
+            others = torch.distributed.GroupMember.NON_GROUP_MEMBER
+            lcw_ops.distributed.DepthParallel(make_mlp(), others)
+
+        wrong = {
+            "too few layers": construct(make_mlp(depth=1)),
+            "filter per layer": construct(make_mlp(filter=per_layer, solver="sequential")),
+            "trained alpha": construct(make_mlp(alpha=alpha)),
+            "window": construct(windowed),
+            "other module": construct(nn.Linear(5, 3)),
+            "other module on one rank": construct(nn.Linear(5, 3) if is_other else make_mlp()),
+            "other depth on one rank": construct(make_mlp(depth=20 if is_other else 21)),
+            "shape": call(torch.ones(4, 6, dtype=torch.float64)),
+            "dtype": call(samples.float()),
+            "shape on one rank": call(torch.ones(4, 6, dtype=torch.float64) if is_other else samples),
+            "rows on one rank": call(samples[:3] if is_other else samples),
+            "numbers on one rank": call(samples.flip(0) if is_other else samples),
+            "gradient mode on one rank": call_without_gradients,
+            "loss on one rank": lambda: (module(samples) * (weights.flip(0) if is_other else weights)).sum().backward(),
+            "twice": differentiate_twice,
+            "no member": no_member,
+        }
+        for name, function in wrong.items():
+            self.results[self.size, "error", name] = error_of(function)
+
+        module = self.distribute(make_mlp())
+        module.input_layer.requires_grad_(False)
+        if self.rank == 0:
+            module.weight.requires_grad_(False)
+            module.bias.requires_grad_(False)
+        output = module(samples)
+        (output * weights).sum().backward()
+        self.results[self.size, "afterwards"] = output.detach(), module.weight.grad
+
+
+def run_in_other_groups(rank, pair, across, alone, results):
+    mlp = make_mlp()
+    module = lcw_ops.distributed.DepthParallel(mlp, pair)
+    half = slice(0, 2) if rank < 2 else slice(2, 4)
+    train(nn.parallel.DistributedDataParallel(module, process_group=across), mlp, "SGD", half)
+    results["data parallel"] = module.full_state_dict()
+    mlp = make_mlp(filter="haar")
+    results["alone"] = run(lcw_ops.distributed.DepthParallel(mlp, alone), *make_samples(mlp))
+
+
+def fail_at(module, what, fail):
+    """``fail`` instead of the collective that is called so."""
+    gather = module.group.gather
+
+    def gather_or_fail(own, called):
+        return fail() if called.endswith(what) else gather(own, called)
+
+    module.group.gather = gather_or_fail
+
+
+def divide_by_zero():
+    raise ZeroDivisionError("on purpose")
+
+
+def fail_in_pairs(rank, pair, results):
+    """Rank 1 raises in the middle of a backward pass; rank 3 does not call at all."""
+    module = lcw_ops.distributed.DepthParallel(make_mlp(), pair)
+    samples, weights = make_samples(module)
+    if rank == 1:
+        fail_at(module, "in adjoint sweep 2", divide_by_zero)
+    if rank != 3:
+        results["raised"] = error_of(lambda: run(module, samples, weights))
+
+
+def end_in_the_group_of_all(rank, group, results, store):
+    module = lcw_ops.distributed.DepthParallel(make_mlp(), group)
+    samples, weights = make_samples(module)
+
+    def end():
+        store()
+        os._exit(EXIT_STATUS)
+
+    if rank == PROCESSES - 1:
+        fail_at(module, "in sweep 2", end)
+    results["ended"] = error_of(lambda: run(module, samples, weights))
+    store()
+
+
+def run_process(rank, folder):
+    import torch.distributed as dist
+
+    # Uninitialised memory is NaN, as in tests/conftest.py. The public function would import torch's compiler.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    store = dist.FileStore(f"{folder}/store", PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=TIMEOUT))
+    pairs = [[0, 1], [2, 3]]
+    groups = [dist.new_group(pair) for pair in pairs]
+    across = [dist.new_group([rank, rank + 2]) for rank in (0, 1)]
+    alone = [dist.new_group([rank]) for rank in range(PROCESSES)]
+    impatient = [dist.new_group(pair, timeout=timedelta(seconds=PATIENCE)) for pair in pairs]
+    impatient_group = dist.new_group(timeout=timedelta(seconds=PATIENCE))
+    results = {}
+    Process(groups[rank // 2], 2, results).run_all()
+    Process(None, 4, results).run_all()
+    run_in_other_groups(rank, groups[rank // 2], across[rank % 2], alone[rank], results)
+    dist.barrier()
+    fail_in_pairs(rank, impatient[rank // 2], results)
+    dist.barrier()
+    end_in_the_group_of_all(rank, impatient_group, results, lambda: torch.save(results, f"{folder}/{rank}.pt"))
+    # The others' failed groups have nothing to say good-bye to.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    run_process(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,422 @@
+"""The Triton kernels of the recurrence in parallel over depth, against plain numpy in more digits.
+
+Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts: every shape here is
+as small as what it shows allows.
+"""
+
+import importlib
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+from numerics import assert_by_the_rule, needs_more_digits
+
+from lcw_ops.ops import _backends
+from lcw_ops.ops import parallel_depth as op
+from lcw_ops.reference import parallel_depth as reference
+
+DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
+if (missing := _backends.missing_reason(op.SWEEP, "triton", DEVICE_TYPE)) is not None:
+    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
+
+kernels = importlib.import_module("lcw_ops.kernels.parallel_depth")
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "made_on_device"),
+    # numpy's, of what is not finite.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
+DTYPES = (torch.float32, torch.float64)
+KINDS = [
+    *itertools.product(("random", "rotations"), DTYPES),
+    *itertools.product(("identity", "cyclic", "pairs"), DTYPES[:1]),
+]
+CHUNK = 3
+# (layers, samples, units): one chunk and its neighbours, and several.
+SHAPES = ((1, 1, 1), (CHUNK - 1, 1, 16), (CHUNK, 3, 33), (CHUNK + 1, 17, 7), (2 * CHUNK + 1, 3, 2))
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(kernels, "choose_chunk", lambda steps, warps, processors: CHUNK)
+
+
+def make_filter(kind, width):
+    if kind == "rotations":
+        angle = 6 * torch.rand((width + 1) // 2, dtype=torch.float64).repeat_interleave(2)[:width]
+        sign = torch.tensor([1.0, -1.0]).repeat((width + 1) // 2)[:width]
+        cosine, sine = angle.cos(), sign * angle.sin()
+        if width % 2:
+            cosine[-1], sine[-1] = -1, 0
+        return torch.cat((cosine, sine))
+    unit = torch.arange(width)
+    # Pairs that change places leave the last of an odd number where it is.
+    pairs = (unit ^ 1).clamp(max=width - 1)
+    return {"random": torch.randperm(width), "identity": unit, "cyclic": unit.roll(1), "pairs": pairs}[kind]
+
+
+def normal(*shape, dtype):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def scale(steps, dtype, per_layer=True):
+    return (1 - torch.rand(steps if per_layer else 1, dtype=torch.float64) / max(steps, 2)).to(dtype)
+
+
+def exact(tensor):
+    """In as many digits as numpy has: those that float64 is judged by."""
+    return tensor.cpu().double().numpy().astype(np.longdouble)
+
+
+def judge(name, results):
+    """Of triples (actual, in plain torch, in more digits)."""
+    dtype = results[0][0].dtype
+    digits = np.longdouble if dtype == torch.float64 else np.float64
+    triples = [(actual.cpu(), eager.cpu(), exact.astype(digits)) for actual, eager, exact in results]
+    assert_by_the_rule(f"{name} in {dtype}", *zip(*triples, strict=True))
+
+
+EXACT_ACTIVATIONS = {
+    "tanh": np.tanh,
+    "relu": lambda a: np.maximum(a, 0),
+    "sigmoid": lambda a: 1 / (1 + np.exp(-a)),
+    "identity": lambda a: a,
+}
+EXACT_DERIVATIVES = {
+    "tanh": lambda a: 1 - np.tanh(a) ** 2,
+    "relu": lambda a: (a > 0).astype(a.dtype),
+    "sigmoid": lambda a: 1 / (1 + np.exp(-a)) * (1 / (1 + np.exp(a))),
+    "identity": np.ones_like,
+}
+
+
+def exact_scan(first, source, filter, alpha):
+    """One layer after the other, as the recurrence is written."""
+    states = [exact(first)]
+    alpha = np.broadcast_to(exact(alpha), len(source))
+    if not filter.is_floating_point():
+        index = filter.cpu().numpy()
+    else:
+        cosine, sine = exact(filter).reshape(2, -1)
+        partner = np.minimum(np.arange(len(cosine)) ^ 1, len(cosine) - 1)
+    for scale_l, source_l in zip(alpha, source, strict=True):
+        state = states[-1]
+        turned = state[:, index] if not filter.is_floating_point() else cosine * state + sine * state[:, partner]
+        states.append(scale_l * turned + source_l)
+    return np.stack(states)
+
+
+def exact_activation(product, bias, inputs, beta, activation, table=EXACT_ACTIVATIONS):
+    total = exact(product)
+    if bias is not None:
+        total = total + (exact(bias)[:, None] if bias.dim() == 2 else exact(bias))
+    if inputs is not None:
+        total = total + exact(inputs)
+    return exact(beta)[:, None, None] * table[activation](total)
+
+
+def assert_same_change(actual, new, old):
+    """What the states that were stored say; a GPU's float32 division is good to 2 ulp."""
+    assert actual.shape == (1,)
+    assert actual.dtype == torch.float64
+    expected = reference.relative_change(new, old)
+    torch.testing.assert_close(actual, expected, rtol=3 * torch.finfo(new.dtype).eps, atol=0, equal_nan=True)
+
+
+def check_sweeps(cases):
+    """Of each case (states, product, bias, inputs, filter, alpha, beta, activation)."""
+    results = []
+    for states, *arguments in cases:
+        product, bias, inputs, filter, alpha, beta, activation = arguments
+        new, eager = states.clone(), states.clone()
+        given = product.clone()
+        assert_same_change(kernels.sweep_(new, *arguments), new[1:], states[1:])
+        reference.sweep_(eager, *arguments)
+        assert torch.equal(product, given)
+        assert torch.equal(new[0], states[0])
+        source = exact_activation(product, bias, inputs, beta, activation)
+        results.append((new, eager, exact_scan(states[0], source, filter, alpha)))
+    judge("states", results)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=str)
+def test_sweep_matches_the_recurrence(kind, dtype, short_chunks):
+    needs_more_digits(dtype)
+    cases = []
+    activations = ("tanh", "relu", "sigmoid", "sigmoid", "tanh")
+    for (steps, rows, width), activation in zip(SHAPES, activations, strict=True):
+        cases.append(
+            (
+                normal(steps + 1, rows, width, dtype=dtype),
+                normal(steps, rows, width, dtype=dtype),
+                normal(steps, width, dtype=dtype),
+                normal(steps, rows, width, dtype=dtype),
+                make_filter(kind, width),
+                scale(steps, dtype),
+                scale(steps, dtype),
+                activation,
+            )
+        )
+    check_sweeps(cases)
+
+
+@pytest.mark.parametrize("alpha_per_layer", [False, True])
+@pytest.mark.parametrize("beta_per_layer", [False, True])
+@pytest.mark.parametrize("bias", [None, "shared", "per_layer"])
+def test_every_form_of_the_arguments(alpha_per_layer, beta_per_layer, bias, short_chunks):
+    dtype, steps, rows, width = torch.float32, 4, 3, 5
+    shape = {"shared": (width,), "per_layer": (steps, width)}.get(bias)
+    case = (
+        normal(steps + 1, rows, width, dtype=dtype),
+        normal(steps, rows, width, dtype=dtype),
+        None if shape is None else normal(*shape, dtype=dtype),
+        normal(steps, rows, width, dtype=dtype) if alpha_per_layer != beta_per_layer else None,
+        make_filter("random" if alpha_per_layer else "rotations", width),
+        scale(steps, dtype, alpha_per_layer),
+        scale(steps, dtype, beta_per_layer),
+        "relu",
+    )
+    check_sweeps([case])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS[:4], ids=str)
+def test_adjoint_matches_the_recurrence(kind, dtype, short_chunks):
+    """With each of product, outside and slope given and left out."""
+    needs_more_digits(dtype)
+    results = []
+    present = itertools.product((False, True), repeat=3)
+    for (steps, rows, width), given in zip((*SHAPES, *SHAPES[2:]), present, strict=True):
+        product, outside, slope = (normal(steps, rows, width, dtype=dtype) if here else None for here in given)
+        gradients, scaled = normal(steps + 1, rows, width, dtype=dtype), normal(steps, rows, width, dtype=dtype)
+        filter, alpha = make_filter(kind, width), scale(steps, dtype, per_layer=rows > 1)
+        new, eager = gradients.clone(), gradients.clone()
+        arguments, before = (product, outside, filter, alpha), scaled.clone()
+        assert_same_change(kernels.adjoint_sweep_(new, *arguments, slope, scaled), new[:-1], gradients[:-1])
+        reference.adjoint_sweep_(eager, *arguments, None, None)
+        assert torch.equal(new[-1], gradients[-1])
+        # The product of what was stored, to the bit.
+        assert torch.equal(scaled, before if slope is None else slope * new[1:])
+        source = np.zeros((steps, rows, width), np.longdouble)
+        for term in (product, outside):
+            if term is not None:
+                source = source + exact(term)
+        wanted = exact_scan(gradients[-1], source[::-1], filter, alpha.flip(0))[::-1]
+        results.append((new, eager, wanted))
+    judge("gradients", results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("derivative", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activate(activation, derivative, dtype):
+    needs_more_digits(dtype)
+    table = EXACT_DERIVATIVES if derivative else EXACT_ACTIVATIONS
+    results = []
+    for form, (steps, rows, width) in enumerate(((1, 17, 7), (9, 1, 16), (2, 3, 33))):
+        product = normal(steps, rows, width, dtype=dtype)
+        bias = [None, normal(width, dtype=dtype), normal(steps, width, dtype=dtype)][form % 3]
+        inputs = normal(steps, rows, width, dtype=dtype) if form % 2 else None
+        beta = scale(steps, dtype, per_layer=form < 2)
+        actual, eager = product.clone(), product.clone()
+        assert kernels.activate_(actual, bias, inputs, beta, activation, derivative) is None
+        reference.activate_(eager, bias, inputs, beta, activation, derivative)
+        results.append((actual, eager, exact_activation(product, bias, inputs, beta, activation, table)))
+    judge(activation, results)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 2, 0)])
+@pytest.mark.parametrize("kind", ["random", "rotations"])
+def test_nothing_to_do(shape, kind):
+    steps, rows, width = shape
+    states, product = torch.randn(steps + 1, rows, width), torch.randn(shape)
+    before, filter, one = states.clone(), make_filter(kind, width), torch.ones(1)
+    change = kernels.sweep_(states, product, None, None, filter, one, one, "tanh")
+    assert torch.equal(change, torch.zeros(1, dtype=torch.float64))
+    assert torch.equal(kernels.adjoint_sweep_(states, product, None, filter, one, None, None), change)
+    kernels.activate_(product, None, None, one, "tanh", False)
+    assert torch.equal(states, before)
+
+
+@pytest.mark.parametrize("kind", ["random", "rotations"])
+def test_nothing_drifts(kind):
+    """No second term: the power of a permutation to the bit, and rotations rounded once after 25 of them."""
+    steps, width = 25, 6
+    filter, first = make_filter(kind, width), torch.randn(1, width)
+    states = torch.full((steps + 1, 1, width), torch.nan)
+    states[0] = first
+    # What is not a number yet may stand in memory that the states are written to.
+    kernels.sweep_(states, None, None, None, filter, torch.ones(1), torch.ones(1), "tanh")
+    wanted = exact_scan(first, np.zeros((steps, 1, width)), filter, torch.ones(1))
+    if kind == "random":
+        assert (exact(states) == wanted).all()
+    else:
+        # Cosines in float32 would leave many times as much.
+        assert (np.abs(exact(states) - wanted) <= 0.501 * torch.finfo().eps * np.abs(wanted).max()).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "rotations"])
+def test_a_second_sweep_changes_nothing_and_has_the_same_bits(kind):
+    states, product, filter = torch.randn(6, 5, 7), torch.randn(5, 5, 7), make_filter(kind, 7)
+    arguments = (product, torch.randn(7), None, filter, torch.rand(5), torch.rand(5), "sigmoid")
+    assert kernels.sweep_(states, *arguments) > 0
+    first = states.clone()
+    assert torch.equal(kernels.sweep_(states, *arguments), torch.zeros(1, dtype=torch.float64))
+    assert torch.equal(states, first)
+    gradients, scaled = torch.randn(6, 5, 7), torch.empty(5, 5, 7)
+    arguments = (product, None, filter, torch.rand(5), torch.randn(5, 5, 7), scaled)
+    kernels.adjoint_sweep_(gradients, *arguments)
+    first = gradients.clone(), scaled.clone()
+    assert kernels.adjoint_sweep_(gradients, *arguments) == 0
+    assert torch.equal(gradients, first[0])
+    assert torch.equal(scaled, first[1])
+
+
+def test_one_changed_number_is_found_wherever_it_is(short_chunks):
+    """Relative to the largest of its own row; the last row and the last unit stand beside padding."""
+    new, filter = torch.randn(2 * CHUNK + 2, 3, 5), make_filter("random", 5)
+    arguments = (torch.randn(2 * CHUNK + 1, 3, 5), None, None, filter, torch.ones(1), torch.ones(1), "sigmoid")
+    kernels.sweep_(new, *arguments)
+    for layer in (CHUNK, 2 * CHUNK + 1):
+        old = new.clone()
+        old[layer, 2, 4] += 1
+        states = old.clone()
+        change = kernels.sweep_(states, *arguments)
+        assert torch.equal(states, new)
+        expected = (old[layer, 2, 4] - new[layer, 2, 4]) / new[layer, 2].abs().max()
+        torch.testing.assert_close(change[0], expected.double(), rtol=3 * torch.finfo().eps, atol=0)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "kind"),
+    [
+        ("first", NAN, "random"),
+        ("first", -INF, "rotations"),
+        ("old", NAN, "random"),
+        ("old", INF, "random"),
+        ("product", -NAN, "rotations"),
+        ("product", INF, "random"),
+    ],
+)
+def test_what_is_not_finite_is_told_and_stays_in_its_row(name, bad, kind, short_chunks):
+    states, product, filter = torch.randn(7, 3, 5), torch.randn(6, 3, 5), make_filter(kind, 5)
+    arguments = (None, None, filter, torch.full((1,), 0.5), torch.ones(1), "identity")
+    clean = states.clone()
+    kernels.sweep_(clean, product, *arguments)
+    {"first": states[0], "old": states[6], "product": product[1]}[name][1, 2] = bad
+    dirty = states.clone()
+    change = kernels.sweep_(dirty, product, *arguments)
+    if name == "old":
+        assert torch.equal(dirty, clean)
+        assert change.isnan() if bad != bad else change.isinf()
+    else:
+        assert change.isnan()
+        assert not dirty[6, 1].isfinite().all()
+        assert torch.equal(dirty[1:, [0, 2]], clean[1:, [0, 2]])
+
+
+@pytest.mark.parametrize(("old", "expected"), [(0.0, 0.0), (1.0, INF)])
+def test_states_of_zero(old, expected):
+    """0 / 0 is no change; from something to nothing is the largest there is."""
+    states = torch.zeros(4, 2, 3)
+    states[2, 1, 1] = old
+    change = kernels.sweep_(states, None, None, None, make_filter("cyclic", 3), torch.ones(1), torch.ones(1), "relu")
+    assert change == expected
+    assert not states.any()
+
+
+def test_tiny_and_huge_changes_are_told():
+    """Squares of either would be lost."""
+    for size in (1e-30, 1e30):
+        states = torch.full((3, 1, 2), size)
+        states[1:] *= 2
+        change = kernels.sweep_(states, None, None, None, torch.arange(2), torch.ones(1), torch.ones(1), "relu")
+        torch.testing.assert_close(change.item(), 1.0, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["random", "rotations"])
+def test_rows_longer_than_a_warps_tile(kind):
+    states, product = torch.randn(4, 2, 301), torch.randn(3, 2, 301)
+    case = (states, product, None, None, make_filter(kind, 301), scale(3, torch.float32), torch.ones(1), "tanh")
+    check_sweeps([case])
+
+
+def test_chunks_cover_all_layers_and_fill_the_machine():
+    for steps, warps, processors in itertools.product((1, 2, 99, 784, 50_000), (1, 32, 10**6), (1, 132)):
+        chunk = kernels.choose_chunk(steps, warps, processors)
+        chunks = -(-steps // chunk)
+        assert 1 <= chunks <= steps
+        assert chunks == 1 or chunks * warps <= processors * kernels.WARPS_PER_PROCESSOR
+    # 128 samples of 64 units are 32 tiles of one warp.
+    assert kernels.choose_chunk(50_000, 32, 132) == 225
+    # More rows than the GPU has room for: layers need not be split.
+    assert kernels.choose_chunk(50_000, 10**6, 132) == 50_000
+
+
+@pytest.mark.parametrize("wrong", [[0, 1, 2, 2], [0, 1, 2, 4], [0, -1, 2, 3], [0, 1, 2, 10**6], [-(10**6), 1, 2, 3]])
+def test_a_wrong_permutation_gives_nan(wrong):
+    """Never a read or a write out of bounds, never a number."""
+    states, one = torch.randn(4, 2, 4), torch.ones(1)
+    change = kernels.sweep_(states, torch.randn(3, 2, 4), None, None, torch.tensor(wrong), one, one, "tanh")
+    assert change.isnan()
+    assert states[1:].isnan().all()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    states, product, one = torch.randn(4, 2, 5), torch.randn(3, 2, 5), torch.ones(1)
+    permutation = torch.arange(5)
+    good = [states, product, torch.randn(5), torch.randn(3, 2, 5), permutation, one, one, "tanh"]
+    for place, bad in (
+        (0, states[0]),
+        (0, states.bfloat16()),
+        (0, states.mT.contiguous().mT),
+        (0, states[:0]),
+        (1, product[:2]),
+        (1, product.double()),
+        (1, product[..., ::2]),
+        (2, torch.randn(3)),
+        (2, torch.randn(2, 5)),
+        (3, torch.randn(3, 2, 4)),
+        (4, torch.arange(4)),
+        (4, permutation.int()),
+        (4, torch.eye(5)),
+        (4, torch.randn(10)),
+        (4, torch.arange(10)[::2]),
+        (5, torch.ones(2)),
+        (6, torch.ones(())),
+        (7, "gelu"),
+    ):
+        before = states.clone()
+        with pytest.raises(ValueError, match=r"parallel_depth_sweep_.*call lcw_ops\.functional\.orthogonal_filter$"):
+            kernels.sweep_(*good[:place], bad, *good[place + 1 :])
+        assert torch.equal(states, before)
+    for slope, scaled in ((product, None), (product[:2], product), (product, product.double())):
+        with pytest.raises(ValueError, match=r"parallel_depth_adjoint_.*call lcw_ops\.functional\.orthogonal_filter$"):
+            kernels.adjoint_sweep_(states, product, None, permutation, one, slope, scaled)
+    for arguments in ((product, None, None, torch.ones(2), "tanh"), (product, None, None, one, "gelu")):
+        with pytest.raises(ValueError, match=r"parallel_depth_activate_.*call lcw_ops\.functional\.orthogonal_filter$"):
+            kernels.activate_(*arguments, False)
+    wide = kernels.MAX_WIDTH + 1
+    with pytest.raises(ValueError, match=f"width {wide} > {kernels.MAX_WIDTH}"):
+        kernels.sweep_(torch.zeros(1, 1, wide), None, None, None, torch.arange(wide), one, one, "tanh")
+
+
+@pytest.mark.skipif(DEVICE_TYPE != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("kind", ["random", "rotations"])
+def test_recorded_in_a_cuda_graph(kind):
+    states, product, filter, one = torch.randn(200, 5, 7), torch.randn(199, 5, 7), make_filter(kind, 7), torch.ones(1)
+    new = states.clone()
+    change = kernels.sweep_(new, product, None, None, filter, one, one, "tanh")
+    graph, replayed = torch.cuda.CUDAGraph(), states.clone()
+    with torch.cuda.graph(graph):
+        replayed_change = kernels.sweep_(replayed, product, None, None, filter, one, one, "tanh")
+    replayed.copy_(states)
+    graph.replay()
+    assert torch.equal(replayed, new)
+    assert torch.equal(replayed_change, change)
