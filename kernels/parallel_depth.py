@@ -633,10 +633,8 @@ _OLD_AND_AMD = ("sm_80", "gfx942")
 AOT_VARIANTS = [
     *_aot_variants(64, "permutation"),
     *_aot_variants(64, "rotations"),
-    *_aot_variants(MAX_WIDTH, "permutation"),
-    *_aot_variants(MAX_WIDTH, "rotations"),
-    *_aot_variants(33, "rotations", targets=_OLD_AND_AMD),
-    *_aot_variants(128, "permutation", targets=_OLD_AND_AMD),
-    *_aot_variants(128, "rotations", targets=_OLD_AND_AMD),
-    *_aot_variants(MAX_WIDTH, "rotations", "fp64", targets=_OLD_AND_AMD),
+    *_aot_variants(MAX_WIDTH, "permutation", targets=_OLD_AND_AMD),
+    *_aot_variants(MAX_WIDTH, "rotations", targets=_OLD_AND_AMD),
+    *_aot_variants(33, "rotations", targets=_OLD_AND_AMD[:1]),
+    *_aot_variants(MAX_WIDTH, "rotations", "fp64", targets=_OLD_AND_AMD[:1]),
 ]

@@ -146,7 +146,7 @@ def test_every_kind_matches_the_sequence(steps, activation, filter_kind, backend
             # 100 layers may then take too many sweeps at once; what counts is the result.
             warnings.filterwarnings("ignore", f".*{DID_NOT_CONVERGE}")
         options = {"activation": activation, "return_states": case % 4 > 1}
-        assert_matches_the_sequence(arguments, make_filter(filter_kind, width), 8 if steps < 100 else 2, **options)
+        assert_matches_the_sequence(arguments, make_filter(filter_kind, width), 4 if steps < 100 else 2, **options)
 
 
 def keep_off_the_kink(arguments, filter):
