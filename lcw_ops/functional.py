@@ -74,14 +74,16 @@ def orthogonal_filter(
         solver: "sequential", one layer after the other; "parallel", all layers of a window at once by Picard sweeps
             until they have converged (the filter must be shared by all layers); "auto", the one that measurements of
             this machine's kind committed with the package found faster, sequential where there are none.
-        tolerance: of the parallel solver, relative error of a state by its own estimate; default eps sqrt(L) / 8 of the
-            state's dtype, about what rounding leaves anyway.
+        tolerance: of the parallel solver, the error of a state relative to its largest unit, as estimated from the last
+            two sweeps (which nets made to deceive it can); default eps sqrt(L) / 8 of the state's dtype, about what
+            rounding leaves anyway.
         window: of the parallel solver, layers at a time; between windows only the last state is kept for backward, and
             the others are solved for once more. Default: as many as suit the device, with all states kept: (L+1, M, N).
+            Fewer than 8 layers are solved one after the other.
 
-    The parallel solver halves a window that does not converge, goes on sequentially in the end, and then warns
-    (RuntimeWarning). It decides on the host, so CUDA graphs cannot capture it. Derivatives of second order and in
-    forward mode are computed layer by layer in plain torch. See docs/parallel_depth.md.
+    The parallel solver halves a window that does not converge, for the rest of the call, goes on sequentially in the
+    end, and then warns (RuntimeWarning). It decides on the host, so CUDA graphs cannot capture it. Derivatives of
+    second order and in forward mode are computed layer by layer in plain torch. See docs/parallel_depth.md.
 
     Returns:
         (M, N), or (L+1, M, N) with ``return_states``, in h0's dtype.

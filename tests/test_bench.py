@@ -91,9 +91,12 @@ def tiny(monkeypatch):
         + [hypersphere._convolution("cpu", 2, 3, 5, 6, quick=True)],
         "parallel_depth": [
             parallel_depth._case("cpu", over_time, 20, 3, 8, filter, backward, quick=True)
-            for over_time in (False, True)
-            for filter in ("haar", "cyclic")
-            for backward in (False, True)
+            for over_time, filter, backward in (
+                (False, "haar", True),
+                (True, "haar", False),
+                (False, "cyclic", False),
+                (True, "cyclic", True),
+            )
         ],
     }
     monkeypatch.setattr(registry, "cases", lambda stem, device_type: tiny_cases[stem])
@@ -336,9 +339,9 @@ def test_regions_lie_between_winning_sizes(tmp_path):
         Region(TWO_THREADS, True, True, (784, 784), (1, 1), (64, 64), 1.0),
         Region(TWO_THREADS, True, True, (784, 784), (32, 32), (64, 64), 1.0),
     }
-    assert any(region.holds(Call(TWO_THREADS, False, False, 30_000, 1, 128, 1.0)) for region in found)
-    assert not any(region.holds(Call(TWO_THREADS, False, False, 30_000, 1, 200, 1.0)) for region in found)
-    assert not any(region.holds(Call(TWO_THREADS, False, False, 30_000, 1, 128, 1.5)) for region in found)
+    assert any(region.holds(Call(TWO_THREADS, False, False, 30_000, 1, 128)) for region in found)
+    assert not any(region.holds(Call(TWO_THREADS, False, False, 30_000, 1, 200)) for region in found)
+    assert {region.largest_c for region in found} == {1.0}
 
 
 def test_a_box_needs_all_its_corners(tmp_path):

@@ -5,7 +5,6 @@ rule makes of it.
 """
 
 import dataclasses
-import gc
 import itertools
 import math
 
@@ -393,17 +392,13 @@ def test_frames_are_remembered_until_the_filter_changes():
         torch.testing.assert_close(third.basis @ as_matrix(third.rotation) @ third.inverse, filter)
 
 
-def test_a_filter_that_is_gone_takes_its_frame_with_it():
-    count = len(frames._frames)
-    filter = haar(4)
-    frames.get_frame(filter)
-    assert len(frames._frames) == count + 1
-    del filter
-    gc.collect()
-    assert len(frames._frames) <= count
+def test_few_frames_are_remembered():
+    for _ in range(20):
+        frames.get_frame(haar(4))
+    assert len(frames._frames) <= frames._REMEMBERED
 
 
-@pytest.mark.parametrize("change", [lambda q: q.neg_(), lambda q: q.mT.clone().copy_(q), lambda q: q.t_()])
+@pytest.mark.parametrize("change", [lambda q: q.neg_(), lambda q: q.t_(), lambda q: q.data.neg_()])
 def test_the_solver_follows_a_filter_that_changes_in_place(change, backend):
     h0, weight, filter = torch.randn(2, 5), torch.randn(20, 5, 5), haar(5).float()
     F.orthogonal_filter(h0, weight, None, filter, solver="parallel")

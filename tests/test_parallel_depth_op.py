@@ -323,13 +323,9 @@ def test_what_does_not_converge_ends_right_and_says_so(window, scale, filter_kin
     if scale == 10.0 or filter_kind == "identity":
         assert given_up
     for message in messages:
-        smallest = min(solve.layers for solve in given_up)
         assert message.startswith("orthogonal_filter: the " + DID_NOT_CONVERGE)
         assert "forward" in message
-        assert f"then {smallest}:" in message
         assert 'solver="sequential"' in message
-        is_sequential = any(solve.sweeps == 0 for solve in solves)
-        assert ("went on with the sequential solver" in message) == is_sequential
     grad_output = torch.randn_like(output)
     gradients, messages = warnings_of(lambda: torch.autograd.grad(output, leaves.values(), grad_output))
     assert all(DID_NOT_CONVERGE in message for message in messages)
@@ -940,3 +936,11 @@ def test_bad_input_says_what_to_do_in_parallel_too(changed, error, message):
 def test_an_explicit_request_that_cannot_be_met_raises():
     with lcw_ops.use_backend("triton"), pytest.raises(RuntimeError, match=r"triton.*interpreter"):
         in_parallel(make_arguments(2, 4, 9), make_filter("cyclic", 4))
+
+
+def test_no_step_at_all_in_windows(backend):
+    """As from an empty sequence."""
+    rnn = nn.OrthogonalFilterRNN(2, 8, length=10, solver="parallel", window=5)
+    output, last = rnn(torch.randn(0, 3, 2))
+    assert output.shape == (0, 3, 8)
+    assert last.shape == (1, 3, 8)

@@ -136,15 +136,15 @@ def draw(depth: int, rows: int, width: int, filter: str, c: float, activation: s
 
 def _leave_kinks(problem: Problem) -> None:
     """Moves biases until no pre-activation is within KINK_MARGIN of 0."""
-    exact = problem.exact(slice(None), problem.h0.double())
-    state = exact.h0
+    state = problem.h0.double()
     for l in range(problem.depth):
-        product = state @ exact.weight[l].mT
-        margin = KINK_MARGIN * (product + exact.bias[l]).square().mean().sqrt()
+        layer = problem.exact(slice(l, l + 1), state)
+        product = state @ layer.weight[0].mT
+        margin = KINK_MARGIN * (product + layer.bias[0]).square().mean().sqrt()
         while (near := ((product + problem.bias[l]).abs() < margin).any(0)).any():
             problem.bias[l] += 4 * margin.float() * near
         act = torch.relu(product + problem.bias[l])
-        state = exact.alpha[l] * apply_filter(state, exact.filter) + exact.beta[l] * act
+        state = layer.alpha * apply_filter(state, layer.filter) + layer.beta * act
 
 
 def of_net(model: OrthogonalFilterMLP, x: Tensor, y: Tensor) -> Problem:

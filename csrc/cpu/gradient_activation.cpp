@@ -117,8 +117,8 @@ struct Memory {
   LCW_INLINE static Bits join(Wide low, Wide high, BFloat16) {
     return (round(low) >> 16) | (round(high) & 0xffff0000u);
   }
-  // In the upper half. A NaN stays one: it comes from a NaN of 16 bits, or is the processor's own, so nothing below is
-  // set that could carry.
+  // In the upper half. A NaN stays one: it comes from a NaN of 16 bits, or is the processor's or Python's own, so nothing
+  // below is set that could carry.
   LCW_INLINE static Bits round(Wide value) {
     const Bits bits = bits_of(value);
     return bits + 0x7fff + ((bits >> 16) & 1);

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcw_ops.ops._precision import full_float32
+
 # Steps per graph: starting one costs about as much as a step of a wide net, so a longer one gains little.
 MOST_STEPS = 64
 # For what a block holds of its steps: matrices that change with the step, and states.
@@ -237,22 +239,13 @@ class _Call:
 
 @contextmanager
 def _exclusively(device: torch.device) -> Iterator[None]:
-    """One call at a time, since blocks are shared; no derivative; and on CUDA no TF32, whatever is set.
-
-    torch has one such flag for the process: matmuls that other threads launch meanwhile are without TF32 too. On a CPU
-    the user's torch.set_float32_matmul_precision holds.
-    """
+    """One call at a time, since blocks are shared; no derivative; and on CUDA no TF32, whatever is set."""
     with _lock, torch.no_grad():
         if device.type != "cuda":
             yield
             return
-        matmul = torch.backends.cuda.matmul
-        with torch.cuda.device(device):
-            precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-            try:
-                yield
-            finally:
-                matmul.fp32_precision = precision
+        with torch.cuda.device(device), full_float32(device):
+            yield
 
 
 def orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from lcw_ops.ops import _backends, _library, orthogonal_filter
 from lcw_ops.ops import parallel_depth_solver as solver
-from lcw_ops.ops.parallel_depth_crossover import Call, device_key, is_parallel_faster
+from lcw_ops.ops.parallel_depth_crossover import Call, device_key, largest_c_faster
 from lcw_ops.reference import parallel_depth as reference
 from lcw_ops.reference.orthogonal_filter import count_steps, orthogonal_filter_backward
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as solve_sequentially
@@ -106,13 +106,14 @@ def _forward_fake(
     return output, h0.new_empty((count, *h0.shape))
 
 
-def _new_gradients(like, weight, bias, alpha, beta, inputs, needs, zero: bool):
+def _new_gradients(like, weight, bias, alpha, beta, inputs, needs):
     """A tensor of its argument's shape for each gradient that is asked for, and an empty one for each that is not."""
     needs_weight, needs_bias, needs_scales, needs_inputs = needs
     asked = ((weight, needs_weight), (bias, needs_bias), (alpha, needs_scales), (beta, needs_scales))
-    make = like.new_zeros if zero else like.new_empty
     return tuple(
-        (weight if tensor is None else tensor).new_empty(0) if not needed else make(tensor.shape, dtype=tensor.dtype)
+        (weight if tensor is None else tensor).new_empty(0)
+        if not needed
+        else like.new_empty(tensor.shape, dtype=tensor.dtype)
         for tensor, needed in (*asked, (inputs, needs_inputs))
     )
 
@@ -121,7 +122,7 @@ def _backward_fake(
     grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window, *needs
 ):
     grad_h0 = grad_output.new_empty(grad_output.shape[-2:])
-    return (grad_h0, *_new_gradients(grad_output, weight, bias, alpha, beta, inputs, needs, zero=False))
+    return (grad_h0, *_new_gradients(grad_output, weight, bias, alpha, beta, inputs, needs))
 
 
 def _backward_vmap(overload, info, in_dims, *arguments):
@@ -167,7 +168,7 @@ def _implement_solver(backend: str) -> None:
             states[0] = h0
             forward.run(states, layers)
             if keeps and window:
-                checkpoints.copy_(states[: -1 : min(window, steps)])
+                checkpoints.copy_(states[: -1 : min(window, max(steps, 1))])
             last = states[-1]
         else:
             last = h0.clone()
@@ -214,18 +215,17 @@ def _implement_solver(backend: str) -> None:
         forward = _make_forward(backend, filter, tolerance, at_once, steps)
         sequential = sequential_backward(backend, filter)
         backward = solver.Backward(_make_scan(backend, filter), tolerance, at_once, steps, kernels, filter, sequential)
-        results = _new_gradients(grad_output, weight, bias, alpha, beta, inputs, needs, zero=True)
+        results = _new_gradients(grad_output, weight, bias, alpha, beta, inputs, needs)
+        shares = (weight.dim() == 2, bias is not None and bias.dim() == 1, True, True, False)
+        for result, is_sum in zip(results, shares, strict=True):
+            if is_sum:
+                result.zero_()
+        shares_weight = shares[0]
         # A shared weight's gradient is a sum over windows, kept in float64 until the end.
-        summed = (results[0].double(), *results[1:])
+        summed = (results[0].double() if shares_weight else results[0], *results[1:])
         needs_weight, needs_bias, needs_scales, needs_inputs = needs
         wanted = (needs_weight, needs_bias, needs_scales, needs_scales, needs_inputs)
-        shares_weight = weight.dim() == 2
-        into = solver.Gradients(
-            *(
-                result if want else None
-                for result, want in zip(summed if shares_weight else results, wanted, strict=True)
-            )
-        )
+        into = solver.Gradients(*(result if want else None for result, want in zip(summed, wanted, strict=True)))
         outside = grad_output[:-1].contiguous() if everywhere else None
         # With every state at hand, all layers are one stretch, which the solver cuts into its windows.
         stretch = at_once if window else max(steps, 1)
@@ -278,12 +278,13 @@ def _make_forward(backend: str, filter: Tensor, tolerance: float, window: int, s
 
 
 def _sequential_kernel(backend: str, like: Tensor) -> str:
-    """Of the recurrence, beside kernels of sweeps on ``backend``."""
-    return (
-        "reference"
-        if backend == "reference"
-        else orthogonal_filter.choose_kernel(like.device, like.shape[-1], like.itemsize)
-    )
+    """Of the recurrence, beside kernels of sweeps on ``backend``; plain torch where that takes no such width."""
+    if backend == "reference":
+        return "reference"
+    try:
+        return orthogonal_filter.choose_kernel(like.device, like.shape[-1], like.itemsize)
+    except _backends.BackendError:
+        return "reference"
 
 
 def sequential_forward(backend: str, filter: Tensor) -> solver.SequentialForward:
@@ -328,9 +329,10 @@ def sequential_backward(backend: str, filter: Tensor) -> solver.SequentialBackwa
             grad_h0, *found, _ = _library.get_overload(orthogonal_filter.BACKWARD, kernel)(
                 grad_output.contiguous(), checkpoints, *arguments, *needs, gradients.inputs is not None, False
             )
-        for into, gradient in zip(gradients, found, strict=True):
+        shares = (layers.weight.dim() == 2, layers.bias is not None and layers.bias.dim() == 1, True, True, False)
+        for into, gradient, is_sum in zip(gradients, found, shares, strict=True):
             if into is not None:
-                into.add_(gradient)
+                (into.add_ if is_sum else into.copy_)(gradient)
         return grad_h0
 
     return backward
@@ -453,13 +455,15 @@ def choose_solver(h0, weight, bias, filter, alpha, beta, inputs) -> str:
     if filter.dim() == 3 or h0.is_meta:
         return "sequential"
     steps = count_steps(weight, bias, filter, alpha, beta, inputs)
+    permutes, shares_weight = reference.is_permutation(filter), weight.dim() == 2
+    call = Call(device_key(h0.device), permutes, shares_weight, steps, *h0.shape)
+    largest_c = largest_c_faster(call)
+    if largest_c is None:
+        return "sequential"
+    # A tensor is only looked at where it counts: on a GPU the host waits for its value.
     if isinstance(beta, Tensor):
         # Values of traced tensors are not there to look at.
         if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(beta):
             return "sequential"
         beta = beta.detach().abs().max().item() if beta.numel() else 0.0
-    c = 1.0 if beta is None else beta * steps
-    rows, width = h0.shape
-    permutes = reference.is_permutation(filter)
-    call = Call(device_key(h0.device), permutes, weight.dim() == 2, steps, rows, width, c)
-    return "parallel" if is_parallel_faster(call) else "sequential"
+    return "parallel" if beta is None or 0 <= beta * steps <= largest_c else "sequential"

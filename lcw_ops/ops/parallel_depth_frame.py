@@ -8,11 +8,9 @@ to 1e-7 only, which 50,000 steps would show: its own eigenvalues and eigenvector
 
 import math
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 # The largest condition number of B: so many times the rounding of a state may grow on its way into the basis and back.
 MAX_CONDITION = 4.0
@@ -34,17 +32,20 @@ class Frame(NamedTuple):
     exact_inverse: Tensor
 
 
-_frames: WeakKeyDictionary = WeakIdKeyDictionary()
+# The last few filters, by value, and their frames: the same one is asked for again and again.
+_REMEMBERED = 8
+_frames: list[tuple[Tensor, Frame | None]] = []
 
 
 def get_frame(filter: Tensor) -> Frame | None:
     """The frame of a matrix (N, N), in its dtype; None where no well-conditioned one was found. Remembered."""
-    version = None if filter.is_inference() else filter._version
-    known = _frames.get(filter)
-    if known is not None and version is not None and known[0] == version:
-        return known[1]
+    kind = filter.dtype, filter.device, filter.shape
+    for known, frame in _frames:
+        if (known.dtype, known.device, known.shape) == kind and torch.equal(known, filter):
+            return frame
     frame = find_frame(filter)
-    _frames[filter] = (version, frame)
+    _frames.insert(0, (filter.detach().clone(), frame))
+    del _frames[_REMEMBERED:]
     return frame
 
 
@@ -53,8 +54,10 @@ def find_frame(filter: Tensor) -> Frame | None:
     if not len(matrix) or not matrix.isfinite().all():
         return None
     for find_basis in (_eigenbasis, _eigenbasis_of_normal):
-        basis = find_basis(matrix)
-        frame = None if basis is None else _checked_frame(matrix, basis)
+        try:
+            frame = _checked_frame(matrix, find_basis(matrix))
+        except torch.linalg.LinAlgError:
+            continue
         if frame is not None:
             return Frame(*(part.to(filter.device) for part in frame))._replace(
                 basis=frame.basis.to(filter), inverse=frame.inverse.to(filter)
@@ -81,17 +84,14 @@ def _checked_frame(matrix: Tensor, basis: Tensor) -> Frame | None:
     return Frame(basis, inverse, torch.cat((cosine, sine)), basis, inverse)
 
 
-def _eigenbasis(matrix: Tensor) -> Tensor | None:
+def _eigenbasis(matrix: Tensor) -> Tensor:
     """Of any matrix: ill-conditioned where eigenvalues coincide."""
-    try:
-        values, vectors = torch.linalg.eig(matrix)
-    except torch.linalg.LinAlgError:
-        return None
+    values, vectors = torch.linalg.eig(matrix)
     pairs = vectors[:, values.imag > 0]
     return _real_basis(pairs, vectors[:, values.imag == 0].real)
 
 
-def _eigenbasis_of_normal(matrix: Tensor) -> Tensor | None:
+def _eigenbasis_of_normal(matrix: Tensor) -> Tensor:
     """Of an exactly normal matrix (a permutation, a reflection), with coinciding eigenvalues too.
 
     O and O^T share their eigenvectors v, O v = l v, with the Hermitian (z O + (z O)^H) / 2, whose eigenvalue is

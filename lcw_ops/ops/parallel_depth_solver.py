@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcw_ops.ops._precision import full_float32
 from lcw_ops.ops.parallel_depth_frame import Frame, get_frame
 from lcw_ops.reference import parallel_depth as reference
 
@@ -38,7 +39,7 @@ class Solve:
         contraction: rho, the last change over the one before; NaN after fewer than two sweeps.
         residual: d_k, the largest relative change of a state in the last sweep.
         error: estimate of the relative error that is left.
-        converged: whether that is below the tolerance; False for a window that was given up.
+        converged: whether that is below the tolerance, or nothing but rounding; False for a window that was given up.
     """
 
     direction: str
@@ -100,6 +101,8 @@ class Convergence:
         # After as many sweeps as layers every state is exact, and a sweep that changes nothing is the last one.
         if len(self.changes) >= self.layers or self.changes[-1] == 0:
             return 0.0
+        if self.is_rounding:
+            return self.changes[-1]
         rho = self.contraction
         return rho / (1 - rho) * self.changes[-1] if rho < 1 else math.inf
 
@@ -192,6 +195,20 @@ class Layers(NamedTuple):
             torch.mm(grad_pre.flatten(0, 1), self.weight, out=out.flatten(0, 1))
 
 
+class _Workspace:
+    """Memory that windows and sweeps use one after the other."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor) -> Tensor:
+        """A tensor of that shape, with anything in it."""
+        buffer = self.buffers.get(name)
+        if buffer is None or len(buffer) < len(like):
+            buffer = self.buffers[name] = torch.empty_like(like)
+        return buffer[: len(like)]
+
+
 class _DirectScan:
     """Sweeps with a filter that the kernels take as it is."""
 
@@ -208,12 +225,16 @@ class _DirectScan:
     finish_adjoint = finish
 
     def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
-        return self.kernels.sweep_(
-            states, product, layers.bias, layers.inputs, self.filter, layers.alpha, layers.beta, layers.activation
-        )
+        arguments = (product, layers.bias, layers.inputs, self.filter, layers.alpha, layers.beta, layers.activation)
+        # The plain scan multiplies by a matrix.
+        with full_float32(states.device):
+            return self.kernels.sweep_(states, *arguments)
 
     def adjoint_sweep(self, layers, gradients, product, outside, slope, scaled) -> Tensor:
-        return self.kernels.adjoint_sweep_(gradients, product, outside, self.transposed, layers.alpha, slope, scaled)
+        with full_float32(gradients.device):
+            return self.kernels.adjoint_sweep_(
+                gradients, product, outside, self.transposed, layers.alpha, slope, scaled
+            )
 
 
 class _FrameScan:
@@ -228,6 +249,7 @@ class _FrameScan:
         self.basis, self.inverse = frame.basis, frame.inverse
         self.transposed = reference.transpose_filter(frame.rotation)
         self.one = self.basis.new_ones(1)
+        self.workspace = _Workspace()
         self.inside: Tensor | None = None
         self.carried: Tensor | None = None
 
@@ -246,12 +268,12 @@ class _FrameScan:
 
     def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
         if self.inside is None:
-            self.inside = torch.empty_like(states)
+            self.inside = self.workspace.take("inside", states)
             self.inside[0] = self._entered(states[0], self.frame.exact_inverse.mT)
         source = None
         if product is not None:
             self.kernels.activate_(product, layers.bias, layers.inputs, layers.beta, layers.activation, False)
-            source = torch.empty_like(product)
+            source = self.workspace.take("source", product)
             multiply_exactly(product, self.inverse.mT, source)
         change = self.kernels.sweep_(
             self.inside, source, None, None, self.frame.rotation, layers.alpha, self.one, "identity"
@@ -261,14 +283,14 @@ class _FrameScan:
 
     def adjoint_sweep(self, layers, gradients, product, outside, slope, scaled) -> Tensor:
         if self.inside is None:
-            self.inside = torch.empty_like(gradients)
+            self.inside = self.workspace.take("inside", gradients)
             self.inside[-1] = self._entered(gradients[-1], self.frame.exact_basis)
             if outside is not None:
-                self.outside = torch.empty_like(outside)
+                self.outside = self.workspace.take("outside", outside)
                 multiply_exactly(outside, self.basis, self.outside)
         source = None
         if product is not None:
-            source = torch.empty_like(product)
+            source = self.workspace.take("source", product)
             multiply_exactly(product, self.basis, source)
         change = self.kernels.adjoint_sweep_(
             self.inside, source, self.outside, self.transposed, layers.alpha, None, None
@@ -283,21 +305,8 @@ class _FrameScan:
 
 def multiply_exactly(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """rows @ matrix, never in TensorFloat-32: states carry all their digits from layer to layer."""
-    with _full_float32(rows.device):
+    with full_float32(rows.device):
         torch.mm(rows.reshape(-1, rows.shape[-1]), matrix, out=out.view(-1, out.shape[-1]))
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def make_scan(kernels, reference_kernels, filter: Tensor):
@@ -314,7 +323,9 @@ def default_window(weight: Tensor, rows: int, steps: int) -> int:
     if not weight.is_cpu:
         return max(steps, 1)
     width = weight.shape[-1]
-    per_layer = weight.itemsize * (4 * rows * width + (width * width if weight.dim() == 3 else 0))
+    per_layer = max(weight.itemsize, torch.float32.itemsize) * (
+        4 * rows * width + (width * width if weight.dim() == 3 else 0)
+    )
     return max(LEAST_WINDOW, min(steps, CACHED_BYTES // max(per_layer, 1)))
 
 
@@ -334,6 +345,7 @@ class Windows:
         self.scan, self.window = scan, window
         self.tolerance_per_layer = tolerance / max(steps, 1)
         self.asked = window
+        self.workspace = _Workspace()
         self.given_up: Convergence | None = None
         # Where the window after the last solved one would begin.
         self.next_layer: int | None = None
@@ -363,16 +375,18 @@ class Windows:
 
 
 def warn_of_given_up(*windows: Windows) -> None:
-    """One warning for the first of these that did not converge."""
+    """One warning for the first of these that did not converge, in the same words every time: Python shows it once."""
     given_up = next((one for one in windows if one.given_up is not None), None)
     if given_up is None:
         return
-    went_on = "the sequential solver" if given_up.is_sequential else f"windows of {given_up.window} layers"
+    tried = f"{given_up.direction}, windows of {given_up.asked}"
+    if not math.isfinite(given_up.given_up.changes[-1]):
+        advice = "a state or a gradient is not finite"
+    else:
+        advice = 'a smaller window or a smaller beta converges faster, solver="sequential" always does'
     warnings.warn(
-        f"orthogonal_filter: the parallel solver did not converge ({given_up.direction}, windows of {given_up.asked} "
-        f"layers, then {given_up.given_up.layers}: contraction {given_up.given_up.contraction:.2g} per sweep); it went "
-        f"on with {went_on}, and the result is right, but late. Give window={max(given_up.window, 1)}, or "
-        'solver="sequential"; a smaller beta converges faster',
+        f"orthogonal_filter: the parallel solver did not converge ({tried}); smaller windows and in the end the "
+        f"sequential solver went on, and the result is right, but late: {advice}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -386,7 +400,6 @@ class Forward(Windows):
     def __init__(self, scan, tolerance: float, window: int, steps: int, sequential: SequentialForward) -> None:
         super().__init__(scan, tolerance, window, steps)
         self.sequential = sequential
-        self.product: Tensor | None = None
 
     def run(self, states: Tensor, layers: Layers) -> None:
         """Fills states[1:] from states[0]; ``states`` (D+1, M, N) of all of ``layers``."""
@@ -406,9 +419,7 @@ class Forward(Windows):
     def _solve(self, states: Tensor, layers: Layers) -> bool:
         steps = len(states) - 1
         layers = layers.to_dtype(states.dtype)
-        if self.product is None or len(self.product) < steps:
-            self.product = torch.empty_like(states[1:])
-        product = self.product[:steps]
+        product = self.workspace.take("product", states[1:])
         self.scan.begin(continues=layers.first == self.next_layer)
         self.scan.sweep(layers, states, None)
 
@@ -426,7 +437,8 @@ class Forward(Windows):
 class Gradients(NamedTuple):
     """Where a backward pass leaves what it finds, each of its argument's shape; None where nobody asks.
 
-    Those of arguments that all layers share are sums; ``weight`` is in float64 then.
+    Those of arguments that all layers share, and of alpha and beta, are added to what is there, the others written;
+    a shared weight's is in float64.
     """
 
     weight: Tensor | None
@@ -493,10 +505,10 @@ class Backward(Windows):
     def _solve(self, gradient, states, layers, outside, gradients) -> Tensor | None:
         steps = len(states) - 1
         layers = layers.to_dtype(states.dtype)
-        slope = torch.empty_like(states[1:])
+        slope, grad_pre, product = (self.workspace.take(name, states[1:]) for name in ("slope", "grad_pre", "product"))
+        adjoint = self.workspace.take("adjoint", states)
         layers.multiply(states[:-1], slope)
         self.kernels.activate_(slope, layers.bias, layers.inputs, layers.beta, layers.activation, True)
-        adjoint, grad_pre, product = torch.empty_like(states), torch.empty_like(slope), torch.empty_like(slope)
         adjoint[-1] = gradient
         self.scan.begin(continues=layers.first + steps == self.next_layer)
         self.scan.adjoint_sweep(layers, adjoint, None, outside, slope, grad_pre)
@@ -530,7 +542,8 @@ class Backward(Windows):
             else:
                 gradients.weight.copy_(torch.bmm(grad_pre.mT, before))
         if gradients.alpha is not None:
-            _add_inner_products(gradients.alpha, adjoint[1:], reference.apply_filter(before, self.filter))
+            with full_float32(before.device):
+                _add_inner_products(gradients.alpha, adjoint[1:], reference.apply_filter(before, self.filter))
         if gradients.beta is not None:
             layers.multiply(before, spare)
             one = spare.new_ones(1)
