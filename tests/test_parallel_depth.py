@@ -596,9 +596,9 @@ def test_the_default_window_fits_into_the_cache():
     for rows, width, shape in [(8, 64, (100_000, 64, 64)), (128, 128, (128, 128)), (1, 1, (1, 1)), (0, 0, (0, 0))]:
         weight = torch.empty(1).expand(shape)
         window = solver.default_window(weight, rows, 100_000)
-        assert solver.LEAST_WINDOW <= window <= 100_000
+        assert solver.LEAST_DEFAULT_WINDOW <= window <= 100_000
         per_layer = 4 * (4 * rows * width + (width * width if len(shape) == 3 else 0))
-        assert window * per_layer <= solver.CACHED_BYTES or window == solver.LEAST_WINDOW
+        assert window * per_layer <= solver.CACHED_BYTES or window == solver.LEAST_DEFAULT_WINDOW
     assert solver.default_window(torch.empty(50, 4, 4), 2, 50) == 50
     assert solver.default_window(torch.empty(50_000, 64, 64, device="meta"), 8, 50_000) == 50_000
 

@@ -26,6 +26,8 @@ LEAST_WINDOW = 8
 
 # What one window's weights and states may take on a CPU: a sweep reads them again, from a cache if they fit in there.
 CACHED_BYTES = 8 * 2**20
+# Fewer layers at a time, of wide nets, would be more calls than work.
+LEAST_DEFAULT_WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def default_window(weight: Tensor, rows: int, steps: int) -> int:
     per_layer = max(weight.itemsize, torch.float32.itemsize) * (
         4 * rows * width + (width * width if weight.dim() == 3 else 0)
     )
-    return max(LEAST_WINDOW, min(steps, CACHED_BYTES // max(per_layer, 1)))
+    return max(1, min(steps, max(LEAST_DEFAULT_WINDOW, CACHED_BYTES // max(per_layer, 1))))
 
 
 # (h_0, layers, how many) -> all their states (D+1, M, N)
@@ -336,14 +338,14 @@ SequentialForward = Callable[[Tensor, Layers, int], Tensor]
 class Windows:
     """What forward and backward share: the size of the window, and the sweeps in one.
 
-    The errors of windows add up, so each has its share of the tolerance for all ``steps`` layers.
+    Each has its share of the tolerance for all ``steps`` layers: errors of windows add up like independent ones.
     """
 
     direction: str
 
     def __init__(self, scan, tolerance: float, window: int, steps: int) -> None:
         self.scan, self.window = scan, window
-        self.tolerance_per_layer = tolerance / max(steps, 1)
+        self.tolerance, self.steps = tolerance, steps
         self.asked = window
         self.workspace = _Workspace()
         self.given_up: Convergence | None = None
@@ -352,7 +354,7 @@ class Windows:
 
     def converge(self, first_layer: int, layers: int, dtype: torch.dtype, sweep: Callable[[], Tensor]) -> bool:
         """Sweeps until they have converged, or cannot."""
-        convergence = Convergence(layers, self.tolerance_per_layer * layers, dtype)
+        convergence = Convergence(layers, self.tolerance * math.sqrt(layers / self.steps), dtype)
         while True:
             convergence.add(sweep().item())
             done = convergence.has_converged
