@@ -10,6 +10,7 @@ range begins. Then a rank scans its range from there. The adjoint runs the same 
 
 import math
 import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.parallel import DistributedDataParallel
 
 from lcw_ops.nn.orthogonal_filter import OrthogonalFilterMLP, _OrthogonalFilter
 from lcw_ops.ops import _backends, parallel_depth
 from lcw_ops.ops import parallel_depth_solver as solver
+from lcw_ops.ops._precision import full_float32
 from lcw_ops.ops.parallel_depth_frame import Frame, get_frame
 from lcw_ops.reference import parallel_depth as reference
 from lcw_ops.reference.orthogonal_filter import scale_tensors, state_dtype
@@ -38,14 +41,15 @@ _PER_LAYER = ("weight", "bias")
 _PIECE_BYTES = 64 * 2**20
 
 # How far apart the sketches of what should be one tensor may be. Rounding moves them by less, other samples by about 1.
-_SKETCH_TOLERANCE = 1e-2
+_SKETCH_TOLERANCE = 1e-3
+_SKETCH_TOLERANCE_OF_16_BITS = 1e-2
 
 
 class DepthParallel(_OrthogonalFilter):
     """An :class:`lcw_ops.nn.OrthogonalFilterMLP` over a process group: every rank owns a contiguous range of layers.
 
     Every rank passes the same x, gets the same y and computes the same loss. A sweep costs one all-gather of (M, N)
-    per rank and one all-reduce of a number, a pass one more of ten numbers, by which ranks find out whether they make
+    per rank and one all-reduce of a number, a pass one more of a few numbers, by which ranks find out whether they make
     the same call; there is no pipeline to fill, and no micro-batches. The result of a sweep is that of one process to
     rounding. See docs/parallel_depth.md; derived by us.
 
@@ -65,8 +69,8 @@ class DepthParallel(_OrthogonalFilter):
             their gradients are: use one kind of machine and one number of threads, or they part by rounding.
 
     Sweeps that do not converge are given up by all ranks alike: then the layers run one after the other in the order of
-    the ranks, with one RuntimeWarning, on rank 0. Memory: all states of a rank's range, (D + 1, M, N), are kept for
-    backward.
+    the ranks, with one RuntimeWarning, on rank 0, after the pass; where the user has made it an error all ranks raise.
+    Memory: all states of a rank's range, (D + 1, M, N), are kept for backward.
 
     Training:
         Any torch optimizer on ``parameters()``: what it does must not depend on other layers' gradients. To clip by the
@@ -74,14 +78,22 @@ class DepthParallel(_OrthogonalFilter):
         other gradients. A gradient scaler must skip a step on all ranks or none:
         ``torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler``.
         ``state_dict()`` is this rank's; :meth:`full_state_dict` and :meth:`load_full_state_dict` are the plain
-        module's. Data parallelism over another group: ``DistributedDataParallel(depth_parallel, process_group=other)``.
+        module's. The module itself cannot be pickled.
+        Data parallelism: ``DistributedDataParallel(depth_parallel, process_group=other)``, where ``other`` has the
+        ranks with the same range of layers, one of each depth group. Over a group with two ranks of this one, as the
+        default group is, it overwrites the layers of one by the other's when it is made; its first call raises.
 
     Raises:
         ValueError: at construction: no process group, more ranks than layers, modules that differ between ranks, one
             filter per layer, alpha or beta that require a gradient, a window. In a call, on every rank alike: another
-            shape, dtype, gradient mode or other numbers than the other ranks', and whatever the plain module refuses.
-        RuntimeError: a rank stopped answering: raised within the group's timeout, from the backend's own error. Or
-            derivatives of second order, which the plain module has.
+            shape, dtype, gradient mode, activation, tolerance or other numbers than the other ranks', and whatever the
+            plain module refuses. Numbers of the first state and of the output's gradient are compared by their norm and
+            two projections: differences below 1e-3 of the whole (1e-2 in 16 bits) are not noticed. Or data parallelism
+            over ranks of this group.
+        TypeError: at construction: another kind of module. In a call: dtypes that do not fit. When it is pickled.
+        RuntimeError: a rank stopped answering: with gloo raised within the group's timeout, from its own error; with
+            nccl torch's watchdog ends the process after the timeout instead. Or derivatives of second order, which the
+            plain module has.
     """
 
     def __init__(self, mlp: OrthogonalFilterMLP, process_group: dist.ProcessGroup | None = None) -> None:
@@ -119,9 +131,12 @@ class DepthParallel(_OrthogonalFilter):
                 group.broadcast(tensor, 0, f"the broadcast of {key} at construction")
 
     def forward(self, x: Tensor) -> Tensor:
-        h0, error = None, None
+        h0, recurrence, error = None, None, None
         try:
+            self._refuse_same_group()
             h0 = self._first_state(x)
+            dtype = state_dtype(h0.dtype)
+            recurrence = self._make_recurrence(dtype)
         except Exception as refusal:
             # Raised below, once the other ranks know.
             error = refusal
@@ -129,11 +144,28 @@ class DepthParallel(_OrthogonalFilter):
         if needs_gradient and not any(tensor.requires_grad for tensor in (h0, self.weight, self.bias)):
             # Other ranks take part in a backward pass, which has to come by here too.
             h0 = h0.detach().requires_grad_()
-        dtype = state_dtype(h0.dtype)
-        h = _Recurrence.apply(h0.to(dtype), self.weight, self.bias.to(dtype), self._make_recurrence(dtype))
+        h = _Recurrence.apply(h0.to(dtype), self.weight, self.bias.to(dtype), recurrence)
         # As of the plain module: under autocast it stays as it is.
         result_dtype = dtype if torch.is_autocast_enabled(h0.device.type) else h0.dtype
         return self.output_layer(h.to(result_dtype)).reshape(*x.shape[:-1], self.out_features)
+
+    def _refuse_same_group(self) -> None:
+        """ValueError inside of a DistributedDataParallel that has given these layers to other ranks of the group."""
+        # Only the wrapper tells: equal layers on all ranks may be meant.
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is None or not any(
+            tensor is self.weight and name not in wrapper.parameters_to_ignore
+            for name, tensor in wrapper.module.named_parameters()
+        ):
+            return
+        own, theirs = (dist.get_process_group_ranks(over.process_group) for over in (self.group, wrapper))
+        shared = sorted({*own} & {*theirs})
+        if len(shared) > 1:
+            raise ValueError(
+                f"DepthParallel: DistributedDataParallel is over ranks {shared}, each of which has other layers, and "
+                "has overwritten them with one rank's. Make the module again, and give DistributedDataParallel a "
+                "process_group that has one rank of each depth group"
+            )
 
     def _first_state(self, x: Tensor) -> Tensor:
         self._check_input("input", x, self.input_layer.weight)
@@ -152,8 +184,10 @@ class DepthParallel(_OrthogonalFilter):
             "the input",
             {
                 "the number of samples": -1 if h0 is None else len(h0),
-                "the dtype": -1 if h0 is None else _dtype_code(h0.dtype),
-                "the parameters' dtype": _dtype_code(self.weight.dtype),
+                "the dtype": -1 if h0 is None else _code(h0.dtype),
+                "the parameters' dtype": _code(self.weight.dtype),
+                "the activation": _code(self.activation),
+                "the tolerance": _code(self.tolerance),
                 "whether gradients are enabled": enabled,
             },
             h0,
@@ -241,9 +275,9 @@ class DepthParallel(_OrthogonalFilter):
         problems = [f"{key} is missing" for key in expected if key not in state_dict]
         problems += [f"{key} is unexpected" for key in state_dict if key not in expected]
         for key, shape in expected.items():
-            tensor = state_dict.get(key)
-            if tensor is None:
+            if key not in state_dict:
                 continue
+            tensor = state_dict[key]
             if not isinstance(tensor, Tensor) or tensor.is_meta:
                 problems.append(f"{key} is {type(tensor).__name__}, expected a tensor with values")
             elif tensor.shape != shape:
@@ -286,6 +320,12 @@ class _Group:
         """A copied module is one of the same ranks."""
         return self
 
+    def __reduce__(self):
+        raise TypeError(
+            "DepthParallel: the module belongs to a process group and cannot be pickled; save its full_state_dict(), "
+            "or every rank's state_dict()"
+        )
+
     @contextmanager
     def _answered(self, what: str) -> Iterator[None]:
         try:
@@ -309,11 +349,12 @@ class _Group:
             if isinstance(theirs, Exception):
                 raise theirs if rank == self.rank else type(theirs)(f"{theirs} (on rank {rank})")
         for rank, theirs in enumerate(described):
-            for name, value in theirs.items():
-                if value != described[0][name]:
+            for name in {**described[0], **theirs}:
+                expected, value = described[0].get(name), theirs.get(name)
+                if value != expected:
                     raise ValueError(
-                        f"DepthParallel: {name} of the module is {value} on rank {rank} and {described[0][name]} on "
-                        "rank 0; make it with the same arguments on every rank"
+                        f"DepthParallel: {name} of the module is {value} on rank {rank} and {expected} on rank 0; make "
+                        "it with the same arguments on every rank"
                     )
 
     def agree(
@@ -328,7 +369,7 @@ class _Group:
         """Whether any rank ``wants``; an error on all of them where one has it or they differ in facts or numbers."""
         failed = self.rank + 1 if error is not None else 0
         told = torch.tensor([failed, wants, *facts.values()], dtype=torch.float64, device=device)
-        sketch = told.new_zeros(2) if sample is None else _sketch(sample)
+        sketch = told.new_zeros(3) if sample is None else _sketch(sample)
         told = torch.cat((told, sketch))
         told = torch.cat((told, -told))
         with self._answered(f"the agreement on {what}"):
@@ -344,7 +385,11 @@ class _Group:
         for name, high, low in zip(facts, most[2:], least[2:], strict=False):
             if high != low:
                 raise ValueError(f"DepthParallel: {what}: ranks differ in {name}; every rank has to make the same call")
-        if any(high - low > _SKETCH_TOLERANCE for high, low in zip(most[-2:], least[-2:], strict=True)):
+        # The norm is compared relative to itself, the others' size is about 1.
+        *apart, norms_apart = (high - low for high, low in zip(most[-3:], least[-3:], strict=True))
+        has_16_bits = sample is not None and sample.itemsize == 2
+        tolerance = _SKETCH_TOLERANCE_OF_16_BITS if has_16_bits else _SKETCH_TOLERANCE
+        if max(apart) > tolerance or norms_apart > tolerance * most[-1]:
             raise ValueError(
                 f"DepthParallel: {what}: the numbers differ between ranks; every rank has to pass the same samples and "
                 "compute the same loss (parts of a batch are for data parallelism, over another group)"
@@ -413,29 +458,34 @@ def _describe(mlp: OrthogonalFilterMLP) -> dict[str, object]:
     def describe(value):
         return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else value
 
-    names = ("in_features", "width", "depth", "out_features", "activation", "tolerance")
-    tensors = ("weight", "filter", "alpha", "beta")
-    return {name: describe(getattr(mlp, name)) for name in (*names, *tensors)}
+    names = ("in_features", "width", "depth", "out_features", "activation", "tolerance", "alpha", "beta")
+    values = {name: getattr(mlp, name) for name in names} | mlp.state_dict()
+    return {name: describe(value) for name, value in values.items()}
 
 
-def _dtype_code(dtype: torch.dtype) -> int:
-    return (torch.float64, torch.float32, torch.bfloat16, torch.float16).index(dtype)
+def _code(value: object) -> int:
+    """A number by which ranks compare what is none."""
+    return zlib.crc32(repr(value).encode())
 
 
 def _sketch(sample: Tensor) -> Tensor:
-    """Two numbers of size about 1 that hardly two samples (M, N) share; 0 where the sample is not finite."""
+    """Two numbers of size about 1 and the norm, which hardly two samples (M, N) share; 0 where it is not finite."""
     numbers = sample.detach().double()
     phases = [torch.arange(size, dtype=torch.float64, device=sample.device) for size in numbers.shape]
     rows, units = (torch.stack((phase.cos(), phase.sin())) for phase in phases)
-    inner = ((rows @ numbers) * units).sum(1)
-    return (inner / numbers.norm()).nan_to_num(0.0, 0.0, 0.0)
+    inner, norm = ((rows @ numbers) * units).sum(1), numbers.norm().reshape(1)
+    return torch.cat((inner / norm, norm)).nan_to_num(0.0, 0.0, 0.0)
 
 
 # ---- The recurrence --------------------------------------------------------------------------------------------------
 
 
 class _Basis(NamedTuple):
-    """Where scans run: in the filter's frame, in which it rotates pairs of units, or with the filter as it is."""
+    """Where scans run: in the filter's frame, in which it rotates pairs of units, or with the filter as it is.
+
+    Ranks may have found different frames, or none: the order and signs of eigenvectors depend on the CPU and on its
+    number of threads. So what ranks exchange is in the plain basis.
+    """
 
     kernels: parallel_depth.Kernels
     filter: Tensor
@@ -451,6 +501,24 @@ class _Basis(NamedTuple):
             return cls(parallel_depth.get_kernels("reference"), filter, None)
         return cls(kernels, frame.rotation, frame)
 
+    def scan(self, states: Tensor, source: Tensor | None, alpha: Tensor) -> Tensor:
+        # The plain scan multiplies by a matrix.
+        with full_float32(states.device):
+            one = alpha.new_ones(1)
+            return self.kernels.sweep_(states, source, None, None, self.filter, alpha, one, "identity")
+
+    def scan_adjoint(
+        self,
+        gradients: Tensor,
+        source: Tensor | None,
+        transposed: Tensor,
+        alpha: Tensor,
+        slope: Tensor | None = None,
+        scaled: Tensor | None = None,
+    ) -> Tensor:
+        with full_float32(gradients.device):
+            return self.kernels.adjoint_sweep_(gradients, source, None, transposed, alpha, slope, scaled)
+
     def enter(self, states: Tensor, out: Tensor) -> Tensor:
         """States (..., N) in this basis; ``out`` is for them where they are not these."""
         return states if self.frame is None else _multiplied(states, self.frame.inverse.mT, out)
@@ -464,19 +532,19 @@ class _Basis(NamedTuple):
     def leave_adjoint(self, gradients: Tensor, out: Tensor) -> Tensor:
         return gradients if self.frame is None else _multiplied(gradients, self.frame.inverse, out)
 
-    # The same for what goes into the chain of ranges and comes out of it, (M, N), in float64.
+    # The same for what goes into the chain of ranges and comes out of it, (..., M, N), in float64.
 
     def enter_chain(self, state: Tensor) -> Tensor:
         return state.double() if self.frame is None else state.double() @ self.frame.exact_inverse.mT
 
     def leave_chain(self, state: Tensor) -> Tensor:
-        return state if self.frame is None else state @ self.frame.exact_basis.mT
+        return state if self.frame is None else state.double() @ self.frame.exact_basis.mT
 
     def enter_chain_adjoint(self, gradient: Tensor) -> Tensor:
         return gradient.double() if self.frame is None else gradient.double() @ self.frame.exact_basis
 
     def leave_chain_adjoint(self, gradient: Tensor) -> Tensor:
-        return gradient if self.frame is None else gradient @ self.frame.exact_inverse
+        return gradient if self.frame is None else gradient.double() @ self.frame.exact_inverse
 
 
 def _multiplied(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
@@ -539,7 +607,6 @@ class _DepthRecurrence:
         self.start, self.stop = bounds[group.rank : group.rank + 2]
         self.basis = _Basis.find(filter, backend)
         self.carry = _Carry.over(bounds, self.basis.filter, alpha)
-        self.one = alpha.new_ones(1)
         self.is_sequential = False
 
     def _own_layers(self, weight: Tensor, bias: Tensor) -> solver.Layers:
@@ -552,7 +619,10 @@ class _DepthRecurrence:
         """h_L, the same on every rank, and the states of this rank's layers, (D + 1, M, N)."""
         layers = self._own_layers(weight, bias)
         found = self._sweep_forward(h0.contiguous(), layers.to_dtype(h0.dtype))
-        return self._run_in_order(h0, layers) if found is None else found
+        if found is None:
+            found = self._run_in_order(h0, layers)
+            self._warn("forward")
+        return found
 
     def _sweep_forward(self, h0: Tensor, layers: solver.Layers) -> tuple[Tensor, Tensor] | None:
         basis, kernels, rank = self.basis, self.basis.kernels, self.group.rank
@@ -566,7 +636,7 @@ class _DepthRecurrence:
 
         def scan(source: Tensor | None) -> Tensor:
             inside[0] = between[rank]
-            change = kernels.sweep_(inside, source, None, None, basis.filter, layers.alpha, self.one, "identity")
+            change = basis.scan(inside, source, layers.alpha)
             basis.leave(inside, states)
             return change
 
@@ -581,13 +651,13 @@ class _DepthRecurrence:
             kernels.activate_(product, layers.bias, None, layers.beta, layers.activation, False)
             source = basis.enter(product, other[1:])
             from_zero[0] = 0
-            kernels.sweep_(from_zero, source, None, None, basis.filter, layers.alpha, self.one, "identity")
-            added = self.group.gather(from_zero[-1], f"the all-gather of the states between ranks in sweep {count}")
-            between = self.carry.run(first, added)
+            basis.scan(from_zero, source, layers.alpha)
+            own = basis.leave_chain(from_zero[-1]).to(h0.dtype)
+            added = self.group.gather(own, f"the all-gather of the states between ranks in sweep {count}")
+            between = self.carry.run(first, basis.enter_chain(added))
             return self.group.largest(scan(source), f"the all-reduce of the residual of sweep {count}")
 
         if not sweeps.converge(0, self.depth, h0.dtype, sweep):
-            self._give_up(sweeps)
             return None
         return basis.leave_chain(between[-1]).to(h0.dtype), states
 
@@ -604,10 +674,13 @@ class _DepthRecurrence:
         )
         found = None
         # Where the states did not converge the gradients would not either.
-        if not self.is_sequential:
+        may_converge = not self.is_sequential
+        if may_converge:
             found = self._sweep_backward(gradient, states, layers.to_dtype(states.dtype), into)
         if found is None:
             found = self._run_back_in_order(gradient, states[0], layers, into)
+            if may_converge:
+                self._warn("backward")
         return found, into.weight, into.bias
 
     def _sweep_backward(
@@ -628,8 +701,8 @@ class _DepthRecurrence:
         def scan(source: Tensor | None) -> Tensor:
             inside[-1] = between[place]
             if basis.frame is None:
-                return kernels.adjoint_sweep_(inside, source, None, transposed, layers.alpha, slope, grad_pre)
-            change = kernels.adjoint_sweep_(inside, source, None, transposed, layers.alpha, None, None)
+                return basis.scan_adjoint(inside, source, transposed, layers.alpha, slope, grad_pre)
+            change = basis.scan_adjoint(inside, source, transposed, layers.alpha)
             basis.leave_adjoint(inside, adjoint)
             torch.mul(slope, adjoint[1:], out=grad_pre)
             return change
@@ -644,13 +717,13 @@ class _DepthRecurrence:
             layers.multiply_transposed(grad_pre, product)
             source = basis.enter_adjoint(product, other[1:])
             from_zero[-1] = 0
-            kernels.adjoint_sweep_(from_zero, source, None, transposed, layers.alpha, None, None)
-            what = f"the all-gather of the gradients between ranks in adjoint sweep {count}"
-            between = carry.run(last, self.group.gather(from_zero[0], what).flip(0))
+            basis.scan_adjoint(from_zero, source, transposed, layers.alpha)
+            own = basis.leave_chain_adjoint(from_zero[0]).to(states.dtype)
+            added = self.group.gather(own, f"the all-gather of the gradients between ranks in adjoint sweep {count}")
+            between = carry.run(last, basis.enter_chain_adjoint(added).flip(0))
             return self.group.largest(scan(source), f"the all-reduce of the residual of adjoint sweep {count}")
 
         if not sweeps.converge(0, self.depth, states.dtype, sweep):
-            self._give_up(sweeps)
             return None
         if into.weight is not None:
             into.weight.copy_(torch.bmm(grad_pre.mT, states[:-1]))
@@ -658,16 +731,22 @@ class _DepthRecurrence:
             torch.sum(grad_pre, 1, out=into.bias)
         return basis.leave_chain_adjoint(between[-1]).to(gradient.dtype)
 
-    def _give_up(self, sweeps: _Sweeps) -> None:
+    def _warn(self, direction: str) -> None:
+        """One warning, of a pass that has come to its end: where it is an error, it is one on all ranks."""
         self.is_sequential = True
+        error = None
         if self.group.rank == 0:
-            warnings.warn(
-                f"DepthParallel: sweeps over {self.depth} layers did not converge ({sweeps.direction}, contraction "
-                f"{sweeps.given_up.contraction:.2g} per sweep); the ranks went on one after the other, and the result "
-                "is right, but late. A smaller beta converges faster",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            try:
+                # In the same words every time: Python shows it once.
+                warnings.warn(
+                    f"DepthParallel: sweeps over {self.depth} layers did not converge ({direction}); the ranks went on "
+                    "one after the other, and the result is right, but late. A smaller beta converges faster",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            except RuntimeWarning as raised:
+                error = raised
+        self.group.agree("sweeps that do not converge", {}, None, self.alpha.device, error)
 
     def _run_in_order(self, h0: Tensor, layers: solver.Layers) -> tuple[Tensor, Tensor]:
         run = parallel_depth.sequential_forward(self.backend, self.filter)
