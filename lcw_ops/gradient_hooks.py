@@ -5,6 +5,7 @@ M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural N
 
 import functools
 import inspect
+import operator
 import sys
 import weakref
 from collections import OrderedDict
@@ -24,6 +25,11 @@ GROUP_KEY = "activate_gradients"
 
 # The code of what torch wraps around the step of every optimizer class to run the hooks.
 _STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
+
+_SETTINGS = {"kind", "alpha", "beta"}
+
+# The hooks of all optimizers that there are: an optimizer does not know by which others it is held.
+_attached: "weakref.WeakSet[ActivatedGradients]" = weakref.WeakSet()
 
 
 def activate_gradients(
@@ -54,9 +60,19 @@ def activate_gradients(
     - ``.grad`` itself is changed: a second step needs new gradients.
     - Gradients that share memory, with each other or in themselves, get memory of their own.
     - A subclass whose step calls ``super().step()`` is one step: the gradients are activated before the outer one.
+      A subclass that writes gradients inside its own step, before it calls its parent's, writes them after the
+      activation. Horovod's ``DistributedOptimizer`` does: call ``optimizer.synchronize()`` by hand, and then
+      ``optimizer.step()`` under ``with optimizer.skip_synchronize():``. Elsewhere, wrap one of
+      :mod:`lcw_ops.optim`, which activates inside the parent's step, or call
+      :func:`lcw_ops.functional.gradient_activation_` where the gradients are ready.
+    - A wrapper whose own step runs no hooks (Lightning Fabric's, Accelerate's, timm's ``Lookahead``) stands for the one
+      optimizer that it holds: that one's steps are meant. A wrapper with hooks of its own
+      (``ZeroRedundancyOptimizer``) is taken as it is. Of a wrapper and the optimizer inside, activate one.
+    - Only ``step`` runs hooks. Where steps are made by methods of other names (SAM's ``second_step``), or where an
+      attribute ``step`` of the instance leaves out the class' step, activate the optimizer that is stepped inside.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``.
+        optimizer: any ``torch.optim.Optimizer``, or a wrapper that is an instance of it and holds exactly one.
         kind, alpha, beta: "arctan", "tanh" or "log"; numbers > 0 that are normal in float32.
         params: those of the optimizer's parameters that are meant; default all, of groups added later too. Several
             calls for one optimizer must name different ones.
@@ -68,20 +84,19 @@ def activate_gradients(
         copies of that copy have no activation.
 
     Raises:
-        TypeError: no optimizer, no numbers, no parameters; at a step, a gradient that is sparse, or not float32,
+        TypeError: no optimizer, no numbers, no parameters; a wrapper whose step runs no hooks, and that does not hold
+            exactly one optimizer, of the same parameters; at a step, a gradient that is sparse, or not float32,
             float64, bfloat16 or float16.
         ValueError: unknown kind, numbers out of range; params that the optimizer does not have, or that are activated
-            already, by another call or by an lcw_ops.optim optimizer, which is to have gradient_activation=None; a
-            group with differentiable=True; at a step, a gradient that requires a gradient itself, or that is an
-            inference tensor outside of inference mode.
-        All groups are checked before any gradient is changed.
+            already, by another call, for this optimizer or for one around or inside it, or by an lcw_ops.optim
+            optimizer, which is to have gradient_activation=None; a group with differentiable=True; at a step, a
+            gradient that requires a gradient itself, or that is an inference tensor outside of inference mode, or an
+            optimizer that steps inside the step of another which has activated the same gradients.
+        All groups are checked before any gradient is changed. Numbers are checked here and by ``load_state_dict``; at a
+        step, only what a group says otherwise since then.
     """
     name = "activate_gradients"
-    if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(
-            f"{name}: optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer. Give the one that a "
-            "wrapper has inside."
-        )
+    optimizer = _find_stepping(name, optimizer)
     _check_function(name, kind, alpha, beta)
     if params is not None:
         params = _check_params(name, optimizer, params)
@@ -91,8 +106,12 @@ def activate_gradients(
             "name other params in both calls."
         )
     activation = ActivatedGradients(optimizer, kind, alpha, beta, params)
-    for group in optimizer.param_groups:
-        activation.settings(optimizer, group)
+    for index, group in enumerate(optimizer.param_groups):
+        activation.settings(optimizer, index, group)
+    around = (handle.optimizer() for handle in list(_attached))
+    around = [other for other in around if other is not None and _contains(_held_at_any_depth(other), optimizer)]
+    for other in (*_held_at_any_depth(optimizer), *around):
+        activation.check_apart(optimizer, other)
     activation.attach()
     return activation
 
@@ -105,6 +124,8 @@ class ActivatedGradients:
     ) -> None:
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = weakref.ref(optimizer)
         self._is_removed = False
+        # By the index of a group, what its own settings came to when they were last checked.
+        self._checked: dict[int, tuple[str, float, float]] = {}
         self.kind, self.alpha, self.beta, self.params = kind, alpha, beta, params
 
     def remove(self) -> None:
@@ -117,13 +138,38 @@ class ActivatedGradients:
             if not _activations(optimizer):
                 optimizer.__dict__.pop("__getstate__", None)
 
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """None once it is gone."""
+        return self._optimizer()
+
     def overlaps(self, params: list[Tensor] | None) -> bool:
         if self.params is None or params is None:
             return True
         return not set(map(id, self.params)).isdisjoint(map(id, params))
 
+    def acts_on(self, optimizer: torch.optim.Optimizer) -> set[int]:
+        """The ids of the parameters whose gradients are activated before a step of ``optimizer``."""
+        groups = [group for group in optimizer.param_groups if group.get(GROUP_KEY) is not False]
+        ids = {id(param) for group in groups for param in group["params"]}
+        return ids if self.params is None else ids.intersection(map(id, self.params))
+
+    def check_apart(self, optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+        """ValueError if a step of ``other``, which is around a step of ``optimizer`` or inside it, activates too."""
+        activated = {param for hook in _activations(other) if hook is not self for param in hook.acts_on(other)}
+        if isinstance(other, ActivatedOptimizer):
+            groups = [group for group in other.param_groups if group["gradient_activation"] is not None]
+            activated.update(id(param) for group in groups for param in group["params"])
+        if not self.acts_on(optimizer).isdisjoint(activated):
+            raise ValueError(
+                f"activate_gradients: a {type(optimizer).__name__} and a {type(other).__name__}, one of which steps "
+                "inside the other, would both activate the gradients of the same parameters. Activate one of the two: "
+                "call remove() on the handle of the other, or give it gradient_activation=None if it is one of "
+                "lcw_ops.optim."
+            )
+
     def attach(self) -> None:
         """As ``register_step_pre_hook`` does, but under a key that no other process numbers its hooks by."""
+        _attached.add(self)
         optimizer = self._optimizer()
         attributes = optimizer.__dict__
         attributes.setdefault("_optimizer_step_pre_hooks", OrderedDict())[self] = self
@@ -132,10 +178,10 @@ class ActivatedGradients:
         attributes["__getstate__"] = _StateWithActivation(optimizer)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_optimizer": self._optimizer()}
+        return {**self.__dict__, "_optimizer": self._optimizer(), "_checked": {}}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"_checked": {}, **state})
         optimizer = state["_optimizer"]
         if optimizer is None:
             self._optimizer = _no_optimizer
@@ -151,8 +197,16 @@ class ActivatedGradients:
     @torch._disable_dynamo
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before ``optimizer.step(closure)``; ``args`` begins with the optimizer."""
-        if self._is_removed or _is_inner_step(optimizer):
+        if self._is_removed:
             return None
+        around = _steps_around()
+        if any(self in getattr(other, "_optimizer_step_pre_hooks", ()) for other in around):
+            # The same optimizer: its class' step calls super().step().
+            return None
+        # Those with a hook look around themselves.
+        inside = [held for held in vars(optimizer).values() if isinstance(held, ActivatedOptimizer)]
+        for other in (*around, *inside):
+            self.check_apart(optimizer, other)
         if kwargs.get("grad_scaler") is not None:
             raise RuntimeError(
                 f"activate_gradients: {type(optimizer).__name__}.step takes grad_scaler and unscales the gradients "
@@ -181,7 +235,7 @@ class ActivatedGradients:
         chosen: dict[tuple | None, list[Tensor]] = {}
         for index, group in enumerate(optimizer.param_groups):
             params = group["params"] if wanted is None else [param for param in group["params"] if id(param) in wanted]
-            settings = self.settings(optimizer, group)
+            settings = self.settings(optimizer, index, group)
             if settings is not None:
                 params = _with_gradient(f"activate_gradients: param_groups[{index}]", params)
             chosen.setdefault(settings, []).extend(params)
@@ -201,8 +255,8 @@ class ActivatedGradients:
         for call in calls:
             ops.activate_(*call)
 
-    def settings(self, optimizer: torch.optim.Optimizer, group: dict) -> tuple[str, float, float] | None:
-        """kind, alpha and beta for one group, checked; None: it is left alone."""
+    def settings(self, optimizer: torch.optim.Optimizer, index: int, group: dict) -> tuple[str, float, float] | None:
+        """kind, alpha and beta for ``param_groups[index]``, checked; None: it is left alone."""
         if isinstance(optimizer, ActivatedOptimizer) and group["gradient_activation"] is not None:
             raise ValueError(
                 f"activate_gradients: {type(optimizer).__name__} has gradient_activation="
@@ -218,37 +272,115 @@ class ActivatedGradients:
                 "recorded by autograd. Activate with lcw_ops.reference.gradient_activation, which is differentiable, "
                 "and leave activate_gradients out."
             )
-        settings = {"kind": self.kind, "alpha": self.alpha, "beta": self.beta}
-        if override is not None:
-            if not isinstance(override, dict) or not override.keys() <= settings.keys():
-                raise ValueError(
-                    f"activate_gradients: a parameter group has {GROUP_KEY}={override!r}; expected False, or a dict "
-                    "with any of kind, alpha, beta."
-                )
-            settings |= override
-            _check_function("activate_gradients", **settings)
-        return settings["kind"], settings["alpha"], settings["beta"]
+        if override is None:
+            return self.kind, self.alpha, self.beta
+        return self.override(index, override)
+
+    def override(self, index: int, override: object) -> tuple[str, float, float]:
+        """What ``param_groups[index]`` says otherwise, completed; checked where it is not what was checked last."""
+        if not isinstance(override, dict) or not override.keys() <= _SETTINGS:
+            raise ValueError(
+                f"activate_gradients: param_groups[{index}] has {GROUP_KEY}={override!r}; expected False, or a dict "
+                "with any of kind, alpha, beta."
+            )
+        settings = tuple(override.get(name, getattr(self, name)) for name in ("kind", "alpha", "beta"))
+        # By identity: True equals 1, and a tensor that equals a number can change.
+        if not all(map(operator.is_, settings, self._checked.get(index, (None, None, None)))):
+            _check_function(f"activate_gradients: param_groups[{index}]", *settings)
+            self._checked[index] = settings
+        return settings
 
 
 def _no_optimizer() -> None:
     return None
 
 
-def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this step was called by another of the same optimizer: a subclass' ``super().step()``.
+def _find_stepping(name: str, optimizer: object) -> torch.optim.Optimizer:
+    """The optimizer whose step runs its hooks: the given one, or the only one that it holds."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"{name}: optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer. "
+            f"{_advice(_held(optimizer))}"
+        )
+    passed: list[torch.optim.Optimizer] = []
+    while not _runs_hooks(optimizer):
+        passed.append(optimizer)
+        held = {path: other for path, other in _held(optimizer).items() if not _contains(passed, other)}
+        if not held and "_optimizer_step_pre_hooks" in vars(optimizer):
+            # torch wraps the step of a class when it makes an optimizer; this class has got another step since.
+            optimizer._patch_step_function()
+            return optimizer
+        inner = next(iter(held.values()), None)
+        if len(held) != 1 or _param_ids(inner) != _param_ids(optimizer):
+            raise TypeError(
+                f"{name}: optimizer is a {type(passed[0]).__name__}; the step of a {type(optimizer).__name__} does not "
+                f"run hooks, and it does not hold exactly one optimizer, of the same parameters. {_advice(held)}"
+            )
+        optimizer = inner
+    return optimizer
 
-    torch runs the hooks around the step of every class of which it has made an optimizer, so around both; found on the
-    stack, which forgets a step that raised.
+
+def _runs_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its class' step has been wrapped to run hooks, and it has hooks of its own: none that it forwards to."""
+    step = getattr(type(optimizer), "step", None)
+    return getattr(step, "hooked", False) and "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
+def _advice(held: dict[str, torch.optim.Optimizer]) -> str:
+    if not held:
+        return (
+            "Give the optimizer whose step() changes the parameters; a class of your own is one if its __init__ calls "
+            "torch.optim.Optimizer.__init__."
+        )
+    each = "" if len(held) == 1 else ", each in a call of its own"
+    return f"Give {' and '.join(f'optimizer.{path}' for path in held)}{each}."
+
+
+def _held(holder: object) -> dict[str, torch.optim.Optimizer]:
+    """By attribute, the optimizers that ``holder`` has, directly or in a list or dict; each once."""
+    found: dict[int, tuple[str, torch.optim.Optimizer]] = {}
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if isinstance(value, torch.optim.Optimizer):
+            found.setdefault(id(value), (name, value))
+        elif isinstance(value, (dict, list, tuple)):
+            for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(entry, torch.optim.Optimizer):
+                    found.setdefault(id(entry), (f"{name}[{key!r}]", entry))
+    found.pop(id(holder), None)
+    return dict(found.values())
+
+
+def _held_at_any_depth(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    found = [optimizer]
+    for holder in found:
+        found += [other for other in _held(holder).values() if not _contains(found, other)]
+    return found[1:]
+
+
+def _contains(optimizers: list[torch.optim.Optimizer], optimizer: torch.optim.Optimizer) -> bool:
+    return any(other is optimizer for other in optimizers)
+
+
+def _param_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(param) for group in getattr(optimizer, "param_groups", ()) for param in group["params"]}
+
+
+def _steps_around() -> list[torch.optim.Optimizer]:
+    """The optimizers in whose steps the step that runs this hook was called, the innermost first.
+
+    A subclass' step that calls ``super().step()`` is there too: torch runs the hooks around the step of every class of
+    which it has made an optimizer. Found on the stack, which forgets a step that raised.
     """
-    frame, count = sys._getframe(1), 0
-    while frame is not None and count < 2:
+    frame, found = sys._getframe(1), []
+    while frame is not None:
         code = frame.f_code
         # By name: while torch.compile traces, the code that runs is another.
         if code.co_name == _STEP_WRAPPER.co_name and code.co_filename == _STEP_WRAPPER.co_filename:
             args = frame.f_locals.get("args")
-            count += bool(args) and args[0] is optimizer
+            if args:
+                found.append(args[0])
         frame = frame.f_back
-    return count > 1
+    return found[1:]
 
 
 @functools.lru_cache(maxsize=64)
@@ -278,7 +410,7 @@ class _StateWithActivation:
 
 
 def _activations(optimizer: torch.optim.Optimizer) -> list[ActivatedGradients]:
-    hooks = optimizer._optimizer_step_pre_hooks.values()
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     return [hook for hook in hooks if isinstance(hook, ActivatedGradients) and not hook._is_removed]
 
 
@@ -292,6 +424,11 @@ def _keep_group_settings(optimizer: torch.optim.Optimizer, state_dict: dict) -> 
         {GROUP_KEY: group[GROUP_KEY], **loaded} if GROUP_KEY in group else loaded
         for loaded, group in zip(saved, groups, strict=True)
     ]
+    for index, group in enumerate(kept):
+        override = group.get(GROUP_KEY)
+        if override is not None and override is not False:
+            for activation in _activations(optimizer):
+                activation.override(index, override)
     return {**state_dict, "param_groups": kept}
 
 
@@ -420,9 +557,17 @@ def register_gradient_hook(
       DistributedDataParallel is refused. Not seen, and wrong, are ``ddp.module``, other parts of it, and a module that
       is wrapped afterwards. FSDP2 runs the hooks after the reduction, if they are registered after ``fully_shard``.
     - ``backward(create_graph=True)`` is refused where the gradient has a graph, of which the hook would not be part.
+    - Parameters and submodules that take the place of others get the hook too, if they require a gradient then:
+      assigned ones (``module.weight = ...``, ``module.head = ...``, ``load_state_dict(..., assign=True)``,
+      parametrizations), and those of conversions (``module.double()``, ``to_empty``) under both of torch.__future__'s
+      switches, set_overwrite_module_params_on_conversion and set_swap_module_params_on_conversion. torch has no hook
+      for conversions: the first call of this function wraps ``torch.nn.Module._apply`` and
+      ``torch.utils.swap_tensors``, for the whole process. Not seen is code that writes into a module's dictionaries of
+      parameters or submodules itself: ``fully_shard``, the ``insert`` of nn.ModuleList and nn.Sequential. Register
+      after it, or once more: ``remove()`` comes first.
 
     Args:
-        module: its parameters that require a gradient now get the hook, those that are shared once.
+        module: its parameters that require a gradient get the hook, those that are shared once.
         kind, alpha, beta: "arctan", "tanh" or "log"; numbers > 0 that are normal in float32.
 
     Returns:
@@ -439,33 +584,126 @@ def register_gradient_hook(
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: module is a {type(module).__name__}; expected a torch.nn.Module.")
     _check_function(name, kind, alpha, beta)
-    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in module.modules()):
-        raise ValueError(
-            f"{name}: module has a DistributedDataParallel, which averages gradients after these hooks. Use "
-            "lcw_ops.activate_gradients(optimizer)."
-        )
+    _refuse_data_parallel(module)
     params = [param for param in module.parameters() if param.requires_grad]
     if not params:
         raise ValueError(f"{name}: module has no parameter that requires a gradient. Call requires_grad_() first.")
+    if any(map(nn.parameter.is_lazy, params)):
+        raise ValueError(
+            f"{name}: module has a parameter without a shape, as nn.LazyLinear's. Call the module once before."
+        )
     if any(_has_hook(param) for param in params):
         raise ValueError(
             f"{name}: a parameter of module has such a hook already, and would be activated twice. Call remove() on "
             "the first handle."
         )
-    hook = _GradientHook(kind, alpha, beta)
-    return GradientHooks([param.register_post_accumulate_grad_hook(hook) for param in params])
+    _watch_replacements()
+    hooks = GradientHooks(kind, alpha, beta)
+    hooks.follow(module)
+    return hooks
 
 
 class GradientHooks:
     """The handle of :func:`register_gradient_hook`."""
 
-    def __init__(self, handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-        self._handles = handles
+    def __init__(self, kind: str, alpha: float, beta: float) -> None:
+        self._hook = _GradientHook(kind, alpha, beta)
+        # A parameter's hooks, by the key that this one has among them. They go with the parameter; a weak reference to
+        # the parameter itself would keep torch from swapping it.
+        self._places: weakref.WeakValueDictionary[int, OrderedDict] = weakref.WeakValueDictionary()
 
     def remove(self) -> None:
         """Gradients are left alone from now on. A second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
+        for key, hooks in list(self._places.items()):
+            hooks.pop(key, None)
+        for followers in list(_followers.values()):
+            if self in followers:
+                followers.remove(self)
+
+    def follow(self, module: nn.Module) -> None:
+        """Hooks for the parameters of ``module`` and its parts, and for those that take their place."""
+        _refuse_data_parallel(module)
+        for part in module.modules():
+            if id(part) not in _followers:
+                _followers[id(part)] = []
+                weakref.finalize(part, _followers.pop, id(part)).atexit = False
+            if self not in _followers[id(part)]:
+                _followers[id(part)].append(self)
+            self.add_own(part)
+
+    def add_own(self, module: nn.Module) -> None:
+        for param in module._parameters.values():
+            if param is not None:
+                self.add(param)
+
+    def add(self, param: Tensor) -> None:
+        """A hook for ``param``, unless it has one, of this handle or another."""
+        if param.requires_grad and not _has_hook(param):
+            handle = param.register_post_accumulate_grad_hook(self._hook)
+            self._places[handle.id] = param._post_accumulate_grad_hooks
+
+
+# By the id of a module, the hooks that its parameters have, and are to have.
+_followers: dict[int, list[GradientHooks]] = {}
+
+
+@functools.cache
+def _watch_replacements() -> None:
+    """What is assigned to a module goes through torch's own hooks; what a conversion puts in its place does not."""
+    nn.modules.module.register_module_parameter_registration_hook(_add_to_parameter)
+    nn.modules.module.register_module_module_registration_hook(_add_to_submodule)
+    nn.Module._apply = _add_after(nn.Module._apply)
+    torch.utils.swap_tensors = _relink_after(torch.utils.swap_tensors)
+
+
+# torch.compile must not trace what these three do: it would happen once, and not at every call.
+@torch._disable_dynamo
+def _add_to_parameter(module: nn.Module, name: str, param: Tensor) -> None:
+    for hooks in _followers.get(id(module), ()):
+        hooks.add(param)
+
+
+@torch._disable_dynamo
+def _add_to_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if submodule is not None:
+        for hooks in _followers.get(id(module), ()):
+            hooks.follow(submodule)
+
+
+@torch._disable_dynamo
+def _add_to_own(module: nn.Module) -> None:
+    for hooks in _followers.get(id(module), ()):
+        hooks.add_own(module)
+
+
+def _add_after(apply: Callable) -> Callable:
+    @functools.wraps(apply)
+    def _apply(module, *args, **kwargs):
+        result = apply(module, *args, **kwargs)
+        _add_to_own(module)
+        return result
+
+    return _apply
+
+
+def _relink_after(swap: Callable) -> Callable:
+    @functools.wraps(swap)
+    def swap_tensors(t1, t2):
+        swap(t1, t2)
+        for tensor in (t1, t2):
+            if _has_hook(tensor):
+                # The dictionary stays with the Python object, but torch calls the hooks of what it has swapped away.
+                tensor._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
+
+    return swap_tensors
+
+
+def _refuse_data_parallel(module: nn.Module) -> None:
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in module.modules()):
+        raise ValueError(
+            "register_gradient_hook: module has a DistributedDataParallel, which averages gradients after these hooks. "
+            "Use lcw_ops.activate_gradients(optimizer)."
+        )
 
 
 class _GradientHook:
