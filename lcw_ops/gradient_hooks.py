@@ -641,6 +641,7 @@ class GradientHooks:
         if param.requires_grad and not _has_hook(param):
             handle = param.register_post_accumulate_grad_hook(self._hook)
             self._places[handle.id] = param._post_accumulate_grad_hooks
+            _relink(param)
 
 
 # By the id of a module, the hooks that its parameters have, and are to have.
@@ -692,10 +693,14 @@ def _relink_after(swap: Callable) -> Callable:
         swap(t1, t2)
         for tensor in (t1, t2):
             if _has_hook(tensor):
-                # The dictionary stays with the Python object, but torch calls the hooks of what it has swapped away.
-                tensor._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
+                _relink(tensor)
 
     return swap_tensors
+
+
+def _relink(tensor: Tensor) -> None:
+    """torch.utils.swap_tensors leaves the dictionary of hooks with the Python object, and what calls them elsewhere."""
+    tensor._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
 
 
 def _refuse_data_parallel(module: nn.Module) -> None:

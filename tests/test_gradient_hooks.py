@@ -1,13 +1,18 @@
 """activate_gradients and register_gradient_hook: once per gradient, whatever optimizer, closure, copy or scaler."""
 
+import contextlib
 import copy
 import gc
+import math
 import pickle
+import types
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import lcw_ops
 from lcw_ops import functional as F
@@ -415,6 +420,369 @@ def test_what_stands_before_the_closure_is_no_closure():
         assert_gradients(params, map(f, gradients))
 
 
+# ---- Wrappers --------------------------------------------------------------------------------------------------------
+
+
+class Forwarding:
+    """Looks like an instance of the class inside, and answers with the inner one's attributes."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.__class__ = type(f"Forwarding{type(inner).__name__}", (Forwarding, type(inner)), {})
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["inner"], name)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class OwnHooks(torch.optim.Optimizer):
+    """Has dictionaries for hooks, which nothing runs: torch's constructor, which would see to it, is left out."""
+
+    def __new__(cls, inner):
+        # A class of its own: torch's zero_grad wraps the step of the class.
+        return super().__new__(type("OwnHooks", (OwnHooks,), {}))
+
+    def __init__(self, inner):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.inner, self.param_groups = inner, inner.param_groups
+        self.state, self.defaults = {}, inner.defaults
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Delegating(torch.optim.Optimizer):
+    """Has nothing of its own but methods."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def zero_grad(self):
+        self.inner.zero_grad()
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def __getstate__(self):
+        return self.__dict__
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+def post_local_sgd(inner):
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    return PostLocalSGDOptimizer(inner, types.SimpleNamespace(average_parameters=lambda params: None, step=0))
+
+
+class Listing(torch.optim.Optimizer):
+    """Has its optimizers in a list."""
+
+    def __init__(self, *inner):
+        self.inner = list(inner)
+
+    param_groups = property(lambda self: [group for inner in self.inner for group in inner.param_groups])
+
+    def step(self):
+        for inner in self.inner:
+            inner.step()
+
+
+WRAPPERS = {
+    "forwards": Forwarding,
+    "own hooks": OwnHooks,
+    "delegates": Delegating,
+    "PostLocalSGDOptimizer": post_local_sgd,
+    "in a list": Listing,
+    "a wrapper's wrapper": lambda inner: OwnHooks(Delegating(Forwarding(inner))),
+}
+
+
+class Around(torch.optim.Optimizer):
+    """Runs hooks of its own before the steps of the one inside."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapper_stands_for_the_optimizer_that_steps(wrap):
+    param = nn.Parameter(torch.ones(1))
+    optimizer = wrap(torch.optim.SGD([param], lr=1.0))
+    handle = lcw_ops.activate_gradients(optimizer)
+    param.grad = torch.ones(1)
+    optimizer.step()
+    assert param.item() == pytest.approx(1 - 0.1 * math.atan(20), rel=1e-6)
+    handle.remove()
+    param.grad = torch.ones(1)
+    with torch.no_grad():
+        param.fill_(1.0)
+    optimizer.step()
+    assert param.item() == 0.0
+
+
+@pytest.mark.parametrize("wrap", [Forwarding, OwnHooks, Delegating, Around])
+def test_a_closure_passes_through_a_wrapper(wrap):
+    params = make_params()
+    optimizer, calls = wrap(still(params)), []
+    lcw_ops.activate_gradients(optimizer, "tanh", params=params[:2])
+    optimizer.step(quadratic(params, optimizer, calls))
+    assert len(calls) == 1
+    assert_gradients(params, [*(f(2 * param, "tanh") for param in params[:2]), 2 * params[2]])
+
+
+@pytest.mark.parametrize("zero_first", [False, True])
+def test_a_wrapper_whose_step_is_wrapped_later_activates_once(zero_first):
+    """torch's zero_grad sees to it that the class' step runs hooks, if the constructor has not."""
+    params = make_params()
+    optimizer = OwnHooks(still(params))
+    if zero_first:
+        optimizer.zero_grad()
+    handle = lcw_ops.activate_gradients(optimizer)
+    optimizer.zero_grad()
+    assert type(optimizer).step.hooked
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, map(f, gradients))
+    with pytest.raises(ValueError, match=r"remove\(\)"):
+        lcw_ops.activate_gradients(optimizer)
+    handle.remove()
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, gradients)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_wrapper_and_the_optimizer_inside_are_not_both_activated(wrap, order):
+    params = make_params()
+    inner = still(params)
+    optimizer = wrap(inner)
+    first, second = [inner, optimizer][::order]
+    lcw_ops.activate_gradients(first)
+    with pytest.raises(ValueError, match=r"already.*remove\(\)"):
+        lcw_ops.activate_gradients(second)
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, map(f, gradients))
+
+
+@pytest.mark.parametrize("wrap", [Around, lambda inner: Around(Delegating(inner))], ids=["direct", "deeper"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_wrapper_with_hooks_of_its_own_is_taken_as_it_is_and_once(wrap, order):
+    params = make_params()
+    inner = still(params)
+    optimizer = wrap(inner)
+    first, second = [inner, optimizer][::order]
+    handle = lcw_ops.activate_gradients(first)
+    with pytest.raises(ValueError, match=r"SGD.*inside the other.*remove\(\)"):
+        lcw_ops.activate_gradients(second)
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, map(f, gradients))
+    handle.remove()
+    lcw_ops.activate_gradients(second, "tanh")
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, [f(gradient, "tanh") for gradient in gradients])
+
+
+def test_a_wrapper_and_the_optimizer_inside_may_have_a_part_each():
+    params = make_params()
+    inner = still(params)
+    optimizer = Around(inner)
+    lcw_ops.activate_gradients(optimizer, params=params[:1])
+    lcw_ops.activate_gradients(inner, "tanh", params=params[1:])
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, [f(gradients[0]), *(f(gradient, "tanh") for gradient in gradients[1:])])
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
+def test_a_wrapper_around_an_optimizer_that_activates_itself_is_refused(kind):
+    params = make_params()
+    inner = kind(params, lr=0.0)
+    with pytest.raises(ValueError, match="second time"):
+        lcw_ops.activate_gradients(Forwarding(inner))
+    optimizer = Around(inner)
+    with pytest.raises(ValueError, match="gradient_activation=None"):
+        lcw_ops.activate_gradients(optimizer)
+    for group in inner.param_groups:
+        group["gradient_activation"] = None
+    lcw_ops.activate_gradients(optimizer)
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, map(f, gradients))
+    inner.param_groups[0]["gradient_activation"] = "tanh"
+    gradients = set_gradients(params)
+    with pytest.raises(ValueError, match="gradient_activation=None"):
+        optimizer.step()
+    assert_gradients(params, gradients)
+
+
+@pytest.mark.parametrize("by", ["hooks", "ours"])
+def test_activation_twice_is_noticed_at_the_step_where_it_could_not_be_before(by):
+    params = make_params()
+    inner = still(params)
+
+    class Hidden(optim.SGD if by == "ours" else torch.optim.SGD):
+        def step(self, closure=None):
+            inner.step()
+
+    outer = Hidden(params[1:], lr=0.0)
+    lcw_ops.activate_gradients(inner)
+    if by == "hooks":
+        lcw_ops.activate_gradients(outer)
+    gradients = set_gradients(params)
+    with pytest.raises(ValueError, match=r"a SGD and a Hidden, one of which steps inside the other"):
+        outer.step()
+    done = map(f, gradients[1:]) if by == "hooks" else gradients[1:]
+    assert_gradients(params, [gradients[0], *done])
+
+
+def test_two_optimizers_may_step_the_same_parameters_in_turn():
+    params = make_params()
+    optimizers = [still(params), still(params, torch.optim.AdamW)]
+    for optimizer in optimizers:
+        lcw_ops.activate_gradients(optimizer)
+    for optimizer in 2 * optimizers:
+        gradients = set_gradients(params)
+        optimizer.step()
+        assert_gradients(params, map(f, gradients))
+
+
+def test_hooks_that_a_wrapper_forwards_run_once():
+    """The step of its class runs hooks, but finds those of the optimizer inside."""
+    params = make_params()
+    optimizer = Forwarding(optim.SGD(params, lr=0.0, gradient_activation=None))
+    torch.optim.Optimizer._patch_step_function(optimizer)
+    lcw_ops.activate_gradients(optimizer)
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, map(f, gradients))
+
+
+def test_what_holds_no_single_optimizer_of_its_parameters_is_refused():
+    params = make_params()
+    one, other = still(params[:1]), still(params[1:])
+    with pytest.raises(TypeError, match=r"Give optimizer\.inner\[0\] and optimizer\.inner\[1\], each in a call"):
+        lcw_ops.activate_gradients(Listing(one, other))
+    partly = OwnHooks(one)
+    partly.param_groups = [*one.param_groups, *other.param_groups]
+    with pytest.raises(TypeError, match=r"is a OwnHooks.*Give optimizer\.inner\."):
+        lcw_ops.activate_gradients(partly)
+    empty = Delegating(None)
+    with pytest.raises(TypeError, match=r"is a Delegating.*not run hooks.*Give the optimizer whose step"):
+        lcw_ops.activate_gradients(empty)
+    with pytest.raises(TypeError, match=r"is a SGD.*calls torch\.optim\.Optimizer\.__init__"):
+        lcw_ops.activate_gradients(torch.optim.SGD.__new__(torch.optim.SGD))
+    with pytest.raises(TypeError, match=r"is a SimpleNamespace; expected.*Give optimizer\.inside\."):
+        lcw_ops.activate_gradients(types.SimpleNamespace(inside=one))
+
+
+def test_an_optimizer_inside_that_knows_its_wrapper_is_found():
+    params = make_params()
+    middle = Delegating(still(params))
+    optimizer = middle.outer = OwnHooks(middle)
+    lcw_ops.activate_gradients(optimizer)
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, map(f, gradients))
+
+
+@pytest.mark.parametrize("calls_before", [False, True])
+def test_a_step_that_a_class_has_got_since_runs_the_hooks(calls_before):
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            raise AssertionError("replaced")
+
+    params, count = make_params(), []
+    optimizer = Own(params, lr=0.0)
+    parent = torch.optim.SGD.step if calls_before else torch.optim.SGD.step.__wrapped__
+
+    def step(self, closure=None):
+        count.append(1)
+        return parent(self, closure)
+
+    Own.step = step
+    lcw_ops.activate_gradients(optimizer)
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert count == [1]
+    assert_gradients(params, map(f, gradients))
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: inner, Forwarding, OwnHooks, Delegating])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_scheduler_that_replaces_step_changes_nothing(wrap, inside):
+    params = make_params()
+    inner = still(params)
+    optimizer = wrap(inner)
+    # It puts its own step into the instance, and counts.
+    scheduler = torch.optim.lr_scheduler.StepLR(inner if inside else optimizer, 5)
+    lcw_ops.activate_gradients(optimizer)
+    for _ in range(2):
+        gradients = set_gradients(params)
+        optimizer.step()
+        scheduler.step()
+        assert_gradients(params, map(f, gradients))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deep", "pickle"])
+def test_copies_of_a_wrapper_act_on_their_own_parameters(copied):
+    optimizer = Delegating(still(make_params()))
+    lcw_ops.activate_gradients(optimizer, "tanh")
+    twin = copied(optimizer)
+    params = twin.param_groups[0]["params"]
+    gradients = set_gradients(params)
+    twin.step()
+    assert_gradients(params, [f(gradient, "tanh") for gradient in gradients])
+    with pytest.raises(ValueError, match="already"):
+        lcw_ops.activate_gradients(twin)
+
+
+def test_gradients_that_a_step_writes_itself_can_be_written_before_as_documented():
+    """As in Horovod: two processes' gradients are averaged in step(), or before it by hand."""
+
+    class Averaging(torch.optim.SGD):
+        is_skipped = False
+
+        def synchronize(self):
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.grad = (param.grad + 3.0) / 2
+
+        @contextlib.contextmanager
+        def skip_synchronize(self):
+            self.is_skipped = True
+            yield
+            self.is_skipped = False
+
+        def step(self, closure=None):
+            if not self.is_skipped:
+                self.synchronize()
+            return super().step(closure)
+
+    params = make_params()
+    optimizer = Averaging(params, lr=0.0)
+    lcw_ops.activate_gradients(optimizer)
+    gradients = set_gradients(params)
+    optimizer.synchronize()
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    assert_gradients(params, [f((gradient + 3.0) / 2) for gradient in gradients])
+
+
 # ---- Copies ----------------------------------------------------------------------------------------------------------
 
 COPIES = {
@@ -726,6 +1094,66 @@ def test_overrides_are_checked_at_once_and_at_every_step(override):
     assert_gradients(params, gradients)
 
 
+@pytest.fixture
+def checked(monkeypatch):
+    """The numbers that are checked."""
+    from lcw_ops.reference import checks
+
+    values, check = [], checks.check_positive_float32
+    monkeypatch.setattr(checks, "check_positive_float32", lambda name, *rest: (values.append(rest), check(name, *rest)))
+    return values
+
+
+def test_numbers_are_checked_only_where_they_have_changed(checked):
+    params = make_params((2,), (3,), (4,))
+    groups = [{"params": [param], "activate_gradients": {"beta": float(i + 2)}} for i, param in enumerate(params[:2])]
+    optimizer = still(groups)
+    lcw_ops.activate_gradients(optimizer)
+    assert [entry for entry in checked if entry[0] == "beta"] == [("beta", 20.0), ("beta", 2.0), ("beta", 3.0)]
+    checked.clear()
+    for _ in range(2):
+        gradients = set_gradients(params)
+        optimizer.step()
+        assert_gradients(params[:2], [f(gradients[0], beta=2.0), f(gradients[1], beta=3.0)])
+    assert not checked
+    # In the same dictionary, in a new one, and in a new group.
+    optimizer.param_groups[0]["activate_gradients"]["alpha"] = 0.7
+    optimizer.param_groups[1]["activate_gradients"] = {"kind": "tanh"}
+    optimizer.add_param_group({"params": params[2:], "activate_gradients": {"beta": 5.0}})
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, [f(gradients[0], alpha=0.7, beta=2.0), f(gradients[1], "tanh"), f(gradients[2], beta=5.0)])
+    assert len(checked) == 6
+    checked.clear()
+    optimizer.step()
+    assert not checked
+
+
+@pytest.mark.parametrize("value", [True, torch.tensor(1.0), [1.0], "1.0", -1.0, math.nan], ids=repr)
+def test_a_number_that_has_changed_is_checked_before_any_gradient_changes(value):
+    params = make_params((2,), (3,))
+    optimizer = still([{"params": params[:1]}, {"params": params[1:], "activate_gradients": {"alpha": 1.0}}])
+    lcw_ops.activate_gradients(optimizer)
+    optimizer.step()
+    optimizer.param_groups[1]["activate_gradients"]["alpha"] = value
+    gradients = set_gradients(params)
+    with pytest.raises((TypeError, ValueError), match=r"activate_gradients: param_groups\[1\]: alpha is"):
+        optimizer.step()
+    assert_gradients(params, gradients)
+
+
+def test_overrides_are_checked_when_they_are_loaded():
+    params = make_params((2,), (3,))
+    optimizer = still([{"params": params[:1]}, {"params": params[1:]}], momentum=0.9)
+    lcw_ops.activate_gradients(optimizer)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["momentum"] = 0.5
+    saved["param_groups"][1]["activate_gradients"] = {"kind": "relu"}
+    with pytest.raises(ValueError, match=r"param_groups\[1\]: kind is 'relu'"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
 def test_twice_is_refused():
     params = make_params()
     optimizer = still(params)
@@ -812,6 +1240,226 @@ def test_a_copy_of_the_module_has_no_hooks_and_can_be_given_some(copied):
     assert_gradients(twin.parameters(), map(f, gradients))
     backward(module, gradients)
     assert_gradients(module.parameters(), map(f, gradients))
+
+
+@pytest.fixture
+def conversion(request):
+    """Sets torch's switches for what a conversion does with parameters."""
+    switches = {
+        "overwrite": torch.__future__.set_overwrite_module_params_on_conversion,
+        "swap": torch.__future__.set_swap_module_params_on_conversion,
+    }
+    for name in request.param:
+        switches[name](True)
+    yield request.param
+    for switch in switches.values():
+        switch(False)
+
+
+def with_conversions(*ways):
+    return pytest.mark.parametrize("conversion", ways or [(), ("overwrite",), ("swap",)], indirect=True, ids=str)
+
+
+def assign_weight(module):
+    module[0].weight = nn.Parameter(torch.randn(3, 2))
+
+
+def assign_layer(module):
+    module[1] = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+
+
+def load(module, **options):
+    module.load_state_dict({name: torch.randn_like(value) for name, value in module.state_dict().items()}, **options)
+
+
+def from_meta(module):
+    module.to("meta")
+    module.to_empty(device="cpu")
+    load(module)
+
+
+def change_and_restore(module):
+    parametrizations.weight_norm(module[0])
+    parametrize.remove_parametrizations(module[0], "weight")
+
+
+REPLACEMENTS = {
+    "double": lambda module: module.double(),
+    "double, twice": lambda module: module.double().float().double(),
+    "one part": lambda module: module[0].double(),
+    "a parent": lambda module: nn.Sequential(module).double(),
+    "to_empty": from_meta,
+    "load": load,
+    "load and assign": lambda module: load(module, assign=True),
+    "assign a parameter": assign_weight,
+    "assign a submodule": assign_layer,
+    "append": lambda module: module.append(nn.Linear(2, 2)),
+    "swap by hand": lambda module: torch.utils.swap_tensors(module[0].weight, nn.Parameter(torch.randn(3, 2))),
+    "parametrize": lambda module: parametrize.register_parametrization(module[0], "weight", nn.Tanh()),
+    "parametrize with new parameters": lambda module: parametrizations.weight_norm(module[0]),
+    "parametrize and restore": change_and_restore,
+}
+
+
+@with_conversions()
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_parameters_that_take_the_place_of_others_are_activated_once(replace, conversion, is_kept):
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    handle = lcw_ops.register_gradient_hook(module, "log", 0.3, 5.0)
+    kept = list(module.parameters()) if is_kept else []
+    replace(module)
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    assert_gradients(module.parameters(), (f(gradient, "log", 0.3, 5.0) for gradient in gradients))
+    with pytest.raises(ValueError, match=r"twice.*remove\(\)"):
+        lcw_ops.register_gradient_hook(module)
+    handle.remove()
+    module.zero_grad()
+    backward(module, gradients)
+    assert_gradients(module.parameters(), gradients)
+    # Nothing follows any more, and those that were replaced are left alone too.
+    replace(nn.Sequential(*module) if len(module) == 2 else module[:2])
+    for param in [*kept, *module.parameters()]:
+        assert not param._post_accumulate_grad_hooks
+    lcw_ops.register_gradient_hook(module)
+    module.zero_grad()
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    assert_gradients(module.parameters(), map(f, gradients))
+
+
+@with_conversions(("overwrite",), ("swap",))
+def test_a_conversion_before_the_forward_pass(conversion):
+    module = nn.Linear(2, 1)
+    lcw_ops.register_gradient_hook(module)
+    module.double()
+    x = torch.tensor([[0.3, -0.01]], dtype=torch.float64)
+    module(x).sum().backward()
+    expected = [0.1 * torch.atan(20 * x), 0.1 * torch.atan(torch.tensor([20.0], dtype=torch.float64))]
+    for param, gradient in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient, rtol=1e-14, atol=0)
+
+
+@with_conversions()
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_modules_that_convert_in_a_way_of_their_own(make, conversion):
+    module = make(2, 3)
+    lcw_ops.register_gradient_hook(module)
+    module.double()
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    assert_gradients(module.parameters(), map(f, gradients))
+
+
+@with_conversions()
+def test_tied_parameters_stay_once_through_conversions(conversion):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    lcw_ops.register_gradient_hook(module)
+    module.double()
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    assert_gradients(module.parameters(), map(f, gradients))
+
+
+@with_conversions()
+def test_two_handles_that_follow_one_module_activate_once(conversion):
+    part = nn.Linear(3, 3)
+    inner = lcw_ops.register_gradient_hook(part, "tanh")
+    module = nn.Sequential(nn.Linear(3, 3))
+    outer = lcw_ops.register_gradient_hook(module)
+    module.append(part)
+    module.double()
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    kinds = ["arctan", "arctan", "tanh", "tanh"]
+    assert_gradients(module.parameters(), [f(g, kind) for g, kind in zip(gradients, kinds, strict=True)])
+    inner.remove()
+    outer.remove()
+    assert not any(param._post_accumulate_grad_hooks for param in module.parameters())
+
+
+@with_conversions()
+def test_what_needed_no_gradient_has_no_hook_until_another_takes_its_place(conversion):
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight.requires_grad_(False)
+    lcw_ops.register_gradient_hook(module)
+    module.double()
+    module[1].weight.requires_grad_(True)
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    expected = [f(gradient) for gradient in gradients]
+    # A later conversion looks again, where it puts a new parameter in its place.
+    if conversion != ("overwrite",):
+        expected[2] = gradients[2]
+    module.zero_grad()
+    module[1].weight = nn.Parameter(module[1].weight.detach().clone())
+    backward(module, gradients)
+    assert_gradients(module.parameters(), map(f, gradients))
+
+
+def test_a_hook_of_the_users_survives_a_swap_with_ours():
+    module, seen = nn.Linear(2, 2), []
+    lcw_ops.register_gradient_hook(module)
+    module.weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad.clone()))
+    torch.utils.swap_tensors(module.weight, nn.Parameter(torch.zeros(2, 2)))
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    assert torch.equal(seen[0], f(gradients[0]))
+    assert len(seen) == 1
+
+
+def test_parameters_of_a_functional_call_are_left_alone():
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    lcw_ops.register_gradient_hook(module)
+    params, x = dict(other.named_parameters()), torch.randn(3, 2)
+    torch.func.functional_call(module, params, (x,)).sum().backward()
+    assert torch.equal(other.weight.grad, x.sum(0).expand(2, 2))
+
+
+def test_no_hook_keeps_a_module():
+    module = nn.Sequential(nn.Linear(2, 2))
+    handle = lcw_ops.register_gradient_hook(module)
+    alive = weakref.ref(module[0])
+    gc.disable()
+    try:
+        del module
+        assert alive() is None
+    finally:
+        gc.enable()
+    handle.remove()
+
+
+def test_a_part_that_averages_gradients_is_refused_later_too():
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    module = nn.Sequential(nn.Linear(2, 2))
+    lcw_ops.register_gradient_hook(module)
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        module.append(wrapped)
+
+
+def test_lazy_modules_are_refused_before_any_hook_is_set():
+    module = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"register_gradient_hook.*LazyLinear.*Call the module once"):
+        lcw_ops.register_gradient_hook(module)
+    assert not module[0].weight._post_accumulate_grad_hooks
+    module(torch.randn(1, 2))
+    lcw_ops.register_gradient_hook(module)
+
+
+@with_conversions(("overwrite",), ("swap",))
+def test_a_compiled_module_is_activated_before_and_after_a_conversion(conversion):
+    module = nn.Linear(2, 1)
+    lcw_ops.register_gradient_hook(module)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for dtype in (torch.float32, torch.float64):
+        module.to(dtype)
+        module.zero_grad()
+        x = torch.randn(3, 2, dtype=dtype)
+        compiled(x).sum().backward()
+        assert_gradients(module.parameters(), [f(x.sum(0, keepdim=True)), f(torch.full((1,), 3.0, dtype=dtype))])
 
 
 def test_state_dicts_pass_by_the_hooks():
