@@ -5,7 +5,6 @@ M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural N
 
 import functools
 import inspect
-import operator
 import sys
 import weakref
 from collections import OrderedDict
@@ -283,12 +282,17 @@ class ActivatedGradients:
                 f"activate_gradients: param_groups[{index}] has {GROUP_KEY}={override!r}; expected False, or a dict "
                 "with any of kind, alpha, beta."
             )
-        settings = tuple(override.get(name, getattr(self, name)) for name in ("kind", "alpha", "beta"))
+        kind, alpha, beta = (
+            override.get("kind", self.kind),
+            override.get("alpha", self.alpha),
+            override.get("beta", self.beta),
+        )
+        last = self._checked.get(index)
         # By identity: True equals 1, and a tensor that equals a number can change.
-        if not all(map(operator.is_, settings, self._checked.get(index, (None, None, None)))):
-            _check_function(f"activate_gradients: param_groups[{index}]", *settings)
-            self._checked[index] = settings
-        return settings
+        if last is None or kind is not last[0] or alpha is not last[1] or beta is not last[2]:
+            _check_function(f"activate_gradients: param_groups[{index}]", kind, alpha, beta)
+            last = self._checked[index] = kind, alpha, beta
+        return last
 
 
 def _no_optimizer() -> None:
@@ -598,7 +602,7 @@ def register_gradient_hook(
             "the first handle."
         )
     _watch_replacements()
-    hooks = GradientHooks(kind, alpha, beta)
+    hooks = GradientHooks(_GradientHook(kind, alpha, beta))
     hooks.follow(module)
     return hooks
 
@@ -606,11 +610,18 @@ def register_gradient_hook(
 class GradientHooks:
     """The handle of :func:`register_gradient_hook`."""
 
-    def __init__(self, kind: str, alpha: float, beta: float) -> None:
-        self._hook = _GradientHook(kind, alpha, beta)
+    def __init__(self, hook: "_GradientHook") -> None:
+        self._hook = hook
         # A parameter's hooks, by the key that this one has among them. They go with the parameter; a weak reference to
         # the parameter itself would keep torch from swapping it.
         self._places: weakref.WeakValueDictionary[int, OrderedDict] = weakref.WeakValueDictionary()
+
+    def __copy__(self) -> "GradientHooks":
+        return self
+
+    def __reduce__(self) -> tuple:
+        # As the copy of a module has no hooks, the copy of its handle has nothing to remove.
+        return GradientHooks, (self._hook,)
 
     def remove(self) -> None:
         """Gradients are left alone from now on. A second call does nothing."""

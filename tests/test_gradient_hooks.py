@@ -1226,22 +1226,6 @@ def test_shared_parameters_once():
     assert torch.equal(module[0].weight.grad, f(gradient))
 
 
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_copy_of_the_module_has_no_hooks_and_can_be_given_some(copied):
-    module = nn.Linear(3, 4)
-    lcw_ops.register_gradient_hook(module)
-    twin = copied(module)
-    gradients = random_gradients(twin)
-    backward(twin, gradients)
-    assert_gradients(twin.parameters(), gradients)
-    twin.zero_grad()
-    lcw_ops.register_gradient_hook(twin)
-    backward(twin, gradients)
-    assert_gradients(twin.parameters(), map(f, gradients))
-    backward(module, gradients)
-    assert_gradients(module.parameters(), map(f, gradients))
-
-
 @pytest.fixture
 def conversion(request):
     """Sets torch's switches for what a conversion does with parameters."""
@@ -1258,6 +1242,55 @@ def conversion(request):
 
 def with_conversions(*ways):
     return pytest.mark.parametrize("conversion", ways or [(), ("overwrite",), ("swap",)], indirect=True, ids=str)
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copied_handle_removes_nothing(copied):
+    module = nn.Linear(3, 4)
+    handle = lcw_ops.register_gradient_hook(module)
+    twin, twins_handle = copied((module, handle))
+    twin.weight = nn.Parameter(torch.randn(4, 3))
+    gradients = random_gradients(twin)
+    backward(twin, gradients)
+    assert_gradients(twin.parameters(), gradients)
+    twins_handle.remove()
+    backward(module, gradients)
+    assert_gradients(module.parameters(), map(f, gradients))
+    copy.copy(handle).remove()
+    module.zero_grad()
+    backward(module, gradients)
+    assert_gradients(module.parameters(), gradients)
+
+
+@with_conversions()
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_conversion_of_a_copy_leaves_the_module_alone(copied, conversion):
+    module = nn.Linear(3, 4)
+    lcw_ops.register_gradient_hook(module)
+    twin = copied(module)
+    assert twin.double() is twin
+    assert twin.weight.dtype == torch.float64
+    assert module.weight.dtype == torch.float32
+    assert not twin.weight._post_accumulate_grad_hooks
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    assert_gradients(module.parameters(), map(f, gradients))
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_of_the_module_has_no_hooks_and_can_be_given_some(copied):
+    module = nn.Linear(3, 4)
+    lcw_ops.register_gradient_hook(module)
+    twin = copied(module)
+    gradients = random_gradients(twin)
+    backward(twin, gradients)
+    assert_gradients(twin.parameters(), gradients)
+    twin.zero_grad()
+    lcw_ops.register_gradient_hook(twin)
+    backward(twin, gradients)
+    assert_gradients(twin.parameters(), map(f, gradients))
+    backward(module, gradients)
+    assert_gradients(module.parameters(), map(f, gradients))
 
 
 def assign_weight(module):

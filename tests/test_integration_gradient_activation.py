@@ -197,6 +197,27 @@ def test_gradients_still_to_be_summed_over_processes_are_not_activated_one_by_on
             torch.testing.assert_close(result, param.detach())
 
 
+def test_an_optimizer_that_is_divided_among_processes_trains_to_the_parameters_of_one(trained):
+    """Its own step runs hooks, and so do those of the optimizer inside, which has the part of one process."""
+    model = make_model()
+    train(model, train_sgd(model.parameters()))
+    for of_process in trained:
+        for param, expected in zip(of_process["ZeRO"], model.parameters(), strict=True):
+            torch.testing.assert_close(param, expected.detach(), rtol=1e-9, atol=1e-9)
+        assert "Activate one of the two" in of_process["ZeRO", "inside too"]
+        assert "gradient_activation=None" in of_process["ZeRO", "ours inside"]
+
+
+def test_hooks_stay_with_the_shards_that_a_conversion_makes(trained):
+    model = make_model().float().double()
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    gradients = [param.grad.clone() for param in model.parameters()]
+    F.gradient_activation_(gradients)
+    for of_process in trained:
+        for gradient, expected in zip(of_process["converted"], gradients, strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_module_in_ddp_is_refused_by_register_gradient_hook(trained):
     for of_process in trained:
         assert "Use lcw_ops.activate_gradients" in of_process["refusal"]
@@ -214,6 +235,7 @@ def run_process(rank, folder):
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", PROCESSES), rank=rank, world_size=PROCESSES)
@@ -249,6 +271,28 @@ def run_process(rank, folder):
     lcw_ops.register_gradient_hook(model)
     model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     results["register_gradient_hook"] = [param.grad.full_tensor() for param in model.parameters()]
+    # Rounded to float32, and back: both put new tensors in the place of the shards.
+    model = shard(make_model(), mesh)
+    lcw_ops.register_gradient_hook(model)
+    model.float().double()
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    results["converted"] = [param.grad.full_tensor() for param in model.parameters()]
+
+    model = make_model()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    divided = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
+    handle = lcw_ops.activate_gradients(divided, "tanh", 0.2, 10.0)
+    for kind, other in (
+        ("inside too", divided.optim),
+        ("ours inside", ZeroRedundancyOptimizer(model.parameters(), optim.SGD, lr=0.05)),
+    ):
+        try:
+            lcw_ops.activate_gradients(other)
+        except ValueError as error:
+            results["ZeRO", kind] = str(error)
+    train(parallel, divided, own_half)
+    handle.remove()
+    results["ZeRO"] = [param.detach() for param in model.parameters()]
     for name, make_optimizer in OPTIMIZERS.items():
         param = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
         # Tensor parallelism can leave a sum over processes for later.
