@@ -27,7 +27,7 @@ _STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code_
 
 _SETTINGS = {"kind", "alpha", "beta"}
 
-# The hooks of all optimizers that there are: an optimizer does not know by which others it is held.
+# All hooks in this process: an optimizer does not know which wrappers hold it.
 _attached: "weakref.WeakSet[ActivatedGradients]" = weakref.WeakSet()
 
 
@@ -59,19 +59,19 @@ def activate_gradients(
     - ``.grad`` itself is changed: a second step needs new gradients.
     - Gradients that share memory, with each other or in themselves, get memory of their own.
     - A subclass whose step calls ``super().step()`` is one step: the gradients are activated before the outer one.
-      A subclass that writes gradients inside its own step, before it calls its parent's, writes them after the
-      activation. Horovod's ``DistributedOptimizer`` does: call ``optimizer.synchronize()`` by hand, and then
-      ``optimizer.step()`` under ``with optimizer.skip_synchronize():``. Elsewhere, wrap one of
-      :mod:`lcw_ops.optim`, which activates inside the parent's step, or call
-      :func:`lcw_ops.functional.gradient_activation_` where the gradients are ready.
-    - A wrapper whose own step runs no hooks (Lightning Fabric's, Accelerate's, timm's ``Lookahead``) stands for the one
-      optimizer that it holds: that one's steps are meant. A wrapper with hooks of its own
-      (``ZeroRedundancyOptimizer``) is taken as it is. Of a wrapper and the optimizer inside, activate one.
-    - Only ``step`` runs hooks. Where steps are made by methods of other names (SAM's ``second_step``), or where an
-      attribute ``step`` of the instance leaves out the class' step, activate the optimizer that is stepped inside.
+      A subclass that changes gradients inside its own step, before it calls its parent's, changes them after the
+      activation. Horovod's ``DistributedOptimizer`` averages there: call ``optimizer.synchronize()`` first, and then
+      ``optimizer.step()`` inside ``with optimizer.skip_synchronize():``. For other subclasses, derive from an optimizer
+      of :mod:`lcw_ops.optim`, which activates inside the parent's step, or call
+      :func:`lcw_ops.functional.gradient_activation_` in the subclass where the gradients are ready.
+    - If the step of a wrapper runs no hooks (Lightning Fabric's optimizer, Accelerate's, timm's ``Lookahead``), the
+      optimizer inside gets the hook. A wrapper that runs hooks itself (``ZeroRedundancyOptimizer``) gets it. Activate
+      the wrapper or the optimizer inside, never both.
+    - Only ``step`` runs hooks. If another method makes the steps (SAM's ``second_step``), or if an instance has a
+      ``step`` attribute that does not call its class' step, activate the optimizer inside that makes them.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``, or a wrapper that is an instance of it and holds exactly one.
+        optimizer: a ``torch.optim.Optimizer``, or a wrapper that passes for one and holds exactly one.
         kind, alpha, beta: "arctan", "tanh" or "log"; numbers > 0 that are normal in float32.
         params: those of the optimizer's parameters that are meant; default all, of groups added later too. Several
             calls for one optimizer must name different ones.
@@ -83,16 +83,16 @@ def activate_gradients(
         copies of that copy have no activation.
 
     Raises:
-        TypeError: no optimizer, no numbers, no parameters; a wrapper whose step runs no hooks, and that does not hold
-            exactly one optimizer, of the same parameters; at a step, a gradient that is sparse, or not float32,
+        TypeError: no optimizer, no numbers, no parameters; a wrapper whose step runs no hooks and that does not hold
+            exactly one optimizer with the same parameters; at a step, a gradient that is sparse, or not float32,
             float64, bfloat16 or float16.
         ValueError: unknown kind, numbers out of range; params that the optimizer does not have, or that are activated
-            already, by another call, for this optimizer or for one around or inside it, or by an lcw_ops.optim
-            optimizer, which is to have gradient_activation=None; a group with differentiable=True; at a step, a
-            gradient that requires a gradient itself, or that is an inference tensor outside of inference mode, or an
-            optimizer that steps inside the step of another which has activated the same gradients.
-        All groups are checked before any gradient is changed. Numbers are checked here and by ``load_state_dict``; at a
-        step, only what a group says otherwise since then.
+            already: by another call for this optimizer, for its wrapper or for the optimizer inside it, or by an
+            lcw_ops.optim optimizer, which is to have gradient_activation=None; a group with differentiable=True; at a
+            step, a gradient that requires a gradient itself, or that is an inference tensor outside of inference mode,
+            or an optimizer that steps inside another one's step after that one has activated the same gradients.
+        All groups are checked before any gradient is changed. kind, alpha and beta are checked by this call and by
+        ``load_state_dict``, and at a step only in groups whose override is new or has changed.
     """
     name = "activate_gradients"
     optimizer = _find_stepping(name, optimizer)
@@ -123,7 +123,7 @@ class ActivatedGradients:
     ) -> None:
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = weakref.ref(optimizer)
         self._is_removed = False
-        # By the index of a group, what its own settings came to when they were last checked.
+        # By the index of a group with an override: the settings that were checked last.
         self._checked: dict[int, tuple[str, float, float]] = {}
         self.kind, self.alpha, self.beta, self.params = kind, alpha, beta, params
 
@@ -276,7 +276,7 @@ class ActivatedGradients:
         return self.override(index, override)
 
     def override(self, index: int, override: object) -> tuple[str, float, float]:
-        """What ``param_groups[index]`` says otherwise, completed; checked where it is not what was checked last."""
+        """kind, alpha and beta of ``param_groups[index]``, which overrules some; checked if they are new."""
         if not isinstance(override, dict) or not override.keys() <= _SETTINGS:
             raise ValueError(
                 f"activate_gradients: param_groups[{index}] has {GROUP_KEY}={override!r}; expected False, or a dict "
@@ -311,21 +311,21 @@ def _find_stepping(name: str, optimizer: object) -> torch.optim.Optimizer:
         passed.append(optimizer)
         held = {path: other for path, other in _held(optimizer).items() if not _contains(passed, other)}
         if not held and "_optimizer_step_pre_hooks" in vars(optimizer):
-            # torch wraps the step of a class when it makes an optimizer; this class has got another step since.
+            # torch wraps the step of a class when it makes an optimizer; this class was given another step since.
             optimizer._patch_step_function()
             return optimizer
         inner = next(iter(held.values()), None)
         if len(held) != 1 or _param_ids(inner) != _param_ids(optimizer):
             raise TypeError(
                 f"{name}: optimizer is a {type(passed[0]).__name__}; the step of a {type(optimizer).__name__} does not "
-                f"run hooks, and it does not hold exactly one optimizer, of the same parameters. {_advice(held)}"
+                f"run hooks, and it does not hold exactly one optimizer with the same parameters. {_advice(held)}"
             )
         optimizer = inner
     return optimizer
 
 
 def _runs_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its class' step has been wrapped to run hooks, and it has hooks of its own: none that it forwards to."""
+    """Whether torch has wrapped its class' step, which then runs the hooks of the instance, if these are its own."""
     step = getattr(type(optimizer), "step", None)
     return getattr(step, "hooked", False) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
@@ -341,7 +341,7 @@ def _advice(held: dict[str, torch.optim.Optimizer]) -> str:
 
 
 def _held(holder: object) -> dict[str, torch.optim.Optimizer]:
-    """By attribute, the optimizers that ``holder`` has, directly or in a list or dict; each once."""
+    """By the name of the attribute, the optimizers that ``holder`` has, directly or in a list or dict; each once."""
     found: dict[int, tuple[str, torch.optim.Optimizer]] = {}
     for name, value in getattr(holder, "__dict__", {}).items():
         if isinstance(value, torch.optim.Optimizer):
@@ -561,14 +561,15 @@ def register_gradient_hook(
       DistributedDataParallel is refused. Not seen, and wrong, are ``ddp.module``, other parts of it, and a module that
       is wrapped afterwards. FSDP2 runs the hooks after the reduction, if they are registered after ``fully_shard``.
     - ``backward(create_graph=True)`` is refused where the gradient has a graph, of which the hook would not be part.
-    - Parameters and submodules that take the place of others get the hook too, if they require a gradient then:
-      assigned ones (``module.weight = ...``, ``module.head = ...``, ``load_state_dict(..., assign=True)``,
-      parametrizations), and those of conversions (``module.double()``, ``to_empty``) under both of torch.__future__'s
-      switches, set_overwrite_module_params_on_conversion and set_swap_module_params_on_conversion. torch has no hook
-      for conversions: the first call of this function wraps ``torch.nn.Module._apply`` and
-      ``torch.utils.swap_tensors``, for the whole process. Not seen is code that writes into a module's dictionaries of
-      parameters or submodules itself: ``fully_shard``, the ``insert`` of nn.ModuleList and nn.Sequential. Register
-      after it, or once more: ``remove()`` comes first.
+    - New parameters of the module get the hook as well, if they require a gradient when they arrive. They may be
+      assigned (``module.weight = ...``, ``module.head = ...``, ``load_state_dict(..., assign=True)``,
+      parametrizations), or come from a conversion (``module.double()``, ``to_empty``) under
+      ``torch.__future__.set_overwrite_module_params_on_conversion(True)`` or
+      ``set_swap_module_params_on_conversion(True)``. torch has no hook for conversions, so the first call of this
+      function wraps ``torch.nn.Module._apply`` and ``torch.utils.swap_tensors`` for the whole process.
+    - Code that writes into a module's ``_parameters`` or ``_modules`` directly is not noticed: ``fully_shard``, and
+      ``insert`` of nn.ModuleList and nn.Sequential. Register after it. If hooks are registered already, call
+      ``remove()`` and register again.
 
     Args:
         module: its parameters that require a gradient get the hook, those that are shared once.
@@ -580,8 +581,9 @@ def register_gradient_hook(
 
     Raises:
         TypeError: no module; no numbers; during backward, a gradient that is sparse or not floating.
-        ValueError: unknown kind, numbers out of range; a module with DistributedDataParallel, without a parameter that
-            requires a gradient, or with one that has such a hook already; during backward, a gradient that requires a
+        ValueError: unknown kind, numbers out of range; a module with DistributedDataParallel (also when it is assigned
+            to a hooked module later), with an uninitialized parameter, without a parameter that requires a gradient,
+            or with one that has such a hook already; during backward, a gradient that requires a
             gradient itself, or is an inference tensor outside of inference mode.
     """
     name = "register_gradient_hook"
@@ -594,7 +596,7 @@ def register_gradient_hook(
         raise ValueError(f"{name}: module has no parameter that requires a gradient. Call requires_grad_() first.")
     if any(map(nn.parameter.is_lazy, params)):
         raise ValueError(
-            f"{name}: module has a parameter without a shape, as nn.LazyLinear's. Call the module once before."
+            f"{name}: module has an uninitialized parameter, as nn.LazyLinear has. Call the module once before."
         )
     if any(_has_hook(param) for param in params):
         raise ValueError(
@@ -612,15 +614,15 @@ class GradientHooks:
 
     def __init__(self, hook: "_GradientHook") -> None:
         self._hook = hook
-        # A parameter's hooks, by the key that this one has among them. They go with the parameter; a weak reference to
-        # the parameter itself would keep torch from swapping it.
+        # The hook dictionaries of the parameters, by the key of this hook in each. A dictionary lives as long as its
+        # parameter; torch does not swap a parameter to which there is a weak reference.
         self._places: weakref.WeakValueDictionary[int, OrderedDict] = weakref.WeakValueDictionary()
 
     def __copy__(self) -> "GradientHooks":
         return self
 
     def __reduce__(self) -> tuple:
-        # As the copy of a module has no hooks, the copy of its handle has nothing to remove.
+        # A copy of the module has no hooks, so a copy of the handle has nothing to remove.
         return GradientHooks, (self._hook,)
 
     def remove(self) -> None:
@@ -632,7 +634,7 @@ class GradientHooks:
                 followers.remove(self)
 
     def follow(self, module: nn.Module) -> None:
-        """Hooks for the parameters of ``module`` and its parts, and for those that take their place."""
+        """Hooks the parameters of ``module`` and its parts, those that it has and those that it will get."""
         _refuse_data_parallel(module)
         for part in module.modules():
             if id(part) not in _followers:
@@ -648,27 +650,27 @@ class GradientHooks:
                 self.add(param)
 
     def add(self, param: Tensor) -> None:
-        """A hook for ``param``, unless it has one, of this handle or another."""
+        """Hooks ``param``, unless it has a hook already, from this handle or another."""
         if param.requires_grad and not _has_hook(param):
             handle = param.register_post_accumulate_grad_hook(self._hook)
             self._places[handle.id] = param._post_accumulate_grad_hooks
             _relink(param)
 
 
-# By the id of a module, the hooks that its parameters have, and are to have.
+# By the id of a module: the handles whose hook its parameters get.
 _followers: dict[int, list[GradientHooks]] = {}
 
 
 @functools.cache
 def _watch_replacements() -> None:
-    """What is assigned to a module goes through torch's own hooks; what a conversion puts in its place does not."""
+    """torch calls hooks for parameters and modules that are assigned, but none for those that a conversion makes."""
     nn.modules.module.register_module_parameter_registration_hook(_add_to_parameter)
     nn.modules.module.register_module_module_registration_hook(_add_to_submodule)
     nn.Module._apply = _add_after(nn.Module._apply)
     torch.utils.swap_tensors = _relink_after(torch.utils.swap_tensors)
 
 
-# torch.compile must not trace what these three do: it would happen once, and not at every call.
+# torch.compile must not trace these three: hooks would be added while it traces, and not at every call.
 @torch._disable_dynamo
 def _add_to_parameter(module: nn.Module, name: str, param: Tensor) -> None:
     for hooks in _followers.get(id(module), ()):
@@ -710,7 +712,7 @@ def _relink_after(swap: Callable) -> Callable:
 
 
 def _relink(tensor: Tensor) -> None:
-    """torch.utils.swap_tensors leaves the dictionary of hooks with the Python object, and what calls them elsewhere."""
+    """swap_tensors leaves the dictionary of hooks in place, but moves the entry by which autograd finds it."""
     tensor._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
 
 
