@@ -673,7 +673,11 @@ def _watch_replacements() -> None:
 # torch.compile must not trace these three: hooks would be added while it traces, and not at every call.
 @torch._disable_dynamo
 def _add_to_parameter(module: nn.Module, name: str, param: Tensor) -> None:
-    for hooks in _followers.get(id(module), ()):
+    followers = _followers.get(id(module), ())
+    if followers and is_distributed(module._parameters.get(name)) and not is_distributed(param):
+        # FSDP2 has gathered the parameter for a forward pass: its gradient is not reduced yet.
+        return
+    for hooks in followers:
         hooks.add(param)
 
 

@@ -174,13 +174,14 @@ def test_two_processes_train_to_the_parameters_of_one(trained, way, name):
             assert not torch.allclose(param, before, rtol=1e-3, atol=1e-3), "nothing was learned"
 
 
-def test_post_accumulate_hooks_run_after_fsdp2s_reduction(trained):
+@pytest.mark.parametrize("layers", ["register_gradient_hook", "assigned"])
+def test_post_accumulate_hooks_run_after_fsdp2s_reduction(trained, layers):
     model = make_model()
     model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     gradients = [param.grad.clone() for param in model.parameters()]
     F.gradient_activation_(gradients)
     for of_process in trained:
-        for gradient, expected in zip(of_process["register_gradient_hook"], gradients, strict=True):
+        for gradient, expected in zip(of_process[layers], gradients, strict=True):
             torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -221,6 +222,13 @@ def test_hooks_stay_with_the_shards_that_a_conversion_makes(trained):
 def test_a_module_in_ddp_is_refused_by_register_gradient_hook(trained):
     for of_process in trained:
         assert "Use lcw_ops.activate_gradients" in of_process["refusal"]
+
+
+class Assigned(nn.Linear):
+    """FSDP2 assigns the gathered parameters to a module with a __setattr__ of its own."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
 
 
 def shard(model, mesh):
@@ -271,6 +279,13 @@ def run_process(rank, folder):
     lcw_ops.register_gradient_hook(model)
     model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     results["register_gradient_hook"] = [param.grad.full_tensor() for param in model.parameters()]
+    model = make_model()
+    for layer in model[::2]:
+        layer.__class__ = Assigned
+    lcw_ops.register_gradient_hook(shard(model, mesh))
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    results["assigned"] = [param.grad.full_tensor() for param in model.parameters()]
+
     # Rounded to float32, and back: both put new tensors in the place of the shards.
     model = shard(make_model(), mesh)
     lcw_ops.register_gradient_hook(model)
