@@ -282,8 +282,10 @@ def test_inputs_of_another_dtype_say_so(dtype):
     message = rf"input is {dtype}, the parameters are torch.float32; convert one of them"
     with pytest.raises(TypeError, match=f"OrthogonalFilterMLP: {message}"):
         nn.OrthogonalFilterMLP(3, 8, 6, 2)(torch.ones(4, 3, dtype=dtype))
-    with pytest.raises(TypeError, match=f"OrthogonalFilterRNN: {message}"):
-        nn.OrthogonalFilterRNN(3, 8, length=5)(torch.ones(5, 4, 3, dtype=dtype))
+    # torch.nn.RNN raises ValueError too.
+    for network in (nn.OrthogonalFilterRNN(3, 8, length=5), torch.nn.RNN(3, 8)):
+        with pytest.raises(ValueError, match=message if isinstance(network, nn.OrthogonalFilterRNN) else None):
+            network(torch.ones(5, 4, 3, dtype=dtype))
 
 
 def test_autocast_takes_what_it_casts(device):
@@ -296,6 +298,8 @@ def test_autocast_takes_what_it_casts(device):
         for dtype in (torch.float64, torch.int64):
             with pytest.raises(TypeError, match=f"input is {dtype}"):
                 model(torch.ones(4, 3, dtype=dtype))
+            with pytest.raises(ValueError, match=f"input is {dtype}"):
+                rnn(torch.ones(5, 4, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -347,7 +351,7 @@ def test_modules_can_be_built_on_the_meta_device_only_without_a_check():
 @pytest.mark.parametrize("filter", KINDS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_rnn_is_its_formula(filter, batch_first):
-    rnn = nn.OrthogonalFilterRNN(3, 10, batch_first, filter, length=15)
+    rnn = nn.OrthogonalFilterRNN(3, 10, batch_first=batch_first, filter=filter, length=15)
     x = torch.randn(15, 4, 3)
     h_0 = torch.randn(1, 4, 10)
     output, h_n = rnn(x.transpose(0, 1) if batch_first else x, h_0)
@@ -417,7 +421,7 @@ def test_rnn_parameter_count_is_the_papers():
         (
             lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 3), [torch.zeros(1, 2, 8)]),
             TypeError,
-            "pad_packed_sequence",
+            "hx is list, expected a tensor",
         ),
         (lambda: nn.OrthogonalFilterRNN(3, 8), ValueError, "give exactly one of them: length=T"),
         (lambda: nn.OrthogonalFilterRNN(3, 8, beta=0.1, length=5), ValueError, "give exactly one of them"),
@@ -426,7 +430,7 @@ def test_rnn_parameter_count_is_the_papers():
         (
             lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 3), torch.zeros(1, 3, 8)),
             ValueError,
-            r"h_0 has shape \(1, 3, 8\), expected \(1, 2, 8\)",
+            r"hx has shape \(1, 3, 8\), expected \(1, 2, 8\)",
         ),
     ],
 )

@@ -6,10 +6,14 @@ A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245
 is trained. The kinds of O are those of the author's sibling models; "permutation" is ours.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch.nn.utils.rnn import PackedSequence
 
 from lcw_ops import functional as F
 from lcw_ops.reference.checks import check_count, check_solver
@@ -33,6 +37,10 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
             (depth, width, width) or an int64 permutation (width,).
         width: N.
         dtype: of the layer; the filter itself has at least float32.
+        device: where the filter goes, a given tensor too; default torch's default device.
+
+    "haar" and "permutation" are random: ranks that are to share a filter draw it with the same seed, or load it.
+    Tensors without values (on the meta device, or fake) are not checked.
 
     Returns:
         An int64 permutation (N,) for every kind but "haar", which gives (N, N); a tensor comes back converted.
@@ -44,7 +52,7 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
     """
     dtype = state_dtype(dtype or torch.get_default_dtype())
     if isinstance(filter, Tensor):
-        return _checked_filter(filter, width, dtype, device)
+        return _checked_filter(filter, width, dtype, _resolve(device))
     if not isinstance(filter, str):
         raise TypeError(f"filter is {type(filter).__name__}, expected a string or a tensor")
     if filter == "haar":
@@ -60,6 +68,16 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
     raise ValueError(f"filter is {filter!r}, expected one of {', '.join(FILTERS)} or a tensor")
 
 
+def _resolve(device) -> torch.device:
+    """Where torch's factories put a tensor; ``Tensor.to(device=None)`` would leave it where it is."""
+    return torch.get_default_device() if device is None else torch.device(device)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether they can be looked at: in FakeTensorMode everything computed from a tensor is fake."""
+    return not tensor.is_meta and detect_fake_mode([tensor]) is None
+
+
 def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> Tensor:
     _check_filter(filter, width, torch.finfo(filter.dtype).eps if filter.is_floating_point() else 0.0)
     kept = filter.dtype if filter.dtype == torch.int64 else dtype
@@ -69,7 +87,9 @@ def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> T
 def _check_filter(filter: Tensor, width: int, eps: float) -> None:
     """ValueError or TypeError unless it is orthogonal to rounding of relative size ``eps``, or a permutation."""
     if filter.dtype == torch.int64:
-        if filter.shape != (width,) or not torch.equal(filter.sort().values.cpu(), torch.arange(width, device="cpu")):
+        if filter.shape != (width,) or (
+            _has_values(filter) and not torch.equal(filter.sort().values, torch.arange(width, device=filter.device))
+        ):
             raise ValueError(
                 f"filter is an int64 tensor of shape {tuple(filter.shape)}, expected a permutation of 0..{width - 1}"
             )
@@ -84,6 +104,8 @@ def _check_filter(filter: Tensor, width: int, eps: float) -> None:
         raise TypeError(
             f"filter is {filter.dtype}: no matrix of so few bits is orthogonal; give it in float32 or float64"
         )
+    if not _has_values(filter):
+        return
     deviation = _deviation(filter.detach().reshape(-1, width, width))
     # A QR in this precision leaves at most about sqrt(N) roundings in an inner product of two rows.
     limit = 4 * math.sqrt(width) * eps
@@ -117,6 +139,46 @@ def _kind_of(filter: Tensor) -> str:
     return "permutation"
 
 
+def _is_finite(scale: float | Tensor) -> bool:
+    if not isinstance(scale, Tensor):
+        return math.isfinite(scale)
+    return not _has_values(scale) or bool(scale.isfinite().all())
+
+
+def _values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
+    """Copies of those that are tensors with values."""
+    return {
+        name: scale.detach().to("cpu", copy=True)
+        for name, scale in scales.items()
+        if isinstance(scale, Tensor) and _has_values(scale)
+    }
+
+
+def _allocates(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function given to ``Module._apply`` returns new memory without the values, as that of ``to_empty``.
+
+    Only such a function makes a tensor with values out of one on the meta device; every other raises, or stays there.
+    """
+    try:
+        return not fn(torch.empty(1, device="meta")).is_meta
+    except Exception:
+        return False
+
+
+def _mark_lost(tensor: Tensor) -> None:
+    """Notes on the tensor that its values are uninitialised memory, until it is written to or replaced."""
+    tensor._lcw_ops_lost_at = _version(tensor)
+
+
+def _is_lost(tensor: Tensor) -> bool:
+    return getattr(tensor, "_lcw_ops_lost_at", None) == _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    # An inference tensor counts no versions.
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _OrthogonalFilter(nn.Module):
     """What both networks share: the filter as a buffer that keeps its precision, and the two scales."""
 
@@ -134,7 +196,9 @@ class _OrthogonalFilter(nn.Module):
         if segment is not None:
             check_count(type(self).__name__, "segment", segment)
         check_solver(type(self).__name__, solver, tolerance, window)
-        self.filter_kind = filter if isinstance(filter, str) else "tensor"
+        # What reset_parameters draws again, None where a tensor was given; filter_kind may change with a state dict.
+        self._drawn_filter = filter if isinstance(filter, str) else None
+        self.filter_kind = self._drawn_filter or "tensor"
         self.activation = activation
         self.segment = segment
         self.solver, self.tolerance, self.window = solver, tolerance, window
@@ -152,13 +216,31 @@ class _OrthogonalFilter(nn.Module):
         self.register_buffer("filter", filter)
         for name, scale in (("alpha", alpha), ("beta", beta)):
             if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
-                self.register_buffer(name, scale.detach().to(device=device, copy=True))
+                self.register_buffer(name, scale.detach().to(device=_resolve(device), copy=True))
             else:
                 setattr(self, name, scale)
+        self._initial_scales = _values_of(alpha=alpha, beta=beta)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_lost": [name for name, tensor in self._kept_tensors().items() if _is_lost(tensor)]}
 
     def __setstate__(self, state) -> None:
         # Modules pickled before there was a choice of solvers.
-        super().__setstate__({"solver": "sequential", "tolerance": None, "window": None, **state})
+        state = {"solver": "sequential", "tolerance": None, "window": None, **state}
+        lost = state.pop("_lost", ())
+        super().__setstate__(state)
+        if "_drawn_filter" not in state:
+            # Modules pickled before reset_parameters drew the filter.
+            self._drawn_filter = None if self.filter_kind == "tensor" else self.filter_kind
+            self._initial_scales = _values_of(alpha=self.alpha, beta=self.beta)
+        for name in lost:
+            # A copied tensor counts its versions from the start.
+            _mark_lost(getattr(self, name))
+
+    def _kept_tensors(self) -> dict[str, Tensor]:
+        """The filter, and alpha and beta where they are tensors."""
+        kept = {name: getattr(self, name) for name in ("filter", "alpha", "beta")}
+        return {name: tensor for name, tensor in kept.items() if isinstance(tensor, Tensor)}
 
     def _check_scale(self, name: str, scale: float | Tensor, steps: int | None) -> None:
         """A finite number, or a finite tensor with one element or one per step."""
@@ -168,18 +250,22 @@ class _OrthogonalFilter(nn.Module):
         if isinstance(scale, Tensor) and scale.shape not in ((), (1,), (steps,)):
             expected = f"() or ({steps},)" if steps else "()"
             raise ValueError(f"{owner}: {name} has shape {tuple(scale.shape)}, expected {expected}")
-        if not torch.as_tensor(scale).isfinite().all():
+        if not _is_finite(scale):
             raise ValueError(f"{owner}: {name} is {scale}, expected finite")
 
     def _apply(self, fn, recurse=True):
         # .to(bfloat16) must not take these along: the filter is no longer orthogonal then, and 1 - 2e-5 becomes 1.
-        exact = {name: getattr(self, name) for name in ("filter", "alpha", "beta")}
-        exact = {name: kept.detach() for name, kept in exact.items() if isinstance(kept, Tensor)}
+        kept = self._kept_tensors()
+        exact = {name: tensor.detach() for name, tensor in kept.items()}
+        lost = {name for name, tensor in kept.items() if _is_lost(tensor)}
+        allocates = _allocates(fn)
         super()._apply(fn, recurse)
-        for name, kept in exact.items():
+        for name, before in exact.items():
             moved = getattr(self, name)
             if moved.dtype in (torch.bfloat16, torch.float16):
-                moved.data = kept.to(dtype=torch.float32, device=moved.device)
+                moved.data = before.to(dtype=torch.float32, device=moved.device)
+            if name in lost or (not moved.is_meta and (allocates or before.is_meta)):
+                _mark_lost(moved)
         return self
 
     def _load_from_state_dict(
@@ -188,7 +274,7 @@ class _OrthogonalFilter(nn.Module):
         key = f"{prefix}filter"
         loaded = state_dict.get(key)
         is_another = False
-        if isinstance(loaded, Tensor) and not loaded.is_meta:
+        if isinstance(loaded, Tensor) and _has_values(loaded):
             problem = self._problem_of(loaded, key)
             if problem is not None:
                 # As torch does with a tensor of the wrong size: this one stays, the others of the model are loaded,
@@ -197,7 +283,9 @@ class _OrthogonalFilter(nn.Module):
                 state_dict = {**state_dict, key: self.filter}
             else:
                 is_another = loaded.shape == self.filter.shape and (
-                    self.filter.is_meta or not torch.equal(loaded.to(self.filter), self.filter)
+                    not _has_values(self.filter)
+                    or _is_lost(self.filter)
+                    or not torch.equal(loaded.to(self.filter), self.filter)
                 )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -225,21 +313,47 @@ class _OrthogonalFilter(nn.Module):
         owner = type(self).__name__
         if not isinstance(input, Tensor):
             raise TypeError(f"{owner}: {name} is {type(input).__name__}, expected a tensor")
-        if input.dtype == weight.dtype:
-            return
-        # Autocast casts all but these.
-        castable = input.is_floating_point() and torch.float64 not in (input.dtype, weight.dtype)
-        if castable and torch.is_autocast_enabled(input.device.type):
-            return
-        raise TypeError(
-            f"{owner}: {name} is {input.dtype}, the parameters are {weight.dtype}; convert one of them, for instance "
-            f"{name}.to({weight.dtype})"
-        )
+        if not _goes_with(input, weight):
+            raise TypeError(_dtype_message(owner, name, input, weight))
 
-    def _init_recurrent(self, weight: Tensor, bias: Tensor) -> None:
+    @torch.no_grad()
+    def _reset_fixed(self) -> None:
+        """Draws the filter again and gives alpha and beta their first values, in place; ValueError where it cannot.
+
+        A filter that was given as a tensor stays. Everything is checked before the first number is written.
+        """
+        owner = type(self).__name__
+        kept = self._kept_tensors()
+        unknown = [name for name in kept if name not in self._initial_scales and _is_lost(kept[name])]
+        if self._drawn_filter is not None and "filter" in unknown:
+            unknown.remove("filter")
+        if unknown:
+            raise ValueError(
+                f"{owner}: reset_parameters cannot restore {' and '.join(unknown)}: given as tensors, whose values "
+                "were lost when new memory was allocated for the module (to_empty). Load a state dict instead, or "
+                f"set them first: module.{unknown[0]} = tensor"
+            )
+        if self._drawn_filter is None:
+            try:
+                _check_filter(self.filter, self.filter.shape[-1], torch.finfo(torch.float32).eps)
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{owner}: reset_parameters cannot draw a filter that was given as a tensor, and it was changed: "
+                    f"{error}"
+                ) from error
+        else:
+            self.filter.copy_(
+                make_filter(self._drawn_filter, self.filter.shape[-1], self.filter.dtype, self.filter.device)
+            )
+            self.filter_kind = self._drawn_filter
+        for name, values in self._initial_scales.items():
+            getattr(self, name).copy_(values)
+
+    def _init_recurrent(self, weight: Tensor, bias: Tensor | None) -> None:
         gain = _INIT_GAIN.get(self.activation, 1.0)
         nn.init.normal_(weight, std=gain / math.sqrt(weight.shape[-1]))
-        nn.init.zeros_(bias)
+        if bias is not None:
+            nn.init.zeros_(bias)
 
     def _scales_repr(self) -> str:
         shown = {
@@ -253,6 +367,22 @@ class _OrthogonalFilter(nn.Module):
             if getattr(self, name) is not None:
                 options += f", {name}={getattr(self, name)}"
         return f"filter={self.filter_kind!r}{scales}, activation={self.activation!r}{options}"
+
+
+def _goes_with(input: Tensor, weight: Tensor) -> bool:
+    """Whether the dtypes are the same, or autocast makes them so: it casts all but float64."""
+    if input.dtype == weight.dtype:
+        return True
+    castable = input.is_floating_point() and torch.float64 not in (input.dtype, weight.dtype)
+    # Autocast does not know the meta device.
+    return castable and not input.is_meta and torch.is_autocast_enabled(input.device.type)
+
+
+def _dtype_message(owner: str, name: str, input: Tensor, weight: Tensor) -> str:
+    return (
+        f"{owner}: {name} is {input.dtype}, the parameters are {weight.dtype}; convert one of them, for instance "
+        f"{name}.to({weight.dtype})"
+    )
 
 
 class OrthogonalFilterMLP(_OrthogonalFilter):
@@ -291,6 +421,7 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         depth: int,
         out_features: int,
         filter: str | Tensor = "haar",
+        *,
         beta: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
         activation: str = "tanh",
@@ -315,6 +446,15 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         self._init_recurrent(self.weight, self.bias)
 
     def reset_parameters(self) -> None:
+        """Draws parameters and filter as the constructor did, and gives alpha and beta their first values.
+
+        A filter that was given as a tensor stays.
+
+        Raises:
+            ValueError: a filter, alpha or beta that was given as a tensor and is uninitialised memory since
+                ``to_empty``. It has to be loaded, or set.
+        """
+        self._reset_fixed()
         self.input_layer.reset_parameters()
         self.output_layer.reset_parameters()
         self._init_recurrent(self.weight, self.bias)
@@ -343,34 +483,76 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         return f"width={self.width}, depth={self.depth}, {self._scales_repr()}"
 
 
+def _refuse_arguments_of_rnn(init: Callable) -> Callable:
+    """A constructor whose TypeError says what to do about arguments that only ``torch.nn.RNN`` has."""
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs) -> None:
+        owner = "OrthogonalFilterRNN"
+        if len(args) > 2:
+            raise TypeError(
+                f"{owner}: {len(args)} arguments by position, expected two, input_size and hidden_size (torch.nn.RNN's "
+                "third is num_layers, and this is one layer); give the others by name, for instance batch_first=True"
+            )
+        for name in kwargs.keys() & _INSTEAD_OF:
+            raise TypeError(f"{owner}: {name} is an argument of torch.nn.RNN only; {_INSTEAD_OF[name]}")
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+_INSTEAD_OF = {
+    "num_layers": "this is one layer: run several of these modules, each on the output of the one before",
+    "bidirectional": "run a second module on the input flipped over time, input.flip(0), and flip its output back",
+    "dropout": "apply torch.nn.Dropout to the output",
+    "nonlinearity": 'give activation="tanh", "relu", "sigmoid" or "identity"',
+    "proj_size": "apply torch.nn.Linear(hidden_size, proj_size) to the output",
+}
+
+
 class OrthogonalFilterRNN(_OrthogonalFilter):
     """An Elman network that remembers 10,000 steps: h_t = alpha O h_{t-1} + beta act(W h_{t-1} + U x_t + b).
 
-    Called like ``torch.nn.RNN``: ``output, h_n = rnn(input, h_0)``.
+    Called like ``torch.nn.RNN``: ``output, h_n = rnn(input, hx)``.
 
     Args:
         input_size: size of x_t.
         hidden_size: N.
+        bias: False leaves b out.
         batch_first: input and output are (batch, time, features) instead of (time, batch, features).
         filter, alpha, activation, segment, solver, tolerance, window: as in :class:`OrthogonalFilterMLP`.
         beta: weight of the nonlinear branch; or give ``length``.
         length: number of steps to remember; then beta = 1 / length.
 
     Shapes:
-        input (T, B, input_size), or (T, input_size) without a batch; h_0 (1, B, N) or (1, N), default zero;
-        output (T, B, N), h_n (1, B, N).
+        input (T, B, input_size), T >= 1, or (T, input_size) without a batch; hx (1, B, N) or (1, N), default zero;
+        output (T, B, N), h_n (1, B, N). Or input is a ``PackedSequence``: then so is output, and h_n has the last
+        state of every sequence.
 
     Attributes:
-        weight_ih (N, input_size), weight_hh (N, N), bias (N,); filter: buffer.
+        weight_ih (N, input_size), weight_hh (N, N), bias (N,) or None; filter: buffer.
 
     Raises:
-        ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`.
+        ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: shapes, sizes
+            or dtypes that do not fit, an empty sequence.
+        TypeError: arguments that only ``torch.nn.RNN`` has (num_layers, bidirectional, dropout, nonlinearity,
+            proj_size), a third argument by position, batch_first or bias that is not a bool. In a call: input or hx
+            that is not a tensor.
     """
 
+    # Attributes of torch.nn.RNN that generic code reads.
+    num_layers = 1
+    bidirectional = False
+    dropout = 0.0
+    proj_size = 0
+
+    @_refuse_arguments_of_rnn
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
+        *,
+        bias: bool = True,
         batch_first: bool = False,
         filter: str | Tensor = "haar",
         beta: float | Tensor | None = None,
@@ -385,6 +567,9 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         window: int | None = None,
     ) -> None:
         _check_sizes(self, input_size=input_size, hidden_size=hidden_size)
+        for name, flag in (("bias", bias), ("batch_first", batch_first)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"OrthogonalFilterRNN: {name} is {flag!r}, expected True or False")
         if (beta is None) == (length is None):
             raise ValueError(
                 f"OrthogonalFilterRNN: beta is {beta} and length is {length}; give exactly one of them: length=T for "
@@ -400,62 +585,169 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
         self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size, **options))
         self.weight_hh = nn.Parameter(torch.empty(hidden_size, hidden_size, **options))
-        self.bias = nn.Parameter(torch.empty(hidden_size, **options))
-        self.reset_parameters()
+        self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size, **options)) if bias else None)
+        self._init_parameters()
+
+    @property
+    def nonlinearity(self) -> str:
+        return self.activation
+
+    @property
+    def mode(self) -> str:
+        return f"RNN_{self.activation.upper()}"
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        return [[self.weight_ih, self.weight_hh, *([] if self.bias is None else [self.bias])]]
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: there is no cuDNN whose layout the parameters could take."""
 
     def reset_parameters(self) -> None:
+        """As :meth:`OrthogonalFilterMLP.reset_parameters`."""
+        self._reset_fixed()
+        self._init_parameters()
+
+    def _init_parameters(self) -> None:
         nn.init.normal_(self.weight_ih, std=1.0 / math.sqrt(self.input_size))
         self._init_recurrent(self.weight_hh, self.bias)
 
-    def forward(self, input: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not isinstance(input, Tensor) or not (h_0 is None or isinstance(h_0, Tensor)):
-            raise TypeError(
-                f"OrthogonalFilterRNN: input and h_0 are {type(input).__name__} and {type(h_0).__name__}, expected "
-                "tensors; pad a packed sequence first: torch.nn.utils.rnn.pad_packed_sequence"
-            )
-        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
-            raise ValueError(
-                f"OrthogonalFilterRNN: input has shape {tuple(input.shape)}, expected "
-                f"{'(B, T' if self.batch_first else '(T, B'}, {self.input_size}) or (T, {self.input_size})"
-            )
-        self._check_input("input", input, self.weight_ih)
-        batched = input.dim() == 3
-        if not batched:
-            input = input.unsqueeze(1)
-        elif self.batch_first:
-            input = input.transpose(0, 1)
-        batch = input.shape[1]
-        if h_0 is None:
-            h_0 = input.new_zeros(1, batch, self.hidden_size)
-        elif not batched and h_0.dim() == 2:
-            h_0 = h_0.unsqueeze(1)
-        if h_0.shape != (1, batch, self.hidden_size):
-            raise ValueError(
-                f"OrthogonalFilterRNN: h_0 has shape {tuple(h_0.shape)}, expected (1, {batch}, {self.hidden_size})"
-            )
-        states = F.orthogonal_filter(
-            h_0.squeeze(0),
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        run = _run_packed if isinstance(input, PackedSequence) else _run_rnn
+        return run(
+            input,
+            hx,
+            self.weight_ih,
             self.weight_hh,
             self.bias,
             self.filter,
             self.alpha,
             self.beta,
-            inputs=nn.functional.linear(input, self.weight_ih),
+            self.batch_first,
             activation=self.activation,
-            return_states=True,
             segment=self.segment,
             solver=self.solver,
             tolerance=self.tolerance,
             window=self.window,
         )
-        output, h_n = states[1:], states[-1:]
-        if not batched:
-            return output.squeeze(1), h_n.squeeze(1)
-        return (output.transpose(0, 1) if self.batch_first else output), h_n
 
     def extra_repr(self) -> str:
-        batch_first = ", batch_first=True" if self.batch_first else ""
-        return f"{self.input_size}, {self.hidden_size}{batch_first}, {self._scales_repr()}"
+        flags = (", bias=False" if self.bias is None else "") + (", batch_first=True" if self.batch_first else "")
+        return f"{self.input_size}, {self.hidden_size}{flags}, {self._scales_repr()}"
+
+
+def _run_rnn(input, hx, weight_ih, weight_hh, bias, filter, alpha, beta, batch_first, **options):
+    """(output, h_n) of a tensor. A function, because everything here goes by the input's sizes."""
+    _check_sequence(input, hx, weight_ih, batch_first)
+    batched = input.dim() == 3
+    if not batched:
+        input = input.unsqueeze(1)
+        hx = None if hx is None else hx.unsqueeze(1)
+    elif batch_first:
+        input = input.transpose(0, 1)
+    h0 = _first_state(hx, input, input.shape[1], weight_hh)
+    drive = nn.functional.linear(input, weight_ih)
+    states = F.orthogonal_filter(h0, weight_hh, bias, filter, alpha, beta, inputs=drive, return_states=True, **options)
+    # h_n is its own memory: it outlives the states, and may be edited.
+    output, h_n = states[1:], states[-1:].clone()
+    if not batched:
+        return output.squeeze(1), h_n.squeeze(1)
+    return (output.transpose(0, 1) if batch_first else output), h_n
+
+
+def _run_packed(packed, hx, weight_ih, weight_hh, bias, filter, alpha, beta, batch_first, **options):
+    """(output, h_n) of a packed sequence: one run per stretch of time over which the batch stays the same.
+
+    No padding is computed, so none can overflow. ``batch_first`` says nothing about packed sequences.
+    """
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    _check_packed(data, batch_sizes, hx, weight_ih)
+    batch = int(batch_sizes[0])
+    state = _first_state(hx, data, batch, weight_hh)
+    if hx is not None and sorted_indices is not None:
+        state = state.index_select(0, sorted_indices)
+    # As in one run over all steps: between the stretches the state keeps its float32.
+    dtype = state_dtype(weight_hh.dtype)
+    autocast = not data.is_meta and torch.is_autocast_enabled(data.device.type)
+    result_dtype = dtype if autocast else weight_hh.dtype
+    state, drive = state.to(dtype), nn.functional.linear(data, weight_ih).to(dtype)
+    shared = weight_hh.to(dtype), None if bias is None else bias.to(dtype), filter, alpha, beta
+    sizes, lengths = torch.unique_consecutive(batch_sizes, return_counts=True)
+    sizes, lengths = sizes.tolist(), lengths.tolist()
+    outputs, ended = [], []
+    for size, steps, rows in zip(
+        sizes, lengths, drive.split([size * steps for size, steps in zip(sizes, lengths, strict=True)]), strict=True
+    ):
+        ended.append(state[size:])
+        states = F.orthogonal_filter(
+            state[:size], *shared, inputs=rows.unflatten(0, (steps, size)), return_states=True, **options
+        )
+        outputs.append(states[1:].flatten(0, 1))
+        state = states[-1]
+    # The longest sequences come first and end last.
+    h_n = torch.cat([state, *ended[::-1]]).to(result_dtype)
+    if unsorted_indices is not None:
+        h_n = h_n.index_select(0, unsorted_indices)
+    output = PackedSequence(torch.cat(outputs).to(result_dtype), batch_sizes, sorted_indices, unsorted_indices)
+    return output, h_n.unsqueeze(0)
+
+
+def _first_state(hx: Tensor | None, like: Tensor, batch: int, weight_hh: Tensor) -> Tensor:
+    """(B, N), zeros by default."""
+    width = weight_hh.shape[0]
+    if hx is None:
+        return like.new_zeros(batch, width)
+    if hx.shape != (1, batch, width):
+        raise ValueError(f"OrthogonalFilterRNN: hx has shape {tuple(hx.shape)}, expected (1, {batch}, {width})")
+    return hx.squeeze(0)
+
+
+def _check_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> None:
+    _check_rnn_tensors(weight_ih, input=input, **({} if hx is None else {"hx": hx}))
+    features = weight_ih.shape[1]
+    if input.dim() not in (2, 3) or input.shape[-1] != features:
+        raise ValueError(
+            f"OrthogonalFilterRNN: input has shape {tuple(input.shape)}, expected "
+            f"{'(B, T' if batch_first else '(T, B'}, {features}) or (T, {features})"
+        )
+    if hx is not None and hx.dim() != input.dim():
+        raise ValueError(
+            f"OrthogonalFilterRNN: hx has shape {tuple(hx.shape)}, expected {input.dim()} dimensions, as many as the "
+            f"input {tuple(input.shape)}"
+        )
+    if input.shape[1 if batch_first and input.dim() == 3 else 0] == 0:
+        raise ValueError(
+            f"OrthogonalFilterRNN: input has shape {tuple(input.shape)}, expected a sequence length larger than 0"
+        )
+
+
+def _check_packed(data: Tensor, batch_sizes: Tensor, hx: Tensor | None, weight_ih: Tensor) -> None:
+    _check_rnn_tensors(weight_ih, input=data, **({} if hx is None else {"hx": hx}))
+    features = weight_ih.shape[1]
+    if data.dim() != 2 or data.shape[1] != features:
+        raise ValueError(
+            f"OrthogonalFilterRNN: the packed input's data has shape {tuple(data.shape)}, expected (*, {features})"
+        )
+    sizes = batch_sizes.tolist()
+    if not sizes or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != len(data):
+        raise ValueError(
+            f"OrthogonalFilterRNN: the packed input's batch_sizes do not fall from step to step, or do not add up to "
+            f"its {len(data)} rows; make it with torch.nn.utils.rnn.pack_padded_sequence"
+        )
+
+
+def _check_rnn_tensors(weight: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"OrthogonalFilterRNN: {name} is {type(tensor).__name__}, expected a tensor"
+                + (" or a PackedSequence" if name == "input" else "")
+            )
+        if not _goes_with(tensor, weight):
+            # ValueError as from torch.nn.RNN.
+            raise ValueError(_dtype_message("OrthogonalFilterRNN", name, tensor, weight))
 
 
 def _check_sizes(module: nn.Module, **sizes: int) -> None:

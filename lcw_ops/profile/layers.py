@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_rnn, root_mean_square, shift_angle, time_first
@@ -146,8 +147,13 @@ def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN)
     """Gradients reach every state through the output, and the last one through h_n as well."""
 
     def after_forward(_, args, kwargs, result):
-        bound = dict(zip(("input", "h_0"), args, strict=False), **kwargs)
-        recurrence = from_rnn(module, bound["input"].detach(), bound.get("h_0"))
+        bound = dict(zip(("input", "hx"), args, strict=False), **kwargs)
+        if isinstance(bound["input"], PackedSequence):
+            raise TypeError(
+                f"profile: the input of {name or 'OrthogonalFilterRNN'} is a PackedSequence, whose sequences end at "
+                "different steps, expected a tensor; profile a batch of sequences of one length"
+            )
+        recurrence = from_rnn(module, bound["input"].detach(), bound.get("hx"))
         observation.own_flops += 2 * bound["input"].numel() * module.hidden_size
         observation.calls.append(RecurrenceCall(observation.call_name(_layer_name(name)), module, recurrence))
         recurrence.grad_states = torch.zeros(

@@ -103,10 +103,10 @@ def from_mlp(module: OrthogonalFilterMLP, h0: Tensor) -> Recurrence:
     return _recurrence(module, h0.reshape(-1, module.width), module.weight, module.depth, None)
 
 
-def from_rnn(module, input: Tensor, h_0: Tensor | None) -> Recurrence:
+def from_rnn(module, input: Tensor, hx: Tensor | None) -> Recurrence:
     """The recurrence inside an RNN, from the arguments of its call."""
     inputs = torch.nn.functional.linear(time_first(module, input), module.weight_ih)
-    h0 = inputs.new_zeros(inputs.shape[1:]) if h_0 is None else h_0.reshape(inputs.shape[1:])
+    h0 = inputs.new_zeros(inputs.shape[1:]) if hx is None else hx.reshape(inputs.shape[1:])
     return _recurrence(module, h0, module.weight_hh, inputs.shape[0], inputs)
 
 
@@ -122,7 +122,8 @@ def _recurrence(module, h0, weight, steps, inputs) -> Recurrence:
     h0 = h0.detach().to(state_dtype(h0.dtype))
     alpha, beta = scale_tensors(module.alpha, module.beta, steps, h0)
     inputs = None if inputs is None else inputs.detach()
-    tensors = weight.detach(), module.bias.detach(), module.filter, alpha.detach(), beta.detach()
+    bias = None if module.bias is None else module.bias.detach()
+    tensors = weight.detach(), bias, module.filter, alpha.detach(), beta.detach()
     solver = parallel_depth.choose_solver(h0, *tensors, inputs) if module.solver == "auto" else module.solver
     return Recurrence(h0, *tensors, module.activation, inputs, solver=solver)
 
