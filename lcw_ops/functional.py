@@ -240,13 +240,16 @@ def _check_filter(op: str, filter: Tensor, h0: Tensor) -> None:
 def _check_permutation(op: str, permutation: Tensor) -> None:
     """Every index once. The answer is remembered on the tensor, so that a training loop pays for it once.
 
-    Under torch.compile and torch.func the values are not there to look at: the CPU kernel checks them itself.
+    Under torch.compile and torch.func the values are not there to look at: the CPU kernel checks them itself. Meta and
+    fake tensors have none.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(permutation):
         return
     # An inference tensor counts no versions: it is checked every time.
     version = None if permutation.is_inference() else permutation._version
     if version is not None and getattr(permutation, "_lcw_ops_checked", None) == version:
+        return
+    if not _checks.has_values(permutation):
         return
     if not torch.equal(permutation.sort().values, torch.arange(permutation.numel(), device=permutation.device)):
         raise ValueError(

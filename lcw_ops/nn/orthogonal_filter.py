@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 from torch.nn.utils.rnn import PackedSequence
 
 from lcw_ops import functional as F
-from lcw_ops.reference.checks import check_count, check_solver
+from lcw_ops.reference.checks import check_count, check_solver, has_values
 from lcw_ops.reference.orthogonal_filter import state_dtype
 
 FILTERS = ("haar", "cyclic", "permutation", "identity")
@@ -73,11 +72,6 @@ def _resolve(device) -> torch.device:
     return torch.get_default_device() if device is None else torch.device(device)
 
 
-def _has_values(tensor: Tensor) -> bool:
-    """Whether they can be looked at: in FakeTensorMode everything computed from a tensor is fake."""
-    return not tensor.is_meta and detect_fake_mode([tensor]) is None
-
-
 def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> Tensor:
     _check_filter(filter, width, torch.finfo(filter.dtype).eps if filter.is_floating_point() else 0.0)
     kept = filter.dtype if filter.dtype == torch.int64 else dtype
@@ -88,7 +82,7 @@ def _check_filter(filter: Tensor, width: int, eps: float) -> None:
     """ValueError or TypeError unless it is orthogonal to rounding of relative size ``eps``, or a permutation."""
     if filter.dtype == torch.int64:
         if filter.shape != (width,) or (
-            _has_values(filter) and not torch.equal(filter.sort().values, torch.arange(width, device=filter.device))
+            has_values(filter) and not torch.equal(filter.sort().values, torch.arange(width, device=filter.device))
         ):
             raise ValueError(
                 f"filter is an int64 tensor of shape {tuple(filter.shape)}, expected a permutation of 0..{width - 1}"
@@ -104,7 +98,7 @@ def _check_filter(filter: Tensor, width: int, eps: float) -> None:
         raise TypeError(
             f"filter is {filter.dtype}: no matrix of so few bits is orthogonal; give it in float32 or float64"
         )
-    if not _has_values(filter):
+    if not has_values(filter):
         return
     deviation = _deviation(filter.detach().reshape(-1, width, width))
     # A QR in this precision leaves at most about sqrt(N) roundings in an inner product of two rows.
@@ -142,7 +136,7 @@ def _kind_of(filter: Tensor) -> str:
 def _is_finite(scale: float | Tensor) -> bool:
     if not isinstance(scale, Tensor):
         return math.isfinite(scale)
-    return not _has_values(scale) or bool(scale.isfinite().all())
+    return not has_values(scale) or bool(scale.isfinite().all())
 
 
 def _values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
@@ -150,7 +144,7 @@ def _values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
     return {
         name: scale.detach().to("cpu", copy=True)
         for name, scale in scales.items()
-        if isinstance(scale, Tensor) and _has_values(scale)
+        if isinstance(scale, Tensor) and has_values(scale)
     }
 
 
@@ -165,13 +159,17 @@ def _allocates(fn: Callable[[Tensor], Tensor]) -> bool:
         return False
 
 
+# The attribute of a tensor whose values are uninitialised memory: its version when they were lost.
+_LOST_AT = "_lcw_ops_lost_at"
+
+
 def _mark_lost(tensor: Tensor) -> None:
-    """Notes on the tensor that its values are uninitialised memory, until it is written to or replaced."""
-    tensor._lcw_ops_lost_at = _version(tensor)
+    """It counts as lost until it is written to or replaced."""
+    setattr(tensor, _LOST_AT, _version(tensor))
 
 
 def _is_lost(tensor: Tensor) -> bool:
-    return getattr(tensor, "_lcw_ops_lost_at", None) == _version(tensor)
+    return getattr(tensor, _LOST_AT, None) == _version(tensor)
 
 
 def _version(tensor: Tensor) -> int:
@@ -233,9 +231,11 @@ class _OrthogonalFilter(nn.Module):
             # Modules pickled before reset_parameters drew the filter.
             self._drawn_filter = None if self.filter_kind == "tensor" else self.filter_kind
             self._initial_scales = _values_of(alpha=self.alpha, beta=self.beta)
-        for name in lost:
-            # A copied tensor counts its versions from the start.
-            _mark_lost(getattr(self, name))
+        for name, tensor in self._kept_tensors().items():
+            # A copied tensor counts its versions from the start, so the copied note means nothing.
+            vars(tensor).pop(_LOST_AT, None)
+            if name in lost:
+                _mark_lost(tensor)
 
     def _kept_tensors(self) -> dict[str, Tensor]:
         """The filter, and alpha and beta where they are tensors."""
@@ -274,7 +274,7 @@ class _OrthogonalFilter(nn.Module):
         key = f"{prefix}filter"
         loaded = state_dict.get(key)
         is_another = False
-        if isinstance(loaded, Tensor) and _has_values(loaded):
+        if isinstance(loaded, Tensor) and has_values(loaded):
             problem = self._problem_of(loaded, key)
             if problem is not None:
                 # As torch does with a tensor of the wrong size: this one stays, the others of the model are loaded,
@@ -283,7 +283,7 @@ class _OrthogonalFilter(nn.Module):
                 state_dict = {**state_dict, key: self.filter}
             else:
                 is_another = loaded.shape == self.filter.shape and (
-                    not _has_values(self.filter)
+                    not has_values(self.filter)
                     or _is_lost(self.filter)
                     or not torch.equal(loaded.to(self.filter), self.filter)
                 )
