@@ -393,7 +393,8 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         width: N, units per layer.
         depth: L, number of layers.
         out_features: size of one output.
-        filter: O, see :func:`make_filter`; a buffer, never trained.
+        filter: O, see :func:`make_filter`; a buffer, never trained. "haar" and "permutation" are random: on several
+            ranks draw them with one seed, or broadcast the state dict.
         beta: weight of the nonlinear branch, a number or (depth,) tensor; default 1 / depth. A constant beta lets the
             gradient vanish like (1 - beta)^depth.
         alpha: weight of the filter branch; default 1 - beta.
@@ -494,8 +495,9 @@ def _refuse_arguments_of_rnn(init: Callable) -> Callable:
                 f"{owner}: {len(args)} arguments by position, expected two, input_size and hidden_size (torch.nn.RNN's "
                 "third is num_layers, and this is one layer); give the others by name, for instance batch_first=True"
             )
-        for name in kwargs.keys() & _INSTEAD_OF:
-            raise TypeError(f"{owner}: {name} is an argument of torch.nn.RNN only; {_INSTEAD_OF[name]}")
+        for name, remedy in _INSTEAD_OF.items():
+            if name in kwargs:
+                raise TypeError(f"{owner}: {name} is an argument of torch.nn.RNN only; {remedy}")
         init(self, *args, **kwargs)
 
     return checked
@@ -526,18 +528,44 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
 
     Shapes:
         input (T, B, input_size), T >= 1, or (T, input_size) without a batch; hx (1, B, N) or (1, N), default zero;
-        output (T, B, N), h_n (1, B, N). Or input is a ``PackedSequence``: then so is output, and h_n has the last
-        state of every sequence.
+        output (T, B, N) or (T, N), h_n (1, B, N) or (1, N).
+        A ``PackedSequence`` gives a packed output, and h_n (1, B, N) holds the last state of every sequence; hx and
+        h_n are in the order of the sequences before they were sorted.
 
     Attributes:
         weight_ih (N, input_size), weight_hh (N, N), bias (N,) or None; filter: buffer.
 
     Raises:
-        ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: shapes, sizes
-            or dtypes that do not fit, an empty sequence.
-        TypeError: arguments that only ``torch.nn.RNN`` has (num_layers, bidirectional, dropout, nonlinearity,
-            proj_size), a third argument by position, batch_first or bias that is not a bool. In a call: input or hx
-            that is not a tensor.
+        ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: shapes or
+            dtypes that do not fit, an empty sequence, a ``PackedSequence`` whose sizes contradict each other.
+        TypeError: arguments that only ``torch.nn.RNN`` has, a third argument by position, a bias or batch_first that
+            is not a bool. In a call: an input or hx that is not a tensor.
+
+    Differences from ``torch.nn.RNN``:
+
+    ======================  ================================  ==========================================================
+    subject                 ``torch.nn.RNN``                  here
+    ======================  ================================  ==========================================================
+    arguments by position   all                               input_size and hidden_size
+    num_layers              several in one module             TypeError: run several modules; the attribute is 1
+    bidirectional           both directions in one module     TypeError: run a second one on the flipped input; False
+    dropout                 between layers                    TypeError: apply ``nn.Dropout``; the attribute is 0.0
+    nonlinearity            "tanh", "relu"                    TypeError: ``activation=``, also "sigmoid" and "identity"
+    proj_size               LSTM only                         TypeError: apply ``nn.Linear``; the attribute is 0
+    parameters              ``weight_ih_l0``, ..., two        ``weight_ih``, ``weight_hh``, one ``bias``; the state dict
+                            biases                            has the filter too
+    attribute ``bias``      bool                              the parameter, or None
+    attribute ``mode``      RNN_TANH, RNN_RELU                also RNN_SIGMOID, RNN_IDENTITY
+    initial values          all uniform, +-1/sqrt(N)          normal: ``weight_ih`` with std 1/sqrt(input_size),
+                                                              ``weight_hh`` as in the MLP; ``bias`` zero
+    errors in a call        RuntimeError; wrong dtype of the  ValueError
+                            input: ValueError
+    autocast                output and h_n in its dtype       both in float32: rounded to 16 bits, a state that is
+                                                              carried on as hx would lose steps of size beta
+    output edited in place  allowed on a CPU, on a GPU        backward raises an error: it reads these states; edit
+    before backward         backward raises an error          ``output.clone()``. (The copy for everybody: @PRICE@)
+    TorchScript             yes                               no
+    ======================  ================================  ==========================================================
     """
 
     # Attributes of torch.nn.RNN that generic code reads.

@@ -1,0 +1,328 @@
+"""The recurrent modules made without memory (meta, fake tensors) and initialised later, as sharded training does it."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import lcw_ops
+from lcw_ops import nn
+from lcw_ops.nn.orthogonal_filter import make_filter
+
+KINDS = ["haar", "cyclic", "permutation", "identity"]
+
+Q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q.float()
+P = torch.arange(8).roll(3)
+FILTERS = [*KINDS, pytest.param(Q, id="matrix"), pytest.param(P, id="indices")]
+SCALES = {
+    "numbers": lambda: {"beta": 0.25, "alpha": 0.5},
+    "buffers": lambda: {"beta": torch.tensor([0.25]), "alpha": torch.tensor(0.5)},
+    "parameters": lambda: {"beta": torch.nn.Parameter(torch.tensor(0.25)), "alpha": torch.tensor([0.5])},
+}
+
+
+def mlp(filter="haar", scales="numbers", **options):
+    return nn.OrthogonalFilterMLP(3, 8, 6, 2, filter=filter, **SCALES[scales](), **options)
+
+
+def rnn(filter="haar", scales="numbers", **options):
+    return nn.OrthogonalFilterRNN(3, 8, filter=filter, **SCALES[scales](), **options)
+
+
+def tensors_of(model):
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def make_by_argument(make, **options):
+    return make(device="meta", **options)
+
+
+def make_in_context(make, **options):
+    with torch.device("meta"):
+        return make(**options)
+
+
+def make_by_default(make, **options):
+    torch.set_default_device("meta")
+    try:
+        return make(**options)
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("on_meta", [make_by_argument, make_in_context, make_by_default])
+@pytest.mark.parametrize("make", [mlp, rnn])
+@pytest.mark.parametrize("scales", ["numbers", "buffers"])
+@pytest.mark.parametrize("filter", FILTERS)
+def test_modules_are_made_on_meta(filter, scales, make, on_meta):
+    """Like torch's own: no memory, no number is looked at, and everything can be loaded later."""
+    model = on_meta(make, filter=filter, scales=scales)
+    assert all(tensor.is_meta for tensor in tensors_of(model).values())
+    # Nothing to initialise, so nothing to refuse either.
+    model.reset_parameters()
+    with lcw_ops.use_backend("reference"):
+        output = model(torch.zeros(5, 4, 3, device="meta"))
+    assert (output if make is mlp else output[0]).shape == (5, 4, 2 if make is mlp else 8)
+    source = make(filter=filter, scales=scales)
+    model.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(5, 4, 3)
+    for actual, expected in zip(model(x), source(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("make", [mlp, rnn])
+def test_a_parameter_given_as_a_scale_stays_the_callers(make):
+    with torch.device("meta"):
+        model = make(scales="parameters")
+    assert model.beta.is_meta
+    beta = torch.nn.Parameter(torch.tensor(0.5))
+    with torch.device("meta"):
+        model = nn.OrthogonalFilterMLP(3, 8, 6, 2, beta=beta)
+    assert model.beta is beta
+
+
+# torch's own rule: a real tensor under FakeTensorMode needs allow_non_fake_inputs.
+@pytest.mark.parametrize(("filter", "allow_real"), [(KINDS[0], False), *((filter, True) for filter in (*KINDS, Q, P))])
+@pytest.mark.parametrize("make", [mlp, rnn])
+@pytest.mark.parametrize("scales", [*SCALES])
+def test_modules_are_made_and_run_of_fake_tensors(filter, scales, make, allow_real):
+    with FakeTensorMode(allow_non_fake_inputs=allow_real):
+        model = make(filter=filter, scales=scales)
+        model.reset_parameters()
+        output = model(torch.zeros(5, 4, 3))
+    assert all(isinstance(tensor, FakeTensor) for tensor in tensors_of(model).values())
+    assert (output if make is mlp else output[0]).shape == (5, 4, 2 if make is mlp else 8)
+
+
+def test_wrong_tensors_on_meta_are_still_refused_for_their_shapes():
+    with pytest.raises(ValueError, match="filter has shape"):
+        mlp(torch.empty(7, 7, device="meta"), device="meta")
+    with pytest.raises(ValueError, match=r"expected a permutation of 0\.\.7"):
+        mlp(torch.empty(7, dtype=torch.int64, device="meta"), device="meta")
+    with pytest.raises(ValueError, match="beta has shape"):
+        nn.OrthogonalFilterMLP(3, 8, 6, 2, beta=torch.ones(5, device="meta"), device="meta")
+
+
+def emptied(model):
+    """New memory; conftest fills it with NaN, and integers with their largest number."""
+    return model.to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("from_meta", [False, True])
+@pytest.mark.parametrize("make", [mlp, rnn])
+@pytest.mark.parametrize("scales", [*SCALES])
+@pytest.mark.parametrize("filter", KINDS)
+def test_reset_parameters_makes_what_the_constructor_made(filter, scales, make, from_meta):
+    """Bit for bit, from the same seed: every parameter and buffer, written into the tensors that are there."""
+    torch.manual_seed(7)
+    made = make(filter, scales)
+    model = emptied(make(filter, scales, device="meta") if from_meta else make(filter, scales))
+    before = tensors_of(model)
+    assert not torch.equal(model.filter, made.filter)
+    torch.manual_seed(7)
+    model.reset_parameters()
+    for name, tensor in tensors_of(model).items():
+        assert tensor is before[name]
+        assert torch.equal(tensor, tensors_of(made)[name]), name
+    assert repr(model) == repr(made)
+    x = torch.randn(5, 4, 3)
+    for actual, expected in zip(model(x), made(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_reset_parameters_keeps_the_filters_precision(dtype):
+    model = mlp("haar", "buffers").to(dtype)
+    emptied(model).reset_parameters()
+    assert model.filter.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    eps = torch.finfo(model.filter.dtype).eps
+    product = model.filter.double() @ model.filter.double().T
+    torch.testing.assert_close(product, torch.eye(8, dtype=torch.float64), rtol=0, atol=2 * math.sqrt(8) * eps)
+    assert (model.alpha, model.beta) == (0.5, 0.25)
+
+
+def test_reset_parameters_draws_another_filter_each_time():
+    model = mlp("haar")
+    first = model.filter.clone()
+    model.reset_parameters()
+    assert not torch.equal(model.filter, first)
+
+
+def test_reset_parameters_draws_by_the_constructors_kind_whatever_was_loaded():
+    model = mlp("permutation")
+    model.load_state_dict(mlp("cyclic").state_dict())
+    assert "filter='cyclic'" in repr(model)
+    torch.manual_seed(3)
+    model.reset_parameters()
+    torch.manual_seed(3)
+    assert torch.equal(model.filter, make_filter("permutation", 8))
+    assert "filter='permutation'" in repr(model)
+
+
+def unchanged(model):
+    return model
+
+
+def reloaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+CLONES = [unchanged, copy.deepcopy, reloaded]
+
+
+@pytest.mark.parametrize("clone", CLONES)
+@pytest.mark.parametrize("make", [mlp, rnn])
+@pytest.mark.parametrize("filter", FILTERS[-2:])
+def test_reset_parameters_leaves_a_given_filter_in_a_healthy_module(filter, make, clone):
+    model = torch.nn.Sequential(make(filter, "buffers"))
+    for step in (
+        unchanged,
+        lambda model: model.double().float(),
+        lambda model: model.bfloat16(),
+        lambda model: model.share_memory(),
+        lambda model: model.requires_grad_(False),
+        lambda model: model.load_state_dict(model.state_dict()),
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    ):
+        step(model)
+        model = clone(model)
+        weight = next(model.parameters()).clone()
+        model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+        assert not torch.equal(next(model.parameters()), weight)
+        assert torch.equal(model[0].filter, filter)
+        assert (model[0].alpha, model[0].beta) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("clone", CLONES)
+@pytest.mark.parametrize("from_meta", [False, True])
+@pytest.mark.parametrize("make", [mlp, rnn])
+@pytest.mark.parametrize("filter", FILTERS[-2:])
+def test_reset_parameters_refuses_a_given_filter_whose_memory_is_gone(filter, make, from_meta, clone):
+    model = emptied(make_in_context(make, filter=filter) if from_meta else make(filter))
+    # As uninitialised memory may by chance: what was there before. Nobody wrote it, so it counts for nothing.
+    model.filter.data.copy_(filter)
+    model = clone(model)
+    weight = next(model.parameters()).clone()
+    with pytest.raises(ValueError, match=r"cannot restore filter.*to_empty.*state dict.*module\.filter = tensor"):
+        model.reset_parameters()
+    assert torch.equal(next(model.parameters()).nan_to_num(), weight.nan_to_num())
+    # It stays lost on the way to another device or dtype.
+    with pytest.raises(ValueError, match="cannot restore filter"):
+        model.double().float().reset_parameters()
+
+
+def fill_in_place(model, source):
+    model.filter.copy_(source.filter)
+
+
+def replace_filter(model, source):
+    model.filter = source.filter.clone()
+
+
+def load(model, source):
+    model.load_state_dict(source.state_dict())
+
+
+def load_assigned(model, source):
+    model.load_state_dict(source.state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("clone", CLONES)
+@pytest.mark.parametrize("supply", [fill_in_place, replace_filter, load, load_assigned])
+@pytest.mark.parametrize("make", [mlp, rnn])
+@pytest.mark.parametrize("filter", FILTERS[-2:])
+def test_a_filter_that_was_supplied_again_is_kept(filter, make, supply, clone):
+    source = make(filter)
+    model = emptied(make_in_context(make, filter=filter))
+    supply(model, source)
+    model = clone(model)
+    model.reset_parameters()
+    assert torch.equal(model.filter, source.filter)
+    x = torch.randn(5, 4, 3)
+    model.load_state_dict(source.state_dict())
+    for actual, expected in zip(model(x), source(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("garbage", [torch.full((8, 8), math.nan), torch.zeros(8, 8)])
+def test_reset_parameters_refuses_a_given_filter_that_was_overwritten(garbage):
+    model = mlp(Q)
+    model.filter = garbage
+    with pytest.raises(ValueError, match=r"reset_parameters cannot draw a filter that was given.*not orthogonal"):
+        model.reset_parameters()
+
+
+def test_reset_parameters_refuses_scales_that_never_had_values():
+    with torch.device("meta"):
+        model = mlp("haar", "parameters")
+    emptied(model)
+    with pytest.raises(ValueError, match=r"cannot restore alpha and beta.*module\.alpha = tensor"):
+        model.reset_parameters()
+    with torch.no_grad():
+        model.alpha.fill_(0.5)
+        model.beta.fill_(0.25)
+    model.reset_parameters()
+    assert (model.alpha, model.beta) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("make", [mlp, rnn])
+@pytest.mark.parametrize("filter", KINDS)
+def test_emptied_modules_take_a_state_dict(filter, make, assign):
+    source = make(filter, "buffers")
+    model = emptied(make_in_context(make, filter=filter, scales="buffers"))
+    model.load_state_dict(source.state_dict(), assign=assign)
+    # A matrix does not say how it was drawn.
+    assert f"filter='{'tensor' if filter == 'haar' else filter}'" in repr(model)
+    x = torch.randn(5, 4, 3)
+    for actual, expected in zip(model(x), source(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("filter", ["permutation", pytest.param(Q, id="matrix")])
+def test_modules_pickled_before_filters_were_drawn_again(filter):
+    model = mlp(filter, "buffers")
+    state = {name: value for name, value in vars(model).items() if name not in ("_drawn_filter", "_initial_scales")}
+    old = nn.OrthogonalFilterMLP.__new__(nn.OrthogonalFilterMLP)
+    old.__setstate__(copy.deepcopy(state))
+    if isinstance(filter, torch.Tensor):
+        old.reset_parameters()
+        assert torch.equal(old.filter, filter)
+        with pytest.raises(ValueError, match="cannot restore filter"):
+            emptied(old).reset_parameters()
+    else:
+        torch.manual_seed(7)
+        made = mlp(filter, "buffers")
+        torch.manual_seed(7)
+        emptied(old).reset_parameters()
+        for name, tensor in old.state_dict().items():
+            assert torch.equal(tensor, made.state_dict()[name]), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [mlp, rnn])
+def test_fully_sharded_modules_are_initialised_from_meta(make):
+    """FSDP2's way: shard on meta, to_empty, reset_parameters of every module."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = make_in_context(make, filter="haar")
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            module.reset_parameters()
+        output = model(torch.randn(5, 4, 3))
+        (output if make is mlp else output[0]).sum().backward()
+        assert all(parameter.grad.full_tensor().isfinite().all() for parameter in model.parameters())
+        product = model.filter @ model.filter.T
+        torch.testing.assert_close(product, torch.eye(8), rtol=0, atol=2 * math.sqrt(8) * 2**-23)
+    finally:
+        dist.destroy_process_group()
