@@ -672,13 +672,21 @@ def _run_rnn(input, hx, weight_ih, weight_hh, bias, filter, alpha, beta, batch_f
     batched = input.dim() == 3
     if not batched:
         input = input.unsqueeze(1)
-        hx = None if hx is None else hx.unsqueeze(1)
     elif batch_first:
         input = input.transpose(0, 1)
-    h0 = _first_state(hx, input, input.shape[1], weight_hh)
     drive = nn.functional.linear(input, weight_ih)
-    states = F.orthogonal_filter(h0, weight_hh, bias, filter, alpha, beta, inputs=drive, return_states=True, **options)
-    # h_n is its own memory: it outlives the states, and may be edited.
+    states = F.orthogonal_filter(
+        _first_state(hx, input, input.shape[1], weight_hh),
+        weight_hh,
+        bias,
+        filter,
+        alpha,
+        beta,
+        inputs=drive,
+        return_states=True,
+        **options,
+    )
+    # A view would keep the memory of all states alive, and an edit of it would change the output.
     output, h_n = states[1:], states[-1:].clone()
     if not batched:
         return output.squeeze(1), h_n.squeeze(1)
@@ -692,8 +700,7 @@ def _run_packed(packed, hx, weight_ih, weight_hh, bias, filter, alpha, beta, bat
     """
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     _check_packed(data, batch_sizes, hx, weight_ih)
-    batch = int(batch_sizes[0])
-    state = _first_state(hx, data, batch, weight_hh)
+    state = _first_state(hx, data, int(batch_sizes[0]), weight_hh)
     if hx is not None and sorted_indices is not None:
         state = state.index_select(0, sorted_indices)
     # As in one run over all steps: between the stretches the state keeps its float32.
@@ -702,16 +709,13 @@ def _run_packed(packed, hx, weight_ih, weight_hh, bias, filter, alpha, beta, bat
     result_dtype = dtype if autocast else weight_hh.dtype
     state, drive = state.to(dtype), nn.functional.linear(data, weight_ih).to(dtype)
     shared = weight_hh.to(dtype), None if bias is None else bias.to(dtype), filter, alpha, beta
-    sizes, lengths = torch.unique_consecutive(batch_sizes, return_counts=True)
-    sizes, lengths = sizes.tolist(), lengths.tolist()
+    sizes, lengths = (counts.tolist() for counts in torch.unique_consecutive(batch_sizes, return_counts=True))
+    stretches = drive.split([size * length for size, length in zip(sizes, lengths, strict=True)])
     outputs, ended = [], []
-    for size, steps, rows in zip(
-        sizes, lengths, drive.split([size * steps for size, steps in zip(sizes, lengths, strict=True)]), strict=True
-    ):
+    for size, length, inputs in zip(sizes, lengths, stretches, strict=True):
         ended.append(state[size:])
-        states = F.orthogonal_filter(
-            state[:size], *shared, inputs=rows.unflatten(0, (steps, size)), return_states=True, **options
-        )
+        inputs = inputs.unflatten(0, (length, size))
+        states = F.orthogonal_filter(state[:size], *shared, inputs=inputs, return_states=True, **options)
         outputs.append(states[1:].flatten(0, 1))
         state = states[-1]
     # The longest sequences come first and end last.
@@ -723,36 +727,29 @@ def _run_packed(packed, hx, weight_ih, weight_hh, bias, filter, alpha, beta, bat
 
 
 def _first_state(hx: Tensor | None, like: Tensor, batch: int, weight_hh: Tensor) -> Tensor:
-    """(B, N), zeros by default."""
+    """(B, N), zeros by default; hx is (1, B, N), or (1, N) with a batch of one."""
     width = weight_hh.shape[0]
-    if hx is None:
-        return like.new_zeros(batch, width)
-    if hx.shape != (1, batch, width):
-        raise ValueError(f"OrthogonalFilterRNN: hx has shape {tuple(hx.shape)}, expected (1, {batch}, {width})")
-    return hx.squeeze(0)
+    return like.new_zeros(batch, width) if hx is None else hx.reshape(batch, width)
 
 
 def _check_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> None:
-    _check_rnn_tensors(weight_ih, input=input, **({} if hx is None else {"hx": hx}))
+    _check_dtypes(input, hx, weight_ih)
     features = weight_ih.shape[1]
     if input.dim() not in (2, 3) or input.shape[-1] != features:
         raise ValueError(
             f"OrthogonalFilterRNN: input has shape {tuple(input.shape)}, expected "
             f"{'(B, T' if batch_first else '(T, B'}, {features}) or (T, {features})"
         )
-    if hx is not None and hx.dim() != input.dim():
-        raise ValueError(
-            f"OrthogonalFilterRNN: hx has shape {tuple(hx.shape)}, expected {input.dim()} dimensions, as many as the "
-            f"input {tuple(input.shape)}"
-        )
-    if input.shape[1 if batch_first and input.dim() == 3 else 0] == 0:
+    time = 1 if batch_first and input.dim() == 3 else 0
+    _check_state(hx, weight_ih, *([input.shape[1 - time]] if input.dim() == 3 else []))
+    if input.shape[time] == 0:
         raise ValueError(
             f"OrthogonalFilterRNN: input has shape {tuple(input.shape)}, expected a sequence length larger than 0"
         )
 
 
 def _check_packed(data: Tensor, batch_sizes: Tensor, hx: Tensor | None, weight_ih: Tensor) -> None:
-    _check_rnn_tensors(weight_ih, input=data, **({} if hx is None else {"hx": hx}))
+    _check_dtypes(data, hx, weight_ih)
     features = weight_ih.shape[1]
     if data.dim() != 2 or data.shape[1] != features:
         raise ValueError(
@@ -761,20 +758,28 @@ def _check_packed(data: Tensor, batch_sizes: Tensor, hx: Tensor | None, weight_i
     sizes = batch_sizes.tolist()
     if not sizes or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != len(data):
         raise ValueError(
-            f"OrthogonalFilterRNN: the packed input's batch_sizes do not fall from step to step, or do not add up to "
+            "OrthogonalFilterRNN: the packed input's batch_sizes rise from one step to the next, or do not add up to "
             f"its {len(data)} rows; make it with torch.nn.utils.rnn.pack_padded_sequence"
+        )
+    _check_state(hx, weight_ih, sizes[0])
+
+
+def _check_state(hx: Tensor | None, weight_ih: Tensor, *batch: int) -> None:
+    width = weight_ih.shape[0]
+    if hx is not None and hx.shape != (1, *batch, width):
+        raise ValueError(
+            f"OrthogonalFilterRNN: hx has shape {tuple(hx.shape)}, expected {(1, *batch, width)}"
+            + ("" if batch else " for an input without a batch")
         )
 
 
-def _check_rnn_tensors(weight: Tensor, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
+def _check_dtypes(input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
+    for name, tensor in (("input", input), *([] if hx is None else [("hx", hx)])):
         if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"OrthogonalFilterRNN: {name} is {type(tensor).__name__}, expected a tensor"
-                + (" or a PackedSequence" if name == "input" else "")
-            )
+            also = " or a PackedSequence" if name == "input" else ""
+            raise TypeError(f"OrthogonalFilterRNN: {name} is {type(tensor).__name__}, expected a tensor{also}")
         if not _goes_with(tensor, weight):
-            # ValueError as from torch.nn.RNN.
+            # torch.nn.RNN raises ValueError too.
             raise ValueError(_dtype_message("OrthogonalFilterRNN", name, tensor, weight))
 
 
