@@ -324,9 +324,8 @@ class _OrthogonalFilter(nn.Module):
         """
         owner = type(self).__name__
         kept = self._kept_tensors()
-        unknown = [name for name in kept if name not in self._initial_scales and _is_lost(kept[name])]
-        if self._drawn_filter is not None and "filter" in unknown:
-            unknown.remove("filter")
+        known = {*self._initial_scales, *([] if self._drawn_filter is None else ["filter"])}
+        unknown = [name for name, tensor in kept.items() if name not in known and _is_lost(tensor)]
         if unknown:
             raise ValueError(
                 f"{owner}: reset_parameters cannot restore {' and '.join(unknown)}: given as tensors, whose values "
@@ -346,8 +345,8 @@ class _OrthogonalFilter(nn.Module):
                 make_filter(self._drawn_filter, self.filter.shape[-1], self.filter.dtype, self.filter.device)
             )
             self.filter_kind = self._drawn_filter
-        for name, values in self._initial_scales.items():
-            getattr(self, name).copy_(values)
+        for name in kept.keys() & self._initial_scales.keys():
+            kept[name].copy_(self._initial_scales[name])
 
     def _init_recurrent(self, weight: Tensor, bias: Tensor | None) -> None:
         gain = _INIT_GAIN.get(self.activation, 1.0)

@@ -20,6 +20,7 @@ from torch import nn
 
 from lcw_ops import data
 from lcw_ops.nn import OrthogonalFilterMLP
+from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops import orthogonal_filter as op
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
@@ -116,20 +117,21 @@ def make_network(kind: str, settings: Settings, features: int, classes: int) -> 
 
     ValueError for an unknown filter or activation.
     """
+    torch.manual_seed(settings.seed)
+    filter = make_filter(settings.filter, settings.width, device="cpu")
+    solver = {name: getattr(settings, name) for name in ("solver", "tolerance", "window")}
     scales = {
-        "orthogonal-filter": {name: getattr(settings, name) for name in ("filter", "solver", "tolerance", "window")},
+        "orthogonal-filter": {"filter": filter, **solver},
         # h + act(W h + b): the identity as filter, both branches in full.
         "residual": {"filter": "identity", "alpha": 1.0, "beta": 1.0},
         # act(W h + b): the filter's branch is switched off.
         "plain": {"filter": "identity", "alpha": 0.0, "beta": 1.0},
     }[kind]
+    # Again from the seed: drawing the filter took random numbers, more or fewer by its kind.
     torch.manual_seed(settings.seed)
     model = OrthogonalFilterMLP(
         features, settings.width, settings.depth, classes, activation=settings.activation, device="cpu", **scales
     )
-    # Again from the seed: drawing the filter took random numbers that the other kinds do not take.
-    torch.manual_seed(settings.seed)
-    model.reset_parameters()
     return model.to(settings.device)
 
 
