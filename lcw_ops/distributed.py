@@ -168,10 +168,7 @@ class DepthParallel(_OrthogonalFilter):
             )
 
     def _first_state(self, x: Tensor) -> Tensor:
-        self._check_input("input", x, self.input_layer.weight)
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"DepthParallel: input has shape {tuple(x.shape)}, expected (*, {self.in_features})")
-        h0 = self.input_layer(x).reshape(-1, self.width)
+        h0 = self._apply_input_layer(x).reshape(-1, self.width)
         if self.weight.dtype == torch.float64 != h0.dtype:
             raise TypeError(f"DepthParallel: the first state is {h0.dtype}, weight is float64; convert one of them")
         return h0

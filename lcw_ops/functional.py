@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import Tensor
 
+from lcw_ops import _torch
 from lcw_ops import reference as _reference
 from lcw_ops.ops import _backends, _library
 from lcw_ops.ops import gradient_activation as _gradient_activation
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 
+@_torch.overridable
 def orthogonal_filter(
     h0: Tensor,
     weight: Tensor,
@@ -102,6 +104,11 @@ def orthogonal_filter(
     # Autocast does not know the meta device.
     if not h0.is_meta and torch.is_autocast_enabled(h0.device.type):
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
+    if _torch.is_exporting() and _backends.requested() is None:
+        with _torch.paused_jit_trace():
+            _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment)
+            _check_solver(solver, filter, tolerance, window)
+        return _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states)
     _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment)
     _check_solver(solver, filter, tolerance, window)
     if solver == "auto":
@@ -113,7 +120,10 @@ def orthogonal_filter(
     dtype = _state_dtype(h0.dtype)
     backend = _orthogonal_filter.choose_kernel(h0.device, h0.shape[1], dtype.itemsize)
     if backend == "reference":
-        return _reference.orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states)
+        with _without_autocast(h0.device):
+            return _reference.orthogonal_filter(
+                h0, weight, bias, filter, alpha, beta, inputs, activation, return_states
+            )
     steps = _count_steps(weight, bias, filter, alpha, beta, inputs)
     alpha, beta = _scale_tensors(alpha, beta, steps, h0)
     result_dtype = h0.dtype
@@ -128,6 +138,31 @@ def orthogonal_filter(
     tensors = h0, weight, bias, filter, alpha, beta, inputs
     output, _ = _library.apply(*functions, *tensors, steps, activation, segment, return_states, backend)
     return output.to(result_dtype)
+
+
+def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states) -> Tensor:
+    """By operators of torch alone: one scan, which torch.jit.trace cannot record, so that it records every step."""
+    arguments = (h0, weight, bias, filter, alpha, beta, inputs, activation, return_states)
+    with _without_autocast(h0.device):
+        if not torch.jit.is_tracing():
+            return _reference.orthogonal_filter_scan(*arguments)
+        with _torch.paused_jit_trace():
+            steps = _count_steps(weight, bias, filter, alpha, beta, inputs)
+        if steps > _MOST_UNROLLED:
+            raise ValueError(
+                f"orthogonal_filter: torch.jit.trace records every step, and {steps} steps are more than "
+                f"{_MOST_UNROLLED}; use torch.export.export, or torch.onnx.export(..., dynamo=True), which record "
+                "one scan of any length"
+            )
+        return _reference.orthogonal_filter(*arguments)
+
+
+def _without_autocast(device: torch.device):
+    """Autocast would round the state to 16 bits in every step."""
+    # Autocast does not know the meta device.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _solve_in_parallel(
@@ -148,7 +183,7 @@ def _solve_in_parallel(
 
 
 def _to_float32(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor is None or tensor.dtype == torch.float64 else _torch.cast(tensor, torch.float32)
 
 
 def _may_need_gradient(*tensors: Tensor | None) -> bool:
@@ -157,6 +192,8 @@ def _may_need_gradient(*tensors: Tensor | None) -> bool:
 
 _CPU = torch.device("cpu")
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+# Ten nodes per step: a trace of so many loads in seconds, one of 50,000 steps would take minutes.
+_MOST_UNROLLED = 256
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -259,6 +296,7 @@ def _check_permutation(op: str, permutation: Tensor) -> None:
     permutation._lcw_ops_checked = version
 
 
+@_torch.overridable
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     """Rows of zero sum from an unconstrained parameter: inputs of equal means then cause no activation shift.
 
@@ -294,6 +332,7 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     return _lcw_linear.constrained_weight(weight, basis, backend)
 
 
+@_torch.overridable
 def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: bool = False) -> Tensor:
     """A linear layer whose rows sum to zero: ``x @ lcw_weight(weight, basis).T + bias``.
 
@@ -380,6 +419,7 @@ def _check_lcw_linear(x, weight, bias, basis) -> bool:
     return autocast
 
 
+@_torch.overridable
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The activation shift of every unit: its mean pre-activation, and the angle between weight and mean activation.
 
@@ -406,6 +446,7 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
         return _reference.activation_shift(x, weight, bias)
 
 
+@_torch.overridable
 def hypersphere_direction(angles: Tensor) -> Tensor:
     """Unit rows from angles: ``u_k = cos t_k prod_{i<k} sin t_i`` for k < m, ``u_m = prod_{i<m} sin t_i``.
 
@@ -437,6 +478,7 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     return _hypersphere.direction(angles, backend)
 
 
+@_torch.overridable
 def hypersphere_angles(weight: Tensor) -> Tensor:
     """The angles of the rows' directions: the inverse of :func:`hypersphere_direction`, up to the rows' lengths.
 
@@ -460,6 +502,7 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
     return _reference.hypersphere_angles(weight)
 
 
+@_torch.overridable
 def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     """Weight normalization: ``scale * weight / ||weight||`` by rows.
 
@@ -492,6 +535,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     return _hypersphere.normalize_scale(weight, scale, backend)
 
 
+@_torch.overridable
 def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, activation: str | None = None) -> Tensor:
     """A layer of units on the hypersphere: ``radius * act(x @ u.T + location)``, u = hypersphere_direction(angles).
 
@@ -539,6 +583,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     return radius.to(activated.dtype) * activated
 
 
+@_torch.overridable
 def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer with weight normalization: ``x @ normalize_scale(weight, scale).T + bias``.
 
@@ -668,6 +713,8 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     if _is_plain_list(tensors, kind, alpha, beta) and _gradient_activation.activate_plain_(tensors, kind, alpha, beta):
         # Thousands of gradients before every step: the kernel checks, and what is wrong is asked after a refusal.
         return
+    if isinstance(tensors, (list, tuple)) and torch.overrides.has_torch_function(tensors):
+        return torch.overrides.handle_torch_function(gradient_activation_, tensors, tensors, kind, alpha, beta)
     _check_gradient_activation(tensors, kind, alpha, beta)
     by_device = {}
     for tensor in tensors:

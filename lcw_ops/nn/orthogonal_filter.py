@@ -308,6 +308,25 @@ class _OrthogonalFilter(nn.Module):
             return f"{owner}: the state dict's {key}: {error}"
         return None
 
+    def _apply_input_layer(self, x: Tensor) -> Tensor:
+        """The first state, (*, width).
+
+        The input layer judges x: it may have been replaced (quantized, given adapters) and take another dtype than its
+        weight's, or have no weight to ask. Only what it refuses is put into this module's words. Tracers record the
+        call without a question about x.
+        """
+        try:
+            return self.input_layer(x)
+        except (RuntimeError, TypeError):
+            weight = getattr(self.input_layer, "weight", None)
+            if isinstance(weight, Tensor):
+                self._check_input("input", x, weight)
+            if isinstance(x, Tensor) and x.shape[-1:] != (self.in_features,):
+                raise ValueError(
+                    f"{type(self).__name__}: input has shape {tuple(x.shape)}, expected (*, {self.in_features})"
+                ) from None
+            raise
+
     def _check_input(self, name: str, input: Tensor, weight: Tensor) -> None:
         """TypeError for what would fail further below, in words of other ops."""
         owner = type(self).__name__
@@ -460,10 +479,7 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         self._init_recurrent(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input("input", x, self.input_layer.weight)
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"OrthogonalFilterMLP: input has shape {tuple(x.shape)}, expected (*, {self.in_features})")
-        h0 = self.input_layer(x).reshape(-1, self.width)
+        h0 = self._apply_input_layer(x).reshape(-1, self.width)
         h = F.orthogonal_filter(
             h0,
             self.weight,
@@ -477,7 +493,7 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
             tolerance=self.tolerance,
             window=self.window,
         )
-        return self.output_layer(h).reshape(*x.shape[:-1], self.out_features)
+        return self.output_layer(h).reshape(x.shape[:-1] + (self.out_features,))  # noqa: RUF005
 
     def extra_repr(self) -> str:
         return f"width={self.width}, depth={self.depth}, {self._scales_repr()}"

@@ -329,12 +329,17 @@ def _single_row(call: LayerCall, weight_gradient_norms: dict[int, float]) -> dic
     return {name: np.array([value]) for name, value in row.items()}
 
 
+def _has_plain_ends(mlp: OrthogonalFilterMLP) -> bool:
+    """Whether both linear layers apply the weight they hold: one that replaced them (with adapters) may not."""
+    return all(type(layer) is nn.Linear for layer in (mlp.input_layer, mlp.output_layer))
+
+
 def _model_jacobian(work: _Work, method: str, jacobians: dict) -> dict:
     """{what: (spectrum, Jacobian or None, its exponent)} of the map from one input to its output."""
     point = work.first_input
     if isinstance(work.model, OrthogonalFilterRNN) or not point.is_floating_point():
         return {}
-    if isinstance(work.model, OrthogonalFilterMLP) and "h_0 -> h_L" in jacobians:
+    if isinstance(work.model, OrthogonalFilterMLP) and "h_0 -> h_L" in jacobians and _has_plain_ends(work.model):
         # The chain rule, with the exact factor that is already there.
         _, rows, exponent = jacobians["h_0 -> h_L"]
         read_in, read_out = (

@@ -24,6 +24,7 @@ from lcw_ops.reference.orthogonal_filter import (
     orthogonal_filter,
     orthogonal_filter_backward,
     orthogonal_filter_jvp,
+    orthogonal_filter_scan,
 )
 
 __all__ = [
@@ -50,5 +51,6 @@ __all__ = [
     "orthogonal_filter",
     "orthogonal_filter_backward",
     "orthogonal_filter_jvp",
+    "orthogonal_filter_scan",
     "sgd_step",
 ]

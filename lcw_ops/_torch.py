@@ -1,0 +1,79 @@
+"""How a function meets what torch does with its call: exporters, tracers and the ``__torch_function__`` protocol.
+
+Every private name of torch that this takes is here, behind a plain one. Nothing is imported that ``import torch`` has
+not imported already. Tested on the oldest and the newest torch that the package supports.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+def is_exporting() -> bool:
+    """Whether the call becomes part of a program that must run without this package.
+
+    torch.export (torch.onnx.export too), or torch.jit.trace (the TorchScript exporter to ONNX too). torch.compile is
+    not meant: its programs run in this process, on the fused ops.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or _is_in_onnx_export()
+
+
+# torch.compile, and torch.export with strict=True, take the answer as a constant instead of tracing the question.
+is_exporting._dynamo_marked_constant = True
+
+
+def _is_in_onnx_export() -> bool:
+    # The question itself would import the exporters, in half a second: it is asked once one of them is there.
+    exporters = ("torch.onnx._internal.exporter", "torch.onnx._internal.torchscript_exporter")
+    return any(exporter in sys.modules for exporter in exporters) and torch.onnx.is_in_onnx_export()
+
+
+@contextmanager
+def paused_jit_trace() -> Iterator[None]:
+    """Nothing inside is recorded by torch.jit.trace, and sizes are plain ints, so that checks raise no TracerWarning."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the assertion on the tensor that torch.export records beside ``to``."""
+    if tensor.dtype == dtype:
+        return tensor
+    return torch.ops.aten._to_copy.default(tensor, dtype=dtype) if torch.compiler.is_exporting() else tensor.to(dtype)
+
+
+def scan(step: Callable, state: Tensor, per_step: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """``state, outputs = step(state, slices)`` for every slice along dim 0: one node of a graph, of any length.
+
+    ``outputs`` is a list of tensors, stacked over the steps in the result. At least one step. ``step`` returns no
+    tensor twice, and none of its arguments.
+    """
+    # Imported late: scan traces the step with torch.compile's front end, which takes as long to import as torch.
+    from torch._higher_order_ops.scan import scan
+
+    return scan(step, state, per_step)
+
+
+def overridable(function: Callable) -> Callable:
+    """``function`` with torch's ``__torch_function__`` protocol over all of its arguments.
+
+    torch.fx then records one call, and Tensor subclasses and function modes see it as they see torch's own functions.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        given = (*args, *kwargs.values()) if kwargs else args
+        if has_torch_function(given):
+            return handle_torch_function(call, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
