@@ -6,8 +6,7 @@ not imported already. Tested on the oldest and the newest torch that the package
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,13 +32,17 @@ def _is_in_onnx_export() -> bool:
     return any(exporter in sys.modules for exporter in exporters) and torch.onnx.is_in_onnx_export()
 
 
-@contextmanager
-def paused_jit_trace() -> Iterator[None]:
-    """Nothing inside is recorded by torch.jit.trace, and sizes are plain ints, so that checks raise no TracerWarning."""
-    state = torch._C._get_tracing_state()
+def unrecorded(function: Callable, *arguments):
+    """``function(*arguments)``, of which torch.jit.trace records nothing.
+
+    For checks: sizes are plain ints in there, so that comparing them raises no TracerWarning.
+    """
+    state = torch._C._get_tracing_state() if torch.jit.is_tracing() else None
+    if state is None:
+        return function(*arguments)
     torch._C._set_tracing_state(None)
     try:
-        yield
+        return function(*arguments)
     finally:
         torch._C._set_tracing_state(state)
 
@@ -51,16 +54,28 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.aten._to_copy.default(tensor, dtype=dtype) if torch.compiler.is_exporting() else tensor.to(dtype)
 
 
-def scan(step: Callable, state: Tensor, per_step: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """``state, outputs = step(state, slices)`` for every slice along dim 0: one node of a graph, of any length.
+# Before 2.13, scan from a state that requires no gradient drops what later steps pass back to earlier ones: gradients are
+# silently wrong (https://github.com/pytorch/pytorch/issues/184528).
+_SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)
 
-    ``outputs`` is a list of tensors, stacked over the steps in the result. At least one step. ``step`` returns no
-    tensor twice, and none of its arguments.
+
+def scan(
+    step: Callable, state: Tensor, per_step: dict[str, Tensor], shared: dict[str, Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """``state, outputs = step(state, arguments)`` for every step: one node of a graph, of any length.
+
+    The arguments of a step are the tensors of ``shared``, and of ``per_step`` the slices along dim 0, at least one.
+    ``outputs`` is a list of tensors, stacked over the steps in the result. ``step`` returns no tensor twice, and none
+    of its arguments.
     """
     # Imported late: scan traces the step with torch.compile's front end, which takes as long to import as torch.
     from torch._higher_order_ops.scan import scan
 
-    return scan(step, state, per_step)
+    if _SCAN_DROPS_GRADIENTS:
+        # The sum of no elements: adds nothing, and requires a gradient when an argument does.
+        tensors = (tensor for tensor in (*per_step.values(), *shared.values()) if tensor.is_floating_point())
+        state = state + torch.cat([tensor.reshape(-1).narrow(0, 0, 0) for tensor in tensors]).sum()
+    return scan(lambda state, slices: step(state, {**shared, **slices}), state, per_step)
 
 
 def overridable(function: Callable) -> Callable:

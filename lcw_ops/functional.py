@@ -104,13 +104,11 @@ def orthogonal_filter(
     # Autocast does not know the meta device.
     if not h0.is_meta and torch.is_autocast_enabled(h0.device.type):
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
+    tensors = h0, weight, bias, filter, alpha, beta, inputs
+    _torch.unrecorded(_check_orthogonal_filter, *tensors, activation, segment)
+    _torch.unrecorded(_check_solver, solver, filter, tolerance, window)
     if _torch.is_exporting() and _backends.requested() is None:
-        with _torch.paused_jit_trace():
-            _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment)
-            _check_solver(solver, filter, tolerance, window)
-        return _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states)
-    _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment)
-    _check_solver(solver, filter, tolerance, window)
+        return _export(*tensors, activation, return_states)
     if solver == "auto":
         solver = _parallel_depth.choose_solver(h0, weight, bias, filter, alpha, beta, inputs)
     if solver == "parallel":
@@ -146,8 +144,7 @@ def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_st
     with _without_autocast(h0.device):
         if not torch.jit.is_tracing():
             return _reference.orthogonal_filter_scan(*arguments)
-        with _torch.paused_jit_trace():
-            steps = _count_steps(weight, bias, filter, alpha, beta, inputs)
+        steps = _torch.unrecorded(_count_steps, weight, bias, filter, alpha, beta, inputs)
         if steps > _MOST_UNROLLED:
             raise ValueError(
                 f"orthogonal_filter: torch.jit.trace records every step, and {steps} steps are more than "

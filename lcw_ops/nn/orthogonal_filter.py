@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lcw_ops import _torch
 from lcw_ops import functional as F
 from lcw_ops.reference.checks import check_count, check_solver, has_values
 from lcw_ops.reference.orthogonal_filter import state_dtype
@@ -658,57 +659,48 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        run = _run_packed if isinstance(input, PackedSequence) else _run_rnn
-        return run(
-            input,
-            hx,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias,
-            self.filter,
-            self.alpha,
-            self.beta,
-            self.batch_first,
-            activation=self.activation,
-            segment=self.segment,
-            solver=self.solver,
-            tolerance=self.tolerance,
-            window=self.window,
-        )
+        options = {
+            "activation": self.activation,
+            "segment": self.segment,
+            "solver": self.solver,
+            "tolerance": self.tolerance,
+            "window": self.window,
+        }
+        recurrence = self.weight_hh, self.bias, self.filter, self.alpha, self.beta
+        if isinstance(input, PackedSequence):
+            return _run_packed(input, hx, self.weight_ih, *recurrence, **options)
+        h0, drive = _start_sequence(input, hx, self.weight_ih, self.batch_first)
+        states = F.orthogonal_filter(h0, *recurrence, inputs=drive, return_states=True, **options)
+        return _finish_sequence(states, input, self.batch_first)
 
     def extra_repr(self) -> str:
         flags = (", bias=False" if self.bias is None else "") + (", batch_first=True" if self.batch_first else "")
         return f"{self.input_size}, {self.hidden_size}{flags}, {self._scales_repr()}"
 
 
-def _run_rnn(input, hx, weight_ih, weight_hh, bias, filter, alpha, beta, batch_first, **options):
-    """(output, h_n) of a tensor. A function, because everything here goes by the input's sizes."""
-    _check_sequence(input, hx, weight_ih, batch_first)
-    batched = input.dim() == 3
-    if not batched:
+# Functions with torch's protocol, because they go by the input's sizes: torch.fx records them as calls.
+@_torch.overridable
+def _start_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """h_0 (B, N) and U x_t (T, B, N)."""
+    _torch.unrecorded(_check_sequence, input, hx, weight_ih, batch_first)
+    if input.dim() == 2:
         input = input.unsqueeze(1)
     elif batch_first:
         input = input.transpose(0, 1)
-    drive = nn.functional.linear(input, weight_ih)
-    states = F.orthogonal_filter(
-        _first_state(hx, input, input.shape[1], weight_hh),
-        weight_hh,
-        bias,
-        filter,
-        alpha,
-        beta,
-        inputs=drive,
-        return_states=True,
-        **options,
-    )
+    return _first_state(hx, input, input.shape[1], weight_ih), nn.functional.linear(input, weight_ih)
+
+
+@_torch.overridable
+def _finish_sequence(states: Tensor, input: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """(output, h_n) in the input's layout."""
     # A view would keep the memory of all states alive, and an edit of it would change the output.
     output, h_n = states[1:], states[-1:].clone()
-    if not batched:
+    if input.dim() == 2:
         return output.squeeze(1), h_n.squeeze(1)
     return (output.transpose(0, 1) if batch_first else output), h_n
 
 
-def _run_packed(packed, hx, weight_ih, weight_hh, bias, filter, alpha, beta, batch_first, **options):
+def _run_packed(packed, hx, weight_ih, weight_hh, bias, filter, alpha, beta, **options):
     """(output, h_n) of a packed sequence: one run per stretch of time over which the batch stays the same.
 
     No padding is computed, so none can overflow. ``batch_first`` says nothing about packed sequences.

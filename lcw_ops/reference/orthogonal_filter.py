@@ -141,7 +141,9 @@ def orthogonal_filter_scan(
         ("filter", filter, 1 if filter.dim() == 1 else 2),
         ("inputs", inputs, None),
     ):
-        if argument is None or argument.dim() == shared_dim:
+        if argument is None:
+            continue
+        if argument.dim() == shared_dim:
             shared[name] = _to_state(argument, dtype)
         else:
             per_step[name] = argument
@@ -152,16 +154,15 @@ def orthogonal_filter_scan(
         else:
             per_step[name] = scale
 
-    def step(state, slices):
-        slices = {name: _to_state(slice, dtype) for name, slice in slices.items()}
-        here = {**shared, **slices}
-        pre_activation = _pre_activation(state, here["weight"], here["bias"], here["inputs"])
+    def step(state, arguments):
+        here = {name: _to_state(argument, dtype) for name, argument in arguments.items()}
+        pre_activation = _pre_activation(state, here["weight"], here.get("bias"), here.get("inputs"))
         filtered = apply_filter(state, here["filter"])
         state = here["alpha"] * filtered + here["beta"] * ACTIVATIONS[activation](pre_activation)
         return state, [state.clone()] if return_states else []
 
     first = _to_state(h0, dtype)
-    last, states = _torch.scan(step, first, per_step)
+    last, states = _torch.scan(step, first, per_step, shared)
     return _torch.cast(torch.cat([first.unsqueeze(0), *states]) if return_states else last, h0.dtype)
 
 
