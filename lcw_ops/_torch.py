@@ -54,8 +54,15 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.aten._to_copy.default(tensor, dtype=dtype) if torch.compiler.is_exporting() else tensor.to(dtype)
 
 
-# Before 2.13, scan from a state that requires no gradient drops what later steps pass back to earlier ones: gradients are
-# silently wrong (https://github.com/pytorch/pytorch/issues/184528).
+def constant(value: float, **options) -> Tensor:
+    """(1,), the number. ONNX keeps a float64 tensor exactly, but rounds the number of ``torch.full`` to float32."""
+    if torch.compiler.is_exporting() and isinstance(value, (int, float)):
+        return torch.tensor([value], **options)
+    return torch.full((1,), value, **options)
+
+
+# Before 2.13, scan from a state that requires no gradient drops what later steps pass back to earlier ones: gradients
+# are silently wrong (https://github.com/pytorch/pytorch/issues/184528).
 _SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)
 
 
@@ -72,9 +79,10 @@ def scan(
     from torch._higher_order_ops.scan import scan
 
     if _SCAN_DROPS_GRADIENTS:
-        # The sum of no elements: adds nothing, and requires a gradient when an argument does.
-        tensors = (tensor for tensor in (*per_step.values(), *shared.values()) if tensor.is_floating_point())
-        state = state + torch.cat([tensor.reshape(-1).narrow(0, 0, 0) for tensor in tensors]).sum()
+        for tensor in (*per_step.values(), *shared.values()):
+            if tensor.is_floating_point():
+                # The sum of no elements: adds nothing, and requires a gradient when the tensor does.
+                state = state + torch.atleast_1d(tensor).narrow(0, 0, 0).sum()
     return scan(lambda state, slices: step(state, {**shared, **slices}), state, per_step)
 
 

@@ -80,7 +80,7 @@ def scale_tensors(alpha, beta, steps: int, like: Tensor) -> tuple[Tensor, Tensor
     if alpha is None:
         alpha = 1.0 - beta
     alpha, beta = (
-        scale.to(**options).reshape(-1) if isinstance(scale, Tensor) else torch.full((1,), scale, **options)
+        scale.to(**options).reshape(-1) if isinstance(scale, Tensor) else _torch.constant(scale, **options)
         for scale in (alpha, beta)
     )
     return alpha, beta
@@ -88,7 +88,7 @@ def scale_tensors(alpha, beta, steps: int, like: Tensor) -> tuple[Tensor, Tensor
 
 def apply_filter(state: Tensor, filter: Tensor) -> Tensor:
     """O h for rows h of ``state`` (M, N): ``filter`` is a matrix (N, N) or a permutation p with (O h)_i = h_{p_i}."""
-    return state[:, filter] if filter.dim() == 1 else state @ filter.mT
+    return state.index_select(1, filter) if filter.dim() == 1 else state @ filter.mT
 
 
 def apply_filter_transposed(gradient: Tensor, filter: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def orthogonal_filter(
     Arguments as in :func:`lcw_ops.functional.orthogonal_filter`; any floating dtype, twice differentiable. 16-bit
     arguments are computed with a float32 state and the result is rounded once at the end.
     """
-    steps = count_steps(weight, bias, filter, alpha, beta, inputs)
+    steps = _torch.unrecorded(count_steps, weight, bias, filter, alpha, beta, inputs)
     alpha, beta = scale_tensors(alpha, beta, steps, h0)
     result_dtype, dtype = h0.dtype, state_dtype(h0.dtype)
     state = h0.to(dtype)
