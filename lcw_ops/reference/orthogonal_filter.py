@@ -74,16 +74,20 @@ def scale_tensors(alpha, beta, steps: int, like: Tensor) -> tuple[Tensor, Tensor
 
     1 - beta is formed in float64 from a Python number and rounded once.
     """
-    options = {"dtype": state_dtype(like.dtype), "device": like.device}
     if beta is None:
         beta = 1.0 / max(steps, 1)
     if alpha is None:
         alpha = 1.0 - beta
-    alpha, beta = (
-        scale.to(**options).reshape(-1) if isinstance(scale, Tensor) else _torch.constant(scale, **options)
-        for scale in (alpha, beta)
-    )
-    return alpha, beta
+    return _scale_tensor(alpha, like), _scale_tensor(beta, like)
+
+
+def _scale_tensor(scale, like: Tensor) -> Tensor:
+    dtype = state_dtype(like.dtype)
+    if not isinstance(scale, Tensor):
+        return _torch.constant(scale, dtype=dtype, device=like.device)
+    if scale.device != like.device:
+        scale = scale.to(like.device)
+    return _torch.cast(scale, dtype).reshape(-1)
 
 
 def apply_filter(state: Tensor, filter: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def orthogonal_filter(
     steps = _torch.unrecorded(count_steps, weight, bias, filter, alpha, beta, inputs)
     alpha, beta = scale_tensors(alpha, beta, steps, h0)
     result_dtype, dtype = h0.dtype, state_dtype(h0.dtype)
-    state = h0.to(dtype)
+    state = _torch.cast(h0, dtype)
     states = [state]
     for weight_l, bias_l, filter_l, alpha_l, beta_l, input_l in _per_step(
         steps, dtype, weight, bias, filter, alpha, beta, inputs
@@ -115,9 +119,9 @@ def orthogonal_filter(
         pre_activation = _pre_activation(state, weight_l, bias_l, input_l)
         state = alpha_l * apply_filter(state, filter_l) + beta_l * ACTIVATIONS[activation](pre_activation)
         states.append(state)
-    result = torch.stack(states) if return_states else state
+    result = _torch.cast(torch.stack(states) if return_states else state, result_dtype)
     # With no step at all the result would be h0 itself, and an op never returns its argument.
-    return result.to(result_dtype) if steps or return_states else result.to(result_dtype, copy=True)
+    return result if steps or return_states else result.clone()
 
 
 def orthogonal_filter_scan(
