@@ -39,11 +39,11 @@ from lcw_ops.profile.result import (
     write_json,
     write_rows,
 )
-from lcw_ops.reference.checks import check_solver
-from lcw_ops.train.arguments import TrainingSettings, check_memory, expect, filter_bytes, usable_device
+from lcw_ops.train.arguments import check_memory, filter_bytes, usable_device
 from lcw_ops.train.loop import Training, accuracy, evaluation_steps
-
-KINDS = ("orthogonal-filter", "residual", "plain")
+from lcw_ops.train.settings import PROFILE_KINDS as KINDS
+from lcw_ops.train.settings import ProfileSettings as Settings
+from lcw_ops.train.settings import expect
 
 # In words: residual networks that train at depth normalise, this one does not.
 IN_WORDS = {"orthogonal-filter": "orthogonal-filter", "residual": "un-normalised residual", "plain": "plain"}
@@ -52,27 +52,6 @@ REPORT_FILES = ("layers.csv", "report.json", "report.png")
 
 # Per layer of the report: its rows in four tables, as numbers and as the text of a CSV.
 ROW_BYTES = 2000
-
-
-@dataclass
-class Settings(TrainingSettings):
-    """What the command line says; the defaults are the command's.
-
-    kind: of ``KINDS``, which is trained. out: folder of the report. lr: its default is the best of a grid at 30 steps,
-    measured at 300 layers. solver, tolerance, window: of the orthogonal-filter net's recurrence; the others, whose
-    layers change everything, converge in no window.
-    """
-
-    kind: str = "orthogonal-filter"
-    out: str = "lcw-profile"
-    solver: str = "sequential"
-    tolerance: float | None = None
-    window: int | None = None
-
-    def check(self) -> None:
-        super().check()
-        expect(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
-        check_solver("--solver", self.solver, self.tolerance, self.window)
 
 
 @dataclass

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+from lcw_ops._names import SOLVERS
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEAST_FLOAT32, LARGEST_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -104,9 +106,6 @@ def check_count(owner: str, argument: str, count: int) -> None:
         raise TypeError(f"{owner}: {argument} is {count!r}, expected an int, or None for the default")
     if not 1 <= count < 2**63:
         raise ValueError(f"{owner}: {argument} is {count}, expected at least 1, or None for the default")
-
-
-SOLVERS = ("sequential", "parallel", "auto")
 
 
 def check_solver(owner: str, solver: str, tolerance: float | None, window: int | None) -> None:
