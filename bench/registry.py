@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 import lcw_ops
+from lcw_ops.bench.arguments import STEMS  # noqa: F401 - what cases() takes
 from lcw_ops.ops import _backends
 from lcw_ops.profile.machine import matmul_rate
-
-# A file of this package each, with a function cases(device_type).
-STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter", "parallel_depth")
 
 EAGER = "eager torch"
 

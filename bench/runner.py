@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from lcw_ops.bench import registry
+from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - what prepare() is given
 from lcw_ops.bench.registry import Case, Competitor, Rates, WrongResult
 from lcw_ops.profile.machine import describe
 
@@ -50,19 +51,6 @@ class Row:
     spread_s: float
     best_s: float
     floor_s: float
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stem", nargs="*", help=f"what to measure: {', '.join(registry.STEMS)}; all if not given")
-    parser.add_argument("--quick", action="store_true", help="small sizes, half a minute; for orientation only")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="CSV",
-        help="append the rows here; bench/results/<device>.csv, or <device>.csv, if not given",
-    )
-    parser.add_argument("--device", help="cpu, cuda or cuda:1; cuda if not given and there is one")
-    parser.add_argument("--threads", type=int, help="CPU cores for every competitor; all if not given")
 
 
 @dataclass(frozen=True)

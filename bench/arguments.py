@@ -1,0 +1,20 @@
+"""The arguments of ``lcw-ops bench``; no torch, so that its help is quick."""
+
+import argparse
+from pathlib import Path
+
+# A file of this package each, with a function cases(device_type).
+STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter", "parallel_depth")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stem", nargs="*", help=f"what to measure: {', '.join(STEMS)}; all if not given")
+    parser.add_argument("--quick", action="store_true", help="small sizes, half a minute; for orientation only")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="CSV",
+        help="append the rows here; bench/results/<device>.csv, or <device>.csv, if not given",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; cuda if not given and there is one")
+    parser.add_argument("--threads", type=int, help="CPU cores for every competitor; all if not given")
