@@ -64,11 +64,6 @@ class Recurrence:
             return self.backend
         return _backends.choose(parallel_depth.SWEEP, *self._kernel_arguments())
 
-    @property
-    def is_one_op(self) -> bool:
-        """Whether torch's FLOP counter sees no product inside: everywhere but in the sequential reference."""
-        return self.solver == "parallel" or self.backend != "reference"
-
     def _kernel_arguments(self):
         return self.h0.device, self.h0.shape[1], self.h0.dtype.itemsize
 
@@ -126,28 +121,6 @@ def _recurrence(module, h0, weight, steps, inputs) -> Recurrence:
     tensors = weight.detach(), bias, module.filter, alpha.detach(), beta.detach()
     solver = parallel_depth.choose_solver(h0, *tensors, inputs) if module.solver == "auto" else module.solver
     return Recurrence(h0, *tensors, module.activation, inputs, solver=solver)
-
-
-def forward_flops(recurrence: Recurrence) -> int:
-    """Arithmetic of the forward pass: W h, and O h unless O is a permutation, 2 M N^2 each per layer."""
-    return (1 + _filter_products(recurrence)) * _product_flops(recurrence)
-
-
-def backward_flops(recurrence: Recurrence) -> int:
-    """Arithmetic of the backward pass: P W, P^T H, and G O unless O is a permutation.
-
-    States that are computed a second time, to save memory, are not counted: they are a means, not the task.
-    """
-    return (2 + _filter_products(recurrence)) * _product_flops(recurrence)
-
-
-def _filter_products(recurrence: Recurrence) -> int:
-    return 0 if recurrence.filter.dim() == 1 else 1
-
-
-def _product_flops(recurrence: Recurrence) -> int:
-    rows, width = recurrence.h0.shape
-    return 2 * rows * width * width * recurrence.steps
 
 
 def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.ops import _backends, orthogonal_filter
 from lcw_ops.ops.parallel_depth_solver import Solve, record_solves
-from lcw_ops.profile import flops as _flops  # noqa: F401 - what torch's counter does not know
 from lcw_ops.profile import jacobian as spectra
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
@@ -234,10 +233,6 @@ def _watched_pass(work: _Work) -> _Watched:
     for recurrence in recurrences:
         if recurrence.grad_states is None:
             recurrence.grad_states = torch.zeros_like(recurrence.h0)
-    # torch's counter knows its own products; those of one op are added by formula.
-    uncounted = [recurrence for recurrence in recurrences if recurrence.is_one_op]
-    forward_flops += sum(replay.forward_flops(recurrence) for recurrence in uncounted)
-    backward_flops += sum(replay.backward_flops(recurrence) for recurrence in uncounted)
     norms = {
         id(parameter): gradient.double().norm().item()
         for parameter, gradient in zip(work.differentiated, gradients, strict=True)

@@ -1,5 +1,8 @@
 """Plain PyTorch: readable, any floating dtype, twice differentiable. The oracle of every kernel and the last resort."""
 
+# Importing torch loads the ops, which import the modules below: none of those may be half imported by then.
+import torch  # noqa: F401
+
 from lcw_ops.reference.gradient_activation import adamw_step, gradient_activation, sgd_step
 from lcw_ops.reference.hypersphere import (
     gmp_linear,

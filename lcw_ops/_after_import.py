@@ -1,0 +1,77 @@
+"""Calls a function after a module has been imported, whenever that happens: ``lcw_ops`` itself does without torch."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from threading import get_ident
+
+
+def after_import(name: str, function: Callable[[], None]) -> None:
+    """Call ``function()`` after module ``name`` has been imported, now if it is there, and after every reload.
+
+    One function per module. It runs inside the import statement of whoever imports the module, which must not fail for
+    our sake: a later exception of ``function`` becomes a RuntimeWarning. One that is raised now is the caller's.
+    """
+    _finder.functions[name] = function
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    if sys.modules.get(name) is not None:
+        function()
+
+
+class _Finder:
+    """On ``sys.meta_path``: finds the modules that are waited for as the other finders do, with a loader that tells."""
+
+    def __init__(self) -> None:
+        self.functions: dict[str, Callable[[], None]] = {}
+        # (thread, module): others may hook the same module and ask all finders again.
+        self._searching: set[tuple[int, str]] = set()
+
+    def find_spec(self, name, path=None, target=None):
+        search = get_ident(), name
+        if name not in self.functions or search in self._searching:
+            return None
+        self._searching.add(search)
+        try:
+            spec = _find_spec(name, path, target)
+        finally:
+            self._searching.remove(search)
+        # A package without an __init__.py has no loader, and a loader of the old protocol executes nothing by itself.
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader, self.functions[name])
+        return spec
+
+
+def _find_spec(name, path, target):
+    finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    specs = (finder.find_spec(name, path, target) for finder in finders)
+    return next((spec for spec in specs if spec is not None), None)
+
+
+class _Loader:
+    """Another loader with one more thing to do after it has executed the module."""
+
+    def __init__(self, loader, function: Callable[[], None]) -> None:
+        self._loader, self._function = loader, function
+
+    def __getattr__(self, name: str):
+        # A copy asks for __setstate__ while it has no loader yet.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def exec_module(self, module) -> None:
+        # The module tells of the loader that it would have had without us.
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        try:
+            self._function()
+        except Exception as error:
+            warnings.warn(
+                f"lcw_ops: not ready for {module.__name__}, which was imported: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+_finder = _Finder()
