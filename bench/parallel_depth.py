@@ -197,7 +197,9 @@ def line_of(region: Region) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("rows", type=Path, help="CSV of lcw-ops bench parallel_depth")
     parser.add_argument("--key", help="kind of machine that measured, such as sm_90; this one if not given")
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What runs where, and why not elsewhere: the text of ``lcw_ops.info()`` and ``lcw-ops info``."""
+"""Which backend runs each op, and why the others do not: behind ``lcw_ops.info()`` and ``lcw-ops info``."""
 
 import importlib.metadata
 import platform
@@ -12,38 +12,109 @@ from lcw_ops.ops.orthogonal_filter_crossover import get_table
 def info() -> str:
     """For every op and device of this machine: the backend that runs, and for each other one why it does not.
 
-    Includes versions, the processor's vector instructions and the GPU. No argument, no side effect.
+    Includes versions, the processor's vector instructions and the GPU. A reason that holds for every op of a device is
+    given once. No argument, no side effect. ``lcw-ops info --json`` prints the same for programs.
     """
+    facts = report()
+    cpu, gpus = facts["cpu"], facts["gpus"]
+    versions = {name: version or "not installed" for name, version in facts["versions"].items() if name != "cuda"}
+    cuda = [f"CUDA {facts['versions']['cuda']}"] if facts["versions"]["cuda"] else []
     lines = [
-        _versions(),
-        f"CPU: {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        ", ".join([*(f"{name} {version}" for name, version in versions.items()), *cuda]),
+        f"CPU: {cpu['name']}, {cpu['instructions']}, {cpu['threads']} threads",
+        *(f"GPU {index}: {gpu['name']}, {gpu['generation']}" for index, gpu in enumerate(gpus)),
     ]
-    devices = [torch.device("cpu")]
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-        devices.append(torch.device("cuda", index))
-    if len(devices) == 1:
-        lines.append("GPU: none")
-    if _backends.requested() is not None:
-        lines.append(f"Requested for every op: {_backends.requested()}")
+    if not gpus:
+        lines.append("GPU: none; the backends cuda and triton need one")
+    if facts["requested_backend"] is not None:
+        lines.append(f"Requested for every op: {facts['requested_backend']}")
+    devices = _devices()
+    common = {device: _common_reasons(device) for device in devices}
+    for device, reasons in common.items():
+        if reasons:
+            lines += [f"Every op on {device} that has such a kernel:", *_reason_lines(reasons)]
     for op in _backends.IMPLEMENTED:
         for device in devices:
-            lines.extend(_op_lines(op, device))
+            lines += _op_lines(op, device, common[device])
     return "\n".join(lines)
 
 
-def _op_lines(op: str, device: torch.device) -> list[str]:
+def report() -> dict:
+    """What :func:`info` says, in numbers, strings and None, as ``lcw-ops info --json`` prints it; see its help."""
+    return {
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "cpu": {
+            "name": _cpu_name(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "gpus": [_gpu(device) for device in _devices() if device.type == "cuda"],
+        "requested_backend": _backends.requested(),
+        "ops": {op: {str(device): _op_report(op, device) for device in _devices()} for op in _backends.IMPLEMENTED},
+    }
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+
+
+def _gpu(device: torch.device) -> dict:
+    major, minor = torch.cuda.get_device_capability(device)
+    return {"device": str(device), "name": torch.cuda.get_device_name(device), "generation": f"sm_{major}{minor}"}
+
+
+def _op_report(op: str, device: torch.device) -> dict:
     try:
-        chosen = _choose(op, device, 1)
-    except _backends.BackendError as error:
-        return [f"{op} on {device}: none{_wider(op, 'none', device)}. {error}"]
-    lines = [f"{op} on {device}: {chosen}{_wider(op, chosen, device)}"]
+        chosen, error = _choose(op, device, 1), None
+    except _backends.BackendError as refused:
+        chosen, error = None, str(refused)
+    return {
+        "backend": chosen,
+        "error": error,
+        "wider": _wider(op, chosen, device),
+        "not_chosen": {} if chosen is None else _reasons(op, device, chosen),
+    }
+
+
+def _reasons(op: str, device: torch.device, chosen: str) -> dict[str, str]:
+    """Why each other backend does not run."""
+    first = chosen if _backends.requested() is None else f"{chosen}, as requested,"
+    others = [backend for backend in _backends.BACKENDS if backend not in (chosen, "reference")]
+    return {backend: _backends.not_chosen_reason(op, backend, device, first) for backend in others}
+
+
+def _common_reasons(device: torch.device) -> dict[str, str]:
+    """The reasons that all ops with a kernel of that backend share."""
+    by_op = {op: _op_report(op, device)["not_chosen"] for op in _backends.IMPLEMENTED}
+    common = {}
     for backend in _backends.BACKENDS:
-        if backend not in (chosen, "reference"):
-            reason = _backends.not_chosen_reason(op, backend, device, chosen)
-            lines.append(f"  not {backend}: {reason}")
-    return lines
+        reasons = {by_op[op].get(backend) for op, backends in _backends.IMPLEMENTED.items() if backend in backends}
+        if len(reasons) == 1 and None not in reasons:
+            common[backend] = reasons.pop()
+    return common
+
+
+def _op_lines(op: str, device: torch.device, common: dict[str, str] | None = None) -> list[str]:
+    """The op's part of the text, without the reasons that are in ``common``."""
+    facts = _op_report(op, device)
+    line = f"{op} on {device}: {facts['backend'] or 'none'}"
+    for wider in facts["wider"]:
+        line += (
+            f"; above width {wider['above_width_float32']} in float32 and {wider['above_width_float64']} in float64: "
+            f"{wider['backend'] or 'none'}"
+        )
+    if facts["error"] is not None:
+        return [f"{line}. {facts['error']}"]
+    said = (common or {}).items()
+    return [
+        line,
+        *_reason_lines({key: reason for key, reason in facts["not_chosen"].items() if (key, reason) not in said}),
+    ]
+
+
+def _reason_lines(reasons: dict[str, str]) -> list[str]:
+    return [f"  not {backend}: {reason}" for backend, reason in reasons.items()]
 
 
 def _choose(op: str, device: torch.device, width: int) -> str:
@@ -53,19 +124,20 @@ def _choose(op: str, device: torch.device, width: int) -> str:
     return _backends.choose(op, device, width, torch.float32.itemsize)
 
 
-def _wider(op: str, narrowest: str, device: torch.device) -> str:
+def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
     """What runs instead of the kernel for the narrowest rows, beyond each width at which that changes."""
-    text, before = "", narrowest
+    changes, before = [], narrowest
     for widest in _last_widths(op, device):
         try:
             wider = _choose(op, device, widest + 1)
         except _backends.BackendError:
-            wider = "none"
+            wider = None
         if wider != before:
             # A row in float64 takes the room of one twice as wide.
-            text += f"; above width {widest} in float32 and {widest // 2} in float64: {wider}"
+            widths = {"above_width_float32": widest, "above_width_float64": widest // 2}
+            changes.append({**widths, "backend": wider})
         before = wider
-    return text
+    return changes
 
 
 def _last_widths(op: str, device: torch.device) -> list[int]:
@@ -77,7 +149,8 @@ def _last_widths(op: str, device: torch.device) -> list[int]:
     return sorted(widths)
 
 
-def _versions() -> str:
+def _versions() -> dict[str, str | None]:
+    """By package; None where it is not installed, or where torch has no CUDA."""
     from lcw_ops import __version__
 
     versions = {"lcw_ops": __version__, "python": platform.python_version()}
@@ -85,9 +158,8 @@ def _versions() -> str:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) + cuda
+            versions[package] = None
+    return {**versions, "cuda": torch.version.cuda}
 
 
 def _cpu_name() -> str:

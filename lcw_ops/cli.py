@@ -1,14 +1,21 @@
 """The command ``lcw-ops``: profile or train a very deep network, run the benchmarks, say which backends are in use.
 
-What a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C is 130, a failure on the way 1, with the
-traceback that its report needs.
+A user's mistake ends in one line on stderr and exit code 2; Ctrl-C is 130, a failure on the way 1, with the traceback
+that its report needs. Help and version import no torch, so that they are there at once: what needs it is imported where
+a command runs.
 """
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
+
+from lcw_ops import __version__
+from lcw_ops._names import ACTIVATIONS, FILTERS, SOLVERS
+from lcw_ops.bench.arguments import add_arguments as _add_bench_arguments
+from lcw_ops.train.settings import DEFAULTS, PROFILE_KINDS, TRAIN_KINDS, ProfileSettings, TrainSettings
 
 
 class UsageError(ValueError):
@@ -17,24 +24,32 @@ class UsageError(ValueError):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # What None stands for is said in the text.
-        return action.help if action.default is None else super()._get_help_string(action)
+        # The text says what None stands for, and a switch is off unless it is given.
+        unsaid = action.default is None or action.default is False
+        return action.help if unsaid else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options) -> None:
+        # An abbreviation that is understood today is ambiguous, or something else, when a flag is added.
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+
     def error(self, message: str):
         # argparse would print the whole usage, which buries the one line that helps.
         raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``lcw-ops`` with these arguments (default: the process's). Returns the exit code; SystemExit for --help."""
-    argv = sys.argv[1:] if argv is None else argv
-    command = next((argument for argument in argv if argument in COMMANDS), None)
+    """Run ``lcw-ops`` with these arguments (default: the process's).
+
+    Returns the exit code; SystemExit with code 0 after --help and --version.
+    """
     try:
-        arguments, unknown = build_parser(command).parse_known_args(argv)
+        arguments, unknown = build_parser().parse_known_args(argv)
         if unknown:
-            raise UsageError(f"lcw-ops {command}: unknown: {' '.join(unknown)} (see lcw-ops {command} --help)")
+            raise _unknown(arguments.parser, unknown)
+        if arguments.run is None:
+            raise UsageError(f"lcw-ops: expected a command: {', '.join(COMMANDS)} (see lcw-ops --help)")
         return arguments.run(arguments)
     except UsageError as error:
         print(error, file=sys.stderr)
@@ -51,15 +66,27 @@ def _usage_error(command: str, error: Exception) -> UsageError:
     return UsageError(f"lcw-ops {command}: {' '.join(str(error).split())}")
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser of all commands, of which only ``command`` gets its arguments: adding them imports what it needs."""
+def _unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> UsageError:
+    """An error that names what the parser does not know, and the flags that may have been meant."""
+    from difflib import get_close_matches
+
+    flag = next((argument for argument in unknown if argument.startswith("-")), "").partition("=")[0].strip("-")
+    known = [string[2:] for string in parser._option_string_actions if string.startswith("--")]
+    # The beginning of some flags, or a misspelling of one.
+    meant = [name for name in known if flag and name.startswith(flag)] or get_close_matches(flag, known, 1, 0.7)
+    hint = f"; did you mean {' or '.join(f'--{name}' for name in meant)}?" if meant else ""
+    return UsageError(f"{parser.prog}: unknown: {' '.join(unknown)}{hint} (see {parser.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lcw-ops", description="Fused kernels for very deep networks, and a profiler for them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    parser.set_defaults(run=None, parser=parser)
+    parser.add_argument("--version", action="version", version=f"lcw-ops {__version__}", help="show it and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     for name, (help, add_arguments, run) in COMMANDS.items():
-        subparser = commands.add_parser(name, help=help, description=help, formatter_class=_HelpFormatter)
-        subparser.set_defaults(run=run)
-        if name == command and add_arguments is not None:
-            add_arguments(subparser)
+        subparser = commands.add_parser(name, help=help, description=help)
+        subparser.set_defaults(run=run, parser=subparser)
+        add_arguments(subparser)
     return parser
 
 
@@ -75,26 +102,20 @@ def _adder(parser: argparse.ArgumentParser, settings: type) -> Callable:
 
 def _add_training_arguments(add: Callable) -> None:
     """What every command that trains takes."""
-    from lcw_ops.reference.orthogonal_filter import ACTIVATIONS
-
     add("batch", "samples per training step", type=int)
     add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
-    add("activation", "of every layer", choices=tuple(ACTIVATIONS))
+    add("activation", "of every layer", choices=ACTIVATIONS)
     add("device", "cpu, cuda, cuda:1, ...")
     add("threads", "CPU threads; default: as many as torch takes", type=int)
 
 
 def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
-    from lcw_ops.nn.orthogonal_filter import FILTERS
-    from lcw_ops.profile.main_job import KINDS, Settings
-    from lcw_ops.reference.checks import SOLVERS
-
-    add = _adder(parser, Settings)
+    add = _adder(parser, ProfileSettings)
     add("depth", "number of layers", type=int)
     add("width", "units per layer", type=int)
     add("steps", "training steps; 0 measures the net as it is initialised", type=int)
     add("out", "folder for report.json, layers.csv and report.png", metavar="DIR")
-    add("kind", "the net that is trained; the other two are measured beside it", choices=KINDS)
+    add("kind", "the net that is trained; the other two are measured beside it", choices=PROFILE_KINDS)
     add("filter", "of the orthogonal-filter net", choices=FILTERS)
     add("solver", "of the orthogonal-filter net: layer by layer, or many layers at once by sweeps", choices=SOLVERS)
     add("tolerance", "of the parallel solver; default: about what rounding leaves anyway", type=float)
@@ -111,14 +132,12 @@ def _run_profile(arguments: argparse.Namespace) -> int:
 
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    from lcw_ops.nn.orthogonal_filter import FILTERS
-    from lcw_ops.train.job import DEFAULTS, KINDS, Settings
-
     def by_kind(name: str) -> str:
         return ", ".join(f"{values[name] or 'one per feature'} ({kind})" for kind, values in DEFAULTS.items())
 
-    add = _adder(parser, Settings)
-    add("kind", "mlp: a deep net; rnn: reads a sample feature by feature, then zeros up to depth steps", choices=KINDS)
+    add = _adder(parser, TrainSettings)
+    kind = "mlp: a deep net; rnn: reads a sample feature by feature, then zeros up to depth steps"
+    add("kind", kind, choices=TRAIN_KINDS)
     add("depth", f"number of layers, or of time steps; default: {by_kind('depth')}", type=int)
     add("width", f"units per layer; default: {by_kind('width')}", type=int)
     add("steps", f"training steps; default: {by_kind('steps')}", type=int)
@@ -151,12 +170,6 @@ def _run_job(command: str, job, arguments: argparse.Namespace) -> int:
         raise _usage_error(command, error) from error
 
 
-def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from lcw_ops.bench import runner
-
-    runner.add_arguments(parser)
-
-
 def _run_bench(arguments: argparse.Namespace) -> int:
     from lcw_ops.bench import runner
 
@@ -168,11 +181,22 @@ def _run_bench(arguments: argparse.Namespace) -> int:
     return runner.carry_out(plan)
 
 
+def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs and bug reports, with the keys below")
+    parser.epilog = (
+        "Keys of --json: versions (lcw_ops, python, torch, triton, numpy, cuda; null: not installed), platform, cpu "
+        "(name, instructions, threads), gpus (a list: device, name, generation), requested_backend (null: none), and "
+        "ops, which has by op and by device: backend (the one that runs; null: none), error (why none runs, or null), "
+        "wider (a list of what runs wider rows: above_width_float32, above_width_float64, backend) and not_chosen (by "
+        "backend, why it does not run)."
+    )
+
+
 def _run_info(arguments: argparse.Namespace) -> int:
-    import lcw_ops
+    from lcw_ops import _info
 
     _check_backend("info")
-    print(lcw_ops.info())
+    print(json.dumps(_info.report(), indent=2) if arguments.json else _info.info())
     return 0
 
 
@@ -188,12 +212,12 @@ def _check_backend(command: str) -> None:
         )
 
 
-# name -> (help, add its arguments to a parser (None: it has none), run with the parsed ones)
-COMMANDS: dict[str, tuple[str, Callable | None, Callable]] = {
+# name -> (help, add its arguments to a parser, run with the parsed ones)
+COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "profile": ("train a very deep net on real images and show its layers", _add_profile_arguments, _run_profile),
     "train": ("train a very deep net, with checkpoints to resume from", _add_train_arguments, _run_train),
     "bench": ("run the microbenchmarks", _add_bench_arguments, _run_bench),
-    "info": ("which backend runs each op here, and why not another", None, _run_info),
+    "info": ("which backend runs each op here, and why not another", _add_info_arguments, _run_info),
 }
 
 

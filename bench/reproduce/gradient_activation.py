@@ -198,7 +198,9 @@ def table(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--experiment", choices=("digits", "saddle"), help="both if not given")
     parser.add_argument("--seeds", type=_positive, default=5, help="trainings of each method (5)")
     parser.add_argument("--epochs", type=_positive, default=EPOCHS, help=f"passes over the digits ({EPOCHS})")

@@ -563,7 +563,9 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)}; all if not given")
     parser.add_argument("--depth", type=_positive, action="append", help="instead of the experiment's; several of grid")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")

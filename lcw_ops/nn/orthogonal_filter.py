@@ -427,7 +427,9 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         input_layer, output_layer: ``nn.Linear``. weight: (depth, width, width), std 1/sqrt(width), for ReLU
         sqrt(2/width). bias: (depth, width), zero. filter: buffer, in float32 at least.
 
-    Gradients of weight carry the factor beta: use Adam with eps <= 1e-12, or SGD with a rate that grows with depth.
+    Gradients of weight carry the factor beta: use Adam with eps <= 1e-12, or SGD with a rate that grows with depth. The
+    module does not see its optimizer and cannot warn. At 50,000 layers of width 32 the entries' median is 5e-8 before
+    the first step (digits, batch 64) and falls with the loss: Adam's default eps of 1e-8 is not small beside them.
 
     Raises:
         ValueError, TypeError: a size below 1, a filter that is not orthogonal, non-finite alpha or beta.
@@ -549,6 +551,8 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
 
     Attributes:
         weight_ih (N, input_size), weight_hh (N, N), bias (N,) or None; filter: buffer.
+
+    Every step adds a gradient with the factor beta to the parameters': as to Adam's eps see :class:`OrthogonalFilterMLP`.
 
     Raises:
         ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: shapes or
