@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -28,6 +28,8 @@ except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
+# Folders beside lcw_ops/ that are packages inside it.
+MAPPED = ("kernels", "bench")
 # The oldest torch whose stable ABI is used; every later one runs the same binary.
 STABLE_ABI_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CUDA_ARCHS = "80;90a;100"
@@ -203,16 +205,17 @@ class AnyPythonWheel(bdist_wheel):
         super().finalize_options()
 
 
+def packages() -> list[str]:
+    """Every folder with an __init__.py, at any depth, by the name under which it is imported."""
+    mapped = [f"lcw_ops.{package}" for name in MAPPED for package in find_packages(include=[name, f"{name}.*"])]
+    # In a source tree lcw_ops/kernels and lcw_ops/bench may be links to the folders that are mapped there.
+    return find_packages(include=["lcw_ops", "lcw_ops.*"], exclude=mapped) + mapped
+
+
 setup(
     version=re.search(r'__version__ = "(.+)"', (ROOT / "lcw_ops/__init__.py").read_text())[1],
-    package_dir={"lcw_ops": "lcw_ops", "lcw_ops.kernels": "kernels", "lcw_ops.bench": "bench"},
-    packages=[
-        "lcw_ops",
-        *(f"lcw_ops.{path.parent.name}" for path in sorted((ROOT / "lcw_ops").glob("*/__init__.py"))),
-        "lcw_ops.kernels",
-        "lcw_ops.bench",
-        "lcw_ops.bench.reproduce",
-    ],
+    package_dir={"lcw_ops": "lcw_ops", **{f"lcw_ops.{name}": name for name in MAPPED}},
+    packages=packages(),
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": AnyPythonWheel},
 )

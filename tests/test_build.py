@@ -57,6 +57,34 @@ def source(tmp_path_factory):
     return folder
 
 
+TREES = {"lcw_ops": "lcw_ops", "kernels": "lcw_ops/kernels", "bench": "lcw_ops/bench"}
+
+
+def modules(folder):
+    """Where a wheel must have each .py file of this source tree."""
+    return {
+        f"{target}/{path.relative_to(folder / tree)}"
+        for tree, target in TREES.items()
+        for path in (folder / tree).rglob("*.py")
+    }
+
+
+def test_every_module_is_packaged_however_deep_it_lies(source, tmp_path):
+    """Benchmarks under pytest too: ``pytest --pyargs lcw_ops.bench`` runs them where the package is installed."""
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    for tree in TREES:
+        for package in (folder / tree / "new", folder / tree / "new" / "deeper"):
+            package.mkdir()
+            (package / "__init__.py").touch()
+            (package / "module.py").write_text(f"name = {package.name!r}\n")
+    wheel, _ = build_wheel(folder, tmp_path / "wheel", LCW_OPS_NO_EXTENSIONS="1")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    expected = modules(folder)
+    assert {f"{target}/new/deeper/module.py" for target in TREES.values()} < expected
+    assert names == expected
+
+
 def build_wheel(source, out, **environment):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-v", "-w", out]
     # Not optimized: what is tested is that it builds and imports.
@@ -147,8 +175,15 @@ def test_a_failing_compiler_fails_loudly(source, tmp_path):
 
 def test_editable_install_maps_kernels_and_bench():
     """kernels/ and bench/ are importable under the package's name, not as top-level packages of their own."""
-    code = "import lcw_ops.kernels, lcw_ops.bench; print(lcw_ops.kernels.__file__); print(lcw_ops.bench.__file__)"
-    result = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    code = (
+        "import importlib.util, lcw_ops.kernels, lcw_ops.bench, sys\n"
+        "print(lcw_ops.kernels.__file__)\n"
+        "print(lcw_ops.bench.__file__)\n"
+        "for name in sys.argv[1:]: assert importlib.util.find_spec(name), name"
+    )
+    # Every module is found, however deep it lies; none is imported.
+    names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sorted(modules(ROOT))]
+    result = subprocess.run([sys.executable, "-c", code, *names], cwd="/", capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kernels, bench = (Path(line) for line in result.stdout.split())
     assert kernels.parent.name == "kernels"

@@ -1,6 +1,7 @@
 """``lcw-ops`` as a user meets it: its files, every flag, one line for every mistake, and no half file after Ctrl-C."""
 
 import csv
+import importlib
 import json
 import os
 import subprocess
@@ -195,7 +196,7 @@ def test_help_says_every_default(command, capsys):
         cli.main([command, "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "None" not in printed
-    for flag in ("--depth DEPTH", "--data DATA", "--filter", "--lr LR", "50000", "0.0"):
+    for flag in ("--depth DEPTH", "--data DATA", "--filter", "--lr LR", "50000", "0.0", "order of samples"):
         assert flag in printed
 
 
@@ -257,6 +258,109 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
 def test_info_prints_what_the_library_says(capsys):
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out == lcw_ops.info() + "\n"
+
+
+def keys(facts):
+    """Every key of a report in JSON but the names of ops and devices."""
+    for key, value in facts.items():
+        if key == "ops":
+            value = next(iter(next(iter(value.values())).values()))
+        yield key
+        if isinstance(value, dict) and key != "not_chosen":
+            yield from keys(value)
+
+
+def test_info_for_programs(capsys):
+    from lcw_ops import _info
+
+    assert cli.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == _info.report()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["info", "--help"])
+    described = capsys.readouterr().out
+    assert [key for key in keys(report) if key not in described] == []
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_and_version_import_no_torch(arguments):
+    """They are there at once: torch alone takes seconds. As the installed command begins, and as ``python -m`` does."""
+    command = (
+        "import sys\n"
+        "from lcw_ops.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'numpy', 'triton', 'matplotlib', 'rich', 'sklearn'} & set(sys.modules)\n"
+        "print(code, sorted(heavy), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert result.stderr == "0 []\n"
+    if arguments == ["--version"]:
+        assert result.stdout == f"lcw-ops {lcw_ops.__version__}\n"
+    else:
+        assert result.stdout.startswith(f"usage: {' '.join(['lcw-ops', *arguments[:-1]])} ")
+
+
+def test_version_of_the_module():
+    result = subprocess.run([sys.executable, "-m", "lcw_ops.cli", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"lcw-ops {lcw_ops.__version__}\n", "")
+
+
+def flags_of(command):
+    parser = cli.build_parser().parse_args([command]).parser
+    return {flag for flag in parser._option_string_actions if flag.startswith("--")}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_no_flag_may_be_abbreviated(command, capsys):
+    flags = flags_of(command)
+    for flag in sorted(flags):
+        for end in range(3, len(flag)):
+            short = flag[:end]
+            if short in flags:
+                continue
+            for arguments in ([short, "5"], [f"{short}=5"]):
+                assert cli.main([command, *arguments]) == 2
+                error = capsys.readouterr().err
+                assert error.startswith(f"lcw-ops {command}: unknown: {arguments[0]}")
+                assert "did you mean " in error
+                assert flag in error
+                assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "--dep", "5"], "lcw-ops profile: unknown: --dep 5; did you mean --depth? (see"),
+        (["profile", "--de=5"], "lcw-ops profile: unknown: --de=5; did you mean --depth or --device? (see"),
+        (["train", "--dpeth", "5"], "lcw-ops train: unknown: --dpeth 5; did you mean --depth? (see"),
+        (["bench", "--qick", "lcw_linear"], "lcw-ops bench: unknown: --qick; did you mean --quick? (see"),
+        (["info", "--jsn"], "lcw-ops info: unknown: --jsn; did you mean --json? (see"),
+        (["info", "--nothing-like-it"], "lcw-ops info: unknown: --nothing-like-it (see"),
+        (["info", "argument"], "lcw-ops info: unknown: argument (see lcw-ops info --help)"),
+        (["--vers"], "lcw-ops: unknown: --vers; did you mean --version? (see lcw-ops --help)"),
+        ([], "lcw-ops: expected a command: profile, train, bench, info (see lcw-ops --help)"),
+    ],
+)
+def test_an_unknown_flag_is_named_with_the_nearest_one(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("parallel_depth", ["rows.csv", "--ke", "sm_90"]),
+        ("crossover", ["rows.csv", "--row", "3"]),
+        ("reproduce.gradient_activation", ["--seed", "3"]),
+        ("reproduce.hypersphere", ["--seed", "3"]),
+        ("reproduce.parallel_depth", ["--dept", "3"]),
+    ],
+)
+def test_no_flag_of_the_benchmarks_own_commands_may_be_abbreviated(module, arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"lcw_ops.bench.{module}").main(arguments)
+    assert f"unrecognized arguments: {arguments[-2]}" in capsys.readouterr().err
 
 
 def test_too_large_a_network_says_what_it_needs(tmp_path, monkeypatch, capsys):

@@ -552,7 +552,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     Attributes:
         weight_ih (N, input_size), weight_hh (N, N), bias (N,) or None; filter: buffer.
 
-    Every step adds a gradient with the factor beta to the parameters': as to Adam's eps see :class:`OrthogonalFilterMLP`.
+    Every step's gradient carries the factor beta: on Adam's eps see :class:`OrthogonalFilterMLP`.
 
     Raises:
         ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: shapes or

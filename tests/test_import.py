@@ -1,0 +1,280 @@
+"""What an import brings along, in every order: no torch with the bare package, its ops as soon as both are there."""
+
+import copy
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+
+import lcw_ops
+from lcw_ops import _names
+from lcw_ops._after_import import _finder, after_import
+
+PUBLIC = sorted(lcw_ops.__all__)
+
+
+def run(code, *options):
+    """A fresh interpreter, which prints JSON last; a warning of ours is an error there."""
+    command = [sys.executable, "-W", "error::RuntimeWarning", *options, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_the_import_brings_no_module_that_torch_does_not():
+    """No Triton, compiler, plotting or machine-learning library, and no part of torch that torch leaves out itself."""
+    extra, initialized = run(
+        "import json, sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import lcw_ops\n"
+        "from lcw_ops import functional, init, nn, optim, reference\n"
+        "lcw_ops.activate_gradients, lcw_ops.register_gradient_hook, lcw_ops.use_backend, lcw_ops.BackendError\n"
+        "print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))"
+    )
+    assert [name for name in extra if not name.startswith("lcw_ops")] == []
+    assert not any(name.startswith(("lcw_ops.profile", "lcw_ops.distributed", "lcw_ops.train")) for name in extra)
+    assert not initialized
+
+
+def test_the_bare_package_needs_no_torch():
+    """Not even an installed one: what needs it says so when it is asked for."""
+    loaded, names, error = run(
+        "import json, sys\n"
+        "sys.modules['torch'] = None\n"
+        "import lcw_ops\n"
+        "loaded = sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'numpy', 'lcw_ops'))\n"
+        "try: lcw_ops.nn\n"
+        "except ImportError as raised: error = raised.name\n"
+        "print(json.dumps([loaded, dir(lcw_ops), error]))"
+    )
+    assert loaded == ["lcw_ops", "lcw_ops._after_import", "torch"]
+    assert set(PUBLIC) <= set(names)
+    assert error.split(".")[0] == "torch"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import lcw_ops, torch",
+        "import torch, lcw_ops",
+        "import lcw_ops.reference, torch",
+        "import importlib.util, lcw_ops; importlib.util.find_spec('torch'); import lcw_ops.init, torch",
+    ],
+)
+def test_the_ops_are_there_once_torch_is(imports):
+    loader, found = run(
+        f"{imports}\n"
+        "import json\n"
+        "x, weight = torch.randn(2, 3), torch.ones(4, 3)\n"
+        "schema = str(torch.ops.lcw_ops.lcw_linear.cpp._schema)\n"
+        "print(json.dumps([[type(torch.__loader__).__name__, torch.__spec__.loader is torch.__loader__], schema]))"
+    )
+    assert loader == ["SourceFileLoader", True]
+    assert found.startswith("lcw_ops::lcw_linear.cpp(Tensor x, Tensor weight")
+
+
+def test_every_way_to_a_part_of_the_package(tmp_path):
+    """Attribute, star, reload, pickle in a spawned process, help: in one fresh interpreter."""
+    script = tmp_path / "user.py"
+    script.write_text(
+        "import importlib, json, multiprocessing, pickle, pydoc\n"
+        "import lcw_ops\n"
+        "def kind(layer): return type(layer).__name__\n"
+        "if __name__ == '__main__':\n"
+        "    layer = lcw_ops.nn.LCWLinear(3, 2)\n"
+        "    again = pickle.loads(pickle.dumps([layer, lcw_ops.use_backend, lcw_ops.BackendError('x')]))\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool: spawned = pool.map(kind, [layer])[0]\n"
+        "    before = lcw_ops.nn, lcw_ops.use_backend\n"
+        "    importlib.reload(lcw_ops)\n"
+        "    same = before == (lcw_ops.nn, lcw_ops.use_backend)\n"
+        "    from lcw_ops import *\n"
+        "    stars = [name for name in lcw_ops.__all__ if globals()[name] is not getattr(lcw_ops, name)]\n"
+        "    from lcw_ops.profile import profile as function\n"
+        "    kinds = [type(function).__name__, type(lcw_ops.profile).__name__]\n"
+        "    text = pydoc.render_doc(lcw_ops, renderer=pydoc.plaintext)\n"
+        "    print(json.dumps([kind(again[0]), spawned, same, stars, kinds, 'activate_gradients(' in text]))\n"
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == ["LCWLinear", "LCWLinear", True, [], ["function", "module"], True]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_there_and_unknown_ones_are_not(name):
+    assert getattr(lcw_ops, name) is getattr(lcw_ops, name)
+    assert name in dir(lcw_ops)
+    with pytest.raises(AttributeError, match=f"module 'lcw_ops' has no attribute '{name}s_'"):
+        getattr(lcw_ops, f"{name}s_")
+
+
+def test_a_compiled_function_may_be_the_first_to_use_a_part():
+    assert run(
+        "import json, lcw_ops, torch\n"
+        "x, weight = torch.randn(2, 3), torch.randn(4, 3)\n"
+        "function = lambda x: lcw_ops.functional.lcw_linear(x, weight)\n"
+        "result = torch.compile(function, fullgraph=True, backend='eager')(x)\n"
+        "print(json.dumps(torch.equal(result, function(x))))"
+    )
+
+
+def test_the_command_line_knows_the_names_that_the_library_knows():
+    reference = importlib.import_module("lcw_ops.reference.orthogonal_filter")
+    assert tuple(reference.ACTIVATIONS) == _names.ACTIVATIONS
+    for filter in _names.FILTERS:
+        lcw_ops.nn.OrthogonalFilterMLP(2, 3, 2, 2, filter=filter)
+
+
+# --- the hook
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """``make(source)`` writes a module and returns its name; nothing of it is left behind."""
+    names = []
+
+    def make(source="value = 1\n"):
+        name = f"waited_for_{tmp_path.name.replace('-', '_')}_{len(names)}"
+        names.append(name)
+        (tmp_path / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+        return name
+
+    monkeypatch.syspath_prepend(tmp_path)
+    finders = list(sys.meta_path)
+    yield make
+    sys.meta_path[:] = finders
+    for name in names:
+        _finder.functions.pop(name, None)
+        sys.modules.pop(name, None)
+
+
+def test_the_function_runs_after_the_import_now_later_and_again(module):
+    calls = []
+    name = module("value = [1]\n")
+    after_import(name, lambda: calls.append(sys.modules[name].value))
+    spec = importlib.util.find_spec(name)
+    assert calls == []
+    assert spec.loader.get_source(name) == copy.copy(spec).loader.get_source(name) == "value = [1]\n"
+    assert copy.copy(spec.loader).get_source(name) == "value = [1]\n"
+    imported = importlib.import_module(name)
+    assert calls == [[1]]
+    assert type(imported.__loader__).__name__ == "SourceFileLoader"
+    assert imported.__spec__.loader is imported.__loader__
+    assert inspect.getsource(imported) == "value = [1]\n"
+    importlib.reload(imported)
+    assert len(calls) == 2
+    del sys.modules[name]
+    importlib.import_module(name)
+    assert len(calls) == 3
+    after_import(name, lambda: calls.append("now"))
+    assert calls[3:] == ["now"]
+    assert sys.meta_path.count(_finder) == 1
+
+
+def test_a_failing_function_does_not_fail_the_import(module):
+    name = module()
+
+    def fail():
+        raise ValueError("no luck")
+
+    after_import(name, fail)
+    with pytest.warns(RuntimeWarning, match=f"not ready for {name}, .*: ValueError: no luck"):
+        assert importlib.import_module(name).value == 1
+    with pytest.raises(ValueError, match="no luck"):
+        after_import(name, fail)
+
+
+def test_a_module_that_fails_is_not_announced(module):
+    calls = []
+    name = module("raise OSError('broken')\n")
+    after_import(name, lambda: calls.append(1))
+    for _ in range(2):
+        with pytest.raises(OSError, match="broken"):
+            importlib.import_module(name)
+    assert calls == []
+
+
+def test_a_module_that_does_not_exist_is_not_found(module, tmp_path):
+    name = module()
+    (tmp_path / f"{name}.py").unlink()
+    importlib.invalidate_caches()
+    after_import(name, lambda: pytest.fail("called without a module"))
+    assert importlib.util.find_spec(name) is None
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(name)
+
+
+class OtherHook:
+    """Another package's hook of the same module, as the well-known libraries make it."""
+
+    def __init__(self, name):
+        self.name, self.searching, self.executed = name, False, 0
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
+        execute = spec.loader.exec_module
+        hook = self
+
+        class Loader:
+            def create_module(self, spec):
+                return None
+
+            def exec_module(self, module):
+                hook.executed += 1
+                execute(module)
+
+        spec.loader = Loader()
+        return spec
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_beside_another_hook_of_the_same_module(ours_first, module):
+    calls = []
+    name = module()
+    other = OtherHook(name)
+    after_import(name, lambda: calls.append(1))
+    sys.meta_path.remove(_finder)
+    sys.meta_path[:0] = [_finder, other] if ours_first else [other, _finder]
+    assert importlib.import_module(name).value == 1
+    assert (calls, other.executed) == ([1], 1)
+
+
+def test_many_threads_import_once(module):
+    calls = []
+    name = module("import time; time.sleep(0.05); value = 1\n")
+    after_import(name, lambda: calls.append(1))
+    results = []
+
+    def work():
+        importlib.util.find_spec(name)
+        results.append(importlib.import_module(name).value)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [1] * 8
+    assert calls == [1]
+
+
+def test_a_folder_without_an_init_file_is_a_package_too(module, tmp_path):
+    name = module()
+    (tmp_path / f"{name}.py").unlink()
+    (tmp_path / name).mkdir()
+    importlib.invalidate_caches()
+    after_import(name, lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(importlib.import_module(name).__path__) == [str(tmp_path / name)]
