@@ -4,9 +4,7 @@ x is standardised with the training set's own mean and standard deviation; the s
 the same seed gives the same arrays on every machine.
 """
 
-import pickle
-import zipfile
-import zlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,9 @@ TEST_SHARE = 0.2
 
 SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
 WHOLE_KEYS = ("x", "y")
+
+# In float64, sums of its squares are far from overflowing.
+LARGEST_VALUE = float(np.finfo(np.float32).max)
 
 
 @dataclass
@@ -68,14 +69,14 @@ def load_digits(seed: int = 0) -> Dataset:
 def load_npz(path: str | Path, seed: int = 0) -> Dataset:
     """A ``.npz`` file with x_train, y_train, x_test, y_test, or with x, y, of which one fifth becomes the test set.
 
-    x is (samples, ...) of any real type, flattened to (samples, features); y is (samples,) of an integer type, class
-    indices from 0. Pickled objects are never loaded.
+    x is (samples, ...) of any real type, flattened to (samples, features), within the range of float32; y is (samples,)
+    of an integer type, class indices from 0, two classes at the least. Pickled objects are never loaded.
 
     Raises:
         ValueError: the file cannot be read, a key is missing, or an array has the wrong shape, type or values.
     """
     arrays = _read_npz(path)
-    if all(key in arrays for key in SPLIT_KEYS):
+    if "x_train" in arrays:
         x_train, y_train, x_test, y_test = (arrays[key] for key in SPLIT_KEYS)
         _check_pair(path, "x_train", x_train, "y_train", y_train)
         _check_pair(path, "x_test", x_test, "y_test", y_test, classes=int(y_train.max()) + 1)
@@ -84,82 +85,146 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
                 f"{path}: a sample has shape {x_train.shape[1:]} in x_train and {x_test.shape[1:]} in x_test; "
                 "give both the same"
             )
-    elif all(key in arrays for key in WHOLE_KEYS):
-        _check_pair(path, "x", arrays["x"], "y", arrays["y"])
-        if len(arrays["x"]) < 2:
-            raise ValueError(f"{path}: x has one sample, expected at least 2 to split into a training and a test set")
-        x_train, y_train, x_test, y_test = _split(arrays["x"], arrays["y"], seed)
     else:
+        _check_pair(path, "x", arrays["x"], "y", arrays["y"])
+        if len(np.unique(arrays["y"])) == len(arrays["y"]):
+            raise ValueError(
+                f"{path}: y has no two samples of a class, expected one for training and one for testing; add samples"
+            )
+        x_train, y_train, x_test, y_test = _split(arrays["x"], arrays["y"], seed)
+    dataset = _dataset(Path(path).name, x_train, y_train, x_test, y_test)
+    if not dataset.x_train.any():
         raise ValueError(
-            f"{path}: has the arrays {', '.join(sorted(arrays)) or '(none)'}, expected {', '.join(SPLIT_KEYS)}, "
-            f"or {' and '.join(WHOLE_KEYS)}"
+            f"{path}: every feature is the same in all training samples, expected one that tells them apart"
         )
-    return _dataset(Path(path).name, x_train, y_train, x_test, y_test)
+    if not dataset.x_test.isfinite().all():
+        raise ValueError(
+            f"{path}: the test samples are too far from the training samples: standardised with the mean and deviation "
+            "of these, a feature exceeds the range of float32; remove outliers, or split the samples at random"
+        )
+    return dataset
 
 
 def _read_npz(path) -> dict[str, np.ndarray]:
-    # A damaged archive shows up as any of these, depending on which byte is wrong.
-    unreadable = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
+    """The arrays of ``SPLIT_KEYS``, or else of ``WHOLE_KEYS``; ValueError where neither can be read."""
     try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("it holds one bare array; write it with numpy.savez(path, x=..., y=...)")
-        with archive:
-            return {key: archive[key] for key in archive.files if key in SPLIT_KEYS + WHOLE_KEYS}
-    except unreadable as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as an .npz file: {reason}") from error
+        # A pipe would be waited for.
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise ValueError("it is not a file")
+        # numpy would leave the file of a damaged archive open.
+        with open(path, "rb") as file:
+            start = file.read(6)
+            if start == b"\x93NUMPY":
+                raise ValueError("it holds one bare array")
+            if not start.startswith(b"PK"):
+                raise ValueError("it is not a zip archive" if start else "it is empty")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                keys = next((keys for keys in (SPLIT_KEYS, WHOLE_KEYS) if set(keys) <= set(archive.files)), None)
+                if keys is not None:
+                    return {key: _read_array(archive, key) for key in keys}
+                found = ", ".join(archive.files) or "(none)"
+    # A damaged archive raises almost anything, depending on which byte is wrong.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(
+            f"{path}: cannot be read as an .npz file: {reason.splitlines()[0]}; expected what "
+            "numpy.savez(path, x=..., y=...) writes"
+        ) from error
+    raise ValueError(
+        f"{path}: has the arrays {found}, expected {', '.join(SPLIT_KEYS)}, or {' and '.join(WHOLE_KEYS)}; name them so"
+    )
+
+
+def _read_array(archive, key: str) -> np.ndarray:
+    # numpy's own message for Python objects advises an option that nobody should use on a file of others.
+    unreadable = f"{key} is damaged or holds Python objects, which are never loaded"
+    try:
+        array = archive[key]
+    except ValueError as error:
+        raise ValueError(unreadable) from error
+    # What does not begin as an array is given back as bytes.
+    if not isinstance(array, np.ndarray):
+        raise ValueError(unreadable)
+    return array
 
 
 def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, classes: int | None = None) -> None:
     """ValueError unless x and y are samples and their labels; ``classes``: of the training set, where that is known."""
     if x.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: {x_name} is {x.dtype}, expected real numbers")
+        raise ValueError(f"{path}: {x_name} is {x.dtype}, expected real numbers; convert it, to float32 for example")
     if x.ndim < 2 or x.size == 0:
-        raise ValueError(f"{path}: {x_name} has shape {x.shape}, expected (samples, features), none of them 0")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path}: {x_name} contains NaN or inf; remove or fill these samples first")
+        raise ValueError(
+            f"{path}: {x_name} has shape {x.shape}, expected (samples, features), none of them 0; reshape or refill it"
+        )
+    unusable = len(x) - int(np.isfinite(x).reshape(len(x), -1).all(1).sum())
+    if unusable:
+        raise ValueError(
+            f"{path}: {x_name} contains NaN or inf, in {unusable} of {len(x)} samples; remove or fill these first"
+        )
+    # Not abs: of the least int64 it is negative.
+    largest = max(float(x.max()), -float(x.min()))
+    if largest > LARGEST_VALUE:
+        raise ValueError(
+            f"{path}: {x_name} has a value of size {largest:.3g}, expected at most {LARGEST_VALUE:.3g}, float32's "
+            "largest; scale the feature, or remove the sample"
+        )
     if y.dtype.kind not in "iu":
-        raise ValueError(f"{path}: {y_name} is {y.dtype}, expected integers: class indices from 0")
+        raise ValueError(
+            f"{path}: {y_name} is {y.dtype}, expected integers: class indices from 0; convert it, to int64 for example"
+        )
     if y.shape != (len(x),):
         raise ValueError(
-            f"{path}: {y_name} has shape {y.shape}, expected ({len(x)},), one label per sample of {x_name}"
+            f"{path}: {y_name} has shape {y.shape}, expected ({len(x)},), one label per sample of {x_name}; reshape it"
         )
     if classes is not None:
         # A network is made for the classes that it is trained on.
         if y.min() < 0 or y.max() >= classes:
             raise ValueError(
                 f"{path}: {y_name} runs from {y.min()} to {y.max()}, expected classes of the training set, which has 0 "
-                f"to {classes - 1}"
+                f"to {classes - 1}; remove the other samples"
             )
     # More classes than samples is a column of identifiers, and would ask for an output layer of that size.
     elif y.min() < 0 or y.max() >= len(x):
         raise ValueError(
             f"{path}: {y_name} runs from {y.min()} to {y.max()}, expected class indices from 0 and fewer classes than "
-            f"the {len(x)} samples"
+            f"the {len(x)} samples; number the classes, as numpy.unique(y, return_inverse=True) does"
+        )
+    elif y.min() == y.max():
+        raise ValueError(
+            f"{path}: {y_name} has the class {y.min()} alone, expected at least 2 classes; add samples of another one"
         )
 
 
 def _split(x: np.ndarray, y: np.ndarray, seed: int):
-    """A share of every class goes to the test set, drawn by ``seed``; a class of one sample is for training."""
+    """A share of every class goes to the test set, drawn by ``seed``; a class of one sample is for training.
+
+    Where no class has enough samples for that, one sample is held out, of a class that has two.
+    """
     generator = np.random.default_rng(seed)
     held_out = np.zeros(len(x), dtype=bool)
     for label in np.unique(y):
         members = generator.permutation(np.flatnonzero(y == label))
         held_out[members[: round(TEST_SHARE * len(members))]] = True
     if not held_out.any():
-        held_out[generator.integers(len(x))] = True
+        _, classes, counts = np.unique(y, return_inverse=True, return_counts=True)
+        held_out[generator.choice(np.flatnonzero(counts[classes] > 1))] = True
     return x[~held_out], y[~held_out], x[held_out], y[held_out]
 
 
 def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
     x_train, x_test = (x.reshape(len(x), -1).astype(np.float64) for x in (x_train, x_test))
-    mean, std = x_train.mean(0), x_train.std(0)
-    # A pixel that never changes has nothing to say. Its computed deviation is 0, or the rounding of its mean: dividing
-    # by either would make NaN or noise of it.
-    constant = (x_train.max(0) == x_train.min(0)) | (std <= len(x_train) * np.finfo(np.float64).eps * np.abs(mean))
-    std[constant] = 1.0
-    x_train, x_test = (torch.from_numpy(((x - mean) / std).astype(np.float32)) for x in (x_train, x_test))
+    # Too large for float32 becomes inf, which load_npz refuses.
+    with np.errstate(over="ignore"):
+        # Powers of two round nothing, and the squares of deviations of 1e-200 would vanish.
+        _, exponents = np.frexp(np.abs(x_train).max(0))
+        x_train, x_test = np.ldexp(x_train, -exponents), np.ldexp(x_test, -exponents)
+        mean, std = x_train.mean(0), x_train.std(0)
+        # A pixel that never changes has nothing to say. Its computed deviation is 0, or the rounding of its mean:
+        # dividing by either would make NaN or noise of it.
+        constant = (x_train.max(0) == x_train.min(0)) | (std <= len(x_train) * np.finfo(np.float64).eps * np.abs(mean))
+        mean[constant], std[constant] = x_train[0, constant], 1.0
+        x_train, x_test = (torch.from_numpy(((x - mean) / std).astype(np.float32)) for x in (x_train, x_test))
     classes = int(y_train.max()) + 1
     y_train, y_test = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
     return Dataset(name, x_train, y_train, x_test, y_test, classes)

@@ -1,12 +1,17 @@
 """The digits and .npz files: split, standardised, reproducible; and every way in which a file can be wrong."""
 
 import builtins
+import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from lcw_ops import data
+from lcw_ops import cli, data
+
+# A warning of numpy's is one line more than a command may print.
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 @pytest.fixture
@@ -108,8 +113,41 @@ WRONG = {
     "too few labels": (lambda a: {**a, "y": a["y"][:49]}, "one label per sample"),
     "negative label": (lambda a: {**a, "y": a["y"] - 1}, "from -1"),
     "identifiers": (lambda a: {**a, "y": a["y"] + 10**9}, "fewer classes"),
+    "bool": (lambda a: {**a, "x": a["x"] > 0}, "x is bool, expected real numbers"),
+    "date": (lambda a: {**a, "x": a["x"].astype("datetime64[s]")}, "expected real numbers"),
+    "scalar": (lambda a: {**a, "x": np.float64(1)}, "expected \\(samples, features\\)"),
+    "no features": (lambda a: {**a, "x": a["x"][:, :0]}, "none of them 0"),
+    "inf": (lambda a: {**a, "x": np.where(a["x"] == a["x"].max(), np.inf, a["x"])}, "NaN or inf, in 1 of 50 samples"),
+    "1e300": (lambda a: {**a, "x": a["x"] * 1e300}, r"a value of size \d.*e\+300, expected at most 3.4e\+38"),
+    "-1e300": (lambda a: {**a, "x": -1e300 * (a["x"] == a["x"].max())}, r"a value of size 1e\+300"),
+    "1e300 in a constant": (lambda a: {**a, "x": np.full((50, 2), 1e300)}, r"a value of size 1e\+300"),
+    "beyond float64": (
+        lambda a: {**a, "x": np.full((50, 2), np.longdouble("1e400"))},
+        "NaN or inf|a value of size inf",
+    ),
+    "nothing varies": (lambda a: {**a, "x": np.full((50, 2), 7)}, "every feature is the same in all training samples"),
+    "bool labels": (lambda a: {**a, "y": a["y"] > 2}, "y is bool, expected integers"),
+    "text labels": (lambda a: {**a, "y": a["y"].astype(str)}, "expected integers"),
+    "labels as floats": (lambda a: {**a, "y": a["y"].astype(np.float64)}, "y is float64, expected integers"),
+    "huge labels": (lambda a: {**a, "y": a["y"].astype(np.uint64) + np.uint64(2**63)}, "from 9223372036854775808"),
+    "one class": (lambda a: {**a, "y": a["y"] * 0 + 3}, "y has the class 3 alone, expected at least 2 classes"),
     "one sample": (lambda a: {"x": a["x"][:1], "y": a["y"][:1]}, "at least 2"),
-    "pickled": (lambda a: {**a, "x": np.array([[object()]])}, "cannot be read"),
+    "a class each": (lambda a: {"x": a["x"], "y": np.arange(50)}, "no two samples of a class"),
+    "pickled": (lambda a: {**a, "x": np.array([[object()]])}, "x is damaged or holds Python objects"),
+    "huge integers": (lambda a: {**a, "x": np.array([[2**70]] * 50)}, "x is damaged or holds Python objects"),
+    "other names": (lambda a: {"data": a["x"], "labels": a["y"]}, "has the arrays data, labels, expected x_train"),
+    "far test samples": (
+        lambda a: {"x_train": 1e-9 * a["x"], "y_train": a["y"], "x_test": 1e38 * a["x"], "y_test": a["y"]},
+        "the test samples are too far from the training samples",
+    ),
+    "test NaN": (
+        lambda a: {"x_train": a["x"], "y_train": a["y"], "x_test": a["x"] * np.nan, "y_test": a["y"]},
+        "x_test contains NaN",
+    ),
+    "test 1e300": (
+        lambda a: {"x_train": a["x"], "y_train": a["y"], "x_test": a["x"] * 1e300, "y_test": a["y"]},
+        "x_test has a value of size",
+    ),
     "test shape": (
         lambda a: {"x_train": a["x"], "y_train": a["y"], "x_test": a["x"][:, :1], "y_test": a["y"]},
         "give both the same",
@@ -124,15 +162,155 @@ def test_wrong_arrays_are_named(case, tmp_path, arrays):
         data.load_npz(save(tmp_path / "wrong.npz", **change(arrays)))
 
 
-def test_unreadable_files(tmp_path, arrays):
-    (tmp_path / "text.npz").write_text("hello")
-    (tmp_path / "empty.npz").touch()
-    np.save(tmp_path / "bare.npy", arrays["x"])
-    whole = save(tmp_path / "whole.npz", **arrays).read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    damaged = bytearray(whole)
+def saved_text(path, arrays):
+    path.write_text("x,y\n1,2\n")
+
+
+def saved_pickle(path, arrays):
+    np.array([{"x": arrays["x"]}], dtype=object).dump(path)
+
+
+def saved_empty(path, arrays):
+    path.touch()
+
+
+def saved_bare(path, arrays):
+    with open(path, "wb") as file:
+        np.save(file, arrays["x"])
+
+
+def saved_half(path, arrays):
+    whole = save(path, **arrays).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def saved_damaged(path, arrays):
+    damaged = bytearray(save(path, **arrays).read_bytes())
     damaged[200:260] = bytes(60)
-    (tmp_path / "damaged.npz").write_bytes(damaged)
-    for name in ("text.npz", "empty.npz", "bare.npy", "cut.npz", "damaged.npz", "absent.npz", "."):
-        with pytest.raises(ValueError, match=r"cannot be read as an \.npz file"):
-            data.load_npz(tmp_path / name)
+    path.write_bytes(damaged)
+
+
+def saved_other_zip(path, arrays):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", "no array")
+        archive.writestr("y.npy", "no array")
+
+
+def saved_too_large(path, arrays):
+    """A header that promises more than any memory holds."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for key in data.WHOLE_KEYS:
+            with archive.open(f"{key}.npy", "w") as file:
+                header = {"descr": "<f8", "fortran_order": False, "shape": (2**50, 2)}
+                np.lib.format.write_array_header_1_0(file, header)
+
+
+def saved_folder(path, arrays):
+    path.mkdir()
+
+
+def saved_pipe(path, arrays):
+    os.mkfifo(path)
+
+
+def saved_nothing(path, arrays):
+    pass
+
+
+UNREADABLE = {
+    saved_text: "it is not a zip archive",
+    saved_pickle: "it is not a zip archive",
+    saved_empty: "it is empty",
+    saved_bare: "it holds one bare array",
+    saved_half: "File is not a zip file",
+    saved_damaged: "",
+    saved_other_zip: "x is damaged or holds Python objects",
+    saved_too_large: "",
+    saved_folder: "it is not a file",
+    saved_pipe: "it is not a file",
+    saved_nothing: "No such file or directory",
+}
+
+
+@pytest.mark.parametrize("save_as", UNREADABLE)
+def test_unreadable_files(save_as, tmp_path, arrays):
+    path = tmp_path / "wrong.npz"
+    save_as(path, arrays)
+    with pytest.raises(ValueError, match=r"cannot be read as an \.npz file: ") as raised:
+        data.load_npz(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}: ")
+    assert UNREADABLE[save_as] in message
+    assert message.endswith("; expected what numpy.savez(path, x=..., y=...) writes")
+    assert "pickle" not in message
+
+
+@pytest.mark.parametrize("command", ["profile", "train"])
+@pytest.mark.parametrize("case", [*WRONG, *UNREADABLE], ids=lambda case: getattr(case, "__name__", case))
+def test_the_commands_say_it_in_one_line(command, case, tmp_path, arrays, capsys):
+    path, out = tmp_path / "wrong.npz", tmp_path / "out"
+    if case in WRONG:
+        save(path, **WRONG[case][0](arrays))
+    else:
+        case(path, arrays)
+    assert cli.main([command, "--data", str(path), "--batch", "8", "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"lcw-ops {command}: {path}: ")
+    assert "allow_pickle" not in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("scale", [1e-307, 1e-200, 1e-20, 1.0, 1e20, 1e37])
+def test_a_spread_of_any_size_is_standardised(scale, tmp_path, arrays):
+    """The square of 1e-200 is 0 in float64: such a feature must not pass for a constant."""
+    reference, scaled = (
+        data.load_npz(save(tmp_path / f"{name}.npz", x=arrays["x"] * factor, y=arrays["y"]))
+        for name, factor in (("reference", 1.0), ("scaled", scale))
+    )
+    assert reference.x_train.std() == pytest.approx(1, abs=0.01)
+    # The scaling rounded every value once more, to half a unit in the last place of float64; then both to float32.
+    allowed = 2 * torch.finfo(torch.float32).eps * reference.x_train.abs().max()
+    torch.testing.assert_close(scaled.x_train, reference.x_train, rtol=0, atol=allowed.item())
+    torch.testing.assert_close(scaled.x_test, reference.x_test, rtol=0, atol=allowed.item())
+
+
+def test_large_constants_are_zero(tmp_path, arrays):
+    """The rounding of their mean is 1e14 and more."""
+    x = arrays["x"].reshape(50, 6).copy()
+    x[:, :3] = 1e30 + 1e20, -3e38, 0.1
+    loaded = data.load_npz(save(tmp_path / "a.npz", x=x, y=arrays["y"]))
+    assert not loaded.x_train[:, :3].any()
+    assert not loaded.x_test[:, :3].any()
+    assert loaded.x_train[:, 3:].std() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "f2", np.longdouble, ">i8", "u8", "i1"])
+def test_every_type_of_real_numbers(dtype, tmp_path, arrays):
+    x = (10 * np.abs(arrays["x"])).round().astype(dtype)
+    loaded = data.load_npz(save(tmp_path / "a.npz", x=x, y=arrays["y"].astype(">u2")))
+    expected = data.load_npz(save(tmp_path / "b.npz", x=x.astype(np.float64), y=arrays["y"]))
+    assert torch.equal(loaded.x_train, expected.x_train)
+    assert torch.equal(loaded.y_test, expected.y_test)
+
+
+def test_the_least_integer_is_within_range(tmp_path, arrays):
+    """Its absolute value is negative in int64."""
+    x = np.full((50, 1), np.iinfo(np.int64).min)
+    x[::2] = 5
+    loaded = data.load_npz(save(tmp_path / "a.npz", x=x, y=arrays["y"]))
+    assert loaded.x_train.std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1], [2, 0, 1, 0, 2], [0, 0]])
+def test_a_few_samples_leave_every_class_in_the_training_set(labels, tmp_path):
+    for seed in range(8):
+        x = np.random.default_rng(0).normal(size=(len(labels), 2))
+        if len(set(labels)) == 1:
+            with pytest.raises(ValueError, match="alone"):
+                data.load_npz(save(tmp_path / "a.npz", x=x, y=np.array(labels)), seed)
+            continue
+        loaded = data.load_npz(save(tmp_path / "a.npz", x=x, y=np.array(labels)), seed)
+        assert len(loaded.y_test) == 1
+        assert set(loaded.y_train.tolist()) == set(labels)
