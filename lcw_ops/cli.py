@@ -15,6 +15,7 @@ from dataclasses import fields
 from lcw_ops import __version__
 from lcw_ops._names import ACTIVATIONS, FILTERS, SOLVERS
 from lcw_ops.bench.arguments import add_arguments as _add_bench_arguments
+from lcw_ops.train.schedule import SCHEDULES
 from lcw_ops.train.settings import DEFAULTS, PROFILE_KINDS, TRAIN_KINDS, ProfileSettings, TrainSettings
 
 
@@ -143,12 +144,17 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("steps", f"training steps; default: {by_kind('steps')}", type=int)
     add("epochs", "passes over the data, instead of --steps", type=int)
     add("lr", f"Adam's learning rate; default: {by_kind('lr')}", type=float)
+    add("schedule", "of the rate: full for half of the steps, then falling to 0; or constant", choices=tuple(SCHEDULES))
     add("c", f"weight of the nonlinear branch, beta = c / depth; default: {by_kind('c')}", type=float)
     add("filter", f"the fixed matrix; default: {by_kind('filter')}", choices=FILTERS)
     add("seed", "of weights and order of samples; the data split stays the same", type=int)
     add("checkpoint", "folder for checkpoints, the last two are kept; without it none are written", metavar="DIR")
     add("every", "steps from one checkpoint to the next", type=int)
-    add("resume", "go on from the newest checkpoint; the other arguments must be the same", action="store_true")
+    add(
+        "resume",
+        "go on from the newest checkpoint, with more --steps too; what else decides the result must be the same",
+        action="store_true",
+    )
     add("out", "folder for metrics.csv and model.pt, written at the end", metavar="DIR")
     _add_training_arguments(add)
 

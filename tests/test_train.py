@@ -173,12 +173,122 @@ def test_tensors_keep_their_types_and_the_file_needs_no_code(stopped):
     assert (settings["depth"], settings["filter"], settings["threads"]) == (20, "permutation", 1)
 
 
-def test_a_finished_run_is_resumed_without_a_step(tmp_path, monkeypatch, uninterrupted):
+def test_a_finished_run_is_resumed_without_a_step(tmp_path, monkeypatch, uninterrupted, capsys):
     folder, out = tmp_path / "checkpoints", tmp_path / "out"
     assert train(*SMALL, "--checkpoint", folder) == 0
     monkeypatch.setattr(loop.Training, "step", lambda training: pytest.fail("a step too many"))
     assert train(*SMALL, "--checkpoint", folder, "--resume", "--out", out) == 0
+    assert "all 12 steps are done; a larger --steps goes on\n" in capsys.readouterr().out
     assert_same_outcome(out, uninterrupted(SMALL))
+
+
+# --- with another number of steps
+
+
+def of_steps(steps, flags=SMALL):
+    """The flags for a run of so many steps."""
+    flags = list(flags)
+    flags[flags.index("--steps") + 1] = str(steps)
+    return flags
+
+
+def weights(folder):
+    return outcome(folder)[0]
+
+
+def assert_same_weights(folder, expected):
+    (found, log), (wanted, expected_log) = outcome(folder), outcome(expected)
+    assert found.keys() == wanted.keys()
+    assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
+    # Of every step the loss; the accuracies are measured at other steps.
+    losses, expected_losses = ([line.split(",")[1] for line in text.splitlines()] for text in (log, expected_log))
+    assert losses == expected_losses
+
+
+@pytest.mark.parametrize("flags", [SMALL, SHORT_RNN], ids=["mlp", "rnn"])
+def test_a_finished_run_at_a_constant_rate_goes_on_bit_for_bit(flags, tmp_path, uninterrupted, capsys):
+    """3 steps, 6, then 12: as 12 at once."""
+    flags = [*flags, "--schedule", "constant"]
+    folder, out = ["--checkpoint", tmp_path / "checkpoints"], tmp_path / "out"
+    assert train(*of_steps(3, flags), *folder) == 0
+    assert train(*of_steps(6, flags), *folder, "--resume") == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "note: --steps was 3, is 6: the weights will be those of 6 steps at once; evaluations come at other steps\n"
+    )
+    assert "going on after step 3" in captured.out
+    assert "after 6 steps: " in captured.out
+    assert train(*of_steps(12, flags), *folder, "--resume", "--out", out) == 0
+    assert_same_weights(out, uninterrupted(flags))
+
+
+def test_a_run_whose_rate_did_not_fall_yet_goes_on_bit_for_bit(tmp_path, monkeypatch, uninterrupted, capsys):
+    """Six of 12 steps are at the full rate, and of 24 too."""
+    folder, out = ["--checkpoint", tmp_path / "checkpoints"], tmp_path / "out"
+    assert stop_after(7, monkeypatch, *SMALL, *folder) == 130
+    capsys.readouterr()
+    assert train(*of_steps(24), *folder, "--resume", "--out", out) == 0
+    assert "is 24: the weights will be those of 24 steps at once" in capsys.readouterr().err
+    assert_same_weights(out, uninterrupted(of_steps(24)))
+
+
+def test_a_run_whose_rate_fell_goes_on_and_says_what_changes(tmp_path, uninterrupted, capsys):
+    folder, out = ["--checkpoint", tmp_path / "checkpoints"], tmp_path / "out"
+    assert train(*of_steps(3), *folder) == 0
+    assert train(*of_steps(6), *folder, "--resume", "--every", "1", "--out", out) == 0
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "--steps was 3, is 6: the result will not be that of 6 steps at once" in said
+    assert [line.split(",")[0] for line in (out / "metrics.csv").read_text().splitlines()[1:]] == list("0123456")
+    assert not torch.equal(weights(out)["weight"], weights(uninterrupted(of_steps(6)))["weight"])
+    # From step 5 of 6 to 12: the rates of 6 and of 12 agree until then, but those of 3 did not.
+    (tmp_path / "checkpoints" / "step-00000006.pt").unlink()
+    assert train(*of_steps(12), *folder, "--resume") == 0
+    assert "the result will not be that of 12 steps at once" in capsys.readouterr().err
+
+
+def test_epochs_extend_too(tmp_path, capsys):
+    # 1438 samples: 89 whole batches of 16.
+    flags = [flag for flag in SMALL if flag not in ("--steps", "12")]
+    folder = ["--checkpoint", tmp_path / "checkpoints"]
+    assert train(*of_steps(88), *folder) == 0
+    assert train(*flags, "--epochs", "1", *folder, "--resume") == 0
+    captured = capsys.readouterr()
+    assert "note: --steps was 88, is 89: " in captured.err
+    assert "after 89 steps: " in captured.out
+
+
+def test_without_steps_the_checkpoint_says_how_many(stopped, tmp_path, uninterrupted, capsys):
+    """And not the command's default, which is another number."""
+    flags = [flag for flag in SMALL if flag not in ("--steps", "12")]
+    assert train(*flags, "--checkpoint", stopped, "--resume", "--out", tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "after 12 steps: " in captured.out
+    assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
+
+
+def test_fewer_steps_that_are_all_done(stopped, tmp_path, capsys):
+    """The accuracy after the last one was not measured on the way, which was longer."""
+    assert train(*of_steps(9), "--checkpoint", stopped, "--resume", "--out", tmp_path / "out") == 0
+    assert "note: --steps was 12, is 9: " in capsys.readouterr().err
+    last = (tmp_path / "out" / "metrics.csv").read_text().splitlines()[-1].split(",")
+    model = job.make_network(job.complete(job.Settings(depth=20, width=8), data.load("digits")), 64, 10)
+    model.load_state_dict(weights(tmp_path / "out"))
+    assert (last[0], float(last[2])) == ("9", loop.accuracy(model, data.load("digits")))
+
+
+def test_checkpoints_that_name_no_schedule_have_a_falling_one(stopped, tmp_path, uninterrupted, monkeypatch):
+    """As those of the first version."""
+    real = job._configuration_of
+
+    def of_the_first_version(tensors):
+        found = real(tensors)
+        return job.FIRST_CONFIGURATION | {name: found[name] for name in found if name not in job.FIRST_CONFIGURATION}
+
+    monkeypatch.setattr(job, "_configuration_of", of_the_first_version)
+    assert train(*SMALL, "--checkpoint", stopped, "--resume", "--out", tmp_path / "out") == 0
+    assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
 
 
 def test_what_may_change_from_run_to_run(stopped, tmp_path, uninterrupted):
@@ -196,8 +306,9 @@ def test_what_may_change_from_run_to_run(stopped, tmp_path, uninterrupted):
         (["--depth", "21"], "--depth is 21, the checkpoint has 20"),
         (["--width", "9"], "--width is 9, the checkpoint has 8"),
         (["--batch", "17"], "--batch is 17"),
-        (["--steps", "13"], "--steps is 13, the checkpoint has 12"),
+        (["--steps", "8"], "--steps is 8, the checkpoint has done 9; give at least 9"),
         (["--lr", "0.05"], "--lr is 0.05, the checkpoint has 0.04"),
+        (["--schedule", "constant"], "--schedule is constant, the checkpoint has falling; give --schedule falling"),
         (["--c", "1.5"], "--c is 1.5, the checkpoint has 1.0"),
         (["--filter", "cyclic"], "--filter is cyclic"),
         (["--activation", "relu"], "--activation is relu"),
@@ -225,7 +336,7 @@ def test_data_is_known_by_its_content(tmp_path, monkeypatch, capsys):
     assert stop_after(7, monkeypatch, *flags, "--data", tmp_path / "a.npz") == 130
     np.savez(tmp_path / "b.npz", **{**arrays, "x": arrays["x"] + np.eye(60, 5)})
     assert train(*flags, "--resume", "--data", tmp_path / "b.npz") == 2
-    assert "--data: its content is not what the checkpoint was trained on" in capsys.readouterr().err
+    assert "--data: its content is not what the checkpoint was trained on; give the same" in capsys.readouterr().err
     os.replace(tmp_path / "a.npz", tmp_path / "moved.npz")
     assert train(*flags, "--resume", "--data", tmp_path / "moved.npz") == 0
 
@@ -627,6 +738,7 @@ def test_a_folder_that_cannot_be_written(flag, tmp_path, capsys):
         ["--seed", "-1"],
         ["--threads", "0"],
         ["--kind", "cnn"],
+        ["--schedule", "cosine"],
         ["--kind", "rnn"],
         ["--filter", "random"],
         ["--activation", "gelu"],
@@ -742,6 +854,14 @@ def test_the_rate_is_full_for_half_of_the_steps_then_falls_to_0():
         training.step()
         rates.append(training.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.1] * 5 + [0.075, 0.05, 0.025])
+
+
+def test_a_constant_rate_stays():
+    digits = data.Dataset("one", torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), None, None, 2)
+    training = loop.Training(torch.nn.Linear(1, 2), digits, steps=4, batch=1, lr=0.1, seed=0, schedule="constant")
+    for _ in range(4):
+        training.step()
+        assert training.optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_accuracy_does_not_depend_on_how_many_are_classified_at_once():

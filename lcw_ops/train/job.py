@@ -31,6 +31,7 @@ from lcw_ops.profile.progress import progress
 from lcw_ops.train import checkpoints
 from lcw_ops.train.arguments import check_memory, filter_bytes, usable_device
 from lcw_ops.train.loop import Training, accuracy, evaluation_steps
+from lcw_ops.train.schedule import SCHEDULES
 from lcw_ops.train.settings import DEFAULTS, expect
 from lcw_ops.train.settings import TRAIN_KINDS as KINDS  # noqa: F401 - beside Settings, whose kind it lists
 from lcw_ops.train.settings import TrainSettings as Settings
@@ -45,8 +46,12 @@ LABEL_SMOOTHING = 0.2
 # Of what a checkpoint holds; one of another format is refused.
 FORMAT = 1
 
-# What decides the bits of a run. Of the data it is the content, wherever the file is.
-DECISIVE = ("kind", "depth", "width", "batch", "steps", "lr", "c", "filter", "activation", "seed")
+# What decides the bits of a run beside the number of steps, which may be changed on the way. Of the data it is the
+# content, wherever the file is.
+DECISIVE = ("kind", "depth", "width", "batch", "lr", "schedule", "c", "filter", "activation", "seed")
+
+# What the oldest checkpoints of this format do not say.
+FIRST_CONFIGURATION = {"schedule": "falling", "as_at_once": True}
 
 
 def complete(settings: Settings, dataset: data.Dataset) -> Settings:
@@ -153,6 +158,9 @@ def configuration(settings: Settings, dataset: data.Dataset, device: torch.devic
     return {
         "format": FORMAT,
         **{name: getattr(settings, name) for name in DECISIVE},
+        "steps": settings.steps,
+        # Whether every step was taken at the rate that it has in a run of this many steps.
+        "as_at_once": True,
         "data": digest.hexdigest(),
         "device": device.type,
         # The order of sums depends on it.
@@ -173,7 +181,10 @@ def check_same(saved: dict, current: dict, folder: Path) -> None:
     if saved["format"] != FORMAT:
         raise ValueError(f"--checkpoint {folder}: format {saved['format']}, this version reads {FORMAT}")
     if saved["data"] != current["data"]:
-        raise ValueError("--data: its content is not what the checkpoint was trained on")
+        raise ValueError(
+            "--data: its content is not what the checkpoint was trained on; give the same data, or another "
+            "--checkpoint folder"
+        )
     for name in (*DECISIVE, "device", "threads"):
         if saved[name] != current[name]:
             raise ValueError(
@@ -193,6 +204,7 @@ def run(settings: Settings) -> int:
         ValueError, OSError, ImportError: before any work, when an argument, the data or a folder is at fault.
     """
     start = time.perf_counter()
+    steps_given = settings.steps is not None or settings.epochs is not None
     settings, dataset, device = _checked(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -205,6 +217,11 @@ def run(settings: Settings) -> int:
                 _expect_empty(folder)
             _check_disk(settings, dataset, folder)
             saved = _saved(folder, current) if settings.resume else None
+            if saved is not None:
+                done, steps = int(saved["done"]), settings.steps if steps_given else None
+                current = going_on(_configuration_of(saved), current, done, steps)
+                print(f"going on after step {done}, from {folder}", flush=True)
+                settings = replace(settings, steps=current["steps"])
         out = None if settings.out is None else prepare_folder(settings.out)
         try:
             training, log = _begin(settings, dataset.to(device), saved)
@@ -267,9 +284,37 @@ def _saved(folder: Path, current: dict) -> dict[str, Tensor] | None:
     if tensors is None:
         print(f"no checkpoint in {folder}: starting from step 0", flush=True)
         return None
-    check_same(json.loads(bytes(tensors["configuration"].tolist())), current, folder)
-    print(f"going on after step {int(tensors['done'])}, from {folder}", flush=True)
+    check_same(_configuration_of(tensors), current, folder)
     return tensors
+
+
+def _configuration_of(tensors: dict[str, Tensor]) -> dict:
+    return FIRST_CONFIGURATION | json.loads(bytes(tensors["configuration"].tolist()))
+
+
+def going_on(saved: dict, current: dict, done: int, steps: int | None) -> dict:
+    """``current`` with the number of steps that a checkpoint goes on to, ``saved``'s where ``steps`` is None.
+
+    Says what another number changes. ValueError when more steps than that are done.
+    """
+    before, steps = saved["steps"], saved["steps"] if steps is None else steps
+    if steps < done:
+        raise ValueError(
+            f"--steps is {steps}, the checkpoint has done {done}; give at least {done}, or another --checkpoint folder"
+        )
+    rate = SCHEDULES[current["schedule"]]
+    as_at_once = saved["as_at_once"] and all(rate(step, before) == rate(step, steps) for step in range(done))
+    if steps != before:
+        result = (
+            f"the weights will be those of {steps} steps at once"
+            if as_at_once
+            else f"the result will not be that of {steps} steps at once, for earlier ones had another learning rate "
+            "(--schedule constant keeps it)"
+        )
+        print(f"note: --steps was {before}, is {steps}: {result}; evaluations come at other steps", file=sys.stderr)
+    elif done == steps:
+        print(f"all {steps} steps are done; a larger --steps goes on", flush=True)
+    return {**current, "steps": steps, "as_at_once": as_at_once}
 
 
 def _begin(settings: Settings, dataset: data.Dataset, saved: dict[str, Tensor] | None) -> tuple[Training, Log]:
@@ -291,6 +336,7 @@ def _begin(settings: Settings, dataset: data.Dataset, saved: dict[str, Tensor] |
         settings.seed,
         betas=ADAM_BETAS,
         label_smoothing=LABEL_SMOOTHING,
+        schedule=settings.schedule,
     )
     if saved is None:
         return training, Log()
@@ -320,7 +366,8 @@ def _work(settings: Settings, training: Training, log: Log, save: Callable[[Trai
 
     evaluate_after = evaluation_steps(settings.steps)
     device = training.dataset.x_train.device
-    if training.done == 0:
+    # The last one where a run was told to end at a step that it had already taken.
+    if training.done in (0, settings.steps) and training.done not in dict(log.test_accuracy):
         evaluate()
     title = f"train from {training.done}" if training.done else "train"
     with progress(title, settings.steps - training.done) as bar:

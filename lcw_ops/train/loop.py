@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops.data import Dataset
+from lcw_ops.train.schedule import SCHEDULES
 
 # Of all weights' gradients, which carry the factor beta = 1/L: Adam's usual 1e-8 would be larger than they are.
 ADAM_EPS = 1e-12
@@ -20,12 +21,12 @@ class Training:
 
     Args:
         model: trained in place, on the device of the data.
-        steps: of the whole training: full rate for half of them, then linearly to 0, so that the last ones settle
-            what the large ones found.
+        steps: of the whole training.
         batch: samples per step, at most those of ``dataset``.
         seed: of the order of samples.
         betas: Adam's.
         label_smoothing: of the cross entropy that is trained on.
+        schedule: of the rate, from ``SCHEDULES``. "falling": full for half of the steps, then linearly to 0.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Training:
         seed: int,
         betas: tuple[float, float] = (0.9, 0.999),
         label_smoothing: float = 0.0,
+        schedule: str = "falling",
     ) -> None:
         self.model, self.dataset, self.steps, self.batch, self.lr = model, dataset, steps, batch, lr
+        self.rate_share = SCHEDULES[schedule]
         self.objective = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.done = 0
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=ADAM_EPS, fused=True)
@@ -54,7 +57,7 @@ class Training:
             self.order = torch.randperm(len(x), generator=self.generator)
         batch, self.order = self.order[: self.batch].to(x.device), self.order[self.batch :]
         # From the count alone: a schedule object would be one more state to save.
-        self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, 2 * (1 - self.done / self.steps))
+        self.optimizer.param_groups[0]["lr"] = self.lr * self.rate_share(self.done, self.steps)
         logits = self.model(x[batch])
         self.objective(logits, y[batch]).backward()
         self.optimizer.step()

@@ -7,6 +7,8 @@ import math
 import os
 from dataclasses import dataclass
 
+from lcw_ops.train.schedule import SCHEDULES
+
 # More threads than this per processor only wait for each other; torch would start millions if it was asked to.
 THREADS_PER_CPU = 4
 
@@ -96,8 +98,9 @@ class ProfileSettings(TrainingSettings):
 class TrainSettings(TrainingSettings):
     """What ``lcw-ops train`` asks for; the defaults are the command's, and None stands for the kind's in ``DEFAULTS``.
 
-    depth: layers, or time steps. epochs: instead of steps. c: beta = c / depth. checkpoint: folder, written every so
-    many steps; with resume the run goes on from its newest one. out: folder for metrics.csv and model.pt.
+    depth: layers, or time steps. epochs: instead of steps. schedule: of the rate. c: beta = c / depth. checkpoint:
+    folder, written every so many steps; with resume the run goes on from its newest one. out: folder for metrics.csv
+    and model.pt.
     """
 
     kind: str = "mlp"
@@ -106,6 +109,7 @@ class TrainSettings(TrainingSettings):
     steps: int | None = None
     epochs: int | None = None
     lr: float | None = None
+    schedule: str = "falling"
     c: float | None = None
     filter: str | None = None
     checkpoint: str | None = None
@@ -116,6 +120,7 @@ class TrainSettings(TrainingSettings):
     def check(self) -> None:
         super().check()
         expect(self.kind in TRAIN_KINDS, "kind", self.kind, f"one of {', '.join(TRAIN_KINDS)}")
+        expect(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         for name in ("steps", "epochs", "every"):
             expect_at_least(1, name, getattr(self, name))
         expect(self.c is None or (math.isfinite(self.c) and self.c > 0), "c", self.c, "a finite number above 0")
