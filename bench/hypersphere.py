@@ -232,8 +232,7 @@ def _moved(arguments: int, result: int, backward: bool) -> int:
     """Elements. Forward reads the arguments and writes the result. Backward reads the arguments and the result's
     gradient and writes the arguments' gradients.
 
-    Left out: what there is one of per unit, and which units fired. (A layer that stays in the caches of a CPU, which
-    copy faster than memory does, may take less than this floor.)
+    Left out: what there is one of per unit, and which units fired.
     """
     return 3 * arguments + 2 * result if backward else arguments + result
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lcw_ops import functional as F
 from lcw_ops.bench import orthogonal_filter as layer_by_layer
-from lcw_ops.bench.registry import EAGER, Case, Run, ours
+from lcw_ops.bench.registry import EAGER, Case, Run, is_noisy, ours
 from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops.parallel_depth import SWEEP
 from lcw_ops.ops.parallel_depth_crossover import Region, device_key
@@ -133,7 +134,8 @@ Point = tuple[int, int, int]
 def regions(path: Path, key: str) -> list[Region]:
     """What a CSV of measurements on machines of that key (``device_key``) says for MEASURED.
 
-    Cautious: between points that were measured and that won, forward and with backward, in the default window.
+    Cautious: between points that were measured and that won, forward and with backward, in the default window. A noisy
+    row wins nothing, and nothing wins against it.
     """
     times: dict[tuple, dict[Point, dict[str, dict[str, float]]]] = {}
     with path.open(newline="") as file:
@@ -146,8 +148,10 @@ def regions(path: Path, key: str) -> list[Region]:
                 over, filter, passes = row["case"].split(", ")
                 point = tuple(int(size.split("=")[1]) for size in row["shape"].split())
                 of_kind = times.setdefault((filter != "haar", over == "over time"), {})
+                median, spread = float(row["median_s"]), float(row["spread_s"])
                 # Of several runs the last one counts.
-                of_kind.setdefault(point, {}).setdefault(passes, {})[row["competitor"]] = float(row["median_s"])
+                seconds = of_kind.setdefault(point, {}).setdefault(passes, {})
+                seconds[row["competitor"]] = math.nan if is_noisy(median, spread) else median
     return [
         Region(key, permutes, shares_weight, *box, MEASURED_C)
         for (permutes, shares_weight), of_kind in times.items()
@@ -166,7 +170,9 @@ def _is_won_by_both(passes: dict[str, dict[str, float]]) -> bool:
 def _is_won(seconds: dict[str, float]) -> bool:
     sequential = [time for name, time in seconds.items() if name.endswith(", sequential")]
     parallel = [time for name, time in seconds.items() if name.endswith(", parallel")]
-    return bool(sequential and parallel) and max(parallel) <= (1 - LEAST_GAIN) * min(sequential)
+    return bool(sequential and parallel) and all(
+        ours <= (1 - LEAST_GAIN) * theirs for ours in parallel for theirs in sequential
+    )
 
 
 def _boxes(won: dict[Point, bool]) -> list[tuple]:

@@ -1,6 +1,6 @@
 """What a benchmark is: one piece of work, the ways to do it, the float64 truth, and the least time it can take.
 
-floor = max(bytes / copy rate, operations / matmul rate), both rates measured on this machine in the same process. A
+floor = max(bytes / memory rate, operations / matmul rate), both rates measured on this machine beside the case. A
 kernel is timed only after its error against float64 is at most twice eager torch's plus one unit in the last place.
 """
 
@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,6 +26,21 @@ OURS_SLACK, PEER_SLACK = 2, 100
 # How often a case is drawn, at most, before a competitor is refused.
 MOST_DRAWS = 4
 
+# A spread (interquartile range) above this share of the median is noise: the quartiles of such a row are apart by
+# 1.25 / 0.75 = 1.7 and more, and most of the ratios that a table is read for are smaller. 2 % of the rows in
+# bench/results are above, from a shared machine.
+NOISY_SPREAD = 0.5
+
+# The memory's rate is measured on a case's own number of bytes up to this one: what stays in the caches of a CPU moves
+# faster than memory could. On a GPU always on this one, for the cases go round more memory than its caches hold.
+MOST_BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+
+# Bound by arithmetic, and on a CPU short enough to fit between two disturbances (about 1 and 10 ms on two cores).
+MATMUL_SIZES = {"cpu": (512, 1024), "cuda": (8192,)}
+
+# Tries of a matmul; of a pass over memory as many as fit into the seconds, and five at the least.
+MATMUL_TRIES, SECONDS_PER_PASS = 10, 0.05
+
 Run = Callable[[], list]
 
 
@@ -38,8 +52,9 @@ class WrongResult(Exception):
 class Competitor:
     """One way to do the work. ``prepare(inputs)`` converts and compiles, and gives the function that is timed.
 
-    ``checked`` is False for another function of the same size (a copy, another kind of network). ``missing()`` says
-    why it cannot run here, or None. ``slow_start``: takes tens of seconds to prepare, so --quick leaves it out.
+    ``checked`` is False for another function of the same size (a copy, another kind of network), to which the floor may
+    not apply. ``missing()`` says why it cannot run here, or None. ``slow_start``: takes tens of seconds to prepare, so
+    --quick leaves it out.
     """
 
     name: str
@@ -71,15 +86,25 @@ class Case:
     shorten: Callable[[dict], dict] = lambda inputs: inputs
 
     def floor_seconds(self, rates: "Rates") -> float:
-        return max(self.bytes / rates.copy, self.operations / rates.matmul)
+        return max(self.bytes / rates.memory, self.operations / rates.matmul)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured: bytes per second read and written by a large copy, float32 operations per second of a matmul."""
+    """The ceilings, measured: bytes read and written per second, and float32 operations per second of a matmul.
 
-    copy: float
+    ``matmul`` is infinite for a case without operations, where nothing measures it.
+    """
+
+    memory: float
     matmul: float
+
+    def best(self, other: "Rates") -> "Rates":
+        return Rates(max(self.memory, other.memory), max(self.matmul, other.matmul))
+
+
+def is_noisy(median: float, spread: float) -> bool:
+    return spread > NOISY_SPREAD * median
 
 
 def cases(stem: str, device_type: str) -> list[Case]:
@@ -181,18 +206,34 @@ def as_tensor(array) -> Tensor:
     return array.detach() if isinstance(array, Tensor) else torch.from_dlpack(array)
 
 
-@cache
-def measure_rates(device: torch.device) -> Rates:
-    """The best of several tries."""
-    source = torch.randn(1 << 26 if device.type == "cpu" else 1 << 29, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
-    return Rates(copy=copy, matmul=matmul_rate(device))
+def measure_rates(device: torch.device, case: Case) -> Rates:
+    """What the machine can do at this moment with a case of this size: the best of several tries."""
+    matmul = math.inf
+    if case.operations:
+        matmul = max(matmul_rate(device, size, MATMUL_TRIES) for size in MATMUL_SIZES[device.type])
+    return Rates(_memory_rate(device, case.bytes), matmul)
+
+
+def _memory_rate(device: torch.device, case_bytes: float) -> float:
+    """Bytes per second of the fastest pass: a copy, a negation in place, or a sum, which writes nothing."""
+    most = MOST_BUFFER_BYTES[device.type]
+    # Half of what the case moves, for most of it is moved more than once.
+    size = most if device.type == "cuda" else min(case_bytes / 2, most)
+    buffer = torch.ones(2 * max(1, int(size) // 8), device=device)
+    source, target = buffer.chunk(2)
+    passes = (
+        (buffer.nbytes, lambda: target.copy_(source)),
+        (2 * buffer.nbytes, buffer.neg_),
+        (buffer.nbytes, buffer.sum),
+    )
+    return max(moved / _best_seconds(run, device) for moved, run in passes)
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
-    return min(seconds(run, device) for _ in range(5))
+    first = seconds(run, device)
+    tries = max(5, int(SECONDS_PER_PASS / max(first, 1e-6)))
+    return min(first, *(seconds(run, device) for _ in range(tries)))
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -1,26 +1,31 @@
 """Runs the benchmarks: check every competitor against float64, warm up, interleave, print, append CSV rows.
 
 Only ratios measured side by side count, so the competitors take turns (A B C, A B C, ...) and the median, the spread
-(the interquartile range) and the best of each are reported. Rows that lose are printed like the others.
+(the interquartile range) and the best of each are reported. Rows that lose are printed like the others. Rows that are
+noisy are marked and have no ratios. A row faster than its floor, measured beside it, is an error and not a result.
 """
 
 import argparse
 import csv
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
 import re
 import statistics
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from lcw_ops.bench import registry
 from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - what prepare() is given
 from lcw_ops.bench.registry import Case, Competitor, Rates, WrongResult
+from lcw_ops.profile.files import write_atomically
 from lcw_ops.profile.machine import describe
 
 # Time for the rounds of one case, and the rounds that a slow or a fast case gets all the same.
@@ -51,6 +56,13 @@ class Row:
     spread_s: float
     best_s: float
     floor_s: float
+    noisy: bool
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+# Those of files that were written before rows were marked.
+UNMARKED_COLUMNS = [name for name in COLUMNS if name != "noisy"]
 
 
 @dataclass(frozen=True)
@@ -82,31 +94,43 @@ def prepare(args: argparse.Namespace) -> Plan:
 
 
 def carry_out(plan: Plan) -> int:
-    """Measure, print and append the rows. Returns 0, or 1 if a kernel of ours was wrong and therefore not timed."""
-    print(_machine_line(plan.device))
-    rates = registry.measure_rates(plan.device)
-    print(f"measured here: copy {rates.copy / 1e9:.0f} GB/s, float32 matmul {rates.matmul / 1e9:.0f} GFLOP/s\n")
-    wrong = False
+    """Measure, print and append the rows.
+
+    Returns 0, or 1 if a kernel of ours was wrong and therefore not timed, or a row was faster than its floor.
+    """
+    print(f"{_machine_line(plan.device)}\n")
+    failed = False
     for case in plan.cases:
-        rows, refused = run_case(case, plan.device, rates, plan.quick)
+        rows, case_failed = run_case(case, plan.device, plan.quick)
         append_rows(plan.out, rows)
-        wrong |= refused
+        failed |= case_failed
     print(f"rows appended to {plan.out}")
-    return int(wrong)
+    return int(failed)
 
 
-def run_case(case: Case, device: torch.device, rates: Rates, quick: bool = False) -> tuple[list[Row], bool]:
-    """Check, time and print one case. Returns its rows, and whether one of our own kernels was refused."""
+def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[list[Row], bool]:
+    """Check, time and print one case.
+
+    Returns its rows, and whether one of our own kernels was refused or somebody was faster than the floor.
+    """
     shape = " ".join(f"{name}={size}" for name, size in case.shape.items())
     dtype = str(case.dtype).removeprefix("torch.")
-    floor = case.floor_seconds(rates)
-    print(f"{case.stem}: {case.name}, {shape}, {dtype}; floor {_time(floor)}")
+    print(f"{case.stem}: {case.name}, {shape}, {dtype}")
     left_out = {one.name: reason for one in case.competitors if (reason := _reason_left_out(one, quick))}
     errors = registry.check(case, device, [one for one in case.competitors if one.name not in left_out])
     left_out |= {name: f"REFUSED: {error}" for name, error in errors.items() if isinstance(error, WrongResult)}
     running = [one for one in case.competitors if one.name not in left_out]
-    times = interleave(running, case.make_inputs(device), device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
-    ours = next((statistics.median(times[one.name]) for one in running if one.ours), None)
+    times, rates = measure(case, running, device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
+    floor, impossible = case.floor_seconds(rates), faster_than_floor(case, running, times, rates)
+    left_out |= {
+        name: f"ERROR: {_time(statistics.median(times[name]))}, measured twice, is less than the floor: the ceiling or "
+        "the case's bytes or operations are wrong; not appended"
+        for name in impossible
+    }
+    summaries = {name: (statistics.median(each), _spread(each), min(each)) for name, each in times.items()}
+    noisy = {name for name, (median, spread, _) in summaries.items() if registry.is_noisy(median, spread)}
+    ours = next((one.name for one in running if one.ours), None)
+    print(f"  floor {_time(floor)} at {_ceilings(rates)}")
     print(f"  {'':26} {'median':>9} {'spread':>9} {'best':>9} {'vs ours':>8} {'of floor':>8} {'error':>8}")
     rows = []
     for competitor in case.competitors:
@@ -114,22 +138,50 @@ def run_case(case: Case, device: torch.device, rates: Rates, quick: bool = False
         if name in left_out:
             print(f"  {name:26} {left_out[name]}")
             continue
-        median, spread, best = statistics.median(times[name]), _spread(times[name]), min(times[name])
-        ratio = f"{median / ours:.2f}x" if ours else "-"
+        median, spread, best = summaries[name]
+        ratio = "-" if ours is None or ours in impossible else f"{median / summaries[ours][0]:.2f}x"
+        of_floor = "noisy" if name in noisy else f"{floor / median:.1%}"
         error = f"{errors[name]:.1e}" if name in errors else "-"
-        times_shown = " ".join(f"{_time(seconds):>9}" for seconds in (median, spread, best))
-        print(f"  {name:26} {times_shown} {ratio:>8} {floor / median:>8.1%} {error:>8}")
+        times_shown = " ".join(f"{_time(seconds):>9}" for seconds in summaries[name])
+        print(f"  {name:26} {times_shown} {'noisy' if noisy & {name, ours} else ratio:>8} {of_floor:>8} {error:>8}")
         measured = {
             "rounds": len(times[name]),
             "median_s": median,
             "spread_s": spread,
             "best_s": best,
             "floor_s": floor,
+            "noisy": name in noisy,
         }
         work = {"stem": case.stem, "case": case.name, "shape": shape, "dtype": dtype, "competitor": name}
         rows.append(Row(**_machine(device), **work, **measured))
     print(flush=True)
-    return rows, any(one.ours and isinstance(errors.get(one.name), WrongResult) for one in case.competitors)
+    refused = any(one.ours and isinstance(errors.get(one.name), WrongResult) for one in case.competitors)
+    return rows, refused or bool(impossible)
+
+
+def measure(
+    case: Case, competitors: list[Competitor], device: torch.device, budget: float
+) -> tuple[dict[str, list[float]], Rates]:
+    """Seconds per call and competitor, and the ceilings beside them: the best of before and after.
+
+    Once more where somebody was faster than the floor: the machine may have been slow when the ceilings were measured.
+    """
+    inputs = case.make_inputs(device)
+    rates = registry.measure_rates(device, case)
+    for _ in range(2):
+        times = interleave(competitors, inputs, device, budget)
+        rates = rates.best(registry.measure_rates(device, case))
+        if not faster_than_floor(case, competitors, times, rates):
+            break
+    return times, rates
+
+
+def faster_than_floor(
+    case: Case, competitors: list[Competitor], times: dict[str, list[float]], rates: Rates
+) -> list[str]:
+    """The names of those whose median no machine with these ceilings could reach."""
+    floor = case.floor_seconds(rates)
+    return [one.name for one in competitors if one.checked and statistics.median(times[one.name]) < floor]
 
 
 def interleave(
@@ -147,31 +199,47 @@ def interleave(
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:
+    """Below the header, which a new file gets; a file of unmarked rows is marked first."""
     new = not path.exists()
+    if not new:
+        _mark_rows(path)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        _write_rows(file, map(asdict, rows), header=new)
+
+
+def _mark_rows(path: Path) -> None:
+    """Whether a row is noisy follows from its median and its spread."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != UNMARKED_COLUMNS:
+            return
+        rows = [row | {"noisy": registry.is_noisy(float(row["median_s"]), float(row["spread_s"]))} for row in reader]
+    write_atomically(path, lambda file: _write_rows(file, rows, header=True))
+
+
+def _write_rows(file: IO[str], rows: Iterable[dict], header: bool) -> None:
+    writer = csv.DictWriter(file, COLUMNS)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
 
 
 def _check_csv(path: Path) -> None:
     """Before minutes of measuring: rows of other columns would be read wrongly ever after, or not written at all."""
-    columns = [field.name for field in fields(Row)]
     new = not path.exists()
     if new and not path.parent.is_dir():
         raise ValueError(f"--out: the folder {path.parent} does not exist. Create it, or name another file")
     try:
         with path.open("a+", newline="") as file:
             file.seek(0)
-            found = columns if new else next(csv.reader(file), [])
+            found = COLUMNS if new else next(csv.reader(file), [])
     except OSError as error:
         raise ValueError(f"--out: {path} cannot be written: {error.strerror}. Name another file") from error
     if new:
         path.unlink()
-    if found != columns:
+    if found not in (COLUMNS, UNMARKED_COLUMNS):
         raise ValueError(
-            f"--out: {path} has columns {', '.join(found)}, expected {', '.join(columns)}. Name another file"
+            f"--out: {path} has columns {', '.join(found)}, expected {', '.join(COLUMNS)}. Name another file"
         )
 
 
@@ -244,6 +312,11 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "none"
+
+
+def _ceilings(rates: Rates) -> str:
+    matmul = f", float32 matmul {rates.matmul / 1e9:.0f} GFLOP/s" if math.isfinite(rates.matmul) else ""
+    return f"memory {rates.memory / 1e9:.0f} GB/s{matmul}, measured beside it"
 
 
 def _spread(times: list[float]) -> float:

@@ -8,6 +8,8 @@ import ast
 import csv
 import dataclasses
 import importlib.util
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from lcw_ops.ops.parallel_depth_crossover import Call, Region
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 TWO_SHAPES = [(50,), (3, 7)]
-RATES = registry.Rates(copy=1e10, matmul=1e11)
+RATES = registry.Rates(memory=1e10, matmul=1e11)
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -100,7 +102,7 @@ def tiny(monkeypatch):
         ],
     }
     monkeypatch.setattr(registry, "cases", lambda stem, device_type: tiny_cases[stem])
-    monkeypatch.setattr(registry, "measure_rates", lambda device: RATES)
+    monkeypatch.setattr(registry, "measure_rates", lambda device, case: RATES)
     monkeypatch.setattr(runner, "QUICK_SECONDS_PER_CASE", 0.0)
 
 
@@ -158,7 +160,7 @@ def test_an_explicit_request_is_the_only_one_of_ours():
 
 
 def test_an_explicit_request_that_cannot_be_met_raises_before_measuring(monkeypatch, tmp_path):
-    monkeypatch.setattr(registry, "measure_rates", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr(registry, "measure_rates", lambda device, case: pytest.fail("measured"))
     out = tmp_path / "rows.csv"
     with lcw_ops.use_backend("cuda"), pytest.raises(RuntimeError, match=r"backend 'cuda' was requested, but"):
         runner.carry_out(runner.prepare(parse("--quick", "--device", "cpu", "--out", str(out))))
@@ -190,17 +192,17 @@ def test_inputs_are_fresh_and_not_zero(tiny):
     ],
     ids=["slightly off", "zeros", "NaN", "half of it", "nothing"],
 )
-def test_a_wrong_kernel_is_not_timed(wrong, capsys):
+def test_a_wrong_kernel_is_not_timed(wrong, tiny, capsys):
     case = doubling(competitor("wrong", wrong, ours=True))
-    rows, refused = runner.run_case(case, CPU, RATES, quick=True)
+    rows, refused = runner.run_case(case, CPU, quick=True)
     assert refused
     assert [row.competitor for row in rows] == [registry.EAGER]
     assert "REFUSED" in capsys.readouterr().out
 
 
-def test_a_wrong_peer_is_left_out_but_is_no_failure_of_ours(capsys):
+def test_a_wrong_peer_is_left_out_but_is_no_failure_of_ours(tiny, capsys):
     case = doubling(competitor("ours", lambda x: [x + x], ours=True), competitor("peer", lambda x: [3 * x]))
-    rows, refused = runner.run_case(case, CPU, RATES, quick=True)
+    rows, refused = runner.run_case(case, CPU, quick=True)
     assert not refused
     assert [row.competitor for row in rows] == ["ours", registry.EAGER]
     assert "REFUSED" in capsys.readouterr().out
@@ -213,12 +215,12 @@ def test_a_refused_kernel_is_the_exit_code(tiny, monkeypatch, tmp_path):
     assert runner.carry_out(runner.prepare(arguments)) == 1
 
 
-def test_a_missing_peer_says_why(capsys):
+def test_a_missing_peer_says_why(tiny, capsys):
     case = doubling(
         competitor("ours", lambda x: [x + x], ours=True),
         competitor("peer", lambda x: [x + x], missing=lambda: "peer is not installed"),
     )
-    rows, refused = runner.run_case(case, CPU, RATES, quick=True)
+    rows, refused = runner.run_case(case, CPU, quick=True)
     assert not refused
     assert len(rows) == 2
     assert "not run: peer is not installed" in capsys.readouterr().out
@@ -256,15 +258,181 @@ def test_rows_of_another_kind_are_not_appended_to(tmp_path):
     assert out.read_text() == "a,b\n1,2\n"
 
 
-def test_rates_of_this_machine_are_plausible():
-    rates = registry.measure_rates(CPU)
-    assert 1e8 < rates.copy < 1e13
+# ---- Floors and noise
+
+
+class Clock:
+    """Seconds of every call by competitor, repeated from the start, and the ceilings in the order they are measured."""
+
+    def __init__(self, monkeypatch, times: dict[str, list[float]], memory: list[float]) -> None:
+        self.called, self.measured, self.memory = None, [], list(memory)
+        self.times = {name: itertools.cycle(each) for name, each in times.items()}
+        self.calls = dict.fromkeys(times, 0)
+        monkeypatch.setattr(registry, "seconds", self.seconds)
+        monkeypatch.setattr(registry, "measure_rates", self.measure_rates)
+        monkeypatch.setattr(registry, "check", lambda case, device, running: {one.name: 1e-8 for one in running})
+
+    def competitor(self, name: str, **options) -> registry.Competitor:
+        return competitor(name, lambda x: setattr(self, "called", name), **options)
+
+    def seconds(self, run, device) -> float:
+        run()
+        self.calls[self.called] += 1
+        return next(self.times[self.called])
+
+    def measure_rates(self, device, case) -> registry.Rates:
+        self.measured.append(case)
+        return registry.Rates(self.memory[min(len(self.measured), len(self.memory)) - 1], math.inf)
+
+    def case(self, *others: registry.Competitor, **changes) -> registry.Case:
+        """Ours and eager torch; its 800 bytes take 1 s at a ceiling of 800 bytes per second."""
+        case = doubling(self.competitor("ours", ours=True), *others)
+        competitors = (*case.competitors[:-1], self.competitor(registry.EAGER))
+        return dataclasses.replace(case, competitors=competitors, quick=True, **changes)
+
+
+def printed_rows(capsys) -> dict[str, list[str]]:
+    """Name of a competitor -> what stands behind it."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    return {line[2:28].strip(): line[28:].split() for line in lines}
+
+
+def test_a_noisy_row_is_marked_and_has_no_ratio(monkeypatch, tmp_path, capsys):
+    times = {"ours": [2.0], registry.EAGER: [1.0, 4.0, 90.0], "calm": [4.0, 5.0, 3.0]}
+    clock = Clock(monkeypatch, times, memory=[800.0])
+    rows, failed = runner.run_case(clock.case(clock.competitor("calm")), CPU, quick=True)
+    assert not failed
+    assert {row.competitor: row.noisy for row in rows} == {"ours": False, registry.EAGER: True, "calm": False}
+    shown = printed_rows(capsys)
+    # The columns behind the times with their units: ratio, share of the floor, error.
+    assert shown[registry.EAGER][-3:-1] == ["noisy", "noisy"]
+    assert shown["calm"][-3:-1] == ["2.00x", "25.0%"]
+    runner.append_rows(tmp_path / "rows.csv", rows)
+    assert [row["noisy"] for row in read(tmp_path / "rows.csv")] == ["False", "False", "True"]
+
+
+def test_nothing_is_compared_with_a_noisy_row_of_ours(monkeypatch, capsys):
+    clock = Clock(monkeypatch, {"ours": [2.0, 2.0, 90.0], registry.EAGER: [4.0]}, memory=[800.0])
+    rows, failed = runner.run_case(clock.case(), CPU, quick=True)
+    assert not failed
+    assert [row.noisy for row in rows] == [True, False]
+    shown = printed_rows(capsys)
+    assert shown["ours"][-3:-1] == ["noisy", "noisy"]
+    assert shown[registry.EAGER][-3:-1] == ["noisy", "25.0%"]
+
+
+@pytest.mark.parametrize(("spread", "noisy"), [(0.0, False), (0.5, False), (0.51, True), (40.0, True)])
+def test_the_limit_of_noise(spread, noisy):
+    assert registry.is_noisy(1.0, spread) == noisy
+
+
+def test_a_row_below_its_floor_is_an_error(monkeypatch, tmp_path, capsys):
+    clock = Clock(monkeypatch, {"ours": [0.9], registry.EAGER: [2.0]}, memory=[800.0])
+    case, out = clock.case(), tmp_path / "rows.csv"
+    monkeypatch.setattr(registry, "cases", lambda stem, device_type: [case])
+    plan = runner.prepare(parse("lcw_linear", "--quick", "--device", "cpu", "--out", str(out)))
+    assert runner.carry_out(plan) == 1
+    assert [row["competitor"] for row in read(out)] == [registry.EAGER]
+    printed = capsys.readouterr().out
+    (error,) = (line for line in printed.splitlines() if "ERROR" in line)
+    assert "ours" in error
+    assert "900 ms, measured twice, is less than the floor: the ceiling or the case's bytes or operations" in error
+    # No ratio to a figure that cannot be.
+    assert "2 s      0 us       2 s        -    50.0%" in printed
+    # The row was measured twice, with the ceiling before, between and after.
+    assert len(clock.measured) == 3
+    assert clock.calls["ours"] == 2 * (1 + runner.MIN_ROUNDS)
+
+
+def test_a_ceiling_that_was_low_for_a_moment_is_measured_again(monkeypatch):
+    clock = Clock(monkeypatch, {"ours": [0.9], registry.EAGER: [2.0]}, memory=[800.0, 700.0, 1600.0])
+    rows, failed = runner.run_case(clock.case(), CPU, quick=True)
+    assert not failed
+    assert [row.floor_s for row in rows] == [0.5, 0.5]
+    assert len(clock.measured) == 3
+
+
+def test_another_function_may_be_faster_than_the_floor(monkeypatch):
+    clock = Clock(monkeypatch, {"ours": [2.0], registry.EAGER: [2.0], "copy": [0.5]}, memory=[800.0])
+    rows, failed = runner.run_case(clock.case(clock.competitor("copy", checked=False)), CPU, quick=True)
+    assert not failed
+    assert {row.competitor for row in rows} == {"ours", "copy", registry.EAGER}
+    assert len(clock.measured) == 2
+
+
+def test_every_case_has_the_ceiling_of_its_own_moment(monkeypatch, tmp_path):
+    """The machine is half as fast in the second case; the better one of before and after counts."""
+    clock = Clock(monkeypatch, {"ours": [2.0], registry.EAGER: [3.0]}, memory=[799.0, 800.0, 400.0, 399.0])
+    cases = [clock.case(name="first"), clock.case(name="second")]
+    monkeypatch.setattr(registry, "cases", lambda stem, device_type: cases)
+    out = tmp_path / "rows.csv"
+    plan = runner.prepare(parse("lcw_linear", "--quick", "--device", "cpu", "--out", str(out)))
+    assert runner.carry_out(plan) == 0
+    assert clock.measured == [cases[0], cases[0], cases[1], cases[1]]
+    floors = {row["case"]: float(row["floor_s"]) for row in read(out)}
+    assert floors == {"first": 1.0, "second": 2.0}
+
+
+def test_a_file_of_unmarked_rows_is_marked_and_appended_to(monkeypatch, tmp_path):
+    clock = Clock(monkeypatch, {"ours": [2.0], registry.EAGER: [3.0]}, memory=[800.0])
+    case, out = clock.case(), tmp_path / "rows.csv"
+    older = [
+        dict.fromkeys(runner.UNMARKED_COLUMNS, "x, y") | {"median_s": "0.50", "spread_s": spread}
+        for spread in ("0.25", "0.26")
+    ]
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, runner.UNMARKED_COLUMNS)
+        writer.writeheader()
+        writer.writerows(older)
+    monkeypatch.setattr(registry, "cases", lambda stem, device_type: [case])
+    arguments = parse("lcw_linear", "--quick", "--device", "cpu", "--out", str(out))
+    assert runner.carry_out(runner.prepare(arguments)) == 0
+    rows = read(out)
+    assert rows[:2] == [older[0] | {"noisy": "False"}, older[1] | {"noisy": "True"}]
+    assert [row["competitor"] for row in rows[2:]] == ["ours", registry.EAGER]
+    assert runner.carry_out(runner.prepare(arguments)) == 0
+    assert read(out)[:4] == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.parametrize("name", ["amd-epyc.csv", "amd-epyc-avx2.csv"])
+def test_the_rows_of_earlier_runs_can_be_appended_to(name, tmp_path):
+    out = tmp_path / name
+    out.write_bytes((ROOT / "bench/results" / name).read_bytes())
+    before = read(out)
+    runner.prepare(parse("--quick", "--device", "cpu", "--out", str(out)))
+    runner.append_rows(out, [])
+    after = read(out)
+    assert [{column: row[column] for column in runner.UNMARKED_COLUMNS} for row in after] == [
+        {column: row[column] for column in runner.UNMARKED_COLUMNS} for row in before
+    ]
+    for row in after:
+        assert row["noisy"] == str(float(row["spread_s"]) > float(row["median_s"]) / 2)
+
+
+@pytest.mark.parametrize("case_bytes", [8.0, 1e6, 1e8])
+def test_rates_of_this_machine_are_plausible(case_bytes):
+    rates = registry.measure_rates(CPU, dataclasses.replace(doubling(), bytes=case_bytes))
+    assert 0 < rates.memory < 1e13
     assert 1e8 < rates.matmul < 1e15
 
 
 def test_rates_come_from_the_one_place_that_measures_products(monkeypatch):
-    monkeypatch.setattr(registry, "matmul_rate", lambda device: 123.0)
-    assert registry.measure_rates.__wrapped__(CPU).matmul == 123.0
+    monkeypatch.setattr(registry, "matmul_rate", lambda device, size, repeats: 123.0 * size)
+    largest = max(registry.MATMUL_SIZES["cpu"])
+    assert registry.measure_rates(CPU, doubling()).matmul == 123.0 * largest
+    without_operations = dataclasses.replace(doubling(), operations=0)
+    assert registry.measure_rates(CPU, without_operations).matmul == math.inf
+
+
+def test_the_ceiling_of_memory_is_the_fastest_pass_over_as_many_bytes(monkeypatch):
+    """Of half of the case's bytes: a copy and a sum move them once, a negation twice."""
+    passes = []
+    monkeypatch.setattr(
+        registry, "_best_seconds", lambda run, device: passes.append(run) or (4.0, 4.0, 8.0)[len(passes) - 1]
+    )
+    assert registry._memory_rate(CPU, 8000) == 2 * 4000 / 4
+    assert len(passes) == 3
 
 
 def test_parallel_windows_stand_beside_the_sequential_kernel_and_the_peers():
@@ -371,6 +539,23 @@ def test_regions_are_of_one_kind_of_machine_and_of_the_last_run(tmp_path):
     assert parallel_depth.regions(path, TWO_THREADS) == []
     crossover_rows(path, {("depth", "haar", 7, 1, 64, "forward"): (1.0, 0.1)})
     assert parallel_depth.regions(path, TWO_THREADS) == []
+
+
+def test_noisy_rows_decide_nothing(tmp_path):
+    point = ("depth", "haar", 100, 1, 64)
+    for noisy in ("sequential", "parallel"):
+        path = tmp_path / f"{noisy}.csv"
+        measured(path, {point: True})
+        assert len(parallel_depth.regions(path, TWO_THREADS)) == 1
+        rows = read(path)
+        for row in rows:
+            if row["competitor"].endswith(noisy):
+                row["spread_s"] = 0.6 * float(row["median_s"])
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        assert parallel_depth.regions(path, TWO_THREADS) == []
 
 
 def test_rows_of_two_devices_are_not_mixed(tmp_path):

@@ -16,7 +16,7 @@ COLUMNS = [field.name for field in dataclasses.fields(runner.Row)]
 
 @pytest.fixture
 def quickly(monkeypatch):
-    monkeypatch.setattr(registry, "measure_rates", lambda device: registry.Rates(copy=1e10, matmul=1e11))
+    monkeypatch.setattr(registry, "measure_rates", lambda device, case: registry.Rates(memory=1e10, matmul=1e11))
     monkeypatch.setattr(runner, "SECONDS_PER_CASE", 0.0)
 
 
@@ -49,6 +49,14 @@ def test_every_kernel_is_measured(quickly, tmp_path, capsys):
     assert run(path) == 0
     with path.open(newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)  # the file is written anew
+
+
+def test_noise_is_said_before_the_line_of_code(quickly, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "is_noisy", lambda median, spread: True)
+    assert run(tmp_path / "crossover.csv") == 0
+    warning, line = capsys.readouterr().out.splitlines()[-3::2]
+    assert warning.endswith("rows are noisy: measure again before the line below is used")
+    assert line.startswith("MEASURED[CPU] = ")
 
 
 def test_a_wrong_kernel_is_not_timed(quickly, tmp_path, monkeypatch, capsys):
