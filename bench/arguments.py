@@ -9,7 +9,7 @@ STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stem", nargs="*", help=f"what to measure: {', '.join(STEMS)}; all if not given")
-    parser.add_argument("--quick", action="store_true", help="small sizes, half a minute; for orientation only")
+    parser.add_argument("--quick", action="store_true", help="small sizes, about a minute; for orientation only")
     parser.add_argument(
         "--out",
         type=Path,

@@ -38,8 +38,8 @@ MOST_BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 # Bound by arithmetic, and on a CPU short enough to fit between two disturbances (about 1 and 10 ms on two cores).
 MATMUL_SIZES = {"cpu": (512, 1024), "cuda": (8192,)}
 
-# Tries of a matmul; of a pass over memory as many as fit into the seconds, and five at the least.
-MATMUL_TRIES, SECONDS_PER_PASS = 10, 0.05
+# Tries of a matmul; of a pass over memory as many as fit into the seconds, and so many at the least.
+MATMUL_TRIES, SECONDS_PER_PASS, MIN_PASSES = 10, 0.05, 5
 
 Run = Callable[[], list]
 
@@ -231,9 +231,11 @@ def _memory_rate(device: torch.device, case_bytes: float) -> float:
 
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
-    first = seconds(run, device)
-    tries = max(5, int(SECONDS_PER_PASS / max(first, 1e-6)))
-    return min(first, *(seconds(run, device) for _ in range(tries)))
+    best, spent, tries = math.inf, 0.0, 0
+    while spent < SECONDS_PER_PASS or tries < MIN_PASSES:
+        duration = seconds(run, device)
+        best, spent, tries = min(best, duration), spent + duration, tries + 1
+    return best
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

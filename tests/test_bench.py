@@ -410,6 +410,21 @@ def test_the_rows_of_earlier_runs_can_be_appended_to(name, tmp_path):
         assert row["noisy"] == str(float(row["spread_s"]) > float(row["median_s"]) / 2)
 
 
+@pytest.mark.parametrize(("duration", "calls"), [(1.0, 5), (0.0625, 9)])
+def test_a_pass_is_tried_for_a_while_and_the_fastest_counts(duration, calls, monkeypatch):
+    monkeypatch.setattr(registry, "SECONDS_PER_PASS", 0.5)
+    taken = []
+
+    def seconds(run, device):
+        # The third one is twice as fast.
+        taken.append(duration / 2 if len(taken) == 2 else duration)
+        return taken[-1]
+
+    monkeypatch.setattr(registry, "seconds", seconds)
+    assert registry._best_seconds(lambda: None, CPU) == duration / 2
+    assert len(taken) == calls
+
+
 @pytest.mark.parametrize("case_bytes", [8.0, 1e6, 1e8])
 def test_rates_of_this_machine_are_plausible(case_bytes):
     rates = registry.measure_rates(CPU, dataclasses.replace(doubling(), bytes=case_bytes))
