@@ -241,10 +241,18 @@ def test_a_run_whose_rate_fell_goes_on_and_says_what_changes(tmp_path, uninterru
     assert "--steps was 3, is 6: the result will not be that of 6 steps at once" in said
     assert [line.split(",")[0] for line in (out / "metrics.csv").read_text().splitlines()[1:]] == list("0123456")
     assert not torch.equal(weights(out)["weight"], weights(uninterrupted(of_steps(6)))["weight"])
-    # From step 5 of 6 to 12: the rates of 6 and of 12 agree until then, but those of 3 did not.
-    (tmp_path / "checkpoints" / "step-00000006.pt").unlink()
+
+
+def test_a_rate_that_fell_once_is_remembered(tmp_path, monkeypatch, capsys):
+    """3 steps, 4 of 6, then 12: the first four rates of 6 and of 12 are one, but the third step was taken as one of 3."""
+    folder = ["--checkpoint", tmp_path / "checkpoints"]
+    assert train(*of_steps(3), *folder) == 0
+    assert stop_after(5, monkeypatch, *of_steps(6), *folder, "--resume", "--every", "2") == 130
+    capsys.readouterr()
     assert train(*of_steps(12), *folder, "--resume") == 0
-    assert "the result will not be that of 12 steps at once" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "going on after step 4" in captured.out
+    assert "the result will not be that of 12 steps at once" in captured.err
 
 
 def test_epochs_extend_too(tmp_path, capsys):
