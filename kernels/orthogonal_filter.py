@@ -519,7 +519,7 @@ def _is_permutation(permutation, inverse, WIDTH: tl.constexpr, BLOCK_N: tl.const
 def _kept_matrix(matrix, STRIDE: tl.constexpr, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
     """A matrix shared by all layers, on chip for the whole launch; None when every layer has its own."""
     if matrix.dtype.element_ty.is_int() or STRIDE != 0:
-        return None
+        return
     else:
         return _load_matrix(matrix, dtype, WIDTH, BLOCK_N)
 
@@ -527,7 +527,7 @@ def _kept_matrix(matrix, STRIDE: tl.constexpr, dtype: tl.constexpr, WIDTH: tl.co
 @triton.jit
 def _matrix(matrix, kept, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
     if matrix.dtype.element_ty.is_int():
-        return None
+        return
     elif kept is not None:
         return kept
     else:

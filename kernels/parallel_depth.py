@@ -478,7 +478,7 @@ def _program(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 def _rotation(filter, FIRST: tl.constexpr, unit, present):
     """Cosines or sines by unit; None for a permutation."""
     if filter.dtype.element_ty.is_int():
-        return None
+        return
     else:
         return tl.load(filter + FIRST + unit, mask=present, other=0.0)
 
