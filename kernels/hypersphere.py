@@ -427,7 +427,7 @@ def direction_kernel(angles, output, count: tl.int64, columns: tl.int64, ROWS: t
     dtype: tl.constexpr = tl.float64 if angles.dtype.element_ty == tl.float64 else tl.float32
     angles += row * columns
     output += row * (columns + 1)
-    carry = tl.full((ROWS, 1), 1.0, dtype)
+    carry = tl.full((), 1.0, dtype) if ROWS == 1 else tl.full((ROWS, 1), 1.0, dtype)
     for start in range(0, columns + 1, LANES):
         # Within a step 32 bits are enough to count.
         left = tl.cast(min(columns - start, LANES), tl.int32)
@@ -614,7 +614,15 @@ def _prefix_of_groups(product, carry):
     product = tl.where(is_first, carry * product, product)
     before = tl.where(is_first, carry, 1.0)
     product, before = tl.associative_scan((product, before), 1, _extend_product)
-    return before, tl.sum(tl.where(group == product.shape[1] - 1, product, 0.0), 1, keep_dims=True)
+    return before, _sum_rows(tl.where(group == product.shape[1] - 1, product, 0.0))
+
+
+@triton.jit
+def _sum_rows(x):
+    """As a column; of one row as a scalar, which has no layout. Triton 3.6 gives a column that a loop carries one in
+    which every thread holds the whole row, and then makes every step in that layout too.
+    """
+    return tl.sum(x) if x.shape[0] == 1 else tl.sum(x, 1, keep_dims=True)
 
 
 @triton.jit
