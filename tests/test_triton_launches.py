@@ -1,0 +1,276 @@
+"""Everything the launchers would compile on a GPU, compiled without one: their own choice of tile and arguments.
+
+test_triton_kernels.py compiles a list of variants in which registers and shared memory are scarcest. Here the launchers
+themselves run, on CPU tensors and behind a driver that names a GPU and launches nothing: with every dtype, width,
+activation, direction and argument left out, each value of an option beside each value of every other one. All of that
+takes long, so ``make test`` runs one launch of each kind; ``make test-release`` sets LCW_OPS_EVERY_LAUNCH=1.
+"""
+
+import functools
+import importlib
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from test_triton_kernels import STEMS, TARGETS, cuda_resources, fresh_cache, triton
+from triton.runtime.jit import JITFunction
+
+__all__ = ["fresh_cache"]  # a fixture
+
+KERNELS = {stem: importlib.import_module(f"lcw_ops.kernels.{stem}") for stem in STEMS}
+activations, hypersphere = KERNELS["gradient_activation"], KERNELS["hypersphere"]
+lcw_linear, recurrence, parallel = KERNELS["lcw_linear"], KERNELS["orthogonal_filter"], KERNELS["parallel_depth"]
+
+EVERY_LAUNCH = os.environ.get("LCW_OPS_EVERY_LAUNCH") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+YES_OR_NO = (True, False)
+
+
+class NamedGpu:
+    """What Triton asks its driver before it compiles."""
+
+    def __init__(self, target: str):
+        self._target = target
+
+    def get_current_target(self):
+        return TARGETS[self._target]
+
+    def get_current_device(self) -> str:
+        # Compiled kernels are kept by device.
+        return self._target
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list]:
+    """Inside, a launch on CPU tensors compiles for ``target`` and does no more; the list grows by what it compiled."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    driver, before = triton.runtime.driver, triton.runtime.driver._active
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        for module in KERNELS.values():
+            patch.setattr(module, "_device", lambda _: recurrence.AOT_DEVICES[target], raising=False)
+        driver.set_active(NamedGpu(target))
+        try:
+            yield compiled
+        finally:
+            driver.set_active(before)
+
+
+def pairwise(**options: Iterable) -> list[dict]:
+    """Few choices of all options in which every two values of two options meet."""
+    choices = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    pairs = [set(itertools.combinations(choice.items(), 2)) for choice in choices]
+    missing, chosen = set().union(*pairs), []
+    while missing:
+        best = max(range(len(choices)), key=lambda index: len(pairs[index] & missing))
+        missing -= pairs[best]
+        chosen.append(choices[best])
+    return chosen
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# One function per launcher: the keyword arguments are the options, and ``OPTIONS`` has their values.
+def activate(dtype, kind, tensors, offset):
+    """A few tensors are a launch each, many a table; with an offset no address is a multiple of 16."""
+    memory = [empty(100 + offset, dtype=dtype)[offset:] for _ in range(tensors)]
+    activations.gradient_activation_many(memory, kind, 0.1, 20.0)
+
+
+def sgd(dtype, kind, tensors, momentum, nesterov, maximize, is_first, on_momentum):
+    params, grads, buffers = ([empty(100, dtype=dtype) for _ in range(tensors)] for _ in range(3))
+    activations.sgd_step(
+        params, grads, buffers, lr=0.1, momentum=momentum, dampening=0.0, weight_decay=0.1, nesterov=nesterov,
+        maximize=maximize, is_first=is_first, on_momentum=on_momentum, kind=kind, alpha=0.1, beta=20.0,
+    )  # fmt: skip
+
+
+def adamw(dtype, kind, tensors, amsgrad, maximize):
+    params, grads, *states = ([empty(100, dtype=dtype) for _ in range(tensors)] for _ in range(5))
+    steps = [torch.tensor(1.0) for _ in range(tensors)]
+    activations.adamw_step(
+        params, grads, *states, steps, lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8, amsgrad=amsgrad,
+        maximize=maximize, kind=kind, alpha=0.1, beta=20.0,
+    )  # fmt: skip
+
+
+def rows_on_the_sphere(dtype, features, units):
+    """Both directions of both kinds of rows."""
+    angles, rows, scale = (empty(units, n, dtype=dtype) for n in (features - 1, features, 1))
+    hypersphere.hypersphere_direction(angles)
+    hypersphere.hypersphere_direction_backward(rows, angles)
+    hypersphere.normalize_scale(rows, scale[:, 0])
+    hypersphere.normalize_scale_backward(rows, rows, scale[:, 0])
+
+
+def gmp(dtype, rows, units, features, relu, keep, needs_angles):
+    x, angles = empty(rows, features, dtype=dtype), empty(units, features - 1, dtype=dtype)
+    radius, location = (empty(units, dtype=dtype) for _ in range(2))
+    output, activated, direction = hypersphere.gmp_linear(x, angles, radius, location, relu, True, keep, keep)
+    if keep or not relu:
+        activated = activated if keep else output
+        needs = (needs_angles, needs_angles, keep, not needs_angles)
+        hypersphere.gmp_linear_backward(output, x, angles, radius, activated, direction, relu, True, *needs)
+
+
+def weight_norm(dtype, rows, units, features, has_bias):
+    x, weight, scale = (
+        empty(rows, features, dtype=dtype),
+        empty(units, features, dtype=dtype),
+        empty(units, dtype=dtype),
+    )
+    output = hypersphere.weight_norm_linear(x, weight, scale, scale if has_bias else None, True)
+    hypersphere.weight_norm_linear_backward(output, x, weight, scale, True, True, True, True, has_bias)
+
+
+def zero_sum_rows(dtype, features, units, basis):
+    weight, gradient = empty(units, features - basis, dtype=dtype), empty(units, features, dtype=dtype)
+    lcw_linear.lcw_weight(weight, basis)
+    lcw_linear.lcw_weight_backward(gradient, basis)
+
+
+def lcw(dtype, rows, units, features, has_bias, basis):
+    bias = empty(units, dtype=dtype) if has_bias else None
+    x, weight = empty(rows, features, dtype=dtype), empty(units, features - basis, dtype=dtype)
+    lcw_linear.lcw_linear(x, weight, bias, basis)
+
+
+def layers(dtypes, width, rows, filter, activation, per_layer, everything, tf32):
+    """Forward and backward of the recurrence; ``everything`` is every argument that may be left out."""
+    state, weight_dtype = dtypes
+    steps = 3
+    # float64 takes half the width.
+    width = min(width, 64) if state == torch.float64 else width
+    each = (steps,) if per_layer else ()
+    h0, weight = empty(rows, width, dtype=state), empty(*each, width, width, dtype=weight_dtype)
+    bias = empty(*each, width, dtype=state) if everything or per_layer else None
+    filters = {
+        "shared": empty(width, width, dtype=state),
+        "per_layer": empty(steps, width, width, dtype=state),
+        "permutation": torch.arange(width),
+    }
+    alpha = beta = empty(steps if everything else 1, dtype=state)
+    inputs = empty(steps, rows, width, dtype=state) if everything or not per_layer else None
+    tensors = (weight, bias, filters[filter], alpha, beta, inputs)
+    precision, torch.backends.cuda.matmul.fp32_precision = (
+        torch.backends.cuda.matmul.fp32_precision,
+        "tf32" if tf32 else "ieee",
+    )
+    try:
+        output, checkpoints = recurrence.orthogonal_filter(h0, *tensors, steps, activation, 2, everything)
+        recurrence.orthogonal_filter_backward(
+            output, checkpoints, *tensors, steps, activation, 2, True, bias is not None, everything,
+            inputs is not None, everything,
+        )  # fmt: skip
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def sweeps(dtype, width, rows, steps, permutes, activation, everything, per_layer):
+    """Both sweeps in one chunk or several, and the activation with its derivative."""
+    states = empty(steps + 1, rows, width, dtype=dtype)
+    product, scale = states[1:].clone(), empty(steps if per_layer else 1, dtype=dtype)
+    filter = torch.arange(width) if permutes else empty(2 * width, dtype=torch.float64)
+    bias = empty(*((steps, width) if per_layer else (width,)), dtype=dtype) if everything else None
+    optional = product.clone() if everything else None
+    parallel.sweep_(states, product, bias, optional, filter, scale, scale, activation)
+    parallel.adjoint_sweep_(states, product, optional, filter, scale, optional, optional)
+    parallel.activate_(product, bias, optional, scale, activation, everything)
+
+
+FEATURES = {"features": (2, 3, 17, 100, 255, 256, 1024, 4096, 16384, 20000), "units": (3, 64, 4096)}
+PRODUCT = {"dtype": DTYPES, "rows": (1, 5, 16, 32, 64), "units": (10, 1000, 4096), "features": (7, 500, 1024, 4096)}
+TENSORS = {"dtype": DTYPES, "kind": ("arctan", "tanh", "log"), "tensors": (1, 100)}
+ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
+F32, F64 = torch.float32, torch.float64
+OPTIONS: dict[Callable, dict] = {
+    activate: TENSORS | {"offset": (0, 1)},
+    sgd: TENSORS
+    | {"momentum": (0.0, 0.9)}
+    | dict.fromkeys(("nesterov", "maximize", "is_first", "on_momentum"), YES_OR_NO),
+    adamw: TENSORS | dict.fromkeys(("amsgrad", "maximize"), YES_OR_NO),
+    rows_on_the_sphere: {"dtype": DTYPES} | FEATURES,
+    gmp: PRODUCT | {"rows": (1, 16, 64, 65, 300)} | dict.fromkeys(("relu", "keep", "needs_angles"), YES_OR_NO),
+    weight_norm: PRODUCT | {"rows": (1, 16, 32, 64, 65), "has_bias": YES_OR_NO},
+    zero_sum_rows: {"dtype": DTYPES} | FEATURES | {"basis": YES_OR_NO},
+    lcw: PRODUCT | {"has_bias": YES_OR_NO, "basis": YES_OR_NO},
+    layers: {
+        "dtypes": ((F32, F32), (F32, torch.bfloat16), (F32, torch.float16), (F64, F64)),
+        "width": (1, 16, 17, 64, 100, 128),
+        "rows": (1, 600, 4096),
+        "filter": ("shared", "per_layer", "permutation"),
+        "activation": ACTIVATIONS,
+    }
+    | dict.fromkeys(("per_layer", "everything", "tf32"), YES_OR_NO),
+    sweeps: {
+        "dtype": (F32, F64),
+        "width": (1, 2, 33, 64, 256, 1000, parallel.MAX_WIDTH),
+        "rows": (1, 64),
+        "steps": (1, 500),
+        "permutes": YES_OR_NO,
+        "activation": ACTIVATIONS,
+    }
+    | dict.fromkeys(("everything", "per_layer"), YES_OR_NO),
+}
+
+
+def launches() -> Iterator:
+    for target in ("sm_90", *(("sm_80", "sm_100") if EVERY_LAUNCH else ())):
+        for launch, options in OPTIONS.items():
+            for chosen in pairwise(**options) if EVERY_LAUNCH else [{name: each[0] for name, each in options.items()}]:
+                words = "-".join(f"{name}={value}".replace("torch.", "") for name, value in chosen.items())
+                yield pytest.param(target, launch, chosen, id=f"{target}-{launch.__name__}-{words}")
+
+
+@functools.cache
+def resources(kernel_hash: str, cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        return cuda_resources(cubin, Path(folder))
+
+
+@pytest.mark.parametrize(("target", "launch", "options"), list(launches()))
+def test_compiles_without_spills(target, launch, options):
+    with compiling(target) as compiled:
+        launch(**options)
+    assert compiled
+    spilled = {}
+    for kernel in {kernel.hash: kernel for kernel in compiled}.values():
+        used = resources(kernel.hash, kernel.asm["cubin"]) | {"shared": kernel.metadata.shared}
+        print(f"{target} {kernel.name} {kernel.metadata.num_warps} warps: {used}")
+        assert used["shared"] <= recurrence.AOT_DEVICES[target].shared_memory
+        if used["spilled"]:
+            spilled[kernel.name] = used
+    assert not spilled
+
+
+def test_pairs_of_all_options():
+    chosen = pairwise(a=(1, 2), b="xyz", c=YES_OR_NO, d=range(3))
+    assert len(chosen) < 12
+    for (a, a_values), (b, b_values) in itertools.combinations({"a": (1, 2), "b": "xyz", "c": YES_OR_NO}.items(), 2):
+        assert {(choice[a], choice[b]) for choice in chosen} == set(itertools.product(a_values, b_values))
+
+
+def test_every_kernel_is_launched(monkeypatch):
+    """One that no launch above reaches would not be compiled here."""
+    launched = set()
+    with compiling("sm_90"):
+        monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: launched.add(self))
+        for launch, options in OPTIONS.items():
+            for index in range(5):
+                launch(**{name: each[index % len(each)] for name, each in options.items()})
+    assert launched == {variant["kernel"] for module in KERNELS.values() for variant in module.AOT_VARIANTS}
