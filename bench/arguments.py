@@ -18,3 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1; cuda if not given and there is one")
     parser.add_argument("--threads", type=int, help="CPU cores for every competitor; all if not given")
+    parser.add_argument(
+        "--share", default="1/1", metavar="K/N", help="every Nth case from the Kth on; all if not given"
+    )

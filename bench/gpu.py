@@ -1,180 +1,441 @@
 """``make gpu``: build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed.
 
-Nothing is downloaded. Each part runs alone too (``make gpu PART=test``) and logs to bench/results/<generation>-<date>-
-<part>.log; the benchmarks write a CSV beside it, and so does the part that finds out which kernel is the fastest at
-which width. LCW_OPS_GPU_<PART>_SECONDS limits a part. Exit code 1: a part failed.
+Nothing is downloaded. A part (``make gpu PART=smoke``) takes under eight minutes: what is not done by then is ended.
+Each test file has a process and a time limit of its own, so that a crash or a hang costs one file, and what fails does
+not stop the rest. Every process writes its log in bench/results/<generation>-<date>-logs while it runs, and a line in
+summary.txt there says how it ended. Exit code 1: something failed, was cut off, was not reached or is not installed.
 """
 
+import argparse
+import ast
+import contextlib
 import datetime
+import functools
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+TESTS = ROOT / "tests"
 
-# part -> its time limit in seconds, unless the environment gives another.
-SECONDS = {"build": 900, "test": 1800, "sanitize": 1800, "bench": 1800, "crossover": 900}
+# Below eight minutes, with what it takes to start and to end a process.
+PART_SECONDS = 470
+# Of one test file, so that a hang leaves the others their time.
+FILE_SECONDS = 240
+SMOKE_SECONDS = 180
 
-# part -> the modules it imports, by the names pip knows them by where those differ.
-_TESTS = ("pytest", "hypothesis", "numpy", "sklearn", "matplotlib", "rich", "setuptools")
-MODULES = {
-    "build": ("pip", "setuptools"),
-    "test": _TESTS,
-    "sanitize": _TESTS,
-    "bench": ("numpy",),
-    "crossover": ("numpy",),
+ENVIRONMENT = {
+    "LCW_OPS_TEST_DEVICE": "cuda",
+    "PYTHONUNBUFFERED": "1",
+    # A distribution's own Python refuses pip otherwise; an editable install without dependencies replaces nothing.
+    "PIP_BREAK_SYSTEM_PACKAGES": "1",
+    # JAX, a competitor in the benchmarks, would take three quarters of the card's memory when it is first used.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
-PIP_NAMES = {"sklearn": "scikit-learn"}
-
-# A folder of kernels -> what the names of the tests begin with that only its backend has.
-PREFIX = {"cuda": "cuda", "kernels": "triton"}
 
 # Under the sanitizer a launch takes a hundred times as long, and these launch the same kernels again.
 SAME_KERNELS_AGAIN = "thousand or gradcheck or compile or opcheck or more_elements"
 
-# In front of a command: csrc/cuda's kernels that carry one row each, instead of the fastest.
-BY_ROWS = ["env", "LCW_OPS_CUDA_KERNEL=rows"]
+# Into how many parts the benchmarks of a stem are split: a case takes ten seconds of measuring, and torch.compile as
+# long beside it; minutes for long lists of tensors.
+BENCH_SHARES = {"gradient_activation": 6}
+USUAL_BENCH_SHARES = 3
+
+# By the names pip knows them by where those differ.
+PIP_NAMES = {"sklearn": "scikit-learn"}
 
 
-def main(arguments: list[str]) -> int:
-    wanted = list(SECONDS) if arguments in ([], ["all"]) else arguments
-    unknown = [part for part in wanted if part not in SECONDS]
-    if unknown:
-        return _refuse(f"no part is called {unknown[0]!r}; choose from {', '.join(SECONDS)}, all")
-    missing = missing_modules(wanted)
-    if missing:
-        return _refuse(f"{sys.executable} lacks {', '.join(missing)}; pip install {' '.join(missing)}, or PYTHON=...")
-    try:
-        import torch
-    except ImportError:
-        return _refuse(f"{sys.executable} has no torch; choose another interpreter: make gpu PYTHON=...")
-    if torch.version.hip or not torch.cuda.is_available():
-        return _refuse(f"torch {torch.__version__} sees no NVIDIA card; this needs one, its driver and a CUDA torch")
-    major, minor = torch.cuda.get_device_capability()
-    print(f"{torch.cuda.get_device_name()}, sm_{major}{minor}, torch {torch.__version__}", flush=True)
-    name = f"sm_{major}{minor}-{datetime.date.today()}"
-    # Built for this card alone; "a" is what Hopper's own instructions need.
-    os.environ.setdefault("LCW_OPS_CUDA_ARCHS", f"{major}{minor}" + "a" * (major == 9))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    summary = []
-    for part in wanted:
-        log = RESULTS / f"{name}-{part}.log"
-        limit = float(os.environ.get(f"LCW_OPS_GPU_{part.upper()}_SECONDS", SECONDS[part]))
-        start = time.monotonic()
-        result = run_part(commands(part, RESULTS / f"{name}.csv"), log, limit)
-        summary.append((part, result, f"{time.monotonic() - start:.0f} s", str(log.relative_to(ROOT))))
-    print()
-    for part, result, seconds, log in summary:
-        print(f"{part:9} {result:24} {seconds:>7}  {log}")
-    return int(any(result.startswith(("failed", "timed out")) for _, result, *_ in summary))
+@dataclass(frozen=True)
+class Step:
+    """One process of a part. ``name`` is its log's."""
+
+    name: str
+    command: list[str]
+    seconds: float = PART_SECONDS
+    environment: dict[str, str] = field(default_factory=dict)
+    # Modules that it cannot do without, besides torch.
+    needs: frozenset[str] = frozenset()
 
 
-def missing_modules(parts: list[str]) -> list[str]:
-    """What pip must install before these parts can run."""
-    needed = dict.fromkeys(module for part in parts for module in MODULES[part])
-    return [PIP_NAMES.get(module, module) for module in needed if importlib.util.find_spec(module) is None]
+@dataclass(frozen=True)
+class Outcome:
+    part: str
+    step: str
+    result: str
+    seconds: float
+
+    @property
+    def is_bad(self) -> bool:
+        return self.result != "passed"
+
+    def __str__(self) -> str:
+        return f"{self.part:30} {self.step:38} {self.result:28} {self.seconds:5.0f} s"
 
 
-def commands(part: str, csv: Path) -> list[list[str]]:
-    """What a part runs, one after the other; nothing when its tool is not there."""
-    python = [sys.executable]
-    pytest = [*python, "-m", "pytest", "-p", "no:cacheprovider"]
-    if part == "build":
-        pip = [*python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
-        return [pip, [*python, "-c", "import lcw_ops; print(lcw_ops.info())"]]
-    if part == "test":
-        # Every kernel of csrc/cuda: the one that a width chooses, and the one that takes every width.
-        return [[*pytest, "tests"], [*BY_ROWS, *pytest, *tests_of("csrc/cuda/*.cu")]]
-    if part == "bench":
-        return [[*python, "-m", "lcw_ops.cli", "bench", "--device", "cuda", "--out", str(csv)]]
-    if part == "crossover":
-        return [[*python, "-m", "lcw_ops.bench.crossover", str(csv.with_name(f"{csv.stem}-crossover.csv"))]]
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer is None:
-        return []
-    watched = [sanitizer, "--error-exitcode=1", "--target-processes=application-only"]
-    once = [*pytest, "-k", f"not ({SAME_KERNELS_AGAIN})"]
-    of_cuda_alone = [name for name in tests_of("csrc/cuda/*.cu") if "test_cuda_" in name]
+# ---- The plan --------------------------------------------------------------------------------------------------------
+
+
+def parts(csv: Path) -> dict[str, list[Step]]:
+    """Name -> processes, in the order in which all of them run."""
+    files = gpu_tests()
+    of_stem = {stem: [path for path in files if _stem(path) == stem] for stem in (*stems(), "other")}
+    chooses = [path for stem in _stems_with_a_choice() for path in of_stem[stem] if "triton" not in path.stem]
+    plan = {"build": _build(), "smoke": [_smoke()]}
+    plan |= {f"test-{stem}": [_test(path) for path in own] for stem, own in of_stem.items() if own}
+    # csrc/cuda's kernels that carry one row each, instead of the fastest.
+    plan["test-rows"] = [_test(path, environment={"LCW_OPS_CUDA_KERNEL": "rows"}) for path in chooses]
+    plan["memcheck"] = [_watched("memcheck", _smoke())]
+    plan |= {
+        f"memcheck-{stem}": [_watched("memcheck", _test(path, "-k", f"not ({SAME_KERNELS_AGAIN})")) for path in own]
+        for stem, own in of_stem.items()
+        if own
+    }
+    # Between threads that share memory on chip: hand-written in CUDA, the compiler's business in Triton.
+    for tool in ("racecheck", "synccheck"):
+        for path in files:
+            if path.stem.startswith("test_cuda_"):
+                plan[f"{tool}-{path.stem.removeprefix('test_cuda_')}"] = [_watched(tool, _test(path))]
+    for stem in stems():
+        shares = BENCH_SHARES.get(stem, USUAL_BENCH_SHARES)
+        plan |= {f"bench-{stem}-{one}": [_bench(stem, f"{one}/{shares}", csv)] for one in range(1, shares + 1)}
+    crossover = [sys.executable, "-m", "lcw_ops.bench.crossover", str(csv.with_name(f"{csv.stem}-crossover.csv"))]
+    plan["crossover"] = [Step("crossover", crossover, needs=frozenset({"numpy"}))]
+    return plan
+
+
+def select(wanted: list[str], plan: dict[str, list[Step]]) -> dict[str, list[Step]]:
+    """Of a part's name, the beginning of several ("test", "memcheck"), "all", or a test file's path. ValueError."""
+    selected = {}
+    for word in wanted or ["all"]:
+        path = ROOT / word
+        if path.suffix == ".py" and path.is_file():
+            selected[word] = [_test(path, seconds=PART_SECONDS)]
+            continue
+        prefixes = {"sanitize": ("memcheck", "racecheck", "synccheck")}.get(word, (word,))
+        found = [name for name in plan if word in ("all", name) or name.startswith(tuple(f"{p}-" for p in prefixes))]
+        found += [name for name in prefixes if name in plan and name not in found]
+        if not found:
+            raise ValueError(f"no part is called {word!r}; choose from {', '.join(plan)}, test, sanitize, bench, all")
+        selected |= {name: plan[name] for name in plan if name in found}
+    return selected
+
+
+def stems() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if path.stem != "common")
+
+
+def _stem(path: Path) -> str:
+    """The stem that a test file is named after."""
+    return max((stem for stem in stems() if stem in path.stem), key=len, default="other")
+
+
+def _stems_with_a_choice() -> list[str]:
+    """Those with more than one kernel in csrc/cuda, between which the environment chooses."""
     return [
-        [*watched, "--tool=memcheck", *once, *tests_of("csrc/cuda/*.cu", "kernels/[!_]*.py")],
-        # Between threads that share memory on chip: hand-written in CUDA, the compiler's business in Triton.
-        *([*watched, f"--tool={tool}", *pytest, *of_cuda_alone] for tool in ("racecheck", "synccheck")),
+        stem
+        for stem in stems()
+        if any("LCW_OPS_CUDA_KERNEL" in path.read_text() for path in (ROOT / "csrc/cuda").glob(f"{stem}*.cu"))
     ]
 
 
-def tests_of(*sources: str) -> list[str]:
-    """The test files of these kernels: one idea has one file name everywhere; some are a backend's own."""
-    paths = [path for source in sources for path in ROOT.glob(source)]
-    names = {f"tests/test_{path.stem}{suffix}.py" for path in paths for suffix in ("", "_op")}
-    names |= {f"tests/test_{PREFIX.get(path.parent.name)}_{path.stem}.py" for path in paths}
-    return [name for name in sorted(names) if (ROOT / name).exists()]
+def _build() -> list[Step]:
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
+    info = [sys.executable, "-c", "import lcw_ops; print(lcw_ops.info())"]
+    return [Step("build", pip, needs=frozenset({"pip", "setuptools"})), Step("info", info)]
 
 
-def run_part(part_commands: list[list[str]], log: Path, limit: float) -> str:
-    """Run the commands, on the screen and in ``log``, until one fails or ``limit`` seconds are over: the verdict."""
-    if not part_commands:
-        log.write_text("skipped: the tool is not installed\n")
-        return "skipped, no such tool"
-    environment = os.environ | {
-        "LCW_OPS_TEST_DEVICE": "cuda",
-        "PYTHONUNBUFFERED": "1",
-        # A distribution's own Python refuses pip otherwise; an editable install without dependencies replaces nothing.
-        "PIP_BREAK_SYSTEM_PACKAGES": "1",
-    }
-    if any("--tool=memcheck" in command for command in part_commands):
-        # One allocation per tensor: inside torch's cached blocks an access out of bounds is not seen.
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    end = time.monotonic() + limit
-    with log.open("w") as file:
-        for command in part_commands:
-            code = _run(command, environment, file, end - time.monotonic())
-            if code is None:
-                return f"timed out after {limit:.0f} s"
-            if code != 0:
-                return f"failed, exit code {code}"
-    return "passed"
+def _smoke() -> Step:
+    return Step("smoke", [sys.executable, "-m", "lcw_ops.bench.smoke"], SMOKE_SECONDS, needs=frozenset({"numpy"}))
 
 
-def _run(command: list[str], environment: dict[str, str], log, limit: float) -> int | None:
-    """The exit code, or None when the time was over; a command is ended together with what it started."""
-    log.write(f"$ {' '.join(command)}\n")
-    print(f"\n$ {' '.join(command)}", flush=True)
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    over = threading.Event()
+def _test(path: Path, *options: str, seconds: float = FILE_SECONDS, environment: dict | None = None) -> Step:
+    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--durations=10", "-p", "no:cacheprovider"]
+    command = [*pytest, *options, str(path.relative_to(ROOT))]
+    return Step(path.stem, command, seconds, environment or {}, frozenset(imports({path})) | {"pytest"})
 
-    def end() -> None:
-        over.set()
-        os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(max(limit, 0), end)
-    timer.start()
+def _watched(tool: str, step: Step) -> Step:
+    """The step under a tool of NVIDIA's sanitizer."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [sanitizer, "--error-exitcode=1", "--target-processes=application-only", f"--tool={tool}"]
+    # One allocation per tensor: inside torch's cached blocks an access out of bounds is not seen.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    return Step(step.name, [*command, *step.command], PART_SECONDS, step.environment | environment, step.needs)
+
+
+def _bench(stem: str, share: str, csv: Path) -> Step:
+    command = [sys.executable, "-m", "lcw_ops.cli", "bench", stem, "--device", "cuda", "--out", str(csv)]
+    return Step("bench", [*command, "--share", share], needs=frozenset({"numpy"}))
+
+
+# ---- Which test files run on a GPU -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def gpu_tests() -> list[Path]:
+    """Those that put something on the device of LCW_OPS_TEST_DEVICE; the kernels' own files first."""
+    fixtures = device_fixtures((TESTS / "conftest.py").read_text())
+    found = [path for path in TESTS.glob("test_*.py") if uses_device(path.read_text(), fixtures)]
+    return sorted(found, key=lambda path: (not path.stem.startswith(("test_cuda_", "test_triton_")), path.stem))
+
+
+def device_fixtures(conftest: str) -> set[str]:
+    """The fixture ``device`` and those that ask for it."""
+    found = {"device"}
+    while (
+        more := {
+            function.name for function in _functions(conftest) if _is_fixture(function) and _arguments(function) & found
+        }
+        - found
+    ):
+        found |= more
+    return found
+
+
+def uses_device(source: str, fixtures: set[str]) -> bool:
+    """Whether a file reads LCW_OPS_TEST_DEVICE itself, or a test or fixture in it asks for one of these fixtures.
+
+    A file that asks for a fixture ``on_the_cpu`` throughout skips everything elsewhere.
+    """
+    asked = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            strings = {one.value for one in node.args if isinstance(one, ast.Constant)}
+            called = ast.unparse(node.func)
+            if called == "os.environ.get" and "LCW_OPS_TEST_DEVICE" in strings:
+                return True
+            if called == "pytest.mark.usefixtures":
+                asked |= strings
+    for function in _functions(source):
+        if function.name.startswith("test_") or _is_fixture(function):
+            asked |= _arguments(function)
+    return bool(asked & fixtures) and "on_the_cpu" not in asked
+
+
+def _functions(source: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+
+
+def _arguments(function: ast.FunctionDef) -> set[str]:
+    return {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+
+
+def _is_fixture(function: ast.FunctionDef) -> bool:
+    return any("fixture" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def imports(paths: Iterable[Path]) -> set[str]:
+    """The modules that these files and the tests' own modules behind them import at the top, torch and ours left out.
+
+    Triton's kernels are skipped where it is not installed.
+    """
+    waiting, seen, modules = {TESTS / "conftest.py", *paths}, set(), set()
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        for name in _imported(path):
+            own = [TESTS / f"{name.replace('.', '/')}.py", TESTS / f"{name.split('.')[0]}.py"]
+            local = next((one for one in own if one.is_file()), None)
+            if local is None:
+                modules.add(name.split(".")[0])
+            elif local not in seen:
+                waiting.add(local)
+    return modules - set(sys.stdlib_module_names) - {"torch", "triton", "lcw_ops"}
+
+
+@functools.cache
+def _imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # A module, or a module in that package.
+            names |= {node.module, *(f"{node.module}.{one.name}" for one in node.names)}
+    return names
+
+
+# ---- Running it ------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    today = datetime.date.today()
+    plan = parts(RESULTS / f"GENERATION-{today}.csv")
+    args = _parser(plan).parse_args(arguments)
     try:
-        for line in process.stdout:
-            log.write(line)
-            print(line, end="", flush=True)
-        code = process.wait()
+        selected = select(args.part, plan)
+    except ValueError as error:
+        return _refuse(str(error))
+    if args.dry_run:
+        print(describe(selected))
+        return 0
+    missing = missing_modules(step for steps in selected.values() for step in steps)
+    if missing:
+        return _refuse(f"{sys.executable} lacks {', '.join(missing)}; pip install {' '.join(missing)}, or PYTHON=...")
+    card = find_card()
+    if "error" in card:
+        return _refuse(card["error"])
+    print(f"{card['name']}, sm_{card['generation']}, torch {card['torch']}", flush=True)
+    name = f"sm_{card['generation']}-{today}"
+    # Built for this card alone; "a" is what Hopper's own instructions need.
+    os.environ.setdefault("LCW_OPS_CUDA_ARCHS", card["generation"] + "a" * card["generation"].startswith("9"))
+    return run(select(args.part, parts(RESULTS / f"{name}.csv")), RESULTS / f"{name}-logs")
+
+
+def _parser(plan: dict[str, list[Step]]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="make gpu, or python bench/gpu.py",
+        description=__doc__,
+        epilog="parts, in this order:\n  " + "\n  ".join(plan),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "part", nargs="*", help="one of the parts below, what several begin with (test, memcheck, bench), sanitize, a "
+        "test file's path, or all (the default)"
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the processes and their time limits, run nothing")
+    return parser
+
+
+def describe(plan: dict[str, list[Step]]) -> str:
+    lines = []
+    for part, steps in plan.items():
+        lines.append(f"{part}, at most {PART_SECONDS} s:")
+        for step in steps:
+            settings = "".join(f"{name}={value} " for name, value in step.environment.items())
+            lines.append(f"  {step.seconds:.0f} s  {settings}{shlex.join(step.command)}")
+    return "\n".join(lines)
+
+
+def missing_modules(steps: Iterable[Step]) -> list[str]:
+    """What pip must install before these can run."""
+    needed = sorted(set().union(*(step.needs for step in steps)))
+    return [PIP_NAMES.get(module, module) for module in needed if importlib.util.find_spec(module) is None]
+
+
+# In a process of its own: this one would keep some of the card's memory from those it starts.
+_FIND_CARD = """
+import torch
+if torch.version.hip or not torch.cuda.is_available():
+    print(torch.__version__)
+else:
+    print(torch.__version__, "%d%d" % torch.cuda.get_device_capability(), torch.cuda.get_device_name(), sep="\\n")
+"""
+
+
+def find_card() -> dict[str, str]:
+    """torch's version, the card's generation and name; or an error."""
+    found = subprocess.run([sys.executable, "-c", _FIND_CARD], capture_output=True, text=True)
+    if found.returncode != 0:
+        lines = found.stderr.strip().splitlines() or ["no message"]
+        return {
+            "error": f"{sys.executable} has no torch that can be imported ({lines[-1]}); choose another interpreter: "
+            "make gpu PYTHON=..."
+        }
+    version, *rest = found.stdout.splitlines()
+    if not rest:
+        return {"error": f"torch {version} sees no NVIDIA card; this needs one, its driver and a CUDA torch"}
+    return {"torch": version, "generation": rest[0], "name": rest[1]}
+
+
+def run(plan: dict[str, list[Step]], folder: Path) -> int:
+    """Run every step, whatever became of those before; print a summary. 0 if all passed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    # Ended from outside, as by a time limit on this command: still the running process is ended, and the summary comes.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for part, steps in plan.items():
+            run_part(part, steps, folder, outcomes.append)
     except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+        print("\nended from outside", flush=True)
+        outcomes.append(Outcome("-", "-", "the rest was not reached", 0))
     finally:
-        timer.cancel()
-    return None if over.is_set() else code
+        signal.signal(signal.SIGTERM, before)
+    bad = [outcome for outcome in outcomes if outcome.is_bad]
+    print("\n" + "\n".join(map(str, outcomes)))
+    print(f"\n{len(outcomes) - len(bad)} passed, {len(bad)} did not; logs in {folder}", flush=True)
+    return int(bool(bad))
+
+
+def run_part(part: str, steps: list[Step], folder: Path, report: Callable[[Outcome], None]) -> None:
+    end = time.monotonic() + PART_SECONDS
+    for step in steps:
+        start = time.monotonic()
+        log = folder / f"{part.replace('/', '-')}.{step.name}.log"
+        print(f"{part}: {step.name}, log {log.name}", flush=True)
+        try:
+            result = _run_step(step, log, min(step.seconds, end - start))
+        except KeyboardInterrupt:
+            _record(folder, Outcome(part, step.name, "ended from outside", time.monotonic() - start), report)
+            raise
+        _record(folder, Outcome(part, step.name, result, time.monotonic() - start), report)
+
+
+def _record(folder: Path, outcome: Outcome, report: Callable[[Outcome], None]) -> None:
+    """At once, for what comes after may end this process."""
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    with (folder / "summary.txt").open("a") as file:
+        file.write(f"{now} {outcome}\n")
+    print(f"  {outcome.result}, {outcome.seconds:.0f} s", flush=True)
+    report(outcome)
+
+
+def _run_step(step: Step, log: Path, limit: float) -> str:
+    """The verdict. The process writes into the log itself, which an earlier run of the day may have begun."""
+    if limit <= 0:
+        return "not reached in time"
+    if shutil.which(step.command[0]) is None:
+        return f"not installed: {Path(step.command[0]).name}"
+    with log.open("a") as file:
+        settings = "".join(f"{name}={value} " for name, value in step.environment.items())
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        print(f"\n===== {now}, at most {limit:.0f} s\n$ {settings}{shlex.join(step.command)}", file=file, flush=True)
+        begin = file.tell()
+        # A session of its own, to end it together with what it started.
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | step.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+        verdict = {None: f"timed out after {limit:.0f} s", 0: "passed"}.get(code, f"failed, exit code {code}")
+        print(f"===== {verdict}", file=file)
+    if code != 0:
+        print("".join(f"    {line}\n" for line in _tail(log, begin)), end="", flush=True)
+    return verdict
+
+
+def _end(process: subprocess.Popen) -> None:
+    """The process and whatever it started, should any of it be left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tail(log: Path, begin: int, lines: int = 25) -> list[str]:
+    with log.open(errors="replace") as file:
+        file.seek(begin)
+        return file.read().splitlines()[-lines:]
 
 
 def _refuse(message: str) -> int:

@@ -78,7 +78,8 @@ class Plan:
 def prepare(args: argparse.Namespace) -> Plan:
     """Check the arguments of ``lcw-ops bench`` before anything is measured.
 
-    Raises ValueError for an unknown benchmark or device, a number of threads below 1, or a CSV with other columns;
+    Raises ValueError for an unknown benchmark or device, a number of threads below 1, a share that is not K/N with
+    1 <= K <= N, or a CSV with other columns;
     BackendError if a backend was requested (``LCW_OPS_BACKEND``) that cannot run one of the benchmarks here.
     """
     unknown = [stem for stem in args.stem if stem not in registry.STEMS]
@@ -90,7 +91,15 @@ def prepare(args: argparse.Namespace) -> Plan:
     _check_csv(out)
     if args.threads is not None:
         _use_threads(args.threads)
-    return Plan(device, [case for case in cases if case.quick == args.quick], out, args.quick)
+    return Plan(device, _share([case for case in cases if case.quick == args.quick], args.share), out, args.quick)
+
+
+def _share(cases: list[Case], share: str) -> list[Case]:
+    numbers = re.fullmatch(r"(\d+)/(\d+)", share)
+    first, count = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= first <= count:
+        raise ValueError(f"--share is {share!r}; expected K/N with 1 <= K <= N, as 1/3")
+    return cases[first - 1 :: count]
 
 
 def carry_out(plan: Plan) -> int:

@@ -1,18 +1,10 @@
-"""The benchmarks themselves: every entry runs, wrong kernels are refused, competitors take turns, rows are well formed.
-
-And the command behind ``make gpu``, as far as it goes without a card.
-"""
+"""The benchmarks: every entry runs, wrong kernels are refused, competitors take turns, rows are well formed."""
 
 import argparse
-import ast
 import csv
 import dataclasses
-import importlib.util
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import lcw_ops
-from lcw_ops.bench import gpu, parallel_depth, registry, runner
+from lcw_ops.bench import parallel_depth, registry, runner
 from lcw_ops.ops.parallel_depth_crossover import Call, Region
 
 CPU = torch.device("cpu")
@@ -240,6 +232,7 @@ def test_competitors_take_turns():
         (["nothing"], "no benchmark is called 'nothing'; choose from gradient_activation"),
         (["--device", "meta"], "--device is 'meta'; expected one of cpu"),
         (["--threads", "0"], "--threads is 0"),
+        *((["--share", share], f"--share is '{share}'; expected K/N") for share in ("0/3", "4/3", "1", "1/0", "-1/3")),
         (["--out", "no/such/folder/rows.csv"], "does not exist"),
         (["--out", "/"], "cannot be written"),
     ],
@@ -248,6 +241,14 @@ def test_competitors_take_turns():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         runner.prepare(parse(*arguments))
+
+
+def test_shares_are_all_cases_once():
+    everything = runner.prepare(parse("hypersphere", "--quick")).cases
+    shares = [runner.prepare(parse("hypersphere", "--quick", "--share", f"{k}/3")).cases for k in (1, 2, 3)]
+    named = [[(case.name, *case.shape.items()) for case in cases] for cases in (everything, *shares)]
+    assert sorted(named[0]) == sorted(named[1] + named[2] + named[3])
+    assert min(map(len, shares)) > 0
 
 
 def test_rows_of_another_kind_are_not_appended_to(tmp_path):
@@ -599,68 +600,3 @@ def test_rows_go_beside_the_benchmarks_by_default():
 
 def test_there_is_one_command_for_benchmarks():
     assert "__main__" not in (ROOT / "bench/runner.py").read_text()
-
-
-def without(monkeypatch, *names: str) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in names else find_spec(name))
-
-
-def test_gpu_command_without_what_the_tests_need(monkeypatch, capsys):
-    without(monkeypatch, "hypothesis", "sklearn")
-    monkeypatch.setattr(gpu, "run_part", lambda *_: pytest.fail("something ran"))
-    assert gpu.main([]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert "lacks hypothesis, scikit-learn; pip install hypothesis scikit-learn" in error
-    assert gpu.missing_modules(["build", "bench"]) == []
-
-
-def test_gpu_command_knows_what_the_tests_import():
-    files = {path: ast.parse(path.read_text()) for path in (ROOT / "tests").glob("*.py")}
-    imports = [node for tree in files.values() for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {one.name for node in imports for one in node.names if isinstance(node, ast.Import)}
-    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
-    modules = (
-        {name.split(".")[0] for name in names}
-        - sys.stdlib_module_names
-        - {path.stem for path in (ROOT / "tests").iterdir()}
-    )
-    # torch is asked for by itself; the tests of Triton kernels are skipped without it.
-    assert modules - {"torch", "triton", "lcw_ops"} <= set(gpu.MODULES["test"])
-
-
-def test_gpu_command_without_a_card():
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "bench/gpu.py"), "test"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1
-    assert "sees no NVIDIA card" in result.stderr
-
-
-def test_gpu_command_with_an_unknown_part(capsys):
-    assert gpu.main(["everything"]) == 2
-    assert "choose from build, test, sanitize, bench" in capsys.readouterr().err
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def test_a_part_of_the_gpu_command(tmp_path, capfd):
-    log = tmp_path / "log"
-    device = python("import os; print('on', os.environ['LCW_OPS_TEST_DEVICE'])")
-    assert gpu.run_part([device, device], log, limit=60) == "passed"
-    assert log.read_text().count("on cuda") == 2
-    assert "on cuda" in capfd.readouterr().out
-    assert gpu.run_part([python("raise SystemExit(3)"), device], log, limit=60) == "failed, exit code 3"
-    assert "on cuda" not in log.read_text()
-    assert gpu.run_part([python("import time; time.sleep(60)")], log, limit=0.2) == "timed out after 0 s"
-    assert gpu.run_part([], log, limit=60).startswith("skipped")
-
-
-def test_the_sanitizer_watches_the_tests_of_every_kernel():
-    assert "tests/test_orthogonal_filter.py" in gpu.tests_of("csrc/cuda/*.cu")
-    assert "tests/test_gradient_activation_op.py" in gpu.tests_of("kernels/[!_]*.py")

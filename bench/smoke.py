@@ -1,0 +1,215 @@
+"""Every GPU kernel once, small, against float64: ``make gpu PART=smoke``, or ``python -m lcw_ops.bench.smoke``.
+
+A minute that says whether the other parts of ``make gpu`` are worth their time. The rule is the benchmarks': at most
+twice the error of plain torch in the same dtype, plus one unit in the last place. What does not compile, does not run,
+is wrong or is not built gets a line and exit code 1; the others run all the same. On the CPU (``--device cpu``, with
+TRITON_INTERPRET=1) the same calls run the C++ kernels and Triton's in its interpreter.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import lcw_ops
+from lcw_ops import functional as F
+from lcw_ops import optim
+from lcw_ops.bench import crossover, registry
+from lcw_ops.nn.orthogonal_filter import make_filter
+from lcw_ops.ops import _backends, gradient_activation, hypersphere, lcw_linear, orthogonal_filter, parallel_depth
+
+# The backends that must be there on such a device.
+EXPECTED = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp")}
+
+# More tensors than are launched one by one.
+TENSORS = 6
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of an op. ``run`` takes tensors of these shapes and gives all results."""
+
+    op: str
+    name: str
+    shapes: list[tuple[int, ...]]
+    run: Callable[[list[Tensor]], list[Tensor]]
+
+
+def calls() -> list[Call]:
+    """Together they launch every kernel of kernels/ and csrc/cuda."""
+    # As many columns as are split among programs where there are few units; more samples than are fused.
+    few, many, weight, free, units = (5, 600), (80, 600), (20, 600), (20, 599), (20,)
+    # h0, weight, bias, alpha, beta, inputs
+    layers = [(5, 24), (20, 24, 24), (20, 24), (20,), (20,), (20, 5, 24)]
+    haar, permutation = make_filter("haar", 24), make_filter("permutation", 24)
+    tensors = [(700 + index,) for index in range(TENSORS)]
+    zero_sum, sphere, parallel = lcw_linear.NAME, hypersphere.NAME, parallel_depth.SWEEP
+    return [
+        Call(zero_sum, "weight", [weight], _with_gradients(F.lcw_weight)),
+        Call(zero_sum, "weight, basis", [free], _with_gradients(F.lcw_weight, basis=True)),
+        Call(zero_sum, "linear", [few, weight, units], _with_gradients(F.lcw_linear)),
+        Call(zero_sum, "linear, basis", [few, free, units], _with_gradients(F.lcw_linear, basis=True)),
+        Call(sphere, "direction", [free], _with_gradients(F.hypersphere_direction)),
+        Call(sphere, "normalised rows", [weight, units], _with_gradients(F.normalize_scale)),
+        *(
+            Call(
+                sphere,
+                f"GmP, {x[0]} samples",
+                [x, free, units, units],
+                _with_gradients(F.gmp_linear, activation="relu"),
+            )
+            for x in (few, many)
+        ),
+        Call(sphere, "weight norm", [few, weight, units, units], _with_gradients(F.weight_norm_linear)),
+        Call(orthogonal_filter.NAME, "all states", layers, _with_gradients(_layers(haar), return_states=True)),
+        Call(orthogonal_filter.NAME, "permutation", layers, _with_gradients(_layers(permutation))),
+        Call(parallel, "rotations", layers, _with_gradients(_layers(haar), solver="parallel")),
+        Call(parallel, "permutation", layers, _with_gradients(_layers(permutation), solver="parallel")),
+        *(
+            Call(gradient_activation.NAME, f"{kind}, {count} of them", tensors[:count], _activate(kind))
+            for kind in ("arctan", "tanh", "log")
+            for count in (1, TENSORS)
+        ),
+        Call(gradient_activation.SGD_STEP, "SGD", tensors, _steps(_sgd("gradient"))),
+        Call(gradient_activation.SGD_STEP, "SGD, on the momentum", tensors, _steps(_sgd("momentum"))),
+        Call(gradient_activation.ADAMW_STEP, "AdamW", tensors, _steps(_adamw)),
+    ]
+
+
+def _with_gradients(function: Callable[..., Tensor], **options) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The result of ``function`` and its gradient by every input, where what comes back from above is a cosine."""
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = function(*leaves, **options)
+        places = torch.arange(output.numel(), device=output.device, dtype=torch.float64)
+        cotangent = places.cos().to(output.dtype).view(output.shape)
+        return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
+
+    return run
+
+
+def _layers(filter: Tensor) -> Callable[..., Tensor]:
+    """The recurrence, scaled so that its layers neither grow nor vanish."""
+
+    def run(h0, weight, bias, alpha, beta, inputs, **options) -> Tensor:
+        given = filter.to(h0.device, h0.dtype if filter.is_floating_point() else filter.dtype)
+        alpha, beta = 1 - torch.sigmoid(alpha) / 100, torch.sigmoid(beta) / 20
+        return F.orthogonal_filter(h0, weight / 5, bias, given, alpha, beta, inputs, **options)
+
+    return run
+
+
+def _activate(kind: str) -> Callable[[list[Tensor]], list[Tensor]]:
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        tensors = [tensor.clone() for tensor in inputs]
+        F.gradient_activation_(tensors, kind=kind)
+        return tensors
+
+    return run
+
+
+def _sgd(place: str) -> Callable[[list], torch.optim.Optimizer]:
+    return lambda params: optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, activate=place)
+
+
+def _adamw(params: list) -> torch.optim.Optimizer:
+    return optim.AdamW(params, lr=0.01, amsgrad=True)
+
+
+def _steps(make_optimizer: Callable[[list], torch.optim.Optimizer]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The parameters after two steps, with gradients made of their first values."""
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        params = [torch.nn.Parameter(tensor.clone()) for tensor in inputs]
+        optimizer = make_optimizer(params)
+        for step in range(2):
+            for tensor, param in zip(inputs, params, strict=True):
+                param.grad = tensor.flip(0) / (step + 1)
+            optimizer.step()
+        return [param.detach() for param in params]
+
+    return run
+
+
+def case(call: Call, device_type: str) -> registry.Case:
+    """As the benchmarks judge one: ours on every backend there is, beside plain torch in the same dtype."""
+    return registry.Case(
+        stem=call.op,
+        name=call.name,
+        shape={},
+        dtype=torch.float32,
+        make_inputs=lambda device: {"tensors": [torch.randn(shape, device=device) for shape in call.shapes]},
+        expected=lambda inputs: _plainly(call, [tensor.double() for tensor in inputs["tensors"]]),
+        competitors=(
+            *registry.ours(call.op, device_type, lambda inputs: lambda: call.run(inputs["tensors"])),
+            registry.Competitor(registry.EAGER, lambda inputs: lambda: _plainly(call, inputs["tensors"])),
+        ),
+        bytes=0,
+        operations=0,
+    )
+
+
+def _plainly(call: Call, inputs: list[Tensor]) -> list[Tensor]:
+    with lcw_ops.use_backend("reference"):
+        return call.run(inputs)
+
+
+def cases(device_type: str) -> list[registry.Case]:
+    # Every kernel of the recurrence, those too that cannot be asked for by name, over depth and over time.
+    each = [crossover.case(over_time, 5, 24, 7, device_type) for over_time in (False, True)]
+    return [*each, *(case(call, device_type) for call in calls())]
+
+
+def missing(device_type: str) -> Iterator[str]:
+    """Lines about backends that have kernels of ours and cannot run here."""
+    for op, backends in _backends.IMPLEMENTED.items():
+        for backend in EXPECTED[device_type]:
+            reason = _backends.missing_reason(op, backend, device_type) if backend in backends else None
+            if reason is not None:
+                yield f"MISSING {op}, {backend}: {reason}"
+
+
+def check(one: registry.Case, device: torch.device) -> Iterator[tuple[bool, str]]:
+    """(right, a line) for each of our kernels in a case."""
+    for competitor in one.competitors:
+        if not competitor.ours:
+            continue
+        place = f"{one.stem}, {one.name}: {competitor.name}"
+        reason = competitor.missing()
+        if reason is not None:
+            yield False, f"FAILED  {place}: {reason}"
+            continue
+        try:
+            verdict = registry.check(one, device, [competitor])[competitor.name]
+        except Exception as error:
+            # Whatever a compiler or a driver raises: the other kernels are still of interest.
+            yield False, f"FAILED  {place}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[-1]}"
+            continue
+        wrong = isinstance(verdict, registry.WrongResult)
+        yield not wrong, f"WRONG   {place}: {verdict}" if wrong else f"ok      {place}, error {verdict:.1e}"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lcw_ops.bench.smoke", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--device", default="cuda", choices=sorted(EXPECTED))
+    device = torch.device(parser.parse_args(arguments).device)
+    torch.manual_seed(0)
+    print(lcw_ops.info(), flush=True)
+    failed = 0
+    for line in missing(device.type):
+        failed += 1
+        print(line, flush=True)
+    for one in cases(device.type):
+        for right, line in check(one, device):
+            failed += not right
+            print(line, flush=True)
+    print(f"{failed} failed" if failed else "every kernel is right")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
