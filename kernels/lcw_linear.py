@@ -136,8 +136,9 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
         "BLOCK_K": block_k,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
-        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4.
-        "num_warps": 8 if itemsize >= 4 and block_m >= 32 else 4,
+        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4; with an address and a mask for
+        # every element beside them, those of 16 bits too.
+        "num_warps": 8 if block_m >= 32 and (itemsize >= 4 or not aligned) else 4,
     }
 
 
