@@ -28,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "../refusal.h"
 #include "activations.h"
 #include "tensors.h"
 
@@ -43,7 +44,7 @@ enum class Kind { arctan, tanh, log };
 Kind to_kind(const char* op, const std::string& name) {
   if (name == "arctan") return Kind::arctan;
   if (name == "tanh") return Kind::tanh;
-  STD_TORCH_CHECK(name == "log", op, ": kind is ", name, "; expected arctan, tanh or log; call lcw_ops.functional");
+  STD_TORCH_CHECK(name == "log", op, ": kind is ", name, "; expected arctan, tanh or log");
   return Kind::log;
 }
 
@@ -314,11 +315,13 @@ bool lie_alike(AtenTensorHandle one, AtenTensorHandle other) {
   return steps(one) == steps(other);
 }
 
-// The type of a tensor that the kernels take.
+// The type of a tensor that the kernels take. A sparse one has no strides to ask for.
 std::optional<ScalarType> taken_type(AtenTensorHandle tensor) {
   static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
                        bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
-  if (!is_cpu(tensor) || !is_dense(tensor)) return std::nullopt;
+  static const int32_t strided = aoti_torch_layout_strided();
+  if (!is_cpu(tensor) || ask<int32_t>(aoti_torch_get_layout, tensor) != strided || !is_dense(tensor))
+    return std::nullopt;
   const int32_t type = dtype(tensor);
   if (type == float32) return ScalarType::Float;
   if (type == float64) return ScalarType::Double;
@@ -336,28 +339,19 @@ int64_t size_of(ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// Of tensors to be changed, or parameters: dense ones share memory where their ranges of addresses meet, and two
-// threads would then write there.
+// Tensors to be changed, or parameters.
 template <int arrays>
-void check_disjoint(const char* op, const std::vector<Item<arrays>>& items) {
-  std::vector<std::pair<const char*, const char*>> ranges;
+bool share_memory(const std::vector<Item<arrays>>& items) {
+  AddressRanges ranges;
   ranges.reserve(items.size());
-  for (const Item<arrays>& item : items) {
-    if (item.count == 0) continue;
-    const char* begin = static_cast<const char*>(item.at[0]);
-    ranges.emplace_back(begin, begin + item.count * size_of(item.type));
-  }
-  if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
-  for (size_t i = 1; i < ranges.size(); ++i)
-    STD_TORCH_CHECK(
-        ranges[i - 1].second <= ranges[i].first, op,
-        ": two tensors share memory; call lcw_ops.functional or lcw_ops.optim");
+  for (const Item<arrays>& item : items) ranges.add(item.at[0], item.count * size_of(item.type));
+  return ranges.meet();
 }
 
-// Of every parameter its tensors, `written` ones first.
-template <int arrays>
-std::vector<Item<arrays>> to_items(
-    const char* op, const std::array<const Tensors*, arrays>& lists, int written) {
+// run(items) with the tensors of every parameter, `written` ones first; unless they are refused.
+template <int arrays, typename Run>
+Refusal with_items(
+    const char* op, const std::array<const Tensors*, arrays>& lists, int written, const Run& run) {
   const Tensors& params = *lists[0];
   for (const Tensors* list : lists)
     STD_TORCH_CHECK(
@@ -368,38 +362,44 @@ std::vector<Item<arrays>> to_items(
   for (size_t i = 0; i < params.size(); ++i) {
     const AtenTensorHandle param = params[i];
     const std::optional<ScalarType> type = taken_type(param);
-    STD_TORCH_CHECK(
-        type, op, ": parameter ", i,
-        " is not on the CPU, not of a floating dtype or has gaps in memory; call lcw_ops.optim");
+    if (!type)
+      return refuse_for(
+          op, "parameter " + std::to_string(i) + " is not on the CPU, not of a floating dtype or has gaps in memory",
+          "lcw_ops.optim");
     Item<arrays> item{{}, numel(param), *type};
     for (int a = 1; a < arrays; ++a) {
       const AtenTensorHandle other = (*lists[a])[i];
-      STD_TORCH_CHECK(
-          is_cpu(other) && dtype(other) == dtype(param) && lie_alike(param, other), op,
-          ": a tensor of parameter ", i, " differs from it in dtype, device, shape or strides; call lcw_ops.optim");
+      if (!is_cpu(other) || dtype(other) != dtype(param) || !lie_alike(param, other))
+        return refuse_for(
+            op, "a tensor of parameter " + std::to_string(i) + " differs from it in dtype, device, shape or strides",
+            "lcw_ops.optim");
     }
     for (int a = 0; a < arrays; ++a) item.at[a] = memory((*lists[a])[i], a < written);
     items.push_back(item);
   }
-  check_disjoint(op, items);
-  return items;
+  if (share_memory(items)) return refuse_for(op, "two parameters share memory", "lcw_ops.optim");
+  run(items);
+  return {};
 }
 
 // ---- The ops --------------------------------------------------------------------------------------------------------
 
-void gradient_activation(const Tensors& tensors, std::string kind_name, double alpha, double beta) {
-  const Kind kind = to_kind("gradient_activation_", kind_name);
+Refusal gradient_activation(const Tensors& tensors, std::string kind_name, double alpha, double beta) {
+  const char* op = "gradient_activation_";
+  const Kind kind = to_kind(op, kind_name);
   std::vector<Item<1>> items;
   items.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const std::optional<ScalarType> type = taken_type(tensors[i]);
-    STD_TORCH_CHECK(
-        type, "gradient_activation_: tensors[", i,
-        "] is not on the CPU, not of a floating dtype or has gaps in memory; call "
-        "lcw_ops.functional.gradient_activation_");
+    if (!type)
+      return refuse_for(
+          op,
+          "tensors[" + std::to_string(i) + "] is not on the CPU, not of a floating dtype or has gaps in memory",
+          "lcw_ops.functional.gradient_activation_");
     items.push_back({{memory(tensors[i], true)}, numel(tensors[i]), *type});
   }
-  check_disjoint("gradient_activation_", items);
+  if (share_memory(items))
+    return refuse_for(op, "two tensors share memory", "lcw_ops.functional.gradient_activation_");
   with_kind(kind, [&](auto kind_type) {
     for_each_piece(items, [&](auto isa, size_t i, int64_t first, int64_t count) LCW_LAMBDA_INLINE {
       with_numbers(items[i].type, [&](auto element) LCW_LAMBDA_INLINE {
@@ -412,9 +412,10 @@ void gradient_activation(const Tensors& tensors, std::string kind_name, double a
       });
     });
   });
+  return {};
 }
 
-void sgd_step(
+Refusal sgd_step(
     const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
     double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first,
     bool on_momentum, std::string kind_name, double alpha, double beta) {
@@ -459,9 +460,9 @@ void sgd_step(
       with_flag(on_momentum, [&](auto at_momentum) { run(kind_type, at_momentum, items); });
     });
   };
-  if (momentum != 0) return run_all(to_items<3>(op, {&params, &momentum_buffers, &grads}, 2));
+  if (momentum != 0) return with_items<3>(op, {&params, &momentum_buffers, &grads}, 2, run_all);
   STD_TORCH_CHECK(momentum_buffers.size() == 0, op, ": momentum buffers without momentum; call lcw_ops.optim.SGD");
-  run_all(to_items<2>(op, {&params, &grads}, 1));
+  return with_items<2>(op, {&params, &grads}, 1, run_all);
 }
 
 // What AdamW's step takes from the count of steps.
@@ -478,7 +479,7 @@ double to_count(AtenTensorHandle step) {
   return type == ScalarType::Float ? *static_cast<const float*>(count) : *static_cast<const double*>(count);
 }
 
-void adamw_step(
+Refusal adamw_step(
     const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
     const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
     const Tensors& state_steps, double lr, double beta1, double beta2, double weight_decay, double eps,
@@ -527,9 +528,10 @@ void adamw_step(
     });
   };
   const auto run_all = [&](const auto& items) { with_kind(kind, [&](auto kind_type) { run(kind_type, items); }); };
-  if (amsgrad) return run_all(to_items<5>(op, {&params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &grads}, 4));
+  if (amsgrad)
+    return with_items<5>(op, {&params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &grads}, 4, run_all);
   STD_TORCH_CHECK(max_exp_avg_sqs.size() == 0, op, ": largest averages without amsgrad; call lcw_ops.optim.AdamW");
-  run_all(to_items<4>(op, {&params, &exp_avgs, &exp_avg_sqs, &grads}, 3));
+  return with_items<4>(op, {&params, &exp_avgs, &exp_avg_sqs, &grads}, 3, run_all);
 }
 
 }  // namespace
@@ -544,7 +546,14 @@ struct torch::stable::detail::ToImpl<lcw_ops::Tensors> {
 };
 
 STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
-  m.impl("gradient_activation_.cpp", TORCH_BOX(&lcw_ops::gradient_activation));
-  m.impl("activated_sgd_step_.cpp", TORCH_BOX(&lcw_ops::sgd_step));
-  m.impl("activated_adamw_step_.cpp", TORCH_BOX(&lcw_ops::adamw_step));
+  m.impl("gradient_activation_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::gradient_activation>::raising));
+  m.impl("activated_sgd_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::sgd_step>::raising));
+  m.impl("activated_adamw_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::adamw_step>::raising));
+}
+
+// On every device: that a tensor is not on the CPU is an answer too.
+STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CompositeExplicitAutograd, m) {
+  m.impl("try_gradient_activation_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::gradient_activation>::answering));
+  m.impl("try_activated_sgd_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::sgd_step>::answering));
+  m.impl("try_activated_adamw_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::adamw_step>::answering));
 }

@@ -40,6 +40,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "../refusal.h"
+
 namespace lcw_ops {
 namespace {
 
@@ -389,20 +391,30 @@ bool is_dense(const Tensor& tensor) {
 struct Lists {
   const char* op;
   const std::vector<Tensor>& first;
+  Refusal refusal;
 
   Lists(const char* op, const std::vector<Tensor>& first, const std::string& kind) : op(op), first(first) {
     STD_TORCH_CHECK(
         kind == "arctan" || kind == "tanh" || kind == "log", op, ": kind is ", kind, "; expected arctan, tanh or log");
+    check_first();
+  }
+
+  void check_first() {
+    AddressRanges ranges;
     for (const Tensor& tensor : first) {
       const ScalarType dtype = tensor.scalar_type();
-      STD_TORCH_CHECK(
-          dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-              dtype == ScalarType::Half,
-          op, ": a tensor is not float32, float64, bfloat16 or float16; call the public function");
-      STD_TORCH_CHECK(
-          on_device_of(tensor, first[0]), op, ": the tensors are on several devices; call it for each device");
-      STD_TORCH_CHECK(is_dense(tensor), op, ": a tensor has gaps or overlaps itself; call the public function");
+      if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
+          dtype != ScalarType::Half)
+        return refuse("a tensor is not float32, float64, bfloat16 or float16");
+      if (!on_device_of(tensor, first[0])) return refuse("the tensors are on several devices");
+      if (!is_dense(tensor)) return refuse("a tensor has gaps or overlaps itself");
+      ranges.add(tensor.const_data_ptr(), tensor.numel() * tensor.element_size());
     }
+    if (ranges.meet()) refuse("two tensors share memory");
+  }
+
+  void refuse(const std::string& what) {
+    if (refusal.empty()) refusal = refuse_for(op, what, "the public function");
   }
 
   static bool on_device_of(const Tensor& a, const Tensor& b) {
@@ -415,16 +427,17 @@ struct Lists {
   }
 
   // Element for element in the same order in memory as the first list.
-  void check_like_first(const char* name, const std::vector<Tensor>& list) const {
+  void check_like_first(const char* name, const std::vector<Tensor>& list) {
     check_length(name, list);
     for (size_t i = 0; i < list.size(); ++i) {
       const Tensor &one = first[i], &other = list[i];
       bool same = on_device_of(one, other) && one.scalar_type() == other.scalar_type() && one.dim() == other.dim();
       for (int64_t dim = 0; same && dim < one.dim(); ++dim)
         same = one.size(dim) == other.size(dim) && (one.size(dim) == 1 || one.stride(dim) == other.stride(dim));
-      STD_TORCH_CHECK(
-          same, op, ": ", name, "[", i, "] has not the device, dtype, shape and strides of its parameter; call the "
-          "public function");
+      if (!same)
+        return refuse(
+            std::string(name) + "[" + std::to_string(i) +
+            "] has not the device, dtype, shape and strides of its parameter");
     }
   }
 
@@ -456,25 +469,26 @@ std::vector<Entry<slot_count>> entries_of(
   return entries;
 }
 
-void gradient_activation(std::vector<Tensor> tensors, std::string kind, double alpha, double beta) {
+Refusal gradient_activation(std::vector<Tensor> tensors, std::string kind, double alpha, double beta) {
   const Lists lists("gradient_activation_", tensors, kind);
-  if (tensors.empty()) return;
+  if (!lists.refusal.empty() || tensors.empty()) return lists.refusal;
   run(entries_of<1>(tensors, {}), kind, tensors[0], [&](auto kind_of, auto number) {
     using T = decltype(number);
     return Activate<kind_of(), T>{{alpha, beta}};
   });
+  return {};
 }
 
-void activated_sgd_step(
+Refusal activated_sgd_step(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers, double lr,
     double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first,
     bool on_momentum, std::string kind, double alpha, double beta) {
-  const Lists lists("activated_sgd_step_", params, kind);
+  Lists lists("activated_sgd_step_", params, kind);
   lists.check_like_first("grads", grads);
   const bool has_buffer = momentum != 0;
   if (has_buffer) lists.check_like_first("momentum_buffers", momentum_buffers);
   if (!has_buffer) momentum_buffers.clear();
-  if (params.empty()) return;
+  if (!lists.refusal.empty() || params.empty()) return lists.refusal;
   run(entries_of<3>(params, {&grads, &momentum_buffers}), kind, params[0], [&](auto kind_of, auto number) {
     using T = decltype(number);
     SgdStep<kind_of(), T> step{{alpha, beta}};
@@ -483,21 +497,22 @@ void activated_sgd_step(
     step.maximize = maximize, step.is_first = is_first, step.on_momentum = on_momentum;
     return step;
   });
+  return {};
 }
 
-void activated_adamw_step(
+Refusal activated_adamw_step(
     std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
     std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> state_steps, double lr,
     double beta1, double beta2, double weight_decay, double eps, bool amsgrad, bool maximize, std::string kind,
     double alpha, double beta) {
-  const Lists lists("activated_adamw_step_", params, kind);
+  Lists lists("activated_adamw_step_", params, kind);
   lists.check_like_first("grads", grads);
   lists.check_like_first("exp_avgs", exp_avgs);
   lists.check_like_first("exp_avg_sqs", exp_avg_sqs);
   if (amsgrad) lists.check_like_first("max_exp_avg_sqs", max_exp_avg_sqs);
   if (!amsgrad) max_exp_avg_sqs.clear();
   const bool steps_on_gpu = lists.check_steps(state_steps);
-  if (params.empty()) return;
+  if (!lists.refusal.empty() || params.empty()) return lists.refusal;
   auto entries = entries_of<6>(params, {&grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &state_steps});
   for (auto& entry : entries) {
     Slot& step = entry.slots[5];
@@ -512,13 +527,17 @@ void activated_adamw_step(
     step.amsgrad = amsgrad, step.maximize = maximize, step.steps_on_gpu = steps_on_gpu;
     return step;
   });
+  return {};
 }
 
 }  // namespace
 }  // namespace lcw_ops
 
 STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CUDA, m) {
-  m.impl("gradient_activation_.cuda", TORCH_BOX(&lcw_ops::gradient_activation));
-  m.impl("activated_sgd_step_.cuda", TORCH_BOX(&lcw_ops::activated_sgd_step));
-  m.impl("activated_adamw_step_.cuda", TORCH_BOX(&lcw_ops::activated_adamw_step));
+  m.impl("gradient_activation_.cuda", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::gradient_activation>::raising));
+  m.impl("activated_sgd_step_.cuda", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::activated_sgd_step>::raising));
+  m.impl("activated_adamw_step_.cuda", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::activated_adamw_step>::raising));
+  m.impl("try_gradient_activation_.cuda", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::gradient_activation>::answering));
+  m.impl("try_activated_sgd_step_.cuda", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::activated_sgd_step>::answering));
+  m.impl("try_activated_adamw_step_.cuda", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::activated_adamw_step>::answering));
 }

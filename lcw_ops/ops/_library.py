@@ -51,9 +51,9 @@ def declare(
             )
 
 
-def implement(name: str, backend: str, function: Callable) -> None:
-    """Give a backend written in Python (Triton launchers) its implementation."""
-    _library.impl(f"{name}.{backend}", function, DISPATCH_KEY[backend])
+def implement(name: str, backend: str, function: Callable, key: str | None = None) -> None:
+    """Give a backend written in Python (Triton launchers) its implementation; or any, what it does on one ``key``."""
+    _library.impl(f"{name}.{backend}", function, key or DISPATCH_KEY[backend])
 
 
 def get_overload(name: str, backend: str) -> torch._ops.OpOverload:

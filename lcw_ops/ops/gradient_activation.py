@@ -4,6 +4,8 @@ f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) ln(1 + beta |g|),
 L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
 """
 
+import functools
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -16,7 +18,12 @@ from lcw_ops.ops import _backends, _library
 NAME = "gradient_activation_"
 SGD_STEP, ADAMW_STEP = "activated_sgd_step_", "activated_adamw_step_"
 
-# At once in plain torch: many, for a foreach call costs what one tensor's does; few, for float32 copies of 16-bit ones.
+# With this before its name, an op of a compiled backend answers whether it took the tensors: it looks for itself how
+# they lie in memory, before the first write. An op that only raises could not be told from one that failed.
+TRY = "try_"
+
+# At once in plain torch, or as copies in one dtype: many, for a foreach call costs what one tensor's does; few, for the
+# memory of the copies.
 FOREACH_TENSORS = 32
 
 
@@ -150,41 +157,49 @@ def _triton_adamw_step(*arguments):
 
 def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
     """The op on ``backend``; the tensors are on one device, and everything has been checked."""
+    if backend != "reference" and torch._C._are_functorch_transforms_active():
+        # How memory lies is seen below the transforms only: there _vmap looks.
+        _library.get_overload(NAME, backend)(tensors, kind, alpha, beta)
+        return
+    if _can_ask(backend, tensors) and _library.get_overload(TRY + NAME, backend)(tensors, kind, alpha, beta):
+        _count_writes(tensors)
+        return
+    # f(0) is 0: zeros without memory are right as they are, and nothing can be written to them.
+    tensors = [tensor for tensor in tensors if torch.compiler.is_compiling() or not tensor._is_zerotensor()]
     if backend == "reference":
         _reference_activate_(tensors, kind, alpha, beta)
-        return
-    overload = _library.get_overload(NAME, backend)
-    if torch._C._are_functorch_transforms_active():
-        # How memory lies is seen below the transforms only: there _vmap looks.
-        overload(tensors, kind, alpha, beta)
-        return
-    if not _refuses_gaps(backend) or not _succeeds(overload, tensors, kind, alpha, beta):
-        _activate_dense_(overload, tensors, kind, alpha, beta)
-    _count_writes(tensors)
+    elif tensors:
+        _activate_dense_(_library.get_overload(NAME, backend), tensors, kind, alpha, beta)
+        _count_writes(tensors)
 
 
 def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> bool:
-    """The C++ kernel on tensors of which nothing is known but their type; False if it refused before any write."""
-    if not _succeeds(_library.get_overload(NAME, "cpp"), tensors, kind, alpha, beta):
+    """The C++ kernel on tensors of which nothing is known but their type; False if it did not take them: no write."""
+    if _is_recorded() or not _library.get_overload(TRY + NAME, "cpp")(tensors, kind, alpha, beta):
         return False
     _count_writes(tensors)
     return True
 
 
-def _refuses_gaps(backend: str) -> bool:
-    """Whether it looks itself, so that nobody has to look before; a traced program finds out too late."""
-    return backend in ("cpp", "cuda") and not torch.compiler.is_compiling()
+def _can_ask(backend: str, tensors: list[Tensor]) -> bool:
+    """Whether the kernel may answer that it does not take the tensors, so that nobody has to look before.
+
+    A subclass that makes several calls of one would have several answers.
+    """
+    return (
+        backend in ("cpp", "cuda")
+        and not _is_recorded()
+        and all(kind.__torch_dispatch__ is Tensor.__torch_dispatch__ for kind in set(map(type, tensors)))
+    )
 
 
-def _succeeds(overload, *arguments) -> bool:
-    """Whether the kernel took them; it refuses before the first write, and says whom to call."""
-    try:
-        overload(*arguments)
-    except (RuntimeError, ValueError) as error:
-        if "; call " not in str(error) and not isinstance(error, NotImplementedError):
-            raise
-        return False
-    return True
+def _is_recorded() -> bool:
+    """Whether calls become part of a program, which could not look at an answer."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+
+
+def _refuse(*arguments) -> bool:
+    return False
 
 
 def _activate_dense_(overload, tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
@@ -194,9 +209,19 @@ def _activate_dense_(overload, tensors: list[Tensor], kind: str, alpha: float, b
 
 
 def _to_dense(tensor: Tensor) -> Tensor:
-    # While torch.compile traces, strides may be symbols, which cannot be sorted.
-    lies_well = tensor.is_contiguous() if torch.compiler.is_compiling() else is_dense(tensor)
-    return tensor if lies_well else tensor.contiguous()
+    if torch.compiler.is_compiling():
+        # Strides may be symbols there, which cannot be sorted.
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
+    tensor = _resolve_negation(tensor)
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def _is_virtual(tensor: Tensor) -> bool:
+    """Whether its numbers are not those in memory: a view that is to be negated when it is read, or zeros without any.
+
+    Compilers replace both themselves.
+    """
+    return not torch.compiler.is_compiling() and (tensor.is_neg() or tensor._is_zerotensor())
 
 
 def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
@@ -234,18 +259,19 @@ def sgd_step_(
     """One step of SGD on ``backend``, with f of the gradient or of what leaves the momentum (``activate``).
 
     As ``lcw_ops.reference.sgd_step`` by element, in place. Tensors of one device, in any layout; grads are only read.
-    ``momentum_buffers`` is empty without momentum; with ``is_first`` it holds nothing yet. Nothing is checked here.
+    What belongs to one parameter may differ in dtype: it is computed in float64 if any of it is that, otherwise in
+    float32, and rounded once. ``momentum_buffers`` is empty without momentum; with ``is_first`` it holds nothing yet.
+    Nothing is checked here.
     """
     numbers = (lr, momentum, dampening, weight_decay, nesterov, maximize, is_first)
     if backend == "reference":
         _by_dtype(_foreach_sgd_step_, [params, momentum_buffers], grads, None, *numbers, activate, kind, alpha, beta)
         return
 
-    def step(params, momentum_buffers, grads, _):
-        overload = _library.get_overload(SGD_STEP, backend)
-        overload(params, grads, momentum_buffers, *numbers, activate == "momentum", kind, alpha, beta)
+    def step(overload, params, momentum_buffers, grads, _):
+        return overload(params, grads, momentum_buffers, *numbers, activate == "momentum", kind, alpha, beta)
 
-    _step_in_place(backend, step, [params, momentum_buffers], grads, [])
+    _step_in_place(SGD_STEP, backend, step, [params, momentum_buffers], grads, [])
 
 
 def adamw_step_(
@@ -269,8 +295,9 @@ def adamw_step_(
 ) -> None:
     """One step of AdamW on ``backend``, with f of the raw gradient.
 
-    As ``lcw_ops.reference.adamw_step`` by element, in place. Tensors of one device, in any layout; grads are only read.
-    ``max_exp_avg_sqs`` is empty without ``amsgrad``; ``state_steps`` have been counted up. Nothing is checked here.
+    As ``lcw_ops.reference.adamw_step`` by element, in place. Tensors of one device, in any layout and, for each
+    parameter, of any dtypes, as in `sgd_step_`; grads are only read. ``max_exp_avg_sqs`` is empty without ``amsgrad``;
+    ``state_steps`` are float32 and have been counted up. Nothing is checked here.
     """
     written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     numbers = (lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, kind, alpha, beta)
@@ -278,39 +305,69 @@ def adamw_step_(
         _by_dtype(_foreach_adamw_step_, written, grads, state_steps, *numbers)
         return
 
-    def step(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grads, state_steps):
-        overload = _library.get_overload(ADAMW_STEP, backend)
-        overload(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *numbers)
+    def step(overload, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grads, state_steps):
+        return overload(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *numbers)
 
-    _step_in_place(backend, step, written, grads, state_steps)
+    _step_in_place(ADAMW_STEP, backend, step, written, grads, state_steps)
 
 
 def _step_in_place(
-    backend: str, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
+    name: str, backend: str, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
 ) -> None:
-    """``step(*written, grads, state_steps)`` on tensors in any layout."""
+    """``step(overload, *written, grads, state_steps)`` on tensors in any layout and of any dtypes."""
     # Of no tensors the dispatcher cannot tell the device.
     if not grads:
         return
-    if not _refuses_gaps(backend) or not _succeeds(step, *written, grads, state_steps):
-        if len(grads) > 1 and not torch.compiler.is_compiling() and find_shared(written[0]) is not None:
-            # Parameters over the same memory, one after another.
-            for index in range(len(grads)):
-                one = [tensors[index : index + 1] for tensors in (*written, grads, state_steps)]
-                _step_in_place(backend, step, one[:-2], *one[-2:])
-            return
-        params = [_to_dense(param) for param in written[0]]
-        laid_out = [params, *([_lay_out_as(params, tensors) for tensors in written[1:]])]
-        step(*laid_out, _lay_out_as(params, grads), state_steps)
-        for tensors, copies in zip(written, laid_out, strict=True):
-            _write_back(tensors, copies)
+    if not _can_ask(backend, written[0]) or not step(
+        _library.get_overload(TRY + name, backend), *written, grads, state_steps
+    ):
+        length = _length_of_pieces(written, grads)
+        for start in range(0, len(grads), length):
+            *piece, counts = (tensors[start : start + length] for tensors in (*written, grads, state_steps))
+            _step_on_copies(_library.get_overload(name, backend), step, piece[:-1], piece[-1], counts)
     _count_writes([tensor for tensors in written for tensor in tensors])
 
 
+def _length_of_pieces(written: list[list[Tensor]], grads: list[Tensor]) -> int:
+    """How many parameters to step at once."""
+    if len(grads) > 1 and not torch.compiler.is_compiling() and find_shared(written[0]) is not None:
+        # Parameters over the same memory, one after another.
+        return 1
+    is_mixed = any(len({tensor.dtype for tensor in own}) > 1 for own in _by_parameter(written, grads))
+    return FOREACH_TENSORS if is_mixed else len(grads)
+
+
+def _step_on_copies(
+    overload, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
+) -> None:
+    """``step`` on what belongs to one parameter in its dense layout and one dtype, copied where it is not."""
+    dtypes = [_common_dtype(own) for own in _by_parameter(written, grads)]
+    params = [_to_dense(_widen(param, dtype)) for param, dtype in zip(written[0], dtypes, strict=True)]
+    laid_out = [params, *([_lay_out_as(params, tensors) for tensors in written[1:]])]
+    step(overload, *laid_out, _lay_out_as(params, grads), state_steps)
+    for tensors, copies in zip(written, laid_out, strict=True):
+        _write_back(tensors, copies)
+
+
+def _by_parameter(written: list[list[Tensor]], grads: list[Tensor]) -> Iterable[tuple[Tensor, ...]]:
+    """What belongs to each parameter; lists that are not there are []."""
+    return zip(*(tensors for tensors in written if tensors), grads, strict=True)
+
+
+def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
+    """Of several dtypes, one that holds the numbers of all."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1:
+        return tensors[0].dtype
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, copied where their memory does not lie as the parameter's does; [] stays []."""
+    """The tensors, copied where their memory is not as the parameter's; [] stays []."""
     return [
-        tensor if tensor.stride() == param.stride() else torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+        tensor
+        if tensor.stride() == param.stride() and tensor.dtype is param.dtype and not _is_virtual(tensor)
+        else torch.empty_like(param).copy_(tensor)
         for param, tensor in zip(params, tensors, strict=bool(tensors))
     ]
 
@@ -321,18 +378,17 @@ def _reference_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: f
         for tensor in tensors:
             tensor.copy_(reference.gradient_activation(tensor, kind, alpha, beta))
         return
+    resolved = [_resolve_negation(tensor) for tensor in tensors]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in resolved:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype, same in by_dtype.items():
         for start in range(0, len(same), FOREACH_TENSORS):
             group = same[start : start + FOREACH_TENSORS]
-            if dtype in (torch.bfloat16, torch.float16):
-                wide = [tensor.float() for tensor in group]
-                _foreach_activate_(wide, kind, alpha, beta)
-                torch._foreach_copy_(group, wide)
-            else:
-                _foreach_activate_(group, kind, alpha, beta)
+            wide = [_widen(tensor, torch.promote_types(dtype, torch.float32)) for tensor in group]
+            _foreach_activate_(wide, kind, alpha, beta)
+            _round_into(group, wide)
+    _write_back(tensors, resolved)
 
 
 def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
@@ -347,27 +403,41 @@ def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: flo
     torch._foreach_mul_(tensors, alpha)
 
 
+def _resolve_negation(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of a view that is to be negated when it is read: foreach calls do not write to those."""
+    return tensor if torch.compiler.is_compiling() else tensor.resolve_neg()
+
+
+def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _round_into(tensors: list[Tensor], wide: list[Tensor]) -> None:
+    copied = [(tensor, copy) for tensor, copy in zip(tensors, wide, strict=True) if copy is not tensor]
+    if copied:
+        torch._foreach_copy_([tensor for tensor, _ in copied], [copy for _, copy in copied])
+
+
 def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -> None:
-    """``step(*written, grads, counts, *options)`` on few parameters of one dtype at a time, 16 bits in float32."""
+    """``step(*written, grads, counts, *options)`` on few parameters of one dtype at a time, at least float32."""
+    resolved = [[_resolve_negation(tensor) for tensor in tensors] for tensors in written]
     by_dtype: dict[torch.dtype, list[int]] = {}
-    for index, param in enumerate(written[0]):
-        by_dtype.setdefault(param.dtype, []).append(index)
+    for index, own in enumerate(_by_parameter(written, grads)):
+        by_dtype.setdefault(torch.promote_types(_common_dtype(own), torch.float32), []).append(index)
     # One wait for the device, not one for each.
     counts = torch.stack(state_steps).tolist() if state_steps else []
     for dtype, indices in by_dtype.items():
         for start in range(0, len(indices), FOREACH_TENSORS):
             chosen = indices[start : start + FOREACH_TENSORS]
-            narrow = [[tensors[index] for index in chosen] if tensors else [] for tensors in written]
-            wide = narrow
+            narrow = [[tensors[index] for index in chosen] if tensors else [] for tensors in resolved]
+            wide = [[_widen(tensor, dtype) for tensor in tensors] for tensors in narrow]
             # A copy in any case: the step overwrites it.
-            gradients = [grads[index].to(torch.promote_types(dtype, torch.float32), copy=True) for index in chosen]
-            if dtype in (torch.bfloat16, torch.float16):
-                wide = [[tensor.float() for tensor in tensors] for tensors in narrow]
+            gradients = [grads[index].to(dtype, copy=True) for index in chosen]
             step(*wide, gradients, [counts[index] for index in chosen] if counts else [], *options)
-            if wide is not narrow:
-                for tensors, results in zip(narrow, wide, strict=True):
-                    if tensors:
-                        torch._foreach_copy_(tensors, results)
+            for tensors, results in zip(narrow, wide, strict=True):
+                _round_into(tensors, results)
+    for tensors, results in zip(written, resolved, strict=True):
+        _write_back(tensors, results)
 
 
 def _foreach_sgd_step_(
@@ -444,31 +514,36 @@ def _foreach_adamw_step_(
 
 # Lists of tensors on one device, without gaps or overlap; all of one parameter have its shape, dtype and strides.
 # `is_first`: the momentum buffers hold nothing yet. `state_steps` have been counted up already.
-_library.declare(
-    NAME,
-    "(Tensor(a!)[] tensors, str kind, float alpha, float beta) -> ()",
-    backends=("cpp", "cuda", "triton"),
-    fake=_fake,
-    vmap=_vmap,
-)
-_library.declare(
-    SGD_STEP,
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, float dampening, "
-    "float weight_decay, bool nesterov, bool maximize, bool is_first, bool on_momentum, str kind, float alpha, "
-    "float beta) -> ()",
-    backends=("cpp", "cuda", "triton"),
-    fake=_step_fake,
-)
-_library.declare(
-    ADAMW_STEP,
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor[] state_steps, float lr, float beta1, float beta2, float weight_decay, "
-    "float eps, bool amsgrad, bool maximize, str kind, float alpha, float beta) -> ()",
-    backends=("cpp", "cuda", "triton"),
-    fake=_step_fake,
-)
+_ARGUMENTS = {
+    NAME: "(Tensor(a!)[] tensors, str kind, float alpha, float beta)",
+    SGD_STEP: (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
+        "float dampening, float weight_decay, bool nesterov, bool maximize, bool is_first, bool on_momentum, str kind, "
+        "float alpha, float beta)"
+    ),
+    ADAMW_STEP: (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor(d!)[] max_exp_avg_sqs, Tensor[] state_steps, float lr, float beta1, float beta2, float weight_decay, "
+        "float eps, bool amsgrad, bool maximize, str kind, float alpha, float beta)"
+    ),
+}
+# To the dispatcher these are apart: views that are to be negated when read, zeros without memory, nested tensors.
+_NOT_PLAIN = ("Negative", "ZeroTensor", "AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA")
+
+_library.declare(NAME, f"{_ARGUMENTS[NAME]} -> ()", backends=("cpp", "cuda", "triton"), fake=_fake, vmap=_vmap)
+for _op in (SGD_STEP, ADAMW_STEP):
+    _library.declare(_op, f"{_ARGUMENTS[_op]} -> ()", backends=("cpp", "cuda", "triton"), fake=_step_fake)
+for _op, _arguments in _ARGUMENTS.items():
+    _backends.IMPLEMENTED[_op] = ("cpp", "cuda", "triton")
+    _library.declare(TRY + _op, f"{_arguments} -> bool", backends=("cpp", "cuda"))
+    for _backend in ("cpp", "cuda"):
+        for _key in _NOT_PLAIN:
+            _library.implement(TRY + _op, _backend, _refuse, _key)
+for _backend in ("cpp", "cuda", "triton"):
+    # Where a transform of torch.func unwraps the view.
+    _library.implement(
+        NAME, _backend, functools.partial(_activate_dense_, _library.get_overload(NAME, _backend)), "Negative"
+    )
 _library.implement(NAME, "triton", _triton_activate)
 _library.implement(SGD_STEP, "triton", _triton_sgd_step)
 _library.implement(ADAMW_STEP, "triton", _triton_adamw_step)
-for _op in (NAME, SGD_STEP, ADAMW_STEP):
-    _backends.IMPLEMENTED[_op] = ("cpp", "cuda", "triton")

@@ -3,6 +3,7 @@
 Groups without activation take torch's own step. Of the others everything is checked and gathered before any changes.
 """
 
+import operator
 from collections.abc import Callable, Hashable
 
 import torch
@@ -14,6 +15,9 @@ from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import KINDS
 
 _LOCAL_TYPES = {Tensor, Parameter}
+
+# What a state has of its parameter.
+_FORM = operator.attrgetter("shape", "device", "layout")
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -55,6 +59,15 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         if "gradient_activation" in self.defaults and isinstance(param_group, dict):
             self._check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    def _check_changed_options(self, index: int, group: dict) -> None:
+        """Before a step: users and schedulers write into groups. Values are compared by identity: True equals 1.0."""
+        values = [group[name] for name in self._options]
+        values += group.get("differentiable"), group.get("decoupled_weight_decay")
+        checked = self.__dict__.setdefault("_checked_options", {})
+        if index not in checked or any(map(operator.is_not, values, checked[index])):
+            self._check_options(group)
+            checked[index] = values
 
     def _check_options(self, group: dict) -> None:
         name = self._name()
@@ -102,8 +115,10 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            TypeError: a gradient that is sparse, or a parameter that is not float32, float64, bfloat16 or float16.
-            ValueError: options of a group that are out of range; an activated parameter whose elements share memory.
+            TypeError: a gradient that is sparse or complex; a parameter that is not float32, float64, bfloat16 or
+                float16; a state that is no tensor, or not of a dtype to compute with.
+            ValueError: options of a group that are out of range; an activated parameter whose elements share memory or
+                that has none; a state that is missing, or that has not the form of its parameter.
             RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
             On these errors no parameter has been changed. (With no activated group, errors are torch's.)
         """
@@ -159,7 +174,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     def _checked_group(self, index: int, group: dict) -> dict:
         """The group with those of its parameters that have a gradient, each once."""
-        self._check_options(group)
+        self._check_changed_options(index, group)
         params = []
         # A parameter that a group has twice would be written by two threads at once.
         for param in {id(param): param for param in group["params"]}.values():
@@ -178,25 +193,62 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                     f"{param.dtype}; expected float32, float64, bfloat16 or float16. Give its group "
                     "gradient_activation=None, which is torch's step."
                 )
-            if ops.may_overlap(param):
+            if gradient.is_complex():
+                raise TypeError(
+                    f"{self._name()}: a gradient in param_groups[{index}] of shape {tuple(gradient.shape)} is "
+                    f"{gradient.dtype}; expected real numbers. Give the parameter its real part."
+                )
+            if not param.is_contiguous() and ops.may_overlap(param):
                 raise ValueError(
                     f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} has elements "
                     "that share memory, and cannot be stepped in place. Give a clone, or the tensor that was expanded."
                 )
+            if param._is_zerotensor():
+                raise ValueError(
+                    f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} is zeros "
+                    "without memory, and cannot be stepped in place. Give a clone."
+                )
             params.append(param)
         return {**group, "params": params}
 
-    def _localize(self, index: int, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]]) -> None:
-        """In place: the local parts of DTensors, and gradients in their parameter's dtype. States are checked."""
-        dtypes = [param.dtype for param in params]
-        for state in states:
-            if [tensor.dtype for tensor in state] != dtypes:
-                raise TypeError(
-                    f"{self._name()}: a parameter in param_groups[{index}] and its state differ in dtype. Convert the "
-                    "state too: optimizer.load_state_dict(optimizer.state_dict())."
-                )
-        if [grad.dtype for grad in grads] != dtypes:
-            grads[:] = [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    def _check_states(self, index: int, params: list[Tensor], states: dict[str, list[Tensor]]) -> None:
+        """Each name's tensors can be stepped beside their parameters, element by element."""
+        forms = list(map(_FORM, params))
+        for name, tensors in states.items():
+            # Thousands of parameters before every step: what is wrong is looked for afterwards.
+            if (
+                all(isinstance(tensor, Tensor) for tensor in tensors)
+                and list(map(_FORM, tensors)) == forms
+                and not any(map(Tensor._is_zerotensor, tensors))
+                and not any(not tensor.is_contiguous() and ops.may_overlap(tensor) for tensor in tensors)
+            ):
+                continue
+            for param, tensor in zip(params, tensors, strict=True):
+                self._check_state(index, param, name, tensor)
+
+    def _check_state(self, index: int, param: Tensor, name: str, state: object) -> None:
+        where = self._where(index, param, name)
+        if not isinstance(state, Tensor):
+            raise TypeError(
+                f"{where} is a {type(state).__name__}; expected a tensor of that shape. Put one into optimizer.state, "
+                "or delete the parameter's entry there, which starts it anew."
+            )
+        if _FORM(state) != _FORM(param):
+            came, expected = (f"shape {tuple(t.shape)}, {t.layout} on {t.device}" for t in (state, param))
+            raise ValueError(f"{where} has {came}; expected {expected}. Load the state of the same model.")
+        if state._is_zerotensor() or ops.may_overlap(state):
+            raise ValueError(
+                f"{where} has elements that share memory or have none, and cannot be stepped in place. Put a clone "
+                "into optimizer.state."
+            )
+
+    def _where(self, index: int, param: Tensor, name: str) -> str:
+        """The beginning of a message about a state."""
+        return f"{self._name()}: {name} of a parameter in param_groups[{index}] of shape {tuple(param.shape)}"
+
+    @staticmethod
+    def _localize(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:
+        """In place: the local parts of DTensors."""
         if set(map(type, params)) <= _LOCAL_TYPES:
             return
         for place, param in enumerate(params):
@@ -205,6 +257,15 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                     grads[place] = grads[place].redistribute(param.device_mesh, param.placements)
                 for tensors in (params, grads, *states):
                     tensors[place] = tensors[place].to_local()
+
+
+def are_mixed(params: list[Tensor], *lists: list[Tensor]) -> list[bool]:
+    """For each parameter, whether what belongs to it differs in dtype: such are stepped as copies, and apart."""
+    dtypes = [param.dtype for param in params]
+    others = [[tensor.dtype for tensor in tensors] for tensors in lists]
+    if all(other == dtypes for other in others):
+        return [False] * len(params)
+    return [any(dtype is not own for dtype in belonging) for own, *belonging in zip(dtypes, *others, strict=True)]
 
 
 def _is_activated(group: dict) -> bool:

@@ -13,7 +13,11 @@ from torch.optim.optimizer import ParamsT
 
 from lcw_ops.ops import _backends
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.optim._activated import ActivatedOptimizer, split
+from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, split
+from lcw_ops.reference import checks
+
+# torch adds 1 to these.
+_COUNTING = (*checks.FLOATING, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class AdamW(ActivatedOptimizer, torch.optim.AdamW):
@@ -88,14 +92,25 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         group = self._checked_group(index, group)
         params, grads, steps = [], [], []
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs = [], [], []
-        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-        states = [exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
-        self._localize(index, params, grads, states)
+        try:
+            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        except KeyError as error:
+            raise ValueError(
+                f"{self._name()}: {error} is missing in the state of a parameter in param_groups[{index}]. Put it into "
+                "optimizer.state, or delete the parameter's entry there, which starts it anew."
+            ) from error
+        states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
+        states = {name: tensors for name, tensors in states.items() if tensors}
+        self._check_states(index, params, states)
+        self._check_dtypes(index, params, grads, states)
+        self._check_steps(index, params, steps)
+        self._localize(params, grads, *states.values())
         beta1, beta2 = group["betas"]
         calls = []
         # torch counts on the CPU by default, beside the parameters when capturable; loading can mix the two.
         devices = [param.device for param in params], [step.device for step in steps]
-        for (device, _), take in split(*devices).items():
+        mixed = are_mixed(params, grads, *states.values())
+        for (device, *_), take in split(*devices, mixed).items():
             calls.append(
                 functools.partial(
                     _step,
@@ -120,23 +135,84 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             )
         return calls
 
+    def _check_dtypes(
+        self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
+    ) -> None:
+        """A state in fewer digits than its parameter would go on unseen, where torch's step raises."""
+        dtypes = [param.dtype for param in params]
+        for name, tensors in states.items():
+            if [tensor.dtype for tensor in tensors] == dtypes:
+                continue
+            for param, grad, tensor in zip(params, grads, tensors, strict=True):
+                if tensor.dtype not in (param.dtype, grad.dtype) or tensor.dtype not in checks.FLOATING:
+                    raise TypeError(
+                        f"{self._where(index, param, name)} is {tensor.dtype}, and the parameter {param.dtype}: they "
+                        "differ in dtype. Convert the state too: optimizer.load_state_dict(optimizer.state_dict())."
+                    )
+
+    def _check_steps(self, index: int, params: list[Tensor], steps: list[Tensor]) -> None:
+        for param, step in zip(params, steps, strict=True):
+            if _is_count(step, param):
+                continue
+            where = self._where(index, param, "step")
+            if not isinstance(step, Tensor):
+                raise TypeError(
+                    f"{where} is a {type(step).__name__}; expected a tensor of one number. Put torch.tensor("
+                    f"{step!r}, dtype=torch.float32) into optimizer.state, or load the state by load_state_dict, which "
+                    "makes it one."
+                )
+            if step.numel() != 1 or step.dtype not in _COUNTING or step.is_meta:
+                raise TypeError(
+                    f"{where} is {step.dtype} of shape {tuple(step.shape)} on {step.device}; expected one real number "
+                    "with memory. Put torch.tensor(count, dtype=torch.float32) into optimizer.state."
+                )
+            raise ValueError(
+                f"{where} is {step.item()} in {step.dtype}; expected the count of steps made, from 0 to one less than "
+                "the largest number of its dtype: the bias correction would divide by 0. Put the right count into "
+                "optimizer.state, as torch.float32."
+            )
+
+
+def _is_count(step: object, param: Tensor) -> bool:
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in _COUNTING:
+        return False
+    if not step.is_cpu:
+        # Reading one on a GPU would wait for it.
+        return not step.is_meta or param.is_meta
+    count = step.item()
+    return count >= 0 and (step.is_floating_point() or count < torch.iinfo(step.dtype).max)
+
 
 def _step(backend: str, *lists: list[Tensor], **options) -> None:
     *tensors, steps = lists
-    _count(steps, 1.0)
+    _count(steps, 1)
     try:
-        # Under a float64 default dtype torch counts in that.
-        counts = steps if all(step.dtype is torch.float32 for step in steps) else [step.float() for step in steps]
-        ops.adamw_step_(backend, *tensors, counts, **options)
+        ops.adamw_step_(backend, *tensors, _as_counts(steps, tensors[0][0].device), **options)
     except BaseException:
         # The op wants them counted up, and no step has been made.
-        _count(steps, -1.0)
+        _count(steps, -1)
         raise
 
 
-def _count(steps: list[Tensor], by: float) -> None:
-    # On the CPU torch adds in a loop, where a number would become a tensor anew each time.
-    if steps[0].is_cpu:
+def _as_counts(steps: list[Tensor], device: torch.device) -> list[Tensor]:
+    """What the op takes: float32, on the CPU or beside the parameters. They are all on one device."""
+    if not steps[0].is_cpu and steps[0].device != device:
+        steps = [step.to(device) for step in steps]
+    # Loaded states count in any dtype, and under a float64 default dtype torch counts in that.
+    return steps if all(map(_is_plain_count, steps)) else [step.to(torch.float32, copy=True) for step in steps]
+
+
+def _is_plain_count(step: Tensor) -> bool:
+    return step.dtype is torch.float32 and not step.is_neg()
+
+
+def _count(steps: list[Tensor], by: int) -> None:
+    if not all(map(_is_plain_count, steps)):
+        # Each in its own dtype, as torch's step.
+        for step in steps:
+            step += by
+    elif steps[0].is_cpu:
+        # On the CPU torch adds in a loop, where a number would become a tensor anew each time.
         torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=by)
     else:
         torch._foreach_add_(steps, by)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from lcw_ops.ops import _backends
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.optim._activated import ActivatedOptimizer, split
+from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, split
 from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import PLACES
 
@@ -92,13 +92,17 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         self._init_group(group, params, grads, found)
         owners = list(params)
         is_first = [buffer is None for buffer in found] if found else [False] * len(params)
+        decays = float(group["weight_decay"]) != 0
         buffers = [
-            torch.empty_like(param) if buffer is None else buffer for param, buffer in zip(params, found, strict=False)
+            torch.empty_like(param, dtype=_dtype_of_buffer(param, grad, decays)) if buffer is None else buffer
+            for param, grad, buffer in zip(params, grads, found, strict=False)
         ]
         kept = list(buffers)
-        self._localize(index, params, grads, [buffers] if buffers else [])
+        self._check_buffers(index, params, buffers)
+        self._localize(params, grads, *([buffers] if buffers else []))
+        mixed = are_mixed(params, grads, *([buffers] if buffers else []))
         calls = []
-        for (device, first), take in split([param.device for param in params], is_first).items():
+        for (device, first, _), take in split([param.device for param in params], is_first, mixed).items():
             calls.append(
                 functools.partial(
                     ops.sgd_step_,
@@ -124,6 +128,25 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             calls.append(functools.partial(self._keep_buffers, owners, kept))
         return calls
 
+    def _check_buffers(self, index: int, params: list[Tensor], buffers: list[Tensor]) -> None:
+        if not buffers:
+            return
+        self._check_states(index, params, {"momentum_buffer": buffers})
+        # As torch's step, which takes any: load_state_dict leaves the parameter's, a first step the gradient's.
+        for param, buffer in zip(params, buffers, strict=True):
+            if buffer.dtype not in checks.FLOATING:
+                raise TypeError(
+                    f"{self._where(index, param, 'momentum_buffer')} is {buffer.dtype}; expected float32, float64, "
+                    "bfloat16 or float16. Convert it: optimizer.load_state_dict(optimizer.state_dict())."
+                )
+
     def _keep_buffers(self, params: list[Tensor], buffers: list[Tensor]) -> None:
         for param, buffer in zip(params, buffers, strict=True):
             self.state[param]["momentum_buffer"] = buffer
+
+
+def _dtype_of_buffer(param: Tensor, grad: Tensor, decays: bool) -> torch.dtype:
+    """torch's buffer is a clone of the first gradient, to which the decay has been added."""
+    if grad.dtype not in checks.FLOATING:
+        return param.dtype
+    return torch.promote_types(param.dtype, grad.dtype) if decays else grad.dtype
