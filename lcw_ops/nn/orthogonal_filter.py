@@ -581,8 +581,11 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
                             input: ValueError
     autocast                output and h_n in its dtype       both in float32: rounded to 16 bits, a state that is
                                                               carried on as hx would lose steps of size beta
-    output edited in place  allowed on a CPU, on a GPU        backward raises an error: it reads these states; edit
-    before backward         backward raises an error          ``output.clone()``. (The copy for everybody: @PRICE@)
+    output edited in place  allowed on a CPU, on a GPU        backward raises an error where it reads these states, as
+    before backward         backward raises an error          the CPU's kernel does; edit ``output.clone()``. A copy for
+                                                              everybody took 5 to 9 % of forward + backward on two CPU
+                                                              cores (T = 784 and 10,000), so none is made
+    PackedSequence          yes                               yes: one run per stretch of time in which no sequence ends
     TorchScript             yes                               no
     ======================  ================================  ==========================================================
     """
