@@ -174,12 +174,12 @@ def test_tensors_keep_their_types_and_the_file_needs_no_code(stopped):
 
 
 def test_a_finished_run_is_resumed_without_a_step(tmp_path, monkeypatch, uninterrupted, capsys):
-    folder, out = tmp_path / "checkpoints", tmp_path / "out"
+    folder, out, expected = tmp_path / "checkpoints", tmp_path / "out", uninterrupted(SMALL)
     assert train(*SMALL, "--checkpoint", folder) == 0
     monkeypatch.setattr(loop.Training, "step", lambda training: pytest.fail("a step too many"))
     assert train(*SMALL, "--checkpoint", folder, "--resume", "--out", out) == 0
     assert "all 12 steps are done; a larger --steps goes on\n" in capsys.readouterr().out
-    assert_same_outcome(out, uninterrupted(SMALL))
+    assert_same_outcome(out, expected)
 
 
 # --- with another number of steps
@@ -244,7 +244,7 @@ def test_a_run_whose_rate_fell_goes_on_and_says_what_changes(tmp_path, uninterru
 
 
 def test_a_rate_that_fell_once_is_remembered(tmp_path, monkeypatch, capsys):
-    """3 steps, 4 of 6, then 12: the first four rates of 6 and of 12 are one, but the third step was taken as one of 3."""
+    """3 steps, 4 of 6, then 12: the first four rates of 6 and of 12 are the same, but the third step was one of 3."""
     folder = ["--checkpoint", tmp_path / "checkpoints"]
     assert train(*of_steps(3), *folder) == 0
     assert stop_after(5, monkeypatch, *of_steps(6), *folder, "--resume", "--every", "2") == 130
