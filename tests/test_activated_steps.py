@@ -406,6 +406,10 @@ def test_the_op_refuses_what_is_not_safe(case):
         torch.ops.lcw_ops.activated_sgd_step_.cpp(*arguments, *numbers)
     assert (good == 1).all()
     assert (x == 1).all()
+    if case in ("another dtype", "other strides", "fewer elements", "gaps", "integers"):
+        assert torch.ops.lcw_ops.try_activated_sgd_step_.cpp(*arguments, *numbers) is False
+        assert (good == 1).all()
+        assert (x == 1).all()
 
 
 @pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="about the C++ kernel")

@@ -91,6 +91,10 @@ BAD_LISTS = {
 }
 
 
+# What the caller can lay out anew is an answer of the ops that answer; the rest is an error of both.
+ANSWERED = ("another dtype", "another shape", "other strides", "integers", "gaps", "overlapping")
+
+
 @pytest.mark.parametrize("case", BAD_LISTS)
 def test_bad_lists_change_nothing(case, device):
     changes, message = BAD_LISTS[case]
@@ -98,10 +102,42 @@ def test_bad_lists_change_nothing(case, device):
     if case == "gaps":
         lists["params"] = [lists["params"][0], torch.ones(10, device=device)[::2]]
         message = "has gaps or overlaps"
+    numbers = (*(ADAMW | {"amsgrad": True}).values(), *ACTIVATION.values())
     with pytest.raises(RuntimeError, match=f"activated_adamw_step_: .*{message}"):
-        OPS.adamw_step(*lists.values(), *(ADAMW | {"amsgrad": True}).values(), *ACTIVATION.values())
+        OPS.adamw_step(*lists.values(), *numbers)
+    if case in ANSWERED:
+        assert namespace.try_activated_adamw_step_.cuda(*lists.values(), *numbers) is False
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            namespace.try_activated_adamw_step_.cuda(*lists.values(), *numbers)
     for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
         assert all((tensor == 1).all() for tensor in lists[name])
+
+
+def test_the_ops_answer_that_they_took_the_tensors(device):
+    tensor, wanted = (torch.full((5,), 0.3, device=device) for _ in range(2))
+    OPS.activate([wanted], "tanh", 0.1, 20.0)
+    assert namespace.try_gradient_activation_.cuda([tensor], "tanh", 0.1, 20.0) is True
+    assert torch.equal(tensor, wanted)
+    for on_momentum in (False, True):
+        case = SgdCase((5, 3), torch.float32, device, on_momentum=on_momentum)
+        case.run(OPS._replace(sgd_step=namespace.try_activated_sgd_step_.cuda)).check()
+    AdamWCase((5, 3), torch.float32, device).run(
+        OPS._replace(adamw_step=namespace.try_activated_adamw_step_.cuda)
+    ).check()
+
+
+def test_tensors_that_share_memory_change_nothing(device):
+    """Two blocks would write there at once."""
+    base = torch.ones(24, device=device)
+    for tensors in ([base[:14], base[12:]], [base, base.view(4, 6)]):
+        with pytest.raises(RuntimeError, match="two tensors share memory"):
+            OPS.activate(tensors, "tanh", 0.1, 20.0)
+        assert namespace.try_gradient_activation_.cuda(tensors, "tanh", 0.1, 20.0) is False
+    assert namespace.try_gradient_activation_.cuda([base[:12], base[12:12], base[12:]], "tanh", 0.1, 20.0) is True
+    wanted = torch.ones(24, device=device)
+    OPS.activate([wanted], "tanh", 0.1, 20.0)
+    assert torch.equal(base, wanted)
 
 
 def test_a_bad_kind_changes_nothing(device):

@@ -3,6 +3,8 @@
 import ctypes
 import math
 import mmap
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +166,81 @@ def test_the_op_refuses_before_the_first_write(case):
     with pytest.raises((RuntimeError, ValueError), match=r"call lcw_ops\.functional"):
         torch.ops.lcw_ops.gradient_activation_.cpp(tensors, "arctan", 0.1, 20.0)
     assert all((tensor == 1).all() for tensor in tensors if tensor.device.type == "cpu")
+
+
+@pytest.mark.parametrize("case", [*_refused(), "negated", "zeros without memory", "sparse", "nested"])
+def test_the_op_answers_before_the_first_write(case):
+    x = torch.ones(3)
+    more = {
+        "negated": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+        "zeros without memory": lambda: torch._efficientzerotensor(3),
+        "sparse": lambda: torch.eye(3).to_sparse(),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    }
+    tensors = _refused()[case] if case in _refused() else [x, more[case]()]
+    assert torch.ops.lcw_ops.try_gradient_activation_.cpp(tensors, "arctan", 0.1, 20.0) is False
+    dense = [tensor for tensor in tensors if tensor.device.type == "cpu" and case not in more]
+    assert all((tensor == 1).all() for tensor in [*dense, x])
+
+
+def test_the_op_answers_that_it_took_the_tensors():
+    x = torch.ones(3)
+    assert torch.ops.lcw_ops.try_gradient_activation_.cpp([x], "arctan", 0.1, 20.0) is True
+    assert torch.equal(x, activate(torch.ones(3), "arctan", 0.1, 20.0))
+
+
+def test_a_mistake_is_an_error_in_both_forms():
+    """What no layout mends."""
+    x = torch.ones(3)
+    for op in (torch.ops.lcw_ops.gradient_activation_, torch.ops.lcw_ops.try_gradient_activation_):
+        with pytest.raises(RuntimeError, match="kind is sigmoid; expected arctan, tanh or log"):
+            op.cpp([x], "sigmoid", 0.1, 20.0)
+    numbers = (0.1, 0.0, 0.0, 0.0, False, False, False, False, "tanh", 0.1, 20.0)
+    for op in (torch.ops.lcw_ops.activated_sgd_step_, torch.ops.lcw_ops.try_activated_sgd_step_):
+        with pytest.raises(RuntimeError, match="2 tensors for 1 parameters"):
+            op.cpp([x], [x.clone(), x.clone()], [], *numbers)
+    assert (x == 1).all()
+
+
+def test_an_error_inside_a_kernel_is_no_refusal(monkeypatch):
+    """Whatever its words: it was once looked for "; call " in them."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory; call somebody")
+
+    x = torch.ones(3)
+    monkeypatch.setattr(ops._library, "get_overload", lambda *_: fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        F.gradient_activation_([x])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ops.sgd_step_("cpp", [x], [x.clone()], [], 0.1, 0, 0, 0, False, False, False, "gradient", "tanh", 0.1, 20.0)
+    assert (x == 1).all()
+
+
+DECISION = re.compile(
+    r"\b(in|not in|==|!=)\s+(str|repr)\(\w+\)"
+    r"|(str|repr)\((error|err|e|exc|exception)\)\s*(\.(startswith|endswith|find|count|index)\(|==|!=)"
+    r"|\b(error|err|e|exc|exception)\.args\b|re\.(search|match|fullmatch)\([^)]*str\((error|err|e|exc|exception)\)"
+)
+
+
+def test_no_decision_depends_on_a_message():
+    for bad in ('if "; call " not in str(error):', "if str(e).startswith('x'):", "error.args[0] == 'x'"):
+        assert DECISION.search(bad)
+    for good in ('raise E(f"{str(error).splitlines()[0]}")', "reason = str(error).partition('x')[0]"):
+        assert not DECISION.search(good)
+    root = Path(lcw_ops.__file__).parent
+    sources = [
+        path for folder in (root, root.parent / "kernels", root.parent / "bench") for path in folder.rglob("*.py")
+    ]
+    assert len(sources) > 50
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in sources
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if DECISION.search(line)
+    ]
+    assert not found
 
 
 def test_an_unknown_kind_is_refused_by_the_op():

@@ -15,6 +15,8 @@ import pytest
 import torch
 from numerics import assert_as_exact_as_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import lcw_ops
 from lcw_ops import functional as F
@@ -137,6 +139,91 @@ VIEWS = {
     "expanded to nothing": lambda base: base[:1].expand(0, 40),
     "conjugate of a real": lambda base: base.conj(),
 }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_that_are_negated_when_read(kind, device):
+    """Memory holds the other sign; the real parts beside are nobody's to change."""
+    numbers = torch.complex(*(random_gradients((4, 6), torch.float32, device) for _ in range(2)))
+    plain = torch.ones(3, device=device)
+    for view in (lambda z: z.conj().imag, lambda z: z.conj().imag.t()[1:, ::2], lambda z: z.conj().imag[:0]):
+        base, others = numbers.clone(), plain.clone()
+        target = view(base)
+        assert target.is_neg()
+        wanted = target.clone()
+        assert not wanted.is_neg()
+        F.gradient_activation_([wanted], kind)
+        version = target._version
+        F.gradient_activation_([others, target, torch.ones(2, device=device)], kind)
+        assert torch.equal(target, wanted)
+        assert target._version > version
+        assert torch.equal(base.real, numbers.real)
+        assert torch.equal(others, activated_alone(plain, kind))
+
+
+def activated_alone(tensor, kind):
+    result = tensor.clone()
+    F.gradient_activation_([result], kind)
+    return result
+
+
+def test_negated_views_share_memory_as_others_do(device):
+    base = torch.ones(6, dtype=torch.complex64, device=device)
+    view = base.conj().imag
+    with pytest.raises(ValueError, match="lie in the same memory"):
+        F.gradient_activation_([view, base.imag])
+    with pytest.raises(TypeError, match=r"tensors\[1\] is torch.int64"):
+        F.gradient_activation_([view, torch.ones(2, dtype=torch.int64)])
+    assert torch.equal(base, torch.ones_like(base))
+
+
+def test_negated_views_below_transforms_and_in_compiled_code(device):
+    numbers = torch.complex(*(random_gradients((4, 3), torch.float32, device) for _ in range(2)))
+    wanted = activated_alone(numbers.conj().imag.clone(), "tanh")
+
+    def activated(tensor):
+        F.gradient_activation_([tensor], "tanh")
+        return tensor
+
+    assert torch.equal(torch.vmap(activated)(numbers.clone().conj().imag), wanted)
+    compiled = torch.compile(activated, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(numbers.clone().conj().imag), wanted)
+
+    def loss(x):
+        return (x * activated(numbers.clone().conj().imag)).sum()
+
+    assert torch.equal(torch.func.grad(loss)(torch.ones(4, 3, device=device)), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_without_memory_stay_zeros(kind, device):
+    zeros = torch._efficientzerotensor(3, device=device)
+    gradient = random_gradients(5, torch.float32, device)
+    wanted = activated_alone(gradient, kind)
+    F.gradient_activation_([zeros, gradient], kind)
+    assert torch.equal(gradient, wanted)
+    assert torch.equal(zeros.clone(), torch.zeros(3, device=device))
+    F.gradient_activation_([zeros], kind)
+
+
+def test_calls_that_are_recorded_keep_the_op_that_raises(backend, device):
+    """A program that is run again on other tensors must not go on where the kernel does not take them."""
+    if backend == "reference":
+        pytest.skip("plain torch, no op of ours")
+
+    def activated(tensor):
+        tensor = tensor.clone()
+        F.gradient_activation_([tensor])
+        return tensor
+
+    x = torch.ones(3, device=device)
+    program = make_fx(activated)(x)
+    names = [str(node.target) for node in program.graph.nodes]
+    assert f"lcw_ops.gradient_activation_.{backend}" in names
+    assert not [name for name in names if "try_" in name]
+    assert torch.equal(program(x), activated(x))
+    with FlopCounterMode(display=False):
+        assert torch.equal(activated(x), activated_alone(x, "arctan"))
 
 
 @pytest.mark.parametrize("view", VIEWS)

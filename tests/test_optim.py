@@ -346,18 +346,6 @@ def test_gradients_that_are_views_expanded_or_shared_are_read_and_never_written(
     assert_same_bits(params, others)
 
 
-@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has gradients of one dtype only")
-def test_a_gradient_of_another_dtype_is_converted(pair):
-    param = nn.Parameter(torch.randn(5, dtype=torch.bfloat16))
-    param.grad_dtype = torch.float32
-    other = nn.Parameter(param.detach().clone())
-    param.grad = torch.randn(5)
-    other.grad = param.grad.bfloat16()
-    pair[0]([param], lr=0.1).step()
-    pair[0]([other], lr=0.1).step()
-    assert torch.equal(param, other)
-
-
 def test_nothing_to_do_is_no_step(pair):
     params = make_params()
     before = copies(params)
@@ -505,15 +493,43 @@ def test_an_op_that_fails_is_no_counted_step(monkeypatch, default):
     assert [optimizer.state[param]["step"] for param in params] == [3, 3]
 
 
-def test_state_of_another_dtype_is_refused_and_can_be_converted(pair):
+def test_adamw_state_of_another_dtype_is_refused_and_can_be_converted():
     param = nn.Parameter(torch.ones(3))
-    optimizer = pair[0]([param], lr=0.1, **({"momentum": 0.9} if pair[0] is optim.SGD else {}))
+    optimizer = optim.AdamW([param], lr=0.1)
     train(optimizer, [param], 1)
     param.data = param.data.double()
     param.grad = torch.ones(3, dtype=torch.float64)
-    assert_refused(optimizer, [param], TypeError, "differ in dtype.*load_state_dict")
+    assert_refused(optimizer, [param], TypeError, "exp_avg of a parameter.*differ in dtype.*load_state_dict")
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
+
+
+def test_options_are_validated_again_only_when_they_have_changed(pair, monkeypatch):
+    params = make_params(shapes=[(3,)] * 3)
+    optimizer = pair[0]([{"params": [param]} for param in params], lr=0.1)
+    checked = []
+    check = pair[0]._check_options
+    monkeypatch.setattr(pair[0], "_check_options", lambda self, group: (checked.append(1), check(self, group)))
+    train(optimizer, params, 3)
+    assert len(checked) == 3
+    optimizer.param_groups[1]["alpha"] = 0.2
+    train(optimizer, params, 2)
+    assert len(checked) == 4
+    # 1.0 is right and equals True, which is no number.
+    optimizer.param_groups[1]["alpha"] = 1.0
+    train(optimizer, params, 1)
+    set_gradients(params, make_gradients(params, 0))
+    optimizer.param_groups[1]["alpha"] = True
+    assert_refused(optimizer, params, TypeError, "alpha is a bool")
+    # Refused as often as it is tried; and right again afterwards, in a copy too.
+    assert_refused(optimizer, params, TypeError, "alpha is a bool")
+    optimizer.param_groups[1]["alpha"] = 0.3
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    twin.param_groups[2]["beta"] = -1.0
+    for group in twin.param_groups:
+        set_gradients(group["params"], [torch.ones(3)])
+    assert_refused(twin, params, ValueError, "beta is -1.0")
 
 
 @pytest.mark.parametrize(
