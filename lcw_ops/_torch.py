@@ -66,24 +66,39 @@ def constant(value: float, **options) -> Tensor:
 _SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)
 
 
+def ready_for_scan(state: Tensor, *arguments) -> Tensor:
+    """``state``, requiring a gradient where one of the arguments that are tensors does."""
+    if _SCAN_DROPS_GRADIENTS:
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                # The sum of no elements: adds nothing, and requires a gradient when the tensor does.
+                state = state + torch.atleast_1d(argument).narrow(0, 0, 0).sum()
+    return state
+
+
 def scan(
     step: Callable, state: Tensor, per_step: dict[str, Tensor], shared: dict[str, Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """``state, outputs = step(state, arguments)`` for every step: one node of a graph, of any length.
 
-    The arguments of a step are the tensors of ``shared``, and of ``per_step`` the slices along dim 0, at least one.
-    ``outputs`` is a list of tensors, stacked over the steps in the result. ``step`` returns no tensor twice, and none
-    of its arguments.
+    The first state comes from :func:`ready_for_scan`. The arguments of a step are the tensors of ``shared``, and of
+    ``per_step`` the slices along dim 0, at least one. ``outputs`` is a list of tensors, stacked over the steps in the
+    result. ``step`` returns no tensor twice, and none of its arguments.
     """
-    # Imported late: scan traces the step with torch.compile's front end, which takes as long to import as torch.
-    from torch._higher_order_ops.scan import scan
+    # Imported late: it takes as long as torch.
+    from torch._higher_order_ops.scan import scan, scan_op
 
-    if _SCAN_DROPS_GRADIENTS:
-        for tensor in (*per_step.values(), *shared.values()):
-            if tensor.is_floating_point():
-                # The sum of no elements: adds nothing, and requires a gradient when the tensor does.
-                state = state + torch.atleast_1d(tensor).narrow(0, 0, 0).sum()
-    return scan(lambda state, slices: step(state, {**shared, **slices}), state, per_step)
+    if torch.compiler.is_dynamo_compiling():
+        return scan(lambda state, slices: step(state, {**shared, **slices}), state, per_step)
+    # Without scan's own call of torch.compile, which takes a batch as large as the width for the width.
+    names = [*per_step, *shared]
+
+    def flat_step(state, *arguments):
+        state, outputs = step(state, dict(zip(names, arguments, strict=True)))
+        return [state, *outputs]
+
+    last, *outputs = scan_op(flat_step, [state], list(per_step.values()), tuple(shared.values()))
+    return last, outputs
 
 
 def overridable(function: Callable) -> Callable:

@@ -92,7 +92,7 @@ def _scale_tensor(scale, like: Tensor) -> Tensor:
 
 def apply_filter(state: Tensor, filter: Tensor) -> Tensor:
     """O h for rows h of ``state`` (M, N): ``filter`` is a matrix (N, N) or a permutation p with (O h)_i = h_{p_i}."""
-    return state.index_select(1, filter) if filter.dim() == 1 else state @ filter.mT
+    return state.index_select(1, filter) if filter.dim() == 1 else state @ filter.transpose(-2, -1)
 
 
 def apply_filter_transposed(gradient: Tensor, filter: Tensor) -> Tensor:
@@ -132,12 +132,12 @@ def orthogonal_filter_scan(
     Arguments, results and gradients as in :func:`orthogonal_filter`.
     """
     steps = count_steps(weight, bias, filter, alpha, beta, inputs)
-    arguments = (weight, bias, filter, alpha, beta, inputs, activation, return_states)
     if steps == 0:
         # scan refuses to make no step.
-        return orthogonal_filter(h0, *arguments)
-    alpha, beta = scale_tensors(alpha, beta, steps, h0)
+        return (h0.unsqueeze(0) if return_states else h0).clone()
     dtype = state_dtype(h0.dtype)
+    first = _torch.ready_for_scan(_to_state(h0, dtype), weight, bias, alpha, beta, inputs)
+    alpha, beta = scale_tensors(alpha, beta, steps, h0)
     shared, per_step = {}, {}
     for name, argument, shared_dim in (
         ("weight", weight, 2),
@@ -165,7 +165,6 @@ def orthogonal_filter_scan(
         state = here["alpha"] * filtered + here["beta"] * ACTIVATIONS[activation](pre_activation)
         return state, [state.clone()] if return_states else []
 
-    first = _to_state(h0, dtype)
     last, states = _torch.scan(step, first, per_step, shared)
     return _torch.cast(torch.cat([first.unsqueeze(0), *states]) if return_states else last, h0.dtype)
 
@@ -252,7 +251,8 @@ def orthogonal_filter_jvp(primals, tangents, activation="tanh", return_states=Fa
 
 
 def _pre_activation(state, weight, bias, step_input):
-    pre_activation = state @ weight.mT
+    # Not .mT, which the TorchScript exporter to ONNX does not know.
+    pre_activation = state @ weight.transpose(-2, -1)
     for shift in (bias, step_input):
         if shift is not None:
             pre_activation = pre_activation + shift
