@@ -5,7 +5,6 @@ L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, ar
 """
 
 import functools
-from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -212,7 +211,7 @@ def _to_dense(tensor: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # Strides may be symbols there, which cannot be sorted.
         return tensor if tensor.is_contiguous() else tensor.contiguous()
-    tensor = _resolve_negation(tensor)
+    tensor = tensor.resolve_neg()
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
@@ -225,9 +224,10 @@ def _is_virtual(tensor: Tensor) -> bool:
 
 
 def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
-    for tensor, copy in zip(tensors, copies, strict=True):
-        if copy is not tensor:
-            tensor.copy_(copy)
+    if copies is not tensors:
+        for tensor, copy in zip(tensors, copies, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
 
 
 def _count_writes(tensors: list[Tensor]) -> None:
@@ -321,6 +321,7 @@ def _step_in_place(
     if not _can_ask(backend, written[0]) or not step(
         _library.get_overload(TRY + name, backend), *written, grads, state_steps
     ):
+        _check_forms(name, written, grads)
         length = _length_of_pieces(written, grads)
         for start in range(0, len(grads), length):
             *piece, counts = (tensors[start : start + length] for tensors in (*written, grads, state_steps))
@@ -328,20 +329,33 @@ def _step_in_place(
     _count_writes([tensor for tensors in written for tensor in tensors])
 
 
+def _check_forms(name: str, written: list[list[Tensor]], grads: list[Tensor]) -> None:
+    """A copy would be made over devices, or broadcast, and could not be written back."""
+    if torch.compiler.is_compiling():
+        return
+    for own in zip(*(tensors for tensors in (*written, grads) if tensors), strict=True):
+        for tensor in own[1:]:
+            if tensor.shape != own[0].shape or tensor.device != own[0].device:
+                raise ValueError(
+                    f"{name}: a gradient or a state of shape {tuple(tensor.shape)} on {tensor.device} belongs to a "
+                    f"parameter of shape {tuple(own[0].shape)} on {own[0].device}; expected those of the parameter. "
+                    "Convert it with the parameter, or delete it, which starts it anew."
+                )
+
+
 def _length_of_pieces(written: list[list[Tensor]], grads: list[Tensor]) -> int:
     """How many parameters to step at once."""
     if len(grads) > 1 and not torch.compiler.is_compiling() and find_shared(written[0]) is not None:
         # Parameters over the same memory, one after another.
         return 1
-    is_mixed = any(len({tensor.dtype for tensor in own}) > 1 for own in _by_parameter(written, grads))
-    return FOREACH_TENSORS if is_mixed else len(grads)
+    return FOREACH_TENSORS if _common_dtypes(written, grads)[1] else len(grads)
 
 
 def _step_on_copies(
     overload, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
 ) -> None:
     """``step`` on what belongs to one parameter in its dense layout and one dtype, copied where it is not."""
-    dtypes = [_common_dtype(own) for own in _by_parameter(written, grads)]
+    dtypes, _ = _common_dtypes(written, grads)
     params = [_to_dense(_widen(param, dtype)) for param, dtype in zip(written[0], dtypes, strict=True)]
     laid_out = [params, *([_lay_out_as(params, tensors) for tensors in written[1:]])]
     step(overload, *laid_out, _lay_out_as(params, grads), state_steps)
@@ -349,17 +363,15 @@ def _step_on_copies(
         _write_back(tensors, copies)
 
 
-def _by_parameter(written: list[list[Tensor]], grads: list[Tensor]) -> Iterable[tuple[Tensor, ...]]:
-    """What belongs to each parameter; lists that are not there are []."""
-    return zip(*(tensors for tensors in written if tensors), grads, strict=True)
-
-
-def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
-    """Of several dtypes, one that holds the numbers of all."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) == 1:
-        return tensors[0].dtype
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def _common_dtypes(written: list[list[Tensor]], grads: list[Tensor]) -> tuple[list[torch.dtype], bool]:
+    """For each parameter, a dtype that holds the numbers of all that belongs to it; and whether any has another."""
+    columns = [[tensor.dtype for tensor in tensors] for tensors in (*written, grads) if tensors]
+    if all(column == columns[0] for column in columns):
+        return columns[0], False
+    return [
+        own[0] if len(set(own)) == 1 else torch.float64 if torch.float64 in own else torch.float32
+        for own in zip(*columns, strict=True)
+    ], True
 
 
 def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -378,7 +390,7 @@ def _reference_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: f
         for tensor in tensors:
             tensor.copy_(reference.gradient_activation(tensor, kind, alpha, beta))
         return
-    resolved = [_resolve_negation(tensor) for tensor in tensors]
+    resolved = _resolve_negations(tensors)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in resolved:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
@@ -403,9 +415,11 @@ def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: flo
     torch._foreach_mul_(tensors, alpha)
 
 
-def _resolve_negation(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of a view that is to be negated when it is read: foreach calls do not write to those."""
-    return tensor if torch.compiler.is_compiling() else tensor.resolve_neg()
+def _resolve_negations(tensors: list[Tensor]) -> list[Tensor]:
+    """The list, or copies for views that are to be negated when they are read: foreach calls do not write to those."""
+    if torch.compiler.is_compiling() or not any(map(Tensor.is_neg, tensors)):
+        return tensors
+    return [tensor.resolve_neg() for tensor in tensors]
 
 
 def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -420,22 +434,29 @@ def _round_into(tensors: list[Tensor], wide: list[Tensor]) -> None:
 
 def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -> None:
     """``step(*written, grads, counts, *options)`` on few parameters of one dtype at a time, at least float32."""
-    resolved = [[_resolve_negation(tensor) for tensor in tensors] for tensors in written]
+    if not grads:
+        return
+    resolved = [_resolve_negations(tensors) for tensors in written]
+    dtypes, is_mixed = _common_dtypes(written, grads)
     by_dtype: dict[torch.dtype, list[int]] = {}
-    for index, own in enumerate(_by_parameter(written, grads)):
-        by_dtype.setdefault(torch.promote_types(_common_dtype(own), torch.float32), []).append(index)
+    for index, dtype in enumerate(dtypes):
+        by_dtype.setdefault(dtype, []).append(index)
     # One wait for the device, not one for each.
     counts = torch.stack(state_steps).tolist() if state_steps else []
-    for dtype, indices in by_dtype.items():
+    for own_dtype, indices in by_dtype.items():
+        dtype = torch.promote_types(own_dtype, torch.float32)
         for start in range(0, len(indices), FOREACH_TENSORS):
             chosen = indices[start : start + FOREACH_TENSORS]
             narrow = [[tensors[index] for index in chosen] if tensors else [] for tensors in resolved]
-            wide = [[_widen(tensor, dtype) for tensor in tensors] for tensors in narrow]
+            wide = narrow
+            if is_mixed or dtype is not own_dtype:
+                wide = [[_widen(tensor, dtype) for tensor in tensors] for tensors in narrow]
             # A copy in any case: the step overwrites it.
             gradients = [grads[index].to(dtype, copy=True) for index in chosen]
             step(*wide, gradients, [counts[index] for index in chosen] if counts else [], *options)
-            for tensors, results in zip(narrow, wide, strict=True):
-                _round_into(tensors, results)
+            if wide is not narrow:
+                for tensors, results in zip(narrow, wide, strict=True):
+                    _round_into(tensors, results)
     for tensors, results in zip(written, resolved, strict=True):
         _write_back(tensors, results)
 

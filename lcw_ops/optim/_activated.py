@@ -4,6 +4,7 @@ Groups without activation take torch's own step. Of the others everything is che
 """
 
 import operator
+import weakref
 from collections.abc import Callable, Hashable
 
 import torch
@@ -15,6 +16,8 @@ from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import KINDS
 
 _LOCAL_TYPES = {Tensor, Parameter}
+
+_ALIVE = weakref.ref.__call__
 
 # What a state has of its parameter.
 _FORM = operator.attrgetter("shape", "device", "layout")
@@ -43,12 +46,15 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     _torch_optimizer: type[torch.optim.Optimizer]
     _options: tuple[str, ...] = ("gradient_activation", "alpha", "beta")
+    # Everything in a group that `_check_options` looks at.
+    _watched: operator.itemgetter
     # Whether torch's step does, in its form without fused=True.
     _takes_sparse: bool
 
     def _add_options(self, **options) -> None:
         """Into the defaults, and into the groups that torch's constructor has made."""
         self.defaults.update(options)
+        self._forget_checks()
         for group in self.param_groups:
             for name, value in options.items():
                 group.setdefault(name, value)
@@ -60,14 +66,31 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             self._check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    def _forget_checks(self) -> None:
+        # By the group's place: its options, and the tensors of its step. None of this is saved.
+        self._checked_options: dict[int, tuple] = {}
+        self._checked_tensors: dict[int, list[weakref.ref]] = {}
+
     def _check_changed_options(self, index: int, group: dict) -> None:
         """Before a step: users and schedulers write into groups. Values are compared by identity: True equals 1.0."""
-        values = [group[name] for name in self._options]
-        values += group.get("differentiable"), group.get("decoupled_weight_decay")
-        checked = self.__dict__.setdefault("_checked_options", {})
-        if index not in checked or any(map(operator.is_not, values, checked[index])):
+        values, checked = self._watched(group), self._checked_options.get(index)
+        if checked is None or any(map(operator.is_not, values, checked)):
             self._check_options(group)
-            checked[index] = values
+            self._checked_options[index] = values
+
+    def _were_checked(self, index: int, tensors: list[Tensor]) -> bool:
+        """Whether a group's tensors are those of its last step, with whom nothing was wrong."""
+        checked = self._checked_tensors.get(index, ())
+        # None in a state is what a tensor that is gone has left.
+        return (
+            len(checked) == len(tensors)
+            and all(map(operator.is_, map(_ALIVE, checked), tensors))
+            and type(None) not in set(map(type, tensors))
+        )
+
+    def _note_checked(self, index: int, tensors: list[Tensor]) -> None:
+        # Weakly: states may be moved elsewhere to free their memory.
+        self._checked_tensors[index] = list(map(weakref.ref, tensors))
 
     def _check_options(self, group: dict) -> None:
         name = self._name()
@@ -88,6 +111,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         # load_state_dict comes through here too: a checkpoint of torch's, or an older one, says nothing of activation,
         # so what each group has been given stays.
+        self._forget_checks()
         before = self.__dict__.get("param_groups", ())
         for index, group in enumerate(state["param_groups"]):
             source = before[index] if index < len(before) else state["defaults"]
@@ -213,16 +237,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     def _check_states(self, index: int, params: list[Tensor], states: dict[str, list[Tensor]]) -> None:
         """Each name's tensors can be stepped beside their parameters, element by element."""
-        forms = list(map(_FORM, params))
         for name, tensors in states.items():
-            # Thousands of parameters before every step: what is wrong is looked for afterwards.
-            if (
-                all(isinstance(tensor, Tensor) for tensor in tensors)
-                and list(map(_FORM, tensors)) == forms
-                and not any(map(Tensor._is_zerotensor, tensors))
-                and not any(not tensor.is_contiguous() and ops.may_overlap(tensor) for tensor in tensors)
-            ):
-                continue
             for param, tensor in zip(params, tensors, strict=True):
                 self._check_state(index, param, name, tensor)
 

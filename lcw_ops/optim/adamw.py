@@ -5,6 +5,7 @@ the activation of the raw gradient, before decay and moments, is the authors' co
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from lcw_ops.ops import _backends
 from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, split
 from lcw_ops.reference import checks
+
+_CPU = torch.device("cpu")
 
 # torch adds 1 to these.
 _COUNTING = (*checks.FLOATING, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -45,6 +48,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
 
     _torch_optimizer = torch.optim.AdamW
     _takes_sparse = False
+    _watched = operator.itemgetter(*ActivatedOptimizer._options, "differentiable", "decoupled_weight_decay")
 
     def __init__(
         self,
@@ -101,19 +105,27 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             ) from error
         states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
         states = {name: tensors for name, tensors in states.items() if tensors}
-        self._check_states(index, params, states)
-        self._check_dtypes(index, params, grads, states)
-        self._check_steps(index, params, steps)
+        tensors = [*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps]
+        if not self._were_checked(index, tensors):
+            self._check_states(index, params, states)
+            self._check_steps(index, params, steps)
+            self._note_checked(index, tensors)
+        mixed = are_mixed(params, grads, *states.values())
+        if any(mixed):
+            self._check_dtypes(index, params, grads, states)
+        in_float32 = {step.dtype for step in steps} <= {torch.float32} and not any(map(Tensor.is_neg, steps))
+        if not in_float32:
+            # Integers come to an end.
+            self._check_steps(index, params, steps)
         self._localize(params, grads, *states.values())
         beta1, beta2 = group["betas"]
         calls = []
         # torch counts on the CPU by default, beside the parameters when capturable; loading can mix the two.
         devices = [param.device for param in params], [step.device for step in steps]
-        mixed = are_mixed(params, grads, *states.values())
-        for (device, *_), take in split(*devices, mixed).items():
+        for (device, counted_on, _), take in split(*devices, mixed).items():
             calls.append(
                 functools.partial(
-                    _step,
+                    _step if in_float32 and counted_on in (device, _CPU) else _step_with_own_counts,
                     _backends.choose(ops.ADAMW_STEP, device),
                     take(params),
                     take(grads),
@@ -184,35 +196,29 @@ def _is_count(step: object, param: Tensor) -> bool:
 
 
 def _step(backend: str, *lists: list[Tensor], **options) -> None:
-    *tensors, steps = lists
-    _count(steps, 1)
+    """With counts in float32, on the CPU or beside the parameters."""
+    *_, steps = lists
+    _count(steps, 1.0)
     try:
-        ops.adamw_step_(backend, *tensors, _as_counts(steps, tensors[0][0].device), **options)
+        ops.adamw_step_(backend, *lists, **options)
     except BaseException:
         # The op wants them counted up, and no step has been made.
-        _count(steps, -1)
+        _count(steps, -1.0)
         raise
 
 
-def _as_counts(steps: list[Tensor], device: torch.device) -> list[Tensor]:
-    """What the op takes: float32, on the CPU or beside the parameters. They are all on one device."""
-    if not steps[0].is_cpu and steps[0].device != device:
-        steps = [step.to(device) for step in steps]
-    # Loaded states count in any dtype, and under a float64 default dtype torch counts in that.
-    return steps if all(map(_is_plain_count, steps)) else [step.to(torch.float32, copy=True) for step in steps]
-
-
-def _is_plain_count(step: Tensor) -> bool:
-    return step.dtype is torch.float32 and not step.is_neg()
-
-
-def _count(steps: list[Tensor], by: int) -> None:
-    if not all(map(_is_plain_count, steps)):
-        # Each in its own dtype, as torch's step.
-        for step in steps:
-            step += by
-    elif steps[0].is_cpu:
-        # On the CPU torch adds in a loop, where a number would become a tensor anew each time.
+def _count(steps: list[Tensor], by: float) -> None:
+    # On the CPU torch adds in a loop, where a number would become a tensor anew each time.
+    if steps[0].is_cpu:
         torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=by)
     else:
         torch._foreach_add_(steps, by)
+
+
+def _step_with_own_counts(backend: str, *lists: list[Tensor], **options) -> None:
+    """With counts in any dtype and place: loaded ones, or those that torch makes under a float64 default dtype."""
+    *tensors, steps = lists
+    counts = [(step + 1).to(tensors[0][0].device, torch.float32) for step in steps]
+    ops.adamw_step_(backend, *tensors, counts, **options)
+    for step in steps:
+        step += 1

@@ -5,6 +5,7 @@ both places of the activation are the authors' code's.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import torch
@@ -49,6 +50,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     _torch_optimizer = torch.optim.SGD
     _takes_sparse = True
     _options = (*ActivatedOptimizer._options, "activate")
+    _watched = operator.itemgetter(*_options, "differentiable")
 
     def __init__(
         self,
@@ -98,9 +100,14 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             for param, grad, buffer in zip(params, grads, found, strict=False)
         ]
         kept = list(buffers)
-        self._check_buffers(index, params, buffers)
-        self._localize(params, grads, *([buffers] if buffers else []))
-        mixed = are_mixed(params, grads, *([buffers] if buffers else []))
+        states = [buffers] if buffers else []
+        if not self._were_checked(index, params + buffers):
+            self._check_states(index, params, {"momentum_buffer": buffers} if buffers else {})
+            self._note_checked(index, params + buffers)
+        mixed = are_mixed(params, grads, *states)
+        if any(mixed) and buffers:
+            self._check_dtypes(index, params, buffers)
+        self._localize(params, grads, *states)
         calls = []
         for (device, first, _), take in split([param.device for param in params], is_first, mixed).items():
             calls.append(
@@ -128,11 +135,8 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             calls.append(functools.partial(self._keep_buffers, owners, kept))
         return calls
 
-    def _check_buffers(self, index: int, params: list[Tensor], buffers: list[Tensor]) -> None:
-        if not buffers:
-            return
-        self._check_states(index, params, {"momentum_buffer": buffers})
-        # As torch's step, which takes any: load_state_dict leaves the parameter's, a first step the gradient's.
+    def _check_dtypes(self, index: int, params: list[Tensor], buffers: list[Tensor]) -> None:
+        """As torch's step, which takes any: load_state_dict leaves the parameter's, a first step the gradient's."""
         for param, buffer in zip(params, buffers, strict=True):
             if buffer.dtype not in checks.FLOATING:
                 raise TypeError(
