@@ -79,7 +79,11 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             self._checked_options[index] = values
 
     def _were_checked(self, index: int, tensors: list[Tensor]) -> bool:
-        """Whether a group's tensors are those of its last step, with whom nothing was wrong."""
+        """Whether these are the tensors of a group's last step, found to be right then.
+
+        What becomes wrong in the same tensors, by ``tensor.data = ...``, the ops notice: for each call before its first
+        write.
+        """
         checked = self._checked_tensors.get(index, ())
         # None in a state is what a tensor that is gone has left.
         return (
@@ -199,44 +203,40 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _checked_group(self, index: int, group: dict) -> dict:
         """The group with those of its parameters that have a gradient, each once."""
         self._check_changed_options(index, group)
-        params = []
+        params, strided, floating = [], torch.strided, checks.FLOATING
         # A parameter that a group has twice would be written by two threads at once.
         for param in {id(param): param for param in group["params"]}.values():
             gradient = param.grad
             if gradient is None:
                 continue
-            if gradient.layout is not torch.strided:
+            if gradient.layout is not strided:
                 raise TypeError(
                     f"{self._name()}: a gradient in param_groups[{index}] of shape {tuple(gradient.shape)} has layout "
                     f"{gradient.layout}; expected a dense tensor. Make the layer give one (nn.Embedding's "
                     "sparse=False), or put its parameters into a torch.optim.SparseAdam."
                 )
-            if param.dtype not in checks.FLOATING:
+            if param.dtype not in floating:
                 raise TypeError(
                     f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} is "
                     f"{param.dtype}; expected float32, float64, bfloat16 or float16. Give its group "
                     "gradient_activation=None, which is torch's step."
-                )
-            if gradient.is_complex():
-                raise TypeError(
-                    f"{self._name()}: a gradient in param_groups[{index}] of shape {tuple(gradient.shape)} is "
-                    f"{gradient.dtype}; expected real numbers. Give the parameter its real part."
                 )
             if not param.is_contiguous() and ops.may_overlap(param):
                 raise ValueError(
                     f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} has elements "
                     "that share memory, and cannot be stepped in place. Give a clone, or the tensor that was expanded."
                 )
-            if param._is_zerotensor():
-                raise ValueError(
-                    f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} is zeros "
-                    "without memory, and cannot be stepped in place. Give a clone."
-                )
             params.append(param)
         return {**group, "params": params}
 
     def _check_states(self, index: int, params: list[Tensor], states: dict[str, list[Tensor]]) -> None:
         """Each name's tensors can be stepped beside their parameters, element by element."""
+        for param in params:
+            if param._is_zerotensor():
+                raise ValueError(
+                    f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} is zeros "
+                    "without memory, and cannot be stepped in place. Give a clone."
+                )
         for name, tensors in states.items():
             for param, tensor in zip(params, tensors, strict=True):
                 self._check_state(index, param, name, tensor)
@@ -256,6 +256,15 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 f"{where} has elements that share memory or have none, and cannot be stepped in place. Put a clone "
                 "into optimizer.state."
             )
+
+    def _check_gradients(self, index: int, grads: list[Tensor]) -> None:
+        """Those that differ in dtype from their parameters."""
+        for grad in grads:
+            if grad.is_complex():
+                raise TypeError(
+                    f"{self._name()}: a gradient in param_groups[{index}] of shape {tuple(grad.shape)} is "
+                    f"{grad.dtype}; expected real numbers. Give the parameter its real part."
+                )
 
     def _where(self, index: int, param: Tensor, name: str) -> str:
         """The beginning of a message about a state."""

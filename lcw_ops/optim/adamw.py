@@ -83,6 +83,10 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         )
         self._add_options(gradient_activation=gradient_activation, alpha=alpha, beta=beta)
 
+    def _forget_checks(self) -> None:
+        super()._forget_checks()
+        self._counts_in_float32: dict[int, bool] = {}
+
     def _check_options(self, group: dict) -> None:
         super()._check_options(group)
         # torch's AdamW, given this, would be Adam: its decay is part of the gradient.
@@ -105,15 +109,17 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             ) from error
         states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
         states = {name: tensors for name, tensors in states.items() if tensors}
-        tensors = [*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps]
+        tensors = [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps]
         if not self._were_checked(index, tensors):
             self._check_states(index, params, states)
             self._check_steps(index, params, steps)
             self._note_checked(index, tensors)
+            self._counts_in_float32[index] = all(step.dtype is torch.float32 and not step.is_neg() for step in steps)
         mixed = are_mixed(params, grads, *states.values())
         if any(mixed):
+            self._check_gradients(index, grads)
             self._check_dtypes(index, params, grads, states)
-        in_float32 = {step.dtype for step in steps} <= {torch.float32} and not any(map(Tensor.is_neg, steps))
+        in_float32 = self._counts_in_float32[index]
         if not in_float32:
             # Integers come to an end.
             self._check_steps(index, params, steps)

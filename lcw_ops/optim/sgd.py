@@ -101,11 +101,12 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         ]
         kept = list(buffers)
         states = [buffers] if buffers else []
-        if not self._were_checked(index, params + buffers):
+        if not self._were_checked(index, buffers or params):
             self._check_states(index, params, {"momentum_buffer": buffers} if buffers else {})
-            self._note_checked(index, params + buffers)
+            self._note_checked(index, buffers or params)
         mixed = are_mixed(params, grads, *states)
-        if any(mixed) and buffers:
+        if any(mixed):
+            self._check_gradients(index, grads)
             self._check_dtypes(index, params, buffers)
         self._localize(params, grads, *states)
         calls = []
@@ -137,7 +138,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
 
     def _check_dtypes(self, index: int, params: list[Tensor], buffers: list[Tensor]) -> None:
         """As torch's step, which takes any: load_state_dict leaves the parameter's, a first step the gradient's."""
-        for param, buffer in zip(params, buffers, strict=True):
+        for param, buffer in zip(params, buffers, strict=bool(buffers)):
             if buffer.dtype not in checks.FLOATING:
                 raise TypeError(
                     f"{self._where(index, param, 'momentum_buffer')} is {buffer.dtype}; expected float32, float64, "
