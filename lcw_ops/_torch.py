@@ -19,17 +19,18 @@ def is_exporting() -> bool:
     torch.export (torch.onnx.export too), or torch.jit.trace (the TorchScript exporter to ONNX too). torch.compile is
     not meant: its programs run in this process, on the fused ops.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or _is_in_onnx_export()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_in_onnx_export()
 
 
-# torch.compile, and torch.export with strict=True, take the answer as a constant instead of tracing the question.
-is_exporting._dynamo_marked_constant = True
-
-
-def _is_in_onnx_export() -> bool:
+def is_in_onnx_export() -> bool:
+    """Whether torch.onnx.export is running: its programs have no gradients."""
     # The question itself would import the exporters, in half a second: it is asked once one of them is there.
     exporters = ("torch.onnx._internal.exporter", "torch.onnx._internal.torchscript_exporter")
     return any(exporter in sys.modules for exporter in exporters) and torch.onnx.is_in_onnx_export()
+
+
+# torch.compile, and torch.export with strict=True, take the answers as constants instead of tracing the questions.
+is_exporting._dynamo_marked_constant = is_in_onnx_export._dynamo_marked_constant = True
 
 
 def unrecorded(function: Callable, *arguments):

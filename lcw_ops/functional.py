@@ -140,7 +140,11 @@ def orthogonal_filter(
 
 def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states) -> Tensor:
     """By operators of torch alone: one scan, which torch.jit.trace cannot record, so that it records every step."""
-    arguments = (h0, weight, bias, filter, alpha, beta, inputs, activation, return_states)
+    tensors = (h0, weight, bias, filter, alpha, beta, inputs)
+    if _torch.is_in_onnx_export():
+        # The exporter decomposes the scan with its autograd formula, which fails for some symbolic sizes.
+        tensors = (tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in tensors)
+    arguments = (*tensors, activation, return_states)
     with _without_autocast(h0.device):
         if not torch.jit.is_tracing():
             return _reference.orthogonal_filter_scan(*arguments)
