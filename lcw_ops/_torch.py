@@ -25,8 +25,10 @@ def is_exporting() -> bool:
 def is_in_onnx_export() -> bool:
     """Whether torch.onnx.export is running: its programs have no gradients."""
     # The question itself would import the exporters, in half a second: it is asked once one of them is there.
-    exporters = ("torch.onnx._internal.exporter", "torch.onnx._internal.torchscript_exporter")
-    return any(exporter in sys.modules for exporter in exporters) and torch.onnx.is_in_onnx_export()
+    exporter_is_there = (
+        "torch.onnx._internal.exporter" in sys.modules or "torch.onnx._internal.torchscript_exporter" in sys.modules
+    )
+    return exporter_is_there and torch.onnx.is_in_onnx_export()
 
 
 # torch.compile, and torch.export with strict=True, take the answers as constants instead of tracing the questions.
