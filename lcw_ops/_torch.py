@@ -19,7 +19,7 @@ def is_exporting() -> bool:
     torch.export (torch.onnx.export too), or torch.jit.trace (the TorchScript exporter to ONNX too). torch.compile is
     not meant: its programs run in this process, on the fused ops.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_in_onnx_export()
+    return torch.compiler.is_exporting() or torch._C._is_tracing() or is_in_onnx_export()
 
 
 def is_in_onnx_export() -> bool:

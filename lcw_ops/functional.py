@@ -105,8 +105,7 @@ def orthogonal_filter(
     if not h0.is_meta and torch.is_autocast_enabled(h0.device.type):
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
     tensors = h0, weight, bias, filter, alpha, beta, inputs
-    _torch.unrecorded(_check_orthogonal_filter, *tensors, activation, segment)
-    _torch.unrecorded(_check_solver, solver, filter, tolerance, window)
+    _torch.unrecorded(_check_orthogonal_filter, *tensors, activation, segment, solver, tolerance, window)
     if _torch.is_exporting() and _backends.requested() is None:
         return _export(*tensors, activation, return_states)
     if solver == "auto":
@@ -198,7 +197,9 @@ _MOST_UNROLLED = 256
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, activation, segment) -> None:
+def _check_orthogonal_filter(
+    h0, weight, bias, filter, alpha, beta, inputs, activation, segment, solver, tolerance, window
+) -> None:
     op = "orthogonal_filter"
     if h0.dtype not in _FLOATING:
         raise TypeError(f"{op}: h0 is {h0.dtype}, expected float32, float64, bfloat16 or float16")
@@ -223,6 +224,7 @@ def _check_orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, acti
     _checks.check_choice(op, "activation", activation, _ACTIVATIONS)
     if segment is not None:
         _checks.check_count(op, "segment", segment)
+    _check_solver(solver, filter, tolerance, window)
 
 
 def _check_solver(solver: str, filter: Tensor, tolerance: float | None, window: int | None) -> None:
