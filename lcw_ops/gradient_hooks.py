@@ -15,20 +15,14 @@ from torch import Tensor, nn
 
 from lcw_ops.ops import _backends
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.optim._activated import ActivatedOptimizer, is_distributed
+from lcw_ops.optim._activated import ActivatedOptimizer, attached_hooks, find_running_steps, is_distributed
 from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import KINDS
 
 # In a parameter group: False leaves the group alone, a dict of kind, alpha or beta overrules what is said for all.
 GROUP_KEY = "activate_gradients"
 
-# The code of what torch wraps around the step of every optimizer class to run the hooks.
-_STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
-
 _SETTINGS = {"kind", "alpha", "beta"}
-
-# All hooks in this process: an optimizer does not know which wrappers hold it.
-_attached: "weakref.WeakSet[ActivatedGradients]" = weakref.WeakSet()
 
 
 def activate_gradients(
@@ -107,7 +101,7 @@ def activate_gradients(
     activation = ActivatedGradients(optimizer, kind, alpha, beta, params)
     for index, group in enumerate(optimizer.param_groups):
         activation.settings(optimizer, index, group)
-    around = (handle.optimizer() for handle in list(_attached))
+    around = (handle.optimizer() for handle in list(attached_hooks))
     around = [other for other in around if other is not None and _contains(_held_at_any_depth(other), optimizer)]
     for other in (*_held_at_any_depth(optimizer), *around):
         activation.check_apart(optimizer, other)
@@ -131,6 +125,7 @@ class ActivatedGradients:
         """Gradients are left alone from now on. A second call does nothing."""
         # For a copy.copy of the optimizer, which has this hook too.
         self._is_removed = True
+        attached_hooks.discard(self)
         optimizer = self._optimizer()
         if optimizer is not None and optimizer._optimizer_step_pre_hooks.pop(self, None) is not None:
             del optimizer._optimizer_load_state_dict_pre_hooks[self]
@@ -156,7 +151,7 @@ class ActivatedGradients:
         """ValueError if a step of ``other``, which is around a step of ``optimizer`` or inside it, activates too."""
         activated = {param for hook in _activations(other) if hook is not self for param in hook.acts_on(other)}
         if isinstance(other, ActivatedOptimizer):
-            groups = [group for group in other.param_groups if group["gradient_activation"] is not None]
+            groups = [group for index, group in enumerate(other.param_groups) if other.is_activated(index)]
             activated.update(id(param) for group in groups for param in group["params"])
         if not self.acts_on(optimizer).isdisjoint(activated):
             raise ValueError(
@@ -168,7 +163,7 @@ class ActivatedGradients:
 
     def attach(self) -> None:
         """As ``register_step_pre_hook`` does, but under a key that no other process numbers its hooks by."""
-        _attached.add(self)
+        attached_hooks.add(self)
         optimizer = self._optimizer()
         attributes = optimizer.__dict__
         attributes.setdefault("_optimizer_step_pre_hooks", OrderedDict())[self] = self
@@ -198,11 +193,11 @@ class ActivatedGradients:
         """Before ``optimizer.step(closure)``; ``args`` begins with the optimizer."""
         if self._is_removed:
             return None
-        around = _steps_around()
+        around = find_running_steps()[1:]
         if any(self in getattr(other, "_optimizer_step_pre_hooks", ()) for other in around):
             # The same optimizer: its class' step calls super().step().
             return None
-        # Those with a hook look around themselves.
+        # An optimizer of lcw_ops.optim looks around itself, but only after this hook has changed the gradients.
         inside = [held for held in vars(optimizer).values() if isinstance(held, ActivatedOptimizer)]
         for other in (*around, *inside):
             self.check_apart(optimizer, other)
@@ -256,7 +251,7 @@ class ActivatedGradients:
 
     def settings(self, optimizer: torch.optim.Optimizer, index: int, group: dict) -> tuple[str, float, float] | None:
         """kind, alpha and beta for ``param_groups[index]``, checked; None: it is left alone."""
-        if isinstance(optimizer, ActivatedOptimizer) and group["gradient_activation"] is not None:
+        if isinstance(optimizer, ActivatedOptimizer) and optimizer.is_activated(index):
             raise ValueError(
                 f"activate_gradients: {type(optimizer).__name__} has gradient_activation="
                 f"{group['gradient_activation']!r}, and would activate a second time. Give it "
@@ -367,24 +362,6 @@ def _contains(optimizers: list[torch.optim.Optimizer], optimizer: torch.optim.Op
 
 def _param_ids(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(param) for group in getattr(optimizer, "param_groups", ()) for param in group["params"]}
-
-
-def _steps_around() -> list[torch.optim.Optimizer]:
-    """The optimizers in whose steps the step that runs this hook was called, the innermost first.
-
-    A subclass' step that calls ``super().step()`` is there too: torch runs the hooks around the step of every class of
-    which it has made an optimizer. Found on the stack, which forgets a step that raised.
-    """
-    frame, found = sys._getframe(1), []
-    while frame is not None:
-        code = frame.f_code
-        # By name: while torch.compile traces, the code that runs is another.
-        if code.co_name == _STEP_WRAPPER.co_name and code.co_filename == _STEP_WRAPPER.co_filename:
-            args = frame.f_locals.get("args")
-            if args:
-                found.append(args[0])
-        frame = frame.f_back
-    return found[1:]
 
 
 @functools.lru_cache(maxsize=64)
@@ -656,6 +633,16 @@ class GradientHooks:
             self._places[handle.id] = param._post_accumulate_grad_hooks
             _relink(param)
 
+    def add_frozen(self, param: Tensor) -> None:
+        """As `add`, for a parameter that requires no gradient, where torch would refuse the hook."""
+        requires_grad = param.requires_grad
+        self.add(param.requires_grad_())
+        param.requires_grad_(requires_grad)
+
+    def names_of_hooked(self, module: nn.Module) -> list[str]:
+        """The names of the module's own parameters that have this hook."""
+        return [name for name, param in module._parameters.items() if param is not None and self._hook.is_on(param)]
+
 
 # By the id of a module: the handles whose hook its parameters get.
 _followers: dict[int, list[GradientHooks]] = {}
@@ -670,7 +657,7 @@ def _watch_replacements() -> None:
     torch.utils.swap_tensors = _relink_after(torch.utils.swap_tensors)
 
 
-# torch.compile must not trace these three: hooks would be added while it traces, and not at every call.
+# torch.compile must not trace these four: hooks would be added while it traces, and not at every call.
 @torch._disable_dynamo
 def _add_to_parameter(module: nn.Module, name: str, param: Tensor) -> None:
     followers = _followers.get(id(module), ())
@@ -689,16 +676,26 @@ def _add_to_submodule(module: nn.Module, name: str, submodule: nn.Module | None)
 
 
 @torch._disable_dynamo
-def _add_to_own(module: nn.Module) -> None:
+def _find_hooked(module: nn.Module) -> list[tuple[GradientHooks, str]]:
+    # Names: torch does not swap a parameter to which there is another reference.
+    return [(hooks, name) for hooks in _followers.get(id(module), ()) for name in hooks.names_of_hooked(module)]
+
+
+@torch._disable_dynamo
+def _add_to_own(module: nn.Module, hooked: list[tuple[GradientHooks, str]]) -> None:
     for hooks in _followers.get(id(module), ()):
         hooks.add_own(module)
+    # A parameter that was frozen since still has the hook, for when it is trained again: so has its replacement.
+    for hooks, name in hooked:
+        hooks.add_frozen(module._parameters[name])
 
 
 def _add_after(apply: Callable) -> Callable:
     @functools.wraps(apply)
     def _apply(module, *args, **kwargs):
+        hooked = _find_hooked(module)
         result = apply(module, *args, **kwargs)
-        _add_to_own(module)
+        _add_to_own(module, hooked)
         return result
 
     return _apply
@@ -732,9 +729,15 @@ class _GradientHook:
     def __init__(self, kind: str, alpha: float, beta: float) -> None:
         self._function = kind, alpha, beta
 
+    def is_on(self, param: Tensor) -> bool:
+        return any(hook is self for hook in _hooks_of(param))
+
     @torch._disable_dynamo
     @torch.no_grad()
     def __call__(self, param: Tensor) -> None:
+        if not self.is_on(param):
+            # swap_tensors has taken autograd's entry to a parameter that never got the hook.
+            return
         params = _with_gradient("register_gradient_hook", [param])
         _unshare(params)
         for found in params:
@@ -743,5 +746,9 @@ class _GradientHook:
 
 
 def _has_hook(param: Tensor) -> bool:
+    return any(isinstance(hook, _GradientHook) for hook in _hooks_of(param))
+
+
+def _hooks_of(param: Tensor) -> Iterable[Callable]:
     hooks: dict[int, Callable] = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    return any(isinstance(hook, _GradientHook) for hook in hooks.values())
+    return hooks.values()

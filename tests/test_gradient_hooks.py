@@ -650,6 +650,71 @@ def test_activation_twice_is_noticed_at_the_step_where_it_could_not_be_before(by
     assert_gradients(params, [gradients[0], *done])
 
 
+class Stepping(torch.optim.Optimizer):
+    """Keeps no optimizer where anybody looks, only a function that steps one."""
+
+    def __init__(self, params, step_inside):
+        super().__init__(params, {})
+        self.step_inside = step_inside
+
+    def step(self, closure=None):
+        return self.step_inside(closure)
+
+
+def step_of_a_subclass(inner):
+    class Subclass(type(inner)):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    return Subclass(inner.param_groups, lr=1.0).step
+
+
+def step_in(holder, find):
+    return lambda closure: find(holder).step(closure)
+
+
+HIDDEN = {
+    "its step": lambda inner: inner.step,
+    "a dict of dicts": lambda inner: step_in({"a": {"b": inner}}, lambda holder: holder["a"]["b"]),
+    "a plain object": lambda inner: step_in(types.SimpleNamespace(inner=inner), lambda holder: holder.inner),
+    "a subclass": step_of_a_subclass,
+}
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("hide", HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
+def test_an_optimizer_that_activates_itself_looks_for_hooks_around_its_step(kind, hide, closure):
+    params = make_params()
+    optimizer = Stepping(params, hide(kind([{"params": params}], lr=1.0)))
+    handle = lcw_ops.activate_gradients(optimizer)
+    before = [param.detach().clone() for param in params]
+    gradients = set_gradients(params)
+    arguments = [lambda: gradients.__setitem__(slice(None), set_gradients(params))] if closure else []
+    with pytest.raises(ValueError, match=r"a Stepping and a \w+, one of which steps inside the other.*remove"):
+        optimizer.step(*arguments)
+    assert all(map(torch.equal, params, before))
+    handle.remove()
+    gradients[:] = set_gradients(params)
+    optimizer.step(*arguments)
+    assert_gradients(params, gradients)
+    assert not any(map(torch.equal, params, before))
+
+
+def test_an_optimizer_that_activates_itself_may_step_inside_one_with_other_parameters():
+    params = make_params()
+    off = {"params": params[:1], "gradient_activation": None}
+    inner = optim.SGD([off, {"params": params[1:]}], lr=0.0)
+    optimizer = Stepping(params[:1], inner.step)
+    lcw_ops.activate_gradients(optimizer)
+    gradients = set_gradients(params)
+    optimizer.step()
+    assert_gradients(params, [f(gradients[0]), *gradients[1:]])
+    inner.param_groups[0]["gradient_activation"] = "tanh"
+    with pytest.raises(ValueError, match="one of which steps inside the other"):
+        optimizer.step()
+
+
 def test_two_optimizers_may_step_the_same_parameters_in_turn():
     params = make_params()
     optimizers = [still(params), still(params, torch.optim.AdamW)]
@@ -1428,6 +1493,43 @@ def test_a_parameter_that_needed_no_gradient_has_no_hook_until_another_takes_its
     module[1].weight = nn.Parameter(module[1].weight.detach().clone())
     backward(module, gradients)
     assert_gradients(module.parameters(), expected)
+
+
+@with_conversions()
+def test_a_parameter_frozen_after_it_was_hooked_is_activated_when_it_is_trained_again(conversion):
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].bias.requires_grad_(False)
+    handle = lcw_ops.register_gradient_hook(module)
+    module[0].weight.requires_grad_(False)
+    for convert in (module.double, module.float):
+        convert()
+        assert [param.requires_grad for param in module.parameters()] == [False, True, True, False]
+        gradients = random_gradients(module)
+        backward(nn.ParameterList([module[0].bias, module[1].weight]), gradients[1:3])
+        assert module[0].weight.grad is None
+        module.zero_grad()
+    module.requires_grad_()
+    gradients = random_gradients(module)
+    backward(module, gradients)
+    assert_gradients(module.parameters(), [*map(f, gradients[:3]), gradients[3]])
+    handle.remove()
+    assert not any(param._post_accumulate_grad_hooks for param in module.parameters())
+
+
+def test_a_live_parameter_that_is_swapped_with_a_hooked_one_gets_no_hook():
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    handle = lcw_ops.register_gradient_hook(module)
+    for _ in range(2):
+        torch.utils.swap_tensors(module.weight, other.weight)
+        for part, expected in ((module, f), (other, torch.Tensor.clone)):
+            part.zero_grad()
+            gradients = random_gradients(part)
+            backward(part, gradients)
+            assert_gradients(part.parameters(), map(expected, gradients))
+    handle.remove()
+    module.zero_grad()
+    backward(module, gradients)
+    assert_gradients(module.parameters(), gradients)
 
 
 def test_a_hook_of_the_users_survives_a_swap_with_ours():

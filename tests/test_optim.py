@@ -506,12 +506,21 @@ def test_adamw_state_of_another_dtype_is_refused_and_can_be_converted():
 
 def test_options_are_validated_again_only_when_they_have_changed(pair, monkeypatch):
     params = make_params(shapes=[(3,)] * 3)
-    optimizer = pair[0]([{"params": [param]} for param in params], lr=0.1)
     checked = []
     check = pair[0]._check_options
     monkeypatch.setattr(pair[0], "_check_options", lambda self, group: (checked.append(1), check(self, group)))
-    train(optimizer, params, 3)
+    optimizer = pair[0]([{"params": [param]} for param in params[:2]], lr=0.1)
+    assert len(checked) == 2
+    optimizer.add_param_group({"params": params[2:]})
+    train(optimizer, params, 2)
     assert len(checked) == 3
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert len(checked) == 6
+    train(optimizer, params, 2)
+    assert len(checked) == 6
+    copy.deepcopy(optimizer).step()
+    assert len(checked) == 9
+    del checked[3:]
     optimizer.param_groups[1]["alpha"] = 0.2
     train(optimizer, params, 2)
     assert len(checked) == 4
@@ -530,6 +539,21 @@ def test_options_are_validated_again_only_when_they_have_changed(pair, monkeypat
     for group in twin.param_groups:
         set_gradients(group["params"], [torch.ones(3)])
     assert_refused(twin, params, ValueError, "beta is -1.0")
+
+
+@pytest.mark.parametrize("name", ["gradient_activation", "alpha", "beta", "activate", "differentiable", "amsgrad"])
+def test_an_option_that_was_deleted_from_a_group_is_named(pair, name):
+    params = make_params(shapes=[(3,)] * 2)
+    optimizer = pair[0]([{"params": [param]} for param in params], lr=0.1)
+    if name not in optimizer.defaults:
+        pytest.skip(f"{pair[0].__name__} has no option {name}")
+    saved = optimizer.state_dict()
+    del optimizer.param_groups[1][name]
+    set_gradients(params, make_gradients(params, 0))
+    match = rf"optim\.{pair[0].__name__}: param_groups\[1\] has no '{name}'; .*default is {optimizer.defaults[name]!r}"
+    assert_refused(optimizer, params, ValueError, match)
+    optimizer.load_state_dict(saved)
+    optimizer.step()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The oracle is float64 by element, from the numbers as they come; what is written
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 
 import lcw_ops
 from lcw_ops import optim
+from lcw_ops.ops import gradient_activation as ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MIXED = [(param, grad) for param, grad in itertools.product(DTYPES, repeat=2) if param is not grad]
@@ -225,7 +227,7 @@ def test_adamw_keeps_states_of_the_gradient_s_dtype():
 
 @needs_grad_dtype
 def test_mixed_dtypes_through_a_state_dict(pair):
-    """Loading leaves states as torch does, in the parameter's dtype; the steps go on."""
+    """Loading leaves AdamW's states as torch does, in the parameter's dtype, and SGD's as they were saved."""
     param = mixed_parameter(torch.float16, torch.float32)
     optimizer = pair[0]([param], lr=0.1, **({"momentum": 0.9} if pair[0] is optim.SGD else {}))
     for _ in range(2):
@@ -233,10 +235,65 @@ def test_mixed_dtypes_through_a_state_dict(pair):
         optimizer.step()
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     states = [state for name, state in optimizer.state[param].items() if name != "step"]
-    assert {state.dtype for state in states} == {torch.float16}
+    assert {state.dtype for state in states} == {torch.float32 if pair[0] is optim.SGD else torch.float16}
     param.grad = torch.randn(33)
     optimizer.step()
     assert param.isfinite().all()
+
+
+@needs_grad_dtype
+@pytest.mark.parametrize("activate", ["gradient", "momentum"])
+@pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
+def test_momentum_beyond_float16_goes_on_where_it_was(copied, activate):
+    """Bit for bit as without the copy."""
+    param = mixed_parameter(torch.float16, torch.float32)
+    optimizer = optim.SGD([{"params": [param]}], lr=0.1, momentum=0.9, activate=activate, alpha=1e4)
+    gradients = [1e5 * torch.randn(33) for _ in range(3)]
+    for gradient in gradients[:2]:
+        param.grad = gradient.clone()
+        optimizer.step()
+    if copied == "state_dict":
+        twin = nn.Parameter(param.detach().clone())
+        twin.grad_dtype = torch.float32
+        other = optim.SGD([twin], lr=0.1, momentum=0.9, activate=activate, alpha=1e4)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        make = {"deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}[copied]
+        other = make(optimizer)
+        twin = other.param_groups[0]["params"][0]
+        twin.grad_dtype = torch.float32
+    for one, owner in ((optimizer, param), (other, twin)):
+        owner.grad = gradients[2].clone()
+        one.step()
+    buffer = other.state[twin]["momentum_buffer"]
+    assert buffer.dtype is torch.float32
+    assert buffer.isfinite().all()
+    assert_same_bits([twin, buffer], [param, optimizer.state[param]["momentum_buffer"]])
+    assert not other._optimizer_load_state_dict_pre_hooks
+    assert not other._optimizer_load_state_dict_post_hooks
+
+
+@needs_grad_dtype
+def test_a_buffer_is_loaded_in_the_parameter_s_dtype_where_its_gradients_are():
+    """And everywhere without activation, as torch does; a hook of the user's decides what is loaded."""
+    params = [nn.Parameter(torch.zeros(3, dtype=torch.float16)) for _ in range(3)]
+    for param in params[1:]:
+        param.grad_dtype = torch.float32
+    off = {"params": params[2:], "gradient_activation": None}
+    optimizer = optim.SGD([{"params": params[:2]}, off], lr=0.1, momentum=0.9)
+    theirs = torch.optim.SGD([nn.Parameter(torch.zeros(3)) for _ in params], lr=0.1, momentum=0.9)
+    for param in theirs.param_groups[0]["params"]:
+        param.grad = torch.full((3,), 3e5)
+    theirs.step()
+    saved = theirs.state_dict()
+    saved["param_groups"] = [{**saved["param_groups"][0], "params": ids} for ids in ([0, 1], [2])]
+    optimizer.load_state_dict(saved)
+    buffers = [optimizer.state[param]["momentum_buffer"] for param in params]
+    assert [buffer.dtype for buffer in buffers] == [torch.float16, torch.float32, torch.float16]
+    assert torch.equal(buffers[1], torch.full((3,), 3e5))
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: {**given, "state": {}})
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state
 
 
 @needs_grad_dtype
@@ -281,6 +338,28 @@ def test_adamw_counts_in_any_dtype(dtype, loaded):
     assert optimizer.state[params[1]]["step"] == 9
 
 
+@pytest.mark.parametrize("shapes", [[(1,), (1,)], [(), (1,)], [(1, 1), (1,), ()]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+def test_adamw_counts_in_one_number_of_any_shape(shapes, dtype, monkeypatch):
+    """The same bits as with counts of no dimension, which is all that every backend gets."""
+    params, others = (make_params(shapes=[(4,), (2, 3), (5,)][: len(shapes)]) for _ in range(2))
+    optimizer, plain = optim.AdamW(params, amsgrad=True), optim.AdamW(others, amsgrad=True)
+    train(optimizer, params, 2)
+    train(plain, others, 2)
+    counts = [optimizer.state[param]["step"] for param in params]
+    for param, count, shape in zip(params, counts, shapes, strict=True):
+        optimizer.state[param]["step"] = count.to(dtype).reshape(shape)
+    adamw_step_, seen = ops.adamw_step_, []
+    monkeypatch.setattr(ops, "adamw_step_", lambda *args, **kw: (seen.extend(args[6]), adamw_step_(*args, **kw)))
+    train(optimizer, params, 3, start=2)
+    assert {count.shape for count in seen} == {()}
+    train(plain, others, 3, start=2)
+    assert_same_bits(params, others)
+    for param, shape in zip(params, shapes, strict=True):
+        step = optimizer.state[param]["step"]
+        assert (step.shape, step.dtype, step.item()) == (shape, dtype, 5)
+
+
 def test_a_python_number_in_a_state_dict_is_loaded_as_torch_loads_it():
     params = make_params(shapes=[(3,)])
     optimizer = optim.AdamW(params, lr=0.1)
@@ -295,7 +374,9 @@ def test_a_python_number_in_a_state_dict_is_loaded_as_torch_loads_it():
 BAD_STEPS = {
     "int": (3, TypeError, r"step of a parameter .* is a int; expected a tensor.*torch\.tensor\(3, .*load_state_dict"),
     "float": (3.0, TypeError, r"step of a parameter .* is a float; expected a tensor"),
-    "None": (None, TypeError, "step of a parameter .* is a NoneType"),
+    "None": (None, TypeError, r"step of a parameter .* is a NoneType.*torch\.tensor\(count, dtype.*state\.$"),
+    "text": ("x", TypeError, r"step of a parameter .* is a str.*torch\.tensor\(count, dtype.*state\.$"),
+    "zeros": (torch._efficientzerotensor(()), TypeError, "step of a parameter .* one real number with memory"),
     "bool": (torch.tensor(True), TypeError, r"step of a parameter .* torch\.bool"),
     "complex": (torch.tensor(3 + 0j), TypeError, r"step of a parameter .* torch\.complex64"),
     "several": (torch.ones(3), TypeError, r"step of a parameter .* of shape \(3,\); |step of a parameter .*one real"),

@@ -297,7 +297,7 @@ def adamw_step_(
 
     As ``lcw_ops.reference.adamw_step`` by element, in place. Tensors of one device, in any layout and, for each
     parameter, of any dtypes, as in `sgd_step_`; grads are only read. ``max_exp_avg_sqs`` is empty without ``amsgrad``;
-    ``state_steps`` are float32 and have been counted up. Nothing is checked here.
+    ``state_steps`` are 0-dim float32 and have been counted up. Nothing is checked here.
     """
     written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     numbers = (lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, kind, alpha, beta)
@@ -442,7 +442,7 @@ def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -
     for index, dtype in enumerate(dtypes):
         by_dtype.setdefault(dtype, []).append(index)
     # One wait for the device, not one for each.
-    counts = torch.stack(state_steps).tolist() if state_steps else []
+    counts = torch.stack(state_steps).reshape(len(grads)).tolist() if state_steps else []
     for own_dtype, indices in by_dtype.items():
         dtype = torch.promote_types(own_dtype, torch.float32)
         for start in range(0, len(indices), FOREACH_TENSORS):

@@ -4,6 +4,7 @@ Groups without activation take torch's own step. Of the others everything is che
 """
 
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Hashable
 
@@ -21,6 +22,31 @@ _ALIVE = weakref.ref.__call__
 
 # What a state has of its parameter.
 _FORM = operator.attrgetter("shape", "device", "layout")
+
+
+# The code that torch wraps around the step of every optimizer class to run the hooks.
+_STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
+
+# The hooks of lcw_ops.activate_gradients in this process. An optimizer does not know which wrappers hold it.
+attached_hooks = weakref.WeakSet()
+
+
+def find_running_steps() -> list[torch.optim.Optimizer]:
+    """The optimizers whose steps are running in this thread, the innermost first.
+
+    A subclass whose step calls ``super().step()`` is there twice: torch runs the hooks around the step of every class
+    of which it has made an optimizer. They are read from the stack, because a step that raised leaves the stack too.
+    """
+    frame, found = sys._getframe(1), []
+    while frame is not None:
+        code = frame.f_code
+        # By name: while torch.compile traces, the code that runs is another.
+        if code.co_name == _STEP_WRAPPER.co_name and code.co_filename == _STEP_WRAPPER.co_filename:
+            args = frame.f_locals.get("args")
+            if args:
+                found.append(args[0])
+        frame = frame.f_back
+    return found
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -55,16 +81,19 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         """Into the defaults, and into the groups that torch's constructor has made."""
         self.defaults.update(options)
         self._forget_checks()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             for name, value in options.items():
                 group.setdefault(name, value)
-            self._check_options(group)
+            self._check_changed_options(index, group)
 
     def add_param_group(self, param_group: dict) -> None:
         # torch's constructor calls this before the options are among the defaults: it checks all groups at its end.
-        if "gradient_activation" in self.defaults and isinstance(param_group, dict):
-            self._check_options({**self.defaults, **param_group})
+        if "gradient_activation" not in self.defaults or not isinstance(param_group, dict):
+            super().add_param_group(param_group)
+            return
+        self._check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
 
     def _forget_checks(self) -> None:
         # By the group's place: its options, and the tensors of its step. None of this is saved.
@@ -73,7 +102,11 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     def _check_changed_options(self, index: int, group: dict) -> None:
         """Before a step: users and schedulers write into groups. Values are compared by identity: True equals 1.0."""
-        values, checked = self._watched(group), self._checked_options.get(index)
+        try:
+            values = self._watched(group)
+        except KeyError as error:
+            raise self._missing_option(index, error.args[0]) from error
+        checked = self._checked_options.get(index)
         if checked is None or any(map(operator.is_not, values, checked)):
             self._check_options(group)
             self._checked_options[index] = values
@@ -84,10 +117,11 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         What becomes wrong in the same tensors, by ``tensor.data = ...``, the ops notice: for each call before its first
         write.
         """
-        checked = self._checked_tensors.get(index, ())
+        checked = self._checked_tensors.get(index)
         # None in a state is what a tensor that is gone has left.
         return (
-            len(checked) == len(tensors)
+            checked is not None
+            and len(checked) == len(tensors)
             and all(map(operator.is_, map(_ALIVE, checked), tensors))
             and type(None) not in set(map(type, tensors))
         )
@@ -108,6 +142,22 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 "before step() with lcw_ops.reference.gradient_activation, which is differentiable."
             )
 
+    def is_activated(self, index: int) -> bool:
+        """Whether a step activates the gradients of ``param_groups[index]``."""
+        try:
+            return self.param_groups[index]["gradient_activation"] is not None
+        except KeyError as error:
+            raise self._missing_option(index, "gradient_activation") from error
+
+    def _are_activated(self) -> list[bool]:
+        return list(map(self.is_activated, range(len(self.param_groups))))
+
+    def _missing_option(self, index: int, name: str) -> ValueError:
+        return ValueError(
+            f"{self._name()}: param_groups[{index}] has no {name!r}; expected every option in every group. Put it "
+            f"back: the optimizer's default is {self.defaults.get(name)!r}."
+        )
+
     @classmethod
     def _name(cls) -> str:
         return f"optim.{cls.__name__}"
@@ -117,17 +167,19 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         # so what each group has been given stays.
         self._forget_checks()
         before = self.__dict__.get("param_groups", ())
+        defaults = state.get("defaults") or self.defaults
         for index, group in enumerate(state["param_groups"]):
-            source = before[index] if index < len(before) else state["defaults"]
+            given = before[index] if index < len(before) else {}
             for name in self._options:
-                group.setdefault(name, source[name])
+                group.setdefault(name, given.get(name, defaults[name]))
             self._check_options(group)
         super().__setstate__(state)
+        self._checked_options = dict(enumerate(map(self._watched, self.param_groups)))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tells GradScaler to leave the gradients scaled. An activated step needs them unscaled, and overflow found."""
-        return self.__dict__.get("_fused_step_scales", False) and not any(map(_is_activated, self.param_groups))
+        return self.__dict__.get("_fused_step_scales", False) and not any(self._are_activated())
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -150,7 +202,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
             On these errors no parameter has been changed. (With no activated group, errors are torch's.)
         """
-        if not any(map(_is_activated, self.param_groups)):
+        if not any(self._are_activated()):
             return self._torch_step(closure)
         loss = None
         if closure is not None:
@@ -163,13 +215,12 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def _mixed_step(self) -> None:
+        self._check_hooks_around()
         _check_capture(self)
-        groups = self.param_groups
-        plain = [group for group in groups if not _is_activated(group)]
+        groups, activated = self.param_groups, self._are_activated()
+        plain = [group for group, is_activated in zip(groups, activated, strict=True) if not is_activated]
         self._check_plain(plain)
-        calls = [
-            call for index, group in enumerate(groups) if _is_activated(group) for call in self._gather(index, group)
-        ]
+        calls = [call for index, group in enumerate(groups) if activated[index] for call in self._gather(index, group)]
         if plain:
             self.param_groups = plain
             try:
@@ -178,6 +229,15 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 self.param_groups = groups
         for call in calls:
             call()
+
+    def _check_hooks_around(self) -> None:
+        """ValueError if this step runs inside that of an optimizer whose hook has activated the same gradients."""
+        if not attached_hooks:
+            return
+        for other in find_running_steps():
+            hooks = () if other is self else getattr(other, "_optimizer_step_pre_hooks", ())
+            for hook in attached_hooks.intersection(hooks):
+                hook.check_apart(other, self)
 
     def _check_plain(self, groups: list[dict]) -> None:
         """Refuses what torch's step would refuse only after it has changed other groups."""
@@ -290,10 +350,6 @@ def are_mixed(params: list[Tensor], *lists: list[Tensor]) -> list[bool]:
     if all(other == dtypes for other in others):
         return [False] * len(params)
     return [any(dtype is not own for dtype in belonging) for own, *belonging in zip(dtypes, *others, strict=True)]
-
-
-def _is_activated(group: dict) -> bool:
-    return group["gradient_activation"] is not None
 
 
 def _check_capture(optimizer: torch.optim.Optimizer) -> None:

@@ -85,7 +85,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
 
     def _forget_checks(self) -> None:
         super()._forget_checks()
-        self._counts_in_float32: dict[int, bool] = {}
+        self._counts_are_plain: dict[int, bool] = {}
 
     def _check_options(self, group: dict) -> None:
         super()._check_options(group)
@@ -103,6 +103,8 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         try:
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         except KeyError as error:
+            if error.args[0] in self.defaults:
+                raise self._missing_option(index, error.args[0]) from error
             raise ValueError(
                 f"{self._name()}: {error} is missing in the state of a parameter in param_groups[{index}]. Put it into "
                 "optimizer.state, or delete the parameter's entry there, which starts it anew."
@@ -114,13 +116,13 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             self._check_states(index, params, states)
             self._check_steps(index, params, steps)
             self._note_checked(index, tensors)
-            self._counts_in_float32[index] = all(step.dtype is torch.float32 and not step.is_neg() for step in steps)
+            self._counts_are_plain[index] = all(map(_is_plain_count, steps))
         mixed = are_mixed(params, grads, *states.values())
         if any(mixed):
             self._check_gradients(index, grads)
             self._check_dtypes(index, params, grads, states)
-        in_float32 = self._counts_in_float32[index]
-        if not in_float32:
+        are_plain = self._counts_are_plain[index]
+        if not are_plain:
             # Integers come to an end.
             self._check_steps(index, params, steps)
         self._localize(params, grads, *states.values())
@@ -131,7 +133,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         for (device, counted_on, _), take in split(*devices, mixed).items():
             calls.append(
                 functools.partial(
-                    _step if in_float32 and counted_on in (device, _CPU) else _step_with_own_counts,
+                    _step if are_plain and counted_on in (device, _CPU) else _step_with_own_counts,
                     _backends.choose(ops.ADAMW_STEP, device),
                     take(params),
                     take(grads),
@@ -174,12 +176,13 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
                 continue
             where = self._where(index, param, "step")
             if not isinstance(step, Tensor):
+                is_number = isinstance(step, (int, float)) and not isinstance(step, bool)
+                remedy = ", or load the state by load_state_dict, which makes it one" if is_number else ""
                 raise TypeError(
                     f"{where} is a {type(step).__name__}; expected a tensor of one number. Put torch.tensor("
-                    f"{step!r}, dtype=torch.float32) into optimizer.state, or load the state by load_state_dict, which "
-                    "makes it one."
+                    f"{step if is_number else 'count'}, dtype=torch.float32) into optimizer.state{remedy}."
                 )
-            if step.numel() != 1 or step.dtype not in _COUNTING or step.is_meta:
+            if step.numel() != 1 or step.dtype not in _COUNTING or step.is_meta or step._is_zerotensor():
                 raise TypeError(
                     f"{where} is {step.dtype} of shape {tuple(step.shape)} on {step.device}; expected one real number "
                     "with memory. Put torch.tensor(count, dtype=torch.float32) into optimizer.state."
@@ -192,7 +195,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
 
 
 def _is_count(step: object, param: Tensor) -> bool:
-    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in _COUNTING:
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in _COUNTING or step._is_zerotensor():
         return False
     if not step.is_cpu:
         # Reading one on a GPU would wait for it.
@@ -201,8 +204,13 @@ def _is_count(step: object, param: Tensor) -> bool:
     return count >= 0 and (step.is_floating_point() or count < torch.iinfo(step.dtype).max)
 
 
+def _is_plain_count(step: Tensor) -> bool:
+    """Whether the ops take it as it is."""
+    return step.dtype is torch.float32 and step.dim() == 0 and not step.is_neg()
+
+
 def _step(backend: str, *lists: list[Tensor], **options) -> None:
-    """With counts in float32, on the CPU or beside the parameters."""
+    """With plain counts, on the CPU or beside the parameters."""
     *_, steps = lists
     _count(steps, 1.0)
     try:
@@ -222,9 +230,9 @@ def _count(steps: list[Tensor], by: float) -> None:
 
 
 def _step_with_own_counts(backend: str, *lists: list[Tensor], **options) -> None:
-    """With counts in any dtype and place: loaded ones, or those that torch makes under a float64 default dtype."""
+    """With counts in any dtype, shape and place: loaded, or made by torch under a float64 default dtype."""
     *tensors, steps = lists
-    counts = [(step + 1).to(tensors[0][0].device, torch.float32) for step in steps]
+    counts = [(step + 1).to(tensors[0][0].device, torch.float32).reshape(()) for step in steps]
     ops.adamw_step_(backend, *tensors, counts, **options)
     for step in steps:
         step += 1

@@ -7,6 +7,7 @@ both places of the activation are the authors' code's.
 import functools
 import operator
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -88,6 +89,32 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         super()._check_options(group)
         checks.check_choice(self._name(), "activate", group["activate"], PLACES)
 
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict) -> None:
+        """torch's, except that momentum of gradients in more digits than their parameter keeps its dtype.
+
+        torch rounds every state to the parameter's dtype. For a parameter whose ``grad_dtype`` is another, that could
+        make a float32 buffer of a float16 parameter infinite.
+        """
+        loaded: dict = {}
+
+        def keep_wide_buffers(_) -> None:
+            ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+            owners = ((param, group) for group in self.param_groups for param in group["params"])
+            for saved_id, (param, group) in zip(ids, owners, strict=True):
+                buffer = loaded["state"].get(saved_id, {}).get("momentum_buffer")
+                if group["gradient_activation"] is not None and _is_wide_buffer(buffer, param):
+                    self.state[param]["momentum_buffer"] = buffer.to(param.device)
+
+        # The last before torch loads, and the first after: hooks of the user may change the state before and after.
+        before = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        after = self.register_load_state_dict_post_hook(keep_wide_buffers, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
     def _gather(self, index: int, group: dict) -> list[Callable[[], None]]:
         group = self._checked_group(index, group)
         params, grads, found = [], [], []
@@ -148,6 +175,17 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     def _keep_buffers(self, params: list[Tensor], buffers: list[Tensor]) -> None:
         for param, buffer in zip(params, buffers, strict=True):
             self.state[param]["momentum_buffer"] = buffer
+
+
+def _is_wide_buffer(buffer: object, param: Tensor) -> bool:
+    """Whether it has more digits than the parameter, for gradients in another dtype than the parameter's."""
+    return (
+        isinstance(buffer, Tensor)
+        and buffer.is_floating_point()
+        and buffer.dtype is not param.dtype
+        and getattr(param, "grad_dtype", param.dtype) is not param.dtype
+        and torch.promote_types(buffer.dtype, param.dtype) is not param.dtype
+    )
 
 
 def _dtype_of_buffer(param: Tensor, grad: Tensor, decays: bool) -> torch.dtype:
