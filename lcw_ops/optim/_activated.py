@@ -84,10 +84,11 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         What becomes wrong in the same tensors, by ``tensor.data = ...``, the ops notice: for each call before its first
         write.
         """
-        checked = self._checked_tensors.get(index, ())
+        checked = self._checked_tensors.get(index)
         # None in a state is what a tensor that is gone has left.
         return (
-            len(checked) == len(tensors)
+            checked is not None
+            and len(checked) == len(tensors)
             and all(map(operator.is_, map(_ALIVE, checked), tensors))
             and type(None) not in set(map(type, tensors))
         )
