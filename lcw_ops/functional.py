@@ -696,7 +696,8 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
 
     Args:
         tensors: list or tuple of dense tensors, of any shapes, strides and devices, each float32, float64, bfloat16 or
-            float16; 16-bit tensors are computed in float32 and rounded once. May be empty.
+            float16; 16-bit tensors are computed in float32 and rounded once. Views that torch negates when it reads
+            them (``z.conj().imag``) are right too. May be empty.
         kind: "arctan", "tanh" or "log".
         alpha, beta: numbers > 0 that are normal in float32; the slope at 0 is alpha * beta.
 

@@ -21,6 +21,8 @@ SGD_STEP, ADAMW_STEP = "activated_sgd_step_", "activated_adamw_step_"
 # they lie in memory, before the first write. An op that only raises could not be told from one that failed.
 TRY = "try_"
 
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+
 # At once in plain torch, or as copies in one dtype: many, for a foreach call costs what one tensor's does; few, for the
 # memory of the copies.
 FOREACH_TENSORS = 32
@@ -188,7 +190,10 @@ def _can_ask(backend: str, tensors: list[Tensor]) -> bool:
     return (
         backend in ("cpp", "cuda")
         and not _is_recorded()
-        and all(kind.__torch_dispatch__ is Tensor.__torch_dispatch__ for kind in set(map(type, tensors)))
+        and (
+            (kinds := set(map(type, tensors))) <= _PLAIN_TYPES
+            or all(kind.__torch_dispatch__ is Tensor.__torch_dispatch__ for kind in kinds)
+        )
     )
 
 

@@ -264,8 +264,11 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         """The group with those of its parameters that have a gradient, each once."""
         self._check_changed_options(index, group)
         params, strided, floating = [], torch.strided, checks.FLOATING
-        # A parameter that a group has twice would be written by two threads at once.
-        for param in {id(param): param for param in group["params"]}.values():
+        given = group["params"]
+        if len(set(map(id, given))) < len(given):
+            # A parameter that a group has twice would be written by two threads at once.
+            given = {id(param): param for param in given}.values()
+        for param in given:
             gradient = param.grad
             if gradient is None:
                 continue

@@ -28,6 +28,9 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
 
     f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|). alpha cancels against the second
     moment except for eps: a larger alpha is a smaller eps. 16-bit parameters are stepped in float32 and rounded once.
+    A gradient is activated in its own dtype; where it and the parameter differ in dtype, the step is made on copies, in
+    float64 if one of them is that, otherwise in float32. States have the parameter's dtype, as torch's, or the
+    gradient's; ``step`` counts in any dtype of real numbers.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: torch's.
@@ -43,7 +46,8 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     decay is part of the gradient.
 
     Raises:
-        ValueError: options out of range. TypeError: alpha or beta is no number. Otherwise torch's.
+        ValueError: options out of range. TypeError: alpha or beta is no number. Otherwise torch's. Errors of a step:
+            see ``step``.
     """
 
     _torch_optimizer = torch.optim.AdamW

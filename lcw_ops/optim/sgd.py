@@ -29,7 +29,9 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     - activate="momentum": ``d = g + weight_decay * w``, momentum as torch's, ``w -= lr * f(step)``.
 
     Near a stationary point f is the line of slope alpha * beta: compare with plain SGD at ``lr * alpha * beta`` too.
-    16-bit parameters are stepped in float32 and rounded once.
+    16-bit parameters are stepped in float32 and rounded once. A gradient is activated in its own dtype; where it, the
+    parameter and the momentum buffer differ in dtype, the step is made on copies, in float64 if one of them is that,
+    otherwise in float32. The dtype of the buffer is torch's: the first gradient's, or what it and the decay promote to.
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's.
@@ -45,7 +47,8 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     With a tensor lr on a GPU, the step waits for its value.
 
     Raises:
-        ValueError: options out of range. TypeError: alpha or beta is no number. Otherwise torch's.
+        ValueError: options out of range. TypeError: alpha or beta is no number. Otherwise torch's. Errors of a step:
+            see ``step``.
     """
 
     _torch_optimizer = torch.optim.SGD
@@ -137,7 +140,8 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             self._check_dtypes(index, params, buffers)
         self._localize(params, grads, *states)
         calls = []
-        for (device, first, _), take in split([param.device for param in params], is_first, mixed).items():
+        keys = [param.device for param in params], is_first, *([mixed] if any(mixed) else [])
+        for (device, first, *_), take in split(*keys).items():
             calls.append(
                 functools.partial(
                     ops.sgd_step_,
