@@ -77,14 +77,15 @@ def activate_gradients(
         copies of that copy have no activation.
 
     Raises:
-        TypeError: no optimizer, no numbers, no parameters; a wrapper whose step runs no hooks and that does not hold
-            exactly one optimizer with the same parameters; at a step, a gradient that is sparse, or not float32,
-            float64, bfloat16 or float16.
+        TypeError: an argument that is not an optimizer, a number or a parameter; a wrapper whose step runs no hooks and
+            that does not hold exactly one optimizer with the same parameters; at a step, a gradient that is sparse, or
+            not float32, float64, bfloat16 or float16.
         ValueError: unknown kind, numbers out of range; params that the optimizer does not have, or that are activated
             already: by another call for this optimizer, for its wrapper or for the optimizer inside it, or by an
             lcw_ops.optim optimizer, which is to have gradient_activation=None; a group with differentiable=True; at a
             step, a gradient that requires a gradient itself, or that is an inference tensor outside of inference mode,
-            or an optimizer that steps inside another one's step after that one has activated the same gradients.
+            or an optimizer that steps inside another one's step after that one has activated the same gradients (those
+            are changed then, and the parameters are not).
         All groups are checked before any gradient is changed. kind, alpha and beta are checked by this call and by
         ``load_state_dict``, and at a step only in groups whose override is new or has changed.
     """
@@ -117,7 +118,7 @@ class ActivatedGradients:
     ) -> None:
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = weakref.ref(optimizer)
         self._is_removed = False
-        # By the index of a group with an override: the settings that were checked last.
+        # Maps the index of a group with an override to the settings that were checked last.
         self._checked: dict[int, tuple[str, float, float]] = {}
         self.kind, self.alpha, self.beta, self.params = kind, alpha, beta, params
 
@@ -133,7 +134,7 @@ class ActivatedGradients:
                 optimizer.__dict__.pop("__getstate__", None)
 
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """None once it is gone."""
+        """The optimizer, or None if it no longer exists."""
         return self._optimizer()
 
     def overlaps(self, params: list[Tensor] | None) -> bool:
@@ -195,7 +196,7 @@ class ActivatedGradients:
             return None
         around = find_running_steps()[1:]
         if any(self in getattr(other, "_optimizer_step_pre_hooks", ()) for other in around):
-            # The same optimizer: its class' step calls super().step().
+            # The same optimizer is stepping: its class' step calls super().step().
             return None
         # An optimizer of lcw_ops.optim looks around itself, but only after this hook has changed the gradients.
         inside = [held for held in vars(optimizer).values() if isinstance(held, ActivatedOptimizer)]
@@ -320,7 +321,7 @@ def _find_stepping(name: str, optimizer: object) -> torch.optim.Optimizer:
 
 
 def _runs_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch has wrapped its class' step, which then runs the hooks of the instance, if these are its own."""
+    """Whether torch has wrapped the step of its class, and the hooks that this step runs are the instance's own."""
     step = getattr(type(optimizer), "step", None)
     return getattr(step, "hooked", False) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
@@ -336,7 +337,7 @@ def _advice(held: dict[str, torch.optim.Optimizer]) -> str:
 
 
 def _held(holder: object) -> dict[str, torch.optim.Optimizer]:
-    """By the name of the attribute, the optimizers that ``holder`` has, directly or in a list or dict; each once."""
+    """The optimizers that are attributes of ``holder``, or in a list or dict that is one, by name; each once."""
     found: dict[int, tuple[str, torch.optim.Optimizer]] = {}
     for name, value in getattr(holder, "__dict__", {}).items():
         if isinstance(value, torch.optim.Optimizer):
@@ -496,7 +497,7 @@ def _unshare(params: list[Tensor]) -> None:
     """Gradients in memory of their own: what two share, or one has twice, would be activated twice."""
     params = [param for param in params if param.grad is not None and param.grad.layout is torch.strided]
     for param in params:
-        # A view that only says that it is negated: nothing writes through it.
+        # torch negates this view only when it reads it, so the kernels cannot write through it.
         if param.grad.is_neg():
             param.grad = param.grad.resolve_neg()
     grads = [_local(param.grad) for param in params]
@@ -544,6 +545,8 @@ def register_gradient_hook(
       ``torch.__future__.set_overwrite_module_params_on_conversion(True)`` or
       ``set_swap_module_params_on_conversion(True)``. torch has no hook for conversions, so the first call of this
       function wraps ``torch.nn.Module._apply`` and ``torch.utils.swap_tensors`` for the whole process.
+    - A conversion that replaces a parameter with the hook gives it to the replacement, even if the parameter has been
+      frozen since: the hook acts again once the replacement requires a gradient.
     - Code that writes into a module's ``_parameters`` or ``_modules`` directly is not noticed: ``fully_shard``, and
       ``insert`` of nn.ModuleList and nn.Sequential. Register after it. If hooks are registered already, call
       ``remove()`` and register again.
@@ -635,6 +638,9 @@ class GradientHooks:
 
     def add_frozen(self, param: Tensor) -> None:
         """As `add`, for a parameter that requires no gradient, where torch would refuse the hook."""
+        can_require = param.is_floating_point() or param.is_complex()
+        if _has_hook(param) or not can_require or param.is_inference():
+            return
         requires_grad = param.requires_grad
         self.add(param.requires_grad_())
         param.requires_grad_(requires_grad)
@@ -644,7 +650,7 @@ class GradientHooks:
         return [name for name, param in module._parameters.items() if param is not None and self._hook.is_on(param)]
 
 
-# By the id of a module: the handles whose hook its parameters get.
+# The handles whose hook the parameters of a module get, by the id of the module.
 _followers: dict[int, list[GradientHooks]] = {}
 
 

@@ -1516,6 +1516,18 @@ def test_a_parameter_frozen_after_it_was_hooked_is_activated_when_it_is_trained_
     assert not any(param._post_accumulate_grad_hooks for param in module.parameters())
 
 
+@with_conversions(("overwrite",))
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_frozen_parameter_may_become_one_that_can_never_require_a_gradient(conversion, inference):
+    module = nn.Linear(2, 2)
+    lcw_ops.register_gradient_hook(module)
+    module.requires_grad_(False)
+    with torch.inference_mode(inference):
+        module._apply(lambda tensor: tensor.double() if inference else tensor.to(torch.int8))
+    module.float()
+    assert not any(param.requires_grad for param in module.parameters())
+
+
 def test_a_live_parameter_that_is_swapped_with_a_hooked_one_gets_no_hook():
     module, other = nn.Linear(2, 2), nn.Linear(2, 2)
     handle = lcw_ops.register_gradient_hook(module)

@@ -17,14 +17,14 @@ from lcw_ops.ops import _backends, _library
 NAME = "gradient_activation_"
 SGD_STEP, ADAMW_STEP = "activated_sgd_step_", "activated_adamw_step_"
 
-# With this before its name, an op of a compiled backend answers whether it took the tensors: it looks for itself how
-# they lie in memory, before the first write. An op that only raises could not be told from one that failed.
+# An op of a compiled backend with this prefix returns whether it took the tensors: it looks at their layout in memory
+# itself, before the first write. An op that only raises could not be told from one that failed.
 TRY = "try_"
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
-# At once in plain torch, or as copies in one dtype: many, for a foreach call costs what one tensor's does; few, for the
-# memory of the copies.
+# How many tensors plain torch takes at once, or are copied into one dtype at once: many, because a foreach call costs
+# what a call for one tensor does; few, because the copies take memory.
 FOREACH_TENSORS = 32
 
 
@@ -175,7 +175,7 @@ def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta
 
 
 def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> bool:
-    """The C++ kernel on tensors of which nothing is known but their type; False if it did not take them: no write."""
+    """Calls the C++ kernel on tensors of which only the type is known. False: it took none, and wrote nothing."""
     if _is_recorded() or not _library.get_overload(TRY + NAME, "cpp")(tensors, kind, alpha, beta):
         return False
     _count_writes(tensors)
@@ -183,9 +183,9 @@ def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float)
 
 
 def _can_ask(backend: str, tensors: list[Tensor]) -> bool:
-    """Whether the kernel may answer that it does not take the tensors, so that nobody has to look before.
+    """Whether the kernel may answer that it does not take the tensors, so that they need not be looked at before.
 
-    A subclass that makes several calls of one would have several answers.
+    A subclass that turns one call into several would get several answers.
     """
     return (
         backend in ("cpp", "cuda")
@@ -198,7 +198,7 @@ def _can_ask(backend: str, tensors: list[Tensor]) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether calls become part of a program, which could not look at an answer."""
+    """Whether calls are recorded in a program, which could not depend on an answer."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
 
 
@@ -221,7 +221,7 @@ def _to_dense(tensor: Tensor) -> Tensor:
 
 
 def _is_virtual(tensor: Tensor) -> bool:
-    """Whether its numbers are not those in memory: a view that is to be negated when it is read, or zeros without any.
+    """Whether its numbers are not those in memory: a view that is to be negated when read, or zeros without memory.
 
     Compilers replace both themselves.
     """
@@ -264,9 +264,9 @@ def sgd_step_(
     """One step of SGD on ``backend``, with f of the gradient or of what leaves the momentum (``activate``).
 
     As ``lcw_ops.reference.sgd_step`` by element, in place. Tensors of one device, in any layout; grads are only read.
-    What belongs to one parameter may differ in dtype: it is computed in float64 if any of it is that, otherwise in
-    float32, and rounded once. ``momentum_buffers`` is empty without momentum; with ``is_first`` it holds nothing yet.
-    Nothing is checked here.
+    A parameter, its gradient and its buffer may differ in dtype: the step is computed in float64 if one of them is
+    float64, otherwise in float32, and rounded once. ``momentum_buffers`` is empty without momentum; with ``is_first``
+    it holds nothing yet. Nothing is checked here.
     """
     numbers = (lr, momentum, dampening, weight_decay, nesterov, maximize, is_first)
     if backend == "reference":
@@ -335,7 +335,7 @@ def _step_in_place(
 
 
 def _check_forms(name: str, written: list[list[Tensor]], grads: list[Tensor]) -> None:
-    """A copy would be made over devices, or broadcast, and could not be written back."""
+    """Raises where shapes or devices differ: a copy would cross devices or be broadcast, and cannot be written back."""
     if torch.compiler.is_compiling():
         return
     for own in zip(*(tensors for tensors in (*written, grads) if tensors), strict=True):
@@ -344,14 +344,14 @@ def _check_forms(name: str, written: list[list[Tensor]], grads: list[Tensor]) ->
                 raise ValueError(
                     f"{name}: a gradient or a state of shape {tuple(tensor.shape)} on {tensor.device} belongs to a "
                     f"parameter of shape {tuple(own[0].shape)} on {own[0].device}; expected those of the parameter. "
-                    "Convert it with the parameter, or delete it, which starts it anew."
+                    "Convert it with the parameter, or delete it to start with a new one."
                 )
 
 
 def _length_of_pieces(written: list[list[Tensor]], grads: list[Tensor]) -> int:
     """How many parameters to step at once."""
     if len(grads) > 1 and not torch.compiler.is_compiling() and find_shared(written[0]) is not None:
-        # Parameters over the same memory, one after another.
+        # Parameters that share memory are stepped one at a time.
         return 1
     return FOREACH_TENSORS if _common_dtypes(written, grads)[1] else len(grads)
 
@@ -359,7 +359,7 @@ def _length_of_pieces(written: list[list[Tensor]], grads: list[Tensor]) -> int:
 def _step_on_copies(
     overload, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
 ) -> None:
-    """``step`` on what belongs to one parameter in its dense layout and one dtype, copied where it is not."""
+    """Calls ``step`` on copies wherever a tensor differs from its parameter's dense layout and common dtype."""
     dtypes, _ = _common_dtypes(written, grads)
     params = [_to_dense(_widen(param, dtype)) for param, dtype in zip(written[0], dtypes, strict=True)]
     laid_out = [params, *([_lay_out_as(params, tensors) for tensors in written[1:]])]
@@ -369,7 +369,7 @@ def _step_on_copies(
 
 
 def _common_dtypes(written: list[list[Tensor]], grads: list[Tensor]) -> tuple[list[torch.dtype], bool]:
-    """For each parameter, a dtype that holds the numbers of all that belongs to it; and whether any has another."""
+    """For each parameter, a dtype for itself, its gradient and its states; and whether any of these has another."""
     columns = [[tensor.dtype for tensor in tensors] for tensors in (*written, grads) if tensors]
     if all(column == columns[0] for column in columns):
         return columns[0], False
@@ -380,7 +380,7 @@ def _common_dtypes(written: list[list[Tensor]], grads: list[Tensor]) -> tuple[li
 
 
 def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, copied where their memory is not as the parameter's; [] stays []."""
+    """The tensors, copied where their layout or dtype is not the parameter's; [] stays []."""
     return [
         tensor
         if tensor.stride() == param.stride() and tensor.dtype is param.dtype and not _is_virtual(tensor)
@@ -421,7 +421,7 @@ def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: flo
 
 
 def _resolve_negations(tensors: list[Tensor]) -> list[Tensor]:
-    """The list, or copies for views that are to be negated when they are read: foreach calls do not write to those."""
+    """The list, with copies for views that are to be negated when read: foreach calls do not write to those."""
     if torch.compiler.is_compiling() or not any(map(Tensor.is_neg, tensors)):
         return tensors
     return [tensor.resolve_neg() for tensor in tensors]
@@ -553,7 +553,8 @@ _ARGUMENTS = {
         "float eps, bool amsgrad, bool maximize, str kind, float alpha, float beta)"
     ),
 }
-# To the dispatcher these are apart: views that are to be negated when read, zeros without memory, nested tensors.
+# The dispatch keys of tensors that the kernels do not take: views that are to be negated when read, zeros without
+# memory, nested tensors.
 _NOT_PLAIN = ("Negative", "ZeroTensor", "AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA")
 
 _library.declare(NAME, f"{_ARGUMENTS[NAME]} -> ()", backends=("cpp", "cuda", "triton"), fake=_fake, vmap=_vmap)
@@ -566,7 +567,7 @@ for _op, _arguments in _ARGUMENTS.items():
         for _key in _NOT_PLAIN:
             _library.implement(TRY + _op, _backend, _refuse, _key)
 for _backend in ("cpp", "cuda", "triton"):
-    # Where a transform of torch.func unwraps the view.
+    # A transform of torch.func may unwrap such a view.
     _library.implement(
         NAME, _backend, functools.partial(_activate_dense_, _library.get_overload(NAME, _backend)), "Negative"
     )

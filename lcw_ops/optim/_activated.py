@@ -20,7 +20,7 @@ _LOCAL_TYPES = {Tensor, Parameter}
 
 _ALIVE = weakref.ref.__call__
 
-# What a state has of its parameter.
+# A state must have these in common with its parameter.
 _FORM = operator.attrgetter("shape", "device", "layout")
 
 
@@ -72,7 +72,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     _torch_optimizer: type[torch.optim.Optimizer]
     _options: tuple[str, ...] = ("gradient_activation", "alpha", "beta")
-    # Everything in a group that `_check_options` looks at.
+    # Reads from a group all options that `_check_options` looks at.
     _watched: operator.itemgetter
     # Whether torch's step does, in its form without fused=True.
     _takes_sparse: bool
@@ -96,12 +96,15 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
 
     def _forget_checks(self) -> None:
-        # By the group's place: its options, and the tensors of its step. None of this is saved.
+        # Both are by the index of the group: its options, and the tensors of its last step. Neither is saved.
         self._checked_options: dict[int, tuple] = {}
         self._checked_tensors: dict[int, list[weakref.ref]] = {}
 
     def _check_changed_options(self, index: int, group: dict) -> None:
-        """Before a step: users and schedulers write into groups. Values are compared by identity: True equals 1.0."""
+        """Checks options that have changed: users and schedulers write into groups.
+
+        Values are compared by identity: True equals 1.0.
+        """
         try:
             values = self._watched(group)
         except KeyError as error:
@@ -114,11 +117,11 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _were_checked(self, index: int, tensors: list[Tensor]) -> bool:
         """Whether these are the tensors of a group's last step, found to be right then.
 
-        What becomes wrong in the same tensors, by ``tensor.data = ...``, the ops notice: for each call before its first
+        If the same tensors become wrong later, by ``tensor.data = ...``, each call of an op notices it before its first
         write.
         """
         checked = self._checked_tensors.get(index)
-        # None in a state is what a tensor that is gone has left.
+        # The reference to a tensor that no longer exists gives None, and so may a state.
         return (
             checked is not None
             and len(checked) == len(tensors)
@@ -127,7 +130,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         )
 
     def _note_checked(self, index: int, tensors: list[Tensor]) -> None:
-        # Weakly: states may be moved elsewhere to free their memory.
+        # Weak references: states may be moved elsewhere to free their memory.
         self._checked_tensors[index] = list(map(weakref.ref, tensors))
 
     def _check_options(self, group: dict) -> None:
@@ -196,9 +199,10 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a gradient that is sparse or complex; a parameter that is not float32, float64, bfloat16 or
-                float16; a state that is no tensor, or not of a dtype to compute with.
-            ValueError: options of a group that are out of range; an activated parameter whose elements share memory or
-                that has none; a state that is missing, or that has not the form of its parameter.
+                float16; a state that is not a tensor, or whose dtype is not one of these.
+            ValueError: options of a group that are missing or out of range; an activated parameter whose elements share
+                memory, or that has no memory; a state that is missing, or whose shape, device or layout is not its
+                parameter's; a step inside that of an optimizer whose hook has activated the same gradients.
             RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
             On these errors no parameter has been changed. (With no activated group, errors are torch's.)
         """
@@ -293,7 +297,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         return {**group, "params": params}
 
     def _check_states(self, index: int, params: list[Tensor], states: dict[str, list[Tensor]]) -> None:
-        """Each name's tensors can be stepped beside their parameters, element by element."""
+        """Raises unless each name's tensors can be stepped beside their parameters, element by element."""
         for param in params:
             if param._is_zerotensor():
                 raise ValueError(
@@ -309,7 +313,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         if not isinstance(state, Tensor):
             raise TypeError(
                 f"{where} is a {type(state).__name__}; expected a tensor of that shape. Put one into optimizer.state, "
-                "or delete the parameter's entry there, which starts it anew."
+                "or delete the parameter's entry there to start with a new state."
             )
         if _FORM(state) != _FORM(param):
             came, expected = (f"shape {tuple(t.shape)}, {t.layout} on {t.device}" for t in (state, param))
@@ -321,7 +325,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             )
 
     def _check_gradients(self, index: int, grads: list[Tensor]) -> None:
-        """Those that differ in dtype from their parameters."""
+        """Refuses complex gradients; called where a gradient and its parameter differ in dtype."""
         for grad in grads:
             if grad.is_complex():
                 raise TypeError(
@@ -335,7 +339,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _localize(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:
-        """In place: the local parts of DTensors."""
+        """Replaces the DTensors in the lists by their local parts."""
         if set(map(type, params)) <= _LOCAL_TYPES:
             return
         for place, param in enumerate(params):
@@ -347,7 +351,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
 
 def are_mixed(params: list[Tensor], *lists: list[Tensor]) -> list[bool]:
-    """For each parameter, whether what belongs to it differs in dtype: such are stepped as copies, and apart."""
+    """For each parameter, whether its gradient or a state differs from it in dtype: it is then stepped as a copy."""
     dtypes = [param.dtype for param in params]
     others = [[tensor.dtype for tensor in tensors] for tensors in lists]
     if all(other == dtypes for other in others):

@@ -19,7 +19,7 @@ from lcw_ops.reference import checks
 
 _CPU = torch.device("cpu")
 
-# torch adds 1 to these.
+# The dtypes of counts to which torch can add 1.
 _COUNTING = (*checks.FLOATING, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -29,7 +29,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|). alpha cancels against the second
     moment except for eps: a larger alpha is a smaller eps. 16-bit parameters are stepped in float32 and rounded once.
     A gradient is activated in its own dtype; where it and the parameter differ in dtype, the step is made on copies, in
-    float64 if one of them is that, otherwise in float32. States have the parameter's dtype, as torch's, or the
+    float64 if one of them is float64, otherwise in float32. States have the parameter's dtype, as torch's, or the
     gradient's; ``step`` counts in any dtype of real numbers.
 
     Args:
@@ -46,7 +46,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     decay is part of the gradient.
 
     Raises:
-        ValueError: options out of range. TypeError: alpha or beta is no number. Otherwise torch's. Errors of a step:
+        ValueError: options out of range. TypeError: alpha or beta is not a number. Otherwise torch's. Errors of a step:
             see ``step``.
     """
 
@@ -111,7 +111,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
                 raise self._missing_option(index, error.args[0]) from error
             raise ValueError(
                 f"{self._name()}: {error} is missing in the state of a parameter in param_groups[{index}]. Put it into "
-                "optimizer.state, or delete the parameter's entry there, which starts it anew."
+                "optimizer.state, or delete the parameter's entry there to start with a new state."
             ) from error
         states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
         states = {name: tensors for name, tensors in states.items() if tensors}
@@ -127,7 +127,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             self._check_dtypes(index, params, grads, states)
         are_plain = self._counts_are_plain[index]
         if not are_plain:
-            # Integers come to an end.
+            # Integer counts can overflow: they are checked before every step.
             self._check_steps(index, params, steps)
         self._localize(params, grads, *states.values())
         beta1, beta2 = group["betas"]
@@ -162,7 +162,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     def _check_dtypes(
         self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
     ) -> None:
-        """A state in fewer digits than its parameter would go on unseen, where torch's step raises."""
+        """Refuses a state in fewer digits than its parameter: it would go unnoticed here, where torch's step raises."""
         dtypes = [param.dtype for param in params]
         for name, tensors in states.items():
             if [tensor.dtype for tensor in tensors] == dtypes:
@@ -202,7 +202,7 @@ def _is_count(step: object, param: Tensor) -> bool:
     if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in _COUNTING or step._is_zerotensor():
         return False
     if not step.is_cpu:
-        # Reading one on a GPU would wait for it.
+        # Reading a count on a GPU would wait for the GPU.
         return not step.is_meta or param.is_meta
     count = step.item()
     return count >= 0 and (step.is_floating_point() or count < torch.iinfo(step.dtype).max)

@@ -30,7 +30,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
 
     Near a stationary point f is the line of slope alpha * beta: compare with plain SGD at ``lr * alpha * beta`` too.
     16-bit parameters are stepped in float32 and rounded once. A gradient is activated in its own dtype; where it, the
-    parameter and the momentum buffer differ in dtype, the step is made on copies, in float64 if one of them is that,
+    parameter and the momentum buffer differ in dtype, the step is made on copies, in float64 if one of them is float64,
     otherwise in float32. The dtype of the buffer is torch's: the first gradient's, or what it and the decay promote to.
 
     Args:
@@ -47,7 +47,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     With a tensor lr on a GPU, the step waits for its value.
 
     Raises:
-        ValueError: options out of range. TypeError: alpha or beta is no number. Otherwise torch's. Errors of a step:
+        ValueError: options out of range. TypeError: alpha or beta is not a number. Otherwise torch's. Errors of a step:
             see ``step``.
     """
 
@@ -94,10 +94,11 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's, except that momentum of gradients in more digits than their parameter keeps its dtype.
+        """torch's, except that a momentum buffer keeps its dtype where the parameter's gradients have one of their own.
 
-        torch rounds every state to the parameter's dtype. For a parameter whose ``grad_dtype`` is another, that could
-        make a float32 buffer of a float16 parameter infinite.
+        torch rounds every state to the parameter's dtype, which could make the float32 buffer of a float16 parameter
+        infinite. The buffer keeps a floating dtype whose numbers the parameter's cannot hold, if the parameter's
+        ``grad_dtype`` is not its dtype and its group is activated. Everything else is as in torch.
         """
         loaded: dict = {}
 
@@ -109,7 +110,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
                 if group["gradient_activation"] is not None and _is_wide_buffer(buffer, param):
                     self.state[param]["momentum_buffer"] = buffer.to(param.device)
 
-        # The last before torch loads, and the first after: hooks of the user may change the state before and after.
+        # The user's hooks may change what is loaded: this reads it after them, and writes before those that come later.
         before = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
         after = self.register_load_state_dict_post_hook(keep_wide_buffers, prepend=True)
         try:
@@ -168,7 +169,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         return calls
 
     def _check_dtypes(self, index: int, params: list[Tensor], buffers: list[Tensor]) -> None:
-        """As torch's step, which takes any: load_state_dict leaves the parameter's, a first step the gradient's."""
+        """Any floating dtype will do, as in torch's step: that of a first gradient, or what load_state_dict left."""
         for param, buffer in zip(params, buffers, strict=bool(buffers)):
             if buffer.dtype not in checks.FLOATING:
                 raise TypeError(
@@ -182,7 +183,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
 
 
 def _is_wide_buffer(buffer: object, param: Tensor) -> bool:
-    """Whether it has more digits than the parameter, for gradients in another dtype than the parameter's."""
+    """Whether the parameter's dtype cannot hold its numbers, and the parameter may get gradients in another dtype."""
     return (
         isinstance(buffer, Tensor)
         and buffer.is_floating_point()
