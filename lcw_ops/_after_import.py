@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from threading import get_ident
 
 
@@ -67,11 +68,20 @@ class _Loader:
         try:
             self._function()
         except Exception as error:
-            warnings.warn(
-                f"lcw_ops: not ready for {module.__name__}, which was imported: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            _warn(f"lcw_ops: not ready for {module.__name__}, which was imported: {type(error).__name__}: {error}")
+
+
+def _warn(message: str) -> None:
+    """A RuntimeWarning, or a line on stderr where warnings are errors.
+
+    An error here would undo the import of a module that has been executed, and torch cannot be executed twice.
+    """
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    except Exception:
+        # Even stderr may be closed.
+        with suppress(Exception):
+            print(f"RuntimeWarning: {message}", file=sys.stderr)
 
 
 _finder = _Finder()
