@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import datetime
+import difflib
 import functools
 import importlib.util
 import os
@@ -124,9 +125,21 @@ def select(wanted: list[str], plan: dict[str, list[Step]]) -> dict[str, list[Ste
         found = [name for name in plan if word in ("all", name) or name.startswith(tuple(f"{p}-" for p in prefixes))]
         found += [name for name in prefixes if name in plan and name not in found]
         if not found:
-            raise ValueError(f"no part is called {word!r}; choose from {', '.join(plan)}, test, sanitize, bench, all")
+            raise ValueError(_unknown_part(word, plan))
         selected |= {name: plan[name] for name in plan if name in found}
     return selected
+
+
+def _unknown_part(word: str, plan: dict[str, list[Step]]) -> str:
+    groups = [*dict.fromkeys(name.partition("-")[0] for name in plan), "sanitize", "all"]
+    names = [*dict.fromkeys([*groups, *plan])]
+    # The beginning of some names, or a misspelling of one.
+    meant = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 1, 0.7)
+    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return (
+        f"no part is called {word!r}{hint or ';'} choose from {', '.join(groups)}, a test file's path, or a part that "
+        "--help lists"
+    )
 
 
 def stems() -> list[str]:

@@ -151,7 +151,8 @@ def regions(path: Path, key: str) -> list[Region]:
                 median, spread = float(row["median_s"]), float(row["spread_s"])
                 # Of several runs the last one counts.
                 seconds = of_kind.setdefault(point, {}).setdefault(passes, {})
-                seconds[row["competitor"]] = math.nan if is_noisy(median, spread) else median
+                noisy = row.get("noisy") == "True" or is_noisy(median, spread)
+                seconds[row["competitor"]] = math.nan if noisy else median
     return [
         Region(key, permutes, shares_weight, *box, MEASURED_C)
         for (permutes, shares_weight), of_kind in times.items()

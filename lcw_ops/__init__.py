@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from lcw_ops._after_import import after_import
 
 if TYPE_CHECKING:
-    from lcw_ops import distributed, functional, gradient_hooks, init, nn, ops, optim, profile, reference
+    from lcw_ops import distributed, functional, init, nn, optim, profile, reference
+    from lcw_ops import gradient_hooks as gradient_hooks
+    from lcw_ops import ops as ops
     from lcw_ops._info import info
     from lcw_ops.gradient_hooks import activate_gradients, register_gradient_hook
     from lcw_ops.ops import BackendError, use_backend

@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit code; SystemExit with code 0 after --help and --version.
     """
     try:
-        arguments, unknown = build_parser().parse_known_args(argv)
+        parser = build_parser()
+        _check_order(parser, sys.argv[1:] if argv is None else argv)
+        arguments, unknown = parser.parse_known_args(argv)
         if unknown:
             raise _unknown(arguments.parser, unknown)
         if arguments.run is None:
@@ -65,6 +67,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _usage_error(command: str, error: Exception) -> UsageError:
     return UsageError(f"lcw-ops {command}: {' '.join(str(error).split())}")
+
+
+def _check_order(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """UsageError for a command's flag before the command: argparse would take the flag's value for the command."""
+    flag = argv[0].partition("=")[0] if argv else ""
+    a_command_may_follow = not all(argument.startswith("-") for argument in argv)
+    if flag.startswith("-") and flag not in (*parser._option_string_actions, "--") and a_command_may_follow:
+        command = next((argument for argument in argv if argument in COMMANDS), "COMMAND")
+        raise UsageError(
+            f"{parser.prog}: {flag} stands before the command; flags of a command belong after it: {parser.prog} "
+            f"{command} {flag} ... (see {parser.prog} --help)"
+        )
 
 
 def _unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> UsageError:

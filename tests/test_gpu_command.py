@@ -296,10 +296,22 @@ def test_without_torch(tmp_path):
     assert "has no torch that can be imported (ImportError: no such library)" in result.stderr
 
 
-@pytest.mark.parametrize("wanted", ["everything", "tests/test_absent.py", "smok"])
-def test_an_unknown_part(wanted, capsys):
+@pytest.mark.parametrize(
+    ("wanted", "hint"),
+    [
+        ("everything", ""),
+        ("tests/test_absent.py", ""),
+        ("smok", " did you mean smoke?"),
+        ("test-hyper", " did you mean test-hypersphere?"),
+        ("mencheck", " did you mean memcheck?"),
+        ("crosover", " did you mean crossover?"),
+    ],
+)
+def test_an_unknown_part(wanted, hint, capsys):
     assert gpu.main([wanted]) == 2
-    assert f"no part is called {wanted!r}; choose from build, smoke, test-" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    groups = "build, smoke, test, memcheck, racecheck, synccheck, bench, crossover, sanitize, all"
+    assert f"no part is called {wanted!r};{hint} choose from {groups}, a test file's path, or a part that" in line
 
 
 def test_without_what_the_tests_need(monkeypatch, capsys):

@@ -220,8 +220,11 @@ def run(settings: Settings) -> int:
             if saved is not None:
                 done, steps = int(saved["done"]), settings.steps if steps_given else None
                 current = going_on(_configuration_of(saved), current, done, steps)
-                print(f"going on after step {done}, from {folder}", flush=True)
                 settings = replace(settings, steps=current["steps"])
+                if done == settings.steps:
+                    print(f"all {done} steps are done; a larger --steps goes on", flush=True)
+                else:
+                    print(f"going on after step {done}, from {folder}", flush=True)
         out = None if settings.out is None else prepare_folder(settings.out)
         try:
             training, log = _begin(settings, dataset.to(device), saved)
@@ -308,12 +311,10 @@ def going_on(saved: dict, current: dict, done: int, steps: int | None) -> dict:
         result = (
             f"the weights will be those of {steps} steps at once"
             if as_at_once
-            else f"the result will not be that of {steps} steps at once, for earlier ones had another learning rate "
-            "(--schedule constant keeps it)"
+            else f"the result will not be that of {steps} steps at once, because earlier steps had another learning "
+            "rate (a new run with --schedule constant would keep it)"
         )
         print(f"note: --steps was {before}, is {steps}: {result}; evaluations come at other steps", file=sys.stderr)
-    elif done == steps:
-        print(f"all {steps} steps are done; a larger --steps goes on", flush=True)
     return {**current, "steps": steps, "as_at_once": as_at_once}
 
 
