@@ -135,7 +135,7 @@ def regions(path: Path, key: str) -> list[Region]:
     """What a CSV of measurements on machines of that key (``device_key``) says for MEASURED.
 
     Cautious: between points that were measured and that won, forward and with backward, in the default window. A noisy
-    row wins nothing, and nothing wins against it.
+    row wins nothing, and no row wins against it.
     """
     times: dict[tuple, dict[Point, dict[str, dict[str, float]]]] = {}
     with path.open(newline="") as file:

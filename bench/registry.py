@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lcw_ops
-from lcw_ops.bench.arguments import STEMS  # noqa: F401 - what cases() takes
+from lcw_ops.bench.arguments import STEMS  # noqa: F401 - the arguments of cases()
 from lcw_ops.ops import _backends
 from lcw_ops.profile.machine import matmul_rate
 
@@ -27,26 +27,28 @@ OURS_SLACK, PEER_SLACK = 2, 100
 # How often a case is drawn, at most, before a competitor is refused.
 MOST_DRAWS = 4
 
-# A spread (interquartile range) above this share of the median is noise: the quartiles of such a row are apart by
-# 1.25 / 0.75 = 1.7 and more, and most of the ratios that a table is read for are smaller. 2 % of the rows in
-# bench/results are above, from a shared machine.
+# A spread (interquartile range) above this share of the median is noise: the quartiles of such a row differ by a factor
+# of 1.25 / 0.75 = 1.7 or more, and most of the ratios that a table is read for are smaller. 2 % of the rows in
+# bench/results, from a shared machine, are noisy.
 NOISY_SPREAD = 0.5
 
-# The memory's rate is measured on a case's own number of bytes up to this one: what stays in the caches of a CPU moves
-# faster than memory could. On a GPU always on this one, for the cases go round more memory than its caches hold.
+# The memory's rate is measured on a case's own number of bytes, up to this limit: data that stays in the caches of a
+# CPU moves faster than memory could. On a GPU it is always measured on this number, because the cases go round more
+# memory than the caches hold.
 MOST_BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 
-# Bound by arithmetic, and on a CPU short enough to fit between two disturbances (about 1 and 10 ms on two cores).
+# Products of these sizes are bound by arithmetic, and on a CPU they are short enough to fit between two disturbances
+# (about 1 and 10 ms on two cores).
 MATMUL_SIZES = {"cpu": (512, 1024), "cuda": (8192,)}
 
 MATMUL_TRIES = 10
 
-# A pass over memory is repeated at least for these seconds, and until so many tries in a row have not been faster than
-# the best one by that share.
+# A pass over memory is repeated for at least SECONDS_PER_PASS, and until none of the last STABLE_TRIES was faster than
+# the best one by LEAST_IMPROVEMENT.
 SECONDS_PER_PASS, STABLE_TRIES, LEAST_IMPROVEMENT = 0.05, 5, 0.05
 
-# Ceilings measured before and after a case that differ by more than this factor make the whole case noisy: its floor,
-# and what it is compared with, belong to a machine that changed on the way.
+# If the ceilings before and after a case differ by more than this factor, the whole case is noisy: the machine changed
+# while the case was measured, so neither its floor nor its ratios hold.
 NOISY_RATES = 2
 
 Run = Callable[[], list]
@@ -219,7 +221,7 @@ def as_tensor(array) -> Tensor:
 
 
 def measure_rates(device: torch.device, case: Case) -> Rates:
-    """The machine's rates at this moment for a case of this size: the best of several tries."""
+    """Measures what the machine reaches at this moment with a case of this size, as the best of several tries."""
     matmul = math.inf
     if case.operations:
         matmul = max(matmul_rate(device, size, MATMUL_TRIES) for size in MATMUL_SIZES[device.type])
@@ -229,8 +231,8 @@ def measure_rates(device: torch.device, case: Case) -> Rates:
 def _memory_rate(device: torch.device, case_bytes: float) -> float:
     """Bytes per second of the fastest pass: a copy, a negation in place, or a sum, which writes nothing.
 
-    On a CPU with all threads and with one. On a busy machine a pass on all threads waits for the one that is not
-    running, in every try, which for small sizes takes a thousand times as long as the pass itself.
+    On a CPU the passes run on all threads and on one. On a busy machine a pass on all threads waits in every try for a
+    thread that is not running, and for small sizes that takes a thousand times as long as the pass itself.
     """
     most = MOST_BUFFER_BYTES[device.type]
     # Half of the bytes that the case moves, because it moves most of them more than once.

@@ -23,7 +23,7 @@ from typing import IO
 import torch
 
 from lcw_ops.bench import registry
-from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - what prepare() is given
+from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - the arguments of prepare()
 from lcw_ops.bench.registry import Case, Competitor, Rates, WrongResult
 from lcw_ops.profile.files import write_atomically
 from lcw_ops.profile.machine import describe
@@ -61,7 +61,7 @@ class Row:
 
 COLUMNS = [field.name for field in fields(Row)]
 
-# Those of files that were written before rows were marked.
+# The columns of files that were written before rows were marked.
 UNMARKED_COLUMNS = [name for name in COLUMNS if name != "noisy"]
 
 
@@ -194,7 +194,7 @@ def measure(
 def faster_than_floor(
     case: Case, competitors: list[Competitor], times: dict[str, list[float]], rates: Rates
 ) -> list[str]:
-    """The names of those whose median no machine with these ceilings could reach."""
+    """The names of competitors whose median no machine with these ceilings could reach."""
     floor = case.floor_seconds(rates)
     return [one.name for one in competitors if one.checked and statistics.median(times[one.name]) < floor]
 
@@ -214,7 +214,7 @@ def interleave(
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:
-    """Below the header, which a new file gets; a file of unmarked rows is marked first."""
+    """Append the rows below the header. A new file gets a header, and a file of unmarked rows is marked first."""
     new = not path.exists()
     if not new:
         _mark_rows(path)
@@ -223,7 +223,7 @@ def append_rows(path: Path, rows: list[Row]) -> None:
 
 
 def _mark_rows(path: Path) -> None:
-    """Whether a row is noisy follows from its median and its spread."""
+    """Add the column ``noisy`` to a file without it, from each row's median and spread."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != UNMARKED_COLUMNS:

@@ -1,6 +1,6 @@
 """lcw_ops: five published remedies for badly conditioned deep networks, as drop-in PyTorch layers on fused kernels.
 
-Importing this package imports no torch by itself, and its parts are loaded when they are first asked for. The ops,
+Importing this package does not import torch, and its parts are loaded when they are first used. The ops,
 ``torch.ops.lcw_ops.*``, are there as soon as both this package and torch have been imported.
 """
 

@@ -45,7 +45,7 @@ def info() -> str:
 
 
 def report() -> dict:
-    """The facts of :func:`info` as numbers, strings and None, for ``lcw-ops info --json``, whose help lists the keys."""
+    """The facts of :func:`info` as numbers, strings and None, for ``lcw-ops info --json``; its help has the keys."""
     return {
         "versions": _versions(),
         "platform": platform.platform(),
@@ -166,7 +166,7 @@ def _last_widths(op: str, device: torch.device) -> list[int]:
 
 
 def _versions() -> dict[str, str | None]:
-    """By package; None where it is not installed, or where torch has no CUDA."""
+    """Package -> its version, or None where it is not installed or torch has no CUDA."""
     from lcw_ops import __version__
 
     versions = {"lcw_ops": __version__, "python": platform.python_version()}

@@ -46,11 +46,11 @@ LABEL_SMOOTHING = 0.2
 # Of what a checkpoint holds; one of another format is refused.
 FORMAT = 1
 
-# What decides the bits of a run beside the number of steps, which may be changed on the way. Of the data it is the
-# content, wherever the file is.
+# The settings that decide the bits of a run, beside the number of steps, which may be changed on the way. The data's
+# content decides too, wherever the file is.
 DECISIVE = ("kind", "depth", "width", "batch", "lr", "schedule", "c", "filter", "activation", "seed")
 
-# What the oldest checkpoints of this format do not say.
+# Entries that the oldest checkpoints of this format lack.
 FIRST_CONFIGURATION = {"schedule": "falling", "as_at_once": True}
 
 
@@ -296,9 +296,9 @@ def _configuration_of(tensors: dict[str, Tensor]) -> dict:
 
 
 def going_on(saved: dict, current: dict, done: int, steps: int | None) -> dict:
-    """``current`` with the number of steps that a checkpoint goes on to, ``saved``'s where ``steps`` is None.
+    """Returns ``current`` with the number of steps to go on to: ``steps``, or ``saved``'s number where that is None.
 
-    Says what another number changes. ValueError when more steps than that are done.
+    Prints how a changed number affects the result. Raises ValueError when more steps are done already.
     """
     before, steps = saved["steps"], saved["steps"] if steps is None else steps
     if steps < done:
@@ -367,7 +367,7 @@ def _work(settings: Settings, training: Training, log: Log, save: Callable[[Trai
 
     evaluate_after = evaluation_steps(settings.steps)
     device = training.dataset.x_train.device
-    # The last one where a run was told to end at a step that it had already taken.
+    # The last evaluation is missing where a run was told to end at a step that it had already taken.
     if training.done in (0, settings.steps) and training.done not in dict(log.test_accuracy):
         evaluate()
     title = f"train from {training.done}" if training.done else "train"
