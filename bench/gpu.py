@@ -2,8 +2,8 @@
 
 Nothing is downloaded. A part (``make gpu PART=smoke``) takes under eight minutes: a process that still runs then is
 ended. Each test file has a process and a time limit of its own, so that a crash or a hang costs one file, and a failure
-does not stop the rest. Every process writes its log in bench/results/<generation>-<date>-logs while it runs, and a line in
-summary.txt there says how it ended. Exit code 1: something failed, was cut off, was not reached or is not installed.
+does not stop the rest. Every process writes its log in bench/results/<generation>-<date>-logs while it runs, and a line
+in summary.txt there says how it ended. Exit code 1: something failed, was cut off, was not reached or is not installed.
 """
 
 import argparse
@@ -46,8 +46,8 @@ ENVIRONMENT = {
 # Under the sanitizer a launch takes a hundred times as long, and these launch the same kernels again.
 SAME_KERNELS_AGAIN = "thousand or gradcheck or compile or opcheck or more_elements"
 
-# The number of parts that a stem's benchmarks are split into. A case is measured for ten seconds, and torch.compile takes
-# as long again, or minutes for long lists of tensors.
+# The number of parts that a stem's benchmarks are split into. A case is measured for ten seconds, and torch.compile
+# takes as long again, or minutes for long lists of tensors.
 BENCH_SHARES = {"gradient_activation": 6}
 USUAL_BENCH_SHARES = 3
 
