@@ -206,7 +206,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 def packages() -> list[str]:
-    """Every folder with an __init__.py, at any depth, by the name under which it is imported."""
+    """The import names of all folders with an __init__.py, at any depth."""
     mapped = [f"lcw_ops.{package}" for name in MAPPED for package in find_packages(include=[name, f"{name}.*"])]
     # In a source tree lcw_ops/kernels and lcw_ops/bench may be links to the folders that are mapped there.
     return find_packages(include=["lcw_ops", "lcw_ops.*"], exclude=mapped) + mapped

@@ -1,9 +1,9 @@
-"""The arguments of ``lcw-ops bench``; no torch, so that its help is quick."""
+"""The arguments of ``lcw-ops bench``. This module does not import torch, so the command's help is quick."""
 
 import argparse
 from pathlib import Path
 
-# A file of this package each, with a function cases(device_type).
+# Each stem is a module of this package with a function cases(device_type).
 STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter", "parallel_depth")
 
 

@@ -1,15 +1,16 @@
 """``make gpu``: build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed.
 
-Nothing is downloaded. A part (``make gpu PART=smoke``) takes under eight minutes: what is not done by then is ended.
-Each test file has a process and a time limit of its own, so that a crash or a hang costs one file, and what fails does
-not stop the rest. Every process writes its log in bench/results/<generation>-<date>-logs while it runs, and a line in
-summary.txt there says how it ended. Exit code 1: something failed, was cut off, was not reached or is not installed.
+Nothing is downloaded. A part (``make gpu PART=smoke``) takes under eight minutes: a process that still runs then is
+ended. Each test file has a process and a time limit of its own, so that a crash or a hang costs one file, and a failure
+does not stop the rest. Every process writes its log in bench/results/<generation>-<date>-logs while it runs, and a line
+in summary.txt there says how it ended. Exit code 1: something failed, was cut off, was not reached or is not installed.
 """
 
 import argparse
 import ast
 import contextlib
 import datetime
+import difflib
 import functools
 import importlib.util
 import os
@@ -27,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TESTS = ROOT / "tests"
 
-# Below eight minutes, with what it takes to start and to end a process.
+# A part stays below eight minutes, with the time to start and to end its processes.
 PART_SECONDS = 470
-# Of one test file, so that a hang leaves the others their time.
+# The limit of one test file, so that a hang leaves the others their time.
 FILE_SECONDS = 240
 SMOKE_SECONDS = 180
 
@@ -45,24 +46,24 @@ ENVIRONMENT = {
 # Under the sanitizer a launch takes a hundred times as long, and these launch the same kernels again.
 SAME_KERNELS_AGAIN = "thousand or gradcheck or compile or opcheck or more_elements"
 
-# Into how many parts the benchmarks of a stem are split: a case takes ten seconds of measuring, and torch.compile as
-# long beside it; minutes for long lists of tensors.
+# The number of parts that a stem's benchmarks are split into. A case is measured for ten seconds, and torch.compile
+# takes as long again, or minutes for long lists of tensors.
 BENCH_SHARES = {"gradient_activation": 6}
 USUAL_BENCH_SHARES = 3
 
-# By the names pip knows them by where those differ.
+# Module -> the name that pip knows it by, where the names differ.
 PIP_NAMES = {"sklearn": "scikit-learn"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process of a part. ``name`` is its log's."""
+    """One process of a part. Its log is named after ``name``."""
 
     name: str
     command: list[str]
     seconds: float = PART_SECONDS
     environment: dict[str, str] = field(default_factory=dict)
-    # Modules that it cannot do without, besides torch.
+    # The modules that it needs besides torch.
     needs: frozenset[str] = frozenset()
 
 
@@ -91,7 +92,7 @@ def parts(csv: Path) -> dict[str, list[Step]]:
     chooses = [path for stem in _stems_with_a_choice() for path in of_stem[stem] if "triton" not in path.stem]
     plan = {"build": _build(), "smoke": [_smoke()]}
     plan |= {f"test-{stem}": [_test(path) for path in own] for stem, own in of_stem.items() if own}
-    # csrc/cuda's kernels that carry one row each, instead of the fastest.
+    # This part runs csrc/cuda's kernels that carry one row each, instead of the fastest ones.
     plan["test-rows"] = [_test(path, environment={"LCW_OPS_CUDA_KERNEL": "rows"}) for path in chooses]
     plan["memcheck"] = [_watched("memcheck", _smoke())]
     plan |= {
@@ -99,7 +100,7 @@ def parts(csv: Path) -> dict[str, list[Step]]:
         for stem, own in of_stem.items()
         if own
     }
-    # Between threads that share memory on chip: hand-written in CUDA, the compiler's business in Triton.
+    # These tools check threads that share memory on chip. CUDA kernels do that by hand; in Triton the compiler does it.
     for tool in ("racecheck", "synccheck"):
         for path in files:
             if path.stem.startswith("test_cuda_"):
@@ -113,7 +114,10 @@ def parts(csv: Path) -> dict[str, list[Step]]:
 
 
 def select(wanted: list[str], plan: dict[str, list[Step]]) -> dict[str, list[Step]]:
-    """Of a part's name, the beginning of several ("test", "memcheck"), "all", or a test file's path. ValueError."""
+    """The parts that ``wanted`` names: by name, the beginning of several names ("test"), "all", or a test file's path.
+
+    Raises ValueError for a word that is none of these.
+    """
     selected = {}
     for word in wanted or ["all"]:
         path = ROOT / word
@@ -124,9 +128,21 @@ def select(wanted: list[str], plan: dict[str, list[Step]]) -> dict[str, list[Ste
         found = [name for name in plan if word in ("all", name) or name.startswith(tuple(f"{p}-" for p in prefixes))]
         found += [name for name in prefixes if name in plan and name not in found]
         if not found:
-            raise ValueError(f"no part is called {word!r}; choose from {', '.join(plan)}, test, sanitize, bench, all")
+            raise ValueError(_unknown_part(word, plan))
         selected |= {name: plan[name] for name in plan if name in found}
     return selected
+
+
+def _unknown_part(word: str, plan: dict[str, list[Step]]) -> str:
+    groups = [*dict.fromkeys(name.partition("-")[0] for name in plan), "sanitize", "all"]
+    names = [*dict.fromkeys([*groups, *plan])]
+    # The user may have given the beginning of some names, or misspelled one.
+    meant = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 1, 0.7)
+    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return (
+        f"no part is called {word!r}{hint or ';'} choose from {', '.join(groups)}, a test file's path, or a part that "
+        "--help lists"
+    )
 
 
 def stems() -> list[str]:
@@ -139,7 +155,7 @@ def _stem(path: Path) -> str:
 
 
 def _stems_with_a_choice() -> list[str]:
-    """Those with more than one kernel in csrc/cuda, between which the environment chooses."""
+    """The stems with several kernels in csrc/cuda, between which the environment chooses."""
     return [
         stem
         for stem in stems()
@@ -167,7 +183,7 @@ def _watched(tool: str, step: Step) -> Step:
     """The step under a tool of NVIDIA's sanitizer."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     command = [sanitizer, "--error-exitcode=1", "--target-processes=application-only", f"--tool={tool}"]
-    # One allocation per tensor: inside torch's cached blocks an access out of bounds is not seen.
+    # Without caching, each tensor is an allocation: memcheck cannot see an access out of bounds inside a cached block.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
     return Step(step.name, [*command, *step.command], PART_SECONDS, step.environment | environment, step.needs)
 
@@ -182,7 +198,7 @@ def _bench(stem: str, share: str, csv: Path) -> Step:
 
 @functools.cache
 def gpu_tests() -> list[Path]:
-    """Those that put something on the device of LCW_OPS_TEST_DEVICE; the kernels' own files first."""
+    """The test files that put something on the device of LCW_OPS_TEST_DEVICE; the kernels' own files come first."""
     fixtures = device_fixtures((TESTS / "conftest.py").read_text())
     found = [path for path in TESTS.glob("test_*.py") if uses_device(path.read_text(), fixtures)]
     return sorted(found, key=lambda path: (not path.stem.startswith(("test_cuda_", "test_triton_")), path.stem))
@@ -300,7 +316,7 @@ def _parser(plan: dict[str, list[Step]]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "part", nargs="*", help="one of the parts below, what several begin with (test, memcheck, bench), sanitize, a "
+        "part", nargs="*", help="one of the parts below, the beginning of several (test, memcheck, bench), sanitize, a "
         "test file's path, or all (the default)"
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the processes and their time limits, run nothing")
@@ -318,12 +334,12 @@ def describe(plan: dict[str, list[Step]]) -> str:
 
 
 def missing_modules(steps: Iterable[Step]) -> list[str]:
-    """What pip must install before these can run."""
+    """The packages that pip must install before these steps can run."""
     needed = sorted(set().union(*(step.needs for step in steps)))
     return [PIP_NAMES.get(module, module) for module in needed if importlib.util.find_spec(module) is None]
 
 
-# In a process of its own: this one would keep some of the card's memory from those it starts.
+# This runs in its own process: otherwise ``make gpu`` itself would hold some of the card's memory while its steps run.
 _FIND_CARD = """
 import torch
 if torch.version.hip or not torch.cuda.is_available():
@@ -334,7 +350,7 @@ else:
 
 
 def find_card() -> dict[str, str]:
-    """torch's version, the card's generation and name; or an error."""
+    """Returns torch's version, the card's generation and name, or an error."""
     found = subprocess.run([sys.executable, "-c", _FIND_CARD], capture_output=True, text=True)
     if found.returncode != 0:
         lines = found.stderr.strip().splitlines() or ["no message"]
@@ -349,10 +365,10 @@ def find_card() -> dict[str, str]:
 
 
 def run(plan: dict[str, list[Step]], folder: Path) -> int:
-    """Run every step, whatever became of those before; print a summary. 0 if all passed."""
+    """Run every step, even after a failure, and print a summary. Returns 0 if all passed, else 1."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
-    # Ended from outside, as by a time limit on this command: still the running process is ended, and the summary comes.
+    # SIGTERM, for example from a time limit on this command, still ends the running process and prints the summary.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for part, steps in plan.items():
@@ -383,7 +399,7 @@ def run_part(part: str, steps: list[Step], folder: Path, report: Callable[[Outco
 
 
 def _record(folder: Path, outcome: Outcome, report: Callable[[Outcome], None]) -> None:
-    """At once, for what comes after may end this process."""
+    """Report and record the outcome at once, because a later step may end this process."""
     now = datetime.datetime.now().isoformat(timespec="seconds")
     with (folder / "summary.txt").open("a") as file:
         file.write(f"{now} {outcome}\n")
@@ -392,7 +408,7 @@ def _record(folder: Path, outcome: Outcome, report: Callable[[Outcome], None]) -
 
 
 def _run_step(step: Step, log: Path, limit: float) -> str:
-    """The verdict. The process writes into the log itself, which an earlier run of the day may have begun."""
+    """Run one step and return the verdict. Its process appends to the log, which an earlier run may have begun."""
     if limit <= 0:
         return "not reached in time"
     if shutil.which(step.command[0]) is None:
@@ -402,7 +418,7 @@ def _run_step(step: Step, log: Path, limit: float) -> str:
         now = datetime.datetime.now().isoformat(timespec="seconds")
         print(f"\n===== {now}, at most {limit:.0f} s\n$ {settings}{shlex.join(step.command)}", file=file, flush=True)
         begin = file.tell()
-        # A session of its own, to end it together with what it started.
+        # The process gets its own session, so that it can be ended together with its children.
         process = subprocess.Popen(
             step.command,
             cwd=ROOT,
@@ -426,7 +442,7 @@ def _run_step(step: Step, log: Path, limit: float) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The process and whatever it started, should any of it be left."""
+    """End the process and its children, if any are left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

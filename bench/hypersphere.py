@@ -232,7 +232,7 @@ def _moved(arguments: int, result: int, backward: bool) -> int:
     """Elements. Forward reads the arguments and writes the result. Backward reads the arguments and the result's
     gradient and writes the arguments' gradients.
 
-    Left out: what there is one of per unit, and which units fired.
+    Values of which a unit has one, and the record of which units fired, are left out.
     """
     return 3 * arguments + 2 * result if backward else arguments + result
 

@@ -130,7 +130,7 @@ def _case(
         }
 
     # Forward reads x, weight and bias and writes the result. Backward reads x, weight and the result's gradient and
-    # writes the gradients of x, weight and bias. What the constraint needs is in them: it adds no traffic.
+    # writes the gradients of x, weight and bias. The constraint needs nothing else, so it adds no traffic.
     x, weight, bias, result = (elements[tensor] for tensor in ("x", "weight", "bias", "cotangent"))
     moved = 3 * x + 3 * weight + 2 * bias + 2 * result if backward else x + weight + bias + result
     # Two per multiplication: a product of x and weight, and in backward one of the same size for each one's gradient.

@@ -135,7 +135,7 @@ def regions(path: Path, key: str) -> list[Region]:
     """What a CSV of measurements on machines of that key (``device_key``) says for MEASURED.
 
     Cautious: between points that were measured and that won, forward and with backward, in the default window. A noisy
-    row wins nothing, and nothing wins against it.
+    row wins nothing, and no row wins against it.
     """
     times: dict[tuple, dict[Point, dict[str, dict[str, float]]]] = {}
     with path.open(newline="") as file:
@@ -151,7 +151,8 @@ def regions(path: Path, key: str) -> list[Region]:
                 median, spread = float(row["median_s"]), float(row["spread_s"])
                 # Of several runs the last one counts.
                 seconds = of_kind.setdefault(point, {}).setdefault(passes, {})
-                seconds[row["competitor"]] = math.nan if is_noisy(median, spread) else median
+                noisy = row.get("noisy") == "True" or is_noisy(median, spread)
+                seconds[row["competitor"]] = math.nan if noisy else median
     return [
         Region(key, permutes, shares_weight, *box, MEASURED_C)
         for (permutes, shares_weight), of_kind in times.items()

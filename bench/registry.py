@@ -7,14 +7,15 @@ kernel is timed only after its error against float64 is at most twice eager torc
 import importlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import lcw_ops
-from lcw_ops.bench.arguments import STEMS  # noqa: F401 - what cases() takes
+from lcw_ops.bench.arguments import STEMS  # noqa: F401 - the arguments of cases()
 from lcw_ops.ops import _backends
 from lcw_ops.profile.machine import matmul_rate
 
@@ -26,20 +27,29 @@ OURS_SLACK, PEER_SLACK = 2, 100
 # How often a case is drawn, at most, before a competitor is refused.
 MOST_DRAWS = 4
 
-# A spread (interquartile range) above this share of the median is noise: the quartiles of such a row are apart by
-# 1.25 / 0.75 = 1.7 and more, and most of the ratios that a table is read for are smaller. 2 % of the rows in
-# bench/results are above, from a shared machine.
+# A spread (interquartile range) above this share of the median is noise: the quartiles of such a row differ by a factor
+# of 1.25 / 0.75 = 1.7 or more, and most of the ratios that a table is read for are smaller. 2 % of the rows in
+# bench/results, from a shared machine, are noisy.
 NOISY_SPREAD = 0.5
 
-# The memory's rate is measured on a case's own number of bytes up to this one: what stays in the caches of a CPU moves
-# faster than memory could. On a GPU always on this one, for the cases go round more memory than its caches hold.
+# The memory's rate is measured on a case's own number of bytes, up to this limit: data that stays in the caches of a
+# CPU moves faster than memory could. On a GPU it is always measured on this number, because the cases go round more
+# memory than the caches hold.
 MOST_BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 
-# Bound by arithmetic, and on a CPU short enough to fit between two disturbances (about 1 and 10 ms on two cores).
+# Products of these sizes are bound by arithmetic, and on a CPU they are short enough to fit between two disturbances
+# (about 1 and 10 ms on two cores).
 MATMUL_SIZES = {"cpu": (512, 1024), "cuda": (8192,)}
 
-# Tries of a matmul; of a pass over memory as many as fit into the seconds, and so many at the least.
-MATMUL_TRIES, SECONDS_PER_PASS, MIN_PASSES = 10, 0.05, 5
+MATMUL_TRIES = 10
+
+# A pass over memory is repeated for at least SECONDS_PER_PASS, and until none of the last STABLE_TRIES was faster than
+# the best one by LEAST_IMPROVEMENT.
+SECONDS_PER_PASS, STABLE_TRIES, LEAST_IMPROVEMENT = 0.05, 5, 0.05
+
+# If the ceilings before and after a case differ by more than this factor, the whole case is noisy: the machine changed
+# while the case was measured, so neither its floor nor its ratios hold.
+NOISY_RATES = 2
 
 Run = Callable[[], list]
 
@@ -101,6 +111,10 @@ class Rates:
 
     def best(self, other: "Rates") -> "Rates":
         return Rates(max(self.memory, other.memory), max(self.matmul, other.matmul))
+
+    def is_far_from(self, other: "Rates") -> bool:
+        pairs = ((self.memory, other.memory), (self.matmul, other.matmul))
+        return any(max(pair) > NOISY_RATES * min(pair) for pair in pairs)
 
 
 def is_noisy(median: float, spread: float) -> bool:
@@ -207,7 +221,7 @@ def as_tensor(array) -> Tensor:
 
 
 def measure_rates(device: torch.device, case: Case) -> Rates:
-    """What the machine can do at this moment with a case of this size: the best of several tries."""
+    """Measures what the machine reaches at this moment with a case of this size, as the best of several tries."""
     matmul = math.inf
     if case.operations:
         matmul = max(matmul_rate(device, size, MATMUL_TRIES) for size in MATMUL_SIZES[device.type])
@@ -215,9 +229,13 @@ def measure_rates(device: torch.device, case: Case) -> Rates:
 
 
 def _memory_rate(device: torch.device, case_bytes: float) -> float:
-    """Bytes per second of the fastest pass: a copy, a negation in place, or a sum, which writes nothing."""
+    """Bytes per second of the fastest pass: a copy, a negation in place, or a sum, which writes nothing.
+
+    On a CPU the passes run on all threads and on one. On a busy machine a pass on all threads waits in every try for a
+    thread that is not running, and for small sizes that takes a thousand times as long as the pass itself.
+    """
     most = MOST_BUFFER_BYTES[device.type]
-    # Half of what the case moves, for most of it is moved more than once.
+    # Half of the bytes that the case moves, because it moves most of them more than once.
     size = most if device.type == "cuda" else min(case_bytes / 2, most)
     buffer = torch.ones(2 * max(1, int(size) // 8), device=device)
     source, target = buffer.chunk(2)
@@ -226,15 +244,31 @@ def _memory_rate(device: torch.device, case_bytes: float) -> float:
         (2 * buffer.nbytes, buffer.neg_),
         (buffer.nbytes, buffer.sum),
     )
-    return max(moved / _best_seconds(run, device) for moved, run in passes)
+    threads = torch.get_num_threads()
+    best = 0.0
+    for count in {threads, 1} if device.type == "cpu" else {threads}:
+        with _threads(count):
+            best = max(best, *(moved / _best_seconds(run, device) for moved, run in passes))
+    return best
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
-    best, spent, tries = math.inf, 0.0, 0
-    while spent < SECONDS_PER_PASS or tries < MIN_PASSES:
+    best, spent, stable = math.inf, 0.0, 0
+    while spent < SECONDS_PER_PASS or stable < STABLE_TRIES:
         duration = seconds(run, device)
-        best, spent, tries = min(best, duration), spent + duration, tries + 1
+        stable = stable + 1 if duration > (1 - LEAST_IMPROVEMENT) * best else 0
+        best, spent = min(best, duration), spent + duration
     return best
 
 

@@ -23,7 +23,7 @@ from typing import IO
 import torch
 
 from lcw_ops.bench import registry
-from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - what prepare() is given
+from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - the arguments of prepare()
 from lcw_ops.bench.registry import Case, Competitor, Rates, WrongResult
 from lcw_ops.profile.files import write_atomically
 from lcw_ops.profile.machine import describe
@@ -61,7 +61,7 @@ class Row:
 
 COLUMNS = [field.name for field in fields(Row)]
 
-# Those of files that were written before rows were marked.
+# The columns of files that were written before rows were marked.
 UNMARKED_COLUMNS = [name for name in COLUMNS if name != "noisy"]
 
 
@@ -120,7 +120,7 @@ def carry_out(plan: Plan) -> int:
 def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[list[Row], bool]:
     """Check, time and print one case.
 
-    Returns its rows, and whether one of our own kernels was refused or somebody was faster than the floor.
+    Returns its rows, and whether one of our own kernels was refused or a competitor was faster than the floor.
     """
     shape = " ".join(f"{name}={size}" for name, size in case.shape.items())
     dtype = str(case.dtype).removeprefix("torch.")
@@ -129,17 +129,20 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
     errors = registry.check(case, device, [one for one in case.competitors if one.name not in left_out])
     left_out |= {name: f"REFUSED: {error}" for name, error in errors.items() if isinstance(error, WrongResult)}
     running = [one for one in case.competitors if one.name not in left_out]
-    times, rates = measure(case, running, device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
-    floor, impossible = case.floor_seconds(rates), faster_than_floor(case, running, times, rates)
+    times, rates, steady = measure(case, running, device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
+    floor = case.floor_seconds(rates)
+    # The ceiling of an unsteady machine may be far too low, so a row below the floor is noise and not an error.
+    impossible = faster_than_floor(case, running, times, rates) if steady else []
     left_out |= {
         name: f"ERROR: {_time(statistics.median(times[name]))}, measured twice, is less than the floor: the ceiling or "
         "the case's bytes or operations are wrong; not appended"
         for name in impossible
     }
     summaries = {name: (statistics.median(each), _spread(each), min(each)) for name, each in times.items()}
-    noisy = {name for name, (median, spread, _) in summaries.items() if registry.is_noisy(median, spread)}
+    noisy = {name for name, (median, spread, _) in summaries.items() if not steady or registry.is_noisy(median, spread)}
     ours = next((one.name for one in running if one.ours), None)
-    print(f"  floor {_time(floor)} at {_ceilings(rates)}")
+    unsteady = "" if steady else f"; NOISY: they changed by more than {registry.NOISY_RATES}x meanwhile"
+    print(f"  floor {_time(floor)} at {_ceilings(rates)}{unsteady}")
     print(f"  {'':26} {'median':>9} {'spread':>9} {'best':>9} {'vs ours':>8} {'of floor':>8} {'error':>8}")
     rows = []
     for competitor in case.competitors:
@@ -170,25 +173,28 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
 
 def measure(
     case: Case, competitors: list[Competitor], device: torch.device, budget: float
-) -> tuple[dict[str, list[float]], Rates]:
-    """Seconds per call and competitor, and the ceilings beside them: the best of before and after.
+) -> tuple[dict[str, list[float]], Rates, bool]:
+    """Seconds per call and competitor, the best ceilings, and whether those of before and after agree.
 
-    Once more where somebody was faster than the floor: the machine may have been slow when the ceilings were measured.
+    Measures the case once more where a competitor was faster than the floor: the machine may have been slow when the
+    ceilings were measured.
     """
     inputs = case.make_inputs(device)
-    rates = registry.measure_rates(device, case)
+    before = best = registry.measure_rates(device, case)
     for _ in range(2):
         times = interleave(competitors, inputs, device, budget)
-        rates = rates.best(registry.measure_rates(device, case))
-        if not faster_than_floor(case, competitors, times, rates):
+        after = registry.measure_rates(device, case)
+        best, steady = best.best(after), not after.is_far_from(before)
+        if not faster_than_floor(case, competitors, times, best):
             break
-    return times, rates
+        before = after
+    return times, best, steady
 
 
 def faster_than_floor(
     case: Case, competitors: list[Competitor], times: dict[str, list[float]], rates: Rates
 ) -> list[str]:
-    """The names of those whose median no machine with these ceilings could reach."""
+    """The names of competitors whose median no machine with these ceilings could reach."""
     floor = case.floor_seconds(rates)
     return [one.name for one in competitors if one.checked and statistics.median(times[one.name]) < floor]
 
@@ -208,7 +214,7 @@ def interleave(
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:
-    """Below the header, which a new file gets; a file of unmarked rows is marked first."""
+    """Append the rows below the header. A new file gets a header, and a file of unmarked rows is marked first."""
     new = not path.exists()
     if not new:
         _mark_rows(path)
@@ -217,7 +223,7 @@ def append_rows(path: Path, rows: list[Row]) -> None:
 
 
 def _mark_rows(path: Path) -> None:
-    """Whether a row is noisy follows from its median and its spread."""
+    """Add the column ``noisy`` to a file without it, from each row's median and spread."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != UNMARKED_COLUMNS:
@@ -324,8 +330,13 @@ def _commit() -> str:
 
 
 def _ceilings(rates: Rates) -> str:
-    matmul = f", float32 matmul {rates.matmul / 1e9:.0f} GFLOP/s" if math.isfinite(rates.matmul) else ""
-    return f"memory {rates.memory / 1e9:.0f} GB/s{matmul}, measured beside it"
+    matmul = f", float32 matmul {_giga(rates.matmul)}FLOP/s" if math.isfinite(rates.matmul) else ""
+    return f"memory {_giga(rates.memory)}B/s{matmul}, measured beside it"
+
+
+def _giga(rate: float) -> str:
+    """In units of 1e9: whole numbers from 100 on, three digits below."""
+    return f"{rate / 1e9:.0f} G" if rate >= 1e11 else f"{rate / 1e9:.3g} G"
 
 
 def _spread(times: list[float]) -> float:

@@ -1,9 +1,9 @@
 """Every GPU kernel once, small, against float64: ``make gpu PART=smoke``, or ``python -m lcw_ops.bench.smoke``.
 
-A minute that says whether the other parts of ``make gpu`` are worth their time. The rule is the benchmarks': at most
-twice the error of plain torch in the same dtype, plus one unit in the last place. What does not compile, does not run,
-is wrong or is not built gets a line and exit code 1; the others run all the same. On the CPU (``--device cpu``, with
-TRITON_INTERPRET=1) the same calls run the C++ kernels and Triton's in its interpreter.
+It takes a minute and shows whether the other parts of ``make gpu`` are worth their time. The rule is the benchmarks':
+at most twice the error of plain torch in the same dtype, plus one unit in the last place. A kernel that does not
+compile, does not run, is wrong or is not built gets a line and exit code 1; the other kernels still run. On the CPU
+(``--device cpu``, with TRITON_INTERPRET=1) the same calls run the C++ kernels and Triton's in its interpreter.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from lcw_ops.bench import crossover, registry
 from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops import _backends, gradient_activation, hypersphere, lcw_linear, orthogonal_filter, parallel_depth
 
-# The backends that must be there on such a device.
+# Device type -> the backends that must be there.
 EXPECTED = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp")}
 
-# More tensors than are launched one by one.
+# Up to a smaller number, tensors are launched one by one.
 TENSORS = 6
 
 
@@ -39,8 +39,8 @@ class Call:
 
 
 def calls() -> list[Call]:
-    """Together they launch every kernel of kernels/ and csrc/cuda."""
-    # As many columns as are split among programs where there are few units; more samples than are fused.
+    """Calls that together launch every kernel of kernels/ and csrc/cuda."""
+    # 600 columns are enough to be split among programs where there are few units; 80 samples are too many to be fused.
     few, many, weight, free, units = (5, 600), (80, 600), (20, 600), (20, 599), (20,)
     # h0, weight, bias, alpha, beta, inputs
     layers = [(5, 24), (20, 24, 24), (20, 24), (20,), (20,), (20, 5, 24)]
@@ -80,7 +80,7 @@ def calls() -> list[Call]:
 
 
 def _with_gradients(function: Callable[..., Tensor], **options) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The result of ``function`` and its gradient by every input, where what comes back from above is a cosine."""
+    """The result of ``function`` and its gradient by every input, for a cosine as the result's own gradient."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -136,7 +136,7 @@ def _steps(make_optimizer: Callable[[list], torch.optim.Optimizer]) -> Callable[
 
 
 def case(call: Call, device_type: str) -> registry.Case:
-    """As the benchmarks judge one: ours on every backend there is, beside plain torch in the same dtype."""
+    """A case for the benchmarks' check: our op on every backend there is, beside plain torch in the same dtype."""
     return registry.Case(
         stem=call.op,
         name=call.name,
@@ -159,7 +159,7 @@ def _plainly(call: Call, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def cases(device_type: str) -> list[registry.Case]:
-    # Every kernel of the recurrence, those too that cannot be asked for by name, over depth and over time.
+    # Every kernel of the recurrence over depth and over time, with those that users cannot name.
     each = [crossover.case(over_time, 5, 24, 7, device_type) for over_time in (False, True)]
     return [*each, *(case(call, device_type) for call in calls())]
 
@@ -186,7 +186,7 @@ def check(one: registry.Case, device: torch.device) -> Iterator[tuple[bool, str]
         try:
             verdict = registry.check(one, device, [competitor])[competitor.name]
         except Exception as error:
-            # Whatever a compiler or a driver raises: the other kernels are still of interest.
+            # A compiler or a driver may raise anything, and the other kernels are still of interest.
             yield False, f"FAILED  {place}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[-1]}"
             continue
         wrong = isinstance(verdict, registry.WrongResult)

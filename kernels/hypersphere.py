@@ -619,8 +619,8 @@ def _prefix_of_groups(product, carry):
 
 @triton.jit
 def _sum_rows(x):
-    """As a column; of one row as a scalar, which has no layout. Triton 3.6 gives a column that a loop carries one in
-    which every thread holds the whole row, and then makes every step in that layout too.
+    """The sum of each row, as a column, or as a scalar where there is one row. A scalar has no layout. Triton 3.6 gives
+    a column that a loop carries a layout in which every thread holds the whole row, and then runs every step in it too.
     """
     return tl.sum(x) if x.shape[0] == 1 else tl.sum(x, 1, keep_dims=True)
 

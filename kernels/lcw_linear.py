@@ -136,8 +136,8 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
         "BLOCK_K": block_k,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
-        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4; with an address and a mask for
-        # every element beside them, those of 16 bits too.
+        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4. Unaligned rows of 16 bits fill
+        # them too, because every element has an address and a mask beside the sums.
         "num_warps": 8 if block_m >= 32 and (itemsize >= 4 or not aligned) else 4,
     }
 

@@ -1,16 +1,18 @@
 """lcw_ops: five published remedies for badly conditioned deep networks, as drop-in PyTorch layers on fused kernels.
 
-Importing this package imports no torch by itself, and its parts are loaded when they are first asked for. The ops,
+Importing this package does not import torch, and its parts are loaded when they are first used. The ops,
 ``torch.ops.lcw_ops.*``, are there as soon as both this package and torch have been imported.
 """
 
-from importlib import import_module
+import sys
 from typing import TYPE_CHECKING
 
 from lcw_ops._after_import import after_import
 
 if TYPE_CHECKING:
     from lcw_ops import distributed, functional, init, nn, optim, profile, reference
+    from lcw_ops import gradient_hooks as gradient_hooks
+    from lcw_ops import ops as ops
     from lcw_ops._info import info
     from lcw_ops.gradient_hooks import activate_gradients, register_gradient_hook
     from lcw_ops.ops import BackendError, use_backend
@@ -41,25 +43,46 @@ _DEFINED_IN = {
     "use_backend": "ops",
 }
 
-# Attributes that are submodules: the public ones, and two that were always there after the import.
+# Attributes that are submodules: the public ones, and two that the import has always brought along.
 _SUBMODULES = {*__all__, "gradient_hooks", "ops"} - _DEFINED_IN.keys()
 
 
 def __getattr__(name: str):
     if name in _SUBMODULES:
-        return import_module(f"{__name__}.{name}")
+        return _import(name)
     if name in _DEFINED_IN:
-        value = getattr(import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
-        # Found without this function from now on.
+        value = getattr(_import(_DEFINED_IN[name]), name)
+        # Later look-ups find it without this function.
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    dunders = {name for name in globals() if name.startswith("__")}
+    loaded = {name for name in globals() if f"{__name__}.{name}" in sys.modules and not name.startswith("_")}
+    return sorted({*__all__, *_SUBMODULES, *dunders, *loaded})
 
 
-after_import("torch", lambda: import_module("lcw_ops.ops"))
-# Whoever counts arithmetic imports the counter; torch does not, for it imports triton.
-after_import("torch.utils.flop_counter", lambda: import_module("lcw_ops.ops.flops").register())
+def _import(submodule: str):
+    """The submodule, imported as the import statement imports it.
+
+    A thread that imports torch loads the ops while another thread may hold a part of them and wait for torch. The
+    statement then goes on with the part as it is, like a circular import within one thread, and the other thread
+    completes it. ``importlib.import_module`` raises a deadlock error instead.
+    """
+    name = f"{__name__}.{submodule}"
+    __import__(name)
+    return sys.modules[name]
+
+
+def _register_flop_formulas() -> None:
+    # The statement waits for ops that another thread is importing; the import of lcw_ops.ops.flops alone would not.
+    from lcw_ops.ops import flops
+
+    flops.register()
+
+
+after_import("torch", lambda: _import("ops"))
+# Registering the formulas with torch would import the counter, which torch leaves out because it imports triton.
+after_import("torch.utils.flop_counter", _register_flop_formulas)

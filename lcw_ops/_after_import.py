@@ -1,16 +1,18 @@
-"""Calls a function after a module has been imported, whenever that happens: ``lcw_ops`` itself does without torch."""
+"""Calls a function once a module has been imported. ``lcw_ops`` uses it to be importable without torch."""
 
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from threading import get_ident
 
 
 def after_import(name: str, function: Callable[[], None]) -> None:
-    """Call ``function()`` after module ``name`` has been imported, now if it is there, and after every reload.
+    """Call ``function()`` after every import or reload of module ``name``, and now if the module is loaded already.
 
-    One function per module. It runs inside the import statement of whoever imports the module, which must not fail for
-    our sake: a later exception of ``function`` becomes a RuntimeWarning. One that is raised now is the caller's.
+    A module has one function. It runs inside the import statement that loads the module, and that statement must not
+    fail because of it: an exception there becomes a RuntimeWarning. An exception of the call made now reaches the
+    caller.
     """
     _finder.functions[name] = function
     if _finder not in sys.meta_path:
@@ -20,11 +22,11 @@ def after_import(name: str, function: Callable[[], None]) -> None:
 
 
 class _Finder:
-    """On ``sys.meta_path``: finds the modules that are waited for as the other finders do, with a loader that tells."""
+    """An entry of ``sys.meta_path``: finds the awaited modules through the other finders and wraps their loaders."""
 
     def __init__(self) -> None:
         self.functions: dict[str, Callable[[], None]] = {}
-        # (thread, module): others may hook the same module and ask all finders again.
+        # (thread, module): another hook of the same module may ask all finders again.
         self._searching: set[tuple[int, str]] = set()
 
     def find_spec(self, name, path=None, target=None):
@@ -49,7 +51,7 @@ def _find_spec(name, path, target):
 
 
 class _Loader:
-    """Another loader with one more thing to do after it has executed the module."""
+    """Wraps a loader to call a function after it has executed the module."""
 
     def __init__(self, loader, function: Callable[[], None]) -> None:
         self._loader, self._function = loader, function
@@ -61,17 +63,26 @@ class _Loader:
         return getattr(self._loader, name)
 
     def exec_module(self, module) -> None:
-        # The module tells of the loader that it would have had without us.
+        # The module shows the loader that it would have without this hook.
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         try:
             self._function()
         except Exception as error:
-            warnings.warn(
-                f"lcw_ops: not ready for {module.__name__}, which was imported: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            _warn(f"lcw_ops: not ready for {module.__name__}, which was imported: {type(error).__name__}: {error}")
+
+
+def _warn(message: str) -> None:
+    """A RuntimeWarning, or a line on stderr where warnings are errors.
+
+    An error here would undo the import of a module that has been executed, and torch cannot be executed twice.
+    """
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    except Exception:
+        # Even stderr may be closed.
+        with suppress(Exception):
+            print(f"RuntimeWarning: {message}", file=sys.stderr)
 
 
 _finder = _Finder()

@@ -10,10 +10,11 @@ from lcw_ops.ops.orthogonal_filter_crossover import get_table
 
 
 def info() -> str:
-    """For every op and device of this machine: the backend that runs, and for each other one why it does not.
+    """Returns, for every op and device of this machine, the backend that runs and why each other one does not.
 
-    Includes versions, the processor's vector instructions and the GPU. A reason that holds for every op of a device is
-    given once. No argument, no side effect. ``lcw-ops info --json`` prints the same for programs.
+    Includes versions, the processor's vector instructions and the GPU. A reason that holds for every op of a device, or
+    an error that several ops share, is given once. Takes no argument and has no side effect. ``lcw-ops info --json``
+    prints the same facts for programs.
     """
     facts = report()
     cpu, gpus = facts["cpu"], facts["gpus"]
@@ -33,14 +34,18 @@ def info() -> str:
     for device, reasons in common.items():
         if reasons:
             lines += [f"Every op on {device} that has such a kernel:", *_reason_lines(reasons)]
+    shared = {device: _shared_errors(device) for device in devices}
+    for device, errors in shared.items():
+        lines += [f"{', '.join(ops)} on {device}: none. {error}" for error, ops in errors.items()]
     for op in _backends.IMPLEMENTED:
         for device in devices:
-            lines += _op_lines(op, device, common[device])
+            if not any(op in ops for ops in shared[device].values()):
+                lines += _op_lines(op, device, common[device])
     return "\n".join(lines)
 
 
 def report() -> dict:
-    """What :func:`info` says, in numbers, strings and None, as ``lcw-ops info --json`` prints it; see its help."""
+    """The facts of :func:`info` as numbers, strings and None, for ``lcw-ops info --json``; its help has the keys."""
     return {
         "versions": _versions(),
         "platform": platform.platform(),
@@ -93,6 +98,17 @@ def _common_reasons(device: torch.device) -> dict[str, str]:
         if len(reasons) == 1 and None not in reasons:
             common[backend] = reasons.pop()
     return common
+
+
+def _shared_errors(device: torch.device) -> dict[str, list[str]]:
+    """Error -> the ops that it keeps from running, for the errors of two or more ops."""
+    ops: dict[str, list[str]] = {}
+    for op in _backends.IMPLEMENTED:
+        error = _op_report(op, device)["error"]
+        if error is not None:
+            # Most errors begin with the op.
+            ops.setdefault(error.removeprefix(f"{op}: "), []).append(op)
+    return {error: names for error, names in ops.items() if len(names) > 1}
 
 
 def _op_lines(op: str, device: torch.device, common: dict[str, str] | None = None) -> list[str]:
@@ -150,7 +166,7 @@ def _last_widths(op: str, device: torch.device) -> list[int]:
 
 
 def _versions() -> dict[str, str | None]:
-    """By package; None where it is not installed, or where torch has no CUDA."""
+    """Package -> its version, or None where it is not installed or torch has no CUDA."""
     from lcw_ops import __version__
 
     versions = {"lcw_ops": __version__, "python": platform.python_version()}

@@ -32,7 +32,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
-        # An abbreviation that is understood today is ambiguous, or something else, when a flag is added.
+        # An abbreviation that works today becomes ambiguous, or changes its meaning, when a flag is added.
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str):
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit code; SystemExit with code 0 after --help and --version.
     """
     try:
-        arguments, unknown = build_parser().parse_known_args(argv)
+        parser = build_parser()
+        _check_order(parser, sys.argv[1:] if argv is None else argv)
+        arguments, unknown = parser.parse_known_args(argv)
         if unknown:
             raise _unknown(arguments.parser, unknown)
         if arguments.run is None:
@@ -67,13 +69,25 @@ def _usage_error(command: str, error: Exception) -> UsageError:
     return UsageError(f"lcw-ops {command}: {' '.join(str(error).split())}")
 
 
+def _check_order(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """UsageError for a command's flag before the command: argparse would take the flag's value for the command."""
+    flag = argv[0].partition("=")[0] if argv else ""
+    a_command_may_follow = not all(argument.startswith("-") for argument in argv)
+    if flag.startswith("-") and flag not in (*parser._option_string_actions, "--") and a_command_may_follow:
+        command = next((argument for argument in argv if argument in COMMANDS), "COMMAND")
+        raise UsageError(
+            f"{parser.prog}: {flag} stands before the command; flags of a command belong after it: {parser.prog} "
+            f"{command} {flag} ... (see {parser.prog} --help)"
+        )
+
+
 def _unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> UsageError:
-    """An error that names what the parser does not know, and the flags that may have been meant."""
+    """An error that names the unknown arguments and suggests flags that may have been meant."""
     from difflib import get_close_matches
 
     flag = next((argument for argument in unknown if argument.startswith("-")), "").partition("=")[0].strip("-")
     known = [string[2:] for string in parser._option_string_actions if string.startswith("--")]
-    # The beginning of some flags, or a misspelling of one.
+    # The user may have given the beginning of some flags, or misspelled one.
     meant = [name for name in known if flag and name.startswith(flag)] or get_close_matches(flag, known, 1, 0.7)
     hint = f"; did you mean {' or '.join(f'--{name}' for name in meant)}?" if meant else ""
     return UsageError(f"{parser.prog}: unknown: {' '.join(unknown)}{hint} (see {parser.prog} --help)")

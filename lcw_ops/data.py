@@ -108,7 +108,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
 def _read_npz(path) -> dict[str, np.ndarray]:
     """The arrays of ``SPLIT_KEYS``, or else of ``WHOLE_KEYS``; ValueError where neither can be read."""
     try:
-        # A pipe would be waited for.
+        # Opening a pipe would wait for its writer.
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise ValueError("it is not a file")
         # numpy would leave the file of a damaged archive open.
@@ -143,7 +143,7 @@ def _read_array(archive, key: str) -> np.ndarray:
         array = archive[key]
     except ValueError as error:
         raise ValueError(unreadable) from error
-    # What does not begin as an array is given back as bytes.
+    # numpy returns bytes for an entry that does not begin as an array.
     if not isinstance(array, np.ndarray):
         raise ValueError(unreadable)
     return array
@@ -162,7 +162,7 @@ def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, cl
         raise ValueError(
             f"{path}: {x_name} contains NaN or inf, in {unusable} of {len(x)} samples; remove or fill these first"
         )
-    # Not abs: of the least int64 it is negative.
+    # The maximum of abs would be wrong: the abs of the least int64 is negative.
     largest = max(float(x.max()), -float(x.min()))
     if largest > LARGEST_VALUE:
         raise ValueError(
@@ -220,7 +220,7 @@ def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
         _, exponents = np.frexp(np.abs(x_train).max(0))
         x_train, x_test = np.ldexp(x_train, -exponents), np.ldexp(x_test, -exponents)
         mean, std = x_train.mean(0), x_train.std(0)
-        # A pixel that never changes has nothing to say. Its computed deviation is 0, or the rounding of its mean:
+        # A pixel that never changes carries no information. Its computed deviation is 0, or the rounding of its mean:
         # dividing by either would make NaN or noise of it.
         constant = (x_train.max(0) == x_train.min(0)) | (std <= len(x_train) * np.finfo(np.float64).eps * np.abs(mean))
         mean[constant], std[constant] = x_train[0, constant], 1.0

@@ -270,6 +270,18 @@ def test_the_report_says_what_cannot_run(no_gpu):
     assert facts["error"] == f"lcw_weight: backend 'cuda' was requested, but {reason}"
 
 
+@pytest.mark.parametrize("requested", _backends.BACKENDS)
+def test_the_text_says_an_error_once(requested, no_gpu):
+    """Whatever was requested: no two lines end in the same words, and every op is named once per device."""
+    with lcw_ops.use_backend(requested):
+        lines = lcw_ops.info().splitlines()
+    errors = [line.partition(": none. ")[2] for line in lines if ": none. " in line]
+    assert len(set(errors)) == len(errors)
+    assert not any(error.startswith(f"{op}: ") for error in errors if len(errors) == 1 for op in _backends.IMPLEMENTED)
+    for op in _backends.IMPLEMENTED:
+        assert sum(f"{op} on cpu: " in line or line.startswith(f"{op}, ") or f", {op}, " in line for line in lines) == 1
+
+
 def test_a_request_is_the_reason_against_the_others():
     with lcw_ops.use_backend("reference"):
         reasons = _info.report()["ops"][orthogonal_filter.NAME]["cpu"]["not_chosen"]

@@ -346,11 +346,59 @@ def test_a_row_below_its_floor_is_an_error(monkeypatch, tmp_path, capsys):
 
 
 def test_a_ceiling_that_was_low_for_a_moment_is_measured_again(monkeypatch):
-    clock = Clock(monkeypatch, {"ours": [0.9], registry.EAGER: [2.0]}, memory=[800.0, 700.0, 1600.0])
+    clock = Clock(monkeypatch, {"ours": [0.9], registry.EAGER: [2.0]}, memory=[700.0, 800.0, 1600.0])
     rows, failed = runner.run_case(clock.case(), CPU, quick=True)
     assert not failed
     assert [row.floor_s for row in rows] == [0.5, 0.5]
+    assert not any(row.noisy for row in rows)
     assert len(clock.measured) == 3
+
+
+def test_a_case_whose_ceilings_differ_is_noisy(monkeypatch, tmp_path, capsys):
+    times = {"ours": [2.0], registry.EAGER: [2.0]}
+    clock = Clock(monkeypatch, times, memory=[800.0, 399.0])
+    rows, failed = runner.run_case(clock.case(), CPU, quick=True)
+    assert not failed
+    assert [row.noisy for row in rows] == [True, True]
+    printed = capsys.readouterr().out
+    assert "measured beside it; NOISY: they changed by more than 2x meanwhile" in printed
+    assert printed.count(" noisy") == 4
+    # Twice is within the limit.
+    rows, _ = runner.run_case(Clock(monkeypatch, times, memory=[800.0, 400.0]).case(), CPU, quick=True)
+    assert not any(row.noisy for row in rows)
+
+
+def test_a_floor_of_an_unsteady_machine_makes_no_error(monkeypatch):
+    """The case is measured twice, and the ceiling differs again: it says nothing about the row."""
+    clock = Clock(monkeypatch, {"ours": [0.9], registry.EAGER: [2.0]}, memory=[80.0, 800.0, 350.0])
+    rows, failed = runner.run_case(clock.case(), CPU, quick=True)
+    assert not failed
+    assert [(row.competitor, row.noisy) for row in rows] == [("ours", True), (registry.EAGER, True)]
+    assert len(clock.measured) == 3
+
+
+def test_a_wrong_first_ceiling_costs_a_measurement_and_no_row(monkeypatch):
+    clock = Clock(monkeypatch, {"ours": [0.9], registry.EAGER: [2.0]}, memory=[0.4, 0.4, 800.0, 800.0])
+    rows, failed = runner.run_case(clock.case(), CPU, quick=True)
+    assert not failed
+    assert {row.noisy for row in rows} == {True}
+
+
+@pytest.mark.parametrize(
+    ("other", "far"), [((2e10, 1e11), False), ((2.1e10, 1e11), True), ((1e10, 4.9e10), True), ((1e10, math.inf), True)]
+)
+def test_how_far_rates_may_differ(other, far):
+    other = registry.Rates(*other)
+    assert RATES.is_far_from(other) == other.is_far_from(RATES) == far
+    assert not registry.Rates(1e10, math.inf).is_far_from(registry.Rates(1e10, math.inf))
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"), [(4.2e7, "0.042 G"), (8e3, "8e-06 G"), (6.82e10, "68.2 G"), (4.1234e12, "4123 G")]
+)
+def test_no_rate_is_shown_as_nothing(rate, shown):
+    assert runner._giga(rate) == shown
+    assert runner._ceilings(registry.Rates(rate, rate)).count(shown) == 2
 
 
 def test_another_function_may_be_faster_than_the_floor(monkeypatch):
@@ -411,7 +459,7 @@ def test_the_rows_of_earlier_runs_can_be_appended_to(name, tmp_path):
         assert row["noisy"] == str(float(row["spread_s"]) > float(row["median_s"]) / 2)
 
 
-@pytest.mark.parametrize(("duration", "calls"), [(1.0, 5), (0.0625, 9)])
+@pytest.mark.parametrize(("duration", "calls"), [(1.0, 8), (0.0625, 9)])
 def test_a_pass_is_tried_for_a_while_and_the_fastest_counts(duration, calls, monkeypatch):
     monkeypatch.setattr(registry, "SECONDS_PER_PASS", 0.5)
     taken = []
@@ -443,12 +491,48 @@ def test_rates_come_from_the_one_place_that_measures_products(monkeypatch):
 
 def test_the_ceiling_of_memory_is_the_fastest_pass_over_as_many_bytes(monkeypatch):
     """Of half of the case's bytes: a copy and a sum move them once, a negation twice."""
-    passes = []
-    monkeypatch.setattr(
-        registry, "_best_seconds", lambda run, device: passes.append(run) or (4.0, 4.0, 8.0)[len(passes) - 1]
-    )
+    taken = iter(2 * [4.0, 4.0, 8.0])
+    monkeypatch.setattr(registry, "_best_seconds", lambda run, device: next(taken))
     assert registry._memory_rate(CPU, 8000) == 2 * 4000 / 4
-    assert len(passes) == 3
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_thread_that_does_not_run_leaves_the_ceiling_as_it_is(two_threads, monkeypatch):
+    """Every pass on two threads waits for the second one, which another process keeps from running."""
+
+    def seconds(run, device):
+        run()
+        return 0.04 if torch.get_num_threads() > 1 else 1e-3
+
+    monkeypatch.setattr(registry, "seconds", seconds)
+    assert registry._memory_rate(CPU, 8000) == 2 * 4000 / 1e-3
+    assert torch.get_num_threads() == 2
+
+
+def test_the_number_of_threads_comes_back_after_a_failure(two_threads, monkeypatch):
+    def fail(run, device):
+        if torch.get_num_threads() == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "seconds", lambda run, device: fail(run, device) or 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        registry._memory_rate(CPU, 8000)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_pass_is_tried_until_nothing_is_faster(monkeypatch):
+    """Each try is a tenth faster than the one before, down to a floor, and far slower than SECONDS_PER_PASS."""
+    durations = [max(0.9**index, 0.3) for index in range(100)]
+    taken = iter(durations)
+    monkeypatch.setattr(registry, "seconds", lambda run, device: next(taken))
+    assert registry._best_seconds(lambda: None, CPU) == 0.3
 
 
 def test_parallel_windows_stand_beside_the_sequential_kernel_and_the_peers():
@@ -574,6 +658,14 @@ def test_noisy_rows_decide_nothing(tmp_path):
         assert parallel_depth.regions(path, TWO_THREADS) == []
 
 
+def test_a_row_that_is_marked_as_noisy_decides_nothing(tmp_path):
+    path = tmp_path / "rows.csv"
+    measured(path, {("depth", "haar", 100, 1, 64): True}, noisy="True")
+    assert parallel_depth.regions(path, TWO_THREADS) == []
+    measured(path, {("depth", "haar", 100, 1, 64): True}, noisy="False")
+    assert len(parallel_depth.regions(path, TWO_THREADS)) == 1
+
+
 def test_rows_of_two_devices_are_not_mixed(tmp_path):
     path = tmp_path / "rows.csv"
     for device in ("one", "other"):
@@ -595,7 +687,8 @@ def test_lines_for_the_crossover_are_python(tmp_path, capsys):
 def test_rows_go_beside_the_benchmarks_by_default():
     """The folder is in the repository only if a file in it is."""
     assert (ROOT / "bench/results/README.md").is_file()
-    assert runner._default_csv(CPU).parent == ROOT / "bench/results"
+    # In a source tree lcw_ops/bench may be a link.
+    assert runner._default_csv(CPU).parent.resolve() == ROOT / "bench/results"
 
 
 def test_there_is_one_command_for_benchmarks():

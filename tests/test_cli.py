@@ -167,6 +167,8 @@ def test_own_data_and_no_training(tmp_path):
         ["--threads", "10000000"],
         ["--device", "cuda:99"],
         ["--data", "absent.npz"],
+        ["--data", ""],
+        ["--data", " "],
         ["--data", __file__],
         ["--unknown"],
     ],
@@ -178,6 +180,14 @@ def test_every_mistake_is_one_line_and_code_2(flags, tmp_path, capsys):
     assert len(captured.err.strip().splitlines()) == 1
     assert captured.err.startswith("lcw-ops profile: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["profile", "train"])
+def test_an_empty_path_of_data_is_named(command, capsys):
+    assert cli.main([command, "--data", ""]) == 2
+    assert capsys.readouterr().err == (
+        f"lcw-ops {command}: --data is '', expected digits, or the path of an .npz file\n"
+    )
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
@@ -339,6 +349,18 @@ def test_no_flag_may_be_abbreviated(command, capsys):
         (["info", "--nothing-like-it"], "lcw-ops info: unknown: --nothing-like-it (see"),
         (["info", "argument"], "lcw-ops info: unknown: argument (see lcw-ops info --help)"),
         (["--vers"], "lcw-ops: unknown: --vers; did you mean --version? (see lcw-ops --help)"),
+        (
+            ["--depth", "5", "train"],
+            "lcw-ops: --depth stands before the command; flags of a command belong after it: "
+            "lcw-ops train --depth ... (see lcw-ops --help)",
+        ),
+        (["--depth=5", "train", "--quick"], "lcw-ops: --depth stands before the command"),
+        (
+            ["--depth", "5"],
+            "lcw-ops: --depth stands before the command; flags of a command belong after it: lcw-ops "
+            "COMMAND --depth ...",
+        ),
+        (["trian"], "lcw-ops: argument COMMAND: invalid choice: 'trian'"),
         ([], "lcw-ops: expected a command: profile, train, bench, info (see lcw-ops --help)"),
     ],
 )

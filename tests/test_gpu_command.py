@@ -40,7 +40,7 @@ def test_the_order_and_the_time_of_parts():
 
 
 def test_what_is_measured_is_measured_whole():
-    """The shares of the benchmarks are all of them, and every stem of the registry has some."""
+    """The shares of a stem's benchmarks add up to all of them, and every stem of the registry has some."""
     shares = {}
     for part, step in STEPS:
         if part.startswith("bench-"):
@@ -89,7 +89,7 @@ def test_parts_by_name(wanted, expected):
 
 
 def test_the_rule_is_what_pytest_finds(request):
-    """A file of this run is selected if its tests ask for ``device``, by way of another fixture too."""
+    """A file of this run is selected if its tests ask for ``device``, directly or through another fixture."""
     selected = set(gpu.gpu_tests())
     for path in {item.path for item in request.session.items}:
         fixtures = {name for item in request.session.items if item.path == path for name in item.fixturenames}
@@ -146,7 +146,7 @@ def test_which_files_use_the_device(source, expected):
 
 
 def test_modules_that_the_tests_need():
-    """Those of the tests' own modules too, and of what is run: no list that somebody has to keep."""
+    """Imports of the tests' own modules and of the commands are found too, so no list has to be kept up to date."""
     assert gpu.imports([ROOT / "tests/test_cuda_gradient_activation.py"]) == {"numpy", "pytest"}
     assert "hypothesis" in gpu.imports([ROOT / "tests/test_orthogonal_filter_proof.py"])
     for path in gpu.gpu_tests():
@@ -208,7 +208,7 @@ def test_a_part_ends_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PART_SECONDS", 2)
     plan = {"part": [step("slow", "import time; time.sleep(60)"), step("next", "print()")], "other": [step("one", "")]}
     start = time.monotonic()
-    # The limit of a part is its own: the next begins anew.
+    # Each part has its own limit, which starts with the part.
     monkeypatch.setattr(gpu, "_run_step", lambda step, log, limit, run=gpu._run_step: run(step, log, max(limit, -1)))
     assert gpu.run(plan, tmp_path) == 1
     assert time.monotonic() - start < 30
@@ -239,7 +239,7 @@ def test_a_time_limit_ends_what_a_process_started(tmp_path):
 
 
 def test_ended_from_outside(tmp_path):
-    """As by a time limit on the whole command: the child is ended, and what it wrote and the summary are kept."""
+    """A time limit on the whole command sends this signal: the child is ended, its output and the summary are kept."""
     code = (
         "from pathlib import Path; from lcw_ops.bench import gpu; import sys\n"
         f"steps = [gpu.Step(name, [sys.executable, '-c', {GRANDCHILD!r}]) for name in ('one', 'two')]\n"
@@ -296,10 +296,22 @@ def test_without_torch(tmp_path):
     assert "has no torch that can be imported (ImportError: no such library)" in result.stderr
 
 
-@pytest.mark.parametrize("wanted", ["everything", "tests/test_absent.py", "smok"])
-def test_an_unknown_part(wanted, capsys):
+@pytest.mark.parametrize(
+    ("wanted", "hint"),
+    [
+        ("everything", ""),
+        ("tests/test_absent.py", ""),
+        ("smok", " did you mean smoke?"),
+        ("test-hyper", " did you mean test-hypersphere?"),
+        ("mencheck", " did you mean memcheck?"),
+        ("crosover", " did you mean crossover?"),
+    ],
+)
+def test_an_unknown_part(wanted, hint, capsys):
     assert gpu.main([wanted]) == 2
-    assert f"no part is called {wanted!r}; choose from build, smoke, test-" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    groups = "build, smoke, test, memcheck, racecheck, synccheck, bench, crossover, sanitize, all"
+    assert f"no part is called {wanted!r};{hint} choose from {groups}, a test file's path, or a part that" in line
 
 
 def test_without_what_the_tests_need(monkeypatch, capsys):
@@ -335,7 +347,7 @@ sys.exit(code)
 
 
 def test_the_smoke_test_runs_every_triton_kernel():
-    """In Triton's interpreter, with the C++ kernels beside."""
+    """Triton's kernels run in its interpreter, beside the C++ kernels."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     words = [sys.executable, "-W", "ignore", "-c", EVERY_KERNEL]

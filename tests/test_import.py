@@ -1,8 +1,10 @@
 """What an import brings along, in every order: no torch with the bare package, its ops as soon as both are there."""
 
+import ast
 import copy
 import importlib
 import inspect
+import io
 import json
 import subprocess
 import sys
@@ -23,6 +25,8 @@ def run(code, *options):
     command = [sys.executable, "-W", "error::RuntimeWarning", *options, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    # Inside an import a warning of ours that is an error becomes a line there.
+    assert "lcw_ops: not ready" not in result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -112,6 +116,67 @@ def test_every_public_name_is_there_and_unknown_ones_are_not(name):
         getattr(lcw_ops, f"{name}s_")
 
 
+def test_dir_has_public_names_submodules_and_dunders():
+    names = run(
+        "import json, sys, lcw_ops\n"
+        "before = dir(lcw_ops)\n"
+        "import lcw_ops.data\n"
+        "print(json.dumps([before, sorted(set(dir(lcw_ops)) - set(before))]))"
+    )
+    public = [name for name in names[0] if not name.startswith("_")]
+    assert public == sorted({*PUBLIC, "gradient_hooks", "ops"})
+    assert {"__version__", "__all__", "__doc__", "__path__"} <= set(names[0])
+    assert all(name.startswith("__") for name in set(names[0]) - set(public))
+    assert names[1] == ["data"]
+
+
+def test_type_checkers_see_every_name_that_is_loaded_late():
+    (block,) = (node for node in ast.parse(inspect.getsource(lcw_ops)).body if isinstance(node, ast.If))
+    seen = {alias.name for imported in block.body for alias in imported.names}
+    assert seen == {*PUBLIC, "gradient_hooks", "ops"}
+
+
+# One thread imports torch, and with it the ops; another one uses a part of the package in the meantime.
+TWO_THREADS = """
+import json, sys, threading, time
+import lcw_ops
+failures = []
+
+def run(code):
+    try: exec(code, {"lcw_ops": lcw_ops})
+    except BaseException as error: failures.append(repr(error))
+
+importing, using = (threading.Thread(target=run, args=[code]) for code in ("import torch", sys.argv[1]))
+importing.start()
+while sys.argv[2] not in sys.modules: time.sleep(0.001)
+using.start()
+for thread in (importing, using): thread.join(100)
+import torch, torch.utils.flop_counter
+counted = torch.ops.lcw_ops.lcw_linear in torch.utils.flop_counter.flop_registry
+print(json.dumps([failures, str(torch.ops.lcw_ops.lcw_linear.cpp), counted]))
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-W", "error::RuntimeWarning"]], ids=["", "warnings are errors"])
+@pytest.mark.parametrize(
+    ("use", "once"),
+    [
+        # The second thread holds the module and waits for torch, when the first one wants the module.
+        ("lcw_ops.use_backend", "torch"),
+        ("import lcw_ops.reference", "torch"),
+        ("import lcw_ops._torch", "torch"),
+        # The first one is importing the ops already.
+        ("import lcw_ops.nn, lcw_ops.init", "lcw_ops.reference.checks"),
+        ("import torch.utils.flop_counter", "lcw_ops.ops"),
+    ],
+)
+def test_a_thread_imports_torch_while_another_uses_the_package(use, once, options):
+    command = [sys.executable, *options, "-c", TWO_THREADS, use, once]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout) == [[], "lcw_ops.lcw_linear.cpp", True]
+
+
 def test_a_compiled_function_may_be_the_first_to_use_a_part():
     assert run(
         "import json, lcw_ops, torch\n"
@@ -187,6 +252,24 @@ def test_a_failing_function_does_not_fail_the_import(module):
         assert importlib.import_module(name).value == 1
     with pytest.raises(ValueError, match="no luck"):
         after_import(name, fail)
+
+
+def test_a_failing_function_does_not_fail_the_import_where_warnings_are_errors(module, capsys, monkeypatch):
+    def fail():
+        raise ValueError("no luck")
+
+    names = [module(), module()]
+    for name in names:
+        after_import(name, fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert importlib.import_module(names[0]).value == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"RuntimeWarning: lcw_ops: not ready for {names[0]}, which was imported: ValueError")
+        closed = io.StringIO()
+        closed.close()
+        monkeypatch.setattr(sys, "stderr", closed)
+        assert importlib.import_module(names[1]).value == 1
 
 
 def test_a_module_that_fails_is_not_announced(module):

@@ -178,7 +178,9 @@ def test_a_finished_run_is_resumed_without_a_step(tmp_path, monkeypatch, uninter
     assert train(*SMALL, "--checkpoint", folder) == 0
     monkeypatch.setattr(loop.Training, "step", lambda training: pytest.fail("a step too many"))
     assert train(*SMALL, "--checkpoint", folder, "--resume", "--out", out) == 0
-    assert "all 12 steps are done; a larger --steps goes on\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "all 12 steps are done; a larger --steps goes on\n" in printed
+    assert "going on" not in printed
     assert_same_outcome(out, expected)
 
 
@@ -239,6 +241,8 @@ def test_a_run_whose_rate_fell_goes_on_and_says_what_changes(tmp_path, uninterru
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert "--steps was 3, is 6: the result will not be that of 6 steps at once" in said
+    # The checkpoint's own schedule cannot be changed.
+    assert "(a new run with --schedule constant would keep it)" in said
     assert [line.split(",")[0] for line in (out / "metrics.csv").read_text().splitlines()[1:]] == list("0123456")
     assert not torch.equal(weights(out)["weight"], weights(uninterrupted(of_steps(6)))["weight"])
 

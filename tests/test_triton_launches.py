@@ -1,4 +1,4 @@
-"""Everything the launchers would compile on a GPU, compiled without one: their own choice of tile and arguments.
+"""Compiles, without a GPU, everything that the launchers would compile on one, with their own choice of tiles.
 
 test_triton_kernels.py compiles a list of variants in which registers and shared memory are scarcest. Here the launchers
 themselves run, on CPU tensors and behind a driver that names a GPU and launches nothing: with every dtype, width,
@@ -39,7 +39,7 @@ YES_OR_NO = (True, False)
 
 
 class NamedGpu:
-    """What Triton asks its driver before it compiles."""
+    """Answers the questions that Triton asks its driver before it compiles."""
 
     def __init__(self, target: str):
         self._target = target
@@ -57,7 +57,7 @@ class NamedGpu:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list]:
-    """Inside, a launch on CPU tensors compiles for ``target`` and does no more; the list grows by what it compiled."""
+    """Inside, a launch on CPU tensors compiles for ``target`` and does no more. The list collects the results."""
     compiled = []
     run = JITFunction.run
 
@@ -77,7 +77,7 @@ def compiling(target: str) -> Iterator[list]:
 
 
 def pairwise(**options: Iterable) -> list[dict]:
-    """Few choices of all options in which every two values of two options meet."""
+    """A small set of choices of all options that holds every pair of values of two options."""
     choices = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     pairs = [set(itertools.combinations(choice.items(), 2)) for choice in choices]
     missing, chosen = set().union(*pairs), []
@@ -94,7 +94,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 # One function per launcher: the keyword arguments are the options, and ``OPTIONS`` has their values.
 def activate(dtype, kind, tensors, offset):
-    """A few tensors are a launch each, many a table; with an offset no address is a multiple of 16."""
+    """A few tensors take a launch each, many take a table. With an offset no address is a multiple of 16."""
     memory = [empty(100 + offset, dtype=dtype)[offset:] for _ in range(tensors)]
     activations.gradient_activation_many(memory, kind, 0.1, 20.0)
 
@@ -273,7 +273,7 @@ def test_pairs_of_all_options():
 
 
 def test_every_kernel_is_launched(monkeypatch):
-    """One that no launch above reaches would not be compiled here."""
+    """A kernel that no launch above reaches would not be compiled here."""
     launched = set()
     with compiling("sm_90"):
         monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: launched.add(self))

@@ -1,4 +1,4 @@
-"""The source of the Triton kernels, read and not run: what the oldest supported Triton cannot compile is not in it."""
+"""Reads the Triton kernels' source for constructs that the oldest supported Triton cannot compile."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ KERNELS = sorted(path for path in (Path(__file__).parent.parent / "kernels").glo
 
 
 def jitted_functions(source: str) -> list[ast.FunctionDef]:
-    """Decorated with triton.jit, or with triton.jit(...)."""
+    """The functions decorated with triton.jit, or with triton.jit(...)."""
 
     def is_jit(decorator: ast.expr) -> bool:
         return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator) == "triton.jit"

@@ -1,4 +1,4 @@
-"""The arithmetic of the ops for torch's FlopCounterMode, which sees no product inside of them.
+"""Formulas of the ops' arithmetic for torch's FlopCounterMode, which cannot see the products inside an op.
 
 Products of the mathematics are counted, whatever a kernel does: a constrained layer counts as a plain one, a recurrence
 solved in parallel as one solved layer by layer, and states that backward computes again to save memory count once.
@@ -80,7 +80,7 @@ FORMULAS = {
 
 
 def register() -> None:
-    """Give torch's counter the formulas that it does not have yet; called after its module has been imported."""
+    """Give torch's counter the formulas that it does not have yet. Call this once its module has been imported."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name, formula in FORMULAS.items():

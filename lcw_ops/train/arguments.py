@@ -1,4 +1,4 @@
-"""What is checked before a network is trained and takes torch: the device, the memory; messages name the flag."""
+"""Checks of device and memory, which need torch, before a network is trained; their messages name the flag."""
 
 import torch
 

@@ -46,11 +46,11 @@ LABEL_SMOOTHING = 0.2
 # Of what a checkpoint holds; one of another format is refused.
 FORMAT = 1
 
-# What decides the bits of a run beside the number of steps, which may be changed on the way. Of the data it is the
-# content, wherever the file is.
+# The settings that decide the bits of a run, beside the number of steps, which may be changed on the way. The data's
+# content decides too, wherever the file is.
 DECISIVE = ("kind", "depth", "width", "batch", "lr", "schedule", "c", "filter", "activation", "seed")
 
-# What the oldest checkpoints of this format do not say.
+# Entries that the oldest checkpoints of this format lack.
 FIRST_CONFIGURATION = {"schedule": "falling", "as_at_once": True}
 
 
@@ -220,8 +220,11 @@ def run(settings: Settings) -> int:
             if saved is not None:
                 done, steps = int(saved["done"]), settings.steps if steps_given else None
                 current = going_on(_configuration_of(saved), current, done, steps)
-                print(f"going on after step {done}, from {folder}", flush=True)
                 settings = replace(settings, steps=current["steps"])
+                if done == settings.steps:
+                    print(f"all {done} steps are done; a larger --steps goes on", flush=True)
+                else:
+                    print(f"going on after step {done}, from {folder}", flush=True)
         out = None if settings.out is None else prepare_folder(settings.out)
         try:
             training, log = _begin(settings, dataset.to(device), saved)
@@ -293,9 +296,9 @@ def _configuration_of(tensors: dict[str, Tensor]) -> dict:
 
 
 def going_on(saved: dict, current: dict, done: int, steps: int | None) -> dict:
-    """``current`` with the number of steps that a checkpoint goes on to, ``saved``'s where ``steps`` is None.
+    """Returns ``current`` with the number of steps to go on to: ``steps``, or ``saved``'s number where that is None.
 
-    Says what another number changes. ValueError when more steps than that are done.
+    Prints how a changed number affects the result. Raises ValueError when more steps are done already.
     """
     before, steps = saved["steps"], saved["steps"] if steps is None else steps
     if steps < done:
@@ -308,12 +311,10 @@ def going_on(saved: dict, current: dict, done: int, steps: int | None) -> dict:
         result = (
             f"the weights will be those of {steps} steps at once"
             if as_at_once
-            else f"the result will not be that of {steps} steps at once, for earlier ones had another learning rate "
-            "(--schedule constant keeps it)"
+            else f"the result will not be that of {steps} steps at once, because earlier steps had another learning "
+            "rate (a new run with --schedule constant would keep it)"
         )
         print(f"note: --steps was {before}, is {steps}: {result}; evaluations come at other steps", file=sys.stderr)
-    elif done == steps:
-        print(f"all {steps} steps are done; a larger --steps goes on", flush=True)
     return {**current, "steps": steps, "as_at_once": as_at_once}
 
 
@@ -366,7 +367,7 @@ def _work(settings: Settings, training: Training, log: Log, save: Callable[[Trai
 
     evaluate_after = evaluation_steps(settings.steps)
     device = training.dataset.x_train.device
-    # The last one where a run was told to end at a step that it had already taken.
+    # The last evaluation is missing where a run was told to end at a step that it had already taken.
     if training.done in (0, settings.steps) and training.done not in dict(log.test_accuracy):
         evaluate()
     title = f"train from {training.done}" if training.done else "train"

@@ -21,12 +21,13 @@ class Training:
 
     Args:
         model: trained in place, on the device of the data.
-        steps: of the whole training.
+        steps: number of steps of the whole training.
         batch: samples per step, at most those of ``dataset``.
         seed: of the order of samples.
         betas: Adam's.
         label_smoothing: of the cross entropy that is trained on.
-        schedule: of the rate, from ``SCHEDULES``. "falling": full for half of the steps, then linearly to 0.
+        schedule: name in ``SCHEDULES`` of the rate's schedule. "falling": full for half of the steps, then linearly
+            to 0.
     """
 
     def __init__(

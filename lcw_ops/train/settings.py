@@ -1,6 +1,6 @@
-"""What the commands that train ask for, with the checks that need no torch; messages name the flag.
+"""The settings of the commands that train, with the checks that do not need torch; their messages name the flag.
 
-The command line's help is made of these classes and their defaults.
+The command line's help is generated from these classes and their defaults.
 """
 
 import math
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 
 from lcw_ops.train.schedule import SCHEDULES
 
-# More threads than this per processor only wait for each other; torch would start millions if it was asked to.
+# More threads than this per processor only wait for each other; torch would start millions on request.
 THREADS_PER_CPU = 4
 
-# What `lcw-ops profile` can train.
+# The nets that `lcw-ops profile` can train.
 PROFILE_KINDS = ("orthogonal-filter", "residual", "plain")
 
-# What None stands for in `lcw-ops train`. Every run of a grid's best reached 95 % on the digits: at 300 layers 4 splits
-# with 4 seeds each (95.8 % at the worst, 96.8 % in the mean), over the 64 time steps of an image 2 splits with 3
-# (96.4 %, 97.3 %).
+# The defaults of `lcw-ops train` by kind, for settings that are None. They are the best of a grid, with which every run
+# reached 95 % on the digits: at 300 layers 4 splits with 4 seeds each (95.8 % at the worst, 96.8 % in the mean), over
+# the 64 time steps of an image 2 splits with 3 seeds each (96.4 %, 97.3 %).
 DEFAULTS = {
     "mlp": {"depth": 50_000, "width": 32, "steps": 50, "lr": 0.04, "c": 1.0, "filter": "permutation"},
-    # Depth: as many steps as a sample has features.
+    # The depth None stands for as many steps as a sample has features.
     "rnn": {"depth": None, "width": 64, "steps": 150, "lr": 0.06, "c": 2.0, "filter": "haar"},
 }
 TRAIN_KINDS = tuple(DEFAULTS)
 
 
 def expect(holds: bool, name: str, value, expected: str) -> None:
-    """ValueError, naming the flag, unless it holds."""
+    """Raise a ValueError that names the flag, unless ``holds``."""
     if not holds:
         raise ValueError(f"--{name} is {value}, expected {expected}")
 
@@ -38,10 +38,11 @@ def expect_at_least(least: int, name: str, value: int | None) -> None:
 
 @dataclass
 class TrainingSettings:
-    """What every command that trains asks for; the defaults are the command's.
+    """The settings that every command that trains has; the defaults are the command's.
 
-    depth, width: of the network. batch: samples per step. steps: of training. lr: Adam's, for the first half of the
-    steps, then linearly to 0. filter: of an orthogonal-filter net. threads: torch's; None leaves them as they are.
+    depth, width: the network's size. batch: samples per step. steps: training steps. lr: Adam's rate for the first half
+    of the steps; it then falls linearly to 0. filter: the fixed matrix of an orthogonal-filter net. threads: torch's
+    number of threads; None leaves it as it is.
     """
 
     depth: int | None = 50_000
@@ -57,13 +58,14 @@ class TrainingSettings:
     threads: int | None = None
 
     def check(self) -> None:
-        """ValueError for a value that no run can have; filter and activation are checked where they are used.
+        """Raise ValueError for a value that no run can have; filter and activation are checked where they are used.
 
-        None passes: it stands for a default that is not known yet.
+        None passes, because it stands for a default that is not known yet.
         """
         for name in ("depth", "width", "batch"):
             expect_at_least(1, name, getattr(self, name))
         expect_at_least(0, "steps", self.steps)
+        expect(bool(self.data.strip()), "data", repr(self.data), "digits, or the path of an .npz file")
         expect(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "lr", self.lr, "a finite number above 0")
         most = THREADS_PER_CPU * (os.cpu_count() or 1)
         expect(self.threads is None or 1 <= self.threads <= most, "threads", self.threads, f"from 1 to {most}")
@@ -72,11 +74,11 @@ class TrainingSettings:
 
 @dataclass
 class ProfileSettings(TrainingSettings):
-    """What ``lcw-ops profile`` asks for; the defaults are the command's.
+    """The settings of ``lcw-ops profile``; the defaults are the command's.
 
     kind: the net that is trained, one of ``PROFILE_KINDS``. out: folder of the report. lr: its default is the best of a
-    grid at 30 steps, measured at 300 layers. solver, tolerance, window: of the orthogonal-filter net's recurrence; the
-    others, whose layers change everything, converge in no window.
+    grid at 30 steps, measured at 300 layers. solver, tolerance, window: options of the orthogonal-filter net's
+    recurrence. The other nets take none: their layers change everything, so they converge in no window.
     """
 
     kind: str = "orthogonal-filter"
@@ -86,7 +88,7 @@ class ProfileSettings(TrainingSettings):
     window: int | None = None
 
     def check(self) -> None:
-        # Imports torch, which the help of the command does without.
+        # This module imports torch, which the help of the command must not need.
         from lcw_ops.reference.checks import check_solver
 
         super().check()
@@ -96,11 +98,11 @@ class ProfileSettings(TrainingSettings):
 
 @dataclass
 class TrainSettings(TrainingSettings):
-    """What ``lcw-ops train`` asks for; the defaults are the command's, and None stands for the kind's in ``DEFAULTS``.
+    """The settings of ``lcw-ops train``, with the command's defaults. None stands for the kind's value in ``DEFAULTS``.
 
-    depth: layers, or time steps. epochs: instead of steps. schedule: of the rate. c: beta = c / depth. checkpoint:
-    folder, written every so many steps; with resume the run goes on from its newest one. out: folder for metrics.csv
-    and model.pt.
+    depth: number of layers, or of time steps. epochs: passes over the data, instead of steps. schedule: name of the
+    rate's schedule. c: beta = c / depth. checkpoint: folder that gets a checkpoint after every ``every`` steps; with
+    resume the run goes on from the newest one. out: folder for metrics.csv and model.pt.
     """
 
     kind: str = "mlp"
