@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 
 def is_exporting() -> bool:
@@ -100,21 +100,53 @@ def scan(
         state, outputs = step(state, dict(zip(names, arguments, strict=True)))
         return [state, *outputs]
 
-    last, *outputs = scan_op(flat_step, [state], list(per_step.values()), tuple(shared.values()))
+    # A tensor that is an attribute of the user's module, but not a buffer, has data: scan takes what alias returns, which
+    # torch.export records without data.
+    last, *outputs = scan_op(
+        flat_step, [state], list(per_step.values()), tuple(map(torch.ops.aten.alias.default, shared.values()))
+    )
     return last, outputs
 
 
 def overridable(function: Callable) -> Callable:
-    """``function`` with torch's ``__torch_function__`` protocol over all of its arguments.
+    """``function`` with torch's ``__torch_function__`` protocol over all of its arguments, which have names.
 
     torch.fx then records one call, and Tensor subclasses and function modes see it as they see torch's own functions.
     """
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        given = (*args, *kwargs.values()) if kwargs else args
-        if has_torch_function(given):
-            return handle_torch_function(call, given, *args, **kwargs)
-        return function(*args, **kwargs)
-
+    name, code = function.__name__, function.__code__
+    names = ", ".join(code.co_varnames[: code.co_argcount])
+    # Written out with the function's own parameters: to pass on *args and **kwargs takes three times as long.
+    source = (
+        "def define(function):\n"
+        f"    def {name}({names}):\n"
+        f"        if has_torch_function_variadic({names}) and is_overridden({names}):\n"
+        f"            return handle_torch_function({name}, ({names},), {names})\n"
+        f"        return function({names})\n"
+        f"    return {name}\n"
+    )
+    namespace = {}
+    exec(source, globals(), namespace)
+    call = functools.update_wrapper(namespace["define"](function), function)
+    call.__defaults__ = function.__defaults__
     return call
+
+
+def is_overridden(*arguments) -> bool:
+    """Whether an argument, or a function mode, takes the call over.
+
+    While exporting only arguments do: torch.export watches through a mode of its own, which is off while it carries out
+    a function that it was handed. It would not record that the function switches autocast off.
+    """
+    if torch.compiler.is_exporting():
+        return any(map(_overrides, arguments))
+    return has_torch_function_variadic(*arguments)
+
+
+def _overrides(argument) -> bool:
+    disabled = torch._C._disabled_torch_function_impl
+    return type(argument) is not Tensor and getattr(type(argument), "__torch_function__", disabled) is not disabled
+
+
+def is_function_mode_active() -> bool:
+    """Whether a ``torch.overrides.TorchFunctionMode`` is there to see the call."""
+    return torch._C._is_torch_function_mode_enabled()

@@ -106,8 +106,10 @@ def orthogonal_filter(
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
     tensors = h0, weight, bias, filter, alpha, beta, inputs
     _torch.unrecorded(_check_orthogonal_filter, *tensors, activation, segment, solver, tolerance, window)
-    if _torch.is_exporting() and _backends.requested() is None:
-        return _export(*tensors, activation, return_states)
+    if _torch.is_exporting():
+        if _backends.requested() is None:
+            return _export(*tensors, activation, return_states)
+        _check_exported_request(*tensors)
     if solver == "auto":
         solver = _parallel_depth.choose_solver(h0, weight, bias, filter, alpha, beta, inputs)
     if solver == "parallel":
@@ -155,6 +157,18 @@ def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_st
                 "one scan of any length"
             )
         return _reference.orthogonal_filter(*arguments)
+
+
+def _check_exported_request(h0, weight, bias, filter, alpha, beta, inputs) -> None:
+    """An exported program has no gradients of a kernel's op: refused rather than left to be found out in training."""
+    requested = _backends.requested()
+    tensors = (tensor for tensor in (h0, weight, bias, alpha, beta, inputs) if isinstance(tensor, Tensor))
+    if requested != "reference" and _may_need_gradient(*tensors):
+        raise ValueError(
+            f"orthogonal_filter: backend {requested!r} was requested while exporting, and an exported call of its "
+            "kernel has no gradients, but gradients are recorded and arguments require them; export without the "
+            "request (use_backend or LCW_OPS_BACKEND), or, for a program that only infers, under torch.no_grad()"
+        )
 
 
 def _without_autocast(device: torch.device):
@@ -716,8 +730,10 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     if _is_plain_list(tensors, kind, alpha, beta) and _gradient_activation.activate_plain_(tensors, kind, alpha, beta):
         # Thousands of gradients before every step: the kernel checks, and what is wrong is asked after a refusal.
         return
-    if isinstance(tensors, (list, tuple)) and torch.overrides.has_torch_function(tensors):
-        return torch.overrides.handle_torch_function(gradient_activation_, tensors, tensors, kind, alpha, beta)
+    # The protocol of _torch.overridable, with the entries of the list as arguments.
+    given = (*(tensors if isinstance(tensors, (list, tuple)) else (tensors,)), kind, alpha, beta)
+    if _torch.is_overridden(*given):
+        return torch.overrides.handle_torch_function(gradient_activation_, given, tensors, kind, alpha, beta)
     _check_gradient_activation(tensors, kind, alpha, beta)
     by_device = {}
     for tensor in tensors:
@@ -739,6 +755,7 @@ def _is_plain_list(tensors, kind, alpha, beta) -> bool:
         and _checks.LEAST_FLOAT32 <= beta <= _checks.LARGEST_FLOAT32
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not _torch.is_function_mode_active()
         and _backends.choose(_gradient_activation.NAME, _CPU) == "cpp"
         # What neither the kernel nor the dispatcher sees.
         and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
