@@ -93,7 +93,8 @@ def orthogonal_filter(
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation or solver, a filter that is not a
             permutation, a number alpha or beta that is not finite, segment or window < 1, tolerance <= 0; one filter
-            per layer with the parallel solver; tolerance or window without it.
+            per layer with the parallel solver; tolerance or window without it; while exporting, a requested kernel and
+            arguments that require gradients, which the exported program would not have.
         TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast, where
             16-bit arguments become float32, and tensors alpha and beta, which take the state's dtype.
     """
@@ -140,10 +141,10 @@ def orthogonal_filter(
 
 
 def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states) -> Tensor:
-    """By operators of torch alone: one scan, which torch.jit.trace cannot record, so that it records every step."""
+    """The recurrence in torch's own operators: one scan, or every step in torch.jit.trace, which cannot record a scan."""
     tensors = (h0, weight, bias, filter, alpha, beta, inputs)
     if _torch.is_in_onnx_export():
-        # The exporter decomposes the scan with its autograd formula, which fails for some symbolic sizes.
+        # The exporter would decompose the scan with its autograd formula, which fails for some symbolic sizes.
         tensors = (tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in tensors)
     arguments = (*tensors, activation, return_states)
     with _without_autocast(h0.device):
@@ -160,7 +161,7 @@ def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_st
 
 
 def _check_exported_request(h0, weight, bias, filter, alpha, beta, inputs) -> None:
-    """An exported program has no gradients of a kernel's op: refused rather than left to be found out in training."""
+    """ValueError where the exported program would lose gradients: it has none for the op of a requested kernel."""
     requested = _backends.requested()
     tensors = (tensor for tensor in (h0, weight, bias, alpha, beta, inputs) if isinstance(tensor, Tensor))
     if requested != "reference" and _may_need_gradient(*tensors):
@@ -172,7 +173,7 @@ def _check_exported_request(h0, weight, bias, filter, alpha, beta, inputs) -> No
 
 
 def _without_autocast(device: torch.device):
-    """Autocast would round the state to 16 bits in every step."""
+    """A context without autocast, which would round the state to 16 bits in every step."""
     # Autocast does not know the meta device.
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -206,7 +207,7 @@ def _may_need_gradient(*tensors: Tensor | None) -> bool:
 
 _CPU = torch.device("cpu")
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
-# Ten nodes per step: a trace of so many loads in seconds, one of 50,000 steps would take minutes.
+# A trace holds ten nodes per step: 256 steps load in seconds, 50,000 steps would take minutes.
 _MOST_UNROLLED = 256
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -295,7 +296,7 @@ def _check_permutation(op: str, permutation: Tensor) -> None:
     """Every index once. The answer is remembered on the tensor, so that a training loop pays for it once.
 
     Under torch.compile and torch.func the values are not there to look at: the CPU kernel checks them itself. Meta and
-    fake tensors have none.
+    fake tensors have no values.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(permutation):
         return
