@@ -1,7 +1,7 @@
 """How a function meets what torch does with its call: exporters, tracers and the ``__torch_function__`` protocol.
 
-Every private name of torch that this takes is here, behind a plain one. Nothing is imported that ``import torch`` has
-not imported already. Tested on the oldest and the newest torch that the package supports.
+This file holds every private name of torch that this takes, behind a plain one. It imports nothing that
+``import torch`` has not imported already. It is tested on the oldest and the newest torch that the package supports.
 """
 
 import functools
@@ -10,35 +10,36 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 
 def is_exporting() -> bool:
     """Whether the call becomes part of a program that must run without this package.
 
-    torch.export (torch.onnx.export too), or torch.jit.trace (the TorchScript exporter to ONNX too). torch.compile is
-    not meant: its programs run in this process, on the fused ops.
+    True in torch.export (torch.onnx.export uses it) and in torch.jit.trace (the TorchScript exporter to ONNX uses it).
+    False in torch.compile: its programs run in this process, on the fused ops.
     """
     return torch.compiler.is_exporting() or torch._C._is_tracing() or is_in_onnx_export()
 
 
 def is_in_onnx_export() -> bool:
     """Whether torch.onnx.export is running: its programs have no gradients."""
-    # The question itself would import the exporters, in half a second: it is asked once one of them is there.
+    # torch.onnx.is_in_onnx_export() imports the exporters, which takes half a second: call it only if one is loaded.
     exporter_is_there = (
         "torch.onnx._internal.exporter" in sys.modules or "torch.onnx._internal.torchscript_exporter" in sys.modules
     )
     return exporter_is_there and torch.onnx.is_in_onnx_export()
 
 
-# torch.compile, and torch.export with strict=True, take the answers as constants instead of tracing the questions.
+# torch.compile, and torch.export with strict=True, then take the answers as constants instead of tracing the functions.
 is_exporting._dynamo_marked_constant = is_in_onnx_export._dynamo_marked_constant = True
 
 
 def unrecorded(function: Callable, *arguments):
-    """``function(*arguments)``, of which torch.jit.trace records nothing.
+    """Return ``function(*arguments)`` without letting torch.jit.trace record it.
 
-    For checks: sizes are plain ints in there, so that comparing them raises no TracerWarning.
+    Checks run in here: sizes are then plain ints, and comparing them raises no TracerWarning.
     """
     state = torch._C._get_tracing_state() if torch.jit.is_tracing() else None
     if state is None:
@@ -58,7 +59,10 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def constant(value: float, **options) -> Tensor:
-    """(1,), the number. ONNX keeps a float64 tensor exactly, but rounds the number of ``torch.full`` to float32."""
+    """The number as a tensor of shape (1,).
+
+    ONNX keeps a float64 tensor exactly, but rounds the number of ``torch.full`` to float32.
+    """
     if torch.compiler.is_exporting() and isinstance(value, (int, float)):
         return torch.tensor([value], **options)
     return torch.full((1,), value, **options)
@@ -74,7 +78,7 @@ def ready_for_scan(state: Tensor, *arguments) -> Tensor:
     if _SCAN_DROPS_GRADIENTS:
         for argument in arguments:
             if isinstance(argument, Tensor):
-                # The sum of no elements: adds nothing, and requires a gradient when the tensor does.
+                # The sum over an empty slice adds nothing, and requires a gradient when the tensor does.
                 state = state + torch.atleast_1d(argument).narrow(0, 0, 0).sum()
     return state
 
@@ -82,39 +86,72 @@ def ready_for_scan(state: Tensor, *arguments) -> Tensor:
 def scan(
     step: Callable, state: Tensor, per_step: dict[str, Tensor], shared: dict[str, Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """``state, outputs = step(state, arguments)`` for every step: one node of a graph, of any length.
+    """Run ``state, outputs = step(state, arguments)`` for every step, as one node of a graph, whatever the length.
 
-    The first state comes from :func:`ready_for_scan`. The arguments of a step are the tensors of ``shared``, and of
-    ``per_step`` the slices along dim 0, at least one. ``outputs`` is a list of tensors, stacked over the steps in the
-    result. ``step`` returns no tensor twice, and none of its arguments.
+    The first state comes from :func:`ready_for_scan`. The arguments of a step are the tensors of ``shared`` and the
+    slices of the tensors of ``per_step`` along dim 0; ``per_step`` holds at least one. ``outputs`` is a list of
+    tensors, which the result stacks over the steps. ``step`` must not return a tensor twice, nor one of its arguments.
     """
     # Imported late: it takes as long as torch.
     from torch._higher_order_ops.scan import scan, scan_op
 
     if torch.compiler.is_dynamo_compiling():
         return scan(lambda state, slices: step(state, {**shared, **slices}), state, per_step)
-    # Without scan's own call of torch.compile, which takes a batch as large as the width for the width.
+    # scan itself would call torch.compile, which takes a batch as large as the width for the width: scan_op does not.
     names = [*per_step, *shared]
 
     def flat_step(state, *arguments):
         state, outputs = step(state, dict(zip(names, arguments, strict=True)))
         return [state, *outputs]
 
-    last, *outputs = scan_op(flat_step, [state], list(per_step.values()), tuple(shared.values()))
+    last, *outputs = scan_op(flat_step, [state], list(per_step.values()), tuple(map(_without_data, shared.values())))
     return last, outputs
 
 
+def _without_data(tensor: Tensor) -> Tensor:
+    """``tensor`` as scan needs it: torch.export leaves a plain attribute of a module as it is, with its data."""
+    return tensor if isinstance(tensor, FakeTensor) else torch.ops.aten.alias.default(tensor)
+
+
 def overridable(function: Callable) -> Callable:
-    """``function`` with torch's ``__torch_function__`` protocol over all of its arguments.
+    """``function`` with torch's ``__torch_function__`` protocol over all of its arguments, which have names.
 
     torch.fx then records one call, and Tensor subclasses and function modes see it as they see torch's own functions.
     """
+    name, code = function.__name__, function.__code__
+    names = ", ".join(code.co_varnames[: code.co_argcount])
+    # Written out with the function's own parameters: passing *args and **kwargs on takes three times as long.
+    source = (
+        "def define(function, has_torch_function, is_overridden, hand_over):\n"
+        f"    def {name}({names}):\n"
+        f"        if has_torch_function({names}) and is_overridden({names}):\n"
+        f"            return hand_over({name}, ({names},), {names})\n"
+        f"        return function({names})\n"
+        f"    return {name}\n"
+    )
+    namespace = {}
+    exec(source, globals(), namespace)
+    call = namespace["define"](function, has_torch_function_variadic, is_overridden, handle_torch_function)
+    call.__defaults__ = function.__defaults__
+    return functools.update_wrapper(call, function)
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        given = (*args, *kwargs.values()) if kwargs else args
-        if has_torch_function(given):
-            return handle_torch_function(call, given, *args, **kwargs)
-        return function(*args, **kwargs)
 
-    return call
+def is_overridden(*arguments) -> bool:
+    """Whether an argument, or a function mode, takes the call over.
+
+    While exporting only arguments do: torch.export watches through a mode of its own, which is off while it carries out
+    a function that it was handed. It would not record that the function switches autocast off.
+    """
+    if torch.compiler.is_exporting():
+        return any(map(_overrides, arguments))
+    return has_torch_function_variadic(*arguments)
+
+
+def _overrides(argument) -> bool:
+    disabled = torch._C._disabled_torch_function_impl
+    return type(argument) is not Tensor and getattr(type(argument), "__torch_function__", disabled) is not disabled
+
+
+def is_function_mode_active() -> bool:
+    """Whether a ``torch.overrides.TorchFunctionMode`` is there to see the call."""
+    return torch._C._is_torch_function_mode_enabled()

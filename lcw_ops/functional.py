@@ -93,7 +93,8 @@ def orthogonal_filter(
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation or solver, a filter that is not a
             permutation, a number alpha or beta that is not finite, segment or window < 1, tolerance <= 0; one filter
-            per layer with the parallel solver; tolerance or window without it.
+            per layer with the parallel solver; tolerance or window without it; while exporting, a requested kernel and
+            arguments that require gradients, which the exported program would not have.
         TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast, where
             16-bit arguments become float32, and tensors alpha and beta, which take the state's dtype.
     """
@@ -106,8 +107,10 @@ def orthogonal_filter(
         h0, weight, bias, inputs = (_to_float32(tensor) for tensor in (h0, weight, bias, inputs))
     tensors = h0, weight, bias, filter, alpha, beta, inputs
     _torch.unrecorded(_check_orthogonal_filter, *tensors, activation, segment, solver, tolerance, window)
-    if _torch.is_exporting() and _backends.requested() is None:
-        return _export(*tensors, activation, return_states)
+    if _torch.is_exporting():
+        if _backends.requested() is None:
+            return _export(*tensors, activation, return_states)
+        _check_exported_request(*tensors)
     if solver == "auto":
         solver = _parallel_depth.choose_solver(h0, weight, bias, filter, alpha, beta, inputs)
     if solver == "parallel":
@@ -138,10 +141,10 @@ def orthogonal_filter(
 
 
 def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states) -> Tensor:
-    """By operators of torch alone: one scan, which torch.jit.trace cannot record, so that it records every step."""
+    """The recurrence in torch's own operators: one scan, or every step in torch.jit.trace, which cannot record a scan."""
     tensors = (h0, weight, bias, filter, alpha, beta, inputs)
     if _torch.is_in_onnx_export():
-        # The exporter decomposes the scan with its autograd formula, which fails for some symbolic sizes.
+        # The exporter would decompose the scan with its autograd formula, which fails for some symbolic sizes.
         tensors = (tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in tensors)
     arguments = (*tensors, activation, return_states)
     with _without_autocast(h0.device):
@@ -157,8 +160,20 @@ def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_st
         return _reference.orthogonal_filter(*arguments)
 
 
+def _check_exported_request(h0, weight, bias, filter, alpha, beta, inputs) -> None:
+    """ValueError where the exported program would lose gradients: it has none for the op of a requested kernel."""
+    requested = _backends.requested()
+    tensors = (tensor for tensor in (h0, weight, bias, alpha, beta, inputs) if isinstance(tensor, Tensor))
+    if requested != "reference" and _may_need_gradient(*tensors):
+        raise ValueError(
+            f"orthogonal_filter: backend {requested!r} was requested while exporting, and an exported call of its "
+            "kernel has no gradients, but gradients are recorded and arguments require them; export without the "
+            "request (use_backend or LCW_OPS_BACKEND), or, for a program that only infers, under torch.no_grad()"
+        )
+
+
 def _without_autocast(device: torch.device):
-    """Autocast would round the state to 16 bits in every step."""
+    """A context without autocast, which would round the state to 16 bits in every step."""
     # Autocast does not know the meta device.
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -192,7 +207,7 @@ def _may_need_gradient(*tensors: Tensor | None) -> bool:
 
 _CPU = torch.device("cpu")
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
-# Ten nodes per step: a trace of so many loads in seconds, one of 50,000 steps would take minutes.
+# A trace holds ten nodes per step: 256 steps load in seconds, 50,000 steps would take minutes.
 _MOST_UNROLLED = 256
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -281,7 +296,7 @@ def _check_permutation(op: str, permutation: Tensor) -> None:
     """Every index once. The answer is remembered on the tensor, so that a training loop pays for it once.
 
     Under torch.compile and torch.func the values are not there to look at: the CPU kernel checks them itself. Meta and
-    fake tensors have none.
+    fake tensors have no values.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(permutation):
         return
@@ -717,8 +732,10 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     if _is_plain_list(tensors, kind, alpha, beta) and _gradient_activation.activate_plain_(tensors, kind, alpha, beta):
         # Thousands of gradients before every step: the kernel checks, and what is wrong is asked after a refusal.
         return
-    if isinstance(tensors, (list, tuple)) and torch.overrides.has_torch_function(tensors):
-        return torch.overrides.handle_torch_function(gradient_activation_, tensors, tensors, kind, alpha, beta)
+    # The protocol of _torch.overridable, with the entries of the list as arguments.
+    given = (*(tensors if isinstance(tensors, (list, tuple)) else (tensors,)), kind, alpha, beta)
+    if _torch.is_overridden(*given):
+        return torch.overrides.handle_torch_function(gradient_activation_, given, tensors, kind, alpha, beta)
     _check_gradient_activation(tensors, kind, alpha, beta)
     by_device = {}
     for tensor in tensors:
@@ -740,6 +757,7 @@ def _is_plain_list(tensors, kind, alpha, beta) -> bool:
         and _checks.LEAST_FLOAT32 <= beta <= _checks.LARGEST_FLOAT32
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not _torch.is_function_mode_active()
         and _backends.choose(_gradient_activation.NAME, _CPU) == "cpp"
         # What neither the kernel nor the dispatcher sees.
         and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))

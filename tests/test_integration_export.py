@@ -6,6 +6,7 @@ node for the recurrence at any depth.
 
 import copy
 import importlib.util
+import inspect
 import logging
 import pickle
 import subprocess
@@ -121,7 +122,7 @@ def convert(arguments: dict, dtype: torch.dtype) -> dict:
 
 
 def targets(program: torch.export.ExportedProgram) -> Counter:
-    """What every node of every graph calls."""
+    """How often the nodes of all graphs call each target."""
     graphs = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     return Counter(str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function")
 
@@ -132,7 +133,7 @@ def count_nodes(program: torch.export.ExportedProgram) -> int:
 
 
 def assert_plain(program: torch.export.ExportedProgram, sizes_known: bool = True) -> None:
-    """Only operators of torch from tensors to tensors, and scan."""
+    """Assert that the graphs hold scan and operators of torch from tensors to tensors, and nothing else."""
     graphs = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"):
         name = str(node.target)
@@ -153,7 +154,7 @@ def gradients(module: torch.nn.Module, arguments: tuple, output_of=lambda output
 
 
 def reference_gradients(module: Recurrence, h0: Tensor) -> dict[str, Tensor]:
-    """The same of the reference, step after step."""
+    """As ``gradients``, computed by the reference step by step."""
     options = {name: option for name, option in module.options.items() if name in ("activation", "return_states")}
 
     class Plain(Recurrence):
@@ -200,7 +201,7 @@ def test_every_dtype_exports_with_a_state_in_float32_at_least(form, dtype):
 
 
 def test_gradients_do_not_depend_on_whether_the_first_state_requires_one():
-    """Before torch 2.13, scan drops what later steps pass back to earlier ones when it does not."""
+    """Before torch 2.13, scan drops what later steps pass back to earlier ones if the first state requires none."""
     module = nn.OrthogonalFilterMLP(3, WIDTH, 20, 2, dtype=torch.float64)
     module.input_layer.requires_grad_(False)
     x = double(ROWS, 3)
@@ -216,7 +217,7 @@ def test_gradients_do_not_depend_on_whether_the_first_state_requires_one():
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "filter": "permutation"}, {"bias": False}], ids=str)
 def test_an_rnn_exports_for_any_length_and_batch(options, strict):
     rnn = nn.OrthogonalFilterRNN(3, WIDTH, length=20, dtype=torch.float64, **options)
-    # As many samples as units: sizes that are equal by chance stay apart.
+    # The example has as many samples as units: sizes that are equal by chance must stay apart.
     example, others = double(6, WIDTH, 3), (double(6, WIDTH, 3), double(9, 5, 3), double(30, 2, 3))
     program = torch.export.export(rnn, (example,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},), strict=strict)
     assert_plain(program, sizes_known=False)
@@ -247,7 +248,7 @@ def test_an_mlp_exports_for_any_batch_and_with_leading_dimensions(strict):
 
 
 def test_the_state_keeps_float32_under_autocast():
-    """Exported, and by a request for the reference: its matmuls in bfloat16 were wrong in the third digit."""
+    """When exported, and when the reference is requested: matmuls in bfloat16 would be wrong in the third digit."""
     module, h0 = Recurrence(convert(FORMS["per layer"]()[0], torch.float32)), torch.randn(ROWS, WIDTH)
     expected = module(h0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -256,6 +257,47 @@ def test_the_state_keeps_float32_under_autocast():
             torch.testing.assert_close(module(h0), expected)
     assert targets(program)["scan"] == 1
     torch.testing.assert_close(program.module()(h0), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_state_keeps_float32_under_an_autocast_that_the_program_itself_enters(strict):
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrence = Recurrence(convert(make_arguments(), torch.float32))
+
+        def forward(self, h0):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.recurrence(h0)
+
+    module, h0 = Mixed(), torch.randn(ROWS, WIDTH)
+    program = torch.export.export(module, (h0,), strict=strict)
+    exact = copy.deepcopy(module.recurrence).double()(h0.double())
+    # In bfloat16 the error is 5e-3 and more.
+    torch.testing.assert_close(program.module()(h0), exact.float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("form", ["per layer", "shared weight and bias", "scales trained", "scales per step"])
+def test_plain_tensor_attributes_export(form, strict):
+    """Unlike parameters and buffers, torch.export leaves them as they are, with their data."""
+    arguments, options = FORMS[form]()
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = list(arguments)
+            for name, argument in arguments.items():
+                setattr(self, name, argument)
+
+        def forward(self, h0):
+            return F.orthogonal_filter(h0, **{name: getattr(self, name) for name in self.plain}, **options)
+
+    module, h0 = Plain(), double(ROWS, WIDTH)
+    program = torch.export.export(module, (h0,), strict=strict)
+    assert_plain(program)
+    assert targets(program)["scan"] == 1
+    torch.testing.assert_close(program.module()(h0), module(h0), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("return_states", [False, True])
@@ -276,6 +318,20 @@ def test_a_request_for_a_backend_wins_over_the_scan():
     with lcw_ops.use_backend("cpp"), torch.no_grad():
         fused = targets(torch.export.export(module, (h0,)))
     assert fused["lcw_ops.orthogonal_filter.cpp"] == 1
+
+
+def test_a_request_that_would_lose_gradients_is_refused():
+    module, h0 = Recurrence(convert(make_arguments(), torch.float32)), torch.randn(ROWS, WIDTH)
+    way_out = r"backend 'cpp' was requested while exporting.*export without the request.*torch\.no_grad"
+    with lcw_ops.use_backend("cpp"):
+        for export in (torch.export.export, torch.jit.trace):
+            with pytest.raises(ValueError, match=way_out):
+                export(module, (h0,))
+        with pytest.raises(Exception, match=way_out):
+            torch.export.export(module, (h0,), strict=True)
+        torch.export.export(copy.deepcopy(module).requires_grad_(False), (h0,))
+        torch.compile(module, backend="eager", fullgraph=True)(h0).sum().backward()
+    assert module.weight.grad is not None
 
 
 def test_compiled_programs_keep_the_fused_op():
@@ -392,7 +448,7 @@ def test_onnxruntime_gives_torchs_numbers(name, tmp_path):
             expected = module(x)
         results = run_onnx(tmp_path / "module.onnx", (x,))
         for actual, tensor in zip(results, expected if dims == 3 else (expected,), strict=True):
-            # Two roundings, of first state and result; onnxruntime's tanh has float32's digits in float64 too.
+            # First state and result are rounded; onnxruntime's tanh has float32's digits in float64 too.
             digits = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
             scale = max(1.0, tensor.abs().max().item())
             torch.testing.assert_close(actual, tensor, rtol=0, atol=4 * digits * scale)
@@ -552,20 +608,49 @@ def test_tensor_subclasses_see_one_call_of_gradient_activation():
         torch.testing.assert_close(tensor.as_subclass(Tensor), plain, rtol=0, atol=0)
 
 
+class Seen(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.functions = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.functions.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_function_mode_sees_the_module_call():
-    class Seen(torch.overrides.TorchFunctionMode):
-        def __init__(self):
-            super().__init__()
-            self.functions = []
-
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            self.functions.append(function)
-            return function(*args, **(kwargs or {}))
-
     mlp = nn.OrthogonalFilterMLP(3, WIDTH, 5, 2)
     with Seen() as seen:
         mlp(torch.randn(2, 3))
     assert seen.functions.count(F.orthogonal_filter) == 1
+
+
+@pytest.mark.parametrize("tensors", [[torch.ones(3)], (torch.ones(3), torch.ones(2, 2))], ids=len)
+def test_a_function_mode_sees_one_call_of_gradient_activation(tensors):
+    expected, given = [tensor.clone() for tensor in tensors], type(tensors)(tensor.clone() for tensor in tensors)
+    F.gradient_activation_(expected, "tanh", 0.2, 3.0)
+    with Seen() as seen:
+        F.gradient_activation_(given, "tanh", 0.2, 3.0)
+    assert seen.functions.count(F.gradient_activation_) == 1
+    for actual, tensor in zip(given, expected, strict=True):
+        torch.testing.assert_close(actual, tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda a, b: F.gradient_activation_(a), lambda a, b: F.gradient_activation_([a], beta=b)]
+)
+def test_fx_records_one_call_of_gradient_activation(function):
+    traced = torch.fx.symbolic_trace(function)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [F.gradient_activation_]
+
+
+def test_overridable_functions_keep_their_signature():
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
+    assert list(inspect.signature(F.lcw_linear).parameters) == ["x", "weight", "bias", "basis"]
+    torch.testing.assert_close(F.lcw_linear(weight=weight, x=x), F.lcw_linear(x, weight, None, False), rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"lcw_linear\(\) missing 1 required positional argument: 'weight'"):
+        F.lcw_linear(x)
+    assert pickle.loads(pickle.dumps(F.lcw_linear)) is F.lcw_linear
 
 
 def test_a_call_imports_neither_exporters_nor_the_compiler():
@@ -589,12 +674,23 @@ def test_dynamic_quantization_of_the_linear_layers():
     quantized = torch.ao.quantization.quantize_dynamic(mlp, {torch.nn.Linear})
     assert callable(quantized.input_layer.weight)
     expected = mlp(x)
-    # 8 bits of two layers.
+    # Two layers are rounded to 8 bits.
     torch.testing.assert_close(quantized(x), expected, rtol=0, atol=2 * 2**-7 * expected.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_dynamically_quantized_net_is_profiled():
+    """No gradient returns through its output layer."""
+    mlp, x = nn.OrthogonalFilterMLP(3, WIDTH, 10, 2).eval(), torch.randn(5, 3)
+    quantized = torch.ao.quantization.quantize_dynamic(mlp, {torch.nn.Linear})
+    report = lcw_ops.profile.profile(quantized, x, jacobian=False)
+    assert len(report.columns["state_rms"]) == 13
+    with pytest.raises(ValueError, match="does not depend on the input through differentiable operations"):
+        lcw_ops.profile.profile(quantized, x)
+
+
 class Wrapped(torch.nn.Module):
-    """As adapters do: takes any dtype, casts by itself, and its weight has another dtype than its output."""
+    """Like an adapter, it takes any dtype and casts by itself, and its weight has another dtype than its output."""
 
     def __init__(self, inner: torch.nn.Linear) -> None:
         super().__init__()
@@ -623,12 +719,12 @@ def test_an_input_layer_that_casts_by_itself_decides_what_it_takes():
     ],
     ids=str,
 )
-def test_what_the_input_layer_refuses_is_refused_in_the_modules_words(x, error, message):
+def test_the_module_refuses_in_its_own_words_an_input_that_its_input_layer_refuses(x, error, message):
     with pytest.raises(error, match=message):
         nn.OrthogonalFilterMLP(3, WIDTH, 5, 2)(x)
 
 
-def test_the_profile_of_a_replaced_layer_is_of_what_it_applies():
+def test_the_profile_of_a_replaced_layer_uses_its_own_forward():
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)

@@ -181,7 +181,9 @@ def _on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
     """``record`` must not return anything: what a tensor hook returns replaces the gradient."""
 
     def hook(gradient):
-        record(gradient)
+        # None where the gradient ends behind the tensor, as in a dynamically quantized layer.
+        if gradient is not None:
+            record(gradient)
 
     if tensor.requires_grad:
         tensor.register_hook(hook)

@@ -127,13 +127,13 @@ def orthogonal_filter(
 def orthogonal_filter_scan(
     h0, weight, bias, filter, alpha=None, beta=None, inputs=None, activation="tanh", return_states=False
 ):
-    """The same by torch's ``scan``: while exporting, one node in place of some ten nodes per step.
+    """The recurrence by torch's ``scan``, for exporting: one node in place of some ten nodes per step.
 
     Arguments, results and gradients as in :func:`orthogonal_filter`.
     """
     steps = count_steps(weight, bias, filter, alpha, beta, inputs)
     if steps == 0:
-        # scan refuses to make no step.
+        # scan refuses a length of 0.
         return (h0.unsqueeze(0) if return_states else h0).clone()
     dtype = state_dtype(h0.dtype)
     first = _torch.ready_for_scan(_to_state(h0, dtype), weight, bias, alpha, beta, inputs)
@@ -153,7 +153,7 @@ def orthogonal_filter_scan(
             per_step[name] = argument
     for name, scale in (("alpha", alpha), ("beta", beta)):
         if scale.shape[0] == 1:
-            # A number: scan may trace the step with sizes of 1 as symbols, which do not broadcast.
+            # Shape (), not (1,): scan may trace the step with sizes of 1 as symbols, which do not broadcast.
             shared[name] = scale.squeeze(0)
         else:
             per_step[name] = scale
@@ -251,7 +251,7 @@ def orthogonal_filter_jvp(primals, tangents, activation="tanh", return_states=Fa
 
 
 def _pre_activation(state, weight, bias, step_input):
-    # Not .mT, which the TorchScript exporter to ONNX does not know.
+    # The TorchScript exporter to ONNX does not know .mT.
     pre_activation = state @ weight.transpose(-2, -1)
     for shift in (bias, step_input):
         if shift is not None:
