@@ -152,6 +152,5 @@ def _overrides(argument) -> bool:
     return type(argument) is not Tensor and getattr(type(argument), "__torch_function__", disabled) is not disabled
 
 
-def is_function_mode_active() -> bool:
-    """Whether a ``torch.overrides.TorchFunctionMode`` is there to see the call."""
-    return torch._C._is_torch_function_mode_enabled()
+# () -> bool: whether a torch.overrides.TorchFunctionMode is there to see a call.
+is_function_mode_active = torch._C._is_torch_function_mode_enabled

@@ -141,7 +141,7 @@ def orthogonal_filter(
 
 
 def _export(h0, weight, bias, filter, alpha, beta, inputs, activation, return_states) -> Tensor:
-    """The recurrence in torch's own operators: one scan, or every step in torch.jit.trace, which cannot record a scan."""
+    """The recurrence in torch's own operators: one scan, or every step in torch.jit.trace, which has no scan."""
     tensors = (h0, weight, bias, filter, alpha, beta, inputs)
     if _torch.is_in_onnx_export():
         # The exporter would decompose the scan with its autograd formula, which fails for some symbolic sizes.

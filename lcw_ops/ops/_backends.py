@@ -176,9 +176,9 @@ def use_backend(backend: str) -> Iterator[None]:
     cannot run raises BackendError with the reason when it is called. ``LCW_OPS_BACKEND=name`` in the environment does
     the same for the whole run. A backward pass uses the backend of its forward pass.
 
-    A request also holds while exporting (torch.export, ONNX, torch.jit.trace). A program that was exported with a kernel
-    needs lcw_ops to run and has no gradients through it: ``orthogonal_filter`` raises a ValueError when gradients would
-    be lost, so export without a request, or under ``torch.no_grad()`` for inference.
+    A request also holds while exporting (torch.export, ONNX, torch.jit.trace). A program exported with a kernel needs
+    lcw_ops to run, and has no gradients through the recurrence: ``orthogonal_filter`` raises a ValueError where
+    gradients would be lost. Export without a request, or under ``torch.no_grad()`` for inference.
 
     Raises BackendError, which is a ValueError and a RuntimeError, for an unknown name.
     """
