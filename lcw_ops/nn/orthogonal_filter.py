@@ -180,6 +180,17 @@ def _is_lost(tensor: Tensor) -> bool:
     return mark is not None and mark == _state_of(tensor)
 
 
+def _holds(tensor: Tensor, values: Tensor | None) -> bool:
+    """Whether a state dict's values are in the tensor; torch loads one element into a tensor without dimensions."""
+    return (
+        isinstance(values, Tensor)
+        and has_values(values)
+        and has_values(tensor)
+        and values.numel() == tensor.numel()
+        and torch.equal(values.to(tensor).reshape(tensor.shape), tensor)
+    )
+
+
 def _state_of(tensor: Tensor) -> tuple[int, int]:
     """The version, which an in-place write raises, and the memory, which ``tensor.data = other`` replaces."""
     # An inference tensor counts no versions.
@@ -310,7 +321,7 @@ class _OrthogonalFilter(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         key = f"{prefix}filter"
-        loaded = state_dict.get(key)
+        given, loaded = state_dict, state_dict.get(key)
         is_another = False
         if isinstance(loaded, Tensor) and has_values(loaded):
             problem = self._problem_of(loaded, key)
@@ -325,19 +336,14 @@ class _OrthogonalFilter(nn.Module):
                     or _is_lost(self.filter)
                     or not torch.equal(loaded.to(self.filter), self.filter)
                 )
-        # Not every write of a state dict is seen by _is_lost, and a refused filter is written over itself.
-        lost = {name for name, tensor in self._kept_tensors().items() if _is_lost(tensor)}
+        # The version does not tell: in inference mode it may not count, and a refused filter is written over itself.
+        lost = {name: given.get(f"{prefix}{name}") for name, tensor in self._kept_tensors().items() if _is_lost(tensor)}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for name in lost:
-            tensor, given = getattr(self, name), state_dict.get(f"{prefix}{name}")
-            # torch loads a tensor of one dimension into a tensor without dimensions.
-            fits = isinstance(given, Tensor) and (given.shape == tensor.shape or (tensor.dim(), given.dim()) == (0, 1))
-            if fits and has_values(given) and (name != "filter" or given is loaded):
-                _clear_mark(tensor)
-            else:
-                _mark_lost(tensor)
+        for name, values in lost.items():
+            tensor = getattr(self, name)
+            (_clear_mark if _holds(tensor, values) else _mark_lost)(tensor)
         if is_another:
             self.filter_kind = _kind_of(loaded)
 
