@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lcw_ops
+import lcw_ops.distributed
 from lcw_ops import nn
 from lcw_ops.nn.orthogonal_filter import make_filter
 
@@ -537,5 +538,20 @@ def test_fully_sharded_modules_are_initialised_from_meta(make):
         assert all(parameter.grad.full_tensor().isfinite().all() for parameter in model.parameters())
         product = model.filter @ model.filter.T
         torch.testing.assert_close(product, torch.eye(8), rtol=0, atol=2 * math.sqrt(8) * 2**-23)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("filter", ["haar", pytest.param(Q, id="matrix")])
+def test_an_emptied_depth_parallel_module_is_loaded(filter):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain, x = mlp(filter, "buffers"), torch.randn(5, 3)
+        model = lcw_ops.distributed.DepthParallel(plain)
+        assert model._drawn_filter == plain._drawn_filter
+        expected = model(x)
+        assert not hasattr(emptied(model), "reset_parameters")
+        model.load_full_state_dict(plain.state_dict())
+        assert torch.equal(model(x), expected)
     finally:
         dist.destroy_process_group()
