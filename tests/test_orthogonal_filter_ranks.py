@@ -74,6 +74,19 @@ def main(rank, folder):
     model = two_modules(MAKE["mlp"], mesh, **scales())
     reset(model)
     found["scales"] = [{name: full(getattr(module, name)) for name in ("alpha", "beta")} for module in model]
+    # Without first values: refused until a sharded state dict is loaded.
+    with torch.device("meta"):
+        model = two_modules(MAKE["mlp"], mesh, **scales())
+    model.to_empty(device="cpu")
+    try:
+        model[0].reset_parameters()
+    except ValueError as error:
+        found["refused"] = str(error)
+    source = two_modules(MAKE["mlp"], mesh, **scales())
+    model.load_state_dict(source.state_dict())
+    for module in model:
+        module.reset_parameters()
+    found["loaded"] = [{name: full(getattr(module, name)) for name in ("alpha", "beta")} for module in model]
     # Every buffer a DTensor, as torch.distributed.tensor.distribute_module makes them.
     mlp = MAKE["mlp"]()
     for name, tensor in [*mlp.named_parameters(), *mlp.named_buffers()]:
@@ -133,9 +146,11 @@ def test_ranks_of_a_sharded_module_have_one_filter(found, name, kind, seed):
     assert torch.equal(of_first[0], make_filter(kind, 7))
 
 
-def test_scales_of_a_sharded_module_get_their_first_values(found):
+@pytest.mark.parametrize("case", ["scales", "loaded"])
+def test_scales_of_a_sharded_module_get_their_first_values_or_stay_as_loaded(found, case):
     for rank in range(RANKS):
-        for module in found[rank]["scales"]:
+        assert "cannot restore alpha and beta" in found[rank]["refused"]
+        for module in found[rank][case]:
             for name, expected in scales().items():
                 assert torch.equal(module[name], expected), name
 

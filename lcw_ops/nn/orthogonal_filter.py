@@ -39,7 +39,7 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
             (depth, width, width) or an int64 permutation (width,).
         width: N.
         dtype: of the layer; the filter itself has at least float32.
-        device: where the filter goes, a given tensor too; default torch's default device.
+        device: the device of the result, also for a given tensor; default torch's default device.
 
     "haar" and "permutation" are random: ranks share a filter if they draw it with the same seed, or load it. Tensors
     without values (on the meta device, or fake) are not checked.
@@ -182,9 +182,12 @@ def _is_lost(tensor: Tensor) -> bool:
 
 def _holds(tensor: Tensor, values: Tensor | None) -> bool:
     """Whether a state dict's values are in the tensor; torch loads one element into a tensor without dimensions."""
+    if not isinstance(values, Tensor) or _distributed(values) != _distributed(tensor):
+        return False
+    if _distributed(tensor):
+        values, tensor = values.to_local(), tensor.to_local()
     return (
-        isinstance(values, Tensor)
-        and has_values(values)
+        has_values(values)
         and has_values(tensor)
         and values.numel() == tensor.numel()
         and torch.equal(values.to(tensor).reshape(tensor.shape), tensor)
@@ -198,7 +201,7 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def _distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor: none exists before its module is imported."""
+    """Whether it is a DTensor. None exists before that module is imported, which takes a while."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -366,13 +369,13 @@ class _OrthogonalFilter(nn.Module):
         """The first state, (*, width).
 
         A layer that replaces the nn.Linear (quantized, with adapters) may take another dtype than that of its weight,
-        or have no weight: it decides which x it takes, in its own words. An nn.Linear is asked first too, for tracers
-        record no question about x; its errors are put into this module's words.
+        or have no weight: its own errors pass through. The errors of an nn.Linear are put into this module's words,
+        after the call, because torch.fx and torch.jit.trace cannot record a check of x before it.
         """
         layer = self.input_layer
         if type(layer) is not nn.Linear:
             return layer(x)
-        # Dynamo does not catch what a layer raises while it is compiled.
+        # Dynamo raises the layer's errors while it compiles, past this try statement.
         if torch.compiler.is_dynamo_compiling():
             self._check_input(x, layer.weight)
             return layer(x)
@@ -399,8 +402,8 @@ class _OrthogonalFilter(nn.Module):
     def _reset_fixed(self) -> None:
         """Draws the filter again and sets alpha and beta to their first values, in place; ValueError where it cannot.
 
-        A filter that was given as a tensor stays. Everything is checked before the first number is written. On a
-        module that is sharded over ranks it is a collective, for each rank has drawn other numbers before.
+        A filter that was given as a tensor stays. Everything is checked before the first number is written. This is a
+        collective where a parameter is sharded over ranks: drawing their parts has left them different generators.
         """
         if self._is_being_made:
             return
@@ -676,8 +679,8 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
                                                               copy in every call took 5 to 9 % of forward + backward on
                                                               two CPU cores (T = 784 and 10,000), so none is made
     PackedSequence          yes                               yes: one run per stretch of time in which no sequence ends
-    exporting a             the lengths stay inputs           ValueError: they would become constants; export with
-    PackedSequence                                            padded input
+    exporting a             ``torch.jit.trace`` keeps its     ValueError: the lengths would become constants; export
+    PackedSequence          lengths as inputs                 with padded input
     TorchScript             ``torch.jit.script`` and          ``torch.jit.trace`` only
                             ``torch.jit.trace``
     ======================  ================================  ==========================================================
@@ -729,7 +732,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size, **options))
         self.weight_hh = nn.Parameter(torch.empty(hidden_size, hidden_size, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size, **options)) if bias else None)
-        # As torch's modules do: a subclass may override it.
+        # A subclass may override it, as one of torch's modules. The filter is not drawn a second time.
         self._is_being_made = True
         self.reset_parameters()
         del self._is_being_made
@@ -886,7 +889,7 @@ def _check_state(hx: Tensor | None, weight_ih: Tensor, *batch: int) -> None:
 
 def _check_tensors(input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
     if isinstance(input, PackedSequence):
-        # The module itself has another way for it.
+        # OrthogonalFilterRNN.forward takes another path for it, so this call comes from a recorded graph.
         raise TypeError(
             "OrthogonalFilterRNN: input is a PackedSequence, but this graph was recorded for tensors; call the module "
             "itself, or pad the input: torch.nn.utils.rnn.pad_packed_sequence"
