@@ -78,7 +78,8 @@ class DepthParallel(_OrthogonalFilter):
         other gradients. A gradient scaler must skip a step on all ranks or none:
         ``torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler``.
         ``state_dict()`` is this rank's; :meth:`full_state_dict` and :meth:`load_full_state_dict` are the plain
-        module's. The module itself cannot be pickled.
+        module's. The module itself cannot be pickled. It has no ``reset_parameters``: after ``to_empty`` call
+        :meth:`load_full_state_dict`.
         Data parallelism: ``DistributedDataParallel(depth_parallel, process_group=other)``, where ``other`` has the
         ranks with the same range of layers, one of each depth group. Over a group with two ranks of this one, as the
         default group is, it overwrites the layers of one by the other's when it is made; its first call raises.
@@ -116,6 +117,7 @@ class DepthParallel(_OrthogonalFilter):
         )
         # It was checked when the plain module was made.
         self.filter, self.filter_kind = mlp.filter.detach().clone(), mlp.filter_kind
+        self._drawn_filter = mlp._drawn_filter
         for name in ("in_features", "width", "depth", "out_features"):
             setattr(self, name, getattr(mlp, name))
         self.group = group

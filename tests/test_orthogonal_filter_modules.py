@@ -288,6 +288,48 @@ def test_inputs_of_another_dtype_say_so(dtype):
             network(torch.ones(5, 4, 3, dtype=dtype))
 
 
+class Failing(torch.nn.Linear):
+    def forward(self, x):
+        raise torch.OutOfMemoryError("out of memory in here")
+
+
+def test_a_replaced_layers_own_error_is_not_taken_for_the_inputs():
+    mlp = nn.OrthogonalFilterMLP(3, 8, 6, 2)
+    mlp.input_layer = Failing(6, 8)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory in here"):
+        mlp(torch.randn(5, 6))
+    mlp.input_layer = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh())
+    assert mlp(torch.randn(5, 6)).shape == (5, 2)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        mlp(torch.randn(5, 3))
+
+
+WRONG_INPUTS = [
+    (torch.zeros(5, 4), ValueError, r"input has shape \(5, 4\), expected \(\*, 3\)"),
+    (torch.zeros(5, 3, dtype=torch.float64), TypeError, "input is torch.float64, the parameters are torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("x", "error", "message"), WRONG_INPUTS, ids=["shape", "dtype"])
+def test_a_wrong_input_keeps_the_linear_layers_error_as_its_cause(x, error, message):
+    with pytest.raises(error, match=f"OrthogonalFilterMLP: {message}") as refusal:
+        nn.OrthogonalFilterMLP(3, 8, 6, 2)(x.to(torch.empty(0).device))
+    assert isinstance(refusal.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(("x", "error", "message"), WRONG_INPUTS, ids=["shape", "dtype"])
+def test_a_compiled_network_names_a_wrong_input(x, error, message, before):
+    torch.compiler.reset()
+    mlp = nn.OrthogonalFilterMLP(3, 8, 6, 2)
+    compiled, right = torch.compile(mlp, backend="aot_eager"), torch.randn(5, 3)
+    if before:
+        torch.testing.assert_close(compiled(right), mlp(right))
+    with pytest.raises(error, match=f"OrthogonalFilterMLP: {message}"):
+        compiled(x.to(right.device))
+    torch.testing.assert_close(compiled(right), mlp(right))
+
+
 def test_autocast_takes_what_it_casts(device):
     model = nn.OrthogonalFilterMLP(3, 8, 6, 2)
     rnn = nn.OrthogonalFilterRNN(3, 8, length=5)

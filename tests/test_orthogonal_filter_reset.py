@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import types
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lcw_ops
+import lcw_ops.distributed
 from lcw_ops import nn
 from lcw_ops.nn.orthogonal_filter import make_filter
 
@@ -253,6 +255,218 @@ def test_a_filter_that_was_supplied_again_is_kept(filter, make, supply, clone):
         assert torch.equal(actual, expected)
 
 
+def replace_memory(model, source):
+    model.filter.data = source.filter.clone()
+
+
+def load_in_inference_mode(model, source):
+    with torch.inference_mode():
+        model.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("supply", [replace_memory, load, load_assigned, load_in_inference_mode])
+@pytest.mark.parametrize("emptied_in_inference_mode", [False, True])
+@pytest.mark.parametrize("make", [mlp, rnn])
+def test_a_filter_counts_as_supplied_in_inference_mode_and_through_data(make, emptied_in_inference_mode, supply):
+    """Tensors made in inference mode count no versions."""
+    source = make(Q)
+    with torch.inference_mode(emptied_in_inference_mode):
+        model = emptied(make(Q))
+        supply(model, source)
+        model.reset_parameters()
+    assert torch.equal(model.filter, Q)
+
+
+def write_through_data(filter):
+    filter.data.copy_(Q)
+
+
+def broadcast(filter):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        filter.data.copy_(Q)
+        dist.broadcast(filter, 0)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("write", [write_through_data, broadcast])
+def test_a_write_that_autograd_does_not_see_is_kept_by_the_messages_advice(write):
+    model = emptied(mlp(Q))
+    write(model.filter)
+    with pytest.raises(ValueError, match="autograd does not see") as refusal:
+        model.reset_parameters()
+    (advice,) = (part for part in str(refusal.value).split(", ") if "clone()" in part)
+    exec(advice.split(" keeps")[0], {"module": model})
+    model.reset_parameters()
+    assert torch.equal(model.filter, Q)
+
+
+@pytest.mark.parametrize("clone", [False, True])
+def test_the_messages_advice_holds_for_parameters(clone):
+    with torch.device("meta"):
+        model = mlp("haar", "parameters")
+    emptied(model)
+    model.alpha = torch.tensor([0.5])
+    model.beta.data.fill_(0.25)
+    with pytest.raises(ValueError, match="cannot restore beta") as refusal:
+        model.reset_parameters()
+    (advice,) = (
+        part.split("set them first: ")[-1].split(" keeps")[0].split(". A write")[0]
+        for part in str(refusal.value).split("if there was one, ")
+        if ("clone()" in part) == clone
+    )
+    exec(advice, {"module": model, "torch": torch, "tensor": torch.tensor(0.25)})
+    model.reset_parameters()
+    assert isinstance(model.beta, torch.nn.Parameter)
+    assert (model.alpha, model.beta) == (0.5, 0.25)
+
+
+def test_a_refused_state_dict_leaves_a_lost_filter_lost():
+    model = emptied(mlp(Q))
+    # As uninitialised memory may be by chance.
+    model.filter.data.copy_(Q)
+    for state in (
+        {**mlp(Q).state_dict(), "filter": torch.zeros(8, 8)},
+        {**mlp(Q).state_dict(), "filter": torch.linalg.qr(torch.randn(7, 7)).Q},
+    ):
+        with pytest.raises(RuntimeError, match="filter"):
+            model.load_state_dict(state)
+        with pytest.raises(ValueError, match="cannot restore filter"):
+            model.reset_parameters()
+    without = {name: tensor for name, tensor in mlp(Q).state_dict().items() if name != "filter"}
+    model.load_state_dict(without, strict=False)
+    with pytest.raises(ValueError, match="cannot restore filter"):
+        model.reset_parameters()
+
+
+@pytest.mark.parametrize("make", [mlp, rnn])
+def test_a_copy_of_a_parametrized_module_knows_whether_its_filter_is_lost(make):
+    """torch parametrizes by a subclass that copies without __getstate__ and __setstate__."""
+    healthy, lost, filled = make(Q), emptied(make(Q)), emptied(make(Q))
+    lost.filter.data.copy_(Q)
+    filled.filter.copy_(Q)
+    for model in (healthy, lost, filled):
+        model.other = torch.nn.Linear(2, 2)
+        torch.nn.utils.parametrize.register_parametrization(
+            model, "weight" if make is mlp else "weight_hh", torch.nn.Tanh()
+        )
+    x = torch.randn(5, 4, 3)
+    for actual, expected in zip(copy.deepcopy(healthy)(x), healthy(x), strict=True):
+        assert torch.equal(actual, expected)
+    for model in (healthy, filled):
+        copied = copy.deepcopy(copy.deepcopy(model))
+        copied._reset_fixed()
+        assert torch.equal(copied.filter, Q)
+        assert copied.filter.data_ptr() != model.filter.data_ptr()
+        assert copied.other is not model.other
+    copied = copy.deepcopy(copy.deepcopy(lost))
+    with pytest.raises(ValueError, match="cannot restore filter"):
+        copied.reset_parameters()
+    copied.filter.copy_(Q)
+    copied._reset_fixed()
+    # One copy for one module, wherever it is.
+    first, second = copy.deepcopy([lost, lost])
+    assert first is second
+
+
+def test_a_subclass_copies_by_its_own_state():
+    class WithCache(nn.OrthogonalFilterMLP):
+        def __getstate__(self):
+            return {**super().__getstate__(), "cache": None}
+
+    model = WithCache(3, 8, 6, 2)
+    model.cache = (i for i in range(3))
+    assert isinstance(model.cache, types.GeneratorType)
+    assert copy.deepcopy(model).cache is None
+
+
+# ---- Subclasses and replaced layers ----------------------------------------------------------------------------------
+
+
+def test_the_rnns_constructor_calls_reset_parameters_as_torchs_do():
+    class WithoutMemory(nn.OrthogonalFilterRNN):
+        def reset_parameters(self):
+            super().reset_parameters()
+            torch.nn.init.zeros_(self.weight_hh)
+
+    class OfItsOwn(nn.OrthogonalFilterRNN):
+        def reset_parameters(self):
+            for parameter in self.parameters():
+                torch.nn.init.ones_(parameter)
+
+    torch.manual_seed(7)
+    plain = rnn("haar")
+    torch.manual_seed(7)
+    model = WithoutMemory(3, 8, **SCALES["numbers"]())
+    assert not model.weight_hh.any()
+    for name in ("filter", "weight_ih", "bias"):
+        assert torch.equal(getattr(model, name), getattr(plain, name)), name
+    torch.manual_seed(7)
+    model.reset_parameters()
+    assert not model.weight_hh.any()
+    for name in ("filter", "weight_ih", "bias"):
+        assert torch.equal(getattr(model, name), getattr(plain, name)), name
+    torch.manual_seed(7)
+    model = OfItsOwn(3, 8, **SCALES["numbers"]())
+    assert (model.weight_hh == 1).all()
+    assert torch.equal(model.filter, plain.filter)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [mlp, rnn])
+def test_the_constructor_draws_the_filter_once_and_first(make, kind):
+    """Seeded models stay what they are."""
+    torch.manual_seed(7)
+    model = make(kind)
+    torch.manual_seed(7)
+    assert torch.equal(model.filter, make_filter(kind, 8))
+    if make is mlp:
+        input_layer, output_layer = torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)
+        assert torch.equal(model.input_layer.weight, input_layer.weight)
+        assert torch.equal(model.output_layer.bias, output_layer.bias)
+        assert torch.equal(model.weight, torch.randn(6, 8, 8) * (1 / math.sqrt(8)))
+    else:
+        assert torch.equal(model.weight_ih, torch.randn(8, 3) * (1 / math.sqrt(3)))
+        assert torch.equal(model.weight_hh, torch.randn(8, 8) * (1 / math.sqrt(8)))
+
+
+class Adapted(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.low_rank = base, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.base(x) + self.low_rank
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["input_layer", "output_layer"])
+@pytest.mark.parametrize("kind", ["identity", "adapted", "quantized"])
+def test_reset_parameters_writes_nothing_where_a_layer_cannot_be_reset(kind, name):
+    model = mlp("haar", "buffers")
+    if kind == "quantized":
+        model = torch.ao.quantization.quantize_dynamic(
+            model.eval(), {name: torch.ao.quantization.default_dynamic_qconfig}
+        )
+    else:
+        setattr(model, name, torch.nn.Identity() if kind == "identity" else Adapted(getattr(model, name)))
+    before = {key: tensor.clone() for key, tensor in tensors_of(model).items()}
+    expected = rf"OrthogonalFilterMLP: reset_parameters cannot initialise {name}: .* has no reset_parameters"
+    with pytest.raises(ValueError, match=expected):
+        model.reset_parameters()
+    for key, tensor in tensors_of(model).items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def test_layers_that_can_be_reset_are():
+    model = mlp("haar")
+    model.output_layer = torch.nn.LayerNorm(8)
+    torch.nn.init.zeros_(model.output_layer.weight)
+    model.reset_parameters()
+    assert (model.output_layer.weight == 1).all()
+
+
 @pytest.mark.parametrize("garbage", [torch.full((8, 8), math.nan), torch.zeros(8, 8)])
 def test_reset_parameters_refuses_a_given_filter_that_was_overwritten(garbage):
     model = mlp(Q)
@@ -324,5 +538,20 @@ def test_fully_sharded_modules_are_initialised_from_meta(make):
         assert all(parameter.grad.full_tensor().isfinite().all() for parameter in model.parameters())
         product = model.filter @ model.filter.T
         torch.testing.assert_close(product, torch.eye(8), rtol=0, atol=2 * math.sqrt(8) * 2**-23)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("filter", ["haar", pytest.param(Q, id="matrix")])
+def test_an_emptied_depth_parallel_module_is_loaded(filter):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain, x = mlp(filter, "buffers"), torch.randn(5, 3)
+        model = lcw_ops.distributed.DepthParallel(plain)
+        assert model._drawn_filter == plain._drawn_filter
+        expected = model(x)
+        assert not hasattr(emptied(model), "reset_parameters")
+        model.load_full_state_dict(plain.state_dict())
+        assert torch.equal(model(x), expected)
     finally:
         dist.destroy_process_group()

@@ -143,6 +143,19 @@ def test_arguments_of_torchs_rnn_say_what_to_do(arguments, options, message):
         nn.OrthogonalFilterRNN(3, 5, *arguments, length=7, **options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [((2,), {}), ((), {"num_layers": 2}), ((), {"bias": 1}), ((), {"batch_first": None}), ((), {"beta": 0.5})],
+    ids=str,
+)
+def test_a_subclass_is_refused_by_its_own_name(arguments, options):
+    class Encoder(nn.OrthogonalFilterRNN):
+        pass
+
+    with pytest.raises((TypeError, ValueError), match=r"^Encoder: "):
+        Encoder(3, 5, *arguments, length=7, **options)
+
+
 def test_a_subclass_may_have_arguments_of_its_own():
     class Classifier(nn.OrthogonalFilterRNN):
         def __init__(self, features, width, classes, num_layers=1):
@@ -272,6 +285,25 @@ def test_what_is_no_tensor_is_a_type_error(input, hx):
     name = "hx" if input == "tensor" else "input"
     with pytest.raises(TypeError, match=f"OrthogonalFilterRNN: {name} is .*, expected a tensor"):
         make_ours()(torch.randn(7, 4, 3) if input == "tensor" else input, hx)
+
+
+def test_the_first_state_is_called_hx_as_torchs_is():
+    for rnn in (make_ours(), make_theirs()):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'h_0'"):
+            rnn(torch.randn(7, 4, 3), h_0=torch.zeros(1, 4, 8))
+
+
+@pytest.mark.parametrize("name", ["input", "hx"])
+def test_another_device_is_named_in_the_rnns_words(name, device):
+    x, hx = torch.randn(7, 4, 3), torch.zeros(1, 4, 8)
+    packed = pack_padded_sequence(x, [7, 5, 5, 1])
+    if name == "input":
+        x, packed = x.to("meta"), PackedSequence(packed.data.to("meta"), packed.batch_sizes)
+    else:
+        hx = hx.to("meta")
+    for input in (x, packed):
+        with pytest.raises(TypeError, match=f"OrthogonalFilterRNN: {name} is on meta; expected {device.type}"):
+            make_ours()(input, hx)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -407,6 +439,19 @@ def test_batch_sizes_that_contradict_the_data(batch_sizes):
         make_ours()(input)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_output_edited_by_dropout_in_place(packed):
+    """The usual way in which an output is edited: it raises, and a packed output may be edited."""
+    rnn, x = make_ours(), torch.randn(7, 4, 3)
+    output, _ = rnn(pack_padded_sequence(x, [7, 5, 5, 1]) if packed else x)
+    edited = torch.nn.functional.dropout(output.data if packed else output, inplace=True)
+    if packed:
+        edited.sum().backward()
+        return
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        edited.sum().backward()
+
+
 class LastState(torch.nn.Module):
     def __init__(self, rnn, lengths=None):
         super().__init__()
@@ -428,3 +473,41 @@ def test_the_profiler_follows_hx_and_refuses_packed_sequences(bias):
     assert columns["state_rms"].tolist() == pytest.approx(states.square().mean((1, 2)).sqrt().tolist())
     with pytest.raises(TypeError, match="profile: the input of rnn is a PackedSequence"):
         profile(LastState(rnn, [7, 5, 5, 1]), x, **options)
+
+
+class Packing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = make_ours()
+
+    def forward(self, data, batch_sizes):
+        return self.rnn(PackedSequence(data, batch_sizes))[1]
+
+
+EXPORTERS = {
+    "trace": lambda model, arguments: torch.jit.trace(model, arguments),
+    "export": lambda model, arguments: torch.export.export(model, arguments),
+    "strict export": lambda model, arguments: torch.export.export(model, arguments, strict=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_a_packed_sequence_is_not_exported(exporter):
+    """Its lengths would become constants, and the program would silently be wrong for others."""
+    arguments = torch.randn(5, 3), torch.tensor([3, 2], device="cpu")
+    model = Packing().eval()
+    assert model(*arguments).shape == (1, 3, 8)
+    message = r"lengths of a PackedSequence would become constants.*padded input"
+    with pytest.raises(Exception, match=message) as refusal:
+        EXPORTERS[exporter](model, arguments)
+    # Dynamo puts what it meets into an error of its own.
+    assert isinstance(refusal.value, ValueError) or exporter == "strict export"
+
+
+def test_a_recorded_graph_says_that_it_was_recorded_for_tensors():
+    rnn = make_ours()
+    traced, packed = torch.fx.symbolic_trace(rnn), pack_padded_sequence(torch.randn(7, 3, 3), [7, 4, 4])
+    with pytest.raises(TypeError, match=r"input is a PackedSequence, but this graph was recorded for tensors; call"):
+        traced(packed)
+    assert isinstance(rnn(packed)[0], PackedSequence)

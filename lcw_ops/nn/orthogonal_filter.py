@@ -6,18 +6,21 @@ A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245
 is trained. The kinds of O are those of the author's sibling models; "permutation" is ours.
 """
 
+import copy
 import functools
 import math
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from lcw_ops import _torch
 from lcw_ops import functional as F
 from lcw_ops._names import FILTERS
-from lcw_ops.reference.checks import check_count, check_solver, has_values
+from lcw_ops.reference.checks import check_count, check_devices, check_solver, has_values
 from lcw_ops.reference.orthogonal_filter import state_dtype
 
 # Elements of the filters that are checked at a time: 50,000 layers of them in float64 would be several gigabytes.
@@ -36,10 +39,10 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
             (depth, width, width) or an int64 permutation (width,).
         width: N.
         dtype: of the layer; the filter itself has at least float32.
-        device: where the filter goes, a given tensor too; default torch's default device.
+        device: the device of the result, also for a given tensor; default torch's default device.
 
-    "haar" and "permutation" are random: ranks that are to share a filter draw it with the same seed, or load it.
-    Tensors without values (on the meta device, or fake) are not checked.
+    "haar" and "permutation" are random: ranks share a filter if they draw it with the same seed, or load it. Tensors
+    without values (on the meta device, or fake) are not checked.
 
     Returns:
         An int64 permutation (N,) for every kind but "haar", which gives (N, N); a tensor comes back converted.
@@ -68,7 +71,7 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
 
 
 def _resolve(device) -> torch.device:
-    """Where torch's factories put a tensor; ``Tensor.to(device=None)`` would leave it where it is."""
+    """The device on which torch's factories put a tensor; ``Tensor.to(device=None)`` would not move it."""
     return torch.get_default_device() if device is None else torch.device(device)
 
 
@@ -140,7 +143,7 @@ def _is_finite(scale: float | Tensor) -> bool:
 
 
 def _values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
-    """Copies of those that are tensors with values."""
+    """Copies on the CPU of the scales that are tensors with values."""
     return {
         name: scale.detach().to("cpu", copy=True)
         for name, scale in scales.items()
@@ -149,9 +152,9 @@ def _values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
 
 
 def _allocates(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a function given to ``Module._apply`` returns new memory without the values, as that of ``to_empty``.
+    """Whether a function given to ``Module._apply`` returns new memory without the values, as ``to_empty`` does.
 
-    Only such a function makes a tensor with values out of one on the meta device; every other raises, or stays there.
+    Only such a function turns a tensor on the meta device into one with memory; any other raises, or stays on meta.
     """
     try:
         return not fn(torch.empty(1, device="meta")).is_meta
@@ -159,26 +162,68 @@ def _allocates(fn: Callable[[Tensor], Tensor]) -> bool:
         return False
 
 
-# The attribute of a tensor whose values are uninitialised memory: its version when they were lost.
+# The attribute that marks a tensor whose values are uninitialised memory: its state when they were lost.
 _LOST_AT = "_lcw_ops_lost_at"
 
 
 def _mark_lost(tensor: Tensor) -> None:
-    """It counts as lost until it is written to or replaced."""
-    setattr(tensor, _LOST_AT, _version(tensor))
+    """The tensor counts as lost until autograd sees a write, its memory or itself is replaced, or it is loaded."""
+    setattr(tensor, _LOST_AT, _state_of(tensor))
+
+
+def _clear_mark(tensor: Tensor) -> None:
+    vars(tensor).pop(_LOST_AT, None)
 
 
 def _is_lost(tensor: Tensor) -> bool:
-    return getattr(tensor, _LOST_AT, None) == _version(tensor)
+    mark = getattr(tensor, _LOST_AT, None)
+    return mark is not None and mark == _state_of(tensor)
 
 
-def _version(tensor: Tensor) -> int:
+def _holds(tensor: Tensor, values: Tensor | None) -> bool:
+    """Whether a state dict's values are in the tensor; torch loads one element into a tensor without dimensions."""
+    if not isinstance(values, Tensor) or _distributed(values) != _distributed(tensor):
+        return False
+    if _distributed(tensor):
+        values, tensor = values.to_local(), tensor.to_local()
+    return (
+        has_values(values)
+        and has_values(tensor)
+        and values.numel() == tensor.numel()
+        and torch.equal(values.to(tensor).reshape(tensor.shape), tensor)
+    )
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    """The version, which an in-place write raises, and the memory, which ``tensor.data = other`` replaces."""
     # An inference tensor counts no versions.
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if has_values(tensor) else 0
+
+
+def _distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. None exists before that module is imported, which takes a while."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _fill(tensor: Tensor, values: Tensor, mesh) -> None:
+    """``tensor.copy_(values)``; with a device mesh the values of its first rank, on all of its ranks."""
+    if mesh is None or not has_values(tensor):
+        tensor.copy_(values)
+        return
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    if _distributed(tensor):
+        tensor.copy_(distribute_tensor(values.to(tensor.dtype), tensor.device_mesh, tensor.placements))
+    else:
+        tensor.copy_(distribute_tensor(values, mesh, [Replicate()] * mesh.ndim).to_local())
 
 
 class _OrthogonalFilter(nn.Module):
-    """What both networks share: the filter as a buffer that keeps its precision, and the two scales."""
+    """The base of both networks: the filter as a buffer that keeps its precision, and the two scales."""
+
+    # True while the constructor calls reset_parameters: the filter has been drawn by then.
+    _is_being_made = False
 
     def __init__(
         self, width, steps, filter, alpha, beta, activation, segment, device, dtype, solver, tolerance, window
@@ -194,7 +239,7 @@ class _OrthogonalFilter(nn.Module):
         if segment is not None:
             check_count(type(self).__name__, "segment", segment)
         check_solver(type(self).__name__, solver, tolerance, window)
-        # What reset_parameters draws again, None where a tensor was given; filter_kind may change with a state dict.
+        # The kind that reset_parameters draws, None where a tensor was given. A state dict may change filter_kind.
         self._drawn_filter = filter if isinstance(filter, str) else None
         self.filter_kind = self._drawn_filter or "tensor"
         self.activation = activation
@@ -219,6 +264,13 @@ class _OrthogonalFilter(nn.Module):
                 setattr(self, name, scale)
         self._initial_scales = _values_of(alpha=alpha, beta=beta)
 
+    def __deepcopy__(self, memo) -> "_OrthogonalFilter":
+        # torch gives parametrized modules a __getstate__ that raises, and a copy without __setstate__.
+        getstate = _OrthogonalFilter.__getstate__ if is_parametrized(self) else type(self).__getstate__
+        replica = memo[id(self)] = self.__new__(type(self))
+        replica.__setstate__(copy.deepcopy(getstate(self), memo))
+        return replica
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_lost": [name for name, tensor in self._kept_tensors().items() if _is_lost(tensor)]}
 
@@ -232,8 +284,8 @@ class _OrthogonalFilter(nn.Module):
             self._drawn_filter = None if self.filter_kind == "tensor" else self.filter_kind
             self._initial_scales = _values_of(alpha=self.alpha, beta=self.beta)
         for name, tensor in self._kept_tensors().items():
-            # A copied tensor counts its versions from the start, so the copied note means nothing.
-            vars(tensor).pop(_LOST_AT, None)
+            # A copied tensor has another memory and counts its versions from 0: the copied mark does not fit.
+            _clear_mark(tensor)
             if name in lost:
                 _mark_lost(tensor)
 
@@ -272,7 +324,7 @@ class _OrthogonalFilter(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         key = f"{prefix}filter"
-        loaded = state_dict.get(key)
+        given, loaded = state_dict, state_dict.get(key)
         is_another = False
         if isinstance(loaded, Tensor) and has_values(loaded):
             problem = self._problem_of(loaded, key)
@@ -287,9 +339,14 @@ class _OrthogonalFilter(nn.Module):
                     or _is_lost(self.filter)
                     or not torch.equal(loaded.to(self.filter), self.filter)
                 )
+        # The version does not tell: in inference mode it may not count, and a refused filter is written over itself.
+        lost = {name: given.get(f"{prefix}{name}") for name, tensor in self._kept_tensors().items() if _is_lost(tensor)}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        for name, values in lost.items():
+            tensor = getattr(self, name)
+            (_clear_mark if _holds(tensor, values) else _mark_lost)(tensor)
         if is_another:
             self.filter_kind = _kind_of(loaded)
 
@@ -311,46 +368,62 @@ class _OrthogonalFilter(nn.Module):
     def _apply_input_layer(self, x: Tensor) -> Tensor:
         """The first state, (*, width).
 
-        The input layer judges x: it may have been replaced (quantized, given adapters) and take another dtype than its
-        weight's, or have no weight to ask. Only what it refuses is put into this module's words. Tracers record the
-        call without a question about x.
+        A layer that replaces the nn.Linear (quantized, with adapters) may take another dtype than that of its weight,
+        or have no weight: its own errors pass through. The errors of an nn.Linear are put into this module's words,
+        after the call, because torch.fx and torch.jit.trace cannot record a check of x before it.
         """
+        layer = self.input_layer
+        if type(layer) is not nn.Linear:
+            return layer(x)
+        # Dynamo raises the layer's errors while it compiles, past this try statement.
+        if torch.compiler.is_dynamo_compiling():
+            self._check_input(x, layer.weight)
+            return layer(x)
         try:
-            return self.input_layer(x)
-        except (RuntimeError, TypeError):
-            weight = getattr(self.input_layer, "weight", None)
-            if isinstance(weight, Tensor):
-                self._check_input("input", x, weight)
-            if isinstance(x, Tensor) and x.shape[-1:] != (self.in_features,):
-                raise ValueError(
-                    f"{type(self).__name__}: input has shape {tuple(x.shape)}, expected (*, {self.in_features})"
-                ) from None
+            return layer(x)
+        except (RuntimeError, TypeError) as error:
+            try:
+                self._check_input(x, layer.weight)
+            except (ValueError, TypeError) as problem:
+                raise problem from error
             raise
 
-    def _check_input(self, name: str, input: Tensor, weight: Tensor) -> None:
-        """TypeError for what would fail further below, in words of other ops."""
+    def _check_input(self, x: Tensor, weight: Tensor) -> None:
+        """TypeError or ValueError for an x that the input layer, an nn.Linear, does not take."""
         owner = type(self).__name__
-        if not isinstance(input, Tensor):
-            raise TypeError(f"{owner}: {name} is {type(input).__name__}, expected a tensor")
-        if not _goes_with(input, weight):
-            raise TypeError(_dtype_message(owner, name, input, weight))
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{owner}: input is {type(x).__name__}, expected a tensor")
+        if not _goes_with(x, weight):
+            raise TypeError(_dtype_message(owner, "input", x, weight))
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"{owner}: input has shape {tuple(x.shape)}, expected (*, {self.in_features})")
 
     @torch.no_grad()
     def _reset_fixed(self) -> None:
-        """Draws the filter again and gives alpha and beta their first values, in place; ValueError where it cannot.
+        """Draws the filter again and sets alpha and beta to their first values, in place; ValueError where it cannot.
 
-        A filter that was given as a tensor stays. Everything is checked before the first number is written.
+        A filter that was given as a tensor stays. Everything is checked before the first number is written. This is a
+        collective where a parameter is sharded over ranks: drawing their parts has left them different generators.
         """
+        if self._is_being_made:
+            return
         owner = type(self).__name__
         kept = self._kept_tensors()
         known = {*self._initial_scales, *([] if self._drawn_filter is None else ["filter"])}
         unknown = [name for name, tensor in kept.items() if name not in known and _is_lost(tensor)]
         if unknown:
+            name = unknown[0]
+            set_it, keep_it = f"module.{name} = tensor", f"module.{name} = module.{name}.clone()"
+            if isinstance(kept[name], nn.Parameter):
+                set_it = f"module.{name} = torch.nn.Parameter(tensor)"
+                keep_it = f"module.{name} = torch.nn.Parameter(module.{name}.clone())"
             raise ValueError(
                 f"{owner}: reset_parameters cannot restore {' and '.join(unknown)}: given as tensors, whose values "
                 "were lost when new memory was allocated for the module (to_empty). Load a state dict instead, or "
-                f"set them first: module.{unknown[0]} = tensor"
+                f"set them first: {set_it}. A write that autograd does not see (a broadcast of torch.distributed, "
+                f"or through .data) does not count: if there was one, {keep_it} keeps its values"
             )
+        mesh = self._device_mesh()
         if self._drawn_filter is None:
             try:
                 _check_filter(self.filter, self.filter.shape[-1], torch.finfo(torch.float32).eps)
@@ -360,12 +433,16 @@ class _OrthogonalFilter(nn.Module):
                     f"{error}"
                 ) from error
         else:
-            self.filter.copy_(
-                make_filter(self._drawn_filter, self.filter.shape[-1], self.filter.dtype, self.filter.device)
-            )
+            drawn = make_filter(self._drawn_filter, self.filter.shape[-1], self.filter.dtype, self.filter.device)
+            _fill(self.filter, drawn, mesh)
             self.filter_kind = self._drawn_filter
-        for name in kept.keys() & self._initial_scales.keys():
-            kept[name].copy_(self._initial_scales[name])
+        for name in sorted(kept.keys() & self._initial_scales.keys()):
+            _fill(kept[name], self._initial_scales[name], mesh)
+
+    def _device_mesh(self):
+        """The largest device mesh over which a parameter is distributed, None where none is."""
+        meshes = [parameter.device_mesh for parameter in self.parameters() if _distributed(parameter)]
+        return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
     def _init_recurrent(self, weight: Tensor, bias: Tensor | None) -> None:
         gain = _INIT_GAIN.get(self.activation, 1.0)
@@ -412,7 +489,8 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         depth: L, number of layers.
         out_features: size of one output.
         filter: O, see :func:`make_filter`; a buffer, never trained. "haar" and "permutation" are random: on several
-            ranks draw them with one seed, or broadcast the state dict.
+            ranks draw them with one seed, or broadcast the state dict. The ranks of a sharded module agree in
+            :meth:`reset_parameters`.
         beta: weight of the nonlinear branch, a number or (depth,) tensor; default 1 / depth. A constant beta lets the
             gradient vanish like (1 - beta)^depth.
         alpha: weight of the filter branch; default 1 - beta.
@@ -464,17 +542,29 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         self.weight = nn.Parameter(torch.empty(depth, width, width, **options))
         self.bias = nn.Parameter(torch.empty(depth, width, **options))
         self.output_layer = nn.Linear(width, out_features, **options)
+        # Not reset_parameters, which would draw the linear layers a second time: seeded models would change.
         self._init_recurrent(self.weight, self.bias)
 
     def reset_parameters(self) -> None:
-        """Draws parameters and filter as the constructor did, and gives alpha and beta their first values.
+        """Draws parameters and filter as the constructor did, and sets alpha and beta to their first values.
 
-        A filter that was given as a tensor stays.
+        A filter that was given as a tensor stays. The constructor itself does not call this method.
+
+        Where a parameter is a ``DTensor`` (FSDP2, tensor parallelism), all ranks of its mesh have to call this; the
+        filter is that of the mesh's first rank. Otherwise ranks share a filter only if they call it with one seed.
 
         Raises:
             ValueError: a filter, alpha or beta that was given as a tensor and is uninitialised memory since
-                ``to_empty``. It has to be loaded, or set.
+                ``to_empty``: it has to be loaded, or set. An input_layer or output_layer without a
+                ``reset_parameters``. Nothing has been written then.
         """
+        for name in ("input_layer", "output_layer"):
+            layer = getattr(self, name)
+            if not callable(getattr(layer, "reset_parameters", None)):
+                raise ValueError(
+                    f"{type(self).__name__}: reset_parameters cannot initialise {name}: {type(layer).__name__} has no "
+                    "reset_parameters. Give it one, or call reset_parameters before the layer is replaced"
+                )
         self._reset_fixed()
         self.input_layer.reset_parameters()
         self.output_layer.reset_parameters()
@@ -506,7 +596,7 @@ def _refuse_arguments_of_rnn(init: Callable) -> Callable:
 
     @functools.wraps(init)
     def checked(self, *args, **kwargs) -> None:
-        owner = "OrthogonalFilterRNN"
+        owner = type(self).__name__
         if len(args) > 2:
             raise TypeError(
                 f"{owner}: {len(args)} arguments by position, expected two, input_size and hidden_size (torch.nn.RNN's "
@@ -556,9 +646,10 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
 
     Raises:
         ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: shapes or
-            dtypes that do not fit, an empty sequence, a ``PackedSequence`` whose sizes contradict each other.
+            dtypes that do not fit, an empty sequence, a ``PackedSequence`` whose sizes contradict each other, or one
+            that would be exported.
         TypeError: arguments that only ``torch.nn.RNN`` has, a third argument by position, a bias or batch_first that
-            is not a bool. In a call: an input or hx that is not a tensor.
+            is not a bool. In a call: an input or hx that is not a tensor, or on another device than the parameters.
 
     Differences from ``torch.nn.RNN``:
 
@@ -577,16 +668,21 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     attribute ``mode``      RNN_TANH, RNN_RELU                also RNN_SIGMOID, RNN_IDENTITY
     initial values          all uniform, +-1/sqrt(N)          normal: ``weight_ih`` with std 1/sqrt(input_size),
                                                               ``weight_hh`` as in the MLP; ``bias`` zero
-    errors in a call        RuntimeError; wrong dtype of the  ValueError
-                            input: ValueError
+    errors in a call        RuntimeError; wrong dtype of the  shapes and dtypes: ValueError; another device, or not a
+                            input: ValueError                 tensor: TypeError
     autocast                output and h_n in its dtype       both in float32: rounded to 16 bits, a state that is
                                                               carried on as hx would lose steps of size beta
     output edited in place  allowed on a CPU, on a GPU        backward raises an error where it reads these states, as
-    before backward         backward raises an error          the CPU's kernel does; edit ``output.clone()``. A copy for
-                                                              everybody took 5 to 9 % of forward + backward on two CPU
-                                                              cores (T = 784 and 10,000), so none is made
+    before backward         backward raises an error          the CPU's kernel does, for instance after
+                                                              ``torch.nn.functional.dropout(output, inplace=True)``; a
+                                                              packed output may be edited. Edit ``output.clone()``: a
+                                                              copy in every call took 5 to 9 % of forward + backward on
+                                                              two CPU cores (T = 784 and 10,000), so none is made
     PackedSequence          yes                               yes: one run per stretch of time in which no sequence ends
-    TorchScript             yes                               no
+    exporting a             ``torch.jit.trace`` keeps its     ValueError: the lengths would become constants; export
+    PackedSequence          lengths as inputs                 with padded input
+    TorchScript             ``torch.jit.script`` and          ``torch.jit.trace`` only
+                            ``torch.jit.trace``
     ======================  ================================  ==========================================================
     """
 
@@ -619,11 +715,11 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         _check_sizes(self, input_size=input_size, hidden_size=hidden_size)
         for name, flag in (("bias", bias), ("batch_first", batch_first)):
             if not isinstance(flag, bool):
-                raise TypeError(f"OrthogonalFilterRNN: {name} is {flag!r}, expected True or False")
+                raise TypeError(f"{type(self).__name__}: {name} is {flag!r}, expected True or False")
         if (beta is None) == (length is None):
             raise ValueError(
-                f"OrthogonalFilterRNN: beta is {beta} and length is {length}; give exactly one of them: length=T for "
-                "sequences of T steps sets beta = 1/T"
+                f"{type(self).__name__}: beta is {beta} and length is {length}; give exactly one of them: length=T "
+                "for sequences of T steps sets beta = 1/T"
             )
         if length is not None:
             _check_sizes(self, length=length)
@@ -636,7 +732,10 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size, **options))
         self.weight_hh = nn.Parameter(torch.empty(hidden_size, hidden_size, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size, **options)) if bias else None)
-        self._init_parameters()
+        # A subclass may override it, as one of torch's modules. The filter is not drawn a second time.
+        self._is_being_made = True
+        self.reset_parameters()
+        del self._is_being_made
 
     @property
     def nonlinearity(self) -> str:
@@ -654,11 +753,8 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         """Does nothing: there is no cuDNN whose layout the parameters could take."""
 
     def reset_parameters(self) -> None:
-        """As :meth:`OrthogonalFilterMLP.reset_parameters`."""
+        """See :meth:`OrthogonalFilterMLP.reset_parameters`; here the constructor calls it, once the filter is drawn."""
         self._reset_fixed()
-        self._init_parameters()
-
-    def _init_parameters(self) -> None:
         nn.init.normal_(self.weight_ih, std=1.0 / math.sqrt(self.input_size))
         self._init_recurrent(self.weight_hh, self.bias)
 
@@ -684,7 +780,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         return f"{self.input_size}, {self.hidden_size}{flags}, {self._scales_repr()}"
 
 
-# Functions with torch's protocol, because they go by the input's sizes: torch.fx records them as calls.
+# These functions branch on the input's sizes, so they have torch's protocol: torch.fx records them as calls.
 @_torch.overridable
 def _start_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """h_0 (B, N) and U x_t (T, B, N)."""
@@ -709,14 +805,19 @@ def _finish_sequence(states: Tensor, input: Tensor, batch_first: bool) -> tuple[
 def _run_packed(packed, hx, weight_ih, weight_hh, bias, filter, alpha, beta, **options):
     """(output, h_n) of a packed sequence: one run per stretch of time over which the batch stays the same.
 
-    No padding is computed, so none can overflow. ``batch_first`` says nothing about packed sequences.
+    No padding is computed, so none can overflow. ``batch_first`` does not apply to packed sequences.
     """
+    if _torch.is_exporting():
+        raise ValueError(
+            "OrthogonalFilterRNN: input is a PackedSequence, and the lengths of a PackedSequence would become "
+            "constants; export with padded input"
+        )
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     _check_packed(data, batch_sizes, hx, weight_ih)
     state = _first_state(hx, data, int(batch_sizes[0]), weight_hh)
     if hx is not None and sorted_indices is not None:
         state = state.index_select(0, sorted_indices)
-    # As in one run over all steps: between the stretches the state keeps its float32.
+    # The state stays in float32 between the stretches, as it does in one run over all steps.
     dtype = state_dtype(weight_hh.dtype)
     autocast = not data.is_meta and torch.is_autocast_enabled(data.device.type)
     result_dtype = dtype if autocast else weight_hh.dtype
@@ -746,7 +847,7 @@ def _first_state(hx: Tensor | None, like: Tensor, batch: int, weight_hh: Tensor)
 
 
 def _check_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> None:
-    _check_dtypes(input, hx, weight_ih)
+    _check_tensors(input, hx, weight_ih)
     features = weight_ih.shape[1]
     if input.dim() not in (2, 3) or input.shape[-1] != features:
         raise ValueError(
@@ -762,7 +863,7 @@ def _check_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_f
 
 
 def _check_packed(data: Tensor, batch_sizes: Tensor, hx: Tensor | None, weight_ih: Tensor) -> None:
-    _check_dtypes(data, hx, weight_ih)
+    _check_tensors(data, hx, weight_ih)
     features = weight_ih.shape[1]
     if data.dim() != 2 or data.shape[1] != features:
         raise ValueError(
@@ -786,7 +887,13 @@ def _check_state(hx: Tensor | None, weight_ih: Tensor, *batch: int) -> None:
         )
 
 
-def _check_dtypes(input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
+def _check_tensors(input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
+    if isinstance(input, PackedSequence):
+        # OrthogonalFilterRNN.forward takes another path for it, so this call comes from a recorded graph.
+        raise TypeError(
+            "OrthogonalFilterRNN: input is a PackedSequence, but this graph was recorded for tensors; call the module "
+            "itself, or pad the input: torch.nn.utils.rnn.pad_packed_sequence"
+        )
     for name, tensor in (("input", input), *([] if hx is None else [("hx", hx)])):
         if not isinstance(tensor, Tensor):
             also = " or a PackedSequence" if name == "input" else ""
@@ -794,6 +901,7 @@ def _check_dtypes(input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
         if not _goes_with(tensor, weight):
             # torch.nn.RNN raises ValueError too.
             raise ValueError(_dtype_message("OrthogonalFilterRNN", name, tensor, weight))
+        check_devices("OrthogonalFilterRNN", weight_ih=weight, **{name: tensor})
 
 
 def _check_sizes(module: nn.Module, **sizes: int) -> None:
