@@ -272,12 +272,11 @@ def test_the_report_says_what_cannot_run(no_gpu):
 
 @pytest.mark.parametrize("requested", _backends.BACKENDS)
 def test_the_text_says_an_error_once(requested, no_gpu):
-    """Whatever was requested: no two lines end in the same words, and every op is named once per device."""
+    """No two errors give the same reason, and every op is named once per device."""
     with lcw_ops.use_backend(requested):
         lines = lcw_ops.info().splitlines()
-    errors = [line.partition(": none. ")[2] for line in lines if ": none. " in line]
+    errors = [line.partition("but ")[2] for line in lines if ": none. " in line]
     assert len(set(errors)) == len(errors)
-    assert not any(error.startswith(f"{op}: ") for error in errors if len(errors) == 1 for op in _backends.IMPLEMENTED)
     for op in _backends.IMPLEMENTED:
         assert sum(f"{op} on cpu: " in line or line.startswith(f"{op}, ") or f", {op}, " in line for line in lines) == 1
 
