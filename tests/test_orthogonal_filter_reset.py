@@ -1,4 +1,4 @@
-"""The recurrent modules are made without memory (meta, fake tensors) and initialised later, as sharded training does."""
+"""The recurrent modules are made without memory (meta, fake tensors) and initialised later, as in sharded training."""
 
 import copy
 import io
