@@ -1,4 +1,4 @@
-"""The recurrent modules made without memory (meta, fake tensors) and initialised later, as sharded training does it."""
+"""The recurrent modules are made without memory (meta, fake tensors) and initialised later, as in sharded training."""
 
 import copy
 import io
@@ -63,10 +63,10 @@ def make_by_default(make, **options):
 @pytest.mark.parametrize("scales", ["numbers", "buffers"])
 @pytest.mark.parametrize("filter", FILTERS)
 def test_modules_are_made_on_meta(filter, scales, make, on_meta):
-    """Like torch's own: no memory, no number is looked at, and everything can be loaded later."""
+    """The modules take no memory and read no number, like torch's own, and everything can be loaded later."""
     model = on_meta(make, filter=filter, scales=scales)
     assert all(tensor.is_meta for tensor in tensors_of(model).values())
-    # Nothing to initialise, so nothing to refuse either.
+    # There is nothing to initialise, so nothing is refused either.
     model.reset_parameters()
     with lcw_ops.use_backend("reference"):
         output = model(torch.zeros(5, 4, 3, device="meta"))
@@ -89,7 +89,7 @@ def test_a_parameter_given_as_a_scale_stays_the_callers(make):
     assert model.beta is beta
 
 
-# torch's own rule: a real tensor under FakeTensorMode needs allow_non_fake_inputs.
+# torch has a rule that a real tensor under FakeTensorMode needs allow_non_fake_inputs.
 @pytest.mark.parametrize(("filter", "allow_real"), [(KINDS[0], False), *((filter, True) for filter in (*KINDS, Q, P))])
 @pytest.mark.parametrize("make", [mlp, rnn])
 @pytest.mark.parametrize("scales", [*SCALES])
@@ -112,7 +112,7 @@ def test_wrong_tensors_on_meta_are_still_refused_for_their_shapes():
 
 
 def emptied(model):
-    """New memory; conftest fills it with NaN, and integers with their largest number."""
+    """The model in new memory, which conftest fills with NaN, and integers with their largest number."""
     return model.to_empty(device="cpu")
 
 
@@ -121,7 +121,7 @@ def emptied(model):
 @pytest.mark.parametrize("scales", [*SCALES])
 @pytest.mark.parametrize("filter", KINDS)
 def test_reset_parameters_makes_what_the_constructor_made(filter, scales, make, from_meta):
-    """Bit for bit, from the same seed: every parameter and buffer, written into the tensors that are there."""
+    """One seed gives every parameter and buffer bit for bit, written into the tensors that are there."""
     torch.manual_seed(7)
     made = make(filter, scales)
     model = emptied(make(filter, scales, device="meta") if from_meta else make(filter, scales))
@@ -210,7 +210,7 @@ def test_reset_parameters_leaves_a_given_filter_in_a_healthy_module(filter, make
 @pytest.mark.parametrize("filter", FILTERS[-2:])
 def test_reset_parameters_refuses_a_given_filter_whose_memory_is_gone(filter, make, from_meta, clone):
     model = emptied(make_in_context(make, filter=filter) if from_meta else make(filter))
-    # As uninitialised memory may by chance: what was there before. Nobody wrote it, so it counts for nothing.
+    # Uninitialised memory may hold the old values by chance. They were not written, so they do not count.
     model.filter.data.copy_(filter)
     model = clone(model)
     weight = next(model.parameters()).clone()
@@ -324,7 +324,7 @@ def test_the_messages_advice_holds_for_parameters(clone):
 
 def test_a_refused_state_dict_leaves_a_lost_filter_lost():
     model = emptied(mlp(Q))
-    # As uninitialised memory may be by chance.
+    # Uninitialised memory may hold the old values by chance.
     model.filter.data.copy_(Q)
     for state in (
         {**mlp(Q).state_dict(), "filter": torch.zeros(8, 8)},
@@ -365,7 +365,7 @@ def test_a_copy_of_a_parametrized_module_knows_whether_its_filter_is_lost(make):
         copied.reset_parameters()
     copied.filter.copy_(Q)
     copied._reset_fixed()
-    # One copy for one module, wherever it is.
+    # A module that occurs twice is copied once.
     first, second = copy.deepcopy([lost, lost])
     assert first is second
 
@@ -525,7 +525,7 @@ def test_modules_pickled_before_filters_were_drawn_again(filter):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [mlp, rnn])
 def test_fully_sharded_modules_are_initialised_from_meta(make):
-    """FSDP2's way: shard on meta, to_empty, reset_parameters of every module."""
+    """FSDP2 shards on meta, then come to_empty and reset_parameters of every module."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = make_in_context(make, filter="haar")

@@ -1,4 +1,4 @@
-"""OrthogonalFilterRNN side by side with torch.nn.RNN, wherever the two are meant to behave alike."""
+"""OrthogonalFilterRNN is run side by side with torch.nn.RNN, wherever the two are meant to behave alike."""
 
 import copy
 import inspect
@@ -82,7 +82,7 @@ def test_h_n_may_be_edited_before_backward(shape, batch_first, make):
 
 
 def test_an_output_edited_before_backward_raises_and_its_clone_does_not():
-    """The difference that the class's table names."""
+    """The class's table names this difference."""
     rnn = make_ours()
     output, _ = rnn(torch.randn(7, 4, 3))
     loss = output.sum()
@@ -219,7 +219,7 @@ def test_hx_is_the_first_state(shape, batch_first, make):
     by_name, by_position = rnn(x, hx=hx), rnn(x, hx)
     for actual, expected in zip(by_name, by_position, strict=True):
         assert torch.equal(actual, expected)
-    # Half of the sequence, then the rest from where it stopped.
+    # Run half of the sequence, then the rest from where it stopped.
     time = 1 if batch_first else 0
     first, rest = x.split([3, 4], dim=time)
     output, h_n = rnn(first, hx=hx)
@@ -281,7 +281,7 @@ def test_wrong_dtypes_are_value_errors(dtype):
 @pytest.mark.parametrize(
     ("input", "hx"), [([[1.0]], None), (None, None), ("x", None), ("tensor", [1]), ("tensor", 0.0)]
 )
-def test_what_is_no_tensor_is_a_type_error(input, hx):
+def test_an_argument_that_is_not_a_tensor_is_a_type_error(input, hx):
     name = "hx" if input == "tensor" else "input"
     with pytest.raises(TypeError, match=f"OrthogonalFilterRNN: {name} is .*, expected a tensor"):
         make_ours()(torch.randn(7, 4, 3) if input == "tensor" else input, hx)
@@ -335,11 +335,11 @@ LENGTHS = {
 @pytest.mark.parametrize(("batch_first", "given_state"), [(False, False), (True, True)])
 @pytest.mark.parametrize("case", [*LENGTHS])
 def test_packed_sequences_are_their_sequences_alone(case, batch_first, given_state, filter, options):
-    """Outputs, last states and every gradient, in float64, against one call per sequence."""
+    """Outputs, last states and every gradient equal those of one call per sequence, in float64."""
     lengths, enforce_sorted = LENGTHS[case]
     longest, batch = max(lengths), len(lengths)
     rnn = make_ours(batch_first, filter=filter, **options).double()
-    # Padding is full of NaN: nothing may read it.
+    # The padding is full of NaN: no operation may read it.
     within = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
     padded = torch.randn(batch, longest, 3, dtype=torch.float64).where(within.unsqueeze(2), math.nan).requires_grad_()
     hx = torch.randn(1, batch, 8, dtype=torch.float64).requires_grad_() if given_state else None
@@ -383,7 +383,7 @@ def test_packed_sequences_in_sixteen_bits_are_rounded_once(dtype):
     whole, _ = rnn(x, hx)
     assert (padded.dtype, h_n.dtype) == (dtype, dtype)
     for i, length in enumerate(lengths):
-        # The same float32 numbers up to the order of their sums, rounded to 16 bits: at most one step apart.
+        # Both are the same float32 numbers up to the order of their sums, rounded to 16 bits: at most one step apart.
         torch.testing.assert_close(padded[:length, i], whole[:length, i], rtol=torch.finfo(dtype).eps, atol=1e-6)
         assert torch.equal(h_n[0, i], padded[length - 1, i])
 
@@ -425,7 +425,7 @@ def test_padding_that_would_overflow_is_not_computed():
 )
 def test_packed_sequences_that_do_not_fit(packed, hx, message):
     lengths, features = packed
-    # In both orders: a state of the wrong size must not be sorted into one of the right size.
+    # Both orders are tried: a state of the wrong size must not be sorted into one of the right size.
     for order in (lengths, lengths[::-1]):
         input = pack_padded_sequence(torch.randn(7, 3, features), order, enforce_sorted=False)
         with pytest.raises(ValueError, match=f"OrthogonalFilterRNN.*{message}"):
@@ -501,7 +501,7 @@ def test_a_packed_sequence_is_not_exported(exporter):
     message = r"lengths of a PackedSequence would become constants.*padded input"
     with pytest.raises(Exception, match=message) as refusal:
         EXPORTERS[exporter](model, arguments)
-    # Dynamo puts what it meets into an error of its own.
+    # Dynamo wraps the error in one of its own.
     assert isinstance(refusal.value, ValueError) or exporter == "strict export"
 
 
