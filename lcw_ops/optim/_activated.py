@@ -108,7 +108,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         try:
             values = self._watched(group)
         except KeyError as error:
-            raise self._missing_option(index, error.args[0]) from error
+            raise self._missing_option(index) from error
         checked = self._checked_options.get(index)
         if checked is None or any(map(operator.is_not, values, checked)):
             self._check_options(group)
@@ -150,15 +150,16 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         try:
             return self.param_groups[index]["gradient_activation"] is not None
         except KeyError as error:
-            raise self._missing_option(index, "gradient_activation") from error
+            raise self._missing_option(index) from error
 
     def _are_activated(self) -> list[bool]:
         return list(map(self.is_activated, range(len(self.param_groups))))
 
-    def _missing_option(self, index: int, name: str) -> ValueError:
+    def _missing_option(self, index: int) -> ValueError:
+        name = next(name for name in self.defaults if name not in self.param_groups[index])
         return ValueError(
             f"{self._name()}: param_groups[{index}] has no {name!r}; expected every option in every group. Put it "
-            f"back: the optimizer's default is {self.defaults.get(name)!r}."
+            f"back: the optimizer's default is {self.defaults[name]!r}."
         )
 
     @classmethod

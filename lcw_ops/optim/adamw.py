@@ -107,8 +107,8 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         try:
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         except KeyError as error:
-            if error.args[0] in self.defaults:
-                raise self._missing_option(index, error.args[0]) from error
+            if not self.defaults.keys() <= group.keys():
+                raise self._missing_option(index) from error
             raise ValueError(
                 f"{self._name()}: {error} is missing in the state of a parameter in param_groups[{index}]. Put it into "
                 "optimizer.state, or delete the parameter's entry there to start with a new state."
