@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -49,6 +50,11 @@ def unrecorded(function: Callable, *arguments):
         return function(*arguments)
     finally:
         torch._C._set_tracing_state(state)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at: not on the meta device, and in FakeTensorMode all results are fake."""
+    return not tensor.is_meta and detect_fake_mode([tensor]) is None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

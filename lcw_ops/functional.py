@@ -304,7 +304,7 @@ def _check_permutation(op: str, permutation: Tensor) -> None:
     version = None if permutation.is_inference() else permutation._version
     if version is not None and getattr(permutation, "_lcw_ops_checked", None) == version:
         return
-    if not _checks.has_values(permutation):
+    if not _torch.has_values(permutation):
         return
     if not torch.equal(permutation.sort().values, torch.arange(permutation.numel(), device=permutation.device)):
         raise ValueError(
@@ -741,7 +741,10 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
     # All choices first: one that raises must find every tensor unchanged.
-    backends = {device: _backends.choose(_gradient_activation.NAME, device) for device in by_device}
+    if _torch.is_exporting() and _backends.requested() is None:
+        backends = dict.fromkeys(by_device, "reference")
+    else:
+        backends = {device: _backends.choose(_gradient_activation.NAME, device) for device in by_device}
     for device, on_device in by_device.items():
         _gradient_activation.activate_(backends[device], on_device, kind, alpha, beta)
 

@@ -91,7 +91,7 @@ BAD_LISTS = {
 }
 
 
-# What the caller can lay out anew is an answer of the ops that answer; the rest is an error of both.
+# Tensors that the caller can lay out in another way make the answering ops say no; the rest is an error of both.
 ANSWERED = ("another dtype", "another shape", "other strides", "integers", "gaps", "overlapping")
 
 

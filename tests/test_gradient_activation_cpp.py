@@ -190,7 +190,7 @@ def test_the_op_answers_that_it_took_the_tensors():
 
 
 def test_a_mistake_is_an_error_in_both_forms():
-    """What no layout mends."""
+    """Arguments that no other layout in memory would mend."""
     x = torch.ones(3)
     for op in (torch.ops.lcw_ops.gradient_activation_, torch.ops.lcw_ops.try_gradient_activation_):
         with pytest.raises(RuntimeError, match="kind is sigmoid; expected arctan, tanh or log"):
@@ -203,7 +203,7 @@ def test_a_mistake_is_an_error_in_both_forms():
 
 
 def test_an_error_inside_a_kernel_is_no_refusal(monkeypatch):
-    """Whatever its words: it was once looked for "; call " in them."""
+    """Its words decide nothing, not even "; call ", which once stood for a refusal."""
 
     def fail(*_):
         raise RuntimeError("out of memory; call somebody")

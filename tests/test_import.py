@@ -1,4 +1,4 @@
-"""What an import brings along, in every order: no torch with the bare package, its ops as soon as both are there."""
+"""The modules that an import brings along: no torch with the bare package, its ops as soon as both are there."""
 
 import ast
 import copy

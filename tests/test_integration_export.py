@@ -736,3 +736,20 @@ def test_the_profile_of_a_replaced_layer_uses_its_own_forward():
         lcw_ops.profile.profile(model, x).jacobians["input -> output"].largest for model in (mlp, replaced)
     )
     torch.testing.assert_close(doubled, 2 * plain)
+
+
+def test_activated_gradients_are_traced_and_exported():
+    """A call that returns nothing would be dropped by torch.jit.trace: it records torch's own operators instead."""
+
+    class Activated(torch.nn.Module):
+        def forward(self, gradient):
+            activated = gradient.clone()
+            F.gradient_activation_([activated], "tanh", 0.5, 3.0)
+            return activated
+
+    gradient = torch.randn(4, 3)
+    exported = torch.export.export(Activated(), (gradient,))
+    assert not [node for node in exported.graph.nodes if "lcw_ops" in str(node.target)]
+    for program in (torch.jit.trace(Activated(), gradient), exported.module()):
+        other = torch.randn(4, 3)
+        torch.testing.assert_close(program(other), 0.5 * torch.tanh(3.0 * other))

@@ -202,7 +202,7 @@ def assert_same_weights(folder, expected):
     (found, log), (wanted, expected_log) = outcome(folder), outcome(expected)
     assert found.keys() == wanted.keys()
     assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
-    # Of every step the loss; the accuracies are measured at other steps.
+    # Every step has a loss; the accuracies are measured at other steps.
     losses, expected_losses = ([line.split(",")[1] for line in text.splitlines()] for text in (log, expected_log))
     assert losses == expected_losses
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lcw_ops import _torch
 from lcw_ops import functional as F
 from lcw_ops._names import FILTERS
-from lcw_ops.reference.checks import check_count, check_devices, check_solver, has_values
+from lcw_ops.reference.checks import check_count, check_devices, check_solver
 from lcw_ops.reference.orthogonal_filter import state_dtype
 
 # Elements of the filters that are checked at a time: 50,000 layers of them in float64 would be several gigabytes.
@@ -84,9 +84,8 @@ def _checked_filter(filter: Tensor, width: int, dtype: torch.dtype, device) -> T
 def _check_filter(filter: Tensor, width: int, eps: float) -> None:
     """ValueError or TypeError unless it is orthogonal to rounding of relative size ``eps``, or a permutation."""
     if filter.dtype == torch.int64:
-        if filter.shape != (width,) or (
-            has_values(filter) and not torch.equal(filter.sort().values, torch.arange(width, device=filter.device))
-        ):
+        every = torch.arange(width, device=filter.device)
+        if filter.shape != (width,) or (_torch.has_values(filter) and not torch.equal(filter.sort().values, every)):
             raise ValueError(
                 f"filter is an int64 tensor of shape {tuple(filter.shape)}, expected a permutation of 0..{width - 1}"
             )
@@ -101,7 +100,7 @@ def _check_filter(filter: Tensor, width: int, eps: float) -> None:
         raise TypeError(
             f"filter is {filter.dtype}: no matrix of so few bits is orthogonal; give it in float32 or float64"
         )
-    if not has_values(filter):
+    if not _torch.has_values(filter):
         return
     deviation = _deviation(filter.detach().reshape(-1, width, width))
     # A QR in this precision leaves at most about sqrt(N) roundings in an inner product of two rows.
@@ -139,7 +138,7 @@ def _kind_of(filter: Tensor) -> str:
 def _is_finite(scale: float | Tensor) -> bool:
     if not isinstance(scale, Tensor):
         return math.isfinite(scale)
-    return not has_values(scale) or bool(scale.isfinite().all())
+    return not _torch.has_values(scale) or bool(scale.isfinite().all())
 
 
 def _values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
@@ -147,7 +146,7 @@ def _values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
     return {
         name: scale.detach().to("cpu", copy=True)
         for name, scale in scales.items()
-        if isinstance(scale, Tensor) and has_values(scale)
+        if isinstance(scale, Tensor) and _torch.has_values(scale)
     }
 
 
@@ -187,8 +186,8 @@ def _holds(tensor: Tensor, values: Tensor | None) -> bool:
     if _distributed(tensor):
         values, tensor = values.to_local(), tensor.to_local()
     return (
-        has_values(values)
-        and has_values(tensor)
+        _torch.has_values(values)
+        and _torch.has_values(tensor)
         and values.numel() == tensor.numel()
         and torch.equal(values.to(tensor).reshape(tensor.shape), tensor)
     )
@@ -197,7 +196,7 @@ def _holds(tensor: Tensor, values: Tensor | None) -> bool:
 def _state_of(tensor: Tensor) -> tuple[int, int]:
     """The version, which an in-place write raises, and the memory, which ``tensor.data = other`` replaces."""
     # An inference tensor counts no versions.
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if has_values(tensor) else 0
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if _torch.has_values(tensor) else 0
 
 
 def _distributed(tensor: Tensor) -> bool:
@@ -208,7 +207,7 @@ def _distributed(tensor: Tensor) -> bool:
 
 def _fill(tensor: Tensor, values: Tensor, mesh) -> None:
     """``tensor.copy_(values)``; with a device mesh the values of its first rank, on all of its ranks."""
-    if mesh is None or not has_values(tensor):
+    if mesh is None or not _torch.has_values(tensor):
         tensor.copy_(values)
         return
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -326,7 +325,7 @@ class _OrthogonalFilter(nn.Module):
         key = f"{prefix}filter"
         given, loaded = state_dict, state_dict.get(key)
         is_another = False
-        if isinstance(loaded, Tensor) and has_values(loaded):
+        if isinstance(loaded, Tensor) and _torch.has_values(loaded):
             problem = self._problem_of(loaded, key)
             if problem is not None:
                 # As torch does with a tensor of the wrong size: this one stays, the others of the model are loaded,
@@ -335,7 +334,7 @@ class _OrthogonalFilter(nn.Module):
                 state_dict = {**state_dict, key: self.filter}
             else:
                 is_another = loaded.shape == self.filter.shape and (
-                    not has_values(self.filter)
+                    not _torch.has_values(self.filter)
                     or _is_lost(self.filter)
                     or not torch.equal(loaded.to(self.filter), self.filter)
                 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lcw_ops import reference
+from lcw_ops import _torch, reference
 from lcw_ops.ops import _backends, _library
 
 NAME = "gradient_activation_"
@@ -390,8 +390,8 @@ def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _reference_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        # The compiler fuses these itself, and foreach calls have no vmap rules.
+    if torch.compiler.is_compiling() or _torch.is_exporting() or torch._C._are_functorch_transforms_active():
+        # The compiler fuses these itself, torch.jit.trace records no foreach calls, and they have no vmap rules.
         for tensor in tensors:
             tensor.copy_(reference.gradient_activation(tensor, kind, alpha, beta))
         return

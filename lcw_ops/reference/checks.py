@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from lcw_ops._names import SOLVERS
 
@@ -39,11 +38,6 @@ def accumulation_dtype(function: str, **tensors: Tensor | None) -> torch.dtype:
                 f"Convert one of the two, or use torch.autocast."
             )
     return torch.promote_types(first.dtype, torch.float32)
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether its numbers can be looked at: not on the meta device, and in FakeTensorMode all results are fake."""
-    return not tensor.is_meta and detect_fake_mode([tensor]) is None
 
 
 def check_dense(function: str, **tensors: Tensor | None) -> None:
