@@ -495,3 +495,18 @@ def test_a_parameter_without_memory_is_refused(pair):
     with pytest.raises(ValueError, match=r"param_groups\[1\] of shape \(3,\) is zeros without memory"):
         optimizer.step()
     assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=str)
+def test_parameters_can_be_swapped_after_a_step(options):
+    module = nn.Linear(2, 2)
+    optimizer = optim.SGD(module.parameters(), lr=0.1, **options)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert module.weight.dtype is torch.float64

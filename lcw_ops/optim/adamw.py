@@ -134,7 +134,8 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         calls = []
         # torch counts on the CPU by default, beside the parameters when capturable; loading can mix the two.
         devices = [param.device for param in params], [step.device for step in steps]
-        for (device, counted_on, _), take in split(*devices, mixed).items():
+        keys = *devices, *([mixed] if any(mixed) else [])
+        for (device, counted_on, *_), take in split(*keys).items():
             calls.append(
                 functools.partial(
                     _step if are_plain and counted_on in (device, _CPU) else _step_with_own_counts,
