@@ -4,7 +4,6 @@ This file holds every private name of torch that this takes, behind a plain one.
 ``import torch`` has not imported already. It is tested on the oldest and the newest torch that the package supports.
 """
 
-import functools
 import sys
 from collections.abc import Callable
 
@@ -119,38 +118,23 @@ def _without_data(tensor: Tensor) -> Tensor:
     return tensor if isinstance(tensor, FakeTensor) else torch.ops.aten.alias.default(tensor)
 
 
-def overridable(function: Callable) -> Callable:
-    """``function`` with torch's ``__torch_function__`` protocol over all of its arguments, which have names.
-
-    torch.fx then records one call, and Tensor subclasses and function modes see it as they see torch's own functions.
-    """
-    name, code = function.__name__, function.__code__
-    names = ", ".join(code.co_varnames[: code.co_argcount])
-    # Written out with the function's own parameters: passing *args and **kwargs on takes three times as long.
-    source = (
-        "def define(function, has_torch_function, is_overridden, hand_over):\n"
-        f"    def {name}({names}):\n"
-        f"        if has_torch_function({names}) and is_overridden({names}):\n"
-        f"            return hand_over({name}, ({names},), {names})\n"
-        f"        return function({names})\n"
-        f"    return {name}\n"
-    )
-    namespace = {}
-    exec(source, globals(), namespace)
-    call = namespace["define"](function, has_torch_function_variadic, is_overridden, handle_torch_function)
-    call.__defaults__ = function.__defaults__
-    return functools.update_wrapper(call, function)
-
-
 def is_overridden(*arguments) -> bool:
-    """Whether an argument, or a function mode, takes the call over.
+    """Whether an argument, or a function mode, takes the call over by torch's ``__torch_function__`` protocol.
+
+    A function asks first of all, and then calls :func:`hand_over`. torch.fx then records one call, and Tensor
+    subclasses and function modes see it as they see torch's own functions.
 
     While exporting only arguments do: torch.export watches through a mode of its own, which is off while it carries out
     a function that it was handed. It would not record that the function switches autocast off.
     """
-    if torch.compiler.is_exporting():
-        return any(map(_overrides, arguments))
-    return has_torch_function_variadic(*arguments)
+    if not has_torch_function_variadic(*arguments):
+        return False
+    return not torch.compiler.is_exporting() or any(map(_overrides, arguments))
+
+
+def hand_over(function: Callable, *arguments):
+    """What the argument or mode that takes the call over makes of ``function(*arguments)``."""
+    return handle_torch_function(function, arguments, *arguments)
 
 
 def _overrides(argument) -> bool:

@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 
-@_torch.overridable
 def orthogonal_filter(
     h0: Tensor,
     weight: Tensor,
@@ -98,6 +97,10 @@ def orthogonal_filter(
         TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast, where
             16-bit arguments become float32, and tensors alpha and beta, which take the state's dtype.
     """
+    tensors = h0, weight, bias, filter, alpha, beta, inputs
+    arguments = (*tensors, activation, return_states, segment, solver, tolerance, window)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(orthogonal_filter, *arguments)
     optional = ((name, tensor) for name, tensor in (("bias", bias), ("inputs", inputs)) if tensor is not None)
     for name, tensor in (("h0", h0), ("weight", weight), ("filter", filter), *optional):
         if not isinstance(tensor, Tensor):
@@ -314,7 +317,6 @@ def _check_permutation(op: str, permutation: Tensor) -> None:
     permutation._lcw_ops_checked = version
 
 
-@_torch.overridable
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     """Rows of zero sum from an unconstrained parameter: inputs of equal means then cause no activation shift.
 
@@ -337,6 +339,9 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
         TypeError: a dtype that is not floating.
         ValueError: fewer than 2 dimensions; with ``basis``, other than 2.
     """
+    arguments = (weight, basis)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(lcw_weight, *arguments)
     _checks.accumulation_dtype("lcw_weight", weight=weight)
     _checks.check_dense("lcw_weight", weight=weight)
     if basis:
@@ -350,7 +355,6 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     return _lcw_linear.constrained_weight(weight, basis, backend)
 
 
-@_torch.overridable
 def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: bool = False) -> Tensor:
     """A linear layer whose rows sum to zero: ``x @ lcw_weight(weight, basis).T + bias``.
 
@@ -377,6 +381,9 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
         ValueError: shapes that do not fit.
     """
+    arguments = (x, weight, bias, basis)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(lcw_linear, *arguments)
     if _is_plain_call(_lcw_linear.NAME, x, weight) and (bias is None or (isinstance(bias, Tensor) and bias.is_cpu)):
         # Small layers take as long as what is asked about them: the kernel checks, and it is asked after a refusal.
         try:
@@ -437,7 +444,6 @@ def _check_lcw_linear(x, weight, bias, basis) -> bool:
     return autocast
 
 
-@_torch.overridable
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The activation shift of every unit: its mean pre-activation, and the angle between weight and mean activation.
 
@@ -456,6 +462,9 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
         TypeError: dtypes that are not floating or differ; tensors on different devices.
         ValueError: shapes that do not fit, or no samples.
     """
+    arguments = (x, weight, bias)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(activation_shift, *arguments)
     for name, tensor in (("x", x), ("weight", weight)):
         _checks.accumulation_dtype("activation_shift", **{name: tensor})
     _checks.check_devices("activation_shift", x=x, weight=weight, bias=bias)
@@ -464,7 +473,6 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
         return _reference.activation_shift(x, weight, bias)
 
 
-@_torch.overridable
 def hypersphere_direction(angles: Tensor) -> Tensor:
     """Unit rows from angles: ``u_k = cos t_k prod_{i<k} sin t_i`` for k < m, ``u_m = prod_{i<m} sin t_i``.
 
@@ -486,6 +494,9 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
         TypeError: a dtype that is not floating, or a sparse or nested tensor.
         ValueError: other than 2 dimensions.
     """
+    arguments = (angles,)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(hypersphere_direction, *arguments)
     op = "hypersphere_direction"
     _checks.accumulation_dtype(op, angles=angles)
     _checks.check_dense(op, angles=angles)
@@ -496,7 +507,6 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     return _hypersphere.direction(angles, backend)
 
 
-@_torch.overridable
 def hypersphere_angles(weight: Tensor) -> Tensor:
     """The angles of the rows' directions: the inverse of :func:`hypersphere_direction`, up to the rows' lengths.
 
@@ -514,13 +524,15 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
         TypeError: a dtype that is not floating, or a sparse or nested tensor.
         ValueError: other than 2 dimensions, or m = 0.
     """
+    arguments = (weight,)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(hypersphere_angles, *arguments)
     op = "hypersphere_angles"
     _checks.accumulation_dtype(op, weight=weight)
     _checks.check_dense(op, weight=weight)
     return _reference.hypersphere_angles(weight)
 
 
-@_torch.overridable
 def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     """Weight normalization: ``scale * weight / ||weight||`` by rows.
 
@@ -539,6 +551,9 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
         ValueError: shapes that do not fit, or m = 0.
     """
+    arguments = (weight, scale)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(normalize_scale, *arguments)
     op = "normalize_scale"
     _checks.accumulation_dtype(op, scale=scale)
     _checks.accumulation_dtype(op, weight=weight, scale=scale)
@@ -553,7 +568,6 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     return _hypersphere.normalize_scale(weight, scale, backend)
 
 
-@_torch.overridable
 def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, activation: str | None = None) -> Tensor:
     """A layer of units on the hypersphere: ``radius * act(x @ u.T + location)``, u = hypersphere_direction(angles).
 
@@ -582,6 +596,9 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
         ValueError: an unknown activation, or shapes that do not fit.
     """
+    arguments = (x, angles, radius, location, activation)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(gmp_linear, *arguments)
     is_plain = activation in (None, "relu") and _is_plain_call(_hypersphere.NAME, x, angles, radius, location)
     if is_plain and _hypersphere.is_fused():
         # As in lcw_linear.
@@ -601,7 +618,6 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     return radius.to(activated.dtype) * activated
 
 
-@_torch.overridable
 def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer with weight normalization: ``x @ normalize_scale(weight, scale).T + bias``.
 
@@ -627,6 +643,9 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
         ValueError: shapes that do not fit, or m = 0.
     """
+    arguments = (x, weight, scale, bias)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(weight_norm_linear, *arguments)
     given = (x, weight, scale) if bias is None else (x, weight, scale, bias)
     if _is_plain_call(_hypersphere.NAME, *given) and _hypersphere.is_fused():
         # As in lcw_linear.
@@ -732,7 +751,7 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     if _is_plain_list(tensors, kind, alpha, beta) and _gradient_activation.activate_plain_(tensors, kind, alpha, beta):
         # Thousands of gradients before every step: the kernel checks, and what is wrong is asked after a refusal.
         return
-    # The protocol of _torch.overridable, with the entries of the list as arguments.
+    # The entries of the list may take the call over too.
     given = (*(tensors if isinstance(tensors, (list, tuple)) else (tensors,)), kind, alpha, beta)
     if _torch.is_overridden(*given):
         return torch.overrides.handle_torch_function(gradient_activation_, given, tensors, kind, alpha, beta)

@@ -780,9 +780,11 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
 
 
 # These functions branch on the input's sizes, so they have torch's protocol: torch.fx records them as calls.
-@_torch.overridable
 def _start_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """h_0 (B, N) and U x_t (T, B, N)."""
+    arguments = (input, hx, weight_ih, batch_first)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(_start_sequence, *arguments)
     _torch.unrecorded(_check_sequence, input, hx, weight_ih, batch_first)
     if input.dim() == 2:
         input = input.unsqueeze(1)
@@ -791,9 +793,11 @@ def _start_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_f
     return _first_state(hx, input, input.shape[1], weight_ih), nn.functional.linear(input, weight_ih)
 
 
-@_torch.overridable
 def _finish_sequence(states: Tensor, input: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """(output, h_n) in the input's layout."""
+    arguments = (states, input, batch_first)
+    if _torch.is_overridden(*arguments):
+        return _torch.hand_over(_finish_sequence, *arguments)
     # A view would keep the memory of all states alive, and an edit of it would change the output.
     output, h_n = states[1:], states[-1:].clone()
     if input.dim() == 2:
