@@ -7,7 +7,6 @@ file is one of the processes: it stores what it computed, and the tests compare 
 import io
 import os
 import pickle
-import subprocess
 import sys
 import time
 import warnings
@@ -18,6 +17,7 @@ from functools import partial
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import nn
 
 import lcw_ops
@@ -162,27 +162,8 @@ def train(module, plain, name, part=slice(None)):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Of every process, what it stored."""
-    folder = tmp_path_factory.mktemp("gloo")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LCW_OPS_CACHE_DIR": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    statuses = [process.returncode for process in processes]
-    assert statuses == [0] * (PROCESSES - 1) + [EXIT_STATUS], "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+    statuses = [0] * (PROCESSES - 1) + [EXIT_STATUS]
+    return run_ranks(__file__, tmp_path_factory.mktemp("gloo"), statuses, TIMEOUT, weights_only=False)
 
 
 def own_layers(depth, size, rank):

@@ -4,12 +4,11 @@ Two processes on this machine (gloo) must train to the parameters of one, to rou
 of the processes.
 """
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import nn
 
 import lcw_ops
@@ -140,26 +139,7 @@ def test_an_optimizer_with_activation_inside_equals_one_with_the_hook():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What every process has trained, by way of distribution and optimizer."""
-    folder = tmp_path_factory.mktemp("gloo")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LCW_OPS_CACHE_DIR": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * PROCESSES, "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("gloo"), [0] * PROCESSES, TIMEOUT)
 
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2", "resumed FSDP2"])

@@ -4,7 +4,6 @@ Run as a script, this file is one of the two processes (gloo): it stores what it
 """
 
 import os
-import subprocess
 import sys
 import warnings
 from datetime import timedelta
@@ -12,6 +11,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -103,26 +103,7 @@ def main(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"), [0] * RANKS, TIMEOUT)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
