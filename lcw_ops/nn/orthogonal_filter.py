@@ -675,7 +675,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     before backward         backward raises an error          the CPU's kernel does, for instance after
                                                               ``torch.nn.functional.dropout(output, inplace=True)``; a
                                                               packed output may be edited. Edit ``output.clone()``: a
-                                                              copy in every call took 5 to 9 % of forward + backward on
+                                                              copy in every call takes 3 to 5 % of forward + backward on
                                                               two CPU cores (T = 784 and 10,000), so none is made
     PackedSequence          yes                               yes: one run per stretch of time in which no sequence ends
     exporting a             ``torch.jit.trace`` keeps its     ValueError: the lengths would become constants; export
