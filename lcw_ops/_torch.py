@@ -124,10 +124,11 @@ def is_overridden(*arguments) -> bool:
     A function asks first of all, and then calls :func:`hand_over`. torch.fx then records one call, and Tensor
     subclasses and function modes see it as they see torch's own functions.
 
-    While exporting only arguments do: torch.export watches through a mode of its own, which is off while it carries out
-    a function that it was handed. It would not record that the function switches autocast off.
+    torch.compile traces into the function and cannot hand a call over: under it, a subclass is not asked. While
+    exporting only arguments are asked: torch.export watches through a mode of its own, which is off while it carries
+    out a function that it was handed. It would not record that the function switches autocast off.
     """
-    if not has_torch_function_variadic(*arguments):
+    if torch.compiler.is_dynamo_compiling() or not has_torch_function_variadic(*arguments):
         return False
     return not torch.compiler.is_exporting() or any(map(_overrides, arguments))
 

@@ -114,6 +114,9 @@ def orthogonal_filter(
         if _backends.requested() is None:
             return _export(*tensors, activation, return_states)
         _check_exported_request(*tensors)
+        if _backends.requested() == "reference":
+            # The sweeps of the parallel solver record no gradients.
+            solver = "sequential"
     if solver == "auto":
         solver = _parallel_depth.choose_solver(h0, weight, bias, filter, alpha, beta, inputs)
     if solver == "parallel":
@@ -237,7 +240,8 @@ def _check_orthogonal_filter(
                     f"{op}: {name} is a {scale.dtype} tensor of shape {tuple(scale.shape)} on {scale.device}, expected "
                     f"a number, or one floating-point number per step, (L,), on {h0.device}"
                 )
-        elif scale is not None and not math.isfinite(scale):
+        # Compared, not asked by math.isfinite, for torch.compile may have made a symbol of the number.
+        elif scale is not None and not -math.inf < scale < math.inf:
             raise ValueError(f"{op}: {name} is {scale}, expected a finite number")
     _checks.check_choice(op, "activation", activation, _ACTIVATIONS)
     if segment is not None:

@@ -756,3 +756,50 @@ def test_activated_gradients_are_traced_and_exported():
     for program in (torch.jit.trace(Activated(), gradient), exported.module()):
         other = torch.randn(4, 3)
         torch.testing.assert_close(program(other), 0.5 * torch.tanh(3.0 * other))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("solver", ["sequential", "parallel", "auto"])
+def test_a_request_for_the_reference_keeps_every_gradient(solver, strict):
+    mlp, x = nn.OrthogonalFilterMLP(3, 8, 20, 2, solver=solver), torch.randn(4, 3)
+    with lcw_ops.use_backend("reference"):
+        module = torch.export.export(mlp, (x,), strict=strict).module()
+    torch.testing.assert_close(module(x), mlp(x))
+    module(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_an_export_names_an_input_of_a_wrong_dtype(dtype):
+    with pytest.raises(TypeError, match=f"OrthogonalFilterMLP: input is {dtype}"):
+        torch.export.export(nn.OrthogonalFilterMLP(3, 8, 20, 2), (torch.ones(4, 3).to(dtype),))
+
+
+class PlainSubclass(torch.Tensor):
+    """Takes no call over."""
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LCWLinear(3, 5),
+        lambda: nn.GmPLinear(3, 5),
+        lambda: nn.WeightNormLinear(3, 5),
+        lambda: nn.OrthogonalFilterMLP(3, 8, 20, 2),
+    ],
+)
+def test_compiled_modules_take_subclasses(make, fullgraph):
+    torch._dynamo.reset()
+    module, x = make(), torch.randn(4, 3)
+    compiled = torch.compile(module, backend="eager", fullgraph=fullgraph)
+    torch.testing.assert_close(compiled(x.as_subclass(PlainSubclass)).as_subclass(Tensor), module(x))
+
+
+def test_compiled_modules_take_dynamic_shapes():
+    torch._dynamo.reset()
+    mlp = nn.OrthogonalFilterMLP(3, 8, 20, 2)
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (4, 7):
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(compiled(x), mlp(x))

@@ -510,3 +510,83 @@ def test_parameters_can_be_swapped_after_a_step(options):
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert module.weight.dtype is torch.float64
+
+
+# ---- Tensors that became others since the last step
+
+
+def stepped_twice(pair, shape=(2, 3)):
+    param = torch.nn.Parameter(torch.randn(shape))
+    optimizer = pair[0]([param], lr=0.1, **({"momentum": 0.9} if pair is PAIRS["SGD"] else {}))
+    for _ in range(2):
+        param.grad = torch.randn(shape)
+        optimizer.step()
+    return param, optimizer
+
+
+def assert_refused_unchanged(optimizer, param, message):
+    before, state = param.detach().clone(), copy.deepcopy(optimizer.state[param])
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    torch.testing.assert_close(param.detach(), before, rtol=0, atol=0)
+    for name, value in state.items():
+        torch.testing.assert_close(optimizer.state[param][name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_parameter_of_another_shape_has_no_state(pair):
+    param, optimizer = stepped_twice(pair)
+    param.data = param.data.t().contiguous()
+    param.grad = torch.zeros(3, 2)
+    assert_refused_unchanged(optimizer, param, r"of shape \(3, 2\) has shape \(2, 3\)")
+
+
+def test_a_gradient_of_another_shape_is_refused(pair):
+    param, optimizer = stepped_twice(pair)
+    param.data = param.data.t().contiguous()
+    param.grad.data = torch.zeros(2, 3)
+    for state in optimizer.state[param].values():
+        if state.dim():
+            state.data = state.data.t().contiguous()
+    assert_refused_unchanged(optimizer, param, r"has shape \(3, 2\) and its gradient \(2, 3\)")
+
+
+def test_a_state_that_overlaps_itself_since_the_last_step_is_refused(pair):
+    param, optimizer = stepped_twice(pair)
+    state = next(state for state in optimizer.state[param].values() if state.dim())
+    state.data = torch.zeros(1).expand(2, 3)
+    assert_refused_unchanged(optimizer, param, "share memory")
+
+
+@pytest.mark.parametrize("count", [-1.0, -5.0, math.nan])
+def test_a_count_that_was_written_to_is_checked(count):
+    param, optimizer = stepped_twice(PAIRS["AdamW"])
+    optimizer.state[param]["step"].fill_(count)
+    assert_refused_unchanged(optimizer, param, "expected the count of steps made")
+
+
+@pytest.mark.parametrize("count", [torch.tensor(2), torch.tensor(2.0, dtype=torch.float16), torch.tensor([2.0])])
+def test_a_count_may_become_another_tensor(count):
+    param, optimizer = stepped_twice(PAIRS["AdamW"])
+    other, reference = stepped_twice(PAIRS["AdamW"])
+    other.data, other.grad = param.data.clone(), param.grad.clone()
+    reference.state[other] = copy.deepcopy(optimizer.state[param])
+    optimizer.state[param]["step"].data = count.clone()
+    optimizer.step()
+    reference.step()
+    torch.testing.assert_close(param, other, rtol=0, atol=0)
+    assert optimizer.state[param]["step"].item() == 3
+
+
+class Pickled(optim.SGD):
+    def __getstate__(self):
+        return self.__dict__.copy()
+
+
+def test_nothing_in_an_optimizer_or_its_states_is_held_weakly():
+    """A subclass may pickle its dictionary, and torch swaps no tensor to which there is a weak reference."""
+    param = torch.nn.Parameter(torch.ones(4))
+    optimizer = Pickled([param], lr=0.1, momentum=0.9)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert len(pickle.loads(pickle.dumps(optimizer)).state) == 1
+    torch.utils.swap_tensors(optimizer.state[param]["momentum_buffer"], torch.zeros(4))

@@ -374,8 +374,8 @@ class _OrthogonalFilter(nn.Module):
         layer = self.input_layer
         if type(layer) is not nn.Linear:
             return layer(x)
-        # Dynamo raises the layer's errors while it compiles, past this try statement.
-        if torch.compiler.is_dynamo_compiling():
+        # Dynamo raises the layer's errors while it compiles, past this try statement, and a fake layer takes any dtype.
+        if torch.compiler.is_compiling():
             self._check_input(x, layer.weight)
             return layer(x)
         try:

@@ -18,10 +18,10 @@ from lcw_ops.reference.gradient_activation import KINDS
 
 _LOCAL_TYPES = {Tensor, Parameter}
 
-_ALIVE = weakref.ref.__call__
 
 # A state must have these in common with its parameter.
 _FORM = operator.attrgetter("shape", "device", "layout")
+_SHAPE = operator.attrgetter("shape")
 
 
 # The code that torch wraps around the step of every optimizer class to run the hooks.
@@ -96,9 +96,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
 
     def _forget_checks(self) -> None:
-        # Both are by the index of the group: its options, and the tensors of its last step. Neither is saved.
+        # The options of a group by its index; not saved.
         self._checked_options: dict[int, tuple] = {}
-        self._checked_tensors: dict[int, list[weakref.ref]] = {}
 
     def _check_changed_options(self, index: int, group: dict) -> None:
         """Checks options that have changed: users and schedulers write into groups.
@@ -113,25 +112,6 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         if checked is None or any(map(operator.is_not, values, checked)):
             self._check_options(group)
             self._checked_options[index] = values
-
-    def _were_checked(self, index: int, tensors: list[Tensor]) -> bool:
-        """Whether these are the tensors of a group's last step, found to be right then.
-
-        If the same tensors become wrong later, by ``tensor.data = ...``, each call of an op notices it before its first
-        write.
-        """
-        checked = self._checked_tensors.get(index)
-        # The reference to a tensor that no longer exists gives None, and so may a state.
-        return (
-            checked is not None
-            and len(checked) == len(tensors)
-            and all(map(operator.is_, map(_ALIVE, checked), tensors))
-            and type(None) not in set(map(type, tensors))
-        )
-
-    def _note_checked(self, index: int, tensors: list[Tensor]) -> None:
-        # Weak references: states may be moved elsewhere to free their memory.
-        self._checked_tensors[index] = list(map(weakref.ref, tensors))
 
     def _check_options(self, group: dict) -> None:
         name = self._name()
@@ -297,9 +277,27 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             params.append(param)
         return {**group, "params": params}
 
-    def _check_states(self, index: int, params: list[Tensor], states: dict[str, list[Tensor]]) -> None:
-        """Raises unless each name's tensors can be stepped beside their parameters, element by element."""
-        for param in params:
+    def _check_tensors(
+        self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
+    ) -> None:
+        """Raises unless gradients and each name's states can be stepped beside their parameters, element by element.
+
+        Before every step: whatever a tensor was, ``tensor.data = ...`` makes another of it.
+        """
+        forms = list(map(_FORM, params))
+        # Thousands of tensors that are as they should be take a millisecond so; which one is not is asked afterwards.
+        if (
+            list(map(_SHAPE, grads)) == [shape for shape, _, _ in forms]
+            and not any(map(Tensor._is_zerotensor, params))
+            and all(_lie_beside(forms, tensors) for tensors in states.values())
+        ):
+            return
+        for param, grad in zip(params, grads, strict=True):
+            if grad.shape != param.shape:
+                raise ValueError(
+                    f"{self._name()}: a parameter in param_groups[{index}] has shape {tuple(param.shape)} and its "
+                    f"gradient {tuple(grad.shape)}; expected one shape. Compute the gradient anew."
+                )
             if param._is_zerotensor():
                 raise ValueError(
                     f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} is zeros "
@@ -349,6 +347,16 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                     grads[place] = grads[place].redistribute(param.device_mesh, param.placements)
                 for tensors in (params, grads, *states):
                     tensors[place] = tensors[place].to_local()
+
+
+def _lie_beside(forms: list[tuple], states: list[object]) -> bool:
+    """Whether they are ordinary tensors of these forms."""
+    return (
+        set(map(type, states)) <= _LOCAL_TYPES
+        and list(map(_FORM, states)) == forms
+        and all(map(Tensor.is_contiguous, states))
+        and not any(map(Tensor._is_zerotensor, states))
+    )
 
 
 def are_mixed(params: list[Tensor], *lists: list[Tensor]) -> list[bool]:

@@ -87,10 +87,6 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         )
         self._add_options(gradient_activation=gradient_activation, alpha=alpha, beta=beta)
 
-    def _forget_checks(self) -> None:
-        super()._forget_checks()
-        self._counts_are_plain: dict[int, bool] = {}
-
     def _check_options(self, group: dict) -> None:
         super()._check_options(group)
         # torch's AdamW, given this, would be Adam: its decay is part of the gradient.
@@ -115,20 +111,14 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             ) from error
         states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
         states = {name: tensors for name, tensors in states.items() if tensors}
-        tensors = [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps]
-        if not self._were_checked(index, tensors):
-            self._check_states(index, params, states)
+        self._check_tensors(index, params, grads, states)
+        are_plain = _are_plain_counts(steps)
+        if not are_plain or any(step.is_meta for step in steps) or _has_negative(steps):
             self._check_steps(index, params, steps)
-            self._note_checked(index, tensors)
-            self._counts_are_plain[index] = all(map(_is_plain_count, steps))
         mixed = are_mixed(params, grads, *states.values())
         if any(mixed):
             self._check_gradients(index, grads)
             self._check_dtypes(index, params, grads, states)
-        are_plain = self._counts_are_plain[index]
-        if not are_plain:
-            # Integer counts can overflow: they are checked before every step.
-            self._check_steps(index, params, steps)
         self._localize(params, grads, *states.values())
         beta1, beta2 = group["betas"]
         calls = []
@@ -209,9 +199,21 @@ def _is_count(step: object, param: Tensor) -> bool:
     return count >= 0 and (step.is_floating_point() or count < torch.iinfo(step.dtype).max)
 
 
-def _is_plain_count(step: Tensor) -> bool:
-    """Whether the ops take it as it is."""
-    return step.dtype is torch.float32 and step.dim() == 0 and not step.is_neg()
+def _are_plain_counts(steps: list[Tensor]) -> bool:
+    """Whether the ops take them as they are. Others are checked one by one: integer counts can overflow."""
+    return (
+        all(isinstance(step, Tensor) for step in steps)
+        and {step.dtype for step in steps} <= {torch.float32}
+        and not any(map(Tensor.dim, steps))
+        and not any(map(Tensor.is_neg, steps))
+        and not any(map(Tensor._is_zerotensor, steps))
+    )
+
+
+def _has_negative(steps: list[Tensor]) -> bool:
+    """Or a NaN; counts on a GPU, for which this would wait, are not looked at."""
+    on_cpu = [step for step in steps if step.is_cpu]
+    return bool(on_cpu) and not torch.stack(on_cpu).min().item() >= 0
 
 
 def _step(backend: str, *lists: list[Tensor], **options) -> None:

@@ -132,12 +132,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         ]
         kept = list(buffers)
         states = [buffers] if buffers else []
-        if not buffers:
-            # Not noted: torch does not swap a parameter to which there is a weak reference.
-            self._check_states(index, params, {})
-        elif not self._were_checked(index, buffers):
-            self._check_states(index, params, {"momentum_buffer": buffers})
-            self._note_checked(index, buffers)
+        self._check_tensors(index, params, grads, {"momentum_buffer": buffers} if buffers else {})
         mixed = are_mixed(params, grads, *states)
         if any(mixed):
             self._check_gradients(index, grads)
