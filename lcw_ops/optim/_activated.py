@@ -21,7 +21,6 @@ _LOCAL_TYPES = {Tensor, Parameter}
 
 # A state must have these in common with its parameter.
 _FORM = operator.attrgetter("shape", "device", "layout")
-_SHAPE = operator.attrgetter("shape")
 
 
 # The code that torch wraps around the step of every optimizer class to run the hooks.
@@ -96,8 +95,9 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
 
     def _forget_checks(self) -> None:
-        # The options of a group by its index; not saved.
+        # Both are by the index of the group: its options, and where its parameters and states lie. Neither is saved.
         self._checked_options: dict[int, tuple] = {}
+        self._checked_memory: dict[int, tuple | None] = {}
 
     def _check_changed_options(self, index: int, group: dict) -> None:
         """Checks options that have changed: users and schedulers write into groups.
@@ -158,6 +158,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, given.get(name, defaults[name]))
             self._check_options(group)
         super().__setstate__(state)
+        # A subclass may have saved these with the rest.
+        self._forget_checks()
         self._checked_options = dict(enumerate(map(self._watched, self.param_groups)))
 
     @property
@@ -280,18 +282,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _check_tensors(
         self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
     ) -> None:
-        """Raises unless gradients and each name's states can be stepped beside their parameters, element by element.
-
-        Before every step: whatever a tensor was, ``tensor.data = ...`` makes another of it.
-        """
-        forms = list(map(_FORM, params))
-        # Thousands of tensors that are as they should be take a millisecond so; which one is not is asked afterwards.
-        if (
-            list(map(_SHAPE, grads)) == [shape for shape, _, _ in forms]
-            and not any(map(Tensor._is_zerotensor, params))
-            and all(_lie_beside(forms, tensors) for tensors in states.values())
-        ):
-            return
+        """Raises unless gradients and each name's states can be stepped beside their parameters, element by element."""
         for param, grad in zip(params, grads, strict=True):
             if grad.shape != param.shape:
                 raise ValueError(
@@ -349,14 +340,17 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                     tensors[place] = tensors[place].to_local()
 
 
-def _lie_beside(forms: list[tuple], states: list[object]) -> bool:
-    """Whether they are ordinary tensors of these forms."""
-    return (
-        set(map(type, states)) <= _LOCAL_TYPES
-        and list(map(_FORM, states)) == forms
-        and all(map(Tensor.is_contiguous, states))
-        and not any(map(Tensor._is_zerotensor, states))
-    )
+def memory_of(*lists: list[Tensor]) -> tuple | None:
+    """Which tensors these are, and where they lie; None if one has no memory, or is not a tensor.
+
+    A group whose memory is that of its last step was checked then: ``tensor.data = ...`` moves a tensor too. The ops
+    check again whatever could make them read beyond a tensor.
+    """
+    tensors = [tensor for tensors in lists for tensor in tensors]
+    try:
+        return list(map(id, tensors)), list(map(Tensor.data_ptr, tensors))
+    except (RuntimeError, TypeError):
+        return None
 
 
 def are_mixed(params: list[Tensor], *lists: list[Tensor]) -> list[bool]:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from lcw_ops.ops import _backends
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, split
+from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, memory_of, split
 from lcw_ops.reference import checks
 
 _CPU = torch.device("cpu")
@@ -87,6 +87,10 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         )
         self._add_options(gradient_activation=gradient_activation, alpha=alpha, beta=beta)
 
+    def _forget_checks(self) -> None:
+        super()._forget_checks()
+        self._counts_are_plain: dict[int, bool] = {}
+
     def _check_options(self, group: dict) -> None:
         super()._check_options(group)
         # torch's AdamW, given this, would be Adam: its decay is part of the gradient.
@@ -111,8 +115,12 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             ) from error
         states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
         states = {name: tensors for name, tensors in states.items() if tensors}
-        self._check_tensors(index, params, grads, states)
-        are_plain = _are_plain_counts(steps)
+        memory = memory_of(params, *states.values(), steps)
+        if memory is None or memory != self._checked_memory.get(index):
+            self._check_tensors(index, params, grads, states)
+            self._counts_are_plain[index] = _are_plain_counts(steps)
+            self._checked_memory[index] = memory
+        are_plain = self._counts_are_plain[index]
         if not are_plain or any(step.is_meta for step in steps) or _has_negative(steps):
             self._check_steps(index, params, steps)
         mixed = are_mixed(params, grads, *states.values())

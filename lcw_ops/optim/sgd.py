@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from lcw_ops.ops import _backends
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, split
+from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, memory_of, split
 from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import PLACES
 
@@ -132,7 +132,10 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         ]
         kept = list(buffers)
         states = [buffers] if buffers else []
-        self._check_tensors(index, params, grads, {"momentum_buffer": buffers} if buffers else {})
+        memory = memory_of(params, buffers)
+        if memory is None or memory != self._checked_memory.get(index):
+            self._check_tensors(index, params, grads, {"momentum_buffer": buffers} if buffers else {})
+            self._checked_memory[index] = memory
         mixed = are_mixed(params, grads, *states)
         if any(mixed):
             self._check_gradients(index, grads)
