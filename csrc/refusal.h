@@ -1,4 +1,5 @@
-// Kernels that look for themselves whether they can take tensors as these lie in memory, and the two forms of their ops.
+// Kernels that look for themselves whether they can take tensors as these lie in memory, and the two forms of their
+// ops.
 #pragma once
 
 #include <algorithm>

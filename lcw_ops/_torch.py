@@ -134,7 +134,7 @@ def is_overridden(*arguments) -> bool:
 
 
 def hand_over(function: Callable, *arguments):
-    """What the argument or mode that takes the call over makes of ``function(*arguments)``."""
+    """Let the argument or mode that takes the call over carry out ``function(*arguments)``."""
     return handle_torch_function(function, arguments, *arguments)
 
 

@@ -490,7 +490,7 @@ def test_rates_come_from_the_one_place_that_measures_products(monkeypatch):
 
 
 def test_the_ceiling_of_memory_is_the_fastest_pass_over_as_many_bytes(monkeypatch):
-    """Of half of the case's bytes: a copy and a sum move them once, a negation twice."""
+    """A buffer of half of the case's bytes: a copy and a sum move it once, a negation twice."""
     taken = iter(2 * [4.0, 4.0, 8.0])
     monkeypatch.setattr(registry, "_best_seconds", lambda run, device: next(taken))
     assert registry._memory_rate(CPU, 8000) == 2 * 4000 / 4
