@@ -22,7 +22,6 @@ _LOCAL_TYPES = {Tensor, Parameter}
 # A state must have these in common with its parameter.
 _FORM = operator.attrgetter("shape", "device", "layout")
 
-
 # The code that torch wraps around the step of every optimizer class to run the hooks.
 _STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
 
