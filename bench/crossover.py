@@ -20,8 +20,10 @@ from torch import Tensor
 
 from lcw_ops.bench import registry, runner
 from lcw_ops.nn.orthogonal_filter import make_filter
-from lcw_ops.ops import _backends, _library, orthogonal_filter_crossover, orthogonal_filter_graph
-from lcw_ops.ops.orthogonal_filter import BACKWARD, DEFAULT_SEGMENT, NAME
+from lcw_ops.ops import backends, library
+from lcw_ops.ops.orthogonal_filter import crossover as orthogonal_filter_crossover
+from lcw_ops.ops.orthogonal_filter import graph as orthogonal_filter_graph
+from lcw_ops.ops.orthogonal_filter.op import BACKWARD, DEFAULT_SEGMENT, NAME
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter, orthogonal_filter_backward
 
 WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
@@ -44,9 +46,9 @@ def kernels(device_type: str) -> list[Kernel]:
     """Every kernel there is on such a device."""
     found = []
     for backend in ("cpp", "triton", "cuda"):
-        if _backends.missing_reason(NAME, backend, device_type) is not None:
+        if backends.missing_reason(NAME, backend, device_type) is not None:
             continue
-        overloads = [_library.get_overload(name, backend) for name in (NAME, BACKWARD)]
+        overloads = [library.get_overload(name, backend) for name in (NAME, BACKWARD)]
         names = [backend] if backend != "cuda" else ["cuda cluster", "cuda rows"]
         found += [Kernel(name, *(_with_kernel(name, function) for function in overloads)) for name in names]
     graph = orthogonal_filter_graph

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcw_ops import functional as F
 from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, ours
 from lcw_ops.nn.orthogonal_filter import make_filter
-from lcw_ops.ops.orthogonal_filter import NAME
+from lcw_ops.ops.orthogonal_filter.op import NAME
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as reference
 
 # Steps a float64 backward pass is checked over: many segments of checkpoints, and a second instead of half a minute.

@@ -23,8 +23,8 @@ from lcw_ops import functional as F
 from lcw_ops.bench import orthogonal_filter as layer_by_layer
 from lcw_ops.bench.registry import EAGER, Case, Run, is_noisy, ours
 from lcw_ops.nn.orthogonal_filter import make_filter
-from lcw_ops.ops.parallel_depth import SWEEP
-from lcw_ops.ops.parallel_depth_crossover import Region, device_key
+from lcw_ops.ops.parallel_depth.crossover import Region, device_key
+from lcw_ops.ops.parallel_depth.op import SWEEP
 
 STEM = "parallel_depth"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lcw_ops
 from lcw_ops.bench.arguments import STEMS  # noqa: F401 - the arguments of cases()
-from lcw_ops.ops import _backends
+from lcw_ops.ops import backends
 from lcw_ops.profile.machine import matmul_rate
 
 EAGER = "eager torch"
@@ -131,15 +131,15 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
 
     Of an explicit request (``use_backend``, ``LCW_OPS_BACKEND``) only that backend. BackendError if it cannot run here.
     """
-    if _backends.requested() is not None:
-        backends = [_backends.choose(op, torch.device(device_type), width)]
+    if backends.requested() is not None:
+        names = [backends.choose(op, torch.device(device_type), width)]
     else:
-        backends = [
+        names = [
             name
-            for name in _backends.BACKENDS
+            for name in backends.BACKENDS
             if name != "reference"
-            and _backends.missing_reason(op, name, device_type) is None
-            and _backends.width_reason(op, name, width, itemsize=4) is None
+            and backends.missing_reason(op, name, device_type) is None
+            and backends.width_reason(op, name, width, itemsize=4) is None
         ] or ["reference"]
 
     def on(backend: str) -> Callable[[dict], Run]:
@@ -154,7 +154,7 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
 
         return prepared
 
-    return tuple(Competitor(f"lcw_ops ({name})", on(name), ours=True) for name in backends)
+    return tuple(Competitor(f"lcw_ops ({name})", on(name), ours=True) for name in names)
 
 
 def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:

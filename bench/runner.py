@@ -22,10 +22,10 @@ from typing import IO
 
 import torch
 
+from lcw_ops._files import write_atomically
 from lcw_ops.bench import registry
 from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - the arguments of prepare()
 from lcw_ops.bench.registry import Case, Competitor, Rates, WrongResult
-from lcw_ops.profile.files import write_atomically
 from lcw_ops.profile.machine import describe
 
 # Time for the rounds of one case, and the rounds that a slow or a fast case gets all the same.

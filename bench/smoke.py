@@ -19,7 +19,9 @@ from lcw_ops import functional as F
 from lcw_ops import optim
 from lcw_ops.bench import crossover, registry
 from lcw_ops.nn.orthogonal_filter import make_filter
-from lcw_ops.ops import _backends, gradient_activation, hypersphere, lcw_linear, orthogonal_filter, parallel_depth
+from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear
+from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
+from lcw_ops.ops.parallel_depth import op as parallel_depth
 
 # Device type -> the backends that must be there.
 EXPECTED = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp")}
@@ -166,9 +168,9 @@ def cases(device_type: str) -> list[registry.Case]:
 
 def missing(device_type: str) -> Iterator[str]:
     """Lines about backends that have kernels of ours and cannot run here."""
-    for op, backends in _backends.IMPLEMENTED.items():
+    for op, implemented in backends.IMPLEMENTED.items():
         for backend in EXPECTED[device_type]:
-            reason = _backends.missing_reason(op, backend, device_type) if backend in backends else None
+            reason = backends.missing_reason(op, backend, device_type) if backend in implemented else None
             if reason is not None:
                 yield f"MISSING {op}, {backend}: {reason}"
 

@@ -5,8 +5,9 @@ import platform
 
 import torch
 
-from lcw_ops.ops import _backends, orthogonal_filter
-from lcw_ops.ops.orthogonal_filter_crossover import get_table
+from lcw_ops.ops import backends
+from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
+from lcw_ops.ops.orthogonal_filter.crossover import get_table
 
 
 def info() -> str:
@@ -37,7 +38,7 @@ def info() -> str:
     shared = {device: _shared_errors(device) for device in devices}
     for device, errors in shared.items():
         lines += [f"{', '.join(ops)} on {device}: none. {error}" for error, ops in errors.items()]
-    for op in _backends.IMPLEMENTED:
+    for op in backends.IMPLEMENTED:
         for device in devices:
             if not any(op in ops for ops in shared[device].values()):
                 lines += _op_lines(op, device, common[device])
@@ -55,8 +56,8 @@ def report() -> dict:
             "threads": torch.get_num_threads(),
         },
         "gpus": [_gpu(device) for device in _devices() if device.type == "cuda"],
-        "requested_backend": _backends.requested(),
-        "ops": {op: {str(device): _op_report(op, device) for device in _devices()} for op in _backends.IMPLEMENTED},
+        "requested_backend": backends.requested(),
+        "ops": {op: {str(device): _op_report(op, device) for device in _devices()} for op in backends.IMPLEMENTED},
     }
 
 
@@ -72,7 +73,7 @@ def _gpu(device: torch.device) -> dict:
 def _op_report(op: str, device: torch.device) -> dict:
     try:
         chosen, error = _choose(op, device, 1), None
-    except _backends.BackendError as refused:
+    except backends.BackendError as refused:
         chosen, error = None, str(refused)
     return {
         "backend": chosen,
@@ -84,17 +85,17 @@ def _op_report(op: str, device: torch.device) -> dict:
 
 def _reasons(op: str, device: torch.device, chosen: str) -> dict[str, str]:
     """Why each other backend does not run."""
-    first = chosen if _backends.requested() is None else f"{chosen}, as requested,"
-    others = [backend for backend in _backends.BACKENDS if backend not in (chosen, "reference")]
-    return {backend: _backends.not_chosen_reason(op, backend, device, first) for backend in others}
+    first = chosen if backends.requested() is None else f"{chosen}, as requested,"
+    others = [backend for backend in backends.BACKENDS if backend not in (chosen, "reference")]
+    return {backend: backends.not_chosen_reason(op, backend, device, first) for backend in others}
 
 
 def _common_reasons(device: torch.device) -> dict[str, str]:
     """The reasons that all ops with a kernel of that backend share."""
-    by_op = {op: _op_report(op, device)["not_chosen"] for op in _backends.IMPLEMENTED}
+    by_op = {op: _op_report(op, device)["not_chosen"] for op in backends.IMPLEMENTED}
     common = {}
-    for backend in _backends.BACKENDS:
-        reasons = {by_op[op].get(backend) for op, backends in _backends.IMPLEMENTED.items() if backend in backends}
+    for backend in backends.BACKENDS:
+        reasons = {by_op[op].get(backend) for op, backends in backends.IMPLEMENTED.items() if backend in backends}
         if len(reasons) == 1 and None not in reasons:
             common[backend] = reasons.pop()
     return common
@@ -103,7 +104,7 @@ def _common_reasons(device: torch.device) -> dict[str, str]:
 def _shared_errors(device: torch.device) -> dict[str, list[str]]:
     """Error -> the ops that it keeps from running, for the errors of two or more ops."""
     ops: dict[str, list[str]] = {}
-    for op in _backends.IMPLEMENTED:
+    for op in backends.IMPLEMENTED:
         error = _op_report(op, device)["error"]
         if error is not None:
             # Most errors begin with the op.
@@ -137,7 +138,7 @@ def _choose(op: str, device: torch.device, width: int) -> str:
     """As the public function of the op chooses, in float32."""
     if op == orthogonal_filter.NAME:
         return orthogonal_filter.choose_kernel(device, width, torch.float32.itemsize)
-    return _backends.choose(op, device, width, torch.float32.itemsize)
+    return backends.choose(op, device, width, torch.float32.itemsize)
 
 
 def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
@@ -146,7 +147,7 @@ def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
     for widest in _last_widths(op, device):
         try:
             wider = _choose(op, device, widest + 1)
-        except _backends.BackendError:
+        except backends.BackendError:
             wider = None
         if wider != before:
             # A row in float64 takes the room of one twice as wide.
@@ -158,8 +159,8 @@ def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
 
 def _last_widths(op: str, device: torch.device) -> list[int]:
     """In float32, the widths at which a backend or an entry of the crossover table ends."""
-    widths = {limit // torch.float32.itemsize for (name, _), limit in _backends.MAX_ROW_BYTES.items() if name == op}
-    capability = _backends.compute_capability(device)
+    widths = {limit // torch.float32.itemsize for (name, _), limit in backends.MAX_ROW_BYTES.items() if name == op}
+    capability = backends.compute_capability(device)
     if op == orthogonal_filter.NAME and capability is not None:
         widths |= {widest for _, widest in get_table(capability) if widest is not None}
     return sorted(widths)

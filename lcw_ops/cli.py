@@ -15,8 +15,8 @@ from dataclasses import fields
 from lcw_ops import __version__
 from lcw_ops._names import ACTIVATIONS, FILTERS, SOLVERS
 from lcw_ops.bench.arguments import add_arguments as _add_bench_arguments
-from lcw_ops.train.schedule import SCHEDULES
-from lcw_ops.train.settings import DEFAULTS, PROFILE_KINDS, TRAIN_KINDS, ProfileSettings, TrainSettings
+from lcw_ops.jobs.schedule import SCHEDULES
+from lcw_ops.jobs.settings import DEFAULTS, PROFILE_KINDS, TRAIN_KINDS, ProfileSettings, TrainSettings
 
 
 class UsageError(ValueError):
@@ -141,7 +141,7 @@ def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_profile(arguments: argparse.Namespace) -> int:
-    from lcw_ops.profile import main_job
+    from lcw_ops.jobs import profile as main_job
 
     return _run_job("profile", main_job, arguments)
 
@@ -174,7 +174,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
-    from lcw_ops.train import job
+    from lcw_ops.jobs import train as job
 
     return _run_job("train", job, arguments)
 
@@ -222,13 +222,13 @@ def _run_info(arguments: argparse.Namespace) -> int:
 
 def _check_backend(command: str) -> None:
     """UsageError when LCW_OPS_BACKEND names no backend; whether it can run an op is up to the op and its device."""
-    from lcw_ops.ops import _backends
+    from lcw_ops.ops import backends
 
-    requested = _backends.requested()
-    if requested is not None and requested not in _backends.BACKENDS:
+    requested = backends.requested()
+    if requested is not None and requested not in backends.BACKENDS:
         raise UsageError(
             f"lcw-ops {command}: LCW_OPS_BACKEND: no backend is called {requested!r}; choose one of "
-            f"{', '.join(_backends.BACKENDS)}"
+            f"{', '.join(backends.BACKENDS)}"
         )
 
 

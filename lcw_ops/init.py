@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lcw_ops._checks import accumulation_dtype, check_choice, check_positive, check_shape
 from lcw_ops.reference import (
     activation_variance,
     anchored,
@@ -18,7 +19,6 @@ from lcw_ops.reference import (
     hypersphere_angles,
     joint,
 )
-from lcw_ops.reference.checks import accumulation_dtype, check_choice, check_positive, check_shape
 from lcw_ops.reference.lps import ACTIVATIONS
 
 RULES = ("joint", "heavy_tail", "anchored")

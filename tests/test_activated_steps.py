@@ -13,11 +13,11 @@ import pytest
 import torch
 from numerics import as_exact, assert_by_the_rule, needs_more_digits, threads
 
-from lcw_ops.ops import _backends
+from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
 
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-BACKENDS = [name for name in _backends.BACKENDS if _backends.missing_reason(ops.SGD_STEP, name, DEVICE_TYPE) is None]
+BACKENDS = [name for name in backends.BACKENDS if backends.missing_reason(ops.SGD_STEP, name, DEVICE_TYPE) is None]
 KINDS = ("arctan", "tanh", "log")
 PLACES = ("gradient", "momentum")
 DIGITS = (torch.float32, torch.float64)

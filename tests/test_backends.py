@@ -11,10 +11,11 @@ from torch._dynamo.testing import CompileCounter
 
 import lcw_ops
 from lcw_ops import _info
-from lcw_ops.ops import _backends, _library, orthogonal_filter
-from lcw_ops.ops import orthogonal_filter_crossover as crossover
+from lcw_ops.ops import backends, library
+from lcw_ops.ops.orthogonal_filter import crossover
+from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 
-OPS = sorted(_backends.IMPLEMENTED)
+OPS = sorted(backends.IMPLEMENTED)
 
 
 def run_python(code, **environment):
@@ -24,18 +25,18 @@ def run_python(code, **environment):
 
 
 def test_requests_nest_and_end():
-    assert _backends.requested() is None
+    assert backends.requested() is None
     with lcw_ops.use_backend("reference"):
         with lcw_ops.use_backend("cpp"):
-            assert _backends.requested() == "cpp"
-        assert _backends.requested() == "reference"
-    assert _backends.requested() is None
+            assert backends.requested() == "cpp"
+        assert backends.requested() == "reference"
+    assert backends.requested() is None
 
 
 def test_a_request_ends_after_an_exception():
     with pytest.raises(KeyError), lcw_ops.use_backend("reference"):
         raise KeyError
-    assert _backends.requested() is None
+    assert backends.requested() is None
 
 
 def test_unknown_backend_names_the_known_ones():
@@ -44,7 +45,7 @@ def test_unknown_backend_names_the_known_ones():
 
 
 def test_environment_variable_requests_for_the_whole_run():
-    code = "import lcw_ops; from lcw_ops.ops import _backends; print(_backends.requested())"
+    code = "import lcw_ops; from lcw_ops.ops import backends; print(backends.requested())"
     assert run_python(code, LCW_OPS_BACKEND="reference").stdout.strip() == "reference"
     use = "import lcw_ops; print(lcw_ops.info())"
     assert "none. no backend is called 'cudnn'" in run_python(use, LCW_OPS_BACKEND="cudnn").stdout
@@ -53,38 +54,38 @@ def test_environment_variable_requests_for_the_whole_run():
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "mps"])
 def test_every_missing_backend_has_a_reason(op, device_type):
-    for backend in _backends.BACKENDS:
-        reason = _backends.missing_reason(op, backend, device_type)
+    for backend in backends.BACKENDS:
+        reason = backends.missing_reason(op, backend, device_type)
         assert reason is None or len(reason) > 10
-    assert _backends.missing_reason(op, "reference", device_type) is None
+    assert backends.missing_reason(op, "reference", device_type) is None
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_gpu_kernels_wait_until_their_tests_have_passed(op):
     """No kernel is chosen by itself on a GPU generation without a committed test log."""
     for backend in ("cuda", "triton"):
-        assert "have not passed on sm_123" in _backends.unproven_reason(op, backend, (12, 3))
+        assert "have not passed on sm_123" in backends.unproven_reason(op, backend, (12, 3))
 
 
 @pytest.fixture
 def proven_gpu(monkeypatch):
     """A choice as on a GPU whose kernels have all passed their tests; nothing runs there."""
-    monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
-    monkeypatch.setattr(_backends, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: None)
+    monkeypatch.setattr(backends, "compute_capability", lambda device: (9, 0))
     proven = {(op, backend): frozenset({(9, 0)}) for op in OPS for backend in ("cuda", "triton", "graph")}
-    monkeypatch.setattr(_backends, "PROVEN", proven)
-    _backends._resolve.cache_clear()
+    monkeypatch.setattr(backends, "PROVEN", proven)
+    backends._resolve.cache_clear()
     yield torch.device("cuda", 0)
-    _backends._resolve.cache_clear()
+    backends._resolve.cache_clear()
 
 
 def test_the_choice_on_a_gpu_goes_by_width(proven_gpu):
     def choose(width, itemsize=4):
-        return _backends.choose("orthogonal_filter", proven_gpu, width, itemsize)
+        return backends.choose("orthogonal_filter", proven_gpu, width, itemsize)
 
     assert [choose(width) for width in (1, 128, 129, 512, 4096)] == ["triton", "triton", "cuda", "cuda", "cuda"]
     assert [choose(width, 8) for width in (64, 65)] == ["triton", "cuda"]
-    assert _backends.choose("gradient_activation_", proven_gpu) == "triton"
+    assert backends.choose("gradient_activation_", proven_gpu) == "triton"
     lines = _info._op_lines("orthogonal_filter", proven_gpu)
     assert lines[0].endswith(
         ": triton; above width 128 in float32 and 64 in float64: cuda; above width 512 in float32 and 256 in float64: "
@@ -112,14 +113,14 @@ def gpu_without_extension(proven_gpu, monkeypatch):
     def missing_reason(op, backend, device_type):
         return "_C_cuda.abi3.so is not built" if backend == "cuda" else None
 
-    monkeypatch.setattr(_backends, "missing_reason", missing_reason)
-    monkeypatch.setattr(_backends, "PROVEN", {})
+    monkeypatch.setattr(backends, "missing_reason", missing_reason)
+    monkeypatch.setattr(backends, "PROVEN", {})
     return proven_gpu
 
 
 def test_the_graph_needs_no_extension(gpu_without_extension, monkeypatch):
     def choose(*widths):
-        _backends._resolve.cache_clear()
+        backends._resolve.cache_clear()
         return [orthogonal_filter.choose_kernel(gpu_without_extension, width, 4) for width in widths]
 
     assert choose(128, 512, 513) == ["reference"] * 3
@@ -131,25 +132,25 @@ def test_the_graph_needs_no_extension(gpu_without_extension, monkeypatch):
         assert ": none; above width 512 in float32 and 256 in float64: graph. orthogonal_filter: backend" in line
     with lcw_ops.use_backend("triton"), pytest.raises(lcw_ops.BackendError, match="width 513 > 128"):
         choose(513)
-    monkeypatch.setitem(_backends.PROVEN, (orthogonal_filter.NAME, "cuda"), frozenset({(9, 0)}))
+    monkeypatch.setitem(backends.PROVEN, (orthogonal_filter.NAME, "cuda"), frozenset({(9, 0)}))
     assert choose(128, 512, 513) == ["reference"] * 3
-    monkeypatch.setitem(_backends.PROVEN, (orthogonal_filter.NAME, "graph"), frozenset({(9, 0)}))
-    monkeypatch.setitem(_backends.PROVEN, (orthogonal_filter.NAME, "triton"), frozenset({(9, 0)}))
+    monkeypatch.setitem(backends.PROVEN, (orthogonal_filter.NAME, "graph"), frozenset({(9, 0)}))
+    monkeypatch.setitem(backends.PROVEN, (orthogonal_filter.NAME, "triton"), frozenset({(9, 0)}))
     assert choose(128, 512, 513) == ["triton", "graph", "graph"]
 
 
 def test_the_graph_waits_for_its_own_proof(proven_gpu, monkeypatch):
     assert orthogonal_filter.choose_kernel(proven_gpu, 513, 4) == "graph"
-    monkeypatch.delitem(_backends.PROVEN, (orthogonal_filter.NAME, "graph"))
-    _backends._resolve.cache_clear()
+    monkeypatch.delitem(backends.PROVEN, (orthogonal_filter.NAME, "graph"))
+    backends._resolve.cache_clear()
     assert orthogonal_filter.choose_kernel(proven_gpu, 513, 4) == "cuda"
-    assert "request: lcw_ops.use_backend('cuda')" in _backends.unproven_reason(orthogonal_filter.NAME, "graph", (9, 0))
+    assert "request: lcw_ops.use_backend('cuda')" in backends.unproven_reason(orthogonal_filter.NAME, "graph", (9, 0))
 
 
 @pytest.mark.parametrize("widths", [(17, 20, 100), (130, 137, 200)])
 def test_one_program_for_all_widths_on_a_cpu(widths):
     """No backend's limit cuts the widths where that backend is not asked for."""
-    reason = _backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu")
+    reason = backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu")
     if reason is not None:
         pytest.skip(reason)
     torch._dynamo.reset()
@@ -162,26 +163,26 @@ def test_one_program_for_all_widths_on_a_cpu(widths):
 
 def test_a_width_leaves_no_trace_in_the_cache(proven_gpu):
     for width in range(129, 200):
-        assert _backends.choose(orthogonal_filter.NAME, proven_gpu, width) == "cuda"
-    assert _backends._resolve.cache_info().currsize == 1
+        assert backends.choose(orthogonal_filter.NAME, proven_gpu, width) == "cuda"
+    assert backends._resolve.cache_info().currsize == 1
 
 
 def test_nothing_unproven_is_chosen_on_a_gpu(proven_gpu, monkeypatch):
-    monkeypatch.setattr(_backends, "PROVEN", {("orthogonal_filter", "cuda"): frozenset({(9, 0)})})
-    assert _backends.choose("orthogonal_filter", proven_gpu, 64) == "cuda"
-    monkeypatch.setattr(_backends, "PROVEN", {})
-    _backends._resolve.cache_clear()
-    assert _backends.choose("orthogonal_filter", proven_gpu, 64) == "reference"
+    monkeypatch.setattr(backends, "PROVEN", {("orthogonal_filter", "cuda"): frozenset({(9, 0)})})
+    assert backends.choose("orthogonal_filter", proven_gpu, 64) == "cuda"
+    monkeypatch.setattr(backends, "PROVEN", {})
+    backends._resolve.cache_clear()
+    assert backends.choose("orthogonal_filter", proven_gpu, 64) == "reference"
     with lcw_ops.use_backend("triton"):
-        assert _backends.choose("orthogonal_filter", proven_gpu, 128) == "triton"
+        assert backends.choose("orthogonal_filter", proven_gpu, 128) == "triton"
 
 
 def test_a_request_that_is_too_wide_names_the_width(proven_gpu):
     with lcw_ops.use_backend("triton"):
         with pytest.raises(lcw_ops.BackendError, match="but width 300 > 128, the most triton takes in float32"):
-            _backends.choose("orthogonal_filter", proven_gpu, 300)
+            backends.choose("orthogonal_filter", proven_gpu, 300)
         with pytest.raises(lcw_ops.BackendError, match="but width 65 > 64, the most triton takes in float64"):
-            _backends.choose("orthogonal_filter", proven_gpu, 65, 8)
+            backends.choose("orthogonal_filter", proven_gpu, 65, 8)
         assert (
             "above width 128 in float32 and 64 in float64: none" in _info._op_lines("orthogonal_filter", proven_gpu)[0]
         )
@@ -208,7 +209,7 @@ def test_a_reason_that_all_ops_share_is_given_once(no_gpu, monkeypatch):
     text = lcw_ops.info()
     assert "GPU: none; the backends cuda and triton need one\n" in text
     for backend in ("cuda", "triton"):
-        assert text.count(_backends.missing_reason(orthogonal_filter.NAME, backend, "cpu")) == 1
+        assert text.count(backends.missing_reason(orthogonal_filter.NAME, backend, "cpu")) == 1
     # An op's own reason stays with it.
     assert "lcw_weight on cpu: " in text
     assert text.count("  not cuda: lcw_weight has no cuda kernel\n") == 1
@@ -218,10 +219,10 @@ def test_a_reason_of_some_ops_stays_with_each(no_gpu, monkeypatch):
     def missing_reason(op, backend, device_type):
         return "a reason of its own" if (op, backend) == ("lcw_weight", "cpp") else "a reason that others have too"
 
-    monkeypatch.setattr(_backends, "missing_reason", missing_reason)
-    _backends._resolve.cache_clear()
+    monkeypatch.setattr(backends, "missing_reason", missing_reason)
+    backends._resolve.cache_clear()
     text = lcw_ops.info()
-    _backends._resolve.cache_clear()
+    backends._resolve.cache_clear()
     assert text.count("not cpp: a reason that others have too") == len(OPS) - 1
     assert text.count("not cpp: a reason of its own") == 1
     # Shared by all ops that have such a kernel, and so given once; an op without one has it for another reason.
@@ -260,7 +261,7 @@ def test_the_report_holds_what_the_text_says(proven_gpu, monkeypatch):
 
 
 def test_the_report_says_what_cannot_run(no_gpu):
-    reason = _backends.missing_reason("lcw_weight", "cuda", "cpu")
+    reason = backends.missing_reason("lcw_weight", "cuda", "cpu")
     with lcw_ops.use_backend("cuda"):
         report = _info.report()
         assert lcw_ops.info().count(reason) == 1
@@ -270,21 +271,21 @@ def test_the_report_says_what_cannot_run(no_gpu):
     assert facts["error"] == f"lcw_weight: backend 'cuda' was requested, but {reason}"
 
 
-@pytest.mark.parametrize("requested", _backends.BACKENDS)
+@pytest.mark.parametrize("requested", backends.BACKENDS)
 def test_the_text_says_an_error_once(requested, no_gpu):
     """No two errors give the same reason, and every op is named once per device."""
     with lcw_ops.use_backend(requested):
         lines = lcw_ops.info().splitlines()
     errors = [line.partition("but ")[2] for line in lines if ": none. " in line]
     assert len(set(errors)) == len(errors)
-    for op in _backends.IMPLEMENTED:
+    for op in backends.IMPLEMENTED:
         assert sum(f"{op} on cpu: " in line or line.startswith(f"{op}, ") or f", {op}, " in line for line in lines) == 1
 
 
 def test_a_request_is_the_reason_against_the_others():
     with lcw_ops.use_backend("reference"):
         reasons = _info.report()["ops"][orthogonal_filter.NAME]["cpu"]["not_chosen"]
-    if _backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu") is None:
+    if backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu") is None:
         assert reasons["cpp"] == "reference, as requested, comes first"
     assert set(reasons) == {"cpp", "cuda", "triton"}
 
@@ -328,5 +329,5 @@ def test_import_needs_no_extension():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_implemented_backend_is_declared(op):
-    for backend in _backends.IMPLEMENTED[op]:
-        assert _library.get_overload(op, backend) is not None
+    for backend in backends.IMPLEMENTED[op]:
+        assert library.get_overload(op, backend) is not None

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import lcw_ops
 from lcw_ops.bench import parallel_depth, registry, runner
-from lcw_ops.ops.parallel_depth_crossover import Call, Region
+from lcw_ops.ops.parallel_depth.crossover import Call, Region
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,8 @@ import torch
 
 import lcw_ops
 from lcw_ops import cli
-from lcw_ops.profile import machine, main_job
+from lcw_ops.jobs import profile as main_job
+from lcw_ops.profile import machine
 
 FILES = sorted(main_job.REPORT_FILES)
 
@@ -229,7 +230,7 @@ def test_interrupted_or_failed_runs_say_what_was_written(error, code, written, t
         monkeypatch.setattr(main_job, "accuracy", fail)
     else:
         # json.dump and savefig fail after some bytes have gone into the file.
-        place = {1: "lcw_ops.profile.main_job.write_json", 2: "matplotlib.figure.Figure.savefig"}[written]
+        place = {1: "lcw_ops.jobs.profile.write_json", 2: "matplotlib.figure.Figure.savefig"}[written]
 
         def half(first, file, *args, **kwargs):
             target = first if hasattr(first, "write") else file
@@ -255,7 +256,7 @@ def test_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, capsy
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
-    from lcw_ops.profile.progress import PlainProgress, progress
+    from lcw_ops.jobs.progress import PlainProgress, progress
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     with progress("train", 2) as bar:

@@ -7,8 +7,8 @@ import functools
 import pytest
 
 from lcw_ops.bench import crossover, registry, runner
-from lcw_ops.ops import orthogonal_filter_crossover
-from lcw_ops.ops.orthogonal_filter_crossover import fastest_kernel
+from lcw_ops.ops.orthogonal_filter import crossover as orthogonal_filter_crossover
+from lcw_ops.ops.orthogonal_filter.crossover import fastest_kernel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COLUMNS = [field.name for field in dataclasses.fields(runner.Row)]

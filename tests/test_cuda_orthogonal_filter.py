@@ -13,7 +13,7 @@ from numerics import assert_as_exact_as_eager
 from test_orthogonal_filter import NAMES, make_arguments, make_filter, op, run
 
 import lcw_ops
-from lcw_ops.ops import _backends
+from lcw_ops.ops import backends
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter, orthogonal_filter_backward
 
 DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))
@@ -200,14 +200,14 @@ def test_no_permutation_ends_the_kernel(cluster, filter):
 
 
 def test_through_the_public_function(monkeypatch):
-    monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
-    _backends._resolve.cache_clear()
+    monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: None)
+    backends._resolve.cache_clear()
     arguments = make_arguments(2, 40, 4, device=DEVICE)
     filter = make_filter("matrix", 4, 40, device=DEVICE)
     with lcw_ops.use_backend("cuda"):
         output = run(arguments, filter, segment=2)
         gradients = torch.autograd.grad(output.sum(), arguments)
-    _backends._resolve.cache_clear()
+    backends._resolve.cache_clear()
     tensors = [argument.detach() for argument in arguments]
     tensors.insert(3, filter)
     direct = by_kernel(tensors, torch.ones(2, 40, device=DEVICE), 4)

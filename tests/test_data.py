@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcw_ops import cli, data
+from lcw_ops import cli
+from lcw_ops.jobs import data
 
 # A warning of numpy's is one line more than a command may print.
 pytestmark = pytest.mark.filterwarnings("error")

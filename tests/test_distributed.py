@@ -22,8 +22,8 @@ from torch import nn
 
 import lcw_ops
 import lcw_ops.distributed
-from lcw_ops.ops import parallel_depth_solver as solver
-from lcw_ops.ops.parallel_depth_frame import find_frame, get_frame
+from lcw_ops.ops.parallel_depth import solver
+from lcw_ops.ops.parallel_depth.frame import find_frame, get_frame
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

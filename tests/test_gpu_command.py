@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lcw_ops.bench import gpu, registry, smoke
-from lcw_ops.ops import _backends
+from lcw_ops.ops import backends
 
 ROOT = Path(__file__).parent.parent
 PLAN = gpu.parts(Path("rows.csv"))
@@ -392,7 +392,7 @@ def test_a_wrong_kernel_fails_the_smoke_test(one_call, monkeypatch, capsys):
 
 def _off_where_it_is_not_the_reference(run):
     def off(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        exact = _backends.requested() == "reference"
+        exact = backends.requested() == "reference"
         return [result if exact else result * 1.00001 for result in run(inputs)]
 
     return off
@@ -400,7 +400,7 @@ def _off_where_it_is_not_the_reference(run):
 
 def test_a_kernel_that_raises_does_not_end_the_smoke_test(one_call, monkeypatch, capsys):
     def raising(inputs):
-        if _backends.requested() != "reference":
+        if backends.requested() != "reference":
             raise RuntimeError("at the compiler\nno such instruction")
         return call.run(inputs)
 
@@ -414,10 +414,10 @@ def test_a_kernel_that_raises_does_not_end_the_smoke_test(one_call, monkeypatch,
 
 
 def test_a_backend_that_was_not_built_fails_the_smoke_test(one_call, monkeypatch, capsys):
-    monkeypatch.setitem(_backends._extension_missing, "cpp", "_C.abi3.so is not built")
-    _backends._resolve.cache_clear()
+    monkeypatch.setitem(backends._extension_missing, "cpp", "_C.abi3.so is not built")
+    backends._resolve.cache_clear()
     try:
         assert smoke.main(["--device", "cpu"]) == 1
     finally:
-        _backends._resolve.cache_clear()
+        backends._resolve.cache_clear()
     assert "MISSING orthogonal_filter, cpp: _C.abi3.so is not built" in capsys.readouterr().out

@@ -14,13 +14,13 @@ from test_orthogonal_filter_proof import IN_SUBPROCESS, PAGE, between_guards, in
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import _backends
+from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
-        _backends.missing_reason(ops.NAME, "cpp", "cpu") is not None, reason="the C++ extension is not built"
+        backends.missing_reason(ops.NAME, "cpp", "cpu") is not None, reason="the C++ extension is not built"
     ),
 ]
 

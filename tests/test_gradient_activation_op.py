@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import _backends
+from lcw_ops.ops import backends
 from lcw_ops.ops.gradient_activation import FOREACH_TENSORS, find_shared
 
 NAME = "gradient_activation_"
@@ -34,7 +34,7 @@ MAX_ULP = {"cpu": 4.0, "cuda": 6.0}
 
 # Without a GPU the triton tests run in the interpreter's process, started by test_triton_kernels.py.
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-BACKENDS = [name for name in _backends.BACKENDS if _backends.missing_reason(NAME, name, DEVICE_TYPE) is None]
+BACKENDS = [name for name in backends.BACKENDS if backends.missing_reason(NAME, name, DEVICE_TYPE) is None]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

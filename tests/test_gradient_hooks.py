@@ -1162,7 +1162,7 @@ def test_overrides_are_checked_at_once_and_at_every_step(override):
 @pytest.fixture
 def checked(monkeypatch):
     """The numbers that are checked."""
-    from lcw_ops.reference import checks
+    from lcw_ops import _checks as checks
 
     values, check = [], checks.check_positive_float32
     monkeypatch.setattr(checks, "check_positive_float32", lambda name, *rest: (values.append(rest), check(name, *rest)))

@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import lcw_ops
-from lcw_ops import data, init, nn, reference
 from lcw_ops import functional as F
+from lcw_ops import init, nn, reference
+from lcw_ops.jobs import data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

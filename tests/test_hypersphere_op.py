@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 import lcw_ops
 from lcw_ops import functional as F
 from lcw_ops import reference
-from lcw_ops.ops import _backends, hypersphere
+from lcw_ops.ops import backends, hypersphere
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel", "one_thread")
 
@@ -1255,11 +1255,11 @@ def test_a_backward_pass_uses_the_backend_of_its_forward_pass():
 
 
 def test_compiled_kernels_are_the_choice_on_a_cpu():
-    before, _backends._requested = _backends._requested, None
+    before, backends._requested = backends._requested, None
     try:
-        assert _backends.choose(hypersphere.NAME, torch.device("cpu")) == "cpp"
+        assert backends.choose(hypersphere.NAME, torch.device("cpu")) == "cpp"
     finally:
-        _backends._requested = before
+        backends._requested = before
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------

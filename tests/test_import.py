@@ -41,7 +41,7 @@ def test_the_import_brings_no_module_that_torch_does_not():
         "print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))"
     )
     assert [name for name in extra if not name.startswith("lcw_ops")] == []
-    assert not any(name.startswith(("lcw_ops.profile", "lcw_ops.distributed", "lcw_ops.train")) for name in extra)
+    assert not any(name.startswith(("lcw_ops.profile", "lcw_ops.distributed", "lcw_ops.jobs")) for name in extra)
     assert not initialized
 
 
@@ -56,7 +56,7 @@ def test_the_bare_package_needs_no_torch():
         "except ImportError as raised: error = raised.name\n"
         "print(json.dumps([loaded, dir(lcw_ops), error]))"
     )
-    assert loaded == ["lcw_ops", "lcw_ops._after_import", "torch"]
+    assert loaded == ["lcw_ops", "lcw_ops._after_import", "lcw_ops._aliases", "torch"]
     assert set(PUBLIC) <= set(names)
     assert error.split(".")[0] == "torch"
 
@@ -120,19 +120,19 @@ def test_dir_has_public_names_submodules_and_dunders():
     names = run(
         "import json, sys, lcw_ops\n"
         "before = dir(lcw_ops)\n"
-        "import lcw_ops.data\n"
+        "import lcw_ops.jobs.data\n"
         "print(json.dumps([before, sorted(set(dir(lcw_ops)) - set(before))]))"
     )
     public = [name for name in names[0] if not name.startswith("_")]
     assert public == sorted({*PUBLIC, "gradient_hooks", "ops"})
     assert {"__version__", "__all__", "__doc__", "__path__"} <= set(names[0])
     assert all(name.startswith("__") for name in set(names[0]) - set(public))
-    assert names[1] == ["data"]
+    assert names[1] == ["jobs"]
 
 
 def test_type_checkers_see_every_name_that_is_loaded_late():
     (block,) = (node for node in ast.parse(inspect.getsource(lcw_ops)).body if isinstance(node, ast.If))
-    seen = {alias.name for imported in block.body for alias in imported.names}
+    seen = {alias.asname or alias.name for imported in block.body for alias in imported.names}
     assert seen == {*PUBLIC, "gradient_hooks", "ops"}
 
 
@@ -166,7 +166,7 @@ print(json.dumps([failures, str(torch.ops.lcw_ops.lcw_linear.cpp), counted]))
         ("import lcw_ops.reference", "torch"),
         ("import lcw_ops._torch", "torch"),
         # The first one is importing the ops already.
-        ("import lcw_ops.nn, lcw_ops.init", "lcw_ops.reference.checks"),
+        ("import lcw_ops.nn, lcw_ops.init", "lcw_ops._checks"),
         ("import torch.utils.flop_counter", "lcw_ops.ops"),
     ],
 )
@@ -361,3 +361,16 @@ def test_a_folder_without_an_init_file_is_a_package_too(module, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert list(importlib.import_module(name).__path__) == [str(tmp_path / name)]
+
+
+def test_modules_that_have_moved_import_under_their_old_names():
+    """As the same module, whichever name comes first."""
+    for first, second in ((0, 1), (1, 0)):
+        same = run(
+            "import importlib, json\n"
+            "from lcw_ops._aliases import MOVED\n"
+            f"pairs = [[importlib.import_module(pair[place]) for place in {(first, second)}] for pair in MOVED.items()]\n"
+            "print(json.dumps([one is other for one, other in pairs]))"
+        )
+        assert same
+        assert all(same)

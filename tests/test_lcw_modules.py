@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lcw_ops
-from lcw_ops import data, init, nn
 from lcw_ops import functional as F
+from lcw_ops import init, nn
+from lcw_ops.jobs import data
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel", "one_thread")
 

@@ -11,8 +11,8 @@ from numerics import assert_as_exact_as_eager, hostile_layouts
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import _backends
-from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.ops import backends
+from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS as EXACT
 
 ACTIVATIONS = ["tanh", "relu", "sigmoid", "identity"]
@@ -614,7 +614,7 @@ def test_permutation_is_checked_again_after_it_changed(device):
 def test_automatic_choice_is_the_fastest_backend_there_is(device):
     if device.type != "cpu":
         pytest.skip("on a GPU the automatic choice depends on the committed log of its generation")
-    assert _backends._resolve(op.NAME, device, None) == "cpp"
+    assert backends._resolve(op.NAME, device, None) == "cpp"
 
 
 @pytest.mark.parametrize("capability", ["avx2", "portable"])

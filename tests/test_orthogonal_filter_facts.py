@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from lcw_ops import data, nn, use_backend
 from lcw_ops import functional as F
-from lcw_ops.ops import _backends
-from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops import nn, use_backend
+from lcw_ops.jobs import data
+from lcw_ops.ops import backends
+from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.profile import bounds
 from lcw_ops.reference.orthogonal_filter import activation_derivative
 
@@ -42,7 +43,7 @@ def jacobian(h0, weight, bias, filter, **options):
 def test_the_kernel_of_the_device_is_what_runs_here(device):
     weight, bias, rotation = net(2, 4)
     assert {tensor.device.type for tensor in (weight, bias, rotation)} == {device.type}
-    assert _backends.requested() == ("cuda" if device.type == "cuda" else "cpp")
+    assert backends.requested() == ("cuda" if device.type == "cuda" else "cpp")
 
 
 def spectral_norm(weight, activation):
@@ -213,7 +214,7 @@ def train(activation, depth, width, steps, samples, batch=64):
     last = states[-1].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_of(exact.output_layer(last), digits.y_test[:samples]), last)
     _, grad_weight, *_, grad_states = op.state_gradients(
-        gradient, h0, *arguments, None, activation, op.DEFAULT_SEGMENT, _backends.requested()
+        gradient, h0, *arguments, None, activation, op.DEFAULT_SEGMENT, backends.requested()
     )
     return Trained(
         losses,

@@ -8,10 +8,8 @@ from numerics import assert_as_exact_as_eager
 from test_orthogonal_filter import NAMES, make_arguments, make_filter
 
 import lcw_ops
-from lcw_ops.ops import _backends, _library
-from lcw_ops.ops import orthogonal_filter as op
-from lcw_ops.ops import orthogonal_filter_crossover as crossover
-from lcw_ops.ops import orthogonal_filter_graph as graph
+from lcw_ops.ops import backends, library
+from lcw_ops.ops.orthogonal_filter import crossover, graph, op
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter, orthogonal_filter_backward
 
 RESULTS = ("output", "h0", "weight", "bias", "alpha", "beta", "inputs", "states")
@@ -300,21 +298,21 @@ def test_captured_by_the_caller(device):
 def test_it_is_an_op(device, weight_dtype, without):
     tensors = problem(device, 3, 5, 4, weight_dtype=weight_dtype, without=without)
     is_there = (True, tensors[2] is not None, True, tensors[6] is not None, True)
-    output, checkpoints = _library.get_overload(op.NAME, op.GRAPH)(*tensors, 4, "tanh", 2, False)
-    gradients = _library.get_overload(op.BACKWARD, op.GRAPH)(
+    output, checkpoints = library.get_overload(op.NAME, op.GRAPH)(*tensors, 4, "tanh", 2, False)
+    gradients = library.get_overload(op.BACKWARD, op.GRAPH)(
         torch.ones_like(output), checkpoints, *tensors[1:], 4, "tanh", 2, *is_there
     )
     direct = by_graph(tensors, torch.ones_like(output), 4, segment=2)
     assert all(torch.equal(a, b) for a, b in zip([output, *gradients], direct, strict=True))
-    torch.library.opcheck(_library.get_overload(op.NAME, op.GRAPH), (*tensors, 4, "tanh", 2, False))
+    torch.library.opcheck(library.get_overload(op.NAME, op.GRAPH), (*tensors, 4, "tanh", 2, False))
     arguments = (torch.ones_like(output), checkpoints, *tensors[1:], 4, "tanh", 2)
     for needs in (is_there, (False,) * 5):
-        torch.library.opcheck(_library.get_overload(op.BACKWARD, op.GRAPH), (*arguments, *needs))
+        torch.library.opcheck(library.get_overload(op.BACKWARD, op.GRAPH), (*arguments, *needs))
 
 
 def test_it_checks_its_arguments(device):
     h0, weight, bias, *rest = problem(device, 3, 5, 4)
-    forward = _library.get_overload(op.NAME, op.GRAPH)
+    forward = library.get_overload(op.NAME, op.GRAPH)
     with pytest.raises(ValueError, match="shapes do not fit"):
         forward(h0, weight[..., :4], bias, *rest, 4, "tanh", 2, False)
     with pytest.raises(ValueError, match="dtypes or devices"):
@@ -331,12 +329,12 @@ def test_it_checks_its_arguments(device):
 def test_the_crossover_table_decides(monkeypatch, table, chosen):
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
+    monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: None)
     names = ("cuda", "triton", "graph")
-    monkeypatch.setattr(_backends, "PROVEN", {(op.NAME, name): frozenset({(9, 0)}) for name in names})
+    monkeypatch.setattr(backends, "PROVEN", {(op.NAME, name): frozenset({(9, 0)}) for name in names})
     if table is not None:
         monkeypatch.setattr(crossover, "MEASURED", {(9, 0): table})
-    _backends._resolve.cache_clear()
+    backends._resolve.cache_clear()
     try:
         assert {width: op.choose_kernel(card, width, 4) for width in chosen} == chosen
         assert op.choose_kernel(card, 512, 8) == "graph"
@@ -346,14 +344,14 @@ def test_the_crossover_table_decides(monkeypatch, table, chosen):
         with lcw_ops.use_backend("reference"):
             assert op.choose_kernel(card, 8, 4) == "reference"
     finally:
-        _backends._resolve.cache_clear()
+        backends._resolve.cache_clear()
 
 
 def test_nothing_is_automatic_before_it_is_proven(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 3))
-    monkeypatch.setattr(_backends, "missing_reason", lambda op, backend, device_type: None)
-    _backends._resolve.cache_clear()
+    monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: None)
+    backends._resolve.cache_clear()
     try:
         assert {op.choose_kernel(torch.device("cuda", 0), width, 4) for width in (8, 300, 1000)} == {"reference"}
     finally:
-        _backends._resolve.cache_clear()
+        backends._resolve.cache_clear()

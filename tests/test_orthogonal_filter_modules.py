@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcw_ops import nn
 from lcw_ops.nn.orthogonal_filter import make_filter
-from lcw_ops.ops import _backends
+from lcw_ops.ops import backends
 
 KINDS = ["haar", "cyclic", "permutation", "identity"]
 
@@ -135,7 +135,7 @@ def test_the_kernel_of_the_device_is_what_runs_here(device):
     model = nn.OrthogonalFilterMLP(3, 8, 4, 2)
     places = {tensor.device.type for tensor in (*model.parameters(), *model.buffers(), model(torch.randn(5, 3)))}
     assert places == {device.type}
-    assert _backends.requested() == ("cuda" if device.type == "cuda" else "cpp")
+    assert backends.requested() == ("cuda" if device.type == "cuda" else "cpp")
 
 
 def test_mlp_takes_any_leading_shape():

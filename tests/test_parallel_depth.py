@@ -14,12 +14,11 @@ from torch import Tensor
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import parallel_depth as op
-from lcw_ops.ops import parallel_depth_frame as frames
-from lcw_ops.ops import parallel_depth_solver as solver
-from lcw_ops.ops.parallel_depth_solver import Convergence, record_solves
+from lcw_ops.ops.parallel_depth import frame as frames
+from lcw_ops.ops.parallel_depth import op, solver
+from lcw_ops.ops.parallel_depth.solver import Convergence, record_solves
 from lcw_ops.reference import parallel_depth as reference
-from lcw_ops.reference.orthogonal_filter import ACTIVATIONS, activation_derivative
+from lcw_ops.reference.orthogonal_filter import ACTIVATIONS, activation_derivative, scale_tensors
 
 EPS = torch.finfo(torch.float64).eps
 FORMS = ["permutation", "matrix", "rotation"]
@@ -672,7 +671,7 @@ class FixedSweeps(solver.Forward):
     def __init__(self, made: dict, exact: Tensor, count: int) -> None:
         steps = len(exact) - 1
         super().__init__(op._make_scan("cpp", made["filter"]), 1e-6, steps, steps, sequential=None)
-        alpha, beta = F._scale_tensors(made["alpha"], made["beta"], steps, made["h0"])
+        alpha, beta = scale_tensors(made["alpha"], made["beta"], steps, made["h0"])
         self.states, self.exact, self.count = torch.empty_like(exact), exact, count
         self.states[0] = made["h0"]
         self.changes, self.errors, self.largest_errors = [], [], []

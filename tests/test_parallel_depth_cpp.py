@@ -11,14 +11,14 @@ from sanitize.harness import EAGER_WITHOUT_FMA
 from test_gradient_activation_cpp import writable_between_guards
 from test_orthogonal_filter_proof import IN_SUBPROCESS, between_guards, in_a_process
 
-from lcw_ops.ops import _backends
-from lcw_ops.ops import parallel_depth as ops
+from lcw_ops.ops import backends
+from lcw_ops.ops.parallel_depth import op as ops
 from lcw_ops.reference import parallel_depth as reference
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
-        _backends.missing_reason(ops.SWEEP, "cpp", "cpu") is not None, reason="the C++ extension is not built"
+        backends.missing_reason(ops.SWEEP, "cpp", "cpu") is not None, reason="the C++ extension is not built"
     ),
 ]
 

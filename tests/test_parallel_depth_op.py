@@ -17,10 +17,9 @@ from torch import Tensor
 import lcw_ops
 from lcw_ops import functional as F
 from lcw_ops import nn
-from lcw_ops.ops import parallel_depth as op
-from lcw_ops.ops import parallel_depth_crossover as crossover
-from lcw_ops.ops._library import get_overload
-from lcw_ops.ops.parallel_depth_solver import record_solves
+from lcw_ops.ops.library import get_overload
+from lcw_ops.ops.parallel_depth import crossover, op
+from lcw_ops.ops.parallel_depth.solver import record_solves
 
 NAMES = ["h0", "weight", "bias", "alpha", "beta", "inputs"]
 DID_NOT_CONVERGE = "parallel solver did not converge"

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from lcw_ops import _files as files
+from lcw_ops.jobs import profile as main_job
 from lcw_ops.nn import GmPLinear, LCWLinear, OrthogonalFilterMLP, OrthogonalFilterRNN, WeightNormLinear
 from lcw_ops.ops import use_backend
-from lcw_ops.ops.parallel_depth_solver import Solve, record_solves
-from lcw_ops.profile import bounds, files, jacobian, machine, main_job, plot, profile, spectral_norm_bound
+from lcw_ops.ops.parallel_depth.solver import Solve, record_solves
+from lcw_ops.profile import bounds, jacobian, machine, plot, profile, spectral_norm_bound
 from lcw_ops.profile import orthogonal_filter as replay
 from lcw_ops.profile import result as result_module
 from lcw_ops.profile.result import COLUMNS, Solves, format_log

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from lcw_ops import cli, data
+from lcw_ops import cli
+from lcw_ops.jobs import checkpoints, data, loop
+from lcw_ops.jobs import train as job
+from lcw_ops.jobs.arguments import usable_device
 from lcw_ops.nn import OrthogonalFilterRNN
 from lcw_ops.ops import use_backend
 from lcw_ops.profile import machine
-from lcw_ops.train import checkpoints, job, loop
-from lcw_ops.train.arguments import usable_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -420,7 +421,7 @@ def run_and_die(place, last_write, *arguments):
 def start():
     """start(function, *arguments): a process of its own, from a server that has done the slow imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lcw_ops.cli", "lcw_ops.train.job"])
+    context.set_forkserver_preload(["lcw_ops.cli", "lcw_ops.jobs.train"])
 
     def start(function, *arguments):
         process = context.Process(target=function, args=arguments)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from gradient_activation_kernels import ACTIVATION, GradientActivationKernels, Ops, SgdCase, gradients
 
-from lcw_ops.ops import _backends
+from lcw_ops.ops import backends
 from lcw_ops.ops.gradient_activation import NAME
 
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(NAME, "triton", DEVICE_TYPE)) is not None:
+if (missing := backends.missing_reason(NAME, "triton", DEVICE_TYPE)) is not None:
     pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
 
 kernels = importlib.import_module("lcw_ops.kernels.gradient_activation")

@@ -13,12 +13,12 @@ import torch
 from numerics import assert_as_exact_as_eager, hostile_layouts
 
 from lcw_ops import reference
-from lcw_ops.ops import _backends, _library
+from lcw_ops.ops import backends, library
 from lcw_ops.ops import hypersphere as op
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
+if (missing := backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
     pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
 
 kernels = importlib.import_module("lcw_ops.kernels.hypersphere")
@@ -26,7 +26,7 @@ kernels = importlib.import_module("lcw_ops.kernels.hypersphere")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 direction, direction_backward, normalize, normalize_backward, gmp, gmp_backward, weight_norm, weight_norm_backward = (
-    _library.get_overload(name, "triton")
+    library.get_overload(name, "triton")
     for name in (
         op.DIRECTION,
         op.DIRECTION_BACKWARD,

@@ -15,12 +15,12 @@ from numerics import assert_as_exact_as_eager, hostile_layouts
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import _backends, _library
+from lcw_ops.ops import backends, library
 from lcw_ops.ops import lcw_linear as op
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
+if (missing := backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
     pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
 
 kernels = importlib.import_module("lcw_ops.kernels.lcw_linear")
@@ -58,7 +58,7 @@ def split(monkeypatch):
 
 
 def overload(name):
-    return _library.get_overload(name, "triton")
+    return library.get_overload(name, "triton")
 
 
 def normal(*shape, dtype=torch.float32, device, mean=0.0):

@@ -15,13 +15,13 @@ from test_orthogonal_filter import NAMES, make_arguments, make_filter, run
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import _backends
-from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.ops import backends
+from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS as EXACT
 
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
+if (missing := backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
     pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
 
 kernels = importlib.import_module("lcw_ops.kernels.orthogonal_filter")

@@ -13,12 +13,12 @@ import pytest
 import torch
 from numerics import assert_by_the_rule, needs_more_digits
 
-from lcw_ops.ops import _backends
-from lcw_ops.ops import parallel_depth as op
+from lcw_ops.ops import backends
+from lcw_ops.ops.parallel_depth import op
 from lcw_ops.reference import parallel_depth as reference
 
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(op.SWEEP, "triton", DEVICE_TYPE)) is not None:
+if (missing := backends.missing_reason(op.SWEEP, "triton", DEVICE_TYPE)) is not None:
     pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
 
 kernels = importlib.import_module("lcw_ops.kernels.parallel_depth")

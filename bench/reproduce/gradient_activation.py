@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lcw_ops import data, optim
+from lcw_ops import optim
 from lcw_ops.bench import runner
+from lcw_ops.jobs import data
 
 ALPHA, BETA = 0.1, 20.0
 GAIN = ALPHA * BETA

@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lcw_ops import data
 from lcw_ops import functional as F
 from lcw_ops.bench import runner
+from lcw_ops.jobs import data
+from lcw_ops.jobs import train as job
+from lcw_ops.jobs.loop import Training, accuracy
 from lcw_ops.nn import OrthogonalFilterMLP
 from lcw_ops.nn.orthogonal_filter import make_filter
-from lcw_ops.ops.parallel_depth_solver import Solve, record_solves
+from lcw_ops.ops.parallel_depth.solver import Solve, record_solves
 from lcw_ops.profile import machine
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS, apply_filter, scale_tensors
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as eager_torch
-from lcw_ops.train import job
-from lcw_ops.train.loop import Training, accuracy
 
 DEPTH = 50_000
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lcw_ops.ops import _backends, fingerprint
+from lcw_ops.ops import backends, fingerprint
 
 
 class DerivedWeight:
@@ -33,7 +33,7 @@ class DerivedWeight:
         if training or torch.is_grad_enabled() or not all(fingerprint.can_be_taken(p) for p in parameters):
             return None
         content = [(p.data_ptr(), p.shape, p.dtype, fingerprint.fingerprint(p)) for p in parameters]
-        key = (_backends.requested(), *content)
+        key = (backends.requested(), *content)
         kept, value = self._kept
         if key != kept:
             value = compute(*parameters)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lcw_ops import functional as F
 from lcw_ops import init
+from lcw_ops._checks import FLOATING, accumulation_dtype, check_choice, check_non_negative, check_shape
 from lcw_ops.nn._derived import DerivedWeight
 from lcw_ops.reference import hypersphere_angles, hypersphere_direction, normalize_scale
-from lcw_ops.reference.checks import FLOATING, accumulation_dtype, check_choice, check_non_negative, check_shape
 
 # What a convolution is told, and what its forward pass reads.
 _CONV_ATTRIBUTES = (

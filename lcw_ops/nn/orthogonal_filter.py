@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lcw_ops import _torch
 from lcw_ops import functional as F
+from lcw_ops._checks import check_count, check_devices, check_solver
 from lcw_ops._names import FILTERS
-from lcw_ops.reference.checks import check_count, check_devices, check_solver
 from lcw_ops.reference.orthogonal_filter import state_dtype
 
 # Elements of the filters that are checked at a time: 50,000 layers of them in float64 would be several gigabytes.

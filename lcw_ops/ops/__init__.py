@@ -1,7 +1,7 @@
 """Registered torch ops: schema, fake kernel, autocast, vmap, and the choice of backend."""
 
 from lcw_ops.ops import gradient_activation, hypersphere, lcw_linear, orthogonal_filter, parallel_depth
-from lcw_ops.ops._backends import BackendError, load_extensions, use_backend
+from lcw_ops.ops.backends import BackendError, load_extensions, use_backend
 
 load_extensions()
 

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lcw_ops.ops import _library
+from lcw_ops.ops import library
 
 NAME = "fingerprint"
 
-_library.declare(NAME, "(Tensor tensor) -> int", backends=("cpp",))
+library.declare(NAME, "(Tensor tensor) -> int", backends=("cpp",))
 
 
 def can_be_taken(tensor: Tensor) -> bool:
@@ -22,7 +22,7 @@ def can_be_taken(tensor: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and tensor.is_contiguous()
-        and _library.is_implemented(NAME, "cpp")
+        and library.is_implemented(NAME, "cpp")
     )
 
 

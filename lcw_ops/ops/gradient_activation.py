@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lcw_ops import _torch, reference
-from lcw_ops.ops import _backends, _library
+from lcw_ops.ops import backends, library
 
 NAME = "gradient_activation_"
 SGD_STEP, ADAMW_STEP = "activated_sgd_step_", "activated_adamw_step_"
@@ -160,9 +160,9 @@ def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta
     """The op on ``backend``; the tensors are on one device, and everything has been checked."""
     if backend != "reference" and torch._C._are_functorch_transforms_active():
         # How memory lies is seen below the transforms only: there _vmap looks.
-        _library.get_overload(NAME, backend)(tensors, kind, alpha, beta)
+        library.get_overload(NAME, backend)(tensors, kind, alpha, beta)
         return
-    if _can_ask(backend, tensors) and _library.get_overload(TRY + NAME, backend)(tensors, kind, alpha, beta):
+    if _can_ask(backend, tensors) and library.get_overload(TRY + NAME, backend)(tensors, kind, alpha, beta):
         _count_writes(tensors)
         return
     # f(0) is 0: zeros without memory are right as they are, and nothing can be written to them.
@@ -170,13 +170,13 @@ def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta
     if backend == "reference":
         _reference_activate_(tensors, kind, alpha, beta)
     elif tensors:
-        _activate_dense_(_library.get_overload(NAME, backend), tensors, kind, alpha, beta)
+        _activate_dense_(library.get_overload(NAME, backend), tensors, kind, alpha, beta)
         _count_writes(tensors)
 
 
 def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> bool:
     """Calls the C++ kernel on tensors of which only the type is known. False: it took none, and wrote nothing."""
-    if _is_recorded() or not _library.get_overload(TRY + NAME, "cpp")(tensors, kind, alpha, beta):
+    if _is_recorded() or not library.get_overload(TRY + NAME, "cpp")(tensors, kind, alpha, beta):
         return False
     _count_writes(tensors)
     return True
@@ -324,13 +324,13 @@ def _step_in_place(
     if not grads:
         return
     if not _can_ask(backend, written[0]) or not step(
-        _library.get_overload(TRY + name, backend), *written, grads, state_steps
+        library.get_overload(TRY + name, backend), *written, grads, state_steps
     ):
         _check_forms(name, written, grads)
         length = _length_of_pieces(written, grads)
         for start in range(0, len(grads), length):
             *piece, counts = (tensors[start : start + length] for tensors in (*written, grads, state_steps))
-            _step_on_copies(_library.get_overload(name, backend), step, piece[:-1], piece[-1], counts)
+            _step_on_copies(library.get_overload(name, backend), step, piece[:-1], piece[-1], counts)
     _count_writes([tensor for tensors in written for tensor in tensors])
 
 
@@ -557,20 +557,20 @@ _ARGUMENTS = {
 # memory, nested tensors.
 _NOT_PLAIN = ("Negative", "ZeroTensor", "AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA")
 
-_library.declare(NAME, f"{_ARGUMENTS[NAME]} -> ()", backends=("cpp", "cuda", "triton"), fake=_fake, vmap=_vmap)
+library.declare(NAME, f"{_ARGUMENTS[NAME]} -> ()", backends=("cpp", "cuda", "triton"), fake=_fake, vmap=_vmap)
 for _op in (SGD_STEP, ADAMW_STEP):
-    _library.declare(_op, f"{_ARGUMENTS[_op]} -> ()", backends=("cpp", "cuda", "triton"), fake=_step_fake)
+    library.declare(_op, f"{_ARGUMENTS[_op]} -> ()", backends=("cpp", "cuda", "triton"), fake=_step_fake)
 for _op, _arguments in _ARGUMENTS.items():
-    _backends.IMPLEMENTED[_op] = ("cpp", "cuda", "triton")
-    _library.declare(TRY + _op, f"{_arguments} -> bool", backends=("cpp", "cuda"))
+    backends.IMPLEMENTED[_op] = ("cpp", "cuda", "triton")
+    library.declare(TRY + _op, f"{_arguments} -> bool", backends=("cpp", "cuda"))
     for _backend in ("cpp", "cuda"):
         for _key in _NOT_PLAIN:
-            _library.implement(TRY + _op, _backend, _refuse, _key)
+            library.implement(TRY + _op, _backend, _refuse, _key)
 for _backend in ("cpp", "cuda", "triton"):
     # A transform of torch.func may unwrap such a view.
-    _library.implement(
-        NAME, _backend, functools.partial(_activate_dense_, _library.get_overload(NAME, _backend)), "Negative"
+    library.implement(
+        NAME, _backend, functools.partial(_activate_dense_, library.get_overload(NAME, _backend)), "Negative"
     )
-_library.implement(NAME, "triton", _triton_activate)
-_library.implement(SGD_STEP, "triton", _triton_sgd_step)
-_library.implement(ADAMW_STEP, "triton", _triton_adamw_step)
+library.implement(NAME, "triton", _triton_activate)
+library.implement(SGD_STEP, "triton", _triton_sgd_step)
+library.implement(ADAMW_STEP, "triton", _triton_adamw_step)

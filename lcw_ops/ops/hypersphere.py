@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from lcw_ops import reference
-from lcw_ops.ops import _backends, _library
+from lcw_ops.ops import backends, library
 
 DIRECTION = "hypersphere_direction"
 # By which the backend of all of them is chosen.
@@ -134,8 +134,8 @@ for _name, _schema, _fake in (
         _normalize_backward_fake,
     ),
 ):
-    _library.declare(_name, _schema, backends=("cpp", "triton"), fake=_fake, vmap=_vmap)
-_library.declare(
+    library.declare(_name, _schema, backends=("cpp", "triton"), fake=_fake, vmap=_vmap)
+library.declare(
     GMP_LINEAR,
     # `activated` is act(x u^T + location), `direction` is u; without elements if they are not kept.
     "(Tensor x, Tensor angles, Tensor radius, Tensor location, bool relu, bool deterministic, bool keep_activated, "
@@ -143,7 +143,7 @@ _library.declare(
     backends=("cpp", "triton"),
     fake=_gmp_linear_fake,
 )
-_library.declare(
+library.declare(
     GMP_LINEAR_BACKWARD,
     "(Tensor grad_output, Tensor x, Tensor angles, Tensor radius, Tensor activated, Tensor direction, bool relu, "
     "bool deterministic, bool needs_x, bool needs_angles, bool needs_radius, bool needs_location)"
@@ -151,13 +151,13 @@ _library.declare(
     backends=("cpp", "triton"),
     fake=_gmp_linear_backward_fake,
 )
-_library.declare(
+library.declare(
     WEIGHT_NORM_LINEAR,
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool deterministic) -> Tensor",
     backends=("cpp", "triton"),
     fake=_weight_norm_linear_fake,
 )
-_library.declare(
+library.declare(
     WEIGHT_NORM_LINEAR_BACKWARD,
     "(Tensor grad_output, Tensor x, Tensor weight, Tensor scale, bool deterministic, bool needs_x, bool needs_weight, "
     "bool needs_scale, bool needs_bias)"
@@ -182,14 +182,14 @@ for _name in (
     WEIGHT_NORM_LINEAR,
     WEIGHT_NORM_LINEAR_BACKWARD,
 ):
-    _library.implement(_name, "triton", _in_triton(_name))
-_backends.IMPLEMENTED[NAME] = ("cpp", "triton")
+    library.implement(_name, "triton", _in_triton(_name))
+backends.IMPLEMENTED[NAME] = ("cpp", "triton")
 
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 def _overloads(name: str) -> dict:
-    return {backend: _library.get_overload(name, backend) for backend in ("cpp", "triton")}
+    return {backend: library.get_overload(name, backend) for backend in ("cpp", "triton")}
 
 
 _direction, _direction_backward = _overloads(DIRECTION), _overloads(DIRECTION_BACKWARD)
@@ -253,7 +253,7 @@ class DirectionForwardMode(Direction):
 
 def direction(angles: Tensor, backend: str) -> Tensor:
     """(n, m-1) -> (n, m)."""
-    return _library.apply(Direction, DirectionForwardMode, angles, backend)
+    return library.apply(Direction, DirectionForwardMode, angles, backend)
 
 
 class NormalizeScale(Function):
@@ -294,7 +294,7 @@ class NormalizeScaleForwardMode(NormalizeScale):
 
 def normalize_scale(weight: Tensor, scale: Tensor, backend: str) -> Tensor:
     """(n, m), (n,) -> (n, m)."""
-    return _library.apply(NormalizeScale, NormalizeScaleForwardMode, weight, scale, backend)
+    return library.apply(NormalizeScale, NormalizeScaleForwardMode, weight, scale, backend)
 
 
 class GmPLinear(Function):
@@ -349,7 +349,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, relu
     """(..., m) -> (..., n). Not under torch.func or forward mode: see `is_fused`."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if torch.is_grad_enabled():
-        result = _library.apply(GmPLinear, GmPLinear, rows, angles, radius, location, relu, backend)
+        result = library.apply(GmPLinear, GmPLinear, rows, angles, radius, location, relu, backend)
     else:
         result, _, _ = _gmp_linear[backend](rows, angles, radius, location, relu, _is_deterministic(), False, False)
     return result if x.dim() == 2 else result.view(*x.shape[:-1], angles.shape[0])
@@ -391,7 +391,7 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     """(..., m) -> (..., n). Not under torch.func or forward mode: see `is_fused`."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if torch.is_grad_enabled():
-        result = _library.apply(WeightNormLinear, WeightNormLinear, rows, weight, scale, bias, backend)
+        result = library.apply(WeightNormLinear, WeightNormLinear, rows, weight, scale, bias, backend)
     else:
         result = _weight_norm_linear[backend](rows, weight, scale, bias, _is_deterministic())
     return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from lcw_ops.ops import _backends, _library
+from lcw_ops.ops import backends, library
 
 NAME = "lcw_weight"
 ADJOINT = "lcw_weight_backward"
@@ -61,16 +61,16 @@ def _vmap(overload, info, in_dims, rows, basis):
 
 
 for _name, _argument, _fake in ((NAME, "weight", _weight_fake), (ADJOINT, "grad_output", _adjoint_fake)):
-    _library.declare(
+    library.declare(
         _name, f"(Tensor {_argument}, bool basis) -> Tensor", backends=("cpp", "triton"), fake=_fake, vmap=_vmap
     )
-_library.declare(
+library.declare(
     LINEAR,
     "(Tensor x, Tensor weight, Tensor? bias, bool basis, bool deterministic) -> Tensor",
     backends=("cpp", "triton"),
     fake=_linear_fake,
 )
-_library.declare(
+library.declare(
     LINEAR_BACKWARD,
     "(Tensor grad_output, Tensor x, Tensor weight, bool basis, bool deterministic, bool needs_x, bool needs_weight, "
     "bool needs_bias)"
@@ -85,13 +85,13 @@ def _in_triton(name: str) -> Callable:
     return lambda *arguments: getattr(importlib.import_module("lcw_ops.kernels.lcw_linear"), name)(*arguments)
 
 
-_library.implement(NAME, "triton", _in_triton(NAME))
-_library.implement(ADJOINT, "triton", _in_triton(ADJOINT))
-_library.implement(LINEAR, "triton", lambda x, weight, bias, basis, _: _in_triton(LINEAR)(x, weight, bias, basis))
-_backends.IMPLEMENTED[NAME] = ("cpp", "triton")
+library.implement(NAME, "triton", _in_triton(NAME))
+library.implement(ADJOINT, "triton", _in_triton(ADJOINT))
+library.implement(LINEAR, "triton", lambda x, weight, bias, basis, _: _in_triton(LINEAR)(x, weight, bias, basis))
+backends.IMPLEMENTED[NAME] = ("cpp", "triton")
 
-_linear = {backend: _library.get_overload(LINEAR, backend) for backend in ("cpp", "triton")}
-_linear_backward = _library.get_overload(LINEAR_BACKWARD, "cpp")
+_linear = {backend: library.get_overload(LINEAR, backend) for backend in ("cpp", "triton")}
+_linear_backward = library.get_overload(LINEAR_BACKWARD, "cpp")
 # Who multiplies on a CPU then follows from the sizes: whoever is measured faster may be another in the next process.
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 
@@ -103,7 +103,7 @@ class ConstrainedWeight(Function):
 
     @staticmethod
     def forward(rows, basis, backend):
-        return _library.get_overload(NAME, backend)(rows, basis)
+        return library.get_overload(NAME, backend)(rows, basis)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -119,7 +119,7 @@ class ConstrainedWeightAdjoint(ConstrainedWeight):
 
     @staticmethod
     def forward(rows, basis, backend):
-        return _library.get_overload(ADJOINT, backend)(rows, basis)
+        return library.get_overload(ADJOINT, backend)(rows, basis)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -143,12 +143,12 @@ class ConstrainedWeightAdjointForwardMode(ConstrainedWeightAdjoint):
 
 
 def embed(rows: Tensor, basis: bool, backend: str) -> Tensor:
-    return _library.apply(ConstrainedWeight, ConstrainedWeightForwardMode, rows, basis, backend)
+    return library.apply(ConstrainedWeight, ConstrainedWeightForwardMode, rows, basis, backend)
 
 
 def embed_adjoint(rows: Tensor, basis: bool, backend: str) -> Tensor:
     functions = ConstrainedWeightAdjoint, ConstrainedWeightAdjointForwardMode
-    return _library.apply(*functions, rows, basis, backend)
+    return library.apply(*functions, rows, basis, backend)
 
 
 def constrained_weight(weight: Tensor, basis: bool, backend: str) -> Tensor:
@@ -231,7 +231,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
         result = FusedLinearForwardMode.apply(rows, weight, bias, basis, backend)
     elif torch.is_grad_enabled():
         # Not needed under torch.func, whose transforms never come here.
-        result = _library.apply(FusedLinear, FusedLinear, rows, weight, bias, basis, backend)
+        result = library.apply(FusedLinear, FusedLinear, rows, weight, bias, basis, backend)
     else:
         result = _linear[backend](rows, weight, bias, basis, _is_deterministic())
     return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lcw_ops import _checks as checks
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import KINDS
 
 _LOCAL_TYPES = {Tensor, Parameter}

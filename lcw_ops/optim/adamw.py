@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lcw_ops.ops import _backends
+from lcw_ops import _checks as checks
+from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, memory_of, split
-from lcw_ops.reference import checks
 
 _CPU = torch.device("cpu")
 
@@ -137,7 +137,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             calls.append(
                 functools.partial(
                     _step if are_plain and counted_on in (device, _CPU) else _step_with_own_counts,
-                    _backends.choose(ops.ADAMW_STEP, device),
+                    backends.choose(ops.ADAMW_STEP, device),
                     take(params),
                     take(grads),
                     take(exp_avgs),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lcw_ops.ops import _backends
+from lcw_ops import _checks as checks
+from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, memory_of, split
-from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import PLACES
 
 
@@ -147,7 +147,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             calls.append(
                 functools.partial(
                     ops.sgd_step_,
-                    _backends.choose(ops.SGD_STEP, device),
+                    backends.choose(ops.SGD_STEP, device),
                     take(params),
                     take(grads),
                     take(buffers),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lcw_ops import functional as F
 from lcw_ops.nn import OrthogonalFilterMLP
-from lcw_ops.ops import _backends, parallel_depth
-from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.ops import backends
+from lcw_ops.ops.orthogonal_filter import op
+from lcw_ops.ops.parallel_depth import op as parallel_depth
 from lcw_ops.profile import bounds, jacobian
 from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_tensors, state_dtype
 
@@ -62,7 +63,7 @@ class Recurrence:
         """What carries out the module's own passes."""
         if self.solver == "sequential":
             return self.backend
-        return _backends.choose(parallel_depth.SWEEP, *self._kernel_arguments())
+        return backends.choose(parallel_depth.SWEEP, *self._kernel_arguments())
 
     def _kernel_arguments(self):
         return self.h0.device, self.h0.shape[1], self.h0.dtype.itemsize

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lcw_ops.profile.files import write_atomically
-from lcw_ops.profile.main_job import IN_WORDS
+from lcw_ops._files import write_atomically
+from lcw_ops.jobs.profile import IN_WORDS
 
 # M. Okabe, K. Ito, "Color Universal Design", 2008: blue, vermillion, and a dark grey beside them.
 COLOURS = {"orthogonal-filter": "#0072B2", "residual": "#D55E00", "plain": "#4D4D4D"}

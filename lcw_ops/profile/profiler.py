@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
-from lcw_ops.ops import _backends, orthogonal_filter
-from lcw_ops.ops.parallel_depth_solver import Solve, record_solves
+from lcw_ops.ops import backends
+from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
+from lcw_ops.ops.parallel_depth.solver import Solve, record_solves
 from lcw_ops.profile import jacobian as spectra
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
@@ -283,7 +284,7 @@ def _timed_passes(work: _Work, repeats: int, watched: _Watched) -> Timing:
 def _backend(calls: list[LayerCall | RecurrenceCall], device: torch.device) -> str:
     """What carried out the recurrences; of a model that has none, what would."""
     used = {call.recurrence.solved_on for call in calls if isinstance(call, RecurrenceCall)}
-    return ", ".join(sorted(used)) if used else _backends.choose(orthogonal_filter.NAME, device)
+    return ", ".join(sorted(used)) if used else backends.choose(orthogonal_filter.NAME, device)
 
 
 def _rows(watched: _Watched, jacobian: bool) -> tuple[dict[str, np.ndarray], dict]:

@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from lcw_ops.ops.parallel_depth_solver import Solve
-from lcw_ops.profile.files import write_atomically
+from lcw_ops._files import write_atomically
+from lcw_ops.ops.parallel_depth.solver import Solve
 from lcw_ops.profile.jacobian import JacobianSpectrum
 
 COLUMNS = {

@@ -7,7 +7,7 @@ M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural N
 import torch
 from torch import Tensor
 
-from lcw_ops.reference.checks import accumulation_dtype, check_choice, check_non_negative, check_positive, check_shape
+from lcw_ops._checks import accumulation_dtype, check_choice, check_non_negative, check_positive, check_shape
 
 KINDS = ("arctan", "tanh", "log")
 PLACES = ("gradient", "momentum")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcw_ops.reference.checks import accumulation_dtype, check_choice, check_shape
+from lcw_ops._checks import accumulation_dtype, check_choice, check_shape
 
 
 def hypersphere_direction(angles: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcw_ops.reference.checks import accumulation_dtype, check_shape
+from lcw_ops._checks import accumulation_dtype, check_shape
 
 
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcw_ops.reference.checks import accumulation_dtype, check_choice, check_positive, check_shape
+from lcw_ops._checks import accumulation_dtype, check_choice, check_positive, check_shape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,

@@ -22,19 +22,18 @@ import torch
 from torch import Tensor, nn
 
 import lcw_ops
-from lcw_ops import data
+from lcw_ops._files import prepare_folder, write_atomically
+from lcw_ops.jobs import checkpoints, data
+from lcw_ops.jobs.arguments import check_memory, filter_bytes, usable_device
+from lcw_ops.jobs.loop import Training, accuracy, evaluation_steps
+from lcw_ops.jobs.progress import progress
+from lcw_ops.jobs.schedule import SCHEDULES
+from lcw_ops.jobs.settings import DEFAULTS, expect
+from lcw_ops.jobs.settings import TRAIN_KINDS as KINDS  # noqa: F401 - beside Settings, whose kind it lists
+from lcw_ops.jobs.settings import TrainSettings as Settings
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
-from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.profile import machine
-from lcw_ops.profile.files import prepare_folder, write_atomically
-from lcw_ops.profile.progress import progress
-from lcw_ops.train import checkpoints
-from lcw_ops.train.arguments import check_memory, filter_bytes, usable_device
-from lcw_ops.train.loop import Training, accuracy, evaluation_steps
-from lcw_ops.train.schedule import SCHEDULES
-from lcw_ops.train.settings import DEFAULTS, expect
-from lcw_ops.train.settings import TRAIN_KINDS as KINDS  # noqa: F401 - beside Settings, whose kind it lists
-from lcw_ops.train.settings import TrainSettings as Settings
 
 # A run of 50 steps is over before longer means forget the first ones. Over 300 layers of width 32 and 64, in 12 to 40
 # steps of batch 64 to 256, 5 seeds each, these reach 0 to 1.7 % more test accuracy than (0.9, 0.99), 0.7 % on average.

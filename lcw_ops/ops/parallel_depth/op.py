@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops.ops import _backends, _library, orthogonal_filter
-from lcw_ops.ops import parallel_depth_solver as solver
-from lcw_ops.ops.parallel_depth_crossover import Call, device_key, largest_c_faster
+from lcw_ops.ops import backends, library
+from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
+from lcw_ops.ops.parallel_depth import solver
+from lcw_ops.ops.parallel_depth.crossover import Call, device_key, largest_c_faster
 from lcw_ops.reference import parallel_depth as reference
 from lcw_ops.reference.orthogonal_filter import count_steps, orthogonal_filter_backward
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as solve_sequentially
@@ -34,28 +35,28 @@ class Kernels(NamedTuple):
 def get_kernels(backend: str) -> Kernels:
     if backend == "reference":
         return Kernels(reference.sweep_, reference.adjoint_sweep_, reference.activate_)
-    return Kernels(*(_library.get_overload(name, backend) for name in (SWEEP, ADJOINT, ACTIVATE)))
+    return Kernels(*(library.get_overload(name, backend) for name in (SWEEP, ADJOINT, ACTIVATE)))
 
 
 def _change_fake(states, *_):
     return states.new_empty(1, dtype=torch.float64)
 
 
-_library.declare(
+library.declare(
     SWEEP,
     "(Tensor(a!) states, Tensor? product, Tensor? bias, Tensor? inputs, Tensor filter, Tensor alpha, Tensor beta, "
     "str activation) -> Tensor",
     backends=("cpp", "triton"),
     fake=_change_fake,
 )
-_library.declare(
+library.declare(
     ADJOINT,
     "(Tensor(a!) gradients, Tensor? product, Tensor? outside, Tensor filter, Tensor alpha, Tensor? slope, "
     "Tensor(b!)? scaled) -> Tensor",
     backends=("cpp", "triton"),
     fake=_change_fake,
 )
-_library.declare(
+library.declare(
     ACTIVATE,
     "(Tensor(a!) product, Tensor? bias, Tensor? inputs, Tensor beta, str activation, bool derivative) -> ()",
     backends=("cpp", "triton"),
@@ -70,16 +71,16 @@ def _implement_in_triton() -> None:
         def launch(*arguments):
             return getattr(importlib.import_module("lcw_ops.kernels.parallel_depth"), function)(*arguments)
 
-        _library.implement(name, "triton", launch)
+        library.implement(name, "triton", launch)
 
     for name, function in ((SWEEP, "sweep_"), (ADJOINT, "adjoint_sweep_"), (ACTIVATE, "activate_")):
         implement(name, function)
 
 
 _implement_in_triton()
-_backends.IMPLEMENTED[SWEEP] = ("cpp", "triton")
+backends.IMPLEMENTED[SWEEP] = ("cpp", "triton")
 # Whole rows in one program: 2048 units of float32.
-_backends.MAX_ROW_BYTES[SWEEP, "triton"] = 8192
+backends.MAX_ROW_BYTES[SWEEP, "triton"] = 8192
 
 
 # ---- The solver as an op ---------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def _backward_vmap(overload, info, in_dims, *arguments):
     return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * 6
 
 
-_library.declare(
+library.declare(
     NAME,
     f"(Tensor h0, {_ARGUMENTS}, bool return_states, bool keeps) -> (Tensor output, Tensor checkpoints)",
     backends=("cpp", "triton", "reference"),
@@ -139,7 +140,7 @@ _library.declare(
     autocast_dtype=torch.float32,
     vmap=orthogonal_filter.forward_vmap,
 )
-_library.declare(
+library.declare(
     BACKWARD,
     f"(Tensor grad_output, Tensor checkpoints, {_ARGUMENTS}, bool needs_weight, bool needs_bias, bool needs_scales, "
     "bool needs_inputs) -> (Tensor grad_h0, Tensor grad_weight, Tensor grad_bias, Tensor grad_alpha, Tensor grad_beta, "
@@ -246,8 +247,8 @@ def _implement_solver(backend: str) -> None:
             results = (summed[0].to(weight.dtype), *results[1:])
         return (gradient.clone(), *results)
 
-    _library.implement(NAME, backend, forward)
-    _library.implement(BACKWARD, backend, backward)
+    library.implement(NAME, backend, forward)
+    library.implement(BACKWARD, backend, backward)
 
 
 def _check(state, weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window) -> None:
@@ -283,7 +284,7 @@ def _sequential_kernel(backend: str, like: Tensor) -> str:
         return "reference"
     try:
         return orthogonal_filter.choose_kernel(like.device, like.shape[-1], like.itemsize)
-    except _backends.BackendError:
+    except backends.BackendError:
         return "reference"
 
 
@@ -294,7 +295,7 @@ def sequential_forward(backend: str, filter: Tensor) -> solver.SequentialForward
         if kernel == "reference":
             inputs = _count_by_inputs(h0, layers, steps)
             return solve_sequentially(h0, *shared, inputs, layers.activation, return_states=True)
-        overload = _library.get_overload(orthogonal_filter.NAME, kernel)
+        overload = library.get_overload(orthogonal_filter.NAME, kernel)
         return overload(h0.contiguous(), *shared, layers.inputs, steps, layers.activation, 0, True)[0]
 
     return forward
@@ -323,10 +324,10 @@ def sequential_backward(backend: str, filter: Tensor) -> solver.SequentialBackwa
             )
         else:
             arguments = (*shared, layers.inputs, steps, layers.activation, orthogonal_filter.DEFAULT_SEGMENT)
-            _, checkpoints = _library.get_overload(orthogonal_filter.NAME, kernel)(h0.contiguous(), *arguments, False)
+            _, checkpoints = library.get_overload(orthogonal_filter.NAME, kernel)(h0.contiguous(), *arguments, False)
             needs_scales = gradients.alpha is not None
             needs = (gradients.weight is not None, gradients.bias is not None, needs_scales)
-            grad_h0, *found, _ = _library.get_overload(orthogonal_filter.BACKWARD, kernel)(
+            grad_h0, *found, _ = library.get_overload(orthogonal_filter.BACKWARD, kernel)(
                 grad_output.contiguous(), checkpoints, *arguments, *needs, gradients.inputs is not None, False
             )
         shares = (layers.weight.dim() == 2, layers.bias is not None and layers.bias.dim() == 1, True, True, False)
@@ -365,7 +366,7 @@ class ParallelOrthogonalFilter(Function):
         backend,
     ):
         tensors = (h0, weight, bias, filter, alpha, beta, inputs)
-        forward = _library.get_overload(NAME, backend)
+        forward = library.get_overload(NAME, backend)
         return forward(*tensors, steps, activation, tolerance, window, return_states, keeps)
 
     @staticmethod
@@ -386,7 +387,7 @@ class ParallelOrthogonalFilter(Function):
         _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:7]
         needs = (weight, bias, alpha or beta, inputs)
         functions = _ParallelBackward, _ParallelBackwardForwardMode
-        gradients = _library.apply(*functions, grad_output, checkpoints, *tensors, *ctx.options, *needs)
+        gradients = library.apply(*functions, grad_output, checkpoints, *tensors, *ctx.options, *needs)
         grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
         return (
             grad_h0,
@@ -436,8 +437,8 @@ class _ParallelBackward(orthogonal_filter.OrthogonalFilterBackward):
         options = (weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window)
         # The forward pass did not know that a gradient would be asked for: it was hidden inside torch.func.
         if not keeps:
-            _, checkpoints = _library.get_overload(NAME, backend)(h0, *options, False, True)
-        return _library.get_overload(BACKWARD, backend)(grad_output, checkpoints, *options, *needs)
+            _, checkpoints = library.get_overload(NAME, backend)(h0, *options, False, True)
+        return library.get_overload(BACKWARD, backend)(grad_output, checkpoints, *options, *needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lcw_ops.ops import _library
+from lcw_ops.ops import library
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
@@ -46,7 +46,7 @@ class BackendError(ValueError, RuntimeError):
 def load_extensions() -> None:
     """Load the compiled backends that were built; called once, after every op is declared."""
     for backend, stem in (("cpp", "_C"), ("cuda", "_C_cuda")):
-        reason = _library.load_extension(stem)
+        reason = library.load_extension(stem)
         if reason is not None:
             _extension_missing[backend] = reason
 

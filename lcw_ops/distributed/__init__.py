@@ -25,10 +25,11 @@ from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
 from lcw_ops.nn.orthogonal_filter import OrthogonalFilterMLP, _OrthogonalFilter
-from lcw_ops.ops import _backends, parallel_depth
-from lcw_ops.ops import parallel_depth_solver as solver
-from lcw_ops.ops._precision import full_float32
-from lcw_ops.ops.parallel_depth_frame import Frame, get_frame
+from lcw_ops.ops import backends
+from lcw_ops.ops.parallel_depth import op as parallel_depth
+from lcw_ops.ops.parallel_depth import solver
+from lcw_ops.ops.parallel_depth.frame import Frame, get_frame
+from lcw_ops.ops.precision import full_float32
 from lcw_ops.reference import parallel_depth as reference
 from lcw_ops.reference.orthogonal_filter import scale_tensors, state_dtype
 
@@ -199,7 +200,7 @@ class DepthParallel(_OrthogonalFilter):
         device, like = self.weight.device, torch.empty((), dtype=dtype, device=self.weight.device)
         alpha, beta = scale_tensors(self.alpha, self.beta, self.depth, like)
         tolerance = self.tolerance or solver.default_tolerance(dtype, self.depth)
-        backend = _backends.choose(parallel_depth.SWEEP, device, self.width, dtype.itemsize)
+        backend = backends.choose(parallel_depth.SWEEP, device, self.width, dtype.itemsize)
         return _DepthRecurrence(self.group, self.bounds, self.filter, alpha, beta, self.activation, tolerance, backend)
 
     def full_state_dict(self, rank0_only: bool = False) -> "OrderedDict[str, Tensor]":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcw_ops.ops._precision import full_float32
+from lcw_ops.ops.precision import full_float32
 
 # Steps per graph: starting one costs about as much as a step of a wide net, so a longer one gains little.
 MOST_STEPS = 64

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from lcw_ops.ops import _backends
+from lcw_ops import _checks as checks
+from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.optim._activated import ActivatedOptimizer, attached_hooks, find_running_steps, is_distributed
-from lcw_ops.reference import checks
 from lcw_ops.reference.gradient_activation import KINDS
 
 # In a parameter group: False leaves the group alone, a dict of kind, alpha or beta overrules what is said for all.
@@ -245,7 +245,7 @@ class ActivatedGradients:
             for param in params:
                 by_device.setdefault(param.grad.device, []).append(_local(param.grad))
             for device, grads in by_device.items():
-                calls.append((_backends.choose(ops.NAME, device), grads, *settings))
+                calls.append((backends.choose(ops.NAME, device), grads, *settings))
         _unscale(optimizer)
         for call in calls:
             ops.activate_(*call)
@@ -490,7 +490,7 @@ def _activate_plain(settings: tuple[str, float, float], params: list[Tensor]) ->
     grads = [param.grad for param in params]
     if not all(type(grad) is Tensor and grad.is_cpu and not grad.is_neg() for grad in grads):
         return False
-    return _backends.choose(ops.NAME, torch.device("cpu")) == "cpp" and ops.activate_plain_(grads, *settings)
+    return backends.choose(ops.NAME, torch.device("cpu")) == "cpp" and ops.activate_plain_(grads, *settings)
 
 
 def _unshare(params: list[Tensor]) -> None:
@@ -748,7 +748,7 @@ class _GradientHook:
         _unshare(params)
         for found in params:
             gradient = _local(found.grad)
-            ops.activate_(_backends.choose(ops.NAME, gradient.device), [gradient], *self._function)
+            ops.activate_(backends.choose(ops.NAME, gradient.device), [gradient], *self._function)
 
 
 def _has_hook(param: Tensor) -> bool:

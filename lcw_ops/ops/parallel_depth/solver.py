@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcw_ops.ops._precision import full_float32
-from lcw_ops.ops.parallel_depth_frame import Frame, get_frame
+from lcw_ops.ops.parallel_depth.frame import Frame, get_frame
+from lcw_ops.ops.precision import full_float32
 from lcw_ops.reference import parallel_depth as reference
 
 # Beyond so many sweeps halving the window is cheaper. It is also more than a window of LEAST_WINDOW layers can need: a

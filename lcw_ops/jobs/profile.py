@@ -18,16 +18,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from lcw_ops import data
+from lcw_ops._files import prepare_folder, write_atomically
+from lcw_ops.jobs import data
+from lcw_ops.jobs.arguments import check_memory, filter_bytes, usable_device
+from lcw_ops.jobs.loop import Training, accuracy, evaluation_steps
+from lcw_ops.jobs.progress import progress
+from lcw_ops.jobs.settings import PROFILE_KINDS as KINDS
+from lcw_ops.jobs.settings import ProfileSettings as Settings
+from lcw_ops.jobs.settings import expect
 from lcw_ops.nn import OrthogonalFilterMLP
 from lcw_ops.nn.orthogonal_filter import make_filter
-from lcw_ops.ops import orthogonal_filter as op
+from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
-from lcw_ops.profile.files import prepare_folder, write_atomically
 from lcw_ops.profile.jacobian import JacobianSpectrum
 from lcw_ops.profile.profiler import profile
-from lcw_ops.profile.progress import progress
 from lcw_ops.profile.result import (
     COLUMNS,
     Profile,
@@ -39,11 +44,6 @@ from lcw_ops.profile.result import (
     write_json,
     write_rows,
 )
-from lcw_ops.train.arguments import check_memory, filter_bytes, usable_device
-from lcw_ops.train.loop import Training, accuracy, evaluation_steps
-from lcw_ops.train.settings import PROFILE_KINDS as KINDS
-from lcw_ops.train.settings import ProfileSettings as Settings
-from lcw_ops.train.settings import expect
 
 # In words: residual networks that train at depth normalise, this one does not.
 IN_WORDS = {"orthogonal-filter": "orthogonal-filter", "residual": "un-normalised residual", "plain": "plain"}

@@ -2,8 +2,8 @@
 
 import torch
 
+from lcw_ops.jobs.settings import TrainingSettings
 from lcw_ops.profile import machine
-from lcw_ops.train.settings import TrainingSettings
 
 
 def usable_device(name: str) -> torch.device:

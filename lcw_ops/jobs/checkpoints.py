@@ -17,7 +17,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from lcw_ops.profile.files import prepare_folder, write_atomically
+from lcw_ops._files import prepare_folder, write_atomically
 
 # The newest may be damaged, so one more.
 KEPT = 2

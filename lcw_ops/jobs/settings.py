@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from lcw_ops.train.schedule import SCHEDULES
+from lcw_ops.jobs.schedule import SCHEDULES
 
 # More threads than this per processor only wait for each other; torch would start millions on request.
 THREADS_PER_CPU = 4
@@ -89,7 +89,7 @@ class ProfileSettings(TrainingSettings):
 
     def check(self) -> None:
         # This module imports torch, which the help of the command must not need.
-        from lcw_ops.reference.checks import check_solver
+        from lcw_ops._checks import check_solver
 
         super().check()
         expect(self.kind in PROFILE_KINDS, "kind", self.kind, f"one of {', '.join(PROFILE_KINDS)}")

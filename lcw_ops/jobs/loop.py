@@ -6,8 +6,8 @@ The state is a flat dictionary of tensors. Put back into a new process with as m
 import torch
 from torch import Tensor, nn
 
-from lcw_ops.data import Dataset
-from lcw_ops.train.schedule import SCHEDULES
+from lcw_ops.jobs.data import Dataset
+from lcw_ops.jobs.schedule import SCHEDULES
 
 # Of all weights' gradients, which carry the factor beta = 1/L: Adam's usual 1e-8 would be larger than they are.
 ADAM_EPS = 1e-12

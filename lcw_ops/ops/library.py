@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.autograd import Function
 
-_library = torch.library.Library("lcw_ops", "DEF")
+library = torch.library.Library("lcw_ops", "DEF")
 
 # The dispatch key that an overload's implementation sits on: compiled ones have a device, those in Python take any.
 DISPATCH_KEY = {
@@ -35,25 +35,25 @@ def declare(
     ``vmap`` takes the overload first, then the arguments of ``torch.library.register_vmap``'s function.
     """
     for backend in backends:
-        _library.define(f"{name}.{backend}{schema}")
+        library.define(f"{name}.{backend}{schema}")
         qualified = f"lcw_ops::{name}.{backend}"
         if fake is not None:
-            torch.library.register_fake(qualified, fake, lib=_library)
+            torch.library.register_fake(qualified, fake, lib=library)
         if autocast_dtype is not None:
             for device_type in ("cpu", "cuda"):
-                torch.library.register_autocast(qualified, device_type, autocast_dtype, lib=_library)
+                torch.library.register_autocast(qualified, device_type, autocast_dtype, lib=library)
         if vmap is not None:
             overload = get_overload(name, backend)
             torch.library.register_vmap(
                 qualified,
                 lambda info, in_dims, *args, overload=overload: vmap(overload, info, in_dims, *args),
-                lib=_library,
+                lib=library,
             )
 
 
 def implement(name: str, backend: str, function: Callable, key: str | None = None) -> None:
     """Give a backend written in Python (Triton launchers) its implementation; or any, what it does on one ``key``."""
-    _library.impl(f"{name}.{backend}", function, key or DISPATCH_KEY[backend])
+    library.impl(f"{name}.{backend}", function, key or DISPATCH_KEY[backend])
 
 
 def get_overload(name: str, backend: str) -> torch._ops.OpOverload:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops.ops import _backends, _library
-from lcw_ops.ops.orthogonal_filter_crossover import fastest_kernel
+from lcw_ops.ops import backends, library
+from lcw_ops.ops.orthogonal_filter.crossover import fastest_kernel
 from lcw_ops.reference.orthogonal_filter import (
     ACTIVATIONS,
     count_steps,
@@ -108,7 +108,7 @@ def _backward_vmap(overload, info, in_dims, *arguments):
     return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * 7
 
 
-_library.declare(
+library.declare(
     NAME,
     f"(Tensor h0, {_ARGUMENTS}, bool return_states) -> (Tensor output, Tensor checkpoints)",
     backends=("cpp", "cuda", "triton", GRAPH),
@@ -116,7 +116,7 @@ _library.declare(
     autocast_dtype=torch.float32,
     vmap=forward_vmap,
 )
-_library.declare(
+library.declare(
     BACKWARD,
     f"(Tensor grad_output, Tensor checkpoints, {_ARGUMENTS}, bool needs_weight, bool needs_bias, bool needs_scales, "
     "bool needs_inputs, bool needs_states) -> (Tensor grad_h0, Tensor grad_weight, Tensor grad_bias, "
@@ -133,10 +133,10 @@ def choose_kernel(device: torch.device, width: int, itemsize: int) -> str:
 
     On GPUs by the crossover table. BackendError when an explicit request cannot be met.
     """
-    capability = _backends.compute_capability(device)
+    capability = backends.compute_capability(device)
     # Measured in float32; a layer in float64 takes the room of one twice as wide.
     fastest = None if capability is None else fastest_kernel(width * itemsize // 4, capability)
-    return _backends.choose(NAME, device, width, itemsize, first=fastest)
+    return backends.choose(NAME, device, width, itemsize, first=fastest)
 
 
 def _implement_in_python(backend: str, module: str) -> None:
@@ -172,16 +172,16 @@ def _implement_in_python(backend: str, module: str) -> None:
             grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
         )
 
-    _library.implement(NAME, backend, forward)
-    _library.implement(BACKWARD, backend, backward)
+    library.implement(NAME, backend, forward)
+    library.implement(BACKWARD, backend, backward)
 
 
 def check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
     """Whatever calls the op, a kernel never reads out of bounds."""
     rows, width = state.shape[-2:]
-    reason = _backends.width_reason(NAME, backend, width, state.itemsize)
+    reason = backends.width_reason(NAME, backend, width, state.itemsize)
     if reason is not None:
-        raise _backends.BackendError(f"{NAME}: {reason}")
+        raise backends.BackendError(f"{NAME}: {reason}")
 
     def fits(tensor, *shapes):
         return tensor is None or tuple(tensor.shape) in shapes
@@ -213,10 +213,10 @@ def check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, s
 
 
 _implement_in_python("triton", "lcw_ops.kernels.orthogonal_filter")
-_implement_in_python(GRAPH, "lcw_ops.ops.orthogonal_filter_graph")
-_backends.IMPLEMENTED[NAME] = ("cpp", "cuda", "triton", GRAPH)
+_implement_in_python(GRAPH, "lcw_ops.ops.orthogonal_filter.graph")
+backends.IMPLEMENTED[NAME] = ("cpp", "cuda", "triton", GRAPH)
 # Matrices of 128 x 128 in float32 are what one program can hold.
-_backends.MAX_ROW_BYTES[NAME, "triton"] = 512
+backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 
 
 def keeps_all_states(weight: Tensor, return_states: bool, backend: str) -> bool:
@@ -234,7 +234,7 @@ class OrthogonalFilter(Function):
 
     @staticmethod
     def forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend):
-        forward = _library.get_overload(NAME, backend)
+        forward = library.get_overload(NAME, backend)
         if keeps_all_states(weight, return_states, backend):
             segment = 0
         return forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states)
@@ -262,7 +262,7 @@ class OrthogonalFilter(Function):
         needs = (weight, bias, alpha or beta, inputs)
         options = (ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend)
         functions = OrthogonalFilterBackward, OrthogonalFilterBackwardForwardMode
-        gradients = _library.apply(*functions, grad_output, checkpoints, *tensors, *options, *needs)
+        gradients = library.apply(*functions, grad_output, checkpoints, *tensors, *options, *needs)
         grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
         return (
             grad_h0,
@@ -315,10 +315,10 @@ class OrthogonalFilterBackward(Function):
         # Without checkpoints the forward pass did not know that a gradient would be asked for (it was hidden inside
         # torch.func).
         if not segment and not keeps_all_states(weight, return_states, backend):
-            _, checkpoints = _library.get_overload(NAME, backend)(h0, *shared, DEFAULT_SEGMENT, False)
+            _, checkpoints = library.get_overload(NAME, backend)(h0, *shared, DEFAULT_SEGMENT, False)
         segment = segment or DEFAULT_SEGMENT
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs, False)
-        return _library.get_overload(BACKWARD, backend)(grad_output, checkpoints, *shared, segment, *needs)[:6]
+        return library.get_overload(BACKWARD, backend)(grad_output, checkpoints, *shared, segment, *needs)[:6]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -407,8 +407,8 @@ def state_gradients(grad_output, h0, weight, bias, filter, alpha, beta, inputs, 
     if backend == "reference":
         return orthogonal_filter_backward(grad_output, h0, *shared, activation, return_states=grad_output.dim() == 3)
     steps = count_steps(*shared)
-    _, checkpoints = _library.get_overload(NAME, backend)(h0, *shared, steps, activation, segment, False)
+    _, checkpoints = library.get_overload(NAME, backend)(h0, *shared, steps, activation, segment, False)
     needs = (True, bias is not None, True, inputs is not None, True)
-    return _library.get_overload(BACKWARD, backend)(
+    return library.get_overload(BACKWARD, backend)(
         grad_output, checkpoints, *shared, steps, activation, segment, *needs
     )
