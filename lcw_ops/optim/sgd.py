@@ -1,22 +1,21 @@
 """SGD with activated gradients, drop-in for torch.optim.SGD.
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228;
-both places of the activation are the authors' code's.
+the authors' code has both places of the activation.
 """
 
 import functools
 import operator
-from collections.abc import Callable
-from itertools import chain
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lcw_ops import _checks as checks
-from lcw_ops.ops import backends
+from lcw_ops import _torch
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, memory_of, split
+from lcw_ops.optim._activated import ActivatedOptimizer, Gathered
 from lcw_ops.reference.gradient_activation import PLACES
 
 
@@ -52,6 +51,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     """
 
     _torch_optimizer = torch.optim.SGD
+    _op = ops.SGD_STEP
     _takes_sparse = True
     _options = (*ActivatedOptimizer._options, "activate")
     _watched = operator.itemgetter(*_options, "differentiable")
@@ -92,7 +92,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         super()._check_options(group)
         checks.check_choice(self._name(), "activate", group["activate"], PLACES)
 
-    @torch._disable_dynamo
+    @_torch.never_traced
     def load_state_dict(self, state_dict: dict) -> None:
         """torch's, except that a momentum buffer keeps its dtype where the parameter's gradients have one of their own.
 
@@ -110,7 +110,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
                 if group["gradient_activation"] is not None and _is_wide_buffer(buffer, param):
                     self.state[param]["momentum_buffer"] = buffer.to(param.device)
 
-        # The user's hooks may change what is loaded: this reads it after them, and writes before those that come later.
+        # The user's hooks may change the state_dict. Read it after them, and write before hooks that run later.
         before = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
         after = self.register_load_state_dict_post_hook(keep_wide_buffers, prepend=True)
         try:
@@ -119,58 +119,47 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             before.remove()
             after.remove()
 
-    def _gather(self, index: int, group: dict) -> list[Callable[[], None]]:
-        group = self._checked_group(index, group)
-        params, grads, found = [], [], []
-        self._init_group(group, params, grads, found)
-        owners = list(params)
-        is_first = [buffer is None for buffer in found] if found else [False] * len(params)
+    def _gather(self, index: int, group: dict, params: list[Tensor], grads: list[Tensor]) -> Gathered:
+        if group["fused"]:
+            # torch's own check of devices and dtypes, which it makes at the first step.
+            self._init_group({**group, "params": params}, [], [], [])
+        buffers = [self.state[param].get("momentum_buffer") for param in params] if group["momentum"] != 0 else []
+        step = functools.partial(
+            ops.sgd_step_,
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            weight_decay=float(group["weight_decay"]),
+            nesterov=bool(group["nesterov"]),
+            maximize=bool(group["maximize"]),
+            is_first=False,
+            activate=group["activate"],
+            kind=group["gradient_activation"],
+            alpha=float(group["alpha"]),
+            beta=float(group["beta"]),
+        )
+        if not any(map(operator.is_, buffers, repeat(None))):
+            return Gathered({"momentum_buffer": buffers}, (), [step] * len(params))
+        first_step = functools.partial(step, is_first=True)
+        steps = [first_step if buffer is None else step for buffer in buffers]
         decays = float(group["weight_decay"]) != 0
         buffers = [
             torch.empty_like(param, dtype=_dtype_of_buffer(param, grad, decays)) if buffer is None else buffer
-            for param, grad, buffer in zip(params, grads, found, strict=False)
+            for param, grad, buffer in zip(params, grads, buffers, strict=True)
         ]
-        kept = list(buffers)
-        states = [buffers] if buffers else []
-        memory = memory_of(params, buffers)
-        if memory is None or memory != self._checked_memory.get(index):
-            self._check_tensors(index, params, grads, {"momentum_buffer": buffers} if buffers else {})
-            self._checked_memory[index] = memory
-        mixed = are_mixed(params, grads, *states)
-        if any(mixed):
-            self._check_gradients(index, grads)
-            self._check_dtypes(index, params, buffers)
-        self._localize(params, grads, *states)
-        calls = []
-        keys = [param.device for param in params], is_first, *([mixed] if any(mixed) else [])
-        for (device, first, *_), take in split(*keys).items():
-            calls.append(
-                functools.partial(
-                    ops.sgd_step_,
-                    backends.choose(ops.SGD_STEP, device),
-                    take(params),
-                    take(grads),
-                    take(buffers),
-                    lr=float(group["lr"]),
-                    momentum=float(group["momentum"]),
-                    dampening=float(group["dampening"]),
-                    weight_decay=float(group["weight_decay"]),
-                    nesterov=bool(group["nesterov"]),
-                    maximize=bool(group["maximize"]),
-                    is_first=first,
-                    activate=group["activate"],
-                    kind=group["gradient_activation"],
-                    alpha=float(group["alpha"]),
-                    beta=float(group["beta"]),
-                )
-            )
-        if any(is_first):
-            # The op writes these without reading them: they become state only then.
-            calls.append(functools.partial(self._keep_buffers, owners, kept))
-        return calls
+        # The op writes a first buffer without reading it: it becomes state only after that.
+        keep = functools.partial(self._keep_buffers, list(params), list(buffers))
+        return Gathered({"momentum_buffer": buffers}, (), steps, (keep,))
 
-    def _check_dtypes(self, index: int, params: list[Tensor], buffers: list[Tensor]) -> None:
-        """Any floating dtype will do, as in torch's step: that of a first gradient, or what load_state_dict left."""
+    def _check_dtypes(
+        self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
+    ) -> None:
+        """Refuse buffers that are not floating point. Any floating dtype will do, as in torch's step.
+
+        It is the dtype of the first gradient, or the one that ``load_state_dict`` left.
+        """
+        super()._check_dtypes(index, params, grads, states)
+        buffers = states["momentum_buffer"]
         for param, buffer in zip(params, buffers, strict=bool(buffers)):
             if buffer.dtype not in checks.FLOATING:
                 raise TypeError(
@@ -184,7 +173,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
 
 
 def _is_wide_buffer(buffer: object, param: Tensor) -> bool:
-    """Whether the parameter's dtype cannot hold its numbers, and the parameter may get gradients in another dtype."""
+    """Whether the parameter's dtype cannot hold the buffer's numbers, and its gradients may come in another dtype."""
     return (
         isinstance(buffer, Tensor)
         and buffer.is_floating_point()
@@ -195,7 +184,7 @@ def _is_wide_buffer(buffer: object, param: Tensor) -> bool:
 
 
 def _dtype_of_buffer(param: Tensor, grad: Tensor, decays: bool) -> torch.dtype:
-    """torch's buffer is a clone of the first gradient, to which the decay has been added."""
+    """The dtype of torch's buffer, a clone of the first gradient to which the decay has been added."""
     if grad.dtype not in checks.FLOATING:
         return param.dtype
     return torch.promote_types(param.dtype, grad.dtype) if decays else grad.dtype
