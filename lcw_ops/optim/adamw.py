@@ -7,6 +7,7 @@ the authors' code activates the raw gradient, before decay and moments.
 import functools
 import operator
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -233,7 +234,7 @@ def _are_plain_counts(steps: list[Tensor]) -> bool:
 def _has_negative(steps: list[Tensor]) -> bool:
     """Whether a count is negative or NaN. Counts on a GPU are left out: reading them would wait for the GPU."""
     on_cpu = list(filter(_IS_CPU, steps))
-    return bool(on_cpu) and not torch.stack(on_cpu).min().item() >= 0
+    return not all(map(operator.le, repeat(0.0), map(Tensor.item, on_cpu)))
 
 
 def _step(backend: str, *lists: list[Tensor], **options) -> None:
