@@ -5,6 +5,7 @@ states and check everything; the limits hold for the steps after them.
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def trip(function) -> tuple[int, int]:
         function()
     finally:
         sys.setprofile(None)
-    return calls, sum(one != other for one, other in zip(files, files[1:], strict=False))
+    return calls, sum(one != other for one, other in pairwise(files))
 
 
 def trip_of_a_step(make) -> tuple[int, int]:
