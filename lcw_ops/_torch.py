@@ -7,6 +7,8 @@ This file holds every private name of torch that this takes, behind a plain one.
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +168,8 @@ def running_steps() -> list[torch.optim.Optimizer]:
     A subclass whose step calls ``super().step()`` is listed twice: torch runs the hooks around the step of every class
     of which it has made an optimizer. The list is read from the stack, because a step that raised leaves the stack too.
     """
-    frame, found = sys._getframe(1), []
+    frame: FrameType | None = sys._getframe(1)
+    found: list[torch.optim.Optimizer] = []
     while frame is not None:
         code = frame.f_code
         # Compare names: while torch.compile traces, another code object runs.
@@ -222,7 +225,7 @@ def state_of_optimizer_hooks(before_step: dict, before_load: dict) -> dict:
 
 def step_without_hooks(optimizer: type[torch.optim.Optimizer]) -> Callable:
     """The step that a class defines: torch wraps it when the first optimizer of the class is made."""
-    step = optimizer.step
+    step: Any = optimizer.step
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
@@ -239,9 +242,9 @@ def divide_by_scale_(grads: list[Tensor], inverse_scale: Tensor) -> None:
     torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse_scale)
 
 
-def gradient_hooks(param: Tensor) -> dict[int, Callable]:
+def gradient_hooks(param: Tensor) -> OrderedDict[int, Callable]:
     """The hooks of ``register_post_accumulate_grad_hook`` on a parameter, by the id of their handles."""
-    return getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    return getattr(param, "_post_accumulate_grad_hooks", None) or OrderedDict()
 
 
 def relink_gradient_hooks(param: Tensor) -> None:
@@ -251,4 +254,4 @@ def relink_gradient_hooks(param: Tensor) -> None:
 
 def wrap_conversions(wrap: Callable) -> None:
     """Put ``wrap(apply)`` in the place of the method that converts every module: ``.to``, ``.half``, ``.to_empty``."""
-    torch.nn.Module._apply = wrap(torch.nn.Module._apply)
+    torch.nn.Module._apply = wrap(torch.nn.Module._apply)  # type: ignore[method-assign]

@@ -5,6 +5,7 @@ states and check everything; the limits hold for the steps after them.
 """
 
 import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 import lcw_ops
 from lcw_ops import optim
 from lcw_ops.ops import backends
+from lcw_ops.optim import _activated
 from lcw_ops.ops import gradient_activation as ops
 
 PACKAGE = str(Path(lcw_ops.__file__).parent)
@@ -43,6 +45,12 @@ def trip(function) -> tuple[int, int]:
     finally:
         sys.setprofile(None)
     return calls, sum(one != other for one, other in pairwise(files))
+
+
+@pytest.fixture(autouse=True)
+def no_hooks(monkeypatch):
+    """Without the hooks of other tests: while one is alive, a step looks for optimizers around it."""
+    monkeypatch.setattr(_activated, "attached_hooks", weakref.WeakSet())
 
 
 def trip_of_a_step(make) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, compress, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ _ACTIVATION = operator.itemgetter("gradient_activation")
 _DEVICE, _DTYPE, _GRAD, _LAYOUT = map(operator.attrgetter, ("device", "dtype", "grad", "layout"))
 
 # The hooks of lcw_ops.activate_gradients in this process. An optimizer does not know which wrappers hold it.
-attached_hooks = weakref.WeakSet()
+attached_hooks: weakref.WeakSet = weakref.WeakSet()
 
 
 class Gathered(NamedTuple):
@@ -50,11 +50,11 @@ class Gathered(NamedTuple):
 
     states: dict[str, list[Tensor]]
     counts: tuple[list[Tensor], ...]
-    steps: list[Callable[..., None]]
+    steps: Sequence[partial[None]]
     afterwards: tuple[Callable[[], None], ...] = ()
 
 
-def is_distributed(tensor: object) -> bool:
+def is_distributed(tensor: object) -> TypeGuard[Any]:
     """Whether it is a DTensor, whose part on this process ``to_local`` gives. Does not import torch.distributed."""
     return type(tensor) not in _LOCAL_TYPES and hasattr(tensor, "to_local")
 
@@ -66,10 +66,11 @@ def split(*keys: Sequence) -> dict[tuple, Callable[[list], list]]:
     places: dict[tuple, list[int]] = {}
     for place, key in enumerate(zip(*keys, strict=True)):
         places.setdefault(key, []).append(place)
-    return {
-        key: lambda column, chosen=chosen: [column[place] for place in chosen] if column else []
-        for key, chosen in places.items()
-    }
+    return {key: partial(_take, chosen) for key, chosen in places.items()}
+
+
+def _take(places: list[int], column: list) -> list:
+    return [column[place] for place in places] if column else []
 
 
 class ActivatedOptimizer(torch.optim.Optimizer):
@@ -188,7 +189,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self, value: bool) -> None:
         self._fused_step_scales = value
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Make one step on the gradients as they are: accumulated, unscaled, clipped.
 
         Args:
@@ -299,7 +300,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         """The states of these parameters, and the calls of the op that the group's options ask for."""
         raise NotImplementedError
 
-    def _checked_steps(self, index: int, params: list[Tensor], gathered: Gathered) -> list[Callable[..., None]]:
+    def _checked_steps(self, index: int, params: list[Tensor], gathered: Gathered) -> Sequence[partial[None]]:
         """``gathered.steps``, after checks that need the tensors' numbers."""
         return gathered.steps
 
@@ -394,9 +395,10 @@ def _localize(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) 
     """Replace the DTensors in the lists by their local parts."""
     for place, param in enumerate(params):
         if is_distributed(param):
-            if grads[place].placements != param.placements:
-                grads[place] = grads[place].redistribute(param.device_mesh, param.placements)
-            for tensors in (params, grads, *filter(None, states)):
+            lists: list[list[Any]] = [params, grads, *filter(None, states)]
+            if lists[1][place].placements != param.placements:
+                grads[place] = lists[1][place].redistribute(param.device_mesh, param.placements)
+            for tensors in lists:
                 tensors[place] = tensors[place].to_local()
 
 

@@ -1,5 +1,6 @@
 """The gradients that the hooks activate: which ones a hook may write to, and what happens to them before it does."""
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -9,6 +10,8 @@ from lcw_ops import _checks, _torch
 from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.optim._activated import is_distributed
 from lcw_ops.reference.gradient_activation import KINDS
+
+_GRAD = operator.attrgetter("grad")
 
 
 def check_function(name: str, kind: str, alpha: float, beta: float) -> None:
@@ -61,6 +64,11 @@ def with_gradient(where: str, params: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
+def gradients_of(params: list[Tensor]) -> list[Tensor]:
+    """``.grad`` of each parameter, for parameters that have one."""
+    return list(map(_GRAD, params))
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this process holds; any other tensor as it is."""
     return tensor.to_local() if type(tensor) is not Tensor and is_distributed(tensor) else tensor
@@ -69,14 +77,14 @@ def local(tensor: Tensor) -> Tensor:
 def unshare(params: list[Tensor]) -> None:
     """Give the gradients memory of their own: an element that two gradients share would be activated twice."""
     params = [param for param in params if param.grad is not None and param.grad.layout is torch.strided]
-    for param in params:
+    for param, grad in zip(params, gradients_of(params), strict=True):
         # torch negates this view only when it reads it, so the kernels cannot write through it.
-        if param.grad.is_neg():
-            param.grad = param.grad.resolve_neg()
-    grads = [local(param.grad) for param in params]
+        if grad.is_neg():
+            param.grad = grad.resolve_neg()
+    grads = [local(grad) for grad in gradients_of(params)]
     if any(map(ops.may_overlap, grads)) or ops.find_shared(grads) is not None:
-        for param in params:
-            param.grad = param.grad.clone()
+        for param, grad in zip(params, gradients_of(params), strict=True):
+            param.grad = grad.clone()
 
 
 def unscale(optimizer: torch.optim.Optimizer) -> None:
@@ -94,4 +102,4 @@ def unscale(optimizer: torch.optim.Optimizer) -> None:
     inverse = scale.double().reciprocal().float()
     for (device, _), same in by_kind.items():
         _torch.divide_by_scale_(same, inverse.to(device))
-    optimizer.grad_scale = None
+    optimizer.grad_scale = None  # type: ignore[attr-defined]

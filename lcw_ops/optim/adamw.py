@@ -6,8 +6,9 @@ the authors' code activates the raw gradient, before decay and moments.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         super()._check_tensors(index, params, grads, gathered)
         self._counts_are_plain[index] = _are_plain_counts(*gathered.counts)
 
-    def _checked_steps(self, index: int, params: list[Tensor], gathered: Gathered) -> list[Callable[..., None]]:
+    def _checked_steps(self, index: int, params: list[Tensor], gathered: Gathered) -> Sequence[functools.partial[None]]:
         (counts,), steps = gathered.counts, gathered.steps
         are_plain = self._counts_are_plain[index]
         if not are_plain or any(map(_IS_META, counts)) or _has_negative(counts):
@@ -237,7 +238,7 @@ def _has_negative(steps: list[Tensor]) -> bool:
     return not all(map(operator.le, repeat(0.0), map(Tensor.item, on_cpu)))
 
 
-def _step(backend: str, *lists: list[Tensor], **options) -> None:
+def _step(backend: str, *lists: Any, **options: Any) -> None:
     """Step parameters with plain counts, all on the CPU or all beside the parameters."""
     *_, steps = lists
     _count(steps, 1.0)
@@ -257,10 +258,11 @@ def _count(steps: list[Tensor], by: float) -> None:
         torch._foreach_add_(steps, by)
 
 
-def _step_with_own_counts(backend: str, *lists: list[Tensor], **options) -> None:
+def _step_with_own_counts(backend: str, *lists: Any, **options: Any) -> None:
     """Step with counts in any dtype, shape and place: loaded, or made by torch under a float64 default dtype."""
     *tensors, steps = lists
     counts = [(step + 1).to(tensors[0][0].device, torch.float32).reshape(()) for step in steps]
-    ops.adamw_step_(backend, *tensors, counts, **options)
+    with_counts = *tensors, counts
+    ops.adamw_step_(backend, *with_counts, **options)
     for step in steps:
         step += 1

@@ -10,6 +10,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from lcw_ops import _torch
 from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.optim._activated import ActivatedOptimizer, attached_hooks
-from lcw_ops.optim._gradients import check_function, local, unscale, unshare, with_gradient
+from lcw_ops.optim._gradients import check_function, gradients_of, local, unscale, unshare, with_gradient
 from lcw_ops.optim._wrappers import contains, find_stepping, held_at_any_depth
 
 # Users import these from here, and pickles name them here.
@@ -111,8 +112,8 @@ def activate_gradients(
     activation = ActivatedGradients(optimizer, kind, alpha, beta, params)
     for index, group in enumerate(optimizer.param_groups):
         activation.settings(optimizer, index, group)
-    around = (handle.optimizer() for handle in list(attached_hooks))
-    around = [other for other in around if other is not None and contains(held_at_any_depth(other), optimizer)]
+    activated = (handle.optimizer() for handle in list(attached_hooks))
+    around = [other for other in activated if other is not None and contains(held_at_any_depth(other), optimizer)]
     for other in (*held_at_any_depth(optimizer), *around):
         activation.check_apart(optimizer, other)
     activation.attach(optimizer)
@@ -233,23 +234,25 @@ class ActivatedGradients:
     @torch.no_grad()
     def _activate(self, optimizer: torch.optim.Optimizer) -> None:
         wanted = None if self.params is None else set(map(id, self.params))
-        chosen: dict[tuple | None, list[Tensor]] = {}
+        chosen: dict[tuple[str, float, float], list[Tensor]] = {}
+        # Whether one call of the kernel may take all gradients, with the same settings.
+        is_plain = wanted is None and getattr(optimizer, "grad_scale", None) is None
         for index, group in enumerate(optimizer.param_groups):
             params = group["params"] if wanted is None else [param for param in group["params"] if id(param) in wanted]
             settings = self.settings(optimizer, index, group)
-            if settings is not None:
-                params = with_gradient(f"activate_gradients: param_groups[{index}]", params)
+            if settings is None:
+                is_plain = False
+                continue
+            params = with_gradient(f"activate_gradients: param_groups[{index}]", params)
             chosen.setdefault(settings, []).extend(params)
-        is_plain = wanted is None and None not in chosen and getattr(optimizer, "grad_scale", None) is None
         if is_plain and len(chosen) == 1 and _activate_plain(*next(iter(chosen.items()))):
             return
-        chosen.pop(None, None)
         unshare([param for group in optimizer.param_groups for param in group["params"]])
         calls = []
         for settings, params in chosen.items():
             by_device: dict[torch.device, list[Tensor]] = {}
-            for param in params:
-                by_device.setdefault(param.grad.device, []).append(local(param.grad))
+            for grad in gradients_of(params):
+                by_device.setdefault(grad.device, []).append(local(grad))
             for device, grads in by_device.items():
                 calls.append((backends.choose(ops.NAME, device), grads, *settings))
         unscale(optimizer)
@@ -318,7 +321,7 @@ class _StateWithActivation:
         self._optimizer = weakref.ref(optimizer)
 
     def __call__(self) -> dict:
-        optimizer = self._optimizer()
+        optimizer = cast(torch.optim.Optimizer, self._optimizer())
         activations = _activations(optimizer)
         return {
             **type(optimizer).__getstate__(optimizer),
@@ -372,7 +375,7 @@ def _check_params(name: str, optimizer: torch.optim.Optimizer, params: Iterable[
 
 def _activate_plain(settings: tuple[str, float, float], params: list[Tensor]) -> bool:
     """Activate in one call of the C++ kernel, which checks the layouts itself. Returns False if it wrote nothing."""
-    grads = [param.grad for param in params]
+    grads = gradients_of(params)
     if not all(type(grad) is Tensor and grad.is_cpu and not grad.is_neg() for grad in grads):
         return False
     return backends.choose(ops.NAME, torch.device("cpu")) == "cpp" and ops.activate_plain_(grads, *settings)

@@ -12,7 +12,7 @@ from lcw_ops import _torch
 from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.optim._activated import is_distributed
-from lcw_ops.optim._gradients import check_function, local, unshare, with_gradient
+from lcw_ops.optim._gradients import check_function, gradients_of, local, unshare, with_gradient
 
 
 def register_gradient_hook(
@@ -189,7 +189,8 @@ def _add_to_own(module: nn.Module, hooked: list[tuple[GradientHooks, str]]) -> N
         hooks.add_own(module)
     # A parameter that was frozen since keeps the hook, for when it is trained again. Its replacement gets it too.
     for hooks, name in hooked:
-        hooks.add_frozen(module._parameters[name])
+        if (param := module._parameters[name]) is not None:
+            hooks.add_frozen(param)
 
 
 def _add_after(apply: Callable) -> Callable:
@@ -239,8 +240,7 @@ class _GradientHook:
             return
         params = with_gradient("register_gradient_hook", [param])
         unshare(params)
-        for found in params:
-            gradient = local(found.grad)
+        for gradient in map(local, gradients_of(params)):
             ops.activate_(backends.choose(ops.NAME, gradient.device), [gradient], *self._function)
 
 
