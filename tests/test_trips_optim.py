@@ -16,8 +16,8 @@ from torch import nn
 import lcw_ops
 from lcw_ops import optim
 from lcw_ops.ops import backends
-from lcw_ops.optim import _activated
 from lcw_ops.ops import gradient_activation as ops
+from lcw_ops.optim import _activated
 
 PACKAGE = str(Path(lcw_ops.__file__).parent)
 
