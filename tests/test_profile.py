@@ -864,7 +864,7 @@ def test_solves_in_words():
             solve(layers=1000, sweeps=0, contraction=math.nan, residual=0.0, error=0.0),
         ]
     )
-    assert result_module._solves_in_words(gone) == "1 window given up, 1,000 layers one after the other"
+    assert result_module._solves_in_words(gone) == "1 window given up, 1,000 layers sequentially"
     assert math.isnan(gone.largest_error)
 
 

@@ -1,4 +1,4 @@
-"""report.png: what the gradient and the signal go through in the three kinds of nets of ``lcw-ops profile``."""
+"""report.png of ``lcw-ops profile``: gradient and signal along the depth of three kinds of nets, and the training."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ LEFT = 0.02
 
 
 def plot_report(report: Report, path: str | Path) -> None:
-    """report.png of the main job: what the gradient and the signal go through in the three kinds of nets."""
+    """Draw report.png. Raises OSError when the file cannot be written."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH)
         FigureCanvasAgg(figure)
@@ -40,7 +40,7 @@ def plot_report(report: Report, path: str | Path) -> None:
 
 
 def _line_of_text(figure: Figure, height: float, words: str, fontsize: float, **style) -> None:
-    """Across the whole figure, smaller where the words would not fit."""
+    """Write across the whole figure, in a smaller font if the words would not fit."""
     text = figure.text(LEFT, height, words, fontsize=fontsize, va="center", **style)
     share = text.get_window_extent(figure.canvas.get_renderer()).width / figure.bbox.width
     # 3 % to spare: glyphs of another size are not quite proportional.
@@ -67,7 +67,7 @@ def _article(kind: str) -> str:
 
 
 def gradient_fate(norms: np.ndarray) -> str:
-    """What becomes of the gradient on its way from the last layer (``norms[-1]``) to the first, in words."""
+    """The fate of the gradient on its way from the last layer (``norms[-1]``) to the first, in words."""
     if not np.isfinite(norms).all():
         return f"overflows at layer {np.flatnonzero(~np.isfinite(norms))[-1] + 1:,}"
     if (norms < SMALLEST).any():
@@ -111,7 +111,7 @@ def _state_panel(axes: Axes, report: Report) -> None:
 
 
 def _bounded_line(report: Report) -> str:
-    """Which of the chosen kind's two lines the bounds are for: they follow from its weights as they are at the end."""
+    """The words that say which line of the chosen kind the bounds are for: they follow from its weights at the end."""
     return " of the dashed line" if report.history.loss else ""
 
 

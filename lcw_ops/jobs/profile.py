@@ -1,8 +1,8 @@
-"""The main job, ``lcw-ops profile``: train a very deep network on real images, then show what its gradient crossed.
+"""The command ``lcw-ops profile``: train a very deep network on real images, then show its gradient layer by layer.
 
 Three kinds of one class: the orthogonal-filter net (convex, beta = 1/L), the residual net (h + act(W h + b)) and the
-plain one (act(W h + b)). All three are measured as they are initialised, and the chosen one once more after training,
-in full.
+plain one (act(W h + b)). All three are measured as they are initialised, and the chosen one once more, in full, after
+training.
 """
 
 import gc
@@ -36,7 +36,7 @@ from lcw_ops.profile.result import write_json
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
 
-# Per layer of the report: its rows in four tables, as numbers and as the text of a CSV.
+# The memory of one layer in the report: its rows in four tables, as numbers and as the text of a CSV.
 ROW_BYTES = 2000
 
 
@@ -52,10 +52,10 @@ def make_network(kind: str, settings: Settings, features: int, classes: int) -> 
         "orthogonal-filter": {"filter": filter, **solver},
         # h + act(W h + b): the identity as filter, both branches in full.
         "residual": {"filter": "identity", "alpha": 1.0, "beta": 1.0},
-        # act(W h + b): the filter's branch is switched off.
+        # act(W h + b): without the filter's branch.
         "plain": {"filter": "identity", "alpha": 0.0, "beta": 1.0},
     }[kind]
-    # Again from the seed: drawing the filter took random numbers, more or fewer by its kind.
+    # Seed again: drawing the filter took random numbers, and each kind of filter takes another number of them.
     torch.manual_seed(settings.seed)
     model = OrthogonalFilterMLP(
         features, settings.width, settings.depth, classes, activation=settings.activation, device="cpu", **scales
@@ -64,23 +64,23 @@ def make_network(kind: str, settings: Settings, features: int, classes: int) -> 
 
 
 def run(settings: Settings) -> int:
-    """The whole job; prints its progress and a table, writes ``REPORT_FILES`` into ``settings.out``.
+    """Run the command: print progress and a table, and write ``REPORT_FILES`` into ``settings.out``.
 
-    Returns the exit code: 0; 130 after Ctrl-C and 1 after a failure, both with a line that says which files there are.
+    Returns the exit code: 0; 130 after Ctrl-C and 1 after a failure, both with a line that lists the files there are.
 
     Raises:
-        ValueError, OSError, ImportError: before any work, when an argument, the data or the folder is at fault.
+        ValueError, OSError, ImportError: before any work, if an argument, the data or the folder is wrong.
     """
     settings.check()
     device = usable_device(settings.device)
-    # A request for a backend that cannot be met shows here, and not after an hour.
+    # Refuse a backend request that cannot be met now, and not after an hour.
     op.choose_kernel(device, settings.width, torch.float32.itemsize)
     dataset = data.load(settings.data, settings.seed)
     expect(
         settings.batch <= len(dataset.x_train), "batch", settings.batch, f"at most the {len(dataset.x_train)} samples"
     )
     check_memory(settings, *needed_bytes(settings, dataset.features + dataset.classes), device)
-    # A wrong filter or activation shows in a net of one layer too, without the 800 MB.
+    # A wrong filter or activation shows in a net of one layer too, which does not take 800 MB.
     make_network(settings.kind, Settings(**{**asdict(settings), "depth": 1}), dataset.features, dataset.classes)
     folder = prepare_folder(settings.out)
     _require_matplotlib()
@@ -103,14 +103,14 @@ def run(settings: Settings) -> int:
 
 
 def needed_bytes(settings: Settings, ends: int) -> tuple[int, int]:
-    """(on the device, of the filter on the CPU) that a run holds at the least; ``ends``: features and classes.
+    """The least memory of a run, (on the device, of the filter on the CPU); ``ends``: features and classes.
 
     Weights and their gradients, with training Adam's two moments as well, and the rows of the report.
     """
     width = settings.width
     parameters = settings.depth * width * (width + 1) + ends * (width + 1)
     network = 4 * parameters * (4 if settings.steps else 2) + ROW_BYTES * settings.depth
-    # The other kinds have the identity.
+    # The other kinds have the identity as filter.
     filter = settings.filter if settings.kind == "orthogonal-filter" else "identity"
     return network, filter_bytes(filter, width)
 
@@ -135,11 +135,11 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Re
         "samples",
         flush=True,
     )
-    # One batch, the same for all kinds.
+    # All kinds are measured on the same batch.
     inputs, targets = dataset.x_train[: settings.batch], dataset.y_train[: settings.batch]
     initial = {settings.kind: initial_norms(model, inputs, targets)} if settings.steps else {}
     history = train(model, dataset, settings)
-    # Once more: on a machine that others use too, the better of two moments is closer to what it can do.
+    # Measure again: on a shared machine the better of two measurements is closer to the machine's peak.
     matmul_rate = max(matmul_rate, machine.matmul_rate(device))
     profiles = {}
     kinds = (settings.kind, *(kind for kind in KINDS if kind != settings.kind))
@@ -160,7 +160,7 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Re
 
 
 def initial_norms(model: OrthogonalFilterMLP, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
-    """state_rms and gradient_norm of every layer: what a profile finds too, and ten times as fast."""
+    """state_rms and gradient_norm of every layer, as a profile finds them, ten times as fast."""
 
     def gradient_at_end(state: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
@@ -197,7 +197,7 @@ def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> Histor
 
 
 def _write(report: Report, folder: Path, written: list[str]) -> None:
-    """The three files, each whole or not at all; ``written`` grows as they are done."""
+    """Write the three files, each whole or not at all; each name is added to ``written`` after its file."""
     from lcw_ops.jobs.picture import plot_report
 
     writers: dict[str, Callable[[Path], None]] = {

@@ -24,7 +24,7 @@ from lcw_ops.profile.result import (
     write_rows,
 )
 
-# In words: residual networks that train at depth normalise, this one does not.
+# The kinds in words. Residual networks that train at depth normalise; this one does not.
 IN_WORDS = {"orthogonal-filter": "orthogonal-filter", "residual": "un-normalised residual", "plain": "plain"}
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
@@ -45,7 +45,7 @@ class History:
 
 @dataclass
 class Report:
-    """Everything the three files are made of. The first profile is the chosen kind's, after training.
+    """The content of the three files. The first profile is the chosen kind's, after training.
 
     initial: kind -> state_rms and gradient_norm of every layer, (L,), as the net is initialised.
     """
@@ -59,7 +59,7 @@ class Report:
     seconds: float
 
     def labels(self) -> dict[str, str]:
-        """kind -> what was profiled, in words."""
+        """Maps each kind to a description of the net that was profiled."""
         trained = f"after {self.settings.steps} steps" if self.settings.steps else "at initialisation"
         return {
             kind: f"{IN_WORDS[kind]} net, {trained if kind == self.settings.kind else 'at initialisation'}"
@@ -68,9 +68,9 @@ class Report:
 
 
 def write_layers(report: Report, path: Path) -> None:
-    """One row per layer and kind, a column "kind" before those of ``Profile.to_csv``.
+    """Write one row per layer and kind, a column "kind" before those of ``Profile.to_csv``.
 
-    At the end the chosen kind as it was before training, with what was measured of it.
+    The last rows are the chosen kind before training, with the columns that were measured then.
     """
     kind, tables = report.settings.kind, {name: profile.columns for name, profile in report.profiles.items()}
     if report.history.loss:
@@ -109,7 +109,7 @@ def summary(report: Report) -> dict:
 
 
 def table(report: Report) -> str:
-    """The chosen kind's time, rate and memory, and what became of signal and gradient in all three."""
+    """The chosen kind's time, rate and memory, and the fate of signal and gradient in all three."""
     settings, history = report.settings, report.history
     chosen = report.profiles[settings.kind]
     training = []
@@ -123,7 +123,7 @@ def table(report: Report) -> str:
             ["loss", f"{history.loss[0]:.3f} at step 1, {history.loss[-1]:.3f} at step {settings.steps}"],
         ]
     training.append(["test accuracy", f"{history.test_accuracy[-1][1]:.1%}"])
-    # Of the whole run, and not what it was when this profile ended.
+    # The peak of the whole run, and not the one at the end of this profile.
     timing = timing_rows(replace(chosen, peak_memory_bytes=report.peak_memory_bytes))
     figures = format_table(
         ["figure", "value"], training + timing + solves_rows(chosen) + jacobian_rows(chosen), chosen.name
@@ -134,19 +134,21 @@ def table(report: Report) -> str:
         measured.append((IN_WORDS[settings.kind], report.initial[settings.kind], "-"))
     for kind, network in report.profiles.items():
         layers = {name: network.columns[name][1:-1] for name in ("state_rms", "gradient_norm")}
-        # Its row stands below the one of the same net at initialisation.
+        # This row is printed below the same net at initialisation.
         label = f"same after {settings.steps} steps" if history.loss and kind == settings.kind else IN_WORDS[kind]
         measured.append((label, layers, _extremes(network.jacobians.get("h_0 -> h_L"))))
     rows = [
         [label, ends(layers["state_rms"]), ends(layers["gradient_norm"][::-1]), extremes]
         for label, layers, extremes in measured
     ]
-    footnote = "At initialisation, but for what says its steps. Singular values of h_0 -> h_L; ~0 is below rounding."
+    footnote = (
+        "Measured at initialisation unless a row names its steps. Singular values of h_0 -> h_L; ~0 is below rounding."
+    )
     return f"{figures}\n\n{format_table(header, rows)}\n{footnote}"
 
 
 def ends(values: np.ndarray) -> str:
-    """The first value and the last one, in words where it is none any more."""
+    """The first value and the last one, in words where it is no longer a number."""
     first, last = (f"{value:.2g}" if math.isfinite(value) else "overflows" for value in (values[0], values[-1]))
     return f"{first} -> {last}"
 

@@ -104,8 +104,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
 
     def _forget_checks(self) -> None:
-        # By the index of a group: its options, and the addresses of its parameters and states, as they were at their
-        # last check. Neither is saved.
+        # The options of each group, and the addresses of its parameters and states, as they were at their last check;
+        # by the index of the group. Neither is saved.
         self._checked_options: dict[int, tuple] = {}
         self._checked_memory: dict[int, tuple | None] = {}
 

@@ -22,7 +22,7 @@ def check_function(name: str, kind: str, alpha: float, beta: float) -> None:
 
 
 def with_gradient(where: str, params: Iterable[Tensor]) -> list[Tensor]:
-    """Those parameters that have a gradient, each once, their gradients checked; messages begin with ``where``."""
+    """The parameters that have a gradient, each once, their gradients checked; messages begin with ``where``."""
     found, inference = [], torch.is_inference_mode_enabled()
     for param in {id(param): param for param in params}.values():
         gradient = param.grad

@@ -198,7 +198,7 @@ class ActivatedGradients:
 
     @_torch.never_traced
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before ``optimizer.step(closure)``; ``args`` begins with the optimizer."""
+        """Run before ``optimizer.step(closure)``; ``args`` begins with the optimizer."""
         if self._is_removed:
             return None
         around = _torch.running_steps()[1:]

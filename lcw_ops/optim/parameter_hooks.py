@@ -133,7 +133,7 @@ class GradientHooks:
             _torch.relink_gradient_hooks(param)
 
     def add_frozen(self, param: Tensor) -> None:
-        """As `add`, for a parameter that does not require a gradient: torch would refuse the hook."""
+        """Hook a parameter that does not require a gradient, as `add` cannot: torch would refuse the hook."""
         can_require = param.is_floating_point() or param.is_complex()
         if _has_hook(param) or not can_require or param.is_inference():
             return

@@ -1,7 +1,7 @@
 """Pictures of a profile: norms by depth on a log axis, the rigorous bounds shaded, every line labelled where it is.
 
 Colours are Okabe and Ito's, told apart by every common kind of colour blindness. Norms that a log axis cannot show are
-not dropped: what is too small for float32 lies, faded, on the floor and inf or NaN on the ceiling, and words say so.
+drawn too: those too small for float32 lie, faded, on the floor, and inf or NaN on the ceiling, with labels.
 """
 
 import math
@@ -23,22 +23,22 @@ NOTE_COLOUR = "#666666"
 
 DOTS_PER_INCH = 100
 
-# At least so many decades are shown, so that a line that stays put looks as flat as it is.
+# The fewest decades shown, so that a constant line looks flat.
 LEAST_DECADES = 4
 
 # Values that a log axis cannot hold are drawn this share of its height beyond its end.
 OFF_SCALE = 0.05
 
-# How much remains of a line where its values are off the scale.
+# The opacity of a line where its values are off the scale.
 FADED = 0.35
 
-# Points between which a label may lie: a net of two layers has no others.
+# The points between which a label may lie: a net of two layers has too few of its own.
 LABEL_POINTS = 200
 
 # Between a line and its label, as a share of the axis.
 LABEL_GAP = 0.015
 
-# float32's smallest normal number: what is smaller is rounding, or 0.
+# float32's smallest normal number: smaller values are rounding, or 0.
 SMALLEST = 1.1754944e-38
 UNDERFLOW_NOTE = "underflow: too small for float32"
 
@@ -99,7 +99,7 @@ def plot_profile(profile, path: str | Path) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Whole or not at all. ValueError for an ending that matplotlib does not know."""
+    """Write the figure whole or not at all. ValueError for an ending that matplotlib does not know."""
     kind = Path(path).suffix.lstrip(".").lower() or "png"
     write_atomically(path, lambda file: figure.savefig(file, format=kind), binary=True)
 
@@ -112,7 +112,7 @@ def log_lines(
 ) -> None:
     """Every line against x on a log axis, with a shaded band (lower, upper, colour).
 
-    It is log10 of the values that is drawn, because bounds leave the range of a float. Where a value is 0 or rounding
+    The picture shows log10 of the values, because bounds leave the range of a float. Where a value is 0 or rounding
     (below ``SMALLEST``) its line goes on, faded, in a band at the floor of the picture; where it is not finite, at the
     ceiling.
     """
@@ -120,7 +120,7 @@ def log_lines(
     x = x[keep]
     smallest = math.log10(SMALLEST)
     heights = [_log10(line.values)[keep] for line in lines]
-    # Subnormal numbers are noise, whatever they look like.
+    # Subnormal numbers are noise.
     lost = [logs < smallest for logs in heights]
     overflown = [~np.isfinite(logs) & ~below for logs, below in zip(heights, lost, strict=True)]
     edges = [] if band is None else [_log10(edge)[keep] for edge in band[:2]]
@@ -153,7 +153,7 @@ def log_lines(
 
 
 def _decades_shown(heights, edges) -> tuple[int, int]:
-    """(lowest, highest) power of ten: of what was measured, and of bounds as far as they stay near it."""
+    """(lowest, highest) power of ten of the measured values, and of bounds as far as they stay near them."""
     measured = np.concatenate(heights or [np.zeros(1)])
     if not measured.size:
         measured = np.zeros(1)
@@ -169,7 +169,7 @@ def _decades_shown(heights, edges) -> tuple[int, int]:
 
 
 def _decade_ticks(axes: Axes, low: int, high: int, ceiling: float) -> None:
-    """Whole powers of ten, and a word for what is above the scale, where the axis reaches it."""
+    """Set whole powers of ten as ticks, and the word "overflow" if the axis goes beyond the scale."""
     step = max(1, round((high - low) / 8))
     ticks = {decade: f"$10^{{{decade}}}$" if decade else "1" for decade in range(low, high + 1) if decade % step == 0}
     if axes.get_ylim()[1] == ceiling:
@@ -178,7 +178,7 @@ def _decade_ticks(axes: Axes, low: int, high: int, ceiling: float) -> None:
 
 
 def _label_lines(axes: Axes, x: np.ndarray, lines: list[tuple[str, np.ndarray, str]]) -> None:
-    """Every (label, heights, colour): beside its line, where it covers no line and comes near none but its own."""
+    """Place every (label, heights, colour) beside its line, where it covers no line and is near no other."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -203,7 +203,7 @@ def _label_lines(axes: Axes, x: np.ndarray, lines: list[tuple[str, np.ndarray, s
                     continue
                 others = [logs[window] for j, (_, logs, _) in enumerate(lines) if j != i]
                 clearance = min((np.abs(logs - middle).min() for logs in others), default=top - bottom)
-                # Its own line counts a little: a label under a steep line would float far from most of it.
+                # The steepness of its own line counts a little: under a steep line a label is far from most of it.
                 score = min(clearance, (top - bottom) / 4) - 0.5 * np.ptp(own[window])
                 if clearance > half_height + gap and score > best_score:
                     best, best_score = (centre, middle, box), score
