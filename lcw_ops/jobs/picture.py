@@ -11,15 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lcw_ops.jobs.report import IN_WORDS, Report
-from lcw_ops.profile.plot import COLOURS, DOTS_PER_INCH, SMALLEST, STYLE, Line, log_lines, save
+from lcw_ops.profile.plot import COLOURS, DOTS_PER_INCH, SMALLEST, STYLE, Line, line_of_text, log_lines, save
 
 ACCURACY_COLOUR = "#009E73"
 
 # 1600 x 900 pixels.
 INCHES = (16, 9)
-
-# Where the headline begins, as a share of the width.
-LEFT = 0.02
 
 
 def plot_report(report: Report, path: str | Path) -> None:
@@ -31,20 +28,12 @@ def plot_report(report: Report, path: str | Path) -> None:
             2, 2, width_ratios=(1.75, 1), left=0.062, right=0.938, top=0.80, bottom=0.085, wspace=0.16, hspace=0.38
         )
         headline, details = findings(report)
-        _line_of_text(figure, 0.942, headline, fontsize=24, fontweight="bold")
-        _line_of_text(figure, 0.884, details, fontsize=15, color="#333333")
+        line_of_text(figure, 0.942, headline, fontsize=24, fontweight="bold")
+        line_of_text(figure, 0.884, details, fontsize=15, color="#333333")
         _gradient_panel(figure.add_subplot(grid[:, 0]), report)
         _state_panel(figure.add_subplot(grid[0, 1]), report)
         _training_panel(figure.add_subplot(grid[1, 1]), report)
         save(figure, path)
-
-
-def _line_of_text(figure: Figure, height: float, words: str, fontsize: float, **style) -> None:
-    """Write across the whole figure, in a smaller font if the words would not fit."""
-    text = figure.text(LEFT, height, words, fontsize=fontsize, va="center", **style)
-    share = text.get_window_extent(figure.canvas.get_renderer()).width / figure.bbox.width
-    # 3 % to spare: glyphs of another size are not quite proportional.
-    text.set_fontsize(fontsize * min(1, 0.97 * (1 - 2 * LEFT) / share))
 
 
 def findings(report: Report) -> tuple[str, str]:

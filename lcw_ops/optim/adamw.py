@@ -35,22 +35,26 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     float64 if one of them is float64, otherwise in float32. States have the parameter's dtype, as torch's, or the
     gradient's; ``step`` counts in any dtype of real numbers.
 
+    All options may differ from group to group. The notes of :class:`lcw_ops.optim.SGD` on state_dicts, parameters given
+    twice, DTensors, GradScaler and a tensor lr hold here too. The state_dict of a torch.optim.Adam is refused, because
+    its decay is part of the gradient.
+
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: torch's.
-        foreach, fused: torch's, for groups without activation; groups with it take our op whatever they say.
+        foreach, fused: torch's, for groups without activation; groups with activation take our op in any case.
         capturable: torch's: the step counts lie beside the parameters, so that a CUDA graph can count them up. lr and
             betas are numbers in the graph.
         differentiable: torch's; True needs gradient_activation=None.
         gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
 
-    All options may differ from group to group. What :class:`lcw_ops.optim.SGD` says of state_dicts, parameters given
-    twice, DTensors, GradScaler and a tensor lr holds here too; the state_dict of a torch.optim.Adam is refused, for its
-    decay is part of the gradient.
-
     Raises:
-        ValueError: options out of range. TypeError: alpha or beta is not a number. Otherwise torch's. Errors of a step:
-            see ``step``.
+        ValueError: options out of range.
+        TypeError: alpha or beta is not a number.
+        Otherwise torch's errors. ``step`` lists those of a step.
+
+    Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
+    2107.04228.
     """
 
     _torch_optimizer = torch.optim.AdamW

@@ -32,22 +32,26 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     parameter and the momentum buffer differ in dtype, the step is made on copies, in float64 if one of them is float64,
     otherwise in float32. The dtype of the buffer is torch's: the first gradient's, or what it and the decay promote to.
 
-    Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's.
-        foreach, fused: torch's, for groups without activation; groups with it take our op whatever they say.
-        differentiable: torch's; True needs gradient_activation=None.
-        gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
-        alpha, beta: numbers > 0 that are normal in float32.
-        activate: "gradient" or "momentum".
-
     All options may differ from group to group. ``state_dict`` has torch's keys: torch.optim.SGD's loads into this one,
     where each group keeps its activation, and this one's into torch's. A group that has a parameter twice steps it
     once. DTensor parameters (FSDP2) are stepped shard by shard. GradScaler unscales, and looks for overflow, first.
     With a tensor lr on a GPU, the step waits for its value.
 
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's.
+        foreach, fused: torch's, for groups without activation; groups with activation take our op in any case.
+        differentiable: torch's; True needs gradient_activation=None.
+        gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
+        alpha, beta: numbers > 0 that are normal in float32.
+        activate: "gradient" or "momentum".
+
     Raises:
-        ValueError: options out of range. TypeError: alpha or beta is not a number. Otherwise torch's. Errors of a step:
-            see ``step``.
+        ValueError: options out of range.
+        TypeError: alpha or beta is not a number.
+        Otherwise torch's errors. ``step`` lists those of a step.
+
+    Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
+    2107.04228.
     """
 
     _torch_optimizer = torch.optim.SGD

@@ -23,6 +23,9 @@ NOTE_COLOUR = "#666666"
 
 DOTS_PER_INCH = 100
 
+# Where a line of text begins, as a share of the figure's width.
+LEFT = 0.02
+
 # The fewest decades shown, so that a constant line looks flat.
 LEAST_DECADES = 4
 
@@ -102,6 +105,14 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write the figure whole or not at all. ValueError for an ending that matplotlib does not know."""
     kind = Path(path).suffix.lstrip(".").lower() or "png"
     write_atomically(path, lambda file: figure.savefig(file, format=kind), binary=True)
+
+
+def line_of_text(figure: Figure, height: float, words: str, fontsize: float, **style) -> None:
+    """Write across the whole figure, in a smaller font if the words would not fit."""
+    text = figure.text(LEFT, height, words, fontsize=fontsize, va="center", **style)
+    share = text.get_window_extent(figure.canvas.get_renderer()).width / figure.bbox.width
+    # 3 % to spare: glyphs of another size are not quite proportional.
+    text.set_fontsize(fontsize * min(1, 0.97 * (1 - 2 * LEFT) / share))
 
 
 def log_lines(
