@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcw_ops.kernels.common import computed_in, polynomial
+
 # Elements per program: with 4 warps 8 per thread, which are 16-byte loads in 16 bits and two of them in float32.
 BLOCK = 1024
 NUM_WARPS = 4
@@ -298,7 +300,7 @@ def sgd_step_kernel(
         buffer = _pointer(row + 2, buffer.dtype, ALIGNED)
         numel = tl.load(row + 3)
         block = block % blocks
-    dtype: tl.constexpr = _computed(param.dtype.element_ty)
+    dtype: tl.constexpr = computed_in(param.dtype.element_ty)
     lr, momentum, undamped = _number(lr, dtype), _number(momentum, dtype), _number(undamped, dtype)
     weight_decay = _number(weight_decay, dtype)
     start = block * BLOCK
@@ -336,7 +338,7 @@ def _sgd_block(
 ):
     """d = f(g) + wd w, v = mu v + (1 - dampening) d, w -= lr v; on the momentum d = g + wd w, w -= lr f(v)."""
     element: tl.constexpr = params.dtype.element_ty
-    dtype: tl.constexpr = _computed(element)
+    dtype: tl.constexpr = computed_in(element)
     w = tl.load(params, mask=inside).to(dtype)
     d = tl.load(gradients, mask=inside).to(dtype)
     if MAXIMIZE:
@@ -391,7 +393,7 @@ def adamw_step_kernel(
         numel = tl.load(row + 5)
         corrections += 2 * tl.load(row + 6)
         block = block % blocks
-    dtype: tl.constexpr = _computed(param.dtype.element_ty)
+    dtype: tl.constexpr = computed_in(param.dtype.element_ty)
     step_size, root_scale = tl.load(corrections).to(dtype), tl.load(corrections + 1).to(dtype)
     kept, added, beta2 = _number(kept, dtype), _number(added, dtype), _number(beta2, dtype)
     added_sq, eps = _number(added_sq, dtype), _number(eps, dtype)
@@ -433,7 +435,7 @@ def _adamw_block(
 ):
     """g' = f(g), m += (1 - b1) (g' - m), v = b2 v + (1 - b2) g'^2, w = kept w - step_size m / (sqrt(v) scale + eps)."""
     element: tl.constexpr = params.dtype.element_ty
-    dtype: tl.constexpr = _computed(element)
+    dtype: tl.constexpr = computed_in(element)
     w = tl.load(params, mask=inside).to(dtype)
     g = tl.load(gradients, mask=inside).to(dtype)
     m = tl.load(exp_avgs, mask=inside).to(dtype)
@@ -453,12 +455,6 @@ def _adamw_block(
     tl.store(params, (kept * w - step_size * (m / (root * root_scale + eps))).to(element), mask=inside)
 
 
-@triton.constexpr_function
-def _computed(element):
-    """What a number of that type is computed in."""
-    return tl.float64 if element == tl.float64 else tl.float32
-
-
 @triton.jit
 def _number(value, dtype: tl.constexpr):
     return tl.full((), value, dtype)
@@ -473,7 +469,7 @@ def _pointer(entry, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _activate(gradient, alpha, beta, KIND: tl.constexpr):
-    dtype: tl.constexpr = tl.float64 if gradient.dtype == tl.float64 else tl.float32
+    dtype: tl.constexpr = computed_in(gradient.dtype)
     x = gradient.to(dtype) * tl.full((), beta, dtype)
     if KIND == "arctan":
         activated = _atan(x)
@@ -485,24 +481,16 @@ def _activate(gradient, alpha, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def _polynomial(z, coefficients: tl.constexpr):
-    value = tl.full(z.shape, coefficients[0], z.dtype)
-    for power in tl.static_range(1, len(coefficients.value)):
-        value = value * z + coefficients[power]
-    return value
-
-
-@triton.jit
 def _atan(x):
     """atan(x) = sign(x) pi/2 - atan(1/x) brings every argument into [-1, 1]."""
     outer = tl.abs(x) > 1
     t = tl.where(outer, 1 / x, x)
     z = t * t
     if x.dtype == tl.float64:
-        inner = t + t * (z * _polynomial(z, _ATAN_64))
+        inner = t + t * (z * polynomial(z, _ATAN_64))
         low = tl.full((), _PI_2_LOW_64, x.dtype)
     else:
-        inner = t + t * (z * _polynomial(z, _ATAN_32))
+        inner = t + t * (z * polynomial(z, _ATAN_32))
         low = tl.full((), _PI_2_LOW_32, x.dtype)
     # Evaluated for x > 0 and mirrored, so that the function is odd to the last bit.
     right = tl.full((), _PI_2, x.dtype) - (tl.abs(inner) - low)
@@ -513,7 +501,7 @@ def _atan(x):
 def _tanh(x):
     magnitude = tl.abs(x)
     z = x * x
-    q = _polynomial(z, _TANH_64) if x.dtype == tl.float64 else _polynomial(z, _TANH_32)
+    q = polynomial(z, _TANH_64) if x.dtype == tl.float64 else polynomial(z, _TANH_32)
     series = x + x * (z * q)
     # An exponential that overflows gives 1 - 2 / inf = 1, the bound.
     right = 1 - 2 / (tl.exp(2 * magnitude) + 1)
@@ -540,74 +528,10 @@ def _signed_log1p(x):
     f = scaled * power + (one * power - 1)
     s = f / (2 + f)
     z = s * s
-    if x.dtype == tl.float64:
-        correction = s * (f - z * _polynomial(z, _LOG_64))
-    else:
-        correction = s * (f - z * _polynomial(z, _LOG_32))
+    q = polynomial(z, _LOG_64) if x.dtype == tl.float64 else polynomial(z, _LOG_32)
+    correction = s * (f - z * q)
     exponent = tl.where(huge, k + 64, k).to(x.dtype)
     logarithm = exponent * tl.full((), _LN_2, x.dtype) + (f - correction)
     # The bits of an infinity or a NaN are no power of 2.
     logarithm = tl.where(magnitude < float("inf"), logarithm, magnitude)
     return tl.where(x < 0, -logarithm, logarithm)
-
-
-def _aot_variant(
-    kernel, name: str, dtype: str, arrays: list[str], numbers: list[str], flags: dict, table: bool
-) -> dict:
-    adamw = kernel is adamw_step_kernel
-    signature = {
-        **dict.fromkeys(arrays, f"*{dtype}"),
-        **({"corrections": "*fp64"} if adamw else {}),
-        "table": "*i64" if table else f"*{dtype}",
-        "numel": "i64",
-        "blocks": "i64",
-        **dict.fromkeys(numbers, "fp64"),
-    }
-    return {
-        "id": f"{name}-{dtype}{'-table' * table}",
-        "kernel": kernel,
-        "signature": signature,
-        "constexprs": {**flags, "TABLE": table, "ALIGNED": table, "BLOCK": BLOCK},
-        "aligned": ("table",) if table else tuple(arrays),
-        "num_warps": ADAMW_WARPS if adamw else NUM_WARPS,
-    }
-
-
-def _activation_variant(kind: str, dtype: str, table: bool = False) -> dict:
-    return _aot_variant(gradient_activation_kernel, kind, dtype, ["gradient"], ["alpha", "beta"], {"KIND": kind}, table)
-
-
-def _sgd_variant(dtype: str, table: bool, on_momentum: bool) -> dict:
-    numbers = ["lr", "momentum", "undamped", "weight_decay", "alpha", "beta"]
-    flags = {
-        "KIND": "log" if on_momentum else "arctan",
-        "HAS_BUFFER": True,
-        "NESTEROV": True,
-        "MAXIMIZE": True,
-        "IS_FIRST": False,
-        "ON_MOMENTUM": on_momentum,
-    }
-    name = "momentum" if on_momentum else "gradient"
-    return _aot_variant(sgd_step_kernel, name, dtype, ["param", "gradient", "buffer"], numbers, flags, table)
-
-
-def _adamw_variant(kind: str, dtype: str, table: bool) -> dict:
-    arrays = ["param", "gradient", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
-    numbers = ["kept", "added", "beta2", "added_sq", "eps", "alpha", "beta"]
-    flags = {"KIND": kind, "AMSGRAD": True, "MAXIMIZE": True}
-    return _aot_variant(adamw_step_kernel, kind, dtype, arrays, numbers, flags, table)
-
-
-AOT_VARIANTS = [
-    *(
-        _activation_variant(kind, dtype)
-        for kind in ("arctan", "tanh", "log")
-        for dtype in ("fp32", "bf16", "fp16", "fp64")
-    ),
-    _activation_variant("arctan", "fp32", table=True),
-    _sgd_variant("fp32", False, True),
-    _sgd_variant("bf16", True, False),
-    _adamw_variant("arctan", "fp32", True),
-    _adamw_variant("tanh", "bf16", True),
-    _adamw_variant("log", "fp64", False),
-]

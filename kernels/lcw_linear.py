@@ -34,25 +34,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcw_ops.kernels.orthogonal_filter import AOT_DEVICES, Device, _device
-
-# Lanes of a row that one program holds, in bytes of the accumulator: 8 warps x 32 threads x 16 registers.
-ROW_BYTES = 16384
-# Short rows share a program: 1024 elements are 8 per thread of 4 warps, which are 16-byte loads in 16 bits.
-LEAST_ELEMENTS = 1024
+from lcw_ops.kernels.common import (
+    LEAST_ELEMENTS,
+    LEAST_STEPS,
+    MOST_COLUMNS,
+    REDUCE_UNITS,
+    ROW_BYTES,
+    Device,
+    computed_in,
+    contiguous,
+    device_facts,
+    wide_dtype,
+)
 
 # Bytes of a row of W that one step takes: a line of the cache, the unit that memory is fetched in; two in 16 bits where
 # rows are aligned. Elsewhere threads hold their operands, or an address and a mask for every element, in registers.
 TILE_ROW_BYTES, TILE_ROW_BYTES_16_BIT = 128, 256
-# A program with fewer steps than these would spend more on starting than on its columns.
-LEAST_STEPS = 4
 # 32 units of 256 bytes and four steps in flight are 32 KB a multiprocessor, what a latency of 0.8 us asks for.
 LEAST_UNITS = 32
 MOST_STAGES = 4
-# A part of the columns is counted in 32 bits: 64 would take the registers that the tile needs.
-MOST_COLUMNS = 2**30
-# Units per program of the second kernel: its sums are short, what counts is that there are many programs.
-REDUCE_UNITS = 16
 # Columns whose mean is taken from V: that of 64 is within 1/8 of the spread of the whole row's.
 _CENTRE_COLUMNS = tl.constexpr(64)
 
@@ -76,14 +76,13 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
         # Without features, or with the one that a basis leaves no freedom, the weight is 0.
         return output.zero_() if bias is None else output.copy_(bias)
     x, weight = x.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    launch = choose_launch(rows, units, columns, features, x.itemsize, _device(x.device))
+    launch = choose_launch(rows, units, columns, features, x.itemsize, device_facts(x.device))
     splits, num_warps = launch.pop("splits"), launch.pop("num_warps")
     inner, outer = _projection(features, basis)
     shared = {
         "x": x,
         "weight": weight,
-        "bias": bias,
+        "bias": contiguous(bias),
         "means": _means(x) if x.itemsize >= 4 else None,
         "output": output,
         "rows": rows,
@@ -95,7 +94,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
         "BASIS": basis,
         "BLOCK_M": launch["BLOCK_M"],
     }
-    dtype = _accumulator(x.dtype)
+    dtype = wide_dtype(x.dtype)
     partial = splits > 1
     shared["products"] = x.new_empty((splits, units, rows), dtype=dtype) if partial else None
     shared["weight_sums"] = x.new_empty((splits, units), dtype=dtype) if partial else None
@@ -182,10 +181,6 @@ def _projection(features: int, basis: bool) -> tuple[float, float]:
     return (1 / (s * (s + 1)), 1 / s) if basis else (1 / features, 0.0)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 @triton.jit(do_not_specialize=["count"])
 def lcw_rows_kernel(
     rows,
@@ -264,7 +259,7 @@ def _row_sums(row, lane, present, length, BLOCK: tl.constexpr, FITS: tl.constexp
     other. Its upper half of the digits is enough, and better: digits below the last places of the row's numbers would
     be rounded away alike in all of them, an error that grows with their count.
     """
-    dtype: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = computed_in(row.dtype.element_ty)
     inside = present & (lane < length)
     values = tl.load(row + lane, mask=inside, other=0.0).to(dtype)
     centre = _upper_half(tl.sum(values, 1, keep_dims=True) / min(length, BLOCK))
@@ -309,7 +304,7 @@ def lcw_linear_kernel(
     STAGES: tl.constexpr,
 ):
     """BLOCK_N units and ``chunk`` columns for all samples; the units are the rows of the product, as wgmma wants 64."""
-    dtype: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = computed_in(weight.dtype.element_ty)
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
     unit_present, sample_present = (unit < units)[:, None], (sample < rows)[:, None]
@@ -472,97 +467,3 @@ def _first_mean(weight_rows, present, columns):
     lane = tl.arange(0, _CENTRE_COLUMNS)[None, :]
     first = tl.load(weight_rows + lane, mask=present & (lane < columns), other=0.0)
     return tl.sum(first, 1, keep_dims=True) / min(columns, _CENTRE_COLUMNS)
-
-
-def _row_variant(kernel, id: str, length: int, dtype: str, constexprs: dict) -> dict:
-    launch = _row_launch(length, _ITEMSIZE[dtype])
-    scalars = {"count": "i64", "length": "i64"}
-    if kernel is lcw_rows_kernel:
-        pointers, factors = ("rows", "output"), ("inner", "outer")
-    else:
-        pointers, factors = ("rows", "means"), ("inverse_length",)
-    return {
-        "id": f"{id}-{length}-{dtype}",
-        "kernel": kernel,
-        "signature": dict.fromkeys(pointers, f"*{dtype}") | scalars | dict.fromkeys(factors, "fp64"),
-        "num_warps": launch.pop("num_warps"),
-        "constexprs": launch | constexprs,
-        # The launcher sees that a length is a multiple of 16 as it sees it of a pointer.
-        "aligned": (*pointers, *(("length",) if length % 16 == 0 else ())),
-    }
-
-
-def _linear_variants(id: str, shape: tuple[int, int, int], dtype: str, basis: bool = False, bias: bool = True) -> list:
-    """One per target of each of both kernels, the first with a result of its own or with sums for the second."""
-    samples, units, features = shape
-    columns = features - basis
-    variants = []
-    for target, device in AOT_DEVICES.items():
-        launch = choose_launch(samples, units, columns, features, _ITEMSIZE[dtype], device)
-        num_warps, splits = launch.pop("num_warps"), launch.pop("splits")
-        chunk = launch.pop("chunk")
-        wide = "fp64" if dtype == "fp64" else "fp32"
-        pointers = dict.fromkeys(("x", "weight", "output"), f"*{dtype}")
-        pointers |= {"bias": f"*{dtype}"} if bias else {}
-        pointers |= {"means": f"*{dtype}"} if _ITEMSIZE[dtype] >= 4 else {}
-        pointers |= dict.fromkeys(_PARTIAL, f"*{wide}") if splits > 1 else {}
-        lengths = {"rows": samples, "units": units, "columns": columns, "features": features}
-        absent = {name: None for name in ("bias", "means", *_PARTIAL) if name not in pointers}
-        aligned = (*pointers, *(name for name in ("columns", "features") if lengths[name] % 16 == 0))
-        first = {
-            "id": f"{id}-{samples}x{units}x{features}-{dtype}{'-basis' if basis else ''}-{splits}-splits",
-            "targets": (target,),
-            "kernel": lcw_linear_kernel,
-            "signature": pointers
-            | dict.fromkeys((*lengths, "chunk"), "i64")
-            | dict.fromkeys(("inner", "outer"), "fp64"),
-            "constexprs": absent | launch | {"BASIS": basis},
-            "aligned": (*aligned, *(("chunk",) if chunk % 16 == 0 else ())),
-            "num_warps": num_warps,
-            "shared_memory": device.shared_memory,
-        }
-        variants.append(first)
-        if splits > 1:
-            tile = {"BLOCK_M": launch["BLOCK_M"], "BLOCK_N": REDUCE_UNITS}
-            second = {
-                "kernel": lcw_linear_reduce_kernel,
-                "signature": pointers
-                | dict.fromkeys((*lengths, "splits"), "i64")
-                | dict.fromkeys(("inner", "outer"), "fp64"),
-                "constexprs": absent | tile | {"BASIS": basis},
-                "aligned": aligned,
-                "num_warps": 4,
-            }
-            variants.append(first | second)
-    return variants
-
-
-_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-_PARTIAL = ("products", "weight_sums", "x_sums")
-
-AOT_VARIANTS = [
-    *(
-        _row_variant(lcw_rows_kernel, kind, length, dtype, {"KIND": kind})
-        for kind, length, dtype in (
-            ("centre", 27, "fp32"),
-            ("centre", 4096, "bf16"),
-            ("centre", 4608, "fp32"),
-            ("embed", 1023, "fp32"),
-            ("embed", 8191, "fp64"),
-            ("project", 1024, "fp16"),
-            ("project", 8192, "fp32"),
-        )
-    ),
-    *(
-        _row_variant(lcw_means_kernel, "means", length, dtype, {})
-        for length, dtype in ((1024, "fp32"), (16384, "fp64"))
-    ),
-    *_linear_variants("plain", (32, 4096, 4096), "bf16", bias=False),
-    *_linear_variants("plain", (64, 16384, 4096), "fp16"),
-    *_linear_variants("split", (64, 1024, 1024), "bf16"),
-    *_linear_variants("plain", (8, 4096, 1024), "fp16", basis=True),
-    *_linear_variants("plain", (32, 16384, 4096), "fp32"),
-    *_linear_variants("split", (8, 1024, 1024), "fp32"),
-    *_linear_variants("split", (64, 1024, 1024), "fp32", basis=True),
-    *_linear_variants("split", (16, 512, 512), "fp64", basis=True),
-]

@@ -26,28 +26,12 @@ basic operations, and up to 2 more on CUDA, whose float32 division is approximat
 A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 """
 
-import functools
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-# ln(2) in two parts: n times the first is exact for every n that occurs.
-_LN_2_HIGH_32, _LN_2_LOW_32 = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
-_LN_2_HIGH_64, _LN_2_LOW_64 = tl.constexpr(6.93147180369123816490e-01), tl.constexpr(1.90821492927058770002e-10)
-# Adding 1.5 * 2^(bits of the mantissa) rounds to an integer and leaves it in the low bits of the sum.
-_ROUND_SHIFT_32, _ROUND_SHIFT_64 = tl.constexpr(12582912.0), tl.constexpr(6755399441055744.0)
-
-
-class Device(NamedTuple):
-    """What the choice of tile and stages depends on."""
-
-    processors: int
-    shared_memory: int
-    matrix_units: bool  # multiply float32 as it is: AMD's do, NVIDIA's do not
+from lcw_ops.kernels.common import Device, activate, activation_slope, device_facts, is_permutation
 
 
 def orthogonal_filter(
@@ -187,7 +171,7 @@ class _Recurrence:
         per_layer = (weight.dim() == 3) + (filter.dim() == 3)
         kept = 2 - permutes - per_layer
         allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        launch = choose_launch(width, state.itemsize, rows, per_layer, kept, allow_tf32, _device(state.device))
+        launch = choose_launch(width, state.itemsize, rows, per_layer, kept, allow_tf32, device_facts(state.device))
         self.options = strides | launch | {"PERMUTES": permutes, "ACTIVATION": activation, "WIDTH": width}
         self.grid = (triton.cdiv(rows, launch["BLOCK_M"]),)
 
@@ -279,15 +263,6 @@ def choose_launch(
     }
 
 
-@functools.cache
-def _device(device: torch.device) -> Device:
-    if device.type != "cuda":
-        # The interpreter: few programs, for each of them is a Python loop.
-        return Device(1, 1 << 20, False)
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return Device(properties["multiprocessor_count"], properties["max_shared_mem"], torch.version.hip is not None)
-
-
 @triton.jit(do_not_specialize=["rows", "steps", "segment"])
 def orthogonal_filter_kernel(
     h0,
@@ -324,7 +299,7 @@ def orthogonal_filter_kernel(
     if PERMUTES:
         index = _load_index(filter, WIDTH, BLOCK_M, BLOCK_N)
         # Looked at here, for the host would have to wait for the device: a wrong permutation gives NaN.
-        state = tl.where(_is_permutation(filter, inverse, WIDTH, BLOCK_N)[None, :], state, float("nan"))
+        state = tl.where(is_permutation(filter, inverse, WIDTH, BLOCK_N)[None, :], state, float("nan"))
     else:
         index = None
     dtype: tl.constexpr = state.dtype
@@ -461,7 +436,7 @@ def orthogonal_filter_backward_kernel(
         activated -= size
         grad_pre -= size
         y = tl.load(activated + tile, mask=inside, other=0.0)
-        delta = tl.load(beta) * _slope(y, ACTIVATION) * grad_state
+        delta = tl.load(beta) * activation_slope(y, ACTIVATION) * grad_state
         tl.store(grad_pre + tile, delta, mask=inside)
         if PERMUTES:
             rotated = tl.gather(grad_state, inverse_index, 1)
@@ -504,15 +479,6 @@ def _load_index(index, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
     index = tl.load(index + unit, mask=unit < WIDTH, other=0)
     index = tl.where((index >= 0) & (index < WIDTH), index, 0).to(tl.int32)
     return tl.broadcast_to(index[None, :], (BLOCK_M, BLOCK_N))
-
-
-@triton.jit
-def _is_permutation(permutation, inverse, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether p[inverse[i]] is i, by unit. ``inverse`` is what sorts p, so it holds indices whatever p does."""
-    unit = tl.arange(0, BLOCK_N)
-    present = unit < WIDTH
-    back = tl.load(permutation + tl.load(inverse + unit, mask=present, other=0), mask=present, other=0)
-    return (back == unit) | (unit >= WIDTH)
 
 
 @triton.jit
@@ -574,7 +540,7 @@ def _step(
         filtered = tl.gather(state, index, 1)
     else:
         filtered = tl.dot(state, tl.trans(filter), input_precision=PRECISION, out_dtype=dtype)
-    y = _activate(pre_activation, ACTIVATION)
+    y = activate(pre_activation, ACTIVATION)
     state = tl.load(alpha) * filtered + tl.load(beta) * y
     if WIDTH != BLOCK_N:
         # sigmoid(0) is 1/2: beside the state it would grow, and inf * 0 is NaN.
@@ -585,168 +551,3 @@ def _step(
 @triton.jit
 def _inner_product(a, b):
     return tl.sum(tl.sum(a.to(tl.float64) * b.to(tl.float64), 1), 0)
-
-
-@triton.jit
-def _activate(a, ACTIVATION: tl.constexpr):
-    # Up to here exp(x) and exp(-x) are normal numbers; tanh(x / 2) has long been 1.
-    limit: tl.constexpr = 708.0 if a.dtype == tl.float64 else 87.0
-    if ACTIVATION == "tanh":
-        twice = 2 * tl.abs(a)
-        power, fraction = _exponential(tl.where(twice > limit, limit, twice))
-        e = power * fraction + (power - 1)
-        y = e / (e + 2)
-        return tl.where(a < 0, -y, y)
-    elif ACTIVATION == "sigmoid":
-        # From the side where the exponential decays.
-        magnitude = tl.abs(a)
-        power, fraction = _exponential(-tl.where(magnitude > limit, limit, magnitude))
-        e = power * fraction + power
-        return tl.where(a < 0, e, tl.full((), 1, a.dtype)) / (1 + e)
-    elif ACTIVATION == "relu":
-        return tl.where(a < 0, 0.0, a)
-    else:
-        return a
-
-
-@triton.jit
-def _slope(y, ACTIVATION: tl.constexpr):
-    """act'(a) from y = act(a)."""
-    if ACTIVATION == "tanh":
-        return 1 - y * y
-    elif ACTIVATION == "sigmoid":
-        return y * (1 - y)
-    elif ACTIVATION == "relu":
-        return tl.where(y > 0, tl.full((), 1, y.dtype), tl.full((), 0, y.dtype))
-    else:
-        return tl.full(y.shape, 1, y.dtype)
-
-
-@triton.jit
-def _exponential(x):
-    """exp(x) = power + power * fraction, with power = 2^n and fraction = expm1(r), x = n ln(2) + r."""
-    if x.dtype == tl.float64:
-        shift = tl.full((), _ROUND_SHIFT_64, x.dtype)
-        shifted = x * tl.full((), _LOG2_E, x.dtype) + shift
-        n = shifted - shift
-        r = (x - n * tl.full((), _LN_2_HIGH_64, x.dtype)) - n * tl.full((), _LN_2_LOW_64, x.dtype)
-        # The shift by the bits of the mantissa drops those of _ROUND_SHIFT.
-        power = ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
-        return power, r * _expm1_series(r, 13)
-    else:
-        shift = tl.full((), _ROUND_SHIFT_32, x.dtype)
-        shifted = x * tl.full((), _LOG2_E, x.dtype) + shift
-        n = shifted - shift
-        r = (x - n * tl.full((), _LN_2_HIGH_32, x.dtype)) - n * tl.full((), _LN_2_LOW_32, x.dtype)
-        power = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
-        return power, r * _expm1_series(r, 7)
-
-
-@triton.jit
-def _expm1_series(r, DEGREE: tl.constexpr):
-    """expm1(r) / r by Taylor's series, nested, for |r| <= ln(2) / 2: what is left out is below the last place."""
-    series = tl.full(r.shape, 1, r.dtype)
-    for k in tl.static_range(DEGREE, 1, -1):
-        series = 1 + series * (r * tl.full((), 1 / k, r.dtype))
-    return series
-
-
-# multiprocessors, shared memory a block may have
-AOT_DEVICES = {
-    "sm_80": Device(108, 163 * 1024, False),
-    "sm_90": Device(132, 227 * 1024, False),
-    "sm_100": Device(148, 227 * 1024, False),
-    "gfx942": Device(304, 64 * 1024, True),
-}
-
-
-def _aot_variants(
-    id: str,
-    kernel,
-    width: int,
-    rows: int = 128,
-    filter: str = "shared",
-    dtype: str = "fp32",
-    weight_dtype: str | None = None,
-    per_layer: bool = True,
-    everything: bool = False,
-    allow_tf32: bool = False,
-    targets: tuple[str, ...] = tuple(AOT_DEVICES),
-) -> list[dict]:
-    """One per target, for each has a tile of its own. ``everything``: with each argument that may be left out."""
-    pointer, permutes = f"*{dtype}", filter == "permutation"
-    pointers = dict.fromkeys(("bias", "alpha", "beta"), pointer) | {
-        "weight": f"*{weight_dtype or dtype}",
-        "filter": "*i64" if permutes else pointer,
-        "inverse": "*i64" if permutes else None,
-        "inputs": pointer if everything or not per_layer else None,
-    }
-    flags = {
-        "WEIGHT_STRIDE": width * width if per_layer else 0,
-        "BIAS_STRIDE": width if per_layer else 0,
-        "FILTER_STRIDE": width * width if filter == "per_layer" else 0,
-        "ALPHA_STRIDE": int(everything),
-        "BETA_STRIDE": int(everything),
-        "PERMUTES": permutes,
-        "ACTIVATION": "tanh",
-        "WIDTH": width,
-    }
-    if kernel is orthogonal_filter_kernel:
-        pointers |= dict.fromkeys(("h0", "output", "checkpoints"), pointer)
-        flags["RETURN_STATES"] = everything
-        lengths = ("rows", "steps", "segment")
-    else:
-        pointers |= dict.fromkeys(("checkpoint", "gradient", "states", "activated", "grad_pre"), pointer)
-        pointers |= dict.fromkeys(("grad_output", "grad_states"), pointer if everything else None)
-        pointers |= dict.fromkeys(("alpha_products", "beta_products"), "*fp64" if everything else None)
-        lengths = ("rows", "count")
-    absent = [name for name, kind in pointers.items() if kind is None]
-    present = {name: kind for name, kind in pointers.items() if kind is not None}
-    read = per_layer + (filter == "per_layer")
-    variants = []
-    for target in targets:
-        device = AOT_DEVICES[target]
-        itemsize = 8 if dtype == "fp64" else 4
-        launch = choose_launch(width, itemsize, rows, read, 2 - permutes - read, allow_tf32, device)
-        num_warps = launch.pop("num_warps")
-        variants.append(
-            {
-                "id": id,
-                "targets": (target,),
-                "kernel": kernel,
-                "signature": present | dict.fromkeys(lengths, "i64"),
-                "constexprs": flags | launch | dict.fromkeys(absent),
-                "aligned": tuple(present),
-                "num_warps": num_warps,
-                "shared_memory": device.shared_memory,
-            }
-        )
-    return variants
-
-
-_FORWARD, _BACKWARD = orthogonal_filter_kernel, orthogonal_filter_backward_kernel
-# Where registers or shared memory are scarcest.
-_OLD_AND_AMD = ("sm_80", "gfx942")
-AOT_VARIANTS = [
-    *_aot_variants("64", _FORWARD, 64),
-    *_aot_variants("64-tf32x3", _FORWARD, 64, 4096, allow_tf32=True, targets=("sm_90",)),
-    *_aot_variants("64-fp64", _FORWARD, 64, dtype="fp64", targets=_OLD_AND_AMD),
-    *_aot_variants(
-        "100-bf16-permutation-everything",
-        _FORWARD,
-        100,
-        filter="permutation",
-        weight_dtype="bf16",
-        everything=True,
-        targets=_OLD_AND_AMD,
-    ),
-    *_aot_variants("128-everything", _FORWARD, 128, filter="per_layer", everything=True, targets=_OLD_AND_AMD),
-    *_aot_variants("64", _BACKWARD, 64),
-    *_aot_variants("64-everything-4096-rows", _BACKWARD, 64, 4096, "per_layer", everything=True, targets=_OLD_AND_AMD),
-    *_aot_variants("64-tf32x3", _BACKWARD, 64, 4096, allow_tf32=True, targets=("sm_80", "sm_90")),
-    *_aot_variants("64-fp64", _BACKWARD, 64, dtype="fp64", everything=True, targets=_OLD_AND_AMD),
-    *_aot_variants("100-bf16-permutation", _BACKWARD, 100, filter="permutation", weight_dtype="bf16"),
-    *_aot_variants("128-shared", _FORWARD, 128, 64, per_layer=False, targets=("sm_80", "sm_90")),
-    *_aot_variants("128", _BACKWARD, 128),
-    *_aot_variants("128-everything-4096-rows", _BACKWARD, 128, 4096, "per_layer", everything=True),
-]

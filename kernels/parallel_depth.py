@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcw_ops.kernels.orthogonal_filter import AOT_DEVICES, _activate, _device, _is_permutation, _slope
+from lcw_ops.kernels.common import activate, activation_slope, device_facts, is_permutation
 
 # All units of a row are in one program, for the residual is relative to the largest of them.
 MAX_WIDTH = 2048
@@ -140,7 +140,7 @@ def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope,
     carrier = inverse if permutes else filter
     tile = _choose_tile(width, rows)
     blocks = triton.cdiv(rows, tile["BLOCK_M"])
-    chunk = choose_chunk(steps, blocks * tile["num_warps"], _device(states.device).processors)
+    chunk = choose_chunk(steps, blocks * tile["num_warps"], device_facts(states.device).processors)
     chunks = triton.cdiv(steps, chunk)
     carries = states.new_empty((chunks, rows, width), dtype=torch.float64)
     decays = carries.new_empty(chunks)
@@ -325,7 +325,7 @@ def carry_kernel(
     state = tl.load(initial + base + unit + row_offset, mask=inside, other=0.0).to(tl.float64)
     at = unit
     if inverse is not None:
-        sorts = tl.min(_is_permutation(filter, inverse, WIDTH, BLOCK_N).to(tl.int32), 0) == 1
+        sorts = tl.min(is_permutation(filter, inverse, WIDTH, BLOCK_N).to(tl.int32), 0) == 1
         state = tl.where(sorts, state, float("nan"))
     else:
         cosine = tl.full((1, BLOCK_N), 1, tl.float64)
@@ -449,9 +449,9 @@ def activate_kernel(
     for _ in range(layer, min(layer + chunk, layers)):
         here = layer * rows * WIDTH + base
         total = _pre_activation(product, bias, inputs, layer, here, row_offset, unit, present, inside, BIAS_STRIDE)
-        y = _activate(total, ACTIVATION)
+        y = activate(total, ACTIVATION)
         if DERIVATIVE:
-            y = _slope(y, ACTIVATION)
+            y = activation_slope(y, ACTIVATION)
         tl.store(product + here + unit + row_offset, tl.load(beta + layer * BETA_STRIDE) * y, mask=inside)
         layer += 1
 
@@ -558,7 +558,7 @@ def _source(
     if beta is None:
         return total
     else:
-        return tl.load(beta + layer * BETA_STRIDE) * _activate(total, ACTIVATION)
+        return tl.load(beta + layer * BETA_STRIDE) * activate(total, ACTIVATION)
 
 
 @triton.jit
@@ -578,63 +578,3 @@ def _relative_change(new, old, inside):
     scale = tl.max(tl.where(inside, _magnitude(new), 0), 1).to(new.dtype, bitcast=True)
     ratio = change / tl.where(change == 0, 1.0, scale)
     return _magnitude(tl.where(scale < float("inf"), ratio, float("nan")))
-
-
-def _aot_variants(width: int, filter: str, dtype: str = "fp32", targets: tuple[str, ...] = tuple(AOT_DEVICES)) -> list:
-    """Every kernel of both sweeps with every argument that may be left out."""
-    pointer = f"*{dtype}"
-    permutes = filter == "permutation"
-    arrays = {
-        **dict.fromkeys(("states", "initial", "product", "bias", "inputs", "slope", "scaled"), pointer),
-        **dict.fromkeys(("alpha", "beta"), pointer),
-        **dict.fromkeys(("carries", "decays", "residuals"), "*fp64"),
-        "filter": "*i64" if permutes else "*fp64",
-        "inverse": "*i64" if permutes else None,
-        "power": "*i32" if permutes else None,
-    }
-    tile = _choose_tile(width, WARP_ELEMENTS)
-    num_warps = tile.pop("num_warps")
-    strides = {"BIAS_STRIDE": width, "ALPHA_STRIDE": 1, "BETA_STRIDE": 1}
-    forward = strides | {"ACTIVATION": "tanh", "REVERSE": False, "DERIVATIVE": True, "STAGES": CARRY_STAGES}
-    backward = forward | {"ACTIVATION": "identity", "REVERSE": True}
-    variants = []
-    for name, kernel, absent, flags in (
-        ("forward", chunk_ends_kernel, (), forward),
-        ("both", carry_kernel, (), forward),
-        ("forward", sweep_kernel, ("slope", "scaled"), forward),
-        ("adjoint", sweep_kernel, ("bias", "beta"), backward),
-        ("both", activate_kernel, (), forward),
-    ):
-        if not permutes and kernel is activate_kernel and dtype == "fp32":
-            # The same as beside a permutation.
-            continue
-        own = {argument: kind for argument, kind in arrays.items() if argument in kernel.arg_names}
-        present = {argument: kind for argument, kind in own.items() if kind is not None and argument not in absent}
-        lengths = [name for name in ("rows", "steps", "layers", "chunks", "chunk") if name in kernel.arg_names]
-        constants = {flag: value for flag, value in flags.items() if flag in kernel.arg_names}
-        missing = dict.fromkeys(argument for argument in own if argument not in present)
-        variants.append(
-            {
-                "id": f"{name}-{width}-{filter}-{dtype}",
-                "targets": targets,
-                "kernel": kernel,
-                "signature": present | dict.fromkeys(lengths, "i64"),
-                "constexprs": constants | missing | {"WIDTH": width} | tile,
-                "aligned": tuple(present),
-                "num_warps": num_warps,
-                "shared_memory": min(device.shared_memory for device in AOT_DEVICES.values()),
-            }
-        )
-    return variants
-
-
-# Where registers are scarcest.
-_OLD_AND_AMD = ("sm_80", "gfx942")
-AOT_VARIANTS = [
-    *_aot_variants(64, "permutation"),
-    *_aot_variants(64, "rotations"),
-    *_aot_variants(MAX_WIDTH, "permutation", targets=_OLD_AND_AMD),
-    *_aot_variants(MAX_WIDTH, "rotations", targets=_OLD_AND_AMD),
-    *_aot_variants(33, "rotations", targets=_OLD_AND_AMD[:1]),
-    *_aot_variants(MAX_WIDTH, "rotations", "fp64", targets=_OLD_AND_AMD[:1]),
-]
