@@ -1,24 +1,18 @@
 """The Triton kernels of activated gradients over lists and inside steps.
 
-Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts.
+Without a GPU they run in Triton's interpreter (see support/triton_process.py).
 """
 
-import importlib
 import itertools
-import os
 
 import pytest
 import torch
 from gradient_activation_kernels import ACTIVATION, GradientActivationKernels, Ops, SgdCase, gradients
+from support.triton_process import DEVICE_TYPE, import_kernels
 
-from lcw_ops.ops import _backends
 from lcw_ops.ops.gradient_activation import NAME
 
-DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(NAME, "triton", DEVICE_TYPE)) is not None:
-    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
-
-kernels = importlib.import_module("lcw_ops.kernels.gradient_activation")
+kernels = import_kernels("gradient_activation", NAME)
 OPS = Ops(kernels.gradient_activation_many, kernels.sgd_step, kernels.adamw_step)
 
 # What the interpreter divides by in the branch that is not taken.

@@ -1,29 +1,24 @@
 """The Triton kernels of LCW against the float64 reference, through the public functions and the ops.
 
-Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts: every shape here is
-as small as what it shows allows.
+Without a GPU they run in Triton's interpreter (see support/triton_process.py), which is slow: every shape is as small
+as its test allows.
 """
 
-import importlib
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 from numerics import assert_as_exact_as_eager, hostile_layouts
+from support.triton_process import import_kernels, multiply_bfloat16
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import _backends, _library
+from lcw_ops.ops import _library
 from lcw_ops.ops import lcw_linear as op
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
-    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
-
-kernels = importlib.import_module("lcw_ops.kernels.lcw_linear")
+kernels = import_kernels("lcw_linear", op.NAME)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,25 +31,13 @@ def _on_triton():
 
 @pytest.fixture(autouse=True)
 def _interpreted_bfloat16_products(monkeypatch):
-    """The interpreter keeps bfloat16 as the integers of its bits, and its product multiplies these (Triton 3.7)."""
-    if DEVICE_TYPE == "cuda":
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    multiply = InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *others):
-        wide = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return multiply(self, *wide, *others)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    multiply_bfloat16(monkeypatch)
 
 
 @pytest.fixture
 def split(monkeypatch):
     """The launches that a GPU with 4 multiprocessors gets: up to 4 programs, or 8, share the columns."""
-    monkeypatch.setattr(kernels, "_device", lambda device: kernels.Device(4, 227 * 1024, False))
+    monkeypatch.setattr(kernels, "device_facts", lambda device: kernels.Device(4, 227 * 1024, False))
 
 
 def overload(name):
@@ -181,7 +164,7 @@ def test_linear_in_every_dtype(dtype, basis, means, device):
 def test_split_columns_in_every_dtype(dtype, basis, means, split, device):
     # Twice the least part of what each dtype takes a step, and a tail.
     features = {2: 520, 4: 270, 8: 140}[dtype.itemsize]
-    launch = kernels.choose_launch(5, 35, features - basis, features, dtype.itemsize, kernels._device(device))
+    launch = kernels.choose_launch(5, 35, features - basis, features, dtype.itemsize, kernels.device_facts(device))
     assert launch["splits"] > 1
     assert_linear_matches(5, 35, features, basis, dtype, device, means, bias=basis, draws=1)
 

@@ -1,30 +1,24 @@
 """The Triton kernels of the recurrence against the float64 reference, through the public function and the ops.
 
-Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts: every shape here is
-as small as what it shows allows.
+Without a GPU they run in Triton's interpreter (see support/triton_process.py), which is slow: every shape is as small
+as its test allows.
 """
 
-import importlib
 import itertools
-import os
 
 import pytest
 import torch
 from numerics import assert_as_exact_as_eager, hostile_layouts
+from support.triton_process import import_kernels
 from test_orthogonal_filter import NAMES, make_arguments, make_filter, run
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import _backends
 from lcw_ops.ops import orthogonal_filter as op
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS as EXACT
 
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
-DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
-    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
-
-kernels = importlib.import_module("lcw_ops.kernels.orthogonal_filter")
+kernels = import_kernels("orthogonal_filter", op.NAME)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,7 +125,7 @@ def test_empty_batch_and_no_layers(rows, depth, return_states, device):
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_tile_matches_the_reference(processors, shared, device, monkeypatch):
     """The tiles that a GPU with so many multiprocessors gets, the last one with rows that are not there."""
-    monkeypatch.setattr(kernels, "_device", lambda device: kernels.Device(processors, 227 * 1024, False))
+    monkeypatch.setattr(kernels, "device_facts", lambda device: kernels.Device(processors, 227 * 1024, False))
 
     def draw():
         return make_arguments(21, 17, 3, shared, device=device), make_filter("matrix", 3, 17, device=device)

@@ -1,27 +1,21 @@
 """The Triton kernels of the recurrence in parallel over depth, against plain numpy in more digits.
 
-Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts: every shape here is
-as small as what it shows allows.
+Without a GPU they run in Triton's interpreter (see support/triton_process.py), which is slow: every shape is as small
+as its test allows.
 """
 
-import importlib
 import itertools
-import os
 
 import numpy as np
 import pytest
 import torch
 from numerics import assert_by_the_rule, needs_more_digits
+from support.triton_process import DEVICE_TYPE, import_kernels
 
-from lcw_ops.ops import _backends
 from lcw_ops.ops import parallel_depth as op
 from lcw_ops.reference import parallel_depth as reference
 
-DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := _backends.missing_reason(op.SWEEP, "triton", DEVICE_TYPE)) is not None:
-    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
-
-kernels = importlib.import_module("lcw_ops.kernels.parallel_depth")
+kernels = import_kernels("parallel_depth", op.SWEEP)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "made_on_device"),
