@@ -2,21 +2,22 @@
 
 arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|).  M. Liu, L. Chen, X. Du,
 L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228. The steps are
-torch.optim's. Approximations: ours.
+torch.optim's. The approximations are our own.
 
 Cost per element of f: 2 * itemsize bytes (one read, one write) and, counted in the sm_90 code, 34 / 28 / 40
-instructions for arctan / tanh / log in float32, 1.5 more in 16 bits, 67 / 87 / 75 in float64. An H200 issues 33 T a
-second and copies 4.3 TB/s, 0.54 T elements of 4 bytes: memory bound in float32 and float64; in 16 bits the two bounds
-meet. A step too reads and writes everything once: 5 accesses for SGD with momentum, 7 for AdamW, 9 with amsgrad.
+instructions for arctan / tanh / log in float32, 1.5 more in 16 bits, 67 / 87 / 75 in float64. An H200 issues 33 T
+instructions a second and copies 4.3 TB/s, 0.54 T elements of 4 bytes: bound by memory in float32 and float64; in 16
+bits the two bounds meet. A step also reads and writes everything once: 5 accesses for SGD with momentum, 7 for AdamW, 9
+with amsgrad.
 
-Launches: tensors that follow each other in memory, as the views of one flat buffer do, are one. What then are more than
-a few goes to the GPU as a table of addresses, and tensors of like size share a launch. A CUDA graph cannot record how
-the table gets there; while one is recorded every run of neighbours has its own launch.
+Launches: tensors that are neighbours in memory, as the views of one flat buffer are, form one run. If there are more
+than a few runs, their addresses go to the GPU in a table, and runs of similar size share a launch. A CUDA graph cannot
+record the copy of the table; while a graph is recorded, every run has its own launch.
 
 Accuracy of f: the largest error of f / alpha over all arguments, in units in the last place, with correctly rounded
 basic operations: arctan 1.4, tanh 2.0, log 1.1 in float32, each 1.4 in float64. On CUDA the approximate float32
-division and exponential add at most 2 for arctan, 2.5 for tanh, 0.5 for log. Relative everywhere: f(1e-20) is
-1e-20 alpha beta.
+division and exponential add at most 2 for arctan, 2.5 for tanh, 0.5 for log. The accuracy is relative everywhere:
+f(1e-20) is 1e-20 alpha beta.
 """
 
 import math
@@ -29,19 +30,20 @@ from torch import Tensor
 
 from lcw_ops.kernels.common import computed_in, polynomial
 
-# Elements per program: with 4 warps 8 per thread, which are 16-byte loads in 16 bits and two of them in float32.
+# Elements per program: 8 per thread of 4 warps, which are one 16-byte load in 16 bits and two in float32.
 BLOCK = 1024
 NUM_WARPS = 4
-# AdamW's five arrays are twice the registers that four warps have without spilling.
+# AdamW's five arrays take twice the registers that four warps have without spilling.
 ADAMW_WARPS = 8
 
-# More launches than these cost more than the table of addresses, which is built in Python and copied to the GPU.
+# Above this number, launches cost more than the table of addresses, which is built in Python and copied to the GPU.
 MOST_LAUNCHES = 4
 
-# Below it tanh is a polynomial, for 1 - 2 / (exp(2x) + 1) cancels towards 0; above it that costs under 1 ulp.
+# Below this value tanh is a polynomial, because 1 - 2 / (exp(2x) + 1) cancels near 0. Above it the cancellation costs
+# less than 1 ulp.
 _TANH_SERIES_END = tl.constexpr(0.5625)
 _PI_2 = tl.constexpr(1.5707963267948966)
-# pi/2 less its rounding to float32: the next 24 bits.
+# pi/2 minus its rounding to float32: the next 24 bits.
 _PI_2_LOW_32 = tl.constexpr(-4.371139000186241e-08)
 _PI_2_LOW_64 = tl.constexpr(6.123233995736766e-17)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -80,13 +82,13 @@ def gradient_activation(gradient: Tensor, kind: str, alpha: float, beta: float) 
     """Overwrite ``gradient``, any shape, dense in memory (no gaps, no overlap; any order of dimensions).
 
     float32, bfloat16 and float16 are computed in float32, float64 in float64. NaN stays NaN, +-inf becomes +-the bound
-    (log: +-inf). Nothing is checked here.
+    (log: +-inf). Does not check its arguments.
     """
     gradient_activation_many([gradient], kind, alpha, beta)
 
 
 def gradient_activation_many(tensors: Sequence[Tensor], kind: str, alpha: float, beta: float) -> None:
-    """`gradient_activation` of each, which may differ in dtype and size; all on one device."""
+    """`gradient_activation` of each tensor. All are on one device; dtypes and sizes may differ."""
     _launch_over(gradient_activation_kernel, [tensors], (alpha, beta), {"KIND": kind})
 
 
@@ -106,10 +108,10 @@ def sgd_step(
     alpha: float,
     beta: float,
 ) -> None:
-    """One step of SGD, in place; ``grads`` are only read. ``is_first``: the buffers hold nothing yet.
+    """One step of SGD, in place; ``grads`` are only read. ``is_first``: the buffers hold no numbers yet.
 
-    All on one device and dense; what belongs to one parameter has its dtype, shape and strides. ``momentum_buffers``
-    is empty where ``momentum`` is 0. Nothing is checked here.
+    All tensors are dense and on one device. A gradient and a buffer have the dtype, shape and strides of their
+    parameter. ``momentum_buffers`` is empty if ``momentum`` is 0. Does not check its arguments.
     """
     flags = {
         "HAS_BUFFER": momentum != 0,
@@ -119,7 +121,7 @@ def sgd_step(
         "ON_MOMENTUM": on_momentum,
     }
     numbers = (lr, momentum, 1 - dampening, weight_decay, alpha, beta)
-    # A kernel has all its arguments; what a flag turns off is not looked at.
+    # The kernel takes all arguments, and ignores those that a flag turns off.
     buffers = momentum_buffers if momentum != 0 else params
     _launch_over(sgd_step_kernel, [params, grads, buffers], numbers, {"KIND": kind, **flags})
 
@@ -144,15 +146,15 @@ def adamw_step(
 ) -> None:
     """One step of AdamW, in place; ``grads`` and ``state_steps`` are only read.
 
-    As `sgd_step`; ``max_exp_avg_sqs`` is empty without ``amsgrad``. ``state_steps`` are 0-dim float32, on the CPU or on
-    the parameters' device, and have been counted up for this step.
+    The tensors are as for `sgd_step`; ``max_exp_avg_sqs`` is empty without ``amsgrad``. ``state_steps`` are 0-dim
+    float32, on the CPU or on the parameters' device, and already count this step.
     """
     if not params:
         return
     numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, alpha, beta)
     flags = {"KIND": kind, "AMSGRAD": amsgrad, "MAXIMIZE": maximize, "num_warps": ADAMW_WARPS}
     maxima = max_exp_avg_sqs if amsgrad else exp_avg_sqs
-    # Reading a counter on a GPU would wait for it.
+    # Reading a counter on a GPU would wait for the GPU: there its address is the key.
     counts = [step.data_ptr() if step.is_cuda else step.item() for step in state_steps]
     corrections = _bias_corrections(state_steps, lr, beta1, beta2).to(params[0].device)
     lists = [params, grads, exp_avgs, exp_avg_sqs, maxima]
@@ -160,7 +162,7 @@ def adamw_step(
 
 
 def _bias_corrections(state_steps: Sequence[Tensor], lr: float, beta1: float, beta2: float) -> Tensor:
-    """(n, 2) float64: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t); computed where the counters are."""
+    """(n, 2) float64: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), computed on the counters' device."""
     steps = torch.stack(list(state_steps)).double()
     biases = [-torch.expm1(steps * (math.log(b) if b > 0 else -math.inf)) for b in (beta1, beta2)]
     return torch.stack([lr / biases[0], biases[1].rsqrt()], 1)
@@ -174,9 +176,9 @@ def _launch_over(
     keys: Sequence[object] | None = None,
     corrections: Tensor | None = None,
 ) -> None:
-    """``kernel`` over all tensors of the lists, of which the first decides what the others are like.
+    """Run ``kernel`` over all tensors of the lists. The first list gives sizes and dtypes.
 
-    Only tensors of equal ``keys`` share a run. ``corrections`` has a row for each tensor.
+    Only tensors with equal ``keys`` share a run. ``corrections`` has a row for each tensor.
     """
     indices = [i for i, tensor in enumerate(lists[0]) if tensor.numel() > 0]
     if not indices:
@@ -207,7 +209,7 @@ def _launch_over(
 def _find_runs(
     lists: list[Sequence[Tensor]], indices: list[int], keys: Sequence[object] | None
 ) -> list[tuple[int, int]]:
-    """(index of the first tensor, elements) of what lies in memory without a gap, in every list."""
+    """(index of the first tensor, elements) of each run: tensors without a gap between them, in every list."""
     runs: list[tuple[int, int]] = []
     expected: list[object] = []
     for index in sorted(indices, key=lambda i: lists[0][i].data_ptr()):
@@ -224,8 +226,8 @@ def _find_runs(
 def _tables(lists: list[Sequence[Tensor]], runs: list[tuple[int, int]]) -> list[tuple[list[list[int]], int, bool]]:
     """(rows, programs for each row, whether all addresses are multiples of 16) of every launch.
 
-    A row is a run's addresses, its elements and its place in the lists. Rows of one launch differ in size by less than
-    a factor of 2, so that fewer than half of the programs find nothing to do.
+    A row holds a run's addresses, its number of elements and its index in the lists. Rows of one launch differ in size
+    by less than a factor of 2, so that fewer than half of the programs have nothing to do.
     """
     launches: dict[tuple[int, bool], list[list[int]]] = {}
     for index, numel in runs:
@@ -259,7 +261,7 @@ def gradient_activation_kernel(
         block = block % blocks
     start = block * BLOCK
     offsets = start + tl.arange(0, BLOCK)
-    # A mask would forbid wide loads wherever numel is no multiple of 16, so only the last block has one.
+    # A mask would forbid wide loads if numel is not a multiple of 16, so only the last block has one.
     if start + BLOCK <= numel:
         tl.store(gradient + offsets, _activate(tl.load(gradient + offsets), alpha, beta, KIND))
     elif start < numel:
@@ -348,7 +350,7 @@ def _sgd_block(
     d += weight_decay * w
     step = d
     if HAS_BUFFER:
-        # What lies in a buffer before the first step is no number.
+        # Before the first step a buffer holds uninitialised memory.
         v = d if IS_FIRST else momentum * tl.load(buffers, mask=inside).to(dtype) + undamped * d
         tl.store(buffers, v.to(element), mask=inside)
         step = d + momentum * v if NESTEROV else v
@@ -447,10 +449,10 @@ def _adamw_block(
     tl.store(exp_avg_sqs, v.to(element), mask=inside)
     if AMSGRAD:
         most = tl.load(max_exp_avg_sqs, mask=inside).to(dtype)
-        # A NaN stays one, as in torch.maximum.
+        # A NaN stays NaN, as in torch.maximum.
         v = tl.where((most >= v) | (most != most), most, v)
         tl.store(max_exp_avg_sqs, v.to(element), mask=inside)
-    # The approximate root takes what is below the normal numbers for 0.
+    # The approximate root flushes subnormal numbers to 0.
     root = tl.sqrt(v) if dtype == tl.float64 else tl.sqrt_rn(v)
     tl.store(params, (kept * w - step_size * (m / (root * root_scale + eps))).to(element), mask=inside)
 
@@ -462,7 +464,7 @@ def _number(value, dtype: tl.constexpr):
 
 @triton.jit
 def _pointer(entry, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in an entry of the table; the compiler knows of an argument by itself whether it is a multiple."""
+    """The address in an entry of the table. Unlike for an argument, the compiler must be told that it is aligned."""
     pointer = tl.load(entry).to(dtype)
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -532,6 +534,6 @@ def _signed_log1p(x):
     correction = s * (f - z * q)
     exponent = tl.where(huge, k + 64, k).to(x.dtype)
     logarithm = exponent * tl.full((), _LN_2, x.dtype) + (f - correction)
-    # The bits of an infinity or a NaN are no power of 2.
+    # The exponent bits of an infinity or a NaN do not give a power of 2.
     logarithm = tl.where(magnitude < float("inf"), logarithm, magnitude)
     return tl.where(x < 0, -logarithm, logarithm)

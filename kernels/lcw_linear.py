@@ -7,24 +7,25 @@
 Cost of the weight kernels: 2 itemsize bytes an element (a row longer than BLOCK lanes is read twice, the second time
 from the second-level cache) and 4 operations: bound by memory.
 
-Cost of the linear kernel, M samples: W once from memory, itemsize n m bytes; of x at most as much again, from the
-second-level cache; 2 M n m operations of the product, and for every element of W 1 for its row sum and 1 to widen 16
-bits or to shift wider ones. An H200's 4.3 TB/s bring 2.2 T elements of 16 bits a second, 0.28 Pflop/s at M = 64: bound
-by memory. Of float32 they bring 1.1 T, and multiply-adds are 33 T a second: bound by memory up to M = 24 or so.
-Few units leave multiprocessors idle: then the columns are split among programs, and a second kernel adds their sums in
-order, no atomics. Predicted, not measured: no GPU has run this yet.
-Rows of W whose length is no multiple of 16, as with a basis all are where x's are, are loaded element by element, and
-in 16 bits not ahead of their use: asynchronous copies have at least 4 bytes.
+Cost of the linear kernel, M samples: it reads W once from memory, itemsize n m bytes, and x at most as much again, from
+the second-level cache. The product takes 2 M n m operations; every element of W takes 1 for its row sum and 1 to widen
+16 bits or to shift wider numbers. An H200's 4.3 TB/s bring 2.2 T elements of 16 bits a second, 0.28 Pflop/s at M = 64:
+bound by memory. They bring 1.1 T elements of float32, and multiply-adds are 33 T a second: bound by memory up to about
+M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
+kernel adds their sums in order, without atomics. Predicted, not measured: no GPU has run this yet.
+If the length of W's rows is not a multiple of 16 (with a basis, whenever that of x is one), they are loaded element by
+element, and in 16 bits not ahead of their use: asynchronous copies have at least 4 bytes.
 
-What large means cost. <V, x> - q S is a difference of sums that grow with mean(x) mean(V). In exact arithmetic it does
-not change when a constant is taken from a row of x or of V, if q and S follow.
-16 bits: no constant. Products of 16-bit numbers are exact in float32 and so is nearly every bit of their sums: the
-cancellation costs 2^-24 of |x| |V|. Eager torch rounds the centred weight to 16 bits and loses 2^-9 (2^-12) of |x| |V|
-before anything cancels. And what is left of x beside a constant would no longer fit the tensor core's 16 bits.
-float32 and float64: eager's own rounding is as fine as ours, and centring W leaves mean(x), centring x leaves mean(W)
-in every product. So both are centred: x by its mean, for which a small kernel runs first (inside this one it would be
-known only at the end; it reads M rows, little beside W), and V by the mean of its first columns. That one may be rough:
-beside an x of zero sum any constant in V cancels, and what is left in V is of the size of its spread, not of its mean.
+The price of large means. <V, x> - q S is a difference of sums that grow with mean(x) mean(V). In exact arithmetic it
+does not change if a constant is subtracted from a row of x or of V and q and S follow.
+16 bits: no constant is subtracted. Products of 16-bit numbers are exact in float32, and so is nearly every bit of their
+sums: the cancellation costs 2^-24 of |x| |V|. Eager torch rounds the centred weight to 16 bits and loses 2^-9 (2^-12)
+of |x| |V| before anything cancels. Moreover, x minus a constant would no longer fit the tensor core's 16 bits.
+float32 and float64: eager's own rounding is as fine as ours. Centring W alone leaves mean(x) in every product, centring
+x alone leaves mean(W). Therefore both are centred: x by its mean, which a small kernel computes first (inside this
+kernel it would be known only at the end; it reads M rows, little beside W), and V by the mean of its first columns. The
+latter may be rough: beside an x of zero sum any constant in V cancels, and the rest of V is of the size of its spread,
+not of its mean.
 """
 
 import math
@@ -47,33 +48,33 @@ from lcw_ops.kernels.common import (
     wide_dtype,
 )
 
-# Bytes of a row of W that one step takes: a line of the cache, the unit that memory is fetched in; two in 16 bits where
-# rows are aligned. Elsewhere threads hold their operands, or an address and a mask for every element, in registers.
+# Bytes of a row of W that one step takes: one line of the cache, the unit that memory is fetched in, or two lines in 16
+# bits if rows are aligned. In the other cases registers hold the operands, or an address and a mask for every element.
 TILE_ROW_BYTES, TILE_ROW_BYTES_16_BIT = 128, 256
-# 32 units of 256 bytes and four steps in flight are 32 KB a multiprocessor, what a latency of 0.8 us asks for.
+# 32 units of 256 bytes and four steps in flight are 32 KB a multiprocessor, enough to cover a latency of 0.8 us.
 LEAST_UNITS = 32
 MOST_STAGES = 4
-# Columns whose mean is taken from V: that of 64 is within 1/8 of the spread of the whole row's.
+# Columns whose mean is subtracted from V. The mean of 64 is within 1/8 of the row's spread of the mean of the row.
 _CENTRE_COLUMNS = tl.constexpr(64)
 
 
 def lcw_weight(weight: Tensor, basis: bool) -> Tensor:
-    """(n, m, *k) -> the same shape, u - mean(u); basis: (n, m - 1) -> (n, m), B v. Nothing is checked here."""
+    """(n, m, *k) -> the same shape, u - mean(u); basis: (n, m - 1) -> (n, m), B v. Does not check its arguments."""
     return _map_rows(weight, "embed" if basis else "centre", 1 if basis else 0)
 
 
 def lcw_weight_backward(grad_output: Tensor, basis: bool) -> Tensor:
-    """The adjoint: g - mean(g), or with ``basis`` (n, m) -> (n, m - 1), B^T g. Nothing is checked here."""
+    """The adjoint: g - mean(g), or with ``basis`` (n, m) -> (n, m - 1), B^T g. Does not check its arguments."""
     return _map_rows(grad_output, "project" if basis else "centre", -1 if basis else 0)
 
 
 def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> Tensor:
-    """x (M, m), M <= 64 -> x @ lcw_weight(weight, basis).T + bias, (M, n). Nothing is checked here."""
+    """x (M, m), M <= 64 -> x @ lcw_weight(weight, basis).T + bias, (M, n). Does not check its arguments."""
     rows, features = x.shape
     units, columns = weight.shape
     output = x.new_empty((rows, units))
     if rows * units * columns == 0:
-        # Without features, or with the one that a basis leaves no freedom, the weight is 0.
+        # The weight is 0 without features, and with a basis of one feature.
         return output.zero_() if bias is None else output.copy_(bias)
     x, weight = x.contiguous(), weight.contiguous()
     launch = choose_launch(rows, units, columns, features, x.itemsize, device_facts(x.device))
@@ -114,13 +115,13 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
     multiplies_add = itemsize == 4 and not device.matrix_units
     # Tensor cores take 16 samples at once or pad to them; plain multiply-adds would carry out the padding.
     block_m = max(4 if multiplies_add else 16, triton.next_power_of_2(rows))
-    # At least BLOCK_M units, so that no more of x is read than of W.
+    # At least BLOCK_M units, so that no more bytes of x are read than of W.
     block_n = max(LEAST_UNITS, block_m)
     aligned = columns % 16 == 0 and features % 16 == 0
     row_bytes = TILE_ROW_BYTES_16_BIT if itemsize == 2 and aligned else TILE_ROW_BYTES
     block_k = row_bytes // itemsize
     stages = MOST_STAGES
-    # One more copy of a step for the tiles that are exchanged between threads.
+    # The tiles that are exchanged between threads take one more copy of a step.
     while stages > 2 and (stages + 1) * (block_n + block_m) * row_bytes > device.shared_memory:
         stages -= 1
     blocks = triton.cdiv(units, block_n)
@@ -135,8 +136,8 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
         "BLOCK_K": block_k,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
-        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4. Unaligned rows of 16 bits fill
-        # them too, because every element has an address and a mask beside the sums.
+        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. Unaligned rows of 16 bits
+        # fill them too, because every element has an address and a mask.
         "num_warps": 8 if block_m >= 32 and (itemsize >= 4 or not aligned) else 4,
     }
 
@@ -194,7 +195,7 @@ def lcw_rows_kernel(
     BLOCK: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """ROWS rows: their sums, then what is left of them."""
+    """ROWS rows: their sums, then the rows minus their projection."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     present = row < count
@@ -202,8 +203,8 @@ def lcw_rows_kernel(
     dtype: tl.constexpr = values.dtype
     inner = tl.full((), inner, dtype)
     outer = tl.full((), outer, dtype)
-    # sum(row) = length * centre + remainder; the large part is taken off exactly, the small one after it.
-    # What is stored of a row's own lanes, and from one row of the output to the next.
+    # sum(row) = length * centre + remainder. The large part is subtracted exactly, then the small part.
+    # ``kept`` lanes of a row are stored; ``stride`` is the length of a row of the output.
     kept = length - 1 if KIND == "project" else length
     stride = length + 1 if KIND == "embed" else kept
     output += row * stride
@@ -215,7 +216,7 @@ def lcw_rows_kernel(
         last = -(centre * length + remainder) * outer
         tl.store(output + length, last.to(output.dtype.element_ty), mask=present)
     else:
-        # B^T takes no notice of a constant: the centred row has the same image.
+        # B^T maps constants to 0: the centred row has the same image.
         last = tl.load(rows + row * length + kept, mask=present, other=0.0).to(dtype) - centre
         rest = (remainder - last) * inner + last * outer
     _store_shifted(output, values, centre, rest, lane, present, kept)
@@ -253,11 +254,11 @@ def lcw_means_kernel(
 
 @triton.jit
 def _row_sums(row, lane, present, length, BLOCK: tl.constexpr, FITS: tl.constexpr):
-    """(the first BLOCK values, their mean, the sum over the row of what exceeds it), the last two as columns.
+    """(the first BLOCK values, their mean, the row's sum of differences to that mean), the last two as columns.
 
-    The mean of a part is as good a shift as any: it only has to be near the row's numbers where these are near each
-    other. Its upper half of the digits is enough, and better: digits below the last places of the row's numbers would
-    be rounded away alike in all of them, an error that grows with their count.
+    The mean of a part is a good enough shift: it only has to be near the row's numbers where these are near each other.
+    The upper half of its digits is enough, and better: all of the row's numbers would round digits below their last
+    places in the same direction, an error that grows with their count.
     """
     dtype: tl.constexpr = computed_in(row.dtype.element_ty)
     inside = present & (lane < length)
@@ -303,7 +304,7 @@ def lcw_linear_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_N units and ``chunk`` columns for all samples; the units are the rows of the product, as wgmma wants 64."""
+    """BLOCK_N units and ``chunk`` columns for all samples. Units are the product's rows because wgmma takes 64 rows."""
     dtype: tl.constexpr = computed_in(weight.dtype.element_ty)
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
@@ -355,7 +356,7 @@ def lcw_linear_kernel(
         at = products + (split * units + unit[:, None]) * rows + sample[None, :]
         tl.store(at, product, mask=unit_present & (sample < rows)[None, :])
         tl.store(weight_sums + split * units + unit, weight_sum, mask=unit < units)
-        # Every block of units has the same sums of x: one of them writes.
+        # Every block of units has the same sums of x: one block writes them.
         tl.store(x_sums + split * rows + sample, x_sum, mask=(sample < rows) & (tl.program_id(0) == 0))
 
 
@@ -380,7 +381,7 @@ def lcw_linear_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sums of all parts of the columns, in their order."""
+    """Adds the sums of all parts of the columns, in their order."""
     dtype: tl.constexpr = products.dtype.element_ty
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
@@ -452,7 +453,7 @@ def _store_output(
         q += last * outer
     y = product - weight_sum[:, None] * q[None, :]
     if BASIS and means is not None:
-        # sum(B^T x) is not 0 as that of a centred x is: what the constant taken from V would have contributed.
+        # The sum of B^T x is not 0, unlike the sum of a centred x: add the contribution of V's constant again.
         centre = _first_mean(weight + unit[:, None] * columns, unit_present[:, None], columns)
         y += centre * (outer * (x_sum - columns * last))[None, :]
     if bias is not None:
@@ -463,7 +464,7 @@ def _store_output(
 
 @triton.jit
 def _first_mean(weight_rows, present, columns):
-    """Of a row's first columns, as a column: the same number in every program that needs it."""
+    """The mean of each row's first columns, as a column: the same number in every program that needs it."""
     lane = tl.arange(0, _CENTRE_COLUMNS)[None, :]
     first = tl.load(weight_rows + lane, mask=present & (lane < columns), other=0.0)
     return tl.sum(first, 1, keep_dims=True) / min(columns, _CENTRE_COLUMNS)
