@@ -127,9 +127,7 @@ def _fused_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
     x, weight = x.contiguous(), weight.contiguous()
     grid = (triton.cdiv(units, launch["BLOCK_N"]), splits)
     with torch.cuda.device_of(x):
-        weight_norm_linear_kernel[grid](
-            x=x, weight=weight, columns=features, features=features, **shared | launch, num_warps=num_warps
-        )
+        weight_norm_linear_kernel[grid](x=x, weight=weight, features=features, **shared | launch, num_warps=num_warps)
         if splits > 1:
             weight_norm_linear_reduce_kernel[(triton.cdiv(units, REDUCE_UNITS),)](
                 **shared, splits=splits, BLOCK_N=REDUCE_UNITS, num_warps=4
@@ -249,7 +247,6 @@ def weight_norm_linear_kernel(
     exponents,
     rows: tl.int64,
     units: tl.int64,
-    columns: tl.int64,
     features: tl.int64,
     chunk: tl.int64,
     BLOCK_M: tl.constexpr,
@@ -267,7 +264,7 @@ def weight_norm_linear_kernel(
     unit_present, sample_present = (unit < units)[:, None], (sample < rows)[:, None]
     first = tl.program_id(1) * chunk
     count = min(chunk, features - first).to(tl.int32)
-    weight_rows = weight + first + unit[:, None] * columns
+    weight_rows = weight + first + unit[:, None] * features
     x_rows = x + first + sample.to(tl.int64)[:, None] * features
     lane = tl.arange(0, BLOCK_K)[None, :]
     product = tl.zeros((BLOCK_N, BLOCK_M), dtype)

@@ -31,7 +31,7 @@ def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> li
         outputs |= dict.fromkeys(("products", "squares", "exponents"), wide(dtype) if splits > 1 else None)
         id = f"{rows}x{units}x{features}-{dtype}-{splits}-splits"
         others = {"targets": (target,), "shared_memory": device.shared_memory}
-        lengths = {"rows": 0, "units": 0, "columns": features, "features": features, "chunk": chunk}
+        lengths = {"rows": 0, "units": 0, "features": features, "chunk": chunk}
         pointers = {"x": dtype, "weight": dtype} | outputs
         variants.append(variant(kernels.weight_norm_linear_kernel, id, pointers, lengths, (), launch, **others))
         if splits > 1:
