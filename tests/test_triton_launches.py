@@ -1,9 +1,10 @@
-"""Compiles, without a GPU, everything that the launchers would compile on one, with their own choice of tiles.
+"""Compiles, without a GPU, the kernels that the launchers would compile on one, with the tiles that they choose.
 
 test_triton_kernels.py compiles a list of variants in which registers and shared memory are scarcest. Here the launchers
-themselves run, on CPU tensors and behind a driver that names a GPU and launches nothing: with every dtype, width,
-activation, direction and argument left out, each value of an option beside each value of every other one. All of that
-takes long, so ``make test`` runs one launch of each kind; ``make test-release`` sets LCW_OPS_EVERY_LAUNCH=1.
+themselves run, on CPU tensors and with a driver that names a GPU and launches nothing: with every dtype, width,
+activation, direction and optional argument, each value of an option beside each value of every other one. All of that
+takes hours, so ``make test`` runs one launch of each kind; ``make test-release`` sets LCW_OPS_EVERY_LAUNCH=1. The facts
+about the compiled code are kept from run to run (aot/compiled.py), so that a long run can be resumed.
 """
 
 import importlib
@@ -31,11 +32,11 @@ KERNELS = {stem: importlib.import_module(f"lcw_ops.kernels.{stem}") for stem in 
 activations, hypersphere, weight_norm = (KERNELS[s] for s in ("gradient_activation", "hypersphere", "weight_norm"))
 lcw_linear, recurrence, parallel = KERNELS["lcw_linear"], KERNELS["orthogonal_filter"], KERNELS["parallel_depth"]
 
-# Bytes per thread: eight registers, which the first-level cache answers, as for csrc/cuda (test_cuda_build.py). Triton
-# 3.6 and 3.7 differ by as many.
+# Bytes per thread: eight registers, which stay in the first-level cache, as for csrc/cuda (test_cuda_build.py). Triton
+# 3.6 and 3.7 differ by up to that many.
 MAX_SPILLED_BYTES = 32
-# Widths from 65 on, in tiles of few rows: a program holds two matrices of 128 x 128 and their transposes. With 16-bit
-# weights or a filter per layer both Tritons spill up to 280 bytes of eight warps, and 200 of sixteen.
+# From width 65 on, in tiles of few rows, a program holds two matrices of 128 x 128 and their transposes. With 16-bit
+# weights or a filter per layer both Tritons spill up to 280 bytes with eight warps, and 200 with sixteen.
 KNOWN_SPILLS = {"orthogonal_filter_backward_kernel": 288}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,7 +53,7 @@ class NamedGpu:
         return TARGETS[self._target]
 
     def get_current_device(self) -> str:
-        # Compiled kernels are kept by device.
+        # Triton keeps compiled kernels by device.
         return self._target
 
     def get_current_stream(self, device) -> int:
@@ -61,7 +62,7 @@ class NamedGpu:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list]:
-    """Inside, a launch on CPU tensors compiles for ``target`` and does no more. The list collects the results."""
+    """Inside, a launch on CPU tensors only compiles for ``target``. The list collects the results."""
     compiled = []
     run = JITFunction.run
 
@@ -81,7 +82,7 @@ def compiling(target: str) -> Iterator[list]:
 
 
 def pairwise(**options: Iterable) -> list[dict]:
-    """A small set of choices of all options that holds every pair of values of two options."""
+    """A small set of choices of all options that contains every pair of values of two options."""
     choices = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     pairs = [set(itertools.combinations(choice.items(), 2)) for choice in choices]
     missing, chosen = set().union(*pairs), []
@@ -98,7 +99,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 # One function per launcher: the keyword arguments are the options, and ``OPTIONS`` has their values.
 def activate(dtype, kind, tensors, offset):
-    """A few tensors take a launch each, many take a table. With an offset no address is a multiple of 16."""
+    """A few tensors have a launch each, many have a table. With an offset no address is a multiple of 16."""
     memory = [empty(100 + offset, dtype=dtype)[offset:] for _ in range(tensors)]
     activations.gradient_activation_many(memory, kind, 0.1, 20.0)
 
@@ -121,7 +122,7 @@ def adamw(dtype, kind, tensors, amsgrad, maximize):
 
 
 def rows_on_the_sphere(dtype, features, units):
-    """Both directions of both kinds of rows."""
+    """Forward and backward of directions and of normalised rows."""
     angles, rows, scale = (empty(units, n, dtype=dtype) for n in (features - 1, features, 1))
     hypersphere.hypersphere_direction(angles)
     hypersphere.hypersphere_direction_backward(rows, angles)
@@ -162,10 +163,10 @@ def lcw(dtype, rows, units, features, has_bias, basis):
 
 
 def layers(dtypes, width, rows, filter, activation, per_layer, everything, tf32):
-    """Forward and backward of the recurrence; ``everything`` is every argument that may be left out."""
+    """Forward and backward of the recurrence. ``everything`` includes every optional argument."""
     state, weight_dtype = dtypes
     steps = 3
-    # float64 takes half the width.
+    # float64 allows half the width.
     width = min(width, 64) if state == torch.float64 else width
     each = (steps,) if per_layer else ()
     h0, weight = empty(rows, width, dtype=state), empty(*each, width, width, dtype=weight_dtype)
@@ -275,7 +276,7 @@ def test_pairs_of_all_options():
 
 
 def test_every_kernel_is_launched(monkeypatch):
-    """A kernel that no launch above reaches would not be compiled here."""
+    """No kernel is missing from the launches above."""
     launched = set()
     with compiling("sm_90"):
         monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: launched.add(self))

@@ -1,4 +1,4 @@
-"""Where the tests of Triton kernels run: on a GPU, or on the CPU in Triton's interpreter.
+"""Helpers of the tests of Triton kernels, which run on a GPU, or on the CPU in Triton's interpreter.
 
 Triton decides for the interpreter when it is imported, so the interpreted tests have a run of pytest of their own, with
 TRITON_INTERPRET=1 in its environment (see the Makefile). In any other run on the CPU they are skipped.
