@@ -17,23 +17,24 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's interpreter does not compile", allow_module_level=True)
 
 import aot
-from aot.compiled import chosen_targets, variant_facts
+from aot import compiled
 from triton.runtime.jit import JITFunction
 
 from lcw_ops.kernels import common, orthogonal_filter
 
+TARGETS = compiled.chosen_targets()
 VARIANTS = [
     pytest.param(variant, target, id=f"{target}-{variant['kernel'].fn.__name__}-{variant['id']}")
     for stem in aot.STEMS
     for variant in importlib.import_module(f"aot.{stem}").VARIANTS
-    for target in chosen_targets()
+    for target in TARGETS
     if target in variant["targets"]
 ]
 
 
 @pytest.mark.parametrize(("variant", "target"), VARIANTS)
 def test_compiles_without_spills(variant, target):
-    facts = variant_facts(variant, target)
+    facts = compiled.variant_facts(variant, target)
     launch = {name: variant["constexprs"].get(name) for name in ("BLOCK_M", "STAGES")} | {"warps": variant["num_warps"]}
     print(f"{target} {variant['kernel'].fn.__name__} {variant['id']} {launch}: {facts}")
     assert facts["spilled"] == 0
@@ -44,8 +45,42 @@ def test_compiles_without_spills(variant, target):
 def test_every_kernel_has_a_variant(stem):
     module = importlib.import_module(f"lcw_ops.kernels.{stem}")
     kernels = {name for name, value in vars(module).items() if isinstance(value, JITFunction) and "_kernel" in name}
-    compiled = {variant["kernel"].fn.__name__ for variant in importlib.import_module(f"aot.{stem}").VARIANTS}
-    assert compiled == kernels
+    assert {variant["kernel"].fn.__name__ for variant in importlib.import_module(f"aot.{stem}").VARIANTS} == kernels
+
+
+@pytest.fixture
+def new_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "CACHE", tmp_path)
+    monkeypatch.setattr(compiled, "EVERY_LAUNCH", False)
+    return tmp_path
+
+
+def test_a_variant_is_compiled_once(new_cache, monkeypatch):
+    """It is compiled again for other sources, for another key, and if its entry cannot be read."""
+    made = []
+
+    def ask(key):
+        return compiled.remembered(key, lambda: made.append(key) or {"registers": len(made)})
+
+    assert ask("a") == ask("a") == {"registers": 1}
+    assert ask("b") == {"registers": 2}
+    monkeypatch.setattr(compiled, "SOURCES", "others")
+    assert ask("a") == {"registers": 3}
+    (entry,) = (new_cache / "others").iterdir()
+    entry.write_text("{")
+    assert ask("a") == ask("a") == {"registers": 4}
+    assert made == ["a", "b", "a", "a"]
+
+
+def test_changed_sources_are_compiled_for_every_target(new_cache, monkeypatch):
+    assert compiled.chosen_targets() == compiled.EVERY_RUN
+    monkeypatch.setattr(compiled, "SOURCES", "others")
+    # The second run of changed sources does not leave out the variants that failed in the first.
+    assert compiled.chosen_targets() == compiled.chosen_targets() == tuple(compiled.TARGETS)
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "CACHE", new_cache)
+    monkeypatch.setattr(compiled, "EVERY_LAUNCH", True)
+    assert compiled.chosen_targets() == tuple(compiled.TARGETS)
 
 
 def test_tiles_of_the_recurrence():
