@@ -367,7 +367,7 @@ def _power(exponent, dtype: tl.constexpr):
 
 @triton.jit
 def _divide(a, b):
-    """a / b, correctly rounded: CUDA's float32 division of Triton is approximate by default."""
+    """a / b, correctly rounded. Triton's own float32 division is approximate on CUDA."""
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
