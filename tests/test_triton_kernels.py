@@ -51,7 +51,7 @@ def test_every_kernel_has_a_variant(stem):
 @pytest.fixture
 def new_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "CACHE", tmp_path)
-    monkeypatch.setattr(compiled, "EVERY_LAUNCH", False)
+    monkeypatch.setattr(compiled, "EVERY_TARGET", False)
     return tmp_path
 
 
@@ -79,7 +79,7 @@ def test_changed_sources_are_compiled_for_every_target(new_cache, monkeypatch):
     assert compiled.chosen_targets() == compiled.chosen_targets() == tuple(compiled.TARGETS)
     monkeypatch.undo()
     monkeypatch.setattr(compiled, "CACHE", new_cache)
-    monkeypatch.setattr(compiled, "EVERY_LAUNCH", True)
+    monkeypatch.setattr(compiled, "EVERY_TARGET", True)
     assert compiled.chosen_targets() == tuple(compiled.TARGETS)
 
 

@@ -1,8 +1,9 @@
 """Compiles kernels without a GPU, and keeps the facts that tests assert on from one run to the next.
 
-An entry of the cache is found by a hash of kernels/, of this file, of Triton's version, and of what was compiled for
-which target. A second run of the same sources asserts on the same facts without compiling. The cache is the folder
-LCW_OPS_AOT_CACHE, by default .pytest_cache/aot; deleting it is always safe.
+The key of an entry is a hash of kernels/, this file, Triton's version, the variant and the target. A second run of the
+same sources asserts on the same facts without compiling. The cache is the folder LCW_OPS_AOT_CACHE, by default
+.pytest_cache/aot; deleting it is always safe. LCW_OPS_EVERY_TARGET=1 compiles for all targets, and
+LCW_OPS_EVERY_LAUNCH=1 also every launch of test_triton_launches.py.
 """
 
 import fcntl
@@ -32,6 +33,7 @@ assert TARGETS.keys() == DEVICES.keys()
 # One target of each vendor.
 EVERY_RUN = ("sm_90", "gfx942")
 EVERY_LAUNCH = os.environ.get("LCW_OPS_EVERY_LAUNCH") == "1"
+EVERY_TARGET = EVERY_LAUNCH or os.environ.get("LCW_OPS_EVERY_TARGET") == "1"
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("LCW_OPS_AOT_CACHE") or ROOT / ".pytest_cache/aot")
@@ -48,12 +50,12 @@ SOURCES = _hash_sources()
 
 
 def chosen_targets() -> tuple[str, ...]:
-    """The targets of this run: EVERY_RUN, or all if the sources have changed, or with LCW_OPS_EVERY_LAUNCH=1.
+    """The targets of this run: EVERY_RUN, or or all if the sources have changed or EVERY_TARGET is set.
 
     The sources have changed if the cache knows others, but not these. The answer is kept with them, so that a variant
     that fails on a target of the first run is not left out of the second. A new cache knows no other sources.
     """
-    if EVERY_LAUNCH:
+    if EVERY_TARGET:
         return tuple(TARGETS)
     CACHE.mkdir(parents=True, exist_ok=True)
     # The workers of one run must come to the same answer.
