@@ -50,7 +50,7 @@ SOURCES = _hash_sources()
 
 
 def chosen_targets() -> tuple[str, ...]:
-    """The targets of this run: EVERY_RUN, or or all if the sources have changed or EVERY_TARGET is set.
+    """The targets of this run: EVERY_RUN, or all if the sources have changed or EVERY_TARGET is set.
 
     The sources have changed if the cache knows others, but not these. The answer is kept with them, so that a variant
     that fails on a target of the first run is not left out of the second. A new cache knows no other sources.
