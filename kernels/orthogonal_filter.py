@@ -9,7 +9,7 @@ run one after another, so the time of one layer in one program is the bound: ins
 in the sm_90 code, instructions per warp and layer, one warp per scheduler at N = 64 and two at N = 128, dense shared O:
     R = 4, N = 64: 453 forward, 491 + 438 backward        R = 4, N = 128: 804 forward, 852 + 829 backward
     R = 2, N = 128, W shared, inputs (time): 413 forward, 441 + 430 backward
-Predicted, not measured, for an H200 at 1.8 GHz, with as much again for latency and barriers at one warp, half at two:
+Predicted, not measured, for an H200 at 1.8 GHz; latency and barriers add as much again at one warp, half at two warps:
 M = 128, N = 64 0.5 us a layer forward and 1.1 backward, dW included; M = 128, N = 128 1.3 and 2.9; over time, M = 64,
 N = 128, 0.7 us a step forward.
 

@@ -211,7 +211,7 @@ def _check_filter(op: str, states: Tensor, filter: Tensor) -> None:
     fits |= filter.dtype == torch.float64 and filter.shape == (2 * width,)
     if states.shape[0] == 0 or not (fits and filter.is_contiguous() and filter.device == states.device):
         raise ValueError(
-            f"{op}: the filter {_describe(filter)} is no permutation and no rotations for {_describe(states)}; "
+            f"{op}: the filter {_describe(filter)} is neither a permutation nor rotations for {_describe(states)}; "
             "call lcw_ops.functional.orthogonal_filter"
         )
 
