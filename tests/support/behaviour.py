@@ -12,8 +12,9 @@ so that a difference can be shown. An exception is recorded by the names of its 
 recordings of one commit are equal, because nothing here depends on time: under torch's deterministic mode, or with
 LCW_OPS_MATMUL, no kernel is chosen by a measurement.
 
-A recording takes some minutes on two cores. Its parts run as processes of their own, since instruction sets, Triton's
-interpreter and the state right after ``import lcw_ops`` are decided once per process.
+A recording takes about five minutes on two idle cores. Its parts run as processes of their own, since instruction sets,
+Triton's interpreter and the state right after ``import lcw_ops`` are decided once per process. ``record`` adds parts to
+a file that is there already; delete the file to begin again.
 """
 
 import argparse
@@ -2983,9 +2984,12 @@ def shown_values(tensor: dict) -> list[float]:
 def compare(before_file: str, after_file: str, expected: list[str]) -> int:
     before, after = (json.loads(Path(file).read_text()) for file in (before_file, after_file))
     unused, count, allowed = set(expected), 0, 0
-    for part in sorted(before.keys() | after.keys()):
-        for name in sorted(before.get(part, {}).keys() | after.get(part, {}).keys()):
-            one, other = (cases.get(part, {}).get(name, "no such case") for cases in (before, after))
+    for part in sorted(before.keys() ^ after.keys()):
+        print(f"{part}: this part is recorded in {before_file if part in before else after_file} alone")
+        count += 1
+    for part in sorted(before.keys() & after.keys()):
+        for name in sorted(before[part].keys() | after[part].keys()):
+            one, other = (cases[part].get(name, "no such case") for cases in (before, after))
             for line in differences(one, other):
                 text = f"{part}: {name}{line}"
                 patterns = [pattern for pattern in expected if fnmatch.fnmatchcase(text, pattern)]
