@@ -328,7 +328,7 @@ def call_layer(prefix, function, samples, n, m, dtype, option, layout="contiguou
 def record_layers(prefix: str, samples=SAMPLES, sizes=SIZES, layouts: bool = True) -> None:
     for function, options in LAYER_OPTIONS.items():
         for dtype, rows, (n, m), option in itertools.product(dtypes(), samples, sizes, options):
-            call_layer(prefix, function, rows, n, m, dtype, option, second=rows in (1, 17, 33), saved=rows == 33)
+            call_layer(prefix, function, rows, n, m, dtype, option, second=rows in (1, 17, 33), saved=True)
         if not layouts:
             continue
         for dtype, (place, layout) in itertools.product(dtypes(), enumerate(LAYOUTS)):
@@ -568,7 +568,11 @@ def record_special_recurrences(prefix: str, quick: bool = False) -> None:
         record(
             f"{prefix}/orthogonal_filter/{name}",
             lambda name=name, tensors=tensors, options=options: derivatives(
-                name, lambda **given: F.orthogonal_filter(**given, **options), tensors, second=len(tensors["bias"]) < 50
+                name,
+                lambda **given: F.orthogonal_filter(**given, **options),
+                tensors,
+                second=len(tensors["bias"]) < 50,
+                saved=not quick,
             ),
         )
     for solver, wanted in itertools.product(
