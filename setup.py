@@ -28,7 +28,7 @@ except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
-# Folders beside lcw_ops/ that are packages inside it.
+# Folders beside lcw_ops/ that are packages inside it. In the source tree lcw_ops/ has a link to each.
 MAPPED = ("kernels", "bench")
 # The oldest torch whose stable ABI is used; every later one runs the same binary.
 STABLE_ABI_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -208,7 +208,7 @@ class AnyPythonWheel(bdist_wheel):
 def packages() -> list[str]:
     """The import names of all folders with an __init__.py, at any depth."""
     mapped = [f"lcw_ops.{package}" for name in MAPPED for package in find_packages(include=[name, f"{name}.*"])]
-    # In a source tree lcw_ops/kernels and lcw_ops/bench may be links to the folders that are mapped there.
+    # lcw_ops/kernels and lcw_ops/bench are links, for editors and type checkers: the files are packaged once.
     return find_packages(include=["lcw_ops", "lcw_ops.*"], exclude=mapped) + mapped
 
 
@@ -216,6 +216,7 @@ setup(
     version=re.search(r'__version__ = "(.+)"', (ROOT / "lcw_ops/__init__.py").read_text())[1],
     package_dir={"lcw_ops": "lcw_ops", **{f"lcw_ops.{name}": name for name in MAPPED}},
     packages=packages(),
+    package_data={"lcw_ops": ["py.typed"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": AnyPythonWheel},
 )

@@ -1,6 +1,6 @@
-"""From which width on which kernel of the orthogonal-filter recurrence is the fastest: a CSV and a line of code.
+"""The fastest kernel of the orthogonal-filter recurrence for each range of widths: a CSV and a line of code.
 
-Every kernel there is runs forward and backward over depth and over time at every width, in turns and by the rules of
+Every available kernel runs forward and backward over depth and over time at every width, in turns and by the rules of
 the other benchmarks; a wrong one is not timed. The geometric mean of both cases counts.
 """
 
@@ -43,7 +43,7 @@ class Kernel:
 
 
 def kernels(device_type: str) -> list[Kernel]:
-    """Every kernel there is on such a device."""
+    """The kernels that run on such a device."""
     found = []
     for backend in ("cpp", "triton", "cuda"):
         if backends.missing_reason(NAME, backend, device_type) is not None:
@@ -80,7 +80,7 @@ def _environment(name: str, value: str):
 
 
 def case(over_time: bool, rows: int, width: int, steps: int, device_type: str) -> registry.Case:
-    """Forward and backward; every kernel is a competitor, and eager torch the yardstick."""
+    """Forward and backward, with every kernel as a competitor and eager torch as the yardstick."""
     plain = Kernel(registry.EAGER, _reference_forward, _reference_backward)
     competitors = [
         registry.Competitor(
@@ -132,14 +132,14 @@ def _prepare(kernel: Kernel, inputs: dict[str, Tensor | None]) -> registry.Run:
 
 
 def _run(kernel: Kernel, inputs: dict[str, Tensor | None]) -> list[Tensor]:
-    """Output and the gradients of h0, weight, bias and inputs."""
+    """The output and the gradients of h0, weight, bias and inputs."""
     *tensors, cotangent = inputs.values()
     over_time = inputs["inputs"] is not None
     count = len(inputs["inputs" if over_time else "weight"])
     segment = min(DEFAULT_SEGMENT, count)
     output, checkpoints = kernel.forward(*tensors, count, "tanh", segment, False)
     options = (count, "tanh", segment, True, True, False, over_time, False)
-    # The reference has no checkpoints: it starts from h0 again.
+    # The reference has no checkpoints: it starts again from h0.
     start = tensors[0] if checkpoints is None else checkpoints
     grad_h0, grad_weight, grad_bias, _, _, grad_inputs, _ = kernel.backward(cotangent, start, *tensors[1:], *options)
     return [output, grad_h0, grad_weight, grad_bias, *([grad_inputs] if over_time else [])]
@@ -163,7 +163,7 @@ def _reference_backward(grad_output, h0, weight, bias, filter, alpha, beta, inpu
 
 
 def table(path: Path) -> orthogonal_filter_crossover.Table:
-    """The kernels in the order of width, each with the widest row it is the fastest for, from a CSV of measurements."""
+    """The kernels in the order of width, each with the widest row that it is the fastest for, from a CSV."""
     logs: dict[int, dict[str, list[float]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -173,7 +173,7 @@ def table(path: Path) -> orthogonal_filter_crossover.Table:
     fastest = []
     for width, times in sorted(logs.items()):
         cases = max(map(len, times.values()))
-        # Who could not run one of the cases is not the fastest of both.
+        # A kernel that could not run one of the cases is not the fastest of both.
         sums = {name: sum(each) for name, each in times.items() if len(each) == cases}
         fastest.append((width, min(sums, key=sums.get).split()[0]))
     ends = [

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TESTS = ROOT / "tests"
 
-# A part stays below eight minutes, with the time to start and to end its processes.
+# A part stays below eight minutes, including the time to start and to end its processes.
 PART_SECONDS = 470
 # The limit of one test file, so that a hang leaves the others their time.
 FILE_SECONDS = 240
@@ -37,7 +37,7 @@ SMOKE_SECONDS = 180
 ENVIRONMENT = {
     "LCW_OPS_TEST_DEVICE": "cuda",
     "PYTHONUNBUFFERED": "1",
-    # A distribution's own Python refuses pip otherwise; an editable install without dependencies replaces nothing.
+    # A distribution's own Python would refuse pip. An editable install without dependencies replaces nothing.
     "PIP_BREAK_SYSTEM_PACKAGES": "1",
     # JAX, a competitor in the benchmarks, would take three quarters of the card's memory when it is first used.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

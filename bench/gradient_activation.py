@@ -1,6 +1,6 @@
 """Activated gradients over the parameters of a model: in place over a list, and inside a step of SGD and AdamW.
 
-All of it is memory traffic. In place, every gradient is read and written once; a step reads parameter, gradient and
+The cost is memory traffic. In place, every gradient is read and written once; a step reads parameter, gradient and
 state once and writes parameter and state once. Beside ours: a loop over the parameters, foreach calls, torch.compile,
 a copy of the same bytes, and torch's own optimizers, with the activation before them and without any.
 """
@@ -22,7 +22,7 @@ ALPHA, BETA = 0.1, 20.0
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
-# Steps done before the one that is checked: at the first, the momentum is the gradient and hides how it decays.
+# The steps before the one that is checked: at the first, the momentum is the gradient and hides its decay.
 STEPS_BEFORE = 9
 
 # torch.compile takes two minutes for three calls over 1000 tensors, and as long for a step over 100; it does so twice.
@@ -38,7 +38,7 @@ def cases(device_type: str) -> list[Case]:
     else:
         lists = [("1000 of 10,000", [(10_000,)] * 1000), ("ResNet-50", resnet50()), ("transformer", transformer())]
     dtypes = (torch.float32, torch.bfloat16)
-    # What a kind costs shows on one list, what a list costs on one kind.
+    # One list shows the cost of each kind, and one kind the cost of each list.
     in_place = [(*lists[0], kind, dtype) for kind in KINDS for dtype in dtypes]
     in_place += [(*one, "arctan", dtype) for one in lists[1:] for dtype in dtypes]
     # The weights of 50,000 layers of width 64, in one tensor as nn.OrthogonalFilterMLP keeps them.
@@ -135,13 +135,13 @@ def _in_place(device_type: str, name: str, shapes: Shapes, kind: str, dtype: tor
 
 
 def _shorten(inputs: dict) -> dict:
-    """Of one tensor of 205 million elements the first tenth: a float64 copy of all of it, and a few more, is 5 GB."""
+    """The first tenth of the tensor of 205 million elements: float64 copies of all of it would take 5 GB."""
     gradients = inputs["gradients"]
     return inputs | {"gradients": [gradients[0][:5000]] if len(gradients) == 1 else gradients}
 
 
 def _own_copy(inputs: dict) -> list[Tensor]:
-    # In place, call after call: the values settle where alpha atan(beta g) = g, at 0.117 and not at 0.
+    # Called in place again and again, the values settle where alpha atan(beta g) = g, at 0.117 and not at 0.
     return [gradient.clone() for gradient in inputs["gradients"]]
 
 
@@ -241,7 +241,7 @@ def _adamw(device_type: str, name: str, shapes: Shapes, quick: bool = False) -> 
     our_adamw = functools.partial(optim.AdamW, **ADAMW, gradient_activation="arctan", alpha=ALPHA, beta=BETA)
 
     def make_state(device: torch.device) -> dict[str, list[Tensor]]:
-        # Squares far from 0: a division by next to nothing would enlarge everybody's last bit.
+        # Squares far from 0: a division by a tiny number would enlarge the last bit of every result.
         squares = [torch.rand(shape, device=device) + 0.1 for shape in shapes]
         return {"exp_avg": _draw(shapes, device), "exp_avg_sq": squares}
 
@@ -287,7 +287,7 @@ def _step(
 
 
 def _gradient_first(make: Callable, options: dict, shapes: Shapes) -> tuple[Competitor, ...]:
-    """Of torch's optimizers, after an activation of the gradient in place."""
+    """torch's optimizers, after an activation of the gradients in place."""
     return (
         Competitor(EAGER, functools.partial(_activate_and_step, make, options, False)),
         Competitor("foreach calls + fused", functools.partial(_activate_and_step, make, options, True)),
@@ -298,7 +298,7 @@ def _gradient_first(make: Callable, options: dict, shapes: Shapes) -> tuple[Comp
 
 
 def _without_activation(make: Callable, options: dict) -> tuple[Competitor, ...]:
-    """Another function: what a step costs that has no activation."""
+    """Another function, for comparison: a step without activation."""
     return tuple(
         Competitor(f"torch {form}, none", functools.partial(_optimizer, make, **options, **{form: True}), checked=False)
         for form in ("fused", "foreach")
@@ -306,12 +306,12 @@ def _without_activation(make: Callable, options: dict) -> tuple[Competitor, ...]
 
 
 def _primed(make: Callable, inputs: dict, own_gradients: bool = False, **options) -> tuple[torch.optim.Optimizer, list]:
-    """An optimizer in the middle of training, with its own copy of the parameters, and all that a step writes."""
+    """An optimizer in the middle of training, with its own parameters, and all tensors that a step writes."""
     params = [nn.Parameter(param.clone()) for param in inputs["params"]]
     for param, gradient in zip(params, inputs["grads"], strict=True):
         param.grad = gradient.clone() if own_gradients else gradient
     optimizer = make(params, **options)
-    # A step at rate 0 leaves the parameters as they are, and makes the state in the form the optimizer likes.
+    # A step at rate 0 leaves the parameters as they are, and makes the state in the optimizer's own form.
     (group,) = optimizer.param_groups
     rate, group["lr"] = group["lr"], 0.0
     optimizer.step()

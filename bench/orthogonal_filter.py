@@ -16,13 +16,13 @@ from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops.orthogonal_filter.op import NAME
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as reference
 
-# Steps a float64 backward pass is checked over: many segments of checkpoints, and a second instead of half a minute.
+# The steps of a checked float64 backward pass: many segments of checkpoints, in a second instead of half a minute.
 CHECKED_STEPS = 1000
 
 # Nodes of a CUDA graph are captured one by one; beyond this the capture takes longer than the benchmark.
 GRAPH_STEPS = 10_000
 
-# Differentiated, in this order; each case has those it has.
+# The differentiated inputs, in this order; a case may lack some.
 LEARNED = ("h0", "weight", "bias", "inputs")
 
 
@@ -51,7 +51,7 @@ def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, 
     def make_inputs(device: torch.device) -> dict:
         inputs = {name: torch.randn(shape, device=device) for name, shape in tensors.items()}
         inputs["weight"] *= width**-0.5
-        # Both are float32 numbers, or the rounding of alpha would be the whole error against float64.
+        # Both must be float32 numbers: otherwise the rounding of alpha would be the whole error against float64.
         alpha = torch.tensor(1 - 1 / steps)
         return inputs | {
             "filter": make_filter("haar", width, device=device),
@@ -127,7 +127,7 @@ def _expected(inputs: dict) -> list[Tensor]:
 
 
 def _compiled_step(inputs: dict) -> Run:
-    # Of one function torch.compile makes eight variants; after that it quietly runs it as it is.
+    # torch.compile makes eight variants of one function; after that it silently runs the function uncompiled.
     torch.compiler.reset()
 
     @torch.compile(dynamic=False)
@@ -205,7 +205,7 @@ def _jax(inputs: dict) -> Run:
         output, pullback = jax.vjp(recurrence, *arguments)
         return [output, *pullback(cotangent)]
 
-    # On GPUs JAX would multiply in TF32, where everybody else multiplies in float32.
+    # On GPUs JAX would multiply in TF32, where the other competitors multiply in float32.
     with jax.default_matmul_precision("highest"):
         if inputs["backward"]:
             compiled = jax.jit(forward_backward).lower(cotangent, *learned).compile()

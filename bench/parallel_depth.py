@@ -1,9 +1,9 @@
-"""The recurrence in parallel over depth against our own kernel that goes layer by layer, in windows of several sizes.
+"""The recurrence in parallel over depth, in windows of several sizes, against our own kernel that goes layer by layer.
 
-A sweep does the arithmetic of the sequential kernel once more, and it takes two or three: what it saves is waiting. So
-beside the sizes of the other benchmark of the recurrence there are those where a kernel waits the most: one sample,
-wide layers. With rows of this benchmark ``python -m lcw_ops.bench.parallel_depth rows.csv`` prints the lines that go
-into lcw_ops/ops/parallel_depth_crossover.py.
+A sweep does the arithmetic of the sequential kernel once more, and it takes two or three: it saves waiting. So beside
+the sizes of the other benchmark of the recurrence there are those where a kernel waits the most: one sample, wide
+layers. With rows of this benchmark ``python -m lcw_ops.bench.parallel_depth rows.csv`` prints the lines that go
+into lcw_ops/ops/parallel_depth/crossover.py.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from lcw_ops.ops.parallel_depth.op import SWEEP
 
 STEM = "parallel_depth"
 
-# Beside the default window, which is what "auto" would take, and the whole depth.
+# The windows beside the default, which "auto" would take, and the whole depth.
 WINDOW = 1000
 
-# A whole depth of states, of which the solver holds eight, must leave room for everybody's weights and gradients.
+# The solver holds eight times the states of the whole depth. They must leave room for weights and gradients.
 MOST_STATES_BYTES = 2**29
 
 # beta = c / L in all cases.
 MEASURED_C = 1.0
 
-# Of the time of the sequential kernel: what a region must win by on these initial weights. Trained nets take up to
+# The share of the sequential kernel's time by which a region must win on these initial weights. Trained nets take up to
 # three times the sweeps (docs/parallel_depth.md).
 LEAST_GAIN = 2 / 3
 
@@ -111,7 +111,7 @@ def _case(
 
 
 def _windows(device_type: str, steps: int, rows: int, width: int) -> dict[str, int | None]:
-    """Name of a competitor -> its window; None is the default one."""
+    """Maps the name of a competitor to its window; None is the default."""
     windows = {"parallel": None}
     if steps > WINDOW:
         windows[f"by {WINDOW}"] = WINDOW
@@ -132,10 +132,10 @@ Point = tuple[int, int, int]
 
 
 def regions(path: Path, key: str) -> list[Region]:
-    """What a CSV of measurements on machines of that key (``device_key``) says for MEASURED.
+    """The entries of MEASURED by a CSV of measurements on machines of that key (``device_key``).
 
-    Cautious: between points that were measured and that won, forward and with backward, in the default window. A noisy
-    row wins nothing, and no row wins against it.
+    The entries are cautious: they lie between measured points that won, forward and with backward, in the default
+    window. A noisy row neither wins nor loses.
     """
     times: dict[tuple, dict[Point, dict[str, dict[str, float]]]] = {}
     with path.open(newline="") as file:
@@ -149,7 +149,7 @@ def regions(path: Path, key: str) -> list[Region]:
                 point = tuple(int(size.split("=")[1]) for size in row["shape"].split())
                 of_kind = times.setdefault((filter != "haar", over == "over time"), {})
                 median, spread = float(row["median_s"]), float(row["spread_s"])
-                # Of several runs the last one counts.
+                # The last of several runs counts.
                 seconds = of_kind.setdefault(point, {}).setdefault(passes, {})
                 noisy = row.get("noisy") == "True" or is_noisy(median, spread)
                 seconds[row["competitor"]] = math.nan if noisy else median
@@ -198,7 +198,7 @@ def _is_within(box: tuple, other: tuple) -> bool:
 
 
 def line_of(region: Region) -> str:
-    """As it stands in MEASURED."""
+    """The entry as it stands in MEASURED."""
     device, *rest = region
     return f"    Region({', '.join((json.dumps(device), *map(str, rest)))}),"
 

@@ -1,4 +1,4 @@
-"""What a benchmark is: one piece of work, the ways to do it, the float64 truth, and the least time it can take.
+"""A benchmark: one piece of work, the ways to do it, the float64 truth, and the least time that it can take.
 
 floor = max(bytes / memory rate, operations / matmul rate), both rates measured on this machine beside the case. A
 kernel is timed only after its error against float64 is at most twice eager torch's plus one unit in the last place.
@@ -21,7 +21,7 @@ from lcw_ops.profile.machine import matmul_rate
 
 EAGER = "eager torch"
 
-# Peers only have to be the same function; eager's own error is no promise of theirs.
+# Peers must only compute the same function: they do not promise eager's error.
 OURS_SLACK, PEER_SLACK = 2, 100
 
 # How often a case is drawn, at most, before a competitor is refused.
@@ -55,12 +55,12 @@ Run = Callable[[], list]
 
 
 class WrongResult(Exception):
-    """A competitor that computes something else, and is therefore not timed."""
+    """A competitor computes something else, and is therefore not timed."""
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """One way to do the work. ``prepare(inputs)`` converts and compiles, and gives the function that is timed.
+    """One way to do the work. ``prepare(inputs)`` converts and compiles, and returns the function to time.
 
     ``checked`` is False for another function of the same size (a copy, another kind of network), to which the floor may
     not apply. ``missing()`` says why it cannot run here, or None. ``slow_start``: takes tens of seconds to prepare, so
@@ -101,9 +101,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Rates:
-    """The ceilings, measured: bytes read and written per second, and float32 operations per second of a matmul.
+    """The measured ceilings: bytes read and written per second, and float32 operations per second of a matmul.
 
-    ``matmul`` is infinite for a case without operations, where nothing measures it.
+    ``matmul`` is infinite for a case without operations, which does not measure it.
     """
 
     memory: float
@@ -129,7 +129,7 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
     """Our op as a competitor, once per backend that can run here, on float32 rows of ``width`` elements; plain torch
     only where there is no kernel.
 
-    Of an explicit request (``use_backend``, ``LCW_OPS_BACKEND``) only that backend. BackendError if it cannot run here.
+    An explicit request (``use_backend``, ``LCW_OPS_BACKEND``) selects one backend; BackendError if it cannot run here.
     """
     if backends.requested() is not None:
         names = [backends.choose(op, torch.device(device_type), width)]
@@ -160,8 +160,8 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
 def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:
     """Each checked competitor's error on fresh inputs, over the result's scale, or why it must not be timed.
 
-    Of a gradient with a hundred numbers, whose errors come from the same few roundings, the largest error is a matter
-    of luck, eager torch's as anybody's. So who is refused is judged again, over more draws: by the largest errors.
+    The errors of a gradient with a hundred numbers come from the same few roundings, and the largest is a matter of
+    luck, eager torch's included. A refused competitor is therefore judged again, by the largest errors of more draws.
     """
     errors, eager_errors = {}, []
     for _ in range(MOST_DRAWS):
@@ -192,7 +192,7 @@ def _largest(before: list[float], now: list[float]) -> list[float]:
 
 
 def _relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """The largest error of each result over its largest value; infinity, not NaN, for what is not finite."""
+    """The largest error of each result over its largest value; infinity, not NaN, for a result that is not finite."""
     if len(results) != len(expected):
         raise WrongResult(f"{len(results)} results, expected {len(expected)}")
     relative = []
@@ -221,7 +221,7 @@ def as_tensor(array) -> Tensor:
 
 
 def measure_rates(device: torch.device, case: Case) -> Rates:
-    """Measures what the machine reaches at this moment with a case of this size, as the best of several tries."""
+    """Measure the machine's rates at this moment for a case of this size, as the best of several tries."""
     matmul = math.inf
     if case.operations:
         matmul = max(matmul_rate(device, size, MATMUL_TRIES) for size in MATMUL_SIZES[device.type])
@@ -235,7 +235,7 @@ def _memory_rate(device: torch.device, case_bytes: float) -> float:
     thread that is not running, and for small sizes that takes a thousand times as long as the pass itself.
     """
     most = MOST_BUFFER_BYTES[device.type]
-    # Half of the bytes that the case moves, because it moves most of them more than once.
+    # Use half of the bytes that the case moves: it moves most of them more than once.
     size = most if device.type == "cuda" else min(case_bytes / 2, most)
     buffer = torch.ones(2 * max(1, int(size) // 8), device=device)
     source, target = buffer.chunk(2)
@@ -273,7 +273,7 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """One call, timed; on a GPU between two events of the stream, so that the launch is not counted twice."""
+    """Time one call; on a GPU between two events of the stream, so that the launch is not counted twice."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

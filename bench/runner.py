@@ -28,7 +28,7 @@ from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - the arguments 
 from lcw_ops.bench.registry import Case, Competitor, Rates, WrongResult
 from lcw_ops.profile.machine import describe
 
-# Time for the rounds of one case, and the rounds that a slow or a fast case gets all the same.
+# The time for the rounds of one case, and the fewest and most rounds of a slow or a fast case.
 SECONDS_PER_CASE, QUICK_SECONDS_PER_CASE = 10.0, 1.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
@@ -67,7 +67,7 @@ UNMARKED_COLUMNS = [name for name in COLUMNS if name != "noisy"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the arguments ask for, checked: nothing is the user's fault from here on."""
+    """The benchmarks that the arguments ask for, checked: any later error is not the user's."""
 
     device: torch.device
     cases: list[Case]
@@ -131,7 +131,7 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
     running = [one for one in case.competitors if one.name not in left_out]
     times, rates, steady = measure(case, running, device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
     floor = case.floor_seconds(rates)
-    # The ceiling of an unsteady machine may be far too low, so a row below the floor is noise and not an error.
+    # The ceiling of an unsteady machine may be far too low: a row below the floor is then noise and not an error.
     impossible = faster_than_floor(case, running, times, rates) if steady else []
     left_out |= {
         name: f"ERROR: {_time(statistics.median(times[name]))}, measured twice, is less than the floor: the ceiling or "
@@ -176,7 +176,7 @@ def measure(
 ) -> tuple[dict[str, list[float]], Rates, bool]:
     """Seconds per call and competitor, the best ceilings, and whether those of before and after agree.
 
-    Measures the case once more where a competitor was faster than the floor: the machine may have been slow when the
+    The case is measured again if a competitor was faster than the floor: the machine may have been slow when the
     ceilings were measured.
     """
     inputs = case.make_inputs(device)
@@ -202,7 +202,7 @@ def faster_than_floor(
 def interleave(
     competitors: list[Competitor], inputs: dict, device: torch.device, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds per call and competitor, who take turns; a first round warms up and says how many rounds fit."""
+    """Seconds per call and competitor. They take turns; a first round warms up and says how many rounds fit."""
     runs = {competitor.name: competitor.prepare(inputs) for competitor in competitors}
     warm_up = sum(registry.seconds(run, device) for run in runs.values())
     rounds = min(max(int(budget / max(warm_up, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
@@ -240,7 +240,7 @@ def _write_rows(file: IO[str], rows: Iterable[dict], header: bool) -> None:
 
 
 def _check_csv(path: Path) -> None:
-    """Before minutes of measuring: rows of other columns would be read wrongly ever after, or not written at all."""
+    """Check the file before minutes of measuring: rows under other columns would be misread later, or lost."""
     new = not path.exists()
     if new and not path.parent.is_dir():
         raise ValueError(f"--out: the folder {path.parent} does not exist. Create it, or name another file")
@@ -279,7 +279,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _use_threads(count: int) -> None:
-    """Every competitor in one process: torch takes a number, JAX takes the cores the process may run on."""
+    """Limit every competitor in this process: torch takes a number, JAX the cores that the process may use."""
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= count <= len(cores):
         raise ValueError(f"--threads is {count}; expected 1 to {len(cores)}, the cores of this process")
@@ -335,7 +335,7 @@ def _ceilings(rates: Rates) -> str:
 
 
 def _giga(rate: float) -> str:
-    """In units of 1e9: whole numbers from 100 on, three digits below."""
+    """The number in units of 1e9: whole from 100 on, three digits below."""
     return f"{rate / 1e9:.0f} G" if rate >= 1e11 else f"{rate / 1e9:.3g} G"
 
 

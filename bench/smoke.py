@@ -1,4 +1,4 @@
-"""Every GPU kernel once, small, against float64: ``make gpu PART=smoke``, or ``python -m lcw_ops.bench.smoke``.
+"""Run every GPU kernel once, small, against float64: ``make gpu PART=smoke``, or ``python -m lcw_ops.bench.smoke``.
 
 It takes a minute and shows whether the other parts of ``make gpu`` are worth their time. The rule is the benchmarks':
 at most twice the error of plain torch in the same dtype, plus one unit in the last place. A kernel that does not
@@ -26,13 +26,13 @@ from lcw_ops.ops.parallel_depth import op as parallel_depth
 # Device type -> the backends that must be there.
 EXPECTED = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp")}
 
-# Up to a smaller number, tensors are launched one by one.
+# Fewer tensors are launched one by one.
 TENSORS = 6
 
 
 @dataclass(frozen=True)
 class Call:
-    """One use of an op. ``run`` takes tensors of these shapes and gives all results."""
+    """One use of an op. ``run`` takes tensors of these shapes and returns all results."""
 
     op: str
     name: str
@@ -82,7 +82,7 @@ def calls() -> list[Call]:
 
 
 def _with_gradients(function: Callable[..., Tensor], **options) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The result of ``function`` and its gradient by every input, for a cosine as the result's own gradient."""
+    """The result of ``function`` and its gradients by all inputs; the incoming gradient is a cosine."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -167,7 +167,7 @@ def cases(device_type: str) -> list[registry.Case]:
 
 
 def missing(device_type: str) -> Iterator[str]:
-    """Lines about backends that have kernels of ours and cannot run here."""
+    """One line for each backend that has kernels of ours and cannot run here."""
     for op, implemented in backends.IMPLEMENTED.items():
         for backend in EXPECTED[device_type]:
             reason = backends.missing_reason(op, backend, device_type) if backend in implemented else None
@@ -188,7 +188,7 @@ def check(one: registry.Case, device: torch.device) -> Iterator[tuple[bool, str]
         try:
             verdict = registry.check(one, device, [competitor])[competitor.name]
         except Exception as error:
-            # A compiler or a driver may raise anything, and the other kernels are still of interest.
+            # A compiler or a driver may raise anything, and the other kernels should still run.
             yield False, f"FAILED  {place}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[-1]}"
             continue
         wrong = isinstance(verdict, registry.WrongResult)

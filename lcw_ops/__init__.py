@@ -44,7 +44,7 @@ _DEFINED_IN = {
     "use_backend": "ops",
 }
 
-# Attributes that are submodules: the public ones, and two that the import has always brought along.
+# Attributes that are submodules: the public ones, and two that the import has always provided.
 _SUBMODULES = {*__all__, "gradient_hooks", "ops"} - _DEFINED_IN.keys()
 
 

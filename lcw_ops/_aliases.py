@@ -1,4 +1,4 @@
-"""Modules that have moved still import under their old names: pickles and users' code name them.
+"""Old names of modules that have moved: pickles and users' code still name them.
 
 A pickle stores the module of each class. ``import lcw_ops.train.job`` gives the module ``lcw_ops.jobs.train`` itself,
 so a class has one identity whatever name it was imported by.

@@ -1,9 +1,9 @@
-"""Files that are there whole or not at all: written beside their place, then renamed into it.
+"""Files that are whole or absent: written beside their place, then renamed.
 
-A reader never sees half a file: the old one stays until the new one is complete. After an error or Ctrl-C nothing is
-left beside it. A process that is killed (SIGTERM, SIGKILL) leaves its hidden .part file, which the next write of the
-same file removes. The content is on the disk before the rename; whether a power cut right after it finds the old or the
-new file is up to the file system. Every file of the profiler is written through ``write_atomically``.
+A reader never sees half a file: the old one stays until the new one is complete. After an error or Ctrl-C no other
+file is left. A process that is killed (SIGTERM, SIGKILL) leaves its hidden .part file, which the next write of the
+same file removes. The content is on the disk before the rename; after a power cut during it, the file
+system decides whether the old or the new file is there. All commands write their files by ``write_atomically``.
 """
 
 import os
@@ -36,7 +36,7 @@ def write_atomically(path: str | Path, write: Callable[[IO], None], binary: bool
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left of earlier writes of ``path``; those that still run keep theirs."""
+    """Remove the files that killed processes left beside ``path``; processes that still run keep theirs."""
     name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.part")
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         match = name.fullmatch(entry.name)
@@ -45,7 +45,7 @@ def _sweep(path: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    # Signal 0 asks and sends nothing, but on Windows it would end the process.
+    # Signal 0 only asks whether the process exists, but on Windows it would end the process.
     if os.name != "posix":
         return True
     try:
@@ -65,7 +65,7 @@ def prepare_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # os.access answers for the permission bits only: not for a read-only or full disk, and always yes for root.
+        # os.access reads the permission bits only: it ignores a read-only or full disk, and always allows root.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -11,7 +11,7 @@ from lcw_ops.ops.orthogonal_filter.crossover import get_table
 
 
 def info() -> str:
-    """Returns, for every op and device of this machine, the backend that runs and why each other one does not.
+    """Return, for every op and device of this machine, the backend that runs and why each other one does not.
 
     Includes versions, the processor's vector instructions and the GPU. A reason that holds for every op of a device, or
     an error that several ops share, is given once. Takes no argument and has no side effect. ``lcw-ops info --json``
@@ -135,14 +135,14 @@ def _reason_lines(reasons: dict[str, str]) -> list[str]:
 
 
 def _choose(op: str, device: torch.device, width: int) -> str:
-    """As the public function of the op chooses, in float32."""
+    """The backend that the public function of the op chooses in float32."""
     if op == orthogonal_filter.NAME:
         return orthogonal_filter.choose_kernel(device, width, torch.float32.itemsize)
     return backends.choose(op, device, width, torch.float32.itemsize)
 
 
 def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
-    """What runs instead of the kernel for the narrowest rows, beyond each width at which that changes."""
+    """The backends for wider rows than the narrowest, one entry for each width at which the backend changes."""
     changes, before = [], narrowest
     for widest in _last_widths(op, device):
         try:
@@ -150,7 +150,7 @@ def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
         except backends.BackendError:
             wider = None
         if wider != before:
-            # A row in float64 takes the room of one twice as wide.
+            # A row in float64 takes as much memory as one twice as wide.
             widths = {"above_width_float32": widest, "above_width_float64": widest // 2}
             changes.append({**widths, "backend": wider})
         before = wider
@@ -158,7 +158,7 @@ def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
 
 
 def _last_widths(op: str, device: torch.device) -> list[int]:
-    """In float32, the widths at which a backend or an entry of the crossover table ends."""
+    """The widths at which a backend or an entry of the crossover table ends, in float32."""
     widths = {limit // torch.float32.itemsize for (name, _), limit in backends.MAX_ROW_BYTES.items() if name == op}
     capability = backends.compute_capability(device)
     if op == orthogonal_filter.NAME and capability is not None:

@@ -5,7 +5,10 @@ This file holds every private name of torch that this takes, behind a plain one.
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,3 +148,110 @@ def _overrides(argument) -> bool:
 
 # () -> bool: whether a torch.overrides.TorchFunctionMode is there to see a call.
 is_function_mode_active = torch._C._is_torch_function_mode_enabled
+
+
+# The rest is about optimizers and the hooks on gradients.
+
+# A decorator: torch.compile leaves the function as it is and breaks the graph there.
+never_traced = torch._disable_dynamo
+
+# (tensor) -> bool: whether torch holds it as zeros that have no memory, as some derivatives are.
+is_zeros_without_memory = Tensor._is_zerotensor
+
+# The code that torch wraps around the step of every optimizer class to run the hooks.
+_STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
+
+
+def running_steps() -> list[torch.optim.Optimizer]:
+    """The optimizers whose steps are running in this thread, the innermost first.
+
+    A subclass whose step calls ``super().step()`` is listed twice: torch runs the hooks around the step of every class
+    of which it has made an optimizer. The list is read from the stack, because a step that raised leaves the stack too.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    found: list[torch.optim.Optimizer] = []
+    while frame is not None:
+        code = frame.f_code
+        # Compare names: while torch.compile traces, another code object runs.
+        if code.co_name == _STEP_WRAPPER.co_name and code.co_filename == _STEP_WRAPPER.co_filename:
+            args = frame.f_locals.get("args")
+            if args:
+                found.append(args[0])
+        frame = frame.f_back
+    return found
+
+
+def runs_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch has wrapped the step of its class, and the hooks that this step runs are the instance's own."""
+    return getattr(getattr(type(optimizer), "step", None), "hooked", False) and has_step_hooks(optimizer)
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's constructor has made the instance: it has a place for hooks of its own."""
+    return "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> dict:
+    """The hooks that run before its step, by key; {} where torch's constructor has not made a place for them."""
+    return getattr(optimizer, "_optimizer_step_pre_hooks", {})
+
+
+def wrap_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let the step of its class run hooks. torch does so when it makes an optimizer of the class."""
+    optimizer._patch_step_function()
+
+
+def add_optimizer_hooks(optimizer: torch.optim.Optimizer, key, before_step: Callable, before_load: Callable) -> None:
+    """As ``register_step_pre_hook`` and ``register_load_state_dict_pre_hook`` do, under a key of the caller's."""
+    vars(optimizer).setdefault("_optimizer_step_pre_hooks", OrderedDict())[key] = before_step
+    vars(optimizer).setdefault("_optimizer_load_state_dict_pre_hooks", OrderedDict())[key] = before_load
+
+
+def remove_optimizer_hooks(optimizer: torch.optim.Optimizer, key) -> bool:
+    """Undo :func:`add_optimizer_hooks`. Returns whether there were such hooks."""
+    if step_hooks(optimizer).pop(key, None) is None:
+        return False
+    del optimizer._optimizer_load_state_dict_pre_hooks[key]
+    return True
+
+
+def state_of_optimizer_hooks(before_step: dict, before_load: dict) -> dict:
+    """The entries of an optimizer's ``__getstate__`` that hold these hooks."""
+    return {
+        "_optimizer_step_pre_hooks": OrderedDict(before_step),
+        "_optimizer_load_state_dict_pre_hooks": OrderedDict(before_load),
+    }
+
+
+def step_without_hooks(optimizer: type[torch.optim.Optimizer]) -> Callable:
+    """The step that a class defines: torch wraps it when the first optimizer of the class is made."""
+    step: Any = optimizer.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
+    """Raise RuntimeError in the capture of a CUDA graph without capturable=True: it would repeat one step's numbers."""
+    # torch 2.10 calls it by its older name.
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
+    (check or optimizer._cuda_graph_capture_health_check)()
+
+
+def divide_by_scale_(grads: list[Tensor], inverse_scale: Tensor) -> None:
+    """Multiply gradients of one device and dtype by GradScaler's inverse scale, in place and as GradScaler does."""
+    found_inf = torch.zeros((), device=inverse_scale.device)
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse_scale)
+
+
+def gradient_hooks(param: Tensor) -> OrderedDict[int, Callable]:
+    """The hooks of ``register_post_accumulate_grad_hook`` on a parameter, by the id of their handles."""
+    return getattr(param, "_post_accumulate_grad_hooks", None) or OrderedDict()
+
+
+def relink_gradient_hooks(param: Tensor) -> None:
+    """Let autograd find the hooks: swap_tensors leaves their dictionary in place and moves autograd's entry."""
+    param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
+
+
+def wrap_conversions(wrap: Callable) -> None:
+    """Put ``wrap(apply)`` in the place of the method that converts every module: ``.to``, ``.half``, ``.to_empty``."""
+    torch.nn.Module._apply = wrap(torch.nn.Module._apply)  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
-"""The command ``lcw-ops``: profile or train a very deep network, run the benchmarks, say which backends are in use.
+"""The command ``lcw-ops``: profile or train a very deep network, run the benchmarks, report the backends in use.
 
-A user's mistake ends in one line on stderr and exit code 2; Ctrl-C is 130, a failure on the way 1, with the traceback
-that its report needs. Help and version import no torch, so that they are there at once: what needs it is imported where
-a command runs.
+A user's mistake ends in one line on stderr and exit code 2; Ctrl-C gives 130, any other failure 1, with the traceback
+that a report needs. Help and version do not import torch, so they are instant: the functions that run a command import
+it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ class UsageError(ValueError):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # The text says what None stands for, and a switch is off unless it is given.
+        # The text says what None stands for, and a switch is off by default.
         unsaid = action.default is None or action.default is False
         return action.help if unsaid else super()._get_help_string(action)
 
@@ -116,7 +116,7 @@ def _adder(parser: argparse.ArgumentParser, settings: type) -> Callable:
 
 
 def _add_training_arguments(add: Callable) -> None:
-    """What every command that trains takes."""
+    """Add the arguments of every command that trains."""
     add("batch", "samples per training step", type=int)
     add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
     add("activation", "of every layer", choices=ACTIVATIONS)
@@ -186,7 +186,7 @@ def _run_job(command: str, job, arguments: argparse.Namespace) -> int:
     try:
         return job.run(settings)
     except (ValueError, OSError, ImportError) as error:
-        # Only of what it checks before any work: it reports failures of the work itself.
+        # These come from its checks before any work. It reports failures of the work itself.
         raise _usage_error(command, error) from error
 
 
@@ -221,7 +221,7 @@ def _run_info(arguments: argparse.Namespace) -> int:
 
 
 def _check_backend(command: str) -> None:
-    """UsageError when LCW_OPS_BACKEND names no backend; whether it can run an op is up to the op and its device."""
+    """UsageError when LCW_OPS_BACKEND names no backend; whether it can run an op depends on the op and its device."""
     from lcw_ops.ops import backends
 
     requested = backends.requested()

@@ -391,7 +391,7 @@ def test_too_large_a_network_says_what_it_needs(tmp_path, monkeypatch, capsys):
     flags = ["--depth", "100000", "--width", "64"]
     assert profile(*flags, out=tmp_path / "out") == 2
     # Weights, gradients and Adam's two moments are 4 x 100000 x 64 x 65 float32 numbers, 6.66 GB.
-    assert "need at least 6.9 GB of memory on cpu, 1.0 GB are there" in capsys.readouterr().err
+    assert "need at least 6.9 GB of memory on cpu, 1.0 GB are available" in capsys.readouterr().err
     assert profile("--width", "8", out=tmp_path / "out") == 0
 
 

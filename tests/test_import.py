@@ -6,6 +6,7 @@ import importlib
 import inspect
 import io
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import lcw_ops
 from lcw_ops import _names
 from lcw_ops._after_import import _finder, after_import
+from lcw_ops._aliases import MOVED
 
 PUBLIC = sorted(lcw_ops.__all__)
 
@@ -375,3 +377,31 @@ def test_modules_that_have_moved_import_under_their_old_names():
         )
         assert same
         assert all(same)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lcw_ops.data.Dataset",
+        "lcw_ops.gradient_hooks.ActivatedGradients",
+        "lcw_ops.gradient_hooks.GradientHooks",
+        "lcw_ops.gradient_hooks._GradientHook",
+        "lcw_ops.gradient_hooks._keep_group_settings",
+        "lcw_ops.gradient_hooks.activate_gradients",
+        "lcw_ops.gradient_hooks.register_gradient_hook",
+        "lcw_ops.profile.main_job.History",
+        "lcw_ops.profile.main_job.Report",
+        "lcw_ops.profile.main_job.Settings",
+        "lcw_ops.profile.progress.PlainProgress",
+        "lcw_ops.train.checkpoints.DamagedError",
+        "lcw_ops.train.job.Log",
+        "lcw_ops.train.loop.Training",
+        "lcw_ops.train.settings.ProfileSettings",
+        "lcw_ops.train.settings.TrainSettings",
+    ],
+)
+def test_pickles_that_name_a_module_that_has_moved_still_load(name):
+    """A pickle of version 0.1.0 names the module and the class; both must lead to today's class."""
+    module, _, attribute = name.rpartition(".")
+    loaded = pickle.loads(f"c{module}\n{attribute}\n.".encode())
+    assert loaded is getattr(importlib.import_module(MOVED[module]), attribute)

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from lcw_ops import _files as files
+from lcw_ops.jobs import picture
 from lcw_ops.jobs import profile as main_job
+from lcw_ops.jobs.report import ends
 from lcw_ops.nn import GmPLinear, LCWLinear, OrthogonalFilterMLP, OrthogonalFilterRNN, WeightNormLinear
 from lcw_ops.ops import use_backend
 from lcw_ops.ops.parallel_depth.solver import Solve, record_solves
@@ -471,19 +473,19 @@ def test_a_plain_net_vanishes_and_is_reported(tmp_path):
     spectrum = result.jacobians["h_0 -> h_L"]
     assert 0 < spectrum.largest < 1e-200
     assert not spectrum.smallest_resolved
-    assert plot.gradient_fate(norms).startswith("underflows at layer ")
+    assert picture.gradient_fate(norms).startswith("underflows at layer ")
     result.plot(tmp_path / "vanished.png")
     assert (tmp_path / "vanished.png").read_bytes().startswith(b"\x89PNG")
     assert "below rounding" in result.table()
 
 
 def test_fates_in_words():
-    assert plot.gradient_fate(np.array([0.5, 1.0])) == "keeps 50% of its size"
-    assert plot.gradient_fate(np.array([1.5, 1.0])) == "grows by 50%"
-    assert plot.gradient_fate(np.array([1e-5, 1.0])) == "shrinks by a factor of 10^5.0"
-    assert plot.gradient_fate(np.array([1e5, 1.0])) == "grows by a factor of 10^5.0"
-    assert plot.gradient_fate(np.array([math.nan, math.inf, 1e30, 1.0])) == "overflows at layer 2"
-    assert plot.gradient_fate(np.array([0.0, 1e-42, 1e-30, 1.0])) == "underflows at layer 2"
+    assert picture.gradient_fate(np.array([0.5, 1.0])) == "keeps 50% of its size"
+    assert picture.gradient_fate(np.array([1.5, 1.0])) == "grows by 50%"
+    assert picture.gradient_fate(np.array([1e-5, 1.0])) == "shrinks by a factor of 10^5.0"
+    assert picture.gradient_fate(np.array([1e5, 1.0])) == "grows by a factor of 10^5.0"
+    assert picture.gradient_fate(np.array([math.nan, math.inf, 1e30, 1.0])) == "overflows at layer 2"
+    assert picture.gradient_fate(np.array([0.0, 1e-42, 1e-30, 1.0])) == "underflows at layer 2"
 
 
 def test_values_off_the_scale_are_drawn_faded_and_named():
@@ -717,7 +719,7 @@ def test_the_headline_compares_nets_at_initialisation():
             for kind, norms in zip(main_job.KINDS, (flat, falling[::-1], falling), strict=True)
         },
     )
-    headline, details = plot.findings(report)
+    headline, details = picture.findings(report)
     assert headline == "Through 100 layers, the gradient of an orthogonal-filter net keeps 100% of its size"
     assert details == (
         "All at initialisation: un-normalised residual grows by a factor of 10^30.0; plain shrinks by a factor of "
@@ -726,7 +728,7 @@ def test_the_headline_compares_nets_at_initialisation():
 
 
 def test_an_overflow_is_said_in_words():
-    assert main_job._ends(np.array([0.093, math.nan])) == "0.093 -> overflows"
+    assert ends(np.array([0.093, math.nan])) == "0.093 -> overflows"
 
 
 def test_matmul_rate_is_the_best_that_torch_has(monkeypatch):
@@ -862,7 +864,7 @@ def test_solves_in_words():
             solve(layers=1000, sweeps=0, contraction=math.nan, residual=0.0, error=0.0),
         ]
     )
-    assert result_module._solves_in_words(gone) == "1 window given up, 1,000 layers one after the other"
+    assert result_module._solves_in_words(gone) == "1 window given up, 1,000 layers sequentially"
     assert math.isnan(gone.largest_error)
 
 

@@ -14,6 +14,7 @@ import torch
 from lcw_ops import functional as F
 from lcw_ops.bench.reproduce import parallel_depth as experiments
 from lcw_ops.bench.reproduce.parallel_depth import Row
+from lcw_ops.bench.reproduce.sweeps_picture import headline_of, plot
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as layer_by_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,9 +178,9 @@ def test_sweeps_of_a_net_in_training(monkeypatch, tmp_path):
     for row in rows:
         if row.measure.startswith("error of"):
             assert row.figure <= 4 * row.sequential + 4 * experiments.EPS, row.measure
-    experiments.plot(rows, tmp_path / "sweeps.png")
+    plot(rows, tmp_path / "sweeps.png")
     assert (tmp_path / "sweeps.png").read_bytes().startswith(b"\x89PNG")
-    headline = experiments._headline([row for row in rows if row.window is not None], rows[0].setting, 24)
+    headline = headline_of([row for row in rows if row.window is not None], rows[0].setting, 24)
     assert headline.startswith("24 layers at once: ")
     assert headline.endswith("backward after 1 steps")
 

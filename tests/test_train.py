@@ -835,7 +835,7 @@ def test_too_long_a_sequence_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(machine, "available_memory_bytes", lambda device: 10**9)
     assert train("--kind", "rnn", "--depth", "100000") == 2
     # Drive, states and both gradients: 4 x 4 x 100000 x 64 x 64 bytes.
-    assert "need at least 6.6 GB of memory on cpu, 1.0 GB are there" in capsys.readouterr().err
+    assert "need at least 6.6 GB of memory on cpu, 1.0 GB are available" in capsys.readouterr().err
 
 
 def test_each_epoch_sees_every_sample_once():

@@ -1,8 +1,8 @@
-"""What activated gradients do to training, always beside the plain optimizer at the rate times K = alpha beta.
+"""The effect of activated gradients on training, always beside the plain optimizer at the rate times K = alpha beta.
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, arXiv 2107.04228, report better accuracy of deep nets, and faster escape from
-saddle points. Near a stationary point an activated gradient is the gradient times K, so a plain optimizer with the rate
-times K is what it has to beat. Two experiments: multilayer perceptrons on scikit-learn's digits, with the authors'
+saddle points. Near a stationary point an activated gradient is the gradient times K, so it has to beat a plain
+optimizer with the rate times K. Two experiments: multilayer perceptrons on scikit-learn's digits, with the authors'
 CIFAR settings (SGD at 0.1, momentum 0.9, decay 5e-4, cosine schedule; the last accuracy, where they report the best of
 all epochs), and the saddle F = (x^2 - mu y^2) / 2, from y = 1e-8 to y = 1e-2 in float64.
 """
@@ -33,7 +33,7 @@ BATCH, EPOCHS, WIDTH = 64, 40, 64
 
 SADDLE_START, SADDLE_END = 1e-8, 1e-2
 CURVATURES = (1.0, 0.1, 0.01)
-# There is no momentum and no decay there, without which others are the same.
+# The saddle has neither momentum nor decay, and without them the other methods are the same.
 SADDLE_METHODS = ("plain", "plain, rate K", "activated gradient")
 
 
@@ -60,7 +60,7 @@ NETWORKS = (Network("tanh", nn.Tanh, 10), Network("sigmoid", nn.Sigmoid, 4))
 
 @dataclass(frozen=True)
 class Method:
-    """Rate and decay in times of LEARNING_RATE and WEIGHT_DECAY, and what lcw_ops.optim.SGD is told of activation."""
+    """Factors on LEARNING_RATE and WEIGHT_DECAY, and the options of activation for lcw_ops.optim.SGD."""
 
     rate: float
     decay: float
@@ -71,8 +71,8 @@ GAF = {"gradient_activation": "arctan", "alpha": ALPHA, "beta": BETA}
 PLAIN = {"gradient_activation": None}
 METHODS = {
     "plain": Method(1.0, 1.0, PLAIN),
-    # What the activated momentum is near a stationary point, and what the activated gradient is there: f sees the decay
-    # in the first, and not in the second.
+    # The plain counterparts of the activated momentum and of the activated gradient near a stationary point: f sees the
+    # decay in the first, and not in the second.
     "plain, rate K": Method(GAIN, 1.0, PLAIN),
     "plain, rate K, decay 1/K": Method(GAIN, 1 / GAIN, PLAIN),
     "activated momentum": Method(1.0, 1.0, GAF | {"activate": "momentum"}),
@@ -103,7 +103,7 @@ Figures = Iterator[tuple[str, str, int, str, float]]
 
 
 def train(network: Network, method: Method, seed: int, epochs: int) -> tuple[float, float]:
-    """Test accuracy after the last epoch, and mean training loss in it. Data and weights depend on the seed alone."""
+    """Test accuracy after the last epoch, and its mean training loss. Data and weights depend on the seed alone."""
     digits = data.load_digits(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -167,7 +167,7 @@ def saddle_figures() -> Figures:
 
 
 def rows_of(experiment: str, figures: Figures) -> list[Row]:
-    # That of the code that runs: others may come meanwhile.
+    # Read now: it is the commit of the code that runs, and others may follow during the run.
     commit = runner._commit()
     return [
         Row(

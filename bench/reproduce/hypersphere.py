@@ -1,9 +1,9 @@
-"""The GmP paper's two small experiments, of which single figures are public: a 1-D Levy function, and two bananas.
+"""The GmP paper's two small experiments, for which single figures are public: a 1-D Levy function, and two bananas.
 
 GmP against a plain layer, weight norm and batch norm: one hidden layer of ReLUs, Adam. W. Chen, H. Ge, NeurIPS 2024,
 arXiv 2305.15912. Settings are those of the authors' notebooks (TensorFlow, float64), learning rates too: 0.1 for GmP,
-0.01 for the others. Ours are a plain layer with GmP's rate, the seeds (data and initial weights are drawn anew for
-each), and the bananas: theirs are 1000 points of a benchmark's file (--banana-file), ours are drawn.
+0.01 for the others. We add a plain layer with GmP's rate, the seeds (each draws data and initial weights),
+and the bananas: theirs are 1000 points of a benchmark's file (--banana-file), ours are drawn.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lcw_ops.bench import runner
 from lcw_ops.nn import GmPLinear, WeightNormLinear
 
-# Keras' defaults, where torch has others.
+# Keras' defaults that differ from torch's.
 ADAM_EPS = 1e-7
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.01}
 PLATEAU_THRESHOLD = 1e-4
@@ -32,8 +32,8 @@ PLATEAU_THRESHOLD = 1e-4
 LEVY_SAMPLES, LEVY_NOISE = 50, 0.1
 
 BANANA_SAMPLES, BANANA_TEST_SAMPLES = 1000, 200
-# Of the drawn bananas. The best possible classifier is right for 0.881 of such points; with PRTools' own noise, 1, for
-# 0.98, which would leave little to tell apart.
+# The noise of the drawn bananas. The best possible classifier is right for 0.881 of such points; with PRTools' own
+# noise, 1, it is right for 0.98, which would leave little difference between methods.
 BANANA_RADIUS, BANANA_NOISE = 5.0, 2.0
 
 
@@ -144,7 +144,7 @@ def batch_norm(features: int, units: int) -> nn.Module:
 
 
 def weight_norm(features: int, units: int) -> nn.Module:
-    """The output layer too."""
+    """Weight norm, on the output layer too."""
     return nn.Sequential(_weight_norm_linear(features, units), nn.ReLU(), _weight_norm_linear(units, 1))
 
 
@@ -152,19 +152,19 @@ def gmp(features: int, units: int) -> nn.Module:
     return nn.Sequential(GmPLinear(features, units, activation="relu"), _linear(units, 1))
 
 
-# By method: the network, and its learning rate.
+# The network and learning rate of each method.
 METHODS: dict[str, tuple[Callable[[int, int], nn.Module], float]] = {
     "GmP": (gmp, 0.1),
     "plain": (plain, 0.01),
     "weight norm": (weight_norm, 0.01),
     "batch norm": (batch_norm, 0.01),
-    # Not the authors': what the rate alone does.
+    # Added to the authors' methods: the effect of the rate alone.
     "plain, GmP's learning rate": (plain, 0.1),
 }
 
 
 def _linear(features: int, units: int) -> nn.Linear:
-    """Keras' initialisation."""
+    """A linear layer with Keras' initialisation."""
     layer = nn.Linear(features, units)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -197,7 +197,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 def train(experiment: Experiment, model: nn.Module, data: Data, learning_rate: float, epochs: int) -> int:
-    """Returns the number of epochs done."""
+    """Train, and return the number of epochs."""
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, eps=ADAM_EPS, fused=True)
     # torch's patience is that of Keras less one.
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -246,7 +246,7 @@ BANANA = Experiment(
     epochs=5000,
     patience=100,
     loss=nn.BCEWithLogitsLoss(),
-    # The notebook's choice, and optimistic: learning rate and weights are chosen by the accuracy that is reported.
+    # The notebook's choice is optimistic: learning rate and weights are chosen by the accuracy that is reported.
     watch=lambda loss, model, data: -accuracy(model, data),
     figure=accuracy,
     published={"GmP": 0.885, "plain": 0.800, "weight norm": 0.810, "batch norm": 0.875},
@@ -266,7 +266,7 @@ def run(experiment: Experiment, method: str, seed: int, epochs: int) -> tuple[fl
 
 
 def rows_of(experiment: Experiment, source: str, seeds: int, epochs: int) -> Iterator[Row]:
-    # That of the code that runs: others may come meanwhile.
+    # Read now: it is the commit of the code that runs, and others may follow during the run.
     commit = runner._commit()
     for method, (_, learning_rate) in METHODS.items():
         for seed in range(seeds):

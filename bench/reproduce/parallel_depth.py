@@ -1,4 +1,4 @@
-"""Depth in parallel: how many sweeps it takes as training goes on, and how exact it is, against float64.
+"""Depth in parallel: the number of sweeps in the course of training, and the error against float64.
 
 The method is ours, and so are the experiments. ``initial`` counts the sweeps of initial nets. ``sweeps`` trains the net
 of ``lcw-ops train`` and, between steps, solves it at once and in windows. ``grid`` judges the result and every gradient
@@ -36,7 +36,7 @@ from lcw_ops.reference.orthogonal_filter import orthogonal_filter as eager_torch
 
 DEPTH = 50_000
 
-# After how many training steps sweeps are counted.
+# The training steps after which sweeps are counted.
 STEPS = (0, 1, 2, 5, 10, 20, 30, 50)
 WIDTH, WINDOW = 32, 500
 FILTERS = ("permutation", "haar")
@@ -44,18 +44,18 @@ FILTERS = ("permutation", "haar")
 # The grid of the proof.
 DEPTHS, CS = (1, 2, 100, 5000, DEPTH), (0.5, 1.0, 3.0, 10.0)
 ROWS, WIDTHS = (1, 8, 128), (8, 64, 128)
-# Up to this depth all combinations; beyond it some that are spread evenly.
+# Up to this depth all combinations are judged; beyond it some that are spread evenly.
 MOST_COMPLETE = 100
 # Up to this depth eager torch is affordable; beyond it the sequential kernel stands in for it.
 MOST_EAGER = 5000
-# How often a combination is drawn, at most, before it is called wrong.
+# The most draws of a combination before it is called wrong.
 MOST_DRAWS = 16
 
-# Of the grid's ReLU nets no pre-activation is nearer to the kink, in times of their rms: where rounding decides on
-# which side one is, nobody's gradient is right.
+# The least distance of a pre-activation to ReLU's kink in the grid, as a multiple of their rms: where rounding decides
+# the side, every method's gradient may be wrong.
 KINK_MARGIN = 1e-4
 
-# Layers of which float64 holds weights and gradients at a time.
+# The number of layers whose weights and gradients float64 holds at a time.
 CHUNK = 1000
 
 EPS = torch.finfo(torch.float32).eps
@@ -63,7 +63,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV. figure is the parallel solver's; sequential and eager are the others' where they ran.
+    """One line of the CSV. figure is the parallel solver's; sequential and eager are the other methods', if they ran.
 
     Errors are relative to the largest value of the exact result, those of "states" to their own; allowed is the most
     that the rule lets pass.
@@ -135,7 +135,7 @@ def draw(depth: int, rows: int, width: int, filter: str, c: float, activation: s
 
 
 def _leave_kinks(problem: Problem) -> None:
-    """Moves biases until no pre-activation is within KINK_MARGIN of 0."""
+    """Move biases until no pre-activation is within KINK_MARGIN of 0."""
     state = problem.h0.double()
     for l in range(problem.depth):
         layer = problem.exact(slice(l, l + 1), state)
@@ -148,7 +148,7 @@ def _leave_kinks(problem: Problem) -> None:
 
 
 def of_net(model: OrthogonalFilterMLP, x: Tensor, y: Tensor) -> Problem:
-    """What a training step on these samples solves, forward and backward."""
+    """The problem that a training step on these samples solves, forward and backward."""
     with torch.no_grad():
         h0 = model.input_layer(x)
         scales = scale_tensors(model.alpha, model.beta, model.depth, h0)
@@ -180,7 +180,7 @@ def parallel(window: int | None) -> Callable:
 
 
 def exact_results(problem: Problem) -> Iterator[tuple[str, slice, Tensor]]:
-    """(name, layers, exact values) of :func:`results` in float64, part by part, for it would not fit at once."""
+    """(name, layers, exact values) of :func:`results` in float64, part by part: all of it would not fit into memory."""
     parts = [slice(start, min(start + CHUNK, problem.depth)) for start in range(0, problem.depth, CHUNK)]
     starts = [problem.h0.double()]
     for part in parts:
@@ -201,7 +201,7 @@ def exact_results(problem: Problem) -> Iterator[tuple[str, slice, Tensor]]:
 
 @dataclass
 class Errors:
-    """Of one result: the largest error of an element by each method, and the largest exact element."""
+    """The largest error of an element of one result by each method, and the largest exact element."""
 
     absolute: dict[str, float]
     scale: float = 0.0
@@ -218,12 +218,12 @@ class Errors:
         return 2 * relative.get("eager", relative["sequential"]) + EPS
 
     def share(self) -> float:
-        """Of what is allowed, how much the parallel solver takes."""
+        """The parallel solver's error as a share of the allowed one."""
         return self.relative()["parallel"] / self.allowed()
 
 
 def errors(problem: Problem, methods: dict[str, Results]) -> dict[str, Errors]:
-    """By the name of the result."""
+    """The errors by the name of the result."""
     largest: dict[str, Errors] = {}
     for name, part, exact in exact_results(problem):
         absolute = {method: _largest(found[name][part].double() - exact) for method, found in methods.items()}
@@ -232,14 +232,14 @@ def errors(problem: Problem, methods: dict[str, Results]) -> dict[str, Errors]:
 
 
 def _largest(values: Tensor) -> float:
-    """Infinity, not NaN, for what is not finite: it counts as wrong."""
+    """The largest element; infinity, not NaN, if one is not finite: it counts as wrong."""
     value = values.abs().max().item()
     return math.inf if math.isnan(value) else value
 
 
 @torch.no_grad()
 def state_errors(problem: Problem, methods: dict[str, Callable]) -> dict[str, float]:
-    """Of all states, the largest error of an element over the largest element of its state."""
+    """The largest error of an element of any state, over the largest element of its state."""
     found = {method: problem.call(solve, return_states=True) for method, solve in methods.items()}
     largest, state = dict.fromkeys(methods, 0.0), problem.h0.double()
     for start in range(0, problem.depth, CHUNK):
@@ -259,13 +259,13 @@ Figures = Iterator[tuple]
 
 # ---- Sweeps of initial nets ------------------------------------------------------------------------------------------
 
-# Layers, samples and width where nothing else is said, and the time steps of an image read pixel by pixel.
+# The default layers, samples and width, and the time steps of an image read pixel by pixel.
 INITIAL, IMAGE = (2000, 8, 64), 28 * 28
 
 
 @dataclass(frozen=True)
 class Start:
-    """A net as it is initialised. gain: std of W in times of 1/sqrt(N). tied: one weight for all layers, and inputs."""
+    """A net as it is initialised. gain: std(W) sqrt(N). tied: one weight for all layers, and inputs."""
 
     filter: str = "haar"
     c: float = 1.0
@@ -339,11 +339,11 @@ def sweep_figures(depth: int = DEPTH, steps: tuple[int, ...] = STEPS, window: in
 
 
 def _sweeps(problem: Problem, windows: tuple[int, ...]) -> dict[int, list[tuple]]:
-    """Of each window: how many sweeps, the contraction, and the errors."""
+    """The sweeps of each window, the contraction, and the errors."""
     solved, figures = {}, {}
     for window in windows:
         with record_solves() as solves, warnings.catch_warnings():
-            # What does not converge is a figure here.
+            # A window that does not converge is a figure here, not a warning.
             warnings.simplefilter("ignore", RuntimeWarning)
             solved[f"by {window}"] = results(problem, parallel(window))
         figures[window] = [*_of_direction(solves, "forward"), *_of_direction(solves, "backward")]
@@ -381,7 +381,7 @@ Cell = tuple[int, float, str, int, int, str]
 
 
 def grid_cells(depth: int) -> list[Cell]:
-    """All 288 combinations up to MOST_COMPLETE; beyond, of a Latin square.
+    """All 288 combinations up to MOST_COMPLETE; a Latin square of them beyond.
 
     Each c with each activation, at one of the widths and, the filters taking turns: up to MOST_EAGER with each number
     of rows (48), beyond with one (16). All nine pairs of rows and width occur.
@@ -393,7 +393,7 @@ def grid_cells(depth: int) -> list[Cell]:
         width = WIDTHS[(i + 2 * j) % 3]
         for shift in range(3 if depth <= MOST_EAGER else 1):
             cells.append((depth, c, activation, ROWS[(i + j + shift) % 3], width, FILTERS[(i + j + shift) % 2]))
-    # What takes the most memory comes last.
+    # The cells that take the most memory come last.
     return sorted(cells, key=lambda cell: cell[3] * cell[4] + cell[4] ** 2)
 
 
@@ -412,10 +412,10 @@ def grid_figures(depths: tuple[int, ...] = DEPTHS) -> Figures:
 
 
 def judge(cell: Cell, number: int = 0) -> tuple[str, dict[str, float], float]:
-    """(the result that is nearest to its limit, or farthest beyond; method -> its error; the limit).
+    """(the result nearest to its limit, or farthest beyond it; the error of each method; the limit).
 
-    What is beyond it is judged once more together with another draw: of a few numbers, like alpha's gradient in a
-    single layer, the largest error is luck, eager torch's as anybody's.
+    A result beyond its limit is judged again together with another draw: the largest error of a few numbers, like
+    alpha's gradient in a single layer, is a matter of luck, eager torch's included.
     """
     depth, c, activation, rows, width, filter = cell
     largest: dict[str, Errors] = {}
@@ -425,7 +425,7 @@ def judge(cell: Cell, number: int = 0) -> tuple[str, dict[str, float], float]:
         if depth <= MOST_EAGER:
             methods["eager"] = eager_torch
         with warnings.catch_warnings():
-            # A large c is left to the sequential kernel in the end, and that is right too.
+            # The solver leaves a large c to the sequential kernel in the end, and that result is correct too.
             warnings.simplefilter("ignore", RuntimeWarning)
             found = errors(problem, {method: results(problem, solve) for method, solve in methods.items()})
         for name, of_result in found.items():
@@ -456,7 +456,7 @@ EXPERIMENTS = {"initial": initial_figures, "sweeps": sweep_figures, "grid": grid
 
 
 def rows_of(experiment: str, figures: Figures) -> Iterator[Row]:
-    # That of the code that runs: others may come meanwhile.
+    # Read now: it is the commit of the code that runs, and others may follow during the run.
     commit = runner._commit()
     for figure in figures:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -464,7 +464,7 @@ def rows_of(experiment: str, figures: Figures) -> Iterator[Row]:
 
 
 def line_of(row: Row) -> str:
-    """A row for the screen."""
+    """The row as text for the terminal."""
     where = "" if row.step is None else f" step {row.step}"
     where += "" if row.window is None else f" window {row.window}"
     others = ((name, getattr(row, name)) for name in ("sequential", "eager", "allowed"))
@@ -474,7 +474,7 @@ def line_of(row: Row) -> str:
 
 
 def verdict(rows: list[Row]) -> str:
-    """What the grid says of each depth."""
+    """The result of the grid for each depth."""
     lines = []
     for depth, of_depth in itertools.groupby(rows, lambda row: row.setting.split()[0]):
         of_depth = list(of_depth)
@@ -489,68 +489,8 @@ def verdict(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Over the steps of training: sweeps and contraction with the first filter, and the errors with all of them."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from lcw_ops.profile import plot as house
-
-    solved = [row for row in rows if row.window is not None]
-    settings, windows = (list(dict.fromkeys(getattr(row, name) for row in solved)) for name in ("setting", "window"))
-    depth = max(windows)
-    blue, red, grey = house.COLOURS.values()
-
-    def curve(axes, setting: str, window: int, measure: str, label: str, field: str = "figure", **style) -> None:
-        of_curve = [row for row in solved if (row.setting, row.window, row.measure) == (setting, window, measure)]
-        points = [(row.step, getattr(row, field)) for row in of_curve]
-        axes.plot(*zip(*points, strict=True), marker="o", label=label, linewidth=2.2, markersize=5, **style)
-
-    with matplotlib.rc_context(house.STYLE):
-        figure = Figure(figsize=(16, 6), dpi=house.DOTS_PER_INCH)
-        FigureCanvasAgg(figure)
-        sweeps, contraction, error = panels = figure.subplots(1, 3)
-        figure.subplots_adjust(left=0.05, right=0.985, top=0.78, bottom=0.115, wspace=0.2)
-        for window, direction in itertools.product(windows, ("forward", "backward")):
-            style = {"color": blue if direction == "forward" else red, "linestyle": "-" if window == depth else "--"}
-            label = f"{direction}, " + (f"all {depth:,} layers" if window == depth else f"windows of {window:,}")
-            curve(sweeps, settings[0], window, f"{direction} sweeps", label, **style)
-            curve(contraction, settings[0], window, f"{direction} contraction", label, **style)
-        for setting, style in zip(settings, ("-", "--"), strict=False):
-            filter = setting.split()[-1]
-            of_curve = (error, setting, depth, "error of states")
-            curve(*of_curve, f"{filter}: sequential kernel", "sequential", color=grey, linestyle=style)
-            curve(*of_curve, f"{filter}: in parallel", color=blue, linestyle=style)
-        sweeps.set_title(f"sweeps ({settings[0].split()[-1]})")
-        sweeps.set_ylim(bottom=0)
-        contraction.set_title("contraction in the last sweep")
-        error.set_title("error of a state, against float64")
-        for axes in (contraction, error):
-            axes.set_yscale("log")
-            lowest, highest = (math.log10(end) for end in axes.get_ylim())
-            axes.set_ylim(10 ** math.floor(lowest), 10 ** math.ceil(highest))
-        for axes in panels:
-            axes.set_xlabel("steps of training")
-            axes.legend(frameon=False, fontsize=11)
-        house._line_of_text(figure, 0.92, _headline(solved, settings[0], depth), fontsize=22, fontweight="bold")
-        house.save(figure, path)
-
-
-def _headline(rows: list[Row], setting: str, depth: int) -> str:
-    of_setting = [row for row in rows if (row.setting, row.window) == (setting, depth)]
-
-    def counts(step: int) -> str:
-        of_step = {row.measure: row.figure for row in of_setting if row.step == step}
-        return f"{of_step['forward sweeps']:g} sweeps forward and {of_step['backward sweeps']:g} backward"
-
-    first, last = of_setting[0].step, of_setting[-1].step
-    words = f"{depth:,} layers at once: {counts(first)} before training"
-    return f"{words}, {counts(last)} after {last} steps" if last != first else words
-
-
 def write(path: Path, rows: list[Row]) -> None:
-    """Beside the rows of the other experiments that are there."""
+    """Write the rows, and keep those of other experiments in the file."""
     names = [field.name for field in fields(Row)]
     kept = []
     if path.exists():
@@ -583,12 +523,14 @@ def main(arguments: list[str]) -> int:
             print(line_of(row), flush=True)
             rows.append(row)
             if args.out:
-                # Hours of it: what was found is kept, whatever happens.
+                # This takes hours: keep the rows found so far, whatever happens.
                 write(args.out, rows)
         if name == "grid":
             print(verdict(rows))
             wrong |= any(not row.figure <= row.allowed for row in rows)
         if name == "sweeps" and args.plot:
+            from lcw_ops.bench.reproduce.sweeps_picture import plot
+
             plot(rows, args.plot)
     return int(wrong)
 

@@ -18,7 +18,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def filter_bytes(filter: str, width: int) -> int:
-    """What making it holds: random numbers, their QR factors and the matrix, in float64; or a permutation."""
+    """The memory that making a filter takes: random numbers, QR factors and matrix in float64; or a permutation."""
     return 4 * 8 * width**2 if filter == "haar" else 8 * width
 
 
@@ -34,5 +34,5 @@ def check_memory(settings: TrainingSettings, network: int, filter: int, device: 
         if available is not None and needed > available:
             raise ValueError(
                 f"--depth {settings.depth} and --width {settings.width} need at least {needed / 1e9:,.1f} GB of memory "
-                f"on {place}, {available / 1e9:,.1f} GB are there; make the network smaller"
+                f"on {place}, {available / 1e9:,.1f} GB are available; make the network smaller"
             )

@@ -1,6 +1,6 @@
-"""One step of training, and everything that the next one depends on: Adam on shuffled batches, without replacement.
+"""One step of training and everything that the next one depends on: Adam on shuffled batches without replacement.
 
-The state is a flat dictionary of tensors. Put back into a new process with as many threads, it goes on bit for bit.
+The state is a flat dictionary of tensors. A new process with as many threads continues from it bit for bit.
 """
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lcw_ops.jobs.data import Dataset
 from lcw_ops.jobs.schedule import SCHEDULES
 
-# Of all weights' gradients, which carry the factor beta = 1/L: Adam's usual 1e-8 would be larger than they are.
+# The gradients of all weights carry the factor beta = 1/L: Adam's usual 1e-8 would be larger than they are.
 ADAM_EPS = 1e-12
 
-# Times that the whole test set is classified: before the first step, after the last one, and between.
+# The whole test set is classified so often: before the first step, after the last one, and in between.
 EVALUATIONS = 7
 
 
@@ -48,7 +48,7 @@ class Training:
         self.done = 0
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=ADAM_EPS, fused=True)
         self.generator = torch.Generator().manual_seed(seed)
-        # What is left of this epoch.
+        # The samples that are left of this epoch.
         self.order = torch.empty(0, dtype=torch.int64)
 
     def step(self) -> float:
@@ -57,7 +57,7 @@ class Training:
         if len(self.order) < self.batch:
             self.order = torch.randperm(len(x), generator=self.generator)
         batch, self.order = self.order[: self.batch].to(x.device), self.order[self.batch :]
-        # From the count alone: a schedule object would be one more state to save.
+        # The rate follows from the count alone: a schedule object would be one more state to save.
         self.optimizer.param_groups[0]["lr"] = self.lr * self.rate_share(self.done, self.steps)
         logits = self.model(x[batch])
         self.objective(logits, y[batch]).backward()
@@ -73,7 +73,7 @@ class Training:
             moments = self.optimizer.state[parameter]
             tensors |= {f"adam.{name}.{moment}": tensor for moment, tensor in moments.items()}
         tensors["done"] = torch.tensor(self.done)
-        # A slice would be saved with all of the epoch that it is from.
+        # torch.save would write a slice with the whole epoch that it is part of.
         tensors["order"] = self.order.clone()
         tensors["order_generator"] = self.generator.get_state()
         tensors["generator"] = torch.get_rng_state()
@@ -99,7 +99,7 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def evaluation_steps(steps: int) -> set[int]:
-    """After which steps the test set is classified, 0 for before the first one."""
+    """The numbers of steps after which the test set is classified; 0 is before the first step."""
     return {round(i * steps / (EVALUATIONS - 1)) for i in range(EVALUATIONS)}
 
 

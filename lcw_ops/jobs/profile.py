@@ -1,17 +1,16 @@
-"""The main job, ``lcw-ops profile``: train a very deep network on real images, then show what its gradient crossed.
+"""The command ``lcw-ops profile``: train a very deep network on real images, then show its gradient layer by layer.
 
 Three kinds of one class: the orthogonal-filter net (convex, beta = 1/L), the residual net (h + act(W h + b)) and the
-plain one (act(W h + b)). All three are measured as they are initialised, and the chosen one once more after training,
-in full.
+plain one (act(W h + b)). All three are measured as they are initialised, and the chosen one once more, in full, after
+training.
 """
 
 import gc
-import math
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from lcw_ops.jobs import data
 from lcw_ops.jobs.arguments import check_memory, filter_bytes, usable_device
 from lcw_ops.jobs.loop import Training, accuracy, evaluation_steps
 from lcw_ops.jobs.progress import progress
+from lcw_ops.jobs.report import IN_WORDS, History, Report, summary, table, write_layers
 from lcw_ops.jobs.settings import PROFILE_KINDS as KINDS
 from lcw_ops.jobs.settings import ProfileSettings as Settings
 from lcw_ops.jobs.settings import expect
@@ -31,64 +31,13 @@ from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
-from lcw_ops.profile.jacobian import JacobianSpectrum
 from lcw_ops.profile.profiler import profile
-from lcw_ops.profile.result import (
-    COLUMNS,
-    Profile,
-    csv_rows,
-    format_table,
-    jacobian_rows,
-    solves_rows,
-    timing_rows,
-    write_json,
-    write_rows,
-)
-
-# In words: residual networks that train at depth normalise, this one does not.
-IN_WORDS = {"orthogonal-filter": "orthogonal-filter", "residual": "un-normalised residual", "plain": "plain"}
+from lcw_ops.profile.result import write_json
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
 
-# Per layer of the report: its rows in four tables, as numbers and as the text of a CSV.
+# The memory of one layer in the report: its rows in four tables, as numbers and as the text of a CSV.
 ROW_BYTES = 2000
-
-
-@dataclass
-class History:
-    """The training curve: loss and milliseconds of every step; (steps done, accuracy) of every evaluation."""
-
-    loss: list[float] = field(default_factory=list)
-    milliseconds: list[float] = field(default_factory=list)
-    test_accuracy: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def median_milliseconds(self) -> float:
-        return sorted(self.milliseconds)[len(self.milliseconds) // 2] if self.milliseconds else math.nan
-
-
-@dataclass
-class Report:
-    """Everything the three files are made of. The first profile is the chosen kind's, after training.
-
-    initial: kind -> state_rms and gradient_norm of every layer, (L,), as the net is initialised.
-    """
-
-    settings: Settings
-    dataset: data.Dataset
-    history: History
-    profiles: dict[str, Profile]
-    initial: dict[str, dict[str, np.ndarray]]
-    peak_memory_bytes: int | None
-    seconds: float
-
-    def labels(self) -> dict[str, str]:
-        """kind -> what was profiled, in words."""
-        trained = f"after {self.settings.steps} steps" if self.settings.steps else "at initialisation"
-        return {
-            kind: f"{IN_WORDS[kind]} net, {trained if kind == self.settings.kind else 'at initialisation'}"
-            for kind in self.profiles
-        }
 
 
 def make_network(kind: str, settings: Settings, features: int, classes: int) -> OrthogonalFilterMLP:
@@ -103,10 +52,10 @@ def make_network(kind: str, settings: Settings, features: int, classes: int) -> 
         "orthogonal-filter": {"filter": filter, **solver},
         # h + act(W h + b): the identity as filter, both branches in full.
         "residual": {"filter": "identity", "alpha": 1.0, "beta": 1.0},
-        # act(W h + b): the filter's branch is switched off.
+        # act(W h + b): without the filter's branch.
         "plain": {"filter": "identity", "alpha": 0.0, "beta": 1.0},
     }[kind]
-    # Again from the seed: drawing the filter took random numbers, more or fewer by its kind.
+    # Seed again: drawing the filter took random numbers, and each kind of filter takes another number of them.
     torch.manual_seed(settings.seed)
     model = OrthogonalFilterMLP(
         features, settings.width, settings.depth, classes, activation=settings.activation, device="cpu", **scales
@@ -115,23 +64,23 @@ def make_network(kind: str, settings: Settings, features: int, classes: int) -> 
 
 
 def run(settings: Settings) -> int:
-    """The whole job; prints its progress and a table, writes ``REPORT_FILES`` into ``settings.out``.
+    """Run the command: print progress and a table, and write ``REPORT_FILES`` into ``settings.out``.
 
-    Returns the exit code: 0; 130 after Ctrl-C and 1 after a failure, both with a line that says which files there are.
+    Returns the exit code: 0; 130 after Ctrl-C and 1 after a failure, both with a line that lists the files there are.
 
     Raises:
-        ValueError, OSError, ImportError: before any work, when an argument, the data or the folder is at fault.
+        ValueError, OSError, ImportError: before any work, if an argument, the data or the folder is wrong.
     """
     settings.check()
     device = usable_device(settings.device)
-    # A request for a backend that cannot be met shows here, and not after an hour.
+    # Refuse a backend request that cannot be met now, and not after an hour.
     op.choose_kernel(device, settings.width, torch.float32.itemsize)
     dataset = data.load(settings.data, settings.seed)
     expect(
         settings.batch <= len(dataset.x_train), "batch", settings.batch, f"at most the {len(dataset.x_train)} samples"
     )
     check_memory(settings, *needed_bytes(settings, dataset.features + dataset.classes), device)
-    # A wrong filter or activation shows in a net of one layer too, without the 800 MB.
+    # A wrong filter or activation shows in a net of one layer too, which does not take 800 MB.
     make_network(settings.kind, Settings(**{**asdict(settings), "depth": 1}), dataset.features, dataset.classes)
     folder = prepare_folder(settings.out)
     _require_matplotlib()
@@ -149,19 +98,19 @@ def run(settings: Settings) -> int:
         traceback.print_exc()
         print(f"failed: {type(error).__name__}: {error}. {_what_was_written(folder, written)}", file=sys.stderr)
         return 1
-    print(f"\n{_table(report)}\n\nwritten to {folder}: {', '.join(written)}  ({report.seconds:.0f} s)")
+    print(f"\n{table(report)}\n\nwritten to {folder}: {', '.join(written)}  ({report.seconds:.0f} s)")
     return 0
 
 
 def needed_bytes(settings: Settings, ends: int) -> tuple[int, int]:
-    """(on the device, of the filter on the CPU) that a run holds at the least; ``ends``: features and classes.
+    """The least memory of a run, (on the device, of the filter on the CPU); ``ends``: features and classes.
 
     Weights and their gradients, with training Adam's two moments as well, and the rows of the report.
     """
     width = settings.width
     parameters = settings.depth * width * (width + 1) + ends * (width + 1)
     network = 4 * parameters * (4 if settings.steps else 2) + ROW_BYTES * settings.depth
-    # The other kinds have the identity.
+    # The other kinds have the identity as filter.
     filter = settings.filter if settings.kind == "orthogonal-filter" else "identity"
     return network, filter_bytes(filter, width)
 
@@ -186,11 +135,11 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Re
         "samples",
         flush=True,
     )
-    # One batch, the same for all kinds.
+    # All kinds are measured on the same batch.
     inputs, targets = dataset.x_train[: settings.batch], dataset.y_train[: settings.batch]
     initial = {settings.kind: initial_norms(model, inputs, targets)} if settings.steps else {}
     history = train(model, dataset, settings)
-    # Once more: on a machine that others use too, the better of two moments is closer to what it can do.
+    # Measure again: on a shared machine the better of two measurements is closer to the machine's peak.
     matmul_rate = max(matmul_rate, machine.matmul_rate(device))
     profiles = {}
     kinds = (settings.kind, *(kind for kind in KINDS if kind != settings.kind))
@@ -211,7 +160,7 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Re
 
 
 def initial_norms(model: OrthogonalFilterMLP, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
-    """state_rms and gradient_norm of every layer: what a profile finds too, and ten times as fast."""
+    """state_rms and gradient_norm of every layer, as a profile finds them, ten times as fast."""
 
     def gradient_at_end(state: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
@@ -248,8 +197,8 @@ def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> Histor
 
 
 def _write(report: Report, folder: Path, written: list[str]) -> None:
-    """The three files, each whole or not at all; ``written`` grows as they are done."""
-    from lcw_ops.profile.plot import plot_report
+    """Write the three files, each whole or not at all; each name is added to ``written`` after its file."""
+    from lcw_ops.jobs.picture import plot_report
 
     writers: dict[str, Callable[[Path], None]] = {
         "layers.csv": lambda path: write_layers(report, path),
@@ -261,101 +210,8 @@ def _write(report: Report, folder: Path, written: list[str]) -> None:
         written.append(name)
 
 
-def write_layers(report: Report, path: Path) -> None:
-    """One row per layer and kind, a column "kind" before those of ``Profile.to_csv``.
-
-    At the end the chosen kind as it was before training, with what was measured of it.
-    """
-    kind, tables = report.settings.kind, {name: profile.columns for name, profile in report.profiles.items()}
-    if report.history.loss:
-        names = report.profiles[kind].columns["name"][1:-1]
-        tables[f"{kind}, at initialisation"] = {"name": names, **report.initial[kind]}
-    parts = (((kind, *row) for row in csv_rows(columns)) for kind, columns in tables.items())
-    write_atomically(path, lambda file: write_rows(file, ["kind", *COLUMNS], parts))
-
-
-def summary(report: Report) -> dict:
-    """The content of report.json."""
-    history = report.history
-    return {
-        "settings": asdict(report.settings),
-        "data": {
-            "name": report.dataset.name,
-            "training_samples": len(report.dataset.x_train),
-            "test_samples": len(report.dataset.x_test),
-            "features": report.dataset.features,
-            "classes": report.dataset.classes,
-        },
-        "training": {
-            "loss": history.loss,
-            "milliseconds": history.milliseconds,
-            "median_milliseconds": history.median_milliseconds,
-            "test_accuracy": [{"step": step, "accuracy": share} for step, share in history.test_accuracy],
-            "final_test_accuracy": history.test_accuracy[-1][1],
-        },
-        "networks": {
-            kind: {"measured": label, **report.profiles[kind].summary()} for kind, label in report.labels().items()
-        },
-        "columns": {"kind": "which network", **COLUMNS},
-        "peak_memory_bytes": report.peak_memory_bytes,
-        "seconds": report.seconds,
-    }
-
-
 def _what_was_written(folder: Path, written: list[str]) -> str:
     missing = [name for name in REPORT_FILES if name not in written]
     older = [name for name in missing if (folder / name).exists()]
     text = f"Written to {folder}: {', '.join(written) or 'nothing'}. Not written: {', '.join(missing) or 'nothing'}"
     return text + (f" (an earlier run's {', '.join(older)} still there)" if older else "")
-
-
-def _table(report: Report) -> str:
-    """The chosen kind's time, rate and memory, and what became of signal and gradient in all three."""
-    settings, history = report.settings, report.history
-    chosen = report.profiles[settings.kind]
-    training = []
-    if history.loss:
-        rate = settings.depth / history.median_milliseconds * 1e3
-        training = [
-            [
-                "training step",
-                f"{history.median_milliseconds:.4g} ms (median of {settings.steps}), {rate:,.0f} layers/s",
-            ],
-            ["loss", f"{history.loss[0]:.3f} at step 1, {history.loss[-1]:.3f} at step {settings.steps}"],
-        ]
-    training.append(["test accuracy", f"{history.test_accuracy[-1][1]:.1%}"])
-    # Of the whole run, and not what it was when this profile ended.
-    timing = timing_rows(replace(chosen, peak_memory_bytes=report.peak_memory_bytes))
-    figures = format_table(
-        ["figure", "value"], training + timing + solves_rows(chosen) + jacobian_rows(chosen), chosen.name
-    )
-    header = ["network", "state rms 1 -> L", "gradient L -> 1", "singular values"]
-    measured = []
-    if history.loss:
-        measured.append((IN_WORDS[settings.kind], report.initial[settings.kind], "-"))
-    for kind, network in report.profiles.items():
-        layers = {name: network.columns[name][1:-1] for name in ("state_rms", "gradient_norm")}
-        # Its row stands below the one of the same net at initialisation.
-        label = f"same after {settings.steps} steps" if history.loss and kind == settings.kind else IN_WORDS[kind]
-        measured.append((label, layers, _extremes(network.jacobians.get("h_0 -> h_L"))))
-    rows = [
-        [label, _ends(layers["state_rms"]), _ends(layers["gradient_norm"][::-1]), extremes]
-        for label, layers, extremes in measured
-    ]
-    footnote = "At initialisation, but for what says its steps. Singular values of h_0 -> h_L; ~0 is below rounding."
-    return f"{figures}\n\n{format_table(header, rows)}\n{footnote}"
-
-
-def _ends(values: np.ndarray) -> str:
-    """The first value and the last one, in words where it is none any more."""
-    first, last = (f"{value:.2g}" if math.isfinite(value) else "overflows" for value in (values[0], values[-1]))
-    return f"{first} -> {last}"
-
-
-def _extremes(spectrum: JacobianSpectrum | None) -> str:
-    if spectrum is None:
-        return "-"
-    if not math.isfinite(spectrum.largest):
-        return "overflows"
-    smallest = f"{spectrum.smallest:.2g}" if spectrum.smallest_resolved else "~0"
-    return f"{smallest} ... {spectrum.largest:.2g}"

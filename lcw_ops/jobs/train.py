@@ -1,4 +1,4 @@
-"""What ``lcw-ops train`` runs: one deep network, trained on small real data, stopped and resumed at will.
+"""The command ``lcw-ops train``: one deep network, trained on small real data, stopped and resumed at will.
 
 Two kinds: "mlp", depth layers; "rnn", which reads a sample feature by feature and then zeros, depth time steps in all,
 so that what it read must be remembered to the end. A resumed run ends with the bits of one that was never stopped.
@@ -42,25 +42,25 @@ ADAM_BETAS = (0.8, 0.95)
 # 96.8 % of the test set instead of 96.2 % without, in the mean of 16 runs of 50 steps at 300 layers.
 LABEL_SMOOTHING = 0.2
 
-# Of what a checkpoint holds; one of another format is refused.
+# The format of a checkpoint; one of another format is refused.
 FORMAT = 1
 
 # The settings that decide the bits of a run, beside the number of steps, which may be changed on the way. The data's
 # content decides too, wherever the file is.
 DECISIVE = ("kind", "depth", "width", "batch", "lr", "schedule", "c", "filter", "activation", "seed")
 
-# Entries that the oldest checkpoints of this format lack.
+# The values of entries that the oldest checkpoints of this format lack.
 FIRST_CONFIGURATION = {"schedule": "falling", "as_at_once": True}
 
 
 def complete(settings: Settings, dataset: data.Dataset) -> Settings:
-    """With the kind's defaults and the data's sizes for what is None. ValueError for what the data does not allow."""
+    """Fill in the kind's defaults and the data's sizes. ValueError for settings that the data does not allow."""
     samples, features = len(dataset.x_train), dataset.features
     expect(settings.batch <= samples, "batch", settings.batch, f"at most the {samples} samples")
     given = {name: value for name, value in asdict(settings).items() if value is not None}
     settings = Settings(**{**DEFAULTS[settings.kind], **given})
     if settings.epochs is not None:
-        # What is left of an epoch and fills no batch is not used.
+        # The rest of an epoch that does not fill a batch is not used.
         settings = replace(settings, steps=settings.epochs * (samples // settings.batch))
     if settings.kind == "rnn":
         settings = replace(settings, depth=settings.depth or features)
@@ -70,7 +70,7 @@ def complete(settings: Settings, dataset: data.Dataset) -> Settings:
 
 
 class FeatureRNN(nn.Module):
-    """Reads the features of a sample one by one, then zeros up to ``length`` steps; a linear read-out of what it holds.
+    """Reads the features of a sample one by one, then zeros up to ``length`` steps; a linear read-out of its state.
 
     x (samples, features) -> (samples, classes). A step adds no more than beta = c / length to a state that starts at 0,
     so the state is read out length / features times as large: as without the zeros.
@@ -112,7 +112,7 @@ def parameter_count(settings: Settings, features: int, classes: int) -> int:
 
 
 def needed_bytes(settings: Settings, dataset: data.Dataset) -> int:
-    """What training holds on its device at the least: weights, gradients, Adam's two moments, a sequence's states."""
+    """The least memory of a training on its device: weights, gradients, Adam's two moments, a sequence's states."""
     needed = 4 * 4 * parameter_count(settings, dataset.features, dataset.classes)
     if settings.kind == "rnn":
         # The drive U x_t and the states, and the gradient of each.
@@ -122,7 +122,10 @@ def needed_bytes(settings: Settings, dataset: data.Dataset) -> int:
 
 @dataclass
 class Log:
-    """The training curve: loss of every step; (steps done, accuracy) of every evaluation. No times: it must repeat."""
+    """The training curve: loss of every step; (steps done, accuracy) of every evaluation.
+
+    Without times, so that a repeated run has the same log.
+    """
 
     loss: list[float] = field(default_factory=list)
     test_accuracy: list[tuple[int, float]] = field(default_factory=list)
@@ -150,7 +153,7 @@ class Log:
 
 
 def configuration(settings: Settings, dataset: data.Dataset, device: torch.device) -> dict:
-    """What decides the bits of a run, under the names of the flags; and what made it, which may change them."""
+    """The settings that decide the bits of a run, by flag; and the versions that made it, which may change them."""
     digest = hashlib.sha256()
     for tensor in (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test):
         digest.update(tensor.numpy().tobytes())
@@ -162,7 +165,7 @@ def configuration(settings: Settings, dataset: data.Dataset, device: torch.devic
         "as_at_once": True,
         "data": digest.hexdigest(),
         "device": device.type,
-        # The order of sums depends on it.
+        # The order of sums depends on the number of threads.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "made_with": {
             "torch": torch.__version__,
@@ -176,7 +179,10 @@ def configuration(settings: Settings, dataset: data.Dataset, device: torch.devic
 
 
 def check_same(saved: dict, current: dict, folder: Path) -> None:
-    """ValueError naming the first argument that differs; a line for versions that do: they may change the last bits."""
+    """ValueError that names the first argument that differs.
+
+    Versions that differ only print a line: they may change the last bits.
+    """
     if saved["format"] != FORMAT:
         raise ValueError(f"--checkpoint {folder}: format {saved['format']}, this version reads {FORMAT}")
     if saved["data"] != current["data"]:
@@ -197,10 +203,10 @@ def check_same(saved: dict, current: dict, folder: Path) -> None:
 
 
 def run(settings: Settings) -> int:
-    """The whole command. Returns the exit code: 0; 130 after Ctrl-C and 1 after a failure, with the way to go on.
+    """Run the command. Returns the exit code: 0; 130 after Ctrl-C and 1 after a failure, with the way to continue.
 
     Raises:
-        ValueError, OSError, ImportError: before any work, when an argument, the data or a folder is at fault.
+        ValueError, OSError, ImportError: before any work, if an argument, the data or a folder is wrong.
     """
     start = time.perf_counter()
     steps_given = settings.steps is not None or settings.epochs is not None
@@ -211,7 +217,7 @@ def run(settings: Settings) -> int:
         current = configuration(settings, dataset, device)
         saved = None
         if folder is not None:
-            # Before the lock is taken another process may still write here.
+            # Until the lock is taken, another process may still write here.
             if not settings.resume:
                 _expect_empty(folder)
             _check_disk(settings, dataset, folder)
@@ -227,7 +233,7 @@ def run(settings: Settings) -> int:
         out = None if settings.out is None else prepare_folder(settings.out)
         try:
             training, log = _begin(settings, dataset.to(device), saved)
-            # Its moments now belong to the optimizer; the rest would be held for nothing.
+            # The optimizer holds its moments now; the rest would only take memory.
             del saved
             _work(settings, training, log, _saver(folder, current))
             written = [] if out is None else _write(out, training.model, log)
@@ -246,13 +252,13 @@ def run(settings: Settings) -> int:
 
 
 def _checked(settings: Settings) -> tuple[Settings, data.Dataset, torch.device]:
-    """What can be found wrong before a folder is touched; the settings are complete after it."""
+    """Check all that can be checked before a folder is touched, and complete the settings."""
     settings.check()
     device = usable_device(settings.device)
-    # Of one split whatever the seed, so that the accuracies of several seeds can be compared.
+    # Split the data in the same way whatever the seed: the accuracies of several seeds can then be compared.
     dataset = data.load(settings.data)
     settings = complete(settings, dataset)
-    # A request for a backend that cannot be met shows here, and not after an hour.
+    # Refuse a backend request that cannot be met now, and not after an hour.
     op.choose_kernel(device, settings.width, torch.float32.itemsize)
     check_memory(settings, needed_bytes(settings, dataset), filter_bytes(settings.filter, settings.width), device)
     # A wrong filter or activation shows in a small net too.
@@ -345,7 +351,7 @@ def _begin(settings: Settings, dataset: data.Dataset, saved: dict[str, Tensor] |
 
 
 def _saver(folder: Path | None, current: dict) -> Callable[[Training, Log], None] | None:
-    """What writes a checkpoint; None without a folder."""
+    """The function that writes a checkpoint; None without a folder."""
     if folder is None:
         return None
     described = torch.tensor(list(json.dumps(current).encode()), dtype=torch.uint8)
@@ -357,8 +363,8 @@ def _saver(folder: Path | None, current: dict) -> Callable[[Training, Log], None
 
 
 def _work(settings: Settings, training: Training, log: Log, save: Callable[[Training, Log], None] | None) -> None:
-    """The steps that are left, with evaluations and checkpoints; the last step has both."""
-    # The states of a whole test set's sequences would need many times the memory of a step.
+    """The steps that are left, with evaluations and checkpoints; the last step gets both."""
+    # The states of the whole test set's sequences would take many times the memory of a step.
     evaluate_at_once = settings.batch if settings.kind == "rnn" else None
 
     def evaluate() -> None:
@@ -375,7 +381,7 @@ def _work(settings: Settings, training: Training, log: Log, save: Callable[[Trai
             start = machine.now(device)
             log.loss.append(training.step())
             if not math.isfinite(log.loss[-1]):
-                # Before it can replace a checkpoint that is worth going on from.
+                # Stop before this state replaces a checkpoint that is worth continuing from.
                 raise ArithmeticError(f"the loss is {log.loss[-1]} at step {training.done}: give a smaller --lr")
             milliseconds = (machine.now(device) - start) * 1e3
             if training.done in evaluate_after:

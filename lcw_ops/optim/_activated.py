@@ -1,82 +1,92 @@
-"""What SGD and AdamW with activated gradients share: options in the parameter groups, checks, and one step over all.
+"""The parts that SGD and AdamW with activated gradients share: options in the groups, checks, and one step over all.
 
-Groups without activation take torch's own step. Of the others everything is checked and gathered before any changes.
+Groups without activation take torch's own step. Everything in the other groups is checked and gathered before any
+parameter changes.
 """
 
 import operator
-import sys
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, compress, repeat
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from lcw_ops import _checks as checks
+from lcw_ops import _torch
+from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
 from lcw_ops.reference.gradient_activation import KINDS
 
 _LOCAL_TYPES = {Tensor, Parameter}
-
+_STRIDED = {torch.strided}
+_FLOATING = set(checks.FLOATING)
 
 # A state must have these in common with its parameter.
 _FORM = operator.attrgetter("shape", "device", "layout")
 
-# The code that torch wraps around the step of every optimizer class to run the hooks.
-_STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
+# Each of these reads one property of thousands of tensors, by map: a loop in Python takes twice as long.
+_ACTIVATION = operator.itemgetter("gradient_activation")
+_DEVICE, _DTYPE, _GRAD, _LAYOUT = map(operator.attrgetter, ("device", "dtype", "grad", "layout"))
 
 # The hooks of lcw_ops.activate_gradients in this process. An optimizer does not know which wrappers hold it.
-attached_hooks = weakref.WeakSet()
+attached_hooks: weakref.WeakSet = weakref.WeakSet()
 
 
-def find_running_steps() -> list[torch.optim.Optimizer]:
-    """The optimizers whose steps are running in this thread, the innermost first.
+class Gathered(NamedTuple):
+    """The states of one group's parameters, and how to step them.
 
-    A subclass whose step calls ``super().step()`` is there twice: torch runs the hooks around the step of every class
-    of which it has made an optimizer. They are read from the stack, because a step that raised leaves the stack too.
+    Attributes:
+        states: name -> one tensor per parameter; [] for a state that the options do without. The op takes the lists in
+            this order after parameters and gradients.
+        counts: AdamW's counts of steps, the op's last list; empty for an optimizer without them.
+        steps: one function per parameter. Parameters with the same function are stepped by one call of it:
+            ``step(backend, params, grads, *states, *counts)``.
+        afterwards: calls to make after all groups have been stepped.
     """
-    frame, found = sys._getframe(1), []
-    while frame is not None:
-        code = frame.f_code
-        # By name: while torch.compile traces, the code that runs is another.
-        if code.co_name == _STEP_WRAPPER.co_name and code.co_filename == _STEP_WRAPPER.co_filename:
-            args = frame.f_locals.get("args")
-            if args:
-                found.append(args[0])
-        frame = frame.f_back
-    return found
+
+    states: dict[str, list[Tensor]]
+    counts: tuple[list[Tensor], ...]
+    steps: Sequence[partial[None]]
+    afterwards: tuple[Callable[[], None], ...] = ()
 
 
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, whose part on this process ``to_local`` gives. Without importing torch.distributed."""
+def is_distributed(tensor: object) -> TypeGuard[Any]:
+    """Whether it is a DTensor, whose part on this process ``to_local`` gives. Does not import torch.distributed."""
     return type(tensor) not in _LOCAL_TYPES and hasattr(tensor, "to_local")
 
 
-def split(*keys: list[Hashable]) -> dict[tuple, Callable[[list], list]]:
-    """By combination of keys, what takes the entries that have it out of a list; and nothing out of an empty list."""
-    if all(len(set(of_all)) == 1 for of_all in keys):
-        return {tuple(of_all[0] for of_all in keys): list}
+def split(*keys: Sequence) -> dict[tuple, Callable[[list], list]]:
+    """Maps each combination of keys to a function that takes its entries out of a list; [] stays []."""
+    if list(map(len, map(set, keys))) == [1] * len(keys):
+        return {tuple(map(operator.itemgetter(0), keys)): list}
     places: dict[tuple, list[int]] = {}
     for place, key in enumerate(zip(*keys, strict=True)):
         places.setdefault(key, []).append(place)
-    return {
-        key: lambda column, chosen=chosen: [column[place] for place in chosen] if column else []
-        for key, chosen in places.items()
-    }
+    return {key: partial(_take, chosen) for key, chosen in places.items()}
+
+
+def _take(places: list[int], column: list) -> list:
+    return [column[place] for place in places] if column else []
 
 
 class ActivatedOptimizer(torch.optim.Optimizer):
-    """Comes before torch's class among the bases. A subclass names its options and gathers the calls of its op."""
+    """The base class to name before torch's. A subclass names its options, and gathers states and calls of its op."""
 
     _torch_optimizer: type[torch.optim.Optimizer]
+    # The name of its op.
+    _op: str
     _options: tuple[str, ...] = ("gradient_activation", "alpha", "beta")
-    # Reads from a group all options that `_check_options` looks at.
+    # Reads from a group all options that `_check_options` checks.
     _watched: operator.itemgetter
-    # Whether torch's step does, in its form without fused=True.
+    # Whether torch's step takes sparse gradients, unless fused=True.
     _takes_sparse: bool
 
     def _add_options(self, **options) -> None:
-        """Into the defaults, and into the groups that torch's constructor has made."""
+        """Add the options to the defaults, and to the groups that torch's constructor has made."""
         self.defaults.update(options)
         self._forget_checks()
         for index, group in enumerate(self.param_groups):
@@ -94,12 +104,13 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
 
     def _forget_checks(self) -> None:
-        # Both are by the index of the group: its options, and where its parameters and states lie. Neither is saved.
+        # The options of each group, and the addresses of its parameters and states, as they were at their last check;
+        # by the index of the group. Neither is saved.
         self._checked_options: dict[int, tuple] = {}
         self._checked_memory: dict[int, tuple | None] = {}
 
     def _check_changed_options(self, index: int, group: dict) -> None:
-        """Checks options that have changed: users and schedulers write into groups.
+        """Check options that have changed: users and schedulers write into groups.
 
         Values are compared by identity: True equals 1.0.
         """
@@ -131,8 +142,13 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         except KeyError as error:
             raise self._missing_option(index) from error
 
-    def _are_activated(self) -> list[bool]:
-        return list(map(self.is_activated, range(len(self.param_groups))))
+    def _activations(self) -> list[str | None]:
+        """The option gradient_activation of every group."""
+        try:
+            return list(map(_ACTIVATION, self.param_groups))
+        except KeyError as error:
+            index = next(index for index, group in enumerate(self.param_groups) if "gradient_activation" not in group)
+            raise self._missing_option(index) from error
 
     def _missing_option(self, index: int) -> ValueError:
         name = next(name for name in self.defaults if name not in self.param_groups[index])
@@ -146,8 +162,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         return f"optim.{cls.__name__}"
 
     def __setstate__(self, state: dict) -> None:
-        # load_state_dict comes through here too: a checkpoint of torch's, or an older one, says nothing of activation,
-        # so what each group has been given stays.
+        # load_state_dict calls this too. A checkpoint of torch's optimizer has no options of activation, and an older
+        # one of ours lacks some: each group then keeps its own.
         self._forget_checks()
         before = self.__dict__.get("param_groups", ())
         defaults = state.get("defaults") or self.defaults
@@ -157,24 +173,27 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, given.get(name, defaults[name]))
             self._check_options(group)
         super().__setstate__(state)
-        # A subclass may have saved these with the rest.
+        # A subclass may have saved the results of checks with the rest of its state.
         self._forget_checks()
         self._checked_options = dict(enumerate(map(self._watched, self.param_groups)))
 
+    def _has_activation(self) -> bool:
+        return any(map(operator.is_not, self._activations(), repeat(None)))
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tells GradScaler to leave the gradients scaled. An activated step needs them unscaled, and overflow found."""
-        return self.__dict__.get("_fused_step_scales", False) and not any(self._are_activated())
+        """Tell GradScaler to leave the gradients scaled. Before an activated step it must unscale them."""
+        return self.__dict__.get("_fused_step_scales", False) and not self._has_activation()
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         self._fused_step_scales = value
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step on the gradients as they are: accumulated, unscaled, clipped.
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make one step on the gradients as they are: accumulated, unscaled, clipped.
 
         Args:
-            closure: computes the gradients anew and returns the loss; called once, before.
+            closure: computes the gradients and returns the loss; called once, before the step.
 
         Returns:
             The closure's loss, or None.
@@ -188,7 +207,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
             On these errors no parameter has been changed. (With no activated group, errors are torch's.)
         """
-        if not any(self._are_activated()):
+        if not self._has_activation():
             return self._torch_step(closure)
         loss = None
         if closure is not None:
@@ -198,15 +217,22 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         return loss
 
     # The ops write through pointers that a traced program does not have.
-    @torch._disable_dynamo
+    @_torch.never_traced
     @torch.no_grad()
     def _mixed_step(self) -> None:
-        self._check_hooks_around()
-        _check_capture(self)
-        groups, activated = self.param_groups, self._are_activated()
-        plain = [group for group, is_activated in zip(groups, activated, strict=True) if not is_activated]
-        self._check_plain(plain)
-        calls = [call for index, group in enumerate(groups) if activated[index] for call in self._gather(index, group)]
+        if attached_hooks:
+            self._check_hooks_around()
+        if "capturable" in self.defaults:
+            # Without capturable=True a CUDA graph would repeat the first step's numbers.
+            _torch.check_graph_capture(self)
+        groups, activations = self.param_groups, self._activations()
+        plain = list(compress(groups, map(operator.is_, activations, repeat(None))))
+        if plain:
+            self._check_plain(plain)
+        calls: list[Callable[[], None]] = []
+        for index, group in enumerate(groups):
+            if activations[index] is not None:
+                calls += self._prepare(index, group)
         if plain:
             self.param_groups = plain
             try:
@@ -218,15 +244,13 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     def _check_hooks_around(self) -> None:
         """ValueError if this step runs inside that of an optimizer whose hook has activated the same gradients."""
-        if not attached_hooks:
-            return
-        for other in find_running_steps():
-            hooks = () if other is self else getattr(other, "_optimizer_step_pre_hooks", ())
+        for other in _torch.running_steps():
+            hooks = () if other is self else _torch.step_hooks(other)
             for hook in attached_hooks.intersection(hooks):
                 hook.check_apart(other, self)
 
     def _check_plain(self, groups: list[dict]) -> None:
-        """Refuses what torch's step would refuse only after it has changed other groups."""
+        """Refuse sparse gradients here: torch's step would refuse them only after it has changed other groups."""
         for group in groups:
             if self._takes_sparse and not group.get("fused", False):
                 continue
@@ -239,32 +263,74 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     def _torch_step(self, closure: Callable[[], float] | None = None) -> float | None:
         """torch's step without its hooks, which have run: the first optimizer of torch's class wraps them around it."""
-        step = self._torch_optimizer.step
-        return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
+        return _torch.step_without_hooks(self._torch_optimizer)(self, closure)
 
-    def _gather(self, index: int, group: dict) -> list[Callable[[], None]]:
-        """What is to be done for one group, checked."""
+    def _prepare(self, index: int, group: dict) -> list[Callable[[], None]]:
+        """Check one group completely, and return the calls that step it.
+
+        This runs before every step, over thousands of tensors: a check of all is one pass in C, and only if it finds
+        something the tensors are checked one by one.
+        """
+        self._check_changed_options(index, group)
+        params, grads = self._params_and_gradients(index, group["params"])
+        gathered = self._gather(index, group, params, grads)
+        states = [*gathered.states.values()]
+        memory = _memory_of(params, *states, *gathered.counts)
+        if memory is None or memory != self._checked_memory.get(index):
+            self._check_tensors(index, params, grads, gathered)
+            self._checked_memory[index] = memory
+        steps = self._checked_steps(index, params, gathered)
+        dtypes = list(map(_DTYPE, params))
+        keys = [list(map(_DEVICE, params)), steps]
+        for tensors in (grads, *states):
+            if tensors and list(map(_DTYPE, tensors)) != dtypes:
+                self._check_dtypes(index, params, grads, gathered.states)
+                # A parameter that differs in dtype from its gradient or a state is stepped as a copy.
+                keys.append(_are_mixed(dtypes, grads, *states))
+                break
+        if not set(map(type, params)) <= _LOCAL_TYPES:
+            _localize(params, grads, *states)
+        calls: list[Callable[[], None]] = []
+        for (device, step, *_), take in split(*keys).items():
+            lists = map(take, (params, grads, *states, *gathered.counts))
+            calls.append(partial(step, backends.choose(self._op, device), *lists))
+        return [*calls, *gathered.afterwards]
+
+    def _gather(self, index: int, group: dict, params: list[Tensor], grads: list[Tensor]) -> Gathered:
+        """The states of these parameters, and the calls of the op that the group's options ask for."""
         raise NotImplementedError
 
-    def _checked_group(self, index: int, group: dict) -> dict:
-        """The group with those of its parameters that have a gradient, each once."""
-        self._check_changed_options(index, group)
-        params, strided, floating = [], torch.strided, checks.FLOATING
-        given = group["params"]
-        if len(set(map(id, given))) < len(given):
+    def _checked_steps(self, index: int, params: list[Tensor], gathered: Gathered) -> Sequence[partial[None]]:
+        """``gathered.steps``, after checks that need the tensors' numbers."""
+        return gathered.steps
+
+    def _params_and_gradients(self, index: int, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient, each once, and their gradients; all checked."""
+        if len(set(map(id, params))) < len(params):
             # A parameter that a group has twice would be written by two threads at once.
-            given = {id(param): param for param in given}.values()
-        for param in given:
-            gradient = param.grad
-            if gradient is None:
-                continue
-            if gradient.layout is not strided:
+            params = list({id(param): param for param in params}.values())
+        grads = list(map(_GRAD, params))
+        if any(map(operator.is_, grads, repeat(None))):
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        if not (
+            set(map(_LAYOUT, grads)) <= _STRIDED
+            and set(map(_DTYPE, params)) <= _FLOATING
+            and all(map(Tensor.is_contiguous, params))
+        ):
+            self._check_each(index, params, grads)
+        return list(params), grads
+
+    def _check_each(self, index: int, params: list[Tensor], grads: list[Tensor]) -> None:
+        """Raise for a sparse gradient, a parameter that is not floating point, or one whose elements share memory."""
+        for param, gradient in zip(params, grads, strict=True):
+            if gradient.layout is not torch.strided:
                 raise TypeError(
                     f"{self._name()}: a gradient in param_groups[{index}] of shape {tuple(gradient.shape)} has layout "
                     f"{gradient.layout}; expected a dense tensor. Make the layer give one (nn.Embedding's "
                     "sparse=False), or put its parameters into a torch.optim.SparseAdam."
                 )
-            if param.dtype not in floating:
+            if param.dtype not in checks.FLOATING:
                 raise TypeError(
                     f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} is "
                     f"{param.dtype}; expected float32, float64, bfloat16 or float16. Give its group "
@@ -275,26 +341,22 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                     f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} has elements "
                     "that share memory, and cannot be stepped in place. Give a clone, or the tensor that was expanded."
                 )
-            params.append(param)
-        return {**group, "params": params}
 
-    def _check_tensors(
-        self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
-    ) -> None:
-        """Raises unless gradients and each name's states can be stepped beside their parameters, element by element."""
+    def _check_tensors(self, index: int, params: list[Tensor], grads: list[Tensor], gathered: Gathered) -> None:
+        """Raise unless gradients and states can be stepped beside their parameters, element by element."""
         for param, grad in zip(params, grads, strict=True):
             if grad.shape != param.shape:
                 raise ValueError(
                     f"{self._name()}: a parameter in param_groups[{index}] has shape {tuple(param.shape)} and its "
-                    f"gradient {tuple(grad.shape)}; expected one shape. Compute the gradient anew."
+                    f"gradient {tuple(grad.shape)}; expected one shape. Compute the gradient again."
                 )
-            if param._is_zerotensor():
+            if _torch.is_zeros_without_memory(param):
                 raise ValueError(
                     f"{self._name()}: a parameter in param_groups[{index}] of shape {tuple(param.shape)} is zeros "
                     "without memory, and cannot be stepped in place. Give a clone."
                 )
-        for name, tensors in states.items():
-            for param, tensor in zip(params, tensors, strict=True):
+        for name, tensors in gathered.states.items():
+            for param, tensor in zip(params, tensors, strict=bool(tensors)):
                 self._check_state(index, param, name, tensor)
 
     def _check_state(self, index: int, param: Tensor, name: str, state: object) -> None:
@@ -307,14 +369,16 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         if _FORM(state) != _FORM(param):
             came, expected = (f"shape {tuple(t.shape)}, {t.layout} on {t.device}" for t in (state, param))
             raise ValueError(f"{where} has {came}; expected {expected}. Load the state of the same model.")
-        if state._is_zerotensor() or ops.may_overlap(state):
+        if _torch.is_zeros_without_memory(state) or ops.may_overlap(state):
             raise ValueError(
                 f"{where} has elements that share memory or have none, and cannot be stepped in place. Put a clone "
                 "into optimizer.state."
             )
 
-    def _check_gradients(self, index: int, grads: list[Tensor]) -> None:
-        """Refuses complex gradients; called where a gradient and its parameter differ in dtype."""
+    def _check_dtypes(
+        self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
+    ) -> None:
+        """Refuse complex gradients; called if a parameter differs in dtype from its gradient or from a state."""
         for grad in grads:
             if grad.is_complex():
                 raise TypeError(
@@ -326,44 +390,32 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         """The beginning of a message about a state."""
         return f"{self._name()}: {name} of a parameter in param_groups[{index}] of shape {tuple(param.shape)}"
 
-    @staticmethod
-    def _localize(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:
-        """Replaces the DTensors in the lists by their local parts."""
-        if set(map(type, params)) <= _LOCAL_TYPES:
-            return
-        for place, param in enumerate(params):
-            if is_distributed(param):
-                if grads[place].placements != param.placements:
-                    grads[place] = grads[place].redistribute(param.device_mesh, param.placements)
-                for tensors in (params, grads, *states):
-                    tensors[place] = tensors[place].to_local()
+
+def _localize(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:
+    """Replace the DTensors in the lists by their local parts."""
+    for place, param in enumerate(params):
+        if is_distributed(param):
+            lists: list[list[Any]] = [params, grads, *filter(None, states)]
+            if lists[1][place].placements != param.placements:
+                grads[place] = lists[1][place].redistribute(param.device_mesh, param.placements)
+            for tensors in lists:
+                tensors[place] = tensors[place].to_local()
 
 
-def memory_of(*lists: list[Tensor]) -> tuple | None:
-    """Which tensors these are, and where they lie; None if one has no memory, or is not a tensor.
+def _memory_of(*lists: list[Tensor]) -> tuple | None:
+    """The identities and addresses of these tensors; None if one has no memory, or is not a tensor.
 
-    A group whose memory is that of its last step was checked then: ``tensor.data = ...`` moves a tensor too. The ops
-    check again whatever could make them read beyond a tensor.
+    A group with the same memory as at its last step needs no second check: ``tensor.data = ...`` moves a tensor too.
+    The ops check again whatever could make them read beyond a tensor.
     """
-    tensors = [tensor for tensors in lists for tensor in tensors]
+    tensors = list(chain(*lists))
     try:
         return list(map(id, tensors)), list(map(Tensor.data_ptr, tensors))
     except (RuntimeError, TypeError):
         return None
 
 
-def are_mixed(params: list[Tensor], *lists: list[Tensor]) -> list[bool]:
-    """For each parameter, whether its gradient or a state differs from it in dtype: it is then stepped as a copy."""
-    dtypes = [param.dtype for param in params]
-    others = [[tensor.dtype for tensor in tensors] for tensors in lists]
-    if all(other == dtypes for other in others):
-        return [False] * len(params)
+def _are_mixed(dtypes: list[torch.dtype], *lists: list[Tensor]) -> list[bool]:
+    """For each parameter, whether its gradient or a state differs from it in dtype."""
+    others = [list(map(_DTYPE, tensors)) for tensors in lists if tensors]
     return [any(dtype is not own for dtype in belonging) for own, *belonging in zip(dtypes, *others, strict=True)]
-
-
-def _check_capture(optimizer: torch.optim.Optimizer) -> None:
-    """torch's own: a CUDA graph needs capturable=True, or it would repeat the first step's numbers."""
-    if "capturable" in optimizer.defaults:
-        # torch 2.10 calls it by its older name.
-        check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
-        (check or optimizer._cuda_graph_capture_health_check)()

@@ -1,23 +1,26 @@
 """AdamW with activated gradients, drop-in for torch.optim.AdamW.
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228;
-the activation of the raw gradient, before decay and moments, is the authors' code's.
+the authors' code activates the raw gradient, before decay and moments.
 """
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lcw_ops import _checks as checks
-from lcw_ops.ops import backends
+from lcw_ops import _torch
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, memory_of, split
+from lcw_ops.optim._activated import ActivatedOptimizer, Gathered
 
 _CPU = torch.device("cpu")
+_IS_CPU, _IS_META = operator.attrgetter("is_cpu"), operator.attrgetter("is_meta")
 
 # The dtypes of counts to which torch can add 1.
 _COUNTING = (*checks.FLOATING, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -32,25 +35,30 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     float64 if one of them is float64, otherwise in float32. States have the parameter's dtype, as torch's, or the
     gradient's; ``step`` counts in any dtype of real numbers.
 
+    All options may differ from group to group. The notes of :class:`lcw_ops.optim.SGD` on state_dicts, parameters given
+    twice, DTensors, GradScaler and a tensor lr hold here too. The state_dict of a torch.optim.Adam is refused, because
+    its decay is part of the gradient.
+
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: torch's.
-        foreach, fused: torch's, for groups without activation; groups with it take our op whatever they say.
+        foreach, fused: torch's, for groups without activation; groups with activation take our op in any case.
         capturable: torch's: the step counts lie beside the parameters, so that a CUDA graph can count them up. lr and
             betas are numbers in the graph.
         differentiable: torch's; True needs gradient_activation=None.
         gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
 
-    All options may differ from group to group. What :class:`lcw_ops.optim.SGD` says of state_dicts, parameters given
-    twice, DTensors, GradScaler and a tensor lr holds here too; the state_dict of a torch.optim.Adam is refused, for its
-    decay is part of the gradient.
-
     Raises:
-        ValueError: options out of range. TypeError: alpha or beta is not a number. Otherwise torch's. Errors of a step:
-            see ``step``.
+        ValueError: options out of range.
+        TypeError: alpha or beta is not a number.
+        Otherwise torch's errors. ``step`` lists those of a step.
+
+    Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
+    2107.04228.
     """
 
     _torch_optimizer = torch.optim.AdamW
+    _op = ops.ADAMW_STEP
     _takes_sparse = False
     _watched = operator.itemgetter(*ActivatedOptimizer._options, "differentiable", "decoupled_weight_decay")
 
@@ -100,12 +108,9 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
                 "torch.optim.Adam with lcw_ops.activate_gradients."
             )
 
-    def _gather(self, index: int, group: dict) -> list[Callable[[], None]]:
-        group = self._checked_group(index, group)
-        params, grads, steps = [], [], []
-        exp_avgs, exp_avg_sqs, max_exp_avg_sqs = [], [], []
+    def _gather(self, index: int, group: dict, params: list[Tensor], grads: list[Tensor]) -> Gathered:
         try:
-            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+            exp_avgs, exp_avg_sqs, max_exp_avg_sqs, counts = self._states(group, params)
         except KeyError as error:
             if not self.defaults.keys() <= group.keys():
                 raise self._missing_option(index) from error
@@ -114,57 +119,68 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
                 "optimizer.state, or delete the parameter's entry there to start with a new state."
             ) from error
         states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
-        states = {name: tensors for name, tensors in states.items() if tensors}
-        memory = memory_of(params, *states.values(), steps)
-        if memory is None or memory != self._checked_memory.get(index):
-            self._check_tensors(index, params, grads, states)
-            self._counts_are_plain[index] = _are_plain_counts(steps)
-            self._checked_memory[index] = memory
-        are_plain = self._counts_are_plain[index]
-        if not are_plain or any(step.is_meta for step in steps) or _has_negative(steps):
-            self._check_steps(index, params, steps)
-        mixed = are_mixed(params, grads, *states.values())
-        if any(mixed):
-            self._check_gradients(index, grads)
-            self._check_dtypes(index, params, grads, states)
-        self._localize(params, grads, *states.values())
         beta1, beta2 = group["betas"]
-        calls = []
+        step = functools.partial(
+            _step,
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
+            amsgrad=bool(group["amsgrad"]),
+            maximize=bool(group["maximize"]),
+            kind=group["gradient_activation"],
+            alpha=float(group["alpha"]),
+            beta=float(group["beta"]),
+        )
+        return Gathered(states, (counts,), [step] * len(params))
+
+    def _states(self, group: dict, params: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """Every parameter's exp_avg, exp_avg_sq, max_exp_avg_sq ([] without amsgrad) and step; KeyError without one.
+
+        torch's code makes the states of parameters that have none, and refuses an lr that it does not take.
+        """
+        own = [self.state[param] for param in params]
+        if not params:
+            return [], [], [], []
+        takes_lr = not group["foreach"] or not isinstance(group["lr"], Tensor) or group["capturable"]
+        if not (takes_lr and all(own)):
+            self._init_group({**group, "params": params}, [], [], [], [], [], [])
+        amsgrad = group["amsgrad"]
+        read = operator.itemgetter("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []), "step")
+        columns = list(map(list, zip(*map(read, own), strict=True)))
+        return tuple(columns) if amsgrad else (*columns[:2], [], columns[2])
+
+    def _check_tensors(self, index: int, params: list[Tensor], grads: list[Tensor], gathered: Gathered) -> None:
+        super()._check_tensors(index, params, grads, gathered)
+        self._counts_are_plain[index] = _are_plain_counts(*gathered.counts)
+
+    def _checked_steps(self, index: int, params: list[Tensor], gathered: Gathered) -> Sequence[functools.partial[None]]:
+        (counts,), steps = gathered.counts, gathered.steps
+        are_plain = self._counts_are_plain[index]
+        if not are_plain or any(map(_IS_META, counts)) or _has_negative(counts):
+            self._check_counts(index, params, counts)
+        if are_plain and all(map(_IS_CPU, counts)):
+            return steps
         # torch counts on the CPU by default, beside the parameters when capturable; loading can mix the two.
-        devices = [param.device for param in params], [step.device for step in steps]
-        keys = *devices, *([mixed] if any(mixed) else [])
-        for (device, counted_on, *_), take in split(*keys).items():
-            calls.append(
-                functools.partial(
-                    _step if are_plain and counted_on in (device, _CPU) else _step_with_own_counts,
-                    backends.choose(ops.ADAMW_STEP, device),
-                    take(params),
-                    take(grads),
-                    take(exp_avgs),
-                    take(exp_avg_sqs),
-                    take(max_exp_avg_sqs),
-                    take(steps),
-                    lr=float(group["lr"]),
-                    beta1=float(beta1),
-                    beta2=float(beta2),
-                    weight_decay=float(group["weight_decay"]),
-                    eps=float(group["eps"]),
-                    amsgrad=bool(group["amsgrad"]),
-                    maximize=bool(group["maximize"]),
-                    kind=group["gradient_activation"],
-                    alpha=float(group["alpha"]),
-                    beta=float(group["beta"]),
-                )
-            )
-        return calls
+        on_cpu = steps[0]
+        beside = functools.partial(_step, **on_cpu.keywords)
+        elsewhere = functools.partial(_step_with_own_counts, **on_cpu.keywords)
+        return [
+            elsewhere
+            if not are_plain or count.device not in (param.device, _CPU)
+            else (on_cpu if count.is_cpu else beside)
+            for param, count in zip(params, counts, strict=True)
+        ]
 
     def _check_dtypes(
         self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
     ) -> None:
-        """Refuses a state in fewer digits than its parameter: it would go unnoticed here, where torch's step raises."""
+        """Refuse a state with another dtype: torch's step raises, and here a loss of digits would go unnoticed."""
+        super()._check_dtypes(index, params, grads, states)
         dtypes = [param.dtype for param in params]
         for name, tensors in states.items():
-            if [tensor.dtype for tensor in tensors] == dtypes:
+            if not tensors or [tensor.dtype for tensor in tensors] == dtypes:
                 continue
             for param, grad, tensor in zip(params, grads, tensors, strict=True):
                 if tensor.dtype not in (param.dtype, grad.dtype) or tensor.dtype not in checks.FLOATING:
@@ -173,7 +189,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
                         "differ in dtype. Convert the state too: optimizer.load_state_dict(optimizer.state_dict())."
                     )
 
-    def _check_steps(self, index: int, params: list[Tensor], steps: list[Tensor]) -> None:
+    def _check_counts(self, index: int, params: list[Tensor], steps: list[Tensor]) -> None:
         for param, step in zip(params, steps, strict=True):
             if _is_count(step, param):
                 continue
@@ -185,7 +201,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
                     f"{where} is a {type(step).__name__}; expected a tensor of one number. Put torch.tensor("
                     f"{step if is_number else 'count'}, dtype=torch.float32) into optimizer.state{remedy}."
                 )
-            if step.numel() != 1 or step.dtype not in _COUNTING or step.is_meta or step._is_zerotensor():
+            if step.numel() != 1 or step.dtype not in _COUNTING or step.is_meta or _torch.is_zeros_without_memory(step):
                 raise TypeError(
                     f"{where} is {step.dtype} of shape {tuple(step.shape)} on {step.device}; expected one real number "
                     "with memory. Put torch.tensor(count, dtype=torch.float32) into optimizer.state."
@@ -198,7 +214,9 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
 
 
 def _is_count(step: object, param: Tensor) -> bool:
-    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in _COUNTING or step._is_zerotensor():
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in _COUNTING:
+        return False
+    if _torch.is_zeros_without_memory(step):
         return False
     if not step.is_cpu:
         # Reading a count on a GPU would wait for the GPU.
@@ -208,46 +226,47 @@ def _is_count(step: object, param: Tensor) -> bool:
 
 
 def _are_plain_counts(steps: list[Tensor]) -> bool:
-    """Whether the ops take them as they are. Others are checked one by one: integer counts can overflow."""
+    """Whether the ops take the counts as they are. Others are checked one by one: integer counts can overflow."""
     return (
         all(isinstance(step, Tensor) for step in steps)
         and {step.dtype for step in steps} <= {torch.float32}
         and not any(map(Tensor.dim, steps))
         and not any(map(Tensor.is_neg, steps))
-        and not any(map(Tensor._is_zerotensor, steps))
+        and not any(map(_torch.is_zeros_without_memory, steps))
     )
 
 
 def _has_negative(steps: list[Tensor]) -> bool:
-    """Or a NaN; counts on a GPU, for which this would wait, are not looked at."""
-    on_cpu = [step for step in steps if step.is_cpu]
-    return bool(on_cpu) and not torch.stack(on_cpu).min().item() >= 0
+    """Whether a count is negative or NaN. Counts on a GPU are left out: reading them would wait for the GPU."""
+    on_cpu = list(filter(_IS_CPU, steps))
+    return not all(map(operator.le, repeat(0.0), map(Tensor.item, on_cpu)))
 
 
-def _step(backend: str, *lists: list[Tensor], **options) -> None:
-    """With plain counts, on the CPU or beside the parameters."""
+def _step(backend: str, *lists: Any, **options: Any) -> None:
+    """Step parameters with plain counts, all on the CPU or all beside the parameters."""
     *_, steps = lists
     _count(steps, 1.0)
     try:
         ops.adamw_step_(backend, *lists, **options)
     except BaseException:
-        # The op wants them counted up, and no step has been made.
+        # The op takes counts that include its own step, and no step has been made.
         _count(steps, -1.0)
         raise
 
 
 def _count(steps: list[Tensor], by: float) -> None:
-    # On the CPU torch adds in a loop, where a number would become a tensor anew each time.
+    # On the CPU torch adds in a loop, which would turn a number into a tensor for each count.
     if steps[0].is_cpu:
         torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=by)
     else:
         torch._foreach_add_(steps, by)
 
 
-def _step_with_own_counts(backend: str, *lists: list[Tensor], **options) -> None:
-    """With counts in any dtype, shape and place: loaded, or made by torch under a float64 default dtype."""
+def _step_with_own_counts(backend: str, *lists: Any, **options: Any) -> None:
+    """Step with counts in any dtype, shape and place: loaded, or made by torch under a float64 default dtype."""
     *tensors, steps = lists
     counts = [(step + 1).to(tensors[0][0].device, torch.float32).reshape(()) for step in steps]
-    ops.adamw_step_(backend, *tensors, counts, **options)
+    with_counts = *tensors, counts
+    ops.adamw_step_(backend, *with_counts, **options)
     for step in steps:
         step += 1

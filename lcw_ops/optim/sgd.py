@@ -1,22 +1,21 @@
 """SGD with activated gradients, drop-in for torch.optim.SGD.
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228;
-both places of the activation are the authors' code's.
+the authors' code has both places of the activation.
 """
 
 import functools
 import operator
-from collections.abc import Callable
-from itertools import chain
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lcw_ops import _checks as checks
-from lcw_ops.ops import backends
+from lcw_ops import _torch
 from lcw_ops.ops import gradient_activation as ops
-from lcw_ops.optim._activated import ActivatedOptimizer, are_mixed, memory_of, split
+from lcw_ops.optim._activated import ActivatedOptimizer, Gathered
 from lcw_ops.reference.gradient_activation import PLACES
 
 
@@ -33,25 +32,30 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     parameter and the momentum buffer differ in dtype, the step is made on copies, in float64 if one of them is float64,
     otherwise in float32. The dtype of the buffer is torch's: the first gradient's, or what it and the decay promote to.
 
-    Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's.
-        foreach, fused: torch's, for groups without activation; groups with it take our op whatever they say.
-        differentiable: torch's; True needs gradient_activation=None.
-        gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
-        alpha, beta: numbers > 0 that are normal in float32.
-        activate: "gradient" or "momentum".
-
     All options may differ from group to group. ``state_dict`` has torch's keys: torch.optim.SGD's loads into this one,
     where each group keeps its activation, and this one's into torch's. A group that has a parameter twice steps it
     once. DTensor parameters (FSDP2) are stepped shard by shard. GradScaler unscales, and looks for overflow, first.
     With a tensor lr on a GPU, the step waits for its value.
 
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's.
+        foreach, fused: torch's, for groups without activation; groups with activation take our op in any case.
+        differentiable: torch's; True needs gradient_activation=None.
+        gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
+        alpha, beta: numbers > 0 that are normal in float32.
+        activate: "gradient" or "momentum".
+
     Raises:
-        ValueError: options out of range. TypeError: alpha or beta is not a number. Otherwise torch's. Errors of a step:
-            see ``step``.
+        ValueError: options out of range.
+        TypeError: alpha or beta is not a number.
+        Otherwise torch's errors. ``step`` lists those of a step.
+
+    Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
+    2107.04228.
     """
 
     _torch_optimizer = torch.optim.SGD
+    _op = ops.SGD_STEP
     _takes_sparse = True
     _options = (*ActivatedOptimizer._options, "activate")
     _watched = operator.itemgetter(*_options, "differentiable")
@@ -92,7 +96,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         super()._check_options(group)
         checks.check_choice(self._name(), "activate", group["activate"], PLACES)
 
-    @torch._disable_dynamo
+    @_torch.never_traced
     def load_state_dict(self, state_dict: dict) -> None:
         """torch's, except that a momentum buffer keeps its dtype where the parameter's gradients have one of their own.
 
@@ -110,7 +114,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
                 if group["gradient_activation"] is not None and _is_wide_buffer(buffer, param):
                     self.state[param]["momentum_buffer"] = buffer.to(param.device)
 
-        # The user's hooks may change what is loaded: this reads it after them, and writes before those that come later.
+        # The user's hooks may change the state_dict. Read it after them, and write before hooks that run later.
         before = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
         after = self.register_load_state_dict_post_hook(keep_wide_buffers, prepend=True)
         try:
@@ -119,58 +123,47 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             before.remove()
             after.remove()
 
-    def _gather(self, index: int, group: dict) -> list[Callable[[], None]]:
-        group = self._checked_group(index, group)
-        params, grads, found = [], [], []
-        self._init_group(group, params, grads, found)
-        owners = list(params)
-        is_first = [buffer is None for buffer in found] if found else [False] * len(params)
+    def _gather(self, index: int, group: dict, params: list[Tensor], grads: list[Tensor]) -> Gathered:
+        if group["fused"]:
+            # torch's own check of devices and dtypes, which it makes at the first step.
+            self._init_group({**group, "params": params}, [], [], [])
+        buffers = [self.state[param].get("momentum_buffer") for param in params] if group["momentum"] != 0 else []
+        step = functools.partial(
+            ops.sgd_step_,
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            weight_decay=float(group["weight_decay"]),
+            nesterov=bool(group["nesterov"]),
+            maximize=bool(group["maximize"]),
+            is_first=False,
+            activate=group["activate"],
+            kind=group["gradient_activation"],
+            alpha=float(group["alpha"]),
+            beta=float(group["beta"]),
+        )
+        if not any(map(operator.is_, buffers, repeat(None))):
+            return Gathered({"momentum_buffer": buffers}, (), [step] * len(params))
+        first_step = functools.partial(step, is_first=True)
+        steps = [first_step if buffer is None else step for buffer in buffers]
         decays = float(group["weight_decay"]) != 0
         buffers = [
             torch.empty_like(param, dtype=_dtype_of_buffer(param, grad, decays)) if buffer is None else buffer
-            for param, grad, buffer in zip(params, grads, found, strict=False)
+            for param, grad, buffer in zip(params, grads, buffers, strict=True)
         ]
-        kept = list(buffers)
-        states = [buffers] if buffers else []
-        memory = memory_of(params, buffers)
-        if memory is None or memory != self._checked_memory.get(index):
-            self._check_tensors(index, params, grads, {"momentum_buffer": buffers} if buffers else {})
-            self._checked_memory[index] = memory
-        mixed = are_mixed(params, grads, *states)
-        if any(mixed):
-            self._check_gradients(index, grads)
-            self._check_dtypes(index, params, buffers)
-        self._localize(params, grads, *states)
-        calls = []
-        keys = [param.device for param in params], is_first, *([mixed] if any(mixed) else [])
-        for (device, first, *_), take in split(*keys).items():
-            calls.append(
-                functools.partial(
-                    ops.sgd_step_,
-                    backends.choose(ops.SGD_STEP, device),
-                    take(params),
-                    take(grads),
-                    take(buffers),
-                    lr=float(group["lr"]),
-                    momentum=float(group["momentum"]),
-                    dampening=float(group["dampening"]),
-                    weight_decay=float(group["weight_decay"]),
-                    nesterov=bool(group["nesterov"]),
-                    maximize=bool(group["maximize"]),
-                    is_first=first,
-                    activate=group["activate"],
-                    kind=group["gradient_activation"],
-                    alpha=float(group["alpha"]),
-                    beta=float(group["beta"]),
-                )
-            )
-        if any(is_first):
-            # The op writes these without reading them: they become state only then.
-            calls.append(functools.partial(self._keep_buffers, owners, kept))
-        return calls
+        # The op writes a first buffer without reading it: it becomes state only after that.
+        keep = functools.partial(self._keep_buffers, list(params), list(buffers))
+        return Gathered({"momentum_buffer": buffers}, (), steps, (keep,))
 
-    def _check_dtypes(self, index: int, params: list[Tensor], buffers: list[Tensor]) -> None:
-        """Any floating dtype will do, as in torch's step: that of a first gradient, or what load_state_dict left."""
+    def _check_dtypes(
+        self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
+    ) -> None:
+        """Refuse buffers that are not floating point. Any floating dtype will do, as in torch's step.
+
+        It is the dtype of the first gradient, or the one that ``load_state_dict`` left.
+        """
+        super()._check_dtypes(index, params, grads, states)
+        buffers = states["momentum_buffer"]
         for param, buffer in zip(params, buffers, strict=bool(buffers)):
             if buffer.dtype not in checks.FLOATING:
                 raise TypeError(
@@ -184,7 +177,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
 
 
 def _is_wide_buffer(buffer: object, param: Tensor) -> bool:
-    """Whether the parameter's dtype cannot hold its numbers, and the parameter may get gradients in another dtype."""
+    """Whether the parameter's dtype cannot hold the buffer's numbers, and its gradients may come in another dtype."""
     return (
         isinstance(buffer, Tensor)
         and buffer.is_floating_point()
@@ -195,7 +188,7 @@ def _is_wide_buffer(buffer: object, param: Tensor) -> bool:
 
 
 def _dtype_of_buffer(param: Tensor, grad: Tensor, decays: bool) -> torch.dtype:
-    """torch's buffer is a clone of the first gradient, to which the decay has been added."""
+    """The dtype of torch's buffer, a clone of the first gradient to which the decay has been added."""
     if grad.dtype not in checks.FLOATING:
         return param.dtype
     return torch.promote_types(param.dtype, grad.dtype) if decays else grad.dtype

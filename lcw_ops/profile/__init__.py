@@ -1,6 +1,6 @@
-"""The profiler: where a very deep network's signal, gradient, time and memory go, layer by layer.
+"""The profiler: ``profile(model, inputs)`` measures signal, gradient, time and memory of any module, layer by layer.
 
-``profile(model, inputs)`` for any module; ``main_job`` is what ``lcw-ops profile`` runs.
+It only measures. The command ``lcw-ops profile``, which trains a network too, is in ``lcw_ops/jobs/profile.py``.
 """
 
 from lcw_ops.profile.bounds import spectral_norm_bound

@@ -3,10 +3,10 @@
 One layer h -> alpha O h + beta act(W h + b) has singular values between |alpha| o_min - |beta| s and
 |alpha| o_max + |beta| s, with s = Lip(act) ||W||_2 and o_min, o_max bounds of O's singular values: 1 for a permutation,
 sqrt(1 -+ ||O^T O - I||_2) for a matrix that is orthogonal up to rounding. Over L layers this rounding counts L times.
-Derived in this project; the paper proves bounds of this kind.
+This project derived them; the paper proves bounds of this kind.
 
-They bound the network as it is stored, in exact arithmetic. The rounding of the pass that is measured is not in them:
-in float32 a few 1e-8 per layer, of either sign.
+They bound the network as it is stored, in exact arithmetic. They leave out the rounding of the measured pass: in
+float32 a few 1e-8 per layer, of either sign.
 """
 
 import math
@@ -98,7 +98,7 @@ def filter_deviation(filter: Tensor) -> np.ndarray:
     matrices = filter.detach() if filter.dim() == 3 else filter.detach().unsqueeze(0)
     width = matrices.shape[-1]
     identity = torch.eye(width, dtype=torch.float64, device=filter.device)
-    # One spectral norm is cheap up to this width. Of many or large matrices the Frobenius norm is the bound.
+    # One spectral norm is cheap up to this width. The bound of many or large matrices is the Frobenius norm.
     spectral = len(matrices) == 1 and width <= WIDEST_SPECTRAL
     deviations = []
     for part in matrices.split(max(1, PART_BYTES // (8 * width * width))):
@@ -130,7 +130,7 @@ def gradient_norm_bounds(
 
     ||g_l|| <= upper_{l+1} ||g_{l+1}|| + ||e_l|| and ||g_l|| >= lower_{l+1} ||g_{l+1}|| - ||e_l||, with e_l the gradient
     that reaches state l directly: only e_L = g_L for a network that is read at its end, which gives
-    lower^(L-l) ||g_L|| <= ||g_l|| <= upper^(L-l) ||g_L||. In logarithms, because 3^50000 is no float.
+    lower^(L-l) ||g_L|| <= ||g_l|| <= upper^(L-l) ||g_L||. The bounds are logarithms, because 3^50000 is beyond a float.
 
     ``injected`` is (L+1,), the norms ||e_l||. Returns two arrays (L+1,) of natural logarithms, -inf for a bound of 0.
     """

@@ -1,7 +1,7 @@
 """Extreme singular values of a Jacobian that is never formed: Golub-Kahan-Lanczos with products J v and J^T u.
 
 G. H. Golub, W. Kahan, "Calculating the singular values and pseudo-inverse of a matrix", SIAM J. Numer. Anal. 2 (1965).
-It is power iteration that keeps every vector it has seen, reorthogonalised in full, and so converges much faster.
+Unlike power iteration it keeps every vector, reorthogonalised in full, and so converges much faster.
 """
 
 import math
@@ -28,8 +28,8 @@ class JacobianSpectrum:
         method: "exact" (the matrix was formed, SVD in float64) or "lanczos".
         iterations: Lanczos steps, or VJPs of the exact method.
         converged: whether both values are within ``tolerance`` of singular values of J (always, for "exact").
-        smallest_resolved: False where the smallest value lies below the rounding of the largest, and only says "tiny".
-        log_lower, log_upper: natural logarithms of rigorous bounds of every singular value, None where there are none.
+        smallest_resolved: False if the smallest value is below the rounding of the largest, and only means "tiny".
+        log_lower, log_upper: natural logarithms of rigorous bounds of every singular value, None if there are none.
     """
 
     largest: float
@@ -76,9 +76,9 @@ def function_spectrum(
         function: tensor to tensor, differentiable.
         point: any shape.
         method: "exact" (one VJP per output), "lanczos", or "auto": exact for up to 64 outputs.
-        iterations: of Lanczos at the most; the result is exact once they reach min(outputs, inputs).
+        iterations: the most Lanczos steps; the result is exact once they reach min(outputs, inputs).
         tolerance: relative, of both extreme values; Lanczos stops there.
-        seed: of the start vector.
+        seed: for the start vector.
 
     Raises:
         ValueError: unknown method; an output that does not depend on the input; Lanczos of a function that cannot be
@@ -129,7 +129,7 @@ def lanczos_spectrum(
         diagonal.append(left.norm().item())
         scale = max(scale, diagonal[-1])
         negligible = _rounding(dtype, shape) * scale
-        # The space is exhausted: the start vector had a part in every singular direction, so every value is found.
+        # The space is exhausted. The start vector has a part in every singular direction, so every value is found.
         if diagonal[-1] <= negligible:
             complete = True
             break
@@ -172,7 +172,7 @@ def _bidiagonal_extremes(diagonal, above, residual, tolerance) -> tuple[tuple[fl
 
 
 def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
-    """Minus its part in the span of the basis; twice is enough (Kahan, in Parlett's book)."""
+    """Subtract the part in the span of the basis; doing it twice is enough (Kahan, in Parlett's book)."""
     if basis:
         matrix = torch.stack(basis)
         for _ in range(2):
@@ -201,7 +201,7 @@ def _function_lanczos(output: Tensor, point: Tensor, iterations, tolerance, seed
 
 @contextmanager
 def _second_derivative() -> Iterator[None]:
-    """Says what to do when the function has none; its own first pass has been through without an error by then."""
+    """Say what to do if the function has no second derivative. Its first pass has succeeded by then."""
     try:
         yield
     except torch.OutOfMemoryError:

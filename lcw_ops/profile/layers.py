@@ -1,4 +1,4 @@
-"""One forward and backward pass of any model, watched: what leaves every leaf module, and the gradient that returns.
+"""One watched forward and backward pass of any model: the output of every leaf module, and the gradient there.
 
 Forward hooks take the figures of an output at once (a later in-place operation cannot change them), tensor hooks the
 gradient's. Orthogonal-filter networks are recorded as a ``Recurrence``, to be replayed layer by layer.
@@ -52,7 +52,7 @@ class Observation:
     calls: list[LayerCall | RecurrenceCall] = field(default_factory=list)
     handles: list = field(default_factory=list)
     times_called: Counter = field(default_factory=Counter)
-    # Arithmetic of matrix products that the hooks did themselves, to be taken off what was counted.
+    # The arithmetic of the hooks' own matrix products, to be subtracted from the count.
     own_flops: int = 0
 
     def remove(self) -> None:
@@ -102,11 +102,11 @@ def _describe_output(call: LayerCall, args: tuple, output: Tensor) -> None:
     if values.dim() >= 2:
         unit_mean = values.movedim(unit_dim, -1).flatten(0, -2).mean(0)
         call.activation_shift = root_mean_square(unit_mean).item()
-    # A subclass may compute with another weight than the one it stores, so only the plain layer is taken at its word.
+    # A subclass may compute with another weight than the one it stores: only a plain layer is known to use its own.
     if type(call.module) is nn.Linear and values.dim() >= 2:
         mean_input = args[0].detach().double().flatten(0, -2).mean(0)
         weight = call.module.weight.detach().double()
-        # Not a matrix product: the arithmetic of this pass is being counted.
+        # Avoid a matrix product here: the arithmetic of this pass is being counted.
         projection = (weight * mean_input).sum(1)
         call.shift_angle = shift_angle(projection, weight, mean_input).item()
 
@@ -114,7 +114,7 @@ def _describe_output(call: LayerCall, args: tuple, output: Tensor) -> None:
 def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP) -> None:
     """The first state leaves the input layer, the last one's gradient returns at the output layer.
 
-    Only inside a call of the network: its two layers may be called on their own as well.
+    The hooks act only inside a call of the network: its two layers may be called on their own as well.
     """
     # One entry per call that is under way: its recurrence, once the input layer has been called.
     under_way: list[Recurrence | None] = []
@@ -138,7 +138,7 @@ def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP)
         module.register_forward_pre_hook(before_forward),
         module.input_layer.register_forward_hook(after_input_layer),
         module.output_layer.register_forward_pre_hook(before_output_layer),
-        # Also when the forward pass raises and the model goes on without it.
+        # Remove the entry too if the forward pass raises and the model continues without it.
         module.register_forward_hook(after_forward, always_call=True),
     ]
 
@@ -178,7 +178,7 @@ def _layer_name(name: str) -> str:
 
 
 def _on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
-    """``record`` must not return anything: what a tensor hook returns replaces the gradient."""
+    """Call ``record`` on the gradient. It must return None: the result of a tensor hook replaces the gradient."""
 
     def hook(gradient):
         # None where the gradient ends behind the tensor, as in a dynamically quantized layer.

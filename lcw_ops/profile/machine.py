@@ -1,8 +1,7 @@
-"""What the machine is and what it can do: its measured matmul rate, clocks that wait for the GPU, peak memory.
+"""The machine and its limits: measured matmul rate, clocks that wait for the GPU, peak memory.
 
 A share of a data sheet's peak says little about a shared or throttled machine, so the rate of a float32 matmul,
-measured here and now with the threads in use, is what everything is compared with: the profiler's rates and the
-benchmarks'.
+measured here and now with the threads in use, is the yardstick for the profiler's rates and the benchmarks'.
 """
 
 import os
@@ -65,7 +64,7 @@ def _products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
         def through_onednn(left: Tensor, right: Tensor) -> Tensor:
             return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
 
-        # The op is not part of torch's public interface: it may be absent, or made for other processors.
+        # The op is not part of torch's public interface: it may be absent, or built for other processors.
         with suppress(AttributeError, RuntimeError, TypeError):
             through_onednn(torch.ones(8, 8), torch.ones(8, 8))
             products.append(through_onednn)
@@ -86,7 +85,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
 
 
 def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:
-    """What can still be allocated: on the GPU, or of the machine's or container's memory. None where it is unknown."""
+    """The memory that can still be allocated: on the GPU, or of the machine or container. None where it is unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -94,7 +93,7 @@ def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:
     with suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         amounts.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    # A container's limit (cgroup v2); "max" where there is none, which is no int.
+    # A container's limit (cgroup v2); "max", which is not an int, stands for no limit.
     with suppress(OSError, ValueError):
         folder = Path("/sys/fs/cgroup")
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))

@@ -23,7 +23,7 @@ from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_te
 # Weights, weight gradients, states and state gradients of one chunk together: 1000 layers of 64 x 64 and 64 samples.
 CHUNK_BYTES = 64 * 2**20
 
-# The exact N x N Jacobian is one backward pass of N rows; wider than this it would cost more than the run it describes.
+# The exact N x N Jacobian is one backward pass of N rows; beyond this width it costs more than the run it describes.
 EXACT_WIDTH = 512
 
 
@@ -32,8 +32,8 @@ class Recurrence:
     """One call of an orthogonal-filter module: everything needed to replay it.
 
     weight is (L, N, N) or (N, N), inputs (T, M, N) or None, alpha and beta (1,) or (L,); h0 (M, N). grad_states holds
-    what reaches the states from outside: (M, N) for the last one only, or (L+1, M, N) for all of them. solver is how
-    the module goes through it, "sequential" or "parallel"; the replay is sequential.
+    the gradients that reach the states from outside: (M, N) for the last one only, or (L+1, M, N) for all of them.
+    solver is the module's, "sequential" or "parallel"; the replay is sequential.
     """
 
     h0: Tensor
@@ -55,12 +55,12 @@ class Recurrence:
 
     @property
     def backend(self) -> str:
-        """What carries out the replay."""
+        """The backend that carries out the replay."""
         return op.choose_kernel(*self._kernel_arguments())
 
     @property
     def solved_on(self) -> str:
-        """What carries out the module's own passes."""
+        """The backend that carries out the module's own passes."""
         if self.solver == "sequential":
             return self.backend
         return backends.choose(parallel_depth.SWEEP, *self._kernel_arguments())
@@ -170,7 +170,7 @@ def signal_norms(recurrence: Recurrence, gradient_at_end: Callable[[Tensor], Ten
 
 
 def _norms(layers: Tensor) -> Tensor:
-    """Of every layer, in float64 at the end: through the largest entry, because squares leave the range of float32."""
+    """The norm of every layer, in float64. Scaled by the largest entry: squares would leave the range of float32."""
     layers = layers.flatten(1)
     largest = layers.abs().amax(1)
     scale = torch.where(largest > 0, largest, 1)
@@ -197,7 +197,7 @@ def state_jacobian(recurrence: Recurrence) -> tuple[Tensor, int]:
         largest = rows.abs().max().item()
         if 0 < largest < math.inf:
             shift = math.frexp(largest)[1]
-            # In float64, because 2^148, which brings the smallest float32 to 1, is no float32 itself.
+            # Multiply in float64: 2^148, which brings the smallest float32 to 1, is not a float32 itself.
             rows, exponent = (rows.double() * 2.0**-shift).to(rows.dtype), exponent + shift
     return rows, exponent
 

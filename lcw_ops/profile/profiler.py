@@ -1,4 +1,4 @@
-"""``profile(model, inputs)``: where a network's signal, gradient, time and memory go, layer by layer.
+"""``profile(model, inputs)``: a network's signal, gradient, time and memory, layer by layer.
 
 One watched pass, a few timed ones, the replay of every orthogonal-filter recurrence, and the Jacobian's singular
 values. The model is left as it was: gradients, buffers, hooks, mode and random state.
@@ -25,7 +25,7 @@ from lcw_ops.profile import orthogonal_filter as replay
 from lcw_ops.profile.layers import LayerCall, RecurrenceCall, first_floating, observe
 from lcw_ops.profile.result import COLUMNS, Profile, Solves, Timing
 
-# No further repeat of a timing starts once this much time has been spent: a run that long has averaged over itself.
+# No repeat of a timing starts after this time: a run that takes so long has averaged over the machine's noise.
 TIMING_SECONDS = 10.0
 
 
@@ -45,8 +45,8 @@ def profile(
 
     A row per call of every leaf module: rms of its output, norm of the gradient there, activation shift, norm of its
     weight's gradient. ``OrthogonalFilterMLP`` and ``OrthogonalFilterRNN`` are opened up: every one of their layers (or
-    time steps) is a row, with rigorous bounds beside it, though the whole recurrence is one op. Of those that were
-    solved in parallel over depth, sweeps and convergence are told.
+    time steps) is a row, with rigorous bounds beside it, though the whole recurrence is one op. For those that were
+    solved in parallel over depth, the profile reports sweeps and convergence.
 
     Args:
         model: used in its present mode (train or eval), on its device.
@@ -60,15 +60,15 @@ def profile(
             output with respect to its first input, the other samples held fixed (left out for integer inputs and for
             an RNN, where h_0 -> h_L is what matters).
         jacobian_method: of the model's: "exact", "lanczos" or "auto", see ``jacobian.function_spectrum``.
-        repeats: timed passes at the most; none is begun after 10 s. The median is given.
-        matmul_rate: this machine's float32 FLOP/s, if it was measured before (``machine.matmul_rate``).
+        repeats: the most timed passes; none begins after 10 s. The median is reported.
+        matmul_rate: this machine's float32 FLOP/s, if it has been measured before (``machine.matmul_rate``).
         name: what the model is called in tables and plots; default: its class.
 
     Raises:
-        TypeError: model is no module, inputs hold no tensor, or repeats is no int.
+        TypeError: model is not a module, inputs hold no tensor, or repeats is not an int.
         ValueError: inputs hold no sample, the loss is not a scalar, nothing requires a gradient, no module was called,
             repeats < 1, inside torch.inference_mode(), or the model cannot be differentiated twice and "lanczos" was
-            needed. What the model itself raises comes through as it is.
+            needed. Errors of the model itself are passed on.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("profile: no gradients in torch.inference_mode(); call profile outside of it")
@@ -141,7 +141,7 @@ class _Work:
 
 @dataclass
 class _Watched:
-    """What the watched pass found."""
+    """The findings of the watched pass."""
 
     loss: float
     calls: list[LayerCall | RecurrenceCall]
@@ -174,7 +174,7 @@ def _prepared(model, inputs, targets, loss) -> _Work:
 
 
 def _first_tensor(inputs: tuple) -> Tensor | None:
-    """The one whose first dimension is the samples."""
+    """The first tensor with a dimension; that dimension is the samples."""
     return next((argument for argument in inputs if isinstance(argument, Tensor) and argument.dim()), None)
 
 
@@ -244,7 +244,10 @@ def _watched_pass(work: _Work) -> _Watched:
 
 
 def _by_direction(solves: list[Solve], in_forward: int) -> dict[str, Solves]:
-    """The first ``in_forward`` are the forward pass's. The backward pass may solve windows forward once more, alike."""
+    """The first ``in_forward`` solves are the forward pass's.
+
+    The backward pass may solve windows forward again, with the same result.
+    """
     parts = {
         "forward": solves[:in_forward],
         "backward": [solve for solve in solves[in_forward:] if solve.direction == "backward"],
@@ -268,7 +271,7 @@ def _timed_passes(work: _Work, repeats: int, watched: _Watched) -> Timing:
         gradients = work.backward(loss)
         forward.append(middle - start)
         backward.append(machine.now(work.device) - middle)
-        # Before the next pass allocates its own.
+        # Free them before the next pass allocates its own.
         del loss, gradients
     layers = sum(call.recurrence.steps if isinstance(call, RecurrenceCall) else 1 for call in watched.calls)
     return Timing(
@@ -282,7 +285,7 @@ def _timed_passes(work: _Work, repeats: int, watched: _Watched) -> Timing:
 
 
 def _backend(calls: list[LayerCall | RecurrenceCall], device: torch.device) -> str:
-    """What carried out the recurrences; of a model that has none, what would."""
+    """The backends that carried out the recurrences; for a model without any, the one that would."""
     used = {call.recurrence.solved_on for call in calls if isinstance(call, RecurrenceCall)}
     return ", ".join(sorted(used)) if used else backends.choose(orthogonal_filter.NAME, device)
 
@@ -302,7 +305,7 @@ def _rows(watched: _Watched, jacobian: bool) -> tuple[dict[str, np.ndarray], dic
             rows, exponent = replay.state_jacobian(call.recurrence)
             what = "h_0 -> h_L" if call.name == "layer" else f"{call.name}: h_0 -> h_L"
             jacobians[what] = (replay.state_spectrum(columns, rows, exponent), rows, exponent)
-        # The chunks' states are not needed any more, and the next recurrence has its own.
+        # The states of the chunks are no longer needed, and the next recurrence has its own.
         call.recurrence.boundaries.clear()
     table = {"name": np.array([name for part in names for name in part])}
     for column in COLUMNS:
@@ -336,7 +339,7 @@ def _model_jacobian(work: _Work, method: str, jacobians: dict) -> dict:
     if isinstance(work.model, OrthogonalFilterRNN) or not point.is_floating_point():
         return {}
     if isinstance(work.model, OrthogonalFilterMLP) and "h_0 -> h_L" in jacobians and _has_plain_ends(work.model):
-        # The chain rule, with the exact factor that is already there.
+        # Use the chain rule with the exact factor, which has been computed.
         _, rows, exponent = jacobians["h_0 -> h_L"]
         read_in, read_out = (
             layer.weight.detach().double() for layer in (work.model.input_layer, work.model.output_layer)

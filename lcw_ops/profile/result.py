@@ -1,4 +1,4 @@
-"""What a profile holds, and its ways out: a table for the terminal, a plot, one CSV row per layer, JSON.
+"""The result of a profile, and its forms: a table for the terminal, a plot, one CSV row per layer, JSON.
 
 NaN in a column means that the figure does not apply to that row. In JSON, which has no such number, infinities and NaN
 are the strings "inf", "-inf" and "nan".
@@ -34,7 +34,7 @@ COLUMNS = {
     "state_rms_bound": "upper bound of state_rms, for |act| <= 1",
 }
 
-# What the table shows of them, with its headings: what fits a terminal of 80 columns.
+# The columns that the table shows, with its headings: they fit a terminal of 80 columns.
 TABLE_COLUMNS = {
     "state_rms": "state rms",
     "gradient_norm": "gradient",
@@ -90,16 +90,16 @@ class Timing:
 
 @dataclass
 class Solves:
-    """How the parallel solver went through the windows of one pass, forward or backward.
+    """The convergence of the parallel solver over the windows of one pass, forward or backward.
 
     Attributes:
-        windows: that converged. largest_window: layers of the largest of them.
+        windows: the number that converged. largest_window: layers of the largest of them.
         largest_sweeps, mean_sweeps: of these windows.
         largest_contraction: change of the last sweep over the one before; NaN where no window took two sweeps.
         largest_residual: relative change of a state in a window's last sweep.
         largest_error: estimate of a window's relative error.
-        given_up: windows that did not converge and were tried again with half the layers.
-        sequential_layers: those that were left to the sequential kernel in the end.
+        given_up: windows that did not converge, and were solved again with half the layers.
+        sequential_layers: layers that were left to the sequential kernel in the end.
     """
 
     windows: int
@@ -114,7 +114,7 @@ class Solves:
 
     @classmethod
     def of(cls, solves: Iterable[Solve]) -> "Solves | None":
-        """None where nothing was solved in parallel."""
+        """The summary, or None if nothing was solved in parallel."""
         solves = list(solves)
         converged = [solve for solve in solves if solve.converged and solve.sweeps]
         contractions = [solve.contraction for solve in converged if not math.isnan(solve.contraction)]
@@ -138,13 +138,13 @@ class Profile:
     """The result of :func:`lcw_ops.profile.profile`.
 
     Attributes:
-        name: of the model. loss: its value. samples: in the batch. backend: which carries out our ops.
+        name: the model's. loss: its value. samples: in the batch. backend: the one that carries out our ops.
         columns: one array per entry of ``COLUMNS``, one element per layer, in the order of the calls.
-        jacobians: what -> :class:`JacobianSpectrum`.
+        jacobians: description of the map -> :class:`JacobianSpectrum`.
         timing: :class:`Timing`.
         peak_memory_bytes: of the process so far (CPU), or of torch on the GPU; None where it is not known.
         machine: hardware and versions.
-        solves: "forward" and "backward" -> :class:`Solves`, of what ran with the parallel solver; else empty.
+        solves: "forward" and "backward" -> :class:`Solves`, of the parts that the parallel solver ran; {} without any.
     """
 
     name: str
@@ -199,7 +199,10 @@ class Profile:
         plot_profile(self, path)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per layer under a header; an empty cell where a figure does not apply. OSError when it cannot."""
+        """Write one row per layer under a header; a cell is empty where a figure does not apply.
+
+        OSError when the file cannot be written.
+        """
         write_atomically(path, lambda file: write_rows(file, list(COLUMNS), [self.csv_rows()]))
 
     def csv_rows(self) -> Iterable[Sequence[str]]:
@@ -232,7 +235,7 @@ def timing_rows(profile: Profile) -> list[list[str]]:
 
 
 def solves_rows(profile: Profile) -> list[list[str]]:
-    """(figure, value) pairs of how the parallel solver converged; none of a profile without it."""
+    """(figure, value) pairs of the parallel solver's convergence; [] for a profile without it."""
     return [[f"{direction} in parallel", _solves_in_words(solves)] for direction, solves in profile.solves.items()]
 
 
@@ -251,12 +254,12 @@ def _solves_in_words(solves: Solves) -> str:
     if solves.given_up:
         parts.append(f"{solves.given_up} window{'s' if solves.given_up > 1 else ''} given up")
     if solves.sequential_layers:
-        parts.append(f"{solves.sequential_layers:,} layers one after the other")
+        parts.append(f"{solves.sequential_layers:,} layers sequentially")
     return ", ".join(parts)
 
 
 def jacobian_rows(profile: Profile) -> list[list[str]]:
-    """(figure, value) pairs of the extreme singular values, with their bounds and what they are worth."""
+    """(figure, value) pairs of the extreme singular values, with their bounds and their reliability."""
     rows = []
     for what, spectrum in profile.jacobians.items():
         smallest = f"{spectrum.smallest:.4g}"
@@ -272,7 +275,7 @@ def jacobian_rows(profile: Profile) -> list[list[str]]:
 
 
 def format_log(log_value: float) -> str:
-    """exp(log_value) in four digits, also where that is no float: 3^50000 is 10^23856."""
+    """exp(log_value) in four digits, also where it is beyond a float: 3^50000 is 10^23856."""
     if abs(log_value) < 700:
         return f"{math.exp(log_value):.4g}"
     return "0" if log_value == -math.inf else f"10^{log_value / math.log(10):.0f}"
@@ -281,7 +284,7 @@ def format_log(log_value: float) -> str:
 def format_table(header: list[str], rows: list[list[str]], title: str | None = None) -> str:
     """A table as text of the terminal's width: drawn by rich when it is installed, else columns of spaces.
 
-    Numbers are set right, but in a table of two columns, figure and value, which read like a sentence.
+    Numbers are aligned right, except in a table of two columns, figure and value, which reads like a sentence.
     """
     try:
         from rich import box
@@ -322,7 +325,7 @@ def csv_rows(columns: dict[str, np.ndarray]) -> Iterable[Sequence[str]]:
 
 
 def write_rows(file: IO, header: list[str], parts: Iterable[Iterable[Sequence[str]]]) -> None:
-    """CSV with a header, the parts one after the other."""
+    """Write CSV with a header, one part after another."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
     for part in parts:
@@ -335,7 +338,7 @@ def write_json(file: IO, content: dict) -> None:
 
 
 def json_ready(value):
-    """The same structure with the numbers that JSON does not have as strings."""
+    """The same structure, with numbers that JSON does not have as strings."""
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
