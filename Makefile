@@ -18,7 +18,7 @@ BIN    := $(VENV)/bin
 OLDEST_TRITON ?= 3.6.0
 OLD    := $(abspath $(VENV))-triton-$(OLDEST_TRITON)
 
-SOURCES := $(wildcard csrc/*.h csrc/*/* lcw_ops/__init__.py setup.py pyproject.toml)
+SOURCES := $(shell find csrc -type f) lcw_ops/__init__.py setup.py pyproject.toml
 
 demo: $(VENV)/built
 	$(BIN)/lcw-ops profile --depth 50000 --width 64 --batch 64 --steps 30 --out $(OUT)

@@ -109,7 +109,7 @@ def extensions() -> list[Extension]:
     found = [
         Extension(
             "lcw_ops._C",
-            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")),
+            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").rglob("*.cpp")),
             **shared,
         )
     ]
@@ -139,7 +139,7 @@ class BuildExtension(build_ext):
         includes = [f"-I{folder}" for folder in extension.include_dirs]
         commands, outputs = [], []
         for source in extension.sources:
-            outputs.append(str(objects / (Path(source).stem + ".o")))
+            outputs.append(str(objects / source.replace("/", "-")) + ".o")
             commands.append([*compiler, *includes, "-c", source, "-o", outputs[-1]])
         self._run_together(commands)
         libraries = [f"-L{folder}" for folder in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA kernels of the orthogonal-filter recurrence share: the arguments of the two ops, checked.
+// Shared by the CPU and the CUDA kernels of the orthogonal-filter recurrence: the arguments of the two ops, checked.
 //
 // Shapes are those of lcw_ops/ops/orthogonal_filter.py, where the schemas are.
 #pragma once
@@ -14,11 +14,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#ifdef __CUDACC__
-#define LCW_HOST_DEVICE __host__ __device__
-#else
-#define LCW_HOST_DEVICE
-#endif
+#include "activation.h"
+#include "attributes.h"
 
 namespace lcw_ops {
 
@@ -26,14 +23,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace stable = torch::stable;
 
-enum class Activation { tanh, relu, sigmoid, identity };
-
 // Everything a step needs; an argument shared over all steps has stride 0.
 template <typename T>
 struct Recurrence {
   int64_t rows, width, steps, segment;
   Activation activation;
-  const void* weight;      // of weight_type: like the state, or in 16 bits beside a float32 state
+  const void* weight;  // of weight_type: like the state, or in 16 bits beside a float32 state
   ScalarType weight_type;
   const T *bias, *filter, *alpha, *beta, *inputs;
   const int64_t* permutation;  // instead of filter
@@ -66,18 +61,18 @@ struct Backward {
   int64_t checkpoint_every;  // steps from one checkpoint to the next: a segment, or 1
   bool return_states;
   int64_t first, count;
-  T* states;       // h_{l-1}
-  T* slopes;       // beta act'(A_l), or nullptr where Device::keeps_slopes is false
-  T* grad_pre;     // beta act'(A_l), then P_l
-  T* filtered;     // O h_{l-1}, or nullptr when alpha and beta need no gradient
-  T* activated;    // act(A_l), likewise
-  T* gradient;     // (M, N): G at the end of the segment, then at its start
-  void* grad_weight;  // (L, N, N) of weight_type, or nullptr
-  T* grad_bias;    // (L, N), or nullptr
-  double* weight_sum;  // (N, N), likewise for a weight shared by all steps: summed over every sample of every step
-  double* bias_sum;    // (N)
-  T* grad_inputs;  // (L, M, N), or nullptr
-  T* grad_states;  // (L + 1, M, N), or nullptr
+  T* states;               // h_{l-1}
+  T* slopes;               // beta act'(A_l), or nullptr where Device::keeps_slopes is false
+  T* grad_pre;             // beta act'(A_l), then P_l
+  T* filtered;             // O h_{l-1}, or nullptr when alpha and beta need no gradient
+  T* activated;            // act(A_l), likewise
+  T* gradient;             // (M, N): G at the end of the segment, then at its start
+  void* grad_weight;       // (L, N, N) of weight_type, or nullptr
+  T* grad_bias;            // (L, N), or nullptr
+  double* weight_sum;      // (N, N), likewise for a weight shared by all steps: summed over every sample of every step
+  double* bias_sum;        // (N)
+  T* grad_inputs;          // (L, M, N), or nullptr
+  T* grad_states;          // (L + 1, M, N), or nullptr
   double* alpha_products;  // (L, M): <G_l, O h_{l-1}> of each row
   double* beta_products;   // (L, M): <G_l, act(A_l)>
 
@@ -87,15 +82,7 @@ struct Backward {
   }
 };
 
-inline Activation parse_activation(const std::string& name) {
-  if (name == "tanh") return Activation::tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "sigmoid") return Activation::sigmoid;
-  STD_TORCH_CHECK(name == "identity", "orthogonal_filter: unknown activation ", name);
-  return Activation::identity;
-}
-
-// The arguments of both ops, made contiguous and checked: whatever calls the op, it never reads out of bounds.
+// The arguments of both ops, made contiguous and checked: no call of the op reads out of bounds.
 struct Arguments {
   Tensor weight, filter, alpha, beta;
   std::optional<Tensor> bias, inputs;
@@ -122,12 +109,13 @@ struct Arguments {
       STD_TORCH_CHECK(
           tensor->is_cpu() == state.is_cpu() && tensor->get_device_index() == state.get_device_index(),
           "orthogonal_filter: the arguments are on different devices");
-    STD_TORCH_CHECK(right, "orthogonal_filter: shapes do not fit each other; call lcw_ops.functional.orthogonal_filter");
+    STD_TORCH_CHECK(
+        right, "orthogonal_filter: shapes do not fit each other; call lcw_ops.functional.orthogonal_filter");
     bool same = weight.scalar_type() == state.scalar_type() ||
         (state.scalar_type() == ScalarType::Float &&
          (weight.scalar_type() == ScalarType::BFloat16 || weight.scalar_type() == ScalarType::Half));
-    for (const Tensor* tensor : {&alpha, &beta, bias ? &*bias : &alpha, inputs ? &*inputs : &alpha,
-                                 permutes ? &alpha : &filter})
+    for (const Tensor* tensor :
+         {&alpha, &beta, bias ? &*bias : &alpha, inputs ? &*inputs : &alpha, permutes ? &alpha : &filter})
       same = same && tensor->scalar_type() == state.scalar_type();
     STD_TORCH_CHECK(same, "orthogonal_filter: dtypes do not fit each other; call lcw_ops.functional.orthogonal_filter");
     if (permutes && filter.is_cpu()) {
@@ -149,7 +137,7 @@ struct Arguments {
   Recurrence<T> recurrence(int64_t rows, int64_t width, int64_t steps, int64_t segment, const std::string& name) const {
     Recurrence<T> r{};
     r.rows = rows, r.width = width, r.steps = steps, r.segment = segment;
-    r.activation = parse_activation(name);
+    r.activation = parse_activation("orthogonal_filter", name);
     r.weight = weight.const_data_ptr();
     r.weight_type = weight.scalar_type();
     r.weight_stride = weight.dim() == 3 ? width * width : 0;
@@ -176,15 +164,16 @@ inline void check_dtype(const Tensor& tensor) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The work itself is Device::run(forward pass) and Device::run_segment(one segment of the backward pass); what follows
-// allocates for it, and shows every large result to Device::allocated. `like` tells the device.
+// The work itself is Device::run(forward pass) and Device::run_segment(one segment of the backward pass); the functions
+// below allocate for it, and show every large result to Device::allocated. `like` tells the device.
 template <class Device, typename T>
 std::tuple<Tensor, Tensor> forward(
     const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
     bool return_states) {
   const int64_t rows = h0.size(0), width = h0.size(1);
   const int64_t checkpoint_count = segment ? (steps + segment - 1) / segment : 0;
-  Tensor output = return_states ? stable::new_empty(h0, {steps + 1, rows, width}) : stable::new_empty(h0, {rows, width});
+  Tensor output = return_states ? stable::new_empty(h0, {steps + 1, rows, width})
+                                : stable::new_empty(h0, {rows, width});
   Tensor checkpoints = stable::new_empty(h0, {checkpoint_count, rows, width});
   if (output.numel() == 0) return {output, checkpoints};
   Device::allocated(output);
@@ -309,7 +298,8 @@ Gradients orthogonal_filter_backward(
   const int64_t state_size = grad_output.size(dim - 2) * grad_output.size(dim - 1);
   segment = std::min(segment, std::max<int64_t>(steps, 1));
   STD_TORCH_CHECK(
-      (checkpoints.numel() == (steps + segment - 1) / segment * state_size || checkpoints.numel() == steps * state_size) &&
+      (checkpoints.numel() == (steps + segment - 1) / segment * state_size ||
+       checkpoints.numel() == steps * state_size) &&
           checkpoints.scalar_type() == grad_output.scalar_type() && (!needs_bias || bias) && (!needs_inputs || inputs),
       "orthogonal_filter_backward: checkpoints do not fit");
   check_dtype(grad_output);

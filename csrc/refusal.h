@@ -1,4 +1,4 @@
-// Kernels that look for themselves whether they can take tensors as these lie in memory, and the two forms of their
+// Kernels that check for themselves whether they can take tensors as these lie in memory, and the two forms of their
 // ops.
 #pragma once
 
@@ -12,15 +12,15 @@
 
 namespace lcw_ops {
 
-// Why a kernel leaves tensors to its caller, who can lay them out anew; empty where it takes them. Found before the
-// first write. What no layout mends raises instead.
+// The reason why a kernel leaves tensors to its caller, who can copy them into another layout; empty if it takes them.
+// Found before the first write. A mistake that no layout mends raises instead.
 using Refusal = std::string;
 
 inline Refusal refuse_for(const char* op, const std::string& what, const char* caller) {
   return std::string(op) + ": " + what + "; call " + caller;
 }
 
-// Where tensors without gaps lie. Two that meet would be written by two threads at once.
+// The memory of tensors without gaps. Two threads would write to tensors that overlap at once.
 class AddressRanges {
  public:
   void reserve(size_t count) { ranges_.reserve(count); }

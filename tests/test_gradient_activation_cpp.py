@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 KINDS = ("arctan", "tanh", "log")
-# What csrc/cpu/activations.h states, in units in the last place of the result.
+# What csrc/cpu/gradient_functions.h states, in units in the last place of the result.
 MAX_ULP = {"arctan": 2.0, "tanh": 3.0, "log": 2.0}
 EXACT = {"arctan": np.arctan, "tanh": np.tanh, "log": lambda x: np.copysign(np.log1p(np.abs(x)), x)}
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}

@@ -8,10 +8,8 @@ rows, uniform on the sphere, where nothing else is said.
 
 import itertools
 import math
-import re
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("compiled_kernel", "one_thread")
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*NARROW, torch.float64]
 # On both sides of the samples up to which directions are made inside the product.
-FUSED = hypersphere.FUSED_ROWS["cpp"]
+FUSED = hypersphere.few_samples("cpp")
 ROWS = [0, 1, 2, 7, 8, FUSED - 1, FUSED, FUSED + 1, 64, 65, 200]
 # (n, m): one unit, no angles, one, around a vector, primes, filters of 128 and 512 channels.
 SIZES = [(1, 1), (5, 1), (1, 2), (6, 2), (1, 3), (7, 7), (3, 8), (2, 9), (13, 17), (31, 64), (5, 129), (67, 101)]
@@ -1716,8 +1714,3 @@ def test_angles_get_the_same_gradient_in_the_rows_memory():
             assert grad_angles.is_contiguous()
             assert grad_angles.shape == angles.shape
             assert (grad_angles - expected).abs().max() <= bound, (n, m, count)
-
-
-def test_the_kernel_and_python_agree_on_how_few_samples_are_few():
-    source = (Path(__file__).parents[1] / "csrc/cpu/hypersphere.cpp").read_text()
-    assert re.findall(r"constexpr int64_t few_samples = (\d+);", source) == [str(FUSED)]

@@ -17,7 +17,7 @@ QUICK = "-O0"
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     # Ops that no call below makes would take minutes to compile.
-    without = ("gradient_activation", "hypersphere", "lcw_linear", "parallel_depth")
+    without = ("gradient_activation", "hypersphere", "lcw_linear", "parallel_depth", "weight_norm")
     return harness.build(tmp_path_factory.mktemp("sanitized"), harness.MEMORY, QUICK, without)
 
 

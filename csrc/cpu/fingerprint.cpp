@@ -1,17 +1,19 @@
 // A number of 64 bits that tells whether a tensor's bytes have changed, at the speed of reading them.
 //
-// For what is computed from a parameter and kept: edits through .data leave no other trace. Every vector of words is
-// mixed in by multiplying, rotating and multiplying, as xxHash does, in lanes that do not wait for each other: one
-// changed word always changes the lane, any other edit goes unseen once in 2^32 lanes it touches, at least 2^64 for
-// edits of more than one lane. Blocks have a fixed size, so that the number does not depend on the threads.
+// It guards values that are computed from a parameter and kept: edits through .data leave no other trace. Every vector
+// of words is mixed in by multiplying, rotating and multiplying, as xxHash does, in lanes that do not wait for each
+// other: one changed word always changes the lane, any other edit goes unseen once in 2^32 lanes it touches, at least
+// 2^64 for edits of more than one lane. Blocks have a fixed size, so that the number does not depend on the threads.
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "dispatch.h"
+#include "simd/dispatch.h"
 
 namespace lcw_ops {
 namespace {

@@ -29,7 +29,7 @@
 #include <vector>
 
 #include "../refusal.h"
-#include "activations.h"
+#include "gradient_functions.h"
 #include "tensors.h"
 
 namespace lcw_ops {
@@ -107,19 +107,19 @@ struct Memory {
   }
 
  private:
-  // The conversions of matrix.h, of a whole vector.
+  // The conversions of simd/elements.h, for a whole vector.
   using Bits = typename Vector<uint32_t, Isa::vector_bytes>::type;
   using Signed = typename Vector<int32_t, Isa::vector_bytes>::type;
-  LCW_INLINE static Wide numbers(Bits bits) { return Activations<Isa, T>::template as<Wide>(bits); }
-  LCW_INLINE static Bits bits_of(Wide value) { return Activations<Isa, T>::template as<Bits>(value); }
+  LCW_INLINE static Wide numbers(Bits bits) { return GradientFunctions<Isa, T>::template as<Wide>(bits); }
+  LCW_INLINE static Bits bits_of(Wide value) { return GradientFunctions<Isa, T>::template as<Bits>(value); }
 
   LCW_INLINE static Wide widen_low(Bits words, BFloat16) { return numbers(words << 16); }
   LCW_INLINE static Wide widen_high(Bits words, BFloat16) { return numbers(words & 0xffff0000u); }
   LCW_INLINE static Bits join(Wide low, Wide high, BFloat16) {
     return (round(low) >> 16) | (round(high) & 0xffff0000u);
   }
-  // In the upper half. A NaN stays one: it comes from a NaN of 16 bits, or is the processor's or Python's own, so nothing
-  // below is set that could carry.
+  // In the upper half. A NaN stays one: it comes from a NaN of 16 bits, or is the processor's or Python's own, so no
+  // lower bit is set that could carry.
   LCW_INLINE static Bits round(Wide value) {
     const Bits bits = bits_of(value);
     return bits + 0x7fff + ((bits >> 16) & 1);
@@ -154,7 +154,7 @@ struct Activation {
 
   template <class Isa>
   LCW_INLINE auto apply(typename Vector<T, Isa::vector_bytes>::type gradient) const {
-    using A = Activations<Isa, T>;
+    using A = GradientFunctions<Isa, T>;
     if constexpr (kind == Kind::arctan) return A::atan(gradient * beta) * alpha;
     if constexpr (kind == Kind::tanh) return A::tanh(gradient * beta) * alpha;
     if constexpr (kind == Kind::log) return A::log(gradient * beta) * alpha;
@@ -171,13 +171,14 @@ LCW_INLINE auto square_root(typename Vector<T, Isa::vector_bytes>::type value) {
   return value;
 }
 
-// Of two averages of squares: what is not negative has the order of its bits, and a NaN, of either sign, comes last.
+// The larger of two averages of squares: numbers that are not negative have the order of their bits, and a NaN of
+// either sign comes last.
 template <class Isa, typename T>
 LCW_INLINE auto larger(typename Vector<T, Isa::vector_bytes>::type a, typename Vector<T, Isa::vector_bytes>::type b) {
-  return Activations<Isa, T>::magnitude_bits(a) > Activations<Isa, T>::magnitude_bits(b) ? a : b;
+  return GradientFunctions<Isa, T>::magnitude_bits(a) > GradientFunctions<Isa, T>::magnitude_bits(b) ? a : b;
 }
 
-// ---- One tensor, or what belongs to one parameter -------------------------------------------------------------------
+// ---- One tensor, or the tensors of one parameter --------------------------------------------------------------------
 
 // `written` arrays come first; the rest is read only.
 template <int arrays>
@@ -214,7 +215,7 @@ LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t co
       for (int a = 0; a < written; ++a) M::store(parts[a], at[a] + i);
     }
     if (left == 0 || at[0] == rest[0]) break;
-    // What fills no vector, in memory that does: by the same code, so the same bits wherever an element lies.
+    // Copy the rest into whole vectors: by the same code, an element has the same bits wherever it lies.
     for (int a = 0; a < arrays; ++a) {
       std::copy(at[a] + whole, at[a] + count, rest[a]);
       at[a] = rest[a];
@@ -270,7 +271,7 @@ void with_flag(bool flag, const F& f) {
     f(std::false_type());
 }
 
-// ---- What memory safety needs ---------------------------------------------------------------------------------------
+// ---- Guards of memory safety ----------------------------------------------------------------------------------------
 
 template <typename Result, typename Of>
 Result ask(AOTITorchError (*question)(AtenTensorHandle, Of*), AtenTensorHandle tensor) {
@@ -335,11 +336,9 @@ void* memory(AtenTensorHandle tensor, bool is_written) {
   return const_cast<void*>(ask<const void*>(torch_get_const_data_ptr, tensor));
 }
 
-int64_t size_of(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
+int64_t size_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
-// Tensors to be changed, or parameters.
+// Whether two of the tensors to be changed, or of the parameters, share memory.
 template <int arrays>
 bool share_memory(const std::vector<Item<arrays>>& items) {
   AddressRanges ranges;
@@ -350,8 +349,7 @@ bool share_memory(const std::vector<Item<arrays>>& items) {
 
 // run(items) with the tensors of every parameter, `written` ones first; unless they are refused.
 template <int arrays, typename Run>
-Refusal with_items(
-    const char* op, const std::array<const Tensors*, arrays>& lists, int written, const Run& run) {
+Refusal with_items(const char* op, const std::array<const Tensors*, arrays>& lists, int written, const Run& run) {
   const Tensors& params = *lists[0];
   for (const Tensors* list : lists)
     STD_TORCH_CHECK(
@@ -393,13 +391,11 @@ Refusal gradient_activation(const Tensors& tensors, std::string kind_name, doubl
     const std::optional<ScalarType> type = taken_type(tensors[i]);
     if (!type)
       return refuse_for(
-          op,
-          "tensors[" + std::to_string(i) + "] is not on the CPU, not of a floating dtype or has gaps in memory",
+          op, "tensors[" + std::to_string(i) + "] is not on the CPU, not of a floating dtype or has gaps in memory",
           "lcw_ops.functional.gradient_activation_");
     items.push_back({{memory(tensors[i], true)}, numel(tensors[i]), *type});
   }
-  if (share_memory(items))
-    return refuse_for(op, "two tensors share memory", "lcw_ops.functional.gradient_activation_");
+  if (share_memory(items)) return refuse_for(op, "two tensors share memory", "lcw_ops.functional.gradient_activation_");
   with_kind(kind, [&](auto kind_type) {
     for_each_piece(items, [&](auto isa, size_t i, int64_t first, int64_t count) LCW_LAMBDA_INLINE {
       with_numbers(items[i].type, [&](auto element) LCW_LAMBDA_INLINE {
@@ -416,9 +412,9 @@ Refusal gradient_activation(const Tensors& tensors, std::string kind_name, doubl
 }
 
 Refusal sgd_step(
-    const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
-    double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first,
-    bool on_momentum, std::string kind_name, double alpha, double beta) {
+    const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers, double lr, double momentum,
+    double dampening, double weight_decay, bool nesterov, bool maximize, bool is_first, bool on_momentum,
+    std::string kind_name, double alpha, double beta) {
   const char* op = "activated_sgd_step_";
   const Kind kind = to_kind(op, kind_name);
   const double sign = maximize ? -1 : 1;
@@ -465,7 +461,7 @@ Refusal sgd_step(
   return with_items<2>(op, {&params, &grads}, 1, run_all);
 }
 
-// What AdamW's step takes from the count of steps.
+// The numbers that AdamW's step takes from the count of steps.
 struct Correction {
   double step_size, inverse_root;
 };
@@ -480,10 +476,9 @@ double to_count(AtenTensorHandle step) {
 }
 
 Refusal adamw_step(
-    const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-    const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
-    const Tensors& state_steps, double lr, double beta1, double beta2, double weight_decay, double eps,
-    bool amsgrad, bool maximize, std::string kind_name, double alpha, double beta) {
+    const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+    const Tensors& max_exp_avg_sqs, const Tensors& state_steps, double lr, double beta1, double beta2,
+    double weight_decay, double eps, bool amsgrad, bool maximize, std::string kind_name, double alpha, double beta) {
   const char* op = "activated_adamw_step_";
   const Kind kind = to_kind(op, kind_name);
   STD_TORCH_CHECK(
@@ -494,7 +489,7 @@ Refusal adamw_step(
   double previous = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const double count = to_count(state_steps[i]);
-    // Nearly always the same for all, and powers take longer than a small tensor.
+    // Nearly always one count serves all tensors, and powers take longer than a small tensor.
     if (i > 0 && count == previous)
       corrections.push_back(corrections.back());
     else
@@ -528,8 +523,7 @@ Refusal adamw_step(
     });
   };
   const auto run_all = [&](const auto& items) { with_kind(kind, [&](auto kind_type) { run(kind_type, items); }); };
-  if (amsgrad)
-    return with_items<5>(op, {&params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &grads}, 4, run_all);
+  if (amsgrad) return with_items<5>(op, {&params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &grads}, 4, run_all);
   STD_TORCH_CHECK(max_exp_avg_sqs.size() == 0, op, ": largest averages without amsgrad; call lcw_ops.optim.AdamW");
   return with_items<4>(op, {&params, &exp_avgs, &exp_avg_sqs, &grads}, 3, run_all);
 }
@@ -537,7 +531,7 @@ Refusal adamw_step(
 }  // namespace
 }  // namespace lcw_ops
 
-// How TORCH_BOX takes a list from the stack.
+// Called by TORCH_BOX to take a list from the stack.
 template <>
 struct torch::stable::detail::ToImpl<lcw_ops::Tensors> {
   static lcw_ops::Tensors call(StableIValue value, uint64_t, bool) {
@@ -551,7 +545,7 @@ STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
   m.impl("activated_adamw_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::adamw_step>::raising));
 }
 
-// On every device: that a tensor is not on the CPU is an answer too.
+// On every device: a tensor that is not on the CPU is an answer too.
 STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CompositeExplicitAutograd, m) {
   m.impl("try_gradient_activation_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::gradient_activation>::answering));
   m.impl("try_activated_sgd_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::sgd_step>::answering));

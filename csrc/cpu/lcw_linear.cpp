@@ -11,8 +11,8 @@
 // The layer y = X w^T + b multiplies the parameter V itself, with X' = X B, for <B v, x> = <v, B^T x>. X' is X less one
 // number per row: it is made while X is copied for the product, and costs a pass over X to find the numbers.
 //   Y = X' V^T + b        dX = (dY V) B^T        dV = dY^T X'        db = sum of dY's rows
-// 2 M m n operations each, by whoever matmul.h finds the fastest. From a dozen samples on bound by arithmetic, below by
-// reading V, or writing dV, once.
+// 2 M m n operations each, by the faster of the multipliers (blas/matmul.h). From a dozen samples on bound by
+// arithmetic, below by reading V, or writing dV, once.
 
 #include <array>
 #include <cmath>
@@ -20,9 +20,9 @@
 #include <tuple>
 #include <vector>
 
-#include "few_samples.h"
-#include "gemm.h"
-#include "matmul.h"
+#include "blas/few_samples.h"
+#include "blas/gemm.h"
+#include "blas/matmul.h"
 #include "tensors.h"
 
 namespace lcw_ops {
@@ -30,7 +30,7 @@ namespace {
 
 enum class Map { centre, embed, project };  // embed: B v; project: B^T g
 
-// Sums side by side, added up in the end: independent of each other, so that they are carried out at once.
+// Partial sums side by side, added up in the end: they do not wait for each other.
 template <typename E>
 LCW_INLINE double sum(const E* row, int64_t count) {
   constexpr int64_t lanes = 16;
@@ -44,7 +44,7 @@ LCW_INLINE double sum(const E* row, int64_t count) {
   return total;
 }
 
-// What is subtracted from every element of a row but the last one of B v.
+// The number that is subtracted from every element of a row except the last one of B v.
 template <typename E>
 LCW_INLINE double find_shift(Map map, const E* row, int64_t in_length) {
   if (map == Map::centre) return sum(row, in_length) / double(in_length);
@@ -93,9 +93,8 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
   return map_rows(basis ? Map::project : Map::centre, grad_output);
 }
 
-// The layer by our own products: made for few samples, and for any number where no library is faster, as in 16 bits on
-// processors without such instructions. The matrices are in numbers of type T where they are computed with, and of type
-// E where they lie.
+// The layer by our own products: made for few samples, and for any number if no library is faster, as in 16 bits on
+// processors without such instructions. Matrices lie in memory as numbers of type E and are computed in type T.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
@@ -133,7 +132,7 @@ struct Layer {
     // A few samples against rows of V: both lie along what is summed over, and V is read as it lies.
     Buffer<T> projected(samples * m);
     copy_rows(x, &shifts, samples, m, in_features, projected.data());
-    // So many rows of V as stay in the nearest cache while all samples pass; a sample by itself takes eight at a time.
+    // As many rows of V as stay in the nearest cache while all samples pass; a single sample takes eight at a time.
     const int64_t units = samples % 2 ? 8 : 4;
     const T* rows = projected.data();
     const int64_t blocks = (n + units - 1) / units;
@@ -150,7 +149,7 @@ struct Layer {
           block = v + j * m;
           if (j + units + count <= n) ahead = block + units * m;
         }
-        ProductsFor<decltype(isa), T>::multiply_by_rows(rows, block, m, y + j, n, samples, count, ahead);
+        Products<decltype(isa), T>::multiply_by_rows(rows, block, m, y + j, n, samples, count, ahead);
         if (!bias) continue;
         for (int64_t i = 0; i < samples; ++i)
           for (int64_t u = j; u < j + count; ++u) y[i * n + u] += bias[u];
@@ -299,24 +298,16 @@ Tensor grad_weight(Multiplier by, const Tensor& grad_output, Tensor x, bool basi
   return result;
 }
 
-Multiplier choose_forward(ScalarType type, LayerSize size, bool deterministic) {
-  return choose_multiplier(Pass::forward, type, size, deterministic, [=](LayerSize like) -> Trial {
-    const Tensor x = make_operand(type, like.samples, like.m), weight = make_operand(type, like.n, like.m);
-    return [=](Multiplier by) { forward(by, x, weight, std::nullopt, false); };
-  });
-}
-
-Multiplier choose_grad_input(ScalarType type, LayerSize size, bool deterministic) {
-  return choose_multiplier(Pass::grad_input, type, size, deterministic, [=](LayerSize like) -> Trial {
-    const Tensor grad = make_operand(type, like.samples, like.n), weight = make_operand(type, like.n, like.m);
-    return [=](Multiplier by) { grad_input(by, grad, weight, false); };
-  });
-}
-
-Multiplier choose_grad_weight(ScalarType type, LayerSize size, bool deterministic) {
-  return choose_multiplier(Pass::grad_weight, type, size, deterministic, [=](LayerSize like) -> Trial {
-    const Tensor grad = make_operand(type, like.samples, like.n), x = make_operand(type, like.samples, like.m);
-    return [=](Multiplier by) { grad_weight(by, grad, x, false); };
+Multiplier choose_for(Pass pass, ScalarType type, LayerSize size, bool deterministic) {
+  return choose_multiplier(pass, type, size, deterministic, [=](LayerSize like) -> Trial {
+    const Tensor one = make_operand(type, like.samples, pass == Pass::forward ? like.m : like.n);
+    if (pass == Pass::grad_weight) {
+      const Tensor x = make_operand(type, like.samples, like.m);
+      return [=](Multiplier by) { grad_weight(by, one, x, false); };
+    }
+    const Tensor weight = make_operand(type, like.n, like.m);
+    if (pass == Pass::grad_input) return [=](Multiplier by) { grad_input(by, one, weight, false); };
+    return [=](Multiplier by) { forward(by, one, weight, std::nullopt, false); };
   });
 }
 
@@ -331,10 +322,10 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
   // The weight of a layer without inputs has nothing to constrain.
   const bool is_empty = samples == 0 || n == 0 || m == 0;
   if (is_empty) return linear(stable::new_zeros(x, {samples, m}), weight, bias);
-  return forward(choose_forward(x.scalar_type(), {samples, n, m}, deterministic), x, weight, bias, basis);
+  return forward(choose_for(Pass::forward, x.scalar_type(), {samples, n, m}, deterministic), x, weight, bias, basis);
 }
 
-// The gradients of x, weight and bias; an empty tensor for one that nobody needs.
+// The gradients of x, weight and bias; an empty tensor for one that is not needed.
 std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
     Tensor grad_output, Tensor x, Tensor weight, bool basis, bool deterministic, bool needs_x, bool needs_weight,
     bool needs_bias) {
@@ -354,10 +345,10 @@ std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
   const LayerSize size{samples, n, m};
   const Tensor grad_x = is_empty || !needs_x
       ? nothing(needs_x, x)
-      : grad_input(choose_grad_input(type, size, deterministic), grad_output, weight, basis);
+      : grad_input(choose_for(Pass::grad_input, type, size, deterministic), grad_output, weight, basis);
   const Tensor grad_w = is_empty || !needs_weight
       ? nothing(needs_weight, weight)
-      : grad_weight(choose_grad_weight(type, size, deterministic), grad_output, x, basis);
+      : grad_weight(choose_for(Pass::grad_weight, type, size, deterministic), grad_output, x, basis);
   Tensor grad_bias = stable::new_empty(weight, {needs_bias ? n : 0});
   with_elements(x, [&](auto element) {
     using E = decltype(element);

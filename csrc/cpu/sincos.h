@@ -10,7 +10,9 @@
 
 #include <cmath>
 
-#include "matrix.h"
+#include <type_traits>
+
+#include "simd/vectors.h"
 
 namespace lcw_ops {
 
@@ -41,7 +43,7 @@ struct SincosTraits<double> {
                                       0.000024801587288841375139, -0.001388888888887304033, 0.041666666666666592832};
 };
 
-// Beyond, n would not fit what is exact.
+// Beyond it, n times a part of pi/2 is no longer exact.
 template <typename T>
 constexpr T sincos_limit = T(1 << 20);
 
@@ -53,7 +55,7 @@ LCW_INLINE Wide evaluate(const T (&coefficients)[count], Wide square) {
   return value;
 }
 
-// Right for |t| <= sincos_limit; anything may come of others, without a trap.
+// Right for |t| <= sincos_limit. Any other angle has an arbitrary result, without a trap.
 template <class Isa, typename T>
 LCW_INLINE void sincos(
     typename Vector<T, Isa::vector_bytes>::type t, typename Vector<T, Isa::vector_bytes>::type& sine,
@@ -79,7 +81,7 @@ LCW_INLINE void sincos(
   }
   const Wide square = r * r;
   const Wide sine_r = r + r * (square * evaluate(Traits::sine, square));
-  // What is small is added up before it meets the 1: added to a rounded number it would be lost, always downwards.
+  // Small terms are added up before they meet the 1: added to a rounded number they would be lost, always downwards.
   const Wide cosine_r = T(1) + square * (square * evaluate(Traits::cosine, square) - T(0.5));
   // The shift leaves n mod 4 in the low bits.
   Bits quadrant;

@@ -1,14 +1,18 @@
 // Tensors of torch's stable ABI as memory of known numbers.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "dispatch.h"
-#include "elements.h"
 #include "large_pages.h"
+#include "simd/dispatch.h"
+#include "simd/elements.h"
+#include "simd/vectors.h"
 
 namespace lcw_ops {
 
@@ -19,7 +23,7 @@ using torch::stable::Tensor;
 // Fewer elements than these on a thread take less time than waking it.
 constexpr int64_t least_elements = 16384;
 
-// Parts of a loop whose every step takes so many elements.
+// The steps of a loop that a thread takes at least, if every step takes this many elements.
 inline int64_t grain_of(int64_t elements) {
   return std::max<int64_t>(1, least_elements / std::max<int64_t>(elements, 1));
 }
@@ -36,9 +40,25 @@ auto with_elements(const Tensor& tensor, const F& f) {
   }
 }
 
-// A call less than torch's own, which asks the dispatcher first.
+// torch's own asks the dispatcher even if there is nothing to do.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : stable::contiguous(tensor);
+}
+
+// Whether a tensor on the CPU has these sizes and the dtype of another.
+inline bool fits(const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  if (tensor.dim() != int64_t(sizes.size()) || tensor.scalar_type() != like.scalar_type() || !tensor.is_cpu())
+    return false;
+  int64_t d = 0;
+  for (const int64_t size : sizes)
+    if (tensor.size(d++) != size) return false;
+  return true;
+}
+
+inline Tensor no_elements(const Tensor& like) { return stable::new_empty(like, {int64_t(0)}); }
+
+inline Tensor zeros_if(bool needed, const Tensor& like) {
+  return needed ? stable::new_zeros(like, like.sizes()) : no_elements(like);
 }
 
 // A result of the weight's size.
@@ -71,7 +91,7 @@ const E* data(const Tensor& tensor) {
   return static_cast<const E*>(tensor.const_data_ptr());
 }
 
-// The ops are no functions of autograd, nor is what they call.
+// Autograd does not record what the ops call.
 struct WithoutGradients {
   bool was_enabled = aoti_torch_grad_mode_is_enabled();
   WithoutGradients() { aoti_torch_grad_mode_set_enabled(false); }
@@ -79,7 +99,7 @@ struct WithoutGradients {
   WithoutGradients(const WithoutGradients&) = delete;
 };
 
-// Matrices to measure with: numbers of every digit, between -1 and 1.
+// A matrix to measure with: numbers between -1 and 1 that use every digit.
 inline Tensor make_operand(ScalarType type, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   AtenTensorHandle handle;

@@ -9,11 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "orthogonal_filter.h"
-
-#define LCW_INLINE inline __attribute__((always_inline))
-#define LCW_NOINLINE __attribute__((noinline))
-#define LCW_LAMBDA_INLINE __attribute__((always_inline))
+#include "../activation.h"
+#include "../attributes.h"
 
 namespace lcw_ops {
 
@@ -27,7 +24,7 @@ struct ExpTraits<float> {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
   static constexpr float round_shift = 12582912.0f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  // Beyond, exp(-x) is no normal number any more, and tanh(x / 2) has long been 1; up to here 2^n is one.
+  // Beyond it, exp(-x) is not a normal number, and tanh(x / 2) has long been 1; up to it, 2^n is a normal number.
   static constexpr float limit = 87.5f;
   // q, highest power first: minimax for the relative error of expm1, which is 1.3e-8, a quarter of an ulp.
   static constexpr float q[] = {0.00139464729f, 0.00836659782f, 0.0416662805f, 0.166665435f, 0.5f};
@@ -41,9 +38,8 @@ struct ExpTraits<double> {
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
   static constexpr double limit = 708.5;
   // Taylor's: the first term left out, r^13 / 14!, is below 2^-53.
-  static constexpr double q[] = {
-      1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800., 1 / 362880., 1 / 40320.,
-      1 / 5040.,       1 / 720.,       1 / 120.,      1 / 24.,      1 / 6.,      1 / 2.};
+  static constexpr double q[] = {1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800., 1 / 362880., 1 / 40320.,
+                                 1 / 5040.,       1 / 720.,       1 / 120.,      1 / 24.,      1 / 6.,      1 / 2.};
 };
 
 // exp(x) = power + power * fraction, with power = 2^n and fraction = expm1(r).
@@ -64,7 +60,7 @@ LCW_INLINE Exponential<T> exponential(T x) {
   for (size_t k = 1; k < sizeof(Traits::q) / sizeof(T); ++k) polynomial = polynomial * r + Traits::q[k];
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof(T));
-  // The shift drops round_shift's own bits, whatever they are.
+  // The shift drops round_shift's own bits.
   bits = (bits + Traits::exponent_bias) << Traits::mantissa_bits;
   T power;
   std::memcpy(&power, &bits, sizeof(T));

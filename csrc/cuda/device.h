@@ -1,5 +1,5 @@
-// What only a GPU has, in small functions: dynamic shared memory, thread-block clusters, barriers in shared memory and
-// the copy engine (PTX ISA 8.1, sm_90 and later). tests/cuda_emulator/device.h is the same for a CPU.
+// The facilities that only a GPU has, in small functions: dynamic shared memory, thread-block clusters, barriers in
+// shared memory and the copy engine (PTX ISA 8.1, sm_90 and later). tests/cuda_emulator/device.h is the same for a CPU.
 //
 // An mbarrier counts arrivals and bytes; a phase ends when both are complete, and the waiter names the phase's parity:
 // 0, 1, 0, ... A fresh one is in phase 0, so a wait for parity 1 returns at once.
@@ -44,7 +44,7 @@ __device__ inline void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives, and makes the phase wait for so many bytes; they may come before.
+// Arrives, and makes the phase wait for this many bytes, which may have come before.
 __device__ inline void mbarrier_arrive_expecting(uint64_t* barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -64,14 +64,13 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
 
 // The copy engine brings bytes from global memory and counts them at the barrier; addresses and size in sixteens.
 __device__ inline void copy_in_bulk(void* target, const void* source, unsigned bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(target)),
-      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(target)),
+               "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 
-// Where the block of that rank has what this one has at `pointer`.
+// The address, in the block of that rank, of the piece that this block has at `pointer`.
 __device__ inline uint32_t address_in(unsigned rank, const void* pointer) {
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
@@ -88,11 +87,10 @@ __device__ inline void send(unsigned rank, float* target, float value, uint64_t*
 }
 
 __device__ inline void send_four(unsigned rank, float* target, const float* values, uint64_t* barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-          address_in(rank, target)),
-      "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(address_in(rank, barrier))
-      : "memory");
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address_in(rank, target)),
+               "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(address_in(rank, barrier))
+               : "memory");
 }
 
 }  // namespace lcw_ops

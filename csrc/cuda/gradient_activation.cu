@@ -56,7 +56,7 @@ constexpr int vector_bytes = 16;
 // 16 KB a block and array: long enough that finding the tensor costs a tenth of it, short enough that the last wave of
 // blocks is a short one.
 constexpr int vectors_per_thread = 4;
-// What the arguments of a launch may take.
+// The most that the arguments of a launch may take.
 constexpr int argument_bytes = 4096;
 
 template <typename E>
@@ -106,7 +106,7 @@ struct SgdStep {
   T lr, momentum, undamped, weight_decay;
   bool has_buffer, nesterov, maximize, is_first, on_momentum;
 
-  // What lies in a buffer before the first step is no number.
+  // Before the first step the buffer is not initialised.
   __device__ bool reads(int array) const { return array != buffer || (has_buffer && !is_first); }
   __device__ bool writes(int array) const { return array == param || (array == buffer && has_buffer); }
   __device__ void begin(const Slot*) {}
@@ -255,8 +255,7 @@ __device__ void update_chunk(const Operation& operation, E* const* memory, int b
 }
 
 template <class Operation, typename E>
-__global__ void __launch_bounds__(block_threads) update_tensors(
-    const __grid_constant__ Launch<Operation> launch) {
+__global__ void __launch_bounds__(block_threads) update_tensors(const __grid_constant__ Launch<Operation> launch) {
   int tensor = 0;
   for (int above = launch.count; above - tensor > 1;) {
     const int middle = (tensor + above) / 2;
@@ -296,7 +295,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// What the host knows of the tensors that belong to one parameter.
+// The tensors that belong to one parameter, on the host's side.
 template <int slot_count>
 struct Entry {
   Slot slots[slot_count];
@@ -331,7 +330,7 @@ void launch_all(const Operation& operation, const Entries& entries, cudaStream_t
     launch_one<E>(operation, entries, begin, std::min(begin + most, entries.size()), stream);
 }
 
-// What a template takes as a type, carried by a value.
+// A value that carries a template's argument as its type.
 template <Kind kind>
 using KindOf = std::integral_constant<Kind, kind>;
 

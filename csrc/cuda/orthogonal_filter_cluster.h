@@ -22,210 +22,11 @@
 #include <optional>
 
 #include "orthogonal_filter_gradients.h"
+#include "orthogonal_filter_ring.h"
 
 namespace lcw_ops {
 
-// A lane per unit.
-constexpr int block_units = warp_size;
-// Enough warps to keep the multiply-add units busy while others wait for shared memory.
-constexpr int consumer_warps = 8;
-constexpr int consumer_threads = consumer_warps * warp_size;
-constexpr int cluster_threads = consumer_threads + warp_size;
-// 512 bytes of a float32 row: long enough for the copy engine, short enough that N = 512 has four chunks to stream.
-constexpr int chunk_columns = 128;
-constexpr int most_cluster_blocks = 16;
-constexpr int64_t most_cluster_width = most_cluster_blocks * block_units;
-
-struct ClusterShape {
-  int blocks, units;                // of a cluster; of a block
-  int filter_slots, weight_slots;  // chunks in shared memory
-};
-
-template <typename E>
-struct alignas(4 * sizeof(E)) Quad {
-  E values[4];
-};
-
-template <typename E>
-__device__ Quad<E> load_four(const E* source) {
-  return *reinterpret_cast<const Quad<E>*>(source);
-}
-
-// A row of a chunk in shared memory; sixteen bytes more, so that a column of quads is spread over all banks.
-template <typename E>
-constexpr int chunk_pitch = chunk_columns + 16 / sizeof(E);
-
-// Takes a block's shared memory apart, each piece on a multiple of 16 bytes; on the host, from nullptr, it only counts.
-class SharedPieces {
- public:
-  LCW_HOST_DEVICE explicit SharedPieces(unsigned char* start) : start_(start) {}
-
-  template <typename E>
-  LCW_HOST_DEVICE E* take(int64_t count) {
-    unsigned char* piece = start_ + bytes_;
-    bytes_ += (count * sizeof(E) + 15) / 16 * 16;
-    return reinterpret_cast<E*>(piece);
-  }
-  LCW_HOST_DEVICE size_t bytes() const { return bytes_; }
-
- private:
-  unsigned char* start_;
-  size_t bytes_ = 0;
-};
-
-template <typename W>
-struct RingMemory {
-  float* filter;
-  W* weight;
-  uint64_t *filter_barriers, *weight_barriers;  // two per slot
-
-  LCW_HOST_DEVICE RingMemory(SharedPieces& pieces, const ClusterShape& shape)
-      : filter(pieces.take<float>(int64_t(shape.filter_slots) * shape.units * chunk_pitch<float>)),
-        weight(pieces.take<W>(int64_t(shape.weight_slots) * shape.units * chunk_pitch<W>)),
-        filter_barriers(pieces.take<uint64_t>(2 * shape.filter_slots)),
-        weight_barriers(pieces.take<uint64_t>(2 * shape.weight_slots)) {}
-};
-
-LCW_HOST_DEVICE inline int state_pitch(int64_t width) { return int(width + 3) / 4 * 4; }
-
-// Forward: the whole state, twice; and the warps' partial sums of both products.
-template <int R>
-struct ForwardMemory {
-  float *states, *partials;
-  uint64_t* inbox;
-
-  LCW_HOST_DEVICE ForwardMemory(SharedPieces& pieces, const ClusterShape&, const Recurrence<float>& r)
-      : states(pieces.take<float>(2 * R * state_pitch(r.width))),
-        partials(pieces.take<float>(consumer_warps * 2 * R * warp_size)),
-        inbox(pieces.take<uint64_t>(2)) {}
-};
-
-// Backward: alpha G and P of the own units; and what every block sends, with one place more for a permutation's. All
-// twice: a warp that has received everything may write the next while another still multiplies.
-template <int R>
-struct BackwardMemory {
-  float *scaled, *grad_pre, *received;
-  int* seen;
-  uint64_t* inbox;
-
-  LCW_HOST_DEVICE BackwardMemory(SharedPieces& pieces, const ClusterShape& shape, const Recurrence<float>& r)
-      : scaled(pieces.take<float>(2 * shape.units * R)),
-        grad_pre(pieces.take<float>(2 * shape.units * R)),
-        received(pieces.take<float>(2 * (shape.blocks + 1) * shape.units * R)),
-        seen(pieces.take<int>(r.width)),
-        inbox(pieces.take<uint64_t>(2)) {}
-
-  // Of step 1, 2, ...
-  __device__ BackwardMemory of_step(int64_t step, const ClusterShape& shape) const {
-    const int odd = int(step % 2);
-    BackwardMemory memory = *this;
-    memory.scaled += odd * shape.units * R, memory.grad_pre += odd * shape.units * R;
-    memory.received += odd * (shape.blocks + 1) * shape.units * R;
-    memory.inbox += odd;
-    return memory;
-  }
-};
-
-// The block's rows of a matrix per layer on their way through shared memory. The producer fills the slots in the order
-// in which the consumers take them; each warp follows with a Ring of its own.
-template <typename E>
-class Ring {
- public:
-  __device__ Ring(
-      const E* matrix, int64_t layer_stride, int64_t width, int first_unit, int units, E* slots, uint64_t* barriers,
-      int slot_count, int slot_units)
-      : matrix_(matrix),
-        layer_stride_(layer_stride),
-        width_(int(width)),
-        first_unit_(first_unit),
-        units_(units),
-        slots_(slots),
-        full_(barriers),
-        empty_(barriers + slot_count),
-        slot_count_(slot_count),
-        slot_size_(slot_units * chunk_pitch<E>),
-        chunks_((int(width) + chunk_columns - 1) / chunk_columns),
-        in_bulk_(width * sizeof(E) % 16 == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
-
-  // By one thread, before anything else.
-  __device__ void init() {
-#pragma unroll 1
-    for (int slot = 0; slot < slot_count_; ++slot) {
-      mbarrier_init(full_ + slot, in_bulk_ ? 1 : warp_size);
-      mbarrier_init(empty_ + slot, consumer_warps);
-    }
-  }
-
-  // By all lanes of the producer.
-  __device__ void fill(int64_t l, int chunk) {
-    if (resident() && filled_ == chunks_) return;
-    ++filled_;
-    mbarrier_wait(empty_ + slot_, parity_ ^ 1);
-    const int begin = chunk * chunk_columns, columns = min(chunk_columns, width_ - begin);
-    const E* source = matrix_ + l * layer_stride_ + int64_t(first_unit_) * width_ + begin;
-    if (in_bulk_)
-      copy_in_bulk_by_warp(source, columns);
-    else
-      copy_by_warp(source, columns);
-    advance();
-  }
-
-  // The next chunk: rows of chunk_pitch<E>, columns filled up with zeros to a multiple of four.
-  __device__ const E* acquire() {
-    mbarrier_wait(full_ + slot_, parity_);
-    return slots_ + slot_ * slot_size_;
-  }
-
-  __device__ void release() {
-    if (!resident()) {
-      __syncwarp();
-      if (threadIdx.x % warp_size == 0) mbarrier_arrive(empty_ + slot_);
-    }
-    advance();
-  }
-
- private:
-  __device__ bool resident() const { return layer_stride_ == 0 && slot_count_ == chunks_; }
-
-  __device__ void advance() {
-    if (++slot_ < slot_count_) return;
-    slot_ = 0;
-    if (!resident()) parity_ ^= 1;
-  }
-
-  __device__ void copy_in_bulk_by_warp(const E* source, int columns) {
-    E* slot = slots_ + slot_ * slot_size_;
-    const int lane = threadIdx.x % warp_size;
-    const unsigned bytes = columns * sizeof(E);
-    if (lane == 0) mbarrier_arrive_expecting(full_ + slot_, units_ * bytes);
-    __syncwarp();
-#pragma unroll 1
-    for (int unit = lane; unit < units_; unit += warp_size)
-      copy_in_bulk(slot + unit * chunk_pitch<E>, source + int64_t(unit) * width_, bytes, full_ + slot_);
-  }
-
-  // Rows that do not start on multiples of 16 bytes.
-  __device__ void copy_by_warp(const E* source, int columns) {
-    E* slot = slots_ + slot_ * slot_size_;
-#pragma unroll 1
-    for (int unit = 0; unit < units_; ++unit)
-      for (int column = threadIdx.x % warp_size; column < (columns + 3) / 4 * 4; column += warp_size)
-        slot[unit * chunk_pitch<E> + column] = column < columns ? source[int64_t(unit) * width_ + column] : E(0.0f);
-    mbarrier_arrive(full_ + slot_);
-  }
-
-  const E* matrix_;
-  int64_t layer_stride_;
-  int width_, first_unit_, units_;
-  E* slots_;
-  uint64_t *full_, *empty_;
-  int slot_count_, slot_size_, chunks_;
-  bool in_bulk_;
-  int slot_ = 0, filled_ = 0;
-  unsigned parity_ = 0;
-};
-
-// What a thread knows of its place; and both rings, which every warp follows.
+// A thread's place in the block and the cluster, and both rings, which every warp follows.
 template <typename W, int R>
 struct ClusterBlock {
   const Recurrence<float>& r;
@@ -255,7 +56,7 @@ struct ClusterBlock {
   __device__ int warp() const { return threadIdx.x / warp_size; }
   __device__ int lane() const { return threadIdx.x % warp_size; }
 
-  // By every thread of the cluster; nobody sends before all barriers are there.
+  // Called by every thread of the cluster; none sends before all barriers are there.
   __device__ void init_barriers(uint64_t* inbox) {
     if (threadIdx.x == 0) {
       if (!r.permutation) filter.init();
@@ -369,7 +170,7 @@ __device__ Element backward_element(const ClusterBlock<W, R>& block, int which) 
 template <int R>
 constexpr int elements_per_thread = (R * block_units + consumer_threads - 1) / consumer_threads;
 
-// What is carried through layers first..first+count-1, and what is written on the way unless it is nullptr.
+// The state to carry through layers first..first+count-1, and the results to write on the way unless they are nullptr.
 struct Carry {
   const float* start;  // (M, N)
   int64_t first, count;
@@ -398,7 +199,7 @@ inline Carry recomputing_carry(const Backward<float>& pass) {
   return carry;
 }
 
-// Of the element e, before and after layer l with O h = filtered, pre-activation pre, act(A) = y.
+// Writes element e before and after layer l, with O h = filtered, pre-activation pre, act(A) = y.
 __device__ inline void write_forward(
     const Recurrence<float>& r, const Carry& carry, const Element& e, int64_t l, float state, float filtered, float pre,
     float y) {
@@ -411,7 +212,7 @@ __device__ inline void write_forward(
     carry.checkpoints[(l / r.segment * r.rows + e.m) * r.width + e.i] = state;
 }
 
-// Below sm_90 nothing of this exists, and nobody launches it.
+// Below sm_90 nothing of this exists, and it is never launched.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define LCW_HAS_CLUSTERS 1
 #else
@@ -495,7 +296,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
 #endif
 }
 
-// What a step of the backward pass reads of an element from global memory, a step ahead.
+// The numbers of an element that a step of the backward pass reads from global memory, a step ahead.
 struct BackwardRead {
   float slope, filtered, activated, grad_output;
 };
@@ -511,7 +312,7 @@ __device__ inline BackwardRead read_backward(const Backward<float>& pass, const 
   return read;
 }
 
-// P from G: into shared memory for the products, and into global memory for all that is made of it.
+// P from G: into shared memory for the products, and into global memory for the gradients that follow.
 template <int R>
 __device__ void write_backward(
     const Backward<float>& pass, const BackwardMemory<R>& memory, const Element& e, int64_t s, float gradient,
@@ -534,8 +335,7 @@ __device__ void write_backward(
 
 // alpha G O + P W over the own units, for the columns of all blocks; a warp has 32 of them at a time.
 template <typename W, int R>
-__device__ void multiply_gradient(
-    ClusterBlock<W, R>& block, const BackwardMemory<R>& memory) {
+__device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemory<R>& memory) {
   constexpr int groups = chunk_columns / warp_size;
   const int n = int(block.r.width);
 #pragma unroll 1
@@ -576,7 +376,7 @@ __device__ void multiply_gradient(
   }
 }
 
-// A permutation that names an index twice would leave others waiting for ever.
+// A permutation that names an index twice would leave other blocks waiting for ever.
 __device__ inline void check_permutation(const Recurrence<float>& r, int* seen) {
   for (int64_t i = threadIdx.x; i < r.width; i += cluster_threads) seen[i] = 0;
   __syncthreads();
@@ -674,7 +474,7 @@ size_t shared_bytes(const ClusterShape& shape, const Recurrence<float>& r) {
   return pieces.bytes();
 }
 
-// Shares out what shared memory is left: matrices that all steps share stay if they fit, the others get room for two
+// Shares out the rest of the shared memory: matrices that all steps share stay if they fit, the others get room for two
 // layers, and never less than two chunks each, one to read and one on its way. Nothing if even that does not fit.
 template <typename W, class Memory>
 std::optional<ClusterShape> share_out_slots(ClusterShape shape, const Recurrence<float>& r, size_t most_bytes) {
@@ -699,7 +499,7 @@ struct ClusterLaunch {
   cudaLaunchConfig_t config;
 };
 
-// How to launch a cluster kernel whose shared memory is a Memory, or nothing where this GPU cannot run it.
+// The launch of a cluster kernel whose shared memory is a Memory, or nothing if this GPU cannot run it.
 template <typename W, int R, class Memory, typename Kernel>
 std::optional<ClusterLaunch> plan_cluster(
     Kernel kernel, const Recurrence<float>& r, cudaLaunchAttribute& cluster, const Tensor& like) {

@@ -1,4 +1,4 @@
-// What every CUDA kernel of the orthogonal-filter recurrence uses: activations, sums, launches.
+// Shared by the CUDA kernels of the orthogonal-filter recurrence: activations, sums, launches.
 #pragma once
 
 #include "../orthogonal_filter.h"
@@ -18,7 +18,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 constexpr int warp_size = 32;
-// Partial sums of so many terms, for the sake of rounding; as on the CPU.
+// Terms of a partial sum, which bounds the rounding; as on the CPU.
 constexpr int chunk_terms = 32;
 // The most blocks a grid has along y and z.
 constexpr int64_t most_blocks = 65535;

@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(tile_threads)
         if (partials)
           partials[(slice * n + row) * n + column] = sum[a][b];
         else
-          static_cast<W*>(pass.grad_weight)[((pass.first + slice) * n + row) * n + column] =
-              static_cast<W>(static_cast<T>(sum[a][b]));
+          static_cast<W*>(pass.grad_weight)[((pass.first + slice) * n + row) * n + column] = static_cast<W>(
+              static_cast<T>(sum[a][b]));
       }
   }
 }
@@ -124,7 +124,7 @@ template <typename T, typename W>
 void launch_weight_gradients(const Backward<T>& pass, const Tensor& like) {
   const int64_t width = pass.recurrence.width, samples = pass.count * pass.recurrence.rows;
   const unsigned tiles = blocks_for(width, tile_size);
-  // For a shared weight so many shares that the GPU is full, and none so small that adding them up is the work.
+  // A shared weight is cut into enough shares to fill the GPU, none so small that adding them up is most of the work.
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, like.get_device_index());
   const int64_t shares = std::min<int64_t>(2 * processors / (tiles * tiles), samples / (4 * chunk_terms));
   const int64_t slices = pass.weight_sum ? std::max<int64_t>(shares, 1) : pass.count;

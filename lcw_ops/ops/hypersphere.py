@@ -27,9 +27,7 @@ GMP_LINEAR_BACKWARD = "gmp_linear_backward"
 WEIGHT_NORM_LINEAR = "weight_norm_linear"
 WEIGHT_NORM_LINEAR_BACKWARD = "weight_norm_linear_backward"
 
-# Samples up to which directions are made inside the product, in backward once more, and never kept. From there on
-# making them twice costs more than keeping them, as large as the weight, from forward to backward.
-FUSED_ROWS = {"cpp": 32, "triton": 64}
+FEW_SAMPLES = "gmp_linear_few_samples"
 
 
 def _are_alike(tensor, other) -> bool:
@@ -189,6 +187,27 @@ for _name in (
     library.implement(_name, "triton", _in_triton(_name))
 backends.IMPLEMENTED[NAME] = ("cpp", "triton")
 
+library.declare(FEW_SAMPLES, "() -> int", backends=("cpp",))
+
+
+_few_samples: dict[str, int] = {}
+
+
+def few_samples(backend: str) -> int:
+    """Samples up to which a backend makes directions inside the product, again in backward, and never keeps them."""
+    if backend not in _few_samples:
+        triton = backend == "triton"
+        _few_samples[backend] = (
+            importlib.import_module("lcw_ops.kernels.hypersphere").FUSED_ROWS
+            if triton
+            else library.get_overload(FEW_SAMPLES, backend)()
+        )
+    return _few_samples[backend]
+
+
+# While torch.compile traces, a constant: what torch.compiler.assume_constant_result does, which imports the compiler.
+few_samples._dynamo_marked_constant = True
+
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 
 
@@ -319,7 +338,7 @@ class GmPLinear(Function):
             relu,
             _is_deterministic(),
             needs_radius or (relu and any(needs)),
-            needs_x and x.shape[0] > FUSED_ROWS[backend],
+            needs_x and x.shape[0] > few_samples(backend),
         )
         ctx.save_for_backward(x, angles, radius, location, activated, direction)
         return output

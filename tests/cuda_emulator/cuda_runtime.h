@@ -1,8 +1,8 @@
 // Enough of CUDA to run a kernel on the CPU, for tests on machines without a GPU. A thread of the GPU is a coroutine:
-// the threads of a block, and all blocks of a cluster, take turns; blocks or clusters run one after the other. Who
-// waits at a barrier lets the others run, and they do so in another order every round, so a missing barrier, an index
-// out of bounds or a wrong sum shows here as it would there. When nobody can go on, that is said and ends the process.
-// No judge of speed.
+// the threads of a block, and all blocks of a cluster, take turns; blocks or clusters run one after another. A thread
+// that waits at a barrier lets the others run, and they do so in another order every round, so a missing barrier, an
+// index out of bounds or a wrong sum shows here as it would there. If no thread can go on, a message says so and the
+// process ends. Times mean nothing here.
 #pragma once
 
 #include <setjmp.h>
@@ -27,7 +27,6 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __grid_constant__
-
 
 struct dim3 {
   unsigned x, y, z;
@@ -54,7 +53,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = emulated_number("LCW_OPS_EMULATED_SHARED_BYTES", 227 << 10);
       break;
-    // So few that small batches are cut into tiles of every size.
+    // Few enough that small batches are cut into tiles of every size.
     case cudaDevAttrMultiProcessorCount: *value = 4; break;
     default: *value = 9;
   }
@@ -113,8 +112,8 @@ struct EmulatedBlock {
   unsigned rank;
   EmulatedBarrier all, first;
   std::vector<EmulatedBarrier> warps;
-  std::vector<double> lanes;  // wide enough for every type that is shuffled
-  std::vector<double> shared;  // NaN to start with, and behind it a strip that must stay so
+  std::vector<double> lanes;                     // wide enough for every type that is shuffled
+  std::vector<double> shared;                    // NaN to start with, and behind it a strip that must stay so
   std::map<size_t, EmulatedMbarrier> mbarriers;  // by their place in shared memory
 
   EmulatedBlock(dim3 index, unsigned rank, int count, size_t bytes)

@@ -1,4 +1,5 @@
-// Mistakes on purpose: that each of them is caught shows that the library around it is watched. Only in sanitized builds.
+// Deliberate mistakes: each must be caught, which proves that the library around them is watched. Only in sanitized
+// builds.
 #include <cstdint>
 #include <limits>
 #include <thread>
@@ -8,9 +9,9 @@
 extern "C" __attribute__((visibility("default"))) float lcw_ops_broken(int mistake, float* tensor, int64_t count) {
   volatile int64_t index = count;
   switch (mistake) {
-    case 1: return tensor[index];               // read past the end
-    case 2: return tensor[index - count - 1];   // read before the start
-    case 3: tensor[index] = 1; return 0;        // write past the end
+    case 1: return tensor[index];              // read past the end
+    case 2: return tensor[index - count - 1];  // read before the start
+    case 3: tensor[index] = 1; return 0;       // write past the end
     case 4: return std::vector<float>(count)[index];
     case 5: {
       float* gone = nullptr;

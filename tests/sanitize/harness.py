@@ -69,7 +69,8 @@ def build(folder: Path, sanitizers: str, optimize: str, without: Iterable[str] =
     ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", "results")
     shutil.copytree(ROOT, source, ignore=ignored)
     for stem in without:
-        (source / f"csrc/cpu/{stem}.cpp").unlink()
+        path = source / "csrc/cpu" / stem
+        shutil.rmtree(path) if path.is_dir() else path.with_suffix(".cpp").unlink()
     shutil.copy(HERE / "broken.cpp", source / "csrc/cpu")
     if sanitizers == THREADS:
         shutil.copy(HERE / "threads.cpp", source / "csrc/cpu")

@@ -1,13 +1,12 @@
 // C = A B for matrices of any size and strides.
 //
-// Both operands are copied, piece by piece, into the order in which the tile of matrix.h reads them: B in panels of two
-// vectors of columns that stay in the nearest cache, A in blocks of rows that stay in the next one. Copying costs about
-// 1/rows + 1/columns of the work, is where 16 bits are widened, and where a number is subtracted from every row of an
-// operand. K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
+// Both operands are copied, piece by piece, into the order in which the tile of simd/tiles.h reads them: B in panels of
+// two vectors of columns that stay in the nearest cache, A in blocks of rows that stay in the next one. Copying costs
+// about 1/rows + 1/columns of the work, is where 16 bits are widened, and where a number is subtracted from every row
+// of an operand. K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
 #pragma once
 
-#include "elements.h"
-#include "products.h"
+#include "../simd/products.h"
 
 namespace lcw_ops {
 
@@ -29,11 +28,11 @@ struct Operand {
 template <class Isa, typename E>
 struct Gemm {
   using T = Computed<E>;
-  using Products = ProductsFor<Isa, T>;
+  using Tiles = Products<Isa, T>;
   static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   static constexpr int64_t panel = 2 * lanes, tile_rows = Isa::accumulators / 2;
-  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of a nearest cache of 32
-  // KB. 16 tiles of as many columns are about 96 KB, a fraction of the next one.
+  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of a nearest cache of
+  // 32 KB. 16 tiles of as many columns are about 96 KB, a fraction of the next one.
   static constexpr int64_t block_depth = Isa::vector_bytes > 32 ? 192 : 256, block_rows = 16 * tile_rows;
 
   // Columns j, j + 1, ... of B, `count` <= panel of them, the others zero: out[k * panel + c].
@@ -46,8 +45,7 @@ struct Gemm {
       return;
     }
     if constexpr (std::is_same_v<E, T>)
-      if (b.row == 1 && count == panel && !b.shift)
-        return Products::transpose(b.data, b.column, out, panel, panel, depth);
+      if (b.row == 1 && count == panel && !b.shift) return Tiles::transpose(b.data, b.column, out, panel, panel, depth);
     for (int64_t c = 0; c < panel; ++c)
       for (int64_t k = 0; k < depth; ++k) out[k * panel + c] = c < count ? b.get(k, c) : T(0);
   }
@@ -76,7 +74,7 @@ struct Gemm {
   LCW_INLINE static void multiply(
       const Operand<E>& a, const Operand<E>& b, int64_t rows, int64_t columns, int64_t depth, const T* bias, T* c,
       int64_t ldc) {
-    // At least two sums for what is not short: 256 terms one after another err by 2.5 times what MKL does.
+    // At least two sums, unless the product is short: 256 terms in a row err 2.5 times as much as MKL.
     const int64_t deepest = std::min({depth, block_depth, std::max<int64_t>(128, (depth + 1) / 2)});
     const int64_t panels = (columns + panel - 1) / panel;
     Buffer<T> packed_b(panels * panel * deepest), packed_a(block_rows * deepest), last(tile_rows * panel);
@@ -99,15 +97,25 @@ struct Gemm {
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t height = start(t + 1) - start(t);
             T* target = c + (i + start(t)) * ldc + p * panel;
-            Product<T> product{packed_a.data() + start(t) * part, strides.first, strides.first == 1 ? height : 1,
-                               packed_b.data() + p * panel * part, panel, target, ldc, height, panel, part, k > 0};
+            Product<T> product{
+                packed_a.data() + start(t) * part,
+                strides.first,
+                strides.first == 1 ? height : 1,
+                packed_b.data() + p * panel * part,
+                panel,
+                target,
+                ldc,
+                height,
+                panel,
+                part,
+                k > 0};
             if (bias && k + part == depth) product.column_shift = padded_bias.data() + p * panel;
             if (count == panel) {
-              Products::multiply_tile(product);
+              Tiles::multiply_tile(product);
               continue;
             }
             product.out = last.data(), product.ldo = panel, product.accumulate = false;
-            Products::multiply_tile(product);
+            Tiles::multiply_tile(product);
             for (int64_t r = 0; r < height; ++r)
               for (int64_t j = 0; j < count; ++j)
                 target[r * ldc + j] = (k > 0 ? target[r * ldc + j] : T(0)) + last[r * panel + j];

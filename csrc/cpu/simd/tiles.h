@@ -1,60 +1,15 @@
-// Small matrix products on row-major data, the inner loops of every recurrence here.
+// Tiles of small matrix products on row-major data, the inner loops of every recurrence and of blas/.
 //
-// Written with the compiler's vectors, so that one source serves every instruction set: `Isa` says how wide they are and
-// how many accumulators the register file holds. The sum over k runs in the same order for every element, whatever
-// tile it falls in.
+// `Isa` says how wide vectors are and how many accumulators the register file holds. The sum over k runs in the same
+// order for every element, whatever tile it falls in.
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <utility>
 
-#include "vector_math.h"
+#include "instruction_sets.h"
+#include "vectors.h"
 
 namespace lcw_ops {
-
-// 16 accumulators of 32 registers: two multiply-adds per cycle with a latency of four need 8, the rest is slack.
-struct Avx512 {
-  static constexpr int vector_bytes = 64, accumulators = 16, dot_rows = 4;
-  static constexpr bool has_multiply_add = true;
-};
-
-// 12 accumulators, two vectors of b and one number of a make 15 of 16 registers.
-struct Avx2 {
-  static constexpr int vector_bytes = 32, accumulators = 12, dot_rows = 2;
-  static constexpr bool has_multiply_add = true;
-};
-
-struct Portable {
-  static constexpr int vector_bytes = 16, accumulators = 8, dot_rows = 2;
-  static constexpr bool has_multiply_add = false;
-};
-
-template <typename T, int bytes>
-struct Vector {
-  typedef T type __attribute__((vector_size(bytes)));
-  static constexpr int lanes = bytes / sizeof(T);
-};
-
-// Memory that begins with a cache line, so that no vector lies across two of them. Not initialised.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : memory_(new unsigned char[count * sizeof(T) + line]) {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.get());
-    begin_ = reinterpret_cast<T*>((start + line - 1) / line * line);
-  }
-
-  T* data() { return begin_; }
-  T& operator[](int64_t i) { return begin_[i]; }
-
- private:
-  static constexpr size_t line = 64;
-  std::unique_ptr<unsigned char[]> memory_;
-  T* begin_;
-};
 
 // out[r * ldo + j] = sum over k < depth of a[r * a_row + k * a_k] * b[k * ldb + j], added to what is there or not.
 template <typename T>
@@ -66,8 +21,8 @@ struct Product {
   T* out;
   int64_t ldo, rows, columns, depth;
   bool accumulate = false;
-  const T* shift = nullptr;  // added to every column at the end, one number per row, or nullptr
-  const T* ahead = nullptr;  // as many numbers as `a` has, fetched along the way: what comes next, if not in cache yet
+  const T* shift = nullptr;  // one number per row, added to every column at the end, or nullptr
+  const T* ahead = nullptr;  // the next `a`, of the same size, to be fetched along the way; nullptr if it is in cache
   bool is_near = false;      // `a` is in the nearest cache already
   const T* column_shift = nullptr;  // like `shift`, one number per column; whole tiles only
 
@@ -81,13 +36,13 @@ struct Product {
 
 template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_tile(const Product<T> p) {
-  using Lanes = Vector<T, Isa::vector_bytes>;
-  using Wide = typename Lanes::type;
+  using L = WholeVector<Isa, T>;
+  using Wide = typename L::Wide;
   Wide sum[rows][vectors] = {};
   for (int64_t k = 0; k < p.depth; ++k) {
     Wide column[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) std::memcpy(&column[v], p.b + k * p.ldb + v * Lanes::lanes, sizeof(Wide));
+    for (int v = 0; v < vectors; ++v) std::memcpy(&column[v], p.b + k * p.ldb + v * L::count, sizeof(Wide));
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const T scale = p.a[r * p.a_row + k * p.a_k];
@@ -99,7 +54,7 @@ LCW_INLINE void multiply_tile(const Product<T> p) {
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      T* out = p.out + r * p.ldo + v * Lanes::lanes;
+      T* out = p.out + r * p.ldo + v * L::count;
       if (p.accumulate) {
         Wide before;
         std::memcpy(&before, out, sizeof(Wide));
@@ -108,7 +63,7 @@ LCW_INLINE void multiply_tile(const Product<T> p) {
       if (p.shift) sum[r][v] += p.shift[r];
       if (p.column_shift) {
         Wide shift;
-        std::memcpy(&shift, p.column_shift + v * Lanes::lanes, sizeof(Wide));
+        std::memcpy(&shift, p.column_shift + v * L::count, sizeof(Wide));
         sum[r][v] += shift;
       }
       std::memcpy(out, &sum[r][v], sizeof(Wide));
@@ -133,7 +88,7 @@ template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_columns(const Product<T> p) {
   int64_t r = 0;
   for (; r + rows <= p.rows; r += rows) {
-    // What the tile after this one reads, which is too short for the processor to see a pattern in time.
+    // Fetch what the next tile reads: it is too short for the processor to see a pattern in time.
     if (p.a_k == 1 && !p.is_near)
       for (int64_t next = r + rows; next < std::min<int64_t>(r + 2 * rows, p.rows); ++next)
         prefetch(p.a + next * p.a_row, p.depth);
@@ -183,7 +138,7 @@ LCW_INLINE void multiply(Product<T> p) {
   constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   if (p.columns < lanes) return multiply_narrow<Isa>(p);
   int64_t j = 0;
-  // Fewer rows, wider tiles: a single row needs as many sums in flight as eight.
+  // Fewer rows have wider tiles: a single row needs as many sums in flight as eight do.
   if (p.rows == 1)
     for (; j + 8 * lanes <= p.columns; j += 8 * lanes) multiply_tile<Isa, 1, 8>(p.at(0, j));
   if (p.rows <= 2)
@@ -199,11 +154,8 @@ LCW_INLINE void multiply(Product<T> p) {
   if (j < p.columns) multiply_last<Isa>(p.at(0, p.columns - lanes), p.columns - j);
 }
 
-// GCC's name for a shuffle of two vectors; elsewhere, and where registers are narrower, elements move one by one.
-#if defined(__GNUC__) && !defined(__clang__)
-#define LCW_SHUFFLES 1
-
-// rows first and second become `low` and `high`; indices up to `lanes` - 1 choose from the first, the others from the
+#if LCW_SHUFFLES
+// Rows first and second become `low` and `high`; indices up to `lanes` - 1 choose from the first, the others from the
 // second. Every choice below is one instruction.
 template <typename Wide, typename Index>
 LCW_INLINE void shuffle_pair(Wide& first, Wide& second, Index low, Index high) {
@@ -247,12 +199,11 @@ LCW_INLINE void transpose_block(const T* in, int64_t in_row, T* out, int64_t out
   for (int i = 0; i < lanes; ++i) std::memcpy(out + i * out_row, &row[i], sizeof(row[i]));
 }
 #else
-#define LCW_SHUFFLES 0
 template <typename T, int lanes>
 LCW_INLINE void transpose_block(const T*, int64_t, T*, int64_t) {}
 #endif
 
-// 32 bytes are what AVX2 and AVX-512 shuffle in registers alike.
+// AVX2 and AVX-512 both shuffle 32 bytes in registers.
 template <class Isa>
 constexpr bool shuffles = LCW_SHUFFLES && Isa::vector_bytes >= 32;
 
@@ -306,11 +257,11 @@ LCW_INLINE void sum_lanes(const typename Vector<T, Isa::vector_bytes>::type (&su
 // `rows` states by `units` rows of the matrix: both lie along k, and no matrix needs to be transposed.
 template <class Isa, int rows, int units, typename T>
 LCW_INLINE void dot_tile(const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo) {
-  using Lanes = Vector<T, Isa::vector_bytes>;
-  using Wide = typename Lanes::type;
+  using L = WholeVector<Isa, T>;
+  using Wide = typename L::Wide;
   Wide sum[rows * units] = {};
   int64_t k = 0;
-  for (; k + Lanes::lanes <= depth; k += Lanes::lanes) {
+  for (; k + L::count <= depth; k += L::count) {
     Wide part[rows];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) std::memcpy(&part[r], state + r * depth + k, sizeof(Wide));
@@ -326,7 +277,7 @@ LCW_INLINE void dot_tile(const T* state, const T* matrix, int64_t depth, T* out,
   if constexpr (units == 1) {
     for (int r = 0; r < rows; ++r) {
       totals[r] = T(0);
-      for (int lane = 0; lane < Lanes::lanes; ++lane) totals[r] += sum[r][lane];
+      for (int lane = 0; lane < L::count; ++lane) totals[r] += sum[r][lane];
     }
   } else {
     sum_lanes<Isa>(sum, totals);
@@ -349,7 +300,7 @@ LCW_INLINE void dot_rows(
     if (ahead) prefetch(ahead + o * depth, units * depth);
     dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);
   }
-  // The units left over share a tile with some that are done already.
+  // The units left over share a tile with some that are already done.
   if (o < all_units) {
     o = all_units - units;
     dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);
@@ -361,63 +312,13 @@ template <class Isa, typename T>
 LCW_INLINE void multiply_by_rows(
     const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo, int64_t rows, int64_t units, const T* ahead) {
   int64_t r = 0;
-  const auto next = [&](int64_t count) LCW_LAMBDA_INLINE { state += count * depth, out += count * ldo, r += count, ahead = nullptr; };
+  const auto next = [&](int64_t count)
+                        LCW_LAMBDA_INLINE { state += count * depth, out += count * ldo, r += count, ahead = nullptr; };
   for (; r + Isa::dot_rows <= rows; next(Isa::dot_rows))
     dot_rows<Isa, Isa::dot_rows, 4>(state, matrix, depth, out, ldo, units, ahead);
   if constexpr (Isa::dot_rows > 2)
     for (; r + 2 <= rows; next(2)) dot_rows<Isa, 2, 4>(state, matrix, depth, out, ldo, units, ahead);
   if (r < rows) dot_rows<Isa, 1, 8>(state, matrix, depth, out, ldo, units, ahead);
-}
-
-// 16-bit weights become float32, exactly, in steps that every instruction set vectorises.
-LCW_INLINE float widen_bfloat16(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-
-LCW_INLINE float widen_half(uint16_t bits) {
-  const uint32_t magnitude = bits & 0x7fff;
-  // Exponent and fraction moved into place, and the exponent's bias mended; twice for infinities and NaN.
-  const uint32_t bias = 112u << 23;
-  uint32_t wide = (magnitude << 13) + bias + (magnitude >= 0x7c00 ? bias : 0u);
-  // Denormal numbers are multiples of 2^-24: as integers they are exact in every rounding mode.
-  const float multiple = float(int32_t(magnitude)) * 0x1p-24f;
-  uint32_t denormal;
-  std::memcpy(&denormal, &multiple, sizeof(denormal));
-  wide = (magnitude < 0x0400 ? denormal : wide) | uint32_t(bits & 0x8000) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-
-// To nearest, ties to even.
-LCW_INLINE uint16_t round_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  // Rounding could carry a NaN's fraction away.
-  return uint16_t(value != value ? (bits >> 16) | 0x40 : rounded);
-}
-
-LCW_INLINE uint16_t round_to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  // From 2^-14 on: rebias by 112 and drop 13 bits.
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below: adding 1/2 leaves the fraction, rounded by the addition itself, in the low bits.
-  float absolute;
-  std::memcpy(&absolute, &magnitude, sizeof(absolute));
-  const float shifted = absolute + 0.5f;
-  uint32_t denormal;
-  std::memcpy(&denormal, &shifted, sizeof(denormal));
-  denormal -= 0x3f000000u;
-  // 65520 is half-way between the largest number and the next one there would be.
-  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
-  return uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));
 }
 
 }  // namespace lcw_ops

@@ -13,18 +13,19 @@
 
 #include <limits>
 
-#include "matrix.h"
+#include "simd/vectors.h"
+#include "vector_math.h"
 
 namespace lcw_ops {
 
-// How the bits of a number lie, and the coefficients of Q, highest power first (minimax for atan, Chebyshev
+// The layout of a number's bits, and the coefficients of Q, highest power first (minimax for atan, Chebyshev
 // interpolation for log; each adds less than 0.2 ulp to the result). expm1's are those of vector_math.h. `angle` is
 // atan(center), to a thousandth of its last place: such centers are rare.
 template <typename T>
-struct ActivationTraits;
+struct GradientFunctionTraits;
 
 template <>
-struct ActivationTraits<float> {
+struct GradientFunctionTraits<float> {
   using Bits = uint32_t;
   using Signed = int32_t;
   static constexpr int mantissa_bits = 23;
@@ -35,25 +36,26 @@ struct ActivationTraits<float> {
 };
 
 template <>
-struct ActivationTraits<double> {
+struct GradientFunctionTraits<double> {
   using Bits = uint64_t;
   using Signed = int64_t;
   static constexpr int mantissa_bits = 52;
   static constexpr Bits sign = uint64_t(1) << 63, one = uint64_t(0x3ff) << 52, three_quarters = uint64_t(0x3fe8) << 48,
                         infinity = uint64_t(0x7ff) << 52;
   static constexpr double center = 0x1.7ec9p+0, angle = 0x1.f670ef2f969e6p-1;
-  static constexpr double atan[] = {
-      0.002323825071505645, -0.01025333837908986, 0.02272677163637726, -0.035109232968798976, 0.04460016438306498,
-      -0.05182418635204417, 0.058664493039709865, -0.0666438883964419, 0.07692075585221267,   -0.09090892837885607,
-      0.11111110370536473,  -0.1428571426562637,  0.1999999999972373,  -0.33333333333332};
+  static constexpr double atan[] = {0.002323825071505645,  -0.01025333837908986, 0.02272677163637726,
+                                    -0.035109232968798976, 0.04460016438306498,  -0.05182418635204417,
+                                    0.058664493039709865,  -0.0666438883964419,  0.07692075585221267,
+                                    -0.09090892837885607,  0.11111110370536473,  -0.1428571426562637,
+                                    0.1999999999972373,    -0.33333333333332};
   static constexpr double log[] = {0.13604015707124079, 0.1321036048513262, 0.15388834677801916, 0.18181738454723026,
                                    0.22222223037807243, 0.2857142856733919, 0.400000000000078,   0.6666666666666666};
 };
 
-// A vector of as many numbers as fit, and what the activations do with it.
+// The three functions of a vector of an instruction set.
 template <class Isa, typename T>
-struct Activations {
-  using Traits = ActivationTraits<T>;
+struct GradientFunctions {
+  using Traits = GradientFunctionTraits<T>;
   using Wide = typename Vector<T, Isa::vector_bytes>::type;
   using Bits = typename Vector<typename Traits::Bits, Isa::vector_bytes>::type;
   using Signed = typename Vector<typename Traits::Signed, Isa::vector_bytes>::type;
@@ -79,7 +81,7 @@ struct Activations {
   LCW_INLINE static Wide atan(Wide x) {
     const Bits sign = as<Bits>(x) & Traits::sign;
     const Wide magnitude = as<Wide>(as<Bits>(x) ^ sign);
-    // Far out it has long been pi/2, and an infinity is no number to divide. A NaN is not above.
+    // Far out the result has long been pi/2, and an infinity must not be divided. A NaN is not above.
     const Wide bounded = magnitude > T(0x1p+60) ? Wide{} + T(0x1p+60) : magnitude;
     const auto is_outer = magnitude > T(0.667);
     const Wide center = is_outer ? Wide{} + Traits::center : Wide{};
@@ -94,7 +96,7 @@ struct Activations {
     using Exp = ExpTraits<T>;
     const Bits sign = as<Bits>(x) & Traits::sign;
     const Wide magnitude = as<Wide>(as<Bits>(x) ^ sign);
-    // Where tanh has long been 1. A NaN is not above.
+    // Beyond the limit tanh has long been 1. A NaN is not above.
     const Wide twice = magnitude > Exp::limit / 2 ? Wide{} + Exp::limit : magnitude + magnitude;
     const Wide shifted = twice * T(1.44269504088896340736) + Exp::round_shift;
     const Wide n = shifted - Exp::round_shift;

@@ -3,10 +3,13 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "../simd/dispatch.h"
+
 namespace lcw_ops {
 namespace {
 
-// Threads as rows by columns of a result, so that each copies as little as possible of the operands.
+// Cuts the result into rows by columns of blocks, one per thread, so that each thread copies as little as possible of
+// the operands.
 template <typename Part>
 void for_each_block(int64_t rows, int64_t columns, int64_t depth, const Part& part) {
   // Some 50 microseconds of arithmetic on one thread.
@@ -46,8 +49,8 @@ void multiply_on_threads(
       });
 }
 
-#define LCW_MULTIPLY(E)                                                                                     \
-  template void multiply_on_threads(                                                                        \
+#define LCW_MULTIPLY(E)              \
+  template void multiply_on_threads( \
       const Operand<E>&, const Operand<E>&, int64_t, int64_t, int64_t, const Computed<E>*, Computed<E>*, int64_t);
 LCW_MULTIPLY(float)
 LCW_MULTIPLY(double)

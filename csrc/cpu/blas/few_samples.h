@@ -1,7 +1,8 @@
 // A linear layer's two gradients for few samples: products that read or write the parameter once, as it lies.
 #pragma once
 
-#include "gemm.h"
+#include "../simd/dispatch.h"
+#include "../simd/products.h"
 
 namespace lcw_ops {
 
@@ -13,8 +14,8 @@ struct FewSamplesGradients {
 
   // out = A V, A (samples, n) in T, by the rows of V one after another; the result stays in cache.
   void multiply_by_parameter(const T* a, const E* v, T* out, int64_t ldo) const {
-    // A tile reads a cache line or two of so many rows of V: many for few visits to the result, but for a V that is in
-    // no cache, each is on another page of memory.
+    // A tile reads a cache line or two of each of this many rows of V. More rows mean fewer visits to the result, but
+    // where V is in no cache, each row is on another page of memory.
     const int64_t depth = n * m * int64_t(sizeof(E)) > int64_t(16) << 20 ? 32 : 128;
     constexpr int64_t width = 32;
     const int64_t strips = (m + width - 1) / width, grain = std::max<int64_t>(1, 16384 / (width * n));
@@ -41,8 +42,8 @@ struct FewSamplesGradients {
   // finish(isa, first, last) for rows of `out` that are done and still in cache.
   template <class Finish>
   void grad_weight(const E* grad, const E* x, int64_t ldx, const T* shifts, T* out, const Finish& finish) const {
-    // Both operands in the order in which a tile reads them. Tiles are wide and low: the result is written once, in few
-    // streams, and at the stride of a row a high tile's lines would share a few places of the nearest cache.
+    // Copy both operands into the order in which a tile reads them. Tiles are wide and low: the result is written once,
+    // in few streams; at the stride of a row, the lines of a high tile would share a few places of the nearest cache.
     constexpr int64_t height = 3;
     constexpr int64_t widest = 4 * Vector<T, 64>::lanes;
     const int64_t blocks = (n + height - 1) / height;
@@ -64,18 +65,26 @@ struct FewSamplesGradients {
     for_each_part(blocks, grain, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       using Isa = decltype(isa);
       constexpr int64_t width = 4 * Vector<T, Isa::vector_bytes>::lanes;
-      // So many blocks share a strip of the other operand while it is in the nearest cache.
+      // This many blocks share a strip of the other operand while it is in the nearest cache.
       constexpr int64_t chunk = 8;
       for (int64_t block = begin; block < end; block += chunk) {
         const int64_t first = block * height, last = std::min(n, std::min(end, block + chunk) * height);
         for (int64_t j = 0; j < m; j += width)
           for (int64_t i = first; i < last; i += height) {
-            const Product<T> product{a + i * samples, 1, height, b + j * samples, width, out + i * m + j, m,
-                                     std::min(height, n - i), std::min(width, m - j), samples};
+            const Product<T> product{a + i * samples,
+                                     1,
+                                     height,
+                                     b + j * samples,
+                                     width,
+                                     out + i * m + j,
+                                     m,
+                                     std::min(height, n - i),
+                                     std::min(width, m - j),
+                                     samples};
             if (product.rows == height && product.columns == width)
               multiply_tile<Isa, height, 4>(product);
             else
-              ProductsFor<Isa, T>::multiply(product);
+              Products<Isa, T>::multiply(product);
           }
         finish(isa, first, last);
       }

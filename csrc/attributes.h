@@ -1,0 +1,14 @@
+// Attributes of functions, for nvcc and for the compilers of the CPU's kernels.
+#pragma once
+
+#ifdef __CUDACC__
+#define LCW_HOST_DEVICE __host__ __device__
+#else
+#define LCW_HOST_DEVICE
+#endif
+
+// A function compiled for an instruction set (cpu/simd/instruction_sets.h) inlines everything it calls: a call would
+// run code compiled for the oldest processor.
+#define LCW_INLINE inline __attribute__((always_inline))
+#define LCW_NOINLINE __attribute__((noinline))
+#define LCW_LAMBDA_INLINE __attribute__((always_inline))

@@ -1,0 +1,112 @@
+// torch multiplies by the BLAS it was built with, mostly MKL, which reads a weight for few samples slowly, and on some
+// processors does not use all of their vectors: the best choice differs from one to the next too much for a table.
+//
+// oneDNN, which torch brings as well, is not among the choices: its sums of 1024 numbers err up to four times as much
+// as torch's, and in parts short enough to be as exact it was slower.
+#include "matmul.h"
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <limits>
+#include <mutex>
+
+#include <pthread.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cache_file.h"
+
+namespace lcw_ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The answers that this process knows.
+class Answers {
+ public:
+  Multiplier find(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
+    if (const auto answer = known(question)) return *answer;
+    // One at a time: two threads that measure would disturb each other. Cached look-ups take no such lock.
+    const std::lock_guard<std::mutex> lock(measuring_);
+    read();
+    if (const auto answer = known(question)) return *answer;
+    const Multiplier answer = measure(question, prepare);
+    append_to_cache_file(question, answer);
+    read();
+    const std::lock_guard<std::mutex> answers_lock(reading_);
+    return answers_.emplace(question, answer).first->second;
+  }
+
+ private:
+  std::optional<Multiplier> known(const Question& question) {
+    const std::lock_guard<std::mutex> lock(reading_);
+    const auto found = answers_.find(question);
+    return found == answers_.end() ? std::nullopt : std::optional<Multiplier>(found->second);
+  }
+
+  void read() {
+    const std::lock_guard<std::mutex> lock(reading_);
+    read_cache_file(answers_);
+  }
+
+  // In turns, the first of which does not count; the best turn is the one that nothing else disturbed. Our own has to
+  // take a twentieth less than torch's, for less may be chance.
+  static Multiplier measure(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
+    const Trial trial = prepare({question.samples, question.n, question.m});
+    using Clock = std::chrono::steady_clock;
+    const auto measure_one = [&](Multiplier multiplier) {
+      const auto start = Clock::now();
+      trial(multiplier);
+      return std::chrono::duration<double>(Clock::now() - start).count();
+    };
+    constexpr double enough_seconds = 0.03;
+    constexpr int fewest_turns = 3, most_turns = 20;
+    double own = measure_one(Multiplier::own), torch = measure_one(Multiplier::torch);
+    // The extra work of a first turn does not take this long.
+    if (std::max(own, torch) > enough_seconds && (own > 3 * torch || torch > 3 * own))
+      return own < torch ? Multiplier::own : Multiplier::torch;
+    own = torch = std::numeric_limits<double>::infinity();
+    const auto start = Clock::now();
+    for (int turn = 0; turn < most_turns; ++turn) {
+      if (turn >= fewest_turns && std::chrono::duration<double>(Clock::now() - start).count() > enough_seconds) break;
+      own = std::min(own, measure_one(Multiplier::own));
+      torch = std::min(torch, measure_one(Multiplier::torch));
+    }
+    return own < 0.95 * torch ? Multiplier::own : Multiplier::torch;
+  }
+
+  std::mutex measuring_, reading_;
+  std::map<Question, Multiplier> answers_;
+};
+
+// The child of a fork starts afresh: a thread that it does not have may have held a lock.
+std::atomic<Answers*> answers{[] {
+  pthread_atfork(nullptr, nullptr, [] { answers = new Answers; });
+  return new Answers;
+}()};
+
+}  // namespace
+
+Multiplier choose_multiplier(
+    Pass pass, ScalarType type, LayerSize size, bool deterministic, const std::function<Trial(LayerSize)>& prepare) {
+  if (const char* name = std::getenv("LCW_OPS_MATMUL"); name && *name) {
+    const auto requested = find_multiplier(name);
+    STD_TORCH_CHECK(requested, "LCW_OPS_MATMUL=", name, ": expected own or torch");
+    return *requested;
+  }
+  if (deterministic) return size.samples <= 16 ? Multiplier::own : Multiplier::torch;
+  return answers.load()->find({pass, type, size}, prepare);
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace lcw_ops

@@ -1,0 +1,283 @@
+// GmP's linear layer: y = r act(X u^T + lambda), with the rows u given by their angles (rows.h).
+//
+// Few samples: a few units at a time. Their rows are made where the nearest caches hold them, multiplied with all
+// samples, and forgotten; backward makes them once more, and the gradient of the rows goes into the recurrence from the
+// same caches: the layer reads its angles twice and writes their gradient, 12 bytes in place of 32. More samples: the
+// rows are made once and multiplied by the faster of the multipliers (blas/matmul.h).
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../blas/layer_products.h"
+#include "../units.h"
+#include "rows.h"
+
+namespace lcw_ops {
+namespace {
+
+// Samples up to which rows are made inside the product. From there on making them twice costs more than keeping them,
+// as large as the weight, from forward to backward.
+constexpr int64_t few_samples = 32;
+
+// The caller decides by it whether to keep the direction.
+int64_t gmp_linear_few_samples() { return few_samples; }
+
+// From the gradients (n, m) of the rows to those of the angles (n, m-1), in the memory of the first: the system clears
+// every page of new memory, which costs more than the pass itself. A row moves towards the start; a row that would
+// overwrite what another thread has still to read waits until all are done.
+template <typename T>
+void backward_in_place(AngleRows<T> rows, const Tensor& grad, int64_t n) {
+  const int64_t m = rows.m, parts = std::max<int64_t>(1, std::min<int64_t>(n, stable::get_num_threads()));
+  rows.grad_angles = Target<T>{grad.mutable_data_ptr(), grad.scalar_type()};
+  const Source<T> in = source<T>(grad);
+  const auto first_of = [=](int64_t part) { return n * part / parts; };
+  std::vector<Buffer<T>> waiting;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = first_of(part), early = (first * m + m - 2) / (m - 1) - first;
+    waiting.emplace_back(std::min(early, first_of(part + 1) - first) * (m - 1) + slack<T>);
+  }
+  Buffer<T>* early = waiting.data();
+  for_each_part(parts, 1, [=](auto isa, int64_t first_part, int64_t last_part) LCW_LAMBDA_INLINE {
+    using Isa = decltype(isa);
+    Buffer<T> kept(rows.kept()), direction(padded<T>(m)), g(padded<T>(m));
+    for (int64_t part = first_part; part < last_part; ++part)
+      for (int64_t unit = first_of(part); unit < first_of(part + 1); ++unit) {
+        rows.template make<Isa>(unit, kept.data(), direction.data());
+        const T* row = in.template read<Isa>(unit * m, m, g.data());
+        if (row != g.data()) std::copy(row, row + m, g.data());
+        std::fill(g.data() + m, g.data() + padded<T>(m), T(0));
+        if (unit * (m - 1) >= first_of(part) * m) {
+          rows.template backward<Isa>(unit, kept.data(), direction.data(), g.data());
+          continue;
+        }
+        rows.template backward_in<Isa>(kept.data(), g.data());
+        std::copy(g.data(), g.data() + m - 1, early[part].data() + (unit - first_of(part)) * (m - 1));
+      }
+  });
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t unit = first_of(part); unit < first_of(part + 1) && unit * (m - 1) < first_of(part) * m; ++unit)
+      rows.grad_angles.template write<Portable>(
+          early[part].data() + (unit - first_of(part)) * (m - 1), unit * (m - 1), m - 1);
+}
+
+// The rest of the layer after the product q = x u^T: z = q + location, a = act(z), y = scale a + bias. nullptr: none.
+template <typename T>
+struct Epilogue {
+  const T *location, *scale, *bias;
+  bool relu;
+
+  LCW_INLINE T activate(T product, int64_t unit) const {
+    const T z = location ? product + location[unit] : product;
+    // A NaN stays one.
+    return relu && z < T(0) ? T(0) : z;
+  }
+  LCW_INLINE T finish(T activated, int64_t unit) const {
+    const T y = scale[unit] * activated;
+    return bias ? y + bias[unit] : y;
+  }
+};
+
+// Adds the sums of the other threads, one after another.
+template <typename T>
+void add_parts(const T* partial, int64_t parts, int64_t count, T* sum) {
+  if (parts == 0) return;
+  for_each_part(count, least_elements, [=](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t i = begin; i < end; ++i) sum[i] += partial[part * count + i];
+  });
+}
+
+// The layer of few samples. Units go through it in blocks, whose rows the nearest caches hold.
+template <typename T>
+struct FewSamples {
+  AngleRows<T> rows;
+  int64_t samples, n, m;
+
+  // y and, unless it is nowhere, act(z), from x (samples, m).
+  void forward(const T* x, const Epilogue<T>& epilogue, const Target<T>& y, const Target<T>& activated) const {
+    // A sample by itself takes eight rows at a time.
+    const int64_t units = samples % 2 ? 8 : 4;
+    const int64_t blocks = (n + units - 1) / units;
+    for_each_unit(blocks, units * m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      Buffer<T> kept(rows.kept()), block(units * m + slack<T>), products(samples * units);
+      for (int64_t j = begin * units; j < std::min(n, end * units); j += units) {
+        const int64_t count = std::min(units, n - j);
+        for (int64_t u = 0; u < count; ++u) rows.template make<Isa>(j + u, kept.data(), block.data() + u * m);
+        Products<Isa, T>::multiply_by_rows(x, block.data(), m, products.data(), units, samples, count, nullptr);
+        for (int64_t i = 0; i < samples; ++i) {
+          T* row = products.data() + i * units;
+          for (int64_t u = 0; u < count; ++u) row[u] = epilogue.activate(row[u], j + u);
+          if (activated) activated.template write<Isa>(row, i * n + j, count);
+          for (int64_t u = 0; u < count; ++u) row[u] = epilogue.finish(row[u], j + u);
+          y.template write<Isa>(row, i * n + j, count);
+        }
+      }
+    });
+  }
+
+  // From dL/d(x u^T), and dL/du = grad_rows^T x: dX unless it is nullptr, and the gradients of the angles unless
+  // grad_rows is nullptr.
+  void backward(const T* x, const T* grad_product, const T* grad_rows, T* grad_x) const {
+    // Each thread sums its own dX; all sums together are no larger than the weight, and they are added in order.
+    const int64_t most = std::max<int64_t>(1, n / samples), worthwhile = std::max<int64_t>(1, n * m / least_elements);
+    const int64_t parts = std::min({int64_t(stable::get_num_threads()), most, worthwhile});
+    Buffer<T> sums(grad_x ? (parts - 1) * samples * m : 0);
+    T* partial = sums.data();
+    for_each_part(parts, 1, [=, *this](auto isa, int64_t first_part, int64_t last_part) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      // Two tiles of a product high.
+      constexpr int64_t units = Isa::accumulators;
+      const int64_t stride = padded<T>(m);
+      Buffer<T> kept(rows.kept()), direction(units * stride), g(units * stride);
+      for (int64_t part = first_part; part < last_part; ++part) {
+        T* out = part == 0 ? grad_x : partial + (part - 1) * samples * m;
+        const int64_t begin = n * part / parts, end = n * (part + 1) / parts;
+        for (int64_t j = begin; j < end; j += units) {
+          const int64_t count = std::min(units, end - j);
+          if (grad_rows)
+            multiply_evenly<Isa, T>(
+                {grad_rows + j, 1, n, x, m, g.data(), stride, count, m, samples, false, nullptr, nullptr, true});
+          // One row after another, so that what backward needs of it is still in the nearest cache.
+          for (int64_t u = 0; u < count; ++u) {
+            T *row = direction.data() + u * stride, *gradient = g.data() + u * stride;
+            rows.template make<Isa>(j + u, kept.data(), row);
+            if (!grad_rows) continue;
+            std::fill(gradient + m, gradient + stride, T(0));
+            rows.template backward<Isa>(j + u, kept.data(), row, gradient);
+          }
+          if (grad_x)
+            multiply_evenly<Isa, T>(
+                {grad_product + j, n, 1, direction.data(), stride, out, m, samples, m, count, j > begin, nullptr,
+                 nullptr, true});
+        }
+      }
+    });
+    if (grad_x) add_parts(partial, parts - 1, samples * m, grad_x);
+  }
+};
+
+void check_gmp(const Tensor& x, const Tensor& angles, const Tensor& radius, const Tensor& location) {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && angles.dim() == 2 && x.is_cpu() && fits(angles, x, {angles.size(0), x.size(1) - 1}) &&
+          fits(radius, x, {angles.size(0)}) && fits(location, x, {angles.size(0)}),
+      "gmp_linear: x (M, m), angles (n, m-1), radius and location (n,) do not fit; call lcw_ops.functional.gmp_linear");
+}
+
+// y = r act(x u^T + lambda); act(x u^T + lambda) and u, without elements if they are not kept.
+std::tuple<Tensor, Tensor, Tensor> gmp_linear(
+    Tensor x, Tensor angles, Tensor radius, Tensor location, bool relu, bool deterministic, bool keep_activated,
+    bool keep_direction) {
+  check_gmp(x, angles, radius, location);
+  const WithoutGradients guard;
+  const int64_t samples = x.size(0), n = angles.size(0), m = x.size(1);
+  x = as_contiguous(x), angles = as_contiguous(angles);
+  Tensor y = stable::new_empty(x, {samples, n});
+  Tensor activated = keep_activated ? stable::new_empty(y, y.sizes()) : no_elements(x);
+  const bool is_few = samples <= few_samples;
+  Tensor direction = keep_direction || (!is_few && n > 0) ? hypersphere_direction(angles) : no_elements(x);
+  if (samples == 0 || n == 0) return {y, activated, keep_direction ? direction : no_elements(x)};
+  Tensor product = y;
+  if (!is_few) {
+    const Multiplier by = choose(Pass::plain_forward, x.scalar_type(), {samples, n, m}, deterministic);
+    product = multiply_forward(by, x, direction, location);
+  }
+  with_computed(x, [&](auto number) {
+    using T = decltype(number);
+    const Wide<T> scale(radius), shift(location);
+    const Epilogue<T> epilogue{is_few ? shift.data() : nullptr, scale.data(), nullptr, relu};
+    const Target<T> out = target<T>(y), kept = target<T>(activated);
+    if (is_few) {
+      const FewSamples<T> layer{{source<T>(angles), m}, samples, n, m};
+      return layer.forward(Wide<T>(x).data(), epilogue, out, kept);
+    }
+    const Source<T> in = source<T>(product);
+    for_each_part(samples, grain_of(n), [=](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      Buffer<T> row(n);
+      for (int64_t i = begin; i < end; ++i) {
+        const T* q = in.template read<Isa>(i * n, n, row.data());
+        for (int64_t j = 0; j < n; ++j) row[j] = epilogue.activate(q[j], j);
+        if (kept) kept.template write<Isa>(row.data(), i * n, n);
+        for (int64_t j = 0; j < n; ++j) row[j] = epilogue.finish(row[j], j);
+        out.template write<Isa>(row.data(), i * n, n);
+      }
+    });
+  });
+  return {y, activated, keep_direction ? direction : no_elements(x)};
+}
+
+// The gradients of x, angles, radius and location; without elements if they are not needed. An empty `direction` is
+// made again.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
+    Tensor grad_output, Tensor x, Tensor angles, Tensor radius, Tensor activated, Tensor direction, bool relu,
+    bool deterministic, bool needs_x, bool needs_angles, bool needs_radius, bool needs_location) {
+  check_gmp(x, angles, radius, radius);
+  const int64_t samples = x.size(0), n = angles.size(0), m = x.size(1);
+  const bool reads_activated = relu || needs_radius;
+  STD_TORCH_CHECK(
+      fits(grad_output, x, {samples, n}) && (!reads_activated || fits(activated, x, {samples, n})) &&
+          (direction.numel() == 0 || fits(direction, x, {n, m})),
+      "gmp_linear_backward: grad_output or what forward kept does not fit; call lcw_ops.functional.gmp_linear");
+  const WithoutGradients guard;
+  if (samples == 0 || n == 0)
+    return {
+        zeros_if(needs_x, x), zeros_if(needs_angles, angles), zeros_if(needs_radius, radius),
+        zeros_if(needs_location, radius)};
+  x = as_contiguous(x), angles = as_contiguous(angles), grad_output = as_contiguous(grad_output);
+  activated = as_contiguous(activated), direction = as_contiguous(direction);
+  const bool is_few = samples <= few_samples;
+  Tensor grad_x = needs_x ? stable::new_empty(x, x.sizes()) : no_elements(x);
+  // Beyond few samples the gradient of the angles takes the memory of the rows' gradient, and keeps one number per row
+  // too many: not in short rows, where that is a large part.
+  const bool is_in_place = !is_few && m >= 64;
+  Tensor grad_angles = needs_angles && !is_in_place ? new_large(angles, angles.sizes()) : no_elements(x);
+  Tensor grad_radius = needs_radius ? stable::new_empty(radius, {n}) : no_elements(x);
+  Tensor grad_location = needs_location ? stable::new_empty(radius, {n}) : no_elements(x);
+  with_computed(x, [&](auto number) {
+    using T = decltype(number);
+    const Wide<T> scale(radius);
+    const Source<T> kept = reads_activated ? source<T>(activated) : Source<T>{nullptr, x.scalar_type()};
+    const UnitGradients<T> gradients{samples, n, source<T>(grad_output), kept, scale.data(), relu};
+    const Target<T> with_activated = target<T>(grad_radius), of_product = target<T>(grad_location);
+    const bool needs_products = needs_x || needs_angles;
+    const AngleRows<T> rows{source<T>(angles), m, target<T>(grad_angles)};
+    if (is_few) {
+      Buffer<T> grad_product(needs_products ? samples * n : 0);
+      T* dz = needs_products ? grad_product.data() : nullptr;
+      gradients.compute({dz, scalar_type<T>}, with_activated, of_product, {});
+      if (!needs_products) return;
+      const FewSamples<T> layer{rows, samples, n, m};
+      const Wide<T> wide(x);
+      // Rows of one number have no angles.
+      const T* grad_rows = needs_angles && m > 1 ? dz : nullptr;
+      return computed_in<T>(grad_x, [&](T* out) { layer.backward(wide.data(), dz, grad_rows, out); });
+    }
+    Tensor dz = needs_products ? stable::new_empty(grad_output, {samples, n}) : no_elements(x);
+    gradients.compute(target<T>(dz), with_activated, of_product, {});
+    const auto by = [&](Pass pass) { return choose(pass, x.scalar_type(), {samples, n, m}, deterministic); };
+    if (needs_x) {
+      if (direction.numel() == 0) direction = hypersphere_direction(angles);
+      grad_x = multiply_grad_input(by(Pass::plain_grad_input), dz, direction);
+    }
+    if (!needs_angles || m == 1) return;
+    const Tensor grad_rows = multiply_grad_weight(by(Pass::plain_grad_weight), dz, x);
+    if (!is_in_place) return backward_rows(rows, source<T>(grad_rows), n);
+    backward_in_place(rows, grad_rows, n);
+    Tensor flat = stable::view(grad_rows, {n * m});
+    grad_angles = stable::view(stable::narrow(flat, 0, 0, n * (m - 1)), {n, m - 1});
+  });
+  return {grad_x, grad_angles, grad_radius, grad_location};
+}
+
+}  // namespace
+}  // namespace lcw_ops
+
+STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
+  m.impl("gmp_linear.cpp", TORCH_BOX(&lcw_ops::gmp_linear));
+  m.impl("gmp_linear_backward.cpp", TORCH_BOX(&lcw_ops::gmp_linear_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CompositeExplicitAutograd, m) {
+  m.impl("gmp_linear_few_samples.cpp", TORCH_BOX(&lcw_ops::gmp_linear_few_samples));
+}

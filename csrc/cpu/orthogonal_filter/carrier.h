@@ -1,0 +1,206 @@
+// One thread carries its rows through the steps: the state forward, the gradient backward.
+#pragma once
+
+#include "../vector_math.h"
+#include "team.h"
+
+namespace lcw_ops {
+
+// <G_l, O h_{l-1}> and <G_l, act(A_l)> of each row, in float64: the gradients of alpha and beta.
+template <typename T>
+LCW_INLINE void scale_products(const Backward<T>& pass, const T* gradient, int64_t s, int64_t begin, int64_t end) {
+  const Recurrence<T>& r = pass.recurrence;
+  const T* filtered = pass.filtered + s * r.rows * r.width;
+  const T* activated = pass.activated + s * r.rows * r.width;
+  for (int64_t m = begin; m < end; ++m) {
+    const T* row = gradient + (m - begin) * r.width;
+    double alpha_product = 0, beta_product = 0;
+    for (int64_t i = 0; i < r.width; ++i) {
+      alpha_product += double(row[i]) * double(filtered[m * r.width + i]);
+      beta_product += double(row[i]) * double(activated[m * r.width + i]);
+    }
+    pass.alpha_products[(pass.first + s) * r.rows + m] = alpha_product;
+    pass.beta_products[(pass.first + s) * r.rows + m] = beta_product;
+  }
+}
+
+// One thread carrying rows begin..end-1, or some of their units, through the steps.
+template <class Tiles, class Layout, typename T>
+class Carrier {
+ public:
+  LCW_INLINE Carrier(const Recurrence<T>& r, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots)
+      : r_(r),
+        begin_(begin),
+        end_(end),
+        size_(Layout::size(end - begin, r.width)),
+        shared_(shared),
+        weights_(r),
+        permutation_(r),
+        filtered_(size_),
+        pre_(size_),
+        scratch_(size_),
+        number_(shared.team.join(slots)),
+        layout_(end - begin, r.width, number_ < 0 ? Slice{0, 0} : shared.slice(number_, r.width)) {}
+
+  // False when the others began without this thread.
+  LCW_INLINE bool is_in() const { return number_ >= 0; }
+
+  LCW_INLINE void forward(const Forward<T>& pass) {
+    const int64_t n = r_.width;
+    T *state = shared_.now.data(), *next = shared_.next.data();
+    const auto store = [&](T* states, int64_t index) { layout_.store(state, rows_of(states, index)); };
+
+    layout_.load(pass.h0 + begin_ * n, state);
+    if (!meet()) return;
+    if (pass.return_states) store(pass.output, 0);
+    for (int64_t l = 0; l < r_.steps; ++l) {
+      if (pass.checkpoints && l % r_.segment == 0) store(pass.checkpoints, l / r_.segment);
+      apply_filter(l, state);
+      pre_activation(l, state);
+      const T alpha = r_.alpha_at(l), beta = r_.beta_at(l);
+      const T *filtered = filtered_.data(), *pre = pre_.data();
+      with_activation(r_.activation, [&](auto act) LCW_LAMBDA_INLINE {
+        layout_.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+          for (int64_t i = first; i < first + count; ++i) next[i] = alpha * filtered[i] + beta * act.value(pre[i]);
+        });
+      });
+      if (!meet()) return;
+      std::swap(state, next);
+      if (pass.return_states) store(pass.output, l + 1);
+    }
+    if (!pass.return_states) store(pass.output, 0);
+  }
+
+  // The states and slopes of a segment from the checkpoint at its start. False when the others go on without this
+  // thread.
+  LCW_INLINE bool recompute(const Backward<T>& pass) {
+    T *state = shared_.now.data(), *next = shared_.next.data();
+    layout_.load(pass.checkpoint() + begin_ * r_.width, state);
+    if (!meet()) return false;
+    for (int64_t s = 0; s < pass.count; ++s) {
+      const int64_t l = pass.first + s;
+      layout_.store(state, rows_of(pass.states, s));
+      // The state after the segment is not needed.
+      if (s + 1 < pass.count || pass.filtered) apply_filter(l, state);
+      pre_activation(l, state);
+      const T alpha = r_.alpha_at(l), beta = r_.beta_at(l);
+      const T* filtered = filtered_.data();
+      T *pre = pre_.data(), *slopes = slopes_of(pass, s);
+      with_activation(r_.activation, [&](auto act) LCW_LAMBDA_INLINE {
+        layout_.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+          for (int64_t i = first; i < first + count; ++i) {
+            const T a = pre[i], y = act.value(a);
+            slopes[i] = beta * act.slope(a, y);
+            next[i] = alpha * filtered[i] + beta * y;
+            pre[i] = y;
+          }
+        });
+      });
+      if (pass.filtered) {
+        layout_.store(filtered, rows_of(pass.filtered, s));
+        layout_.store(pre, rows_of(pass.activated, s));
+      }
+      if (!meet()) return false;
+      std::swap(state, next);
+    }
+    return true;
+  }
+
+  // G from the end of a segment to its start, given the slopes.
+  LCW_INLINE void carry_back(const Backward<T>& pass) {
+    T *gradient = shared_.now.data(), *next = shared_.next.data();
+    Buffer<T> grad_pre(size_);
+    layout_.load(pass.gradient + begin_ * r_.width, gradient);
+    if (!meet()) return;
+    for (int64_t s = pass.count - 1; s >= 0; --s) {
+      const int64_t l = pass.first + s;
+      if (pass.grad_states) layout_.store(gradient, rows_of(pass.grad_states, l + 1));
+      if (pass.filtered && number_ == 0)
+        scale_products(pass, layout_.row_major(gradient, scratch_.data()), s, begin_, end_);
+      const T* slopes = slopes_of(pass, s);
+      for (int64_t i = 0; i < size_; ++i) grad_pre[i] = slopes[i] * gradient[i];
+      layout_.store(grad_pre.data(), rows_of(pass.grad_pre, s));
+      if (r_.permutation)
+        layout_.permute(permutation_.inverse.data(), gradient, filtered_.data());
+      else
+        layout_.multiply_transposed(r_.filter_at(l), gradient, filtered_.data(), nullptr);
+      // Summed separately: added term by term onto the far larger filter branch, every term would be rounded at its
+      // scale.
+      layout_.multiply_transposed(weights_.at(l), grad_pre.data(), pre_.data(), weights_.ahead(l - 1));
+      const T alpha = r_.alpha_at(l);
+      const T *filtered = filtered_.data(), *pre = pre_.data();
+      layout_.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
+        for (int64_t i = first; i < first + count; ++i) next[i] = alpha * filtered[i] + pre[i];
+      });
+      if (pass.return_states) layout_.add_rows(rows_of(pass.grad_output, l), scratch_.data(), next);
+      if (!meet()) return;
+      std::swap(gradient, next);
+    }
+    layout_.store(gradient, pass.gradient + begin_ * r_.width);
+    if (pass.grad_states && pass.first == 0) layout_.store(gradient, rows_of(pass.grad_states, 0));
+  }
+
+ private:
+  // False when the others go on without this thread.
+  LCW_INLINE bool meet() {
+    shared_.team.wait();
+    layout_.units = shared_.slice(number_, r_.width);
+    return layout_.units.end > 0;
+  }
+
+  // This thread's rows of entry `index` of (L, M, N).
+  template <typename Pointer>
+  LCW_INLINE Pointer rows_of(Pointer buffer, int64_t index) const {
+    return buffer + (index * r_.rows + begin_) * r_.width;
+  }
+
+  LCW_INLINE T* slopes_of(const Backward<T>& pass, int64_t s) const {
+    return Layout::is_row_major ? rows_of(pass.slopes, s) : shared_.slopes.data() + s * size_;
+  }
+
+  // filtered = O h
+  LCW_INLINE void apply_filter(int64_t l, const T* state) {
+    if (r_.permutation)
+      layout_.permute(permutation_.forward, state, filtered_.data());
+    else
+      layout_.multiply(r_.filter_at(l), nullptr, state, filtered_.data(), nullptr);
+  }
+
+  // pre = W h + b + u
+  LCW_INLINE void pre_activation(int64_t l, const T* state) {
+    const T* bias = r_.bias ? r_.bias + l * r_.bias_stride : nullptr;
+    layout_.multiply(weights_.at(l), bias, state, pre_.data(), weights_.ahead(l + 1));
+    if (r_.inputs) layout_.add_rows(rows_of(r_.inputs, l), scratch_.data(), pre_.data());
+  }
+
+  const Recurrence<T>& r_;
+  const int64_t begin_, end_, size_;
+  Shared<T>& shared_;
+  Weights<Tiles, T> weights_;
+  const Permutation permutation_;
+  Buffer<T> filtered_, pre_, scratch_;
+  const int64_t number_;
+  Layout layout_;
+};
+
+template <class Tiles, class Layout, typename T>
+LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
+  Carrier<Tiles, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);
+  if (carrier.is_in()) carrier.forward(pass);
+}
+
+// Recompute the segment's states and slopes for some rows, then carry G back through it.
+template <class Tiles, class Layout, typename T>
+LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
+  Carrier<Tiles, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);
+  if (carrier.is_in() && carrier.recompute(pass)) carrier.carry_back(pass);
+}
+
+// Carry G back through a segment whose states and slopes are known.
+template <class Tiles, class Layout, typename T>
+LCW_INLINE void carry_back_rows(const Backward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
+  Carrier<Tiles, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);
+  if (carrier.is_in()) carrier.carry_back(pass);
+}
+
+}  // namespace lcw_ops

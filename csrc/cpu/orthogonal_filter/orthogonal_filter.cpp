@@ -1,0 +1,224 @@
+// The orthogonal-filter recurrence on the CPU, forward and backward.
+//
+//   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
+//   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
+//
+// Cost per step and row, forward: 4 N^2 operations (2 N^2 with a permutation filter), W_l read once per thread;
+// backward: the forward again, 4 N^2 for G, 2 N^2 for dW. Bound by arithmetic from about 16 rows, below by reading W.
+// A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
+//
+// Rows are independent: each thread carries its slice of the batch through all layers; where there are fewer rows than
+// threads, several threads carry the same rows and share the units. Backward works segment by segment from the end:
+// recompute the states of the segment and run G back through it (rows in parallel), then the weight gradients of the
+// segment (layers in parallel). Every sum has a fixed order.
+
+#include "../../orthogonal_filter.h"
+
+#include <memory>
+#include <string>
+
+#include "../large_pages.h"
+#include "../simd/instruction_sets.h"
+#include "carrier.h"
+#include "gradients.h"
+
+namespace lcw_ops {
+namespace {
+
+// The functions of one instruction set, for rows begin..end-1 in one of the layouts.
+template <typename T>
+struct Kernels {
+  int64_t lanes;
+  void (*forward_many)(const Forward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*forward_few)(const Forward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*backward_many)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*backward_few)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*forward_packed)(const Forward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*carry_back_few)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*carry_back_packed)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*pack)(const Recurrence<T>&, bool transposed, T* weight, T* filter);
+  void (*known_slopes)(const Backward<T>&, const Recurrence<T>& packed, int64_t begin, int64_t end);
+  void (*weight_gradients)(const Backward<T>&, int64_t begin, int64_t end);
+  void (*shared_weight_gradients)(const Backward<T>&, int64_t begin, int64_t end);
+};
+
+template <class Isa, typename T>
+struct KernelsOf {
+  using Tiles = Products<Isa, T>;
+  using Many = ManyRows<Tiles, T>;
+  using Few = FewRows<Tiles, T>;
+  using Packed = PackedRows<Tiles, T>;
+  static constexpr Kernels<T> all{
+      Tiles::lanes,
+      compiled<Isa, forward_rows<Tiles, Many, T>>,
+      compiled<Isa, forward_rows<Tiles, Few, T>>,
+      compiled<Isa, backward_rows<Tiles, Many, T>>,
+      compiled<Isa, backward_rows<Tiles, Few, T>>,
+      compiled<Isa, forward_rows<Tiles, Packed, T>>,
+      compiled<Isa, carry_back_rows<Tiles, Few, T>>,
+      compiled<Isa, carry_back_rows<Tiles, Packed, T>>,
+      compiled<Isa, pack_matrices<Tiles, T>>,
+      compiled<Isa, known_slopes<Tiles, T>>,
+      compiled<Isa, weight_gradients<Tiles, T>>,
+      compiled<Isa, shared_weight_gradients<Tiles, T>>};
+};
+
+template <typename T>
+const Kernels<T>& kernels() {
+  return *with_instruction_set([](auto isa) { return &KernelsOf<decltype(isa), T>::all; });
+}
+
+struct Cpu {
+  static constexpr bool keeps_slopes = true;
+
+  // Below this share of the units, a thread waits longer for the others than the work it saves.
+  static constexpr int64_t least_units = 32;
+  static constexpr int64_t least_packed_rows = 4;  // per thread
+  static constexpr uintptr_t page = large_page, small_page = 4096;
+
+  static void allocated(const Tensor& tensor) { prefer_large_pages(tensor); }
+
+  // Vectors of rows cost the same however many of their lanes are in use; single rows use all lanes along the units.
+  static bool are_many(int64_t rows, int64_t lanes) {
+    const int64_t threads = stable::get_num_threads();
+    const int64_t vectors = (rows + lanes - 1) / lanes;
+    const auto busiest = [&](int64_t items) { return (items + threads - 1) / threads; };
+    return 2 * busiest(rows) > lanes * busiest(vectors);
+  }
+
+  // One matrix for all steps, which is worth putting in order, and at least one panel of it.
+  template <typename T>
+  static bool packs(const Recurrence<T>& r) {
+    return r.weight_stride == 0 && r.filter_stride == 0 && r.width >= 2 * kernels<T>().lanes;
+  }
+
+  // Enough rows for packed matrices to be faster than rows one by one.
+  static bool are_several(int64_t rows) { return rows >= least_packed_rows * stable::get_num_threads(); }
+
+  // The same recurrence with its matrices in panels, and the memory they lie in.
+  template <typename T>
+  struct Packed {
+    Buffer<T> memory;
+    Recurrence<T> recurrence;
+
+    Packed(const Recurrence<T>& r, bool transposed) : memory(2 * padded_size(r.width)), recurrence(r) {
+      T *weight = memory.data(), *filter = weight + padded_size(r.width);
+      kernels<T>().pack(r, transposed, weight, filter);
+      recurrence.weight = weight, recurrence.weight_type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+      if (r.filter) recurrence.filter = filter;
+    }
+
+    static int64_t padded_size(int64_t width) { return (width + 2 * kernels<T>().lanes) * width; }
+  };
+
+  // rows(begin, end, shared, slots) for all rows, each on one thread, in groups of `together`.
+  template <typename T, typename Rows>
+  static void split_rows(const Recurrence<T>& r, int64_t together, int64_t slope_count, const Rows& rows) {
+    stable::parallel_for(0, (r.rows + together - 1) / together, 1, [&](int64_t first, int64_t last) {
+      Shared<T> shared(1, (last - first) * together * r.width, slope_count);
+      rows(first * together, std::min(last * together, r.rows), shared, 1);
+    });
+  }
+
+  // The same with threads that share a row where there are fewer rows than threads.
+  template <typename T, typename Rows>
+  static void share_rows(const Recurrence<T>& r, const Rows& rows) {
+    const int64_t members = std::max<int64_t>(1, std::min(stable::get_num_threads() / r.rows, r.width / least_units));
+    if (members == 1) return split_rows(r, 1, 0, rows);
+    std::vector<std::unique_ptr<Shared<T>>> teams;
+    for (int64_t m = 0; m < r.rows; ++m) teams.push_back(std::make_unique<Shared<T>>(members, r.width, 0));
+    stable::parallel_for(0, r.rows * members, 1, [&](int64_t first, int64_t last) {
+      for (int64_t m = first / members; m * members < last; ++m) {
+        const int64_t slots = std::min(last, (m + 1) * members) - std::max(first, m * members);
+        rows(m, m + 1, *teams[m], slots);
+      }
+    });
+  }
+
+  // Maps fresh memory that all threads are about to write step by step, every page by one thread: threads that meet in
+  // an unmapped page each clear 2 MB, all but one of which are thrown away, and stop the others at the end of the
+  // segment.
+  static void map(void* memory, int64_t bytes) {
+#ifdef __linux__
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes, first = begin / page * page;
+    stable::parallel_for(0, (end - first + page - 1) / page, 1, [&](int64_t from, int64_t to) {
+      const uintptr_t start = std::max(begin, first + from * page), stop = std::min(end, first + to * page);
+      // A byte of every small page; its contents are about to be overwritten.
+      for (uintptr_t at = start; at < stop; at = (at / small_page + 1) * small_page)
+        *reinterpret_cast<volatile char*>(at) = 0;
+    });
+#endif
+  }
+
+  // A kernel with its pass.
+  template <typename Pass, typename Kernel>
+  static auto bind(const Pass& pass, Kernel kernel) {
+    return [&pass, kernel](int64_t begin, int64_t end, auto& shared, int64_t slots) {
+      kernel(pass, begin, end, shared, slots);
+    };
+  }
+
+  template <typename T>
+  static void run(Forward<T> pass, const Tensor&) {
+    const Kernels<T>& all = kernels<T>();
+    const Recurrence<T> r = pass.recurrence;
+    if (pass.return_states) map(pass.output, (r.steps + 1) * r.rows * r.width * sizeof(T));
+    if (packs(r) && are_several(r.rows)) {
+      const Packed<T> packed(r, true);
+      pass.recurrence = packed.recurrence;
+      split_rows(r, 1, 0, bind(pass, all.forward_packed));
+    } else if (are_many(r.rows, all.lanes)) {
+      split_rows(r, all.lanes, 0, bind(pass, all.forward_many));
+    } else {
+      share_rows(r, bind(pass, all.forward_few));
+    }
+  }
+
+  template <typename T>
+  static void run_segment(Backward<T> pass, const Tensor&) {
+    const Kernels<T>& all = kernels<T>();
+    const Recurrence<T> r = pass.recurrence;
+    const int64_t state_size = r.rows * r.width;
+    // The gradients of the inputs are the P_l themselves: written directly into the result.
+    if (pass.grad_inputs) {
+      pass.grad_pre = pass.grad_inputs + pass.first * state_size;
+      map(pass.grad_pre, pass.count * state_size * sizeof(T));
+    }
+    const bool states_known = pass.checkpoint_every == 1 && packs(r);
+    if (states_known) {
+      pass.states = const_cast<T*>(pass.checkpoint());
+      const Packed<T> packed(r, true);
+      stable::parallel_for(0, pass.count * r.rows, 1, [&](int64_t begin, int64_t end) {
+        all.known_slopes(pass, packed.recurrence, begin, end);
+      });
+    }
+    if (states_known && are_several(r.rows)) {
+      const Packed<T> packed(r, false);
+      pass.recurrence = packed.recurrence;
+      split_rows(r, 1, 0, bind(pass, all.carry_back_packed));
+      pass.recurrence = r;
+    } else if (states_known) {
+      share_rows(r, bind(pass, all.carry_back_few));
+    } else if (are_many(r.rows, all.lanes)) {
+      split_rows(r, all.lanes, pass.count, bind(pass, all.backward_many));
+    } else {
+      share_rows(r, bind(pass, all.backward_few));
+    }
+    if (pass.grad_weight || pass.grad_bias)
+      stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) {
+        all.weight_gradients(pass, begin, end);
+      });
+    if (pass.weight_sum || pass.bias_sum)
+      stable::parallel_for(0, pass.recurrence.width, 1, [&](int64_t begin, int64_t end) {
+        all.shared_weight_gradients(pass, begin, end);
+      });
+  }
+};
+
+}  // namespace
+}  // namespace lcw_ops
+
+STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
+  m.impl("orthogonal_filter.cpp", TORCH_BOX(&lcw_ops::orthogonal_filter<lcw_ops::Cpu>));
+  m.impl("orthogonal_filter_backward.cpp", TORCH_BOX(&lcw_ops::orthogonal_filter_backward<lcw_ops::Cpu>));
+}

@@ -1,0 +1,176 @@
+// A normalised row and its gradients: w = s v / |v|,  ds = <g, v / |v|>,  dv = s (g - ds v / |v|) / |v|.
+//
+// T. Salimans, D. P. Kingma, 2016, arXiv 1602.07868. A row is read twice, the second time from cache, and written once:
+// bound by memory.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "../widening.h"
+
+namespace lcw_ops {
+
+// The sum of all numbers of some vectors, in float64.
+template <class Isa, typename T, size_t vectors>
+LCW_INLINE double sum_of_lanes(const T (&part)[vectors]) {
+  using Number = std::decay_t<decltype(part[0][0])>;
+  using Doubles = typename WholeVector<Isa, double>::Wide;
+  Doubles sum{};
+  for (const T& vector : part) {
+    if constexpr (std::is_same_v<Number, double>) {
+      sum += vector;
+    } else {
+      using Half = typename Vector<Number, Isa::vector_bytes / 2>::type;
+      Half half[2];
+      std::memcpy(half, &vector, sizeof half);
+      sum += __builtin_convertvector(half[0], Doubles) + __builtin_convertvector(half[1], Doubles);
+    }
+  }
+  double total = 0;
+  for (int i = 0; i < WholeVector<Isa, double>::count; ++i) total += sum[i];
+  return total;
+}
+
+// <a, b> and, unless c is nullptr, <a, c>: partial sums of 16 numbers each, side by side, added up in float64.
+template <class Isa, typename T>
+LCW_INLINE std::pair<double, double> dots(const T* a, const T* b, const T* c, int64_t count) {
+  using L = WholeVector<Isa, T>;
+  constexpr int vectors = 4;
+  constexpr int64_t step = vectors * L::count, block = 16 * step;
+  double with_b = 0, with_c = 0;
+  for (int64_t first = 0; first < count; first += block) {
+    const int64_t end = std::min(count, first + block);
+    typename L::Wide part_b[vectors] = {}, part_c[vectors] = {};
+    int64_t i = first;
+    const auto add = [&](int v) LCW_LAMBDA_INLINE {
+      const typename L::Wide of_a = L::load(a + i);
+      part_b[v] += of_a * L::load(b + i);
+      if (c) part_c[v] += of_a * L::load(c + i);
+      i += L::count;
+    };
+    while (i + step <= end)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) add(v);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      if (i + L::count <= end) add(v);
+    with_b += sum_of_lanes<Isa>(part_b);
+    if (c) with_c += sum_of_lanes<Isa>(part_c);
+    for (; i < end; ++i) {
+      with_b += double(a[i]) * double(b[i]);
+      if (c) with_c += double(a[i]) * double(c[i]);
+    }
+  }
+  return {with_b, with_c};
+}
+
+template <class Isa, typename T>
+LCW_INLINE double dot(const T* a, const T* b, int64_t count) {
+  return dots<Isa, T>(a, b, nullptr, count).first;
+}
+
+// scale v / |v| into out, which may be the row; returns |v|. A row of zeros stays zero and has length infinity: every
+// derivative of a row without direction is zero.
+template <class Isa, typename T>
+LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
+  const double square = dot<Isa>(row, row, m);
+  // Within it, no square that counts was rounded to 0 or infinity, and the factor is a number of full accuracy.
+  constexpr double limit = std::is_same_v<T, double> ? 0x1p900 : 0x1p90;
+  const double length = std::sqrt(square), factor = double(scale) / length, size = std::abs(factor);
+  if (square > 1 / limit && square < limit && (factor == 0 || (size > 0x1p-100 && size < 0x1p100))) {
+    // A row of one number is exactly 1 or -1, so that no gradient is left along it.
+    if (scale == T(1))
+      for (int64_t i = 0; i < m; ++i) out[i] = row[i] / T(length);
+    else
+      for (int64_t i = 0; i < m; ++i) out[i] = row[i] * T(factor);
+    return length;
+  }
+  T largest = 0;
+  for (int64_t i = 0; i < m; ++i) largest = std::max(largest, std::abs(row[i]));
+  // A NaN makes the whole row NaN.
+  if (square != square || largest > std::numeric_limits<T>::max()) {
+    std::fill(out, out + m, std::numeric_limits<T>::quiet_NaN());
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  if (largest == 0) {
+    std::fill(out, out + m, scale * T(0));
+    return std::numeric_limits<double>::infinity();
+  }
+  const int exponent = std::ilogb(largest);
+  double scaled_square = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    const double scaled = std::ldexp(double(row[i]), -exponent);
+    scaled_square += scaled * scaled;
+  }
+  const double scaled_length = std::sqrt(scaled_square);
+  for (int64_t i = 0; i < m; ++i) out[i] = T(double(scale) * (std::ldexp(double(row[i]), -exponent) / scaled_length));
+  return std::ldexp(scaled_length, exponent);
+}
+
+// g <- s (g - <g, v / |v|> v / |v|) / |v|, and returns the inner product.
+template <class Isa, typename T>
+LCW_INLINE double normalized_backward_row(const T* direction, double length, double scale, int64_t m, T* g) {
+  const double along = dot<Isa>(g, direction, m), factor = scale / length;
+  const T narrow = T(along);
+  // If the factor has no full accuracy, every step is in float64.
+  if (std::abs(factor) < 0x1p100 && std::abs(factor) > 0x1p-100)
+    for (int64_t i = 0; i < m; ++i) g[i] = (g[i] - narrow * direction[i]) * T(factor);
+  else
+    for (int64_t i = 0; i < m; ++i) g[i] = T(scale * ((double(g[i]) - along * double(direction[i])) / length));
+  return along;
+}
+
+template <class Isa, typename T>
+LCW_INLINE double square(const T* row, int64_t m) {
+  return dot<Isa>(row, row, m);
+}
+
+// <row, row> and <row, other>
+template <class Isa, typename T>
+LCW_INLINE std::pair<double, double> squares(const T* row, const T* other, int64_t m) {
+  return dots<Isa>(row, row, other, m);
+}
+
+// out <- factor (g - share row), which may be g
+template <class Isa, typename T>
+LCW_INLINE void take_off(const T* row, T share, T factor, int64_t m, const T* g, T* out) {
+  for (int64_t i = 0; i < m; ++i) out[i] = (g[i] - share * row[i]) * factor;
+}
+
+// Units given by any vector along their direction.
+template <typename T>
+struct VectorRows {
+  Source<T> weight;
+  int64_t m;
+  const T* scale = nullptr;
+  Target<T> grad_weight = {}, grad_scale = {};
+
+  int64_t kept() const { return slack<T>; }
+
+  template <class Isa>
+  LCW_INLINE void make(int64_t unit, T* kept, T* out) const {
+    const double length =
+        compiled<Isa, normalize_row<Isa, T>>(weight.template read<Isa>(unit * m, m, out), m, T(1), out);
+    std::memcpy(kept, &length, sizeof length);
+  }
+
+  // g: the gradient of scale * row, over scale.
+  template <class Isa>
+  LCW_INLINE void backward(int64_t unit, T* kept, const T* direction, T* g) const {
+    double length;
+    std::memcpy(&length, kept, sizeof length);
+    const T along = T(compiled<Isa, normalized_backward_row<Isa, T>>(direction, length, double(scale[unit]), m, g));
+    grad_scale.template write<Isa>(&along, unit, 1);
+    grad_weight.template write<Isa>(g, unit * m, m);
+  }
+};
+
+void check_normalised(const Tensor& weight, const Tensor& scale);
+
+// s v / |v| of every row
+Tensor normalize_scale(Tensor weight, Tensor scale);
+
+}  // namespace lcw_ops

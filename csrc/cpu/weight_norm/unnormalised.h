@@ -1,0 +1,193 @@
+// The layer with normalised rows, by products with the rows as they are:
+//
+//   q = X v^T,  y = (s / |v|) q + b;    G = dY^T X,  ds = <G, v> / |v|,  dV = (s / |v|) (G - (ds / |v|) v),
+//   dX = (s / |v|) dY V
+//
+// Beside the plain layer's products that is a reading of the weight for the lengths, and one more for dV.
+#pragma once
+
+#include <atomic>
+
+#include "../blas/few_samples.h"
+#include "../units.h"
+#include "rows.h"
+
+namespace lcw_ops {
+
+// Every function returns false if a number was, or might have been, too large or too small: then the rows must be
+// normalised first.
+template <typename T>
+struct UnnormalisedRows {
+  Source<T> weight;
+  int64_t samples, n, m;
+  const T* scale;
+
+  // Within it, lengths of rows and factors above 1 take at most this much of the range of numbers. Small factors take
+  // nothing: an overflow of q is noticed.
+  static constexpr double most = 0x1p16;
+
+  // |v| into `length` and s / |v| into `factor`, or false. A non-finite entry affects its own row only: it makes the
+  // whole row NaN.
+  template <class Isa>
+  LCW_INLINE bool measure(const T* row, int64_t unit, double& length, T& factor) const {
+    return measure(row, compiled<Isa, square<Isa, T>>(row, m), unit, length, factor);
+  }
+  bool measure(const T* row, double square, int64_t unit, double& length, T& factor) const {
+    const double found = std::sqrt(square);
+    const double ratio = double(scale[unit]) / found, size = std::abs(ratio);
+    length = found, factor = T(ratio);
+    if (found < most && found > 1 / most && (ratio == 0 || (size < most && size > 0x1p-64))) return true;
+    constexpr T largest = std::numeric_limits<T>::max();
+    if (found == 0 && std::all_of(row, row + m, [](T number) { return number == T(0); })) {
+      // A row without direction has no derivatives.
+      length = std::numeric_limits<double>::infinity(), factor = scale[unit] * T(0);
+      return true;
+    }
+    if (found != found || !(std::abs(scale[unit]) <= largest)) return true;
+    if (std::all_of(row, row + m, [](T number) { return std::abs(number) <= largest; })) return false;
+    length = std::numeric_limits<double>::quiet_NaN(), factor = T(length);
+    return true;
+  }
+
+  // From g = dL/d(row) to dL/dv in `out`, which may be g, and ds; s / |v|; or false.
+  template <class Isa>
+  LCW_INLINE bool backward(
+      const T* row, int64_t unit, const T* g, T* out, T& factor, const Target<T>& grad_scale) const {
+    const auto [square, product] = compiled<Isa, squares<Isa, T>>(row, g, m);
+    double length;
+    if (!measure(row, square, unit, length, factor)) return false;
+    const double along = product / length;
+    const T of_scale = T(along), share = T(along / length);
+    constexpr T largest = std::numeric_limits<T>::max();
+    if (!(std::abs(of_scale) <= largest && std::abs(share) <= largest) &&
+        std::all_of(g, g + m, [](T number) { return std::abs(number) <= largest; }) && factor == factor)
+      return false;
+    compiled<Isa, take_off<Isa, T>>(row, share, factor, m, g, out);
+    grad_scale.template write<Isa>(&of_scale, unit, 1);
+    return true;
+  }
+
+  // s / |v| of every row, or false.
+  bool measure(T* factor) const {
+    std::atomic<bool> all{true}, *found = &all;
+    for_each_unit(n, m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      Buffer<T> buffer(weight.is_narrow() ? m : 0);
+      bool ordinary = true;
+      double length;
+      for (int64_t unit = begin; unit < end; ++unit)
+        ordinary &= measure<Isa>(weight.template read<Isa>(unit * m, m, buffer.data()), unit, length, factor[unit]);
+      if (!ordinary) *found = false;
+    });
+    return all;
+  }
+
+  // From q to y, in its place, for the sample x and the units from `first` on; factor and bias are those of the units.
+  LCW_INLINE void finish(const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
+    int infinite = 0;
+    for (int64_t u = 0; u < units; ++u) {
+      infinite |= !(std::abs(row[u]) <= std::numeric_limits<T>::max());
+      row[u] = factor[u] * row[u] + (bias ? bias[u] : T(0));
+    }
+    if (infinite) finish_infinite(x, first, units, factor, bias, row);
+  }
+
+  // The same if q is infinite or NaN, although y may be finite.
+  LCW_NOINLINE void finish_infinite(
+      const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
+    for (int64_t k = 0; k < m; ++k)
+      if (!(std::abs(x[k]) <= std::numeric_limits<T>::max())) return;
+    constexpr double small = 0x1p-40;
+    Buffer<T> buffer(weight.is_narrow() ? m : 0);
+    for (int64_t u = 0; u < units; ++u) {
+      if (std::abs(row[u]) <= std::numeric_limits<T>::max()) continue;
+      const T* v = weight.template read<Portable>((first + u) * m, m, buffer.data());
+      double sum = 0;
+      for (int64_t k = 0; k < m; ++k) sum += small * double(x[k]) * double(v[k]);
+      row[u] = T(double(factor[u]) / small * sum + (bias ? double(bias[u]) : 0));
+    }
+  }
+
+  // y from x (samples, m).
+  bool forward_few(const T* x, const T* bias, const Target<T>& y) const {
+    std::atomic<bool> all{true}, *found = &all;
+    // A sample by itself takes eight rows at a time.
+    const int64_t units = samples % 2 ? 8 : 4;
+    const int64_t blocks = (n + units - 1) / units;
+    for_each_unit(blocks, units * m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      Buffer<T> block(weight.is_narrow() ? units * m : 0), products(samples * units);
+      double length[8];
+      T factor[8];
+      bool ordinary = true;
+      for (int64_t j = begin * units; j < std::min(n, end * units); j += units) {
+        const int64_t count = std::min(units, n - j);
+        const T* rows = weight.template read<Isa>(j * m, count * m, block.data());
+        for (int64_t u = 0; u < count; ++u) ordinary &= measure<Isa>(rows + u * m, j + u, length[u], factor[u]);
+        Products<Isa, T>::multiply_by_rows(x, rows, m, products.data(), units, samples, count, nullptr);
+        for (int64_t i = 0; i < samples; ++i) {
+          T* row = products.data() + i * units;
+          finish(x + i * m, j, count, factor, bias ? bias + j : nullptr, row);
+          y.template write<Isa>(row, i * n + j, count);
+        }
+      }
+      if (!ordinary) *found = false;
+    });
+    return all;
+  }
+
+  // y from q, in its place.
+  void forward_many(const Source<T>& x, const T* factor, const T* bias, const Target<T>& y) const {
+    for_each_part(samples, grain_of(n), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      const Source<T> product{y.data, y.type};
+      Buffer<T> row(n), sample(x.is_narrow() ? m : 0);
+      for (int64_t i = begin; i < end; ++i) {
+        T* q = const_cast<T*>(product.template read<Isa>(i * n, n, row.data()));
+        finish(x.template read<Isa>(i * m, m, sample.data()), 0, n, factor, bias, q);
+        if (y.is_narrow()) y.template write<Isa>(q, i * n, n);
+      }
+    });
+  }
+
+  // dV and ds from X and dY, and s / |v| of every row.
+  template <typename E>
+  bool backward_few(const E* x, const E* grad, T* grad_weight, const Target<T>& grad_scale, T* factor) const {
+    std::atomic<bool> all{true}, *found = &all;
+    FewSamplesGradients<E>{samples, n, m}.grad_weight(
+        grad, x, m, nullptr, grad_weight, [=, *this](auto isa, int64_t first, int64_t last) LCW_LAMBDA_INLINE {
+          using Isa = decltype(isa);
+          Buffer<T> buffer(weight.is_narrow() ? m : 0);
+          bool ordinary = true;
+          for (int64_t unit = first; unit < last; ++unit) {
+            const T* v = weight.template read<Isa>(unit * m, m, buffer.data());
+            T* g = grad_weight + unit * m;
+            ordinary &= backward<Isa>(v, unit, g, g, factor[unit], grad_scale);
+          }
+          if (!ordinary) *found = false;
+        });
+    return all;
+  }
+
+  // From G to dV, in its memory, and ds; s / |v| of every row.
+  bool backward_many(const Target<T>& g, const Target<T>& grad_scale, T* factor) const {
+    std::atomic<bool> all{true}, *found = &all;
+    for_each_unit(n, m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
+      using Isa = decltype(isa);
+      const Source<T> in{g.data, g.type};
+      Buffer<T> row(weight.is_narrow() ? m : 0), buffer(weight.is_narrow() ? m : 0);
+      bool ordinary = true;
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const T* v = weight.template read<Isa>(unit * m, m, row.data());
+        T* sums = const_cast<T*>(in.template read<Isa>(unit * m, m, buffer.data()));
+        ordinary = backward<Isa>(v, unit, sums, sums, factor[unit], grad_scale);
+        if (!ordinary) break;
+        if (g.is_narrow()) g.template write<Isa>(sums, unit * m, m);
+      }
+      if (!ordinary) *found = false;
+    });
+    return all;
+  }
+};
+
+}  // namespace lcw_ops
