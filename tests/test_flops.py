@@ -147,6 +147,7 @@ def test_every_op_with_a_product_inside_has_a_formula():
         "activated_adamw_step_",
         "activated_sgd_step_",
         "fingerprint",
+        "gmp_linear_few_samples",
         "gradient_activation_",
         "hypersphere_direction",
         "hypersphere_direction_backward",
