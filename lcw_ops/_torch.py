@@ -100,11 +100,11 @@ def unrecorded(function: Callable, *arguments):
     state = torch._C._get_tracing_state() if torch.jit.is_tracing() else None
     if state is None:
         return function(*arguments)
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return function(*arguments)
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -131,7 +131,7 @@ def constant(value: float, **options) -> Tensor:
 
 # Before 2.13, scan from a state that requires no gradient drops what later steps pass back to earlier ones: gradients
 # are silently wrong (https://github.com/pytorch/pytorch/issues/184528).
-_SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)
+_SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)  # type: ignore[operator]
 
 
 def ready_for_scan(state: Tensor, *arguments) -> Tensor:

@@ -42,7 +42,7 @@ def try_kernel_then_explain(
 
 
 def check_layer(function: str, **tensors: Tensor) -> bool:
-    """Check dtypes, layouts and devices of a layer's arguments; x comes first. None is not among them.
+    """Check dtypes, layouts and devices of a layer's arguments; x comes first. None of them may be None.
 
     Returns whether autocast is on. It takes tensors of any floating dtypes.
     """
@@ -50,7 +50,8 @@ def check_layer(function: str, **tensors: Tensor) -> bool:
     # Autocast does not know the meta device.
     autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
     for name, tensor in tensors.items():
-        _checks.accumulation_dtype(function, **{name: tensor})
+        if autocast or tensor is None:
+            _checks.accumulation_dtype(function, **{name: tensor})
     if not autocast:
         _checks.accumulation_dtype(function, **tensors)
     _checks.check_dense(function, **tensors)

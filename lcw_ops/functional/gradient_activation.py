@@ -54,7 +54,7 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     if _torch.is_overridden(*given):
         return torch.overrides.handle_torch_function(gradient_activation_, given, tensors, kind, alpha, beta)
     _check_gradient_activation(tensors, kind, alpha, beta)
-    by_device = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
     # All choices come first, so that one that raises leaves every tensor unchanged.

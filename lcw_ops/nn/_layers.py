@@ -5,11 +5,14 @@ that is applied.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lcw_ops._checks import describe
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 # A convolution's arguments, and what its forward pass reads.
 _ATTRIBUTES = (
@@ -29,10 +32,12 @@ class Convolution(nn.Module):
     """A convolution with torch's arguments and torch's forward pass, but without its weight."""
 
     # Set by each rank: torch's layer, and that layer's function that pads and convolves.
-    _plain: type[nn.modules.conv._ConvNd]
+    _plain: Any
     _conv_forward: Callable[..., Tensor]
 
-    def __init__(self, plain: nn.Module) -> None:
+    kernel_size: tuple[int, ...]
+
+    def __init__(self, plain: Any) -> None:
         super().__init__()
         for name in _ATTRIBUTES:
             setattr(self, name, getattr(plain, name))
@@ -63,5 +68,11 @@ def applied_parameters(function: str, layer: nn.Module, kind: type[nn.Module]) -
     """The weight that a plain layer applies, however it is parametrized, and its bias. Both keep requires_grad."""
     if not isinstance(layer, kind):
         raise TypeError(describe(function, "layer", f"is a {type(layer).__name__}", f"a torch.nn.{kind.__name__}"))
+    applied: Any = layer
     is_constrained = hasattr(layer, "effective_weight")
-    return layer.effective_weight() if is_constrained else layer.weight, layer.bias
+    return applied.effective_weight() if is_constrained else applied.weight, applied.bias
+
+
+def make_empty(kind: type[Layer], *arguments, **options) -> Layer:
+    """A layer whose parameters hold no numbers yet."""
+    return cast(Layer, nn.utils.skip_init(kind, *arguments, **options))

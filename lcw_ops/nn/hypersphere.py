@@ -5,6 +5,7 @@ Characteristic Activation Analysis and Geometric Parameterization for ReLU Netwo
 """
 
 import math
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from lcw_ops import functional as F
 from lcw_ops import init
 from lcw_ops._checks import accumulation_dtype, check_choice, check_non_negative, check_shape, describe
 from lcw_ops.nn._derived import DerivedWeight
-from lcw_ops.nn._layers import Convolution, applied_parameters, are_per_unit, check_fan_in
+from lcw_ops.nn._layers import Convolution, applied_parameters, are_per_unit, check_fan_in, make_empty
 
 # Version 0.1 had these classes in this file, and pickles name them by it.
 from lcw_ops.nn.input_mean_norm import InputMeanNorm  # noqa: F401
@@ -61,6 +62,13 @@ class GmPLinear(nn.Module):
     Source: W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912, and the authors' code.
     """
 
+    angles: nn.Parameter
+    radius: nn.Parameter
+    location: Tensor
+    sign: Tensor | None
+    activation: str | None
+    _derived: DerivedWeight
+
     def __init__(
         self,
         in_features: int,
@@ -98,7 +106,7 @@ class GmPLinear(nn.Module):
         """
         function = f"{cls.__name__}.from_linear"
         weight, bias = applied_parameters(function, layer, nn.Linear)
-        made = nn.utils.skip_init(
+        made = make_empty(
             cls,
             layer.in_features,
             layer.out_features,
@@ -127,7 +135,7 @@ class GmPLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.sign is not None:
-            return self._forward_with_sign(input)
+            return self._forward_with_sign(input, self.sign)
         direction = self._derived.kept(F.hypersphere_direction, self.training, self.angles)
         if direction is not None and are_per_unit(direction, self.radius, self.location):
             try:
@@ -138,9 +146,9 @@ class GmPLinear(nn.Module):
                 pass
         return F.gmp_linear(input, self.angles, self.radius, self.location, self.activation)
 
-    def _forward_with_sign(self, input: Tensor) -> Tensor:
+    def _forward_with_sign(self, input: Tensor, sign: Tensor) -> Tensor:
         # The function, which knows no sign, says what does not fit.
-        if not are_per_unit(self.sign, self.radius, self.location):
+        if not are_per_unit(sign, self.radius, self.location):
             F.gmp_linear(input, self.angles, self.radius, self.location, self.activation)
         try:
             output = nn.functional.linear(input, self.direction(), self.location)
@@ -157,6 +165,13 @@ class GmPLinear(nn.Module):
 
 class _GmPConv(Convolution):
     """Common part of the three ranks."""
+
+    angles: nn.Parameter
+    radius: nn.Parameter
+    location: Tensor
+    sign: Tensor | None
+    activation: str | None
+    _derived: DerivedWeight
 
     def __init__(
         self,
@@ -186,7 +201,7 @@ class _GmPConv(Convolution):
         """
         function = f"{cls.__name__}.from_conv"
         weight, bias = applied_parameters(function, layer, cls._plain)
-        made = nn.utils.skip_init(
+        made = make_empty(
             cls,
             **cls._arguments_of(layer),
             bias=bias is not None,
@@ -324,7 +339,7 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
     ]
 
 
-def _parameters_of(module: nn.Module, name: str) -> list[nn.Parameter]:
+def _parameters_of(module: Any, name: str) -> list[nn.Parameter]:
     """The parameter of this name, or the parameters from which a parametrization computes it. None for a buffer."""
     if nn.utils.parametrize.is_parametrized(module, name):
         return list(module.parametrizations[name].parameters())
@@ -332,7 +347,9 @@ def _parameters_of(module: nn.Module, name: str) -> list[nn.Parameter]:
     return [value] if isinstance(value, nn.Parameter) else []
 
 
-def _make_gmp(module: nn.Module, units: int, fan_in: int, activation: str | None, bias: bool, device, dtype) -> None:
+def _make_gmp(
+    module: GmPLinear | _GmPConv, units: int, fan_in: int, activation: str | None, bias: bool, device, dtype
+) -> None:
     check_fan_in(module, fan_in)
     check_choice(type(module).__name__, "activation", activation, (None, "relu"))
     module.activation = activation
@@ -349,15 +366,18 @@ def _make_gmp(module: nn.Module, units: int, fan_in: int, activation: str | None
 
 
 @torch.no_grad()
-def _reset_gmp(module: nn.Module) -> None:
+def _reset_gmp(module: GmPLinear | _GmPConv) -> None:
     init.gmp_(module.angles, module.radius, module.location)
     if module.sign is not None:
         # The sign of a uniform weight does not depend on its length, which is the radius.
         module.sign.bernoulli_().mul_(2).sub_(1)
 
 
+GmPLayer = TypeVar("GmPLayer", GmPLinear, _GmPConv)
+
+
 @torch.no_grad()
-def _fill_gmp(function: str, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | None) -> GmPLayer:
     """Fill angles, sign, radius and location so that radius * u is the weight and radius * location the bias."""
     rows = weight.flatten(1).double()
     module.angles.copy_(hypersphere_angles(rows))
@@ -370,12 +390,13 @@ def _fill_gmp(function: str, module: nn.Module, weight: Tensor, bias: Tensor | N
     module.radius.copy_((rows * direction).sum(1))
     radius = module.radius.double()
     plain_bias = torch.zeros_like(radius) if bias is None else bias.double()
-    module.location.copy_((plain_bias / radius).masked_fill(radius == 0, 0.0))
+    is_zero = torch.eq(radius, 0)
+    module.location.copy_((plain_bias / radius).masked_fill(is_zero, 0.0))
     # A layer on the meta device has no numbers to check.
     if not weight.is_meta:
         is_relu = module.activation == "relu"
         is_finite = radius.isfinite() & module.location.isfinite()
-        is_constant = (radius == 0) & ((plain_bias.relu() if is_relu else plain_bias) != 0)
+        is_constant = is_zero & torch.ne(plain_bias.relu() if is_relu else plain_bias, 0)
         _check_units(function, is_finite, "have a weight, or a bias over the weight's length, that is not finite")
         _check_units(function, ~is_constant, "are constants, of weight 0 and another bias")
     for parameter in (module.angles, module.radius):

@@ -32,6 +32,9 @@ class InputMeanNorm(nn.Module):
     Source: the authors' code of GmP, with decay 0.99 of the running mean.
     """
 
+    running_mean: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -70,7 +73,7 @@ class InputMeanNorm(nn.Module):
 
     def _track(self, mean: Tensor) -> None:
         self.num_batches_tracked.add_(1)
-        share = self.momentum
+        share: float | Tensor | None = self.momentum
         if share is None:
             # Stays on the device: reading the count would wait for it.
             share = self.num_batches_tracked.to(mean.dtype).reciprocal()

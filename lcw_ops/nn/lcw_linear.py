@@ -8,6 +8,7 @@ T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster 
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ def _takes_arguments_of(plain: type[nn.Module]) -> Callable[[Callable], Callable
     def decorate(init: Callable) -> Callable:
         arguments = inspect.signature(plain.__init__)
         basis = inspect.signature(init).parameters["basis"]
-        init.__signature__ = arguments.replace(parameters=[*arguments.parameters.values(), basis])
+        together = arguments.replace(parameters=[*arguments.parameters.values(), basis])
+        init.__signature__ = together  # type: ignore[attr-defined]
         return init
 
     return decorate
@@ -151,7 +153,7 @@ class LCWConv3d(_LCWConv, nn.Conv3d):
         super().__init__(*args, basis=basis, **kwargs)
 
 
-def _make_parameters(module: nn.Module) -> None:
+def _make_parameters(module: Any) -> None:
     """Replace the parameter for the basis form: one column less, and one dimension for the whole filter."""
     if module.basis:
         weight = module.weight
@@ -161,7 +163,7 @@ def _make_parameters(module: nn.Module) -> None:
         module.reset_parameters()
 
 
-def _reset_parameters(module: nn.Module) -> None:
+def _reset_parameters(module: Any) -> None:
     # torch's constructor calls this too, before the parameter of the basis form exists.
     init.lcw_(module.weight, activation=None, basis=module.basis and module.weight.dim() == 2)
     if module.bias is not None:

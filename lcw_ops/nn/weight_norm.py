@@ -4,13 +4,14 @@ T. Salimans, D. P. Kingma, "Weight Normalization", NeurIPS 2016, arXiv 1602.0786
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
 from lcw_ops.nn._derived import DerivedWeight
-from lcw_ops.nn._layers import Convolution, applied_parameters, are_per_unit, check_fan_in
+from lcw_ops.nn._layers import Convolution, applied_parameters, are_per_unit, check_fan_in, make_empty
 from lcw_ops.reference import normalize_scale
 
 
@@ -35,6 +36,11 @@ class WeightNormLinear(nn.Module):
 
     Source: T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868.
     """
+
+    weight: nn.Parameter
+    scale: nn.Parameter
+    bias: nn.Parameter | None
+    _derived: DerivedWeight
 
     def __init__(
         self,
@@ -61,13 +67,13 @@ class WeightNormLinear(nn.Module):
             TypeError: not an ``nn.Linear``.
         """
         weight, bias = applied_parameters(f"{cls.__name__}.from_linear", layer, nn.Linear)
-        made = nn.utils.skip_init(
+        made = make_empty(
             cls, layer.in_features, layer.out_features, bias is not None, device=weight.device, dtype=weight.dtype
         )
         return _fill_weight_norm(made.train(layer.training), weight, bias)
 
     def reset_parameters(self) -> None:
-        nn.Linear.reset_parameters(self)
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
         _reset_scale(self)
 
     def effective_weight(self) -> Tensor:
@@ -85,11 +91,16 @@ class WeightNormLinear(nn.Module):
         return F.weight_norm_linear(input, self.weight, self.scale, self.bias)
 
     def extra_repr(self) -> str:
-        return nn.Linear.extra_repr(self)
+        return nn.Linear.extra_repr(self)  # type: ignore[arg-type]
 
 
 class _WeightNormConv(Convolution):
     """Common part of the three ranks."""
+
+    weight: nn.Parameter
+    scale: nn.Parameter
+    bias: nn.Parameter | None
+    _derived: DerivedWeight
 
     def __init__(
         self,
@@ -113,7 +124,7 @@ class _WeightNormConv(Convolution):
     def from_conv(cls, layer: nn.Module) -> "_WeightNormConv":
         """A layer with the outputs of a trained plain layer, as in :meth:`WeightNormLinear.from_linear`."""
         weight, bias = applied_parameters(f"{cls.__name__}.from_conv", layer, cls._plain)
-        made = nn.utils.skip_init(
+        made = make_empty(
             cls, **cls._arguments_of(layer), bias=bias is not None, device=weight.device, dtype=weight.dtype
         )
         return _fill_weight_norm(made.train(layer.training), weight, bias)
@@ -171,7 +182,9 @@ class WeightNormConv3d(_WeightNormConv):
     _conv_forward = nn.Conv3d._conv_forward
 
 
-def _make_weight_norm(module: nn.Module, shape: tuple[int, ...], bias: bool, device, dtype) -> None:
+def _make_weight_norm(
+    module: WeightNormLinear | _WeightNormConv, shape: tuple[int, ...], bias: bool, device, dtype
+) -> None:
     check_fan_in(module, math.prod(shape[1:]))
     module.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
     module.scale = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
@@ -181,18 +194,21 @@ def _make_weight_norm(module: nn.Module, shape: tuple[int, ...], bias: bool, dev
 
 
 @torch.no_grad()
-def _reset_scale(module: nn.Module) -> None:
+def _reset_scale(module: WeightNormLinear | _WeightNormConv) -> None:
     rows = module.weight.flatten(1).to(torch.promote_types(module.weight.dtype, torch.float32))
     # <w, w / ||w||> squares no entry of a row, so no length over- or underflows.
     module.scale.copy_((rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1))
 
 
+WeightNormLayer = TypeVar("WeightNormLayer", WeightNormLinear, _WeightNormConv)
+
+
 @torch.no_grad()
-def _fill_weight_norm(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _fill_weight_norm(module: WeightNormLayer, weight: Tensor, bias: Tensor | None) -> WeightNormLayer:
     module.weight.copy_(weight)
     _reset_scale(module)
     for parameter in (module.weight, module.scale):
         parameter.requires_grad_(weight.requires_grad)
-    if bias is not None:
+    if bias is not None and module.bias is not None:
         module.bias.copy_(bias).requires_grad_(bias.requires_grad)
     return module

@@ -5,6 +5,7 @@ L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, ar
 """
 
 import functools
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -52,7 +53,7 @@ def may_overlap(tensor: Tensor) -> bool:
     return False
 
 
-def find_shared(tensors: list[Tensor]) -> tuple[int, int] | None:
+def find_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The indices of two tensors that may share memory, or None if no two do.
 
     Exact where no two ranges of addresses meet, and for slices and interleaved views of one tensor (columns, channels,
