@@ -40,8 +40,8 @@ is_view = Tensor._is_view
 # (tensor) -> bool: whether it is all zeros that have no memory, as autograd makes them.
 is_zeros_without_memory = Tensor._is_zerotensor
 
-# (function) -> the same function, which torch.compile runs as it is instead of tracing it.
-without_dynamo = torch._disable_dynamo
+# (function) -> the same function, which torch.compile runs as it is, with a graph break, instead of tracing it.
+never_traced = torch._disable_dynamo
 
 DispatchKey = torch._C.DispatchKey
 OpOverload = torch._ops.OpOverload

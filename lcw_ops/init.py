@@ -138,7 +138,7 @@ def lps_(
         rule_function = joint if rule == "joint" else heavy_tail
         new_weight, new_bias = rule_function(units, fan_in, second_moment, bias is not None, generator, weight.device)
     weight.copy_(new_weight.reshape(weight.shape))
-    if bias is not None:
+    if bias is not None and new_bias is not None:
         bias.copy_(new_bias)
     return weight, bias
 

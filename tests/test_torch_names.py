@@ -172,8 +172,8 @@ def test_constant_when_traced():
     assert calls
 
 
-def test_without_dynamo():
-    @_torch.without_dynamo
+def test_never_traced():
+    @_torch.never_traced
     def untraced(x):
         assert not torch.compiler.is_compiling()
         return x * 2

@@ -104,7 +104,9 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     Source: as :func:`hypersphere_direction`.
     """
     arguments = (x, angles, radius, location, activation)
-    if activation in (None, "relu") and not _torch.in_forward_mode():
+    # Compared only if it is a string: torch.fx may trace it, and what it traces has no truth value.
+    is_known = activation is None or (isinstance(activation, str) and activation == "relu")
+    if is_known and not _torch.in_forward_mode():
         output = try_kernel_then_explain(
             _hypersphere.NAME, _hypersphere.gmp_linear, _check_gmp_linear, arguments[:4], arguments
         )
