@@ -146,7 +146,7 @@ def _unknown_part(word: str, plan: dict[str, list[Step]]) -> str:
 
 
 def stems() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if path.stem != "common")
+    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if path.stem not in ("angles", "common"))
 
 
 def _stem(path: Path) -> str:
@@ -259,7 +259,8 @@ def imports(paths: Iterable[Path]) -> set[str]:
         path = waiting.pop()
         seen.add(path)
         for name in _imported(path):
-            own = [TESTS / f"{name.replace('.', '/')}.py", TESTS / f"{name.split('.')[0]}.py"]
+            prefixes = (name, name.rpartition(".")[0] or name, name.split(".")[0])
+            own = [TESTS / f"{prefix.replace('.', '/')}.py" for prefix in prefixes]
             local = next((one for one in own if one.is_file()), None)
             if local is None:
                 modules.add(name.split(".")[0])
