@@ -880,8 +880,8 @@ def test_a_parallel_module_trains(backend):
     [
         ({"solver": "magic"}, ValueError, "solver is 'magic'; expected one of 'sequential', 'parallel', 'auto'"),
         ({"solver": None}, ValueError, "solver is None"),
-        ({"tolerance": 1e-6}, ValueError, 'tolerance is 1e-06.*sequential.*solver="parallel"'),
-        ({"window": 10}, ValueError, 'window is 10.*sequential.*solver="parallel"'),
+        ({"tolerance": 1e-6}, ValueError, "tolerance is 1e-06.*sequential.*solver='parallel'"),
+        ({"window": 10}, ValueError, "window is 10.*sequential.*solver='parallel'"),
         ({"solver": "parallel", "tolerance": 0.0}, ValueError, r"tolerance is 0\.0; expected a finite number > 0"),
         ({"solver": "parallel", "tolerance": -1e-6}, ValueError, "tolerance is -1e-06"),
         ({"solver": "parallel", "tolerance": math.nan}, ValueError, "tolerance is nan"),
