@@ -12,12 +12,24 @@ Some names with an underscore are used directly elsewhere. ``torch._check`` is d
 import sys
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+# Importing torch loads the ops, which use this decorator while this module may still be importing torch.
+def constant_when_traced(function: Callable) -> Callable:
+    """Let torch.compile take what the function returns as a constant instead of tracing it.
+
+    torch.export with strict=True does so too. ``torch.compiler.assume_constant_result`` does the same, but it imports
+    torch's compiler, which takes as long as all of torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._guards import detect_fake_mode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: E402
 
 # () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
 in_functorch = torch._C._are_functorch_transforms_active
@@ -50,16 +62,6 @@ OpOverload = torch._ops.OpOverload
 def in_forward_mode() -> bool:
     """Whether a forward-mode derivative may be taken: torch.autograd.forward_ad.dual_level or torch.func.jvp is on."""
     return forward_ad._current_level >= 0
-
-
-def constant_when_traced(function: Callable) -> Callable:
-    """Let torch.compile take what the function returns as a constant instead of tracing it.
-
-    torch.export with strict=True does so too. ``torch.compiler.assume_constant_result`` does the same, but it imports
-    torch's compiler, which takes as long as all of torch.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def is_fake(tensor: Tensor) -> bool:

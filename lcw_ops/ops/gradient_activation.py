@@ -22,7 +22,6 @@ SGD_STEP, ADAMW_STEP = "activated_sgd_step_", "activated_adamw_step_"
 TRY = "try_"
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
-_has_no_memory = _torch.is_zeros_without_memory
 
 # How many tensors plain torch takes, or are copied into one dtype, at a time. Many, because a foreach call costs about
 # what a call for one tensor costs; not all, because the copies take memory.
@@ -163,7 +162,9 @@ def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta
         _count_writes(tensors)
         return
     # f(0) is 0, so zeros without memory are right as they are. Nothing could be written to them.
-    tensors = [tensor for tensor in tensors if torch.compiler.is_compiling() or not _has_no_memory(tensor)]
+    tensors = [
+        tensor for tensor in tensors if torch.compiler.is_compiling() or not _torch.is_zeros_without_memory(tensor)
+    ]
     if backend == "reference":
         _reference_activate_(tensors, kind, alpha, beta)
     elif tensors:
@@ -217,7 +218,7 @@ def _is_virtual(tensor: Tensor) -> bool:
 
     Compilers replace both themselves.
     """
-    return not torch.compiler.is_compiling() and (tensor.is_neg() or _has_no_memory(tensor))
+    return not torch.compiler.is_compiling() and (tensor.is_neg() or _torch.is_zeros_without_memory(tensor))
 
 
 def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
