@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 # Each stem is a module of this package with a function cases(device_type).
-STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter", "parallel_depth")
+STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter", "parallel_depth", "weight_norm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from lcw_ops import functional as F
 from lcw_ops import optim
 from lcw_ops.bench import crossover, registry
 from lcw_ops.nn.orthogonal_filter import make_filter
-from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear
+from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear, weight_norm
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 from lcw_ops.ops.parallel_depth import op as parallel_depth
 
@@ -55,7 +55,7 @@ def calls() -> list[Call]:
         Call(zero_sum, "linear", [few, weight, units], _with_gradients(F.lcw_linear)),
         Call(zero_sum, "linear, basis", [few, free, units], _with_gradients(F.lcw_linear, basis=True)),
         Call(sphere, "direction", [free], _with_gradients(F.hypersphere_direction)),
-        Call(sphere, "normalised rows", [weight, units], _with_gradients(F.normalize_scale)),
+        Call(weight_norm.NAME, "normalised rows", [weight, units], _with_gradients(F.normalize_scale)),
         *(
             Call(
                 sphere,
@@ -65,7 +65,7 @@ def calls() -> list[Call]:
             )
             for x in (few, many)
         ),
-        Call(sphere, "weight norm", [few, weight, units, units], _with_gradients(F.weight_norm_linear)),
+        Call(weight_norm.NAME, "linear", [few, weight, units, units], _with_gradients(F.weight_norm_linear)),
         Call(orthogonal_filter.NAME, "all states", layers, _with_gradients(_layers(haar), return_states=True)),
         Call(orthogonal_filter.NAME, "permutation", layers, _with_gradients(_layers(permutation))),
         Call(parallel, "rotations", layers, _with_gradients(_layers(haar), solver="parallel")),

@@ -1,7 +1,12 @@
-"""How a function meets what torch does with its call: exporters, tracers and the ``__torch_function__`` protocol.
+"""Every private name of torch that this package relies on, behind a plain one.
 
-This file holds every private name of torch that this takes, behind a plain one. It imports nothing that
-``import torch`` has not imported already. It is tested on the oldest and the newest torch that the package supports.
+Most of them say what torch does with a call: exporters, tracers, transforms, modes, the ``__torch_function__``
+protocol. An alias of torch's own function costs no call. This file imports only what ``import torch`` has imported
+already. tests/test_torch_names.py checks each name; it runs on the oldest and the newest torch that the package
+supports.
+
+Some names with an underscore are used directly elsewhere. ``torch._check`` is documented. ``torch._foreach_*`` and
+``torch._amp_foreach_*`` are operators in torch's schema list, which torch keeps compatible.
 """
 
 import sys
@@ -10,13 +15,69 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+# Importing torch loads the ops, which use this decorator while this module may still be importing torch.
+def constant_when_traced(function: Callable) -> Callable:
+    """Let torch.compile take what the function returns as a constant instead of tracing it.
+
+    torch.export with strict=True does so too. ``torch.compiler.assume_constant_result`` does the same, but it imports
+    torch's compiler, which takes as long as all of torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._guards import detect_fake_mode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: E402
+
+# () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
+in_functorch = torch._C._are_functorch_transforms_active
+
+# (tensor) -> bool: whether it stands for another tensor, inside a transform of torch.func.
+is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+# () -> bool: whether a torch.overrides.TorchFunctionMode is there to see a call.
+is_function_mode_active = torch._C._is_torch_function_mode_enabled
+
+# (*arguments) -> bool: whether an argument or a function mode has a __torch_function__, whether or not it may be asked.
+may_be_overridden = has_torch_function_variadic
+
+# () -> int: how many modes of __torch_dispatch__ see every operator. Fake tensors and make_fx are such modes.
+count_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+# (tensor) -> bool: whether it shares the memory of another tensor.
+is_view = Tensor._is_view
+
+# (tensor) -> bool: whether it is all zeros that have no memory, as autograd makes them.
+is_zeros_without_memory = Tensor._is_zerotensor
+
+# (function) -> the same function, which torch.compile runs as it is, with a graph break, instead of tracing it.
+never_traced = torch._disable_dynamo
+
+DispatchKey = torch._C.DispatchKey
+OpOverload = torch._ops.OpOverload
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode derivative may be taken: torch.autograd.forward_ad.dual_level or torch.func.jvp is on."""
+    return forward_ad._current_level >= 0
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has a shape but no memory, as the tensors of FakeTensorMode."""
+    return isinstance(tensor, FakeTensor)
+
+
+def is_traced() -> bool:
+    """Whether calls are recorded in a program, which cannot depend on a tensor's numbers or on where it lies."""
+    return torch.compiler.is_compiling() or count_dispatch_modes() > 0 or torch.jit.is_tracing()
+
+
+@constant_when_traced
 def is_exporting() -> bool:
     """Whether the call becomes part of a program that must run without this package.
 
@@ -26,6 +87,7 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() or torch._C._is_tracing() or is_in_onnx_export()
 
 
+@constant_when_traced
 def is_in_onnx_export() -> bool:
     """Whether torch.onnx.export is running: its programs have no gradients."""
     # torch.onnx.is_in_onnx_export() imports the exporters, which takes half a second: call it only if one is loaded.
@@ -33,10 +95,6 @@ def is_in_onnx_export() -> bool:
         "torch.onnx._internal.exporter" in sys.modules or "torch.onnx._internal.torchscript_exporter" in sys.modules
     )
     return exporter_is_there and torch.onnx.is_in_onnx_export()
-
-
-# torch.compile, and torch.export with strict=True, then take the answers as constants instead of tracing the functions.
-is_exporting._dynamo_marked_constant = is_in_onnx_export._dynamo_marked_constant = True
 
 
 def unrecorded(function: Callable, *arguments):
@@ -47,15 +105,15 @@ def unrecorded(function: Callable, *arguments):
     state = torch._C._get_tracing_state() if torch.jit.is_tracing() else None
     if state is None:
         return function(*arguments)
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return function(*arguments)
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether its numbers can be looked at: not on the meta device, and in FakeTensorMode all results are fake."""
+    """Whether its numbers can be read. A meta tensor has none, and in FakeTensorMode all results are fake."""
     return not tensor.is_meta and detect_fake_mode([tensor]) is None
 
 
@@ -78,11 +136,11 @@ def constant(value: float, **options) -> Tensor:
 
 # Before 2.13, scan from a state that requires no gradient drops what later steps pass back to earlier ones: gradients
 # are silently wrong (https://github.com/pytorch/pytorch/issues/184528).
-_SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)
+_SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)  # type: ignore[operator]
 
 
 def ready_for_scan(state: Tensor, *arguments) -> Tensor:
-    """``state``, requiring a gradient where one of the arguments that are tensors does."""
+    """``state``, which requires a gradient if one of the arguments that are tensors does."""
     if _SCAN_DROPS_GRADIENTS:
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -117,21 +175,21 @@ def scan(
 
 
 def _without_data(tensor: Tensor) -> Tensor:
-    """``tensor`` as scan needs it: torch.export leaves a plain attribute of a module as it is, with its data."""
-    return tensor if isinstance(tensor, FakeTensor) else torch.ops.aten.alias.default(tensor)
+    """``tensor`` as scan needs it. torch.export leaves a plain attribute of a module real, with its data."""
+    return tensor if is_fake(tensor) else torch.ops.aten.alias.default(tensor)
 
 
 def is_overridden(*arguments) -> bool:
     """Whether an argument, or a function mode, takes the call over by torch's ``__torch_function__`` protocol.
 
-    A function asks first of all, and then calls :func:`hand_over`. torch.fx then records one call, and Tensor
-    subclasses and function modes see it as they see torch's own functions.
+    A public function calls this before anything else, and then :func:`hand_over`. torch.fx then records one call, and
+    Tensor subclasses and function modes see the call as they see torch's own functions.
 
-    torch.compile traces into the function and cannot hand a call over: under it, a subclass is not asked. While
-    exporting only arguments are asked: torch.export watches through a mode of its own, which is off while it carries
-    out a function that it was handed. It would not record that the function switches autocast off.
+    torch.compile traces into the function and cannot hand a call over, so under it no subclass is asked. While
+    exporting, only arguments are asked: torch.export watches through a mode of its own, which is off while it carries
+    out a function that was handed over. It would not record that the function switches autocast off.
     """
-    if torch.compiler.is_dynamo_compiling() or not has_torch_function_variadic(*arguments):
+    if torch.compiler.is_dynamo_compiling() or not may_be_overridden(*arguments):
         return False
     return not torch.compiler.is_exporting() or any(map(_overrides, arguments))
 
@@ -146,17 +204,7 @@ def _overrides(argument) -> bool:
     return type(argument) is not Tensor and getattr(type(argument), "__torch_function__", disabled) is not disabled
 
 
-# () -> bool: whether a torch.overrides.TorchFunctionMode is there to see a call.
-is_function_mode_active = torch._C._is_torch_function_mode_enabled
-
-
 # The rest is about optimizers and the hooks on gradients.
-
-# A decorator: torch.compile leaves the function as it is and breaks the graph there.
-never_traced = torch._disable_dynamo
-
-# (tensor) -> bool: whether torch holds it as zeros that have no memory, as some derivatives are.
-is_zeros_without_memory = Tensor._is_zerotensor
 
 # The code that torch wraps around the step of every optimizer class to run the hooks.
 _STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__

@@ -1,16 +1,25 @@
-"""Initialisers in the manner of torch.nn.init: in place, under no_grad, returning what they filled.
+"""Initialisers in the manner of torch.nn.init: they fill tensors in place, under no_grad, and return them.
 
 lcw_: m sv^2 = s^2 / Var f(sZ) (Kutsuna 2019; scale derived).  lps_, lps_model_: Chen, Hao, He 2022 (rules derived).
 gmp_: the angles of uniform weights (Chen, Ge 2024, the authors' code).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcw_ops._checks import accumulation_dtype, check_choice, check_positive, check_shape
+from lcw_ops._checks import (
+    accumulation_dtype,
+    check_choice,
+    check_per_unit,
+    check_positive,
+    check_rows,
+    check_shape,
+    describe,
+)
 from lcw_ops.reference import (
     activation_variance,
     anchored,
@@ -24,7 +33,7 @@ from lcw_ops.reference.lps import ACTIVATIONS
 RULES = ("joint", "heavy_tail", "anchored")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Inputs of a layer that the anchored rule looks at; its scale is a mean over them and the units.
+# The anchored rule looks at up to this many inputs of a layer. Its scale is a mean over them and the units.
 MOST_SAMPLES = 1024
 
 
@@ -38,12 +47,24 @@ def lcw_(
 ) -> Tensor:
     """Fill an LCW parameter with N(0, sv^2), m sv^2 = s^2 / Var f(sZ): pre-activations keep their deviation s.
 
-    weight (n, m, *k), or (n, m-1) with basis=True; m is the fan-in of the constrained weight. activation is that of the
-    previous layer, whose pre-activations have standard deviation std = s too; None is the first layer, on standardised
-    data (for data of another variance V divide by sqrt(V)): m sv^2 = s^2. The bias of an LCW layer starts at 0.
-    Derived here, not the paper's: E z^2 = m sv^2 V(a) holds exactly for both parametrizations.
-    Raises TypeError for a dtype that is not floating, ValueError for an unknown activation, a std outside [1e-4, 100],
-    or a rank below 2 (basis: other than 2).
+    The bias of an LCW layer starts at 0.
+
+    Args:
+        weight: (n, m, *k), or (n, m-1) with basis; m is the fan-in of the constrained weight.
+        activation: the previous layer's. None is the first layer, on standardised data: m sv^2 = s^2. For data of
+            another variance V, divide by sqrt(V).
+        std: s, the standard deviation of this layer's and the previous layer's pre-activations.
+        basis: whether the weight is the paper's parametrization.
+        generator: torch's.
+
+    Returns:
+        The weight.
+
+    Raises:
+        TypeError: a dtype that is not floating.
+        ValueError: an unknown activation, a std outside [1e-4, 100], or a rank below 2 (basis: other than 2).
+
+    Source: derived here, not the paper's: E z^2 = m sv^2 V(a) holds exactly for both parametrizations.
     """
     accumulation_dtype("lcw_", weight=weight)
     right, expected = (weight.dim() == 2, "(n, m-1)") if basis else (weight.dim() >= 2, "(n, m, *k)")
@@ -64,32 +85,47 @@ def lps_(
     samples: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fill weight (n, m, *k) and bias (n,) of a linear or convolution layer as one group; returns both.
+    """Fill weight and bias of a linear or convolution layer as one group.
 
-    activation is that of the previous layer; None is the first layer, on standardised data. degree d is that of the
-    polynomial that replaces the activation; None uses the activation itself.
-    joint (default): iid N(0, s^2), s^2 = 1 / (m q + 1), q = E a^2, so E z^2 = 1.
+    joint: iid N(0, s^2), s^2 = 1 / (m q + 1), q = E a^2, so E z^2 = 1.
     heavy_tail: the same group with a Cauchy scale per unit, cut off.
-    anchored: every unit's zero set passes through an input; samples (S, m) are inputs of a unit (convolution: patches),
-    without them f(Z) is drawn, Z ~ N(0, 1). On real inputs this rule, and no other here, keeps far more ReLUs alive
-    than He's; on drawn ones hardly more.
-    The paper's printed constants are not known; what is derived stands with the samplers in lcw_ops.reference.lps.
-    Raises TypeError for dtypes that are not floating or differ, ValueError for an unknown rule or activation, a
-    degree below 1, shapes that do not fit, anchored without a bias, or samples with another rule.
+    anchored: every unit's zero set passes through an input. On real inputs this rule alone keeps far more ReLUs alive
+    than He's; on drawn inputs hardly more.
+
+    Args:
+        weight: (n, m, *k).
+        bias: (n,), or None.
+        activation: the previous layer's. None is the first layer, on standardised data.
+        rule: "joint", "heavy_tail" or "anchored".
+        degree: of the polynomial that replaces the activation. None uses the activation itself.
+        samples: (S, m), inputs of a unit (convolution: patches), for the anchored rule. Without them f(Z) is drawn,
+            Z ~ N(0, 1).
+        generator: torch's.
+
+    Returns:
+        (weight, bias).
+
+    Raises:
+        TypeError: dtypes that are not floating or differ.
+        ValueError: an unknown rule or activation, a degree below 1, shapes that do not fit, anchored without a bias, or
+            samples with another rule.
+
+    Source: the rules are derived; lcw_ops.reference.lps gives the derivations. The paper's printed constants are not
+    known to us.
     """
     accumulation_dtype("lps_", weight=weight, bias=bias)
     check_shape("lps_", "weight", weight, weight.dim() >= 2, "(n, m, *k)")
     units, fan_in = weight.shape[0], _fan_in(weight)
     if bias is not None:
-        check_shape("lps_", "bias", bias, bias.shape == (units,), f"({units},), one value per unit")
+        check_per_unit("lps_", "bias", bias, units)
     check_choice("lps_", "activation", activation, (None, *ACTIVATIONS))
     check_choice("lps_", "rule", rule, RULES)
     second_moment = 1.0 if activation is None else hermite_second_moment(activation, degree)
+    new_bias: Tensor | None
     if rule == "anchored":
         if bias is None:
-            raise ValueError(
-                "lps_: bias is None; expected a tensor for rule 'anchored'. Use rule='joint' without a bias."
-            )
+            remedy = "Use rule='joint' without a bias."
+            raise ValueError(describe("lps_", "bias", "is None", "a tensor for rule 'anchored'", remedy))
         if samples is None:
             normal = torch.randn(MOST_SAMPLES, fan_in, generator=generator, device=weight.device)
             samples = normal if activation is None else ACTIVATIONS[activation](normal)
@@ -97,13 +133,12 @@ def lps_(
         new_weight, new_bias = anchored(units, samples, generator=generator)
     else:
         if samples is not None:
-            raise ValueError(
-                f"lps_: samples is given with rule {rule!r}; expected None. Only 'anchored' looks at data."
-            )
+            remedy = "Only 'anchored' looks at data."
+            raise ValueError(describe("lps_", "samples", f"is given with rule {rule!r}", "None", remedy))
         rule_function = joint if rule == "joint" else heavy_tail
         new_weight, new_bias = rule_function(units, fan_in, second_moment, bias is not None, generator, weight.device)
     weight.copy_(new_weight.reshape(weight.shape))
-    if bias is not None:
+    if bias is not None and new_bias is not None:
         bias.copy_(new_bias)
     return weight, bias
 
@@ -117,33 +152,41 @@ def lps_model_(
     degree: int | None = 4,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """`lps_` on every nn.Linear and nn.Conv1d/2d/3d of a whole MLP or CNN, layer by layer; returns the model.
+    """`lps_` on every nn.Linear and nn.Conv1d/2d/3d of an MLP or CNN, layer by layer.
 
-    The first layer is taken to see standardised data (q = 1), all others the activation's output. With inputs, one
-    forward pass (in eval mode, so that no running statistics move) gives the order of execution, and for the
-    anchored rule the real inputs: each layer is filled just before it runs, on what the filled layers before it hand
-    over (the groups of a convolution one by one). Without inputs, and for layers the pass does not reach, the order is
-    model.modules()'.
-    Derived, not the paper's; rules and their constants as in `lps_`.
-    Raises ValueError for an unknown rule or activation, a model without such layers, anchored with a layer that has
-    no bias, and what the forward pass raises; the model is then as it was.
+    The first layer is assumed to see standardised data (q = 1), all others the activation's output.
+
+    Args:
+        model: filled in place.
+        inputs: for one forward pass, in eval mode so that no running statistics change. It gives the order of
+            execution, and the anchored rule's inputs: each layer is filled just before it runs, on the output of the
+            filled layers before it (the groups of a convolution one by one). Without inputs, and for layers that the
+            pass does not reach, the order is that of model.modules().
+        activation, rule, degree, generator: as in `lps_`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an unknown rule or activation, a model without such layers, or anchored with a layer that has no
+            bias. An error of the forward pass is passed on. After an error the model is as before.
+
+    Source: derived, not the paper's.
     """
     check_choice("lps_model_", "activation", activation, (None, *ACTIVATIONS))
     check_choice("lps_model_", "rule", rule, RULES)
     layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, *CONVOLUTIONS))}
     if not layers:
-        raise ValueError(
-            "lps_model_: model has no nn.Linear or nn.ConvNd layer; expected at least one. Use lps_ on tensors."
-        )
+        came = "has no nn.Linear or nn.ConvNd layer"
+        raise ValueError(describe("lps_model_", "model", came, "at least one", "Use lps_ on tensors."))
     without_bias = [name for layer, name in layers.items() if layer.bias is None]
     if rule == "anchored" and without_bias:
-        raise ValueError(
-            f"lps_model_: model has layers without bias ({', '.join(without_bias)}); expected a bias in every "
-            f"layer for rule 'anchored'. Use rule='joint', or give them a bias."
-        )
+        came = f"has layers without bias ({', '.join(without_bias)})"
+        expected = "a bias in every layer for rule 'anchored'"
+        raise ValueError(describe("lps_model_", "model", came, expected, "Use rule='joint', or give them a bias."))
     pending = dict(layers)
 
-    def fill(layer: nn.Module, x: Tensor | None = None) -> None:
+    def fill(layer: Any, x: Tensor | None = None) -> None:
         if pending.pop(layer, None) is None:
             return
         previous = None if len(pending) == len(layers) - 1 else activation
@@ -187,23 +230,36 @@ def gmp_(
     out_features: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill angles (n, m-1), radius (n,) and location (n,) of a GmP layer; returns the three.
+    """Fill angles, radius and location of a GmP layer.
 
-    W ~ U(+-sqrt(6 / (m + out_features))), angles from W, radius = ||W||, location = 0; out_features None is n, the
-    number of units. With fan-in m = 1 there are no angles and every direction is +1. The authors' code's
-    initialisation, but with the sign of W's last column kept. (Angles drawn i.i.d. would shrink u_m like 2^-(m-1).)
-    Raises TypeError for dtypes that are not floating or differ, ValueError for shapes that do not fit or
-    out_features < 1.
+    W ~ U(+-sqrt(6 / (m + out_features))), angles from W, radius = ||W||, location = 0. With fan-in m = 1 there are no
+    angles and every direction is +1. (Angles drawn i.i.d. would shrink u_m like 2^-(m-1).)
+
+    Args:
+        angles: (n, m-1).
+        radius, location: (n,).
+        out_features: None is n, the number of units.
+        generator: torch's.
+
+    Returns:
+        (angles, radius, location).
+
+    Raises:
+        TypeError: dtypes that are not floating or differ.
+        ValueError: shapes that do not fit, or out_features below 1.
+
+    Source: the authors' code, but with the sign of W's last column kept.
     """
     dtype = accumulation_dtype("gmp_", angles=angles, radius=radius, location=location)
-    check_shape("gmp_", "angles", angles, angles.dim() == 2, "(n, m-1)", "Flatten a filter to one row first.")
+    check_rows("gmp_", "angles", angles, "(n, m-1)")
     units, fan_in = angles.shape[0], angles.shape[1] + 1
-    for argument, tensor in (("radius", radius), ("location", location)):
-        check_shape("gmp_", argument, tensor, tensor.shape == (units,), f"({units},), one value per unit")
+    check_per_unit("gmp_", "radius", radius, units)
+    check_per_unit("gmp_", "location", location, units)
     if out_features is None:
         out_features = units
     elif out_features < 1:
-        raise ValueError(f"gmp_: out_features is {out_features}; expected at least 1, or None for the number of units.")
+        expected = "at least 1, or None for the number of units"
+        raise ValueError(describe("gmp_", "out_features", f"is {out_features}", expected))
     bound = math.sqrt(6 / (fan_in + out_features))
     weight = torch.empty(units, fan_in, dtype=dtype, device=angles.device).uniform_(-bound, bound, generator=generator)
     return angles.copy_(hypersphere_angles(weight)), radius.copy_(weight.norm(dim=1)), location.zero_()
@@ -213,8 +269,8 @@ def _fan_in(weight: Tensor) -> int:
     return math.prod(weight.shape[1:])
 
 
-def _layer_samples(layer: nn.Module, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-    """At most MOST_SAMPLES random inputs of a unit of the layer, rows (S, fan_in); one such matrix per group."""
+def _layer_samples(layer: Any, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+    """At most MOST_SAMPLES random inputs of a unit of the layer, as rows (S, fan_in); one matrix per group."""
     check_shape("lps_model_", "inputs", x, x.numel() > 0, "at least one sample in every layer")
     if isinstance(layer, nn.Linear):
         rows = x.reshape(-1, layer.in_features)

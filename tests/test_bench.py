@@ -48,7 +48,7 @@ def doubling(*competitors: registry.Competitor) -> registry.Case:
 @pytest.fixture
 def tiny(monkeypatch):
     """Every entry of the registry at a size that takes milliseconds, and no measuring of the machine."""
-    from lcw_ops.bench import gradient_activation, hypersphere, lcw_linear, orthogonal_filter
+    from lcw_ops.bench import gradient_activation, hypersphere, lcw_linear, orthogonal_filter, weight_norm
 
     tiny_cases = {
         "orthogonal_filter": [
@@ -71,18 +71,20 @@ def tiny(monkeypatch):
         ]
         + [lcw_linear._convolution("cpu", 2, 3, 5, 6, quick=True)],
         "hypersphere": [
-            layer("cpu", rows, 50, 30, dtype, backward, quick=True)
-            for layer in (hypersphere._gmp_linear, hypersphere._weight_norm_linear)
+            hypersphere._gmp_linear("cpu", rows, 50, 30, dtype, backward, quick=True)
             for rows in (9, 40)
             for dtype in (torch.float32, torch.bfloat16)
             for backward in (False, True)
         ]
-        + [
-            of_rows("cpu", 30, 50, backward, quick=True)
-            for of_rows in (hypersphere._directions, hypersphere._normalized_rows)
+        + [hypersphere._directions("cpu", 30, 50, backward, quick=True) for backward in (False, True)]
+        + [hypersphere._convolution("cpu", 2, 3, 5, 6, quick=True)],
+        "weight_norm": [
+            weight_norm._weight_norm_linear("cpu", rows, 50, 30, dtype, backward, quick=True)
+            for rows in (9, 40)
+            for dtype in (torch.float32, torch.bfloat16)
             for backward in (False, True)
         ]
-        + [hypersphere._convolution("cpu", 2, 3, 5, 6, quick=True)],
+        + [weight_norm._normalized_rows("cpu", 30, 50, backward, quick=True) for backward in (False, True)],
         "parallel_depth": [
             parallel_depth._case("cpu", over_time, 20, 3, 8, filter, backward, quick=True)
             for over_time, filter, backward in (

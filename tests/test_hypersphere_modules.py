@@ -2,14 +2,28 @@
 
 import copy
 import inspect
-import itertools
 import math
 import pickle
 from functools import partial
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager
+from support.unit_modules import (
+    CONV_OPTIONS,
+    EPS,
+    FUNCTIONAL_CONVS,
+    GMP_CONVS,
+    PLAIN_CONVS,
+    RANKS,
+    WEIGHT_NORM_CONVS,
+    assert_exact,
+    assert_rows_close,
+    assert_within,
+    draw_per_unit_,
+    layers,
+    torchs_product,
+    trained_linear,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
@@ -19,57 +33,6 @@ from lcw_ops import init, nn, reference
 from lcw_ops.jobs import data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-RANKS = (1, 2, 3)
-GMP_CONVS = (nn.GmPConv1d, nn.GmPConv2d, nn.GmPConv3d)
-WEIGHT_NORM_CONVS = (nn.WeightNormConv1d, nn.WeightNormConv2d, nn.WeightNormConv3d)
-PLAIN_CONVS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-FUNCTIONAL_CONVS = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
-EPS = 2**-52
-
-
-def draw_per_unit_(layer):
-    """Radii of both signs, locations and scales that are not what a layer begins with."""
-    for name in ("radius", "location", "scale", "bias"):
-        if isinstance(getattr(layer, name, None), torch.nn.Parameter):
-            torch.nn.init.normal_(getattr(layer, name))
-    return layer
-
-
-def layers(**options):
-    """One of each, with its input."""
-    image = (2, 4, 7, 8)
-    made = [
-        (nn.GmPLinear(6, 5, **options), (4, 6)),
-        (nn.GmPLinear(6, 5, activation="relu", **options), (4, 6)),
-        (nn.GmPConv1d(4, 6, 3, activation="relu", **options), (2, 4, 9)),
-        (nn.GmPConv2d(4, 6, 3, **options), image),
-        (nn.GmPConv2d(4, 6, 3, activation="relu", groups=2, **options), image),
-        (nn.GmPConv3d(4, 6, (1, 2, 3), **options), (2, 4, 3, 4, 5)),
-        (nn.WeightNormLinear(6, 5, **options), (4, 6)),
-        (nn.WeightNormConv1d(4, 6, 3, **options), (2, 4, 9)),
-        (nn.WeightNormConv2d(4, 6, 3, groups=2, **options), image),
-        (nn.WeightNormConv3d(4, 6, (1, 2, 3), **options), (2, 4, 3, 4, 5)),
-    ]
-    return [(draw_per_unit_(layer), torch.randn(shape, dtype=options.get("dtype"))) for layer, shape in made]
-
-
-def magnitude(layer, x):
-    """What roundings are relative to: the sum of the sizes of all products that make an output, in float64."""
-    layer, x = copy.deepcopy(layer).double(), x.double().abs()
-    is_gmp = isinstance(layer, (nn.GmPLinear, *GMP_CONVS))
-    weight = layer.effective_weight().detach().abs()
-    bias = (layer.radius * layer.location if is_gmp else layer.bias).detach().abs()
-    if x.dim() == 2:
-        return torch.nn.functional.linear(x, weight, bias)
-    return FUNCTIONAL_CONVS[x.dim() - 3](x, weight, bias, groups=layer.groups)
-
-
-def assert_within(layer, x, actual, expected, roundings, unit):
-    """So many roundings of relative size unit, in every product that makes an output."""
-    allowed = roundings * unit * magnitude(layer, x)
-    assert actual.shape == expected.shape
-    assert ((actual.double() - expected.double()).abs() <= allowed).all()
 
 
 def gmp(x, angles, radius, location, activation, multiply):
@@ -84,71 +47,7 @@ def gmp_as_plain(x, angles, radius, location, activation, multiply):
     return multiply(x, radius[:, None] * reference.hypersphere_direction(angles), radius * location)
 
 
-def weight_norm(x, weight, scale, bias, multiply):
-    rows = weight.flatten(1)
-    unit = rows / rows.norm(dim=1, keepdim=True)
-    return multiply(x, (scale[:, None] * unit).view(weight.shape), bias)
-
-
-def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=None):
-    """Output and gradients in float64 are the formula's; the output in dtype obeys the rule of Numerics.
-
-    draw(dtype) gives a layer and its input; the eager formula is one where plain torch would compute otherwise than
-    defined. The rule for gradients is the ops' own test: of a few numbers the largest error is a matter of luck.
-    """
-
-    def arguments(layer, x, dtype):
-        given = (x, *(getattr(layer, name) for name in parameters))
-        return [tensor if tensor is None else tensor.detach().to(dtype).requires_grad_() for tensor in given]
-
-    layer, x = draw(torch.float64)
-    copies = arguments(layer, x, torch.float64)
-    expected = formula(*copies)
-    grad_output = torch.randn_like(expected)
-    expected.backward(grad_output)
-    output = layer(x.requires_grad_())
-    output.backward(grad_output)
-    # Sums of at most 2 x 9 x 8 x 7 products below 5 x 5 x 4, in two orders.
-    tolerance = 2 * 1008 * 100 * EPS
-    torch.testing.assert_close(output, expected, rtol=0, atol=tolerance)
-    for name, actual, copied in zip(
-        ("x", *parameters), (x, *map(partial(getattr, layer), parameters)), copies, strict=True
-    ):
-        if actual is not None and actual.requires_grad:
-            torch.testing.assert_close(actual.grad, copied.grad, rtol=0, atol=tolerance, msg=name)
-    results = []
-    # More than one draw, as above.
-    for layer, x in (draw(dtype) for _ in range(4)):
-        output = layer(x).detach()
-        assert output.dtype == dtype
-        eager = (eager_formula or formula)(*arguments(layer, x, dtype)).detach()
-        results.append((output, eager, formula(*arguments(layer, x, torch.float64)).detach()))
-    assert_as_exact_as_eager("output", *(torch.stack(kind) for kind in zip(*results, strict=True)))
-
-
 # ---- Arguments and results ------------------------------------------------------------------------------------------
-
-CONV_OPTIONS = [
-    {},
-    {"stride": 2, "padding": 1},
-    {"padding": "same"},
-    {"padding": "valid", "bias": False},
-    {"padding": "same", "dilation": 2, "padding_mode": "reflect"},
-    {"padding": 2, "padding_mode": "circular"},
-    {"padding": 1, "padding_mode": "replicate", "stride": 2},
-    {"groups": 4, "padding": "same"},
-    {"groups": 2, "stride": 2, "padding": 1, "dilation": 2, "bias": False},
-]
-
-
-def torchs_product(rank, options):
-    """What torch's convolution computes of x, filters and a bias, without ours."""
-    plain = PLAIN_CONVS[rank - 1](4, 8, 3, device="meta", **options)
-
-    def multiply(x, filters, bias):
-        return plain._conv_forward(x, filters.reshape(plain.weight.shape), bias)
-
-    return multiply, plain
 
 
 @pytest.mark.parametrize("options", CONV_OPTIONS, ids=str)
@@ -176,21 +75,6 @@ def test_gmp_convolutions_take_torchs_arguments(activation, rank, options):
     assert isinstance(layer.location, torch.nn.Parameter) == options.get("bias", True)
 
 
-@pytest.mark.parametrize("options", CONV_OPTIONS, ids=str)
-@pytest.mark.parametrize("rank", RANKS)
-def test_weight_norm_convolutions_take_torchs_arguments(rank, options):
-    multiply, plain = torchs_product(rank, options)
-
-    def draw(dtype):
-        layer = draw_per_unit_(WEIGHT_NORM_CONVS[rank - 1](4, 8, 3, dtype=dtype, **options))
-        return layer, torch.randn(2, 4, *(9, 8, 7)[:rank], dtype=dtype)
-
-    assert_exact(draw, partial(weight_norm, multiply=multiply), ("weight", "scale", "bias"))
-    layer, _ = draw(torch.float32)
-    assert layer.extra_repr() == plain.extra_repr()
-    assert layer.weight.shape == layer.effective_weight().shape == plain.weight.shape
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (50, 6), (2, 3, 6)], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -203,17 +87,6 @@ def test_gmp_linear_is_the_formula(activation, shape, dtype):
         return radius * (z.relu() if activation == "relu" else z)
 
     assert_exact(draw, formula, ("angles", "radius", "location"), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(6,), (3, 6), (50, 6), (2, 3, 6)], ids=str)
-def test_weight_norm_linear_is_the_formula(shape, bias, dtype):
-    def draw(dtype):
-        return draw_per_unit_(nn.WeightNormLinear(6, 5, bias, "cpu", dtype)), torch.randn(shape, dtype=dtype)
-
-    formula = partial(weight_norm, multiply=torch.nn.functional.linear)
-    assert_exact(draw, formula, ("weight", "scale", "bias"), dtype)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -556,43 +429,7 @@ def test_an_ensemble_by_vmap_and_never_stale(training):
                 assert_within(_with(layer, one), x, outputs[k], expected, 2 * 37, 2**-23)
 
 
-def test_input_mean_norm_under_func():
-    layer, x = nn.InputMeanNorm(4, dtype=torch.float64), torch.randn(3, 5, 4, 2, dtype=torch.float64)
-    buffers = {name: buffer.expand(3, *buffer.shape).clone() for name, buffer in layer.named_buffers()}
-    call = partial(torch.func.functional_call, layer)
-    output = torch.vmap(call)(buffers, (x,))
-    assert torch.equal(output, torch.stack([copy.deepcopy(layer)(sample) for sample in x]))
-    torch.testing.assert_close(buffers["running_mean"], 0.01 * x.mean((1, 3)), rtol=0, atol=8 * EPS)
-
-    def loss(x, buffers):
-        return call(buffers, (x,)).pow(3).sum()
-
-    one = {name: buffer[0] for name, buffer in buffers.items()}
-    gradient = torch.func.grad(loss)(x[0], one)
-    squares = 3 * (x[0] - x[0].mean((0, 2), keepdim=True)).square()
-    torch.testing.assert_close(gradient, squares - squares.mean((0, 2), keepdim=True), rtol=0, atol=200 * EPS)
-
-
 # ---- From a trained layer -------------------------------------------------------------------------------------------
-
-
-def trained_linear(in_features, out_features=40, bias=True):
-    """Weights of every sign pattern, the last two components among them, and of lengths from 1e-200 to 1e200."""
-    layer = torch.nn.Linear(in_features, out_features, bias, dtype=torch.float64)
-    with torch.no_grad():
-        torch.nn.init.normal_(layer.weight)
-        layer.weight.mul_(10.0 ** torch.linspace(-200, 200, out_features, dtype=torch.float64)[:, None])
-        if bias:
-            layer.bias.normal_().mul_(layer.weight.norm(dim=1).clamp(1e-150, 1e150))
-        signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=min(2, in_features))), dtype=torch.float64)
-        layer.weight[: len(signs), -signs.shape[1] :] = layer.weight[: len(signs), -signs.shape[1] :].abs() * signs
-    return layer
-
-
-def assert_rows_close(actual, expected, fan_in, bias=None):
-    """Every angle is off by a few ulp of pi, so a direction by sqrt(m) of them at most: relative to its length."""
-    length = expected.abs().amax(-1, keepdim=True)
-    assert ((actual - expected).abs() <= 32 * math.sqrt(fan_in) * EPS * length).all()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -657,36 +494,6 @@ def test_a_trained_convolution_keeps_its_function(rank, options):
     for made in (layer, relu, normed):
         assert not made.training
         assert plain.extra_repr() == made.extra_repr().partition(", activation")[0]
-
-
-def test_weight_norm_begins_as_the_plain_layer():
-    for (layer, x), plain in zip(
-        layers()[6:],
-        [
-            torch.nn.Linear(6, 5),
-            torch.nn.Conv1d(4, 6, 3),
-            torch.nn.Conv2d(4, 6, 3, groups=2),
-            torch.nn.Conv3d(4, 6, (1, 2, 3)),
-        ],
-        strict=True,
-    ):
-        for reset in (layer, plain):
-            torch.manual_seed(7)
-            reset.reset_parameters()
-        assert torch.equal(layer.weight, plain.weight)
-        assert torch.equal(layer.bias, plain.bias)
-        # 36 products below 5, a handful of roundings in every weight.
-        torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=36 * 5 * 8 * 2**-23)
-
-
-@pytest.mark.parametrize("length", [1e-300, 1e-30, 1.0, 1e30, 1e300])
-def test_a_trained_layer_with_weight_norm_keeps_its_function(length):
-    plain = torch.nn.Linear(7, 5, dtype=torch.float64)
-    torch.nn.init.normal_(plain.weight, 0, length)
-    layer = nn.WeightNormLinear.from_linear(plain)
-    assert torch.equal(layer.weight, plain.weight)
-    assert torch.equal(layer.bias, plain.bias)
-    assert_rows_close(layer.effective_weight(), plain.weight, 7)
 
 
 def test_zero_rows_of_a_trained_layer():
@@ -1131,155 +938,6 @@ def test_a_traced_layer_keeps_no_weight():
             assert_within(layer, x, program(x), layer(x), 2 * 37, 2**-23)
 
 
-# ---- Input mean norm ------------------------------------------------------------------------------------------------
-
-SHAPES = [(6, 4), (6, 4, 5), (3, 4, 2, 5), (2, 4, 2, 3, 2), (1, 4)]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_input_mean_norm_is_its_formula(shape):
-    layer = nn.InputMeanNorm(4, momentum=0.25, dtype=torch.float64)
-    x = torch.randn(shape, dtype=torch.float64) + 3
-    dims = [0, *range(2, len(shape))]
-    # 24 numbers below 8 are summed, in two orders.
-    tolerance = 2 * 24 * 8 * EPS
-    torch.testing.assert_close(layer(x), x - x.mean(dims, keepdim=True), rtol=0, atol=tolerance)
-    per_channel = (-1, *(1,) * (len(shape) - 2))
-    torch.testing.assert_close(layer.running_mean, 0.25 * x.mean(dims), rtol=0, atol=tolerance)
-    expected = x - layer.running_mean.view(per_channel)
-    assert torch.equal(layer.eval()(x), expected)
-    assert layer.num_batches_tracked == 1
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("training", [True, False])
-def test_input_mean_norm_derivatives(training, shape):
-    layer = nn.InputMeanNorm(4, dtype=torch.float64).train(training)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, x)
-    assert torch.autograd.gradgradcheck(layer, x)
-    grad_output = torch.randn(shape, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(layer(x), x, grad_output)
-    dims = [0, *range(2, len(shape))]
-    expected = grad_output - grad_output.mean(dims, keepdim=True) if training else grad_output
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=2 * 24 * 8 * EPS)
-
-
-def test_running_means_decay():
-    decaying, average = nn.InputMeanNorm(3, dtype=torch.float64), nn.InputMeanNorm(3, None, dtype=torch.float64)
-    batches = torch.randn(50, 8, 3, dtype=torch.float64) + torch.tensor([1.0, -2.0, 5.0], dtype=torch.float64)
-    for batch in batches:
-        decaying(batch), average(batch)
-    weights = 0.01 * 0.99 ** torch.arange(49, -1, -1, dtype=torch.float64)
-    # 50 steps of a few roundings of numbers below 8.
-    tolerance = 50 * 4 * 8 * EPS
-    torch.testing.assert_close(decaying.running_mean, weights @ batches.mean(1), rtol=0, atol=tolerance)
-    torch.testing.assert_close(average.running_mean, batches.mean((0, 1)), rtol=0, atol=tolerance)
-    as_torch = torch.nn.BatchNorm1d(3, momentum=None, dtype=torch.float64)
-    for batch in batches:
-        as_torch(batch)
-    torch.testing.assert_close(average.running_mean, as_torch.running_mean, rtol=0, atol=tolerance)
-    for layer in (decaying, average):
-        assert layer.num_batches_tracked == 50
-        assert layer.num_batches_tracked.dtype == torch.int64
-        before = layer.running_mean.clone()
-        layer.eval()(batches[0] + 100)
-        assert torch.equal(layer.running_mean, before)
-        for reset in (layer.reset_running_stats, layer.reset_parameters):
-            layer.train()(batches[0])
-            reset()
-            assert not layer.running_mean.any()
-            assert layer.num_batches_tracked == 0
-    assert not list(decaying.parameters())
-
-
-@pytest.mark.parametrize("momentum", [0, 1])
-def test_extreme_momenta(momentum):
-    layer, x = nn.InputMeanNorm(2, momentum), torch.randn(5, 2)
-    layer(x)
-    assert torch.equal(layer.running_mean, momentum * x.mean(0))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_inputs_are_averaged_in_float32(dtype):
-    """100,000 numbers near 1000: their sum is no number of float16, and none of bfloat16 moves on beside it."""
-    x = (torch.randn(50_000, 2) + 1000).to(dtype)
-    exact_mean = x.double().mean(0)
-    for layer in (nn.InputMeanNorm(2, 1.0), nn.InputMeanNorm(2, 1.0, dtype=dtype), nn.InputMeanNorm(2, 1.0).to(dtype)):
-        assert layer.running_mean.dtype == torch.float32
-        output = layer(x)
-        assert output.dtype == dtype
-        exact = x.double() - exact_mean
-        # The mean's rounding in float32, then one to dtype.
-        allowed = 8 * 1000 * 2**-23 + torch.finfo(dtype).eps * exact.abs()
-        assert ((output.double() - exact).abs() <= allowed).all()
-        assert (layer.running_mean.double() - exact_mean).abs().max() <= 8 * 1000 * 2**-23
-        with torch.no_grad():
-            assert ((layer.eval()(x).double() - exact).abs() <= allowed).all()
-
-
-def test_a_running_mean_of_a_16_bit_model_still_moves():
-    """1 % of a small difference is less than half an ulp of bfloat16."""
-    model = torch.nn.Sequential(nn.InputMeanNorm(1)).bfloat16()
-    model[0].running_mean.fill_(1.0)
-    for _ in range(700):
-        model(torch.full((2, 1), 1.25, dtype=torch.bfloat16))
-    # 0.25 x 0.99^700 = 2.2e-4, and 700 roundings.
-    assert abs(model[0].running_mean.item() - 1.25) < 2.2e-4 + 700 * 2**-24
-    assert model.double()[0].running_mean.dtype == torch.float64
-
-
-def test_input_mean_norm_keeps_the_memory_format():
-    layer = nn.InputMeanNorm(4)
-    for dtype in (torch.float32, torch.bfloat16):
-        for x, layout in [
-            (torch.randn(2, 4, 3, 5), torch.channels_last),
-            (torch.randn(2, 4, 3, 5, 2), torch.channels_last_3d),
-        ]:
-            x = x.to(dtype)
-            for training in (True, False):
-                layer.train(training)
-                assert layer(x.to(memory_format=layout)).is_contiguous(memory_format=layout)
-                assert layer(x).is_contiguous()
-                # The same numbers, summed in another order: 60 below 5.
-                moved = layer(x.to(memory_format=layout))
-                layer.running_mean.fill_(0.5)
-                atol = 2 * 60 * 5 * 2**-23 + (0 if dtype == torch.float32 else 5 * 2**-8)
-                if training:
-                    torch.testing.assert_close(moved, layer(x), rtol=0, atol=atol)
-    transposed = torch.randn(5, 4, 6).mT[:, :4]
-    expected = transposed - transposed.mean((0, 2), keepdim=True)
-    torch.testing.assert_close(layer.train()(transposed), expected, rtol=0, atol=2 * 20 * 5 * 2**-23)
-
-
-def test_an_empty_batch_moves_no_statistics():
-    for momentum in (0.01, None):
-        layer = nn.InputMeanNorm(4, momentum)
-        layer(torch.randn(3, 4, 2))
-        before = copy.deepcopy(layer.state_dict())
-        for shape in ((0, 4), (0, 4, 2), (3, 4, 0)):
-            x = torch.randn(shape, requires_grad=True)
-            output = layer(x)
-            assert output.shape == shape
-            output.sum().backward()
-            assert x.grad.shape == shape
-        assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
-
-
-def test_input_mean_norm_has_state():
-    layer, x = nn.InputMeanNorm(4), torch.randn(3, 4, 2)
-    layer(x), layer(2 * x)
-    assert list(layer.state_dict()) == ["running_mean", "num_batches_tracked"]
-    loaded = nn.InputMeanNorm(4, device="meta").to_empty(device="cpu")
-    loaded.load_state_dict(layer.state_dict())
-    for other in (loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other.num_batches_tracked == 2
-        assert torch.equal(other.eval()(x), copy.deepcopy(layer).eval()(x))
-        other.train()(x)
-        assert layer.num_batches_tracked == 2
-    assert nn.InputMeanNorm(4, device="meta")(x.to("meta")).is_meta
-
-
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 ERRORS = [
@@ -1292,18 +950,6 @@ ERRORS = [
     (lambda: nn.GmPConv2d(3, 4, 3, groups=2), ValueError, "in_channels must be divisible by groups"),
     (lambda: nn.WeightNormConv2d(3, 4, 3, padding="some"), ValueError, "padding"),
     (lambda: nn.GmPConv2d(3, 4, 3, colour="red"), TypeError, "colour"),
-    (lambda: nn.InputMeanNorm(4, momentum=1.5), ValueError, "InputMeanNorm: momentum is 1.5; expected 0 to 1"),
-    (lambda: nn.InputMeanNorm(4, momentum=-0.1), ValueError, "InputMeanNorm: momentum is -0.1"),
-    (lambda: nn.InputMeanNorm(4, momentum="0.1"), TypeError, "InputMeanNorm: momentum is a str"),
-    (
-        lambda: nn.InputMeanNorm(4)(torch.randn(2, 5, 4)),
-        ValueError,
-        r"InputMeanNorm: input has shape \(2, 5, 4\); expected \(N, 4, \*\)",
-    ),
-    (lambda: nn.InputMeanNorm(4)(torch.randn(4)), ValueError, r"input has shape \(4,\)"),
-    (lambda: nn.InputMeanNorm(4)(torch.randn(2, 4).double()), TypeError, "input is torch.float64; expected float32, b"),
-    (lambda: nn.InputMeanNorm(4).double()(torch.randn(2, 4)), TypeError, "expected torch.float64, for running_mean"),
-    (lambda: nn.InputMeanNorm(4)(torch.ones(2, 4, dtype=torch.int64)), TypeError, "input is torch.int64"),
     (lambda: nn.gmp_parameter_groups(torch.nn.Linear(2, 2), -1.0), ValueError, "gmp_parameter_groups: lr is -1.0"),
     (lambda: nn.gmp_parameter_groups(torch.nn.Linear(2, 2), 0.1, math.nan), ValueError, "weight_decay is nan"),
     (lambda: nn.gmp_parameter_groups(torch.nn.Linear(2, 2), "1"), TypeError, "lr is a str"),
@@ -1335,13 +981,6 @@ def test_inputs_that_do_not_fit(layer, op, inference):
             layer(torch.randn(2, 3).double())
         with pytest.raises(TypeError, match=f"{op}: x is a list"):
             layer([1.0, 2.0, 3.0])
-
-
-def test_a_refused_input_moves_no_statistics():
-    layer = nn.InputMeanNorm(4)
-    with pytest.raises(ValueError, match="input has shape"):
-        layer(torch.randn(2, 3))
-    assert layer.num_batches_tracked == 0
 
 
 # ---- Parameter groups -----------------------------------------------------------------------------------------------
@@ -1486,14 +1125,6 @@ def test_parameters_of_another_kind_are_refused_in_every_mode(make, training):
         module.radius.data = radius[:1]
         with pytest.raises(ValueError, match=r"radius has shape \(1,\); expected \(4,\)"):
             module(x)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_bias_that_would_be_broadcast_is_refused(training):
-    module = nn.WeightNormLinear(3, 4).train(training)
-    module.bias = torch.nn.Parameter(torch.ones(1))
-    with torch.no_grad(), pytest.raises(ValueError, match=r"bias has shape \(1,\); expected \(4,\)"):
-        module(torch.randn(2, 3))
 
 
 def test_eval_rounds_under_autocast_as_training_does():

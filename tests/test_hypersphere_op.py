@@ -9,8 +9,6 @@ rows, uniform on the sphere, where nothing else is said.
 import itertools
 import math
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +17,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import as_exact, assert_by_the_rule, evaluate, hostile_layouts, needs_more_digits, saved_tensors, threads
 from sanitize.harness import EAGER_WITHOUT_FMA
+from support.unit_ops import (
+    DTYPES,
+    FUSED,
+    LAYERS,
+    NARROW,
+    OPS,
+    ROW_OPS,
+    ROWS,
+    SIZES,
+    WIDE,
+    assert_op,
+    count_draws,
+    draw_direction,
+    draw_gmp,
+    draw_normalize,
+    draw_weight_norm,
+    exact_direction,
+    for_multiplier,
+    normal,
+    uniform_angles,
+)
 from test_orthogonal_filter_proof import IN_SUBPROCESS, between_guards, in_a_process
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -30,211 +49,11 @@ from lcw_ops.ops import backends, hypersphere
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel", "one_thread")
 
-NARROW = [torch.float32, torch.bfloat16, torch.float16]
-DTYPES = [*NARROW, torch.float64]
-# On both sides of the samples up to which directions are made inside the product.
-FUSED = hypersphere.few_samples("cpp")
-ROWS = [0, 1, 2, 7, 8, FUSED - 1, FUSED, FUSED + 1, 64, 65, 200]
-# (n, m): one unit, no angles, one, around a vector, primes, filters of 128 and 512 channels.
-SIZES = [(1, 1), (5, 1), (1, 2), (6, 2), (1, 3), (7, 7), (3, 8), (2, 9), (13, 17), (31, 64), (5, 129), (67, 101)]
-# Errors of a row are one random walk: many rows, or luck decides.
-WIDE = [(16, 1152), (16, 4608)]
-# Draws of a result are pooled until there are so many numbers, up to so many draws.
-POOLED, MOST_DRAWS = 32, 8
-# Pre-activations nearer to 0 than this may fall on either side of it when they or directions are rounded to 16 bits.
-KINK = 2**-6
-
 
 @pytest.fixture
 def compiled_kernel():
     with lcw_ops.use_backend("cpp"):
         yield
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def per_unit(n, dtype):
-    """Lengths of any sign, none so small that the result's scale is another unit's, none so large."""
-    return ((torch.rand(n, dtype=torch.float64) + 0.5) * torch.randn(n).sign()).to(dtype)
-
-
-def uniform_angles(n, m, dtype=torch.float32):
-    return reference.hypersphere_angles(normal(n, m, dtype=torch.float64)).to(dtype)
-
-
-def count_draws(*shape):
-    return min(MOST_DRAWS, 1 + POOLED // max(1, math.prod(shape)))
-
-
-# ---- The exact formulas, in numpy -----------------------------------------------------------------------------------
-
-
-def exact_direction(t):
-    ones = np.ones((len(t), 1), t.dtype)
-    products = np.concatenate([ones, np.cumprod(np.sin(t), axis=1)], axis=1)
-    return products * np.concatenate([np.cos(t), ones], axis=1)
-
-
-def exact_direction_backward(g, t):
-    """The recurrence of the definition, from the last angle to the first."""
-    sine, cosine, g = np.sin(t).T, np.cos(t).T, g.T
-    gradient, tail = np.empty_like(sine), g[-1]
-    for k in reversed(range(len(sine))):
-        gradient[k] = cosine[k] * tail - sine[k] * g[k]
-        tail = cosine[k] * g[k] + sine[k] * tail
-    return gradient.T * np.concatenate([np.ones((t.shape[0], 1), t.dtype), np.cumprod(sine.T, axis=1)], axis=1)[:, :-1]
-
-
-def unit_rows(weight):
-    length = np.sqrt((weight * weight).sum(1, keepdims=True))
-    length[length == 0] = np.inf
-    return weight / length, length
-
-
-def exact_normalize(weight, scale):
-    return scale[:, None] * unit_rows(weight)[0]
-
-
-def exact_normalize_backward(g, weight, scale):
-    unit, length = unit_rows(weight)
-    grad_scale = (g * unit).sum(1)
-    return scale[:, None] * (g - grad_scale[:, None] * unit) / length, grad_scale
-
-
-def exact_gmp(arguments, grad_output, relu):
-    x, t, radius, location, grad = (as_exact(tensor) for tensor in (*arguments.values(), grad_output))
-    direction = exact_direction(t)
-    z = x @ direction.T + location
-    activated = np.where(z > 0, z, 0) if relu else z
-    grad_z = radius * grad * ((z > 0) if relu else 1)
-    return {
-        "output": radius * activated,
-        "x": grad_z @ direction,
-        "angles": exact_direction_backward(grad_z.T @ x, t),
-        "radius": (grad * activated).sum(0),
-        "location": grad_z.sum(0),
-    }
-
-
-def exact_weight_norm(arguments, grad_output):
-    tensors = (arguments["x"], arguments["weight"], arguments["scale"], grad_output)
-    x, weight, scale, grad = (as_exact(tensor) for tensor in tensors)
-    normalised = exact_normalize(weight, scale)
-    grad_weight, grad_scale = exact_normalize_backward(grad.T @ x, weight, scale)
-    exact = {"output": x @ normalised.T, "x": grad @ normalised, "weight": grad_weight, "scale": grad_scale}
-    if "bias" in arguments:
-        exact["output"] = exact["output"] + as_exact(arguments["bias"])
-        exact["bias"] = grad.sum(0)
-    return exact
-
-
-# ---- The four functions: ours, plain and exact ----------------------------------------------------------------------
-
-
-class Op(NamedTuple):
-    ours: Callable
-    plain: Callable
-    exact: Callable
-    # (n, m, dtype, rows) -> arguments by name, gradient of the result
-    draw: Callable
-
-
-def draw_direction(n, m, dtype, rows=0):
-    return {"angles": uniform_angles(n, m, dtype)}, normal(n, m, dtype=dtype)
-
-
-def draw_normalize(n, m, dtype, rows=0):
-    return {"weight": normal(n, m, dtype=dtype), "scale": per_unit(n, dtype)}, normal(n, m, dtype=dtype)
-
-
-def draw_gmp(n, m, dtype, rows):
-    arguments = {
-        "x": normal(rows, m, dtype=dtype),
-        "angles": uniform_angles(n, m, dtype),
-        "radius": per_unit(n, dtype),
-        "location": normal(n, dtype=dtype),
-    }
-    return arguments, normal(rows, n, dtype=dtype)
-
-
-def draw_gmp_relu(n, m, dtype, rows):
-    arguments, grad_output = draw_gmp(n, m, dtype, rows)
-    double = {name: tensor.double() for name, tensor in arguments.items()}
-    z = reference.gmp_linear(double["x"], double["angles"], torch.ones(n).double(), double["location"])
-    return arguments, grad_output.masked_fill(z.abs() < KINK, 0)
-
-
-def draw_weight_norm(n, m, dtype, rows):
-    arguments = {
-        "x": normal(rows, m, dtype=dtype),
-        "weight": normal(n, m, dtype=dtype),
-        "scale": per_unit(n, dtype),
-        "bias": normal(n, dtype=dtype),
-    }
-    # Both forms in turn.
-    if (rows + n + m) % 2:
-        del arguments["bias"]
-    return arguments, normal(rows, n, dtype=dtype)
-
-
-def plain_weight_norm(x, weight, scale, bias=None):
-    return torch.nn.functional.linear(x, reference.normalize_scale(weight, scale), bias)
-
-
-def rows_of(exact, exact_backward):
-    """The exact result and gradients of a function of rows."""
-
-    def by_name(arguments, grad_output):
-        values = [as_exact(tensor) for tensor in arguments.values()]
-        gradients = exact_backward(as_exact(grad_output), *values)
-        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-        return {"output": exact(*values), **dict(zip(arguments, gradients, strict=True))}
-
-    return by_name
-
-
-ROW_OPS = {
-    "direction": Op(
-        F.hypersphere_direction,
-        reference.hypersphere_direction,
-        rows_of(exact_direction, exact_direction_backward),
-        draw_direction,
-    ),
-    "normalize": Op(
-        F.normalize_scale, reference.normalize_scale, rows_of(exact_normalize, exact_normalize_backward), draw_normalize
-    ),
-}
-LAYERS = {
-    "gmp": Op(F.gmp_linear, reference.gmp_linear, lambda a, g: exact_gmp(a, g, False), draw_gmp),
-    "gmp relu": Op(
-        lambda x, angles, radius, location: F.gmp_linear(x, angles, radius, location, "relu"),
-        lambda x, angles, radius, location: reference.gmp_linear(x, angles, radius, location, "relu"),
-        lambda a, g: exact_gmp(a, g, True),
-        draw_gmp_relu,
-    ),
-    "weight norm": Op(F.weight_norm_linear, plain_weight_norm, exact_weight_norm, draw_weight_norm),
-}
-OPS = ROW_OPS | LAYERS
-
-
-def assert_op(what, op, calls, given=lambda arguments, grad_output: (arguments, grad_output)):
-    """``given`` says in which memory layout the kernel gets the arguments."""
-    results = []
-    for arguments, grad_output in calls:
-        laid_out, grad_laid_out = given(arguments, grad_output)
-        actual = evaluate(op.ours, laid_out, grad_laid_out)
-        results.append((actual, evaluate(op.plain, arguments, grad_output), op.exact(arguments, grad_output)))
-    for name in results[0][2]:
-        actual, eager, exact = ([result[name] for result in by_kind] for by_kind in zip(*results, strict=True))
-        assert actual[0].dtype == calls[0][1].dtype
-        assert_by_the_rule(f"{what}: {name}", actual, eager, exact)
-
-
-def for_multiplier(multiplier, all_rows):
-    """Few samples are multiplied where their rows are made, so torch is asked about the others only."""
-    return [rows for rows in all_rows if multiplier == "own" or rows > FUSED]
 
 
 # ---- The result and every gradient ----------------------------------------------------------------------------------
@@ -1370,9 +1189,10 @@ def test_sparse_and_nested_tensors_and_other_devices(op):
 
 
 def test_a_backend_that_cannot_run_says_so():
-    for op in OPS.values():
+    for name, op in OPS.items():
         arguments, _ = op.draw(3, 4, torch.float32, 5)
-        words = "hypersphere_direction has no cuda kernel"
+        stem = "normalize_scale" if name in ("normalize", "weight norm") else "hypersphere_direction"
+        words = f"{stem} has no cuda kernel"
         with lcw_ops.use_backend("cuda"), pytest.raises(lcw_ops.BackendError, match=words):
             op.ours(**arguments)
 
@@ -1586,84 +1406,6 @@ def test_a_layer_without_gradients_keeps_no_activations(monkeypatch):
     assert kept == [0, 6, 0]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size", "scale"), [(torch.float16, 1e-4, 100.0), (torch.float32, 1e-9, 1e35), (torch.float32, 1e9, 1e-30)]
-)
-def test_a_scale_far_from_the_rows_length_overflows_nothing(dtype, size, scale):
-    """The gradient of x is finite where the normalised weight is, although scale / length is not."""
-    weight = (size * normal(5, 64, dtype=torch.float64)).to(dtype)
-    scales = torch.full((5,), scale, dtype=dtype)
-    for rows in (FUSED, FUSED + 1):
-        x, cotangent = normal(rows, 64, dtype=dtype).requires_grad_(), normal(rows, 5, dtype=dtype)
-        result = F.weight_norm_linear(x, weight.requires_grad_(), scales)
-        grad_x, _ = torch.autograd.grad(result, (x, weight), cotangent)
-        exact = cotangent.double() @ reference.normalize_scale(weight.double(), scales.double())
-        # Both factors and the result are rounded, five terms are added.
-        error = (grad_x.double() - exact).abs().max()
-        assert error <= 8 * torch.finfo(dtype).eps * exact.abs().max()
-
-
-# Samples of every way to compute a layer of 400 inputs: few, the last of them, up to a quarter of the inputs, and more.
-WAYS = (2, 64, 65, 101)
-
-
-@pytest.mark.usefixtures("every_multiplier")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_weight_norm_of_huge_inputs_overflows_only_where_its_result_does(dtype):
-    """Products with rows that are longer than their scale may be infinite where the output is not."""
-    m = 400
-    for rows in WAYS:
-        weight = (100 * normal(6, m, dtype=torch.float64)).to(dtype)
-        scale, bias = torch.ones(6, dtype=dtype), normal(6, dtype=dtype)
-        x = normal(rows, m, dtype=torch.float64).to(dtype)
-        # About 0.3 of the largest number as y; q is a thousand times that.
-        x[1] *= 0.3 * torch.finfo(dtype).max / x[1].abs().max()
-        output = F.weight_norm_linear(x, weight, scale, bias)
-        assert output.isfinite().all(), rows
-        direction = as_exact(weight) / np.linalg.norm(as_exact(weight), axis=1, keepdims=True)
-        exact = as_exact(x) @ direction.T + as_exact(bias)
-        size = np.abs(as_exact(x)) @ np.abs(direction.T) + np.abs(as_exact(bias))
-        # m terms added in any order; in 16 bits the row, the product and the result are rounded as well.
-        digits = 2.0**-24 if dtype == torch.bfloat16 else torch.finfo(dtype).eps
-        rounded = 3 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
-        assert (np.abs(as_exact(output) - exact) <= (m * digits + rounded) * size).all(), rows
-
-
-@pytest.mark.usefixtures("every_multiplier")
-@pytest.mark.parametrize("length", [1e-30, 1e-6, 1e6, 1e30])
-def test_one_row_of_another_length_changes_no_result_by_more_than_roundings(length):
-    """However it is computed: a row far from 1 sends the layer another way."""
-    for rows in WAYS:
-        arguments, grad_output = draw_weight_norm(5, 400, torch.float32, rows)
-        changed = {**arguments, "weight": arguments["weight"].clone()}
-        changed["weight"][2] *= length / changed["weight"][2].norm()
-        exact = exact_weight_norm(changed, grad_output)
-        actual = evaluate(F.weight_norm_linear, changed, grad_output)
-        eager = evaluate(plain_weight_norm, changed, grad_output)
-        for name in ("output", "x", "scale"):
-            assert_by_the_rule(f"{name}, {rows} samples", [actual[name]], [eager[name]], [exact[name]])
-        for unit in range(5):
-            one, other, right = (result["weight"][unit] for result in (actual, eager, exact))
-            assert_by_the_rule(f"weight {unit}, {rows} samples", [one], [other], [right])
-
-
-@pytest.mark.usefixtures("every_multiplier")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_gradients_of_weight_norm_overflow_only_where_they_must(dtype):
-    """A factor scale / length far above 1, or a long row, takes no finite gradient beyond the range of numbers."""
-    m, largest = 400, torch.finfo(dtype).max
-    for rows, length, size in itertools.product(WAYS, (3e-5, 6e4), (largest / 1e4, 1.0)):
-        weight = normal(5, m, dtype=torch.float64)
-        weight = (weight * length / weight.norm(dim=1, keepdim=True)).to(dtype)
-        arguments = {"x": normal(rows, m, dtype=dtype), "weight": weight, "scale": torch.ones(5, dtype=dtype)}
-        grad_output = (normal(rows, 5, dtype=torch.float64) * size / 1e3).to(dtype)
-        exact = exact_weight_norm(arguments, grad_output)
-        result = evaluate(F.weight_norm_linear, arguments, grad_output)
-        for name in ("x", "weight", "scale"):
-            is_in_range = np.abs(exact[name]) < float(largest) / 4
-            assert result[name].isfinite().numpy()[is_in_range].all(), (name, rows, length, size)
-
-
 def test_no_gradient_is_a_view():
     """User code changes and detaches what autograd gives."""
     for layer in LAYERS.values():
@@ -1674,24 +1416,6 @@ def test_no_gradient_is_a_view():
             for name, gradient in zip(leaves, gradients, strict=True):
                 assert not gradient._is_view(), (name, rows)
                 gradient.mul_(torch.ones((), requires_grad=True)).detach_()
-
-
-@pytest.mark.usefixtures("every_multiplier")
-def test_pruned_units_send_no_other_unit_another_way():
-    """A row of zeros, or a scale near zero, is a number like others: the rest of the layer keeps its bits."""
-    others = [0, 2, 4]
-    for rows, dtype in itertools.product(WAYS, (torch.float32, torch.bfloat16)):
-        arguments, grad_output = draw_weight_norm(5, 400, dtype, rows)
-        clean = evaluate(F.weight_norm_linear, arguments, grad_output)
-        pruned = {name: tensor.clone() for name, tensor in arguments.items()}
-        pruned["weight"][1], pruned["scale"][3] = 0, 1e-12
-        result = evaluate(F.weight_norm_linear, pruned, grad_output)
-        assert torch.equal(result["output"][:, others], clean["output"][:, others]), rows
-        bias = arguments["bias"] if "bias" in arguments else torch.zeros(5, dtype=dtype)
-        assert torch.equal(result["output"][:, 1], bias[1].expand(rows))
-        for name in ("weight", "scale"):
-            assert torch.equal(result[name][others], clean[name][others]), (name, rows)
-            assert not result[name][1].any()
 
 
 def test_angles_get_the_same_gradient_in_the_rows_memory():
@@ -1714,3 +1438,10 @@ def test_angles_get_the_same_gradient_in_the_rows_memory():
             assert grad_angles.is_contiguous()
             assert grad_angles.shape == angles.shape
             assert (grad_angles - expected).abs().max() <= bound, (n, m, count)
+
+
+def test_python_asks_the_kernel_how_few_samples_are_few():
+    """The number stands in the kernel alone. A compiled program takes it as a constant."""
+    assert torch.ops.lcw_ops.gmp_linear_few_samples.cpp() == hypersphere.few_samples("cpp") == FUSED
+    compiled = torch.compile(lambda x: x * hypersphere.few_samples("cpp"), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(1)).item() == FUSED

@@ -454,7 +454,7 @@ def test_rnn_parameter_count_is_the_papers():
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, alpha=math.inf), ValueError, "alpha is inf"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, activation="gelu"), ValueError, "activation is 'gelu'"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, segment=0), ValueError, "segment is 0"),
-        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, segment=2.5), TypeError, "segment is 2.5, expected an int"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, segment=2.5), TypeError, "segment is 2.5; expected an int"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta="a"), TypeError, "beta is str"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=torch.ones(3)), ValueError, r"beta has shape \(3,\)"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=torch.ones(2, 1)), ValueError, r"beta has shape \(2, 1\)"),

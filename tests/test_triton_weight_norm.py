@@ -23,8 +23,8 @@ from support.triton_layers import (
 from support.triton_process import import_kernels, multiply_bfloat16
 
 from lcw_ops import reference
-from lcw_ops.ops import hypersphere as op
 from lcw_ops.ops import library
+from lcw_ops.ops import weight_norm as op
 
 kernels = import_kernels("weight_norm", op.NAME)
 

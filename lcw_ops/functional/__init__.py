@@ -1,4 +1,4 @@
-"""The public functions: one autograd boundary per hot path. Everything is validated here, once."""
+"""The public functions, one file per stem: they check their arguments once, choose a backend and call the op."""
 
 from lcw_ops.functional.gradient_activation import gradient_activation_
 from lcw_ops.functional.hypersphere import gmp_linear, hypersphere_angles, hypersphere_direction
@@ -19,6 +19,6 @@ __all__ = [
     "weight_norm_linear",
 ]
 
-# Three files have the name of a function in them. Pickles and traced programs name a function by its public path.
+# Pickles and traced programs name a function by its public path. Two of the files have the name of a function in them.
 for _name in __all__:
     globals()[_name].__module__ = __name__

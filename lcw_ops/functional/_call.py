@@ -1,52 +1,70 @@
 """The first steps that the functions of several stems share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from lcw_ops import _checks
+from lcw_ops import _checks, _torch
 from lcw_ops.ops import backends
 
-CPU = torch.device("cpu")
 
+def try_kernel_then_explain(
+    op: str, kernel: Callable[..., Tensor], check: Callable, tensors: tuple, arguments: tuple
+) -> Tensor | None:
+    """Call the C++ kernel at once, and check the arguments only if it refuses them.
 
-def is_plain_call(op, *tensors) -> bool:
-    """Whether the CPU's kernel is called and nothing stands between: no autocast, transform, compiler or request."""
+    For a small layer the checks would take as long as the kernel, whose own guards are enough to be safe.
+
+    Args:
+        op: the name by which the backend is chosen.
+        kernel: takes the arguments and the backend's name.
+        check: takes the arguments, and raises an error that says what is wrong with them.
+        tensors: the arguments that must be tensors.
+        arguments: all of them.
+
+    Returns:
+        The kernel's result. None, without a call, if anything comes between: a tensor subclass or a function mode,
+        torch.compile, a transform, autocast, another device or another backend.
+    """
+    if torch.compiler.is_compiling() or _torch.may_be_overridden(*arguments) or _torch.in_functorch():
+        return None
     for tensor in tensors:
         if not (isinstance(tensor, Tensor) and tensor.is_cpu):
-            return False
-    return (
-        not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
-        and backends.choose(op, CPU) == "cpp"
-    )
+            return None
+    if torch.is_autocast_enabled("cpu") or not backends.is_cpp_chosen(op):
+        return None
+    try:
+        return kernel(*arguments, "cpp")
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        check(*arguments)
+        raise
 
 
-def check_layer(op: str, **tensors: Tensor) -> bool:
-    """Dtypes, layouts and devices; x comes first. Returns whether autocast, which takes any dtypes, is on."""
+def check_layer(function: str, **tensors: Tensor) -> bool:
+    """Check dtypes, layouts and devices of a layer's arguments; x comes first. None of them may be None.
+
+    Returns whether autocast is on. It takes tensors of any floating dtypes.
+    """
     x = tensors["x"]
     # Autocast does not know the meta device.
     autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
     for name, tensor in tensors.items():
-        _checks.accumulation_dtype(op, **{name: tensor})
-    # Autocast leaves float64 as it is.
-    if not autocast or any(tensor.dtype == torch.float64 for tensor in tensors.values()):
-        _checks.accumulation_dtype(op, **tensors)
-    _checks.check_dense(op, **tensors)
-    _checks.check_devices(op, **tensors)
+        if autocast or tensor is None:
+            _checks.accumulation_dtype(function, **{name: tensor})
+    if not autocast:
+        _checks.accumulation_dtype(function, **tensors)
+    _checks.check_dense(function, **tensors)
+    _checks.check_devices(function, **tensors)
     return autocast
 
 
-def check_rows(op: str, name: str, rows: Tensor, expected: str) -> None:
-    _checks.check_shape(op, name, rows, rows.dim() == 2, expected, "Flatten a filter to one row first.")
+def check_float64_alone(function: str, **tensors: Tensor) -> None:
+    """TypeError if float64 meets another dtype: autocast leaves float64 as it is, so the product would fail."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        _checks.accumulation_dtype(function, **tensors)
 
 
-def check_features(op: str, x: Tensor, fan_in: int, which: str) -> None:
-    # A size put into words would compile anew for every size: only a wrong one is.
-    if x.dim() < 1 or x.shape[-1] != fan_in:
-        _checks.check_shape(op, "x", x, False, f"(..., {fan_in}), {which}")
-
-
-def check_per_unit(op: str, name: str, values: Tensor, units: int) -> None:
-    if values.dim() != 1 or values.shape[0] != units:
-        _checks.check_shape(op, name, values, False, f"({units},), one value per unit")
+def without_none(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """The arguments that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

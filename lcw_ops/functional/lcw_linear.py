@@ -1,4 +1,4 @@
-"""Zero-sum weights (LCW): the weight, the layer, and the activation shift that they avoid."""
+"""Weights whose rows sum to zero (LCW): the weight, the layer, and the activation shift that they avoid."""
 
 import contextlib
 
@@ -7,32 +7,32 @@ from torch import Tensor
 
 from lcw_ops import _checks, _torch
 from lcw_ops import reference as _reference
-from lcw_ops.functional._call import is_plain_call
+from lcw_ops.functional._call import check_layer, try_kernel_then_explain, without_none
 from lcw_ops.ops import backends
 from lcw_ops.ops import lcw_linear as _lcw_linear
 
 
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
-    """Rows of zero sum from an unconstrained parameter: inputs of equal means then cause no activation shift.
+    """Rows that sum to zero, from an unconstrained parameter. Inputs of equal means then cause no activation shift.
 
     centred: ``w = u - mean(u)`` over everything but dim 0. basis: ``w = B v`` with Householder's orthonormal basis of
-    the zero-sum vectors, never stored: with s = sqrt(m) and S = sum(v), ``w_j = v_j - S / (s (s + 1))`` for j < m,
-    ``w_m = -S / s``.
-
-    Source: T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster Training of Neural
-    Networks", ECML PKDD 2019, arXiv 2403.13833 (the constraint and the basis form; the centred form is ours).
+    the zero-sum vectors, which is never stored: with s = sqrt(m) and S = sum(v), ``w_j = v_j - S / (s (s + 1))`` for
+    j < m, ``w_m = -S / s``.
 
     Args:
         weight: (n, m, *k), or (n, m - 1) with ``basis``; one row, or filter, per unit. float32, float64, bfloat16 or
-            float16; sums are taken in float32 or wider and the result is rounded once. A channels-last layout is kept.
-        basis: the paper's parametrization.
+            float16. Sums are taken in float32 or wider, and the result is rounded once. A channels-last layout is kept.
+        basis: whether to use the paper's parametrization.
 
     Returns:
         (n, m, *k), or (n, m). A fan-in of 1 leaves only the weight 0: (n, 1) zeros, whatever the parameter.
 
     Raises:
-        TypeError: a dtype that is not floating.
-        ValueError: fewer than 2 dimensions; with ``basis``, other than 2.
+        TypeError: a dtype that is not floating; a sparse or nested tensor.
+        ValueError: fewer than 2 dimensions; with ``basis``, not exactly 2.
+
+    Source: T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster Training of Neural
+    Networks", ECML PKDD 2019, arXiv 2403.13833 (the constraint and the basis form; the centred form is ours).
     """
     arguments = (weight, basis)
     if _torch.is_overridden(*arguments):
@@ -53,21 +53,21 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
 def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: bool = False) -> Tensor:
     """A linear layer whose rows sum to zero: ``x @ lcw_weight(weight, basis).T + bias``.
 
-    A constant added to all features of a sample changes nothing. Source: as :func:`lcw_weight`. The constraint costs a
-    pass over x or over the weight, whichever is smaller: <B v, x> = <v, B^T x>. Rounding errors are therefore relative
-    to |w| |x - mean(x)| or to |w - mean(w)| |x|, those of x's gradient to |grad| |w| or to |grad| |w - mean(w)|. Under
-    autocast it is laid on the weight, before that is rounded.
+    A constant added to all features of a sample changes nothing. The constraint costs one pass over x or over the
+    weight, whichever is smaller: <B v, x> = <v, B^T x>. Rounding errors are therefore relative to |w| |x - mean(x)| or
+    to |w - mean(w)| |x|, those of x's gradient to |grad| |w| or to |grad| |w - mean(w)|. Under autocast the weight is
+    constrained, and rounded after that.
 
-    On a CPU our own kernels or torch's matmul multiply, whichever took less time when a layer of such a size was first
-    met. The answers are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that later runs give the same bits;
-    ``LCW_OPS_MATMUL=own`` or ``torch`` is the answer without measuring. Under ``torch.use_deterministic_algorithms``
-    nothing is measured: up to 16 samples are ours.
+    On a CPU either our own kernels or torch's matmul multiply: the faster one when a layer of this size was first run.
+    The choices are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that later runs give the same bits.
+    ``LCW_OPS_MATMUL=own`` or ``torch`` decides without a measurement. Under ``torch.use_deterministic_algorithms``
+    nothing is measured: our kernels multiply up to 16 samples, torch's matmul more.
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16.
-        weight: (n, m), or (n, m - 1) with ``basis``; x's dtype, or under autocast any.
+        weight: (n, m), or (n, m - 1) with ``basis``; of x's dtype, or under autocast of any.
         bias: (n,), or None.
-        basis: the paper's parametrization, see :func:`lcw_weight`.
+        basis: whether to use the paper's parametrization, see :func:`lcw_weight`.
 
     Returns:
         (..., n), of x's dtype (under autocast: autocast's).
@@ -75,18 +75,17 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
         ValueError: shapes that do not fit.
+
+    Source: as :func:`lcw_weight`.
     """
     arguments = (x, weight, bias, basis)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    output = try_kernel_then_explain(_lcw_linear.NAME, _lcw_linear.fused_linear, _check_lcw_linear, tensors, arguments)
+    if output is not None:
+        return output
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(lcw_linear, *arguments)
-    if is_plain_call(_lcw_linear.NAME, x, weight) and (bias is None or (isinstance(bias, Tensor) and bias.is_cpu)):
-        # Small layers take as long as what is asked about them: the kernel checks, and it is asked after a refusal.
-        try:
-            return _lcw_linear.fused_linear(x, weight, bias, basis, "cpp")
-        except (RuntimeError, TypeError, AttributeError, IndexError):
-            _check_lcw_linear(x, weight, bias, basis)
-            raise
-    autocast = _check_lcw_linear(x, weight, bias, basis)
+    autocast = _check_lcw_linear(*arguments)
     backend = backends.choose(_lcw_linear.NAME, x.device)
     if backend == "reference" and not autocast:
         return _reference.lcw_linear(x, weight, bias, basis)
@@ -99,42 +98,28 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
 
 def _check_lcw_linear(x, weight, bias, basis) -> bool:
-    """Whether autocast, which takes tensors of any dtypes, is on."""
+    """Returns whether autocast is on."""
     op = "lcw_linear"
-    # Autocast does not know the meta device.
-    autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if autocast:
-        for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-            if tensor is not None or name != "bias":
-                _checks.accumulation_dtype(op, **{name: tensor})
-    else:
-        if weight is None:
-            _checks.accumulation_dtype(op, weight=weight)
-        _checks.accumulation_dtype(op, x=x, weight=weight, bias=bias)
-    _checks.check_dense(op, x=x, weight=weight, bias=bias)
+    autocast = check_layer(op, x=x, weight=weight, **without_none(bias=bias))
     if not isinstance(basis, int):
-        raise TypeError(f"{op}: basis is a {type(basis).__name__}; expected True or False.")
-    _checks.check_devices(op, x=x, weight=weight, bias=bias)
-    if weight.dim() != 2:
-        expected = "(n, m-1)" if basis else "(n, m)"
-        _checks.check_shape(op, "weight", weight, False, expected, "Flatten a filter to one row first.")
+        raise TypeError(_checks.describe(op, "basis", f"is a {type(basis).__name__}", "True or False"))
+    _checks.check_rows(op, "weight", weight, "(n, m-1)" if basis else "(n, m)")
     units, fan_in = weight.shape[0], weight.shape[1] + bool(basis)
-    if x.dim() < 1 or x.shape[-1] != fan_in:
-        _checks.check_shape(op, "x", x, False, f"(..., {fan_in}), the weight's fan-in")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != units):
-        _checks.check_shape(op, "bias", bias, False, f"({units},), one value per unit")
+    _checks.check_features(op, x, fan_in, "the weight's fan-in")
+    if bias is not None:
+        _checks.check_per_unit(op, "bias", bias, units)
     return autocast
 
 
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The activation shift of every unit: its mean pre-activation, and the angle between weight and mean activation.
 
-    With mu the mean sample: ``shift = w.mu + b = ||w|| ||mu|| cos(angle) + b``, angle in [0, pi]; the angle to a zero
-    vector is pi / 2: no shift. Source: as :func:`lcw_weight`. Differentiable, in plain torch on every device.
+    With mu the mean sample: ``shift = w.mu + b = ||w|| ||mu|| cos(angle) + b``, angle in [0, pi]. The angle to a zero
+    vector is pi / 2, which means no shift. Differentiable, in plain torch on every device.
 
     Args:
         x: (..., m), the samples; at least one.
-        weight: (n, m), the weight the layer applies; for an LCW layer ``lcw_weight(...)``.
+        weight: (n, m), the weight that the layer applies; for an LCW layer ``lcw_weight(...)``.
         bias: (n,), or None.
 
     Returns:
@@ -143,6 +128,8 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices.
         ValueError: shapes that do not fit, or no samples.
+
+    Source: as :func:`lcw_weight`.
     """
     arguments = (x, weight, bias)
     if _torch.is_overridden(*arguments):
@@ -150,6 +137,6 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     for name, tensor in (("x", x), ("weight", weight)):
         _checks.accumulation_dtype("activation_shift", **{name: tensor})
     _checks.check_devices("activation_shift", x=x, weight=weight, bias=bias)
-    # A diagnosis in the tensors' own digits. Autocast does not know the meta device.
+    # A diagnosis is not rounded to autocast's dtype. Autocast does not know the meta device.
     with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         return _reference.activation_shift(x, weight, bias)

@@ -2,36 +2,44 @@
 
 A unit z = w.a + b with w.1 = 0 has no activation shift: a constant added to all its inputs changes nothing.
 T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster Training of Neural Networks", ECML PKDD
-2019, arXiv 2403.13833. What is trained is unconstrained; a convolution's unit is a filter.
+2019, arXiv 2403.13833. The trained parameter is unconstrained; a convolution's unit is a filter.
 """
 
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
 from lcw_ops import init
+from lcw_ops._checks import describe
 from lcw_ops.nn._derived import DerivedWeight
 
 
 class LCWLinear(nn.Linear):
-    """``nn.Linear`` whose effective weight has rows of zero sum; see :func:`lcw_ops.functional.lcw_linear`.
+    """``nn.Linear`` whose effective weight has rows that sum to zero; see :func:`lcw_ops.functional.lcw_linear`.
 
     Input (..., in_features), output (..., out_features). ``effective_weight()`` is the weight that is applied.
-    Nothing is kept between calls, so nothing can be stale: the constraint is laid on the input or on the weight,
-    whichever is smaller, each time.
+    Nothing is kept between calls, so nothing can be stale: each call applies the constraint to the input or to the
+    weight, whichever is smaller.
 
     Args:
         in_features, out_features, bias, device, dtype: ``nn.Linear``'s.
-        basis: the paper's parametrization, w = B v with ``weight`` = v (out_features, in_features - 1). False is the
-            centred form, w = u - mean(u), whose state_dict is ``nn.Linear``'s, keys and shapes. Under SGD, momentum and
-            L2 both train alike.
+        basis: whether to use the paper's parametrization, w = B v with ``weight`` = v (out_features, in_features - 1).
+            False is the centred form, w = u - mean(u), whose state_dict has the keys and shapes of ``nn.Linear``'s.
+            Both train alike under SGD with momentum and L2.
 
-    Weights begin as :func:`lcw_ops.init.lcw_` draws them for standardised inputs, N(0, 1 / in_features); for deep nets
+    Weights begin as :func:`lcw_ops.init.lcw_` draws them for standardised inputs, N(0, 1 / in_features). In a deep net,
     call it with the activation of the previous layer. The bias begins at 0.
+
+    Raises:
+        ValueError: in a forward pass, an input that does not fit.
+        TypeError: in a forward pass, dtypes or devices that differ.
+
+    Source: T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; the centred form is ours.
     """
 
     def __init__(
@@ -51,7 +59,7 @@ class LCWLinear(nn.Linear):
         _reset_parameters(self)
 
     def effective_weight(self) -> Tensor:
-        """(out_features, in_features), rows of zero sum."""
+        """(out_features, in_features), rows that sum to zero."""
         return F.lcw_weight(self.weight, self.basis)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,19 +70,20 @@ class LCWLinear(nn.Linear):
 
 
 def _takes_arguments_of(plain: type[nn.Module]) -> Callable[[Callable], Callable]:
-    """Says which arguments ``__init__`` takes: to help(), and to torch.nn.utils.skip_init, which looks for device."""
+    """Give ``__init__`` the signature that help() shows, and in which torch.nn.utils.skip_init looks for device."""
 
     def decorate(init: Callable) -> Callable:
         arguments = inspect.signature(plain.__init__)
         basis = inspect.signature(init).parameters["basis"]
-        init.__signature__ = arguments.replace(parameters=[*arguments.parameters.values(), basis])
+        together = arguments.replace(parameters=[*arguments.parameters.values(), basis])
+        init.__signature__ = together  # type: ignore[attr-defined]
         return init
 
     return decorate
 
 
 class _LCWConv(nn.modules.conv._ConvNd):
-    """What the three ranks share; the rest is torch's convolution."""
+    """Common part of the three ranks; the rest is torch's convolution."""
 
     def __init__(self, *args, basis: bool = False, **kwargs) -> None:
         self.basis = basis
@@ -87,7 +96,7 @@ class _LCWConv(nn.modules.conv._ConvNd):
         _reset_parameters(self)
 
     def effective_weight(self) -> Tensor:
-        """(out_channels, in_channels / groups, *kernel_size), every filter of zero sum."""
+        """(out_channels, in_channels / groups, *kernel_size); every filter sums to zero."""
         return self._constrain(self.weight)
 
     def _constrain(self, weight: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ class _LCWConv(nn.modules.conv._ConvNd):
 
 
 class LCWConv1d(_LCWConv, nn.Conv1d):
-    """``nn.Conv1d`` whose filters sum to zero. Arguments: ``nn.Conv1d``'s, and ``basis``; see :class:`LCWConv2d`."""
+    """``nn.Conv1d`` whose filters sum to zero; the same arguments and ``basis``; see :class:`LCWConv2d`."""
 
     @_takes_arguments_of(nn.Conv1d)
     def __init__(self, *args, basis: bool = False, **kwargs) -> None:
@@ -111,19 +120,24 @@ class LCWConv1d(_LCWConv, nn.Conv1d):
 
 
 class LCWConv2d(_LCWConv, nn.Conv2d):
-    """``nn.Conv2d`` whose filters sum to zero: over input channels of the group and the kernel, per output channel.
+    """``nn.Conv2d`` whose filters sum to zero: over the group's input channels and the kernel, per output channel.
 
     Input (N, C_in, H, W) or (C_in, H, W), output as ``nn.Conv2d``'s. Zero padding adds inputs of another mean, so a
-    shift remains at the border. In eval mode without gradients, on a CPU, the constrained weight is kept while the
-    parameter's content is the same.
+    shift remains at the border. In eval mode without gradients, on a CPU, the constrained weight is kept as long as the
+    content of the parameter is the same.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             ``nn.Conv2d``'s.
-        basis: the paper's parametrization, ``weight`` (C_out, m - 1) with m = C_in / groups * kH * kW. False is the
-            centred form, whose state_dict is ``nn.Conv2d``'s, keys and shapes.
+        basis: whether to use the paper's parametrization, ``weight`` (C_out, m - 1) with m = C_in / groups * kH * kW.
+            False is the centred form, whose state_dict has the keys and shapes of ``nn.Conv2d``'s.
 
     Weights and bias begin as :class:`LCWLinear`'s.
+
+    Raises:
+        ValueError: basis with filters without an element, and the errors of ``nn.Conv2d``.
+
+    Source: as :class:`LCWLinear`; that a convolution's unit is a filter is ours.
     """
 
     @_takes_arguments_of(nn.Conv2d)
@@ -132,25 +146,25 @@ class LCWConv2d(_LCWConv, nn.Conv2d):
 
 
 class LCWConv3d(_LCWConv, nn.Conv3d):
-    """``nn.Conv3d`` whose filters sum to zero. Arguments: ``nn.Conv3d``'s, and ``basis``; see :class:`LCWConv2d`."""
+    """``nn.Conv3d`` whose filters sum to zero; the same arguments and ``basis``; see :class:`LCWConv2d`."""
 
     @_takes_arguments_of(nn.Conv3d)
     def __init__(self, *args, basis: bool = False, **kwargs) -> None:
         super().__init__(*args, basis=basis, **kwargs)
 
 
-def _make_parameters(module: nn.Module) -> None:
-    """The parameter of the basis form has one column less, and one dimension for the whole filter."""
+def _make_parameters(module: Any) -> None:
+    """Replace the parameter for the basis form: one column less, and one dimension for the whole filter."""
     if module.basis:
         weight = module.weight
         if math.prod(weight.shape[1:]) == 0:
-            raise ValueError(f"{type(module).__name__}: a unit has no inputs; basis=True needs at least one.")
+            raise ValueError(describe(type(module).__name__, "a unit", "has no inputs", "at least one for basis=True"))
         module.weight = nn.Parameter(weight.new_empty(weight.shape[0], math.prod(weight.shape[1:]) - 1))
         module.reset_parameters()
 
 
-def _reset_parameters(module: nn.Module) -> None:
-    # torch's constructor calls this once more, before the parameter of the basis form is there.
+def _reset_parameters(module: Any) -> None:
+    # torch's constructor calls this too, before the parameter of the basis form exists.
     init.lcw_(module.weight, activation=None, basis=module.basis and module.weight.dim() == 2)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -1,6 +1,13 @@
-"""Registered torch ops: schema, fake kernel, autocast, vmap, and the choice of backend."""
+"""Registered torch ops: schema, fake kernel, autograd, vmap, and the choice of backend."""
 
-from lcw_ops.ops import gradient_activation, hypersphere, lcw_linear, orthogonal_filter, parallel_depth
+from lcw_ops.ops import (
+    gradient_activation,
+    hypersphere,
+    lcw_linear,
+    orthogonal_filter,
+    parallel_depth,
+    weight_norm,
+)
 from lcw_ops.ops.backends import BackendError, load_extensions, use_backend
 
 load_extensions()
@@ -13,4 +20,5 @@ __all__ = [
     "orthogonal_filter",
     "parallel_depth",
     "use_backend",
+    "weight_norm",
 ]

@@ -1,7 +1,7 @@
-"""Which backend carries out an op: chosen by device, overruled by ``use_backend`` or ``LCW_OPS_BACKEND``.
+"""The choice of a backend for an op: by device, unless ``use_backend`` or ``LCW_OPS_BACKEND`` requests one.
 
-The automatic choice falls back quietly, and :func:`lcw_ops.info` says to what and why. An explicit request that cannot
-be met raises.
+The automatic choice falls back quietly, and :func:`lcw_ops.info` says to which backend and why. An explicit request
+that cannot be met raises.
 """
 
 import functools
@@ -12,39 +12,42 @@ from contextlib import contextmanager
 
 import torch
 
+from lcw_ops import _torch
 from lcw_ops.ops import library
+
+CPU = torch.device("cpu")
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
-# In the order of preference, per kind of device.
+# Type of device -> backends in the order of preference.
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda", "graph")}
 
-# Kernels that are no backend to ask for: a request for the backend is met by them where an op puts them first.
+# Kernels that users cannot name. A request for the parent backend selects them where an op puts them first.
 FORM_OF = {"graph": "cuda"}
 
-# GPU kernels become the automatic choice per generation once their tests have passed on such a device: for each
-# (op, backend or form) the compute capabilities for which a test log is committed under bench/results/. None so far.
+# (op, backend or form) -> the compute capabilities on which its tests have passed, with a log committed under
+# bench/results/. There the kernel becomes the automatic choice. None has passed so far.
 PROVEN: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
 
-# Backends that each op has an implementation for, in this source tree; filled by the files beside this one.
+# Op -> backends for which this source tree has an implementation. The files beside this one fill it.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {}
 
-# The longest row (width times element size) that a backend takes: where Triton ends, the next one in the order begins.
+# (op, backend) -> the longest row in bytes that the backend takes. Longer rows go to the next one in the order.
 MAX_ROW_BYTES: dict[tuple[str, str], int] = {}
 
-# Why an extension is not there; a backend that is not in here has its extension loaded.
+# Backend -> why its extension is not loaded.
 _extension_missing: dict[str, str] = {}
 
-# What the environment asks for is checked at the first use, so that importing never fails.
+# The environment's request is checked at the first use, so that importing never fails.
 _requested: str | None = os.environ.get("LCW_OPS_BACKEND") or None
 
 
 class BackendError(ValueError, RuntimeError):
-    """A backend was asked for that does not exist, or that cannot run this op on this device."""
+    """A requested backend does not exist, or cannot run this op on this device."""
 
 
 def load_extensions() -> None:
-    """Load the compiled backends that were built; called once, after every op is declared."""
+    """Load the compiled backends that were built. Called once, after every op is declared."""
     for backend, stem in (("cpp", "_C"), ("cuda", "_C_cuda")):
         reason = library.load_extension(stem)
         if reason is not None:
@@ -52,7 +55,7 @@ def load_extensions() -> None:
 
 
 def missing_reason(op: str, backend: str, device_type: str) -> str | None:
-    """Why ``backend`` cannot run ``op`` on such a device, or None when it can."""
+    """Returns why ``backend`` cannot run ``op`` on such a device, or None if it can."""
     if backend == "reference":
         return None
     if backend not in IMPLEMENTED[op]:
@@ -75,7 +78,7 @@ def _is_too_wide(op: str, backend: str, width: int, itemsize: int) -> bool:
 
 
 def width_reason(op: str, backend: str, width: int, itemsize: int) -> str | None:
-    """Why ``backend`` cannot run ``op`` on rows of ``width`` elements, or None when it can."""
+    """Returns why ``backend`` cannot run ``op`` on rows of ``width`` elements, or None if it can."""
     if not _is_too_wide(op, backend, width, itemsize):
         return None
     limit = MAX_ROW_BYTES[op, backend] // itemsize
@@ -83,7 +86,7 @@ def width_reason(op: str, backend: str, width: int, itemsize: int) -> str | None
 
 
 def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -> str | None:
-    """Why a kernel that could run is not chosen by itself: its tests have not passed on such a GPU yet."""
+    """Returns why a kernel that could run is not the automatic choice, or None if its tests passed on such a GPU."""
     if capability is None or capability in PROVEN.get((op, backend), ()):
         return None
     generation = f"sm_{capability[0]}{capability[1]}"
@@ -92,7 +95,7 @@ def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Of a GPU, as in PROVEN; None for any other device."""
+    """A GPU's compute capability, as in PROVEN. None for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
@@ -104,7 +107,7 @@ def _resolve(
     too_wide: tuple[str, ...] = (),
     first: str | None = None,
 ) -> str:
-    """Passes over those in ``too_wide``, which cannot take rows of this width, unless one was requested."""
+    """Returns the requested backend, or the first in the order that can run ``op`` and is not in ``too_wide``."""
     if requested is not None:
         _check_known(requested)
         kernel = first if FORM_OF.get(first) == requested else requested
@@ -124,24 +127,32 @@ def _cannot_be_met(op: str, requested: str, reason: str) -> BackendError:
     return BackendError(f"{op}: backend {requested!r} was requested, but {reason}")
 
 
+@_torch.constant_when_traced
 def _resolve_at_trace_time(
     op: str, device: torch.device, requested: str | None, too_wide: tuple[str, ...], first: str | None
 ) -> str:
     return _resolve(op, device, requested, too_wide, first)
 
 
-# What torch.compiler.assume_constant_result does, which would import torch's compiler, in as long as all of torch.
-_resolve_at_trace_time._dynamo_marked_constant = True
+def is_cpp_chosen(op: str) -> bool:
+    """Whether the C++ kernel runs ``op`` on a CPU now. Faster than :func:`choose`, but not traced by torch.compile."""
+    return _resolve(op, CPU, _requested) == "cpp"
 
 
 def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None) -> str:
     """The backend that runs ``op`` on ``device`` now, on rows of ``width`` elements of ``itemsize`` bytes.
 
-    ``first`` comes before the usual order of preference, the fastest where that was measured; a form of the requested
-    backend meets the request. BackendError when an explicit request cannot be met.
+    Args:
+        op, device: the op's name in IMPLEMENTED, and the tensors' device.
+        width, itemsize: of the rows; 0 if the op takes rows of any width.
+        first: a backend or form that was measured as the fastest. It comes before the usual order, and meets a request
+            for its parent backend.
+
+    Raises:
+        BackendError: an explicit request cannot be met.
     """
-    # While torch.compile traces, a width may be a symbol: every limit asked for becomes a guard, and a width put into
-    # words would compile anew for every width.
+    # Under torch.compile the width may be a symbol. Each comparison with a limit becomes a guard, and a text that
+    # contains the width would be compiled again for every width.
     if not width:
         return _resolve_at_trace_time(op, device, _requested, (), first)
     candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
@@ -158,7 +169,7 @@ def requested() -> str | None:
 
 
 def not_chosen_reason(op: str, backend: str, device: torch.device, chosen: str) -> str:
-    """Why ``backend`` is not the one that runs ``op`` on ``device``, but ``chosen``."""
+    """Returns why ``chosen``, and not ``backend``, runs ``op`` on ``device``."""
     reason = missing_reason(op, backend, device.type) or unproven_reason(op, backend, compute_capability(device))
     return reason or f"{chosen} comes first"
 
@@ -172,7 +183,7 @@ def _check_known(backend: str) -> None:
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op of lcw_ops inside the ``with`` block on one backend: "cpp", "cuda", "triton" or "reference".
 
-    The request holds for the whole process, like the flags of ``torch.backends``; blocks nest. An op that the backend
+    The request holds for the whole process, like the flags of ``torch.backends``. Blocks nest. An op that the backend
     cannot run raises BackendError with the reason when it is called. ``LCW_OPS_BACKEND=name`` in the environment does
     the same for the whole run. A backward pass uses the backend of its forward pass.
 
@@ -180,7 +191,8 @@ def use_backend(backend: str) -> Iterator[None]:
     lcw_ops to run, and has no gradients through the recurrence: ``orthogonal_filter`` raises a ValueError where
     gradients would be lost. Export without a request, or under ``torch.no_grad()`` for inference.
 
-    Raises BackendError, which is a ValueError and a RuntimeError, for an unknown name.
+    Args:
+        backend: the name. An unknown one raises BackendError, which is a ValueError and a RuntimeError.
     """
     global _requested
     _check_known(backend)

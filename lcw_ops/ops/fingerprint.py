@@ -1,9 +1,9 @@
-"""A number that tells whether a tensor's content has changed; only on a CPU, where looking costs no waiting."""
+"""A number that changes with a tensor's content. On a CPU only, where reading the content waits for nothing."""
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from lcw_ops import _torch
 from lcw_ops.ops import library
 
 NAME = "fingerprint"
@@ -12,15 +12,13 @@ library.declare(NAME, "(Tensor tensor) -> int", backends=("cpp",))
 
 
 def can_be_taken(tensor: Tensor) -> bool:
-    """Not of what has no bytes to read: tensors of other devices, subclasses, and those that are being traced."""
+    """Whether there are bytes to read: a contiguous CPU tensor, not of a subclass, and nothing is traced."""
     return (
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
+        and not _torch.is_traced()
+        and not _torch.in_forward_mode()
+        and not _torch.in_functorch()
         and tensor.is_contiguous()
         and library.is_implemented(NAME, "cpp")
     )

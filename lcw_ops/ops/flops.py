@@ -1,7 +1,8 @@
 """Formulas of the ops' arithmetic for torch's FlopCounterMode, which cannot see the products inside an op.
 
-Products of the mathematics are counted, whatever a kernel does: a constrained layer counts as a plain one, a recurrence
-solved in parallel as one solved layer by layer, and states that backward computes again to save memory count once.
+The formulas count the products of the mathematics, whatever a kernel does. A constrained layer counts as a plain one, a
+recurrence solved in parallel as one solved layer by layer. States that backward computes again to save memory count
+once.
 """
 
 import torch
@@ -17,20 +18,20 @@ def _lcw_linear_backward(
     return (needs_x + needs_weight) * _lcw_linear(x_shape, weight_shape)
 
 
-def _hypersphere_linear(x_shape, rows_shape, *_, out_shape=None) -> int:
-    # A row of angles is one shorter than x's.
+def _layer(x_shape, rows_shape, *_, out_shape=None) -> int:
+    # A row of angles is one shorter than a row of x.
     return 2 * x_shape[0] * rows_shape[0] * x_shape[1]
 
 
 def _gmp_linear_backward(grad_shape, x_shape, angles_shape, *rest, out_shape=None) -> int:
     needs_x, needs_angles, _needs_radius, _needs_location = rest[-4:]
-    return (needs_x + needs_angles) * _hypersphere_linear(x_shape, angles_shape)
+    return (needs_x + needs_angles) * _layer(x_shape, angles_shape)
 
 
 def _weight_norm_linear_backward(grad_shape, x_shape, weight_shape, *rest, out_shape=None) -> int:
     needs_x, needs_weight, needs_scale, _needs_bias = rest[-4:]
     # One product gives the gradients of weight and scale.
-    return (needs_x + (needs_weight or needs_scale)) * _hypersphere_linear(x_shape, weight_shape)
+    return (needs_x + (needs_weight or needs_scale)) * _layer(x_shape, weight_shape)
 
 
 def _recurrence(h0_shape, weight_shape, bias, filter_shape, alpha, beta, inputs, steps, *_, out_shape=None) -> int:
@@ -68,9 +69,9 @@ def _is_matrix(filter_shape) -> bool:
 FORMULAS = {
     "lcw_linear": _lcw_linear,
     "lcw_linear_backward": _lcw_linear_backward,
-    "gmp_linear": _hypersphere_linear,
+    "gmp_linear": _layer,
     "gmp_linear_backward": _gmp_linear_backward,
-    "weight_norm_linear": _hypersphere_linear,
+    "weight_norm_linear": _layer,
     "weight_norm_linear_backward": _weight_norm_linear_backward,
     "orthogonal_filter": _recurrence,
     "orthogonal_filter_backward": _orthogonal_filter_backward,

@@ -5,31 +5,31 @@ L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, ar
 """
 
 import functools
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from lcw_ops import _torch, reference
+from lcw_ops import _checks, _torch, reference
 from lcw_ops.ops import backends, library
 
 NAME = "gradient_activation_"
 SGD_STEP, ADAMW_STEP = "activated_sgd_step_", "activated_adamw_step_"
 
-# An op of a compiled backend with this prefix returns whether it took the tensors: it looks at their layout in memory
-# itself, before the first write. An op that only raises could not be told from one that failed.
+# An op of a compiled backend with this prefix returns whether it took the tensors. It looks at their layout in memory
+# itself, before the first write. With an error in place of the answer, a refusal would look like a failure.
 TRY = "try_"
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
-# How many tensors plain torch takes at once, or are copied into one dtype at once: many, because a foreach call costs
-# what a call for one tensor does; few, because the copies take memory.
+# How many tensors plain torch takes, or are copied into one dtype, at a time. Many, because a foreach call costs about
+# what a call for one tensor costs; not all, because the copies take memory.
 FOREACH_TENSORS = 32
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """No gaps and no overlap, in any order of dimensions: element by element, the memory is one flat array."""
+    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         if size != 1:
@@ -40,7 +40,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def may_overlap(tensor: Tensor) -> bool:
-    """Whether two elements may share memory; exact for everything torch's views make, cautious for odd as_strided."""
+    """Whether two elements may share memory. Exact for torch's views; may say yes for an odd as_strided."""
     if tensor.is_contiguous():
         return False
     reach = 0
@@ -52,11 +52,11 @@ def may_overlap(tensor: Tensor) -> bool:
     return False
 
 
-def find_shared(tensors: list[Tensor]) -> tuple[int, int] | None:
-    """The places of two tensors that may share memory, or None: none do.
+def find_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """The indices of two tensors that may share memory, or None if no two do.
 
-    Exact where no two ranges of addresses meet, and for the slices and interleaved views of one tensor (columns,
-    channels, every second element); what else lies within each other counts as shared.
+    Exact where no two ranges of addresses meet, and for slices and interleaved views of one tensor (columns, channels,
+    every second element). Any other tensors whose ranges meet count as shared.
     """
     spans = []
     for index, tensor in enumerate(tensors):
@@ -64,7 +64,7 @@ def find_shared(tensors: list[Tensor]) -> tuple[int, int] | None:
         if start:
             spans.append((start, start + _span(tensor), index))
     spans.sort()
-    # Thousands of gradients before every step: nearly always this is all there is to do.
+    # For the thousands of gradients of a step the search nearly always ends here.
     if all(first[1] <= second[0] for first, second in pairwise(spans)):
         return None
     by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
@@ -76,8 +76,8 @@ def find_shared(tensors: list[Tensor]) -> tuple[int, int] | None:
 
 
 def _address(tensor: Tensor) -> int:
-    """Of the first element, or 0 for a tensor without memory: empty, meta, fake, or one of vmap's."""
-    if isinstance(tensor, FakeTensor):
+    """The address of the first element, or 0 for a tensor without memory: empty, meta, fake, or one of vmap's."""
+    if _torch.is_fake(tensor):
         return 0
     try:
         return tensor.data_ptr()
@@ -86,7 +86,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _span(tensor: Tensor, period: int = 0) -> int:
-    """Bytes from the first element to the end of the last; with ``period``, in steps that are no multiple of it."""
+    """Bytes from the first element to the end of the last. With ``period``, only steps that are not its multiples."""
     if not period and tensor.is_contiguous():
         return tensor.nbytes
     itemsize = tensor.itemsize
@@ -95,7 +95,7 @@ def _span(tensor: Tensor, period: int = 0) -> int:
 
 
 def _clusters(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-    """Sorted spans, parted wherever no span reaches across."""
+    """Sorted spans, split wherever no span reaches across."""
     clusters, end = [], 0
     for span in spans:
         if span[0] >= end:
@@ -106,7 +106,10 @@ def _clusters(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, in
 
 
 def _find_shared_in_cluster(cluster: list[tuple[int, int, Tensor]]) -> tuple[int, int] | None:
-    """Disjoint if for one period, a stride of the first two, all addresses modulo it lie in ranges that do not meet."""
+    """Two of the tensors, or None if for some period all addresses modulo it lie in ranges that do not meet.
+
+    The periods tried are the strides of the first two tensors.
+    """
     if len(cluster) == 1:
         return None
     (origin, first, one), (_, second, other) = cluster[:2]
@@ -122,7 +125,7 @@ def _find_shared_in_cluster(cluster: list[tuple[int, int, Tensor]]) -> tuple[int
 
 
 def _fake(tensors, kind, alpha, beta):
-    # Meta tensors hide others from the backends that would change them: nothing may be skipped in silence.
+    # Beside a meta tensor, this function runs in place of the kernels, and real tensors would silently stay unchanged.
     if len({tensor.device for tensor in tensors}) > 1:
         raise ValueError(f"{NAME}: tensors on different devices; call lcw_ops.functional.{NAME}")
 
@@ -132,41 +135,36 @@ def _step_fake(*arguments):
 
 
 def _vmap(overload, info, in_dims, tensors, kind, alpha, beta):
-    """By element: a batch dimension is a dimension like any other."""
+    """The op is elementwise, so a batch dimension is a dimension like any other."""
     _activate_dense_(overload, tensors, kind, alpha, beta)
     return None, None
 
 
 def _triton_activate(*arguments):
-    # Here and not above: importing lcw_ops must not need Triton.
-    from lcw_ops.kernels.gradient_activation import gradient_activation_many
-
-    gradient_activation_many(*arguments)
+    library.launch("gradient_activation", "gradient_activation_many", *arguments)
 
 
 def _triton_sgd_step(*arguments):
-    from lcw_ops.kernels.gradient_activation import sgd_step
-
-    sgd_step(*arguments)
+    library.launch("gradient_activation", "sgd_step", *arguments)
 
 
 def _triton_adamw_step(*arguments):
-    from lcw_ops.kernels.gradient_activation import adamw_step
-
-    adamw_step(*arguments)
+    library.launch("gradient_activation", "adamw_step", *arguments)
 
 
 def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
-    """The op on ``backend``; the tensors are on one device, and everything has been checked."""
-    if backend != "reference" and torch._C._are_functorch_transforms_active():
-        # How memory lies is seen below the transforms only: there _vmap looks.
+    """The op on ``backend``. The tensors are on one device, and the caller has checked everything."""
+    if backend != "reference" and _torch.in_functorch():
+        # The layout in memory is visible only below the transforms, to _vmap.
         library.get_overload(NAME, backend)(tensors, kind, alpha, beta)
         return
     if _can_ask(backend, tensors) and library.get_overload(TRY + NAME, backend)(tensors, kind, alpha, beta):
         _count_writes(tensors)
         return
-    # f(0) is 0: zeros without memory are right as they are, and nothing can be written to them.
-    tensors = [tensor for tensor in tensors if torch.compiler.is_compiling() or not tensor._is_zerotensor()]
+    # f(0) is 0, so zeros without memory are right as they are. Nothing could be written to them.
+    tensors = [
+        tensor for tensor in tensors if torch.compiler.is_compiling() or not _torch.is_zeros_without_memory(tensor)
+    ]
     if backend == "reference":
         _reference_activate_(tensors, kind, alpha, beta)
     elif tensors:
@@ -175,31 +173,26 @@ def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta
 
 
 def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> bool:
-    """Calls the C++ kernel on tensors of which only the type is known. False: it took none, and wrote nothing."""
-    if _is_recorded() or not library.get_overload(TRY + NAME, "cpp")(tensors, kind, alpha, beta):
+    """Call the C++ kernel on tensors of which only the type is known. False if it refused them and wrote nothing."""
+    if _torch.is_traced() or not library.get_overload(TRY + NAME, "cpp")(tensors, kind, alpha, beta):
         return False
     _count_writes(tensors)
     return True
 
 
 def _can_ask(backend: str, tensors: list[Tensor]) -> bool:
-    """Whether the kernel may answer that it does not take the tensors, so that they need not be looked at before.
+    """Whether the kernel may answer that it does not take the tensors. Python need not look at them before then.
 
     A subclass that turns one call into several would get several answers.
     """
     return (
         backend in ("cpp", "cuda")
-        and not _is_recorded()
+        and not _torch.is_traced()
         and (
             (kinds := set(map(type, tensors))) <= _PLAIN_TYPES
             or all(kind.__torch_dispatch__ is Tensor.__torch_dispatch__ for kind in kinds)
         )
     )
-
-
-def _is_recorded() -> bool:
-    """Whether calls are recorded in a program, which could not depend on an answer."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
 
 
 def _refuse(*arguments) -> bool:
@@ -214,18 +207,18 @@ def _activate_dense_(overload, tensors: list[Tensor], kind: str, alpha: float, b
 
 def _to_dense(tensor: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        # Strides may be symbols there, which cannot be sorted.
+        # Strides may be symbols here, which cannot be sorted.
         return tensor if tensor.is_contiguous() else tensor.contiguous()
     tensor = tensor.resolve_neg()
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
 def _is_virtual(tensor: Tensor) -> bool:
-    """Whether its numbers are not those in memory: a view that is to be negated when read, or zeros without memory.
+    """Whether its numbers differ from those in memory: a view that torch negates on reading, or zeros without memory.
 
     Compilers replace both themselves.
     """
-    return not torch.compiler.is_compiling() and (tensor.is_neg() or tensor._is_zerotensor())
+    return not torch.compiler.is_compiling() and (tensor.is_neg() or _torch.is_zeros_without_memory(tensor))
 
 
 def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
@@ -236,7 +229,7 @@ def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
 
 
 def _count_writes(tensors: list[Tensor]) -> None:
-    """The kernels write through pointers: nothing else tells autograd, which may have saved the tensors."""
+    """Tell autograd, which may have saved the tensors, that the kernels have written through their pointers."""
     if torch.compiler.is_compiling():
         return
     if torch.is_inference_mode_enabled():
@@ -261,12 +254,12 @@ def sgd_step_(
     alpha: float,
     beta: float,
 ) -> None:
-    """One step of SGD on ``backend``, with f of the gradient or of what leaves the momentum (``activate``).
+    """One step of SGD on ``backend``, with f of the gradient or of the momentum's result (``activate``).
 
-    As ``lcw_ops.reference.sgd_step`` by element, in place. Tensors of one device, in any layout; grads are only read.
-    A parameter, its gradient and its buffer may differ in dtype: the step is computed in float64 if one of them is
-    float64, otherwise in float32, and rounded once. ``momentum_buffers`` is empty without momentum; with ``is_first``
-    it holds nothing yet. Nothing is checked here.
+    As ``lcw_ops.reference.sgd_step`` by element, in place. The tensors are on one device, in any layout; grads are only
+    read. A parameter, its gradient and its buffer may differ in dtype: the step is computed in float64 if one of them
+    is float64, otherwise in float32, and rounded once. ``momentum_buffers`` is empty without momentum; with
+    ``is_first`` its numbers are not read. The caller has checked the arguments.
     """
     numbers = (lr, momentum, dampening, weight_decay, nesterov, maximize, is_first)
     if backend == "reference":
@@ -300,9 +293,9 @@ def adamw_step_(
 ) -> None:
     """One step of AdamW on ``backend``, with f of the raw gradient.
 
-    As ``lcw_ops.reference.adamw_step`` by element, in place. Tensors of one device, in any layout and, for each
+    As ``lcw_ops.reference.adamw_step`` by element, in place. The tensors are on one device, in any layout and, for each
     parameter, of any dtypes, as in `sgd_step_`; grads are only read. ``max_exp_avg_sqs`` is empty without ``amsgrad``;
-    ``state_steps`` are 0-dim float32 and have been counted up. Nothing is checked here.
+    ``state_steps`` are 0-dim float32 and count this step already. The caller has checked the arguments.
     """
     written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     numbers = (lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, kind, alpha, beta)
@@ -320,7 +313,7 @@ def _step_in_place(
     name: str, backend: str, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
 ) -> None:
     """``step(overload, *written, grads, state_steps)`` on tensors in any layout and of any dtypes."""
-    # Of no tensors the dispatcher cannot tell the device.
+    # Without a tensor the dispatcher would know no device.
     if not grads:
         return
     if not _can_ask(backend, written[0]) or not step(
@@ -335,16 +328,20 @@ def _step_in_place(
 
 
 def _check_forms(name: str, written: list[list[Tensor]], grads: list[Tensor]) -> None:
-    """Raises where shapes or devices differ: a copy would cross devices or be broadcast, and cannot be written back."""
+    """ValueError if shapes or devices differ: a copy would cross devices or be broadcast, and not come back."""
     if torch.compiler.is_compiling():
         return
     for own in zip(*(tensors for tensors in (*written, grads) if tensors), strict=True):
         for tensor in own[1:]:
             if tensor.shape != own[0].shape or tensor.device != own[0].device:
                 raise ValueError(
-                    f"{name}: a gradient or a state of shape {tuple(tensor.shape)} on {tensor.device} belongs to a "
-                    f"parameter of shape {tuple(own[0].shape)} on {own[0].device}; expected those of the parameter. "
-                    "Convert it with the parameter, or delete it to start with a new one."
+                    _checks.describe(
+                        name,
+                        "a gradient or a state",
+                        f"has shape {tuple(tensor.shape)} on {tensor.device}",
+                        f"its parameter's {tuple(own[0].shape)} on {own[0].device}",
+                        "Convert it with the parameter, or delete it to start with a new one.",
+                    )
                 )
 
 
@@ -359,7 +356,7 @@ def _length_of_pieces(written: list[list[Tensor]], grads: list[Tensor]) -> int:
 def _step_on_copies(
     overload, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
 ) -> None:
-    """Calls ``step`` on copies wherever a tensor differs from its parameter's dense layout and common dtype."""
+    """Call ``step``, with copies of the tensors that differ from their parameter's dense layout and common dtype."""
     dtypes, _ = _common_dtypes(written, grads)
     params = [_to_dense(_widen(param, dtype)) for param, dtype in zip(written[0], dtypes, strict=True)]
     laid_out = [params, *([_lay_out_as(params, tensors) for tensors in written[1:]])]
@@ -369,7 +366,7 @@ def _step_on_copies(
 
 
 def _common_dtypes(written: list[list[Tensor]], grads: list[Tensor]) -> tuple[list[torch.dtype], bool]:
-    """For each parameter, a dtype for itself, its gradient and its states; and whether any of these has another."""
+    """For each parameter, one dtype for itself, its gradient and its states; and whether any of them has another."""
     columns = [[tensor.dtype for tensor in tensors] for tensors in (*written, grads) if tensors]
     if all(column == columns[0] for column in columns):
         return columns[0], False
@@ -380,7 +377,7 @@ def _common_dtypes(written: list[list[Tensor]], grads: list[Tensor]) -> tuple[li
 
 
 def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, copied where their layout or dtype is not the parameter's; [] stays []."""
+    """The tensors, with copies of those whose layout or dtype is not the parameter's. [] stays []."""
     return [
         tensor
         if tensor.stride() == param.stride() and tensor.dtype is param.dtype and not _is_virtual(tensor)
@@ -390,8 +387,8 @@ def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _reference_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
-    if torch.compiler.is_compiling() or _torch.is_exporting() or torch._C._are_functorch_transforms_active():
-        # The compiler fuses these itself, torch.jit.trace records no foreach calls, and they have no vmap rules.
+    if torch.compiler.is_compiling() or _torch.is_exporting() or _torch.in_functorch():
+        # The compiler fuses these itself, torch.jit.trace records no foreach calls, and foreach has no vmap rules.
         for tensor in tensors:
             tensor.copy_(reference.gradient_activation(tensor, kind, alpha, beta))
         return
@@ -409,7 +406,7 @@ def _reference_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: f
 
 
 def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
-    """lcw_ops.reference.gradient_activation in place, by as few calls as there are operations."""
+    """lcw_ops.reference.gradient_activation in place, in one call per operation."""
     if kind == "log":
         signs = torch._foreach_sign(tensors)
         torch._foreach_abs_(tensors)
@@ -421,7 +418,7 @@ def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: flo
 
 
 def _resolve_negations(tensors: list[Tensor]) -> list[Tensor]:
-    """The list, with copies for views that are to be negated when read: foreach calls do not write to those."""
+    """The list, with copies of views that torch negates on reading, because foreach calls cannot write to those."""
     if torch.compiler.is_compiling() or not any(map(Tensor.is_neg, tensors)):
         return tensors
     return [tensor.resolve_neg() for tensor in tensors]
@@ -438,7 +435,7 @@ def _round_into(tensors: list[Tensor], wide: list[Tensor]) -> None:
 
 
 def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -> None:
-    """``step(*written, grads, counts, *options)`` on few parameters of one dtype at a time, at least float32."""
+    """``step(*written, grads, counts, *options)`` on some parameters at a time, in one dtype of at least float32."""
     if not grads:
         return
     resolved = [_resolve_negations(tensors) for tensors in written]
@@ -446,7 +443,7 @@ def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -
     by_dtype: dict[torch.dtype, list[int]] = {}
     for index, dtype in enumerate(dtypes):
         by_dtype.setdefault(dtype, []).append(index)
-    # One wait for the device, not one for each.
+    # Reading them together waits for the device once.
     counts = torch.stack(state_steps).reshape(len(grads)).tolist() if state_steps else []
     for own_dtype, indices in by_dtype.items():
         dtype = torch.promote_types(own_dtype, torch.float32)
@@ -456,7 +453,7 @@ def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -
             wide = narrow
             if is_mixed or dtype is not own_dtype:
                 wide = [[_widen(tensor, dtype) for tensor in tensors] for tensors in narrow]
-            # A copy in any case: the step overwrites it.
+            # Always a copy, because the step overwrites it.
             gradients = [grads[index].to(dtype, copy=True) for index in chosen]
             step(*wide, gradients, [counts[index] for index in chosen] if counts else [], *options)
             if wide is not narrow:
@@ -538,8 +535,8 @@ def _foreach_adamw_step_(
     torch._foreach_addcdiv_(params, exp_avgs, denominators, [-lr / (1 - beta1**count) for count in counts])
 
 
-# Lists of tensors on one device, without gaps or overlap; all of one parameter have its shape, dtype and strides.
-# `is_first`: the momentum buffers hold nothing yet. `state_steps` have been counted up already.
+# The tensors of a list are on one device, without gaps or overlap. A parameter's gradient and states have its shape,
+# dtype and strides. With `is_first` the momentum buffers are not read. `state_steps` count this step already.
 _ARGUMENTS = {
     NAME: "(Tensor(a!)[] tensors, str kind, float alpha, float beta)",
     SGD_STEP: (
@@ -553,8 +550,8 @@ _ARGUMENTS = {
         "float eps, bool amsgrad, bool maximize, str kind, float alpha, float beta)"
     ),
 }
-# The dispatch keys of tensors that the kernels do not take: views that are to be negated when read, zeros without
-# memory, nested tensors.
+# The dispatch keys of tensors that the kernels do not take: views that torch negates on reading, zeros without memory,
+# nested tensors.
 _NOT_PLAIN = ("Negative", "ZeroTensor", "AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA")
 
 library.declare(NAME, f"{_ARGUMENTS[NAME]} -> ()", backends=("cpp", "cuda", "triton"), fake=_fake, vmap=_vmap)
@@ -567,7 +564,7 @@ for _op, _arguments in _ARGUMENTS.items():
         for _key in _NOT_PLAIN:
             library.implement(TRY + _op, _backend, _refuse, _key)
 for _backend in ("cpp", "cuda", "triton"):
-    # A transform of torch.func may unwrap such a view.
+    # A transform of torch.func may unwrap a view that torch negates on reading.
     library.implement(
         NAME, _backend, functools.partial(_activate_dense_, library.get_overload(NAME, _backend)), "Negative"
     )

@@ -4,14 +4,13 @@ centred: w = u - mean(u), self-adjoint. basis: w = B v, adjoint B^T g. T. Kutsun
 ECML PKDD 2019, arXiv 2403.13833. A third op is the whole linear layer, a fourth its gradients.
 """
 
-import importlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
+from lcw_ops import _torch
 from lcw_ops.ops import backends, library
 
 NAME = "lcw_weight"
@@ -19,8 +18,8 @@ ADJOINT = "lcw_weight_backward"
 LINEAR = "lcw_linear"
 LINEAR_BACKWARD = "lcw_linear_backward"
 
-# Samples up to which the GPU's kernel multiplies, reading the weight once; beyond, the vendor's matmul after the
-# constraint. On a CPU the op itself chooses.
+# Up to this many samples the GPU's kernel multiplies and reads the weight once. For more samples the constraint is
+# applied first, and the vendor's matmul multiplies. On a CPU the op itself chooses.
 FUSED_ROWS = 64
 
 
@@ -37,7 +36,7 @@ def _adjoint_fake(grad_output, basis):
 
 
 def _linear_fake(x, weight, bias, basis, deterministic):
-    # Whoever calls the op on fake tensors hears of what does not fit as the kernel's callers do.
+    # A call on fake tensors is refused as the kernel would refuse it.
     fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] + basis and x.dtype == weight.dtype
     torch._check(fits and x.is_floating_point(), lambda: "lcw_linear: x (M, m) and weight do not fit each other")
     fits = bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0] and bias.dtype == x.dtype)
@@ -55,7 +54,7 @@ def _linear_backward_fake(grad_output, x, weight, basis, deterministic, needs_x,
 
 
 def _vmap(overload, info, in_dims, rows, basis):
-    """Rows are independent: a batch of them is more rows."""
+    """Rows are independent, so a batch of rows is a longer list of rows."""
     batched = rows.movedim(in_dims[0], 0)
     return overload(batched.flatten(0, 1), basis).unflatten(0, batched.shape[:2]), 0
 
@@ -80,19 +79,17 @@ library.declare(
 )
 
 
-def _in_triton(name: str) -> Callable:
-    """The module is imported at the first use: lcw_ops must not need Triton."""
-    return lambda *arguments: getattr(importlib.import_module("lcw_ops.kernels.lcw_linear"), name)(*arguments)
+def _launch_linear(x, weight, bias, basis, deterministic):
+    return library.launch("lcw_linear", LINEAR, x, weight, bias, basis)
 
 
-library.implement(NAME, "triton", _in_triton(NAME))
-library.implement(ADJOINT, "triton", _in_triton(ADJOINT))
-library.implement(LINEAR, "triton", lambda x, weight, bias, basis, _: _in_triton(LINEAR)(x, weight, bias, basis))
+library.implement_in_triton("lcw_linear", NAME, ADJOINT)
+library.implement(LINEAR, "triton", _launch_linear)
 backends.IMPLEMENTED[NAME] = ("cpp", "triton")
 
-_linear = {backend: library.get_overload(LINEAR, backend) for backend in ("cpp", "triton")}
+_linear = library.get_overloads(LINEAR)
 _linear_backward = library.get_overload(LINEAR_BACKWARD, "cpp")
-# Who multiplies on a CPU then follows from the sizes: whoever is measured faster may be another in the next process.
+# In deterministic mode the sizes decide what multiplies on a CPU: a timing could differ in the next process.
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 
 
@@ -126,27 +123,21 @@ class ConstrainedWeightAdjoint(ConstrainedWeight):
         return embed(grad_output, ctx.basis, ctx.backend), None, None
 
 
-class ConstrainedWeightForwardMode(ConstrainedWeight):
-    """The same with forward-mode derivatives, which torch.compile does not trace."""
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return embed(tangent, ctx.basis, ctx.backend)
-
-
-class ConstrainedWeightAdjointForwardMode(ConstrainedWeightAdjoint):
-    """The same with forward-mode derivatives."""
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return embed_adjoint(tangent, ctx.basis, ctx.backend)
+ConstrainedWeightForwardMode = library.forward_mode_twin(
+    ConstrainedWeight, lambda ctx, tangent, *_: embed(tangent, ctx.basis, ctx.backend)
+)
+ConstrainedWeightAdjointForwardMode = library.forward_mode_twin(
+    ConstrainedWeightAdjoint, lambda ctx, tangent, *_: embed_adjoint(tangent, ctx.basis, ctx.backend)
+)
 
 
 def embed(rows: Tensor, basis: bool, backend: str) -> Tensor:
+    """u -> u - mean(u), or v -> B v, by rows."""
     return library.apply(ConstrainedWeight, ConstrainedWeightForwardMode, rows, basis, backend)
 
 
 def embed_adjoint(rows: Tensor, basis: bool, backend: str) -> Tensor:
+    """g -> g - mean(g), or g -> B^T g, by rows."""
     functions = ConstrainedWeightAdjoint, ConstrainedWeightAdjointForwardMode
     return library.apply(*functions, rows, basis, backend)
 
@@ -159,9 +150,9 @@ def constrained_weight(weight: Tensor, basis: bool, backend: str) -> Tensor:
 
 
 def project(x: Tensor, basis: bool, backend: str) -> Tensor:
-    """(..., m) -> x - mean(x), or B^T x (..., m - 1): what the unconstrained parameter is multiplied with.
+    """(..., m) -> x - mean(x), or B^T x (..., m - 1): the input for the unconstrained parameter.
 
-    <w, x> = <B v, x> = <v, B^T x>: the constraint can be laid on the weight or on the input.
+    <w, x> = <B v, x> = <v, B^T x>: the constraint can be applied to the weight or to the input.
     """
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     projected = embed_adjoint(rows, basis, backend)
@@ -169,9 +160,10 @@ def project(x: Tensor, basis: bool, backend: str) -> Tensor:
 
 
 class FusedLinear(Function):
-    """(x (M, m), weight, bias, basis, backend): the layer in one op, its gradients in another or in matmuls.
+    """(x (M, m), weight, bias, basis, backend): the layer in one op, its gradients in another op or in matmuls.
 
-    ``forward`` takes the context itself: a ``setup_context``, which only torch.func needs, costs tens of microseconds.
+    ``forward`` takes the context itself, because ``setup_context`` costs tens of microseconds. Only torch.func needs
+    it, and :func:`is_fused` keeps this function away from torch.func.
     """
 
     @staticmethod
@@ -184,13 +176,13 @@ class FusedLinear(Function):
     def backward(ctx, grad_output):
         device_type = grad_output.device.type
         if torch.is_autocast_enabled(device_type):
-            # The forward pass ran without: in its own digits.
+            # The forward pass ran without autocast.
             with torch.autocast(device_type, enabled=False):
                 return FusedLinear.backward(ctx, grad_output)
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
-        # With a graph, or under forward mode, the gradients are made of what can be differentiated again.
-        if ctx.backend == "cpp" and not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        # The op's gradients cannot be differentiated again; those from matmuls can.
+        if ctx.backend == "cpp" and not torch.is_grad_enabled() and not _torch.in_forward_mode():
             grad_x, grad_weight, grad_bias = _linear_backward(
                 grad_output, x, weight, ctx.basis, _is_deterministic(), *needs
             )
@@ -207,30 +199,24 @@ class FusedLinear(Function):
         )
 
 
-class FusedLinearForwardMode(FusedLinear):
-    """The same with forward-mode derivatives, which torch.compile does not trace."""
+def _fused_linear_jvp(ctx, x_tangent, weight_tangent, bias_tangent, *_):
+    x, weight = ctx.saved_tensors
+    tangent = project(x, ctx.basis, ctx.backend) @ weight_tangent.mT
+    tangent = tangent + project(x_tangent, ctx.basis, ctx.backend) @ weight.mT
+    return tangent if bias_tangent is None else tangent + bias_tangent
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, basis, backend):
-        ctx.save_for_forward(x, weight)
-        return FusedLinear.forward(ctx, x, weight, bias, basis, backend)
 
-    @staticmethod
-    def jvp(ctx, x_tangent, weight_tangent, bias_tangent, *_):
-        x, weight = ctx.saved_tensors
-        tangent = project(x, ctx.basis, ctx.backend) @ weight_tangent.mT
-        tangent = tangent + project(x_tangent, ctx.basis, ctx.backend) @ weight.mT
-        return tangent if bias_tangent is None else tangent + bias_tangent
+FusedLinearForwardMode = library.forward_mode_twin(FusedLinear, _fused_linear_jvp, saved=2)
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, backend: str) -> Tensor:
     """(..., m) -> (..., n)."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    # Forward-mode derivatives are made under no_grad too.
-    if forward_ad._current_level >= 0:
+    # Forward-mode derivatives are taken under no_grad too.
+    if _torch.in_forward_mode():
         result = FusedLinearForwardMode.apply(rows, weight, bias, basis, backend)
     elif torch.is_grad_enabled():
-        # Not needed under torch.func, whose transforms never come here.
+        # The transforms of torch.func never come here, so no twin is needed.
         result = library.apply(FusedLinear, FusedLinear, rows, weight, bias, basis, backend)
     else:
         result = _linear[backend](rows, weight, bias, basis, _is_deterministic())
@@ -238,7 +224,5 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
 
 
 def is_fused(x: Tensor, backend: str) -> bool:
-    """Whether one op runs the layer. Not under torch.func, whose transforms matmuls have rules for."""
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return backend == "cpp" or x.numel() <= FUSED_ROWS * x.shape[-1]
+    """Whether one op runs the whole layer. Under torch.func matmuls do, because its transforms have rules for them."""
+    return not _torch.in_functorch() and (backend == "cpp" or x.numel() <= FUSED_ROWS * x.shape[-1])

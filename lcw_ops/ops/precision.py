@@ -1,4 +1,4 @@
-"""Matmuls in all digits of float32, whatever the user has set for his own."""
+"""Full float32 matmuls, whatever the user's TF32 setting."""
 
 import threading
 from collections.abc import Iterator
@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 import torch
 
-# The flag is the process's: who sets it waits for who has set it, or the wrong one would be put back.
+# The flag belongs to the process. Without the lock two threads could restore it in the wrong order.
 _lock = threading.RLock()
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """On CUDA no TF32. torch has one such flag for the process: other threads' matmuls are without it meanwhile, too.
+    """No TF32 on CUDA inside the block. The flag is the process's, so other threads' matmuls go without TF32, too.
 
     On a CPU the user's torch.set_float32_matmul_precision holds.
     """

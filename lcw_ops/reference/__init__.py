@@ -1,6 +1,6 @@
 """Plain PyTorch: readable, any floating dtype, twice differentiable. The oracle of every kernel and the last resort."""
 
-# Importing torch loads the ops, which import the modules below: none of those may be half imported by then.
+# Importing torch loads the ops, which import the modules below. None of those may be half imported by then.
 import torch  # noqa: F401
 
 from lcw_ops.reference.gradient_activation import adamw_step, gradient_activation, sgd_step
@@ -10,9 +10,6 @@ from lcw_ops.reference.hypersphere import (
     hypersphere_direction,
     hypersphere_direction_backward,
     hypersphere_direction_jvp,
-    normalize_scale,
-    normalize_scale_backward,
-    normalize_scale_jvp,
 )
 from lcw_ops.reference.lcw_linear import activation_shift, lcw_basis, lcw_linear, lcw_weight
 from lcw_ops.reference.lps import (
@@ -29,6 +26,7 @@ from lcw_ops.reference.orthogonal_filter import (
     orthogonal_filter_jvp,
     orthogonal_filter_scan,
 )
+from lcw_ops.reference.weight_norm import normalize_scale, normalize_scale_backward, normalize_scale_jvp
 
 __all__ = [
     "activation_shift",

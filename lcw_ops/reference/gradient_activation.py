@@ -7,21 +7,38 @@ M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural N
 import torch
 from torch import Tensor
 
-from lcw_ops._checks import accumulation_dtype, check_choice, check_non_negative, check_positive, check_shape
+from lcw_ops._checks import (
+    accumulation_dtype,
+    check_choice,
+    check_non_negative,
+    check_positive,
+    check_shape,
+    describe,
+)
 
 KINDS = ("arctan", "tanh", "log")
 PLACES = ("gradient", "momentum")
 
 
 def gradient_activation(gradient: Tensor, kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> Tensor:
-    """f(gradient) by element, out of place; any shape.
+    """f(gradient) by element, out of place. Differentiable, with slope alpha beta at 0 for every kind.
 
-    bounds: arctan alpha pi/2, tanh alpha, log none. NaN stays NaN; +-inf becomes +-bound (log: +-inf), so an
-    overflow must be looked for before (GradScaler unscales and checks first). Differentiable, with slope alpha beta
-    at 0 for every kind.
+    Bounds: arctan alpha pi/2, tanh alpha, log none. NaN stays NaN; +-inf becomes +-bound (log: +-inf), so look for an
+    overflow before the call (GradScaler unscales and checks first).
 
-    Any floating dtype; 16-bit gradients are computed in float32. Functions and constants are the authors' code's.
-    Raises TypeError for a dtype that is not floating, ValueError for an unknown kind or alpha, beta not finite and > 0.
+    Args:
+        gradient: any shape, any floating dtype; 16-bit gradients are computed in float32.
+        kind: "arctan", "tanh" or "log".
+        alpha, beta: finite numbers > 0.
+
+    Returns:
+        A tensor like the gradient.
+
+    Raises:
+        TypeError: a dtype that is not floating.
+        ValueError: an unknown kind, or alpha or beta out of range.
+
+    Source: functions and constants are those of the authors' code.
     """
     dtype = accumulation_dtype("gradient_activation", gradient=gradient)
     check_choice("gradient_activation", "kind", kind, KINDS)
@@ -33,7 +50,7 @@ def gradient_activation(gradient: Tensor, kind: str = "arctan", alpha: float = 0
     elif kind == "tanh":
         activated = torch.tanh(beta * g)
     else:
-        # copysign and not sign, whose 0 at 0 would make the slope there 0 instead of alpha beta.
+        # copysign, because sign is 0 at 0, which would make the slope there 0 instead of alpha beta.
         sign = torch.copysign(torch.ones_like(g), g)
         activated = sign * torch.log1p(beta * (sign * g))
     return (alpha * activated).to(gradient.dtype)
@@ -51,13 +68,26 @@ def sgd_step(
     alpha: float = 0.1,
     beta: float = 20.0,
 ) -> tuple[Tensor, Tensor]:
-    """One step of SGD with an activated gradient: (new param, new momentum buffer); nothing is changed in place.
+    """One step of SGD with an activated gradient. Nothing is changed in place.
 
     activate="gradient":  d = f(g) + weight_decay w,  v = momentum v + d,  w <- w - lr v.
     activate="momentum":  d = g + weight_decay w,     v = momentum v + d,  w <- w - lr f(v)   (the authors' main runs).
-    momentum_buffer None is the first step, v = d. All tensors have one shape and one floating dtype; 16-bit tensors are
-    computed in float32 and rounded once. Both places are the authors' code's.
-    Raises TypeError for dtypes that are not floating or differ, ValueError for shapes, names or numbers out of range.
+
+    Args:
+        param, gradient, momentum_buffer: w, g and v, of one shape and one floating dtype; 16-bit tensors are computed
+            in float32 and rounded once. momentum_buffer None is the first step, v = d.
+        lr, momentum, weight_decay: numbers >= 0.
+        activate: "gradient" or "momentum".
+        kind, alpha, beta: as in `gradient_activation`.
+
+    Returns:
+        (new param, new momentum buffer).
+
+    Raises:
+        TypeError: dtypes that are not floating or differ.
+        ValueError: shapes that differ; names or numbers out of range.
+
+    Source: both places are those of the authors' code.
     """
     dtype = accumulation_dtype("sgd_step", param=param, gradient=gradient, momentum_buffer=momentum_buffer)
     _check_same_shape("sgd_step", param, gradient=gradient, momentum_buffer=momentum_buffer)
@@ -88,26 +118,38 @@ def adamw_step(
     alpha: float = 0.1,
     beta: float = 15.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of AdamW with an activated gradient: (new param, new exp_avg, new exp_avg_sq); nothing in place.
+    """One step of AdamW with an activated gradient. Nothing is changed in place.
 
     f on the raw gradient, then the decoupled decay, then the moments:
         g' = f(g),  w <- (1 - lr weight_decay) w,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2,
         w <- w - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps).
-    step counts from 1; the moments start at zero. alpha cancels here except against eps (derived; the place is the
-    authors' code's). Dtypes and errors as `sgd_step`.
+    alpha cancels here, except against eps.
+
+    Args:
+        param, gradient, exp_avg, exp_avg_sq: w, g, m and v; dtypes as in `sgd_step`. The moments start at zero.
+        step: counts from 1.
+        lr, betas, eps, weight_decay: AdamW's.
+        kind, alpha, beta: as in `gradient_activation`.
+
+    Returns:
+        (new param, new exp_avg, new exp_avg_sq).
+
+    Raises:
+        TypeError, ValueError: as `sgd_step`.
+
+    Source: the place is that of the authors' code; that alpha cancels is derived here.
     """
     dtype = accumulation_dtype("adamw_step", param=param, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_same_shape("adamw_step", param, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     if step < 1:
-        raise ValueError(
-            f"adamw_step: step is {step}; expected a count from 1, for the bias correction divides by 0 at 0."
-        )
+        expected = "a count from 1, because the bias correction divides by 0 at 0"
+        raise ValueError(describe("adamw_step", "step", f"is {step}", expected))
     check_non_negative("adamw_step", "lr", lr)
     check_non_negative("adamw_step", "eps", eps)
     check_non_negative("adamw_step", "weight_decay", weight_decay)
     beta1, beta2 = betas
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"adamw_step: betas is {betas}; expected two numbers in [0, 1).")
+        raise ValueError(describe("adamw_step", "betas", f"is {betas}", "two numbers in [0, 1)"))
     g = gradient_activation(gradient.to(dtype), kind, alpha, beta)
     first = beta1 * exp_avg.to(dtype) + (1 - beta1) * g
     second = beta2 * exp_avg_sq.to(dtype) + (1 - beta2) * g.square()

@@ -1,4 +1,4 @@
-"""Linearly constrained weights (LCW): rows of zero sum, so inputs of equal means cause no activation shift.
+"""Linearly constrained weights (LCW): rows that sum to zero, so inputs of equal means cause no activation shift.
 
 w = u - mean(u) (centred) or w = B v, B an orthonormal basis of {w : w.1 = 0} (basis). T. Kutsuna, "Linearly Constrained
 Weights", ECML PKDD 2019, arXiv 2403.13833; the centred form and the choice of B are lcw_ops' own.
@@ -10,24 +10,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcw_ops._checks import accumulation_dtype, check_shape
+from lcw_ops._checks import accumulation_dtype, check_features, check_per_unit, check_rows, check_shape, describe
 
 
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
-    """Rows with zero sum from an unconstrained parameter.
+    """Rows that sum to zero, from an unconstrained parameter.
 
     centred (basis=False): weight (n, m, *k) -> (n, m, *k),  w = u - mean(u) over everything but dim 0.
     basis: weight (n, m-1) -> (n, m),  w = B v with the Householder basis of `lcw_basis`, never stored: with s =
     sqrt(m), S = sum(v):  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s.
     Fan-in 1 leaves only w = 0: centred (n, 1) and basis (n, 0) both give zeros (n, 1).
 
-    Any floating dtype; the sums of 16-bit rows are taken in float32. The constraint set and the basis form are the
-    paper's; the centred form, the choice of basis and "a convolution's unit is a filter" are ours.
-    Raises TypeError for a dtype that is not floating, ValueError for a rank below 2 (basis: other than 2).
+    Args:
+        weight: any floating dtype; the sums of 16-bit rows are taken in float32.
+        basis: whether to use the paper's parametrization.
+
+    Returns:
+        (n, m, *k), or (n, m) with basis.
+
+    Raises:
+        TypeError: a dtype that is not floating.
+        ValueError: a rank below 2; with basis, a rank other than 2.
+
+    Source: the constraint set and the basis form are the paper's; the centred form, the choice of basis and "a
+    convolution's unit is a filter" are ours.
     """
     dtype = accumulation_dtype("lcw_weight", weight=weight)
     if basis:
-        check_shape("lcw_weight", "weight", weight, weight.dim() == 2, "(n, m-1)", "Flatten a filter to one row first.")
+        check_rows("lcw_weight", "weight", weight, "(n, m-1)")
         v = weight.to(dtype)
         row_sum = v.sum(dim=1, keepdim=True)
         s = math.sqrt(v.shape[1] + 1)
@@ -40,11 +50,15 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
 def lcw_basis(m: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Tensor:
     """The dense basis B (m, m-1) of {w : w.1 = 0}, for tests and reading: lcw_weight(v, basis=True) == v @ B.T.
 
-    B^T B = I, 1^T B = 0, B B^T = I - 1 1^T / m. The paper asks for any orthonormal basis; Householder's is our choice.
-    Raises ValueError for m < 1.
+    B^T B = I, 1^T B = 0, B B^T = I - 1 1^T / m.
+
+    Raises:
+        ValueError: m < 1.
+
+    Source: the paper asks for any orthonormal basis; Householder's is our choice.
     """
     if m < 1:
-        raise ValueError(f"lcw_basis: m is {m}; expected a fan-in of at least 1.")
+        raise ValueError(describe("lcw_basis", "m", f"is {m}", "a fan-in of at least 1"))
     s = math.sqrt(m)
     matrix = torch.eye(m, m - 1, dtype=dtype, device=device)
     matrix[:-1] -= 1 / (s * (s + 1))
@@ -53,11 +67,22 @@ def lcw_basis(m: int, dtype: torch.dtype = torch.float64, device: torch.device |
 
 
 def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: bool = False) -> Tensor:
-    """x (..., m) -> (..., n):  y = x w^T + b  with w = lcw_weight(weight, basis).
+    """The layer y = x w^T + b,  w = lcw_weight(weight, basis). For every x proportional to the ones vector, y = b.
 
-    weight (n, m), or (n, m-1) with basis=True; bias (n,). All of one floating dtype, which is the result's; 16-bit
-    inputs are computed in float32 and rounded once. For every x proportional to the ones vector, y = b (the paper's
-    proposition). Raises TypeError for dtypes that are not floating or differ, ValueError for shapes that do not fit.
+    Args:
+        x: (..., m). All tensors have one floating dtype; 16-bit inputs are computed in float32 and rounded once.
+        weight: (n, m), or (n, m-1) with basis.
+        bias: (n,), or None.
+        basis: as in `lcw_weight`.
+
+    Returns:
+        (..., n), of x's dtype.
+
+    Raises:
+        TypeError: dtypes that are not floating or differ.
+        ValueError: shapes that do not fit.
+
+    Source: the paper; y = b is its proposition.
     """
     dtype = accumulation_dtype("lcw_linear", x=x, weight=weight, bias=bias)
     constrained = lcw_weight(weight.to(dtype), basis)
@@ -66,37 +91,48 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
 
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The activation shift of every unit: (mean pre-activation (n,), angle to the mean activation vector (n,)).
+    """The activation shift of every unit: its mean pre-activation, and its angle to the mean activation vector.
 
-    x (..., m) holds the samples, weight (n, m) is the weight the layer applies (for an LCW layer: lcw_weight(...)).
-    With mu the mean sample:  shift = w.mu + b = ||w|| ||mu|| cos(angle) + b, angle in [0, pi]. The paper defines the
-    shift by that angle; an angle to a zero vector is defined here as pi/2, for it means "no shift".
-    Raises TypeError for dtypes that are not floating or differ, ValueError for shapes that do not fit or no samples.
+    With mu the mean sample:  shift = w.mu + b = ||w|| ||mu|| cos(angle) + b, angle in [0, pi].
+
+    Args:
+        x: (..., m), the samples; at least one.
+        weight: (n, m), the weight that the layer applies (for an LCW layer: lcw_weight(...)).
+        bias: (n,), or None.
+
+    Returns:
+        (shift (n,), angle (n,)), of x's dtype.
+
+    Raises:
+        TypeError: dtypes that are not floating or differ.
+        ValueError: shapes that do not fit, or no samples.
+
+    Source: the paper defines the shift by that angle. An angle to a zero vector is pi/2 here, which means "no shift".
     """
     dtype = accumulation_dtype("activation_shift", x=x, weight=weight, bias=bias)
-    check_shape("activation_shift", "weight", weight, weight.dim() == 2, "(n, m)", "Flatten a filter to one row first.")
+    check_rows("activation_shift", "weight", weight)
     _check_linear_shapes("activation_shift", x, weight, bias)
     check_shape("activation_shift", "x", x, x.numel() > 0, "at least one sample and feature")
     mean_activation = x.to(dtype).reshape(-1, x.shape[-1]).mean(dim=0)
     shift = F.linear(mean_activation, weight.to(dtype), None if bias is None else bias.to(dtype))
-    # The angle does not depend on the lengths; of numbers around 1 their squares neither overflow nor vanish.
+    # The angle does not depend on the lengths. Squares of numbers around 1 neither overflow nor vanish.
     w, mu = _with_largest_1(weight.to(dtype)), _with_largest_1(mean_activation)
     w_length, mu_length = w.norm(dim=1, keepdim=True), mu.norm()
-    # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(w.mu) loses near 0 and pi; scaled by both
-    # lengths it needs no division.
+    # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(w.mu) loses near 0 and pi. Scaled by both
+    # lengths, it needs no division.
     angle = 2 * torch.atan2((w * mu_length - mu * w_length).norm(dim=1), (w * mu_length + mu * w_length).norm(dim=1))
     no_direction = (w_length * mu_length).squeeze(1) == 0
     return shift.to(x.dtype), angle.masked_fill(no_direction, math.pi / 2).to(x.dtype)
 
 
 def _with_largest_1(vectors: Tensor) -> Tensor:
-    """Each divided by its largest magnitude, as by a constant; a zero vector stays one."""
+    """Each vector over its largest magnitude, which counts as a constant. A zero vector stays zero."""
     largest = vectors.detach().abs().amax(dim=-1, keepdim=True)
     return vectors / torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def _check_linear_shapes(function: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     units, fan_in = weight.shape
-    check_shape(function, "x", x, x.dim() >= 1 and x.shape[-1] == fan_in, f"(..., {fan_in}), the weight's fan-in")
+    check_features(function, x, fan_in, "the weight's fan-in")
     if bias is not None:
-        check_shape(function, "bias", bias, bias.shape == (units,), f"({units},), one value per unit")
+        check_per_unit(function, "bias", bias, units)

@@ -1,7 +1,7 @@
 """Linear product structure (LPS) initialisation: weights and bias of a unit are one group with one scale.
 
 A root of the start system of random linear factors has A_j [w_j; b_j] = r_j. Q. Chen, W. Hao, J. He, Applied Math.
-and Computation 415 (2022), arXiv 2109.00125. The paper's printed constants are not known to us: all rules are derived.
+and Computation 415 (2022), arXiv 2109.00125. The paper's printed constants are not known to us; all rules are derived.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcw_ops._checks import accumulation_dtype, check_choice, check_positive, check_shape
+from lcw_ops._checks import accumulation_dtype, check_choice, check_positive, check_shape, describe
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
@@ -28,32 +28,35 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # The normal density beyond 12 is below 1e-31. 256 Gauss-Legendre nodes on each side integrate every activation here,
-# and its products with Hermite polynomials, to float64 rounding; one rule across 0 would stumble over ReLU's kink.
+# and its products with Hermite polynomials, to float64 rounding. One rule across 0 would be inexact at ReLU's kink.
 TAIL = 12.0
 NODES_PER_SIDE = 256
 
-# Outside, f(sZ) is constant to rounding or steps within the first node of the quadrature: the variance would be wrong.
+# Outside this range the variance would be wrong: f(sZ) is constant to rounding, or steps within the first node of the
+# quadrature.
 LEAST_STD, LARGEST_STD = 1e-4, 1e2
 
-# The least |g0| the heavy-tailed rule divides by: our choice. It bounds a unit's scale to 10 times the typical one.
+# The least |g0| by which the heavy-tailed rule divides, our choice. It bounds a unit's scale to 10 times a typical one.
 LEAST_DENOMINATOR = 0.1
 
 
 def gaussian_expectation(function: Callable[[Tensor], Tensor]) -> float:
-    """E function(Z), Z ~ N(0, 1), in float64; function is elementwise, smooth but for a kink at 0."""
+    """E function(Z), Z ~ N(0, 1), in float64. The function is elementwise, and smooth except for a kink at 0."""
     nodes, weights = _half_line_rule()
     return (weights * function(nodes)).sum().item()
 
 
 def activation_variance(activation: str, std: float = 1.0) -> float:
-    """Var f(std Z), Z ~ N(0, 1): what a layer with pre-activations of that spread hands to the next.
+    """Var f(std Z), Z ~ N(0, 1): the variance that a layer with pre-activations of that deviation gives to the next.
 
-    Raises ValueError for an unknown activation or a std outside [1e-4, 100].
+    Raises:
+        ValueError: an unknown activation, or a std outside [1e-4, 100].
     """
     check_choice("activation_variance", "activation", activation, ACTIVATIONS)
     check_positive("activation_variance", "std", std)
     if not LEAST_STD <= std <= LARGEST_STD:
-        raise ValueError(f"activation_variance: std is {std}; expected between {LEAST_STD} and {LARGEST_STD}.")
+        expected = f"between {LEAST_STD} and {LARGEST_STD}"
+        raise ValueError(describe("activation_variance", "std", f"is {std}", expected))
     f = ACTIVATIONS[activation]
     mean = gaussian_expectation(lambda z: f(std * z))
     return gaussian_expectation(lambda z: (f(std * z) - mean).square())
@@ -62,18 +65,21 @@ def activation_variance(activation: str, std: float = 1.0) -> float:
 def hermite_second_moment(activation: str, degree: int | None = None) -> float:
     """q(f) = E P_d(Z)^2 for the degree-d Hermite approximation P_d of f; degree None: the exact E f(Z)^2.
 
-    h_k the orthonormal Hermite polynomials:  c_k = E f(Z) h_k(Z),  P_d = sum_{k<=d} c_k h_k,  q = sum_{k<=d} c_k^2.
-    That the activation is replaced by a polynomial is the paper's; the Hermite approximation is our choice.
-    Raises ValueError for an unknown activation or a degree below 1, TypeError for a degree that is no integer.
+    With orthonormal Hermite polynomials h_k:  c_k = E f(Z) h_k(Z),  P_d = sum_{k<=d} c_k h_k,  q = sum_{k<=d} c_k^2.
+
+    Raises:
+        TypeError: a degree that is not an integer.
+        ValueError: an unknown activation, or a degree below 1.
+
+    Source: the paper replaces the activation by a polynomial; the Hermite approximation is our choice.
     """
     check_choice("hermite_second_moment", "activation", activation, ACTIVATIONS)
     f = ACTIVATIONS[activation]
     if degree is None:
         return gaussian_expectation(lambda z: f(z).square())
     if not isinstance(degree, int):
-        raise TypeError(
-            f"hermite_second_moment: degree is a {type(degree).__name__}; expected an int, or None for exact."
-        )
+        came = f"is a {type(degree).__name__}"
+        raise TypeError(describe("hermite_second_moment", "degree", came, "an int, or None for exact"))
     check_positive("hermite_second_moment", "degree", degree)
     nodes, weights = _half_line_rule()
     weighted_f = weights * f(nodes)
@@ -97,8 +103,11 @@ def joint(
 
     E z^2 = s^2 (fan_in q + 1) = 1, where second_moment q is E a^2 of one input: 1 for standardised data, otherwise the
     previous activation's `hermite_second_moment`. Without bias the group has one member less: s^2 = 1 / (fan_in q).
-    The paper's printed constants are not known; that [w; b] is one group of one scale, and s, are derived here.
-    Raises ValueError for a second moment that is not finite and > 0.
+
+    Raises:
+        ValueError: a second moment that is not finite and > 0.
+
+    Source: derived here, that [w; b] is one group of one scale and s; the paper's printed constants are not known.
     """
     check_positive("joint", "second_moment", second_moment)
     group = _normal((out_features, fan_in + bias), generator, device)
@@ -118,8 +127,11 @@ def heavy_tail(
 
     For Gaussian coefficients A_j the root of A_j [w; b] = r is exactly multivariate Cauchy, g / |g0|. Its variance is
     infinite, hence the clip and the scale, which makes the mean of q ||w||^2 + b^2 over the layer 1, as in `joint`.
-    The paper's printed constants are not known; the law is derived here, the clip is our choice.
-    Raises ValueError for a second moment that is not finite and > 0.
+
+    Raises:
+        ValueError: a second moment that is not finite and > 0.
+
+    Source: the law is derived here, the clip is our choice; the paper's printed constants are not known.
     """
     check_positive("heavy_tail", "second_moment", second_moment)
     group = _normal((out_features, fan_in + bias), generator, device)
@@ -134,19 +146,31 @@ def anchored(
 ) -> tuple[Tensor, Tensor]:
     """w ~ N(0, 1/fan_in), b = root - w.h, h a random row of samples: zero sets through the data. In float64.
 
-    samples (S, fan_in) are real inputs of the layer, or draws from their law. Then weight (out_features, fan_in) and
-    bias (out_features,) are scaled by one number, so that z over all units and samples has standard deviation 1;
-    samples without any spread leave the scale as drawn. With root 0 a unit is off (z <= 0) on all S samples with
+    Then weight and bias are scaled by one number, so that z over all units and samples has standard deviation 1.
+    Samples without any spread leave the scale as drawn. With root 0 a unit is off (z <= 0) on all S samples with
     probability exactly 1/S, if they differ: its anchor has to be the largest. That keeps ReLUs alive.
-    The paper's printed constants are not known; this rule is derived here. root is a root of P_d, or 0.
-    Raises TypeError for samples of a dtype that is not floating, ValueError for samples that are not a matrix with
-    at least one row, or not finite.
+
+    Args:
+        out_features: the number of units.
+        samples: (S, fan_in), real inputs of the layer, or draws from their law.
+        root: a root of P_d, or 0.
+        generator: torch's.
+
+    Returns:
+        (weight (out_features, fan_in), bias (out_features,)).
+
+    Raises:
+        TypeError: samples of a dtype that is not floating.
+        ValueError: samples that are not a matrix with at least one row, or not finite.
+
+    Source: derived here; the paper's printed constants are not known.
     """
     accumulation_dtype("anchored", samples=samples)
     right = samples.dim() == 2 and samples.shape[0] > 0
     check_shape("anchored", "samples", samples, right, "(S, fan_in) with S >= 1", "One row is one input of a unit.")
     if not samples.isfinite().all():
-        raise ValueError("anchored: samples has entries that are NaN or infinite; expected finite layer inputs.")
+        came = "has entries that are NaN or infinite"
+        raise ValueError(describe("anchored", "samples", came, "finite layer inputs"))
     count, fan_in = samples.shape
     weight = _normal((out_features, fan_in), generator, samples.device) / math.sqrt(fan_in)
     response = samples.double() @ weight.T
@@ -154,7 +178,7 @@ def anchored(
     bias = root - response.gather(0, anchor).squeeze(0)
     z = response + bias
     spread = (z - z.mean()).square().mean().sqrt()
-    # Equal samples differ by rounding only, 1e-16 of the product's size; distinct float32 samples by 1e-8 of it.
+    # Equal samples differ only by rounding, 1e-16 of the product's size; distinct float32 samples by 1e-8 of it.
     scale = torch.where(spread > 1e-10 * response.square().mean().sqrt(), 1 / spread, 1.0)
     return scale * weight, scale * bias
 

@@ -1,0 +1,219 @@
+"""Input mean normalization against its formula, torch's BatchNorm and finite differences."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+
+from lcw_ops import nn
+from lcw_ops.nn import hypersphere
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPS = 2**-52
+SHAPES = [(6, 4), (6, 4, 5), (3, 4, 2, 5), (2, 4, 2, 3, 2), (1, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_input_mean_norm_is_its_formula(shape):
+    layer = nn.InputMeanNorm(4, momentum=0.25, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64) + 3
+    dims = [0, *range(2, len(shape))]
+    # 24 numbers below 8 are summed, in two orders.
+    tolerance = 2 * 24 * 8 * EPS
+    torch.testing.assert_close(layer(x), x - x.mean(dims, keepdim=True), rtol=0, atol=tolerance)
+    per_channel = (-1, *(1,) * (len(shape) - 2))
+    torch.testing.assert_close(layer.running_mean, 0.25 * x.mean(dims), rtol=0, atol=tolerance)
+    expected = x - layer.running_mean.view(per_channel)
+    assert torch.equal(layer.eval()(x), expected)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_input_mean_norm_derivatives(training, shape):
+    layer = nn.InputMeanNorm(4, dtype=torch.float64).train(training)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+    grad_output = torch.randn(shape, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(layer(x), x, grad_output)
+    dims = [0, *range(2, len(shape))]
+    expected = grad_output - grad_output.mean(dims, keepdim=True) if training else grad_output
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=2 * 24 * 8 * EPS)
+
+
+def test_running_means_decay():
+    decaying, average = nn.InputMeanNorm(3, dtype=torch.float64), nn.InputMeanNorm(3, None, dtype=torch.float64)
+    batches = torch.randn(50, 8, 3, dtype=torch.float64) + torch.tensor([1.0, -2.0, 5.0], dtype=torch.float64)
+    for batch in batches:
+        decaying(batch), average(batch)
+    weights = 0.01 * 0.99 ** torch.arange(49, -1, -1, dtype=torch.float64)
+    # 50 steps of a few roundings of numbers below 8.
+    tolerance = 50 * 4 * 8 * EPS
+    torch.testing.assert_close(decaying.running_mean, weights @ batches.mean(1), rtol=0, atol=tolerance)
+    torch.testing.assert_close(average.running_mean, batches.mean((0, 1)), rtol=0, atol=tolerance)
+    as_torch = torch.nn.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    for batch in batches:
+        as_torch(batch)
+    torch.testing.assert_close(average.running_mean, as_torch.running_mean, rtol=0, atol=tolerance)
+    for layer in (decaying, average):
+        assert layer.num_batches_tracked == 50
+        assert layer.num_batches_tracked.dtype == torch.int64
+        before = layer.running_mean.clone()
+        layer.eval()(batches[0] + 100)
+        assert torch.equal(layer.running_mean, before)
+        for reset in (layer.reset_running_stats, layer.reset_parameters):
+            layer.train()(batches[0])
+            reset()
+            assert not layer.running_mean.any()
+            assert layer.num_batches_tracked == 0
+    assert not list(decaying.parameters())
+
+
+@pytest.mark.parametrize("momentum", [0, 1])
+def test_extreme_momenta(momentum):
+    layer, x = nn.InputMeanNorm(2, momentum), torch.randn(5, 2)
+    layer(x)
+    assert torch.equal(layer.running_mean, momentum * x.mean(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_inputs_are_averaged_in_float32(dtype):
+    """100,000 numbers near 1000: their sum is no number of float16, and none of bfloat16 moves on beside it."""
+    x = (torch.randn(50_000, 2) + 1000).to(dtype)
+    exact_mean = x.double().mean(0)
+    for layer in (nn.InputMeanNorm(2, 1.0), nn.InputMeanNorm(2, 1.0, dtype=dtype), nn.InputMeanNorm(2, 1.0).to(dtype)):
+        assert layer.running_mean.dtype == torch.float32
+        output = layer(x)
+        assert output.dtype == dtype
+        exact = x.double() - exact_mean
+        # The mean's rounding in float32, then one to dtype.
+        allowed = 8 * 1000 * 2**-23 + torch.finfo(dtype).eps * exact.abs()
+        assert ((output.double() - exact).abs() <= allowed).all()
+        assert (layer.running_mean.double() - exact_mean).abs().max() <= 8 * 1000 * 2**-23
+        with torch.no_grad():
+            assert ((layer.eval()(x).double() - exact).abs() <= allowed).all()
+
+
+def test_a_running_mean_of_a_16_bit_model_still_moves():
+    """1 % of a small difference is less than half an ulp of bfloat16."""
+    model = torch.nn.Sequential(nn.InputMeanNorm(1)).bfloat16()
+    model[0].running_mean.fill_(1.0)
+    for _ in range(700):
+        model(torch.full((2, 1), 1.25, dtype=torch.bfloat16))
+    # 0.25 x 0.99^700 = 2.2e-4, and 700 roundings.
+    assert abs(model[0].running_mean.item() - 1.25) < 2.2e-4 + 700 * 2**-24
+    assert model.double()[0].running_mean.dtype == torch.float64
+
+
+def test_input_mean_norm_keeps_the_memory_format():
+    layer = nn.InputMeanNorm(4)
+    for dtype in (torch.float32, torch.bfloat16):
+        for x, layout in [
+            (torch.randn(2, 4, 3, 5), torch.channels_last),
+            (torch.randn(2, 4, 3, 5, 2), torch.channels_last_3d),
+        ]:
+            x = x.to(dtype)
+            for training in (True, False):
+                layer.train(training)
+                assert layer(x.to(memory_format=layout)).is_contiguous(memory_format=layout)
+                assert layer(x).is_contiguous()
+                # The same numbers, summed in another order: 60 below 5.
+                moved = layer(x.to(memory_format=layout))
+                layer.running_mean.fill_(0.5)
+                atol = 2 * 60 * 5 * 2**-23 + (0 if dtype == torch.float32 else 5 * 2**-8)
+                if training:
+                    torch.testing.assert_close(moved, layer(x), rtol=0, atol=atol)
+    transposed = torch.randn(5, 4, 6).mT[:, :4]
+    expected = transposed - transposed.mean((0, 2), keepdim=True)
+    torch.testing.assert_close(layer.train()(transposed), expected, rtol=0, atol=2 * 20 * 5 * 2**-23)
+
+
+def test_an_empty_batch_moves_no_statistics():
+    for momentum in (0.01, None):
+        layer = nn.InputMeanNorm(4, momentum)
+        layer(torch.randn(3, 4, 2))
+        before = copy.deepcopy(layer.state_dict())
+        for shape in ((0, 4), (0, 4, 2), (3, 4, 0)):
+            x = torch.randn(shape, requires_grad=True)
+            output = layer(x)
+            assert output.shape == shape
+            output.sum().backward()
+            assert x.grad.shape == shape
+        assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_input_mean_norm_has_state():
+    layer, x = nn.InputMeanNorm(4), torch.randn(3, 4, 2)
+    layer(x), layer(2 * x)
+    assert list(layer.state_dict()) == ["running_mean", "num_batches_tracked"]
+    loaded = nn.InputMeanNorm(4, device="meta").to_empty(device="cpu")
+    loaded.load_state_dict(layer.state_dict())
+    for other in (loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.num_batches_tracked == 2
+        assert torch.equal(other.eval()(x), copy.deepcopy(layer).eval()(x))
+        other.train()(x)
+        assert layer.num_batches_tracked == 2
+    assert nn.InputMeanNorm(4, device="meta")(x.to("meta")).is_meta
+
+
+def test_input_mean_norm_under_func():
+    layer, x = nn.InputMeanNorm(4, dtype=torch.float64), torch.randn(3, 5, 4, 2, dtype=torch.float64)
+    buffers = {name: buffer.expand(3, *buffer.shape).clone() for name, buffer in layer.named_buffers()}
+    call = partial(torch.func.functional_call, layer)
+    output = torch.vmap(call)(buffers, (x,))
+    assert torch.equal(output, torch.stack([copy.deepcopy(layer)(sample) for sample in x]))
+    torch.testing.assert_close(buffers["running_mean"], 0.01 * x.mean((1, 3)), rtol=0, atol=8 * EPS)
+
+    def loss(x, buffers):
+        return call(buffers, (x,)).pow(3).sum()
+
+    one = {name: buffer[0] for name, buffer in buffers.items()}
+    gradient = torch.func.grad(loss)(x[0], one)
+    squares = 3 * (x[0] - x[0].mean((0, 2), keepdim=True)).square()
+    torch.testing.assert_close(gradient, squares - squares.mean((0, 2), keepdim=True), rtol=0, atol=200 * EPS)
+
+
+def test_a_refused_input_moves_no_statistics():
+    layer = nn.InputMeanNorm(4)
+    with pytest.raises(ValueError, match="input has shape"):
+        layer(torch.randn(2, 3))
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: nn.InputMeanNorm(4, momentum=1.5), ValueError, "InputMeanNorm: momentum is 1.5; expected 0 to 1"),
+        (lambda: nn.InputMeanNorm(4, momentum=-0.1), ValueError, "InputMeanNorm: momentum is -0.1"),
+        (lambda: nn.InputMeanNorm(4, momentum="0.1"), TypeError, "InputMeanNorm: momentum is a str"),
+        (
+            lambda: nn.InputMeanNorm(4)(torch.randn(2, 5, 4)),
+            ValueError,
+            r"InputMeanNorm: input has shape \(2, 5, 4\); expected \(N, 4, \*\)",
+        ),
+        (lambda: nn.InputMeanNorm(4)(torch.randn(4)), ValueError, r"input has shape \(4,\)"),
+        (
+            lambda: nn.InputMeanNorm(4)(torch.randn(2, 4).double()),
+            TypeError,
+            "input is torch.float64; expected float32, b",
+        ),
+        (
+            lambda: nn.InputMeanNorm(4).double()(torch.randn(2, 4)),
+            TypeError,
+            "expected torch.float64, because running_mean",
+        ),
+        (lambda: nn.InputMeanNorm(4)(torch.ones(2, 4, dtype=torch.int64)), TypeError, "input is torch.int64"),
+    ],
+)
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_the_layer_keeps_its_old_address():
+    """Pickles of version 0.1 name it by lcw_ops.nn.hypersphere."""
+    assert hypersphere.InputMeanNorm is nn.InputMeanNorm

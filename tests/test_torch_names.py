@@ -1,0 +1,210 @@
+"""Every private name of torch that the package relies on exists and behaves, and stands in lcw_ops/_torch.py alone."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lcw_ops import _torch
+
+ROOT = Path(__file__).parents[1]
+
+# Operators in torch's schema list, torch's documented check, and documented attributes of modules and tensors.
+EXEMPT = re.compile(r"torch\.(_(foreach_\w+|amp_foreach_\w+|check\b|weight_norm\b)|ops\.)")
+PRIVATE = re.compile(
+    r"torch\.(\w+\.)*_[a-z]\w*(\.\w+)*|torch\._C\b|forward_ad\._\w+|from torch(\.\w+)*\._\w+|_dynamo_marked"
+)
+
+
+def seen(predicate):
+    """What the predicate says where torch.func runs the code."""
+    found = []
+
+    def function(x):
+        found.append(predicate())
+        return x * 2
+
+    return found, function
+
+
+def test_in_functorch():
+    assert not _torch.in_functorch()
+    for transform in (torch.vmap, torch.func.grad, lambda function: lambda x: torch.func.jvp(function, (x,), (x,))):
+        found, function = seen(_torch.in_functorch)
+        transform(function)(torch.tensor(1.0) if transform is torch.func.grad else torch.ones(2))
+        assert found == [True]
+    assert not _torch.in_functorch()
+
+
+def test_is_functorch_wrapped():
+    assert not _torch.is_functorch_wrapped(torch.ones(2))
+    wrapped = []
+    torch.vmap(lambda x: wrapped.append(_torch.is_functorch_wrapped(x)) or x)(torch.ones(2))
+    assert wrapped == [True]
+
+
+def test_in_forward_mode():
+    assert not _torch.in_forward_mode()
+    with forward_ad.dual_level():
+        assert _torch.in_forward_mode()
+        with torch.no_grad():
+            assert _torch.in_forward_mode()
+    assert not _torch.in_forward_mode()
+    found, function = seen(_torch.in_forward_mode)
+    torch.func.jvp(function, (torch.ones(2),), (torch.ones(2),))
+    assert found == [True]
+
+
+def test_modes_and_overrides_are_seen():
+    assert not _torch.is_function_mode_active()
+    assert not _torch.may_be_overridden(torch.ones(2), None, torch.nn.Parameter(torch.ones(2)), 1.0)
+    with torch.overrides.BaseTorchFunctionMode():
+        assert _torch.is_function_mode_active()
+        assert _torch.may_be_overridden(1.0)
+
+    class Subclass(Tensor):
+        pass
+
+    assert _torch.may_be_overridden(1.0, torch.ones(2).as_subclass(Subclass))
+    assert _torch.count_dispatch_modes() == 0
+    with FakeTensorMode():
+        assert _torch.count_dispatch_modes() == 1
+
+
+def test_hand_over():
+    class Counting(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), kwargs=None):
+            return function, len(arguments)
+
+    def function(x, y):
+        raise AssertionError("the subclass takes the call over")
+
+    arguments = (torch.ones(2).as_subclass(Counting), 1.0)
+    assert _torch.is_overridden(*arguments)
+    assert _torch.hand_over(function, *arguments) == (function, 2)
+    assert not _torch.is_overridden(torch.ones(2), 1.0)
+
+
+def test_views_and_zeros_without_memory():
+    base = torch.ones(4)
+    assert _torch.is_view(base[:2])
+    assert not _torch.is_view(base)
+    assert _torch.is_zeros_without_memory(torch._efficientzerotensor(3))
+    assert not _torch.is_zeros_without_memory(torch.zeros(3))
+
+
+def test_fake_tensors_have_no_values():
+    real = torch.ones(2)
+    assert not _torch.is_fake(real)
+    assert _torch.has_values(real)
+    assert not _torch.has_values(torch.ones(2, device="meta"))
+    with FakeTensorMode():
+        assert _torch.is_fake(torch.ones(2))
+        assert not _torch.has_values(real)
+
+
+def test_is_traced():
+    assert not _torch.is_traced()
+    found, function = seen(_torch.is_traced)
+    make_fx(function)(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(function, torch.ones(2), check_trace=False)
+    assert found == [True, True]
+    compiled = torch.compile(lambda x: x * 2 if _torch.is_traced() else x * 3, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_is_exporting():
+    assert not _torch.is_exporting()
+    assert not _torch.is_in_onnx_export()
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return x * 2 if _torch.is_exporting() else x * 3
+
+    for strict in (False, True):
+        exported = torch.export.export(Module(), (torch.ones(2),), strict=strict)
+        assert exported.module()(torch.ones(2)).tolist() == [2.0, 2.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Module(), torch.ones(2), check_trace=False)
+    assert traced(torch.ones(2)).tolist() == [2.0, 2.0]
+    compiled = torch.compile(Module(), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
+def test_unrecorded():
+    traced_within = []
+
+    def function(x):
+        traced_within.append(_torch.unrecorded(torch.jit.is_tracing))
+        traced_within.append(torch.jit.is_tracing())
+        return x * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(function, torch.ones(2), check_trace=False)
+    assert traced_within == [False, True]
+
+
+def test_constant_when_traced():
+    calls = []
+
+    @_torch.constant_when_traced
+    def rows_limit(name):
+        # torch.compile could not trace this.
+        calls.append(str(id(name)))
+        return 3
+
+    compiled = torch.compile(
+        lambda x: x * 2 if x.shape[0] > rows_limit("cpp") else x * 3, backend="eager", fullgraph=True, dynamic=True
+    )
+    assert compiled(torch.ones(5)).tolist() == [2.0] * 5
+    assert compiled(torch.ones(2)).tolist() == [3.0] * 2
+    assert calls
+
+
+def test_never_traced():
+    @_torch.never_traced
+    def untraced(x):
+        assert not torch.compiler.is_compiling()
+        return x * 2
+
+    assert torch.compile(lambda x: untraced(x) + 1, backend="eager")(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
+def test_dispatch_keys_and_overloads():
+    assert isinstance(torch.ops.aten.add.Tensor, _torch.OpOverload)
+    assert torch.ops.aten.add.Tensor.has_kernel_for_dispatch_key(_torch.DispatchKey.CPU)
+    for key in ("CUDA", "CompositeExplicitAutograd", "Negative", "ZeroTensor", "AutogradNestedTensor"):
+        assert hasattr(_torch.DispatchKey, key)
+
+
+def test_cast_and_constant():
+    assert _torch.cast(torch.ones(2), torch.float64).dtype == torch.float64
+    x = torch.ones(2)
+    assert _torch.cast(x, torch.float32) is x
+    assert _torch.constant(0.5, dtype=torch.float64).tolist() == [0.5]
+
+
+def source_files():
+    files = [*(ROOT / "lcw_ops").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    links = (ROOT / "lcw_ops" / "kernels", ROOT / "lcw_ops" / "bench")
+    return sorted(file for file in files if not any(file.is_relative_to(link) for link in links))
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_of_torch_stand_in_one_file(path):
+    if path == ROOT / "lcw_ops" / "_torch.py":
+        return
+    code = "\n".join(line.split("#")[0] for line in path.read_text().splitlines())
+    found = [match.group() for match in PRIVATE.finditer(code) if not EXEMPT.match(match.group())]
+    assert not found, f"{path.name} uses {found}; give them a plain name in lcw_ops/_torch.py"
