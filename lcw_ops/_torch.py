@@ -1,7 +1,12 @@
-"""How a function meets what torch does with its call: exporters, tracers and the ``__torch_function__`` protocol.
+"""Every private name of torch that this package relies on, behind a plain one.
 
-This file holds every private name of torch that this takes, behind a plain one. It imports nothing that
-``import torch`` has not imported already. It is tested on the oldest and the newest torch that the package supports.
+Most of them say what torch does with a call: exporters, tracers, transforms, modes, the ``__torch_function__``
+protocol. An alias of torch's own function costs no call. This file imports only what ``import torch`` has imported
+already. tests/test_torch_names.py checks each name; it runs on the oldest and the newest torch that the package
+supports.
+
+Some names with an underscore are used directly elsewhere. ``torch._check`` is documented. ``torch._foreach_*`` and
+``torch._amp_foreach_*`` are operators in torch's schema list, which torch keeps compatible.
 """
 
 import sys
@@ -11,9 +16,63 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+# () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
+in_functorch = torch._C._are_functorch_transforms_active
 
+# (tensor) -> bool: whether it stands for another tensor, inside a transform of torch.func.
+is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+# () -> bool: whether a torch.overrides.TorchFunctionMode is there to see a call.
+is_function_mode_active = torch._C._is_torch_function_mode_enabled
+
+# (*arguments) -> bool: whether an argument or a function mode has a __torch_function__, whether or not it may be asked.
+may_be_overridden = has_torch_function_variadic
+
+# () -> int: how many modes of __torch_dispatch__ see every operator. Fake tensors and make_fx are such modes.
+count_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+# (tensor) -> bool: whether it shares the memory of another tensor.
+is_view = Tensor._is_view
+
+# (tensor) -> bool: whether it is all zeros that have no memory, as autograd makes them.
+is_zeros_without_memory = Tensor._is_zerotensor
+
+# (function) -> the same function, which torch.compile runs as it is instead of tracing it.
+without_dynamo = torch._disable_dynamo
+
+DispatchKey = torch._C.DispatchKey
+OpOverload = torch._ops.OpOverload
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode derivative may be taken: torch.autograd.forward_ad.dual_level or torch.func.jvp is on."""
+    return forward_ad._current_level >= 0
+
+
+def constant_when_traced(function: Callable) -> Callable:
+    """Let torch.compile take what the function returns as a constant instead of tracing it.
+
+    torch.export with strict=True does so too. ``torch.compiler.assume_constant_result`` does the same, but it imports
+    torch's compiler, which takes as long as all of torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has a shape but no memory, as the tensors of FakeTensorMode."""
+    return isinstance(tensor, FakeTensor)
+
+
+def is_traced() -> bool:
+    """Whether calls are recorded in a program, which cannot depend on a tensor's numbers or on where it lies."""
+    return torch.compiler.is_compiling() or count_dispatch_modes() > 0 or torch.jit.is_tracing()
+
+
+@constant_when_traced
 def is_exporting() -> bool:
     """Whether the call becomes part of a program that must run without this package.
 
@@ -23,6 +82,7 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() or torch._C._is_tracing() or is_in_onnx_export()
 
 
+@constant_when_traced
 def is_in_onnx_export() -> bool:
     """Whether torch.onnx.export is running: its programs have no gradients."""
     # torch.onnx.is_in_onnx_export() imports the exporters, which takes half a second: call it only if one is loaded.
@@ -30,10 +90,6 @@ def is_in_onnx_export() -> bool:
         "torch.onnx._internal.exporter" in sys.modules or "torch.onnx._internal.torchscript_exporter" in sys.modules
     )
     return exporter_is_there and torch.onnx.is_in_onnx_export()
-
-
-# torch.compile, and torch.export with strict=True, then take the answers as constants instead of tracing the functions.
-is_exporting._dynamo_marked_constant = is_in_onnx_export._dynamo_marked_constant = True
 
 
 def unrecorded(function: Callable, *arguments):
@@ -52,7 +108,7 @@ def unrecorded(function: Callable, *arguments):
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether its numbers can be looked at: not on the meta device, and in FakeTensorMode all results are fake."""
+    """Whether its numbers can be read. A meta tensor has none, and in FakeTensorMode all results are fake."""
     return not tensor.is_meta and detect_fake_mode([tensor]) is None
 
 
@@ -79,7 +135,7 @@ _SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)
 
 
 def ready_for_scan(state: Tensor, *arguments) -> Tensor:
-    """``state``, requiring a gradient where one of the arguments that are tensors does."""
+    """``state``, which requires a gradient if one of the arguments that are tensors does."""
     if _SCAN_DROPS_GRADIENTS:
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -114,21 +170,21 @@ def scan(
 
 
 def _without_data(tensor: Tensor) -> Tensor:
-    """``tensor`` as scan needs it: torch.export leaves a plain attribute of a module as it is, with its data."""
-    return tensor if isinstance(tensor, FakeTensor) else torch.ops.aten.alias.default(tensor)
+    """``tensor`` as scan needs it. torch.export leaves a plain attribute of a module real, with its data."""
+    return tensor if is_fake(tensor) else torch.ops.aten.alias.default(tensor)
 
 
 def is_overridden(*arguments) -> bool:
     """Whether an argument, or a function mode, takes the call over by torch's ``__torch_function__`` protocol.
 
-    A function asks first of all, and then calls :func:`hand_over`. torch.fx then records one call, and Tensor
-    subclasses and function modes see it as they see torch's own functions.
+    A public function calls this before anything else, and then :func:`hand_over`. torch.fx then records one call, and
+    Tensor subclasses and function modes see the call as they see torch's own functions.
 
-    torch.compile traces into the function and cannot hand a call over: under it, a subclass is not asked. While
-    exporting only arguments are asked: torch.export watches through a mode of its own, which is off while it carries
-    out a function that it was handed. It would not record that the function switches autocast off.
+    torch.compile traces into the function and cannot hand a call over, so under it no subclass is asked. While
+    exporting, only arguments are asked: torch.export watches through a mode of its own, which is off while it carries
+    out a function that was handed over. It would not record that the function switches autocast off.
     """
-    if torch.compiler.is_dynamo_compiling() or not has_torch_function_variadic(*arguments):
+    if torch.compiler.is_dynamo_compiling() or not may_be_overridden(*arguments):
         return False
     return not torch.compiler.is_exporting() or any(map(_overrides, arguments))
 
@@ -141,7 +197,3 @@ def hand_over(function: Callable, *arguments):
 def _overrides(argument) -> bool:
     disabled = torch._C._disabled_torch_function_impl
     return type(argument) is not Tensor and getattr(type(argument), "__torch_function__", disabled) is not disabled
-
-
-# () -> bool: whether a torch.overrides.TorchFunctionMode is there to see a call.
-is_function_mode_active = torch._C._is_torch_function_mode_enabled

@@ -1,18 +1,23 @@
-"""Where every op is declared: one schema, one fake kernel, one set of rules, and one overload per backend.
+"""The place where every op is declared: one schema, one fake kernel, one set of rules, and one overload per backend.
 
-``lcw_ops::orthogonal_filter.cpp`` and ``lcw_ops::orthogonal_filter.cuda`` are the same schema carried out by two
-backends. Python declares them; the C++ and CUDA extensions (or a Triton launcher) only add the implementation.
+``lcw_ops::orthogonal_filter.cpp`` and ``lcw_ops::orthogonal_filter.cuda`` are the same schema, implemented by two
+backends. Python declares them; the C++ and CUDA extensions, or a Triton launcher, only add the implementation.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
+
+from lcw_ops import _torch
 
 library = torch.library.Library("lcw_ops", "DEF")
 
-# The dispatch key that an overload's implementation sits on: compiled ones have a device, those in Python take any.
+# The dispatch key of each backend's implementations. Compiled ones are for one device, those in Python for any.
 DISPATCH_KEY = {
     "cpp": "CPU",
     "cuda": "CUDA",
@@ -30,7 +35,7 @@ def declare(
     autocast_dtype: torch.dtype | None = None,
     vmap: Callable | None = None,
 ) -> None:
-    """Define ``lcw_ops::name.backend`` for every backend, with the rules that do not depend on who computes it.
+    """Define ``lcw_ops::name.backend`` for every backend, with the rules that all of them share.
 
     ``vmap`` takes the overload first, then the arguments of ``torch.library.register_vmap``'s function.
     """
@@ -52,20 +57,41 @@ def declare(
 
 
 def implement(name: str, backend: str, function: Callable, key: str | None = None) -> None:
-    """Give a backend written in Python (Triton launchers) its implementation; or any, what it does on one ``key``."""
+    """Register what an overload does: for a backend written in Python (Triton), or for any backend on one ``key``."""
     library.impl(f"{name}.{backend}", function, key or DISPATCH_KEY[backend])
 
 
-def get_overload(name: str, backend: str) -> torch._ops.OpOverload:
+def implement_in_triton(stem: str, *names: str) -> None:
+    """Register the launchers of ``kernels/<stem>.py`` that have an op's name.
+
+    The module is imported at the first call, because lcw_ops must not need Triton.
+    """
+    for name in names:
+        implement(name, "triton", functools.partial(launch, stem, name))
+
+
+def launch(stem: str, name: str, *arguments):
+    """Call the launcher ``name`` of ``kernels/<stem>.py``."""
+    return getattr(importlib.import_module(f"lcw_ops.kernels.{stem}"), name)(*arguments)
+
+
+def get_overloads(name: str, backends: tuple[str, ...] = ("cpp", "triton")) -> dict[str, _torch.OpOverload]:
+    return {backend: get_overload(name, backend) for backend in backends}
+
+
+def get_overload(name: str, backend: str) -> _torch.OpOverload:
     return getattr(getattr(torch.ops.lcw_ops, name), backend)
 
 
 def is_implemented(name: str, backend: str) -> bool:
-    return get_overload(name, backend).has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, DISPATCH_KEY[backend]))
+    return get_overload(name, backend).has_kernel_for_dispatch_key(getattr(_torch.DispatchKey, DISPATCH_KEY[backend]))
 
 
 def load_extension(stem: str) -> str | None:
-    """Load ``lcw_ops/<stem>.abi3.so``. Returns None, or the reason why it is not there: a slower backend, no error."""
+    """Load ``lcw_ops/<stem>.abi3.so``.
+
+    Returns None, or the reason why it was not loaded. That is not an error: a slower backend takes over.
+    """
     path = Path(__file__).parent.parent / f"{stem}.abi3.so"
     if not path.exists():
         return f"{path.name} is not built; it needs {'nvcc' if 'cuda' in stem else 'a C++ compiler'} at install time"
@@ -78,14 +104,83 @@ def load_extension(stem: str) -> str | None:
     return None
 
 
-def apply(function: type[Function], with_forward_mode: type[Function], *arguments):
-    """``function.apply(*arguments)``, every argument given.
+def forward_mode_twin(function: type[Function], jvp: Callable, saved: int = 0) -> type[Function]:
+    """Returns a subclass of ``function`` with forward-mode derivatives, for :func:`apply`.
 
-    torch.compile refuses to trace a Function that has a jvp, so there are two of each. And outside of torch.func and
-    torch.compile, ``Function.apply`` spends tens of microseconds on looking for default arguments: it is passed over.
+    torch.compile refuses to trace a Function that has a jvp, so each differentiable op has two Functions.
+
+    Args:
+        function: with or without ``setup_context``.
+        jvp: takes the context and one tangent per argument, None where there is none.
+        saved: how many of the first arguments are tensors that ``jvp`` reads from ``ctx.saved_tensors``.
+    """
+    members = {
+        "__doc__": f"{function.__name__} with forward-mode derivatives.",
+        "__module__": function.__module__,
+        "jvp": staticmethod(jvp),
+    }
+    if saved and function.setup_context is not Function.setup_context:
+
+        def setup_context(ctx, inputs, output):
+            function.setup_context(ctx, inputs, output)
+            ctx.save_for_forward(*inputs[:saved])
+
+        members["setup_context"] = staticmethod(setup_context)
+    elif saved:
+
+        def forward(ctx, *arguments):
+            ctx.save_for_forward(*arguments[:saved])
+            return function.forward(ctx, *arguments)
+
+        members["forward"] = staticmethod(forward)
+    return type(function)(f"{function.__name__}ForwardMode", (function,), members)
+
+
+def apply(function: type[Function], twin: type[Function], *arguments):
+    """Returns ``function.apply(*arguments)``. Every argument must be given.
+
+    ``twin`` comes from :func:`forward_mode_twin`, or is ``function`` itself where torch.func never runs it. Outside
+    torch.func and torch.compile this skips the search for default arguments in ``Function.apply``, which takes tens of
+    microseconds.
     """
     if torch.compiler.is_compiling():
         return function.apply(*arguments)
-    if torch._C._are_functorch_transforms_active():
-        return with_forward_mode.apply(*arguments)
-    return super(Function, with_forward_mode).apply(*arguments)
+    if _torch.in_functorch():
+        return twin.apply(*arguments)
+    return super(Function, twin).apply(*arguments)
+
+
+def vmap_rows(overload, info, in_dims, *tensors: Tensor):
+    """The vmap rule of an op whose arguments all have one row per unit: a batch of rows is a longer list of rows."""
+    batched = [
+        tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
+    ]
+    results = overload(*(tensor.flatten(0, 1) for tensor in batched))
+    rows = batched[0].shape[:2]
+    if isinstance(results, Tensor):
+        return results.unflatten(0, rows), 0
+    return tuple(result.unflatten(0, rows) for result in results), (0,) * len(results)
+
+
+def are_alike(tensor: Tensor, other: Tensor) -> bool:
+    """For fake kernels: whether both are floating point and of one dtype."""
+    return tensor.dtype == other.dtype and tensor.is_floating_point()
+
+
+def is_per_unit(values: Tensor, rows: Tensor) -> bool:
+    """For fake kernels: whether ``values`` holds one number per row, of the rows' dtype."""
+    return values.dim() == 1 and values.shape[0] == rows.shape[0] and are_alike(values, rows)
+
+
+def reference_gradients(
+    function: Callable, arguments: tuple[Tensor, ...], needs: tuple[bool, ...], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments that need one, from plain torch's derivatives of ``function``."""
+    is_again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Separate aliases: if one argument was computed from another, do not differentiate through that path.
+        aliases = [argument.view_as(argument) for argument in arguments]
+        needed = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+        gradients = iter(torch.autograd.grad(function(*aliases), needed, grad_output, create_graph=is_again))
+    return tuple(next(gradients) if need else None for need in needs)
