@@ -442,10 +442,10 @@ def test_opcheck(return_states, filter_kind, device):
     h0, weight, bias, alpha, beta, inputs = [t.detach() for t in make_arguments(3, 5, 4, device=device)]
     filter = make_filter(filter_kind, 4, 5, device=device)
     shared = (weight, bias, filter, alpha, beta, inputs, 4, "tanh", 3)
-    forward = op._library.get_overload(op.NAME, backend)
+    forward = op.library.get_overload(op.NAME, backend)
     torch.library.opcheck(forward, (h0, *shared, return_states))
     output, checkpoints = forward(h0, *shared, return_states)
-    backward = op._library.get_overload(op.BACKWARD, backend)
+    backward = op.library.get_overload(op.BACKWARD, backend)
     grad_output = torch.randn_like(output)
     torch.library.opcheck(backward, (grad_output, checkpoints, *shared, True, True, True, True, True))
     torch.library.opcheck(backward, (grad_output, checkpoints, *shared, False, False, False, False, False))
@@ -519,7 +519,7 @@ def valid_call(device):
         ),
         ({"filter": torch.tensor([0, 1, 2, 4])}, ValueError, "not a permutation"),
         ({"filter": torch.tensor([0, 1, 2, 2])}, ValueError, "not a permutation"),
-        ({"filter": torch.eye(4).requires_grad_()}, ValueError, r"pass filter.detach\(\)"),
+        ({"filter": torch.eye(4).requires_grad_()}, ValueError, r"Pass filter.detach\(\)"),
         ({"alpha": float("nan")}, ValueError, "alpha is nan; expected a finite number"),
         ({"beta": float("inf")}, ValueError, "beta is inf"),
         ({"beta": torch.randn(3, 1)}, ValueError, "beta is a torch.float32 tensor of shape"),
@@ -552,7 +552,7 @@ def test_unknown_number_of_steps_says_what_to_do(device):
 
 def test_the_op_itself_never_reads_out_of_bounds():
     """Called past the public function, with arguments that do not fit, it raises instead of crashing."""
-    forward = op._library.get_overload(op.NAME, "cpp")
+    forward = op.library.get_overload(op.NAME, "cpp")
     h0, weight, one = torch.randn(2, 4), torch.randn(3, 4, 4), torch.ones(1)
     eye = torch.eye(4)
     for arguments in (

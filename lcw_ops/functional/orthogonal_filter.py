@@ -198,21 +198,25 @@ def _check(
     if h0.dim() != 2:
         _checks.check_shape(_NAME, "h0", h0, False, "(M, N), samples x width")
     rows, width = h0.shape
+    like_state = h0.dtype, h0.device
     # Shapes are compared in place: torch.compile would compile a text with a size in it again for every size.
-    _check_like_state("weight", weight, h0)
     if weight.dim() not in (2, 3) or weight.shape[-2] != width or weight.shape[-1] != width:
         expected = f"(L, {width}, {width}) or ({width}, {width}), as h0 is {tuple(h0.shape)}"
         _checks.check_shape(_NAME, "weight", weight, False, expected)
+    if (weight.dtype, weight.device) != like_state:
+        _refuse_unlike("weight", weight, h0)
     if bias is not None:
-        _check_like_state("bias", bias, h0)
         if bias.dim() not in (1, 2) or bias.shape[-1] != width:
             expected = f"(L, {width}) or ({width},), as h0 is {tuple(h0.shape)}"
             _checks.check_shape(_NAME, "bias", bias, False, expected)
+        if (bias.dtype, bias.device) != like_state:
+            _refuse_unlike("bias", bias, h0)
     if inputs is not None:
-        _check_like_state("inputs", inputs, h0)
         if inputs.dim() != 3 or inputs.shape[1] != rows or inputs.shape[2] != width:
             expected = f"(T, {rows}, {width}), as h0 is {tuple(h0.shape)}"
             _checks.check_shape(_NAME, "inputs", inputs, False, expected)
+        if (inputs.dtype, inputs.device) != like_state:
+            _refuse_unlike("inputs", inputs, h0)
     _check_filter(filter, h0)
     for name, scale in (("alpha", alpha), ("beta", beta)):
         if isinstance(scale, Tensor):
@@ -234,12 +238,11 @@ def _check(
         _checks.check_shape(_NAME, "filter", filter, False, expected, "Use solver='sequential'.")
 
 
-def _check_like_state(name: str, tensor: Tensor, h0: Tensor) -> None:
+def _refuse_unlike(name: str, tensor: Tensor, h0: Tensor) -> None:
     if tensor.dtype != h0.dtype:
         expected = f"{h0.dtype}, as h0 is"
         raise TypeError(_checks.describe(_NAME, name, f"is {tensor.dtype}", expected, "Convert one of the two."))
-    if tensor.device != h0.device:
-        _checks.check_devices(_NAME, h0=h0, **{name: tensor})
+    _checks.check_devices(_NAME, h0=h0, **{name: tensor})
 
 
 def _check_filter(filter: Tensor, h0: Tensor) -> None:
