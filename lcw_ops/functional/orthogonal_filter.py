@@ -147,7 +147,7 @@ def _export(recurrence: Recurrence, activation: str, return_states: bool) -> Ten
     device = recurrence.h0.device
     if _torch.is_in_onnx_export():
         # The exporter would decompose the scan with its autograd formula, which fails for some symbolic sizes.
-        recurrence = Recurrence(*(value.detach() if isinstance(value, Tensor) else value for value in recurrence))
+        recurrence = recurrence.detach()
     with _without_autocast(device):
         if not torch.jit.is_tracing():
             return _reference.orthogonal_filter_scan(*recurrence, activation, return_states)

@@ -47,6 +47,9 @@ class Recurrence(NamedTuple):
                 return True
         return False
 
+    def detach(self) -> "Recurrence":
+        return Recurrence._make(value.detach() if isinstance(value, Tensor) else value for value in self)
+
     def in_float32(self, *names: str) -> "Recurrence":
         """The same with these tensors in float32. float64 stays, and so does None."""
         wide = {}

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,14 @@ def _is_finite(scale: float | Tensor) -> bool:
 
 class _OrthogonalFilter(nn.Module):
     """The base of both networks: the filter as a buffer that keeps its precision, and the two scales."""
+
+    filter: Tensor
+    alpha: float | Tensor | None
+    beta: float | Tensor | None
+    bias: nn.Parameter | None
+    # The MLP's only.
+    input_layer: Any
+    in_features: int
 
     # True while the constructor calls reset_parameters: the filter has been drawn by then.
     _is_being_made = False
@@ -250,7 +260,8 @@ class _OrthogonalFilter(nn.Module):
 
     def _device_mesh(self):
         """The largest device mesh over which a parameter is distributed; None if none is."""
-        meshes = [parameter.device_mesh for parameter in self.parameters() if is_distributed(parameter)]
+        sharded: Iterable[Any] = filter(is_distributed, self.parameters())
+        meshes = [parameter.device_mesh for parameter in sharded]
         return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
     def _init_recurrent(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -55,7 +55,7 @@ def holds(tensor: Tensor, values: Tensor | None) -> bool:
     if not isinstance(values, Tensor) or is_distributed(values) != is_distributed(tensor):
         return False
     if is_distributed(tensor):
-        values, tensor = values.to_local(), tensor.to_local()
+        values, tensor = values.to_local(), tensor.to_local()  # type: ignore[attr-defined]
     return (
         _torch.has_values(values)
         and _torch.has_values(tensor)
@@ -84,6 +84,7 @@ def fill(tensor: Tensor, values: Tensor, mesh) -> None:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     if is_distributed(tensor):
-        tensor.copy_(distribute_tensor(values.to(tensor.dtype), tensor.device_mesh, tensor.placements))
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        tensor.copy_(distribute_tensor(values.to(tensor.dtype), mesh, placements))
     else:
         tensor.copy_(distribute_tensor(values, mesh, [Replicate()] * mesh.ndim).to_local())
