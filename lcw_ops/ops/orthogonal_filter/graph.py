@@ -316,7 +316,7 @@ def orthogonal_filter_backward(
 
 
 class _Gradients:
-    """What is made of G and P: written once per step, or summed in float64 for an argument shared by all steps."""
+    """The gradients made of G and P: written once per step, or summed in float64 for an argument that steps share."""
 
     def __init__(self, like, weight, bias, alpha, beta, inputs, steps, needs):
         def sums(needed, argument, shared_dim):

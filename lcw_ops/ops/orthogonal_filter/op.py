@@ -408,7 +408,7 @@ def gradients_tangent(ctx, grad_output_tangent, _, *tangents):
 
 
 def _differentiable_gradients(ctx):
-    """The gradients in plain torch, by name, as a function of the arguments that are there; and those arguments."""
+    """The gradients in plain torch, by name, as a function of the arguments that are not None; and those arguments."""
     grad_output, *tensors = ctx.saved_tensors
     recurrence, options = Recurrence(*tensors), ctx.options
     arguments = {"grad_output": grad_output, **{name: getattr(recurrence, name) for name in DIFFERENTIABLE}}

@@ -352,7 +352,7 @@ class Windows:
         self.asked = window
         self.workspace = _Workspace()
         self.given_up: Convergence | None = None
-        # Where the window after the last solved one would begin.
+        # The layer at which the window after the last solved one would begin.
         self.next_layer: int | None = None
 
     def converge(self, first_layer: int, layers: int, dtype: torch.dtype, sweep: Callable[[], Tensor]) -> bool:
