@@ -55,7 +55,9 @@ def check_dense(function: str, **tensors: Tensor | None) -> None:
     for argument, tensor in tensors.items():
         if tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested):
             kind = "a nested tensor" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-            raise TypeError(describe(function, argument, f"is {kind}", "a dense tensor", "Convert it first."))
+            dense = f"{argument}.to_padded_tensor(0.0)" if tensor.is_nested else f"{argument}.to_dense()"
+            remedy = f"Convert it first, for example {dense}."
+            raise TypeError(describe(function, argument, f"is {kind}", "a dense tensor", remedy))
 
 
 def check_devices(function: str, **tensors: Tensor | None) -> None:

@@ -12,12 +12,24 @@ Some names with an underscore are used directly elsewhere. ``torch._check`` is d
 import sys
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+# Importing torch loads the ops, which use this decorator while this module may still be importing torch.
+def constant_when_traced(function: Callable) -> Callable:
+    """Let torch.compile take what the function returns as a constant instead of tracing it.
+
+    torch.export with strict=True does so too. ``torch.compiler.assume_constant_result`` does the same, but it imports
+    torch's compiler, which takes as long as all of torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._guards import detect_fake_mode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: E402
 
 # () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
 in_functorch = torch._C._are_functorch_transforms_active
@@ -40,8 +52,8 @@ is_view = Tensor._is_view
 # (tensor) -> bool: whether it is all zeros that have no memory, as autograd makes them.
 is_zeros_without_memory = Tensor._is_zerotensor
 
-# (function) -> the same function, which torch.compile runs as it is instead of tracing it.
-without_dynamo = torch._disable_dynamo
+# (function) -> the same function, which torch.compile runs as it is, with a graph break, instead of tracing it.
+never_traced = torch._disable_dynamo
 
 DispatchKey = torch._C.DispatchKey
 OpOverload = torch._ops.OpOverload
@@ -50,16 +62,6 @@ OpOverload = torch._ops.OpOverload
 def in_forward_mode() -> bool:
     """Whether a forward-mode derivative may be taken: torch.autograd.forward_ad.dual_level or torch.func.jvp is on."""
     return forward_ad._current_level >= 0
-
-
-def constant_when_traced(function: Callable) -> Callable:
-    """Let torch.compile take what the function returns as a constant instead of tracing it.
-
-    torch.export with strict=True does so too. ``torch.compiler.assume_constant_result`` does the same, but it imports
-    torch's compiler, which takes as long as all of torch.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -100,11 +102,11 @@ def unrecorded(function: Callable, *arguments):
     state = torch._C._get_tracing_state() if torch.jit.is_tracing() else None
     if state is None:
         return function(*arguments)
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return function(*arguments)
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -131,7 +133,7 @@ def constant(value: float, **options) -> Tensor:
 
 # Before 2.13, scan from a state that requires no gradient drops what later steps pass back to earlier ones: gradients
 # are silently wrong (https://github.com/pytorch/pytorch/issues/184528).
-_SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)
+_SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)  # type: ignore[operator]
 
 
 def ready_for_scan(state: Tensor, *arguments) -> Tensor:

@@ -75,11 +75,11 @@ def launch(stem: str, name: str, *arguments):
     return getattr(importlib.import_module(f"lcw_ops.kernels.{stem}"), name)(*arguments)
 
 
-def get_overloads(name: str, backends: tuple[str, ...] = ("cpp", "triton")) -> dict[str, _torch.OpOverload]:
+def get_overloads(name: str, backends: tuple[str, ...] = ("cpp", "triton")) -> dict[str, "_torch.OpOverload"]:
     return {backend: get_overload(name, backend) for backend in backends}
 
 
-def get_overload(name: str, backend: str) -> _torch.OpOverload:
+def get_overload(name: str, backend: str) -> "_torch.OpOverload":
     return getattr(getattr(torch.ops.lcw_ops, name), backend)
 
 

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcw_ops import _torch
-from lcw_ops._checks import describe
+from lcw_ops import _checks, _torch
 
 ACTIVATIONS = {
     "tanh": torch.tanh,
@@ -113,13 +112,15 @@ def count_steps(weight: Tensor, bias, filter: Tensor, alpha, beta, inputs) -> in
         came = f"has shape {tuple(weight.shape)}, and the number of steps is unknown"
         expected = "an argument with one entry per step"
         remedy = "Pass inputs of shape (T, M, N), or expand the weight: weight.expand(L, N, N)."
-        raise ValueError(describe("orthogonal_filter", "weight", came, expected, remedy))
+        raise ValueError(_checks.describe("orthogonal_filter", "weight", came, expected, remedy))
     steps = next(iter(lengths.values()))
     for name, length in lengths.items():
         if length != steps:
             came = f"is of length {length}, but the arguments disagree on the number of steps: {lengths}"
             remedy = "Give each of them one entry per layer (or time step), or share it over all steps."
-            raise ValueError(describe("orthogonal_filter", name, came, "the same number for all of them", remedy))
+            raise ValueError(
+                _checks.describe("orthogonal_filter", name, came, "the same number for all of them", remedy)
+            )
     return steps
 
 
