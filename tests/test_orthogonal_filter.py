@@ -442,10 +442,10 @@ def test_opcheck(return_states, filter_kind, device):
     h0, weight, bias, alpha, beta, inputs = [t.detach() for t in make_arguments(3, 5, 4, device=device)]
     filter = make_filter(filter_kind, 4, 5, device=device)
     shared = (weight, bias, filter, alpha, beta, inputs, 4, "tanh", 3)
-    forward = op._library.get_overload(op.NAME, backend)
+    forward = op.library.get_overload(op.NAME, backend)
     torch.library.opcheck(forward, (h0, *shared, return_states))
     output, checkpoints = forward(h0, *shared, return_states)
-    backward = op._library.get_overload(op.BACKWARD, backend)
+    backward = op.library.get_overload(op.BACKWARD, backend)
     grad_output = torch.randn_like(output)
     torch.library.opcheck(backward, (grad_output, checkpoints, *shared, True, True, True, True, True))
     torch.library.opcheck(backward, (grad_output, checkpoints, *shared, False, False, False, False, False))
@@ -498,21 +498,29 @@ def valid_call(device):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"h0": torch.randn(4)}, ValueError, r"h0 has shape \(4,\), expected \(M, N\)"),
+        ({"h0": torch.randn(4)}, ValueError, r"h0 has shape \(4,\); expected \(M, N\)"),
         ({"h0": torch.randint(3, (2, 4))}, TypeError, "h0 is torch.int64"),
-        ({"h0": [[1.0]]}, TypeError, "h0 is list, expected a tensor"),
-        ({"weight": torch.randn(3, 4, 5)}, ValueError, r"weight has shape \(3, 4, 5\), expected \(L, 4, 4\)"),
-        ({"weight": torch.randn(3, 4, 4).double()}, TypeError, "weight is torch.float64 and h0 is torch.float32"),
+        ({"h0": [[1.0]]}, TypeError, "h0 is a list; expected a torch.Tensor"),
+        ({"weight": torch.randn(3, 4, 5)}, ValueError, r"weight has shape \(3, 4, 5\); expected \(L, 4, 4\)"),
+        (
+            {"weight": torch.randn(3, 4, 4).double()},
+            TypeError,
+            "weight is torch.float64; expected torch.float32, as h0 is",
+        ),
         ({"weight": torch.randn(5, 4, 4)}, ValueError, "disagree on the number of steps"),
         ({"bias": torch.randn(3, 5)}, ValueError, "bias has shape"),
-        ({"inputs": torch.randn(3, 1, 4)}, ValueError, r"inputs has shape \(3, 1, 4\), expected \(T, 2, 4\)"),
+        ({"inputs": torch.randn(3, 1, 4)}, ValueError, r"inputs has shape \(3, 1, 4\); expected \(T, 2, 4\)"),
         ({"filter": torch.eye(5)}, ValueError, "filter has shape"),
-        ({"filter": torch.eye(4).bfloat16()}, TypeError, "filter is torch.bfloat16, expected torch.float32"),
-        ({"filter": torch.tensor([0, 1, 2])}, ValueError, r"permutation has shape \(3,\), expected \(4,\)"),
+        ({"filter": torch.eye(4).bfloat16()}, TypeError, "filter is torch.bfloat16; expected torch.float32"),
+        (
+            {"filter": torch.tensor([0, 1, 2])},
+            ValueError,
+            r"filter has shape \(3,\); expected \(4,\) for a permutation",
+        ),
         ({"filter": torch.tensor([0, 1, 2, 4])}, ValueError, "not a permutation"),
         ({"filter": torch.tensor([0, 1, 2, 2])}, ValueError, "not a permutation"),
-        ({"filter": torch.eye(4).requires_grad_()}, ValueError, r"pass filter.detach\(\)"),
-        ({"alpha": float("nan")}, ValueError, "alpha is nan, expected a finite number"),
+        ({"filter": torch.eye(4).requires_grad_()}, ValueError, r"Pass filter.detach\(\)"),
+        ({"alpha": float("nan")}, ValueError, "alpha is nan; expected a finite number"),
         ({"beta": float("inf")}, ValueError, "beta is inf"),
         ({"beta": torch.randn(3, 1)}, ValueError, "beta is a torch.float32 tensor of shape"),
         ({"beta": torch.randn(2)}, ValueError, "disagree on the number of steps"),
@@ -520,11 +528,11 @@ def valid_call(device):
         ({"segment": 0}, ValueError, "segment is 0; expected at least 1"),
         ({"segment": 2**63}, ValueError, "segment is 9223372036854775808"),
         ({"segment": 1.5}, TypeError, "segment is 1.5; expected an int"),
-        ({"bias": [0.0]}, TypeError, "bias is list, expected a tensor"),
-        ({"inputs": [0.0]}, TypeError, "inputs is list, expected a tensor"),
+        ({"bias": [0.0]}, TypeError, "bias is a list; expected a torch.Tensor"),
+        ({"inputs": [0.0]}, TypeError, "inputs is a list; expected a torch.Tensor"),
         ({"solver": "magic"}, ValueError, "solver is 'magic'"),
         ({"tolerance": 1e-6}, ValueError, "tolerance is 1e-06"),
-        ({"weight": torch.randn(3, 4, 4, device="meta")}, TypeError, "weight is on meta and h0 on"),
+        ({"weight": torch.randn(3, 4, 4, device="meta")}, TypeError, "weight is on meta; expected .*, as h0 is"),
     ],
 )
 def test_bad_input_says_what_to_do(changed, error, message, device):
@@ -544,7 +552,7 @@ def test_unknown_number_of_steps_says_what_to_do(device):
 
 def test_the_op_itself_never_reads_out_of_bounds():
     """Called past the public function, with arguments that do not fit, it raises instead of crashing."""
-    forward = op._library.get_overload(op.NAME, "cpp")
+    forward = op.library.get_overload(op.NAME, "cpp")
     h0, weight, one = torch.randn(2, 4), torch.randn(3, 4, 4), torch.ones(1)
     eye = torch.eye(4)
     for arguments in (
@@ -642,7 +650,7 @@ def test_states_changed_in_place_before_backward(device):
     (expected,) = torch.autograd.grad(call(), weight, torch.full((6, 9, 40), 2.0, device=device))
     states = call()
     states.mul_(2)
-    if op.keeps_all_states(weight, True, op.choose_kernel(device, 40, 4)):
+    if op.keeps_all_states(weight, op.choose_kernel(device, 40, 4)):
         with pytest.raises(RuntimeError, match="inplace operation"):
             torch.autograd.grad(states, weight, torch.ones_like(states))
     else:

@@ -313,9 +313,9 @@ def test_it_is_an_op(device, weight_dtype, without):
 def test_it_checks_its_arguments(device):
     h0, weight, bias, *rest = problem(device, 3, 5, 4)
     forward = library.get_overload(op.NAME, op.GRAPH)
-    with pytest.raises(ValueError, match="shapes do not fit"):
+    with pytest.raises(ValueError, match="shapes that do not fit"):
         forward(h0, weight[..., :4], bias, *rest, 4, "tanh", 2, False)
-    with pytest.raises(ValueError, match="dtypes or devices"):
+    with pytest.raises(ValueError, match="dtypes or devices that do not fit"):
         forward(h0.double(), weight, bias, *rest, 4, "tanh", 2, False)
 
 

@@ -91,16 +91,16 @@ def test_one_filter_per_layer():
 @pytest.mark.parametrize(
     ("filter", "error", "message"),
     [
-        ("random", ValueError, "filter is 'random', expected one of haar"),
-        (3, TypeError, "filter is int"),
+        ("random", ValueError, "filter is 'random'; expected one of 'haar'"),
+        (3, TypeError, "filter is a int"),
         (torch.ones(4, 4), ValueError, "not orthogonal"),
         (torch.full((4, 4), torch.nan), ValueError, "not orthogonal"),
         (torch.eye(3), ValueError, "filter has shape"),
-        (torch.tensor([0, 1, 1, 2]), ValueError, "expected a permutation of 0..3"),
-        (torch.tensor([0, 1, 2]), ValueError, "expected a permutation of 0..3"),
+        (torch.tensor([0, 1, 1, 2]), ValueError, "; expected a permutation of 0..3"),
+        (torch.tensor([0, 1, 2]), ValueError, "; expected a permutation of 0..3"),
         (torch.eye(4, dtype=torch.int32), TypeError, "filter is torch.int32"),
-        (torch.eye(4).bfloat16(), TypeError, "no matrix of so few bits is orthogonal"),
-        (torch.eye(4).expand(2, 4, 4), ValueError, r"filter has shape \(2, 4, 4\), expected \(4, 4\) or \(3, 4, 4\)"),
+        (torch.eye(4).bfloat16(), TypeError, "no matrix of fewer bits is orthogonal"),
+        (torch.eye(4).expand(2, 4, 4), ValueError, r"filter has shape \(2, 4, 4\); expected \(4, 4\) or \(3, 4, 4\)"),
     ],
 )
 def test_a_filter_that_is_none_says_why(filter, error, message):
@@ -209,14 +209,14 @@ def changed(filter, index, value):
     [
         ("haar", lambda q: changed(q, (0, 0), 2.0), "not orthogonal"),
         ("haar", lambda q: changed(q, (3, 4), torch.nan), "not orthogonal"),
-        ("haar", lambda q: q.bfloat16(), "no matrix of so few bits"),
-        ("haar", lambda q: q[:, :4], "filter has shape"),
-        ("haar", lambda q: torch.arange(8), "make it with the other kind"),
+        ("haar", lambda q: q.bfloat16(), "no matrix of fewer bits"),
+        ("haar", lambda q: q[:, :4], r"has shape \(8, 4\); expected \(8, 8\)"),
+        ("haar", lambda q: torch.arange(8), "Make it with the other kind"),
         ("cyclic", lambda p: changed(p, 0, p[1]), r"expected a permutation of 0\.\.7"),
         ("cyclic", lambda p: p + 1, r"expected a permutation of 0\.\.7"),
         # Without the check torch would round these to integers.
-        ("cyclic", lambda p: p.float() + 0.5, "make it with the other kind"),
-        ("cyclic", lambda p: torch.eye(8), "make it with the other kind"),
+        ("cyclic", lambda p: p.float() + 0.5, "Make it with the other kind"),
+        ("cyclic", lambda p: torch.eye(8), "Make it with the other kind"),
     ],
 )
 @pytest.mark.parametrize("assign", [False, True])
@@ -249,7 +249,7 @@ def test_repr_names_the_filter_that_was_loaded(made_with, loaded):
     model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter=made_with)
     state = {**model.state_dict(), "filter": make_filter(loaded, 8)}
     if (made_with == "haar") != (loaded == "haar"):
-        with pytest.raises(RuntimeError, match="make it with the other kind"):
+        with pytest.raises(RuntimeError, match="Make it with the other kind"):
             model.load_state_dict(state)
         assert f"filter='{made_with}'" in repr(model)
         return
@@ -279,7 +279,7 @@ def test_a_meta_module_takes_its_filter_from_a_state_dict():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64])
 def test_inputs_of_another_dtype_say_so(dtype):
-    message = rf"input is {dtype}, the parameters are torch.float32; convert one of them"
+    message = rf"input is {dtype}; expected torch.float32, as the parameters are. Convert one of them"
     with pytest.raises(TypeError, match=f"OrthogonalFilterMLP: {message}"):
         nn.OrthogonalFilterMLP(3, 8, 6, 2)(torch.ones(4, 3, dtype=dtype))
     # torch.nn.RNN raises ValueError too.
@@ -305,8 +305,12 @@ def test_a_replaced_layers_own_error_is_not_taken_for_the_inputs():
 
 
 WRONG_INPUTS = [
-    (torch.zeros(5, 4), ValueError, r"input has shape \(5, 4\), expected \(\*, 3\)"),
-    (torch.zeros(5, 3, dtype=torch.float64), TypeError, "input is torch.float64, the parameters are torch.float32"),
+    (torch.zeros(5, 4), ValueError, r"input has shape \(5, 4\); expected \(\*, 3\)"),
+    (
+        torch.zeros(5, 3, dtype=torch.float64),
+        TypeError,
+        "input is torch.float64; expected torch.float32, as the parameters are",
+    ),
 ]
 
 
@@ -446,33 +450,33 @@ def test_rnn_parameter_count_is_the_papers():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: nn.OrthogonalFilterMLP(3, 8, -1, 2), ValueError, "depth is -1, expected at least 1"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, -1, 2), ValueError, "depth is -1; expected at least 1"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 0, 2), ValueError, "depth is 0"),
         (lambda: nn.OrthogonalFilterMLP(3, 0, 2, 2), ValueError, "width is 0"),
-        (lambda: nn.OrthogonalFilterMLP(3, 8, 2.0, 2), TypeError, "depth is float, expected int"),
-        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=math.nan), ValueError, "beta is nan, expected finite"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2.0, 2), TypeError, "depth is a float; expected an int"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=math.nan), ValueError, "beta is nan; expected finite numbers"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, alpha=math.inf), ValueError, "alpha is inf"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, activation="gelu"), ValueError, "activation is 'gelu'"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, segment=0), ValueError, "segment is 0"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, segment=2.5), TypeError, "segment is 2.5; expected an int"),
-        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta="a"), TypeError, "beta is str"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta="a"), TypeError, "beta is a str"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=torch.ones(3)), ValueError, r"beta has shape \(3,\)"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2, beta=torch.ones(2, 1)), ValueError, r"beta has shape \(2, 1\)"),
         (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2)(torch.randn(5, 4)), ValueError, r"expected \(\*, 3\)"),
-        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2)([1.0, 2.0, 3.0]), TypeError, "input is list, expected a tensor"),
+        (lambda: nn.OrthogonalFilterMLP(3, 8, 2, 2)([1.0, 2.0, 3.0]), TypeError, "input is a list; expected a tensor"),
         (
             lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 3), [torch.zeros(1, 2, 8)]),
             TypeError,
-            "hx is list, expected a tensor",
+            "hx is a list; expected a tensor",
         ),
-        (lambda: nn.OrthogonalFilterRNN(3, 8), ValueError, "give exactly one of them: length=T"),
-        (lambda: nn.OrthogonalFilterRNN(3, 8, beta=0.1, length=5), ValueError, "give exactly one of them"),
+        (lambda: nn.OrthogonalFilterRNN(3, 8), ValueError, "expected exactly one of them.*length=T"),
+        (lambda: nn.OrthogonalFilterRNN(3, 8, beta=0.1, length=5), ValueError, "expected exactly one of them"),
         (lambda: nn.OrthogonalFilterRNN(3, 8, length=0), ValueError, "length is 0"),
         (lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 4)), ValueError, "input has shape"),
         (
             lambda: nn.OrthogonalFilterRNN(3, 8, length=5)(torch.randn(5, 2, 3), torch.zeros(1, 3, 8)),
             ValueError,
-            r"hx has shape \(1, 3, 8\), expected \(1, 2, 8\)",
+            r"hx has shape \(1, 3, 8\); expected \(1, 2, 8\)",
         ),
     ],
 )

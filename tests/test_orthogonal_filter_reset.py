@@ -214,7 +214,9 @@ def test_reset_parameters_refuses_a_given_filter_whose_memory_is_gone(filter, ma
     model.filter.data.copy_(filter)
     model = clone(model)
     weight = next(model.parameters()).clone()
-    with pytest.raises(ValueError, match=r"cannot restore filter.*to_empty.*state dict.*module\.filter = tensor"):
+    with pytest.raises(
+        ValueError, match=r"filter was given.*to_empty.*cannot restore filter.*state dict.*module\.filter = tensor"
+    ):
         model.reset_parameters()
     assert torch.equal(next(model.parameters()).nan_to_num(), weight.nan_to_num())
     # It stays lost on the way to another device or dtype.
@@ -452,7 +454,7 @@ def test_reset_parameters_writes_nothing_where_a_layer_cannot_be_reset(kind, nam
     else:
         setattr(model, name, torch.nn.Identity() if kind == "identity" else Adapted(getattr(model, name)))
     before = {key: tensor.clone() for key, tensor in tensors_of(model).items()}
-    expected = rf"OrthogonalFilterMLP: reset_parameters cannot initialise {name}: .* has no reset_parameters"
+    expected = rf"OrthogonalFilterMLP: {name} is a .* cannot initialise {name}; expected a layer with reset_parameters"
     with pytest.raises(ValueError, match=expected):
         model.reset_parameters()
     for key, tensor in tensors_of(model).items():
@@ -471,7 +473,9 @@ def test_layers_that_can_be_reset_are():
 def test_reset_parameters_refuses_a_given_filter_that_was_overwritten(garbage):
     model = mlp(Q)
     model.filter = garbage
-    with pytest.raises(ValueError, match=r"reset_parameters cannot draw a filter that was given.*not orthogonal"):
+    with pytest.raises(
+        ValueError, match=r"filter is not orthogonal.*reset_parameters cannot draw a filter that was given"
+    ):
         model.reset_parameters()
 
 

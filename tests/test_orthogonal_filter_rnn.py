@@ -118,7 +118,7 @@ def test_everything_after_the_sizes_is_given_by_name():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((2,), {}, "3 arguments by position, expected two.*num_layers.*batch_first=True"),
+        ((2,), {}, "3 arguments by position; expected two.*num_layers.*batch_first=True"),
         ((True,), {}, "3 arguments by position"),
         ((2, "tanh"), {}, "4 arguments by position"),
         ((), {"num_layers": 1}, "num_layers.*run several of these modules"),
@@ -130,7 +130,7 @@ def test_everything_after_the_sizes_is_given_by_name():
         ((), {"foo": 1}, "unexpected keyword argument 'foo'"),
         ((), {"input_size": 4}, "multiple values for argument 'input_size'"),
         *(
-            ((), {name: flag}, f"{name} is {flag!r}, expected True or False")
+            ((), {name: flag}, f"{name} is {flag!r}; expected True or False")
             for name in ("batch_first", "bias")
             for flag in (1, 0, "yes", None, torch.tensor(True, device="cpu"))
         ),
@@ -240,21 +240,21 @@ def test_an_empty_batch_gives_an_empty_result(make, batch_first):
 @pytest.mark.parametrize(
     ("batch_first", "shape", "hx_shape", "message"),
     [
-        (False, (0, 4, 3), None, r"input has shape \(0, 4, 3\), expected a sequence length larger than 0"),
-        (True, (4, 0, 3), None, r"input has shape \(4, 0, 3\), expected a sequence length larger than 0"),
-        (True, (0, 3), None, r"input has shape \(0, 3\), expected a sequence length larger than 0"),
-        (False, (7, 4, 2), None, r"input has shape \(7, 4, 2\), expected \(T, B, 3\) or \(T, 3\)"),
-        (True, (7, 4, 2), None, r"input has shape \(7, 4, 2\), expected \(B, T, 3\) or \(T, 3\)"),
+        (False, (0, 4, 3), None, r"input has shape \(0, 4, 3\); expected a sequence length larger than 0"),
+        (True, (4, 0, 3), None, r"input has shape \(4, 0, 3\); expected a sequence length larger than 0"),
+        (True, (0, 3), None, r"input has shape \(0, 3\); expected a sequence length larger than 0"),
+        (False, (7, 4, 2), None, r"input has shape \(7, 4, 2\); expected \(T, B, 3\) or \(T, 3\)"),
+        (True, (7, 4, 2), None, r"input has shape \(7, 4, 2\); expected \(B, T, 3\) or \(T, 3\)"),
         (False, (3,), None, r"input has shape \(3,\)"),
         (False, (1, 7, 4, 3), None, r"input has shape \(1, 7, 4, 3\)"),
-        (False, (7, 3), (1, 1, 8), r"hx has shape \(1, 1, 8\), expected \(1, 8\) for an input without a batch"),
-        (False, (7, 3), (8,), r"hx has shape \(8,\), expected \(1, 8\) for an input without"),
-        (False, (7, 1, 3), (1, 8), r"hx has shape \(1, 8\), expected \(1, 1, 8\)"),
-        (False, (7, 4, 3), (1, 3, 8), r"hx has shape \(1, 3, 8\), expected \(1, 4, 8\)"),
-        (True, (7, 4, 3), (1, 4, 8), r"hx has shape \(1, 4, 8\), expected \(1, 7, 8\)"),
-        (False, (7, 4, 3), (2, 4, 8), r"hx has shape \(2, 4, 8\), expected \(1, 4, 8\)"),
-        (False, (7, 4, 3), (1, 4, 7), r"hx has shape \(1, 4, 7\), expected \(1, 4, 8\)"),
-        (False, (7, 3), (2, 8), r"hx has shape \(2, 8\), expected \(1, 8\)"),
+        (False, (7, 3), (1, 1, 8), r"hx has shape \(1, 1, 8\); expected \(1, 8\) for an input without a batch"),
+        (False, (7, 3), (8,), r"hx has shape \(8,\); expected \(1, 8\) for an input without"),
+        (False, (7, 1, 3), (1, 8), r"hx has shape \(1, 8\); expected \(1, 1, 8\)"),
+        (False, (7, 4, 3), (1, 3, 8), r"hx has shape \(1, 3, 8\); expected \(1, 4, 8\)"),
+        (True, (7, 4, 3), (1, 4, 8), r"hx has shape \(1, 4, 8\); expected \(1, 7, 8\)"),
+        (False, (7, 4, 3), (2, 4, 8), r"hx has shape \(2, 4, 8\); expected \(1, 4, 8\)"),
+        (False, (7, 4, 3), (1, 4, 7), r"hx has shape \(1, 4, 7\); expected \(1, 4, 8\)"),
+        (False, (7, 3), (2, 8), r"hx has shape \(2, 8\); expected \(1, 8\)"),
     ],
 )
 def test_shapes_that_torchs_rnn_refuses(batch_first, shape, hx_shape, message):
@@ -272,9 +272,11 @@ def test_wrong_dtypes_are_value_errors(dtype):
     for input in (x.to(dtype), packed):
         with pytest.raises(ValueError):  # noqa: PT011 (torch words it differently from release to release)
             make_theirs()(input)
-        with pytest.raises(ValueError, match=rf"input is {dtype}, the parameters are torch\.float32; convert"):
+        with pytest.raises(
+            ValueError, match=rf"input is {dtype}; expected torch\.float32, as the parameters are\. Convert"
+        ):
             make_ours()(input)
-    with pytest.raises(ValueError, match=rf"hx is {dtype}, the parameters are torch\.float32; convert"):
+    with pytest.raises(ValueError, match=rf"hx is {dtype}; expected torch\.float32, as the parameters are\. Convert"):
         make_ours()(x, torch.ones(1, 4, 8, dtype=dtype))
 
 
@@ -283,7 +285,7 @@ def test_wrong_dtypes_are_value_errors(dtype):
 )
 def test_an_argument_that_is_not_a_tensor_is_a_type_error(input, hx):
     name = "hx" if input == "tensor" else "input"
-    with pytest.raises(TypeError, match=f"OrthogonalFilterRNN: {name} is .*, expected a tensor"):
+    with pytest.raises(TypeError, match=f"OrthogonalFilterRNN: {name} is a .*; expected a tensor"):
         make_ours()(torch.randn(7, 4, 3) if input == "tensor" else input, hx)
 
 
@@ -417,10 +419,10 @@ def test_padding_that_would_overflow_is_not_computed():
 @pytest.mark.parametrize(
     ("packed", "hx", "message"),
     [
-        (([7, 4, 4], 3), (1, 4, 8), r"hx has shape \(1, 4, 8\), expected \(1, 3, 8\)"),
-        (([7, 4, 4], 3), (1, 2, 8), r"hx has shape \(1, 2, 8\), expected \(1, 3, 8\)"),
-        (([7, 4, 4], 3), (1, 8), r"hx has shape \(1, 8\), expected \(1, 3, 8\)"),
-        (([7, 4, 4], 2), None, r"data has shape \(15, 2\), expected \(\*, 3\)"),
+        (([7, 4, 4], 3), (1, 4, 8), r"hx has shape \(1, 4, 8\); expected \(1, 3, 8\)"),
+        (([7, 4, 4], 3), (1, 2, 8), r"hx has shape \(1, 2, 8\); expected \(1, 3, 8\)"),
+        (([7, 4, 4], 3), (1, 8), r"hx has shape \(1, 8\); expected \(1, 3, 8\)"),
+        (([7, 4, 4], 2), None, r"data has shape \(15, 2\); expected \(\*, 3\)"),
     ],
 )
 def test_packed_sequences_that_do_not_fit(packed, hx, message):
@@ -508,6 +510,9 @@ def test_a_packed_sequence_is_not_exported(exporter):
 def test_a_recorded_graph_says_that_it_was_recorded_for_tensors():
     rnn = make_ours()
     traced, packed = torch.fx.symbolic_trace(rnn), pack_padded_sequence(torch.randn(7, 3, 3), [7, 4, 4])
-    with pytest.raises(TypeError, match=r"input is a PackedSequence, but this graph was recorded for tensors; call"):
+    with pytest.raises(
+        TypeError,
+        match=r"input is a PackedSequence; expected a tensor, because this graph was recorded for tensors\. Call",
+    ):
         traced(packed)
     assert isinstance(rnn(packed)[0], PackedSequence)

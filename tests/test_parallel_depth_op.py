@@ -916,10 +916,14 @@ def test_filters_per_layer_say_what_to_do():
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"h0": torch.randn(4)}, ValueError, r"h0 has shape \(4,\), expected \(M, N\)"),
-        ({"weight": torch.randn(9, 4, 4).double()}, TypeError, "weight is torch.float64 and h0 is torch.float32"),
+        ({"h0": torch.randn(4)}, ValueError, r"h0 has shape \(4,\); expected \(M, N\)"),
+        (
+            {"weight": torch.randn(9, 4, 4).double()},
+            TypeError,
+            "weight is torch.float64; expected torch.float32, as h0 is",
+        ),
         ({"bias": torch.randn(8, 4)}, ValueError, "disagree on the number of steps"),
-        ({"alpha": math.nan}, ValueError, "alpha is nan, expected a finite number"),
+        ({"alpha": math.nan}, ValueError, "alpha is nan; expected a finite number"),
         ({"filter": torch.tensor([0, 1, 2, 2])}, ValueError, "not a permutation"),
         ({"filter": torch.eye(4).bfloat16()}, TypeError, "filter is torch.bfloat16"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu'"),

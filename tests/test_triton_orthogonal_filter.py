@@ -30,7 +30,7 @@ def _on_triton():
 
 
 def overload(name):
-    return op._library.get_overload(name, "triton")
+    return op.library.get_overload(name, "triton")
 
 
 def results_and_gradients(arguments, filter, grad_output, options):

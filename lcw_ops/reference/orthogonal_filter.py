@@ -6,10 +6,12 @@ A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245
 choice alpha = 1 - beta are the paper's; the backward and tangent recurrences below are derived here. Rows are samples.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from lcw_ops import _torch
+from lcw_ops import _checks, _torch
 
 ACTIVATIONS = {
     "tanh": torch.tanh,
@@ -20,6 +22,57 @@ ACTIVATIONS = {
 
 # The largest slope of each activation: Lip(act) in the bounds on singular values.
 LIPSCHITZ = {"tanh": 1.0, "relu": 1.0, "sigmoid": 0.25, "identity": 1.0}
+
+
+class Recurrence(NamedTuple):
+    """The tensors of one recurrence, in the order in which every function and op takes them.
+
+    alpha and beta may be numbers or None until :meth:`as_tensors`.
+    """
+
+    h0: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    filter: Tensor
+    alpha: Tensor | float | None
+    beta: Tensor | float | None
+    inputs: Tensor | None
+
+    @property
+    def requires_grad(self) -> bool:
+        # A loop: any() over a generator takes twice as long.
+        for argument in self:  # noqa: SIM110
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return True
+        return False
+
+    def detach(self) -> "Recurrence":
+        return Recurrence._make(value.detach() if isinstance(value, Tensor) else value for value in self)
+
+    def in_float32(self, *names: str) -> "Recurrence":
+        """The same with these tensors in float32. float64 stays, and so does None."""
+        wide = {}
+        for name in names:
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dtype != torch.float64:
+                wide[name] = _torch.cast(tensor, torch.float32)
+        return self._replace(**wide)
+
+    def as_tensors(self) -> "tuple[Recurrence, int]":
+        """The arguments of an op, and the number of steps: tensors alpha and beta, and everything in the state's dtype.
+
+        A 16-bit weight stays: it is nearly all of the memory, and every op reads it as it is.
+        """
+        steps = count_steps(*self[1:])
+        alpha, beta = scale_tensors(self.alpha, self.beta, steps, self.h0)
+        recurrence = self._replace(alpha=alpha, beta=beta)
+        if self.h0.dtype in (torch.bfloat16, torch.float16):
+            recurrence = recurrence.in_float32("h0", "bias", "inputs")
+        return recurrence, steps
+
+
+# The arguments that have a gradient, in the order of the gradients: the filter is fixed.
+DIFFERENTIABLE = tuple(name for name in Recurrence._fields if name != "filter")
 
 
 def activation_derivative(pre_activation: Tensor, activation: str) -> Tensor:
@@ -33,14 +86,15 @@ def activation_derivative(pre_activation: Tensor, activation: str) -> Tensor:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the state: in 16 bits alpha = 1 - 2e-5 rounds to 1 and the filter is no longer orthogonal."""
+    """The dtype of the state. In 16 bits alpha = 1 - 2e-5 would round to 1, and the filter would not be orthogonal."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def count_steps(weight: Tensor, bias, filter: Tensor, alpha, beta, inputs) -> int:
     """L (or T): the common length of every argument that has one entry per step.
 
-    Raises ValueError when the lengths disagree, or when no argument carries one.
+    Raises:
+        ValueError: the lengths differ, or no argument has one entry per step.
     """
     lengths = {}
     if weight.dim() == 3:
@@ -55,38 +109,42 @@ def count_steps(weight: Tensor, bias, filter: Tensor, alpha, beta, inputs) -> in
         if isinstance(scale, Tensor) and scale.numel() != 1:
             lengths[name] = scale.shape[0]
     if not lengths:
-        raise ValueError(
-            "orthogonal_filter: the number of steps is unknown: weight has shape "
-            f"{tuple(weight.shape)} and nothing else has one entry per step. Pass inputs of shape (T, M, N), "
-            "or expand the weight: weight.expand(L, N, N)"
-        )
+        came = f"has shape {tuple(weight.shape)}, and the number of steps is unknown"
+        expected = "an argument with one entry per step"
+        remedy = "Pass inputs of shape (T, M, N), or expand the weight: weight.expand(L, N, N)."
+        raise ValueError(_checks.describe("orthogonal_filter", "weight", came, expected, remedy))
     steps = next(iter(lengths.values()))
-    if any(length != steps for length in lengths.values()):
-        raise ValueError(
-            f"orthogonal_filter: the arguments disagree on the number of steps: {lengths}. "
-            "Give each of them one entry per layer (or time step), or share it over all steps"
-        )
+    for name, length in lengths.items():
+        if length != steps:
+            came = f"is of length {length}, but the arguments disagree on the number of steps: {lengths}"
+            remedy = "Give each of them one entry per layer (or time step), or share it over all steps."
+            raise ValueError(
+                _checks.describe("orthogonal_filter", name, came, "the same number for all of them", remedy)
+            )
     return steps
 
 
 def scale_tensors(alpha, beta, steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and beta as tensors of shape (1,) or (L,); default beta = 1/L, alpha = 1 - beta.
+    """alpha and beta as tensors of shape (1,) or (L,), in the state's dtype. Default beta = 1/L, alpha = 1 - beta.
 
-    1 - beta is formed in float64 from a Python number and rounded once.
+    1 - beta is computed in float64 from a Python number and rounded once.
     """
     if beta is None:
         beta = 1.0 / max(steps, 1)
     if alpha is None:
         alpha = 1.0 - beta
-    return _scale_tensor(alpha, like), _scale_tensor(beta, like)
-
-
-def _scale_tensor(scale, like: Tensor) -> Tensor:
     dtype = state_dtype(like.dtype)
+    return _scale_tensor(alpha, dtype, like.device), _scale_tensor(beta, dtype, like.device)
+
+
+def _scale_tensor(scale: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if not isinstance(scale, Tensor):
-        return _torch.constant(scale, dtype=dtype, device=like.device)
-    if scale.device != like.device:
-        scale = scale.to(like.device)
+        # ONNX would round the number of torch.full to float32.
+        if torch.compiler.is_exporting():
+            return _torch.constant(scale, dtype=dtype, device=device)
+        return torch.full((1,), scale, dtype=dtype, device=device)
+    if scale.device != device:
+        scale = scale.to(device)
     return _torch.cast(scale, dtype).reshape(-1)
 
 
@@ -103,10 +161,10 @@ def apply_filter_transposed(gradient: Tensor, filter: Tensor) -> Tensor:
 def orthogonal_filter(
     h0, weight, bias, filter, alpha=None, beta=None, inputs=None, activation="tanh", return_states=False
 ):
-    """The recurrence, one step after the other, through torch's own autograd.
+    """The recurrence, step by step, through torch's own autograd.
 
-    Arguments as in :func:`lcw_ops.functional.orthogonal_filter`; any floating dtype, twice differentiable. 16-bit
-    arguments are computed with a float32 state and the result is rounded once at the end.
+    Arguments as in :func:`lcw_ops.functional.orthogonal_filter`. Any floating dtype, twice differentiable. With 16-bit
+    arguments the state is float32, and the result is rounded once at the end.
     """
     steps = _torch.unrecorded(count_steps, weight, bias, filter, alpha, beta, inputs)
     alpha, beta = scale_tensors(alpha, beta, steps, h0)
@@ -120,14 +178,14 @@ def orthogonal_filter(
         state = alpha_l * apply_filter(state, filter_l) + beta_l * ACTIVATIONS[activation](pre_activation)
         states.append(state)
     result = _torch.cast(torch.stack(states) if return_states else state, result_dtype)
-    # With no step at all the result would be h0 itself, and an op never returns its argument.
+    # Without a step the result would be h0 itself, and an op never returns its argument.
     return result if steps or return_states else result.clone()
 
 
 def orthogonal_filter_scan(
     h0, weight, bias, filter, alpha=None, beta=None, inputs=None, activation="tanh", return_states=False
 ):
-    """The recurrence by torch's ``scan``, for exporting: one node in place of some ten nodes per step.
+    """The recurrence by torch's ``scan``, for exporting: one node instead of about ten per step.
 
     Arguments, results and gradients as in :func:`orthogonal_filter`.
     """
@@ -172,15 +230,17 @@ def orthogonal_filter_scan(
 def orthogonal_filter_backward(
     grad_output, h0, weight, bias, filter, alpha, beta, inputs=None, activation="tanh", return_states=False
 ):
-    """Gradients by the explicit recurrence; every line is differentiable, so this is the double backward too.
+    """Gradients by the explicit recurrence. Every line is differentiable, so this is the double backward, too.
 
         P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l
         dW_l = P_l^T H_{l-1}    db_l = sum_rows P_l    du_l = P_l
         dalpha_l = <G_l, H_{l-1} O_l^T>   dbeta_l = <G_l, act(A_l)>
 
-    ``grad_output`` is (M, N), or (L+1, M, N) with ``return_states``. Returns the gradients of
-    (h0, weight, bias, alpha, beta, inputs), each of its argument's shape, None for an argument that is None; and last
-    the gradients of all states, (L+1, M, N).
+    ``grad_output`` is (M, N), or (L+1, M, N) with ``return_states``.
+
+    Returns:
+        The gradients of (h0, weight, bias, alpha, beta, inputs), each of its argument's shape, None for an argument
+        that is None; then the gradients of all states, (L+1, M, N).
     """
     steps = count_steps(weight, bias, filter, alpha, beta, inputs)
     dtype = h0.dtype
@@ -217,8 +277,7 @@ def orthogonal_filter_jvp(primals, tangents, activation="tanh", return_states=Fa
 
         dh_l = dalpha O h + alpha O dh + dbeta act(A) + beta act'(A) * (dW h + W dh + db + du)
 
-    ``primals`` and ``tangents`` are (h0, weight, bias, filter, alpha, beta, inputs); the filter has no tangent, and a
-    tangent that is None is zero.
+    ``primals`` and ``tangents`` are :class:`Recurrence` tuples. The filter has no tangent, and None is a tangent of 0.
     """
     h0, weight, bias, filter, alpha, beta, inputs = primals
     dh0, dweight, dbias, _, dalpha, dbeta, dinputs = tangents
@@ -264,7 +323,7 @@ def _to_state(argument: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _per_step(steps, dtype, weight, bias, filter, alpha, beta, inputs):
-    """(W_l, b_l, O_l, alpha_l, beta_l, u_l) for every step; unbind, because indexing would make autograd O(L^2)."""
+    """(W_l, b_l, O_l, alpha_l, beta_l, u_l) for every step. It unbinds, because indexing would make autograd O(L^2)."""
 
     def over_steps(argument, shared_dim):
         if argument is None:

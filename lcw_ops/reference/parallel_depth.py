@@ -1,4 +1,4 @@
-"""The recurrence in parallel over depth, in plain PyTorch: what a Picard sweep over all layers at once is made of.
+"""The recurrence in parallel over depth, in plain PyTorch: the parts of a Picard sweep over all layers at once.
 
     h_l = alpha_l O h_{l-1} + F_l,    F_l = beta_l act(W_l h_{l-1} + b_l + u_l),    l = 1..D
 
@@ -38,7 +38,7 @@ def apply_filter(states: Tensor, filter: Tensor) -> Tensor:
 
 
 def partners(units: Tensor) -> Tensor:
-    """i xor 1 for every unit i of (N,); the last one of an odd number is its own."""
+    """i xor 1 for every unit i of (N,). In an odd number of units the last one is its own partner."""
     width = units.shape[0]
     return (torch.arange(width, device=units.device) ^ 1).clamp(max=width - 1)
 
@@ -54,7 +54,7 @@ def transpose_filter(filter: Tensor) -> Tensor:
 
 
 def compose_filters(first: Tensor, second: Tensor) -> Tensor:
-    """``second`` after ``first``, in their form; rotations must have the same blocks up to scale, like O's powers."""
+    """``second`` after ``first``, in their form. Rotations must have the same blocks up to scale, like O's powers."""
     if is_permutation(first):
         return first[second]
     if not is_rotation(first):
@@ -70,7 +70,7 @@ def compose_filters(first: Tensor, second: Tensor) -> Tensor:
 
 
 def filter_power(filter: Tensor, exponent: int) -> Tensor:
-    """O^exponent in O's form; matrices and rotations in float64."""
+    """O^exponent in O's form. Matrices and rotations are in float64."""
     if not is_permutation(filter):
         filter = filter.double()
     power = None
@@ -100,7 +100,7 @@ def linear_scan(first: Tensor, source: Tensor, filter: Tensor, alpha: Tensor) ->
     """
     steps = source.shape[0]
     sums = torch.cat((first.unsqueeze(0), source))
-    # Nothing comes before x_0: the factor 0 ends every product that would reach beyond it.
+    # x_0 has no predecessor: the factor 0 ends every product that would reach beyond it.
     decay = torch.cat((alpha.new_zeros(1), alpha.expand(steps)))[:, None, None]
     power = filter if is_permutation(filter) else filter.double()
     shift = 1
@@ -115,14 +115,14 @@ def linear_scan(first: Tensor, source: Tensor, filter: Tensor, alpha: Tensor) ->
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
     """max over layers and samples of max_i |new_i - old_i| / max_i |new_i|, (1,) in float64.
 
-    0 where nothing changed; NaN or inf when a new state is not finite. The largest element instead of the root of
-    squares, because squares of small states vanish.
+    0 if nothing changed; NaN or inf if a new state is not finite. It compares largest elements instead of roots of
+    squares, because squares of small states underflow.
     """
     if new.numel() == 0:
         return new.new_zeros(1, dtype=torch.float64)
     change, scale = (new - old).abs().amax(-1), new.abs().amax(-1)
     ratio = torch.where(change == 0, 0, change / scale)
-    # A state of infinity that was infinity before does not compare.
+    # A state that was and is infinite cannot be compared.
     return torch.where(scale.isfinite(), ratio, torch.nan).amax().double().reshape(1)
 
 
@@ -153,8 +153,8 @@ def sweep_(
 ) -> Tensor:
     """One scan: states_l <- alpha_l O states_{l-1} + beta_l act(product_l + bias_l + inputs_l) for l = 1..D, in place.
 
-    ``states`` (D+1, M, N) holds the last sweep's states; the first one, states_0, is given and stays. ``product`` as in
-    :func:`activate_`, unchanged; None leaves the second term out. ``alpha``, ``beta`` (1,) or (D,).
+    ``states`` (D+1, M, N) holds the last sweep's states. The first one, states_0, is given and stays. ``product`` is as
+    in :func:`activate_` and stays unchanged; None leaves the second term out. ``alpha``, ``beta`` (1,) or (D,).
 
     Returns:
         :func:`relative_change` of states_1..D.
@@ -181,9 +181,9 @@ def adjoint_sweep_(
 ) -> Tensor:
     """One scan from the end: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, l = D..1, in place.
 
-    ``gradients`` (D+1, M, N): the last one is given and stays. ``product`` (D, M, N) holds P_l W_l, ``outside``
-    (D, M, N) what reaches state l-1 from outside; either may be None. ``filter`` is what carries gradients back, the
-    transpose of the layers'. With ``slope`` (D, M, N), scaled_l <- slope_l gradients_l of the new gradients.
+    ``gradients`` (D+1, M, N): the last one is given and stays. ``product`` (D, M, N) holds P_l W_l, and ``outside``
+    (D, M, N) the gradient that state l-1 receives from outside; either may be None. ``filter`` is the transpose of the
+    layers' filter. With ``slope`` (D, M, N), scaled_l <- slope_l gradients_l with the new gradients.
 
     Returns:
         :func:`relative_change` of gradients_0..D-1.

@@ -1,11 +1,11 @@
-"""Which kernel of the orthogonal-filter recurrence is the fastest at a width: measured per GPU generation.
+"""The fastest kernel of the orthogonal-filter recurrence at a width, measured per GPU generation.
 
 ``make gpu PART=crossover`` measures, writes bench/results/<generation>-<date>-crossover.csv and prints the line to put
-into ``MEASURED``; the file is committed with it.
+into ``MEASURED``. The file is committed with it.
 """
 
-# (kernel, widest row it is the fastest for), in the order of width; the last one has no limit. Before anything is
-# measured, the design's limits: a layer in one program's registers, a layer in a cluster's shared memory, neither.
+# (kernel, widest row for which it is the fastest), in the order of width. The last one has no limit. Until a generation
+# is measured the design's limits hold: a layer in one program's registers, in a cluster's shared memory, in neither.
 Table = tuple[tuple[str, int | None], ...]
 DEFAULT: Table = (("triton", 128), ("cuda", 512), ("graph", None))
 MEASURED: dict[tuple[int, int], Table] = {}
@@ -16,5 +16,5 @@ def get_table(capability: tuple[int, int]) -> Table:
 
 
 def fastest_kernel(width: int, capability: tuple[int, int]) -> str:
-    """ "triton", "cuda" (by clusters or by rows, which it chooses itself) or "graph"."""
+    """Returns "triton", "cuda" (which itself chooses between clusters and rows) or "graph"."""
     return next(kernel for kernel, widest in get_table(capability) if widest is None or width <= widest)

@@ -3,13 +3,13 @@
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
     P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
 
-What is sequential in a block of steps is plain torch on static buffers, captured once and replayed for every block: a
-step costs its kernels (two matmuls and four element-wise ones forward, two and two backward) and no launch from Python.
-What is parallel over steps (slopes, dW, sums) is one call per block. Buffers: the block's weights once more, and eight
-states per step; they are kept for the next call of the same shape, until ``clear()``. On a CPU, and while a graph of
-the caller's is captured, the same lines run as they stand.
+The sequential part of a block of steps is plain torch on static buffers, captured once and replayed for every block. A
+step costs its kernels (forward two matmuls and four element-wise ones, backward two and two) and no launch from Python.
+The parts that are parallel over steps (slopes, dW, sums) are one call per block. The buffers hold a copy of the block's
+weights and eight states per step. They are kept for the next call of the same shape, until ``clear()``. On a CPU, and
+while the caller captures a graph, the same lines run directly.
 
-The signatures are those of the op overloads in orthogonal_filter.py beside this file.
+The signatures are those of the op overloads in op.py beside this file.
 """
 
 import threading
@@ -23,18 +23,18 @@ from torch import Tensor
 
 from lcw_ops.ops.precision import full_float32
 
-# Steps per graph: starting one costs about as much as a step of a wide net, so a longer one gains little.
+# Steps per graph. Starting a graph costs about as much as a step of a wide net, so a longer one gains little.
 MOST_STEPS = 64
-# For what a block holds of its steps: matrices that change with the step, and states.
+# The limit of a block's buffers: matrices that change with the step, and states.
 MOST_BYTES = 512 << 20
 STATES_PER_STEP = 8
-# Blocks kept with their graphs: forward and backward of two layers of different shapes.
+# How many blocks are kept with their graphs: enough for forward and backward of two layers of different shapes.
 MOST_BLOCKS = 4
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a captured block depends on."""
+    """The properties on which a captured block depends."""
 
     steps: int  # there is room for; a graph may run fewer
     rows: int
@@ -50,7 +50,7 @@ class Kind:
 
 
 class Block:
-    """Buffers of ``kind.steps`` steps and what is sequential in them; captured at the first run where it may be."""
+    """Buffers of ``kind.steps`` steps and their sequential part, captured at the first run if that is possible."""
 
     # Buffers made in inference mode could not be written outside of it.
     @torch.inference_mode(False)
@@ -71,12 +71,12 @@ class Block:
         self.shift = torch.empty(per_step if kind.shifted else (0,), **options)
         self.outer = torch.empty(per_step if kind.adds_outer else (0,), **options)
         self.states, self.gradients = (torch.empty((kind.steps + 1, *per_step[1:]), **options) for _ in range(2))
-        # beta act'(A), then P, in grad_pre.
+        # grad_pre holds P; slopes holds beta act'(A).
         self.filtered, self.activated, self.slopes, self.grad_pre = (torch.empty(per_step, **options) for _ in range(4))
         self.graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] | None = {} if capture else None
 
     def load_shared(self, weight: Tensor, filter: Tensor) -> None:
-        """What all steps of a call share; 16-bit weights are widened on the way."""
+        """Load the matrices that all steps of a call share. 16-bit weights become wider."""
         if not self.kind.weight_per_step:
             self.weight.copy_(weight)
         if self.kind.filter == "permutation":
@@ -86,7 +86,7 @@ class Block:
             self.filter.copy_(filter)
 
     def load(self, steps: slice, weight, bias, filter, alpha, beta, inputs) -> None:
-        """What belongs to these steps, ``kind.steps`` or fewer; 16-bit weights are widened on the way."""
+        """Load the arguments of these steps, ``kind.steps`` or fewer. 16-bit weights become wider."""
         self.count = count = steps.stop - steps.start
         if self.kind.weight_per_step:
             self.weight[:count] = weight[steps]
@@ -102,9 +102,9 @@ class Block:
                 shift.add_(inputs[steps])
 
     def run(self, direction: str) -> None:
-        """ "forward": states and what they are made of, from states[0]. "backward": from slopes and gradients[count].
+        """Run "forward" from states[0], or "backward" from slopes and gradients[count].
 
-        A range's last steps are a graph of their own on the same buffers.
+        A range's last steps, if they are fewer, are a separate graph on the same buffers.
         """
         function = {"forward": self._forward, "backward": self._backward}[direction]
         if self.graphs is None:
@@ -112,7 +112,7 @@ class Block:
             return
         key = direction, self.count
         if key not in self.graphs:
-            # Libraries allocate and choose at their first call, which must not be captured.
+            # At their first call libraries allocate memory and choose algorithms. That must not be captured.
             function()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -153,7 +153,7 @@ class Block:
         return self.filter[s if self.kind.filter == "per_step" else 0]
 
     def write_slopes(self, activated: Tensor) -> None:
-        """beta act'(A) from act(A); at the kink of ReLU the derivative is 0."""
+        """beta act'(A) from act(A). At the kink of ReLU the derivative is 0."""
         slopes = self.slopes[: self.count]
         if self.kind.activation == "tanh":
             torch.mul(activated, activated, out=slopes)
@@ -172,7 +172,7 @@ _lock = threading.Lock()
 
 
 def _get_block(kind: Kind) -> Block:
-    """From the cache, made if need be; a block of its own where nothing may be captured."""
+    """The cached block, made if necessary. A new block if nothing may be captured."""
     if kind.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or kind.rows * kind.width == 0:
         return Block(kind, capture=False)
     if kind not in _cached:
@@ -184,13 +184,13 @@ def _get_block(kind: Kind) -> Block:
 
 
 def clear() -> None:
-    """Frees the buffers and graphs kept for the next call: at most MOST_BLOCKS of about MOST_BYTES each."""
+    """Free the buffers and graphs kept for the next call: at most MOST_BLOCKS of about MOST_BYTES each."""
     with _lock:
         _cached.clear()
 
 
 class _Call:
-    """One call of an op: its arguments, cut into blocks."""
+    """One call of an op, its arguments cut into blocks."""
 
     def __init__(self, like: Tensor, weight, bias, filter, alpha, beta, inputs, steps, activation, adds_outer=False):
         self.arguments = (weight, bias, filter, alpha, beta, inputs)
@@ -217,7 +217,7 @@ class _Call:
         return [slice(begin, min(begin + self.kind.steps, end)) for begin in range(first, end, self.kind.steps)]
 
     def block(self, steps: slice) -> Block:
-        """The call's one block, with the arguments of these steps in it."""
+        """The call's only block, with the arguments of these steps in it."""
         if self._block is None:
             weight, _, filter, *_ = self.arguments
             self._block = _get_block(self.kind)
@@ -228,7 +228,7 @@ class _Call:
         return self._block
 
     def carry_forward(self, state: Tensor, first: int, end: int) -> Iterator[tuple[slice, Block]]:
-        """Runs the steps block by block; each is yielded when it is done, and overwritten by the next."""
+        """Run the steps block by block. Each block is yielded when it is done, and the next overwrites it."""
         for steps in self.ranges(first, end):
             block = self.block(steps)
             block.states[0].copy_(state)
@@ -239,7 +239,7 @@ class _Call:
 
 @contextmanager
 def _exclusively(device: torch.device) -> Iterator[None]:
-    """One call at a time, since blocks are shared; no derivative; and on CUDA no TF32, whatever is set."""
+    """One call at a time, because blocks are shared, without derivatives, and on CUDA without TF32."""
     with _lock, torch.no_grad():
         if device.type != "cuda":
             yield
@@ -298,7 +298,7 @@ def orthogonal_filter_backward(
         call = _Call(gradient, *arguments, min(steps, segment), activation, adds_outer=return_states)
         for first in reversed(range(0, steps, segment)):
             done = call.carry_forward(checkpoints[first // segment], first, min(first + segment, steps))
-            # The recomputed states, act(A) and O h of the whole segment; a block's buffers are those of the next.
+            # The recomputed states, act(A) and O h of the whole segment. The next block overwrites the buffers.
             kept = [
                 (range_, *(buffer[: block.count].clone() for buffer in (block.states, block.activated, block.filtered)))
                 for range_, block in done
@@ -316,7 +316,7 @@ def orthogonal_filter_backward(
 
 
 class _Gradients:
-    """What is made of G and P: written once per step, or summed in float64 for an argument shared by all steps."""
+    """The gradients made of G and P: written once per step, or summed in float64 for an argument that steps share."""
 
     def __init__(self, like, weight, bias, alpha, beta, inputs, steps, needs):
         def sums(needed, argument, shared_dim):
@@ -358,7 +358,7 @@ class _Gradients:
             self.states[steps] = gradients[:-1]
 
     def rounded(self) -> tuple[Tensor, ...]:
-        """In the dtypes of the arguments; of one that is not there, in the weight's."""
+        """The gradients in the arguments' dtypes. For an argument that is None that is the weight's dtype."""
         _, _, needs_scales, _, _ = self.needs
         scales = [
             sums.sum().reshape(1) if needs_scales and shared else sums

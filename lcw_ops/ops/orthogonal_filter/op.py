@@ -1,10 +1,17 @@
-"""The orthogonal-filter recurrence as a registered op with its autograd function.
+"""The orthogonal-filter recurrence as a registered op, with its autograd functions.
 
-Forward returns the result and the states at segment boundaries; backward recomputes inside each segment. Weight,
-bias, filter, alpha and beta may each be shared over all steps or have one entry per step.
+    h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
+
+Forward returns the result and the states at segment boundaries; backward recomputes the states inside each segment. So
+memory is L / segment + segment states, and backward computes every state a second time. Weight, bias, filter, alpha and
+beta may each be shared over all steps or have one entry per step.
+
+The arguments travel as a :class:`Recurrence` (tensors) and :class:`Options` (everything else). Only the calls of an op
+or a Function spread them.
 """
 
 import importlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +21,8 @@ from lcw_ops.ops import backends, library
 from lcw_ops.ops.orthogonal_filter.crossover import fastest_kernel
 from lcw_ops.reference.orthogonal_filter import (
     ACTIVATIONS,
+    DIFFERENTIABLE,
+    Recurrence,
     count_steps,
     orthogonal_filter_backward,
     orthogonal_filter_jvp,
@@ -22,11 +31,13 @@ from lcw_ops.reference.orthogonal_filter import (
 NAME = "orthogonal_filter"
 BACKWARD = "orthogonal_filter_backward"
 
-# The form of the cuda backend for nets too wide for its kernels: an overload of its own, in plain torch, so that it
-# needs no extension. A request for cuda means it too.
+# The form of the cuda backend for nets too wide for its kernels. It is an overload of its own, in plain torch, so that
+# it needs no extension. A request for cuda may select it.
 GRAPH = "graph"
 
-# States kept: L / segment checkpoints and one segment recomputed, so sqrt(L) is best: 128 for 16,000 layers, and
+BACKENDS = ("cpp", "cuda", "triton", GRAPH)
+
+# Backward keeps L / segment checkpoints and recomputes one segment, so sqrt(L) is best: 128 for 16,000 layers, and
 # within 1.2 of the best for 10,000 to 50,000. A constant keeps L symbolic under torch.compile.
 DEFAULT_SEGMENT = 128
 
@@ -36,6 +47,32 @@ _ARGUMENTS = (
 )
 
 
+# How many of the arguments are the tensors of a Recurrence.
+COUNT = len(Recurrence._fields)
+
+
+class Options(NamedTuple):
+    """The arguments that are not tensors: those of the op, in the op's order, and the overload that runs it."""
+
+    steps: int
+    activation: str
+    segment: int
+    return_states: bool
+    backend: str
+
+
+class Needs(NamedTuple):
+    """The gradients to compute besides h0's. ``scales`` stands for alpha and beta."""
+
+    weight: bool
+    bias: bool
+    scales: bool
+    inputs: bool
+
+
+# ---- The ops ---------------------------------------------------------------------------------------------------------
+
+
 def _forward_fake(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
     checkpoints = (steps + segment - 1) // segment if segment else 0
     output = h0.new_empty((steps + 1, *h0.shape) if return_states else h0.shape)
@@ -43,36 +80,24 @@ def _forward_fake(h0, weight, bias, filter, alpha, beta, inputs, steps, activati
 
 
 def _backward_fake(
-    grad_output,
-    checkpoints,
-    weight,
-    bias,
-    filter,
-    alpha,
-    beta,
-    inputs,
-    steps,
-    activation,
-    segment,
-    needs_weight,
-    needs_bias,
-    needs_scales,
-    needs_inputs,
-    needs_states,
+    grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
 ):
-    def when(needed, like):
-        # A weight in 16 bits beside a float32 state has a gradient in its own dtype.
-        return (weight if like is None else like).new_empty(like.shape if needed else (0,))
-
+    *needs, needs_states = needs
     state_shape = grad_output.shape[-2:]
     return (
         grad_output.new_empty(state_shape),
-        when(needs_weight, weight),
-        when(needs_bias, bias),
-        when(needs_scales, alpha),
-        when(needs_scales, beta),
-        when(needs_inputs, inputs),
+        *new_gradients(weight, bias, alpha, beta, inputs, Needs(*needs)),
         grad_output.new_empty((steps + 1, *state_shape) if needs_states else (0,)),
+    )
+
+
+def new_gradients(weight, bias, alpha, beta, inputs, needs: Needs) -> tuple[Tensor, ...]:
+    """A tensor like its argument for each gradient that is needed, and an empty one for each that is not."""
+    needed = (needs.weight, needs.bias, needs.scales, needs.scales, needs.inputs)
+    # A 16-bit weight beside a float32 state has a gradient in its own dtype.
+    return tuple(
+        (weight if argument is None else argument).new_empty(argument.shape if need else (0,))
+        for argument, need in zip((weight, bias, alpha, beta, inputs), needed, strict=True)
     )
 
 
@@ -87,31 +112,31 @@ def slices(arguments, in_dims, batch):
 
 def forward_vmap(overload, info, in_dims, *arguments):
     """Rows are independent: a batch of states or inputs becomes more rows. A batch of weights becomes a loop."""
-    h0, inputs = arguments[0], arguments[6]
-    if all(dim is None for i, dim in enumerate(in_dims) if i not in (0, 6)):
-        batch = info.batch_size
+    recurrence, options, dims = Recurrence(*arguments[:COUNT]), arguments[COUNT:], Recurrence(*in_dims[:COUNT])
+    if all(dim is None for dim in dims._replace(h0=None, inputs=None)):
+        batch, h0, inputs = info.batch_size, recurrence.h0, recurrence.inputs
         # (B, M, N) -> (B M, N) and (T, B, M, N) -> (T, B M, N)
-        h0 = h0.movedim(in_dims[0], 0) if in_dims[0] is not None else h0.expand(batch, *h0.shape)
+        h0 = h0.movedim(dims.h0, 0) if dims.h0 is not None else h0.expand(batch, *h0.shape)
         if inputs is not None:
-            inputs = inputs.movedim(in_dims[6], 1) if in_dims[6] is not None else inputs.unsqueeze(1)
+            inputs = inputs.movedim(dims.inputs, 1) if dims.inputs is not None else inputs.unsqueeze(1)
             inputs = inputs.expand(-1, batch, -1, -1).flatten(1, 2)
-        results = overload(h0.flatten(0, 1), *arguments[1:6], inputs, *arguments[7:])
+        results = overload(*recurrence._replace(h0=h0.flatten(0, 1), inputs=inputs), *options)
         rows = h0.shape[:2]
         return tuple(result.unflatten(-2, rows) for result in results), tuple(result.dim() - 2 for result in results)
-    results = [overload(*slice) for slice in slices(arguments, in_dims, info.batch_size)]
-    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0, 0)
+    return loop_vmap(overload, info, in_dims, *arguments)
 
 
-def _backward_vmap(overload, info, in_dims, *arguments):
-    """Every element of the batch has weight gradients of its own, so this is a loop."""
+def loop_vmap(overload, info, in_dims, *arguments):
+    """One call per element of the batch. In a backward pass each element has weight gradients of its own."""
     results = [overload(*slice) for slice in slices(arguments, in_dims, info.batch_size)]
-    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * 7
+    columns = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return columns, (0,) * len(columns)
 
 
 library.declare(
     NAME,
     f"(Tensor h0, {_ARGUMENTS}, bool return_states) -> (Tensor output, Tensor checkpoints)",
-    backends=("cpp", "cuda", "triton", GRAPH),
+    backends=BACKENDS,
     fake=_forward_fake,
     autocast_dtype=torch.float32,
     vmap=forward_vmap,
@@ -121,63 +146,71 @@ library.declare(
     f"(Tensor grad_output, Tensor checkpoints, {_ARGUMENTS}, bool needs_weight, bool needs_bias, bool needs_scales, "
     "bool needs_inputs, bool needs_states) -> (Tensor grad_h0, Tensor grad_weight, Tensor grad_bias, "
     "Tensor grad_alpha, Tensor grad_beta, Tensor grad_inputs, Tensor grad_states)",
-    backends=("cpp", "cuda", "triton", GRAPH),
+    backends=BACKENDS,
     fake=_backward_fake,
     autocast_dtype=torch.float32,
-    vmap=_backward_vmap,
+    vmap=loop_vmap,
 )
+
+_forward = {backend: library.get_overload(NAME, backend) for backend in BACKENDS}
+_backward = {backend: library.get_overload(BACKWARD, backend) for backend in BACKENDS}
 
 
 def choose_kernel(device: torch.device, width: int, itemsize: int) -> str:
     """The overload that runs rows of ``width`` numbers on ``device``: the backend's name, or GRAPH.
 
-    On GPUs by the crossover table. BackendError when an explicit request cannot be met.
+    On GPUs the crossover table decides. Raises BackendError if an explicit request cannot be met.
     """
+    return backends.choose(NAME, device, width, itemsize, first=fastest_on(device, width, itemsize))
+
+
+def fastest_on(device: torch.device, width: int, itemsize: int) -> str | None:
+    """The kernel that was measured as the fastest on a GPU. None on other devices."""
     capability = backends.compute_capability(device)
-    # Measured in float32; a layer in float64 takes the room of one twice as wide.
-    fastest = None if capability is None else fastest_kernel(width * itemsize // 4, capability)
-    return backends.choose(NAME, device, width, itemsize, first=fastest)
+    # The table is for float32. A layer in float64 takes the room of one twice as wide.
+    return None if capability is None else fastest_kernel(width * itemsize // 4, capability)
 
 
 def _implement_in_python(backend: str, module: str) -> None:
-    """Both ops by the functions of a module, which is imported at the first use: lcw_ops must not need Triton."""
+    """Implement both ops by functions of a module, imported at the first call: lcw_ops must not need Triton."""
 
-    def forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
-        if h0.dim() != 2 or segment < 0:
-            raise ValueError(
-                f"{NAME}: h0 has shape {tuple(h0.shape)} and segment is {segment}; expected (M, N) and >= 0"
-            )
-        check_arguments(backend, h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
-        return importlib.import_module(module).orthogonal_filter(
-            h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states
-        )
+    def run_forward(*arguments):
+        *tensors, steps, activation, segment, _ = arguments
+        recurrence = Recurrence(*tensors)
+        if recurrence.h0.dim() != 2 or segment < 0:
+            raise refusal(NAME, f"a state of shape {tuple(recurrence.h0.shape)} and a segment of {segment}")
+        check_arguments(backend, *recurrence, steps, activation)
+        return importlib.import_module(module).orthogonal_filter(*arguments)
 
-    def backward(
-        grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
-    ):
-        states = grad_output.dim() == 3 and len(grad_output) == steps + 1
-        if segment < 1 or not (states or grad_output.dim() == 2):
-            raise ValueError(f"{BACKWARD}: grad_output must be (M, N) or (L + 1, M, N), and segment at least 1")
-        expected = (-(-steps // min(segment, max(steps, 1))), *grad_output.shape[-2:])
-        _, needs_bias, _, needs_inputs, _ = needs
+    def run_backward(grad_output, checkpoints, *arguments):
+        *tensors, steps, activation, segment, _, needs_bias, _, needs_inputs, _ = arguments
+        recurrence = Recurrence(grad_output, *tensors)
+        has_states = grad_output.dim() == 3 and len(grad_output) == steps + 1
+        if segment < 1 or not (has_states or grad_output.dim() == 2):
+            raise refusal(BACKWARD, f"a grad_output of shape {tuple(grad_output.shape)} and a segment of {segment}")
         if (
-            checkpoints.shape != expected
+            checkpoints.shape != (-(-steps // min(segment, max(steps, 1))), *grad_output.shape[-2:])
             or (checkpoints.dtype, checkpoints.device) != (grad_output.dtype, grad_output.device)
-            or (needs_bias and bias is None)
-            or (needs_inputs and inputs is None)
+            or (needs_bias and recurrence.bias is None)
+            or (needs_inputs and recurrence.inputs is None)
         ):
-            raise ValueError(f"{BACKWARD}: checkpoints {tuple(checkpoints.shape)} do not fit, expected {expected}")
-        check_arguments(backend, grad_output, weight, bias, filter, alpha, beta, inputs, steps, activation)
-        return importlib.import_module(module).orthogonal_filter_backward(
-            grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
-        )
+            raise refusal(BACKWARD, f"checkpoints of shape {tuple(checkpoints.shape)} that do not fit")
+        check_arguments(backend, *recurrence, steps, activation)
+        return importlib.import_module(module).orthogonal_filter_backward(grad_output, checkpoints, *arguments)
 
-    library.implement(NAME, backend, forward)
-    library.implement(BACKWARD, backend, backward)
+    library.implement(NAME, backend, run_forward)
+    library.implement(BACKWARD, backend, run_backward)
+
+
+def refusal(name: str, came: str) -> ValueError:
+    return ValueError(
+        f"{name}: the call has {came}; expected the arguments that lcw_ops.functional.orthogonal_filter passes. "
+        "Call that function."
+    )
 
 
 def check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
-    """Whatever calls the op, a kernel never reads out of bounds."""
+    """The guard of kernels that check nothing themselves: without it they could read out of bounds."""
     rows, width = state.shape[-2:]
     reason = backends.width_reason(NAME, backend, width, state.itemsize)
     if reason is not None:
@@ -197,7 +230,7 @@ def check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, s
         and fits(beta, *scales)
         and fits(inputs, (steps, rows, width))
     ):
-        raise ValueError(f"{NAME}: shapes do not fit each other; call lcw_ops.functional.orthogonal_filter")
+        raise refusal(NAME, "shapes that do not fit each other")
     dtype = state.dtype
     weight_dtypes = (torch.float32, torch.bfloat16, torch.float16) if dtype == torch.float32 else (dtype,)
     like_state = [tensor for tensor in (bias, alpha, beta, inputs, None if permutes else filter) if tensor is not None]
@@ -207,86 +240,95 @@ def check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, s
         or any(tensor.dtype != dtype for tensor in like_state)
         or any(tensor.device != state.device for tensor in (weight, filter, *like_state))
     ):
-        raise ValueError(f"{NAME}: dtypes or devices do not fit; call lcw_ops.functional.orthogonal_filter")
+        raise refusal(NAME, "dtypes or devices that do not fit each other")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{NAME}: unknown activation {activation}")
+        raise refusal(NAME, f"the activation {activation!r}")
 
 
 _implement_in_python("triton", "lcw_ops.kernels.orthogonal_filter")
 _implement_in_python(GRAPH, "lcw_ops.ops.orthogonal_filter.graph")
-backends.IMPLEMENTED[NAME] = ("cpp", "cuda", "triton", GRAPH)
-# Matrices of 128 x 128 in float32 are what one program can hold.
+backends.IMPLEMENTED[NAME] = BACKENDS
+# One program holds matrices of up to 128 x 128 in float32.
 backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 
 
-def keeps_all_states(weight: Tensor, return_states: bool, backend: str) -> bool:
-    """Whether backward reads the states that forward returned, instead of checkpoints of its own.
+# ---- Derivatives -----------------------------------------------------------------------------------------------------
 
-    With one weight for all steps, nothing then has to be recomputed step after step.
+
+def keeps_all_states(weight: Tensor, backend: str) -> bool:
+    """Whether backward reads all states, where forward returns them, instead of checkpoints of its own.
+
+    With one weight for all steps, backward then recomputes nothing.
     """
-    return return_states and backend == "cpp" and weight.dim() == 2
+    return backend == "cpp" and weight.dim() == 2
+
+
+# torch.compile binds the arguments of each ``forward`` by its signature: varargs would be bound wrongly.
 
 
 class OrthogonalFilter(Function):
-    """(h0, weight, bias, filter, alpha, beta, inputs, options) -> (output, checkpoints)."""
+    """(*Recurrence, *Options) -> (output, checkpoints)."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend):
-        forward = library.get_overload(NAME, backend)
-        if keeps_all_states(weight, return_states, backend):
+        if return_states and keeps_all_states(weight, backend):
             segment = 0
-        return forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states)
+        tensors = (h0, weight, bias, filter, alpha, beta, inputs)
+        return _forward[backend](*tensors, steps, activation, segment, return_states)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend = inputs
+        tensors, options = inputs[:COUNT], Options(*inputs[COUNT:])
         states, checkpoints = output
+        ctx.options = options
         ctx.mark_non_differentiable(checkpoints)
-        ctx.states_known = keeps_all_states(tensors[1], ctx.return_states, ctx.backend)
-        if ctx.states_known:
-            checkpoints = states
+        ctx.states_known = options.return_states and keeps_all_states(tensors[1], options.backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(checkpoints, *tensors)
+        ctx.save_for_backward(states if ctx.states_known else checkpoints, *tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        if grad_output is None:
-            return (None,) * 12
         checkpoints, *tensors = ctx.saved_tensors
         if ctx.states_known:
             checkpoints = checkpoints[:-1]
-        _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:7]
-        needs = (weight, bias, alpha or beta, inputs)
-        options = (ctx.steps, ctx.activation, ctx.segment, ctx.return_states, ctx.backend)
         functions = OrthogonalFilterBackward, OrthogonalFilterBackwardForwardMode
-        gradients = library.apply(*functions, grad_output, checkpoints, *tensors, *options, *needs)
-        grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
-        return (
-            grad_h0,
-            grad_weight if weight else None,
-            grad_bias if bias else None,
-            None,
-            grad_alpha if alpha else None,
-            grad_beta if beta else None,
-            grad_inputs if inputs else None,
-            *(None,) * 5,
-        )
+        return propagate(ctx, *functions, grad_output, checkpoints, tensors)
 
 
-class OrthogonalFilterForwardMode(OrthogonalFilter):
-    """The same with forward-mode derivatives."""
+def propagate(ctx, function: type[Function], twin: type[Function], grad_output, checkpoints, tensors) -> tuple:
+    """The gradients for the arguments of a forward Function, computed by a Function of their own."""
+    if grad_output is None:
+        return (None,) * len((*tensors, *ctx.options))
+    _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:COUNT]
+    needs = Needs(weight, bias, alpha or beta, inputs)
+    gradients = library.apply(function, twin, grad_output, checkpoints, *tensors, *ctx.options, *needs)
+    grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
+    return (
+        grad_h0,
+        grad_weight if weight else None,
+        grad_bias if bias else None,
+        None,
+        grad_alpha if alpha else None,
+        grad_beta if beta else None,
+        grad_inputs if inputs else None,
+        *(None,) * len(ctx.options),
+    )
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        output = orthogonal_filter_jvp(ctx.saved_tensors, tangents[:7], ctx.activation, ctx.return_states)
-        return output, None
+
+def output_tangent(ctx, *tangents):
+    """The ``jvp`` of a forward Function."""
+    options = ctx.options
+    return orthogonal_filter_jvp(ctx.saved_tensors, tangents[:COUNT], options.activation, options.return_states), None
 
 
 class OrthogonalFilterBackward(Function):
-    """The gradients, as a function that can be differentiated again: second order runs the reference's formulas."""
+    """(grad_output, checkpoints, *Recurrence, *Options, *Needs) -> gradients of the DIFFERENTIABLE arguments.
+
+    It can be differentiated again: the second order runs the reference's formulas.
+    """
 
     generate_vmap_rule = True
 
@@ -311,104 +353,99 @@ class OrthogonalFilterBackward(Function):
         needs_scales,
         needs_inputs,
     ):
+        needs = (needs_weight, needs_bias, needs_scales, needs_inputs)
         shared = (weight, bias, filter, alpha, beta, inputs, steps, activation)
-        # Without checkpoints the forward pass did not know that a gradient would be asked for (it was hidden inside
-        # torch.func).
-        if not segment and not keeps_all_states(weight, return_states, backend):
-            _, checkpoints = library.get_overload(NAME, backend)(h0, *shared, DEFAULT_SEGMENT, False)
-        segment = segment or DEFAULT_SEGMENT
-        needs = (needs_weight, needs_bias, needs_scales, needs_inputs, False)
-        return library.get_overload(BACKWARD, backend)(grad_output, checkpoints, *shared, segment, *needs)[:6]
+        # Without checkpoints the forward pass did not know that a gradient would be needed: torch.func hides it.
+        if not segment and not (return_states and keeps_all_states(weight, backend)):
+            _, checkpoints = _forward[backend](h0, *shared, DEFAULT_SEGMENT, False)
+        return _backward[backend](grad_output, checkpoints, *shared, segment or DEFAULT_SEGMENT, *needs, False)[:6]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        OrthogonalFilterBackward.keep(ctx, inputs, activation=10, return_states=12, needs=14)
-
-    @staticmethod
-    def keep(ctx, inputs, activation: int, return_states: int, needs: int):
-        """What the second order takes: the nine tensors, and the options at these places of the arguments."""
-        grad_output, _, *tensors = inputs[:9]
-        ctx.activation, ctx.return_states, ctx.needs = inputs[activation], inputs[return_states], inputs[needs:]
-        ctx.argument_count = len(inputs)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, *tensors)
-        ctx.save_for_forward(grad_output, *tensors)
+        keep_for_second_order(ctx, inputs, Options)
 
     @staticmethod
     def backward(ctx, *grad_gradients):
-        gradients, primals, slots = _differentiable_gradients(ctx)
-        results, pullback = torch.func.vjp(gradients, *primals)
-        cotangents = tuple(
-            torch.zeros_like(result) if grad_gradients[slot - 1] is None else grad_gradients[slot - 1]
-            for result, slot in zip(results, slots[1:], strict=True)
-        )
-        second = [None] * ctx.argument_count
-        for slot, gradient in zip(slots, pullback(cotangents), strict=True):
-            second[_ARGUMENT_OF_SLOT[slot]] = gradient
-        return tuple(second)
+        gradients, primals = _differentiable_gradients(ctx)
+        results, pullback = torch.func.vjp(gradients, *primals.values())
+        incoming = dict(zip(DIFFERENTIABLE, grad_gradients, strict=True))
+        cotangents = {
+            name: torch.zeros_like(result) if incoming[name] is None else incoming[name]
+            for name, result in results.items()
+        }
+        second = dict(zip(primals, pullback(cotangents), strict=True))
+        others = (None,) * len((*ctx.options, *ctx.needs))
+        return second["grad_output"], None, *(second.get(name) for name in Recurrence._fields), *others
 
 
-class OrthogonalFilterBackwardForwardMode(OrthogonalFilterBackward):
-    """The same with forward-mode derivatives."""
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        gradients, primals, slots = _differentiable_gradients(ctx)
-        direction = tuple(
-            torch.zeros_like(primal) if tangents[_ARGUMENT_OF_SLOT[slot]] is None else tangents[_ARGUMENT_OF_SLOT[slot]]
-            for primal, slot in zip(primals, slots, strict=True)
-        )
-        # J v as the transpose of w -> J^T w: forward mode would have to nest inside the forward mode that called.
-        results, pullback = torch.func.vjp(gradients, *primals)
-        _, transposed = torch.func.vjp(pullback, tuple(torch.zeros_like(result) for result in results))
-        (moved,) = transposed(direction)
-        by_slot = dict(zip(slots[1:], moved, strict=True))
-        needs_weight, needs_bias, needs_scales, needs_inputs = ctx.needs
-        needed = (True, needs_weight, needs_bias, needs_scales, needs_scales, needs_inputs)
-        nothing = primals[0].new_empty(0)  # what the op returns for a gradient nobody needs; None fails under vmap
-        return tuple(by_slot[slot] if need else nothing for slot, need in enumerate(needed, start=1))
+def keep_for_second_order(ctx, inputs: tuple, options: type) -> None:
+    """The ``setup_context`` of a backward Function that takes such options."""
+    grad_output, _, *arguments = inputs
+    tensors, end = arguments[:COUNT], COUNT + len(options._fields)
+    ctx.options, ctx.needs = options(*arguments[COUNT:end]), Needs(*arguments[end:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_output, *tensors)
+    ctx.save_for_forward(grad_output, *tensors)
 
 
-# The differentiable arguments of the backward function, by slot: grad_output, h0, weight, bias, alpha, beta, inputs.
-_ARGUMENT_OF_SLOT = (0, 2, 3, 4, 6, 7, 8)
+def gradients_tangent(ctx, grad_output_tangent, _, *tangents):
+    """The ``jvp`` of a backward Function."""
+    gradients, primals = _differentiable_gradients(ctx)
+    by_name = {"grad_output": grad_output_tangent, **dict(zip(Recurrence._fields, tangents[:COUNT], strict=True))}
+    direction = tuple(
+        torch.zeros_like(primal) if by_name[name] is None else by_name[name] for name, primal in primals.items()
+    )
+    # J v as the transpose of w -> J^T w: forward mode would have to nest inside the forward mode of the caller.
+    results, pullback = torch.func.vjp(gradients, *primals.values())
+    zeros = {name: torch.zeros_like(result) for name, result in results.items()}
+    _, transposed = torch.func.vjp(pullback, zeros)
+    (moved,) = transposed(direction)
+    needs = ctx.needs
+    needed = (True, needs.weight, needs.bias, needs.scales, needs.scales, needs.inputs)
+    # The op returns an empty tensor for a gradient that is not needed. None fails under vmap.
+    nothing = next(iter(primals.values())).new_empty(0)
+    return tuple(moved[name] if need else nothing for name, need in zip(DIFFERENTIABLE, needed, strict=True))
 
 
 def _differentiable_gradients(ctx):
-    """The gradients in plain torch, as a function of the arguments that are there; those arguments; their slots."""
-    grad_output, h0, weight, bias, filter, alpha, beta, inputs = ctx.saved_tensors
-    arguments = (grad_output, h0, weight, bias, alpha, beta, inputs)
-    slots = [slot for slot, argument in enumerate(arguments) if argument is not None]
+    """The gradients in plain torch, by name, as a function of the arguments that are not None; and those arguments."""
+    grad_output, *tensors = ctx.saved_tensors
+    recurrence, options = Recurrence(*tensors), ctx.options
+    arguments = {"grad_output": grad_output, **{name: getattr(recurrence, name) for name in DIFFERENTIABLE}}
+    primals = {name: argument for name, argument in arguments.items() if argument is not None}
 
-    def gradients(*primals):
-        grad_output, h0, weight, bias, alpha, beta, inputs = (
-            primals[slots.index(slot)] if slot in slots else None for slot in range(7)
-        )
-        *results, _ = orthogonal_filter_backward(
-            grad_output, h0, weight, bias, filter, alpha, beta, inputs, ctx.activation, ctx.return_states
-        )
-        # The formulas compute a 16-bit weight's gradient in the state's dtype; it is rounded once.
-        return tuple(
-            result.to(like.dtype) for result, like in zip(results, arguments[1:], strict=True) if result is not None
-        )
+    def gradients(*values):
+        grad_output, *moved = values
+        arguments = recurrence._replace(**dict(zip(list(primals)[1:], moved, strict=True)))
+        *results, _ = orthogonal_filter_backward(grad_output, *arguments, options.activation, options.return_states)
+        # The formulas compute a 16-bit weight's gradient in the state's dtype. It is rounded once.
+        return {
+            name: result.to(primals[name].dtype)
+            for name, result in zip(DIFFERENTIABLE, results, strict=True)
+            if result is not None
+        }
 
-    return gradients, [arguments[slot] for slot in slots], slots
+    return gradients, primals
+
+
+OrthogonalFilterForwardMode = library.forward_mode_twin(OrthogonalFilter, output_tangent)
+OrthogonalFilterBackwardForwardMode = library.forward_mode_twin(OrthogonalFilterBackward, gradients_tangent)
 
 
 @torch.no_grad()
 def state_gradients(grad_output, h0, weight, bias, filter, alpha, beta, inputs, activation, segment, backend):
     """dE/dh_l for every l, (L+1, M, N), with the other gradients: what a profiler plots.
 
-    ``grad_output`` is (M, N), or (L+1, M, N) when every state receives a gradient from outside.
-
-    Returns (grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs, grad_states); alpha and beta are
+    ``grad_output`` is (M, N), or (L+1, M, N) if every state receives a gradient from outside. alpha and beta are
     tensors, as :func:`lcw_ops.reference.orthogonal_filter.scale_tensors` makes them.
+
+    Returns:
+        (grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs, grad_states).
     """
     shared = (weight, bias, filter, alpha, beta, inputs)
     if backend == "reference":
         return orthogonal_filter_backward(grad_output, h0, *shared, activation, return_states=grad_output.dim() == 3)
     steps = count_steps(*shared)
-    _, checkpoints = library.get_overload(NAME, backend)(h0, *shared, steps, activation, segment, False)
-    needs = (True, bias is not None, True, inputs is not None, True)
-    return library.get_overload(BACKWARD, backend)(
-        grad_output, checkpoints, *shared, steps, activation, segment, *needs
-    )
+    _, checkpoints = _forward[backend](h0, *shared, steps, activation, segment, False)
+    needs = Needs(weight=True, bias=bias is not None, scales=True, inputs=inputs is not None)
+    return _backward[backend](grad_output, checkpoints, *shared, steps, activation, segment, *needs, True)

@@ -1,6 +1,42 @@
-"""All layers at once: ``op`` (schemas, autograd), ``solver`` (Picard sweeps), ``frame`` (the filter's powers) and
-``crossover`` (where measurements found the sweeps the faster)."""
+"""All layers at once.
+
+``op`` holds the schemas and the autograd functions, ``solver`` the Picard sweeps, ``frame`` the basis in which the
+filter's powers are cheap, and ``crossover`` the measurements of where the sweeps are the faster solver.
+"""
 
 from lcw_ops.ops.parallel_depth import crossover, frame, op, solver
+from lcw_ops.ops.parallel_depth.op import (
+    ACTIVATE,
+    ADJOINT,
+    BACKWARD,
+    NAME,
+    SWEEP,
+    Kernels,
+    Options,
+    ParallelOrthogonalFilter,
+    ParallelOrthogonalFilterForwardMode,
+    choose_solver,
+    get_kernels,
+    sequential_backward,
+    sequential_forward,
+)
 
-__all__ = ["crossover", "frame", "op", "solver"]
+__all__ = [
+    "ACTIVATE",
+    "ADJOINT",
+    "BACKWARD",
+    "NAME",
+    "SWEEP",
+    "Kernels",
+    "Options",
+    "ParallelOrthogonalFilter",
+    "ParallelOrthogonalFilterForwardMode",
+    "choose_solver",
+    "crossover",
+    "frame",
+    "get_kernels",
+    "op",
+    "sequential_backward",
+    "sequential_forward",
+    "solver",
+]

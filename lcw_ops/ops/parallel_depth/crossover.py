@@ -1,15 +1,17 @@
-"""Where the parallel solver of the recurrence is the faster one: regions that were measured, for ``solver="auto"``.
+"""The measured regions in which the parallel solver of the recurrence is the faster one, for ``solver="auto"``.
 
-``lcw-ops bench parallel_depth`` measures forward + backward of both solvers; its rows lie under bench/results/.
+``lcw-ops bench parallel_depth`` measures forward + backward of both solvers. Its rows are under bench/results/.
 """
 
 from typing import NamedTuple
 
 import torch
 
+from lcw_ops._torch import constant_when_traced
+
 
 class Call(NamedTuple):
-    """What the times depend on, beside c = beta times the number of layers."""
+    """The properties on which the times depend, besides c = beta times the number of layers."""
 
     device: str
     permutes: bool
@@ -20,7 +22,7 @@ class Call(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Calls between the smallest and the largest measured size at which the parallel solver won, ends included."""
+    """Calls from the smallest to the largest measured size at which the parallel solver won, both included."""
 
     device: str
     permutes: bool
@@ -38,6 +40,7 @@ class Region(NamedTuple):
 MEASURED: tuple[Region, ...] = ()
 
 
+@constant_when_traced
 def device_key(device: torch.device) -> str:
     """A kind of machine: "sm_90", or "cpu AVX2, 2 threads"."""
     if device.type == "cuda":
@@ -45,11 +48,7 @@ def device_key(device: torch.device) -> str:
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-# While torch.compile traces, a constant: what torch.compiler.assume_constant_result does, which imports the compiler.
-device_key._dynamo_marked_constant = True
-
-
 def largest_c_faster(call: Call) -> float | None:
-    """Up to which c the parallel solver was found faster; None where it was not."""
+    """The largest c at which the parallel solver was faster in measurements. None if it never was."""
     found = [region.largest_c for region in MEASURED if region.holds(call)]
     return max(found) if found else None

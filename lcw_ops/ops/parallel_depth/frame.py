@@ -3,7 +3,10 @@
     O = B R B^-1,    R with 2 x 2 blocks r [cos t, sin t; -sin t, cos t] and real numbers on its diagonal
 
 For an exactly orthogonal O this is the real Schur form, and B is orthogonal. A filter rounded to float32 is orthogonal
-to 1e-7 only, which 50,000 steps would show: its own eigenvalues and eigenvectors are taken, in float64.
+to 1e-7 only, which would show after 50,000 steps. So the frame uses the rounded filter's own eigenvalues and
+eigenvectors, in float64.
+
+Cost: one eigendecomposition, O(N^3), per filter, on the CPU. Then a power of O costs O(N) instead of a matmul.
 """
 
 import math
@@ -12,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The largest condition number of B: so many times the rounding of a state may grow on its way into the basis and back.
+# The largest condition number of B: the factor by which a state's rounding may grow on its way into the basis and back.
 MAX_CONDITION = 4.0
 
-# How far B R B^-1 may be from O, relative to O's norm of about 1: 50,000 steps of it stay below a float32's rounding.
+# The largest distance of B R B^-1 from O, whose norm is about 1. Over 50,000 steps it stays below float32's rounding.
 MAX_RESIDUAL = 1e-12
 
 
@@ -32,13 +35,13 @@ class Frame(NamedTuple):
     exact_inverse: Tensor
 
 
-# The last few filters, by value, and their frames: the same one is asked for again and again.
+# The last few filters, by value, and their frames. A training loop asks for the same one in every call.
 _REMEMBERED = 8
 _frames: list[tuple[Tensor, Frame | None]] = []
 
 
 def get_frame(filter: Tensor) -> Frame | None:
-    """The frame of a matrix (N, N), in its dtype; None where no well-conditioned one was found. Remembered."""
+    """The frame of a matrix (N, N), in its dtype. None if no well-conditioned one was found. The result is cached."""
     kind = filter.dtype, filter.device, filter.shape
     for known, frame in _frames:
         if (known.dtype, known.device, known.shape) == kind and torch.equal(known, filter):
@@ -85,17 +88,17 @@ def _checked_frame(matrix: Tensor, basis: Tensor) -> Frame | None:
 
 
 def _eigenbasis(matrix: Tensor) -> Tensor:
-    """Of any matrix: ill-conditioned where eigenvalues coincide."""
+    """The eigenbasis of any matrix. It is ill-conditioned if eigenvalues coincide."""
     values, vectors = torch.linalg.eig(matrix)
     pairs = vectors[:, values.imag > 0]
     return _real_basis(pairs, vectors[:, values.imag == 0].real)
 
 
 def _eigenbasis_of_normal(matrix: Tensor) -> Tensor:
-    """Of an exactly normal matrix (a permutation, a reflection), with coinciding eigenvalues too.
+    """The eigenbasis of an exactly normal matrix (a permutation, a reflection), also if eigenvalues coincide.
 
     O and O^T share their eigenvectors v, O v = l v, with the Hermitian (z O + (z O)^H) / 2, whose eigenvalue is
-    Re(z l): for a z of no special angle two of these coincide only where two l do.
+    Re(z l). For a z at a generic angle two of these coincide only if two l do.
     """
     angle = 1.0
     rotated = complex(math.cos(angle), math.sin(angle)) * matrix
@@ -103,13 +106,13 @@ def _eigenbasis_of_normal(matrix: Tensor) -> Tensor:
     values = ((vectors.conj() * (matrix.to(vectors.dtype) @ vectors)).sum(0)).imag
     is_real = values.abs() < 1e-8
     real = vectors[:, is_real]
-    # The space of the real eigenvalues holds the conjugates of its vectors; in a real basis O is symmetric there.
+    # The space of the real eigenvalues contains the conjugates of its vectors. In a real basis O is symmetric there.
     space = torch.linalg.svd(torch.cat((real.real, real.imag), 1), full_matrices=False).U[:, : real.shape[1]]
     _, inner = torch.linalg.eigh(space.mT @ ((matrix + matrix.mT) / 2) @ space)
     return _real_basis(vectors[:, values > 1e-8], space @ inner)
 
 
 def _real_basis(pairs: Tensor, singles: Tensor) -> Tensor:
-    """Real and imaginary parts of complex unit eigenvectors beside each other, then the real ones."""
+    """Real and imaginary parts of complex unit eigenvectors, side by side, then the real eigenvectors."""
     parts = torch.stack((pairs.real, pairs.imag), 2).flatten(1) * math.sqrt(2.0)
     return torch.cat((parts, singles), 1)

@@ -1,7 +1,9 @@
-"""The recurrence solved in parallel over depth, as registered ops with their autograd function.
+"""The recurrence solved in parallel over depth, as registered ops with their autograd functions.
 
-Sweeps over all layers at once, see lcw_ops/ops/parallel_depth_solver.py; what one sweep is made of is in
-lcw_ops/reference/parallel_depth.py. How many sweeps it takes is decided on the host, inside one op.
+    h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
+
+Sweeps run over all layers at once, see solver.py beside this file. lcw_ops/reference/parallel_depth.py has the parts of
+one sweep. How many sweeps it takes is decided on the host, inside one op.
 """
 
 import importlib
@@ -12,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lcw_ops import _torch
 from lcw_ops.ops import backends, library
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
+from lcw_ops.ops.orthogonal_filter.op import COUNT, Needs, new_gradients
 from lcw_ops.ops.parallel_depth import solver
 from lcw_ops.ops.parallel_depth.crossover import Call, device_key, largest_c_faster
 from lcw_ops.reference import parallel_depth as reference
-from lcw_ops.reference.orthogonal_filter import count_steps, orthogonal_filter_backward
+from lcw_ops.reference.orthogonal_filter import Recurrence, count_steps, orthogonal_filter_backward
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as solve_sequentially
 
 SWEEP, ADJOINT, ACTIVATE = "parallel_depth_sweep_", "parallel_depth_adjoint_", "parallel_depth_activate_"
@@ -25,7 +29,7 @@ NAME, BACKWARD = "orthogonal_filter_parallel", "orthogonal_filter_parallel_backw
 
 
 class Kernels(NamedTuple):
-    """What carries out a sweep: three functions with the signatures of lcw_ops.reference.parallel_depth's."""
+    """The parts of a sweep: three functions with the signatures of those in lcw_ops.reference.parallel_depth."""
 
     sweep_: object
     adjoint_sweep_: object
@@ -65,7 +69,7 @@ library.declare(
 
 
 def _implement_in_triton() -> None:
-    """By kernels/parallel_depth.py, imported at the first use: lcw_ops must not need Triton."""
+    """Implement the kernels by kernels/parallel_depth.py, imported at the first call: lcw_ops must not need Triton."""
 
     def implement(name, function):
         def launch(*arguments):
@@ -79,18 +83,32 @@ def _implement_in_triton() -> None:
 
 _implement_in_triton()
 backends.IMPLEMENTED[SWEEP] = ("cpp", "triton")
-# Whole rows in one program: 2048 units of float32.
+# One program holds a whole row: 2048 units of float32.
 backends.MAX_ROW_BYTES[SWEEP, "triton"] = 8192
 
 
 # ---- The solver as an op ---------------------------------------------------------------------------------------------
-# window 0: the default one. Checkpoints are what backward starts from: with window 0 every state (none of its own where
-# the states are the output), else the first state of every window; nothing without a gradient to come.
+# A window of 0 stands for the default one. Backward starts from the checkpoints: with window 0 these are all states, or
+# nothing if the states are the output; otherwise the first state of every window. Without a gradient to come there are
+# none.
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, Tensor filter, Tensor alpha, Tensor beta, Tensor? inputs, "
     "SymInt steps, str activation, float tolerance, SymInt window"
 )
+_BACKENDS = ("cpp", "triton", "reference")
+
+
+class Options(NamedTuple):
+    """The arguments that are not tensors: those of the op, in the op's order, and the overload that runs it."""
+
+    steps: int
+    activation: str
+    tolerance: float
+    window: int
+    return_states: bool
+    keeps: bool
+    backend: str
 
 
 def _count_checkpoints(steps, window, return_states: bool, keeps: bool):
@@ -107,35 +125,17 @@ def _forward_fake(
     return output, h0.new_empty((count, *h0.shape))
 
 
-def _new_gradients(like, weight, bias, alpha, beta, inputs, needs):
-    """A tensor of its argument's shape for each gradient that is asked for, and an empty one for each that is not."""
-    needs_weight, needs_bias, needs_scales, needs_inputs = needs
-    asked = ((weight, needs_weight), (bias, needs_bias), (alpha, needs_scales), (beta, needs_scales))
-    return tuple(
-        (weight if tensor is None else tensor).new_empty(0)
-        if not needed
-        else like.new_empty(tensor.shape, dtype=tensor.dtype)
-        for tensor, needed in (*asked, (inputs, needs_inputs))
-    )
-
-
 def _backward_fake(
     grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window, *needs
 ):
     grad_h0 = grad_output.new_empty(grad_output.shape[-2:])
-    return (grad_h0, *_new_gradients(grad_output, weight, bias, alpha, beta, inputs, needs))
-
-
-def _backward_vmap(overload, info, in_dims, *arguments):
-    """Every element of the batch has weight gradients of its own, so this is a loop."""
-    results = [overload(*slice) for slice in orthogonal_filter.slices(arguments, in_dims, info.batch_size)]
-    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * 6
+    return (grad_h0, *new_gradients(weight, bias, alpha, beta, inputs, Needs(*needs)))
 
 
 library.declare(
     NAME,
     f"(Tensor h0, {_ARGUMENTS}, bool return_states, bool keeps) -> (Tensor output, Tensor checkpoints)",
-    backends=("cpp", "triton", "reference"),
+    backends=_BACKENDS,
     fake=_forward_fake,
     autocast_dtype=torch.float32,
     vmap=orthogonal_filter.forward_vmap,
@@ -145,125 +145,134 @@ library.declare(
     f"(Tensor grad_output, Tensor checkpoints, {_ARGUMENTS}, bool needs_weight, bool needs_bias, bool needs_scales, "
     "bool needs_inputs) -> (Tensor grad_h0, Tensor grad_weight, Tensor grad_bias, Tensor grad_alpha, Tensor grad_beta, "
     "Tensor grad_inputs)",
-    backends=("cpp", "triton", "reference"),
+    backends=_BACKENDS,
     fake=_backward_fake,
     autocast_dtype=torch.float32,
-    vmap=_backward_vmap,
+    vmap=orthogonal_filter.loop_vmap,
 )
+
+_forward = {backend: library.get_overload(NAME, backend) for backend in _BACKENDS}
+_backward = {backend: library.get_overload(BACKWARD, backend) for backend in _BACKENDS}
 
 
 def _implement_solver(backend: str) -> None:
-    def forward(
-        h0, weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window, return_states, keeps
-    ):
-        _check(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window)
-        h0 = h0.contiguous()
-        layers = _contiguous_layers(weight, bias, alpha, beta, inputs, activation)
-        tolerance = tolerance or solver.default_tolerance(h0.dtype, steps)
-        at_once = window or solver.default_window(weight, len(h0), steps)
-        forward = _make_forward(backend, filter, tolerance, at_once, steps)
-        keeps_all = return_states or (keeps and not window)
-        checkpoints = h0.new_empty((_count_checkpoints(steps, window, return_states, keeps), *h0.shape))
-        if keeps_all:
-            states = h0.new_empty((steps + 1, *h0.shape)) if return_states else checkpoints
-            states[0] = h0
-            forward.run(states, layers)
-            if keeps and window:
-                checkpoints.copy_(states[: -1 : min(window, max(steps, 1))])
-            last = states[-1]
-        else:
-            last = h0.clone()
-            states = h0.new_empty((min(at_once, steps) + 1, *h0.shape))
-            for start in range(0, steps, at_once):
-                stop = min(start + at_once, steps)
-                if keeps:
-                    checkpoints[start // at_once] = last
-                states[0] = last
-                forward.run(states[: stop - start + 1], layers.part(start, stop))
-                last.copy_(states[stop - start])
-        solver.warn_of_given_up(forward)
-        return (states if return_states else last.clone()), checkpoints
+    def solve(*arguments):
+        return _solve(Recurrence(*arguments[:COUNT]), Options(*arguments[COUNT:], backend))
 
-    def backward(
-        grad_output,
-        checkpoints,
-        weight,
-        bias,
-        filter,
-        alpha,
-        beta,
-        inputs,
-        steps,
-        activation,
-        tolerance,
-        window,
-        *needs,
-    ):
-        everywhere = grad_output.dim() == 3
-        gradient = grad_output[-1] if everywhere else grad_output
-        _check(gradient, weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window)
-        expected = (_count_checkpoints(steps, window, False, True), *gradient.shape)
-        kind = checkpoints.dtype, checkpoints.device
-        if checkpoints.shape != expected or kind != (grad_output.dtype, grad_output.device):
-            raise ValueError(
-                f"{BACKWARD}: checkpoints {tuple(checkpoints.shape)} do not fit, expected {expected}; "
-                "call lcw_ops.functional.orthogonal_filter"
-            )
-        kernels = get_kernels(backend)
-        layers = _contiguous_layers(weight, bias, alpha, beta, inputs, activation)
-        tolerance = tolerance or solver.default_tolerance(grad_output.dtype, steps)
-        at_once = window or solver.default_window(weight, gradient.shape[0], steps)
-        forward = _make_forward(backend, filter, tolerance, at_once, steps)
-        sequential = sequential_backward(backend, filter)
-        backward = solver.Backward(_make_scan(backend, filter), tolerance, at_once, steps, kernels, filter, sequential)
-        results = _new_gradients(grad_output, weight, bias, alpha, beta, inputs, needs)
-        shares = (weight.dim() == 2, bias is not None and bias.dim() == 1, True, True, False)
-        for result, is_sum in zip(results, shares, strict=True):
-            if is_sum:
-                result.zero_()
-        shares_weight = shares[0]
-        # A shared weight's gradient is a sum over windows, kept in float64 until the end.
-        summed = (results[0].double() if shares_weight else results[0], *results[1:])
-        needs_weight, needs_bias, needs_scales, needs_inputs = needs
-        wanted = (needs_weight, needs_bias, needs_scales, needs_scales, needs_inputs)
-        into = solver.Gradients(*(result if want else None for result, want in zip(summed, wanted, strict=True)))
-        outside = grad_output[:-1].contiguous() if everywhere else None
-        # With every state at hand, all layers are one stretch, which the solver cuts into its windows.
-        stretch = at_once if window else max(steps, 1)
-        checkpoints = checkpoints.contiguous()
-        for start in reversed(range(0, steps, stretch)):
-            stop = min(start + stretch, steps)
-            part = layers.part(start, stop)
-            if window:
-                states = checkpoints.new_empty((stop - start + 1, *gradient.shape))
-                states[0] = checkpoints[start // stretch]
-                forward.run(states, part)
-            else:
-                states = checkpoints
-            reaching = None if outside is None else outside[start:stop]
-            gradient = backward.run(gradient, states, part, reaching, into.part(start, stop, layers))
-        solver.warn_of_given_up(backward, forward)
-        if shares_weight and needs_weight:
-            results = (summed[0].to(weight.dtype), *results[1:])
-        return (gradient.clone(), *results)
+    def solve_backward(grad_output, checkpoints, *arguments):
+        *tensors, steps, activation, tolerance, window, needs_weight, needs_bias, needs_scales, needs_inputs = arguments
+        # The last state's gradient stands where the forward pass has h0.
+        recurrence = Recurrence(grad_output[-1] if grad_output.dim() == 3 else grad_output, *tensors)
+        options = Options(steps, activation, tolerance, window, False, True, backend)
+        needs = Needs(needs_weight, needs_bias, needs_scales, needs_inputs)
+        return _solve_backward(grad_output, checkpoints, recurrence, options, needs)
 
-    library.implement(NAME, backend, forward)
-    library.implement(BACKWARD, backend, backward)
+    library.implement(NAME, backend, solve)
+    library.implement(BACKWARD, backend, solve_backward)
 
 
-def _check(state, weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window) -> None:
-    """Whatever calls the op, shapes fit; the widths of kernels for the sequential op do not matter here."""
-    if state.dim() != 2 or filter.dim() == 3:
-        raise ValueError(f"{NAME}: a state (M, N) and a shared filter; call lcw_ops.functional.orthogonal_filter")
-    if not (0 <= tolerance < math.inf and window >= 0):
-        raise ValueError(
-            f"{NAME}: tolerance is {tolerance}, window {window}; call lcw_ops.functional.orthogonal_filter"
+def _solve(recurrence: Recurrence, options: Options) -> tuple[Tensor, Tensor]:
+    """(output, checkpoints)."""
+    _check(recurrence, options)
+    steps, window, return_states, keeps = options.steps, options.window, options.return_states, options.keeps
+    h0 = recurrence.h0.contiguous()
+    layers = _contiguous_layers(recurrence, options.activation)
+    at_once = window or solver.default_window(recurrence.weight, len(h0), steps)
+    forward = _make_forward(recurrence, options, at_once)
+    checkpoints = h0.new_empty((_count_checkpoints(steps, window, return_states, keeps), *h0.shape))
+    if return_states or (keeps and not window):
+        states = h0.new_empty((steps + 1, *h0.shape)) if return_states else checkpoints
+        states[0] = h0
+        forward.run(states, layers)
+        if keeps and window:
+            checkpoints.copy_(states[: -1 : min(window, max(steps, 1))])
+        last = states[-1]
+    else:
+        last = h0.clone()
+        states = h0.new_empty((min(at_once, steps) + 1, *h0.shape))
+        for start in range(0, steps, at_once):
+            stop = min(start + at_once, steps)
+            if keeps:
+                checkpoints[start // at_once] = last
+            states[0] = last
+            forward.run(states[: stop - start + 1], layers.part(start, stop))
+            last.copy_(states[stop - start])
+    solver.warn_of_given_up(forward)
+    return (states if return_states else last.clone()), checkpoints
+
+
+def _solve_backward(
+    grad_output: Tensor, checkpoints: Tensor, recurrence: Recurrence, options: Options, needs: Needs
+) -> tuple[Tensor, ...]:
+    """The gradients of the differentiable arguments; ``recurrence.h0`` is the last state's gradient."""
+    _check(recurrence, options)
+    gradient, weight, bias, filter, alpha, beta, inputs = recurrence
+    steps, window, backend = options.steps, options.window, options.backend
+    expected = (_count_checkpoints(steps, window, False, True), *gradient.shape)
+    kind = checkpoints.dtype, checkpoints.device
+    if checkpoints.shape != expected or kind != (grad_output.dtype, grad_output.device):
+        raise orthogonal_filter.refusal(
+            BACKWARD, f"checkpoints of shape {tuple(checkpoints.shape)} where {expected} fits"
         )
-    orthogonal_filter.check_arguments("reference", state, weight, bias, filter, alpha, beta, inputs, steps, activation)
+    layers = _contiguous_layers(recurrence, options.activation)
+    at_once = window or solver.default_window(weight, gradient.shape[0], steps)
+    forward = _make_forward(recurrence, options, at_once)
+    backward = solver.Backward(
+        _make_scan(backend, filter),
+        forward.tolerance,
+        at_once,
+        steps,
+        get_kernels(backend),
+        filter,
+        sequential_backward(backend, filter),
+    )
+    results = new_gradients(weight, bias, alpha, beta, inputs, needs)
+    shares = (weight.dim() == 2, bias is not None and bias.dim() == 1, True, True, False)
+    for result, is_sum in zip(results, shares, strict=True):
+        if is_sum:
+            result.zero_()
+    shares_weight = shares[0]
+    # A shared weight's gradient is a sum over windows, kept in float64 until the end.
+    summed = (results[0].double() if shares_weight else results[0], *results[1:])
+    wanted = (needs.weight, needs.bias, needs.scales, needs.scales, needs.inputs)
+    into = solver.Gradients(*(result if want else None for result, want in zip(summed, wanted, strict=True)))
+    outside = grad_output[:-1].contiguous() if grad_output.dim() == 3 else None
+    # If all states are there, all layers are one stretch, which the solver cuts into its windows.
+    stretch = at_once if window else max(steps, 1)
+    checkpoints = checkpoints.contiguous()
+    for start in reversed(range(0, steps, stretch)):
+        stop = min(start + stretch, steps)
+        part = layers.part(start, stop)
+        if window:
+            states = checkpoints.new_empty((stop - start + 1, *gradient.shape))
+            states[0] = checkpoints[start // stretch]
+            forward.run(states, part)
+        else:
+            states = checkpoints
+        reaching = None if outside is None else outside[start:stop]
+        gradient = backward.run(gradient, states, part, reaching, into.part(start, stop, layers))
+    solver.warn_of_given_up(backward, forward)
+    if shares_weight and needs.weight:
+        results = (summed[0].to(weight.dtype), *results[1:])
+    return (gradient.clone(), *results)
 
 
-def _contiguous_layers(weight, bias, alpha, beta, inputs, activation) -> solver.Layers:
-    """As kernels read them; the weight goes into matmuls, which take any strides."""
+def _check(recurrence: Recurrence, options: Options) -> None:
+    """The guard against calls that do not come from the public function.
+
+    The widths that kernels of the sequential op take do not matter here.
+    """
+    state, filter, tolerance, window = recurrence.h0, recurrence.filter, options.tolerance, options.window
+    if state.dim() != 2 or filter.dim() == 3:
+        raise orthogonal_filter.refusal(NAME, "no state (M, N), or one filter per layer")
+    if not (0 <= tolerance < math.inf and window >= 0):
+        raise orthogonal_filter.refusal(NAME, f"a tolerance of {tolerance} and a window of {window}")
+    orthogonal_filter.check_arguments("reference", *recurrence, options.steps, options.activation)
+
+
+def _contiguous_layers(recurrence: Recurrence, activation: str) -> solver.Layers:
+    """The layers as kernels read them. The weight goes into matmuls, which take any strides."""
+    _, weight, bias, _, alpha, beta, inputs = recurrence
     bias, alpha, beta, inputs = (
         tensor if tensor is None else tensor.contiguous() for tensor in (bias, alpha, beta, inputs)
     )
@@ -274,12 +283,15 @@ def _make_scan(backend: str, filter: Tensor):
     return solver.make_scan(get_kernels(backend), get_kernels("reference"), filter)
 
 
-def _make_forward(backend: str, filter: Tensor, tolerance: float, window: int, steps: int) -> solver.Forward:
-    return solver.Forward(_make_scan(backend, filter), tolerance, window, steps, sequential_forward(backend, filter))
+def _make_forward(recurrence: Recurrence, options: Options, window: int) -> solver.Forward:
+    filter, backend = recurrence.filter, options.backend
+    tolerance = options.tolerance or solver.default_tolerance(recurrence.h0.dtype, options.steps)
+    sequential = sequential_forward(backend, filter)
+    return solver.Forward(_make_scan(backend, filter), tolerance, window, options.steps, sequential)
 
 
 def _sequential_kernel(backend: str, like: Tensor) -> str:
-    """Of the recurrence, beside kernels of sweeps on ``backend``; plain torch where that takes no such width."""
+    """The layer-by-layer kernel that goes with sweeps on ``backend``. Plain torch if no kernel takes such a width."""
     if backend == "reference":
         return "reference"
     try:
@@ -289,7 +301,7 @@ def _sequential_kernel(backend: str, like: Tensor) -> str:
 
 
 def sequential_forward(backend: str, filter: Tensor) -> solver.SequentialForward:
-    def forward(h0: Tensor, layers: solver.Layers, steps: int) -> Tensor:
+    def run(h0: Tensor, layers: solver.Layers, steps: int) -> Tensor:
         shared = (layers.weight, layers.bias, filter, layers.alpha, layers.beta)
         kernel = _sequential_kernel(backend, h0)
         if kernel == "reference":
@@ -298,16 +310,16 @@ def sequential_forward(backend: str, filter: Tensor) -> solver.SequentialForward
         overload = library.get_overload(orthogonal_filter.NAME, kernel)
         return overload(h0.contiguous(), *shared, layers.inputs, steps, layers.activation, 0, True)[0]
 
-    return forward
+    return run
 
 
 def _count_by_inputs(h0: Tensor, layers: solver.Layers, steps: int) -> Tensor:
-    """Of one layer, the reference could not tell one scale per layer from a shared one."""
+    """The inputs, or zeros: for one layer the reference cannot tell a scale per layer from a shared one."""
     return h0.new_zeros((steps, *h0.shape)) if layers.inputs is None else layers.inputs
 
 
 def sequential_backward(backend: str, filter: Tensor) -> solver.SequentialBackward:
-    def backward(gradient, h0, layers, outside, gradients, steps) -> Tensor:
+    def run(gradient, h0, layers, outside, gradients, steps) -> Tensor:
         if layers.weight.dim() == 2:
             layers = layers.to_dtype(h0.dtype)
         grad_output = gradient if outside is None else torch.cat((outside, gradient.unsqueeze(0)))
@@ -325,26 +337,33 @@ def sequential_backward(backend: str, filter: Tensor) -> solver.SequentialBackwa
         else:
             arguments = (*shared, layers.inputs, steps, layers.activation, orthogonal_filter.DEFAULT_SEGMENT)
             _, checkpoints = library.get_overload(orthogonal_filter.NAME, kernel)(h0.contiguous(), *arguments, False)
-            needs_scales = gradients.alpha is not None
-            needs = (gradients.weight is not None, gradients.bias is not None, needs_scales)
+            needs = Needs(
+                weight=gradients.weight is not None,
+                bias=gradients.bias is not None,
+                scales=gradients.alpha is not None,
+                inputs=gradients.inputs is not None,
+            )
             grad_h0, *found, _ = library.get_overload(orthogonal_filter.BACKWARD, kernel)(
-                grad_output.contiguous(), checkpoints, *arguments, *needs, gradients.inputs is not None, False
+                grad_output.contiguous(), checkpoints, *arguments, *needs, False
             )
         shares = (layers.weight.dim() == 2, layers.bias is not None and layers.bias.dim() == 1, True, True, False)
-        for into, gradient, is_sum in zip(gradients, found, shares, strict=True):
+        for into, added, is_sum in zip(gradients, found, shares, strict=True):
             if into is not None:
-                (into.add_ if is_sum else into.copy_)(gradient)
+                (into.add_ if is_sum else into.copy_)(added)
         return grad_h0
 
-    return backward
+    return run
 
 
-for _backend in ("cpp", "triton", "reference"):
+for _backend in _BACKENDS:
     _implement_solver(_backend)
 
 
+# ---- Derivatives -----------------------------------------------------------------------------------------------------
+
+
 class ParallelOrthogonalFilter(Function):
-    """(h0, weight, bias, filter, alpha, beta, inputs, options) -> (output, checkpoints)."""
+    """(*Recurrence, *Options) -> (output, checkpoints)."""
 
     generate_vmap_rule = True
 
@@ -366,49 +385,28 @@ class ParallelOrthogonalFilter(Function):
         backend,
     ):
         tensors = (h0, weight, bias, filter, alpha, beta, inputs)
-        forward = library.get_overload(NAME, backend)
-        return forward(*tensors, steps, activation, tolerance, window, return_states, keeps)
+        return _forward[backend](*tensors, steps, activation, tolerance, window, return_states, keeps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, steps, ctx.activation, tolerance, window, ctx.return_states, keeps, backend = inputs
+        tensors, options = inputs[:COUNT], Options(*inputs[COUNT:])
         states, checkpoints = output
+        ctx.options = options
         ctx.mark_non_differentiable(checkpoints)
-        ctx.options = (steps, ctx.activation, tolerance, window, ctx.return_states, keeps, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(states if ctx.return_states and keeps and not window else checkpoints, *tensors)
+        states_known = options.return_states and options.keeps and not options.window
+        ctx.save_for_backward(states if states_known else checkpoints, *tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        if grad_output is None:
-            return (None,) * 14
         checkpoints, *tensors = ctx.saved_tensors
-        _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:7]
-        needs = (weight, bias, alpha or beta, inputs)
         functions = _ParallelBackward, _ParallelBackwardForwardMode
-        gradients = library.apply(*functions, grad_output, checkpoints, *tensors, *ctx.options, *needs)
-        grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
-        return (
-            grad_h0,
-            grad_weight if weight else None,
-            grad_bias if bias else None,
-            None,
-            grad_alpha if alpha else None,
-            grad_beta if beta else None,
-            grad_inputs if inputs else None,
-            *(None,) * 7,
-        )
-
-
-class ParallelOrthogonalFilterForwardMode(ParallelOrthogonalFilter):
-    """The same with forward-mode derivatives."""
-
-    jvp = staticmethod(orthogonal_filter.OrthogonalFilterForwardMode.jvp)
+        return orthogonal_filter.propagate(ctx, *functions, grad_output, checkpoints, tensors)
 
 
 class _ParallelBackward(orthogonal_filter.OrthogonalFilterBackward):
-    """The gradients by sweeps; differentiated again, they are the sequential formulas."""
+    """The gradients by sweeps. Their own derivatives are the sequential formulas."""
 
     @staticmethod
     def forward(
@@ -434,25 +432,25 @@ class _ParallelBackward(orthogonal_filter.OrthogonalFilterBackward):
         needs_inputs,
     ):
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs)
-        options = (weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window)
-        # The forward pass did not know that a gradient would be asked for: it was hidden inside torch.func.
+        arguments = (weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window)
+        # The forward pass did not know that a gradient would be needed: torch.func hides it.
         if not keeps:
-            _, checkpoints = library.get_overload(NAME, backend)(h0, *options, False, True)
-        return library.get_overload(BACKWARD, backend)(grad_output, checkpoints, *options, *needs)
+            _, checkpoints = _forward[backend](h0, *arguments, False, True)
+        return _backward[backend](grad_output, checkpoints, *arguments, *needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        orthogonal_filter.OrthogonalFilterBackward.keep(ctx, inputs, activation=10, return_states=13, needs=16)
+        orthogonal_filter.keep_for_second_order(ctx, inputs, Options)
 
 
-class _ParallelBackwardForwardMode(_ParallelBackward):
-    """The same with forward-mode derivatives."""
-
-    jvp = staticmethod(orthogonal_filter.OrthogonalFilterBackwardForwardMode.jvp)
+ParallelOrthogonalFilterForwardMode = library.forward_mode_twin(
+    ParallelOrthogonalFilter, orthogonal_filter.output_tangent
+)
+_ParallelBackwardForwardMode = library.forward_mode_twin(_ParallelBackward, orthogonal_filter.gradients_tangent)
 
 
 def choose_solver(h0, weight, bias, filter, alpha, beta, inputs) -> str:
-    """ "parallel" where that was measured to be faster, else "sequential"; checked arguments of the public function."""
+    """ "parallel" if that was measured to be faster, else "sequential". The arguments have been checked."""
     if filter.dim() == 3 or h0.is_meta:
         return "sequential"
     steps = count_steps(weight, bias, filter, alpha, beta, inputs)
@@ -461,10 +459,10 @@ def choose_solver(h0, weight, bias, filter, alpha, beta, inputs) -> str:
     largest_c = largest_c_faster(call)
     if largest_c is None:
         return "sequential"
-    # A tensor is only looked at where it counts: on a GPU the host waits for its value.
+    # A tensor is read only here, where its value decides: on a GPU the host waits for it.
     if isinstance(beta, Tensor):
-        # Values of traced tensors are not there to look at.
-        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(beta):
+        # A traced tensor has no values to read.
+        if torch.compiler.is_compiling() or _torch.is_functorch_wrapped(beta):
             return "sequential"
         beta = beta.detach().abs().max().item() if beta.numel() else 0.0
     return "parallel" if beta is None or 0 <= beta * steps <= largest_c else "sequential"

@@ -1,8 +1,11 @@
 """Picard sweeps over windows of layers until they have converged, forward and backward.
 
 With d_k the largest relative change of a state in sweep k and rho = d_k / d_{k-1} < 1, the error that is left is about
-rho / (1 - rho) d_k: a window has converged when that is below the tolerance. One that does not is halved; where nothing
-is left to halve the sequential kernel goes on, with one warning that says so.
+rho / (1 - rho) d_k: a window has converged when that is below the tolerance. A window that does not converge is halved.
+When it cannot be halved any more, the sequential kernel continues, with one warning that says so.
+
+Cost of a sweep over D layers: one batched matmul (2 D M N^2 operations, which read D N^2 weights) and one scan over
+(D, M, N). Small batches are bound by reading the weights.
 """
 
 import math
@@ -19,14 +22,14 @@ from lcw_ops.ops.parallel_depth.frame import Frame, get_frame
 from lcw_ops.ops.precision import full_float32
 from lcw_ops.reference import parallel_depth as reference
 
-# Beyond so many sweeps halving the window is cheaper. It is also more than a window of LEAST_WINDOW layers can need: a
+# Halving the window is cheaper than more sweeps than these. A window of LEAST_WINDOW layers never needs so many: each
 # sweep makes at least one more layer exact.
 MAX_SWEEPS = 16
 LEAST_WINDOW = 8
 
-# What one window's weights and states may take on a CPU: a sweep reads them again, from a cache if they fit in there.
+# The largest size of one window's weights and states on a CPU. Every sweep reads them again, from a cache if they fit.
 CACHED_BYTES = 8 * 2**20
-# Fewer layers at a time, of wide nets, would be more calls than work.
+# In wide nets, fewer layers at a time would cost more in calls than in work.
 LEAST_DEFAULT_WINDOW = 64
 
 
@@ -37,11 +40,11 @@ class Solve:
     Attributes:
         direction: "forward" or "backward".
         first_layer, layers: the window.
-        sweeps: how many it took; 0 where the sequential kernel did it.
+        sweeps: how many it took; 0 if the sequential kernel solved it.
         contraction: rho, the last change over the one before; NaN after fewer than two sweeps.
         residual: d_k, the largest relative change of a state in the last sweep.
-        error: estimate of the relative error that is left.
-        converged: whether that is below the tolerance, or nothing but rounding; False for a window that was given up.
+        error: estimate of the remaining relative error.
+        converged: whether that is below the tolerance, or only rounding; False for a window that was given up.
     """
 
     direction: str
@@ -59,7 +62,7 @@ _recorders: list[list[Solve]] = []
 
 @contextmanager
 def record_solves() -> Iterator[list[Solve]]:
-    """Collects a :class:`Solve` for every window that is solved inside the ``with`` block, by any thread."""
+    """Collect a :class:`Solve` for every window that is solved inside the ``with`` block, by any thread."""
     solves: list[Solve] = []
     _recorders.append(solves)
     try:
@@ -74,16 +77,16 @@ def _record(solve: Solve) -> None:
 
 
 def default_tolerance(dtype: torch.dtype, steps: int) -> float:
-    """What rounding leaves over the depth anyway: an eighth of eps sqrt(L), and eps at least."""
+    """The size of rounding errors over the depth: an eighth of eps sqrt(L), and at least eps."""
     return torch.finfo(dtype).eps * max(1.0, math.sqrt(steps) / 8)
 
 
 class Convergence:
-    """The changes of a window's sweeps so far, and what follows from them."""
+    """The changes of a window's sweeps so far, and the conclusions from them."""
 
     def __init__(self, layers: int, tolerance: float, dtype: torch.dtype) -> None:
         self.layers, self.tolerance = layers, tolerance
-        # Changes of an ulp or two that do not fall any more are the rounding of states, not the sweeps.
+        # Changes of an ulp or two that no longer fall come from the rounding of states, not from the sweeps.
         self.rounding = 2 * torch.finfo(dtype).eps
         self.changes: list[float] = []
 
@@ -99,8 +102,8 @@ class Convergence:
 
     @property
     def error(self) -> float:
-        """The estimate; infinite as long as there is none."""
-        # After as many sweeps as layers every state is exact, and a sweep that changes nothing is the last one.
+        """The estimate; infinity until there is one."""
+        # After as many sweeps as layers every state is exact. After a sweep that changes nothing no other would.
         if len(self.changes) >= self.layers or self.changes[-1] == 0:
             return 0.0
         if self.is_rounding:
@@ -120,7 +123,7 @@ class Convergence:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the sweeps that are left would not do, even if the contraction falls as it does at best.
+        """Whether the remaining sweeps would not suffice, even if the contraction falls as fast as it can.
 
         The error of Picard's iteration falls like (c s)^k / k!, and its contraction like 1 / k.
         """
@@ -148,10 +151,10 @@ class Convergence:
 
 
 class Layers(NamedTuple):
-    """The arguments of some consecutive layers: per-layer ones (D, ...) or shared by all of them.
+    """The arguments of D consecutive layers, one entry per layer or shared by all of them.
 
-    weight (D, N, N) or (N, N), of the states' dtype or fewer bits; bias (D, N), (N,) or None; alpha, beta (1,) or (D,);
-    inputs (D, M, N) or None. ``first`` is the number of the first of them in the whole net.
+    weight (D, N, N) or (N, N), of the states' dtype or in 16 bits; bias (D, N), (N,) or None; alpha, beta (1,) or (D,);
+    inputs (D, M, N) or None. ``first`` is the number of the first of these layers in the whole net.
     """
 
     weight: Tensor
@@ -183,14 +186,14 @@ class Layers(NamedTuple):
         return self._replace(weight=self.weight.to(dtype))
 
     def multiply(self, states: Tensor, out: Tensor) -> None:
-        """W_l h_{l-1} of all layers; ``states`` (D, M, N) begin at h_0."""
+        """W_l h_{l-1} for all layers; ``states`` (D, M, N) begin at h_0."""
         if self.weight.dim() == 3:
             torch.bmm(states, self.weight.mT, out=out)
         else:
             torch.mm(states.flatten(0, 1), self.weight.mT, out=out.flatten(0, 1))
 
     def multiply_transposed(self, grad_pre: Tensor, out: Tensor) -> None:
-        """P_l W_l of all layers."""
+        """P_l W_l for all layers."""
         if self.weight.dim() == 3:
             torch.bmm(grad_pre, self.weight, out=out)
         else:
@@ -198,13 +201,13 @@ class Layers(NamedTuple):
 
 
 class _Workspace:
-    """Memory that windows and sweeps use one after the other."""
+    """Memory that windows and sweeps reuse."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of that shape, with anything in it."""
+        """A tensor of that shape, uninitialised."""
         buffer = self.buffers.get(name)
         if buffer is None or len(buffer) < len(like):
             buffer = self.buffers[name] = torch.empty_like(like)
@@ -212,14 +215,14 @@ class _Workspace:
 
 
 class _DirectScan:
-    """Sweeps with a filter that the kernels take as it is."""
+    """Sweeps with a filter that the kernels apply directly."""
 
     def __init__(self, kernels, filter: Tensor) -> None:
         self.kernels, self.filter = kernels, filter.contiguous()
         self.transposed = reference.transpose_filter(filter).contiguous()
 
     def begin(self, continues: bool) -> None:
-        """A window begins; whether with the state that the last one ended with."""
+        """A window begins. ``continues`` says whether it starts from the state with which the last one ended."""
 
     def finish(self, states: Tensor) -> None:
         """A window has converged."""
@@ -306,13 +309,13 @@ class _FrameScan:
 
 
 def multiply_exactly(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """rows @ matrix, never in TensorFloat-32: states carry all their digits from layer to layer."""
+    """rows @ matrix, never in TF32: states keep all their digits from layer to layer."""
     with full_float32(rows.device):
         torch.mm(rows.reshape(-1, rows.shape[-1]), matrix, out=out.view(-1, out.shape[-1]))
 
 
 def make_scan(kernels, reference_kernels, filter: Tensor):
-    """How sweeps treat this filter: an int64 permutation (N,) or a matrix (N, N)."""
+    """The scan for this filter: an int64 permutation (N,) or a matrix (N, N)."""
     if reference.is_permutation(filter):
         return _DirectScan(kernels, filter)
     frame = get_frame(filter)
@@ -321,7 +324,7 @@ def make_scan(kernels, reference_kernels, filter: Tensor):
 
 
 def default_window(weight: Tensor, rows: int, steps: int) -> int:
-    """Layers at a time: all of them on a GPU, on a CPU as many as stay in its cache."""
+    """Layers at a time: on a GPU all of them, on a CPU as many as fit into its cache."""
     if not weight.is_cpu:
         return max(steps, 1)
     width = weight.shape[-1]
@@ -336,9 +339,9 @@ SequentialForward = Callable[[Tensor, Layers, int], Tensor]
 
 
 class Windows:
-    """What forward and backward share: the size of the window, and the sweeps in one.
+    """The base of forward and backward: the size of the window, and the sweeps in one window.
 
-    Each has its share of the tolerance for all ``steps`` layers: errors of windows add up like independent ones.
+    Each window has its share of the tolerance for all ``steps`` layers: their errors add up like independent ones.
     """
 
     direction: str
@@ -349,7 +352,7 @@ class Windows:
         self.asked = window
         self.workspace = _Workspace()
         self.given_up: Convergence | None = None
-        # Where the window after the last solved one would begin.
+        # The layer at which the window after the last solved one would begin.
         self.next_layer: int | None = None
 
     def converge(self, first_layer: int, layers: int, dtype: torch.dtype, sweep: Callable[[], Tensor]) -> bool:
@@ -377,18 +380,18 @@ class Windows:
 
 
 def warn_of_given_up(*windows: Windows) -> None:
-    """One warning for the first of these that did not converge, in the same words every time: Python shows it once."""
+    """One warning for the first of these that did not converge. The text is fixed, so Python shows it once."""
     given_up = next((one for one in windows if one.given_up is not None), None)
     if given_up is None:
         return
     tried = f"{given_up.direction}, windows of {given_up.asked}"
     if not math.isfinite(given_up.given_up.changes[-1]):
-        advice = "a state or a gradient is not finite"
+        advice = "A state or a gradient is not finite."
     else:
-        advice = 'a smaller window or a smaller beta converges faster, solver="sequential" always does'
+        advice = 'A smaller window or a smaller beta converges faster; solver="sequential" always works.'
     warnings.warn(
-        f"orthogonal_filter: the parallel solver did not converge ({tried}); smaller windows and in the end the "
-        f"sequential solver went on, and the result is right, but late: {advice}",
+        f"orthogonal_filter: the parallel solver did not converge ({tried}). It continued with smaller windows and in "
+        f"the end sequentially: the result is correct but took longer. {advice}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -404,7 +407,7 @@ class Forward(Windows):
         self.sequential = sequential
 
     def run(self, states: Tensor, layers: Layers) -> None:
-        """Fills states[1:] from states[0]; ``states`` (D+1, M, N) of all of ``layers``."""
+        """Fill states[1:] from states[0]; ``states`` (D+1, M, N) are those of all ``layers``."""
         start, steps = 0, len(states) - 1
         while start < steps:
             if self.is_sequential or steps - start < LEAST_WINDOW:
@@ -437,10 +440,10 @@ class Forward(Windows):
 
 
 class Gradients(NamedTuple):
-    """Where a backward pass leaves what it finds, each of its argument's shape; None where nobody asks.
+    """The tensors that a backward pass fills, each of its argument's shape; None for a gradient that is not needed.
 
-    Those of arguments that all layers share, and of alpha and beta, are added to what is there, the others written;
-    a shared weight's is in float64.
+    For arguments that all layers share, and for alpha and beta, the pass adds to the tensor. It overwrites the others.
+    A shared weight's gradient is in float64.
     """
 
     weight: Tensor | None
@@ -462,7 +465,7 @@ class Gradients(NamedTuple):
         )
 
 
-# (gradient at the end, h_0, layers, what reaches each state from outside, gradients, how many) -> gradient of h_0
+# (gradient at the end, h_0, layers, each state's gradient from outside, gradients, how many) -> gradient of h_0
 SequentialBackward = Callable[[Tensor, Tensor, Layers, Tensor | None, Gradients, int], Tensor]
 
 
@@ -478,7 +481,7 @@ class Backward(Windows):
     def run(
         self, gradient: Tensor, states: Tensor, layers: Layers, outside: Tensor | None, gradients: Gradients
     ) -> Tensor:
-        """The gradient of states[0]; those of the arguments go into ``gradients``.
+        """The gradient of states[0]. Those of the arguments go into ``gradients``.
 
         ``gradient`` (M, N) is the last state's; ``outside`` (D, M, N) reaches the states before it.
         """
@@ -553,13 +556,13 @@ class Backward(Windows):
             _add_inner_products(gradients.beta, adjoint[1:], spare)
 
 
-# Samples of all layers that one sum in float32 takes, and the memory for such sums at a time.
+# How many samples, of any layers, one float32 sum adds up, and the memory for such sums at a time.
 SUMMED_SAMPLES = 64
 SUMMED_BYTES = 64 * 2**20
 
 
 def _add_outer_products(weight_gradient: Tensor, grad_pre: Tensor, before: Tensor) -> None:
-    """P_l^T h_{l-1} of all layers into their shared weight's gradient, float64: fewer digits for few samples only."""
+    """Add P_l^T h_{l-1} of all layers to their shared weight's float64 gradient. Only short sums are in float32."""
     rows = [tensor.flatten(0, 1) for tensor in (grad_pre, before)]
     sums_at_once = max(1, SUMMED_BYTES // max(weight_gradient.numel() * before.itemsize, 1))
     whole = len(rows[0]) // SUMMED_SAMPLES * SUMMED_SAMPLES
@@ -572,6 +575,6 @@ def _add_outer_products(weight_gradient: Tensor, grad_pre: Tensor, before: Tenso
 
 
 def _add_inner_products(scale_gradient: Tensor, left: Tensor, right: Tensor) -> None:
-    """<left_l, right_l> of every layer, or of all of them where they share one scale."""
+    """Add <left_l, right_l> for every layer, or the sum over all of them if they share one scale."""
     products = (left * right).sum((1, 2))
     scale_gradient.add_(products if scale_gradient.numel() == len(products) else products.sum())

@@ -1,0 +1,90 @@
+"""Which tensors of a module hold their values, and which hold uninitialised memory after ``to_empty``.
+
+A mark on the tensor remembers its state when the values were lost. Any write that autograd sees ends that state.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lcw_ops import _torch
+
+
+def values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
+    """Copies, on the CPU, of the scales that are tensors with values."""
+    return {
+        name: scale.detach().to("cpu", copy=True)
+        for name, scale in scales.items()
+        if isinstance(scale, Tensor) and _torch.has_values(scale)
+    }
+
+
+def allocates(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function given to ``Module._apply`` returns new memory without the values, as ``to_empty`` does.
+
+    Only such a function turns a tensor on the meta device into one with memory. Any other raises or stays on meta.
+    """
+    try:
+        return not fn(torch.empty(1, device="meta")).is_meta
+    except Exception:
+        return False
+
+
+# The attribute that marks a tensor whose values are uninitialised memory. It holds the state when they were lost.
+_LOST_AT = "_lcw_ops_lost_at"
+
+
+def mark_lost(tensor: Tensor) -> None:
+    """The tensor counts as lost until autograd sees a write, the tensor or its memory is replaced, or it is loaded."""
+    setattr(tensor, _LOST_AT, _state_of(tensor))
+
+
+def clear_mark(tensor: Tensor) -> None:
+    vars(tensor).pop(_LOST_AT, None)
+
+
+def is_lost(tensor: Tensor) -> bool:
+    mark = getattr(tensor, _LOST_AT, None)
+    return mark is not None and mark == _state_of(tensor)
+
+
+def holds(tensor: Tensor, values: Tensor | None) -> bool:
+    """Whether the tensor holds a state dict's values. torch loads one element into a tensor without dimensions."""
+    if not isinstance(values, Tensor) or is_distributed(values) != is_distributed(tensor):
+        return False
+    if is_distributed(tensor):
+        values, tensor = values.to_local(), tensor.to_local()  # type: ignore[attr-defined]
+    return (
+        _torch.has_values(values)
+        and _torch.has_values(tensor)
+        and values.numel() == tensor.numel()
+        and torch.equal(values.to(tensor).reshape(tensor.shape), tensor)
+    )
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    """The version, which an in-place write increments, and the memory, which ``tensor.data = other`` replaces."""
+    # An inference tensor counts no versions.
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if _torch.has_values(tensor) else 0
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. Until that module is imported, which takes a while, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def fill(tensor: Tensor, values: Tensor, mesh) -> None:
+    """``tensor.copy_(values)``. With a device mesh, all of its ranks get the values of its first rank."""
+    if mesh is None or not _torch.has_values(tensor):
+        tensor.copy_(values)
+        return
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    if is_distributed(tensor):
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        tensor.copy_(distribute_tensor(values.to(tensor.dtype), mesh, placements))
+    else:
+        tensor.copy_(distribute_tensor(values, mesh, [Replicate()] * mesh.ndim).to_local())

@@ -1,0 +1,48 @@
+"""The trip of one call: how many functions of this package a call runs through, and how often the file changes."""
+
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+import lcw_ops
+from lcw_ops import functional as F
+
+PACKAGE = Path(lcw_ops.__file__).resolve().parent
+
+
+def count_trip(call) -> tuple[int, int]:
+    """(calls of this package's Python functions, calls whose file is not the file of the call before)."""
+    files = []
+
+    def note(frame, event, _):
+        if event == "call":
+            path = Path(frame.f_code.co_filename)
+            if path.is_absolute() and path.resolve().is_relative_to(PACKAGE):
+                files.append(path)
+
+    # The first call imports modules and fills caches.
+    call()
+    before, before_in_threads = sys.getprofile(), threading.getprofile()
+    # On a CPU autograd runs a small graph in the thread that calls backward. If it took another one, that counts too.
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+        threading.setprofile(before_in_threads)
+    return len(files), sum(one != other for one, other in pairwise(files))
+
+
+def test_the_recurrence_takes_a_short_way():
+    """Forward and backward, with default arguments."""
+    h0, weight, bias = (torch.randn(shape, device="cpu", requires_grad=True) for shape in ((1, 4), (3, 4, 4), (3, 4)))
+    filter = torch.eye(4, device="cpu")
+    with lcw_ops.use_backend("cpp"):
+        calls, changes = count_trip(lambda: F.orthogonal_filter(h0, weight, bias, filter).sum().backward())
+    # Fewer than ten would mean that the counter does not see the calls, or that backward did not run.
+    assert 10 <= calls <= 30
+    assert changes <= 8
