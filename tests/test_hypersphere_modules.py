@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager
+from support.numerics import assert_as_exact_as_eager
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 

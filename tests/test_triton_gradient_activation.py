@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from gradient_activation_kernels import ACTIVATION, GradientActivationKernels, Ops, SgdCase, gradients
+from support.gradient_activation_kernels import ACTIVATION, GradientActivationKernels, Ops, SgdCase, gradients
 
 from lcw_ops.ops import backends
 from lcw_ops.ops.gradient_activation import NAME

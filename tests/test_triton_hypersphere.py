@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager, hostile_layouts
+from support.numerics import assert_as_exact_as_eager, hostile_layouts
 
 from lcw_ops import reference
 from lcw_ops.ops import backends, library

@@ -11,7 +11,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager, hostile_layouts
+from support.numerics import assert_as_exact_as_eager, hostile_layouts
 
 import lcw_ops
 from lcw_ops import functional as F

@@ -11,7 +11,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from numerics import assert_by_the_rule, needs_more_digits
+from support.numerics import assert_by_the_rule, needs_more_digits
 
 from lcw_ops.ops import backends
 from lcw_ops.ops.parallel_depth import op

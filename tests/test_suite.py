@@ -1,0 +1,39 @@
+"""The suite itself: every pattern of support/marks.py finds a test, and test modules import from support/ alone."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from support import marks
+
+TESTS = Path(__file__).parent
+FILES = sorted(path.name for path in TESTS.glob("test_*.py"))
+
+
+@pytest.mark.parametrize("pattern", [pattern for patterns in marks.MARKS.values() for pattern in patterns])
+def test_every_pattern_finds_a_test(pattern, request, collected):
+    """Asked only where a file that the pattern may mean was collected whole."""
+    if any("::" in argument for argument in request.config.args):
+        pytest.skip("a selection of tests was collected")
+    file, _, _ = pattern.partition("::")
+    nodes = [node for node in collected if re.search(f"{file}$", node.partition("::")[0])]
+    if not nodes:
+        pytest.skip("no file of this pattern was collected")
+    assert any(re.search(pattern, node) for node in nodes)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_test_module_imports_another(file):
+    tree = ast.parse((TESTS / file).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert [name for name in imported if name.startswith("test_")] == []
+
+
+def test_the_marks_of_a_test():
+    assert marks.marks_of("test_sanitize.py::test_mistakes") == ["slow"]
+    assert marks.marks_of("test_lcw_linear_op.py::test_small_layers[own-torch.float32-True]") == [
+        "every_instruction_set"
+    ]
+    assert marks.marks_of("test_lcw_linear_op.py::test_small_layers[own-torch.bfloat16-True]") == []
