@@ -32,7 +32,7 @@ test-slow: $(VENV)/built
 	$(BIN)/python tests/run.py slow -n $(WORKERS)
 
 test-release: $(VENV)/built
-	$(BIN)/python tests/release.py $(PARTS)
+	$(BIN)/python tests/release.py $(addprefix --part ,$(PARTS))
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

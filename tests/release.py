@@ -71,7 +71,7 @@ class Part:
 
 
 def test_with_torch(version: str, part: Part) -> None:
-    """The fast tests with another torch. The compiled libraries are those of this checkout: the stable ABI's promise."""
+    """The fast tests with another torch. The compiled libraries are this checkout's: the stable ABI promises it."""
     environment = FOLDER / f"torch-{version}"
     python = environment / "bin/python"
     if not (environment / "installed").exists():
@@ -148,7 +148,14 @@ def test_reproductions(part: Part) -> None:
     """The papers' experiments, as the README runs them; their figures are printed to the part's output."""
     part.note_versions(sys.executable)
     for module in sorted((ROOT / "bench/reproduce").glob("[!_]*.py")):
-        part.run(sys.executable, "-m", f"lcw_ops.bench.reproduce.{module.stem}", PYTHONPATH=str(ROOT))
+        part.run(
+            sys.executable,
+            "-m",
+            f"lcw_ops.bench.reproduce.{module.stem}",
+            "--out",
+            FOLDER / f"reproduce-{module.stem}.csv",
+            PYTHONPATH=str(ROOT),
+        )
 
 
 def sanitize(part: Part) -> None:
@@ -251,13 +258,14 @@ def main(arguments: list[str]) -> int:
     if args.list:
         for name in PARTS:
             found = passed(name, of)
-            print(f"{name:20} {f'passed on {found["date"]}, {found["seconds"]} s' if found else 'to do'}")
+            print(f"{name:20}", f"passed on {found['date']}, {found['seconds']} s" if found else "to do")
         return 0
     if not args.dirty and (changes := uncommitted()):
         print(f"test-release: these changes are not committed:\n{changes}", file=sys.stderr)
         return 2
     names = args.part or [name for name in PARTS if not passed(name, of)]
-    return 0 if all([carry_out(name, keep=not args.dirty) for name in names]) else 1
+    outcomes = [carry_out(name, keep=not args.dirty) for name in names]
+    return 0 if all(outcomes) else 1
 
 
 if __name__ == "__main__":
