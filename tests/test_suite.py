@@ -1,11 +1,14 @@
 """The suite itself: every pattern of support/marks.py finds a test, and test modules import from support/ alone."""
 
 import ast
+import itertools
+import math
 import re
 from pathlib import Path
 
 import pytest
 from support import marks
+from support.pairwise import pairwise
 
 TESTS = Path(__file__).parent
 FILES = sorted(path.name for path in TESTS.glob("test_*.py"))
@@ -37,3 +40,28 @@ def test_the_marks_of_a_test():
         "every_instruction_set"
     ]
     assert marks.marks_of("test_lcw_linear_op.py::test_small_layers[own-torch.bfloat16-True]") == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"a": [1]},
+        {"a": [1, 2, 3]},
+        {"a": [1, 2], "b": "xy"},
+        {"a": range(5), "b": range(3), "c": range(4), "d": [True, False], "e": [None, "x"]},
+        {name: range(2) for name in "abcdefgh"},
+    ],
+)
+def test_every_two_choices_meet(options):
+    cases = pairwise(**options)
+    assert all(list(case) == list(options) for case in cases)
+    for first, second in itertools.combinations(options, 2):
+        met = {(case[first], case[second]) for case in cases}
+        assert met == set(itertools.product(options[first], options[second]))
+    for name, choices in options.items():
+        assert {case[name] for case in cases} == set(choices)
+    sizes = sorted((len(list(choices)) for choices in options.values()), reverse=True)
+    # The two longest options alone need so many; a good table needs hardly more.
+    assert len(cases) <= 2 * max(1, math.prod(sizes[:2]))
+    assert cases == pairwise(**options)
