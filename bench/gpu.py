@@ -259,7 +259,8 @@ def imports(paths: Iterable[Path]) -> set[str]:
         path = waiting.pop()
         seen.add(path)
         for name in _imported(path):
-            own = [TESTS / f"{name.replace('.', '/')}.py", TESTS / f"{name.split('.')[0]}.py"]
+            prefixes = (name, name.rpartition(".")[0] or name, name.split(".")[0])
+            own = [TESTS / f"{prefix.replace('.', '/')}.py" for prefix in prefixes]
             local = next((one for one in own if one.is_file()), None)
             if local is None:
                 modules.add(name.split(".")[0])

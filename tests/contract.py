@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from support.guards import between_guards
-from support.numerics import assert_as_exact_as_eager, evaluate, hostile_layouts, threads
+from support.numerics import assert_as_exact_as_eager, hostile_layouts, threads
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,9 +67,11 @@ def results(op: Op, function: Callable, arguments: Arguments, grad_output: Tenso
     """The function's result and every gradient, by name."""
     if not op.differentiable:
         return {"output": function(**arguments)}
-    constants = {name: arguments[name] for name in op.constants}
-    leaves = {name: tensor for name, tensor in arguments.items() if name not in op.constants}
-    return evaluate(lambda **given: function(**given, **constants), leaves, grad_output)
+    leaves = {n: t.detach().requires_grad_() for n, t in arguments.items() if n not in op.constants}
+    output = function(**{**arguments, **leaves})
+    # Without steps, plain torch does not use every argument. A gradient that is missing is 0, and the rule finds it.
+    gradients = torch.autograd.grad(output, leaves.values(), grad_output, materialize_grads=True)
+    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def exact_results(op: Op, arguments: Arguments, grad_output: Tensor) -> Arguments:
@@ -244,7 +246,7 @@ def check_opcheck(op: Op, backend: str) -> None:
         call = op.draw(size, torch.float32)
         with recorder:
             results(op, op.ours, *call)
-    assert bool(recorder.calls) == (backend != "reference"), "ops are called on a compiled backend, and there alone"
+    assert recorder.calls or backend == "reference", "a compiled backend calls the package's ops"
     for function, args, kwargs in recorder.calls:
         torch.library.opcheck(function, args, kwargs)
 
@@ -266,17 +268,22 @@ def check_compile(op: Op, backend: str) -> None:
 
 
 def check_autocast(op: Op, backend: str) -> None:
-    """In 16 bits with float32 gradients of float32 arguments, or as without autocast."""
+    """In 16 bits with float32 gradients of float32 arguments, or as without autocast.
+
+    Backward runs outside, as torch advises: within, autocast would round the products of a backend of plain torch.
+    """
+
+    def ours(**arguments):
+        with torch.autocast("cpu", narrow):
+            return op.ours(**arguments)
+
     calls = draws(op, op.sizes[0], torch.float32, most=4)
     for narrow in (torch.bfloat16, torch.float16):
         if op.autocast == "unchanged":
-            with torch.autocast("cpu", narrow):
-                found = results(op, op.ours, *calls[0])
-            assert_same_bits(str(narrow), found, results(op, op.ours, *calls[0]))
+            assert_same_bits(str(narrow), results(op, ours, *calls[0]), results(op, op.ours, *calls[0]))
             continue
         calls = [(arguments, grad_output.to(narrow)) for arguments, grad_output in calls]
-        with torch.autocast("cpu", narrow):
-            found = [results(op, op.ours, *call) for call in calls]
+        found = [results(op, ours, *call) for call in calls]
         # Eager torch, wholly in 16 bits: autocast rounds nothing more.
         eager = [results(op, in_dtype(op.plain, narrow), *call) for call in calls]
         exact = [exact_results(op, *call) for call in calls]

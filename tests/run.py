@@ -51,10 +51,16 @@ def runs(door: str) -> Iterator[Run]:
 
 
 def start(run: Run, more: list[str]) -> int:
-    """Run pytest; its exit status, 0 for an empty selection."""
+    """Run pytest; its exit status, 0 for an empty selection.
+
+    Processes that share the cores have one thread each, unless OMP_NUM_THREADS says otherwise: OpenMP's threads wait
+    for each other in busy loops, and a core that another process needs is lost to both. Tests of several threads ask
+    for them.
+    """
+    one_thread = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     command = [sys.executable, "-m", "pytest", "-q", "--dist", "loadfile", "-m", run.marks, *more, *run.selection]
     print(f"\n---- {run.name}: {' '.join(f'{k}={v}' for k, v in run.environment.items())}", flush=True)
-    status = subprocess.run(command, cwd=TESTS.parent, env=os.environ | run.environment).returncode
+    status = subprocess.run(command, cwd=TESTS.parent, env=os.environ | one_thread | run.environment).returncode
     return 0 if status == NO_TESTS else status
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import run
 from support import marks
 from support.pairwise import pairwise
 
@@ -65,3 +66,12 @@ def test_every_two_choices_meet(options):
     # The two longest options alone need so many; a good table needs hardly more.
     assert len(cases) <= 2 * max(1, math.prod(sizes[:2]))
     assert cases == pairwise(**options)
+
+
+@pytest.mark.parametrize("door", run.DOORS)
+def test_the_runs_of_a_door(door):
+    names = {one.name for one in run.runs(door)}
+    assert names - {"avx2"} == {"native", "interpreter", "portable"}
+    assert all(run.DOORS[door] in one.marks for one in run.runs(door))
+    # The interpreter's processes and those of other instruction sets differ from the first by their environment alone.
+    assert [one.name for one in run.runs(door) if not one.environment] == ["native"]

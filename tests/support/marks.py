@@ -8,7 +8,14 @@ import re
 
 SLOW: dict[str, str] = {
     r"^test_sanitize\.py::": "builds the package with GCC's sanitizers",
-    r"^test_cuda_emulated\.py::": "compiles each CUDA source for an emulator that takes a thread per GPU thread",
+    r"^test_cuda_emulated\.py::": "compiles each CUDA source for an emulator that runs a thread per GPU thread",
+    r"^test_cuda_build\.py::test_compiles_for_every_generation": "nvcc compiles each CUDA source three times",
+    r"^test_build\.py::test_one_wheel_for_every_python_and_torch": "compiles the CPU extension once more",
+    r"^test_orthogonal_filter_proof\.py::.*(fifty_thousand|grid_of_a_thousand)": "float64 recurrences of that depth",
+    r"^test_orthogonal_filter_facts\.py::.*fifty_thousand": "trains a net of 50,000 layers",
+    r"^test_parallel_depth\w*\.py::.*(fifty_thousand|50_000)": "50,000 layers in sequence are the judge",
+    r"^test_integration_export\.py::.*(50_000|onnx|torchscript)": "torch's exporters and onnxruntime",
+    r"^test_train\.py::.*(killed_process|defaults_learn)": "trains in processes that are killed and resumed",
 }
 
 # Memory bounds, and those tests of values that reach code of its own on each instruction set. The fastest one of the
