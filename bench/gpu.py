@@ -146,7 +146,7 @@ def _unknown_part(word: str, plan: dict[str, list[Step]]) -> str:
 
 
 def stems() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if path.stem != "common")
+    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if path.stem not in ("angles", "common"))
 
 
 def _stem(path: Path) -> str:

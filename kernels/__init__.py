@@ -1,5 +1,6 @@
-"""Triton kernels and their launchers, without autograd; one file per idea, named as in every other layer.
+"""Triton kernels and their launchers, without autograd, in one file per stem.
 
-Nothing is imported here: this package must be importable without Triton, and the ops import a kernel at its first use.
-A module lists in ``AOT_VARIANTS`` how each kernel is compiled, and the ahead-of-time tests build every one of them.
+``common`` and ``angles`` hold the parts that these files share. Nothing is imported here: the package must be
+importable without Triton, and an op imports its kernels at their first use. Every kernel has a variant in tests/aot/,
+which the tests compile ahead of time.
 """

@@ -2,21 +2,22 @@
 
 arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|).  M. Liu, L. Chen, X. Du,
 L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228. The steps are
-torch.optim's. Approximations: ours.
+torch.optim's. The approximations are our own.
 
 Cost per element of f: 2 * itemsize bytes (one read, one write) and, counted in the sm_90 code, 34 / 28 / 40
-instructions for arctan / tanh / log in float32, 1.5 more in 16 bits, 67 / 87 / 75 in float64. An H200 issues 33 T a
-second and copies 4.3 TB/s, 0.54 T elements of 4 bytes: memory bound in float32 and float64; in 16 bits the two bounds
-meet. A step too reads and writes everything once: 5 accesses for SGD with momentum, 7 for AdamW, 9 with amsgrad.
+instructions for arctan / tanh / log in float32, 1.5 more in 16 bits, 67 / 87 / 75 in float64. An H200 issues 33 T
+instructions a second and copies 4.3 TB/s, 0.54 T elements of 4 bytes: bound by memory in float32 and float64; in 16
+bits the two bounds meet. A step also reads and writes everything once: 5 accesses for SGD with momentum, 7 for AdamW, 9
+with amsgrad.
 
-Launches: tensors that follow each other in memory, as the views of one flat buffer do, are one. What then are more than
-a few goes to the GPU as a table of addresses, and tensors of like size share a launch. A CUDA graph cannot record how
-the table gets there; while one is recorded every run of neighbours has its own launch.
+Launches: tensors that are neighbours in memory, as the views of one flat buffer are, form one run. If there are more
+than a few runs, their addresses go to the GPU in a table, and runs of similar size share a launch. A CUDA graph cannot
+record the copy of the table; while a graph is recorded, every run has its own launch.
 
 Accuracy of f: the largest error of f / alpha over all arguments, in units in the last place, with correctly rounded
 basic operations: arctan 1.4, tanh 2.0, log 1.1 in float32, each 1.4 in float64. On CUDA the approximate float32
-division and exponential add at most 2 for arctan, 2.5 for tanh, 0.5 for log. Relative everywhere: f(1e-20) is
-1e-20 alpha beta.
+division and exponential add at most 2 for arctan, 2.5 for tanh, 0.5 for log. The accuracy is relative everywhere:
+f(1e-20) is 1e-20 alpha beta.
 """
 
 import math
@@ -27,19 +28,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements per program: with 4 warps 8 per thread, which are 16-byte loads in 16 bits and two of them in float32.
+from lcw_ops.kernels.common import computed_in, polynomial
+
+# Elements per program: 8 per thread of 4 warps, which are one 16-byte load in 16 bits and two in float32.
 BLOCK = 1024
 NUM_WARPS = 4
-# AdamW's five arrays are twice the registers that four warps have without spilling.
+# AdamW's five arrays take twice the registers that four warps have without spilling.
 ADAMW_WARPS = 8
 
-# More launches than these cost more than the table of addresses, which is built in Python and copied to the GPU.
+# Above this number, launches cost more than the table of addresses, which is built in Python and copied to the GPU.
 MOST_LAUNCHES = 4
 
-# Below it tanh is a polynomial, for 1 - 2 / (exp(2x) + 1) cancels towards 0; above it that costs under 1 ulp.
+# Below this value tanh is a polynomial, because 1 - 2 / (exp(2x) + 1) cancels near 0. Above it the cancellation costs
+# less than 1 ulp.
 _TANH_SERIES_END = tl.constexpr(0.5625)
 _PI_2 = tl.constexpr(1.5707963267948966)
-# pi/2 less its rounding to float32: the next 24 bits.
+# pi/2 minus its rounding to float32: the next 24 bits.
 _PI_2_LOW_32 = tl.constexpr(-4.371139000186241e-08)
 _PI_2_LOW_64 = tl.constexpr(6.123233995736766e-17)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -78,13 +82,13 @@ def gradient_activation(gradient: Tensor, kind: str, alpha: float, beta: float) 
     """Overwrite ``gradient``, any shape, dense in memory (no gaps, no overlap; any order of dimensions).
 
     float32, bfloat16 and float16 are computed in float32, float64 in float64. NaN stays NaN, +-inf becomes +-the bound
-    (log: +-inf). Nothing is checked here.
+    (log: +-inf). Does not check its arguments.
     """
     gradient_activation_many([gradient], kind, alpha, beta)
 
 
 def gradient_activation_many(tensors: Sequence[Tensor], kind: str, alpha: float, beta: float) -> None:
-    """`gradient_activation` of each, which may differ in dtype and size; all on one device."""
+    """`gradient_activation` of each tensor. All are on one device; dtypes and sizes may differ."""
     _launch_over(gradient_activation_kernel, [tensors], (alpha, beta), {"KIND": kind})
 
 
@@ -104,10 +108,10 @@ def sgd_step(
     alpha: float,
     beta: float,
 ) -> None:
-    """One step of SGD, in place; ``grads`` are only read. ``is_first``: the buffers hold nothing yet.
+    """One step of SGD, in place; ``grads`` are only read. ``is_first``: the buffers hold no numbers yet.
 
-    All on one device and dense; what belongs to one parameter has its dtype, shape and strides. ``momentum_buffers``
-    is empty where ``momentum`` is 0. Nothing is checked here.
+    All tensors are dense and on one device. A gradient and a buffer have the dtype, shape and strides of their
+    parameter. ``momentum_buffers`` is empty if ``momentum`` is 0. Does not check its arguments.
     """
     flags = {
         "HAS_BUFFER": momentum != 0,
@@ -117,7 +121,7 @@ def sgd_step(
         "ON_MOMENTUM": on_momentum,
     }
     numbers = (lr, momentum, 1 - dampening, weight_decay, alpha, beta)
-    # A kernel has all its arguments; what a flag turns off is not looked at.
+    # The kernel takes all arguments, and ignores those that a flag turns off.
     buffers = momentum_buffers if momentum != 0 else params
     _launch_over(sgd_step_kernel, [params, grads, buffers], numbers, {"KIND": kind, **flags})
 
@@ -142,15 +146,15 @@ def adamw_step(
 ) -> None:
     """One step of AdamW, in place; ``grads`` and ``state_steps`` are only read.
 
-    As `sgd_step`; ``max_exp_avg_sqs`` is empty without ``amsgrad``. ``state_steps`` are 0-dim float32, on the CPU or on
-    the parameters' device, and have been counted up for this step.
+    The tensors are as for `sgd_step`; ``max_exp_avg_sqs`` is empty without ``amsgrad``. ``state_steps`` are 0-dim
+    float32, on the CPU or on the parameters' device, and already count this step.
     """
     if not params:
         return
     numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, alpha, beta)
     flags = {"KIND": kind, "AMSGRAD": amsgrad, "MAXIMIZE": maximize, "num_warps": ADAMW_WARPS}
     maxima = max_exp_avg_sqs if amsgrad else exp_avg_sqs
-    # Reading a counter on a GPU would wait for it.
+    # Reading a counter on a GPU would wait for the GPU: there its address is the key.
     counts = [step.data_ptr() if step.is_cuda else step.item() for step in state_steps]
     corrections = _bias_corrections(state_steps, lr, beta1, beta2).to(params[0].device)
     lists = [params, grads, exp_avgs, exp_avg_sqs, maxima]
@@ -158,7 +162,7 @@ def adamw_step(
 
 
 def _bias_corrections(state_steps: Sequence[Tensor], lr: float, beta1: float, beta2: float) -> Tensor:
-    """(n, 2) float64: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t); computed where the counters are."""
+    """(n, 2) float64: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), computed on the counters' device."""
     steps = torch.stack(list(state_steps)).double()
     biases = [-torch.expm1(steps * (math.log(b) if b > 0 else -math.inf)) for b in (beta1, beta2)]
     return torch.stack([lr / biases[0], biases[1].rsqrt()], 1)
@@ -172,9 +176,9 @@ def _launch_over(
     keys: Sequence[object] | None = None,
     corrections: Tensor | None = None,
 ) -> None:
-    """``kernel`` over all tensors of the lists, of which the first decides what the others are like.
+    """Run ``kernel`` over all tensors of the lists. The first list gives sizes and dtypes.
 
-    Only tensors of equal ``keys`` share a run. ``corrections`` has a row for each tensor.
+    Only tensors with equal ``keys`` share a run. ``corrections`` has a row for each tensor.
     """
     indices = [i for i, tensor in enumerate(lists[0]) if tensor.numel() > 0]
     if not indices:
@@ -205,7 +209,7 @@ def _launch_over(
 def _find_runs(
     lists: list[Sequence[Tensor]], indices: list[int], keys: Sequence[object] | None
 ) -> list[tuple[int, int]]:
-    """(index of the first tensor, elements) of what lies in memory without a gap, in every list."""
+    """(index of the first tensor, elements) of each run: tensors without a gap between them, in every list."""
     runs: list[tuple[int, int]] = []
     expected: list[object] = []
     for index in sorted(indices, key=lambda i: lists[0][i].data_ptr()):
@@ -222,8 +226,8 @@ def _find_runs(
 def _tables(lists: list[Sequence[Tensor]], runs: list[tuple[int, int]]) -> list[tuple[list[list[int]], int, bool]]:
     """(rows, programs for each row, whether all addresses are multiples of 16) of every launch.
 
-    A row is a run's addresses, its elements and its place in the lists. Rows of one launch differ in size by less than
-    a factor of 2, so that fewer than half of the programs find nothing to do.
+    A row holds a run's addresses, its number of elements and its index in the lists. Rows of one launch differ in size
+    by less than a factor of 2, so that fewer than half of the programs have nothing to do.
     """
     launches: dict[tuple[int, bool], list[list[int]]] = {}
     for index, numel in runs:
@@ -257,7 +261,7 @@ def gradient_activation_kernel(
         block = block % blocks
     start = block * BLOCK
     offsets = start + tl.arange(0, BLOCK)
-    # A mask would forbid wide loads wherever numel is no multiple of 16, so only the last block has one.
+    # A mask would forbid wide loads if numel is not a multiple of 16, so only the last block has one.
     if start + BLOCK <= numel:
         tl.store(gradient + offsets, _activate(tl.load(gradient + offsets), alpha, beta, KIND))
     elif start < numel:
@@ -298,7 +302,7 @@ def sgd_step_kernel(
         buffer = _pointer(row + 2, buffer.dtype, ALIGNED)
         numel = tl.load(row + 3)
         block = block % blocks
-    dtype: tl.constexpr = _computed(param.dtype.element_ty)
+    dtype: tl.constexpr = computed_in(param.dtype.element_ty)
     lr, momentum, undamped = _number(lr, dtype), _number(momentum, dtype), _number(undamped, dtype)
     weight_decay = _number(weight_decay, dtype)
     start = block * BLOCK
@@ -336,7 +340,7 @@ def _sgd_block(
 ):
     """d = f(g) + wd w, v = mu v + (1 - dampening) d, w -= lr v; on the momentum d = g + wd w, w -= lr f(v)."""
     element: tl.constexpr = params.dtype.element_ty
-    dtype: tl.constexpr = _computed(element)
+    dtype: tl.constexpr = computed_in(element)
     w = tl.load(params, mask=inside).to(dtype)
     d = tl.load(gradients, mask=inside).to(dtype)
     if MAXIMIZE:
@@ -346,7 +350,7 @@ def _sgd_block(
     d += weight_decay * w
     step = d
     if HAS_BUFFER:
-        # What lies in a buffer before the first step is no number.
+        # Before the first step a buffer holds uninitialised memory.
         v = d if IS_FIRST else momentum * tl.load(buffers, mask=inside).to(dtype) + undamped * d
         tl.store(buffers, v.to(element), mask=inside)
         step = d + momentum * v if NESTEROV else v
@@ -391,7 +395,7 @@ def adamw_step_kernel(
         numel = tl.load(row + 5)
         corrections += 2 * tl.load(row + 6)
         block = block % blocks
-    dtype: tl.constexpr = _computed(param.dtype.element_ty)
+    dtype: tl.constexpr = computed_in(param.dtype.element_ty)
     step_size, root_scale = tl.load(corrections).to(dtype), tl.load(corrections + 1).to(dtype)
     kept, added, beta2 = _number(kept, dtype), _number(added, dtype), _number(beta2, dtype)
     added_sq, eps = _number(added_sq, dtype), _number(eps, dtype)
@@ -433,7 +437,7 @@ def _adamw_block(
 ):
     """g' = f(g), m += (1 - b1) (g' - m), v = b2 v + (1 - b2) g'^2, w = kept w - step_size m / (sqrt(v) scale + eps)."""
     element: tl.constexpr = params.dtype.element_ty
-    dtype: tl.constexpr = _computed(element)
+    dtype: tl.constexpr = computed_in(element)
     w = tl.load(params, mask=inside).to(dtype)
     g = tl.load(gradients, mask=inside).to(dtype)
     m = tl.load(exp_avgs, mask=inside).to(dtype)
@@ -445,18 +449,12 @@ def _adamw_block(
     tl.store(exp_avg_sqs, v.to(element), mask=inside)
     if AMSGRAD:
         most = tl.load(max_exp_avg_sqs, mask=inside).to(dtype)
-        # A NaN stays one, as in torch.maximum.
+        # A NaN stays NaN, as in torch.maximum.
         v = tl.where((most >= v) | (most != most), most, v)
         tl.store(max_exp_avg_sqs, v.to(element), mask=inside)
-    # The approximate root takes what is below the normal numbers for 0.
+    # The approximate root flushes subnormal numbers to 0.
     root = tl.sqrt(v) if dtype == tl.float64 else tl.sqrt_rn(v)
     tl.store(params, (kept * w - step_size * (m / (root * root_scale + eps))).to(element), mask=inside)
-
-
-@triton.constexpr_function
-def _computed(element):
-    """What a number of that type is computed in."""
-    return tl.float64 if element == tl.float64 else tl.float32
 
 
 @triton.jit
@@ -466,14 +464,14 @@ def _number(value, dtype: tl.constexpr):
 
 @triton.jit
 def _pointer(entry, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in an entry of the table; the compiler knows of an argument by itself whether it is a multiple."""
+    """The address in an entry of the table. Unlike for an argument, the compiler must be told that it is aligned."""
     pointer = tl.load(entry).to(dtype)
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
 def _activate(gradient, alpha, beta, KIND: tl.constexpr):
-    dtype: tl.constexpr = tl.float64 if gradient.dtype == tl.float64 else tl.float32
+    dtype: tl.constexpr = computed_in(gradient.dtype)
     x = gradient.to(dtype) * tl.full((), beta, dtype)
     if KIND == "arctan":
         activated = _atan(x)
@@ -485,24 +483,16 @@ def _activate(gradient, alpha, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def _polynomial(z, coefficients: tl.constexpr):
-    value = tl.full(z.shape, coefficients[0], z.dtype)
-    for power in tl.static_range(1, len(coefficients.value)):
-        value = value * z + coefficients[power]
-    return value
-
-
-@triton.jit
 def _atan(x):
     """atan(x) = sign(x) pi/2 - atan(1/x) brings every argument into [-1, 1]."""
     outer = tl.abs(x) > 1
     t = tl.where(outer, 1 / x, x)
     z = t * t
     if x.dtype == tl.float64:
-        inner = t + t * (z * _polynomial(z, _ATAN_64))
+        inner = t + t * (z * polynomial(z, _ATAN_64))
         low = tl.full((), _PI_2_LOW_64, x.dtype)
     else:
-        inner = t + t * (z * _polynomial(z, _ATAN_32))
+        inner = t + t * (z * polynomial(z, _ATAN_32))
         low = tl.full((), _PI_2_LOW_32, x.dtype)
     # Evaluated for x > 0 and mirrored, so that the function is odd to the last bit.
     right = tl.full((), _PI_2, x.dtype) - (tl.abs(inner) - low)
@@ -513,7 +503,7 @@ def _atan(x):
 def _tanh(x):
     magnitude = tl.abs(x)
     z = x * x
-    q = _polynomial(z, _TANH_64) if x.dtype == tl.float64 else _polynomial(z, _TANH_32)
+    q = polynomial(z, _TANH_64) if x.dtype == tl.float64 else polynomial(z, _TANH_32)
     series = x + x * (z * q)
     # An exponential that overflows gives 1 - 2 / inf = 1, the bound.
     right = 1 - 2 / (tl.exp(2 * magnitude) + 1)
@@ -540,74 +530,10 @@ def _signed_log1p(x):
     f = scaled * power + (one * power - 1)
     s = f / (2 + f)
     z = s * s
-    if x.dtype == tl.float64:
-        correction = s * (f - z * _polynomial(z, _LOG_64))
-    else:
-        correction = s * (f - z * _polynomial(z, _LOG_32))
+    q = polynomial(z, _LOG_64) if x.dtype == tl.float64 else polynomial(z, _LOG_32)
+    correction = s * (f - z * q)
     exponent = tl.where(huge, k + 64, k).to(x.dtype)
     logarithm = exponent * tl.full((), _LN_2, x.dtype) + (f - correction)
-    # The bits of an infinity or a NaN are no power of 2.
+    # The exponent bits of an infinity or a NaN do not give a power of 2.
     logarithm = tl.where(magnitude < float("inf"), logarithm, magnitude)
     return tl.where(x < 0, -logarithm, logarithm)
-
-
-def _aot_variant(
-    kernel, name: str, dtype: str, arrays: list[str], numbers: list[str], flags: dict, table: bool
-) -> dict:
-    adamw = kernel is adamw_step_kernel
-    signature = {
-        **dict.fromkeys(arrays, f"*{dtype}"),
-        **({"corrections": "*fp64"} if adamw else {}),
-        "table": "*i64" if table else f"*{dtype}",
-        "numel": "i64",
-        "blocks": "i64",
-        **dict.fromkeys(numbers, "fp64"),
-    }
-    return {
-        "id": f"{name}-{dtype}{'-table' * table}",
-        "kernel": kernel,
-        "signature": signature,
-        "constexprs": {**flags, "TABLE": table, "ALIGNED": table, "BLOCK": BLOCK},
-        "aligned": ("table",) if table else tuple(arrays),
-        "num_warps": ADAMW_WARPS if adamw else NUM_WARPS,
-    }
-
-
-def _activation_variant(kind: str, dtype: str, table: bool = False) -> dict:
-    return _aot_variant(gradient_activation_kernel, kind, dtype, ["gradient"], ["alpha", "beta"], {"KIND": kind}, table)
-
-
-def _sgd_variant(dtype: str, table: bool, on_momentum: bool) -> dict:
-    numbers = ["lr", "momentum", "undamped", "weight_decay", "alpha", "beta"]
-    flags = {
-        "KIND": "log" if on_momentum else "arctan",
-        "HAS_BUFFER": True,
-        "NESTEROV": True,
-        "MAXIMIZE": True,
-        "IS_FIRST": False,
-        "ON_MOMENTUM": on_momentum,
-    }
-    name = "momentum" if on_momentum else "gradient"
-    return _aot_variant(sgd_step_kernel, name, dtype, ["param", "gradient", "buffer"], numbers, flags, table)
-
-
-def _adamw_variant(kind: str, dtype: str, table: bool) -> dict:
-    arrays = ["param", "gradient", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
-    numbers = ["kept", "added", "beta2", "added_sq", "eps", "alpha", "beta"]
-    flags = {"KIND": kind, "AMSGRAD": True, "MAXIMIZE": True}
-    return _aot_variant(adamw_step_kernel, kind, dtype, arrays, numbers, flags, table)
-
-
-AOT_VARIANTS = [
-    *(
-        _activation_variant(kind, dtype)
-        for kind in ("arctan", "tanh", "log")
-        for dtype in ("fp32", "bf16", "fp16", "fp64")
-    ),
-    _activation_variant("arctan", "fp32", table=True),
-    _sgd_variant("fp32", False, True),
-    _sgd_variant("bf16", True, False),
-    _adamw_variant("arctan", "fp32", True),
-    _adamw_variant("tanh", "bf16", True),
-    _adamw_variant("log", "fp64", False),
-]

@@ -7,24 +7,25 @@
 Cost of the weight kernels: 2 itemsize bytes an element (a row longer than BLOCK lanes is read twice, the second time
 from the second-level cache) and 4 operations: bound by memory.
 
-Cost of the linear kernel, M samples: W once from memory, itemsize n m bytes; of x at most as much again, from the
-second-level cache; 2 M n m operations of the product, and for every element of W 1 for its row sum and 1 to widen 16
-bits or to shift wider ones. An H200's 4.3 TB/s bring 2.2 T elements of 16 bits a second, 0.28 Pflop/s at M = 64: bound
-by memory. Of float32 they bring 1.1 T, and multiply-adds are 33 T a second: bound by memory up to M = 24 or so.
-Few units leave multiprocessors idle: then the columns are split among programs, and a second kernel adds their sums in
-order, no atomics. Predicted, not measured: no GPU has run this yet.
-Rows of W whose length is no multiple of 16, as with a basis all are where x's are, are loaded element by element, and
-in 16 bits not ahead of their use: asynchronous copies have at least 4 bytes.
+Cost of the linear kernel, M samples: it reads W once from memory, itemsize n m bytes, and x at most as much again, from
+the second-level cache. The product takes 2 M n m operations; every element of W takes 1 for its row sum and 1 to widen
+16 bits or to shift wider numbers. An H200's 4.3 TB/s bring 2.2 T elements of 16 bits a second, 0.28 Pflop/s at M = 64:
+bound by memory. They bring 1.1 T elements of float32, and multiply-adds are 33 T a second: bound by memory up to about
+M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
+kernel adds their sums in order, without atomics. Predicted, not measured: no GPU has run this yet.
+If the length of W's rows is not a multiple of 16 (with a basis, whenever that of x is one), they are loaded element by
+element, and in 16 bits not ahead of their use: asynchronous copies have at least 4 bytes.
 
-What large means cost. <V, x> - q S is a difference of sums that grow with mean(x) mean(V). In exact arithmetic it does
-not change when a constant is taken from a row of x or of V, if q and S follow.
-16 bits: no constant. Products of 16-bit numbers are exact in float32 and so is nearly every bit of their sums: the
-cancellation costs 2^-24 of |x| |V|. Eager torch rounds the centred weight to 16 bits and loses 2^-9 (2^-12) of |x| |V|
-before anything cancels. And what is left of x beside a constant would no longer fit the tensor core's 16 bits.
-float32 and float64: eager's own rounding is as fine as ours, and centring W leaves mean(x), centring x leaves mean(W)
-in every product. So both are centred: x by its mean, for which a small kernel runs first (inside this one it would be
-known only at the end; it reads M rows, little beside W), and V by the mean of its first columns. That one may be rough:
-beside an x of zero sum any constant in V cancels, and what is left in V is of the size of its spread, not of its mean.
+The price of large means. <V, x> - q S is a difference of sums that grow with mean(x) mean(V). In exact arithmetic it
+does not change if a constant is subtracted from a row of x or of V and q and S follow.
+16 bits: no constant is subtracted. Products of 16-bit numbers are exact in float32, and so is nearly every bit of their
+sums: the cancellation costs 2^-24 of |x| |V|. Eager torch rounds the centred weight to 16 bits and loses 2^-9 (2^-12)
+of |x| |V| before anything cancels. Moreover, x minus a constant would no longer fit the tensor core's 16 bits.
+float32 and float64: eager's own rounding is as fine as ours. Centring W alone leaves mean(x) in every product, centring
+x alone leaves mean(W). Therefore both are centred: x by its mean, which a small kernel computes first (inside this
+kernel it would be known only at the end; it reads M rows, little beside W), and V by the mean of its first columns. The
+latter may be rough: beside an x of zero sum any constant in V cancels, and the rest of V is of the size of its spread,
+not of its mean.
 """
 
 import math
@@ -34,56 +35,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcw_ops.kernels.orthogonal_filter import AOT_DEVICES, Device, _device
+from lcw_ops.kernels.common import (
+    LEAST_ELEMENTS,
+    LEAST_STEPS,
+    MOST_COLUMNS,
+    REDUCE_UNITS,
+    ROW_BYTES,
+    Device,
+    computed_in,
+    contiguous,
+    device_facts,
+    wide_dtype,
+)
 
-# Lanes of a row that one program holds, in bytes of the accumulator: 8 warps x 32 threads x 16 registers.
-ROW_BYTES = 16384
-# Short rows share a program: 1024 elements are 8 per thread of 4 warps, which are 16-byte loads in 16 bits.
-LEAST_ELEMENTS = 1024
-
-# Bytes of a row of W that one step takes: a line of the cache, the unit that memory is fetched in; two in 16 bits where
-# rows are aligned. Elsewhere threads hold their operands, or an address and a mask for every element, in registers.
+# Bytes of a row of W that one step takes: one line of the cache, the unit that memory is fetched in, or two lines in 16
+# bits if rows are aligned. In the other cases registers hold the operands, or an address and a mask for every element.
 TILE_ROW_BYTES, TILE_ROW_BYTES_16_BIT = 128, 256
-# A program with fewer steps than these would spend more on starting than on its columns.
-LEAST_STEPS = 4
-# 32 units of 256 bytes and four steps in flight are 32 KB a multiprocessor, what a latency of 0.8 us asks for.
+# 32 units of 256 bytes and four steps in flight are 32 KB a multiprocessor, enough to cover a latency of 0.8 us.
 LEAST_UNITS = 32
 MOST_STAGES = 4
-# A part of the columns is counted in 32 bits: 64 would take the registers that the tile needs.
-MOST_COLUMNS = 2**30
-# Units per program of the second kernel: its sums are short, what counts is that there are many programs.
-REDUCE_UNITS = 16
-# Columns whose mean is taken from V: that of 64 is within 1/8 of the spread of the whole row's.
+# Columns whose mean is subtracted from V. The mean of 64 is within 1/8 of the row's spread of the mean of the row.
 _CENTRE_COLUMNS = tl.constexpr(64)
 
 
 def lcw_weight(weight: Tensor, basis: bool) -> Tensor:
-    """(n, m, *k) -> the same shape, u - mean(u); basis: (n, m - 1) -> (n, m), B v. Nothing is checked here."""
+    """(n, m, *k) -> the same shape, u - mean(u); basis: (n, m - 1) -> (n, m), B v. Does not check its arguments."""
     return _map_rows(weight, "embed" if basis else "centre", 1 if basis else 0)
 
 
 def lcw_weight_backward(grad_output: Tensor, basis: bool) -> Tensor:
-    """The adjoint: g - mean(g), or with ``basis`` (n, m) -> (n, m - 1), B^T g. Nothing is checked here."""
+    """The adjoint: g - mean(g), or with ``basis`` (n, m) -> (n, m - 1), B^T g. Does not check its arguments."""
     return _map_rows(grad_output, "project" if basis else "centre", -1 if basis else 0)
 
 
 def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> Tensor:
-    """x (M, m), M <= 64 -> x @ lcw_weight(weight, basis).T + bias, (M, n). Nothing is checked here."""
+    """x (M, m), M <= 64 -> x @ lcw_weight(weight, basis).T + bias, (M, n). Does not check its arguments."""
     rows, features = x.shape
     units, columns = weight.shape
     output = x.new_empty((rows, units))
     if rows * units * columns == 0:
-        # Without features, or with the one that a basis leaves no freedom, the weight is 0.
+        # The weight is 0 without features, and with a basis of one feature.
         return output.zero_() if bias is None else output.copy_(bias)
     x, weight = x.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    launch = choose_launch(rows, units, columns, features, x.itemsize, _device(x.device))
+    launch = choose_launch(rows, units, columns, features, x.itemsize, device_facts(x.device))
     splits, num_warps = launch.pop("splits"), launch.pop("num_warps")
     inner, outer = _projection(features, basis)
     shared = {
         "x": x,
         "weight": weight,
-        "bias": bias,
+        "bias": contiguous(bias),
         "means": _means(x) if x.itemsize >= 4 else None,
         "output": output,
         "rows": rows,
@@ -95,7 +95,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
         "BASIS": basis,
         "BLOCK_M": launch["BLOCK_M"],
     }
-    dtype = _accumulator(x.dtype)
+    dtype = wide_dtype(x.dtype)
     partial = splits > 1
     shared["products"] = x.new_empty((splits, units, rows), dtype=dtype) if partial else None
     shared["weight_sums"] = x.new_empty((splits, units), dtype=dtype) if partial else None
@@ -115,13 +115,13 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
     multiplies_add = itemsize == 4 and not device.matrix_units
     # Tensor cores take 16 samples at once or pad to them; plain multiply-adds would carry out the padding.
     block_m = max(4 if multiplies_add else 16, triton.next_power_of_2(rows))
-    # At least BLOCK_M units, so that no more of x is read than of W.
+    # At least BLOCK_M units, so that no more bytes of x are read than of W.
     block_n = max(LEAST_UNITS, block_m)
     aligned = columns % 16 == 0 and features % 16 == 0
     row_bytes = TILE_ROW_BYTES_16_BIT if itemsize == 2 and aligned else TILE_ROW_BYTES
     block_k = row_bytes // itemsize
     stages = MOST_STAGES
-    # One more copy of a step for the tiles that are exchanged between threads.
+    # The tiles that are exchanged between threads take one more copy of a step.
     while stages > 2 and (stages + 1) * (block_n + block_m) * row_bytes > device.shared_memory:
         stages -= 1
     blocks = triton.cdiv(units, block_n)
@@ -136,8 +136,8 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
         "BLOCK_K": block_k,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
-        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4. Unaligned rows of 16 bits fill
-        # them too, because every element has an address and a mask beside the sums.
+        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. Unaligned rows of 16 bits
+        # fill them too, because every element has an address and a mask.
         "num_warps": 8 if block_m >= 32 and (itemsize >= 4 or not aligned) else 4,
     }
 
@@ -182,10 +182,6 @@ def _projection(features: int, basis: bool) -> tuple[float, float]:
     return (1 / (s * (s + 1)), 1 / s) if basis else (1 / features, 0.0)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 @triton.jit(do_not_specialize=["count"])
 def lcw_rows_kernel(
     rows,
@@ -199,7 +195,7 @@ def lcw_rows_kernel(
     BLOCK: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """ROWS rows: their sums, then what is left of them."""
+    """ROWS rows: their sums, then the rows minus their projection."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     present = row < count
@@ -207,8 +203,8 @@ def lcw_rows_kernel(
     dtype: tl.constexpr = values.dtype
     inner = tl.full((), inner, dtype)
     outer = tl.full((), outer, dtype)
-    # sum(row) = length * centre + remainder; the large part is taken off exactly, the small one after it.
-    # What is stored of a row's own lanes, and from one row of the output to the next.
+    # sum(row) = length * centre + remainder. The large part is subtracted exactly, then the small part.
+    # ``kept`` lanes of a row are stored; ``stride`` is the length of a row of the output.
     kept = length - 1 if KIND == "project" else length
     stride = length + 1 if KIND == "embed" else kept
     output += row * stride
@@ -220,7 +216,7 @@ def lcw_rows_kernel(
         last = -(centre * length + remainder) * outer
         tl.store(output + length, last.to(output.dtype.element_ty), mask=present)
     else:
-        # B^T takes no notice of a constant: the centred row has the same image.
+        # B^T maps constants to 0: the centred row has the same image.
         last = tl.load(rows + row * length + kept, mask=present, other=0.0).to(dtype) - centre
         rest = (remainder - last) * inner + last * outer
     _store_shifted(output, values, centre, rest, lane, present, kept)
@@ -258,13 +254,13 @@ def lcw_means_kernel(
 
 @triton.jit
 def _row_sums(row, lane, present, length, BLOCK: tl.constexpr, FITS: tl.constexpr):
-    """(the first BLOCK values, their mean, the sum over the row of what exceeds it), the last two as columns.
+    """(the first BLOCK values, their mean, the row's sum of differences to that mean), the last two as columns.
 
-    The mean of a part is as good a shift as any: it only has to be near the row's numbers where these are near each
-    other. Its upper half of the digits is enough, and better: digits below the last places of the row's numbers would
-    be rounded away alike in all of them, an error that grows with their count.
+    The mean of a part is a good enough shift: it only has to be near the row's numbers where these are near each other.
+    The upper half of its digits is enough, and better: all of the row's numbers would round digits below their last
+    places in the same direction, an error that grows with their count.
     """
-    dtype: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = computed_in(row.dtype.element_ty)
     inside = present & (lane < length)
     values = tl.load(row + lane, mask=inside, other=0.0).to(dtype)
     centre = _upper_half(tl.sum(values, 1, keep_dims=True) / min(length, BLOCK))
@@ -308,8 +304,8 @@ def lcw_linear_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_N units and ``chunk`` columns for all samples; the units are the rows of the product, as wgmma wants 64."""
-    dtype: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    """BLOCK_N units and ``chunk`` columns for all samples. Units are the product's rows because wgmma takes 64 rows."""
+    dtype: tl.constexpr = computed_in(weight.dtype.element_ty)
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
     unit_present, sample_present = (unit < units)[:, None], (sample < rows)[:, None]
@@ -360,7 +356,7 @@ def lcw_linear_kernel(
         at = products + (split * units + unit[:, None]) * rows + sample[None, :]
         tl.store(at, product, mask=unit_present & (sample < rows)[None, :])
         tl.store(weight_sums + split * units + unit, weight_sum, mask=unit < units)
-        # Every block of units has the same sums of x: one of them writes.
+        # Every block of units has the same sums of x: one block writes them.
         tl.store(x_sums + split * rows + sample, x_sum, mask=(sample < rows) & (tl.program_id(0) == 0))
 
 
@@ -385,7 +381,7 @@ def lcw_linear_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sums of all parts of the columns, in their order."""
+    """Adds the sums of all parts of the columns, in their order."""
     dtype: tl.constexpr = products.dtype.element_ty
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
@@ -457,7 +453,7 @@ def _store_output(
         q += last * outer
     y = product - weight_sum[:, None] * q[None, :]
     if BASIS and means is not None:
-        # sum(B^T x) is not 0 as that of a centred x is: what the constant taken from V would have contributed.
+        # The sum of B^T x is not 0, unlike the sum of a centred x: add the contribution of V's constant again.
         centre = _first_mean(weight + unit[:, None] * columns, unit_present[:, None], columns)
         y += centre * (outer * (x_sum - columns * last))[None, :]
     if bias is not None:
@@ -468,101 +464,7 @@ def _store_output(
 
 @triton.jit
 def _first_mean(weight_rows, present, columns):
-    """Of a row's first columns, as a column: the same number in every program that needs it."""
+    """The mean of each row's first columns, as a column: the same number in every program that needs it."""
     lane = tl.arange(0, _CENTRE_COLUMNS)[None, :]
     first = tl.load(weight_rows + lane, mask=present & (lane < columns), other=0.0)
     return tl.sum(first, 1, keep_dims=True) / min(columns, _CENTRE_COLUMNS)
-
-
-def _row_variant(kernel, id: str, length: int, dtype: str, constexprs: dict) -> dict:
-    launch = _row_launch(length, _ITEMSIZE[dtype])
-    scalars = {"count": "i64", "length": "i64"}
-    if kernel is lcw_rows_kernel:
-        pointers, factors = ("rows", "output"), ("inner", "outer")
-    else:
-        pointers, factors = ("rows", "means"), ("inverse_length",)
-    return {
-        "id": f"{id}-{length}-{dtype}",
-        "kernel": kernel,
-        "signature": dict.fromkeys(pointers, f"*{dtype}") | scalars | dict.fromkeys(factors, "fp64"),
-        "num_warps": launch.pop("num_warps"),
-        "constexprs": launch | constexprs,
-        # The launcher sees that a length is a multiple of 16 as it sees it of a pointer.
-        "aligned": (*pointers, *(("length",) if length % 16 == 0 else ())),
-    }
-
-
-def _linear_variants(id: str, shape: tuple[int, int, int], dtype: str, basis: bool = False, bias: bool = True) -> list:
-    """One per target of each of both kernels, the first with a result of its own or with sums for the second."""
-    samples, units, features = shape
-    columns = features - basis
-    variants = []
-    for target, device in AOT_DEVICES.items():
-        launch = choose_launch(samples, units, columns, features, _ITEMSIZE[dtype], device)
-        num_warps, splits = launch.pop("num_warps"), launch.pop("splits")
-        chunk = launch.pop("chunk")
-        wide = "fp64" if dtype == "fp64" else "fp32"
-        pointers = dict.fromkeys(("x", "weight", "output"), f"*{dtype}")
-        pointers |= {"bias": f"*{dtype}"} if bias else {}
-        pointers |= {"means": f"*{dtype}"} if _ITEMSIZE[dtype] >= 4 else {}
-        pointers |= dict.fromkeys(_PARTIAL, f"*{wide}") if splits > 1 else {}
-        lengths = {"rows": samples, "units": units, "columns": columns, "features": features}
-        absent = {name: None for name in ("bias", "means", *_PARTIAL) if name not in pointers}
-        aligned = (*pointers, *(name for name in ("columns", "features") if lengths[name] % 16 == 0))
-        first = {
-            "id": f"{id}-{samples}x{units}x{features}-{dtype}{'-basis' if basis else ''}-{splits}-splits",
-            "targets": (target,),
-            "kernel": lcw_linear_kernel,
-            "signature": pointers
-            | dict.fromkeys((*lengths, "chunk"), "i64")
-            | dict.fromkeys(("inner", "outer"), "fp64"),
-            "constexprs": absent | launch | {"BASIS": basis},
-            "aligned": (*aligned, *(("chunk",) if chunk % 16 == 0 else ())),
-            "num_warps": num_warps,
-            "shared_memory": device.shared_memory,
-        }
-        variants.append(first)
-        if splits > 1:
-            tile = {"BLOCK_M": launch["BLOCK_M"], "BLOCK_N": REDUCE_UNITS}
-            second = {
-                "kernel": lcw_linear_reduce_kernel,
-                "signature": pointers
-                | dict.fromkeys((*lengths, "splits"), "i64")
-                | dict.fromkeys(("inner", "outer"), "fp64"),
-                "constexprs": absent | tile | {"BASIS": basis},
-                "aligned": aligned,
-                "num_warps": 4,
-            }
-            variants.append(first | second)
-    return variants
-
-
-_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-_PARTIAL = ("products", "weight_sums", "x_sums")
-
-AOT_VARIANTS = [
-    *(
-        _row_variant(lcw_rows_kernel, kind, length, dtype, {"KIND": kind})
-        for kind, length, dtype in (
-            ("centre", 27, "fp32"),
-            ("centre", 4096, "bf16"),
-            ("centre", 4608, "fp32"),
-            ("embed", 1023, "fp32"),
-            ("embed", 8191, "fp64"),
-            ("project", 1024, "fp16"),
-            ("project", 8192, "fp32"),
-        )
-    ),
-    *(
-        _row_variant(lcw_means_kernel, "means", length, dtype, {})
-        for length, dtype in ((1024, "fp32"), (16384, "fp64"))
-    ),
-    *_linear_variants("plain", (32, 4096, 4096), "bf16", bias=False),
-    *_linear_variants("plain", (64, 16384, 4096), "fp16"),
-    *_linear_variants("split", (64, 1024, 1024), "bf16"),
-    *_linear_variants("plain", (8, 4096, 1024), "fp16", basis=True),
-    *_linear_variants("plain", (32, 16384, 4096), "fp32"),
-    *_linear_variants("split", (8, 1024, 1024), "fp32"),
-    *_linear_variants("split", (64, 1024, 1024), "fp32", basis=True),
-    *_linear_variants("split", (16, 512, 512), "fp64", basis=True),
-]

@@ -1,53 +1,38 @@
-"""The orthogonal-filter recurrence over all layers in one launch, and its gradients one segment a launch, in Triton.
+"""The orthogonal-filter recurrence: all layers in one launch, and the gradients in one launch per segment, in Triton.
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
     P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
 
-Cost per layer and program, a tile of R rows: N^2 weights read (through the second-level cache: every program reads
-them), 4 R N^2 operations forward (2 R N^2 with a permutation), twice that and 2 R N^2 for dW backward. Layers follow
-one another, so what counts is the time of one layer in one program: instructions issued, then latency. Counted in the
-sm_90 code, instructions per warp and layer, one warp per scheduler at N = 64 and two at N = 128, dense shared O:
+Cost per layer and program, a tile of R rows: N^2 weights read (through the second-level cache, because every program
+reads them), 4 R N^2 operations forward (2 R N^2 with a permutation), twice that and 2 R N^2 for dW backward. Layers
+run one after another, so the time of one layer in one program is the bound: instructions issued, then latency. Counted
+in the sm_90 code, instructions per warp and layer, one warp per scheduler at N = 64 and two at N = 128, dense shared O:
     R = 4, N = 64: 453 forward, 491 + 438 backward        R = 4, N = 128: 804 forward, 852 + 829 backward
     R = 2, N = 128, W shared, inputs (time): 413 forward, 441 + 430 backward
-Predicted, not measured, for an H200 at 1.8 GHz, with as much again for latency and barriers at one warp, half at two:
+Predicted, not measured, for an H200 at 1.8 GHz; latency and barriers add as much again at one warp, half at two warps:
 M = 128, N = 64 0.5 us a layer forward and 1.1 backward, dW included; M = 128, N = 128 1.3 and 2.9; over time, M = 64,
 N = 128, 0.7 us a step forward.
 
 On chip: the state and G in registers; a matrix shared by all layers in shared memory for the whole launch; W_l and
-what else changes with l in shared memory, copied asynchronously up to two layers ahead. Registers and shared memory on
-sm_90, no spill: N = 64 forward 55, 50 KB, backward 67, 52 KB; N = 128 backward 64, 200 KB. The tests print them all.
+other arguments that change with l in shared memory, copied asynchronously up to two layers ahead. Registers and shared
+memory on sm_90, without spills: N = 64 forward 55, 50 KB, backward 67, 52 KB; N = 128 backward 64, 200 KB. The tests
+print them all.
 
-float32 products are plain multiply-adds: of a tensor core's 16 rows 4 would be used, and 3xTF32 takes 747 instructions.
-It is used where tiles have 16 rows and the user lets torch's matmul use TF32.
+float32 products are plain multiply-adds: a tile would use 4 of a tensor core's 16 rows, and 3xTF32 takes 747
+instructions. 3xTF32 is used if tiles have 16 rows and the user lets torch's matmul use TF32.
 A permutation is a gather inside the tile, by shuffles or through shared memory: at N = 64 it replaces 128 of the 278
-multiply-adds by 4 shuffles. As a 0/1 matrix it would be exact too, but not free.
-Fixed order of every sum, no atomics. tanh and sigmoid as in csrc/cpu/vector_math.h: under 4 ulp with correctly rounded
+multiply-adds by 4 shuffles. A 0/1 matrix would be exact too, but not free.
+Every sum has a fixed order, without atomics. tanh and sigmoid are those of csrc/cpu: under 4 ulp with correctly rounded
 basic operations, and up to 2 more on CUDA, whose float32 division is approximate.
 A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 """
-
-import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-# ln(2) in two parts: n times the first is exact for every n that occurs.
-_LN_2_HIGH_32, _LN_2_LOW_32 = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
-_LN_2_HIGH_64, _LN_2_LOW_64 = tl.constexpr(6.93147180369123816490e-01), tl.constexpr(1.90821492927058770002e-10)
-# Adding 1.5 * 2^(bits of the mantissa) rounds to an integer and leaves it in the low bits of the sum.
-_ROUND_SHIFT_32, _ROUND_SHIFT_64 = tl.constexpr(12582912.0), tl.constexpr(6755399441055744.0)
-
-
-class Device(NamedTuple):
-    """What the choice of tile and stages depends on."""
-
-    processors: int
-    shared_memory: int
-    matrix_units: bool  # multiply float32 as it is: AMD's do, NVIDIA's do not
+from lcw_ops.kernels.common import Device, activate, activation_slope, device_facts, is_permutation
 
 
 def orthogonal_filter(
@@ -63,7 +48,7 @@ def orthogonal_filter(
     segment: int,
     return_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(output, checkpoints) as ``lcw_ops::orthogonal_filter`` returns them. Nothing is checked here.
+    """(output, checkpoints) as ``lcw_ops::orthogonal_filter`` returns them. Does not check its arguments.
 
     The state is float32 or float64; weight may be bfloat16 or float16 beside a float32 state.
     """
@@ -107,13 +92,13 @@ def orthogonal_filter_backward(
     needs_inputs: bool,
     needs_states: bool,
 ) -> tuple[Tensor, ...]:
-    """The seven gradients of ``lcw_ops::orthogonal_filter_backward``. Nothing is checked here."""
+    """The seven gradients of ``lcw_ops::orthogonal_filter_backward``. Does not check its arguments."""
     grad_output, checkpoints = grad_output.contiguous(), checkpoints.contiguous()
     rows, width = grad_output.shape[-2:]
     segment = min(segment, max(steps, 1))
     count = min(segment, steps)
     gradient = (grad_output[steps] if grad_output.dim() == 3 else grad_output).clone()
-    # What nobody needs is empty, in the dtype of its argument.
+    # A gradient that is not needed is empty, in the dtype of its argument.
     grad_inputs = (weight if inputs is None else inputs).new_empty((steps, rows, width) if needs_inputs else 0)
     grad_states = gradient.new_empty((steps + 1, rows, width) if needs_states else 0)
     grad_weight = _ParameterGradient(weight, 2, rows) if needs_weight else None
@@ -123,7 +108,7 @@ def orthogonal_filter_backward(
     recurrence = _Recurrence(gradient, weight, bias, filter, alpha, beta, inputs, activation)
     product_shape = (steps if needs_scales else 0, *recurrence.grid)
     alpha_products, beta_products = (gradient.new_zeros(product_shape, dtype=torch.float64) for _ in range(2))
-    # One launch per segment, so that P and H of one segment are all that is stored, and dW_l is their batched product.
+    # One launch per segment: only P and H of one segment are stored, and dW_l is their batched product.
     for first in reversed(range(0, steps if gradient.numel() else 0, segment)):
         end = min(first + segment, steps)
         delta = grad_inputs[first:end] if needs_inputs else grad_pre[: end - first]
@@ -187,12 +172,12 @@ class _Recurrence:
         per_layer = (weight.dim() == 3) + (filter.dim() == 3)
         kept = 2 - permutes - per_layer
         allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        launch = choose_launch(width, state.itemsize, rows, per_layer, kept, allow_tf32, _device(state.device))
+        launch = choose_launch(width, state.itemsize, rows, per_layer, kept, allow_tf32, device_facts(state.device))
         self.options = strides | launch | {"PERMUTES": permutes, "ACTIVATION": activation, "WIDTH": width}
         self.grid = (triton.cdiv(rows, launch["BLOCK_M"]),)
 
     def arguments(self, first: int, end: int) -> dict:
-        """What layers first to end - 1 read."""
+        """The arguments of layers first to end - 1."""
         arguments = {
             name: tensor[first:end] if tensor is not None and name in self._per_layer else tensor
             for name, tensor in self._tensors.items()
@@ -201,7 +186,7 @@ class _Recurrence:
 
 
 class _ParameterGradient:
-    """Of a parameter with one entry per layer, or one entry shared by all: then a sum in float64 over the layers."""
+    """The gradient of a parameter with one entry per layer, or with one for all layers, then summed in float64."""
 
     def __init__(self, parameter: Tensor, shared_dim: int, rows: int):
         self._parameter = parameter
@@ -209,13 +194,13 @@ class _ParameterGradient:
         if self._shared:
             self._gradient = torch.zeros_like(parameter, dtype=torch.float64)
         else:
-            # Every entry is written by a launch, and without rows there is none.
+            # Launches write every entry; without rows there are no launches.
             self._gradient = parameter.new_empty(parameter.shape) if rows else parameter.new_zeros(parameter.shape)
 
     def add_products(self, first: int, delta: Tensor, states: Tensor) -> None:
-        """dW_l = P_l^T H_{l-1}, in TF32 only where the user has told torch's matmul so.
+        """dW_l = P_l^T H_{l-1}, in TF32 only if the user lets torch's matmul use it.
 
-        A shared W's too is summed over the layers in float64: one product over all rows has twice the error.
+        The gradient of a shared W is summed over the layers in float64: one product over all rows has twice the error.
         """
         self._add(first, torch.bmm(delta.mT, states))
 
@@ -233,7 +218,7 @@ class _ParameterGradient:
 
 
 def _sum_products(products: Tensor, scale: Tensor) -> Tensor:
-    """Over the rows, and over the steps for a scale they share; float64 until the last rounding."""
+    """The sum over the rows, and over the steps if they share the scale; in float64 until the last rounding."""
     shared = scale.numel() == 1
     return products.sum((0, 1) if shared else 1).reshape(scale.shape).to(scale.dtype)
 
@@ -241,25 +226,25 @@ def _sum_products(products: Tensor, scale: Tensor) -> Tensor:
 def choose_launch(
     width: int, itemsize: int, rows: int, per_layer: int, kept: int, allow_tf32: bool, device: Device
 ) -> dict:
-    """Tile, warps and stages for ``per_layer`` matrices read every layer and ``kept`` ones that stay on chip."""
+    """Tile, warps and stages if ``per_layer`` matrices are read in every layer and ``kept`` matrices stay on chip."""
     block_n = max(16, triton.next_power_of_2(width))
-    # The fewest rows that leave no program without a multiprocessor of its own: a layer takes as long as its tile.
-    # Below 4 it takes the second-level cache too long to hand every program its W_l.
+    # The fewest rows with which every program has a multiprocessor of its own, because a layer takes as long as its
+    # tile. Below 4 rows the second-level cache takes too long to give every program its W_l.
     smallest = 16 if device.matrix_units else 4 if per_layer else 2
     largest = min(16, 1024 // block_n) if not device.matrix_units else 16
     block_m = smallest
     while block_m < largest and triton.cdiv(rows, block_m) > device.processors:
         block_m *= 2
     precision = "ieee"
-    # Two elements of the tile a thread, and from 8 rows on no more warps than the registers of a block are enough for.
+    # Two elements of the tile a thread; from 8 rows on, no more warps than the registers of a block suffice for.
     num_warps = min(block_n * max(block_m, 4) // 64, block_n // 8)
     if device.matrix_units:
         num_warps = block_n // 16
     elif block_m == 16 and itemsize == 4 and allow_tf32:
-        # Where the user lets torch's matmul use TF32, three such products: nearly float32, and fast for large batches.
+        # If the user lets torch's matmul use TF32: three TF32 products, nearly float32, and fast for large batches.
         precision, num_warps = "tf32x3", block_n // 16
     matrix, tile = block_n * block_n * itemsize, block_n * block_m * itemsize
-    # Without stages AMD's compiler holds one matrix at a time in shared memory, NVIDIA's all of them.
+    # Without stages AMD's compiler holds one matrix at a time in shared memory, NVIDIA's holds all.
     needed = matrix if device.matrix_units else (kept + per_layer) * matrix + 2 * tile
     if needed > device.shared_memory:
         raise ValueError(
@@ -267,7 +252,7 @@ def choose_launch(
             f"{device.shared_memory / 1024:.0f}; lcw_ops.use_backend('cuda') or 'reference' runs it"
         )
     stages = 3
-    # Of every pipelined load one copy per stage in flight; three tiles more for what is exchanged between threads.
+    # Every pipelined load has one copy per stage in flight; exchanges between threads take three more tiles.
     while stages > 1 and (kept + per_layer * (stages - 1)) * matrix + 3 * stages * tile > device.shared_memory:
         stages -= 1
     return {
@@ -277,15 +262,6 @@ def choose_launch(
         "PRECISION": precision,
         "num_warps": max(1, num_warps),
     }
-
-
-@functools.cache
-def _device(device: torch.device) -> Device:
-    if device.type != "cuda":
-        # The interpreter: few programs, for each of them is a Python loop.
-        return Device(1, 1 << 20, False)
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return Device(properties["multiprocessor_count"], properties["max_shared_mem"], torch.version.hip is not None)
 
 
 @triton.jit(do_not_specialize=["rows", "steps", "segment"])
@@ -317,14 +293,14 @@ def orthogonal_filter_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All layers for BLOCK_M rows; a pointer runs along with the layers."""
+    """All layers for BLOCK_M rows. The pointers move on with every layer."""
     tile, inside = _tile(rows, WIDTH, BLOCK_M, BLOCK_N)
     size = rows * WIDTH
     state = tl.load(h0 + tile, mask=inside, other=0.0)
     if PERMUTES:
         index = _load_index(filter, WIDTH, BLOCK_M, BLOCK_N)
-        # Looked at here, for the host would have to wait for the device: a wrong permutation gives NaN.
-        state = tl.where(_is_permutation(filter, inverse, WIDTH, BLOCK_N)[None, :], state, float("nan"))
+        # A wrong permutation gives NaN. Checking it on the host would make the host wait for the device.
+        state = tl.where(is_permutation(filter, inverse, WIDTH, BLOCK_N)[None, :], state, float("nan"))
     else:
         index = None
     dtype: tl.constexpr = state.dtype
@@ -401,7 +377,7 @@ def orthogonal_filter_backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One segment for BLOCK_M rows: its states and branches again, then G back through it; leaves P and H behind."""
+    """One segment for BLOCK_M rows: its states and branches again, then G back through it. Stores P and H."""
     tile, inside = _tile(rows, WIDTH, BLOCK_M, BLOCK_N)
     size = rows * WIDTH
     state = tl.load(checkpoint + tile, mask=inside, other=0.0)
@@ -441,7 +417,7 @@ def orthogonal_filter_backward_kernel(
         beta += BETA_STRIDE
         if inputs is not None:
             inputs += size
-    # What one thread stored above another loads below.
+    # Threads below load numbers that other threads stored above.
     tl.debug_barrier()
     grad_pre += count * size
     if grad_states is not None:
@@ -453,7 +429,7 @@ def orthogonal_filter_backward_kernel(
         beta_products += count * tl.num_programs(0) + tl.program_id(0)
     grad_state = tl.load(gradient + tile, mask=inside, other=0.0)
     for _ in tl.range(0, count, num_stages=STAGES):
-        # What belongs to layer l, from the last one of the segment to the first.
+        # Pointers to layer l, from the last layer of the segment to the first.
         weight -= WEIGHT_STRIDE
         filter -= FILTER_STRIDE
         alpha -= ALPHA_STRIDE
@@ -461,7 +437,7 @@ def orthogonal_filter_backward_kernel(
         activated -= size
         grad_pre -= size
         y = tl.load(activated + tile, mask=inside, other=0.0)
-        delta = tl.load(beta) * _slope(y, ACTIVATION) * grad_state
+        delta = tl.load(beta) * activation_slope(y, ACTIVATION) * grad_state
         tl.store(grad_pre + tile, delta, mask=inside)
         if PERMUTES:
             rotated = tl.gather(grad_state, inverse_index, 1)
@@ -473,14 +449,14 @@ def orthogonal_filter_backward_kernel(
             alpha_products -= tl.num_programs(0)
             beta_products -= tl.num_programs(0)
             state = tl.load(states + tile, mask=inside, other=0.0)
-            # <G, O h> is <O^T G, h>, and O^T G is here already.
+            # <G, O h> is <O^T G, h>, and O^T G is known.
             tl.store(alpha_products, _inner_product(rotated, state))
             tl.store(beta_products, _inner_product(grad_state, y))
         if grad_states is not None:
             tl.store(grad_states + tile, grad_state, mask=inside)
             grad_states -= size
         matrix = _matrix(weight, kept_weight, dtype, WIDTH, BLOCK_N)
-        # A sum of its own: added term by term onto the far larger filter branch, it would be rounded at that scale.
+        # A separate sum: terms added to the far larger filter branch would be rounded at its scale.
         branch = tl.dot(delta, matrix, input_precision=PRECISION, out_dtype=dtype)
         grad_state = tl.load(alpha) * rotated + branch
         if grad_output is not None:
@@ -491,7 +467,7 @@ def orthogonal_filter_backward_kernel(
 
 @triton.jit
 def _tile(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where this program's rows lie within a state (M, N), and which of them there are."""
+    """(offsets of this program's rows within a state (M, N), which of these elements exist)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     unit = tl.arange(0, BLOCK_N)[None, :]
     return row * WIDTH + unit, (row < rows) & (unit < WIDTH)
@@ -499,7 +475,7 @@ def _tile(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def _load_index(index, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """p_i for every element of the tile; one that is out of range is never followed."""
+    """p_i for every element of the tile. An index out of range is replaced by 0."""
     unit = tl.arange(0, BLOCK_N)
     index = tl.load(index + unit, mask=unit < WIDTH, other=0)
     index = tl.where((index >= 0) & (index < WIDTH), index, 0).to(tl.int32)
@@ -507,17 +483,8 @@ def _load_index(index, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def _is_permutation(permutation, inverse, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether p[inverse[i]] is i, by unit. ``inverse`` is what sorts p, so it holds indices whatever p does."""
-    unit = tl.arange(0, BLOCK_N)
-    present = unit < WIDTH
-    back = tl.load(permutation + tl.load(inverse + unit, mask=present, other=0), mask=present, other=0)
-    return (back == unit) | (unit >= WIDTH)
-
-
-@triton.jit
 def _kept_matrix(matrix, STRIDE: tl.constexpr, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A matrix shared by all layers, on chip for the whole launch; None when every layer has its own."""
+    """A matrix shared by all layers, on chip for the whole launch; None if every layer has its own."""
     if matrix.dtype.element_ty.is_int() or STRIDE != 0:
         return
     else:
@@ -561,7 +528,7 @@ def _step(
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """act(A_l) and h_l."""
+    """(act(A_l), h_l)."""
     BLOCK_N: tl.constexpr = state.shape[1]
     unit = tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = state.dtype
@@ -574,10 +541,10 @@ def _step(
         filtered = tl.gather(state, index, 1)
     else:
         filtered = tl.dot(state, tl.trans(filter), input_precision=PRECISION, out_dtype=dtype)
-    y = _activate(pre_activation, ACTIVATION)
+    y = activate(pre_activation, ACTIVATION)
     state = tl.load(alpha) * filtered + tl.load(beta) * y
     if WIDTH != BLOCK_N:
-        # sigmoid(0) is 1/2: beside the state it would grow, and inf * 0 is NaN.
+        # sigmoid(0) is 1/2: numbers in the padding would grow with the layers, and inf * 0 is NaN.
         state = tl.where((unit < WIDTH)[None, :], state, 0.0)
     return y, state
 
@@ -585,168 +552,3 @@ def _step(
 @triton.jit
 def _inner_product(a, b):
     return tl.sum(tl.sum(a.to(tl.float64) * b.to(tl.float64), 1), 0)
-
-
-@triton.jit
-def _activate(a, ACTIVATION: tl.constexpr):
-    # Up to here exp(x) and exp(-x) are normal numbers; tanh(x / 2) has long been 1.
-    limit: tl.constexpr = 708.0 if a.dtype == tl.float64 else 87.0
-    if ACTIVATION == "tanh":
-        twice = 2 * tl.abs(a)
-        power, fraction = _exponential(tl.where(twice > limit, limit, twice))
-        e = power * fraction + (power - 1)
-        y = e / (e + 2)
-        return tl.where(a < 0, -y, y)
-    elif ACTIVATION == "sigmoid":
-        # From the side where the exponential decays.
-        magnitude = tl.abs(a)
-        power, fraction = _exponential(-tl.where(magnitude > limit, limit, magnitude))
-        e = power * fraction + power
-        return tl.where(a < 0, e, tl.full((), 1, a.dtype)) / (1 + e)
-    elif ACTIVATION == "relu":
-        return tl.where(a < 0, 0.0, a)
-    else:
-        return a
-
-
-@triton.jit
-def _slope(y, ACTIVATION: tl.constexpr):
-    """act'(a) from y = act(a)."""
-    if ACTIVATION == "tanh":
-        return 1 - y * y
-    elif ACTIVATION == "sigmoid":
-        return y * (1 - y)
-    elif ACTIVATION == "relu":
-        return tl.where(y > 0, tl.full((), 1, y.dtype), tl.full((), 0, y.dtype))
-    else:
-        return tl.full(y.shape, 1, y.dtype)
-
-
-@triton.jit
-def _exponential(x):
-    """exp(x) = power + power * fraction, with power = 2^n and fraction = expm1(r), x = n ln(2) + r."""
-    if x.dtype == tl.float64:
-        shift = tl.full((), _ROUND_SHIFT_64, x.dtype)
-        shifted = x * tl.full((), _LOG2_E, x.dtype) + shift
-        n = shifted - shift
-        r = (x - n * tl.full((), _LN_2_HIGH_64, x.dtype)) - n * tl.full((), _LN_2_LOW_64, x.dtype)
-        # The shift by the bits of the mantissa drops those of _ROUND_SHIFT.
-        power = ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
-        return power, r * _expm1_series(r, 13)
-    else:
-        shift = tl.full((), _ROUND_SHIFT_32, x.dtype)
-        shifted = x * tl.full((), _LOG2_E, x.dtype) + shift
-        n = shifted - shift
-        r = (x - n * tl.full((), _LN_2_HIGH_32, x.dtype)) - n * tl.full((), _LN_2_LOW_32, x.dtype)
-        power = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
-        return power, r * _expm1_series(r, 7)
-
-
-@triton.jit
-def _expm1_series(r, DEGREE: tl.constexpr):
-    """expm1(r) / r by Taylor's series, nested, for |r| <= ln(2) / 2: what is left out is below the last place."""
-    series = tl.full(r.shape, 1, r.dtype)
-    for k in tl.static_range(DEGREE, 1, -1):
-        series = 1 + series * (r * tl.full((), 1 / k, r.dtype))
-    return series
-
-
-# multiprocessors, shared memory a block may have
-AOT_DEVICES = {
-    "sm_80": Device(108, 163 * 1024, False),
-    "sm_90": Device(132, 227 * 1024, False),
-    "sm_100": Device(148, 227 * 1024, False),
-    "gfx942": Device(304, 64 * 1024, True),
-}
-
-
-def _aot_variants(
-    id: str,
-    kernel,
-    width: int,
-    rows: int = 128,
-    filter: str = "shared",
-    dtype: str = "fp32",
-    weight_dtype: str | None = None,
-    per_layer: bool = True,
-    everything: bool = False,
-    allow_tf32: bool = False,
-    targets: tuple[str, ...] = tuple(AOT_DEVICES),
-) -> list[dict]:
-    """One per target, for each has a tile of its own. ``everything``: with each argument that may be left out."""
-    pointer, permutes = f"*{dtype}", filter == "permutation"
-    pointers = dict.fromkeys(("bias", "alpha", "beta"), pointer) | {
-        "weight": f"*{weight_dtype or dtype}",
-        "filter": "*i64" if permutes else pointer,
-        "inverse": "*i64" if permutes else None,
-        "inputs": pointer if everything or not per_layer else None,
-    }
-    flags = {
-        "WEIGHT_STRIDE": width * width if per_layer else 0,
-        "BIAS_STRIDE": width if per_layer else 0,
-        "FILTER_STRIDE": width * width if filter == "per_layer" else 0,
-        "ALPHA_STRIDE": int(everything),
-        "BETA_STRIDE": int(everything),
-        "PERMUTES": permutes,
-        "ACTIVATION": "tanh",
-        "WIDTH": width,
-    }
-    if kernel is orthogonal_filter_kernel:
-        pointers |= dict.fromkeys(("h0", "output", "checkpoints"), pointer)
-        flags["RETURN_STATES"] = everything
-        lengths = ("rows", "steps", "segment")
-    else:
-        pointers |= dict.fromkeys(("checkpoint", "gradient", "states", "activated", "grad_pre"), pointer)
-        pointers |= dict.fromkeys(("grad_output", "grad_states"), pointer if everything else None)
-        pointers |= dict.fromkeys(("alpha_products", "beta_products"), "*fp64" if everything else None)
-        lengths = ("rows", "count")
-    absent = [name for name, kind in pointers.items() if kind is None]
-    present = {name: kind for name, kind in pointers.items() if kind is not None}
-    read = per_layer + (filter == "per_layer")
-    variants = []
-    for target in targets:
-        device = AOT_DEVICES[target]
-        itemsize = 8 if dtype == "fp64" else 4
-        launch = choose_launch(width, itemsize, rows, read, 2 - permutes - read, allow_tf32, device)
-        num_warps = launch.pop("num_warps")
-        variants.append(
-            {
-                "id": id,
-                "targets": (target,),
-                "kernel": kernel,
-                "signature": present | dict.fromkeys(lengths, "i64"),
-                "constexprs": flags | launch | dict.fromkeys(absent),
-                "aligned": tuple(present),
-                "num_warps": num_warps,
-                "shared_memory": device.shared_memory,
-            }
-        )
-    return variants
-
-
-_FORWARD, _BACKWARD = orthogonal_filter_kernel, orthogonal_filter_backward_kernel
-# Where registers or shared memory are scarcest.
-_OLD_AND_AMD = ("sm_80", "gfx942")
-AOT_VARIANTS = [
-    *_aot_variants("64", _FORWARD, 64),
-    *_aot_variants("64-tf32x3", _FORWARD, 64, 4096, allow_tf32=True, targets=("sm_90",)),
-    *_aot_variants("64-fp64", _FORWARD, 64, dtype="fp64", targets=_OLD_AND_AMD),
-    *_aot_variants(
-        "100-bf16-permutation-everything",
-        _FORWARD,
-        100,
-        filter="permutation",
-        weight_dtype="bf16",
-        everything=True,
-        targets=_OLD_AND_AMD,
-    ),
-    *_aot_variants("128-everything", _FORWARD, 128, filter="per_layer", everything=True, targets=_OLD_AND_AMD),
-    *_aot_variants("64", _BACKWARD, 64),
-    *_aot_variants("64-everything-4096-rows", _BACKWARD, 64, 4096, "per_layer", everything=True, targets=_OLD_AND_AMD),
-    *_aot_variants("64-tf32x3", _BACKWARD, 64, 4096, allow_tf32=True, targets=("sm_80", "sm_90")),
-    *_aot_variants("64-fp64", _BACKWARD, 64, dtype="fp64", everything=True, targets=_OLD_AND_AMD),
-    *_aot_variants("100-bf16-permutation", _BACKWARD, 100, filter="permutation", weight_dtype="bf16"),
-    *_aot_variants("128-shared", _FORWARD, 128, 64, per_layer=False, targets=("sm_80", "sm_90")),
-    *_aot_variants("128", _BACKWARD, 128),
-    *_aot_variants("128-everything-4096-rows", _BACKWARD, 128, 4096, "per_layer", everything=True),
-]

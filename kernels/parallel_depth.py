@@ -1,23 +1,24 @@
-"""The recurrence in parallel over depth in Triton: what a Picard sweep over all layers does beside its batched matmul.
+"""The recurrence in parallel over depth, in Triton: the parts of a Picard sweep beside its batched matmul.
 
     h_l = alpha_l O h_{l-1} + beta_l act(P_l + b_l + u_l), P_l given; the adjoint likewise from the other end
 
-A scan in chunks of C layers, three launches: where every chunk ends that begins with 0; a carry through those ends,
-c_{k+1} = (alpha ... alpha) O^C c_k + end_k; and every chunk again from its carry, which stores the states and compares
-them with the old ones. Notation of lcw_ops/reference/parallel_depth.py; the chunked scan is a textbook's.
+A scan in chunks of C layers takes three launches. The first computes the end of every chunk as if it began with 0. The
+second carries through these ends, c_{k+1} = (alpha ... alpha) O^C c_k + end_k. The third runs every chunk again from
+its carry, stores the states and compares them with the old ones. Notation of lcw_ops/reference/parallel_depth.py; the
+chunked scan is the textbooks'.
 
 Cost per element in float32: 16 bytes forward (P twice, the old state, the new one), 8 more for u; adjoint 16, 8 more
-each for what comes from outside and for slope with scaled; 32 / C for the ends. Rows enough to fill the GPU are one
-chunk, and P is read once. Instructions in the sm_90 code at N = 64, tanh, bias and u, per warp and layer of 4 rows: 390
-and 527 with a permutation, in which tanh is 300 each. At L = 50,000, M = 128, N = 64 on an H200 (4.3 TB/s, 0.92 T warp
-instructions a second) that is 1.5 ms of memory beside 1.6 ms of instructions. Predicted, not measured: no GPU has run
-this yet.
+each for the gradient from outside and for slope with scaled; 32 / C for the ends. If the rows alone fill the GPU, there
+is one chunk, and P is read once. Instructions in the sm_90 code at N = 64, tanh, bias and u, per warp and layer of 4
+rows: 390 and 527 with a permutation, 300 of each for tanh. At L = 50,000, M = 128, N = 64 on an H200 (4.3 TB/s, 0.92 T
+warp instructions a second) that is 1.5 ms of memory beside 1.6 ms of instructions. Predicted, not measured: no GPU has
+run this yet.
 
-A warp holds 4 rows of 64 units and waits for no other; its residual is one reduction over the warp by the bits of the
-magnitudes. A permutation moves nothing: a lane follows its unit through the inverse's table, whose loads stay in the
-first-level cache, and reads and writes where that unit is, inside the same cache lines. It is scanned in the
-states' dtype. Rotations are scanned in float64; partners are in one thread for even N, and exchanged by shuffles for
-odd. Everything in a fixed order, no atomics.
+A warp holds 4 rows of 64 units and waits for no other warp. Its residual is one reduction over the warp, by the bits of
+the magnitudes. A permutation moves no numbers: a lane follows its unit through the table of the inverse, whose loads
+stay in the first-level cache, and reads and writes at that unit, inside the same cache lines. The scan with a
+permutation is in the states' dtype, with rotations in float64. Partners of a rotation are in one thread for even N and
+exchanged by shuffles for odd N. Every sum has a fixed order, without atomics.
 """
 
 import math
@@ -27,18 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcw_ops.kernels.orthogonal_filter import AOT_DEVICES, _activate, _device, _is_permutation, _slope
+from lcw_ops.kernels.common import activate, activation_slope, device_facts, is_permutation
 
-# All units of a row are in one program, for the residual is relative to the largest of them.
+# All units of a row are in one program, because the residual is relative to the largest of them.
 MAX_WIDTH = 2048
 
-# A warp's tile: 8 elements a thread. Rows up to that length have a warp of their own, which waits for no other.
+# A warp's tile: 8 elements a thread. Rows up to that length have a warp of their own, which waits for no other warp.
 WARP_ELEMENTS = 256
-# Two rounds of the blocks of one warp that a multiprocessor holds at a time.
+# Twice the number of one-warp blocks that a multiprocessor holds at a time.
 WARPS_PER_PROCESSOR = 64
-# Layers of one program where layers do not depend on each other.
+# Layers of one program of the pass in which layers do not depend on each other.
 POINTWISE_LAYERS = 8
-# Chunk ends on their way while one is added.
+# Chunk ends that are loaded while one is added.
 CARRY_STAGES = 3
 
 _ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
@@ -57,10 +58,14 @@ def sweep_(
     """One scan: states_l <- alpha_l O states_{l-1} + beta_l act(product_l + bias_l + inputs_l) for l = 1..D, in place.
 
     Shapes as for ``lcw_ops.reference.parallel_depth.sweep_``; float32 or float64, contiguous. ``filter`` is an int64
-    permutation (N,) or rotations (2 N,) in float64. A wrong permutation gives NaN, for to look at it the host would
-    have to wait for the device. Returns the relative change, (1,) in float64.
+    permutation (N,) or rotations (2 N,) in float64. A wrong permutation gives NaN: checking it on the host would make
+    the host wait for the device.
 
-    Raises ValueError for what does not fit, and for N > MAX_WIDTH.
+    Returns:
+        The relative change, (1,) in float64.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit, or N > MAX_WIDTH.
     """
     op = "parallel_depth_sweep_"
     steps = _check_layers(op, states) - 1
@@ -130,17 +135,17 @@ def activate_(
 
 
 def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope, scaled, reverse) -> Tensor:
-    """Both sweeps: what differs is the end that they begin at, the activation, and what is made of the new states."""
+    """Both sweeps. They differ in the end that they begin at, in the activation, and in ``slope`` and ``scaled``."""
     steps, rows, width = states.shape[0] - 1, *states.shape[1:]
     if steps * rows * width == 0:
         return states.new_zeros(1, dtype=torch.float64)
     permutes = not filter.is_floating_point()
-    # Sorting gives indices whatever is sorted: with them no address is out of bounds.
+    # argsort returns valid indices whatever the filter holds, so no address is out of bounds.
     inverse = filter.argsort() if permutes else None
     carrier = inverse if permutes else filter
     tile = _choose_tile(width, rows)
     blocks = triton.cdiv(rows, tile["BLOCK_M"])
-    chunk = choose_chunk(steps, blocks * tile["num_warps"], _device(states.device).processors)
+    chunk = choose_chunk(steps, blocks * tile["num_warps"], device_facts(states.device).processors)
     chunks = triton.cdiv(steps, chunk)
     carries = states.new_empty((chunks, rows, width), dtype=torch.float64)
     decays = carries.new_empty(chunks)
@@ -155,7 +160,7 @@ def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope,
     options = strides | {"ACTIVATION": activation, "REVERSE": reverse, "WIDTH": width} | tile
     with torch.cuda.device_of(states):
         if chunks > 1:
-            # Nothing follows on the end of the last chunk.
+            # The end of the last chunk is not needed.
             chunk_ends_kernel[((chunks - 1) * blocks,)](
                 product, bias, inputs, carrier, alpha, beta, carries, decays, power, **lengths, **options
             )
@@ -184,7 +189,7 @@ def _check_layers(op: str, states: Tensor) -> int:
 
 
 def _check(op: str, states: Tensor, layers: int, per_layer: list, bias: Tensor | None, scales: list) -> None:
-    """That the kernels neither read nor write beyond what the tensors hold."""
+    """Raise ValueError if the kernels would read or write out of bounds."""
     rows, width = states.shape[1:]
     expected = [(states, [tuple(states.shape)]), (bias, [(width,), (layers, width)])]
     expected += [(tensor, [(layers, rows, width)]) for tensor in per_layer]
@@ -206,7 +211,7 @@ def _check_filter(op: str, states: Tensor, filter: Tensor) -> None:
     fits |= filter.dtype == torch.float64 and filter.shape == (2 * width,)
     if states.shape[0] == 0 or not (fits and filter.is_contiguous() and filter.device == states.device):
         raise ValueError(
-            f"{op}: the filter {_describe(filter)} is no permutation and no rotations for {_describe(states)}; "
+            f"{op}: the filter {_describe(filter)} is neither a permutation nor rotations for {_describe(states)}; "
             "call lcw_ops.functional.orthogonal_filter"
         )
 
@@ -230,7 +235,7 @@ def _scale_stride(scale: Tensor | None) -> int:
 
 
 def _choose_tile(width: int, rows: int) -> dict:
-    """Whole rows, as many as one warp's tile holds; a longer row has warps of half a tile, which spill no registers."""
+    """As many whole rows as one warp's tile holds. A longer row has warps of half a tile each, which do not spill."""
     block_n = max(2, triton.next_power_of_2(width))
     block_m = max(1, min(WARP_ELEMENTS // block_n, triton.next_power_of_2(rows)))
     return {
@@ -241,9 +246,10 @@ def _choose_tile(width: int, rows: int) -> dict:
 
 
 def choose_chunk(steps: int, warps: int, processors: int) -> int:
-    """Layers per chunk, where a layer takes so many warps.
+    """Layers per chunk, if a layer takes ``warps`` warps.
 
-    Chunks enough to fill the GPU. More than the root of all layers would be longer to carry through than to scan.
+    There are enough chunks to fill the GPU, and no more than the root of the number of layers: carrying through more
+    chunks would take longer than scanning one.
     """
     chunks = min(processors * WARPS_PER_PROCESSOR // warps, math.isqrt(steps))
     return triton.cdiv(steps, max(chunks, 1))
@@ -272,9 +278,9 @@ def chunk_ends_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Where chunk k ends that begins with 0, stored in place k + 1; and the product of its alphas, in place k.
+    """The end of chunk k if it begins with 0, stored at index k + 1 of ``carries``, and its product of alphas, at k.
 
-    ``power``: where a chunk leads what begins at each unit. All are as long as the first.
+    ``power`` takes the permutation of a whole chunk. All chunks are as long as the first.
     """
     number, block, base, unit, present, inside = _program(rows, WIDTH, BLOCK_M, BLOCK_N)
     dtype: tl.constexpr = _scanned_in(alpha.dtype.element_ty, filter.dtype.element_ty)
@@ -319,13 +325,13 @@ def carry_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What every chunk begins with, in place of the end of the chunk before that began with 0."""
+    """The state that every chunk begins with. It replaces the end of the chunk before, which began with 0."""
     _, _, base, unit, present, inside = _program(rows, WIDTH, BLOCK_M, BLOCK_N)
     row_offset = tl.arange(0, BLOCK_M)[:, None] * WIDTH
     state = tl.load(initial + base + unit + row_offset, mask=inside, other=0.0).to(tl.float64)
     at = unit
     if inverse is not None:
-        sorts = tl.min(_is_permutation(filter, inverse, WIDTH, BLOCK_N).to(tl.int32), 0) == 1
+        sorts = tl.min(is_permutation(filter, inverse, WIDTH, BLOCK_N).to(tl.int32), 0) == 1
         state = tl.where(sorts, state, float("nan"))
     else:
         cosine = tl.full((1, BLOCK_N), 1, tl.float64)
@@ -388,12 +394,12 @@ def sweep_kernel(
     first = number * chunk
     layer = steps - 1 - first if REVERSE else first
     if slope is not None:
-        # Of the gradient that the recurrence begins with; a chunk takes care of those that it makes.
+        # The gradient that the recurrence begins with is scaled here; each chunk scales the gradients that it computes.
         here = layer * size + base
         factor = tl.load(slope + here + at + row_offset, mask=inside & (first == 0), other=0.0)
         tl.store(scaled + here + at + row_offset, factor * state.to(element), mask=inside & (first == 0))
     worst = _magnitude(tl.zeros((BLOCK_M,), element))
-    # Counted in 32 bits, which are enough for a chunk: with 64, ptxas spills beside rows of MAX_WIDTH.
+    # 32 bits are enough to count the layers of a chunk. With 64 bits ptxas spills for rows of MAX_WIDTH.
     for _ in range(0, min(chunk, steps - first).to(tl.int32)):
         scale = tl.load(alpha + layer * ALPHA_STRIDE).to(dtype)
         state, at = _filtered(state, at, present, filter, cosine, sine)
@@ -449,22 +455,22 @@ def activate_kernel(
     for _ in range(layer, min(layer + chunk, layers)):
         here = layer * rows * WIDTH + base
         total = _pre_activation(product, bias, inputs, layer, here, row_offset, unit, present, inside, BIAS_STRIDE)
-        y = _activate(total, ACTIVATION)
+        y = activate(total, ACTIVATION)
         if DERIVATIVE:
-            y = _slope(y, ACTIVATION)
+            y = activation_slope(y, ACTIVATION)
         tl.store(product + here + unit + row_offset, tl.load(beta + layer * BETA_STRIDE) * y, mask=inside)
         layer += 1
 
 
 @triton.constexpr_function
 def _scanned_in(element, filter):
-    """A cosine rounded to float32 drifts over 50,000 layers; a permutation has nothing to round."""
+    """The scan's type: float64 for rotations, because a cosine rounded to float32 drifts over 50,000 layers."""
     return element if filter.is_int() else tl.float64
 
 
 @triton.jit
 def _program(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The number of the chunk and of the block of rows, where these begin in a layer, its units, and what there is."""
+    """(chunk, block of rows, offset of the rows in a layer, unit of every lane, which lanes exist, which elements)."""
     blocks = tl.cdiv(rows, BLOCK_M)
     number = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -485,14 +491,14 @@ def _rotation(filter, FIRST: tl.constexpr, unit, present):
 
 @triton.jit
 def _partner(x):
-    """x_{i xor 1} in place i."""
+    """x_{i xor 1} at index i."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     return tl.reshape(tl.join(odd, even), x.shape)
 
 
 @triton.jit
 def _compose(cosine, sine, other_cosine, other_sine):
-    """One rotation after the other."""
+    """The product of two rotations."""
     return (
         cosine * other_cosine + sine * _partner(other_sine),
         cosine * other_sine + sine * _partner(other_cosine),
@@ -501,10 +507,10 @@ def _compose(cosine, sine, other_cosine, other_sine):
 
 @triton.jit
 def _first_units(filter, unit, WIDTH: tl.constexpr):
-    """The unit that every lane begins with; with a permutation, any but neighbours in order.
+    """The unit that every lane begins with. For a permutation these are not neighbours in order.
 
-    For their wide loads the compiler would lay out the whole tile and move every layer's numbers between threads. That
-    is also why the table is loaded in one dimension here: loads of the same shape would share their layout.
+    If they were, the compiler would lay out the whole tile for wide loads of neighbours, and move every layer's numbers
+    between threads. For the same reason the table is loaded here in one dimension: loads of one shape share a layout.
     """
     if filter.dtype.element_ty.is_int():
         lane = tl.arange(0, unit.shape[1])
@@ -515,7 +521,7 @@ def _first_units(filter, unit, WIDTH: tl.constexpr):
 
 @triton.jit
 def _filtered(state, at, present, filter, cosine, sine):
-    """O h and where it is. A permutation moves nothing: what was at i is at inverse_i."""
+    """(O h, the unit of every lane). A permutation moves no numbers: unit i becomes unit inverse_i."""
     if cosine is None:
         at = tl.load(filter + at, mask=present, other=0).to(tl.int32)
     else:
@@ -525,7 +531,7 @@ def _filtered(state, at, present, filter, cosine, sine):
 
 @triton.jit
 def _pre_activation(product, bias, inputs, layer, here, row_offset, at, present, inside, BIAS_STRIDE: tl.constexpr):
-    """P_l + b_l + u_l, of those that there are."""
+    """P_l + b_l + u_l without those that are None."""
     if product is None:
         total = tl.load(inputs + here + at + row_offset, mask=inside, other=0.0)
     else:
@@ -553,17 +559,17 @@ def _source(
     BETA_STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """beta_l act(A_l); A_l itself without a beta."""
+    """beta_l act(A_l), or A_l itself if there is no beta."""
     total = _pre_activation(product, bias, inputs, layer, here, row_offset, at, present, inside, BIAS_STRIDE)
     if beta is None:
         return total
     else:
-        return tl.load(beta + layer * BETA_STRIDE) * _activate(total, ACTIVATION)
+        return tl.load(beta + layer * BETA_STRIDE) * activate(total, ACTIVATION)
 
 
 @triton.jit
 def _magnitude(x):
-    """The bits of |x|: whole numbers in the same order, with NaN above infinity."""
+    """The bits of |x|: integers in the same order as |x|, with NaN above infinity."""
     if x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
@@ -572,69 +578,9 @@ def _magnitude(x):
 
 @triton.jit
 def _relative_change(new, old, inside):
-    """By row, as its magnitude: max_i |new_i - old_i| / max_i |new_i|; NaN for a row that is not finite."""
-    # Where nothing is, there may be numbers: sigmoid(0) is 1/2.
+    """The magnitude of max_i |new_i - old_i| / max_i |new_i| for each row; NaN if a row is not finite."""
+    # The padding may hold numbers: sigmoid(0) is 1/2.
     change = tl.max(tl.where(inside, _magnitude(new - old), 0), 1).to(new.dtype, bitcast=True)
     scale = tl.max(tl.where(inside, _magnitude(new), 0), 1).to(new.dtype, bitcast=True)
     ratio = change / tl.where(change == 0, 1.0, scale)
     return _magnitude(tl.where(scale < float("inf"), ratio, float("nan")))
-
-
-def _aot_variants(width: int, filter: str, dtype: str = "fp32", targets: tuple[str, ...] = tuple(AOT_DEVICES)) -> list:
-    """Every kernel of both sweeps with every argument that may be left out."""
-    pointer = f"*{dtype}"
-    permutes = filter == "permutation"
-    arrays = {
-        **dict.fromkeys(("states", "initial", "product", "bias", "inputs", "slope", "scaled"), pointer),
-        **dict.fromkeys(("alpha", "beta"), pointer),
-        **dict.fromkeys(("carries", "decays", "residuals"), "*fp64"),
-        "filter": "*i64" if permutes else "*fp64",
-        "inverse": "*i64" if permutes else None,
-        "power": "*i32" if permutes else None,
-    }
-    tile = _choose_tile(width, WARP_ELEMENTS)
-    num_warps = tile.pop("num_warps")
-    strides = {"BIAS_STRIDE": width, "ALPHA_STRIDE": 1, "BETA_STRIDE": 1}
-    forward = strides | {"ACTIVATION": "tanh", "REVERSE": False, "DERIVATIVE": True, "STAGES": CARRY_STAGES}
-    backward = forward | {"ACTIVATION": "identity", "REVERSE": True}
-    variants = []
-    for name, kernel, absent, flags in (
-        ("forward", chunk_ends_kernel, (), forward),
-        ("both", carry_kernel, (), forward),
-        ("forward", sweep_kernel, ("slope", "scaled"), forward),
-        ("adjoint", sweep_kernel, ("bias", "beta"), backward),
-        ("both", activate_kernel, (), forward),
-    ):
-        if not permutes and kernel is activate_kernel and dtype == "fp32":
-            # The same as beside a permutation.
-            continue
-        own = {argument: kind for argument, kind in arrays.items() if argument in kernel.arg_names}
-        present = {argument: kind for argument, kind in own.items() if kind is not None and argument not in absent}
-        lengths = [name for name in ("rows", "steps", "layers", "chunks", "chunk") if name in kernel.arg_names]
-        constants = {flag: value for flag, value in flags.items() if flag in kernel.arg_names}
-        missing = dict.fromkeys(argument for argument in own if argument not in present)
-        variants.append(
-            {
-                "id": f"{name}-{width}-{filter}-{dtype}",
-                "targets": targets,
-                "kernel": kernel,
-                "signature": present | dict.fromkeys(lengths, "i64"),
-                "constexprs": constants | missing | {"WIDTH": width} | tile,
-                "aligned": tuple(present),
-                "num_warps": num_warps,
-                "shared_memory": min(device.shared_memory for device in AOT_DEVICES.values()),
-            }
-        )
-    return variants
-
-
-# Where registers are scarcest.
-_OLD_AND_AMD = ("sm_80", "gfx942")
-AOT_VARIANTS = [
-    *_aot_variants(64, "permutation"),
-    *_aot_variants(64, "rotations"),
-    *_aot_variants(MAX_WIDTH, "permutation", targets=_OLD_AND_AMD),
-    *_aot_variants(MAX_WIDTH, "rotations", targets=_OLD_AND_AMD),
-    *_aot_variants(33, "rotations", targets=_OLD_AND_AMD[:1]),
-    *_aot_variants(MAX_WIDTH, "rotations", "fp64", targets=_OLD_AND_AMD[:1]),
-]

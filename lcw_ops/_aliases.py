@@ -12,6 +12,9 @@ from importlib.machinery import ModuleSpec
 MOVED = {
     "lcw_ops.data": "lcw_ops.jobs.data",
     "lcw_ops.gradient_hooks": "lcw_ops.optim.hooks",
+    "lcw_ops.ops._backends": "lcw_ops.ops.backends",
+    "lcw_ops.ops._library": "lcw_ops.ops.library",
+    "lcw_ops.ops._precision": "lcw_ops.ops.precision",
     "lcw_ops.ops.orthogonal_filter_crossover": "lcw_ops.ops.orthogonal_filter.crossover",
     "lcw_ops.ops.orthogonal_filter_graph": "lcw_ops.ops.orthogonal_filter.graph",
     "lcw_ops.ops.parallel_depth_crossover": "lcw_ops.ops.parallel_depth.crossover",

@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_ULP = {"cpu": 4.0, "cuda": 6.0}
 
 
-# Without a GPU the triton tests run in the interpreter's process, started by test_triton_kernels.py.
+# Without a GPU the triton tests run in Triton's interpreter, in their own run of pytest (support/triton_process.py).
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
 BACKENDS = [name for name in backends.BACKENDS if backends.missing_reason(NAME, name, DEVICE_TYPE) is None]
 

@@ -369,7 +369,8 @@ def test_modules_that_have_moved_import_under_their_old_names():
         same = run(
             "import importlib, json\n"
             "from lcw_ops._aliases import MOVED\n"
-            f"pairs = [[importlib.import_module(pair[place]) for place in {(first, second)}] for pair in MOVED.items()]\n"
+            f"order = {(first, second)}\n"
+            "pairs = [[importlib.import_module(pair[place]) for place in order] for pair in MOVED.items()]\n"
             "print(json.dumps([one is other for one, other in pairs]))"
         )
         assert same

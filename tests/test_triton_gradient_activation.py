@@ -1,33 +1,27 @@
 """The Triton kernels of activated gradients over lists and inside steps.
 
-Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts.
+Without a GPU they run in Triton's interpreter (see support/triton_process.py).
 """
 
-import importlib
 import itertools
-import os
 
 import pytest
 import torch
 from support.gradient_activation_kernels import ACTIVATION, GradientActivationKernels, Ops, SgdCase, gradients
+from support.triton_process import DEVICE_TYPE, import_kernels
 
-from lcw_ops.ops import backends
 from lcw_ops.ops.gradient_activation import NAME
 
-DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := backends.missing_reason(NAME, "triton", DEVICE_TYPE)) is not None:
-    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
-
-kernels = importlib.import_module("lcw_ops.kernels.gradient_activation")
+kernels = import_kernels("gradient_activation", NAME)
 OPS = Ops(kernels.gradient_activation_many, kernels.sgd_step, kernels.adamw_step)
 
-# What the interpreter divides by in the branch that is not taken.
+# In the interpreter the branch that is not taken may divide by 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture
 def counters_on_device():
-    """They are where the test puts them."""
+    """Triton's kernels take the counters on any device."""
 
 
 class TestTriton(GradientActivationKernels):
@@ -39,7 +33,7 @@ class TestTriton(GradientActivationKernels):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The grid and the arguments of every launch of f, which still takes place."""
+    """Records the grid and the arguments of every launch of f."""
     made = []
     kernel = kernels.gradient_activation_kernel
 
@@ -66,7 +60,7 @@ def test_one_launch_for_a_flat_buffer(device, launches):
 
 
 def test_a_launch_for_tensors_of_like_size(device, launches):
-    """Gaps between them: a table, and no programs for the small ones that only the large one needs."""
+    """Tensors with gaps have a table, and the small ones do not get the number of programs that the large one needs."""
     sizes = [5] * 10 + [1025] * 10 + [20_000]
     storage = gradients(sum(sizes) + len(sizes)).to(device, torch.float32)
     starts = itertools.accumulate((size + 1 for size in sizes), initial=0)
@@ -80,7 +74,7 @@ def test_a_launch_for_tensors_of_like_size(device, launches):
 
 
 def test_runs_are_neighbours_in_every_list(device):
-    """The parameters are; the gradients are not."""
+    """The parameters are neighbours in memory, the gradients are not."""
     flat = torch.ones(60, device=device)
     params = list(flat.split(20))
     assert kernels._find_runs([params], [2, 0, 1], None) == [(0, 60)]
@@ -92,7 +86,7 @@ def test_runs_are_neighbours_in_every_list(device):
 
 @pytest.mark.skipif(DEVICE_TYPE != "cuda", reason="CUDA graphs need a GPU")
 def test_recorded_in_a_cuda_graph(device):
-    """Without a table, however many tensors there are."""
+    """A graph has no table, whatever the number of tensors."""
     case = SgdCase([30] * 12, torch.float32, device)
     before = [[tensor.clone() for tensor in tensors] for tensors in (case.params, case.buffers)]
     case.run(OPS)

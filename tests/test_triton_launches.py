@@ -1,37 +1,42 @@
-"""Compiles, without a GPU, everything that the launchers would compile on one, with their own choice of tiles.
+"""Compiles, without a GPU, the kernels that the launchers would compile on one, with the tiles that they choose.
 
 test_triton_kernels.py compiles a list of variants in which registers and shared memory are scarcest. Here the launchers
-themselves run, on CPU tensors and behind a driver that names a GPU and launches nothing: with every dtype, width,
-activation, direction and argument left out, each value of an option beside each value of every other one. All of that
-takes long, so ``make test`` runs one launch of each kind; ``make test-release`` sets LCW_OPS_EVERY_LAUNCH=1.
+themselves run, on CPU tensors and with a driver that names a GPU and launches nothing: with every dtype, width,
+activation, direction and optional argument, each value of an option beside each value of every other one. All of that
+takes hours, so ``make test`` runs one launch of each kind; ``make test-release`` sets LCW_OPS_EVERY_LAUNCH=1. The facts
+about the compiled code are kept from run to run (aot/compiled.py), so that a long run can be resumed.
 """
 
-import functools
 import importlib
+import importlib.util
+import inspect
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from test_triton_kernels import STEMS, TARGETS, cuda_resources, fresh_cache, triton
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's interpreter does not compile", allow_module_level=True)
+
+import triton
+from aot import DEVICES, STEMS
+from aot.compiled import EVERY_LAUNCH, TARGETS, facts, remembered
 from triton.runtime.jit import JITFunction
 
-__all__ = ["fresh_cache"]  # a fixture
-
 KERNELS = {stem: importlib.import_module(f"lcw_ops.kernels.{stem}") for stem in STEMS}
-activations, hypersphere = KERNELS["gradient_activation"], KERNELS["hypersphere"]
+activations, hypersphere, weight_norm = (KERNELS[s] for s in ("gradient_activation", "hypersphere", "weight_norm"))
 lcw_linear, recurrence, parallel = KERNELS["lcw_linear"], KERNELS["orthogonal_filter"], KERNELS["parallel_depth"]
 
-EVERY_LAUNCH = os.environ.get("LCW_OPS_EVERY_LAUNCH") == "1"
-# Bytes per thread: eight registers, which the first-level cache answers, as for csrc/cuda (test_cuda_build.py). Triton
-# 3.6 and 3.7 differ by as many.
+# Bytes per thread: eight registers, which stay in the first-level cache, as for csrc/cuda (test_cuda_build.py). Triton
+# 3.6 and 3.7 differ by up to that many.
 MAX_SPILLED_BYTES = 32
-# Widths from 65 on, in tiles of few rows: a program holds two matrices of 128 x 128 and their transposes. With 16-bit
-# weights or a filter per layer both Tritons spill up to 280 bytes of eight warps, and 200 of sixteen.
+# From width 65 on, in tiles of few rows, a program holds two matrices of 128 x 128 and their transposes. With 16-bit
+# weights or a filter per layer both Tritons spill up to 280 bytes with eight warps, and 200 with sixteen.
 KNOWN_SPILLS = {"orthogonal_filter_backward_kernel": 288}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,7 +53,7 @@ class NamedGpu:
         return TARGETS[self._target]
 
     def get_current_device(self) -> str:
-        # Compiled kernels are kept by device.
+        # Triton keeps compiled kernels by device.
         return self._target
 
     def get_current_stream(self, device) -> int:
@@ -57,7 +62,7 @@ class NamedGpu:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list]:
-    """Inside, a launch on CPU tensors compiles for ``target`` and does no more. The list collects the results."""
+    """Inside, a launch on CPU tensors only compiles for ``target``. The list collects the results."""
     compiled = []
     run = JITFunction.run
 
@@ -68,7 +73,7 @@ def compiling(target: str) -> Iterator[list]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
         for module in KERNELS.values():
-            patch.setattr(module, "_device", lambda _: recurrence.AOT_DEVICES[target], raising=False)
+            patch.setattr(module, "device_facts", lambda _: DEVICES[target], raising=False)
         driver.set_active(NamedGpu(target))
         try:
             yield compiled
@@ -77,7 +82,7 @@ def compiling(target: str) -> Iterator[list]:
 
 
 def pairwise(**options: Iterable) -> list[dict]:
-    """A small set of choices of all options that holds every pair of values of two options."""
+    """A small set of choices of all options that contains every pair of values of two options."""
     choices = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     pairs = [set(itertools.combinations(choice.items(), 2)) for choice in choices]
     missing, chosen = set().union(*pairs), []
@@ -94,7 +99,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 # One function per launcher: the keyword arguments are the options, and ``OPTIONS`` has their values.
 def activate(dtype, kind, tensors, offset):
-    """A few tensors take a launch each, many take a table. With an offset no address is a multiple of 16."""
+    """A few tensors have a launch each, many have a table. With an offset no address is a multiple of 16."""
     memory = [empty(100 + offset, dtype=dtype)[offset:] for _ in range(tensors)]
     activations.gradient_activation_many(memory, kind, 0.1, 20.0)
 
@@ -117,12 +122,12 @@ def adamw(dtype, kind, tensors, amsgrad, maximize):
 
 
 def rows_on_the_sphere(dtype, features, units):
-    """Both directions of both kinds of rows."""
+    """Forward and backward of directions and of normalised rows."""
     angles, rows, scale = (empty(units, n, dtype=dtype) for n in (features - 1, features, 1))
     hypersphere.hypersphere_direction(angles)
     hypersphere.hypersphere_direction_backward(rows, angles)
-    hypersphere.normalize_scale(rows, scale[:, 0])
-    hypersphere.normalize_scale_backward(rows, rows, scale[:, 0])
+    weight_norm.normalize_scale(rows, scale[:, 0])
+    weight_norm.normalize_scale_backward(rows, rows, scale[:, 0])
 
 
 def gmp(dtype, rows, units, features, relu, keep, needs_angles):
@@ -135,14 +140,14 @@ def gmp(dtype, rows, units, features, relu, keep, needs_angles):
         hypersphere.gmp_linear_backward(output, x, angles, radius, activated, direction, relu, True, *needs)
 
 
-def weight_norm(dtype, rows, units, features, has_bias):
+def normalised(dtype, rows, units, features, has_bias):
     x, weight, scale = (
         empty(rows, features, dtype=dtype),
         empty(units, features, dtype=dtype),
         empty(units, dtype=dtype),
     )
-    output = hypersphere.weight_norm_linear(x, weight, scale, scale if has_bias else None, True)
-    hypersphere.weight_norm_linear_backward(output, x, weight, scale, True, True, True, True, has_bias)
+    output = weight_norm.weight_norm_linear(x, weight, scale, scale if has_bias else None, True)
+    weight_norm.weight_norm_linear_backward(output, x, weight, scale, True, True, True, True, has_bias)
 
 
 def zero_sum_rows(dtype, features, units, basis):
@@ -158,10 +163,10 @@ def lcw(dtype, rows, units, features, has_bias, basis):
 
 
 def layers(dtypes, width, rows, filter, activation, per_layer, everything, tf32):
-    """Forward and backward of the recurrence; ``everything`` is every argument that may be left out."""
+    """Forward and backward of the recurrence. ``everything`` includes every optional argument."""
     state, weight_dtype = dtypes
     steps = 3
-    # float64 takes half the width.
+    # float64 allows half the width.
     width = min(width, 64) if state == torch.float64 else width
     each = (steps,) if per_layer else ()
     h0, weight = empty(rows, width, dtype=state), empty(*each, width, width, dtype=weight_dtype)
@@ -213,7 +218,7 @@ OPTIONS: dict[Callable, dict] = {
     adamw: TENSORS | dict.fromkeys(("amsgrad", "maximize"), YES_OR_NO),
     rows_on_the_sphere: {"dtype": DTYPES} | FEATURES,
     gmp: PRODUCT | {"rows": (1, 16, 64, 65, 300)} | dict.fromkeys(("relu", "keep", "needs_angles"), YES_OR_NO),
-    weight_norm: PRODUCT | {"rows": (1, 16, 32, 64, 65), "has_bias": YES_OR_NO},
+    normalised: PRODUCT | {"rows": (1, 16, 32, 64, 65), "has_bias": YES_OR_NO},
     zero_sum_rows: {"dtype": DTYPES} | FEATURES | {"basis": YES_OR_NO},
     lcw: PRODUCT | {"has_bias": YES_OR_NO, "basis": YES_OR_NO},
     layers: {
@@ -244,25 +249,23 @@ def launches() -> Iterator:
                 yield pytest.param(target, launch, chosen, id=f"{target}-{launch.__name__}-{words}")
 
 
-@functools.cache
-def resources(kernel_hash: str, cubin: bytes) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        return cuda_resources(cubin, Path(folder))
+def compiled_facts(target: str, launch: Callable, options: dict) -> list[dict]:
+    with compiling(target) as compiled:
+        launch(**options)
+    different = {kernel.hash: kernel for kernel in compiled}.values()
+    return [{"name": kernel.name, "warps": kernel.metadata.num_warps} | facts(kernel) for kernel in different]
 
 
 @pytest.mark.parametrize(("target", "launch", "options"), list(launches()))
 def test_compiles_and_hardly_spills(target, launch, options):
-    with compiling(target) as compiled:
-        launch(**options)
+    key = f"{target} {inspect.getsource(launch)} {options}"
+    compiled = remembered(key, lambda: compiled_facts(target, launch, options))
     assert compiled
-    spilled = {}
-    for kernel in {kernel.hash: kernel for kernel in compiled}.values():
-        used = resources(kernel.hash, kernel.asm["cubin"]) | {"shared": kernel.metadata.shared}
-        print(f"{target} {kernel.name} {kernel.metadata.num_warps} warps: {used}")
-        assert used["shared"] <= recurrence.AOT_DEVICES[target].shared_memory
-        if used["spilled"] > KNOWN_SPILLS.get(kernel.name, MAX_SPILLED_BYTES):
-            spilled[kernel.name] = used
-    assert not spilled
+    for kernel in compiled:
+        print(target, kernel)
+        assert kernel["shared"] <= DEVICES[target].shared_memory
+    most = {kernel["name"]: KNOWN_SPILLS.get(kernel["name"], MAX_SPILLED_BYTES) for kernel in compiled}
+    assert not [kernel for kernel in compiled if kernel["spilled"] > most[kernel["name"]]]
 
 
 def test_pairs_of_all_options():
@@ -273,11 +276,14 @@ def test_pairs_of_all_options():
 
 
 def test_every_kernel_is_launched(monkeypatch):
-    """A kernel that no launch above reaches would not be compiled here."""
+    """No kernel is missing from the launches above."""
     launched = set()
     with compiling("sm_90"):
         monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: launched.add(self))
         for launch, options in OPTIONS.items():
             for index in range(5):
                 launch(**{name: each[index % len(each)] for name, each in options.items()})
-    assert launched == {variant["kernel"] for module in KERNELS.values() for variant in module.AOT_VARIANTS}
+    assert {kernel.fn.__name__ for kernel in launched} == {
+        name for module in KERNELS.values() for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }  # fmt: skip

@@ -1,29 +1,24 @@
 """The Triton kernels of LCW against the float64 reference, through the public functions and the ops.
 
-Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts: every shape here is
-as small as what it shows allows.
+Without a GPU they run in Triton's interpreter (see support/triton_process.py), which is slow: every shape is as small
+as its test allows.
 """
 
-import importlib
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 from support.numerics import assert_as_exact_as_eager, hostile_layouts
+from support.triton_process import import_kernels, multiply_bfloat16
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import backends, library
 from lcw_ops.ops import lcw_linear as op
+from lcw_ops.ops import library
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
-    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
-
-kernels = importlib.import_module("lcw_ops.kernels.lcw_linear")
+kernels = import_kernels("lcw_linear", op.NAME)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,25 +31,13 @@ def _on_triton():
 
 @pytest.fixture(autouse=True)
 def _interpreted_bfloat16_products(monkeypatch):
-    """The interpreter keeps bfloat16 as the integers of its bits, and its product multiplies these (Triton 3.7)."""
-    if DEVICE_TYPE == "cuda":
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    multiply = InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *others):
-        wide = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return multiply(self, *wide, *others)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    multiply_bfloat16(monkeypatch)
 
 
 @pytest.fixture
 def split(monkeypatch):
-    """The launches that a GPU with 4 multiprocessors gets: up to 4 programs, or 8, share the columns."""
-    monkeypatch.setattr(kernels, "_device", lambda device: kernels.Device(4, 227 * 1024, False))
+    """The launches for a GPU with 4 multiprocessors: up to 4 or 8 programs share the columns."""
+    monkeypatch.setattr(kernels, "device_facts", lambda device: kernels.Device(4, 227 * 1024, False))
 
 
 def overload(name):
@@ -66,7 +49,7 @@ def normal(*shape, dtype=torch.float32, device, mean=0.0):
 
 
 def eager_weight(weight, basis):
-    """What a user of plain torch writes, every step in the weight's dtype."""
+    """The weight in plain torch, every step in the weight's dtype."""
     if not basis:
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
     total, s = weight.sum(1, keepdim=True), math.sqrt(weight.shape[1] + 1)
@@ -81,7 +64,7 @@ def eager_adjoint(gradient, basis):
 
 
 def dense_basis(columns, basis):
-    """(columns, features) in more than float64, so that float64 kernels too are held to the rule."""
+    """(columns, features) in more than float64, so that float64 kernels can be judged by the same rule."""
     m = columns + basis
     if not basis:
         return np.eye(m, dtype=np.longdouble) - np.longdouble(1) / m
@@ -100,7 +83,7 @@ def rounded(array, device):
 
 
 def assert_weight_matches(shape, basis, dtype, device, mean=0.0, draws=4):
-    """B v and its adjoint, over several draws: of a few numbers eager torch now and then happens to hit every one."""
+    """B v and its adjoint, over several draws: by chance eager torch may be exact on a few numbers."""
     judged = {"weight": [], "adjoint": []}
     matrix = dense_basis(math.prod(shape[1:]), basis)
     for _ in range(draws):
@@ -155,7 +138,7 @@ def test_rows_longer_than_a_program_holds(length, basis, mean, device, monkeypat
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 2, 3, 3), (2, 3, 2, 2, 3)])
 def test_weight_of_every_rank_and_layout(shape, device):
-    """A unit is everything but dimension 0."""
+    """A unit is the flattened tensor behind dimension 0."""
     weight = normal(*shape, device=device)
     expected = F.lcw_weight(weight.flatten(1)).view(shape)
     layouts = hostile_layouts(weight)
@@ -164,7 +147,7 @@ def test_weight_of_every_rank_and_layout(shape, device):
         layouts["channels_last"] = weight.contiguous(memory_format=memory_format)
     layouts["contiguous"] = weight
     for name, layout in layouts.items():
-        # Another order of the sum, where the layout is kept.
+        # A layout that is kept changes the order of the sum.
         torch.testing.assert_close(F.lcw_weight(layout), expected, rtol=0, atol=4e-7, msg=name)
 
 
@@ -179,9 +162,9 @@ def test_linear_in_every_dtype(dtype, basis, means, device):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("means", [(0.0, 0.0), (100.0, 100.0)], ids=str)
 def test_split_columns_in_every_dtype(dtype, basis, means, split, device):
-    # Twice the least part of what each dtype takes a step, and a tail.
+    # For each dtype, twice the smallest part of the columns and a remainder.
     features = {2: 520, 4: 270, 8: 140}[dtype.itemsize]
-    launch = kernels.choose_launch(5, 35, features - basis, features, dtype.itemsize, kernels._device(device))
+    launch = kernels.choose_launch(5, 35, features - basis, features, dtype.itemsize, kernels.device_facts(device))
     assert launch["splits"] > 1
     assert_linear_matches(5, 35, features, basis, dtype, device, means, bias=basis, draws=1)
 
@@ -193,7 +176,7 @@ def test_split_columns_in_every_dtype(dtype, basis, means, split, device):
 @pytest.mark.parametrize("basis", [False, True])
 def test_linear_of_every_size(rows, units, features, basis, device):
     draws = 8 if rows * units < 50 else 1
-    # With and without a bias, each in both forms.
+    # Both forms run with and without a bias.
     bias = (rows % 2 == 0) != basis
     assert_linear_matches(rows, units, features, basis, torch.float32, device, bias=bias, draws=draws)
 
@@ -201,7 +184,7 @@ def test_linear_of_every_size(rows, units, features, basis, device):
 @pytest.mark.parametrize(("rows", "units", "features"), [(0, 3, 5), (3, 0, 5), (3, 4, 1), (0, 0, 1)])
 @pytest.mark.parametrize("basis", [False, True])
 def test_nothing_to_multiply(rows, units, features, basis, device):
-    """No samples, no units; and one feature, for which the weight is 0: the bias is left."""
+    """No samples, no units, or one feature: its weight is 0, so the bias remains."""
     x, weight = normal(rows, features, device=device), normal(units, features - basis, device=device)
     bias = normal(units, device=device)
     output = F.lcw_linear(x, weight, bias, basis)
@@ -222,14 +205,14 @@ def test_no_features_leave_the_bias(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_of_equal_features_leave_the_bias(dtype, device):
-    """The proposition of the paper, to the bit where the mean of equal numbers is exact."""
+    """The proposition of the paper, exact if the mean of equal numbers is exact."""
     x = torch.full((3, 64), 5.0, dtype=dtype, device=device)
     weight, bias = normal(4, 64, dtype=dtype, device=device), normal(4, dtype=dtype, device=device)
     output = F.lcw_linear(x, weight, bias)
     if dtype.itemsize >= 4:
         assert torch.equal(output, bias.expand(3, 4))
     else:
-        # 64 products of size 15, summed in float32 twice, and the result's one rounding.
+        # 64 products of size 15 are summed twice in float32, and the result is rounded once.
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(output, bias.expand(3, 4), rtol=eps, atol=2 * 64 * 15 * torch.finfo().eps)
 
@@ -258,7 +241,7 @@ def test_hostile_strides(name, basis, device):
     for layout_name, layout in layouts.items():
         actual = results(values | {name: layout})
         for a, b in zip(actual, expected, strict=True):
-            # torch's own products of the backward pass may sum another layout in another order.
+            # torch's own products in the backward pass may sum another layout in another order.
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, msg=f"{name} {layout_name}")
         assert torch.equal(actual[0], expected[0])
         assert torch.equal(actual[1], expected[1])
@@ -277,7 +260,7 @@ def test_expanded_gradients(basis, device):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize(("dtype", "at"), [(torch.float32, 2), (torch.float32, 80), (torch.bfloat16, 2)], ids=str)
 def test_non_finite_values_stay_in_their_row(bad, basis, dtype, at, device):
-    """In the columns that give V its constant, and behind them."""
+    """A bad value in the columns whose mean is subtracted from V, or behind them."""
     x, weight = normal(3, 90, dtype=dtype, device=device), normal(4, 90 - basis, dtype=dtype, device=device)
     clean_output, clean_weight = F.lcw_linear(x, weight, None, basis), F.lcw_weight(weight, basis)
     dirty = weight.clone()
@@ -358,7 +341,7 @@ def test_vmap_over_weights(device):
 
 
 def test_launches_fill_the_gpu():
-    """Every column belongs to one part, none is empty, and no more programs share a unit than the GPU has room for."""
+    """Every column belongs to one part, no part is empty, and the GPU has room for the programs that share a unit."""
     device = kernels.Device(132, 227 * 1024, False)
     for rows in (1, 16, 33, 64):
         for units in (1, 100, 4096, 10**6):
@@ -370,6 +353,6 @@ def test_launches_fill_the_gpu():
                     assert launch["BLOCK_M"] >= rows
                     blocks = -(-units // launch["BLOCK_N"])
                     assert launch["splits"] == 1 or columns > 2**30 or blocks * launch["splits"] <= 2 * 132
-    # The layer that counts: every byte of W in flight at once, one kernel.
+    # In the largest usual layer one kernel keeps enough bytes of W in flight.
     assert kernels.choose_launch(32, 4096, 4096, 4096, 2, device)["splits"] == 1
     assert kernels.choose_launch(8, 1024, 1024, 1024, 4, device)["splits"] == 8

@@ -1,30 +1,24 @@
 """The Triton kernels of the recurrence against the float64 reference, through the public function and the ops.
 
-Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts: every shape here is
-as small as what it shows allows.
+Without a GPU they run in Triton's interpreter (see support/triton_process.py), which is slow: every shape is as small
+as its test allows.
 """
 
-import importlib
 import itertools
-import os
 
 import pytest
 import torch
 from support.numerics import assert_as_exact_as_eager, hostile_layouts
 from support.recurrence import NAMES, make_arguments, make_filter, run
+from support.triton_process import import_kernels
 
 import lcw_ops
 from lcw_ops import functional as F
-from lcw_ops.ops import backends
 from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS as EXACT
 
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
-DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := backends.missing_reason(op.NAME, "triton", DEVICE_TYPE)) is not None:
-    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
-
-kernels = importlib.import_module("lcw_ops.kernels.orthogonal_filter")
+kernels = import_kernels("orthogonal_filter", op.NAME)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,10 +50,10 @@ def to_float64(arguments, filter):
 
 
 def assert_matches_reference(draw, draws=1, **options):
-    """The rule of the house for the result and every gradient, over several draws of (arguments, filter).
+    """Result and every gradient are within twice eager's error, over several draws of (arguments, filter).
 
-    Of a few numbers eager torch now and then happens to hit every one: over 60 draws of 5 x 16 its errors were as large
-    as the kernel's in the mean, and its largest larger.
+    By chance eager torch may be exact on a few numbers: over 60 draws of 5 x 16 its mean error was as large as the
+    kernel's, and its largest error was larger.
     """
     judged = {}
     for _ in range(draws):
@@ -87,7 +81,7 @@ def test_every_kind_matches_the_reference(activation, filter_kind, shared, devic
     def draw():
         return make_arguments(5, 17, 4, shared, device=device), make_filter(filter_kind, 4, 17, device=device)
 
-    # One of two for each pair: every option meets every other one.
+    # Every pair of the other options meets one of the two values.
     return_states = (activation in ("tanh", "identity")) != shared
     assert_matches_reference(draw, 2, activation=activation, return_states=return_states, segment=3)
 
@@ -130,8 +124,8 @@ def test_empty_batch_and_no_layers(rows, depth, return_states, device):
 @pytest.mark.parametrize("processors", [4, 132])
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_tile_matches_the_reference(processors, shared, device, monkeypatch):
-    """The tiles that a GPU with so many multiprocessors gets, the last one with rows that are not there."""
-    monkeypatch.setattr(kernels, "_device", lambda device: kernels.Device(processors, 227 * 1024, False))
+    """The tiles for a GPU with this number of multiprocessors. The last tile is not full."""
+    monkeypatch.setattr(kernels, "device_facts", lambda device: kernels.Device(processors, 227 * 1024, False))
 
     def draw():
         return make_arguments(21, 17, 3, shared, device=device), make_filter("matrix", 3, 17, device=device)
@@ -142,7 +136,7 @@ def test_every_tile_matches_the_reference(processors, shared, device, monkeypatc
 @pytest.mark.parametrize("scale", ["number", "shared", "per_layer"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_form_of_the_scales(scale, shared, device):
-    """Without a bias; and without inputs, where the weight tells the number of steps."""
+    """Also without a bias, and without inputs if the weight gives the number of steps."""
     make_scale = {
         "number": lambda: 0.3,
         "shared": lambda: torch.rand(1, device=device, requires_grad=True),
@@ -159,7 +153,7 @@ def test_every_form_of_the_scales(scale, shared, device):
 
 @pytest.mark.parametrize("shared_dim", [1, 2])
 def test_shared_parameters_are_summed_in_float64(shared_dim, device):
-    """Sums that only grow are where float32 loses digits: 3000 segments, each rounded away in part."""
+    """In float32 a sum that only grows loses digits: each of 3000 segments would be rounded away in part."""
     parameter = torch.zeros((3,) * shared_dim, device=device)
     delta, states = torch.rand(2, 5, 3, device=device), torch.rand(2, 5, 3, device=device)
     gradient = kernels._ParameterGradient(parameter, shared_dim, rows=5)
@@ -170,7 +164,7 @@ def test_shared_parameters_are_summed_in_float64(shared_dim, device):
             gradient.add_sums(2 * segment, delta)
     wide = delta.double()
     once = torch.einsum("lmo,lmi->oi", wide, states.double()) if shared_dim == 2 else wide.sum((0, 1))
-    # Five products of one sign in float32, and the last rounding.
+    # The bound covers five products of one sign in float32, and the last rounding.
     torch.testing.assert_close(gradient.result().double(), 3000 * once, rtol=6 * torch.finfo().eps, atol=0)
 
 
@@ -211,7 +205,7 @@ def test_same_bits_every_time(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 def test_activation_error_in_ulps(activation, dtype, device):
-    """Over the whole range, through W = I and no filter branch; such products are exact."""
+    """The whole range, with W = I and without the filter branch, so that the products are exact."""
     exponents = torch.linspace(-30, 7, 64 * 48, dtype=torch.float64)
     values = torch.cat([-(2**exponents), 2**exponents]).to(device, dtype).reshape(-1, 64)
     eye = torch.eye(64, dtype=dtype, device=device).unsqueeze(0)
@@ -220,7 +214,7 @@ def test_activation_error_in_ulps(activation, dtype, device):
     expected = EXACT[activation](values.double())
     error = (actual.double() - expected).abs() / (expected.abs() * torch.finfo(dtype).eps)
     normal = expected.abs() > torch.finfo(dtype).tiny * 2**10
-    # The float64 oracle is itself good to 1 ulp; a GPU's float32 division adds up to 2.
+    # The float64 oracle itself is accurate to 1 ulp; a GPU's float32 division adds up to 2.
     allowed = 5 if dtype == torch.float64 else 4 + 2 * (device.type == "cuda")
     print(f"{activation} {dtype}: {error[normal].max():.2f} ulp")
     assert error[normal].max() < allowed
@@ -249,7 +243,7 @@ def test_non_finite_values_stay_in_their_row(bad, device):
 
 
 def test_padding_never_reaches_the_result(device):
-    """17 of 32 columns: what stands in the others meets weights that are 0, but 0 * inf is NaN where tanh(inf) is 1."""
+    """17 of 32 columns exist. The weights of the others are 0, but 0 * inf would be NaN where tanh(inf) is 1."""
     h0, weight, bias, *_ = [tensor.detach() for tensor in make_arguments(1, 17, 3, device=device)]
     h0[0, 0] = torch.inf
     filter = torch.arange(17, device=device).roll(1)
@@ -262,7 +256,7 @@ def test_padding_never_reaches_the_result(device):
 
 @pytest.mark.parametrize("wrong", [[0, 1, 2, 2], [0, 1, 2, 4], [0, -1, 2, 3], [0, 1, 2, 10**6], [-(10**6), 1, 2, 3]])
 def test_a_wrong_permutation_gives_nan(wrong, device):
-    """Called past the public function, which looks at the permutation: never a read out of bounds, never a number."""
+    """The op, without the public function's check, gives NaN and never reads out of bounds."""
     h0, weight, bias, alpha, beta, _ = [t.detach() for t in make_arguments(2, 4, 3, device=device)]
     filter = torch.tensor(wrong, device=device)
     output, _ = overload(op.NAME)(h0, weight, bias, filter, alpha, beta, None, 3, "identity", 0, False)
@@ -272,7 +266,7 @@ def test_a_wrong_permutation_gives_nan(wrong, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shared", [False, True])
 def test_sixteen_bit_weight_beside_a_float32_state(dtype, shared, device):
-    """The bits of the same weight in float32; its gradient is rounded once."""
+    """The result has the same bits as with the weight in float32. The gradient is rounded once."""
     h0, weight, bias, alpha, beta, inputs = [t.detach() for t in make_arguments(5, 17, 4, shared, device=device)]
     filter = make_filter("matrix", 4, 17, device=device)
     narrow = weight.to(dtype)
@@ -294,12 +288,12 @@ def sixteen_bit_arguments(device, dtype=torch.bfloat16):
     return h0, weight, bias, make_filter("matrix", 4, 5, device=device)
 
 
-def test_the_public_function_hands_a_sixteen_bit_weight_on(device, monkeypatch):
-    """No copy of the weights in float32: the kernels see what the user gave, and the gradient has its dtype."""
+def test_the_kernels_take_a_sixteen_bit_weight_as_it_is(device, monkeypatch):
+    """The public function makes no float32 copy of the weight, and the gradient has the weight's dtype."""
     seen = []
     for name in ("orthogonal_filter", "orthogonal_filter_backward"):
         launch = getattr(kernels, name)
-        # weight is the second argument of the one and the third of the other.
+        # weight is the second argument forward and the third argument backward.
         place = 1 if name == "orthogonal_filter" else 2
         monkeypatch.setattr(
             kernels, name, lambda *a, launch=launch, place=place: seen.append(a[place].dtype) or launch(*a)
@@ -319,7 +313,7 @@ def test_the_public_function_hands_a_sixteen_bit_weight_on(device, monkeypatch):
 
 
 def test_second_order_and_forward_mode_in_sixteen_bits(device):
-    """Against float32 on the same numbers; every result is rounded to 16 bits a few times on its way."""
+    """Against float32 on the same numbers: every result is rounded to 16 bits a few times."""
     h0, weight, bias, filter = sixteen_bit_arguments(device)
     wide = [tensor.detach().float().requires_grad_() for tensor in (h0, weight, bias)]
     direction = [torch.randn_like(tensor) for tensor in wide]
@@ -338,7 +332,7 @@ def test_second_order_and_forward_mode_in_sixteen_bits(device):
     ):
         assert narrow.dtype == torch.bfloat16
         error = (narrow.float() - exact).abs().max() / exact.abs().max()
-        # Output, first gradients, tangents and result: each half a unit of 2^-8, and squares double what goes in.
+        # Output, first gradients, tangents and result each add half a unit of 2^-8, and squares double their input's.
         assert error < 8 * 2**-8, f"{name}: {error:.3g}"
 
 
@@ -376,7 +370,7 @@ def test_gradcheck_and_gradgradcheck(filter_kind, device):
         return run(arguments, filter, segment=2)
 
     assert torch.autograd.gradcheck(function, arguments, check_forward_ad=True, fast_mode=True)
-    if filter_kind == "matrix":  # second order is the reference's formulas, whatever the filter
+    if filter_kind == "matrix":  # the reference computes second order, whatever the filter
         assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
 

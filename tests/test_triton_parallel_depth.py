@@ -1,31 +1,25 @@
-"""The Triton kernels of the recurrence in parallel over depth, against plain numpy in more digits.
+"""The Triton kernels of the recurrence in parallel over depth, against plain numpy in higher precision.
 
-Without a GPU they run in Triton's interpreter, in the process that test_triton_kernels.py starts: every shape here is
-as small as what it shows allows.
+Without a GPU they run in Triton's interpreter (see support/triton_process.py), which is slow: every shape is as small
+as its test allows.
 """
 
-import importlib
 import itertools
-import os
 
 import numpy as np
 import pytest
 import torch
 from support.numerics import assert_by_the_rule, needs_more_digits
+from support.triton_process import DEVICE_TYPE, import_kernels
 
-from lcw_ops.ops import backends
 from lcw_ops.ops.parallel_depth import op
 from lcw_ops.reference import parallel_depth as reference
 
-DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
-if (missing := backends.missing_reason(op.SWEEP, "triton", DEVICE_TYPE)) is not None:
-    pytest.skip(f"{missing}; test_triton_kernels.py starts such a process", allow_module_level=True)
-
-kernels = importlib.import_module("lcw_ops.kernels.parallel_depth")
+kernels = import_kernels("parallel_depth", op.SWEEP)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "made_on_device"),
-    # numpy's, of what is not finite.
+    # numpy warns about numbers that are not finite.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
@@ -54,7 +48,7 @@ def make_filter(kind, width):
             cosine[-1], sine[-1] = -1, 0
         return torch.cat((cosine, sine))
     unit = torch.arange(width)
-    # Pairs that change places leave the last of an odd number where it is.
+    # Neighbours change places. The last unit of an odd number stays.
     pairs = (unit ^ 1).clamp(max=width - 1)
     return {"random": torch.randperm(width), "identity": unit, "cyclic": unit.roll(1), "pairs": pairs}[kind]
 
@@ -68,12 +62,12 @@ def scale(steps, dtype, per_layer=True):
 
 
 def exact(tensor):
-    """In as many digits as numpy has: those that float64 is judged by."""
+    """In numpy's highest precision, by which float64 results are judged."""
     return tensor.cpu().double().numpy().astype(np.longdouble)
 
 
 def judge(name, results):
-    """Of triples (actual, in plain torch, in more digits)."""
+    """Judge triples (actual, in plain torch, exact)."""
     dtype = results[0][0].dtype
     digits = np.longdouble if dtype == torch.float64 else np.float64
     triples = [(actual.cpu(), eager.cpu(), exact.astype(digits)) for actual, eager, exact in results]
@@ -95,7 +89,7 @@ EXACT_DERIVATIVES = {
 
 
 def exact_scan(first, source, filter, alpha):
-    """One layer after the other, as the recurrence is written."""
+    """The recurrence layer by layer."""
     states = [exact(first)]
     alpha = np.broadcast_to(exact(alpha), len(source))
     if not filter.is_floating_point():
@@ -120,7 +114,7 @@ def exact_activation(product, bias, inputs, beta, activation, table=EXACT_ACTIVA
 
 
 def assert_same_change(actual, new, old):
-    """What the states that were stored say; a GPU's float32 division is good to 2 ulp."""
+    """``actual`` is the change of the stored states. A GPU's float32 division is accurate to 2 ulp."""
     assert actual.shape == (1,)
     assert actual.dtype == torch.float64
     expected = reference.relative_change(new, old)
@@ -128,7 +122,7 @@ def assert_same_change(actual, new, old):
 
 
 def check_sweeps(cases):
-    """Of each case (states, product, bias, inputs, filter, alpha, beta, activation)."""
+    """Judge a sweep of each case (states, product, bias, inputs, filter, alpha, beta, activation)."""
     results = []
     for states, *arguments in cases:
         product, bias, inputs, filter, alpha, beta, activation = arguments
@@ -185,7 +179,7 @@ def test_every_form_of_the_arguments(alpha_per_layer, beta_per_layer, bias, shor
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS[:4], ids=str)
 def test_adjoint_matches_the_recurrence(kind, dtype, short_chunks):
-    """With each of product, outside and slope given and left out."""
+    """Each of product, outside and slope is given once and left out once."""
     needs_more_digits(dtype)
     results = []
     present = itertools.product((False, True), repeat=3)
@@ -198,7 +192,7 @@ def test_adjoint_matches_the_recurrence(kind, dtype, short_chunks):
         assert_same_change(kernels.adjoint_sweep_(new, *arguments, slope, scaled), new[:-1], gradients[:-1])
         reference.adjoint_sweep_(eager, *arguments, None, None)
         assert torch.equal(new[-1], gradients[-1])
-        # The product of what was stored, to the bit.
+        # The product of the stored gradients, with the same bits.
         assert torch.equal(scaled, before if slope is None else slope * new[1:])
         source = np.zeros((steps, rows, width), np.longdouble)
         for term in (product, outside):
@@ -243,18 +237,18 @@ def test_nothing_to_do(shape, kind):
 
 @pytest.mark.parametrize("kind", ["random", "rotations"])
 def test_nothing_drifts(kind):
-    """No second term: the power of a permutation to the bit, and rotations rounded once after 25 of them."""
+    """Without a second term 25 permutations are exact, and 25 rotations are rounded once."""
     steps, width = 25, 6
     filter, first = make_filter(kind, width), torch.randn(1, width)
     states = torch.full((steps + 1, 1, width), torch.nan)
     states[0] = first
-    # What is not a number yet may stand in memory that the states are written to.
+    # The memory for the states may hold NaN.
     kernels.sweep_(states, None, None, None, filter, torch.ones(1), torch.ones(1), "tanh")
     wanted = exact_scan(first, np.zeros((steps, 1, width)), filter, torch.ones(1))
     if kind == "random":
         assert (exact(states) == wanted).all()
     else:
-        # Cosines in float32 would leave many times as much.
+        # With cosines in float32 the error would be many times as large.
         assert (np.abs(exact(states) - wanted) <= 0.501 * torch.finfo().eps * np.abs(wanted).max()).all()
 
 
@@ -276,7 +270,7 @@ def test_a_second_sweep_changes_nothing_and_has_the_same_bits(kind):
 
 
 def test_one_changed_number_is_found_wherever_it_is(short_chunks):
-    """Relative to the largest of its own row; the last row and the last unit stand beside padding."""
+    """The change is relative to the largest number of its row. The last row and the last unit are beside padding."""
     new, filter = torch.randn(2 * CHUNK + 2, 3, 5), make_filter("random", 5)
     arguments = (torch.randn(2 * CHUNK + 1, 3, 5), None, None, filter, torch.ones(1), torch.ones(1), "sigmoid")
     kernels.sweep_(new, *arguments)
@@ -304,7 +298,7 @@ NAN, INF = float("nan"), float("inf")
         ("product", INF, "random"),
     ],
 )
-def test_what_is_not_finite_is_told_and_stays_in_its_row(name, bad, kind, short_chunks):
+def test_non_finite_numbers_are_reported_and_stay_in_their_row(name, bad, kind, short_chunks):
     states, product, filter = torch.randn(7, 3, 5), torch.randn(6, 3, 5), make_filter(kind, 5)
     arguments = (None, None, filter, torch.full((1,), 0.5), torch.ones(1), "identity")
     clean = states.clone()
@@ -323,7 +317,7 @@ def test_what_is_not_finite_is_told_and_stays_in_its_row(name, bad, kind, short_
 
 @pytest.mark.parametrize(("old", "expected"), [(0.0, 0.0), (1.0, INF)])
 def test_states_of_zero(old, expected):
-    """0 / 0 is no change; from something to nothing is the largest there is."""
+    """0 / 0 counts as no change; a change from 1 to 0 is infinite."""
     states = torch.zeros(4, 2, 3)
     states[2, 1, 1] = old
     change = kernels.sweep_(states, None, None, None, make_filter("cyclic", 3), torch.ones(1), torch.ones(1), "relu")
@@ -331,8 +325,8 @@ def test_states_of_zero(old, expected):
     assert not states.any()
 
 
-def test_tiny_and_huge_changes_are_told():
-    """Squares of either would be lost."""
+def test_tiny_and_huge_changes_are_reported():
+    """The squares of either would underflow or overflow."""
     for size in (1e-30, 1e30):
         states = torch.full((3, 1, 2), size)
         states[1:] *= 2
@@ -355,20 +349,20 @@ def test_chunks_cover_all_layers_and_fill_the_machine():
         assert chunks == 1 or chunks * warps <= processors * kernels.WARPS_PER_PROCESSOR
     # 128 samples of 64 units are 32 tiles of one warp.
     assert kernels.choose_chunk(50_000, 32, 132) == 225
-    # More rows than the GPU has room for: layers need not be split.
+    # The rows alone fill the GPU: the layers are not split.
     assert kernels.choose_chunk(50_000, 10**6, 132) == 50_000
 
 
 @pytest.mark.parametrize("wrong", [[0, 1, 2, 2], [0, 1, 2, 4], [0, -1, 2, 3], [0, 1, 2, 10**6], [-(10**6), 1, 2, 3]])
 def test_a_wrong_permutation_gives_nan(wrong):
-    """Never a read or a write out of bounds, never a number."""
+    """The result is NaN, without a read or a write out of bounds."""
     states, one = torch.randn(4, 2, 4), torch.ones(1)
     change = kernels.sweep_(states, torch.randn(3, 2, 4), None, None, torch.tensor(wrong), one, one, "tanh")
     assert change.isnan()
     assert states[1:].isnan().all()
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written():
+def test_wrong_arguments_are_refused_before_anything_is_written():
     states, product, one = torch.randn(4, 2, 5), torch.randn(3, 2, 5), torch.ones(1)
     permutation = torch.arange(5)
     good = [states, product, torch.randn(5), torch.randn(3, 2, 5), permutation, one, one, "tanh"]

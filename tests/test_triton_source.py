@@ -1,4 +1,4 @@
-"""Reads the Triton kernels' source for constructs that the oldest supported Triton cannot compile."""
+"""Searches the source of the Triton kernels for constructs that the oldest supported Triton cannot compile."""
 
 import ast
 from pathlib import Path
@@ -19,8 +19,10 @@ def jitted_functions(source: str) -> list[ast.FunctionDef]:
 
 
 def returns_of_none(function: ast.FunctionDef) -> list[str]:
-    """Returns of None, alone, in a tuple, by a condition or by a name: Triton 3.6 makes a tensor of every value that is
-    returned, and there is none of None. A bare ``return`` has no value.
+    """The returns of None: alone, in a tuple, by a condition or by a name.
+
+    Triton 3.6 makes a tensor of every value that is returned, and cannot make one of None. A bare ``return`` has no
+    value.
     """
     assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
     names = {target.id for node in assignments if _may_be_none(node.value, set()) for target in _names(node)}

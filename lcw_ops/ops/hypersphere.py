@@ -167,9 +167,13 @@ library.declare(
 )
 
 
+_OF_WEIGHT_NORM = (NORMALIZE, NORMALIZE_BACKWARD, WEIGHT_NORM_LINEAR, WEIGHT_NORM_LINEAR_BACKWARD)
+
+
 def _in_triton(name: str) -> Callable:
     """The module is imported at the first use: lcw_ops must not need Triton."""
-    return lambda *arguments: getattr(importlib.import_module("lcw_ops.kernels.hypersphere"), name)(*arguments)
+    stem = "weight_norm" if name in _OF_WEIGHT_NORM else "hypersphere"
+    return lambda *arguments: getattr(importlib.import_module(f"lcw_ops.kernels.{stem}"), name)(*arguments)
 
 
 for _name in (

@@ -1,0 +1,51 @@
+"""Variants of kernels/weight_norm.py: normalised rows and the fused layer."""
+
+from aot import DEVICES, EVERY_TARGET, ITEMSIZE, variant, wide
+from lcw_ops.kernels import common
+from lcw_ops.kernels import weight_norm as kernels
+
+
+def _rows(length: int, dtype: str, targets=EVERY_TARGET) -> list[dict]:
+    """Both kernels of rows."""
+    launch = common.choose_row_launch(length, ITEMSIZE[dtype])
+    launch["FITS"] = length <= launch["LANES"]
+    lengths = {"count": 0, "length": length}
+    return [
+        variant(kernel, f"{length}-{dtype}", dict.fromkeys(pointers, dtype), lengths, (), launch, targets=targets)
+        for kernel, pointers in (
+            (kernels.normalize_kernel, ("weight", "scale", "output")),
+            (kernels.normalize_backward_kernel, ("grad_output", "weight", "scale", "grad_weight", "grad_scale")),
+        )
+    ]
+
+
+def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> list[dict]:
+    """For each target the fused product, and the sum of its parts if it has several."""
+    rows, units, features = shape
+    variants = []
+    for target in targets:
+        device = DEVICES[target]
+        launch = common.choose_fused_launch(rows, units, features, ITEMSIZE[dtype], device)
+        splits, chunk = launch.pop("splits"), launch.pop("chunk")
+        outputs = dict.fromkeys(("scale", "bias", "output"), dtype)
+        outputs |= dict.fromkeys(("products", "squares", "exponents"), wide(dtype) if splits > 1 else None)
+        id = f"{rows}x{units}x{features}-{dtype}-{splits}-splits"
+        others = {"targets": (target,), "shared_memory": device.shared_memory}
+        lengths = {"rows": 0, "units": 0, "features": features, "chunk": chunk}
+        pointers = {"x": dtype, "weight": dtype} | outputs
+        variants.append(variant(kernels.weight_norm_linear_kernel, id, pointers, lengths, (), launch, **others))
+        if splits > 1:
+            tile = {"BLOCK_M": launch["BLOCK_M"], "BLOCK_N": common.REDUCE_UNITS}
+            lengths = dict.fromkeys(("rows", "units", "splits"), 0)
+            kernel = kernels.weight_norm_linear_reduce_kernel
+            variants.append(variant(kernel, id, outputs, lengths, (), tile, **others))
+    return variants
+
+
+VARIANTS = [
+    *_rows(4096, "fp32"),
+    # Several steps, and as many warps as a row can have. Not for AMD: the masks of eight loads take more scalar
+    # registers than there are, and six of them go through vector registers.
+    *_rows(16384, "bf16", targets=("sm_90",)),
+    *_linear((32, 4096, 4096), "bf16", targets=("sm_90", "gfx942")),
+]
