@@ -6,6 +6,7 @@ check below then holds for it. Numbers are judged by the rule of support/numeric
 one ulp of the result's scale. A check is a function of (op, backend) whose name begins with ``check_``.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -152,15 +153,16 @@ def check_empty(op: Op, backend: str) -> None:
 
 def check_layouts(op: Op, backend: str) -> None:
     """Every argument and the gradient in every memory layout, one at a time."""
-    size = op.sizes[0]
-    calls = draws(op, size, torch.float32, most=4)
-    for name in (*calls[0][0], *(("grad_output",) if op.differentiable else ())):
-        for layout in hostile_layouts(calls[0][1] if name == "grad_output" else calls[0][0][name]):
-            given = [
-                replaced(call, name, hostile_layouts(call[1] if name == "grad_output" else call[0][name])[layout])
-                for call in calls
-            ]
-            assert_right(f"{name} {layout}", op, calls, [results(op, op.ours, *call) for call in given])
+    for size, dtype in itertools.product(op.sizes, op.dtypes[:2]):
+        calls = draws(op, size, dtype, most=4)
+        names = (*calls[0][0], *(("grad_output",) if op.differentiable else ()))
+        for name in names:
+            tensors = [call[1] if name == "grad_output" else call[0][name] for call in calls]
+            for layout in hostile_layouts(tensors[0]):
+                laid_out = [hostile_layouts(tensor)[layout] for tensor in tensors]
+                given = [replaced(call, name, tensor) for call, tensor in zip(calls, laid_out, strict=True)]
+                found = [results(op, op.ours, *call) for call in given]
+                assert_right(f"{size}, {dtype}: {name} {layout}", op, calls, found)
 
 
 def check_expanded(op: Op, backend: str) -> None:
