@@ -1,23 +1,24 @@
 # make demo   train a 50,000-layer network on real images and show what vanishes (some minutes)
-# make test   lint, then every test                     make bench   the microbenchmarks, quick sizes
+# make test   lint, then every quick test: at most 10 minutes on 2 cores
+# make test-slow     sanitizers, the CUDA emulator, the deepest proofs, foreign models: at most 30 minutes
+# make test-release  everything else: other versions of torch and Triton, wheels, reproductions (hours; resumes where it
+#                    was interrupted; PARTS="wheels triton-3.6.0" runs these alone)
+# make bench  the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed;
 #             PART=smoke or another part alone: python bench/gpu.py --help
-# make test-release   the Triton kernels with the oldest and the installed Triton: every launch compiled (hours)
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (some minutes)
-.PHONY: demo test test-release lint bench gpu sanitize clean
+.PHONY: demo test test-slow test-release lint bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo
 PART   ?= all
-# Processes that share the tests, a file each: half of them leave all cores but one idle.
+# Parts of make test-release; none is all of them.
+PARTS  ?=
+# Processes that share the tests, a file each. Half of the tests keep one core busy.
 WORKERS ?= 2
 BIN    := $(VENV)/bin
-# Beside the environment, which keeps the Triton that its torch brought.
-OLDEST_TRITON ?= 3.6.0
-OLD    := $(abspath $(VENV))-triton-$(OLDEST_TRITON)
-
 SOURCES := $(shell find csrc -type f) lcw_ops/__init__.py setup.py pyproject.toml
 
 demo: $(VENV)/built
@@ -25,24 +26,19 @@ demo: $(VENV)/built
 	@echo "Open $(OUT)/report.png"
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python tests/run.py fast -n $(WORKERS)
 
-# The tests compile and interpret with the Triton that they import. That of 3.6 cannot be interpreted beside numpy 2.4.
-TEST_TRITON = LCW_OPS_EVERY_LAUNCH=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_triton_*.py
+test-slow: $(VENV)/built
+	$(BIN)/python tests/run.py slow -n $(WORKERS)
 
-test-release: $(VENV)/built $(OLD)/installed
-	PYTHONPATH=$(OLD) $(BIN)/python -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton.__file__"
-	PYTHONPATH=$(OLD) $(TEST_TRITON)
-	$(TEST_TRITON)
-
-$(OLD)/installed: $(VENV)/installed
-	rm -rf $(OLD)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD) triton==$(OLDEST_TRITON) "numpy<2.4"
-	@touch $@
+test-release: $(VENV)/built
+	$(BIN)/python tests/release.py $(addprefix --part ,$(PARTS))
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
 
 bench: $(VENV)/built
 	$(BIN)/lcw-ops bench --quick
@@ -65,4 +61,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info lcw_ops/*.so
+	rm -rf $(VENV) build dist *.egg-info lcw_ops/*.so

@@ -1,29 +1,55 @@
-"""What every test stands on: seeded, uninitialised memory full of NaN, and the device of LCW_OPS_TEST_DEVICE."""
+"""Fixtures of every test: seeds, uninitialised memory full of NaN, the device of LCW_OPS_TEST_DEVICE; and the marks."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from support.marks import marks_of
 
 import lcw_ops
 
-# What is measured in a test is forgotten with it, in the processes that tests start too.
+# Measurements must not outlive a test, nor reach the processes that tests start.
 os.environ["LCW_OPS_CACHE_DIR"] = ""
+
+NODES = pytest.StashKey[list[str]]()
 
 DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: runs in `make test-slow`, not in `make test`")
+    config.addinivalue_line("markers", "every_instruction_set: runs again on each slower instruction set of the CPU")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of support/marks.py, before -m and -k select."""
+    folder = Path(__file__).parent
+    for item in items:
+        node = f"{item.path.relative_to(folder)}::{item.nodeid.partition('::')[2]}"
+        for mark in marks_of(node):
+            item.add_marker(mark)
+        config.stash.setdefault(NODES, []).append(node)
+
+
+@pytest.fixture
+def collected(request) -> list[str]:
+    """All tests of this run as "test_x.py::test_y[id]", those that -m and -k leave out included."""
+    return request.config.stash[NODES]
+
+
 @pytest.fixture
 def device() -> torch.device:
-    """Where kernels are tested: the CPU, or what ``make gpu`` sets LCW_OPS_TEST_DEVICE to."""
+    """The device that kernels are tested on: the CPU, or what ``make gpu`` sets LCW_OPS_TEST_DEVICE to."""
     return DEVICE
 
 
 @pytest.fixture
 def kernel_under_test(device):
-    """orthogonal_filter runs on the compiled kernel of ``device``, or raises: never quietly on the reference.
+    """orthogonal_filter runs on the compiled kernel of ``device``, or raises instead of running the reference.
 
-    On a GPU the kernel runs on request only, until its tests have passed on that generation: these are those tests.
+    A GPU kernel runs on request only until its tests have passed on that generation. These are those tests.
     """
     with lcw_ops.use_backend("cuda" if device.type == "cuda" else "cpp"):
         yield
@@ -31,17 +57,17 @@ def kernel_under_test(device):
 
 @pytest.fixture
 def made_on_device(device):
-    """Tensors and modules are made on ``device`` where no other is named."""
+    """``device`` is the default device of tensors and modules."""
     with device:
         yield
 
 
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():
-    """The same numbers on every run; and memory that a kernel forgets to write reads as NaN.
+    """The same numbers on every run, and NaN in memory that a kernel forgets to write.
 
-    torch fills what ``torch.empty`` and ``new_empty`` return only in its deterministic mode, below Python, so memory
-    that C++ kernels allocate is poisoned too.
+    Only in its deterministic mode does torch fill the memory of ``torch.empty`` and ``new_empty``. It does so below
+    Python, so the memory that C++ kernels allocate is poisoned too.
     """
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -56,14 +82,14 @@ def _seeded_and_poisoned():
 
 @pytest.fixture(params=["own", "torch"])
 def every_multiplier(request, monkeypatch):
-    """Whoever may be the fastest on some processor; without it sizes decide, as in torch's deterministic mode."""
+    """Both implementations of a matrix product. Without this fixture sizes decide: torch's deterministic mode is on."""
     monkeypatch.setenv("LCW_OPS_MATMUL", request.param)
     return request.param
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For files of small products: waking a second thread for each would take longer than the work."""
+    """For files of small products, where waking a second thread takes longer than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from numerics import as_exact, assert_by_the_rule, needs_more_digits, threads
+from support.numerics import as_exact, assert_by_the_rule, needs_more_digits, threads
 
 from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from gradient_activation_kernels import (
+from support.gradient_activation_kernels import (
     ACTIVATION,
     ADAMW,
     SGD,

@@ -9,11 +9,12 @@ import os
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager
-from test_orthogonal_filter import NAMES, make_arguments, make_filter, op, run
+from support.numerics import assert_as_exact_as_eager
+from support.recurrence import NAMES, make_arguments, make_filter, run
 
 import lcw_ops
 from lcw_ops.ops import backends
+from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter, orthogonal_filter_backward
 
 DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))

@@ -17,7 +17,7 @@ from functools import partial
 
 import pytest
 import torch
-from processes import run_ranks
+from support.processes import run_ranks
 from torch import nn
 
 import lcw_ops

@@ -1,16 +1,14 @@
 """The C++ kernel of activated gradients: units in the last place over all numbers, memory, threads, refusals."""
 
-import ctypes
 import math
-import mmap
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numerics import needs_more_digits, threads
-from test_orthogonal_filter_proof import IN_SUBPROCESS, PAGE, between_guards, in_a_process
+from support.guards import between_guards, writable_between_guards
+from support.numerics import needs_more_digits, threads
 
 import lcw_ops
 from lcw_ops import functional as F
@@ -296,44 +294,22 @@ def test_versions_are_counted_in_inference_mode_too(inference):
 # ---- In processes of their own ---------------------------------------------------------------------------------------
 
 
-def writable_between_guards(tensor, flush):
-    guarded = between_guards(tensor, flush)
-    libc = ctypes.CDLL(None)
-    start = guarded.data_ptr() // PAGE * PAGE
-    size = -(-(guarded.data_ptr() + guarded.nbytes - start) // PAGE) * PAGE
-    assert libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE) == 0
-    return guarded
-
-
-if IN_SUBPROCESS:
-
-    @pytest.mark.parametrize("flush", ["front", "back"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_nothing_but_the_arguments_is_touched(flush, dtype):
-        """What a vector too wide would touch is not mapped, and a gradient written to is not writable."""
-        for count in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000):
-            x = torch.randn(count).to(dtype)
-            guarded = writable_between_guards(x, flush)
-            torch.ops.lcw_ops.gradient_activation_.cpp([guarded], KINDS[count % 3], 0.1, 20.0)
-            assert torch.equal(guarded, activate(x, KINDS[count % 3], 0.1, 20.0))
-            w, v, m, s = (writable_between_guards(torch.rand(count).to(dtype), flush) for _ in range(4))
-            gradient, step = between_guards(x, flush), torch.tensor(3.0)
-            numbers = (0.1, 0.9, 0.0, 0.01, True, False, False, count % 2 == 0, KINDS[count % 3], 0.1, 20.0)
-            torch.ops.lcw_ops.activated_sgd_step_.cpp([w], [gradient], [v], *numbers)
-            numbers = (0.1, 0.9, 0.99, 0.01, 1e-8, True, False, KINDS[count % 3], 0.1, 20.0)
-            torch.ops.lcw_ops.activated_adamw_step_.cpp([w], [gradient], [v], [m], [s], [step], *numbers)
-            assert all(tensor.isfinite().all() for tensor in (w, v, m, s))
-
-
-@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
-@pytest.mark.parametrize("capability", ["fastest", "avx2", "portable"])
-def test_every_instruction_set(capability):
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip(f"the fastest instruction set of this processor is {torch.backends.cpu.get_cpu_capability()}")
-    environment = {} if capability == "fastest" else {"LCW_OPS_CPU_CAPABILITY": capability}
-    # The fastest one has had all other tests in this process.
-    more = " or units or rounded_once or no_ordinary or same_bits" if capability != "fastest" else ""
-    in_a_process("nothing_but_the_arguments" + more, __file__, **environment)
+@pytest.mark.parametrize("flush", ["front", "back"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_but_the_arguments_is_touched(flush, dtype):
+    """What a vector too wide would touch is not mapped, and a gradient written to is not writable."""
+    for count in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000):
+        x = torch.randn(count).to(dtype)
+        guarded = writable_between_guards(x, flush)
+        torch.ops.lcw_ops.gradient_activation_.cpp([guarded], KINDS[count % 3], 0.1, 20.0)
+        assert torch.equal(guarded, activate(x, KINDS[count % 3], 0.1, 20.0))
+        w, v, m, s = (writable_between_guards(torch.rand(count).to(dtype), flush) for _ in range(4))
+        gradient, step = between_guards(x, flush), torch.tensor(3.0)
+        numbers = (0.1, 0.9, 0.0, 0.01, True, False, False, count % 2 == 0, KINDS[count % 3], 0.1, 20.0)
+        torch.ops.lcw_ops.activated_sgd_step_.cpp([w], [gradient], [v], *numbers)
+        numbers = (0.1, 0.9, 0.99, 0.01, 1e-8, True, False, KINDS[count % 3], 0.1, 20.0)
+        torch.ops.lcw_ops.activated_adamw_step_.cpp([w], [gradient], [v], [m], [s], [step], *numbers)
+        assert all(tensor.isfinite().all() for tensor in (w, v, m, s))
 
 
 @pytest.mark.parametrize("value", [1e39, 1e-50])

@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager
+from support.numerics import assert_as_exact_as_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode

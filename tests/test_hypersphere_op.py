@@ -15,8 +15,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import as_exact, assert_by_the_rule, evaluate, hostile_layouts, needs_more_digits, saved_tensors, threads
-from sanitize.harness import EAGER_WITHOUT_FMA
+from support.guards import between_guards
+from support.numerics import (
+    as_exact,
+    assert_by_the_rule,
+    evaluate,
+    hostile_layouts,
+    needs_more_digits,
+    saved_tensors,
+    threads,
+)
 from support.unit_ops import (
     DTYPES,
     FUSED,
@@ -38,7 +46,6 @@ from support.unit_ops import (
     normal,
     uniform_angles,
 )
-from test_orthogonal_filter_proof import IN_SUBPROCESS, between_guards, in_a_process
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -1289,49 +1296,27 @@ def test_ops_called_by_themselves_refuse_what_does_not_fit():
 
 # ---- Instruction sets -----------------------------------------------------------------------------------------------
 
-if IN_SUBPROCESS:
 
-    @pytest.mark.parametrize("flush", ["front", "back"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_nothing_but_the_arguments_is_read(monkeypatch, flush, dtype):
-        """A vector too wide would touch memory that is not mapped: the process would end here."""
-        monkeypatch.setenv("LCW_OPS_MATMUL", "own")
+@pytest.mark.parametrize("flush", ["front", "back"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_but_the_arguments_is_read(monkeypatch, flush, dtype):
+    """A vector too wide would touch memory that is not mapped: the process would end here."""
+    monkeypatch.setenv("LCW_OPS_MATMUL", "own")
 
-        def guarded(tensor):
-            # Of no elements there is nothing to guard.
-            return between_guards(tensor, flush) if tensor.numel() else tensor
+    def guarded(tensor):
+        # Of no elements there is nothing to guard.
+        return between_guards(tensor, flush) if tensor.numel() else tensor
 
-        for op in ROW_OPS.values():
-            for n, m in [(1, 1), (1, 2), (3, 3), (2, 9), (5, 16), (3, 17), (7, 33), (2, 127), (40, 513)]:
-                arguments, grad_output = op.draw(n, m, dtype)
-                laid_out = {name: guarded(tensor) for name, tensor in arguments.items()}
-                assert all(
-                    tensor.isfinite().all() for tensor in evaluate(op.ours, laid_out, guarded(grad_output)).values()
-                )
-        for op in LAYERS.values():
-            for rows, n, m in [(1, 1, 1), (2, 5, 2), (3, 5, 17), (8, 24, 64), (32, 3, 16), (33, 7, 33), (70, 26, 15)]:
-                arguments, grad_output = op.draw(n, m, dtype, rows)
-                laid_out = {name: guarded(tensor) for name, tensor in arguments.items()}
-                assert all(
-                    tensor.isfinite().all() for tensor in evaluate(op.ours, laid_out, guarded(grad_output)).values()
-                )
-
-
-@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
-@pytest.mark.parametrize("capability", ["fastest", "avx2", "portable"])
-def test_every_instruction_set(capability):
-    """Values and memory bounds with what this processor would not choose by itself."""
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip(f"the fastest instruction set of this processor is {torch.backends.cpu.get_cpu_capability()}")
-    environment = {} if capability == "fastest" else {"LCW_OPS_CPU_CAPABILITY": capability}
-    if capability == "portable":
-        environment.update(EAGER_WITHOUT_FMA)
-    # The fastest one has had all other tests in this process.
-    more = (
-        " or (normalised_rows and not float16) or test_sines or zero_has or smallest or any_length"
-        " or (test_layers and own and float32)"
-    )
-    in_a_process("nothing_but_the_arguments" + (more if capability != "fastest" else ""), __file__, **environment)
+    for op in ROW_OPS.values():
+        for n, m in [(1, 1), (1, 2), (3, 3), (2, 9), (5, 16), (3, 17), (7, 33), (2, 127), (40, 513)]:
+            arguments, grad_output = op.draw(n, m, dtype)
+            laid_out = {name: guarded(tensor) for name, tensor in arguments.items()}
+            assert all(tensor.isfinite().all() for tensor in evaluate(op.ours, laid_out, guarded(grad_output)).values())
+    for op in LAYERS.values():
+        for rows, n, m in [(1, 1, 1), (2, 5, 2), (3, 5, 17), (8, 24, 64), (32, 3, 16), (33, 7, 33), (70, 26, 15)]:
+            arguments, grad_output = op.draw(n, m, dtype, rows)
+            laid_out = {name: guarded(tensor) for name, tensor in arguments.items()}
+            assert all(tensor.isfinite().all() for tensor in evaluate(op.ours, laid_out, guarded(grad_output)).values())
 
 
 # ---- Gradients of what depends on each other -------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from collections import Counter
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager
+from support.numerics import assert_as_exact_as_eager
 from torch import Tensor
 from torch.export import Dim
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from processes import run_ranks
+from support.processes import run_ranks
 from torch import nn
 
 import lcw_ops

@@ -14,9 +14,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import as_exact, assert_by_the_rule, evaluate, hostile_layouts, needs_more_digits, saved_tensors, threads
-from sanitize.harness import EAGER_WITHOUT_FMA
-from test_orthogonal_filter_proof import IN_SUBPROCESS, between_guards, in_a_process
+from support.guards import between_guards
+from support.numerics import (
+    as_exact,
+    assert_by_the_rule,
+    evaluate,
+    hostile_layouts,
+    needs_more_digits,
+    saved_tensors,
+    threads,
+)
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -881,59 +888,40 @@ def test_a_backend_that_cannot_run_says_so(call):
 
 # ---- Instruction sets -----------------------------------------------------------------------------------------------
 
-if IN_SUBPROCESS:
 
-    @pytest.mark.parametrize("flush", ["front", "back"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_nothing_but_the_arguments_is_read(flush, dtype):
-        """A vector too wide would touch memory that is not mapped: the process would end here."""
-        for rows, m in [(1, 1), (1, 2), (3, 15), (2, 16), (5, 17), (3, 31), (7, 33), (2, 127), (40, 513)]:
-            weight = normal(rows, m, dtype=dtype)
-            guarded = between_guards(weight, flush)
-            for basis in (False, True):
-                assert F.lcw_weight(guarded, basis).isfinite().all()
-                assert torch.ops.lcw_ops.lcw_weight_backward.cpp(guarded, basis).isfinite().all()
-            assert content.fingerprint(guarded) == content.fingerprint(weight)
-
-    @pytest.mark.parametrize("flush", ["front", "back"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_no_product_reads_beyond_its_arguments(monkeypatch, flush, dtype):
-        monkeypatch.setenv("LCW_OPS_MATMUL", "own")
-        backward = torch.ops.lcw_ops.lcw_linear_backward.cpp
-        for rows, n, m in [(1, 1, 1), (3, 5, 17), (8, 24, 64), (11, 7, 33), (17, 3, 16), (65, 7, 31), (70, 26, 15)]:
-            arguments, grad_output = draw(rows, n, m, dtype, False)
-            x, weight, bias, grad = (between_guards(t, flush) for t in (*arguments.values(), grad_output))
-            assert torch.ops.lcw_ops.lcw_linear.cpp(x, weight, bias, False, False).isfinite().all()
-            for gradient in backward(grad, x, weight, False, False, True, True, True):
-                assert gradient.isfinite().all()
-
-    def test_print_a_fingerprint():
-        print("fingerprint", content.fingerprint(torch.arange(100_003, dtype=torch.int32)))
+@pytest.mark.parametrize("flush", ["front", "back"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_but_the_arguments_is_read(flush, dtype):
+    """A vector too wide would touch memory that is not mapped: the process would end here."""
+    for rows, m in [(1, 1), (1, 2), (3, 15), (2, 16), (5, 17), (3, 31), (7, 33), (2, 127), (40, 513)]:
+        weight = normal(rows, m, dtype=dtype)
+        guarded = between_guards(weight, flush)
+        for basis in (False, True):
+            assert F.lcw_weight(guarded, basis).isfinite().all()
+            assert torch.ops.lcw_ops.lcw_weight_backward.cpp(guarded, basis).isfinite().all()
+        assert content.fingerprint(guarded) == content.fingerprint(weight)
 
 
-@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
-@pytest.mark.parametrize("capability", ["fastest", "avx2", "portable"])
-def test_every_instruction_set(capability):
-    """Values, memory bounds and fingerprints with what this processor would not choose by itself."""
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip(f"the fastest instruction set of this processor is {torch.backends.cpu.get_cpu_capability()}")
-    environment = {} if capability == "fastest" else {"LCW_OPS_CPU_CAPABILITY": capability}
-    if capability == "portable":
-        environment.update(EAGER_WITHOUT_FMA)
-    # The fastest one has had all other tests in this process.
-    more = (
-        ""
-        if capability == "fastest"
-        else " or weights_of_every_rank or every_byte or (small_layers and own and True and not float16)"
-    )
-    printed = in_a_process(
-        "nothing_but_the_arguments or beyond_its_arguments or print_a_fingerprint" + more, __file__, **environment
-    )
-    here = content.fingerprint(torch.arange(100_003, dtype=torch.int32))
-    assert f"fingerprint {here}\n" in printed
+@pytest.mark.parametrize("flush", ["front", "back"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_product_reads_beyond_its_arguments(monkeypatch, flush, dtype):
+    monkeypatch.setenv("LCW_OPS_MATMUL", "own")
+    backward = torch.ops.lcw_ops.lcw_linear_backward.cpp
+    for rows, n, m in [(1, 1, 1), (3, 5, 17), (8, 24, 64), (11, 7, 33), (17, 3, 16), (65, 7, 31), (70, 26, 15)]:
+        arguments, grad_output = draw(rows, n, m, dtype, False)
+        x, weight, bias, grad = (between_guards(t, flush) for t in (*arguments.values(), grad_output))
+        assert torch.ops.lcw_ops.lcw_linear.cpp(x, weight, bias, False, False).isfinite().all()
+        for gradient in backward(grad, x, weight, False, False, True, True, True):
+            assert gradient.isfinite().all()
 
 
 # ---- Fingerprint ----------------------------------------------------------------------------------------------------
+
+
+def test_the_number_is_the_same_on_every_instruction_set():
+    """A constant: files and other processes may hold the number of a tensor."""
+    assert content.fingerprint(torch.arange(100_003, dtype=torch.int32)) == 0x7E11767DC59360FD
+
 
 # Nothing, less than a vector of lanes, and around its 128 bytes and the blocks of 65,536.
 BYTE_COUNTS = [0, 1, 7, 127, 128, 129, 65535, 65536, 65537, 200_001]

@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from test_optim import (
+from support.optimizers import (
     KINDS,
     PAIRS,
     AdamWOracle,

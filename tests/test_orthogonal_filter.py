@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager, hostile_layouts
+from support.numerics import assert_as_exact_as_eager, hostile_layouts
+from support.recurrence import NAMES, make_arguments, make_filter, run
 
 import lcw_ops
 from lcw_ops import functional as F
@@ -19,35 +20,7 @@ ACTIVATIONS = ["tanh", "relu", "sigmoid", "identity"]
 FILTERS = ["matrix", "permutation", "per_layer"]
 pytestmark = pytest.mark.usefixtures("kernel_under_test")
 
-NAMES = ["h0", "weight", "bias", "alpha", "beta", "inputs"]
 RESULTS = ["output", *(f"gradient of {name}" for name in NAMES)]
-
-
-def make_filter(kind, depth, width, dtype=torch.float32, device="cpu"):
-    if kind == "permutation":
-        return torch.randperm(width, device=device)
-    shape = (depth, width, width) if kind == "per_layer" else (width, width)
-    return torch.linalg.qr(torch.randn(shape, dtype=torch.float64, device=device)).Q.to(dtype)
-
-
-def make_arguments(rows, width, depth, shared=False, dtype=torch.float32, device="cpu"):
-    """h0, weight, bias, alpha, beta, inputs; scaled like a network that trains: beta ~ 1/L, alpha = 1 - beta."""
-    options = {"dtype": dtype, "device": device}
-    beta = (0.5 + torch.rand(depth, **options)) / max(depth, 1)
-    tensors = [
-        torch.randn(rows, width, **options),
-        torch.randn(*(() if shared else (depth,)), width, width, **options) / width**0.5,
-        torch.randn(*(() if shared else (depth,)), width, **options),
-        1 - beta,
-        beta,
-        torch.randn(depth, rows, width, **options),
-    ]
-    return [tensor.requires_grad_() for tensor in tensors]
-
-
-def run(arguments, filter, **options):
-    h0, weight, bias, alpha, beta, inputs = arguments
-    return F.orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, **options)
 
 
 def to_float64(arguments, filter):

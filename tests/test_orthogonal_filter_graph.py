@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager
-from test_orthogonal_filter import NAMES, make_arguments, make_filter
+from support.numerics import assert_as_exact_as_eager
+from support.recurrence import NAMES, make_arguments, make_filter
 
 import lcw_ops
 from lcw_ops.ops import backends, library

@@ -14,9 +14,7 @@ What runs where, by what a reference costs:
   gradients of every 7th layer's weight and bias); in the time form N = 32 with M = 1 and 8.
 """
 
-import ctypes
 import itertools
-import mmap
 import os
 import subprocess
 import sys
@@ -29,8 +27,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import hostile_layouts, threads
-from sanitize.harness import EAGER_WITHOUT_FMA
+from support.guards import between_guards
+from support.numerics import hostile_layouts, threads
 from torch import Tensor
 
 import lcw_ops
@@ -53,8 +51,6 @@ NAMES = ["h0", "weight", "bias", "alpha", "beta", "inputs"]
 # Gradients with one entry per sample, and those that are sums over the samples.
 ROW_WISE = ["h0", "inputs"]
 
-# Set in the processes that tests below start.
-IN_SUBPROCESS = "LCW_OPS_PROOF_SUBPROCESS" in os.environ
 SANITIZED = os.environ.get("LCW_OPS_PROOF_SANITIZED") == "1"
 
 # What has few numbers is judged over so many layers, of several nets where one has fewer.
@@ -732,26 +728,6 @@ def test_nan_and_infinity_stay_in_their_row(activation, rows):
 
 # ---- In processes of their own -------------------------------------------------------------------------------------
 
-PAGE = mmap.PAGESIZE
-PROT_NONE, MAP_PRIVATE_ANONYMOUS = 0, 0x22
-
-
-def between_guards(tensor, flush):
-    """The same tensor in read-only memory with an unreadable page on either side, flush with one of them."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = tensor.numel() * tensor.element_size()
-    inside = -(-size // PAGE) * PAGE
-    address = libc.mmap(None, inside + 2 * PAGE, PROT_NONE, MAP_PRIVATE_ANONYMOUS, -1, 0) + PAGE
-    assert libc.mprotect(address, inside, mmap.PROT_READ | mmap.PROT_WRITE) == 0
-    start = address if flush == "front" else address + inside - size
-    guarded = torch.frombuffer((ctypes.c_char * size).from_address(start), dtype=tensor.dtype).view(tensor.shape)
-    guarded.copy_(tensor)
-    assert libc.mprotect(address, inside, mmap.PROT_READ) == 0
-    return guarded
-
 
 def call_between_guards(rows, width, steps, dtype, kind, shared, flush, return_states):
     net = make_net(rows, width, steps, kind, shared=shared)
@@ -767,50 +743,18 @@ def call_between_guards(rows, width, steps, dtype, kind, shared, flush, return_s
     assert all(tensor.isfinite().all() for tensor in results.values())
 
 
-if IN_SUBPROCESS:
-
-    @pytest.mark.parametrize("flush", ["front", "back"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    @pytest.mark.parametrize("thread_count", [1, 3])
-    def test_nothing_but_the_arguments_is_read_and_nothing_of_them_written(flush, dtype, thread_count):
-        """What a vector too wide or a tile too high would touch is not mapped: the process would end here."""
-        with threads(thread_count):
-            for rows, width in itertools.product((1, 2, 3, 5, 9, 17, 33), (1, 2, 5, 8, 13, 16, 31, 65, 100)):
-                kind = FILTERS[(rows + width) % len(FILTERS)]
-                shared = (rows * width) % 3 == 0
-                call_between_guards(rows, width, 3, dtype, kind, shared, flush, return_states=width % 2 == 0)
+@pytest.mark.parametrize("flush", ["front", "back"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("thread_count", [1, 3])
+def test_nothing_but_the_arguments_is_read_and_nothing_of_them_written(flush, dtype, thread_count):
+    """What a vector too wide or a tile too high would touch is not mapped: the process would end here."""
+    with threads(thread_count):
+        for rows, width in itertools.product((1, 2, 3, 5, 9, 17, 33), (1, 2, 5, 8, 13, 16, 31, 65, 100)):
+            kind = FILTERS[(rows + width) % len(FILTERS)]
+            shared = (rows * width) % 3 == 0
+            call_between_guards(rows, width, 3, dtype, kind, shared, flush, return_states=width % 2 == 0)
 
 
-def in_a_process(selection, file=__file__, **environment):
-    """Tests of a file in a process of their own; returns what they print and what pytest says."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", file]
-    result = subprocess.run(
-        [*command, "-k", selection],
-        env={**os.environ, "LCW_OPS_PROOF_SUBPROCESS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
-    return result.stdout
-
-
-@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
-@pytest.mark.parametrize("capability", ["fastest", "avx2", "portable"])
-def test_every_instruction_set(capability):
-    """Sizes, kinds and memory bounds with what this processor would not choose by itself."""
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip(f"the fastest instruction set of this processor is {torch.backends.cpu.get_cpu_capability()}")
-    environment = {} if capability == "fastest" else {"LCW_OPS_CPU_CAPABILITY": capability}
-    if capability == "portable":
-        environment.update(EAGER_WITHOUT_FMA)
-    # The fastest one has had all other tests in this process.
-    more = "" if capability == "fastest" else " or every_row or every_width or every_kind or all_of_float32 or rounded"
-    in_a_process("nothing_but_the_arguments" + more, **environment)
-
-
-@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
 def test_fewer_threads_than_asked_for():
     """OpenMP may start fewer threads than torch asks for.
 

@@ -6,10 +6,8 @@ The oracle is a loop over the layers in long double, which shares no code with t
 import numpy as np
 import pytest
 import torch
-from numerics import as_exact, assert_by_the_rule, needs_more_digits, threads
-from sanitize.harness import EAGER_WITHOUT_FMA
-from test_gradient_activation_cpp import writable_between_guards
-from test_orthogonal_filter_proof import IN_SUBPROCESS, between_guards, in_a_process
+from support.guards import between_guards, writable_between_guards
+from support.numerics import as_exact, assert_by_the_rule, needs_more_digits, threads
 
 from lcw_ops.ops import backends
 from lcw_ops.ops.parallel_depth import op as ops
@@ -448,41 +446,27 @@ def test_wrong_arguments_are_refused_before_the_first_write(op, place):
 
 # ---- In processes of their own ---------------------------------------------------------------------------------------
 
-if IN_SUBPROCESS:
 
-    @pytest.mark.parametrize("flush", ["front", "back"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("count", [1, 3])
-    def test_nothing_but_the_arguments_is_touched(count, dtype, flush):
-        """What a vector too wide would touch is not mapped, and what is only read is not writable."""
-        shapes = [(3, rows, width) for rows in (1, 5) for width in (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64)]
-        for variant, shape in enumerate([*shapes, *LONG[1:2]] if count > 1 else shapes):
-            kind = FILTERS[variant % len(FILTERS)]
-            cases = (
-                (kernels().sweep_, sweep_arguments(shape, dtype, kind, "tanh", variant), (0,)),
-                (kernels().adjoint_sweep_, adjoint_arguments(shape, dtype, kind, 7), (0, 6)),
-                (kernels().activate_, [torch.randn(shape, dtype=dtype), None, None, torch.ones(1, dtype=dtype)], (0,)),
-            )
-            for function, arguments, written in cases:
-                guarded = [
-                    (writable_between_guards if place in written else between_guards)(argument, flush)
-                    if isinstance(argument, torch.Tensor)
-                    else argument
-                    for place, argument in enumerate(arguments)
-                ]
-                with threads(count):
-                    function(*guarded, *(("tanh", False) if function is kernels().activate_ else ()))
-                assert all(guarded[place].isfinite().all() for place in written)
-
-
-@pytest.mark.skipif(IN_SUBPROCESS, reason="this is the process that the test below starts")
-@pytest.mark.parametrize("capability", ["fastest", "avx2", "portable"])
-def test_every_instruction_set(capability):
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip(f"the fastest instruction set of this processor is {torch.backends.cpu.get_cpu_capability()}")
-    environment = {} if capability == "fastest" else {"LCW_OPS_CPU_CAPABILITY": capability}
-    if capability == "portable":
-        environment.update(EAGER_WITHOUT_FMA)
-    # The fastest one has had all other tests in this process.
-    more = " or (every_size and (tanh or adjoint)) or relative_change" if capability != "fastest" else ""
-    in_a_process("nothing_but_the_arguments" + more, __file__, **environment)
+@pytest.mark.parametrize("flush", ["front", "back"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_nothing_but_the_arguments_is_touched(count, dtype, flush):
+    """What a vector too wide would touch is not mapped, and what is only read is not writable."""
+    shapes = [(3, rows, width) for rows in (1, 5) for width in (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64)]
+    for variant, shape in enumerate([*shapes, *LONG[1:2]] if count > 1 else shapes):
+        kind = FILTERS[variant % len(FILTERS)]
+        cases = (
+            (kernels().sweep_, sweep_arguments(shape, dtype, kind, "tanh", variant), (0,)),
+            (kernels().adjoint_sweep_, adjoint_arguments(shape, dtype, kind, 7), (0, 6)),
+            (kernels().activate_, [torch.randn(shape, dtype=dtype), None, None, torch.ones(1, dtype=dtype)], (0,)),
+        )
+        for function, arguments, written in cases:
+            guarded = [
+                (writable_between_guards if place in written else between_guards)(argument, flush)
+                if isinstance(argument, torch.Tensor)
+                else argument
+                for place, argument in enumerate(arguments)
+            ]
+            with threads(count):
+                function(*guarded, *(("tanh", False) if function is kernels().activate_ else ()))
+            assert all(guarded[place].isfinite().all() for place in written)

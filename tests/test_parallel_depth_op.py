@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager, hostile_layouts, saved_tensors
+from support.numerics import assert_as_exact_as_eager, hostile_layouts, saved_tensors
 from torch import Tensor
 
 import lcw_ops

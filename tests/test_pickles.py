@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager
 from pickles import make
+from support.numerics import assert_as_exact_as_eager
 
 import lcw_ops
 

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from gradient_activation_kernels import ACTIVATION, GradientActivationKernels, Ops, SgdCase, gradients
+from support.gradient_activation_kernels import ACTIVATION, GradientActivationKernels, Ops, SgdCase, gradients
 from support.triton_process import DEVICE_TYPE, import_kernels
 
 from lcw_ops.ops.gradient_activation import NAME

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager, hostile_layouts
+from support.numerics import assert_as_exact_as_eager, hostile_layouts
 from support.triton_process import import_kernels, multiply_bfloat16
 
 import lcw_ops

@@ -8,9 +8,9 @@ import itertools
 
 import pytest
 import torch
-from numerics import assert_as_exact_as_eager, hostile_layouts
+from support.numerics import assert_as_exact_as_eager, hostile_layouts
+from support.recurrence import NAMES, make_arguments, make_filter, run
 from support.triton_process import import_kernels
-from test_orthogonal_filter import NAMES, make_arguments, make_filter, run
 
 import lcw_ops
 from lcw_ops import functional as F

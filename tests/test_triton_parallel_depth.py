@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from numerics import assert_by_the_rule, needs_more_digits
+from support.numerics import assert_by_the_rule, needs_more_digits
 from support.triton_process import DEVICE_TYPE, import_kernels
 
 from lcw_ops.ops.parallel_depth import op

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from numerics import hostile_layouts
+from support.numerics import hostile_layouts
 from support.triton_layers import (
     DTYPES,
     EMPTY_SHAPES,

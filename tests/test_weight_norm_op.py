@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from numerics import as_exact, assert_by_the_rule, evaluate
+from support.numerics import as_exact, assert_by_the_rule, evaluate
 from support.unit_ops import (
     FUSED,
     draw_weight_norm,

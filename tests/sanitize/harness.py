@@ -105,7 +105,7 @@ def run(package: Path, sanitizers: str, arguments: list[str], **environment: str
 def run_tests(package: Path, sanitizers: str, selection: str, **environment: str) -> subprocess.CompletedProcess:
     """The tests of the proof that ``selection`` names, on the sanitized package."""
     arguments = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", str(PROOF), "-k", selection]
-    proof = {"LCW_OPS_PROOF_SUBPROCESS": "1", "LCW_OPS_PROOF_SANITIZED": "1"}
+    proof = {"LCW_OPS_PROOF_SANITIZED": "1"}
     return run(package, sanitizers, arguments, **proof, **EAGER_WITHOUT_FMA, **environment)
 
 

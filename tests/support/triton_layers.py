@@ -3,7 +3,8 @@
 import math
 
 import torch
-from numerics import assert_as_exact_as_eager
+
+from support.numerics import assert_as_exact_as_eager
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # (samples, units, features) of layers: one of everything, both sides of 64 samples, and more units than a tile has.

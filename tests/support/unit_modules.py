@@ -6,9 +6,9 @@ import math
 from functools import partial
 
 import torch
-from numerics import assert_as_exact_as_eager
 
 from lcw_ops import nn
+from support.numerics import assert_as_exact_as_eager
 
 RANKS = (1, 2, 3)
 GMP_CONVS = (nn.GmPConv1d, nn.GmPConv2d, nn.GmPConv3d)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numerics import as_exact, assert_by_the_rule, evaluate
 
 from lcw_ops import functional as F
 from lcw_ops import reference
 from lcw_ops.ops import hypersphere, library
+from support.numerics import as_exact, assert_by_the_rule, evaluate
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*NARROW, torch.float64]

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from numerics import as_exact, needs_more_digits
 from torch import Tensor
+
+from support.numerics import as_exact, needs_more_digits
 
 KINDS = ("arctan", "tanh", "log")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -1,0 +1,347 @@
+"""The contract of an op: what every public function must do on every backend. tests/test_contract.py is its table.
+
+An op registers four things: the function (``ours``), the same in eager torch (``plain``), the exact result and its
+gradients (``exact``; by default ``plain`` in float64), and a ``draw`` of its arguments for a size and a dtype. Each
+check below then holds for it. Numbers are judged by the rule of support/numerics.py: at most twice eager's error, plus
+one ulp of the result's scale. A check is a function of (op, backend) whose name begins with ``check_``.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from support.guards import between_guards
+from support.numerics import assert_as_exact_as_eager, hostile_layouts, threads
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lcw_ops
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+Arguments = dict[str, Tensor]
+# Results of fewer numbers than POOLED are judged over several draws: one number has one rounding error, and that of
+# eager torch may happen to be 0.
+POOLED, MOST_DRAWS = 64, 8
+
+
+class Op(NamedTuple):
+    """How one public function is called, and what is known of it.
+
+    Args:
+        ours: the public function of the arguments by name. It writes to none of them.
+        plain: the formula in eager torch; in ``dtype`` it is the yardstick, in float64 the judge.
+        draw: (size, dtype) -> the arguments by name, and a gradient of the result.
+        sizes: ordinary sizes.
+        one: the size in which every dimension is 1.
+        empty: sizes in which a dimension is 0.
+        exact: (arguments, grad_output) -> "output" and every gradient in float64.
+        constants: the arguments that have no gradient.
+        dtypes: those of the checks of values.
+        differentiable: False for a function that autograd does not pass.
+        autocast: "narrow" for a function that autocast runs in 16 bits, "unchanged" for the others.
+        graphs: the most graphs that torch.compile makes for ``sizes`` with dynamic shapes.
+        double: the size of the double backward's check.
+    """
+
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    draw: Callable[[tuple, torch.dtype], tuple[Arguments, Tensor]]
+    sizes: tuple[tuple, ...]
+    one: tuple
+    empty: tuple[tuple, ...]
+    double: tuple
+    exact: Callable[[Arguments, Tensor], Arguments] | None = None
+    constants: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = NARROW
+    differentiable: bool = True
+    autocast: str = "unchanged"
+    graphs: int = 2
+
+
+# ---- What checks are made of -----------------------------------------------------------------------------------------
+
+
+def results(op: Op, function: Callable, arguments: Arguments, grad_output: Tensor) -> Arguments:
+    """The function's result and every gradient, by name."""
+    if not op.differentiable:
+        return {"output": function(**arguments)}
+    leaves = {n: t.detach().requires_grad_() for n, t in arguments.items() if n not in op.constants}
+    output = function(**{**arguments, **leaves})
+    # Without steps, plain torch does not use every argument. A gradient that is missing is 0, and the rule finds it.
+    gradients = torch.autograd.grad(output, leaves.values(), grad_output, materialize_grads=True)
+    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def exact_results(op: Op, arguments: Arguments, grad_output: Tensor) -> Arguments:
+    if op.exact is not None:
+        return op.exact(arguments, grad_output)
+    return results(op, op.plain, in_float64(arguments), grad_output.double())
+
+
+def in_float64(arguments: Arguments) -> Arguments:
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
+
+
+def draws(op: Op, size: tuple, dtype: torch.dtype, most: int = MOST_DRAWS) -> list[tuple[Arguments, Tensor]]:
+    """As many calls as leave little to luck."""
+    first = op.draw(size, dtype)
+    smallest = min(tensor.numel() for tensor in (*first[0].values(), first[1]))
+    count = 1 if not smallest else min(most, 2 + POOLED // smallest)
+    return [first, *(op.draw(size, dtype) for _ in range(count - 1))]
+
+
+def assert_right(what: str, op: Op, calls: list, found: list[Arguments]) -> None:
+    """The results ``found`` of these calls, by the rule."""
+    eager = [results(op, op.plain, *call) for call in calls]
+    exact = [exact_results(op, *call) for call in calls]
+    for name in exact[0]:
+        for one, call in zip(found, calls, strict=True):
+            assert one[name].dtype == (call[1] if name == "output" else call[0][name]).dtype, f"{what}: {name}"
+            assert one[name].isfinite().all(), f"{what}: {name} is not finite"
+        assert_as_exact_as_eager(
+            f"{what}: {name}", *(torch.stack([one[name] for one in each]) for each in (found, eager, exact))
+        )
+
+
+def assert_same_bits(what: str, one: Arguments, other: Arguments) -> None:
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), f"{what}: {name}"
+
+
+def replaced(call: tuple[Arguments, Tensor], name: str, tensor: Tensor) -> tuple[Arguments, Tensor]:
+    arguments, grad_output = call
+    return (arguments, tensor) if name == "grad_output" else ({**arguments, name: tensor}, grad_output)
+
+
+# ---- Values and memory -----------------------------------------------------------------------------------------------
+
+
+def check_values(op: Op, backend: str) -> None:
+    """The result and every gradient in every dtype, with NaN in all memory that torch.empty returns."""
+    assert torch.empty(9).isnan().all(), "conftest.py poisons uninitialised memory"
+    for dtype in op.dtypes:
+        for size in op.sizes:
+            calls = draws(op, size, dtype)
+            assert_right(f"{size}, {dtype}", op, calls, [results(op, op.ours, *call) for call in calls])
+
+
+def check_size_1(op: Op, backend: str) -> None:
+    calls = draws(op, op.one, torch.float32)
+    assert_right("size 1", op, calls, [results(op, op.ours, *call) for call in calls])
+
+
+def in_dtype(function: Callable, dtype: torch.dtype) -> Callable:
+    """The function of its arguments rounded to ``dtype``; their gradients come back in their own."""
+    return lambda **arguments: function(**{name: tensor.to(dtype) for name, tensor in arguments.items()})
+
+
+def check_empty(op: Op, backend: str) -> None:
+    """Shapes as eager torch's, and sums of nothing are 0."""
+    for size in op.empty:
+        call = op.draw(size, torch.float32)
+        assert any(tensor.numel() == 0 for tensor in (*call[0].values(), call[1])), size
+        found, eager = (results(op, function, *call) for function in (op.ours, op.plain))
+        for name, tensor in eager.items():
+            assert found[name].shape == tensor.shape, f"{size}: {name}"
+            torch.testing.assert_close(
+                found[name], tensor, msg=lambda text, size=size, name=name: f"{size}: {name}: {text}"
+            )
+
+
+def check_layouts(op: Op, backend: str) -> None:
+    """Every argument and the gradient in every memory layout, one at a time."""
+    for size, dtype in itertools.product(op.sizes, op.dtypes[:2]):
+        calls = draws(op, size, dtype, most=4)
+        names = (*calls[0][0], *(("grad_output",) if op.differentiable else ()))
+        for name in names:
+            tensors = [call[1] if name == "grad_output" else call[0][name] for call in calls]
+            for layout in hostile_layouts(tensors[0]):
+                laid_out = [hostile_layouts(tensor)[layout] for tensor in tensors]
+                given = [replaced(call, name, tensor) for call, tensor in zip(calls, laid_out, strict=True)]
+                found = [results(op, op.ours, *call) for call in given]
+                assert_right(f"{size}, {dtype}: {name} {layout}", op, calls, found)
+
+
+def check_expanded(op: Op, backend: str) -> None:
+    """Strides of 0 in every argument and in the gradient."""
+    arguments, grad_output = op.draw(op.sizes[0], torch.float32)
+    for name, tensor in {**arguments, "grad_output": grad_output}.items():
+        if tensor.is_floating_point() and tensor.dim():
+            call = replaced((arguments, grad_output), name, tensor[:1].expand(tensor.shape))
+            copy = replaced((arguments, grad_output), name, tensor[:1].expand(tensor.shape).contiguous())
+            assert_right(f"{name} expanded", op, [copy] * 2, [results(op, op.ours, *call)] * 2)
+
+
+def check_guards(op: Op, backend: str) -> None:
+    """Nothing outside of the arguments is read, and nothing of them is written: the process would end here."""
+    for dtype in op.dtypes:
+        for size in (op.one, *op.sizes):
+            call = op.draw(size, dtype)
+            for flush in ("front", "back"):
+                arguments = {name: between_guards(tensor, flush) for name, tensor in call[0].items()}
+                found = results(op, op.ours, arguments, between_guards(call[1], flush))
+                assert all(tensor.isfinite().all() for tensor in found.values()), (size, dtype, flush)
+
+
+def check_arguments_are_left_alone(op: Op, backend: str) -> None:
+    arguments, grad_output = op.draw(op.sizes[0], torch.float32)
+    before = {name: tensor.clone() for name, tensor in arguments.items()}
+    versions = {name: tensor._version for name, tensor in arguments.items()}
+    results(op, op.ours, arguments, grad_output)
+    assert_same_bits("after the call", arguments, before)
+    assert {name: tensor._version for name, tensor in arguments.items()} == versions
+
+
+def check_same_bits(op: Op, backend: str) -> None:
+    """The same call twice gives the same bits, for every number of threads."""
+    for size in op.sizes:
+        call = op.draw(size, torch.float32)
+        for count in (1, 2, 3):
+            with threads(count):
+                first, second = (results(op, op.ours, *call) for _ in range(2))
+            assert_same_bits(f"{size}, {count} threads", first, second)
+
+
+# ---- What torch does with functions ----------------------------------------------------------------------------------
+
+
+def check_vmap(op: Op, backend: str) -> None:
+    """Over each argument alone and over all at once, not along the first dimension: the loop's numbers."""
+    calls = [op.draw(op.sizes[0], torch.float32)[0] for _ in range(3)]
+    names = list(calls[0])
+    for chosen in (*([name] for name in names), names):
+        each = [{name: (call if name in chosen else calls[0])[name] for name in names} for call in calls]
+        dims = {name: min(1, calls[0][name].dim()) if name in chosen else None for name in names}
+        stacked = {
+            name: calls[0][name] if dims[name] is None else torch.stack([call[name] for call in calls], dims[name])
+            for name in names
+        }
+        mapped = torch.vmap(
+            lambda *tensors: op.ours(**dict(zip(names, tensors, strict=True))), in_dims=tuple(dims[n] for n in names)
+        )(*(stacked[name] for name in names))
+        eager = torch.stack([op.plain(**call) for call in each])
+        exact = torch.stack([op.plain(**in_float64(call)) for call in each])
+        assert_as_exact_as_eager(f"vmap over {chosen}", mapped, eager, exact)
+
+
+class _Recorder(TorchDispatchMode):
+    """The package's ops that are called below autograd, with copies of their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "lcw_ops":
+            copied = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs or {}))
+            self.calls.append((function, *copied))
+        return function(*args, **(kwargs or {}))
+
+
+def check_opcheck(op: Op, backend: str) -> None:
+    """torch.library.opcheck of every op that the function and its derivatives call."""
+    recorder = _Recorder()
+    for size in (op.sizes[0], *op.empty):
+        call = op.draw(size, torch.float32)
+        with recorder:
+            results(op, op.ours, *call)
+    assert recorder.calls or backend == "reference", "a compiled backend calls the package's ops"
+    for function, args, kwargs in recorder.calls:
+        torch.library.opcheck(function, args, kwargs)
+
+
+def check_compile(op: Op, backend: str) -> None:
+    """One graph without breaks for all sizes, forward and backward."""
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op.ours, fullgraph=True, dynamic=True, backend=counted)
+    for size in op.sizes:
+        calls = draws(op, size, torch.float32, most=3)
+        assert_right(f"compiled, {size}", op, calls, [results(op, compiled, *call) for call in calls])
+    assert 1 <= len(graphs) <= op.graphs
+
+
+def check_autocast(op: Op, backend: str) -> None:
+    """In 16 bits with float32 gradients of float32 arguments, or as without autocast.
+
+    Backward runs outside, as torch advises: within, autocast would round the products of a backend of plain torch.
+    """
+
+    def ours(**arguments):
+        with torch.autocast("cpu", narrow):
+            return op.ours(**arguments)
+
+    calls = draws(op, op.sizes[0], torch.float32, most=4)
+    for narrow in (torch.bfloat16, torch.float16):
+        if op.autocast == "unchanged":
+            assert_same_bits(str(narrow), results(op, ours, *calls[0]), results(op, op.ours, *calls[0]))
+            continue
+        calls = [(arguments, grad_output.to(narrow)) for arguments, grad_output in calls]
+        found = [results(op, ours, *call) for call in calls]
+        # Eager torch, wholly in 16 bits: autocast rounds nothing more.
+        eager = [results(op, in_dtype(op.plain, narrow), *call) for call in calls]
+        exact = [exact_results(op, *call) for call in calls]
+        for name in exact[0]:
+            wanted = narrow if name == "output" else torch.float32
+            assert all(one[name].dtype == wanted for one in found), name
+            each = [torch.stack([one[name] for one in some]) for some in (found, eager, exact)]
+            assert_as_exact_as_eager(f"{narrow}: {name}", each[0].to(narrow), each[1].to(narrow), each[2])
+
+
+def check_fake_tensors(op: Op, backend: str) -> None:
+    """Shapes, dtypes and strides without memory, of the result and of every gradient."""
+    for size in (*op.sizes, op.one, *op.empty):
+        call = op.draw(size, torch.float32)
+        real = results(op, op.ours, *call)
+        with FakeTensorMode() as mode:
+            arguments = {name: mode.from_tensor(tensor) for name, tensor in call[0].items()}
+            fake = results(op, op.ours, arguments, mode.from_tensor(call[1]))
+        for name, tensor in real.items():
+            what = f"{size}: {name}"
+            assert fake[name].shape == tensor.shape, what
+            assert fake[name].dtype == tensor.dtype, what
+            if tensor.numel():
+                assert fake[name].stride() == tensor.stride(), what
+
+
+def check_double_backward(op: Op, backend: str) -> None:
+    """First and second derivatives against differences, in float64."""
+    if not op.differentiable:
+        return
+    arguments, _ = op.draw(op.double, torch.float64)
+    constants = {name: arguments.pop(name) for name in op.constants}
+    leaves = [tensor.detach().requires_grad_() for tensor in arguments.values()]
+
+    def function(*tensors):
+        return op.ours(**dict(zip(arguments, tensors, strict=True)), **constants)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    # A function that is linear in each argument has second derivatives only after something that is not.
+    assert torch.autograd.gradgradcheck(lambda *tensors: function(*tensors).sin(), leaves)
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def run(check: str, op: Op, backend: str) -> None:
+    """One check of one op, with the backend requested: a fallback would be an error."""
+    with lcw_ops.use_backend(backend):
+        CHECKS[check](op, backend)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same numbers, rounded, in every dtype."""
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def scaled(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight whose products with ``normal`` numbers are about 1."""
+    return (torch.randn(shape, dtype=torch.float64) / math.sqrt(max(shape[-1], 1))).to(dtype)

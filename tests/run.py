@@ -1,0 +1,88 @@
+"""The test suite as separate runs of pytest: ``python tests/run.py fast`` (make test) or ``slow`` (make test-slow).
+
+Triton and the CPU kernels read their mode when a process starts, so the interpreter and each slower instruction set
+have a run of their own, which pytest-xdist splits over processes as it does the first:
+
+    native        every test, on the fastest instruction set of this CPU
+    interpreter   the Triton kernels' tests, in Triton's interpreter
+    avx2          the tests marked every_instruction_set; only on a CPU that has AVX-512 as well
+    portable      the same, without vector instructions
+
+fast leaves out what is marked slow; slow runs nothing else. All runs start, whatever failed before. The seconds of each
+are printed at the end.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from sanitize.harness import EAGER_WITHOUT_FMA
+
+TESTS = Path(__file__).parent
+# What pytest returns when the selection is empty.
+NO_TESTS = 5
+DOORS = {"fast": "not slow", "slow": "slow"}
+
+
+class Run(NamedTuple):
+    name: str
+    selection: list[str]
+    marks: str
+    environment: dict[str, str]
+
+
+def runs(door: str) -> Iterator[Run]:
+    marks = DOORS[door]
+    yield Run("native", [str(TESTS)], marks, {})
+    # -k triton: in the files that test an op on every backend, the tests with that backend.
+    interpreted = [str(path) for path in sorted((*TESTS.glob("test_triton_*.py"), *TESTS.glob("test_*_op.py")))]
+    interpreter = {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}
+    yield Run("interpreter", ["-k", "triton", *interpreted], marks, interpreter)
+    marks = f"every_instruction_set and ({marks})"
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        yield Run("avx2", [str(TESTS)], marks, {"LCW_OPS_CPU_CAPABILITY": "avx2"})
+    yield Run("portable", [str(TESTS)], marks, {"LCW_OPS_CPU_CAPABILITY": "portable", **EAGER_WITHOUT_FMA})
+
+
+def start(run: Run, more: list[str]) -> int:
+    """Run pytest; its exit status, 0 for an empty selection.
+
+    Processes that share the cores have one thread each, unless OMP_NUM_THREADS says otherwise: OpenMP's threads wait
+    for each other in busy loops, and a core that another process needs is lost to both. Tests of several threads ask
+    for them.
+    """
+    one_thread = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    command = [sys.executable, "-m", "pytest", "-q", "--dist", "loadfile", "-m", run.marks, *more, *run.selection]
+    print(f"\n---- {run.name}: {' '.join(f'{k}={v}' for k, v in run.environment.items())}", flush=True)
+    status = subprocess.run(command, cwd=TESTS.parent, env=os.environ | one_thread | run.environment).returncode
+    return 0 if status == NO_TESTS else status
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("door", choices=DOORS)
+    parser.add_argument("--only", help="one run alone, by its name")
+    args, more = parser.parse_known_args(arguments)
+    results = []
+    for run in runs(args.door):
+        if args.only in (None, run.name):
+            begin = time.monotonic()
+            status = start(run, more)
+            results.append((run.name, status, time.monotonic() - begin))
+    if not results:
+        parser.error(f"no run is called {args.only!r}")
+    print()
+    for name, status, seconds in results:
+        print(f"{name:12} {'passed' if status == 0 else f'failed, exit status {status}':24} {seconds:6.0f} s")
+    print(f"{'all':37} {sum(seconds for *_, seconds in results):6.0f} s")
+    return max(status for _, status, _ in results)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""Which tests are slow, and which run once more on every instruction set: patterns of node ids, each with a reason.
+
+tests/conftest.py gives the marks; tests/run.py says what runs when. A pattern is searched in "test_x.py::test_y[id]";
+tests/test_suite.py fails when a pattern finds no test.
+"""
+
+import re
+
+SLOW: dict[str, str] = {
+    r"^test_sanitize\.py::": "builds the package with GCC's sanitizers",
+    r"^test_cuda_emulated\.py::": "compiles each CUDA source for an emulator that runs a thread per GPU thread",
+    r"^test_cuda_build\.py::test_compiles_for_every_generation": "nvcc compiles each CUDA source three times",
+    r"^test_build\.py::test_one_wheel_for_every_python_and_torch": "compiles the CPU extension once more",
+    r"^test_orthogonal_filter_proof\.py::.*(fifty_thousand|grid_of_a_thousand)": "float64 recurrences of that depth",
+    r"^test_orthogonal_filter_facts\.py::.*fifty_thousand": "trains a net of 50,000 layers",
+    r"^test_parallel_depth\w*\.py::.*(fifty_thousand|50_000)": "50,000 layers in sequence are the judge",
+    r"^test_integration_export\.py::.*(50_000|onnx|torchscript)": "torch's exporters and onnxruntime",
+    r"^test_train\.py::.*(killed_process|defaults_learn)": "trains in processes that are killed and resumed",
+}
+
+# Memory bounds, and those tests of values that reach code of its own on each instruction set. The fastest one of the
+# processor runs every test.
+EVERY_INSTRUCTION_SET: tuple[str, ...] = (
+    r"^test_(hypersphere|lcw_linear|weight_norm)_op\.py::test_nothing_but_the_arguments",
+    r"^test_(orthogonal_filter_proof|gradient_activation_cpp|parallel_depth_cpp)\.py::test_nothing_but_the_arguments",
+    r"^test_orthogonal_filter_proof\.py::.*(every_row|every_width|every_kind|all_of_float32|rounded)",
+    r"^test_(hypersphere|weight_norm)_op\.py::(?!.*float16).*normalised_rows",
+    r"^test_(hypersphere|weight_norm)_op\.py::.*(test_sines|zero_has|smallest|any_length)",
+    r"^test_(hypersphere|weight_norm)_op\.py::test_layers(?=.*own)(?=.*float32)",
+    r"^test_gradient_activation_cpp\.py::.*(units|rounded_once|no_ordinary|same_bits)",
+    r"^test_lcw_linear_op\.py::.*(beyond_its_arguments|weights_of_every_rank|every_byte|every_instruction_set)",
+    r"^test_lcw_linear_op\.py::test_small_layers(?=.*own)(?=.*True)(?!.*float16)",
+    r"^test_parallel_depth_cpp\.py::.*every_size(?=.*(tanh|adjoint))",
+    r"^test_parallel_depth_cpp\.py::.*relative_change",
+)
+
+MARKS = {"slow": tuple(SLOW), "every_instruction_set": EVERY_INSTRUCTION_SET}
+
+
+def marks_of(node: str) -> list[str]:
+    """The marks of the test "test_x.py::test_y[id]"."""
+    return [mark for mark, patterns in MARKS.items() if any(re.search(pattern, node) for pattern in patterns)]

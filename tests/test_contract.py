@@ -1,0 +1,187 @@
+"""Every public function against the contract of contract.py: a new op gets all of its checks by one entry in OPS."""
+
+import contract
+import pytest
+import torch
+from contract import Op, normal, scaled
+
+from lcw_ops import functional as F
+from lcw_ops import reference
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error::RuntimeWarning")]
+
+# (samples, units, inputs) of a layer, (units, inputs) of a weight: remainders of vectors, and both sides of rows <= n.
+LAYER = {"sizes": ((6, 16, 21), (33, 7, 13)), "one": (1, 1, 1), "empty": ((0, 5, 7), (4, 0, 7)), "double": (3, 4, 5)}
+ROWS = {"sizes": ((16, 21), (7, 33)), "one": (1, 1), "empty": ((0, 5),), "double": (3, 4)}
+
+
+def draw_weight(size, dtype):
+    return {"weight": normal(*size, dtype=dtype)}, normal(*size, dtype=dtype)
+
+
+def draw_basis(size, dtype):
+    n, m = size
+    return {"weight": normal(n, max(m - 1, 0), dtype=dtype)}, normal(n, max(m, 1), dtype=dtype)
+
+
+def draw_linear(size, dtype):
+    rows, n, m = size
+    arguments = {"x": (rows, m), "weight": (n, m), "bias": (n,)}
+    return {name: normal(*shape, dtype=dtype) for name, shape in arguments.items()}, normal(rows, n, dtype=dtype)
+
+
+def per_unit(n, dtype):
+    """Lengths of either sign, none so small that another unit's is the result's scale."""
+    return ((torch.rand(n, dtype=torch.float64) + 0.5) * torch.randn(n).sign()).to(dtype)
+
+
+def angles(n, m, dtype):
+    """Those of Gaussian rows, uniform on the sphere: sines of random angles would make late components vanish."""
+    return reference.hypersphere_angles(normal(n, m, dtype=torch.float64)).to(dtype)
+
+
+def draw_direction(size, dtype):
+    return {"angles": angles(*size, dtype)}, normal(*size, dtype=dtype)
+
+
+def draw_angles(size, dtype):
+    n, m = size
+    # Rows away from the axes, where the angles have no derivative.
+    return {"weight": normal(n, m, dtype=dtype)}, normal(n, m - 1, dtype=dtype)
+
+
+def draw_normalize(size, dtype):
+    return {"weight": normal(*size, dtype=dtype), "scale": per_unit(size[0], dtype)}, normal(*size, dtype=dtype)
+
+
+def draw_gmp(size, dtype):
+    rows, n, m = size
+    arguments = {"x": normal(rows, m, dtype=dtype), "angles": angles(n, m, dtype), "radius": per_unit(n, dtype)}
+    return {**arguments, "location": normal(n, dtype=dtype)}, normal(rows, n, dtype=dtype)
+
+
+def draw_weight_norm(size, dtype):
+    arguments, grad_output = draw_linear(size, dtype)
+    x, weight, bias = arguments.values()
+    return {"x": x, "weight": weight, "scale": per_unit(size[1], dtype), "bias": bias}, grad_output
+
+
+def draw_recurrence(size, dtype):
+    """Scaled like a network that trains: beta about 1 / L, alpha = 1 - beta."""
+    rows, width, steps = size
+    beta = (0.5 + torch.rand(steps, dtype=torch.float64)) / max(steps, 1)
+    wide = torch.promote_types(dtype, torch.float32)
+    arguments = {
+        "h0": normal(rows, width, dtype=dtype),
+        "weight": scaled(steps, width, width, dtype=dtype),
+        "bias": normal(steps, width, dtype=dtype),
+        "alpha": (1 - beta).to(wide),
+        "beta": beta.to(wide),
+        "inputs": normal(steps, rows, width, dtype=dtype),
+        "filter": torch.linalg.qr(normal(width, width, dtype=torch.float64)).Q.to(wide),
+    }
+    return arguments, normal(steps + 1, rows, width, dtype=dtype)
+
+
+def plain_lcw_weight(weight):
+    return weight - weight.mean(1, keepdim=True)
+
+
+def plain_basis(weight):
+    row_sum, s = weight.sum(1, keepdim=True), (weight.shape[1] + 1) ** 0.5
+    return torch.cat([weight - row_sum / (s * (s + 1)), -row_sum / s], dim=1)
+
+
+def plain_gmp(x, angles, radius, location):
+    direction = reference.hypersphere_direction(angles)
+    return radius * (torch.nn.functional.linear(x, direction) + location)
+
+
+def plain_normalize(weight, scale):
+    return scale[:, None] * weight / weight.norm(dim=1, keepdim=True)
+
+
+def activate(gradient):
+    """The op writes in place, so it gets a copy."""
+    gradient = gradient.clone()
+    F.gradient_activation_([gradient], "arctan", 0.1, 20.0)
+    return gradient
+
+
+def recurrence(solver):
+    return lambda **arguments: F.orthogonal_filter(**arguments, return_states=True, solver=solver)
+
+
+def plain_recurrence(h0, weight, bias, alpha, beta, inputs, filter):
+    state, states = h0, [h0]
+    for l, pre in enumerate(inputs):
+        branch = torch.tanh(state @ weight[l].mT + bias[l] + pre)
+        # 16-bit states are carried in float32 by the scales.
+        state = alpha[l] * (state.to(filter.dtype) @ filter.mT) + beta[l] * branch
+        states.append(state.to(h0.dtype))
+        state = state.to(h0.dtype)
+    return torch.stack(states)
+
+
+RECURRENCE = {
+    "plain": plain_recurrence,
+    "draw": draw_recurrence,
+    "sizes": ((4, 9, 6), (5, 17, 3)),
+    "one": (1, 1, 1),
+    "empty": ((0, 5, 4), (3, 5, 0)),
+    "double": (2, 3, 3),
+    "constants": ("filter",),
+}
+
+OPS = {
+    "lcw_weight": Op(F.lcw_weight, plain_lcw_weight, draw_weight, **ROWS),
+    "lcw_weight basis": Op(lambda weight: F.lcw_weight(weight, basis=True), plain_basis, draw_basis, **ROWS),
+    "lcw_linear": Op(
+        F.lcw_linear,
+        lambda x, weight, bias: torch.nn.functional.linear(x, plain_lcw_weight(weight), bias),
+        draw_linear,
+        **LAYER,
+        autocast="narrow",
+    ),
+    "hypersphere_direction": Op(F.hypersphere_direction, reference.hypersphere_direction, draw_direction, **ROWS),
+    "hypersphere_angles": Op(
+        F.hypersphere_angles, reference.hypersphere_angles, draw_angles, **ROWS, dtypes=(torch.float32,)
+    ),
+    "normalize_scale": Op(F.normalize_scale, plain_normalize, draw_normalize, **ROWS),
+    "gmp_linear": Op(F.gmp_linear, plain_gmp, draw_gmp, **LAYER, autocast="narrow"),
+    "weight_norm_linear": Op(
+        F.weight_norm_linear,
+        lambda x, weight, scale, bias: torch.nn.functional.linear(x, plain_normalize(weight, scale), bias),
+        draw_weight_norm,
+        **LAYER,
+        autocast="narrow",
+    ),
+    "gradient_activation_": Op(
+        activate,
+        lambda gradient: 0.1 * torch.atan(20.0 * gradient),
+        lambda size, dtype: ({"gradient": normal(*size, dtype=dtype)}, normal(*size, dtype=dtype)),
+        **ROWS,
+        differentiable=False,
+    ),
+    "orthogonal_filter sequential": Op(recurrence("sequential"), **RECURRENCE),
+    "orthogonal_filter parallel": Op(recurrence("parallel"), **RECURRENCE),
+}
+# A layer's products are multiplied by the package or by torch: both are asked for, as either may be the faster one.
+PRODUCTS = {"cpp": "own", "cpp with torch's products": "torch"}
+BACKENDS = {
+    name: [*PRODUCTS, "reference"] if op.autocast == "narrow" else ["cpp", "reference"] for name, op in OPS.items()
+}
+BACKENDS["hypersphere_angles"] = ["reference"]
+
+
+@pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in OPS for backend in BACKENDS[op]])
+def test_contract(op, backend, check, monkeypatch):
+    monkeypatch.setenv("LCW_OPS_MATMUL", PRODUCTS.get(backend, ""))
+    contract.run(check, OPS[op], backend.split()[0])
+
+
+def test_every_public_function_is_in_the_table():
+    """activation_shift is a measurement of two results; its tests are in test_lcw_linear_op.py."""
+    named = {name.split()[0] for name in OPS}
+    assert named == set(F.__all__) - {"activation_shift"}

@@ -1,0 +1,77 @@
+"""The suite itself: every pattern of support/marks.py finds a test, and test modules import from support/ alone."""
+
+import ast
+import itertools
+import math
+import re
+from pathlib import Path
+
+import pytest
+import run
+from support import marks
+from support.pairwise import pairwise
+
+TESTS = Path(__file__).parent
+FILES = sorted(path.name for path in TESTS.glob("test_*.py"))
+
+
+@pytest.mark.parametrize("pattern", [pattern for patterns in marks.MARKS.values() for pattern in patterns])
+def test_every_pattern_finds_a_test(pattern, request, collected):
+    """Asked only where a file that the pattern may mean was collected whole."""
+    if any("::" in argument for argument in request.config.args):
+        pytest.skip("a selection of tests was collected")
+    file, _, _ = pattern.partition("::")
+    nodes = [node for node in collected if re.search(f"{file}$", node.partition("::")[0])]
+    if not nodes:
+        pytest.skip("no file of this pattern was collected")
+    assert any(re.search(pattern, node) for node in nodes)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_test_module_imports_another(file):
+    tree = ast.parse((TESTS / file).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert [name for name in imported if name.startswith("test_")] == []
+
+
+def test_the_marks_of_a_test():
+    assert marks.marks_of("test_sanitize.py::test_mistakes") == ["slow"]
+    assert marks.marks_of("test_lcw_linear_op.py::test_small_layers[own-torch.float32-True]") == [
+        "every_instruction_set"
+    ]
+    assert marks.marks_of("test_lcw_linear_op.py::test_small_layers[own-torch.bfloat16-True]") == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"a": [1]},
+        {"a": [1, 2, 3]},
+        {"a": [1, 2], "b": "xy"},
+        {"a": range(5), "b": range(3), "c": range(4), "d": [True, False], "e": [None, "x"]},
+        {name: range(2) for name in "abcdefgh"},
+    ],
+)
+def test_every_two_choices_meet(options):
+    cases = pairwise(**options)
+    assert all(list(case) == list(options) for case in cases)
+    for first, second in itertools.combinations(options, 2):
+        met = {(case[first], case[second]) for case in cases}
+        assert met == set(itertools.product(options[first], options[second]))
+    for name, choices in options.items():
+        assert {case[name] for case in cases} == set(choices)
+    sizes = sorted((len(list(choices)) for choices in options.values()), reverse=True)
+    # The two longest options alone need so many; a good table needs hardly more.
+    assert len(cases) <= 2 * max(1, math.prod(sizes[:2]))
+    assert cases == pairwise(**options)
+
+
+@pytest.mark.parametrize("door", run.DOORS)
+def test_the_runs_of_a_door(door):
+    names = {one.name for one in run.runs(door)}
+    assert names - {"avx2"} == {"native", "interpreter", "portable"}
+    assert all(run.DOORS[door] in one.marks for one in run.runs(door))
+    # The interpreter's processes and those of other instruction sets differ from the first by their environment alone.
+    assert [one.name for one in run.runs(door) if not one.environment] == ["native"]
