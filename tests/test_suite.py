@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import run
+import torch
 from support import marks
-from support.pairwise import pairwise
+from support.pairwise import name_of, pairwise
 
 TESTS = Path(__file__).parent
 FILES = sorted(path.name for path in TESTS.glob("test_*.py"))
@@ -66,6 +67,18 @@ def test_every_two_choices_meet(options):
     # The two longest options alone need so many; a good table needs hardly more.
     assert len(cases) <= 2 * max(1, math.prod(sizes[:2]))
     assert cases == pairwise(**options)
+
+
+def test_choices_that_may_not_meet():
+    cases = pairwise(lambda a, b, c: not (a == b and c), a=range(3), b=range(3), c=[True, False])
+    assert not [case for case in cases if case["a"] == case["b"] and case["c"]]
+    assert {(case["a"], case["b"]) for case in cases} == set(itertools.product(range(3), repeat=2))
+    for name in "ab":
+        assert {(case[name], case["c"]) for case in cases} == set(itertools.product(range(3), [True, False]))
+
+
+def test_names_of_cases():
+    assert name_of({"kind": ("tanh", 3), "dtype": torch.float32, "bias": None, "c": 0.5}) == "tanh_3-float32-None-0.5"
 
 
 @pytest.mark.parametrize("door", run.DOORS)
