@@ -74,7 +74,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
     units, columns = weight.shape
     output = x.new_empty((rows, units))
     if rows * units * columns == 0:
-        # The weight is 0 without features, and with a basis of one feature.
+        # The weight is 0 if there are no features, and with a basis of one feature.
         return output.zero_() if bias is None else output.copy_(bias)
     x, weight = x.contiguous(), weight.contiguous()
     launch = choose_launch(rows, units, columns, features, x.itemsize, device_facts(x.device))
