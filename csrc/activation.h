@@ -15,7 +15,7 @@ inline Activation parse_activation(const char* op, const std::string& name) {
   if (name == "sigmoid") return Activation::sigmoid;
   STD_TORCH_CHECK(
       name == "identity", op, ": activation is ", name,
-      "; expected tanh, relu, sigmoid or identity. Call lcw_ops.functional.orthogonal_filter");
+      ", expected tanh, relu, sigmoid or identity; call lcw_ops.functional.orthogonal_filter");
   return Activation::identity;
 }
 

@@ -202,8 +202,8 @@ def _check(op: str, states: Tensor, layers: int, per_layer: list, bias: Tensor |
         same = tensor.dtype == states.dtype and tensor.device == states.device
         if not (same and tuple(tensor.shape) in shapes and tensor.is_contiguous()):
             raise ValueError(
-                f"{op}: shapes, dtypes, devices or strides do not fit: {_describe(tensor)} beside {_describe(states)}; "
-                "call lcw_ops.functional.orthogonal_filter"
+                f"{op}: an argument is {_describe(tensor)}, which does not fit {_describe(states)}. "
+                "Call lcw_ops.functional.orthogonal_filter"
             )
 
 
@@ -213,8 +213,8 @@ def _check_filter(op: str, states: Tensor, filter: Tensor) -> None:
     fits |= filter.dtype == torch.float64 and filter.shape == (2 * width,)
     if states.shape[0] == 0 or not (fits and filter.is_contiguous() and filter.device == states.device):
         raise ValueError(
-            f"{op}: the filter {_describe(filter)} is neither a permutation nor rotations for {_describe(states)}; "
-            "call lcw_ops.functional.orthogonal_filter"
+            f"{op}: filter is {_describe(filter)}; expected a permutation or rotations for {_describe(states)}. "
+            "Call lcw_ops.functional.orthogonal_filter"
         )
 
 

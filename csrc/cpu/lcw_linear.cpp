@@ -67,12 +67,13 @@ LCW_INLINE void map_row(Map map, const In* in, int64_t in_length, Out* out) {
 
 // All dimensions but the first form a row.
 Tensor map_rows(Map map, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() >= (map == Map::centre ? 1 : 2), "lcw_weight: not rows; call lcw_ops.functional");
+  STD_TORCH_CHECK(
+      tensor.dim() >= (map == Map::centre ? 1 : 2), "lcw_weight: the weight has no rows; call lcw_ops.functional");
   const Tensor in = as_contiguous(tensor);
   const int64_t count = in.size(0);
   int64_t length = 1;
   for (int64_t d = 1; d < in.dim(); ++d) length *= in.size(d);
-  STD_TORCH_CHECK(map != Map::project || length >= 1, "lcw_weight_backward: rows of at least one element");
+  STD_TORCH_CHECK(map != Map::project || length >= 1, "lcw_weight_backward: the rows of grad_output are empty");
   const int64_t out_length = map == Map::centre ? length : map == Map::embed ? length + 1 : length - 1;
   Tensor out = map == Map::centre ? new_large(in, in.sizes()) : new_large(in, {count, out_length});
   if (out.numel() == 0) return out;
@@ -212,7 +213,7 @@ void check_layer(const Tensor& x, const Tensor& weight, bool basis) {
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
           type == ScalarType::Half,
-      "lcw_linear: float32, float64, bfloat16 or float16; call lcw_ops.functional.lcw_linear");
+      "lcw_linear: x must be float32, float64, bfloat16 or float16; call lcw_ops.functional.lcw_linear");
   STD_TORCH_CHECK(
       x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) + int64_t(basis) && x.is_cpu() &&
           weight.is_cpu() && x.scalar_type() == weight.scalar_type(),
