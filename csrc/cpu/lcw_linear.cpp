@@ -68,7 +68,7 @@ LCW_INLINE void map_row(Map map, const In* in, int64_t in_length, Out* out) {
 // All dimensions but the first form a row.
 Tensor map_rows(Map map, const Tensor& tensor) {
   STD_TORCH_CHECK(
-      tensor.dim() >= (map == Map::centre ? 1 : 2), "lcw_weight: the weight has no rows; call lcw_ops.functional");
+      tensor.dim() >= (map == Map::centre ? 1 : 2), "lcw_weight: the weight must have rows; call lcw_ops.functional");
   const Tensor in = as_contiguous(tensor);
   const int64_t count = in.size(0);
   int64_t length = 1;

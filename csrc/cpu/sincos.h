@@ -1,11 +1,11 @@
 // sin t and cos t of a vector of angles, with the compiler's vector types.
 //
-// t = n pi/2 + r, where n is rounded to the nearest and |r| is at most a little above pi/4. Then sin r = r + r^3
-// S(r^2), cos r = 1 - r^2/2 + r^4 C(r^2), exchanged and negated by n mod 4. The polynomials are minimax for the
-// relative error, 7e-9 in float32 and 4e-18 in float64. pi/2 is subtracted in three parts, which are so short, or a
-// multiply-add so exact, that nothing is rounded before the cancellation (W. J. Cody, W. Waite, "Software Manual for
-// the Elementary Functions", 1980). The error is under 2 ulp in float32 and 2.5 in float64 up to |t| = 1e6, near
-// multiples of pi/2 too, and 0 at 0 (tested). Beyond, libm takes over.
+// t = n pi/2 + r, where n is rounded to the nearest and |r| is at most a little above pi/4. Then
+// sin r = r + r^3 S(r^2), cos r = 1 - r^2/2 + r^4 C(r^2), exchanged and negated by n mod 4. The polynomials are minimax
+// for the relative error, 7e-9 in float32 and 4e-18 in float64. pi/2 is subtracted in three parts. They are so short,
+// or a multiply-add is so exact, that nothing is rounded before the cancellation (W. J. Cody, W. Waite, "Software
+// Manual for the Elementary Functions", 1980). The error is under 2 ulp in float32 and 2.5 in float64 up to |t| = 1e6,
+// near multiples of pi/2 too, and 0 at 0 (tested). Beyond, libm takes over.
 #pragma once
 
 #include <cmath>

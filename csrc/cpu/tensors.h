@@ -36,9 +36,7 @@ auto with_elements(const Tensor& tensor, const F& f) {
     case ScalarType::Double: return f(double{});
     case ScalarType::BFloat16: return f(BFloat16{});
     case ScalarType::Half: return f(Half{});
-    default:
-      STD_TORCH_CHECK(
-          false, "lcw_ops: a tensor must be float32, float64, bfloat16 or float16; call lcw_ops.functional");
+    default: STD_TORCH_CHECK(false, "lcw_ops: expected float32, float64, bfloat16 or float16; call lcw_ops.functional");
   }
 }
 

@@ -33,8 +33,8 @@ void backward_rows(const Rows<T>& rows, const Source<T>& grad, int64_t n) {
   });
 }
 
-// Computes dL/dz = scale dL/dy act'(z) for every unit and sample, and for every unit the sums over the samples of dL/dy
-// act(z), dL/dz and dL/dy, in float64 and in a fixed order. A result without a target is left out.
+// Computes dL/dz = scale dL/dy act'(z) for every unit and sample, and for every unit the sums over the samples of
+// dL/dy act(z), dL/dz and dL/dy, in float64 and in a fixed order. A result without a target is left out.
 template <typename T>
 struct UnitGradients {
   int64_t samples, n;

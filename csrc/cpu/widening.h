@@ -25,7 +25,7 @@ struct Source {
   }
 };
 
-// Numbers of a tensor to write; not a target if `data` is nullptr.
+// Numbers of a tensor to write. If `data` is nullptr, there is no target.
 template <typename T>
 struct Target {
   void* data = nullptr;

@@ -43,7 +43,7 @@ struct FewSamplesGradients {
   template <class Finish>
   void grad_weight(const E* grad, const E* x, int64_t ldx, const T* shifts, T* out, const Finish& finish) const {
     // Copy both operands into the order in which a tile reads them. Tiles are wide and low, to write the result once
-    // and in few streams. The lines of a high tile, a row apart, would share a few places of the nearest cache.
+    // and in few streams. The lines of a high tile are a row apart and would share a few places of the nearest cache.
     constexpr int64_t height = 3;
     constexpr int64_t widest = 4 * Vector<T, 64>::lanes;
     const int64_t blocks = (n + height - 1) / height;

@@ -2,8 +2,8 @@
 //
 // Both operands are copied, piece by piece, into the order in which the tile of simd/tiles.h reads them: B in panels of
 // two vectors of columns that stay in the nearest cache, A in blocks of rows that stay in the next one. The copy takes
-// about 1/rows + 1/columns of the work. It also widens 16 bits and subtracts a number from every row of an operand. K.
-// Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
+// about 1/rows + 1/columns of the work. It also widens 16 bits and subtracts a number from every row of an operand.
+// K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
 #pragma once
 
 #include "../simd/products.h"
@@ -31,8 +31,8 @@ struct Gemm {
   using Tiles = Products<Isa, T>;
   static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   static constexpr int64_t panel = 2 * lanes, tile_rows = Isa::accumulators / 2;
-  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of a nearest cache of 32
-  // KB. 16 tiles with that many columns are about 96 KB, a fraction of the next cache.
+  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of 32 KB of
+  // nearest cache. 16 tiles with that many columns are about 96 KB, a fraction of the next cache.
   static constexpr int64_t block_depth = Isa::vector_bytes > 32 ? 192 : 256, block_rows = 16 * tile_rows;
 
   // out[k * panel + c] = element (k, c) of B for c < `count` <= panel, and 0 for the other columns.

@@ -76,8 +76,7 @@ LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, 
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, samples = pass.count * r.rows;
   if (pass.weight_sum) {
-    // Short sums are in T, long ones in float64: otherwise terms of one sign err up to 80 times as much as in eager
-    // torch.
+    // Short sums are in T, long ones in float64: otherwise terms of one sign err up to 80 times as much as eager's.
     constexpr int64_t block_samples = 16 * sample_terms;
     Buffer<T> sum((end - begin) * n);
     for (int64_t first = 0; first < samples; first += block_samples) {

@@ -71,7 +71,7 @@ const Kernels<T>& kernels() {
 struct Cpu {
   static constexpr bool keeps_slopes = true;
 
-  // With fewer units than this, a thread would wait for the others longer than it saves work.
+  // With fewer units than this, a thread waits for the others longer than the work that it saves.
   static constexpr int64_t least_units = 32;
   static constexpr int64_t least_packed_rows = 4;  // per thread
   static constexpr uintptr_t page = large_page, small_page = 4096;
@@ -86,7 +86,7 @@ struct Cpu {
     return 2 * busiest(rows) > lanes * busiest(vectors);
   }
 
-  // Whether all steps share one matrix, which makes reordering it worthwhile, of at least one panel.
+  // Whether all steps share one matrix, so that reordering it is worthwhile, and it fills a panel.
   template <typename T>
   static bool packs(const Recurrence<T>& r) {
     return r.weight_stride == 0 && r.filter_stride == 0 && r.width >= 2 * kernels<T>().lanes;
