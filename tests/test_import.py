@@ -250,7 +250,7 @@ def test_a_failing_function_does_not_fail_the_import(module):
         raise ValueError("no luck")
 
     after_import(name, fail)
-    with pytest.warns(RuntimeWarning, match=f"not ready for {name}, .*: ValueError: no luck"):
+    with pytest.warns(RuntimeWarning, match=f"setup failed after the import of {name}: ValueError: no luck"):
         assert importlib.import_module(name).value == 1
     with pytest.raises(ValueError, match="no luck"):
         after_import(name, fail)
@@ -267,7 +267,7 @@ def test_a_failing_function_does_not_fail_the_import_where_warnings_are_errors(m
         warnings.simplefilter("error")
         assert importlib.import_module(names[0]).value == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"RuntimeWarning: lcw_ops: not ready for {names[0]}, which was imported: ValueError")
+        assert line.startswith(f"RuntimeWarning: lcw_ops: setup failed after the import of {names[0]}: ValueError")
         closed = io.StringIO()
         closed.close()
         monkeypatch.setattr(sys, "stderr", closed)

@@ -380,7 +380,7 @@ W, B = torch.ones(3, 4), torch.ones(3)
         (lambda: init.lps_(W, torch.ones(4)), ValueError, r"lps_: bias has shape \(4,\); expected \(3,\)"),
         (lambda: init.lps_(W, B.double()), TypeError, "bias is torch.float64; expected torch.float32, as weight is"),
         (lambda: init.lps_(W, None, rule="anchored"), ValueError, "Use rule='joint' without a bias"),
-        (lambda: init.lps_(W, B, samples=W), ValueError, "Only 'anchored' looks at data"),
+        (lambda: init.lps_(W, B, samples=W), ValueError, "Only rule='anchored' uses samples"),
         (lambda: init.lps_(W, B, rule="anchored", samples=torch.ones(2, 5)), ValueError, r"expected \(S, 4\)"),
         (lambda: init.lps_model_(nn.ReLU()), ValueError, "lps_model_: model has no nn.Linear"),
         (lambda: init.lps_model_(nn.Linear(2, 2), rule="x"), ValueError, "lps_model_: rule is 'x'"),
