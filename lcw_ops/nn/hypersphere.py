@@ -397,8 +397,8 @@ def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | No
         is_relu = module.activation == "relu"
         is_finite = radius.isfinite() & module.location.isfinite()
         is_constant = is_zero & torch.ne(plain_bias.relu() if is_relu else plain_bias, 0)
-        _check_units(function, is_finite, "have a weight, or a bias over the weight's length, that is not finite")
-        _check_units(function, ~is_constant, "are constants, of weight 0 and another bias")
+        _check_units(function, is_finite, "have a weight, or a bias divided by the weight's length, that is not finite")
+        _check_units(function, ~is_constant, "are constants, with weight 0 and another bias")
     for parameter in (module.angles, module.radius):
         parameter.requires_grad_(weight.requires_grad)
     if bias is not None:
@@ -409,5 +409,5 @@ def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | No
 def _check_units(function: str, right: Tensor, came: str) -> None:
     if not right.all():
         argument = f"units {(~right).nonzero().flatten().tolist()} of layer"
-        expected = "units that radius * act(u.x + location) can be"
+        expected = "units that radius * act(u.x + location) can express"
         raise ValueError(describe(function, argument, came, expected, "Leave this layer plain, or change these units."))

@@ -32,7 +32,7 @@ PROVEN: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
 # Op -> backends for which this source tree has an implementation. The modules of the ops fill it.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {}
 
-# (op, backend) -> the longest row in bytes that the backend takes. Longer rows go to the next one in the order.
+# (op, backend) -> the longest row in bytes that the backend takes. Longer rows go to the next backend in the order.
 MAX_ROW_BYTES: dict[tuple[str, str], int] = {}
 
 # Backend -> why its extension is not loaded.
@@ -68,7 +68,7 @@ def missing_reason(op: str, backend: str, device_type: str) -> str | None:
         return None if device_type in ("cpu", "cuda") else f"triton does not run on {device_type} tensors"
     own_device = {"cpp": "cpu", "cuda": "cuda", "graph": "cuda"}[backend]
     if device_type != own_device:
-        return f"{backend} runs on {own_device} tensors only, these are on {device_type}"
+        return f"{backend} runs on {own_device} tensors only; these are on {device_type}"
     return _extension_missing.get(backend)
 
 
@@ -86,7 +86,7 @@ def width_reason(op: str, backend: str, width: int, itemsize: int) -> str | None
 
 
 def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -> str | None:
-    """Returns why a kernel that could run is not the automatic choice, or None if its tests passed on this GPU type."""
+    """Returns why a kernel that could run is not the automatic choice, or None if its tests passed on this GPU."""
     if capability is None or capability in PROVEN.get((op, backend), ()):
         return None
     generation = f"sm_{capability[0]}{capability[1]}"
@@ -146,7 +146,7 @@ def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, fir
         op, device: the op's name in IMPLEMENTED, and the tensors' device.
         width, itemsize: of the rows. The width is 0 if the op takes rows of any width.
         first: the backend or form that was measured as the fastest. It comes before the usual order, and is selected
-            for a request of its parent backend.
+            by a request for its parent backend.
 
     Raises:
         BackendError: an explicit request cannot be met.

@@ -1,8 +1,8 @@
 """Formulas of the ops' arithmetic for torch's FlopCounterMode, which cannot see the products inside an op.
 
-The formulas count the products of the mathematics, whatever a kernel does. A constrained layer counts as a plain one,
-and a recurrence solved in parallel as one solved layer by layer. States that backward recomputes to save memory count
-once.
+The formulas count the matrix products of the mathematics, whatever a kernel does. A constrained layer counts as a plain
+one, and a recurrence solved in parallel as one solved layer by layer. States that backward recomputes to save memory
+count once.
 """
 
 import torch

@@ -106,7 +106,7 @@ def _clusters(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, in
 
 
 def _find_shared_in_cluster(cluster: list[tuple[int, int, Tensor]]) -> tuple[int, int] | None:
-    """Two of the tensors, or None if for some period their addresses modulo it lie in ranges that do not overlap.
+    """Two of the indices, or None if for some period their addresses modulo it lie in ranges that do not overlap.
 
     The periods tried are the strides of the first two tensors.
     """
@@ -256,10 +256,10 @@ def sgd_step_(
 ) -> None:
     """One step of SGD on ``backend``, with f of the gradient or of the momentum's result (``activate``).
 
-    It does ``lcw_ops.reference.sgd_step`` in place. The tensors are on one device, in any layout; grads are only read.
-    A parameter, its gradient and its buffer may differ in dtype: the step is computed in float64 if one of them is
-    float64, otherwise in float32, and rounded once. ``momentum_buffers`` is empty without momentum, and
-    its values are not read if ``is_first``. The caller has checked the arguments.
+    It computes ``lcw_ops.reference.sgd_step`` in place. The tensors are on one device, in any layout; grads are only
+    read. A parameter, its gradient and its buffer may differ in dtype: the step is computed in float64 if one of them
+    is float64, otherwise in float32, and rounded once. ``momentum_buffers`` is empty without momentum, and its values
+    are not read if ``is_first``. The caller has checked the arguments.
     """
     numbers = (lr, momentum, dampening, weight_decay, nesterov, maximize, is_first)
     if backend == "reference":
@@ -293,9 +293,9 @@ def adamw_step_(
 ) -> None:
     """One step of AdamW on ``backend``, with f of the raw gradient.
 
-    It does ``lcw_ops.reference.adamw_step`` in place. Devices, layouts and dtypes are as in `sgd_step_`; grads are only
-    read. ``max_exp_avg_sqs`` is empty without ``amsgrad``; ``state_steps`` are 0-dim float32 and already count this
-    step. The caller has checked the arguments.
+    It computes ``lcw_ops.reference.adamw_step`` in place. Devices, layouts and dtypes are as in `sgd_step_`; grads are
+    only read. ``max_exp_avg_sqs`` is empty without ``amsgrad``; ``state_steps`` are 0-dim float32 and already count
+    this step. The caller has checked the arguments.
     """
     written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     numbers = (lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, kind, alpha, beta)
@@ -313,7 +313,7 @@ def _step_in_place(
     name: str, backend: str, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
 ) -> None:
     """``step(overload, *written, grads, state_steps)`` on tensors in any layout and of any dtypes."""
-    # Without a tensor the dispatcher could not tell the device.
+    # With empty lists the dispatcher could not tell the device.
     if not grads:
         return
     if not _can_ask(backend, written[0]) or not step(

@@ -178,8 +178,8 @@ def hypersphere_direction_jvp(tangent_angles: Tensor, angles: Tensor) -> Tensor:
 def _sine_products(angles: Tensor) -> Tensor:
     """P_1 .. P_m:  P_k = prod_{i<k} sin t_i.
 
-    Computed by doubling: torch.cumprod's first derivative divides by the factors, which fails where they underflow, and
-    its second derivative takes a step per column.
+    Computed by doubling: torch.cumprod's first derivative divides by the factors, which loses products that underflow,
+    and its second derivative takes a step per column.
     """
     product = angles.sin()
     shift = 1

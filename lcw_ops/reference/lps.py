@@ -36,7 +36,7 @@ NODES_PER_SIDE = 256
 # of the quadrature.
 LEAST_STD, LARGEST_STD = 1e-4, 1e2
 
-# The heavy-tailed rule divides by |g0| or this, the larger one. Our choice: it bounds a scale to 10 typical ones.
+# The least |g0| by which the heavy-tailed rule divides (our choice). A unit's scale is at most 10 times a typical one.
 LEAST_DENOMINATOR = 0.1
 
 

@@ -24,7 +24,7 @@ from lcw_ops.nn.orthogonal_filter.memory import (
 )
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS
 
-# The gain g of the first std g / sqrt(N): sqrt(2) keeps the second moment through ReLU, 1 suits the other activations.
+# The gain g of the initial std g / sqrt(N): sqrt(2) keeps the second moment through ReLU, 1 suits the others.
 _INIT_GAIN = {"relu": math.sqrt(2.0)}
 
 

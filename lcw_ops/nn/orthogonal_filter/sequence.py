@@ -102,7 +102,7 @@ def _check_packed(data: Tensor, batch_sizes: Tensor, hx: Tensor | None, weight_i
     if not sizes or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != len(data):
         came = f"has batch_sizes that rise from one step to the next, or do not add up to its {len(data)} rows"
         remedy = "Make it with torch.nn.utils.rnn.pack_padded_sequence."
-        raise ValueError(describe(_RNN, "the packed input", came, "sizes that never rise, of all rows", remedy))
+        raise ValueError(describe(_RNN, "the packed input", came, "non-increasing sizes that cover all rows", remedy))
     _check_state(hx, weight_ih, sizes[0])
 
 

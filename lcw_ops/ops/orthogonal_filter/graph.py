@@ -104,7 +104,7 @@ class Block:
     def run(self, direction: str) -> None:
         """Run "forward" from states[0], or "backward" from slopes and gradients[count].
 
-        A shorter last block has a graph of its own on the same buffers.
+        The last steps of a range, if they are fewer, have their own graph on the same buffers.
         """
         function = {"forward": self._forward, "backward": self._backward}[direction]
         if self.graphs is None:

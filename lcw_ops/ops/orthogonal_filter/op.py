@@ -258,7 +258,7 @@ backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 def keeps_all_states(weight: Tensor, backend: str) -> bool:
     """Whether backward reads the states that forward returns, if it returns them all, instead of checkpoints.
 
-    Backward then recomputes nothing. This is for one weight shared by all steps.
+    It does so if all steps share one weight. It then recomputes nothing.
     """
     return backend == "cpp" and weight.dim() == 2
 
