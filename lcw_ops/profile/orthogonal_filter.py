@@ -181,8 +181,8 @@ def state_jacobian(recurrence: Recurrence) -> tuple[Tensor, int]:
     """The exact Jacobian of h_0 -> h_L at the first sample, as (J', e) with J = J' 2^e: (N, N), float32 or wider.
 
     Rows are independent: N copies of one sample, with the identity as their gradients, give all rows of J in one
-    backward pass. It runs chunk by chunk from the states that :func:`layer_columns` kept. A power of two scales the rows
-    after each chunk, because the Jacobian of a deep plain net is far below the smallest float32.
+    backward pass. It runs chunk by chunk from the states that :func:`layer_columns` kept. After each chunk the rows are
+    scaled by a power of two, because the Jacobian of a deep plain net is far below the smallest float32.
     """
     width = recurrence.h0.shape[1]
     rows, exponent = torch.eye(width, dtype=recurrence.h0.dtype, device=recurrence.h0.device), 0
