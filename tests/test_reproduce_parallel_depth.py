@@ -150,7 +150,7 @@ def test_no_memory_is_said(monkeypatch, capsys):
     monkeypatch.setattr(experiments.machine, "available_memory_bytes", lambda device: 10**9)
     monkeypatch.setattr(experiments, "grid_cells", lambda depth: [CELL])
     assert list(experiments.grid_figures((9,))) == []
-    assert "left out, for it needs 1.1 GB: L=9 c=1 tanh M=2 N=6 haar" in capsys.readouterr().out
+    assert "left out, because it needs 1.1 GB: L=9 c=1 tanh M=2 N=6 haar" in capsys.readouterr().out
 
 
 def read(path):
