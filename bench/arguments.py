@@ -18,6 +18,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="CPU cores for every competitor; default: all")
-    parser.add_argument(
-        "--share", default="1/1", metavar="K/N", help="every Nth case from the Kth on; default: all"
-    )
+    parser.add_argument("--share", default="1/1", metavar="K/N", help="every Nth case from the Kth on; default: all")

@@ -135,7 +135,7 @@ def _in_place(device_type: str, name: str, shapes: Shapes, kind: str, dtype: tor
 
 
 def _shorten(inputs: dict) -> dict:
-    """Take a tenth of the tensor of 205 million elements: float64 copies of all of it would need 5 GB."""
+    """Take the first tenth of the tensor of 205 million elements: float64 copies of all of it would need 5 GB."""
     gradients = inputs["gradients"]
     return inputs | {"gradients": [gradients[0][:5000]] if len(gradients) == 1 else gradients}
 

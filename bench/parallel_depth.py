@@ -37,8 +37,8 @@ MOST_STATES_BYTES = 2**29
 # beta = c / L in all cases.
 MEASURED_C = 1.0
 
-# A region wins if it takes at most this share of the sequential kernel's time on initial weights. Trained nets take up
-# to three times the sweeps (docs/parallel_depth.md).
+# A region must save this share of the sequential kernel's time on initial weights: trained nets take up to three times
+# the sweeps (docs/parallel_depth.md).
 LEAST_GAIN = 2 / 3
 
 

@@ -128,7 +128,7 @@ def cases(stem: str, device_type: str) -> list[Case]:
 def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int = 0) -> tuple[Competitor, ...]:
     """Our op as a competitor, once per backend that can run here, on float32 rows of ``width`` elements.
 
-    The torch backend competes only if there is no kernel. An explicit request (``use_backend``, ``LCW_OPS_BACKEND``)
+    Plain torch competes only if there is no kernel. An explicit request (``use_backend``, ``LCW_OPS_BACKEND``)
     selects one backend; BackendError if it cannot run here.
     """
     if backends.requested() is not None:

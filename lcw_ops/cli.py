@@ -118,24 +118,24 @@ def _add_training_arguments(add: Callable) -> None:
     """Add the arguments of every command that trains."""
     add("batch", "samples per training step", type=int)
     add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
-    add("activation", "of every layer", choices=ACTIVATIONS)
+    add("activation", "activation of every layer", choices=ACTIVATIONS)
     add("device", "cpu, cuda, cuda:1, ...")
-    add("threads", "CPU threads; default: as many as torch takes", type=int)
+    add("threads", "CPU threads; default: torch's number", type=int)
 
 
 def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     add = _adder(parser, ProfileSettings)
     add("depth", "number of layers", type=int)
     add("width", "units per layer", type=int)
-    add("steps", "training steps; 0 measures the net as it is initialised", type=int)
+    add("steps", "training steps; 0 measures the net at initialisation", type=int)
     add("out", "folder for report.json, layers.csv and report.png", metavar="DIR")
     add("kind", "the net that is trained; the other two are measured beside it", choices=PROFILE_KINDS)
-    add("filter", "of the orthogonal-filter net", choices=FILTERS)
-    add("solver", "of the orthogonal-filter net: layer by layer, or many layers at once by sweeps", choices=SOLVERS)
-    add("tolerance", "of the parallel solver; default: about the size of the rounding error", type=float)
+    add("filter", "filter of the orthogonal-filter net", choices=FILTERS)
+    add("solver", "how to solve the orthogonal-filter net: by layer, or many layers at once by sweeps", choices=SOLVERS)
+    add("tolerance", "tolerance of the parallel solver; default: about the size of the rounding error", type=float)
     add("window", "layers that the parallel solver takes at once; default: depends on the device", type=int)
     add("lr", "Adam's learning rate", type=float)
-    add("seed", "of weights, data split and order of samples", type=int)
+    add("seed", "seed of weights, data split and order of samples", type=int)
     _add_training_arguments(add)
 
 
@@ -157,10 +157,10 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("steps", f"training steps; default: {by_kind('steps')}", type=int)
     add("epochs", "passes over the data, instead of --steps", type=int)
     add("lr", f"Adam's learning rate; default: {by_kind('lr')}", type=float)
-    add("schedule", "of the rate: full for half of the steps, then falling to 0; or constant", choices=tuple(SCHEDULES))
+    add("schedule", "rate: full for half of the steps, then falling to 0; or constant", choices=tuple(SCHEDULES))
     add("c", f"weight of the nonlinear branch, beta = c / depth; default: {by_kind('c')}", type=float)
     add("filter", f"the fixed matrix; default: {by_kind('filter')}", choices=FILTERS)
-    add("seed", "of weights and order of samples; the data split stays the same", type=int)
+    add("seed", "seed of weights and order of samples; the data split stays the same", type=int)
     add("checkpoint", "folder for checkpoints; the last two are kept, and without it none are written", metavar="DIR")
     add("every", "steps from one checkpoint to the next", type=int)
     add(
@@ -206,8 +206,8 @@ def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
         "Keys of --json: versions (lcw_ops, python, torch, triton, numpy, cuda; null: not installed), platform, cpu "
         "(name, instructions, threads), gpus (a list: device, name, generation), requested_backend (null: none), and "
         "ops, which has by op and by device: backend (the one that runs; null: none), error (why none runs, or null), "
-        "wider (a list of what runs wider rows: above_width_float32, above_width_float64, backend) and not_chosen (by "
-        "backend, why it does not run)."
+        "wider (a list of backends for wider rows: above_width_float32, above_width_float64, backend) and not_chosen "
+        "(by backend, why it does not run)."
     )
 
 

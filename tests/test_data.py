@@ -133,7 +133,7 @@ WRONG = {
     "huge labels": (lambda a: {**a, "y": a["y"].astype(np.uint64) + np.uint64(2**63)}, "from 9223372036854775808"),
     "one class": (lambda a: {**a, "y": a["y"] * 0 + 3}, "y has the class 3 alone, expected at least 2 classes"),
     "one sample": (lambda a: {"x": a["x"][:1], "y": a["y"][:1]}, "at least 2"),
-    "a class each": (lambda a: {"x": a["x"], "y": np.arange(50)}, "no two samples of a class"),
+    "a class each": (lambda a: {"x": a["x"], "y": np.arange(50)}, "no class in y has two samples"),
     "pickled": (lambda a: {**a, "x": np.array([[object()]])}, "x is damaged or holds Python objects"),
     "huge integers": (lambda a: {**a, "x": np.array([[2**70]] * 50)}, "x is damaged or holds Python objects"),
     "other names": (lambda a: {"data": a["x"], "labels": a["y"]}, "has the arrays data, labels, expected x_train"),
@@ -242,7 +242,7 @@ def test_unreadable_files(save_as, tmp_path, arrays):
     message = str(raised.value)
     assert message.startswith(f"{path}: ")
     assert UNREADABLE[save_as] in message
-    assert message.endswith("; expected what numpy.savez(path, x=..., y=...) writes")
+    assert message.endswith("; expected a file from numpy.savez(path, x=..., y=...)")
     assert "pickle" not in message
 
 

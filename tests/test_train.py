@@ -141,14 +141,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(flags, step, tmp_path, 
     assert stop_after(step, monkeypatch, *flags, "--checkpoint", folder) == 130
     last = step // 3 * 3
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    way_on = f"--resume goes on after step {last}" if last else f"No checkpoint in {folder} yet"
+    way_on = f"--resume continues after step {last}" if last else f"No checkpoint in {folder} yet"
     assert said == f"interrupted. {way_on}"
     # What else happens in a process draws random numbers too.
     torch.manual_seed(99)
     torch.rand(7)
     assert train(*flags, "--checkpoint", folder, "--resume", "--out", out) == 0
     printed = capsys.readouterr().out
-    assert (f"going on after step {last}, from {folder}" if last else "starting from step 0") in printed
+    assert (f"continuing after step {last}, from {folder}" if last else "starting from step 0") in printed
     assert_same_outcome(out, uninterrupted(flags))
 
 
@@ -180,8 +180,8 @@ def test_a_finished_run_is_resumed_without_a_step(tmp_path, monkeypatch, uninter
     monkeypatch.setattr(loop.Training, "step", lambda training: pytest.fail("a step too many"))
     assert train(*SMALL, "--checkpoint", folder, "--resume", "--out", out) == 0
     printed = capsys.readouterr().out
-    assert "all 12 steps are done; a larger --steps goes on\n" in printed
-    assert "going on" not in printed
+    assert "all 12 steps are done; give a larger --steps to continue\n" in printed
+    assert "continuing" not in printed
     assert_same_outcome(out, expected)
 
 
@@ -219,7 +219,7 @@ def test_a_finished_run_at_a_constant_rate_goes_on_bit_for_bit(flags, tmp_path, 
     assert captured.err == (
         "note: --steps was 3, is 6: the weights will be those of 6 steps at once; evaluations come at other steps\n"
     )
-    assert "going on after step 3" in captured.out
+    assert "continuing after step 3" in captured.out
     assert "after 6 steps: " in captured.out
     assert train(*of_steps(12, flags), *folder, "--resume", "--out", out) == 0
     assert_same_weights(out, uninterrupted(flags))
@@ -256,7 +256,7 @@ def test_a_rate_that_fell_once_is_remembered(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert train(*of_steps(12), *folder, "--resume") == 0
     captured = capsys.readouterr()
-    assert "going on after step 4" in captured.out
+    assert "continuing after step 4" in captured.out
     assert "the result will not be that of 12 steps at once" in captured.err
 
 
@@ -349,7 +349,7 @@ def test_data_is_known_by_its_content(tmp_path, monkeypatch, capsys):
     assert stop_after(7, monkeypatch, *flags, "--data", tmp_path / "a.npz") == 130
     np.savez(tmp_path / "b.npz", **{**arrays, "x": arrays["x"] + np.eye(60, 5)})
     assert train(*flags, "--resume", "--data", tmp_path / "b.npz") == 2
-    assert "--data: its content is not what the checkpoint was trained on; give the same" in capsys.readouterr().err
+    assert "--data: its content is not the checkpoint's training data; give the same" in capsys.readouterr().err
     os.replace(tmp_path / "a.npz", tmp_path / "moved.npz")
     assert train(*flags, "--resume", "--data", tmp_path / "moved.npz") == 0
 
@@ -577,7 +577,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, stopped, tmp_
     captured = capsys.readouterr()
     assert f"{path} is damaged: " in captured.err
     assert len(captured.err.strip().splitlines()) == 1
-    assert "going on after step 6" in captured.out
+    assert "continuing after step 6" in captured.out
     assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
     assert names(stopped) == ["step-00000009.damaged", STEP_9, STEP_12]
     assert (stopped / "step-00000009.damaged").read_bytes() == damaged
@@ -606,7 +606,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_damaged(code, stopped, monkey
     assert len(error.strip().splitlines()) == 1
     assert names(stopped) == [STEP_6, STEP_9]
     assert train(*SMALL, "--checkpoint", stopped, "--resume", "--out", tmp_path / "out") == 0
-    assert "going on after step 9" in capsys.readouterr().out
+    assert "continuing after step 9" in capsys.readouterr().out
     assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
 
 
@@ -662,7 +662,7 @@ def test_without_resume_a_folder_must_be_empty(stopped, tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter-1.tex").write_text("precious")
     for folder, message in (
-        (stopped, "checkpoints up to step 9: add --resume to go on"),
+        (stopped, "checkpoints up to step 9: add --resume to continue"),
         (tmp_path / "thesis", "files"),
     ):
         before = names(folder)
@@ -697,7 +697,7 @@ def test_a_failed_write_keeps_the_checkpoints_before_it(tmp_path, monkeypatch, c
         patch.setattr(torch, "save", full)
         assert train(*SMALL, "--checkpoint", folder) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "failed: OSError: [Errno 28] No space left on device. --resume goes on after step 6"
+    assert error == "failed: OSError: [Errno 28] No space left on device. --resume continues after step 6"
     assert names(folder) == ["step-00000003.pt", STEP_6]
     assert train(*SMALL, "--checkpoint", folder, "--resume", "--out", out) == 0
     assert_same_outcome(out, uninterrupted(SMALL))
@@ -775,7 +775,7 @@ def test_every_mistake_is_one_line_and_code_2(flags, tmp_path, capsys):
 
 def test_resume_needs_a_folder(capsys):
     assert train(*SMALL, "--resume") == 2
-    assert capsys.readouterr().err == "lcw-ops train: --resume needs --checkpoint DIR, the folder to go on from\n"
+    assert capsys.readouterr().err == "lcw-ops train: --resume needs --checkpoint DIR, the folder to continue from\n"
 
 
 def test_a_failure_without_checkpoints_says_what_is_lost(monkeypatch, capsys):

@@ -507,7 +507,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)}; default: all")
-    parser.add_argument("--depth", type=_positive, action="append", help="replaces the experiment's; grid takes several")
+    parser.add_argument("--depth", type=_positive, action="append", help="depth, several for grid; default: its own")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps here")
     args = parser.parse_args(arguments)

@@ -142,7 +142,7 @@ def read(path: Path) -> dict[str, Tensor]:
             raise
         raise DamagedError(error.strerror) from error
     if end != sha256.digest():
-        raise DamagedError("its end is not the digest of what is before")
+        raise DamagedError("its end is not the digest of the rest")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -89,7 +89,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
         _check_pair(path, "x", arrays["x"], "y", arrays["y"])
         if len(np.unique(arrays["y"])) == len(arrays["y"]):
             raise ValueError(
-                f"{path}: y has no two samples of a class, expected one for training and one for testing; add samples"
+                f"{path}: no class in y has two samples, expected one for training and one for testing; add samples"
             )
         x_train, y_train, x_test, y_test = _split(arrays["x"], arrays["y"], seed)
     dataset = _dataset(Path(path).name, x_train, y_train, x_test, y_test)
@@ -128,8 +128,8 @@ def _read_npz(path) -> dict[str, np.ndarray]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(
-            f"{path}: cannot be read as an .npz file: {reason.splitlines()[0]}; expected what "
-            "numpy.savez(path, x=..., y=...) writes"
+            f"{path}: cannot be read as an .npz file: {reason.splitlines()[0]}; expected a file from "
+            "numpy.savez(path, x=..., y=...)"
         ) from error
     raise ValueError(
         f"{path}: has the arrays {found}, expected {', '.join(SPLIT_KEYS)}, or {' and '.join(WHOLE_KEYS)}; name them so"

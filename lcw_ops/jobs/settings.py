@@ -131,4 +131,4 @@ class TrainSettings(TrainingSettings):
         for name in ("checkpoint", "out"):
             expect(getattr(self, name) != "", name, "empty", "a folder")
         if self.resume and self.checkpoint is None:
-            raise ValueError("--resume needs --checkpoint DIR, the folder to go on from")
+            raise ValueError("--resume needs --checkpoint DIR, the folder to continue from")

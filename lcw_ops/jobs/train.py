@@ -187,7 +187,7 @@ def check_same(saved: dict, current: dict, folder: Path) -> None:
         raise ValueError(f"--checkpoint {folder}: format {saved['format']}, this version reads {FORMAT}")
     if saved["data"] != current["data"]:
         raise ValueError(
-            "--data: its content is not what the checkpoint was trained on; give the same data, or another "
+            "--data: its content is not the checkpoint's training data; give the same data, or another "
             "--checkpoint folder"
         )
     for name in (*DECISIVE, "device", "threads"):
@@ -227,9 +227,9 @@ def run(settings: Settings) -> int:
                 current = going_on(_configuration_of(saved), current, done, steps)
                 settings = replace(settings, steps=current["steps"])
                 if done == settings.steps:
-                    print(f"all {done} steps are done; a larger --steps goes on", flush=True)
+                    print(f"all {done} steps are done; give a larger --steps to continue", flush=True)
                 else:
-                    print(f"going on after step {done}, from {folder}", flush=True)
+                    print(f"continuing after step {done}, from {folder}", flush=True)
         out = None if settings.out is None else prepare_folder(settings.out)
         try:
             training, log = _begin(settings, dataset.to(device), saved)
@@ -270,7 +270,7 @@ def _expect_empty(folder: Path) -> None:
     if all(entry.name.startswith(".") for entry in folder.iterdir()):
         return
     steps = checkpoints.steps_in(folder)
-    held = f"checkpoints up to step {steps[-1]}: add --resume to go on, or" if steps else "files already:"
+    held = f"checkpoints up to step {steps[-1]}: add --resume to continue, or" if steps else "files already:"
     raise ValueError(f"--checkpoint {folder} holds {held} give an empty folder")
 
 
@@ -405,4 +405,4 @@ def _way_on(folder: Path | None) -> str:
     if folder is None:
         return "Without --checkpoint nothing was kept"
     steps = checkpoints.steps_in(folder)
-    return f"--resume goes on after step {steps[-1]}" if steps else f"No checkpoint in {folder} yet"
+    return f"--resume continues after step {steps[-1]}" if steps else f"No checkpoint in {folder} yet"

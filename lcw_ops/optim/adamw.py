@@ -42,8 +42,8 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: torch's.
         foreach, fused: torch's, for groups without activation; groups with activation take our op in any case.
-        capturable: torch's. The step counts lie beside the parameters, so that a CUDA graph can increment them. The
-            graph keeps lr and betas as constants.
+        capturable: torch's. The step counts are on the parameters' device, so that a CUDA graph can increment them.
+            The graph keeps lr and betas as constants.
         differentiable: torch's; True needs gradient_activation=None.
         gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
@@ -136,9 +136,10 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         return Gathered(states, (counts,), [step] * len(params))
 
     def _states(self, group: dict, params: list[Tensor]) -> tuple[list[Tensor], ...]:
-        """Every parameter's exp_avg, exp_avg_sq, max_exp_avg_sq ([] without amsgrad) and step; KeyError if one lacks.
+        """Every parameter's exp_avg, exp_avg_sq, max_exp_avg_sq ([] without amsgrad) and step.
 
-        torch's code makes missing states, and refuses an lr that it cannot use.
+        torch's code makes the states of new parameters, and refuses an lr that it cannot use. KeyError if one lacks an
+        entry.
         """
         own = [self.state[param] for param in params]
         if not params:
@@ -162,7 +163,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             self._check_counts(index, params, counts)
         if are_plain and all(map(_IS_CPU, counts)):
             return steps
-        # torch counts on the CPU by default, beside the parameters when capturable; loading can mix the two.
+        # torch counts on the CPU by default, and on the parameters' device if capturable. Loading can mix the two.
         on_cpu = steps[0]
         beside = functools.partial(_step, **on_cpu.keywords)
         elsewhere = functools.partial(_step_with_own_counts, **on_cpu.keywords)
@@ -243,7 +244,7 @@ def _has_negative(steps: list[Tensor]) -> bool:
 
 
 def _step(backend: str, *lists: Any, **options: Any) -> None:
-    """Step parameters with plain counts, all on the CPU or all beside the parameters."""
+    """Step parameters with plain counts, all on the CPU or all on the parameters' device."""
     *_, steps = lists
     _count(steps, 1.0)
     try:
