@@ -1,6 +1,6 @@
 """One step of training and everything that the next one depends on: Adam on shuffled batches without replacement.
 
-The state is a flat dictionary of tensors. A new process with the same number of threads continues it bit for bit.
+The state is a flat dictionary of tensors. A new process with as many threads continues from it bit for bit.
 """
 
 import torch

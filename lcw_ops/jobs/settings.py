@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lcw_ops.jobs.schedule import SCHEDULES
 
-# More threads per processor only wait for each other. torch would start millions on request.
+# More threads than this per processor only wait for each other. torch would start millions on request.
 THREADS_PER_CPU = 4
 
 # The nets that `lcw-ops profile` can train.

@@ -136,10 +136,9 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         return Gathered(states, (counts,), [step] * len(params))
 
     def _states(self, group: dict, params: list[Tensor]) -> tuple[list[Tensor], ...]:
-        """Every parameter's exp_avg, exp_avg_sq, max_exp_avg_sq ([] without amsgrad) and step.
+        """exp_avg, exp_avg_sq, max_exp_avg_sq ([] without amsgrad) and step per parameter; KeyError if one is missing.
 
-        torch's code makes the states of new parameters, and refuses an lr that it cannot use. KeyError if one lacks an
-        entry.
+        torch's code makes the states of parameters that have none, and refuses an lr that it cannot use.
         """
         own = [self.state[param] for param in params]
         if not params:

@@ -181,7 +181,7 @@ def _on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
     """Call ``record`` on the gradient. The hook must return None: a tensor hook's result replaces the gradient."""
 
     def hook(gradient):
-        # The gradient is None if the next operation does not pass one back, as a dynamically quantized layer.
+        # The gradient is None if the next operation does not pass one back, as in a dynamically quantized layer.
         if gradient is not None:
             record(gradient)
 
