@@ -51,8 +51,8 @@ def activate_gradients(
     - ``optimizer.step(closure)``: the gradients are activated after each call of the closure, which computes them.
       (LBFGS calls it many times; its line search then sees a slope that is not the loss'.)
     - ``GradScaler`` first unscales and looks for overflow. If there is one, it skips the step and the gradients stay
-      untouched. For a fused optimizer that would unscale inside its step, the gradients are unscaled here; it then
-      skips the step itself, and the gradients of such a step must not be used. float16 gradients, which GradScaler
+      untouched. For a fused optimizer that would unscale inside its step, the gradients are unscaled here. It skips the
+      step by itself then, and the gradients of that step must not be used. float16 gradients, which GradScaler
       otherwise refuses, pass with a fused optimizer: they are unscaled in float16, where the smallest become 0.
     - Clipping comes before ``step()``, hence before this. Step pre-hooks run in the order of their registration: a hook
       that clips, or reads the gradients as they were, must be registered first.

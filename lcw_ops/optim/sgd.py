@@ -151,7 +151,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             torch.empty_like(param, dtype=_dtype_of_buffer(param, grad, decays)) if buffer is None else buffer
             for param, grad, buffer in zip(params, grads, buffers, strict=True)
         ]
-        # The op writes a first buffer without reading it. The buffer becomes state only then.
+        # The op writes a first buffer without reading it. The buffer becomes state only afterwards.
         keep = functools.partial(self._keep_buffers, list(params), list(buffers))
         return Gathered({"momentum_buffer": buffers}, (), steps, (keep,))
 
