@@ -152,7 +152,7 @@ def test_a_bad_kind_changes_nothing(device):
 
 @on_gpu
 def test_recorded_in_a_cuda_graph(device):
-    """The graph is replayed on new numbers, with the step counters as they were before."""
+    """The graph is replayed on new numbers. The step counters lie on the GPU."""
     tensors = [gradients(100 + i).to(device, torch.float32) for i in range(300)]
     case = AdamWCase([3000] * 100, torch.float32, device, steps_device=device)
     before = [[tensor.clone() for tensor in tensors] for tensors in case.lists]

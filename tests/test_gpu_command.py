@@ -39,7 +39,7 @@ def test_the_order_and_the_time_of_parts():
     assert all(step.seconds <= gpu.PART_SECONDS for _, step in STEPS)
 
 
-def test_what_is_measured_is_measured_whole():
+def test_every_benchmark_is_measured_whole():
     """The shares of a stem's benchmarks add up to all of them, and every stem of the registry has some."""
     shares = {}
     for part, step in STEPS:
@@ -226,7 +226,7 @@ child.wait()
 
 
 def keeps_running(pid: int) -> bool:
-    """Whether it is there ten seconds later: a signal takes effect only when the process gets a processor."""
+    """Whether the process lives for another ten seconds: it must get a processor before a signal takes effect."""
     deadline = time.monotonic() + 10
     while _is_running(pid):
         if time.monotonic() > deadline:
@@ -369,7 +369,7 @@ def test_the_smoke_test_runs_every_triton_kernel():
 
 @pytest.fixture
 def one_call(monkeypatch):
-    """The smoke test of one op, with C++ alone."""
+    """Reduce the smoke test to one op, with C++ alone."""
     monkeypatch.setattr(smoke, "cases", lambda device_type: [smoke.case(smoke.calls()[0], device_type)] * 2)
     monkeypatch.setitem(smoke.EXPECTED, "cpu", ("cpp",))
 
