@@ -79,7 +79,7 @@ def proven_gpu(monkeypatch):
     backends._resolve.cache_clear()
 
 
-def test_the_choice_on_a_gpu_goes_by_width(proven_gpu):
+def test_the_choice_on_a_gpu_depends_on_the_width(proven_gpu):
     def choose(width, itemsize=4):
         return backends.choose("orthogonal_filter", proven_gpu, width, itemsize)
 
@@ -94,7 +94,7 @@ def test_the_choice_on_a_gpu_goes_by_width(proven_gpu):
     assert lines[2] == "  not cuda: triton comes first"
 
 
-def test_info_goes_by_the_crossover_table(proven_gpu, monkeypatch):
+def test_info_follows_the_crossover_table(proven_gpu, monkeypatch):
     monkeypatch.setitem(crossover.MEASURED, (9, 0), (("cuda", 33), ("triton", 64), ("graph", None)))
     lines = _info._op_lines(orthogonal_filter.NAME, proven_gpu)
     assert lines[0].endswith(
@@ -229,7 +229,7 @@ def test_a_reason_of_some_ops_stays_with_each(no_gpu, monkeypatch):
     assert "Every op on cpu that has such a kernel:\n  not cuda: a reason that others have too\n" in text
 
 
-def test_the_report_holds_what_the_text_says(proven_gpu, monkeypatch):
+def test_the_report_holds_the_facts_of_the_text(proven_gpu, monkeypatch):
     devices = [torch.device("cpu"), proven_gpu]
     monkeypatch.setattr(_info, "_devices", lambda: devices)
     gpu = {"device": "cuda:0", "name": "a card", "generation": "sm_90"}
@@ -282,7 +282,7 @@ def test_the_text_gives_each_error_once(requested, no_gpu):
         assert sum(f"{op} on cpu: " in line or line.startswith(f"{op}, ") or f", {op}, " in line for line in lines) == 1
 
 
-def test_a_request_is_the_reason_against_the_others():
+def test_a_request_is_the_reason_not_to_choose_the_others():
     with lcw_ops.use_backend("reference"):
         reasons = _info.report()["ops"][orthogonal_filter.NAME]["cpu"]["not_chosen"]
     if backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu") is None:
@@ -290,7 +290,7 @@ def test_a_request_is_the_reason_against_the_others():
     assert set(reasons) == {"cpp", "cuda", "triton"}
 
 
-def test_info_says_what_was_requested():
+def test_info_names_the_requested_backend():
     with lcw_ops.use_backend("reference"):
         assert "Requested for every op: reference" in lcw_ops.info()
 

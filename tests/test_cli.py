@@ -106,7 +106,7 @@ def test_the_table_has_the_peak_of_the_whole_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind", main_job.KINDS)
-def test_kind_is_what_is_trained(kind, tmp_path):
+def test_kind_chooses_the_trained_network(kind, tmp_path):
     assert profile("--kind", kind, out=tmp_path) == 0
     networks = report(tmp_path)["networks"]
     assert next(iter(networks)) == kind
@@ -219,7 +219,7 @@ def test_wrong_commands(arguments, capsys):
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (RuntimeError("no luck"), 1)])
 @pytest.mark.parametrize("written", range(3))
-def test_interrupted_or_failed_runs_say_what_was_written(error, code, written, tmp_path, monkeypatch, capsys):
+def test_interrupted_or_failed_runs_name_the_written_files(error, code, written, tmp_path, monkeypatch, capsys):
     """Ctrl-C during training (0), then with the second and the third file half written."""
     (tmp_path / "layers.csv").write_text("an earlier run's")
 
@@ -249,7 +249,7 @@ def test_interrupted_or_failed_runs_say_what_was_written(error, code, written, t
     assert ((tmp_path / "layers.csv").read_text() == "an earlier run's") == (written == 0)
 
 
-def test_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+def test_missing_matplotlib_is_reported_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert profile(out=tmp_path / "out") == 2
     assert "pip install lcw-ops[profile]" in capsys.readouterr().err
@@ -266,7 +266,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     assert "2/2" in capsys.readouterr().out
 
 
-def test_info_prints_what_the_library_says(capsys):
+def test_info_prints_the_text_of_the_library(capsys):
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out == lcw_ops.info() + "\n"
 
@@ -386,7 +386,7 @@ def test_no_flag_of_the_benchmarks_own_commands_may_be_abbreviated(module, argum
     assert f"unrecognized arguments: {arguments[-2]}" in capsys.readouterr().err
 
 
-def test_too_large_a_network_says_what_it_needs(tmp_path, monkeypatch, capsys):
+def test_too_large_a_network_names_the_memory_it_needs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "available_memory_bytes", lambda device: 10**9)
     flags = ["--depth", "100000", "--width", "64"]
     assert profile(*flags, out=tmp_path / "out") == 2
@@ -404,7 +404,7 @@ def test_too_large_a_network_says_what_it_needs(tmp_path, monkeypatch, capsys):
         ("triton", ["profile", *SMALL], "backend 'triton' was requested, but"),
     ],
 )
-def test_a_backend_that_is_not_there_is_one_line(backend, command, message, tmp_path):
+def test_a_missing_backend_is_one_line(backend, command, message, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "lcw_ops.cli", *command],
         capture_output=True,

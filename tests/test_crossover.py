@@ -98,7 +98,7 @@ def test_the_fastest_at_every_width(tmp_path):
     assert crossover.table(path) == (("graph", None),)
 
 
-def test_what_was_measured_overrules_the_design(monkeypatch):
+def test_measurements_overrule_the_design(monkeypatch):
     widths = (1, 128, 129, 512, 513, 10**6)
     fastest = functools.partial(fastest_kernel, capability=(9, 0))
     assert [fastest(width) for width in widths] == ["triton", "triton", "cuda", "cuda", "graph", "graph"]

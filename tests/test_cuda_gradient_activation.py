@@ -114,7 +114,7 @@ def test_bad_lists_change_nothing(case, device):
         assert all((tensor == 1).all() for tensor in lists[name])
 
 
-def test_the_ops_answer_that_they_took_the_tensors(device):
+def test_the_try_ops_return_true_for_tensors_that_they_take(device):
     tensor, wanted = (torch.full((5,), 0.3, device=device) for _ in range(2))
     OPS.activate([wanted], "tanh", 0.1, 20.0)
     assert namespace.try_gradient_activation_.cuda([tensor], "tanh", 0.1, 20.0) is True

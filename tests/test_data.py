@@ -91,7 +91,7 @@ def test_constant_features_of_any_size_are_almost_zero(tmp_path):
         assert part[:, 5].std() == pytest.approx(1, abs=0.01)
 
 
-def test_a_small_test_set_is_right(tmp_path, arrays):
+def test_a_small_test_set_is_accepted(tmp_path, arrays):
     """Test labels are classes of the training set. They may exceed the number of test samples."""
     parts = {"x_train": arrays["x"], "y_train": arrays["y"], "x_test": arrays["x"][3:5], "y_test": arrays["y"][3:5]}
     loaded = data.load_npz(save(tmp_path / "a.npz", **parts))
@@ -248,7 +248,7 @@ def test_unreadable_files(save_as, tmp_path, arrays):
 
 @pytest.mark.parametrize("command", ["profile", "train"])
 @pytest.mark.parametrize("case", [*WRONG, *UNREADABLE], ids=lambda case: getattr(case, "__name__", case))
-def test_the_commands_say_it_in_one_line(command, case, tmp_path, arrays, capsys):
+def test_the_commands_report_a_bad_file_in_one_line(command, case, tmp_path, arrays, capsys):
     path, out = tmp_path / "wrong.npz", tmp_path / "out"
     if case in WRONG:
         save(path, **WRONG[case][0](arrays))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROCESSES = 4
 GROUP_SIZES = (2, 4)
-# In seconds, several times the time of all cases: a process that waits for another one in vain is ended.
+# In seconds, several times the time of all cases. A process that still waits for another one then is ended.
 TIMEOUT = 300
 # The timeout of the groups in which a rank fails, in seconds.
 PATIENCE = 5

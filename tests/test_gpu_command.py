@@ -88,7 +88,7 @@ def test_parts_by_name(wanted, expected):
 # ---- Which files run on a GPU ----------------------------------------------------------------------------------------
 
 
-def test_the_rule_is_what_pytest_finds(request):
+def test_the_rule_agrees_with_pytest(request):
     """A file of this run is selected if its tests ask for ``device``, directly or through another fixture."""
     selected = set(gpu.gpu_tests())
     for path in {item.path for item in request.session.items}:
@@ -324,7 +324,7 @@ def test_an_unknown_part(wanted, hint, capsys):
     assert f"no part is called {wanted!r};{hint} choose from {groups}, a test file's path, or a part that" in line
 
 
-def test_without_what_the_tests_need(monkeypatch, capsys):
+def test_without_the_packages_that_the_tests_need(monkeypatch, capsys):
     find_spec = gpu.importlib.util.find_spec
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "numpy" else find_spec(name))
     monkeypatch.setattr(gpu, "find_card", lambda: pytest.fail("looked for a card"))

@@ -80,7 +80,7 @@ def test_any_optimizer_steps_on_activated_gradients(make, kind):
         assert torch.equal(param, other)
 
 
-def test_once_per_step_on_what_all_backwards_added_up():
+def test_once_per_step_on_the_sum_of_all_backward_passes():
     params = make_params()
     optimizer = still(params)
     lcw_ops.activate_gradients(optimizer)
@@ -118,7 +118,7 @@ def test_neither_hook_nor_handle_keeps_the_optimizer():
     handle.remove()
 
 
-def test_params_are_a_choice():
+def test_params_select_the_parameters_to_activate():
     params = make_params()
     optimizer = still(params)
     lcw_ops.activate_gradients(optimizer, params=(param for param in [params[1], params[1]]))
@@ -128,7 +128,7 @@ def test_params_are_a_choice():
     assert_gradients(params, [gradients[0], f(gradients[1]), f(gradients[2], "tanh")])
 
 
-def test_groups_overrule():
+def test_settings_of_a_group_overrule():
     params = make_params((2,), (3,), (4,), (5,))
     overrides = [{}, {"activate_gradients": False}, {"activate_gradients": {"kind": "log"}}]
     groups = [{"params": [param], **one} for param, one in zip(params, overrides, strict=False)]
@@ -232,7 +232,7 @@ def test_gradients_that_share_memory_are_activated_once(settings):
     params = make_params(*[view.shape for view in views], (4,))
     for param, view in zip(params, views, strict=False):
         param.grad = view
-    # The very same tensor, and in another group.
+    # A parameter of another group has the very same tensor as its gradient.
     params[-1].grad = params[3].grad
     expected.append(f(flat[:4], beta=settings.get("activate_gradients", {}).get("beta", 20.0)))
     expected[3] = expected[0]
@@ -766,7 +766,7 @@ def test_an_optimizer_inside_that_knows_its_wrapper_is_found():
 
 
 @pytest.mark.parametrize("calls_before", [False, True])
-def test_a_step_that_a_class_has_got_since_runs_the_hooks(calls_before):
+def test_a_step_assigned_to_the_class_later_runs_the_hooks(calls_before):
     class Own(torch.optim.SGD):
         def step(self, closure=None):
             raise AssertionError("replaced")
@@ -978,7 +978,7 @@ def test_state_dict_is_torchs():
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_gradients_are_unscaled_before_and_once(fused, unscale):
+def test_gradients_are_unscaled_before_the_activation_and_once(fused, unscale):
     params = make_params()
     others = [nn.Parameter(param.detach().clone()) for param in params]
     optimizer = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], 0.1, fused=fused)
@@ -1001,7 +1001,7 @@ def test_gradients_are_unscaled_before_and_once(fused, unscale):
         assert torch.equal(param, other)
 
 
-def test_all_gradients_of_a_fused_optimizer_are_unscaled_before():
+def test_all_gradients_of_a_fused_optimizer_are_unscaled_before_the_activation():
     params = make_params()
     optimizer = still(params, fused=True)
     lcw_ops.activate_gradients(optimizer)
@@ -1219,7 +1219,7 @@ def test_overrides_are_checked_when_they_are_loaded():
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
-def test_twice_is_refused():
+def test_activating_twice_is_refused():
     params = make_params()
     optimizer = still(params)
     lcw_ops.activate_gradients(optimizer, params=params[:2])
@@ -1281,7 +1281,7 @@ def test_two_backward_passes_activate_twice_as_documented():
     assert_gradients(module.parameters(), [f(f(a) + b) for a, b in zip(first, second, strict=True)])
 
 
-def test_shared_parameters_once():
+def test_shared_parameters_are_activated_once():
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
     lcw_ops.register_gradient_hook(module)

@@ -1,4 +1,4 @@
-"""GmP, weight-norm and input-mean-norm layers: torch's arguments and conversions, against float64; never stale."""
+"""GmP, weight-norm and input-mean-norm layers: torch's arguments, conversions, float64 results, no stale weights."""
 
 import copy
 import inspect
@@ -372,11 +372,11 @@ def test_units_of_one_input_under_autocast_compile_and_func(activation):
         flipped = {name: torch.stack([p, -p]) for name, p in layer.state_dict().items() if name == "sign"}
         both = torch.vmap(partial(torch.func.functional_call, layer), in_dims=(0, None))(flipped, (x,))
         layer.sign.neg_()
-        # A product and a sum of numbers below 5, times one.
+        # A product and a sum of numbers below 5, times a number below 5.
         torch.testing.assert_close(both, torch.stack([output, layer(x)]), rtol=0, atol=3 * 25 * 2**-23)
 
 
-def test_a_layer_of_one_input_says_what_does_not_fit():
+def test_a_layer_of_one_input_names_arguments_that_do_not_fit():
     layer, x = nn.GmPLinear(1, 3, "relu"), torch.randn(2, 1)
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
@@ -517,7 +517,7 @@ def test_zero_rows_of_a_trained_layer():
         plain.bias[1] = -2
     never_fires = nn.GmPLinear.from_linear(plain, "relu")
     assert never_fires.radius[1] == never_fires.location[1] == 0
-    # 3 products below 4, a handful of roundings each.
+    # 3 products below 4, each with a handful of roundings.
     torch.testing.assert_close(never_fires(x), plain(x).relu(), rtol=0, atol=3 * 4 * 8 * 2**-23)
     torch.testing.assert_close(nn.WeightNormLinear.from_linear(plain)(x), plain(x), rtol=0, atol=3 * 4 * 8 * 2**-23)
 
@@ -699,7 +699,7 @@ def test_skip_init():
         }
 
 
-def test_initial_units_are_the_authors():
+def test_initial_units_follow_the_law_of_the_authors():
     """W ~ U(+-b), b^2 = 6 / (m + n): E ||w||^2 = m b^2 / 3 = 2 m / (m + n); every sign of u, and location 0."""
     for layer in (
         nn.GmPLinear(500, 800),
@@ -823,7 +823,7 @@ def test_inference_is_never_stale(edit, mode):
             before = output
 
 
-def test_inference_is_what_training_gives():
+def test_inference_gives_the_result_of_training():
     for layer, x in layers(dtype=torch.float64):
         expected = layer.train()(x)
         layer.eval()
@@ -884,7 +884,7 @@ def test_with_gradients_or_in_training_nothing_is_kept(computations):
         assert len(computations) == 4
 
 
-def test_a_kept_weight_is_the_layers_own():
+def test_a_kept_weight_is_not_handed_out():
     """A result is a copy: an edit of it changes neither the kept weight nor the layer's input."""
     for layer, x in layers():
         layer.eval()

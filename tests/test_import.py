@@ -72,7 +72,7 @@ def test_the_bare_package_needs_no_torch():
         "import importlib.util, lcw_ops; importlib.util.find_spec('torch'); import lcw_ops.init, torch",
     ],
 )
-def test_the_ops_are_there_once_torch_is(imports):
+def test_the_ops_are_registered_once_torch_is_imported(imports):
     loader, found = run(
         f"{imports}\n"
         "import json\n"

@@ -247,7 +247,7 @@ def test_a_model_keeps_its_mode_its_statistics_and_its_hooks(mode):
     ],
     ids=["circular", "3d", "depthwise", "unbatched", "sequence"],
 )
-def test_patches_are_what_the_units_of_any_layer_see(layer, shape):
+def test_patches_are_the_inputs_of_the_units_of_any_layer(layer, shape):
     x = torch.randn(*shape, generator=generator(1))
     model = init.lps_model_(nn.Sequential(layer), x, rule="anchored", generator=generator())
     channel = -1 if isinstance(layer, nn.Linear) else len(shape) - len(layer.kernel_size) - 1

@@ -133,7 +133,7 @@ def count_nodes(program: torch.export.ExportedProgram) -> int:
 
 
 def assert_plain(program: torch.export.ExportedProgram, sizes_known: bool = True) -> None:
-    """Assert that the graphs hold scan and operators of torch from tensors to tensors, and nothing else."""
+    """Assert that the graphs hold nothing but scan and torch's operators from tensors to tensors."""
     graphs = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"):
         name = str(node.target)
@@ -217,7 +217,7 @@ def test_gradients_do_not_depend_on_whether_the_first_state_requires_one():
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "filter": "permutation"}, {"bias": False}], ids=str)
 def test_an_rnn_exports_for_any_length_and_batch(options, strict):
     rnn = nn.OrthogonalFilterRNN(3, WIDTH, length=20, dtype=torch.float64, **options)
-    # The example has as many samples as units: sizes that are equal by chance must stay apart.
+    # The example has as many samples as units: sizes that are equal by chance must not become one.
     example, others = double(6, WIDTH, 3), (double(6, WIDTH, 3), double(9, 5, 3), double(30, 2, 3))
     program = torch.export.export(rnn, (example,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},), strict=strict)
     assert_plain(program, sizes_known=False)
@@ -684,7 +684,7 @@ def test_a_dynamically_quantized_net_is_profiled():
     mlp, x = nn.OrthogonalFilterMLP(3, WIDTH, 10, 2).eval(), torch.randn(5, 3)
     quantized = torch.ao.quantization.quantize_dynamic(mlp, {torch.nn.Linear})
     plain, report = (lcw_ops.profile.profile(model, x, jacobian=False) for model in (mlp, quantized))
-    # The rows of the input and output layers come first and last. Quantized, they are no leaves. One layer has 8 bits.
+    # The rows of the input and output layers come first and last. Quantized, they are not leaves. One layer has 8 bits.
     expected, actual = plain.columns["state_rms"][1:-1], report.columns["state_rms"]
     assert actual.shape == (10,)
     assert abs(actual - expected).max() <= 2**-7 * expected.max()

@@ -18,7 +18,7 @@ from lcw_ops import optim
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROCESSES = 2
-# In seconds, several times the time of all cases: a process that waits for another one in vain is ended.
+# In seconds, several times the time of all cases. A process that still waits for another one then is ended.
 TIMEOUT = 120
 
 

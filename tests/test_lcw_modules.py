@@ -1,4 +1,4 @@
-"""LCWLinear and LCWConv1d/2d/3d: what torch.nn's own layers do, weights kept in inference, and 100 sigmoid layers."""
+"""LCWLinear and LCWConv1d/2d/3d: as torch.nn's own layers, with weights kept in inference; 100 sigmoid layers."""
 
 import copy
 import inspect
@@ -82,7 +82,7 @@ def test_convolutions_take_torchs_arguments(basis, ours, torchs, rank, options):
     gradients = [torch.autograd.grad(module(x), x, grad_output)[0] for module in (layer, plain)]
     assert torch.equal(*gradients)
     sums = layer.effective_weight().flatten(1).sum(1)
-    # Half an ulp of every one of 108 entries below 2, twice: one for the mean.
+    # 108 entries below 2 are off by half an ulp each, and by as much again for the mean.
     assert sums.abs().max() <= 4 * 27 * 2**-23
     assert repr(layer) == repr(plain).replace(torchs.__name__, ours.__name__)[:-1] + f", basis={basis})"
 
@@ -159,7 +159,7 @@ def test_zero_padding_aside_a_constant_input_gives_the_bias():
     layer = nn.LCWConv2d(3, 5, 3, padding=1, padding_mode="reflect")
     torch.nn.init.normal_(layer.bias)
     output = layer(torch.full((1, 3, 6, 6), 4.0))
-    # 27 products below 8 that cancel.
+    # 27 products below 8 cancel.
     torch.testing.assert_close(output, layer.bias.view(1, -1, 1, 1).expand_as(output), rtol=0, atol=27 * 8 * 2**-23)
 
 
@@ -435,7 +435,7 @@ def test_inference_within_inference_mode_is_never_stale():
                 layer.weight.mul_(1.5)
 
 
-def test_what_is_kept_in_one_mode_serves_in_the_others():
+def test_a_weight_kept_in_one_mode_serves_in_the_others():
     layer, x = layers()[2]
     layer.eval()
     with torch.inference_mode():
@@ -484,7 +484,7 @@ def test_functional_call_and_vmap_are_never_stale():
                 torch.testing.assert_close(outputs[k], expected, rtol=0, atol=36 * 20 * 2**-23)
 
 
-def test_a_kept_weight_is_the_layers_own():
+def test_a_kept_weight_is_not_handed_out():
     """The result of effective_weight() is a copy: an edit of it leaves the kept weight alone."""
     layer, x = layers()[2]
     layer.eval()
@@ -631,8 +631,8 @@ def test_variances_forward_and_backward_through_one_layer_are_the_table(std, lcw
     constrained, ordinary = nn.LCWLinear(width, width), torch.nn.Linear(width, width, bias=False)
     init.lcw_(constrained.weight, "sigmoid", std)
     plain_scale_(ordinary.weight, std)
-    # A million independent normal numbers make the weights, and as many the errors: the variance of a sample variance
-    # is 2 / count. The slopes' own spread is below that of squares of normal numbers.
+    # The weights are a million independent normal numbers, and so are the errors. The variance of a sample variance is
+    # 2 / count. The slopes' own spread is below that of squares of normal numbers.
     standard_error = math.sqrt(3 * 2 / (rows * width))
     for layer, expected in ((constrained, lcw), (ordinary, plain)):
         output = layer(z.sigmoid())
@@ -657,8 +657,8 @@ def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expect
                 pre_activations.append(h)
         first, last = torch.autograd.grad((h * torch.randn_like(h)).sum(), [pre_activations[0], pre_activations[-1]])
         logarithms.append(math.log10(first.var() / last.var()))
-    # The factor of a layer is a mean of 128 squares, off by sqrt(2 / 128) = 0.125, and those of forward and backward
-    # both move it: in 99 layers the logarithm has a deviation of 0.125 sqrt(2 x 99) / ln(10) = 0.76 decades. A finite
+    # The factor of a layer is a mean of 128 squares, off by sqrt(2 / 128) = 0.125 in each of the forward and backward
+    # passes: in 99 layers the logarithm has a deviation of 0.125 sqrt(2 x 99) / ln(10) = 0.76 decades. A finite
     # width takes 1 / 128 from every factor and from the mean of a logarithm half its variance: 0.34 + 0.66 decades.
     allowed = 0.34 + 0.66 + 5 * 0.76 / math.sqrt(nets)
     assert abs(sum(logarithms) / nets - expected) < allowed
