@@ -16,7 +16,7 @@ import setuptools
 
 ROOT = Path(__file__).parent.parent
 # Bytes per thread: eight registers, which the first-level cache serves. ptxas spills a few at the edge of a launch
-# bound (on sm_90a 16 bytes in forward_rows<double>, lately 4 in backward_rows<float>); more means that a kernel's tile
+# bound (on sm_90a 16 bytes in forward_rows<double>, lately 4 in backward_rows<float>). More means that a kernel's tile
 # has outgrown the register file.
 MAX_SPILLED_BYTES = 32
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))

@@ -297,7 +297,7 @@ def test_versions_are_counted_in_inference_mode_too(inference):
 @pytest.mark.parametrize("flush", ["front", "back"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_but_the_arguments_is_touched(flush, dtype):
-    """Too wide a vector would touch memory that is not mapped. A step cannot write to its gradient."""
+    """Too wide a vector would touch memory that is not mapped. A step's gradient is mapped read-only."""
     for count in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000):
         x = torch.randn(count).to(dtype)
         guarded = writable_between_guards(x, flush)

@@ -81,7 +81,7 @@ def test_directions_and_normalised_rows(dtype, op):
 def test_layers(dtype, layer, every_multiplier):
     needs_more_digits(dtype)
     for case, (n, m) in enumerate(SIZES):
-        # All numbers of samples with one size, a quarter of them with the others.
+        # One size runs with all numbers of samples, the others with a quarter of them.
         for rows in for_multiplier(every_multiplier, ROWS if (n, m) == (13, 17) else ROWS[case % 4 :: 4]):
             # Without samples there is nothing to judge. The worst element of one product may be three times that of
             # another. In float64 no sum has more digits than the result, so more is left to luck.
@@ -544,7 +544,7 @@ def test_nan_and_infinity_stay_in_their_row(layer, bad):
             assert torch.equal(result["output"][:, units], clean["output"][:, units]), name
             for other in of_unit & set(arguments):
                 assert torch.equal(result[other][units], clean[other][units]), (name, other)
-        # A sample and a unit that fires.
+        # The entry belongs to a sample for which the unit fires.
         result = spoilt("grad_output", (3, 4))
         assert torch.equal(result["output"], clean["output"])
         assert torch.equal(result["x"][samples], clean["x"][samples])

@@ -775,7 +775,7 @@ def test_activation_shift(dtype, shape, with_bias):
 def test_activation_shift_of_a_constrained_weight_is_the_bias():
     x, weight, bias = torch.full((8, 32), 3.0), F.lcw_weight(normal(5, 32)), normal(5)
     shift, angle = F.activation_shift(x, weight, bias)
-    # 32 products below 10 that cancel.
+    # 32 products below 10 cancel.
     torch.testing.assert_close(shift, bias, rtol=0, atol=32 * 10 * 2**-23)
     # w.mu = ||w|| ||mu|| cos(angle): an error of 32 roundings of a product of lengths, relative to these lengths.
     torch.testing.assert_close(angle, torch.full((5,), math.pi / 2), rtol=0, atol=32 * 2**-23)
@@ -1130,7 +1130,7 @@ def test_vmap_over_any_dimension_of_filters(in_dim, shape):
 
 
 def test_forward_over_reverse_without_a_graph():
-    """The backward pass hands tangents on."""
+    """The backward pass passes tangents on."""
     x, weight = normal(5, 6, dtype=torch.float64).requires_grad_(), normal(4, 6, dtype=torch.float64).requires_grad_()
     tangent = normal(5, 6, dtype=torch.float64)
     found = []
