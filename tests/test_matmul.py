@@ -1,4 +1,4 @@
-"""The choice of the matmul for a layer on a CPU: the one requested, or the faster one, measured once and cached."""
+"""The choice of a layer's matmul on a CPU: the one requested, or the faster one, measured once and kept in a file."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ MULTIPLIERS = ("own", "torch")
 
 @pytest.fixture(autouse=True)
 def _measured():
-    """Use the compiled kernel, outside torch's deterministic mode, in which nothing is measured."""
+    """Use the compiled kernel or fail, outside torch's deterministic mode, in which nothing is measured."""
     torch.use_deterministic_algorithms(False)
     with lcw_ops.use_backend("cpp"):
         yield

@@ -707,7 +707,7 @@ def test_a_closure_is_called_once_with_gradients_on(activation, pair):
 
 @pytest.mark.parametrize("activations", [("arctan",), (None,), ("arctan", None)], ids=str)
 def test_step_hooks_run_once(activations, pair):
-    # The first optimizer of torch's class wraps its step in hooks; our step calls it.
+    # The first optimizer of torch's class wraps that class's step in hooks, and our step calls it.
     params = make_params(shapes=[(3,)] * len(activations))
     pair[1](params, lr=0.1)
     groups = [{"params": [p], "gradient_activation": a} for p, a in zip(params, activations, strict=True)]
