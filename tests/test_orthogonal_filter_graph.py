@@ -295,7 +295,7 @@ def test_captured_by_the_caller(device):
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("without", [(), ("bias",), ("inputs",)])
-def test_opcheck(device, weight_dtype, without):
+def test_the_registered_op(device, weight_dtype, without):
     tensors = problem(device, 3, 5, 4, weight_dtype=weight_dtype, without=without)
     is_there = (True, tensors[2] is not None, True, tensors[6] is not None, True)
     output, checkpoints = library.get_overload(op.NAME, op.GRAPH)(*tensors, 4, "tanh", 2, False)
