@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +208,8 @@ def test_an_error_inside_a_kernel_is_no_refusal(monkeypatch):
         raise RuntimeError("out of memory; call somebody")
 
     x = torch.ones(3)
-    monkeypatch.setattr(ops._library, "get_overload", lambda *_: fail)
+    for name in (ops.NAME, ops.SGD_STEP):
+        monkeypatch.setattr(getattr(torch.ops.lcw_ops, ops.TRY + name), "cpp", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         F.gradient_activation_([x])
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -265,7 +267,9 @@ def test_a_plain_list_is_not_looked_through_in_python(monkeypatch):
     def looked_through(*arguments):
         raise AssertionError("looked through in Python")
 
-    monkeypatch.setattr(F, "_check_gradient_activation", looked_through)
+    monkeypatch.setattr(
+        sys.modules["lcw_ops.functional.gradient_activation"], "_check_gradient_activation", looked_through
+    )
     monkeypatch.setattr(ops, "is_dense", looked_through)
     x = torch.ones(3, 4).t()
     F.gradient_activation_([x, torch.nn.Parameter(torch.ones(3), requires_grad=False), torch.ones(0)])

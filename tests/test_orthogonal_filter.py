@@ -110,21 +110,29 @@ def in_long_double(arguments, filter, grad_output):
 
 
 def test_float64_against_long_double(device):
-    """Our float64 is within twice eager's error, with both measured against 64-bit mantissas."""
+    """Our float64 is within twice eager's error, with both measured against 64-bit mantissas.
+
+    The errors of one draw hang together through 200 layers, and one draw's eager gradient of alpha may be luckily
+    exact. So the worst errors of four draws are compared.
+    """
     if np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps:
         pytest.skip("numpy's longdouble is no wider than float64 on this platform")
-    arguments = make_arguments(5, 17, 200, dtype=torch.float64, device=device)
     filter = make_filter("matrix", 200, 17, torch.float64, device)
-    output = run(arguments, filter)
-    grad_output = torch.randn_like(output)
-    gradients = torch.autograd.grad(output, arguments, grad_output)
-    with lcw_ops.use_backend("reference"):
-        eager = run(arguments, filter)
-        eager_gradients = torch.autograd.grad(eager, arguments, grad_output)
-    exact = in_long_double(arguments, filter, grad_output)
-    for name, a, e, x in zip(["output", *NAMES], [output, *gradients], [eager, *eager_gradients], exact, strict=True):
-        error, eager_error = (np.abs(t.detach().cpu().numpy() - x).max() for t in (a, e))
-        assert error <= 2 * eager_error + np.finfo(np.float64).eps * np.abs(x).max(), name
+    worst = {name: np.zeros(3) for name in ["output", *NAMES]}
+    for _ in range(4):
+        arguments = make_arguments(5, 17, 200, dtype=torch.float64, device=device)
+        output = run(arguments, filter)
+        grad_output = torch.randn_like(output)
+        gradients = torch.autograd.grad(output, arguments, grad_output)
+        with lcw_ops.use_backend("reference"):
+            eager = run(arguments, filter)
+            eager_gradients = torch.autograd.grad(eager, arguments, grad_output)
+        exact = in_long_double(arguments, filter, grad_output)
+        for name, a, e, x in zip(worst, [output, *gradients], [eager, *eager_gradients], exact, strict=True):
+            errors = [np.abs(t.detach().cpu().numpy() - x).max() for t in (a, e)]
+            worst[name] = np.maximum(worst[name], [*errors, np.abs(x).max()])
+    for name, (error, eager_error, scale) in worst.items():
+        assert error <= 2 * eager_error + np.finfo(np.float64).eps * scale, name
 
 
 def test_five_thousand_layers_match_the_reference(device):

@@ -316,9 +316,8 @@ def _step_in_place(
     # With empty lists the dispatcher could not tell the device.
     if not grads:
         return
-    if not _can_ask(backend, written[0]) or not step(
-        library.get_overload(TRY + name, backend), *written, grads, state_steps
-    ):
+    ask = getattr(getattr(torch.ops.lcw_ops, TRY + name), backend) if _can_ask(backend, written[0]) else None
+    if ask is None or not step(ask, *written, grads, state_steps):
         _check_forms(name, written, grads)
         length = _length_of_pieces(written, grads)
         for start in range(0, len(grads), length):

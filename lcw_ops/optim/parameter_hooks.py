@@ -36,7 +36,7 @@ def register_gradient_hook(
       parametrizations), or come from a conversion (``module.double()``, ``to_empty``) under
       ``torch.__future__.set_overwrite_module_params_on_conversion(True)`` or
       ``set_swap_module_params_on_conversion(True)``. torch has no hook for conversions, so the first call of this
-      function wraps ``torch.nn.Module._apply`` and ``torch.utils.swap_tensors`` for the whole process.
+      function wraps the method that converts modules and ``torch.utils.swap_tensors`` for the whole process.
     - A conversion that replaces a parameter with the hook gives it to the replacement, even if the parameter has been
       frozen since: the hook acts again once the replacement requires a gradient.
     - Code that writes directly into a module's ``_parameters`` or ``_modules`` is not noticed: ``fully_shard``, and
