@@ -14,9 +14,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo
 PART   ?= all
-# Parts of make test-release; none is all of them.
+# Parts of make test-release; empty means all of them.
 PARTS  ?=
-# Processes that share the tests, a file each. Half of the tests keep one core busy.
+# Processes that share the tests, one file each. Half of the tests keep one core busy.
 WORKERS ?= 2
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) lcw_ops/__init__.py setup.py pyproject.toml
@@ -49,7 +49,7 @@ gpu:
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize/harness.py
 
-# Two marks: the dependencies change rarely, the build whenever a source does.
+# Two stamp files: the dependencies change rarely, the build whenever a source does.
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -1,8 +1,8 @@
 """Builds the two extensions on torch's stable ABI and maps kernels/ and bench/ into the package.
 
-``lcw_ops/_C.abi3.so`` needs a C++ compiler, ``lcw_ops/_C_cuda.abi3.so`` nvcc as well. Both are plain shared libraries
+``lcw_ops/_C.abi3.so`` needs a C++ compiler, ``lcw_ops/_C_cuda.abi3.so`` also nvcc. Both are plain shared libraries
 without a Python symbol, so one cp310-abi3 wheel serves every Python >= 3.10 and torch >= 2.10. Without a compiler the
-package installs as pure Python: slower, never broken.
+package installs as pure Python: slower, but complete.
 
 Environment: CXX; LCW_OPS_CUDA_ARCHS="80;90a;100" (default), or "" to leave CUDA out; LCW_OPS_NO_EXTENSIONS=1 for a
 pure-Python install.
@@ -30,7 +30,7 @@ except ImportError:  # setuptools < 70.1
 ROOT = Path(__file__).parent
 # Folders beside lcw_ops/ that are packages inside it. In the source tree lcw_ops/ has a link to each.
 MAPPED = ("kernels", "bench")
-# The oldest torch whose stable ABI is used; every later one runs the same binary.
+# The oldest torch whose stable ABI is used. Every later torch runs the same binary.
 STABLE_ABI_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CUDA_ARCHS = "80;90a;100"
 
@@ -40,9 +40,9 @@ def note(message: str) -> None:
 
 
 def find_torch() -> Path | None:
-    """torch's folder: only headers and libraries are needed, and importing it would take seconds.
+    """torch's folder. Only its headers and libraries are needed, and importing torch would take seconds.
 
-    In pip's isolated build environment torch is not importable, but the one it will run with lies in the
+    In pip's isolated build environment torch cannot be imported, but the torch that lcw_ops will run with is in the
     environment's site-packages.
     """
     spec = importlib.util.find_spec("torch")
@@ -76,13 +76,13 @@ def nvcc() -> str | None:
 
 
 def cuda_archs() -> list[str]:
-    """What LCW_OPS_CUDA_ARCHS asks for; or, of the usual ones, those that this nvcc knows."""
+    """The architectures in LCW_OPS_CUDA_ARCHS or, if it is not set, the default ones that this nvcc knows."""
     if "LCW_OPS_CUDA_ARCHS" in os.environ:
         return [arch for arch in os.environ["LCW_OPS_CUDA_ARCHS"].replace(",", ";").split(";") if arch]
     listing = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = [arch for arch in CUDA_ARCHS.split(";") if f"compute_{arch.rstrip('a')}" in listing.split()]
     if len(known) < len(CUDA_ARCHS.split(";")):
-        note(f"this nvcc is too old for all of {CUDA_ARCHS}: building for {';'.join(known) or 'no GPU'}")
+        note(f"this nvcc does not know all of {CUDA_ARCHS}: building for {';'.join(known) or 'no GPU'}")
     return known
 
 
@@ -92,12 +92,10 @@ def extensions() -> list[Extension]:
         note("LCW_OPS_NO_EXTENSIONS=1: installing without compiled kernels")
         return []
     if torch is None:
-        note(
-            "no torch >= 2.10 in this environment: installing without compiled kernels. Install torch first, then again"
-        )
+        note("no torch >= 2.10 here: installing without compiled kernels. Install torch, then lcw_ops again")
         return []
     if cxx() is None:
-        note("no C++ compiler: installing without compiled kernels (slower). Install g++ or clang++, then again")
+        note("no C++ compiler: installing without compiled kernels. Install g++ or clang++, then lcw_ops again")
         return []
     shared = {
         "include_dirs": [str(torch / "include"), str(torch / "include/torch/csrc/api/include"), "csrc"],
@@ -125,7 +123,7 @@ def extensions() -> list[Extension]:
 
 
 class BuildExtension(build_ext):
-    """Calls the compilers itself: the libraries contain no Python, and torch's CUDAExtension wants a CUDA torch."""
+    """Calls the compilers itself: the libraries contain no Python, and CUDAExtension needs a torch with CUDA."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".abi3.so"
@@ -145,21 +143,21 @@ class BuildExtension(build_ext):
         libraries = [f"-L{folder}" for folder in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
         linker = [*cxx(), "-Wl,--no-as-needed"]
         if extension.name.endswith("_cuda"):
-            # nvcc links its own runtime in, statically: the one that torch loaded may be another version. As a pip
-            # package it does not find that runtime by itself.
+            # nvcc links its own runtime statically, because the one that torch loaded may be another version. If nvcc
+            # is a pip package, it does not find that runtime by itself.
             linker = [nvcc(), "-ccbin", cxx()[0], "-Xlinker", "--no-as-needed", f"-L{Path(nvcc()).parents[1] / 'lib'}"]
             libraries += [f"-L{self._stand_in('libtorch_cuda.so', objects)}", "-ltorch_cuda"]
         self._run_together([[*linker, "-shared", *outputs, *libraries, "-o", str(target)]])
 
     def _stand_in(self, library: str, folder: Path) -> Path:
-        """An empty library of that name to link with: a torch without CUDA has none, and the one that loads later has
-        the symbols."""
+        """An empty library of that name to link with. A torch without CUDA has none, and the torch that loads the
+        extension later has the symbols."""
         self._run_together([[*cxx(), "-shared", f"-Wl,-soname,{library}", "-o", str(folder / library)]])
         return folder
 
     def _cxx_command(self) -> list[str]:
-        # Vectors of 512 bits wherever a function is compiled for AVX-512: GCC prefers 256 by itself. Nothing here looks
-        # at floating-point exceptions, and AVX2 vectorises a selection only when nobody does.
+        # Functions compiled for AVX-512 use vectors of 512 bits; GCC by itself prefers 256. Nothing here looks at
+        # floating-point exceptions, and GCC must know this to vectorise a selection for AVX2.
         wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
         user = os.environ.get("CXXFLAGS", "").split()
         return [
@@ -180,7 +178,7 @@ class BuildExtension(build_ext):
     def _nvcc_command(self) -> list[str]:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
         host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx()[0]]
-        # Many small kernels for three generations: an eighth of the size.
+        # Many small kernels for three generations of GPUs: compressed, they take an eighth of the size.
         small = "-Xfatbin=-compress-all"
         return [nvcc(), "-std=c++17", "-O3", "--threads=0", small, *host, *targets, "-DUSE_CUDA", STABLE_ABI_TARGET]
 

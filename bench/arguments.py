@@ -8,16 +8,14 @@ STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stem", nargs="*", help=f"what to measure: {', '.join(STEMS)}; all if not given")
+    parser.add_argument("stem", nargs="*", help=f"what to measure: {', '.join(STEMS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small sizes, about a minute; for orientation only")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="CSV",
-        help="append the rows here; bench/results/<device>.csv, or <device>.csv, if not given",
+        help="append the rows here; default: bench/results/<device>.csv, or <device>.csv",
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:1; cuda if not given and there is one")
-    parser.add_argument("--threads", type=int, help="CPU cores for every competitor; all if not given")
-    parser.add_argument(
-        "--share", default="1/1", metavar="K/N", help="every Nth case from the Kth on; all if not given"
-    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; default: cuda if there is one")
+    parser.add_argument("--threads", type=int, help="CPU cores for every competitor; default: all")
+    parser.add_argument("--share", default="1/1", metavar="K/N", help="every Nth case from the Kth on; default: all")

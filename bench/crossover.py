@@ -1,7 +1,7 @@
 """The fastest kernel of the orthogonal-filter recurrence for each range of widths: a CSV and a line of code.
 
-Every available kernel runs forward and backward over depth and over time at every width, in turns and by the rules of
-the other benchmarks; a wrong one is not timed. The geometric mean of both cases counts.
+At every width, the available kernels take turns forward and backward over depth and over time, by the rules of the
+other benchmarks. A wrong kernel is not timed. The geometric mean of both cases counts.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CUDA_KERNEL = "LCW_OPS_CUDA_KERNEL"
 
 @dataclass(frozen=True)
 class Kernel:
-    """Two functions with the signatures of the ops. The first word of ``name`` is what fastest_kernel says."""
+    """Two functions with the signatures of the ops. The first word of ``name`` is the one that fastest_kernel uses."""
 
     name: str
     forward: Callable
@@ -43,7 +43,7 @@ class Kernel:
 
 
 def kernels(device_type: str) -> list[Kernel]:
-    """The kernels that run on such a device."""
+    """The kernels that run on a device of this type."""
     found = []
     for backend in ("cpp", "triton", "cuda"):
         if backends.missing_reason(NAME, backend, device_type) is not None:
@@ -100,7 +100,7 @@ def case(over_time: bool, rows: int, width: int, steps: int, device_type: str) -
         make_inputs=functools.partial(_make_inputs, over_time, rows, width, steps),
         expected=lambda inputs: _run(plain, {name: _double(tensor) for name, tensor in inputs.items()}),
         competitors=(*competitors, registry.Competitor(registry.EAGER, functools.partial(_prepare, plain))),
-        # Everything is read forward and backward, and every gradient is written.
+        # Forward and backward each read everything, and every gradient is written.
         bytes=4 * 3 * (matrices + (states if over_time else 0)),
         # O h and W h; backward G O, P W and P^T H.
         operations=2 * rows * width**2 * steps * 5,
@@ -108,7 +108,7 @@ def case(over_time: bool, rows: int, width: int, steps: int, device_type: str) -
 
 
 def _make_inputs(over_time: bool, rows: int, width: int, steps: int, device: torch.device) -> dict[str, Tensor | None]:
-    """The tensors of the op by name, and the gradient that comes in."""
+    """The tensors of the op by name, and the gradient of its output."""
     each = () if over_time else (steps,)
     beta = torch.full((1,), 1 / steps, device=device)
     return {
@@ -139,14 +139,14 @@ def _run(kernel: Kernel, inputs: dict[str, Tensor | None]) -> list[Tensor]:
     segment = min(DEFAULT_SEGMENT, count)
     output, checkpoints = kernel.forward(*tensors, count, "tanh", segment, False)
     options = (count, "tanh", segment, True, True, False, over_time, False)
-    # The reference has no checkpoints: it starts again from h0.
+    # The reference keeps no checkpoints: it starts again from h0.
     start = tensors[0] if checkpoints is None else checkpoints
     grad_h0, grad_weight, grad_bias, _, _, grad_inputs, _ = kernel.backward(cotangent, start, *tensors[1:], *options)
     return [output, grad_h0, grad_weight, grad_bias, *([grad_inputs] if over_time else [])]
 
 
 def _reason(kernel: Kernel, width: int, device: torch.device) -> str | None:
-    """Why the kernel cannot run at this width, by trying one step."""
+    """Try one step, and return why the kernel cannot run at this width, or None."""
     try:
         _run(kernel, _make_inputs(False, 1, width, 1, device))
     except (RuntimeError, ValueError) as error:
@@ -163,7 +163,7 @@ def _reference_backward(grad_output, h0, weight, bias, filter, alpha, beta, inpu
 
 
 def table(path: Path) -> orthogonal_filter_crossover.Table:
-    """The kernels in the order of width, each with the widest row that it is the fastest for, from a CSV."""
+    """Read from a CSV the kernels in the order of width, each with the widest row for which it is the fastest."""
     logs: dict[int, dict[str, list[float]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -173,7 +173,7 @@ def table(path: Path) -> orthogonal_filter_crossover.Table:
     fastest = []
     for width, times in sorted(logs.items()):
         cases = max(map(len, times.values()))
-        # A kernel that could not run one of the cases is not the fastest of both.
+        # A kernel that could not run both cases does not count.
         sums = {name: sum(each) for name, each in times.items() if len(each) == cases}
         fastest.append((width, min(sums, key=sums.get).split()[0]))
     ends = [
@@ -206,7 +206,7 @@ def main(arguments: list[str]) -> int:
             noisy += sum(row.noisy for row in rows)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else "CPU"
     if noisy:
-        print(f"{noisy} rows are noisy: measure again before the line below is used")
+        print(f"{noisy} rows are noisy: measure again before you use the line below")
     print(f"written to {args.out}\nMEASURED[{capability}] = {table(args.out)}")
     return int(wrong)
 

@@ -1,9 +1,9 @@
 """``make gpu``: build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed.
 
-Nothing is downloaded. A part (``make gpu PART=smoke``) takes under eight minutes: a process that still runs then is
-ended. Each test file has a process and a time limit of its own, so that a crash or a hang costs one file, and a failure
-does not stop the rest. Every process writes its log in bench/results/<generation>-<date>-logs while it runs, and a line
-in summary.txt there says how it ended. Exit code 1: something failed, was cut off, was not reached or is not installed.
+Nothing is downloaded. A part (``make gpu PART=smoke``) takes under eight minutes; a process that still runs then is
+killed. Each test file has its own process and time limit, so that a crash or a hang costs one file, and a failure does
+not stop the rest. Every process writes its log in bench/results/<generation>-<date>-logs while it runs, and a line in
+summary.txt there says how it ended. Exit code 1: something failed, was cut off, was not reached or is not installed.
 """
 
 import argparse
@@ -37,21 +37,21 @@ SMOKE_SECONDS = 180
 ENVIRONMENT = {
     "LCW_OPS_TEST_DEVICE": "cuda",
     "PYTHONUNBUFFERED": "1",
-    # A distribution's own Python would refuse pip. An editable install without dependencies replaces nothing.
+    # A distribution's own Python would refuse pip, but an editable install without dependencies replaces nothing.
     "PIP_BREAK_SYSTEM_PACKAGES": "1",
-    # JAX, a competitor in the benchmarks, would take three quarters of the card's memory when it is first used.
+    # JAX, a competitor in the benchmarks, would reserve three quarters of the card's memory at its first use.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 
-# Under the sanitizer a launch takes a hundred times as long, and these launch the same kernels again.
+# Under the sanitizer a launch takes a hundred times as long, and these tests launch the same kernels again.
 SAME_KERNELS_AGAIN = "thousand or gradcheck or compile or opcheck or more_elements"
 
-# The number of parts that a stem's benchmarks are split into. A case is measured for ten seconds, and torch.compile
+# The number of parts into which a stem's benchmarks are split. A case is measured for ten seconds, and torch.compile
 # takes as long again, or minutes for long lists of tensors.
 BENCH_SHARES = {"gradient_activation": 6}
 USUAL_BENCH_SHARES = 3
 
-# Module -> the name that pip knows it by, where the names differ.
+# Module -> its name for pip, where the two differ.
 PIP_NAMES = {"sklearn": "scikit-learn"}
 
 
@@ -63,7 +63,7 @@ class Step:
     command: list[str]
     seconds: float = PART_SECONDS
     environment: dict[str, str] = field(default_factory=dict)
-    # The modules that it needs besides torch.
+    # The modules that the step needs besides torch.
     needs: frozenset[str] = frozenset()
 
 
@@ -86,13 +86,13 @@ class Outcome:
 
 
 def parts(csv: Path) -> dict[str, list[Step]]:
-    """Name -> processes, in the order in which all of them run."""
+    """Name -> processes, in the order in which they run."""
     files = gpu_tests()
     of_stem = {stem: [path for path in files if _stem(path) == stem] for stem in (*stems(), "other")}
     chooses = [path for stem in _stems_with_a_choice() for path in of_stem[stem] if "triton" not in path.stem]
     plan = {"build": _build(), "smoke": [_smoke()]}
     plan |= {f"test-{stem}": [_test(path) for path in own] for stem, own in of_stem.items() if own}
-    # This part runs csrc/cuda's kernels that carry one row each, instead of the fastest ones.
+    # This part runs the kernels of csrc/cuda that carry one row each, instead of the fastest ones.
     plan["test-rows"] = [_test(path, environment={"LCW_OPS_CUDA_KERNEL": "rows"}) for path in chooses]
     plan["memcheck"] = [_watched("memcheck", _smoke())]
     plan |= {
@@ -100,7 +100,7 @@ def parts(csv: Path) -> dict[str, list[Step]]:
         for stem, own in of_stem.items()
         if own
     }
-    # These tools check threads that share memory on chip. CUDA kernels do that by hand; in Triton the compiler does it.
+    # These tools check how threads share on-chip memory. CUDA kernels do that by hand; in Triton the compiler does it.
     for tool in ("racecheck", "synccheck"):
         for path in files:
             if path.stem.startswith("test_cuda_"):
@@ -114,7 +114,7 @@ def parts(csv: Path) -> dict[str, list[Step]]:
 
 
 def select(wanted: list[str], plan: dict[str, list[Step]]) -> dict[str, list[Step]]:
-    """The parts that ``wanted`` names: by name, the beginning of several names ("test"), "all", or a test file's path.
+    """The parts that ``wanted`` names: a name, the beginning of several names ("test"), "all", or a test file's path.
 
     Raises ValueError for a word that is none of these.
     """
@@ -136,7 +136,7 @@ def select(wanted: list[str], plan: dict[str, list[Step]]) -> dict[str, list[Ste
 def _unknown_part(word: str, plan: dict[str, list[Step]]) -> str:
     groups = [*dict.fromkeys(name.partition("-")[0] for name in plan), "sanitize", "all"]
     names = [*dict.fromkeys([*groups, *plan])]
-    # The user may have given the beginning of some names, or misspelled one.
+    # The user may have typed the beginning of some names, or misspelled one.
     meant = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 1, 0.7)
     hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
     return (
@@ -155,7 +155,7 @@ def _stem(path: Path) -> str:
 
 
 def _stems_with_a_choice() -> list[str]:
-    """The stems with several kernels in csrc/cuda, between which the environment chooses."""
+    """The stems that have several kernels in csrc/cuda; the environment chooses one."""
     return [
         stem
         for stem in stems()
@@ -180,10 +180,10 @@ def _test(path: Path, *options: str, seconds: float = FILE_SECONDS, environment:
 
 
 def _watched(tool: str, step: Step) -> Step:
-    """The step under a tool of NVIDIA's sanitizer."""
+    """The step, run under a tool of NVIDIA's sanitizer."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     command = [sanitizer, "--error-exitcode=1", "--target-processes=application-only", f"--tool={tool}"]
-    # Without caching, each tensor is an allocation: memcheck cannot see an access out of bounds inside a cached block.
+    # Without caching, each tensor is its own allocation: memcheck cannot see a wrong access inside a cached block.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
     return Step(step.name, [*command, *step.command], PART_SECONDS, step.environment | environment, step.needs)
 
@@ -198,14 +198,14 @@ def _bench(stem: str, share: str, csv: Path) -> Step:
 
 @functools.cache
 def gpu_tests() -> list[Path]:
-    """The test files that put something on the device of LCW_OPS_TEST_DEVICE; the kernels' own files come first."""
+    """The test files that use the device of LCW_OPS_TEST_DEVICE; the kernels' own files come first."""
     fixtures = device_fixtures((TESTS / "conftest.py").read_text())
     found = [path for path in TESTS.glob("test_*.py") if uses_device(path.read_text(), fixtures)]
     return sorted(found, key=lambda path: (not path.stem.startswith(("test_cuda_", "test_triton_")), path.stem))
 
 
 def device_fixtures(conftest: str) -> set[str]:
-    """The fixture ``device`` and those that ask for it."""
+    """The fixture ``device`` and the fixtures that use it, directly or through others."""
     found = {"device"}
     while (
         more := {
@@ -218,9 +218,9 @@ def device_fixtures(conftest: str) -> set[str]:
 
 
 def uses_device(source: str, fixtures: set[str]) -> bool:
-    """Whether a file reads LCW_OPS_TEST_DEVICE itself, or a test or fixture in it asks for one of these fixtures.
+    """Whether a file reads LCW_OPS_TEST_DEVICE itself, or a test or fixture in it uses one of these fixtures.
 
-    A file that asks for a fixture ``on_the_cpu`` throughout skips everything elsewhere.
+    A file that uses the fixture ``on_the_cpu`` skips all its tests on other devices.
     """
     asked = set()
     for node in ast.walk(ast.parse(source)):
@@ -250,9 +250,9 @@ def _is_fixture(function: ast.FunctionDef) -> bool:
 
 
 def imports(paths: Iterable[Path]) -> set[str]:
-    """The modules that these files and the tests' own modules behind them import at the top, torch and ours left out.
+    """The top-level imports of these files, and of the tests' own modules that they import, except for torch and ours.
 
-    Triton's kernels are skipped where it is not installed.
+    Triton is left out too: the tests of its kernels are skipped if it is not installed.
     """
     waiting, seen, modules = {TESTS / "conftest.py", *paths}, set(), set()
     while waiting:
@@ -276,7 +276,7 @@ def _imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {one.name for one in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # A module, or a module in that package.
+            # The imported names may be modules of that package.
             names |= {node.module, *(f"{node.module}.{one.name}" for one in node.names)}
     return names
 
@@ -303,7 +303,7 @@ def main(arguments: list[str]) -> int:
         return _refuse(card["error"])
     print(f"{card['name']}, sm_{card['generation']}, torch {card['torch']}", flush=True)
     name = f"sm_{card['generation']}-{today}"
-    # Built for this card alone; "a" is what Hopper's own instructions need.
+    # Build for this card alone. Hopper's own instructions need the "a".
     os.environ.setdefault("LCW_OPS_CUDA_ARCHS", card["generation"] + "a" * card["generation"].startswith("9"))
     return run(select(args.part, parts(RESULTS / f"{name}.csv")), RESULTS / f"{name}-logs")
 
@@ -318,7 +318,7 @@ def _parser(plan: dict[str, list[Step]]) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "part", nargs="*", help="one of the parts below, the beginning of several (test, memcheck, bench), sanitize, a "
-        "test file's path, or all (the default)"
+        "test file's path, or all (default)"
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the processes and their time limits, run nothing")
     return parser
@@ -351,7 +351,7 @@ else:
 
 
 def find_card() -> dict[str, str]:
-    """Returns torch's version, the card's generation and name, or an error."""
+    """Return torch's version, the card's generation and name, or an error."""
     found = subprocess.run([sys.executable, "-c", _FIND_CARD], capture_output=True, text=True)
     if found.returncode != 0:
         lines = found.stderr.strip().splitlines() or ["no message"]
@@ -369,7 +369,7 @@ def run(plan: dict[str, list[Step]], folder: Path) -> int:
     """Run every step, even after a failure, and print a summary. Returns 0 if all passed, else 1."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
-    # SIGTERM, for example from a time limit on this command, still ends the running process and prints the summary.
+    # On SIGTERM, for example from a time limit on this command, still end the running process and print the summary.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for part, steps in plan.items():
@@ -419,7 +419,7 @@ def _run_step(step: Step, log: Path, limit: float) -> str:
         now = datetime.datetime.now().isoformat(timespec="seconds")
         print(f"\n===== {now}, at most {limit:.0f} s\n$ {settings}{shlex.join(step.command)}", file=file, flush=True)
         begin = file.tell()
-        # The process gets its own session, so that it can be ended together with its children.
+        # The process gets its own session, so that it can be killed together with its children.
         process = subprocess.Popen(
             step.command,
             cwd=ROOT,
@@ -443,7 +443,7 @@ def _run_step(step: Step, log: Path, limit: float) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the process and its children, if any are left."""
+    """Kill the process and its children, if any are left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

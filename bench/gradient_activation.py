@@ -1,8 +1,8 @@
 """Activated gradients over the parameters of a model: in place over a list, and inside a step of SGD and AdamW.
 
 The cost is memory traffic. In place, every gradient is read and written once; a step reads parameter, gradient and
-state once and writes parameter and state once. Beside ours: a loop over the parameters, foreach calls, torch.compile,
-a copy of the same bytes, and torch's own optimizers, with the activation before them and without any.
+state once and writes parameter and state once. The competitors are a loop over the parameters, foreach calls,
+torch.compile, a copy of the same bytes, and torch's own optimizers, after an activation and without any.
 """
 
 import functools
@@ -22,10 +22,10 @@ ALPHA, BETA = 0.1, 20.0
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
-# The steps before the one that is checked: at the first, the momentum is the gradient and hides its decay.
+# The steps before the checked one: in the first step the momentum is the gradient, which hides its decay.
 STEPS_BEFORE = 9
 
-# torch.compile takes two minutes for three calls over 1000 tensors, and as long for a step over 100; it does so twice.
+# torch.compile takes two minutes for three calls over 1000 tensors, and as long for a step over 100, each time twice.
 MOST_COMPILED, MOST_COMPILED_STEPS = 200, 100
 
 Shapes = list[tuple[int, ...]]
@@ -38,10 +38,10 @@ def cases(device_type: str) -> list[Case]:
     else:
         lists = [("1000 of 10,000", [(10_000,)] * 1000), ("ResNet-50", resnet50()), ("transformer", transformer())]
     dtypes = (torch.float32, torch.bfloat16)
-    # One list shows the cost of each kind, and one kind the cost of each list.
+    # One list is enough to show the cost of each kind, and one kind for the cost of each list.
     in_place = [(*lists[0], kind, dtype) for kind in KINDS for dtype in dtypes]
     in_place += [(*one, "arctan", dtype) for one in lists[1:] for dtype in dtypes]
-    # The weights of 50,000 layers of width 64, in one tensor as nn.OrthogonalFilterMLP keeps them.
+    # The weights of 50,000 layers of width 64, in one tensor as in nn.OrthogonalFilterMLP.
     in_place += [("one of 204.8 M", [(50_000, 64, 64)], "arctan", torch.float32)]
     small, smaller = [(10_000,)] * 200, [(10_000,)] * 50
     return [
@@ -100,7 +100,7 @@ def _compiled_competitor(name: str, prepare: Callable[[dict], Run], shapes: Shap
 
 
 def _compiled(function: Callable, *arguments) -> Run:
-    # A function is compiled for eight lists; from the ninth on it would run uncompiled, and be timed as that.
+    # torch compiles a function for eight lists. From the ninth on, the uncompiled function would run and be timed.
     torch.compiler.reset()
     compiled = torch.compile(function, dynamic=False)
     return lambda: compiled(*arguments)
@@ -135,13 +135,13 @@ def _in_place(device_type: str, name: str, shapes: Shapes, kind: str, dtype: tor
 
 
 def _shorten(inputs: dict) -> dict:
-    """The first tenth of the tensor of 205 million elements: float64 copies of all of it would take 5 GB."""
+    """Take the first tenth of the tensor of 205 million elements: float64 copies of all of it would need 5 GB."""
     gradients = inputs["gradients"]
     return inputs | {"gradients": [gradients[0][:5000]] if len(gradients) == 1 else gradients}
 
 
 def _own_copy(inputs: dict) -> list[Tensor]:
-    # Called in place again and again, the values settle where alpha atan(beta g) = g, at 0.117 and not at 0.
+    # Repeated calls in place take the values to where alpha atan(beta g) = g, which is 0.117 and not 0.
     return [gradient.clone() for gradient in inputs["gradients"]]
 
 
@@ -241,7 +241,7 @@ def _adamw(device_type: str, name: str, shapes: Shapes, quick: bool = False) -> 
     our_adamw = functools.partial(optim.AdamW, **ADAMW, gradient_activation="arctan", alpha=ALPHA, beta=BETA)
 
     def make_state(device: torch.device) -> dict[str, list[Tensor]]:
-        # Squares far from 0: a division by a tiny number would enlarge the last bit of every result.
+        # The squares are far from 0: dividing by a tiny number would amplify the last bit of every result.
         squares = [torch.rand(shape, device=device) + 0.1 for shape in shapes]
         return {"exp_avg": _draw(shapes, device), "exp_avg_sq": squares}
 
@@ -287,7 +287,7 @@ def _step(
 
 
 def _gradient_first(make: Callable, options: dict, shapes: Shapes) -> tuple[Competitor, ...]:
-    """torch's optimizers, after an activation of the gradients in place."""
+    """torch's optimizers after an in-place activation of the gradients."""
     return (
         Competitor(EAGER, functools.partial(_activate_and_step, make, options, False)),
         Competitor("foreach calls + fused", functools.partial(_activate_and_step, make, options, True)),
@@ -298,7 +298,7 @@ def _gradient_first(make: Callable, options: dict, shapes: Shapes) -> tuple[Comp
 
 
 def _without_activation(make: Callable, options: dict) -> tuple[Competitor, ...]:
-    """Another function, for comparison: a step without activation."""
+    """A step without activation. It is another function, for comparison."""
     return tuple(
         Competitor(f"torch {form}, none", functools.partial(_optimizer, make, **options, **{form: True}), checked=False)
         for form in ("fused", "foreach")
@@ -311,7 +311,7 @@ def _primed(make: Callable, inputs: dict, own_gradients: bool = False, **options
     for param, gradient in zip(params, inputs["grads"], strict=True):
         param.grad = gradient.clone() if own_gradients else gradient
     optimizer = make(params, **options)
-    # A step at rate 0 leaves the parameters as they are, and makes the state in the optimizer's own form.
+    # A step at rate 0 does not change the parameters, and creates the state in the optimizer's own form.
     (group,) = optimizer.param_groups
     rate, group["lr"] = group["lr"], 0.0
     optimizer.step()
@@ -414,7 +414,7 @@ def _expected_adamw(inputs: dict) -> list[Tensor]:
 
 
 def _expected(step: Callable[..., tuple[Tensor, ...]], inputs: dict) -> list[Tensor]:
-    """All new parameters, then all new states of a name, and so on."""
+    """All new parameters, then all new values of the first state, and so on."""
     columns = (inputs["params"], inputs["grads"], *inputs["state"].values())
     stepped = [step(*(tensor.double() for tensor in row)) for row in zip(*columns, strict=True)]
     return [tensor for column in zip(*stepped, strict=True) for tensor in column]

@@ -1,7 +1,7 @@
 """GmP, layers whose units are directions by angles: y = r relu(x u^T + lambda), u_k = cos t_k prod_{i<k} sin t_i.
 
-The competitors are eager torch as one would write it, torch.compile of that, and the plain layer. The rows are measured
-alone, too.
+The competitors are straightforward eager torch, torch.compile of it, and the plain layer. The directions are also
+measured alone.
 """
 
 import functools
@@ -36,7 +36,7 @@ def cases(device_type: str) -> list[Case]:
         layers = [(rows, 1024, 1024, torch.float32) for rows in (1, 8, 32, 128, 1024)]
         layers += [(rows, size, size, torch.float32) for size in (256, 4096) for rows in (8, 128, 1024)]
         layers += [(rows, 1024, 1024, torch.bfloat16) for rows in (8, 128)]
-        # The second is a convolution's: 3x3 filters over 128 channels.
+        # The second size is that of a convolution: 3x3 filters over 128 channels.
         directions = [(4096, 4096), (1024, 1152)]
         quick = (32, 256, 256, torch.float32)
     passes = (False, True)
@@ -102,17 +102,17 @@ def _gmp_layer(
     backward: bool,
     quick: bool,
 ) -> Case:
-    """A linear layer for an ``x_size`` (M, m), a 3x3 convolution for (samples, channels, height, width)."""
+    """A linear layer if ``x_size`` is (M, m), a 3x3 convolution if it is (samples, channels, height, width)."""
     result = math.prod(x_size) // x_size[1] * units
 
     def draw(device: torch.device) -> list[Tensor]:
-        # The angles of random directions. Angles drawn one by one would make most of every row vanish.
+        # Take the angles of random directions: with angles drawn one by one, most of every row would vanish.
         angles = F.hypersphere_angles(torch.randn(units, fan_in, device=device))
         radius, location = torch.randn(units, device=device), 0.5 * torch.randn(units, device=device)
         return [torch.randn(x_size, device=device), angles, radius, location]
 
     def draw_cotangent(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor) -> Tensor:
-        # Small where the pre-activation is small, so that the side of 0 to which it is rounded decides no error.
+        # The cotangent is small where the pre-activation is: rounding decides there whether the relu passes a gradient.
         pre_activation = _pre_activation(x, _eager_direction(angles), location)
         return torch.randn_like(pre_activation) * pre_activation
 
@@ -164,7 +164,7 @@ def _eager_direction(angles: Tensor) -> Tensor:
 
 
 def _exact_direction(angles: Tensor) -> Tensor:
-    """For float64, by another formula than the competitors': products as exponentials of sums."""
+    """The float64 truth by a formula that no competitor uses: products as exponentials of sums."""
     sine = angles.sin()
     products = sine.sign().cumprod(1) * sine.abs().log().cumsum(1).exp()
     ones = torch.ones_like(angles[:, :1])
@@ -181,7 +181,7 @@ def _gmp(direction: Layer, x: Tensor, angles: Tensor, radius: Tensor, location: 
 
 
 def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """For rows of x a linear layer, for images a 3x3 convolution; ``weight`` has one row per unit."""
+    """A linear layer for rows of x, a 3x3 convolution for images; ``weight`` has one row per unit."""
     if x.dim() == 2:
         return nn.functional.linear(x, weight, bias)
     return nn.functional.conv2d(x, weight.view(-1, x.shape[1], 3, 3), bias, padding=1)

@@ -1,7 +1,7 @@
-"""The layer whose rows sum to zero, linear and as a convolution: forward alone, and a training step's two passes.
+"""The layer whose rows sum to zero, linear and convolutional: forward alone, and forward with backward.
 
-y = x (w - mean(w))^T + b. The competitors are the weight centred by eager torch, the same as a matmul plus a rank-one
-term, torch.compile, and the plain layer, which is also the cost of a weight that was centred before.
+y = x (w - mean(w))^T + b. The competitors are eager torch with a centred weight, eager torch with a matmul plus a
+rank-one term, torch.compile, and the plain layer, which is also the cost of a weight that was centred in advance.
 """
 
 import functools
@@ -17,8 +17,8 @@ from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, ours
 from lcw_ops.nn import LCWConv2d
 from lcw_ops.ops.lcw_linear import NAME
 
-# On a GPU there are as many copies of the weight as fill this memory, several second-level caches, and each call gets
-# the next copy. A single weight of 32 MB would never leave an H200's cache of 50 MB. On a CPU there is one copy.
+# On a GPU, copies of the weight fill this memory (several second-level caches), and each call uses the next copy. A
+# single weight of 32 MB would never leave an H200's cache of 50 MB. On a CPU there is one copy.
 ROTATED_BYTES = {"cpu": 0, "cuda": 256 << 20}
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -108,7 +108,7 @@ def _case(
     backward: bool,
     quick: bool,
 ) -> Case:
-    """``sizes`` are those of x, weight, bias and cotangent. The cotangent is as large as the result."""
+    """``sizes`` are those of x, weight, bias and cotangent. The cotangent has the shape of the result."""
     elements = {tensor: math.prod(size) for tensor, size in sizes.items()}
     fan_in = elements["weight"] // elements["bias"]
 
@@ -116,7 +116,7 @@ def _case(
         def draw(tensor: str) -> Tensor:
             return torch.randn(sizes[tensor], device=device)
 
-        # Activations whose mean is not 0, for which the constraint is made: without it the result would differ.
+        # The constraint acts on activations whose mean is not 0: on others, its absence would not show.
         x = torch.sigmoid(draw("x")).to(dtype).requires_grad_()
         weight = (fan_in**-0.5 * draw("weight")).to(dtype)
         copies = ROTATED_BYTES[device.type] // weight.nbytes + 1
@@ -130,10 +130,10 @@ def _case(
         }
 
     # Forward reads x, weight and bias and writes the result. Backward reads x, weight and the result's gradient and
-    # writes the gradients of x, weight and bias. The constraint needs nothing else, so it adds no traffic.
+    # writes the gradients of x, weight and bias. The constraint needs no other data, so it adds no traffic.
     x, weight, bias, result = (elements[tensor] for tensor in ("x", "weight", "bias", "cotangent"))
     moved = 3 * x + 3 * weight + 2 * bias + 2 * result if backward else x + weight + bias + result
-    # Two operations per multiplication: x times weight, and in backward a product of that size for each gradient. The
+    # Two operations per multiplication: x times weight, and in backward one product of that size for each gradient. The
     # constraint's own operations, of the order of x plus weight, are left out.
     operations = 2 * result * fan_in * (3 if backward else 1)
     return Case(
@@ -145,7 +145,7 @@ def _case(
         expected=functools.partial(_expected, exact),
         competitors=competitors,
         bytes=dtype.itemsize * moved,
-        # The measured rate is float32's. Products of 16 bits are faster, so only their bytes count towards the floor.
+        # The measured rate is float32's. 16-bit products are faster, so only their bytes count towards the floor.
         operations=operations if dtype == torch.float32 else 0,
         quick=quick,
     )
@@ -183,7 +183,7 @@ def _rank_one_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _compiled_linear(inputs: dict) -> Run:
-    # torch compiles a function for eight shapes. From the ninth on it would run uncompiled, and be timed so.
+    # torch compiles a function for eight shapes. From the ninth on, the uncompiled function would run and be timed.
     torch.compiler.reset()
     return _torch(torch.compile(_centred_linear, dynamic=False, fullgraph=True), inputs)
 

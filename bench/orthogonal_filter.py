@@ -1,6 +1,6 @@
 """The orthogonal-filter recurrence over depth and over time, forward alone and forward with backward.
 
-h <- alpha O h + beta tanh(W h + b + u), with a dense O. Beside ours: eager torch, JAX's jitted lax.scan, torch.compile
+h <- alpha O h + beta tanh(W h + b + u), with a dense O. Competitors: eager torch, JAX's jitted lax.scan, torch.compile
 of one step, on a GPU a CUDA graph of eager torch, and over time torch.nn.RNN: no filter, so half the arithmetic.
 """
 
@@ -16,13 +16,13 @@ from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops.orthogonal_filter.op import NAME
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as reference
 
-# The steps of a checked float64 backward pass: many segments of checkpoints, in a second instead of half a minute.
+# The steps of a backward pass that is checked in float64: many checkpoint segments, in a second, not half a minute.
 CHECKED_STEPS = 1000
 
-# Nodes of a CUDA graph are captured one by one; beyond this the capture takes longer than the benchmark.
+# The nodes of a CUDA graph are captured one by one. Beyond this the capture takes longer than the benchmark.
 GRAPH_STEPS = 10_000
 
-# The differentiated inputs, in this order; a case may lack some.
+# The inputs that get a gradient, in this order; a case may lack some.
 LEARNED = ("h0", "weight", "bias", "inputs")
 
 
@@ -89,7 +89,7 @@ def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, 
         make_inputs=make_inputs,
         expected=_expected,
         competitors=tuple(competitors),
-        # Forward reads (and over time writes states); backward reads everything again and writes every gradient.
+        # Forward reads, and over time writes states. Backward reads everything again and writes every gradient.
         bytes=4 * elements * (3 if backward else 1),
         # O h and W h; backward G O, P W and P^T H.
         operations=2 * rows * width**2 * steps * (5 if backward else 2),
@@ -127,7 +127,7 @@ def _expected(inputs: dict) -> list[Tensor]:
 
 
 def _compiled_step(inputs: dict) -> Run:
-    # torch.compile makes eight variants of one function; after that it silently runs the function uncompiled.
+    # torch.compile makes eight variants of a function. After that it silently runs the uncompiled function.
     torch.compiler.reset()
 
     @torch.compile(dynamic=False)
@@ -160,7 +160,7 @@ def _cuda_graph(inputs: dict) -> Run:
 
 
 def _rnn(inputs: dict) -> Run:
-    """A plain tanh RNN of the same width and length on one feature; it returns all states, as ours does over time."""
+    """A plain tanh RNN of the same width and length on one feature. It returns all states, as ours does over time."""
     steps, rows, width = inputs["inputs"].shape
     device = inputs["h0"].device
     network = nn.RNN(1, width, device=device)
@@ -205,7 +205,7 @@ def _jax(inputs: dict) -> Run:
         output, pullback = jax.vjp(recurrence, *arguments)
         return [output, *pullback(cotangent)]
 
-    # On GPUs JAX would multiply in TF32, where the other competitors multiply in float32.
+    # On GPUs JAX would multiply in TF32; the other competitors multiply in float32.
     with jax.default_matmul_precision("highest"):
         if inputs["backward"]:
             compiled = jax.jit(forward_backward).lower(cotangent, *learned).compile()

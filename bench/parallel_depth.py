@@ -1,9 +1,9 @@
 """The recurrence in parallel over depth, in windows of several sizes, against our own kernel that goes layer by layer.
 
-A sweep does the arithmetic of the sequential kernel once more, and it takes two or three: it saves waiting. So beside
-the sizes of the other benchmark of the recurrence there are those where a kernel waits the most: one sample, wide
-layers. With rows of this benchmark ``python -m lcw_ops.bench.parallel_depth rows.csv`` prints the lines that go
-into lcw_ops/ops/parallel_depth/crossover.py.
+A sweep repeats the arithmetic of the sequential kernel, and the solver takes two or three sweeps: it saves waiting, not
+arithmetic. So the sizes are those of the recurrence's other benchmark, and those where a kernel waits the most: one
+sample, wide layers. ``python -m lcw_ops.bench.parallel_depth rows.csv`` turns rows of this benchmark into the lines for
+lcw_ops/ops/parallel_depth/crossover.py.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from lcw_ops.ops.parallel_depth.op import SWEEP
 
 STEM = "parallel_depth"
 
-# The windows beside the default, which "auto" would take, and the whole depth.
+# A window to measure besides the whole depth and the default, which "auto" would use.
 WINDOW = 1000
 
-# The solver holds eight times the states of the whole depth. They must leave room for weights and gradients.
+# The solver needs eight times the memory of all states, and must leave room for weights and gradients.
 MOST_STATES_BYTES = 2**29
 
 # beta = c / L in all cases.
 MEASURED_C = 1.0
 
-# The share of the sequential kernel's time by which a region must win on these initial weights. Trained nets take up to
-# three times the sweeps (docs/parallel_depth.md).
+# A region must save this share of the sequential kernel's time on initial weights: trained nets take up to three times
+# the sweeps (docs/parallel_depth.md).
 LEAST_GAIN = 2 / 3
 
 
@@ -88,7 +88,7 @@ def _case(
     permutes, saved = filter != "haar", 0
     if permutes:
         peers = [dataclasses.replace(peer, missing=lambda: "timed with the Haar filter") for peer in peers]
-        # O h, and G O.
+        # These are O h and G O.
         saved = 2 * rows * width**2 * steps * (2 if backward else 1)
 
     def make_inputs(device: torch.device) -> dict:
@@ -111,11 +111,11 @@ def _case(
 
 
 def _windows(device_type: str, steps: int, rows: int, width: int) -> dict[str, int | None]:
-    """Maps the name of a competitor to its window; None is the default."""
+    """Map the name of a competitor to its window; None is the default."""
     windows = {"parallel": None}
     if steps > WINDOW:
         windows[f"by {WINDOW}"] = WINDOW
-    # On a GPU that is the default.
+    # On a GPU the whole depth is the default.
     if device_type == "cpu" and 4 * steps * rows * width <= MOST_STATES_BYTES:
         windows["one window"] = steps
     return windows
@@ -132,10 +132,10 @@ Point = tuple[int, int, int]
 
 
 def regions(path: Path, key: str) -> list[Region]:
-    """The entries of MEASURED by a CSV of measurements on machines of that key (``device_key``).
+    """The entries of MEASURED that follow from a CSV of measurements on machines of that key (``device_key``).
 
-    The entries are cautious: they lie between measured points that won, forward and with backward, in the default
-    window. A noisy row neither wins nor loses.
+    The entries are cautious: they lie between measured points that won in the default window, forward as well as with
+    backward. A noisy row neither wins nor loses.
     """
     times: dict[tuple, dict[Point, dict[str, dict[str, float]]]] = {}
     with path.open(newline="") as file:
@@ -177,7 +177,7 @@ def _is_won(seconds: dict[str, float]) -> bool:
 
 
 def _boxes(won: dict[Point, bool]) -> list[tuple]:
-    """Layers, rows and width as pairs of ends: the largest boxes of which all corners, and all points inside, won."""
+    """The largest boxes whose corners and inner points all won, as pairs of ends for layers, rows and width."""
     boxes = []
     for ends in itertools.combinations_with_replacement(sorted(won), 2):
         box = tuple(tuple(sorted(pair)) for pair in zip(*ends, strict=True))
@@ -198,7 +198,7 @@ def _is_within(box: tuple, other: tuple) -> bool:
 
 
 def line_of(region: Region) -> str:
-    """The entry as it stands in MEASURED."""
+    """The source line of an entry of MEASURED."""
     device, *rest = region
     return f"    Region({', '.join((json.dumps(device), *map(str, rest)))}),"
 
@@ -208,7 +208,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("rows", type=Path, help="CSV of lcw-ops bench parallel_depth")
-    parser.add_argument("--key", help="kind of machine that measured, such as sm_90; this one if not given")
+    parser.add_argument("--key", help="kind of machine that measured, such as sm_90; default: this one")
     args = parser.parse_args(arguments)
     key = args.key or device_key(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found = regions(args.rows, key)

@@ -1,7 +1,7 @@
 """A benchmark: one piece of work, the ways to do it, the float64 truth, and the least time that it can take.
 
-floor = max(bytes / memory rate, operations / matmul rate), both rates measured on this machine beside the case. A
-kernel is timed only after its error against float64 is at most twice eager torch's plus one unit in the last place.
+floor = max(bytes / memory rate, operations / matmul rate); both rates are measured on this machine beside the case. A
+kernel is timed only if its error against float64 is at most twice eager torch's plus one unit in the last place.
 """
 
 import importlib
@@ -21,30 +21,30 @@ from lcw_ops.profile.machine import matmul_rate
 
 EAGER = "eager torch"
 
-# Peers must only compute the same function: they do not promise eager's error.
+# Peers need only compute the same function: they do not promise eager's error.
 OURS_SLACK, PEER_SLACK = 2, 100
 
-# How often a case is drawn, at most, before a competitor is refused.
+# The most draws of a case before a competitor is refused.
 MOST_DRAWS = 4
 
 # A spread (interquartile range) above this share of the median is noise: the quartiles of such a row differ by a factor
-# of 1.25 / 0.75 = 1.7 or more, and most of the ratios that a table is read for are smaller. 2 % of the rows in
-# bench/results, from a shared machine, are noisy.
+# of 1.25 / 0.75 = 1.7 or more, and most ratios of interest in a table are smaller. 2 % of the rows in bench/results,
+# from a shared machine, are noisy.
 NOISY_SPREAD = 0.5
 
-# The memory's rate is measured on a case's own number of bytes, up to this limit: data that stays in the caches of a
-# CPU moves faster than memory could. On a GPU it is always measured on this number, because the cases go round more
-# memory than the caches hold.
+# On a CPU the memory's rate is measured on the case's own number of bytes, up to this limit: data that stays in the
+# caches moves faster than memory could. On a GPU it is always measured on this number, because the cases cycle through
+# more memory than the caches hold.
 MOST_BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 
-# Products of these sizes are bound by arithmetic, and on a CPU they are short enough to fit between two disturbances
-# (about 1 and 10 ms on two cores).
+# Products of these sizes are bound by arithmetic, and on a CPU they are short enough to fit between two interruptions
+# (they take about 1 and 10 ms on two cores).
 MATMUL_SIZES = {"cpu": (512, 1024), "cuda": (8192,)}
 
 MATMUL_TRIES = 10
 
-# A pass over memory is repeated for at least SECONDS_PER_PASS, and until none of the last STABLE_TRIES was faster than
-# the best one by LEAST_IMPROVEMENT.
+# A pass over memory is repeated for at least SECONDS_PER_PASS, and until none of the last STABLE_TRIES has improved the
+# best time by LEAST_IMPROVEMENT.
 SECONDS_PER_PASS, STABLE_TRIES, LEAST_IMPROVEMENT = 0.05, 5, 0.05
 
 # If the ceilings before and after a case differ by more than this factor, the whole case is noisy: the machine changed
@@ -63,8 +63,8 @@ class Competitor:
     """One way to do the work. ``prepare(inputs)`` converts and compiles, and returns the function to time.
 
     ``checked`` is False for another function of the same size (a copy, another kind of network), to which the floor may
-    not apply. ``missing()`` says why it cannot run here, or None. ``slow_start``: takes tens of seconds to prepare, so
-    --quick leaves it out.
+    not apply. ``missing()`` says why it cannot run here, or None. With ``slow_start`` it takes tens of seconds to
+    prepare, so --quick leaves it out.
     """
 
     name: str
@@ -79,8 +79,8 @@ class Competitor:
 class Case:
     """One row of the table per competitor. Among the competitors are ours and one called ``EAGER``, the yardstick.
 
-    ``make_inputs(device)`` draws fresh random inputs, ``expected(inputs)`` computes in float64, and
-    ``shorten(inputs)`` gives the inputs to check with where all of them would take float64 too long.
+    ``make_inputs(device)`` draws fresh random inputs, and ``expected(inputs)`` computes in float64. ``shorten(inputs)``
+    gives smaller inputs for the check if float64 would take too long on all of them.
     """
 
     stem: str
@@ -103,7 +103,7 @@ class Case:
 class Rates:
     """The measured ceilings: bytes read and written per second, and float32 operations per second of a matmul.
 
-    ``matmul`` is infinite for a case without operations, which does not measure it.
+    ``matmul`` is infinite for a case without operations: it is not measured there.
     """
 
     memory: float
@@ -126,10 +126,10 @@ def cases(stem: str, device_type: str) -> list[Case]:
 
 
 def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int = 0) -> tuple[Competitor, ...]:
-    """Our op as a competitor, once per backend that can run here, on float32 rows of ``width`` elements; plain torch
-    only where there is no kernel.
+    """Our op as a competitor, once per backend that can run here, on float32 rows of ``width`` elements.
 
-    An explicit request (``use_backend``, ``LCW_OPS_BACKEND``) selects one backend; BackendError if it cannot run here.
+    Plain torch competes only if there is no kernel. An explicit request (``use_backend``, ``LCW_OPS_BACKEND``)
+    selects one backend; BackendError if it cannot run here.
     """
     if backends.requested() is not None:
         names = [backends.choose(op, torch.device(device_type), width)]
@@ -160,8 +160,8 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
 def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:
     """Each checked competitor's error on fresh inputs, over the result's scale, or why it must not be timed.
 
-    The errors of a gradient with a hundred numbers come from the same few roundings, and the largest is a matter of
-    luck, eager torch's included. A refused competitor is therefore judged again, by the largest errors of more draws.
+    The errors of a gradient with a hundred numbers come from the same few roundings. The largest is a matter of luck,
+    eager torch's included, so a refused competitor is judged again by the largest errors of more draws.
     """
     errors, eager_errors = {}, []
     for _ in range(MOST_DRAWS):
@@ -192,7 +192,7 @@ def _largest(before: list[float], now: list[float]) -> list[float]:
 
 
 def _relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """The largest error of each result over its largest value; infinity, not NaN, for a result that is not finite."""
+    """The largest error of each result over its largest value; infinity, not NaN, if the result is not finite."""
     if len(results) != len(expected):
         raise WrongResult(f"{len(results)} results, expected {len(expected)}")
     relative = []
@@ -205,7 +205,7 @@ def _relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[floa
 
 
 def _judge(errors: list[float], eager_errors: list[float], slack: float, last_place: float) -> float:
-    """The largest of the errors, relative to the scale of its result; WrongResult where one is too large."""
+    """The largest of the errors, relative to the scale of its result. Raises WrongResult if one is too large."""
     for index, (error, eager_error) in enumerate(zip(errors, eager_errors, strict=True)):
         allowed = slack * eager_error + last_place
         if not error <= allowed:
@@ -221,7 +221,7 @@ def as_tensor(array) -> Tensor:
 
 
 def measure_rates(device: torch.device, case: Case) -> Rates:
-    """Measure the machine's rates at this moment for a case of this size, as the best of several tries."""
+    """Measure the machine's current rates for a case of this size, as the best of several tries."""
     matmul = math.inf
     if case.operations:
         matmul = max(matmul_rate(device, size, MATMUL_TRIES) for size in MATMUL_SIZES[device.type])
@@ -231,8 +231,8 @@ def measure_rates(device: torch.device, case: Case) -> Rates:
 def _memory_rate(device: torch.device, case_bytes: float) -> float:
     """Bytes per second of the fastest pass: a copy, a negation in place, or a sum, which writes nothing.
 
-    On a CPU the passes run on all threads and on one. On a busy machine a pass on all threads waits in every try for a
-    thread that is not running, and for small sizes that takes a thousand times as long as the pass itself.
+    On a CPU the passes run on all threads and on one. On a busy machine every pass on all threads waits for a thread
+    that is not running; for small sizes the wait is a thousand times as long as the pass itself.
     """
     most = MOST_BUFFER_BYTES[device.type]
     # Use half of the bytes that the case moves: it moves most of them more than once.
@@ -273,7 +273,7 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time one call; on a GPU between two events of the stream, so that the launch is not counted twice."""
+    """Time one call. On a GPU, measure between two events of the stream, so that the launch is not counted twice."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

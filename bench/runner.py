@@ -1,8 +1,8 @@
 """Runs the benchmarks: check every competitor against float64, warm up, interleave, print, append CSV rows.
 
-Only ratios measured side by side count, so the competitors take turns (A B C, A B C, ...) and the median, the spread
-(the interquartile range) and the best of each are reported. Rows that lose are printed like the others. Rows that are
-noisy are marked and have no ratios. A row faster than its floor, measured beside it, is an error and not a result.
+Only ratios measured side by side count, so the competitors take turns (A B C, A B C, ...). The report has the median,
+the spread (the interquartile range) and the best of each. Losing rows are printed like the others. Noisy rows are
+marked and have no ratios. A row faster than its floor, which is measured beside it, is an error and not a result.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - the arguments 
 from lcw_ops.bench.registry import Case, Competitor, Rates, WrongResult
 from lcw_ops.profile.machine import describe
 
-# The time for the rounds of one case, and the fewest and most rounds of a slow or a fast case.
+# The time for the rounds of one case, the fewest rounds of a slow case, and the most of a fast one.
 SECONDS_PER_CASE, QUICK_SECONDS_PER_CASE = 10.0, 1.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
@@ -61,13 +61,13 @@ class Row:
 
 COLUMNS = [field.name for field in fields(Row)]
 
-# The columns of files that were written before rows were marked.
+# The columns of older files, whose rows are not marked as noisy.
 UNMARKED_COLUMNS = [name for name in COLUMNS if name != "noisy"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The benchmarks that the arguments ask for, checked: any later error is not the user's."""
+    """The benchmarks that the arguments ask for. The arguments are checked: any later error is not the user's."""
 
     device: torch.device
     cases: list[Case]
@@ -79,8 +79,8 @@ def prepare(args: argparse.Namespace) -> Plan:
     """Check the arguments of ``lcw-ops bench`` before anything is measured.
 
     Raises ValueError for an unknown benchmark or device, a number of threads below 1, a share that is not K/N with
-    1 <= K <= N, or a CSV with other columns;
-    BackendError if a backend was requested (``LCW_OPS_BACKEND``) that cannot run one of the benchmarks here.
+    1 <= K <= N, or a CSV with other columns. Raises BackendError if the requested backend (``LCW_OPS_BACKEND``) cannot
+    run one of the benchmarks here.
     """
     unknown = [stem for stem in args.stem if stem not in registry.STEMS]
     if unknown:
@@ -98,7 +98,7 @@ def _share(cases: list[Case], share: str) -> list[Case]:
     numbers = re.fullmatch(r"(\d+)/(\d+)", share)
     first, count = map(int, numbers.groups()) if numbers else (0, 0)
     if not 1 <= first <= count:
-        raise ValueError(f"--share is {share!r}; expected K/N with 1 <= K <= N, as 1/3")
+        raise ValueError(f"--share is {share!r}; expected K/N with 1 <= K <= N, such as 1/3")
     return cases[first - 1 :: count]
 
 
@@ -131,7 +131,7 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
     running = [one for one in case.competitors if one.name not in left_out]
     times, rates, steady = measure(case, running, device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
     floor = case.floor_seconds(rates)
-    # The ceiling of an unsteady machine may be far too low: a row below the floor is then noise and not an error.
+    # On an unsteady machine the measured ceiling may be far too low: a row below the floor is then noise, not an error.
     impossible = faster_than_floor(case, running, times, rates) if steady else []
     left_out |= {
         name: f"ERROR: {_time(statistics.median(times[name]))}, measured twice, is less than the floor: the ceiling or "
@@ -174,7 +174,7 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
 def measure(
     case: Case, competitors: list[Competitor], device: torch.device, budget: float
 ) -> tuple[dict[str, list[float]], Rates, bool]:
-    """Seconds per call and competitor, the best ceilings, and whether those of before and after agree.
+    """Seconds per call and competitor, the best ceilings, and whether the ceilings before and after agree.
 
     The case is measured again if a competitor was faster than the floor: the machine may have been slow when the
     ceilings were measured.
@@ -194,7 +194,7 @@ def measure(
 def faster_than_floor(
     case: Case, competitors: list[Competitor], times: dict[str, list[float]], rates: Rates
 ) -> list[str]:
-    """The names of competitors whose median no machine with these ceilings could reach."""
+    """The names of competitors whose median is impossible on a machine with these ceilings."""
     floor = case.floor_seconds(rates)
     return [one.name for one in competitors if one.checked and statistics.median(times[one.name]) < floor]
 
@@ -202,7 +202,7 @@ def faster_than_floor(
 def interleave(
     competitors: list[Competitor], inputs: dict, device: torch.device, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds per call and competitor. They take turns; a first round warms up and says how many rounds fit."""
+    """Seconds per call and competitor. They take turns; a first round warms up and decides how many rounds fit."""
     runs = {competitor.name: competitor.prepare(inputs) for competitor in competitors}
     warm_up = sum(registry.seconds(run, device) for run in runs.values())
     rounds = min(max(int(budget / max(warm_up, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
@@ -214,7 +214,7 @@ def interleave(
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:
-    """Append the rows below the header. A new file gets a header, and a file of unmarked rows is marked first."""
+    """Append the rows. A new file first gets a header, and the rows of a file without marks are marked first."""
     new = not path.exists()
     if not new:
         _mark_rows(path)
@@ -240,7 +240,7 @@ def _write_rows(file: IO[str], rows: Iterable[dict], header: bool) -> None:
 
 
 def _check_csv(path: Path) -> None:
-    """Check the file before minutes of measuring: rows under other columns would be misread later, or lost."""
+    """Check the file before minutes of measuring: rows under other columns would later be misread or lost."""
     new = not path.exists()
     if new and not path.parent.is_dir():
         raise ValueError(f"--out: the folder {path.parent} does not exist. Create it, or name another file")
@@ -273,13 +273,13 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"--device is {name!r}; expected one of {', '.join(choices)}, which are what torch sees here")
     device = torch.device(name)
     if device.type == "cuda":
-        # Streams, events and graphs are those of the current device.
+        # Streams, events and graphs belong to the current device.
         torch.cuda.set_device(device)
     return device
 
 
 def _use_threads(count: int) -> None:
-    """Limit every competitor in this process: torch takes a number, JAX the cores that the process may use."""
+    """Limit every competitor in this process: torch by a number, JAX by the cores that the process may use."""
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= count <= len(cores):
         raise ValueError(f"--threads is {count}; expected 1 to {len(cores)}, the cores of this process")
@@ -288,7 +288,7 @@ def _use_threads(count: int) -> None:
 
 
 def _default_csv(device: torch.device) -> Path:
-    """bench/results/ of a source tree, the current folder otherwise; one file per machine."""
+    """One file per machine, in bench/results/ of a source tree, or else in the current folder."""
     results = Path(__file__).parent / "results"
     name = re.sub(r"\W+", "-", describe(device)["device_name"]).strip("-").lower()
     return (results if results.is_dir() else Path()) / f"{name}.csv"
@@ -335,7 +335,7 @@ def _ceilings(rates: Rates) -> str:
 
 
 def _giga(rate: float) -> str:
-    """The number in units of 1e9: whole from 100 on, three digits below."""
+    """The number in units of 1e9: a whole number from 100 on, three digits below."""
     return f"{rate / 1e9:.0f} G" if rate >= 1e11 else f"{rate / 1e9:.3g} G"
 
 

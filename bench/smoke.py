@@ -1,9 +1,9 @@
 """Run every GPU kernel once, small, against float64: ``make gpu PART=smoke``, or ``python -m lcw_ops.bench.smoke``.
 
-It takes a minute and shows whether the other parts of ``make gpu`` are worth their time. The rule is the benchmarks':
-at most twice the error of plain torch in the same dtype, plus one unit in the last place. A kernel that does not
-compile, does not run, is wrong or is not built gets a line and exit code 1; the other kernels still run. On the CPU
-(``--device cpu``, with TRITON_INTERPRET=1) the same calls run the C++ kernels and Triton's in its interpreter.
+It takes a minute and shows whether the other parts of ``make gpu`` are worth their time. The rule is that of the
+benchmarks: at most twice the error of plain torch in the same dtype, plus one unit in the last place. A kernel that
+does not compile, does not run, is wrong or is not built gets a line and exit code 1; the other kernels still run. On
+the CPU (``--device cpu``, with TRITON_INTERPRET=1) the same calls run the C++ kernels, and Triton's in its interpreter.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear, 
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 from lcw_ops.ops.parallel_depth import op as parallel_depth
 
-# Device type -> the backends that must be there.
+# Device type -> the backends that must be available.
 EXPECTED = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp")}
 
-# Fewer tensors are launched one by one.
+# With fewer tensors, each one gets a launch of its own.
 TENSORS = 6
 
 
@@ -42,7 +42,7 @@ class Call:
 
 def calls() -> list[Call]:
     """Calls that together launch every kernel of kernels/ and csrc/cuda."""
-    # 600 columns are enough to be split among programs where there are few units; 80 samples are too many to be fused.
+    # With few units, 600 columns are enough to be split among programs. 80 samples are too many for the fused kernel.
     few, many, weight, free, units = (5, 600), (80, 600), (20, 600), (20, 599), (20,)
     # h0, weight, bias, alpha, beta, inputs
     layers = [(5, 24), (20, 24, 24), (20, 24), (20,), (20,), (20, 5, 24)]
@@ -82,7 +82,7 @@ def calls() -> list[Call]:
 
 
 def _with_gradients(function: Callable[..., Tensor], **options) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The result of ``function`` and its gradients by all inputs; the incoming gradient is a cosine."""
+    """The result of ``function`` and its gradients for all inputs; the output's gradient is a cosine."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -123,7 +123,7 @@ def _adamw(params: list) -> torch.optim.Optimizer:
 
 
 def _steps(make_optimizer: Callable[[list], torch.optim.Optimizer]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The parameters after two steps, with gradients made of their first values."""
+    """The parameters after two steps, with gradients computed from their first values."""
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         params = [torch.nn.Parameter(tensor.clone()) for tensor in inputs]
@@ -138,7 +138,7 @@ def _steps(make_optimizer: Callable[[list], torch.optim.Optimizer]) -> Callable[
 
 
 def case(call: Call, device_type: str) -> registry.Case:
-    """A case for the benchmarks' check: our op on every backend there is, beside plain torch in the same dtype."""
+    """A case for the benchmarks' check: our op on every available backend, beside plain torch in the same dtype."""
     return registry.Case(
         stem=call.op,
         name=call.name,
@@ -161,13 +161,13 @@ def _plainly(call: Call, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def cases(device_type: str) -> list[registry.Case]:
-    # Every kernel of the recurrence over depth and over time, with those that users cannot name.
+    # Every kernel of the recurrence over depth and over time, including those that users cannot name.
     each = [crossover.case(over_time, 5, 24, 7, device_type) for over_time in (False, True)]
     return [*each, *(case(call, device_type) for call in calls())]
 
 
 def missing(device_type: str) -> Iterator[str]:
-    """One line for each backend that has kernels of ours and cannot run here."""
+    """One line for each backend that has kernels of ours but cannot run here."""
     for op, implemented in backends.IMPLEMENTED.items():
         for backend in EXPECTED[device_type]:
             reason = backends.missing_reason(op, backend, device_type) if backend in implemented else None
@@ -176,7 +176,7 @@ def missing(device_type: str) -> Iterator[str]:
 
 
 def check(one: registry.Case, device: torch.device) -> Iterator[tuple[bool, str]]:
-    """(right, a line) for each of our kernels in a case."""
+    """(whether it is right, a line to print) for each of our kernels in a case."""
     for competitor in one.competitors:
         if not competitor.ours:
             continue

@@ -1,6 +1,6 @@
 """The same registry under pytest-benchmark: ``pytest bench/ --benchmark-only``, quick sizes, one row per competitor.
 
-LCW_OPS_TEST_DEVICE names the device. A competitor that is wrong against float64 fails here before it is timed.
+LCW_OPS_TEST_DEVICE names the device. A competitor whose result is wrong fails before it is timed.
 """
 
 import os

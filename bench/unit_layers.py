@@ -1,4 +1,4 @@
-"""Parts of the benchmarks of layers that make their weight row by row: GmP and weight normalization."""
+"""The parts that the benchmarks of GmP and weight normalization share: both compute their weight row by row."""
 
 import functools
 import itertools
@@ -32,7 +32,7 @@ def make_case(
     backward: bool,
     quick: bool,
 ) -> Case:
-    """``draw`` gives the arguments of ``exact``, and ``draw_cotangent`` takes them; ``sincos`` counts angles."""
+    """``draw`` makes the arguments of ``exact`` and of ``draw_cotangent``; ``sincos`` is the number of angles."""
 
     def make_inputs(device: torch.device) -> dict:
         arguments = [argument.to(dtype) for argument in draw(device)]
@@ -53,8 +53,8 @@ def make_case(
         expected=functools.partial(_expected, exact),
         competitors=competitors,
         bytes=dtype.itemsize * elements,
-        # The measured rate is float32's. Products of 16 bits are faster, so only their bytes count towards the floor.
-        # Sines and cosines are in float32 for every dtype, and count once, because backward may have kept them. The few
+        # The measured rate is float32's. 16-bit products are faster, so only their bytes count towards the floor. Sines
+        # and cosines are float32 for every dtype, and count once, because forward may keep them for backward. The few
         # other operations per element of a row (products of sines, a recurrence in backward, sums of squares) are left
         # out.
         operations=(product if dtype == torch.float32 else 0) + SINCOS_OPERATIONS * sincos,
@@ -63,7 +63,7 @@ def make_case(
 
 
 def rows_case(units: int, fan_in: int, backward: bool, **rest) -> Case:
-    """A case whose result is as large as its rows."""
+    """A case whose result is the rows themselves."""
     return make_case(
         shape={"units": units, "fan_in": fan_in},
         dtype=torch.float32,
@@ -76,16 +76,16 @@ def rows_case(units: int, fan_in: int, backward: bool, **rest) -> Case:
 
 
 def count_moved(arguments: int, result: int, backward: bool) -> int:
-    """Elements read and written.
+    """The number of elements read and written.
 
     Forward reads the arguments and writes the result. Backward reads the arguments and the result's gradient and writes
-    the arguments' gradients. Values of which a unit has one, and the record of which units fired, are left out.
+    the arguments' gradients. Arguments with one value per unit, and the record of which units fired, are left out.
     """
     return 3 * arguments + 2 * result if backward else arguments + result
 
 
 def count_product(result: int, fan_in: int, backward: bool) -> int:
-    """Two operations per multiplication: x times weight, and in backward a product of that size for each gradient."""
+    """Two operations per multiplication: x times weight, and in backward one product of that size for each gradient."""
     return 2 * result * fan_in * (3 if backward else 1)
 
 
@@ -94,7 +94,7 @@ def run_on_torch(layer: Layer, inputs: dict) -> Run:
 
 
 def run_passes(calls: list[tuple[Callable[[], Tensor], list[Tensor]]], inputs: dict) -> Run:
-    """``calls`` holds functions, each with the tensors to differentiate by."""
+    """``calls`` holds functions, each with the tensors whose gradients it needs."""
     turns, cotangent = inputs["turns"], inputs["cotangent"]
 
     def forward() -> list[Tensor]:
@@ -110,7 +110,7 @@ def run_passes(calls: list[tuple[Callable[[], Tensor], list[Tensor]]], inputs: d
 
 
 def run_compiled(layer: Layer, inputs: dict) -> Run:
-    # torch compiles a function for eight shapes. From the ninth on it would run uncompiled, and be timed so.
+    # torch compiles a function for eight shapes. From the ninth on, the uncompiled function would run and be timed.
     torch.compiler.reset()
     return run_on_torch(torch.compile(layer, dynamic=False, fullgraph=True), inputs)
 

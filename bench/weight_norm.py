@@ -1,7 +1,7 @@
 """Weight normalization: y = x (s v / ||v||)^T + b.
 
-The competitors are eager torch as one would write it, torch.compile of that, torch's own weight norm, and the plain
-layer. The rows are measured alone, too.
+The competitors are straightforward eager torch, torch.compile of it, torch's own weight norm, and the plain layer. The
+rows are also measured alone.
 """
 
 import functools
@@ -33,7 +33,7 @@ def cases(device_type: str) -> list[Case]:
     else:
         layers = [(rows, 1024, 1024, torch.float32) for rows in (1, 8, 32, 128, 1024)]
         layers += [(rows, size, size, torch.float32) for size in (256, 4096) for rows in (8, 128)]
-        # The second is a convolution's: 3x3 filters over 128 channels.
+        # The second size is that of a convolution: 3x3 filters over 128 channels.
         sizes = [(4096, 4096), (1024, 1152)]
         quick = (32, 256, 256, torch.float32)
     passes = (False, True)

@@ -1,4 +1,4 @@
-// Attributes of functions, for nvcc and for the compilers of the CPU's kernels.
+// Function attributes, for nvcc and for the compilers of the CPU kernels.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,6 +1,6 @@
-// Shared by the CPU and the CUDA kernels of the orthogonal-filter recurrence: the arguments of the two ops, checked.
+// Shared by the CPU and CUDA kernels of the orthogonal-filter recurrence: the arguments of the two ops, checked.
 //
-// Shapes are those of lcw_ops/ops/orthogonal_filter.py, where the schemas are.
+// Shapes are those of lcw_ops/ops/orthogonal_filter/op.py, which has the schemas.
 #pragma once
 
 #include <algorithm>
@@ -23,12 +23,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace stable = torch::stable;
 
-// Everything a step needs; an argument shared over all steps has stride 0.
+// Everything that a step needs. An argument that all steps share has stride 0.
 template <typename T>
 struct Recurrence {
   int64_t rows, width, steps, segment;
   Activation activation;
-  const void* weight;  // of weight_type: like the state, or in 16 bits beside a float32 state
+  const void* weight;  // of weight_type: the state's type, or 16 bits beside a float32 state
   ScalarType weight_type;
   const T *bias, *filter, *alpha, *beta, *inputs;
   const int64_t* permutation;  // instead of filter
@@ -82,7 +82,7 @@ struct Backward {
   }
 };
 
-// The arguments of both ops, made contiguous and checked: no call of the op reads out of bounds.
+// The arguments of both ops, made contiguous and checked, so that no call of an op reads out of bounds.
 struct Arguments {
   Tensor weight, filter, alpha, beta;
   std::optional<Tensor> bias, inputs;
@@ -164,8 +164,8 @@ inline void check_dtype(const Tensor& tensor) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The work itself is Device::run(forward pass) and Device::run_segment(one segment of the backward pass); the functions
-// below allocate for it, and show every large result to Device::allocated. `like` tells the device.
+// Device::run does the forward pass, Device::run_segment one segment of the backward pass. The functions below allocate
+// for them and report every large result to Device::allocated. The last argument of both is a tensor on the device.
 template <class Device, typename T>
 std::tuple<Tensor, Tensor> forward(
     const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> forward(
   return {output, checkpoints};
 }
 
-// Sum over the rows, and over the steps for a scale they share; float64 until the last rounding.
+// The sum over the rows, and over the steps if they share the scale; in float64 until the last rounding.
 inline Tensor sum_products(const Tensor& products, const Tensor& like) {
   const bool shared = like.numel() == 1 && products.size(0) != 1;
   Tensor sum = stable::sum(products, shared ? std::vector<int64_t>{0, 1} : std::vector<int64_t>{1});
@@ -207,7 +207,7 @@ Gradients backward(
     Device::allocated(gradient);
     return gradient;
   };
-  // A parameter shared by all steps is summed in float64 over the segments; every other gradient is written once.
+  // The gradient of a shared parameter is summed over the segments in float64; every other gradient is written once.
   const bool sums_weight = needs_weight && arguments.weight.dim() == 2;
   const bool sums_bias = needs_bias && arguments.bias->dim() == 1;
   Tensor weight_sum = stable::new_zeros(grad_output, {sums_weight ? width : 0, width}, ScalarType::Double);

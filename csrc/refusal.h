@@ -1,5 +1,4 @@
-// Kernels that check for themselves whether they can take tensors as these lie in memory, and the two forms of their
-// ops.
+// Refusals by kernels that check the memory layout of their tensors themselves, and the two forms of their ops.
 #pragma once
 
 #include <algorithm>
@@ -12,15 +11,15 @@
 
 namespace lcw_ops {
 
-// The reason why a kernel leaves tensors to its caller, who can copy them into another layout; empty if it takes them.
-// Found before the first write. A mistake that no layout mends raises instead.
+// Why a kernel does not take its tensors, found before its first write; empty if it takes them. The caller can copy
+// them into another layout. A mistake that no other layout corrects raises an error instead.
 using Refusal = std::string;
 
 inline Refusal refuse_for(const char* op, const std::string& what, const char* caller) {
   return std::string(op) + ": " + what + "; call " + caller;
 }
 
-// The memory of tensors without gaps. Two threads would write to tensors that overlap at once.
+// The memory of tensors without gaps. Tensors must not overlap, because two threads could write to one place.
 class AddressRanges {
  public:
   void reserve(size_t count) { ranges_.reserve(count); }
@@ -41,7 +40,7 @@ class AddressRanges {
   std::vector<std::pair<const char*, const char*>> ranges_;
 };
 
-// A refusal is an error in one form of an op, and an answer in the other. A traced program cannot look at an answer.
+// One form of an op raises a refusal, the other returns it as an answer, which a traced program cannot look at.
 template <auto kernel>
 struct Forms;
 

@@ -94,7 +94,7 @@ def choose_fused_launch(rows: int, units: int, features: int, itemsize: int, dev
         "BLOCK_K": block_k,
         "STAGES": MOST_STAGES,
         "splits": triton.cdiv(features, chunk),
-        # 8 where a program's sums would not leave 4 warps the registers for the rest of a step.
+        # 8 if a program's sums would not leave 4 warps enough registers for the rest of a step.
         "num_warps": 8 if itemsize >= 4 and block_m >= 32 else 4,
     }
 

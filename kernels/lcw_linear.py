@@ -10,14 +10,14 @@ from the second-level cache) and 4 operations: bound by memory.
 Cost of the linear kernel, M samples: it reads W once from memory, itemsize n m bytes, and x at most as much again, from
 the second-level cache. The product takes 2 M n m operations; every element of W takes 1 for its row sum and 1 to widen
 16 bits or to shift wider numbers. An H200's 4.3 TB/s bring 2.2 T elements of 16 bits a second, 0.28 Pflop/s at M = 64:
-bound by memory. They bring 1.1 T elements of float32, and multiply-adds are 33 T a second: bound by memory up to about
+bound by memory. In float32 they bring 1.1 T elements, beside 33 T multiply-adds a second: bound by memory up to about
 M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
 kernel adds their sums in order, without atomics. Predicted, not measured: no GPU has run this yet.
-If the length of W's rows is not a multiple of 16 (with a basis, whenever that of x is one), they are loaded element by
-element, and in 16 bits not ahead of their use: asynchronous copies have at least 4 bytes.
+Rows of W whose length is not a multiple of 16 (with a basis, whenever the length of x's rows is one) are loaded element
+by element, and in 16 bits not ahead of their use: asynchronous copies have at least 4 bytes.
 
 The price of large means. <V, x> - q S is a difference of sums that grow with mean(x) mean(V). In exact arithmetic it
-does not change if a constant is subtracted from a row of x or of V and q and S follow.
+does not change if a constant is subtracted from a row of x or of V and q and S are changed with it.
 16 bits: no constant is subtracted. Products of 16-bit numbers are exact in float32, and so is nearly every bit of their
 sums: the cancellation costs 2^-24 of |x| |V|. Eager torch rounds the centred weight to 16 bits and loses 2^-9 (2^-12)
 of |x| |V| before anything cancels. Moreover, x minus a constant would no longer fit the tensor core's 16 bits.
@@ -49,7 +49,7 @@ from lcw_ops.kernels.common import (
 )
 
 # Bytes of a row of W that one step takes: one line of the cache, the unit that memory is fetched in, or two lines in 16
-# bits if rows are aligned. In the other cases registers hold the operands, or an address and a mask for every element.
+# bits if rows are aligned. Otherwise registers have to hold the operands, or an address and a mask for every element.
 TILE_ROW_BYTES, TILE_ROW_BYTES_16_BIT = 128, 256
 # 32 units of 256 bytes and four steps in flight are 32 KB a multiprocessor, enough to cover a latency of 0.8 us.
 LEAST_UNITS = 32
@@ -74,7 +74,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
     units, columns = weight.shape
     output = x.new_empty((rows, units))
     if rows * units * columns == 0:
-        # The weight is 0 without features, and with a basis of one feature.
+        # The weight is 0 if there are no features, and with a basis of one feature.
         return output.zero_() if bias is None else output.copy_(bias)
     x, weight = x.contiguous(), weight.contiguous()
     launch = choose_launch(rows, units, columns, features, x.itemsize, device_facts(x.device))
@@ -136,7 +136,7 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
         "BLOCK_K": block_k,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
-        # 8 where a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. Unaligned rows of 16 bits
+        # 8 if a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. Unaligned rows of 16 bits
         # fill them too, because every element has an address and a mask.
         "num_warps": 8 if block_m >= 32 and (itemsize >= 4 or not aligned) else 4,
     }
@@ -256,9 +256,9 @@ def lcw_means_kernel(
 def _row_sums(row, lane, present, length, BLOCK: tl.constexpr, FITS: tl.constexpr):
     """(the first BLOCK values, their mean, the row's sum of differences to that mean), the last two as columns.
 
-    The mean of a part is a good enough shift: it only has to be near the row's numbers where these are near each other.
-    The upper half of its digits is enough, and better: all of the row's numbers would round digits below their last
-    places in the same direction, an error that grows with their count.
+    The mean of a part is a good enough shift: it only has to be near the row's numbers if these are near each other.
+    Only the upper half of its digits is used: with digits below the last places of the row's numbers, all differences
+    would round in the same direction, an error that grows with their count.
     """
     dtype: tl.constexpr = computed_in(row.dtype.element_ty)
     inside = present & (lane < length)

@@ -146,7 +146,7 @@ def orthogonal_filter_backward(
 
 
 class _Recurrence:
-    """The arguments that both kernels share, contiguous, and how they are launched."""
+    """The arguments that both kernels share, made contiguous, and the options of the launch."""
 
     def __init__(self, state, weight, bias, filter, alpha, beta, inputs, activation):
         rows, width = state.shape
@@ -186,7 +186,7 @@ class _Recurrence:
 
 
 class _ParameterGradient:
-    """The gradient of a parameter with one entry per layer, or with one for all layers, then summed in float64."""
+    """The gradient of a parameter: an entry per layer, or one entry for all layers, which is summed in float64."""
 
     def __init__(self, parameter: Tensor, shared_dim: int, rows: int):
         self._parameter = parameter
@@ -236,7 +236,7 @@ def choose_launch(
     while block_m < largest and triton.cdiv(rows, block_m) > device.processors:
         block_m *= 2
     precision = "ieee"
-    # Two elements of the tile a thread; from 8 rows on, no more warps than the registers of a block suffice for.
+    # Two elements of the tile per thread; from 8 rows on, no more warps than the registers of a block allow.
     num_warps = min(block_n * max(block_m, 4) // 64, block_n // 8)
     if device.matrix_units:
         num_warps = block_n // 16
@@ -248,8 +248,9 @@ def choose_launch(
     needed = matrix if device.matrix_units else (kept + per_layer) * matrix + 2 * tile
     if needed > device.shared_memory:
         raise ValueError(
-            f"orthogonal_filter: triton needs {needed / 1024:.0f} KB of shared memory for width {width}, this GPU has "
-            f"{device.shared_memory / 1024:.0f}; lcw_ops.use_backend('cuda') or 'reference' runs it"
+            f"orthogonal_filter: width is {width}, which needs {needed / 1024:.0f} KB of shared memory in triton; "
+            f"expected at most {device.shared_memory / 1024:.0f} KB on this GPU. "
+            "Use lcw_ops.use_backend('cuda') or 'reference'"
         )
     stages = 3
     # Every pipelined load has one copy per stage in flight; exchanges between threads take three more tiles.
@@ -293,7 +294,7 @@ def orthogonal_filter_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All layers for BLOCK_M rows. The pointers move on with every layer."""
+    """All layers for BLOCK_M rows. The pointers advance with every layer."""
     tile, inside = _tile(rows, WIDTH, BLOCK_M, BLOCK_N)
     size = rows * WIDTH
     state = tl.load(h0 + tile, mask=inside, other=0.0)
@@ -377,7 +378,7 @@ def orthogonal_filter_backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One segment for BLOCK_M rows: its states and branches again, then G back through it. Stores P and H."""
+    """Recompute a segment's states and branches for BLOCK_M rows, then carry G back through it. Stores P and H."""
     tile, inside = _tile(rows, WIDTH, BLOCK_M, BLOCK_N)
     size = rows * WIDTH
     state = tl.load(checkpoint + tile, mask=inside, other=0.0)

@@ -5,7 +5,7 @@
 A scan in chunks of C layers takes three launches. The first computes the end of every chunk as if it began with 0. The
 second carries through these ends, c_{k+1} = (alpha ... alpha) O^C c_k + end_k. The third runs every chunk again from
 its carry, stores the states and compares them with the old ones. Notation of lcw_ops/reference/parallel_depth.py; the
-chunked scan is the textbooks'.
+chunked scan is a textbook method.
 
 Cost per element in float32: 16 bytes forward (P twice, the old state, the new one), 8 more for u; adjoint 16, 8 more
 each for the gradient from outside and for slope with scaled; 32 / C for the ends. If the rows alone fill the GPU, there
@@ -97,7 +97,9 @@ def adjoint_sweep_(
     _check(op, gradients, steps, [product, outside, slope, scaled], None, [alpha])
     _check_filter(op, gradients, filter)
     if slope is not None and scaled is None:
-        raise ValueError(f"{op}: slope needs scaled beside it; call lcw_ops.functional.orthogonal_filter")
+        raise ValueError(
+            f"{op}: scaled is None; expected a tensor beside slope. Call lcw_ops.functional.orthogonal_filter"
+        )
     return _scan(gradients, product, None, outside, filter, alpha, None, "identity", slope, scaled, reverse=True)
 
 
@@ -135,7 +137,7 @@ def activate_(
 
 
 def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope, scaled, reverse) -> Tensor:
-    """Both sweeps. They differ in the end that they begin at, in the activation, and in ``slope`` and ``scaled``."""
+    """Both sweeps. They differ in the end where they begin, in the activation, and in ``slope`` and ``scaled``."""
     steps, rows, width = states.shape[0] - 1, *states.shape[1:]
     if steps * rows * width == 0:
         return states.new_zeros(1, dtype=torch.float64)
@@ -177,13 +179,13 @@ def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope,
 def _check_layers(op: str, states: Tensor) -> int:
     if states.dim() != 3 or states.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{op}: {states.dtype} of shape {tuple(states.shape)} is not float32 or float64 (layers, samples, units); "
-            "call lcw_ops.functional.orthogonal_filter"
+            f"{op}: the first tensor is {_describe(states)}; expected float32 or float64 (layers, samples, units). "
+            "Call lcw_ops.functional.orthogonal_filter"
         )
     if states.shape[2] > MAX_WIDTH:
         raise ValueError(
-            f"{op}: width {states.shape[2]} > {MAX_WIDTH}, the most triton takes; "
-            "call lcw_ops.functional.orthogonal_filter"
+            f"{op}: width is {states.shape[2]}; expected at most {MAX_WIDTH} in triton. "
+            "Call lcw_ops.functional.orthogonal_filter"
         )
     return states.shape[0]
 
@@ -200,8 +202,8 @@ def _check(op: str, states: Tensor, layers: int, per_layer: list, bias: Tensor |
         same = tensor.dtype == states.dtype and tensor.device == states.device
         if not (same and tuple(tensor.shape) in shapes and tensor.is_contiguous()):
             raise ValueError(
-                f"{op}: shapes, dtypes, devices or strides do not fit: {_describe(tensor)} beside {_describe(states)}; "
-                "call lcw_ops.functional.orthogonal_filter"
+                f"{op}: an argument is {_describe(tensor)}, which does not fit {_describe(states)}. "
+                "Call lcw_ops.functional.orthogonal_filter"
             )
 
 
@@ -211,14 +213,17 @@ def _check_filter(op: str, states: Tensor, filter: Tensor) -> None:
     fits |= filter.dtype == torch.float64 and filter.shape == (2 * width,)
     if states.shape[0] == 0 or not (fits and filter.is_contiguous() and filter.device == states.device):
         raise ValueError(
-            f"{op}: the filter {_describe(filter)} is neither a permutation nor rotations for {_describe(states)}; "
-            "call lcw_ops.functional.orthogonal_filter"
+            f"{op}: filter is {_describe(filter)}; expected a permutation or rotations for {_describe(states)}. "
+            "Call lcw_ops.functional.orthogonal_filter"
         )
 
 
 def _check_activation(op: str, activation: str) -> None:
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"{op}: no activation is called {activation!r}; call lcw_ops.functional.orthogonal_filter")
+        raise ValueError(
+            f"{op}: activation is {activation!r}; expected tanh, relu, sigmoid or identity. "
+            "Call lcw_ops.functional.orthogonal_filter"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

@@ -1,7 +1,7 @@
 """lcw_ops: five published remedies for badly conditioned deep networks, as drop-in PyTorch layers on fused kernels.
 
 Importing this package does not import torch, and its parts are loaded when they are first used. The ops,
-``torch.ops.lcw_ops.*``, are there as soon as both this package and torch have been imported.
+``torch.ops.lcw_ops.*``, exist as soon as both this package and torch have been imported.
 """
 
 import sys
@@ -66,11 +66,11 @@ def __dir__() -> list[str]:
 
 
 def _import(submodule: str):
-    """The submodule, imported as the import statement imports it.
+    """Import the submodule as an import statement does, and return it.
 
-    A thread that imports torch loads the ops while another thread may hold a part of them and wait for torch. The
-    statement then goes on with the part as it is, like a circular import within one thread, and the other thread
-    completes it. ``importlib.import_module`` raises a deadlock error instead.
+    While one thread imports torch, and so loads the ops, another may be importing one of their modules and wait for
+    torch. The statement then goes on with the unfinished module, as in a circular import within one thread, and the
+    other thread completes it. ``importlib.import_module`` raises a deadlock error instead.
     """
     name = f"{__name__}.{submodule}"
     __import__(name)
@@ -78,7 +78,7 @@ def _import(submodule: str):
 
 
 def _register_flop_formulas() -> None:
-    # The statement waits for ops that another thread is importing; the import of lcw_ops.ops.flops alone would not.
+    # This statement waits for ops that another thread is importing; importing lcw_ops.ops.flops alone would not.
     from lcw_ops.ops import flops
 
     flops.register()
@@ -86,5 +86,5 @@ def _register_flop_formulas() -> None:
 
 _aliases.install()
 after_import("torch", lambda: _import("ops"))
-# Registering the formulas with torch would import the counter, which torch leaves out because it imports triton.
+# Not at once: registering imports the counter, which ``import torch`` leaves out because it imports triton.
 after_import("torch.utils.flop_counter", _register_flop_formulas)

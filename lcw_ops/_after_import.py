@@ -10,8 +10,8 @@ from threading import get_ident
 def after_import(name: str, function: Callable[[], None]) -> None:
     """Call ``function()`` after every import or reload of module ``name``, and now if the module is loaded already.
 
-    A module has one function. It runs inside the import statement that loads the module, and that statement must not
-    fail because of it: an exception there becomes a RuntimeWarning. An exception of the call made now reaches the
+    Each module has one function. It runs inside the import statement that loads the module, and that statement must not
+    fail because of it: an exception there becomes a RuntimeWarning. An exception from the call made now reaches the
     caller.
     """
     _finder.functions[name] = function
@@ -26,7 +26,7 @@ class _Finder:
 
     def __init__(self) -> None:
         self.functions: dict[str, Callable[[], None]] = {}
-        # (thread, module): another hook of the same module may ask all finders again.
+        # (thread, module) of each search under way: another import hook may ask all finders for the module again.
         self._searching: set[tuple[int, str]] = set()
 
     def find_spec(self, name, path=None, target=None):
@@ -38,7 +38,7 @@ class _Finder:
             spec = _find_spec(name, path, target)
         finally:
             self._searching.remove(search)
-        # A package without an __init__.py has no loader, and a loader of the old protocol executes nothing by itself.
+        # A package without an __init__.py has no loader, and a loader of the old protocol has no exec_module to wrap.
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader, self.functions[name])
         return spec
@@ -57,25 +57,25 @@ class _Loader:
         self._loader, self._function = loader, function
 
     def __getattr__(self, name: str):
-        # A copy asks for __setstate__ while it has no loader yet.
+        # Copying looks up __setstate__ before the copy has a loader.
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._loader, name)
 
     def exec_module(self, module) -> None:
-        # The module shows the loader that it would have without this hook.
+        # Give the module the loader that it would have without this hook.
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         try:
             self._function()
         except Exception as error:
-            _warn(f"lcw_ops: not ready for {module.__name__}, which was imported: {type(error).__name__}: {error}")
+            _warn(f"lcw_ops: setup failed after the import of {module.__name__}: {type(error).__name__}: {error}")
 
 
 def _warn(message: str) -> None:
-    """A RuntimeWarning, or a line on stderr where warnings are errors.
+    """Give a RuntimeWarning, or write a line to stderr where warnings are errors.
 
-    An error here would undo the import of a module that has been executed, and torch cannot be executed twice.
+    An error here would undo the import of a module that has already run, and torch cannot run twice.
     """
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,7 +1,7 @@
-"""Old names of modules that have moved: pickles and users' code still name them.
+"""Old names of modules that have moved: pickles and users' code still use them.
 
 A pickle stores the module of each class. ``import lcw_ops.train.job`` gives the module ``lcw_ops.jobs.train`` itself,
-so a class has one identity whatever name it was imported by.
+so a class is the same object under either name.
 """
 
 import importlib
@@ -44,7 +44,7 @@ class _Finder:
         return None
 
     def exec_module(self, module):
-        # The import statement takes what it finds in sys.modules after this.
+        # The import statement then returns the entry in sys.modules.
         sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
 
 

@@ -72,8 +72,8 @@ def check_devices(function: str, **tensors: Tensor | None) -> None:
 def check_shape(function: str, argument: str, tensor: Tensor, right: bool, expected: str, remedy: str = "") -> None:
     """ValueError with the tensor's shape and the expected one, unless `right`.
 
-    Under torch.compile, text that contains a size is compiled again for every size. Where `expected` contains one, call
-    this only for a shape that is wrong.
+    torch.compile recompiles for every size that appears in a text. If `expected` contains a size, call this only for a
+    wrong shape.
     """
     if not right:
         raise ValueError(describe(function, argument, f"has shape {tuple(tensor.shape)}", expected, remedy))
@@ -88,7 +88,7 @@ def check_rows(function: str, argument: str, rows: Tensor, expected: str = "(n, 
 
 
 def check_features(function: str, x: Tensor, fan_in: int, which: str) -> None:
-    """ValueError unless the last dimension of `x` is `fan_in`; `which` says where that number is from."""
+    """ValueError unless the last dimension of `x` is `fan_in`; `which` says where that number comes from."""
     if x.dim() < 1 or x.shape[-1] != fan_in:
         check_shape(function, "x", x, False, f"(..., {fan_in}), {which}")
 
@@ -107,7 +107,7 @@ def check_positive(function: str, argument: str, value: float) -> None:
 
 
 def check_positive_float32(function: str, argument: str, value: float) -> None:
-    """As :func:`check_positive`, and normal in float32. Kernels would compute with 0 or infinity otherwise."""
+    """As :func:`check_positive`, and in float32's normal range: kernels would otherwise compute with 0 or infinity."""
     check_positive(function, argument, value)
     if not LEAST_FLOAT32 <= value <= LARGEST_FLOAT32:
         expected = "a number from 1.2e-38 to 3.4e38, as in float32"
@@ -138,11 +138,11 @@ def check_count(function: str, argument: str, count: int) -> None:
 
 
 def check_solver(function: str, solver: str, tolerance: float | None, window: int | None) -> None:
-    """How the recurrence is solved. ValueError if an option of the parallel solver is given to the sequential one."""
+    """ValueError unless the solver is known and each option is valid and belongs to it."""
     check_choice(function, "solver", solver, SOLVERS)
     for argument, value in (("tolerance", tolerance), ("window", window)):
         if value is not None and solver == "sequential":
-            expected = "None, for the sequential solver is exact, layer by layer"
+            expected = "None, because the sequential solver is exact"
             remedy = "Leave it out, or use solver='parallel'."
             raise ValueError(describe(function, argument, f"is {value}", expected, remedy))
     if tolerance is not None:

@@ -1,4 +1,4 @@
-"""Which backend runs each op, and why the others do not: behind ``lcw_ops.info()`` and ``lcw-ops info``."""
+"""Which backend runs each op, and why the others do not, for ``lcw_ops.info()`` and ``lcw-ops info``."""
 
 import importlib.metadata
 import platform
@@ -13,9 +13,9 @@ from lcw_ops.ops.orthogonal_filter.crossover import get_table
 def info() -> str:
     """Return, for every op and device of this machine, the backend that runs and why each other one does not.
 
-    Includes versions, the processor's vector instructions and the GPU. A reason that holds for every op of a device, or
-    an error that several ops share, is given once. Takes no argument and has no side effect. ``lcw-ops info --json``
-    prints the same facts for programs.
+    The text includes versions, the processor's vector instructions and the GPU. A reason that holds for every op of a
+    device, or an error that several ops share, is given once. The call takes no argument and has no side effect.
+    ``lcw-ops info --json`` prints the same facts for programs.
     """
     facts = report()
     cpu, gpus = facts["cpu"], facts["gpus"]
@@ -46,7 +46,7 @@ def info() -> str:
 
 
 def report() -> dict:
-    """The facts of :func:`info` as numbers, strings and None, for ``lcw-ops info --json``; its help has the keys."""
+    """The facts of :func:`info` as numbers, strings and None, for ``lcw-ops info --json``; its help lists the keys."""
     return {
         "versions": _versions(),
         "platform": platform.platform(),
@@ -91,7 +91,7 @@ def _reasons(op: str, device: torch.device, chosen: str) -> dict[str, str]:
 
 
 def _common_reasons(device: torch.device) -> dict[str, str]:
-    """The reasons that all ops with a kernel of that backend share."""
+    """Backend -> the reason that all ops with a kernel of that backend share."""
     by_op = {op: _op_report(op, device)["not_chosen"] for op in backends.IMPLEMENTED}
     common = {}
     for backend in backends.BACKENDS:
@@ -102,7 +102,7 @@ def _common_reasons(device: torch.device) -> dict[str, str]:
 
 
 def _shared_errors(device: torch.device) -> dict[str, list[str]]:
-    """Error -> the ops that it keeps from running, for the errors of two or more ops."""
+    """Error -> the ops that cannot run because of it, for errors that two or more ops share."""
     ops: dict[str, list[str]] = {}
     for op in backends.IMPLEMENTED:
         error = _op_report(op, device)["error"]
@@ -113,7 +113,7 @@ def _shared_errors(device: torch.device) -> dict[str, list[str]]:
 
 
 def _op_lines(op: str, device: torch.device, common: dict[str, str] | None = None) -> list[str]:
-    """The op's part of the text, without the reasons that are in ``common``."""
+    """The lines of :func:`info` about the op, without the reasons that are in ``common``."""
     facts = _op_report(op, device)
     line = f"{op} on {device}: {facts['backend'] or 'none'}"
     for wider in facts["wider"]:
@@ -150,7 +150,7 @@ def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
         except backends.BackendError:
             wider = None
         if wider != before:
-            # A row in float64 takes as much memory as one twice as wide.
+            # A float64 row takes as much memory as a float32 row twice as wide.
             widths = {"above_width_float32": widest, "above_width_float64": widest // 2}
             changes.append({**widths, "backend": wider})
         before = wider

@@ -18,7 +18,7 @@ from typing import Any
 
 # Importing torch loads the ops, which use this decorator while this module may still be importing torch.
 def constant_when_traced(function: Callable) -> Callable:
-    """Let torch.compile take what the function returns as a constant instead of tracing it.
+    """Let torch.compile take the function's result as a constant instead of tracing the function.
 
     torch.export with strict=True does so too. ``torch.compiler.assume_constant_result`` does the same, but it imports
     torch's compiler, which takes as long as all of torch.
@@ -37,13 +37,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic  
 # () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
 in_functorch = torch._C._are_functorch_transforms_active
 
-# (tensor) -> bool: whether it stands for another tensor, inside a transform of torch.func.
+# (tensor) -> bool: whether it stands for another tensor inside a transform of torch.func.
 is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
-# () -> bool: whether a torch.overrides.TorchFunctionMode is there to see a call.
+# () -> bool: whether a torch.overrides.TorchFunctionMode is active.
 is_function_mode_active = torch._C._is_torch_function_mode_enabled
 
-# (*arguments) -> bool: whether an argument or a function mode has a __torch_function__, whether or not it may be asked.
+# (*arguments) -> bool: whether an argument or a function mode has a __torch_function__, even one not to be called.
 may_be_overridden = has_torch_function_variadic
 
 # () -> int: how many modes of __torch_dispatch__ see every operator. Fake tensors and make_fx are such modes.
@@ -52,7 +52,7 @@ count_dispatch_modes = torch._C._len_torch_dispatch_stack
 # (tensor) -> bool: whether it shares the memory of another tensor.
 is_view = Tensor._is_view
 
-# (tensor) -> bool: whether it is all zeros that have no memory, as autograd makes them.
+# (tensor) -> bool: whether it is one of autograd's all-zero tensors, which have no memory.
 is_zeros_without_memory = Tensor._is_zerotensor
 
 # (function) -> the same function, which torch.compile runs as it is, with a graph break, instead of tracing it.
@@ -68,7 +68,7 @@ def in_forward_mode() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether it has a shape but no memory, as the tensors of FakeTensorMode."""
+    """Whether it has a shape but no memory, like the tensors of FakeTensorMode."""
     return isinstance(tensor, FakeTensor)
 
 
@@ -100,7 +100,7 @@ def is_in_onnx_export() -> bool:
 def unrecorded(function: Callable, *arguments):
     """Return ``function(*arguments)`` without letting torch.jit.trace record it.
 
-    Checks run in here: sizes are then plain ints, and comparing them raises no TracerWarning.
+    Run checks this way: sizes are then plain ints, and comparing them gives no TracerWarning.
     """
     state = torch._C._get_tracing_state() if torch.jit.is_tracing() else None
     if state is None:
@@ -134,13 +134,13 @@ def constant(value: float, **options) -> Tensor:
     return torch.full((1,), value, **options)
 
 
-# Before 2.13, scan from a state that requires no gradient drops what later steps pass back to earlier ones: gradients
-# are silently wrong (https://github.com/pytorch/pytorch/issues/184528).
+# Before 2.13, scan from a state that requires no gradient drops the gradients that later steps pass back:
+# the result is silently wrong (https://github.com/pytorch/pytorch/issues/184528).
 _SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)  # type: ignore[operator]
 
 
 def ready_for_scan(state: Tensor, *arguments) -> Tensor:
-    """``state``, which requires a gradient if one of the arguments that are tensors does."""
+    """``state``, made to require a gradient if one of the tensor arguments does."""
     if _SCAN_DROPS_GRADIENTS:
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -158,12 +158,12 @@ def scan(
     slices of the tensors of ``per_step`` along dim 0; ``per_step`` holds at least one. ``outputs`` is a list of
     tensors, which the result stacks over the steps. ``step`` must not return a tensor twice, nor one of its arguments.
     """
-    # Imported late: it takes as long as torch.
+    # Imported here, because it takes as long as importing torch.
     from torch._higher_order_ops.scan import scan, scan_op
 
     if torch.compiler.is_dynamo_compiling():
         return scan(lambda state, slices: step(state, {**shared, **slices}), state, per_step)
-    # scan itself would call torch.compile, which takes a batch as large as the width for the width: scan_op does not.
+    # scan would call torch.compile, which confuses a batch size with an equal width. scan_op does not call it.
     names = [*per_step, *shared]
 
     def flat_step(state, *arguments):
@@ -180,14 +180,14 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 def is_overridden(*arguments) -> bool:
-    """Whether an argument, or a function mode, takes the call over by torch's ``__torch_function__`` protocol.
+    """Whether an argument or a function mode takes the call over by torch's ``__torch_function__`` protocol.
 
     A public function calls this before anything else, and then :func:`hand_over`. torch.fx then records one call, and
     Tensor subclasses and function modes see the call as they see torch's own functions.
 
-    torch.compile traces into the function and cannot hand a call over, so under it no subclass is asked. While
-    exporting, only arguments are asked: torch.export watches through a mode of its own, which is off while it carries
-    out a function that was handed over. It would not record that the function switches autocast off.
+    torch.compile traces into the function and cannot hand a call over, so it asks no subclass. While exporting, only
+    arguments are asked, not modes: torch.export's own mode is off while it carries out a function that was handed over,
+    so it would not record that the function switches autocast off.
     """
     if torch.compiler.is_dynamo_compiling() or not may_be_overridden(*arguments):
         return False
@@ -195,7 +195,7 @@ def is_overridden(*arguments) -> bool:
 
 
 def hand_over(function: Callable, *arguments):
-    """Let the argument or mode that takes the call over carry out ``function(*arguments)``."""
+    """Call ``function(*arguments)`` through the argument or mode that takes it over."""
     return handle_torch_function(function, arguments, *arguments)
 
 
@@ -204,7 +204,7 @@ def _overrides(argument) -> bool:
     return type(argument) is not Tensor and getattr(type(argument), "__torch_function__", disabled) is not disabled
 
 
-# The rest is about optimizers and the hooks on gradients.
+# The rest of this file is about optimizers and hooks on gradients.
 
 # The code that torch wraps around the step of every optimizer class to run the hooks.
 _STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
@@ -214,7 +214,7 @@ def running_steps() -> list[torch.optim.Optimizer]:
     """The optimizers whose steps are running in this thread, the innermost first.
 
     A subclass whose step calls ``super().step()`` is listed twice: torch runs the hooks around the step of every class
-    of which it has made an optimizer. The list is read from the stack, because a step that raised leaves the stack too.
+    that has had an instance. The list is read from the stack, because a step that raises leaves the stack too.
     """
     frame: FrameType | None = sys._getframe(1)
     found: list[torch.optim.Optimizer] = []
@@ -230,17 +230,17 @@ def running_steps() -> list[torch.optim.Optimizer]:
 
 
 def runs_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch has wrapped the step of its class, and the hooks that this step runs are the instance's own."""
+    """Whether torch has wrapped the step of its class and the instance has a place for the hooks that the step runs."""
     return getattr(getattr(type(optimizer), "step", None), "hooked", False) and has_step_hooks(optimizer)
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch's constructor has made the instance: it has a place for hooks of its own."""
+    """Whether the instance has a place for its own hooks: torch's constructor makes it."""
     return "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
 def step_hooks(optimizer: torch.optim.Optimizer) -> dict:
-    """The hooks that run before its step, by key; {} where torch's constructor has not made a place for them."""
+    """The hooks that run before its step, by key; {} if torch's constructor has not made a place for them."""
     return getattr(optimizer, "_optimizer_step_pre_hooks", {})
 
 
@@ -250,13 +250,13 @@ def wrap_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def add_optimizer_hooks(optimizer: torch.optim.Optimizer, key, before_step: Callable, before_load: Callable) -> None:
-    """As ``register_step_pre_hook`` and ``register_load_state_dict_pre_hook`` do, under a key of the caller's."""
+    """As ``register_step_pre_hook`` and ``register_load_state_dict_pre_hook`` do, under the caller's key."""
     vars(optimizer).setdefault("_optimizer_step_pre_hooks", OrderedDict())[key] = before_step
     vars(optimizer).setdefault("_optimizer_load_state_dict_pre_hooks", OrderedDict())[key] = before_load
 
 
 def remove_optimizer_hooks(optimizer: torch.optim.Optimizer, key) -> bool:
-    """Undo :func:`add_optimizer_hooks`. Returns whether there were such hooks."""
+    """Undo :func:`add_optimizer_hooks`, and return whether there were such hooks."""
     if step_hooks(optimizer).pop(key, None) is None:
         return False
     del optimizer._optimizer_load_state_dict_pre_hooks[key]
@@ -272,14 +272,14 @@ def state_of_optimizer_hooks(before_step: dict, before_load: dict) -> dict:
 
 
 def step_without_hooks(optimizer: type[torch.optim.Optimizer]) -> Callable:
-    """The step that a class defines: torch wraps it when the first optimizer of the class is made."""
+    """The step as the class defines it, without the wrapper that torch adds when it makes the first instance."""
     step: Any = optimizer.step
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
-    """Raise RuntimeError in the capture of a CUDA graph without capturable=True: it would repeat one step's numbers."""
-    # torch 2.10 calls it by its older name.
+    """Raise RuntimeError in a CUDA graph capture without capturable=True: replays would repeat one step's numbers."""
+    # torch 2.10 has only the older name.
     check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (check or optimizer._cuda_graph_capture_health_check)()
 
@@ -301,5 +301,5 @@ def relink_gradient_hooks(param: Tensor) -> None:
 
 
 def wrap_conversions(wrap: Callable) -> None:
-    """Put ``wrap(apply)`` in the place of the method that converts every module: ``.to``, ``.half``, ``.to_empty``."""
+    """Replace ``apply``, which converts every module (``.to``, ``.half``, ``.to_empty``), by ``wrap(apply)``."""
     torch.nn.Module._apply = wrap(torch.nn.Module._apply)  # type: ignore[method-assign]

@@ -1,8 +1,7 @@
 """The command ``lcw-ops``: profile or train a very deep network, run the benchmarks, report the backends in use.
 
-A user's mistake ends in one line on stderr and exit code 2; Ctrl-C gives 130, any other failure 1, with the traceback
-that a report needs. Help and version do not import torch, so they are instant: the functions that run a command import
-it.
+A user's mistake prints one line on stderr and gives exit code 2. Ctrl-C gives 130, and any other failure 1, with the
+traceback that a bug report needs. Help and version are instant: only the functions that run a command import torch.
 """
 
 import argparse
@@ -20,19 +19,19 @@ from lcw_ops.jobs.settings import DEFAULTS, PROFILE_KINDS, TRAIN_KINDS, ProfileS
 
 
 class UsageError(ValueError):
-    """The command line cannot be understood, or asks for what this machine cannot do."""
+    """The command line cannot be understood, or asks for something that this machine cannot do."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # The text says what None stands for, and a switch is off by default.
+        # The help text says what None stands for. A switch is off by default.
         unsaid = action.default is None or action.default is False
         return action.help if unsaid else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
-        # An abbreviation that works today becomes ambiguous, or changes its meaning, when a flag is added.
+        # An abbreviation that works today becomes ambiguous, or changes its meaning, when a flag is added later.
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str):
@@ -43,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run ``lcw-ops`` with these arguments (default: the process's).
 
-    Returns the exit code; SystemExit with code 0 after --help and --version.
+    Returns the exit code. Raises SystemExit with code 0 after --help and --version.
     """
     try:
         parser = build_parser()
@@ -87,7 +86,7 @@ def _unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> UsageError:
 
     flag = next((argument for argument in unknown if argument.startswith("-")), "").partition("=")[0].strip("-")
     known = [string[2:] for string in parser._option_string_actions if string.startswith("--")]
-    # The user may have given the beginning of some flags, or misspelled one.
+    # The user may have typed the beginning of some flags, or misspelled one.
     meant = [name for name in known if flag and name.startswith(flag)] or get_close_matches(flag, known, 1, 0.7)
     hint = f"; did you mean {' or '.join(f'--{name}' for name in meant)}?" if meant else ""
     return UsageError(f"{parser.prog}: unknown: {' '.join(unknown)}{hint} (see {parser.prog} --help)")
@@ -119,24 +118,24 @@ def _add_training_arguments(add: Callable) -> None:
     """Add the arguments of every command that trains."""
     add("batch", "samples per training step", type=int)
     add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
-    add("activation", "of every layer", choices=ACTIVATIONS)
+    add("activation", "activation of every layer", choices=ACTIVATIONS)
     add("device", "cpu, cuda, cuda:1, ...")
-    add("threads", "CPU threads; default: as many as torch takes", type=int)
+    add("threads", "CPU threads; default: torch's number", type=int)
 
 
 def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     add = _adder(parser, ProfileSettings)
     add("depth", "number of layers", type=int)
     add("width", "units per layer", type=int)
-    add("steps", "training steps; 0 measures the net as it is initialised", type=int)
+    add("steps", "training steps; 0 measures the net at initialisation", type=int)
     add("out", "folder for report.json, layers.csv and report.png", metavar="DIR")
     add("kind", "the net that is trained; the other two are measured beside it", choices=PROFILE_KINDS)
-    add("filter", "of the orthogonal-filter net", choices=FILTERS)
-    add("solver", "of the orthogonal-filter net: layer by layer, or many layers at once by sweeps", choices=SOLVERS)
-    add("tolerance", "of the parallel solver; default: about what rounding leaves anyway", type=float)
-    add("window", "layers that the parallel solver takes at once; default: what suits the device", type=int)
+    add("filter", "filter of the orthogonal-filter net", choices=FILTERS)
+    add("solver", "how to solve the orthogonal-filter net: by layer, or many layers at once by sweeps", choices=SOLVERS)
+    add("tolerance", "tolerance of the parallel solver; default: about the size of the rounding error", type=float)
+    add("window", "layers that the parallel solver takes at once; default: depends on the device", type=int)
     add("lr", "Adam's learning rate", type=float)
-    add("seed", "of weights, data split and order of samples", type=int)
+    add("seed", "seed of weights, data split and order of samples", type=int)
     _add_training_arguments(add)
 
 
@@ -158,15 +157,15 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("steps", f"training steps; default: {by_kind('steps')}", type=int)
     add("epochs", "passes over the data, instead of --steps", type=int)
     add("lr", f"Adam's learning rate; default: {by_kind('lr')}", type=float)
-    add("schedule", "of the rate: full for half of the steps, then falling to 0; or constant", choices=tuple(SCHEDULES))
+    add("schedule", "rate: full for half of the steps, then falling to 0; or constant", choices=tuple(SCHEDULES))
     add("c", f"weight of the nonlinear branch, beta = c / depth; default: {by_kind('c')}", type=float)
     add("filter", f"the fixed matrix; default: {by_kind('filter')}", choices=FILTERS)
-    add("seed", "of weights and order of samples; the data split stays the same", type=int)
-    add("checkpoint", "folder for checkpoints, the last two are kept; without it none are written", metavar="DIR")
+    add("seed", "seed of weights and order of samples; the data split stays the same", type=int)
+    add("checkpoint", "folder for checkpoints; the last two are kept, and without it none are written", metavar="DIR")
     add("every", "steps from one checkpoint to the next", type=int)
     add(
         "resume",
-        "go on from the newest checkpoint, with more --steps too; what else decides the result must be the same",
+        "continue from the newest checkpoint, also with more --steps; other settings that decide the result must agree",
         action="store_true",
     )
     add("out", "folder for metrics.csv and model.pt, written at the end", metavar="DIR")
@@ -180,13 +179,13 @@ def _run_train(arguments: argparse.Namespace) -> int:
 
 
 def _run_job(command: str, job, arguments: argparse.Namespace) -> int:
-    """``job.run(job.Settings)`` with the arguments of these names."""
+    """Call ``job.run`` with a ``job.Settings`` of the arguments of the same names."""
     _check_backend(command)
     settings = job.Settings(**{field.name: getattr(arguments, field.name) for field in fields(job.Settings)})
     try:
         return job.run(settings)
     except (ValueError, OSError, ImportError) as error:
-        # These come from its checks before any work. It reports failures of the work itself.
+        # These come from the job's checks before any work. The job itself reports failures of the work.
         raise _usage_error(command, error) from error
 
 
@@ -207,8 +206,8 @@ def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
         "Keys of --json: versions (lcw_ops, python, torch, triton, numpy, cuda; null: not installed), platform, cpu "
         "(name, instructions, threads), gpus (a list: device, name, generation), requested_backend (null: none), and "
         "ops, which has by op and by device: backend (the one that runs; null: none), error (why none runs, or null), "
-        "wider (a list of what runs wider rows: above_width_float32, above_width_float64, backend) and not_chosen (by "
-        "backend, why it does not run)."
+        "wider (a list of backends for wider rows: above_width_float32, above_width_float64, backend) and not_chosen "
+        "(by backend, why it does not run)."
     )
 
 
@@ -221,7 +220,7 @@ def _run_info(arguments: argparse.Namespace) -> int:
 
 
 def _check_backend(command: str) -> None:
-    """UsageError when LCW_OPS_BACKEND names no backend; whether it can run an op depends on the op and its device."""
+    """Raise UsageError if LCW_OPS_BACKEND is not a backend. Whether it can run an op depends on op and device."""
     from lcw_ops.ops import backends
 
     requested = backends.requested()

@@ -33,7 +33,7 @@ from lcw_ops.reference.lps import ACTIVATIONS
 RULES = ("joint", "heavy_tail", "anchored")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# The anchored rule looks at up to this many inputs of a layer. Its scale is a mean over them and the units.
+# The anchored rule uses at most this many inputs of a layer. Its scale is a mean over them and the units.
 MOST_SAMPLES = 1024
 
 
@@ -51,11 +51,11 @@ def lcw_(
 
     Args:
         weight: (n, m, *k), or (n, m-1) with basis; m is the fan-in of the constrained weight.
-        activation: the previous layer's. None is the first layer, on standardised data: m sv^2 = s^2. For data of
-            another variance V, divide by sqrt(V).
+        activation: the previous layer's. None for the first layer, on standardised data: m sv^2 = s^2. For data of
+            another variance V, divide the weight by sqrt(V).
         std: s, the standard deviation of this layer's and the previous layer's pre-activations.
         basis: whether the weight is the paper's parametrization.
-        generator: torch's.
+        generator: a torch.Generator, or None for torch's default.
 
     Returns:
         The weight.
@@ -64,7 +64,7 @@ def lcw_(
         TypeError: a dtype that is not floating.
         ValueError: an unknown activation, a std outside [1e-4, 100], or a rank below 2 (basis: other than 2).
 
-    Source: derived here, not the paper's: E z^2 = m sv^2 V(a) holds exactly for both parametrizations.
+    Source: derived here, not in the paper: E z^2 = m sv^2 V(a) holds exactly for both parametrizations.
     """
     accumulation_dtype("lcw_", weight=weight)
     right, expected = (weight.dim() == 2, "(n, m-1)") if basis else (weight.dim() >= 2, "(n, m, *k)")
@@ -88,19 +88,19 @@ def lps_(
     """Fill weight and bias of a linear or convolution layer as one group.
 
     joint: iid N(0, s^2), s^2 = 1 / (m q + 1), q = E a^2, so E z^2 = 1.
-    heavy_tail: the same group with a Cauchy scale per unit, cut off.
+    heavy_tail: the same group with a clipped Cauchy scale per unit.
     anchored: every unit's zero set passes through an input. On real inputs this rule alone keeps far more ReLUs alive
     than He's; on drawn inputs hardly more.
 
     Args:
         weight: (n, m, *k).
         bias: (n,), or None.
-        activation: the previous layer's. None is the first layer, on standardised data.
+        activation: the previous layer's. None for the first layer, on standardised data.
         rule: "joint", "heavy_tail" or "anchored".
-        degree: of the polynomial that replaces the activation. None uses the activation itself.
+        degree: the degree of the polynomial that replaces the activation. None uses the activation itself.
         samples: (S, m), inputs of a unit (convolution: patches), for the anchored rule. Without them f(Z) is drawn,
             Z ~ N(0, 1).
-        generator: torch's.
+        generator: a torch.Generator, or None for torch's default.
 
     Returns:
         (weight, bias).
@@ -110,8 +110,7 @@ def lps_(
         ValueError: an unknown rule or activation, a degree below 1, shapes that do not fit, anchored without a bias, or
             samples with another rule.
 
-    Source: the rules are derived; lcw_ops.reference.lps gives the derivations. The paper's printed constants are not
-    known to us.
+    Source: the rules are derived in lcw_ops.reference.lps. We do not know the paper's printed constants.
     """
     accumulation_dtype("lps_", weight=weight, bias=bias)
     check_shape("lps_", "weight", weight, weight.dim() >= 2, "(n, m, *k)")
@@ -133,7 +132,7 @@ def lps_(
         new_weight, new_bias = anchored(units, samples, generator=generator)
     else:
         if samples is not None:
-            remedy = "Only 'anchored' looks at data."
+            remedy = "Only rule='anchored' uses samples."
             raise ValueError(describe("lps_", "samples", f"is given with rule {rule!r}", "None", remedy))
         rule_function = joint if rule == "joint" else heavy_tail
         new_weight, new_bias = rule_function(units, fan_in, second_moment, bias is not None, generator, weight.device)
@@ -158,10 +157,10 @@ def lps_model_(
 
     Args:
         model: filled in place.
-        inputs: for one forward pass, in eval mode so that no running statistics change. It gives the order of
-            execution, and the anchored rule's inputs: each layer is filled just before it runs, on the output of the
-            filled layers before it (the groups of a convolution one by one). Without inputs, and for layers that the
-            pass does not reach, the order is that of model.modules().
+        inputs: the inputs of one forward pass, in eval mode so that no running statistics change. The pass gives the
+            order of execution and the anchored rule's inputs: each layer is filled just before it runs, on the output
+            of the filled layers before it (a convolution group by group). Without inputs, and for layers that the pass
+            does not reach, the order is that of model.modules().
         activation, rule, degree, generator: as in `lps_`.
 
     Returns:
@@ -169,9 +168,9 @@ def lps_model_(
 
     Raises:
         ValueError: an unknown rule or activation, a model without such layers, or anchored with a layer that has no
-            bias. An error of the forward pass is passed on. After an error the model is as before.
+            bias. An error of the forward pass is passed on. After an error the model is unchanged.
 
-    Source: derived, not the paper's.
+    Source: derived here, not in the paper.
     """
     check_choice("lps_model_", "activation", activation, (None, *ACTIVATIONS))
     check_choice("lps_model_", "rule", rule, RULES)
@@ -238,8 +237,8 @@ def gmp_(
     Args:
         angles: (n, m-1).
         radius, location: (n,).
-        out_features: None is n, the number of units.
-        generator: torch's.
+        out_features: None for n, the number of units.
+        generator: a torch.Generator, or None for torch's default.
 
     Returns:
         (angles, radius, location).

@@ -1,4 +1,4 @@
-"""Fixtures of every test: seeds, uninitialised memory full of NaN, the device of LCW_OPS_TEST_DEVICE; and the marks."""
+"""Fixtures of every test (seeds, uninitialised memory full of NaN, the device of LCW_OPS_TEST_DEVICE) and the marks."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from support.marks import marks_of
 
 import lcw_ops
 
-# Measurements must not outlive a test, nor reach the processes that tests start.
+# Measurements must neither outlive a test nor reach the processes that tests start.
 os.environ["LCW_OPS_CACHE_DIR"] = ""
 
 NODES = pytest.StashKey[list[str]]()
@@ -35,13 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def collected(request) -> list[str]:
-    """All tests of this run as "test_x.py::test_y[id]", those that -m and -k leave out included."""
+    """All tests of this run as "test_x.py::test_y[id]", including those that -m and -k deselect."""
     return request.config.stash[NODES]
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """The device that kernels are tested on: the CPU, or what ``make gpu`` sets LCW_OPS_TEST_DEVICE to."""
+    """The device on which kernels are tested: that of LCW_OPS_TEST_DEVICE, which ``make gpu`` sets, or else the CPU."""
     return DEVICE
 
 
@@ -49,7 +49,7 @@ def device() -> torch.device:
 def kernel_under_test(device):
     """orthogonal_filter runs on the compiled kernel of ``device``, or raises instead of running the reference.
 
-    A GPU kernel runs on request only until its tests have passed on that generation. These are those tests.
+    Until a GPU kernel has passed its tests on a generation, it runs there only on request. These are those tests.
     """
     with lcw_ops.use_backend("cuda" if device.type == "cuda" else "cpp"):
         yield
@@ -64,10 +64,10 @@ def made_on_device(device):
 
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():
-    """The same numbers on every run, and NaN in memory that a kernel forgets to write.
+    """The same random numbers on every run, and NaN in memory that a kernel forgets to write.
 
-    Only in its deterministic mode does torch fill the memory of ``torch.empty`` and ``new_empty``. It does so below
-    Python, so the memory that C++ kernels allocate is poisoned too.
+    torch fills the memory of ``torch.empty`` and ``new_empty`` only in its deterministic mode. It does so below Python,
+    so memory that C++ kernels allocate is poisoned too.
     """
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -82,7 +82,7 @@ def _seeded_and_poisoned():
 
 @pytest.fixture(params=["own", "torch"])
 def every_multiplier(request, monkeypatch):
-    """Both implementations of a matrix product. Without this fixture sizes decide: torch's deterministic mode is on."""
+    """Each implementation of a matrix product. Without this fixture, the sizes decide, as in deterministic mode."""
     monkeypatch.setenv("LCW_OPS_MATMUL", request.param)
     return request.param
 

@@ -2,8 +2,8 @@
 
 An op registers four things: the function (``ours``), the same in eager torch (``plain``), the exact result and its
 gradients (``exact``; by default ``plain`` in float64), and a ``draw`` of its arguments for a size and a dtype. Each
-check below then holds for it. Numbers are judged by the rule of support/numerics.py: at most twice eager's error, plus
-one ulp of the result's scale. A check is a function of (op, backend) whose name begins with ``check_``.
+check below then applies to it. The rule of support/numerics.py judges numbers: at most twice eager's error, plus one
+ulp of the result's scale. A check is a function of (op, backend) whose name begins with ``check_``.
 """
 
 import itertools
@@ -22,28 +22,28 @@ import lcw_ops
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 Arguments = dict[str, Tensor]
-# Results of fewer numbers than POOLED are judged over several draws: one number has one rounding error, and that of
-# eager torch may happen to be 0.
+# Results with fewer numbers than POOLED are judged over several draws: a single number has one rounding error, and
+# eager torch's may happen to be 0.
 POOLED, MOST_DRAWS = 64, 8
 
 
 class Op(NamedTuple):
-    """How one public function is called, and what is known of it.
+    """How to call one public function, and the facts that the checks need.
 
     Args:
-        ours: the public function of the arguments by name. It writes to none of them.
+        ours: the public function, called with arguments by name. It does not write to them.
         plain: the formula in eager torch; in ``dtype`` it is the yardstick, in float64 the judge.
-        draw: (size, dtype) -> the arguments by name, and a gradient of the result.
+        draw: (size, dtype) -> the arguments by name, and a gradient for the result.
         sizes: ordinary sizes.
         one: the size in which every dimension is 1.
         empty: sizes in which a dimension is 0.
         exact: (arguments, grad_output) -> "output" and every gradient in float64.
         constants: the arguments that have no gradient.
-        dtypes: those of the checks of values.
-        differentiable: False for a function that autograd does not pass.
+        dtypes: the dtypes of the checks of values.
+        differentiable: False for a function without a derivative.
         autocast: "narrow" for a function that autocast runs in 16 bits, "unchanged" for the others.
         graphs: the most graphs that torch.compile makes for ``sizes`` with dynamic shapes.
-        double: the size of the double backward's check.
+        double: the size for the check of the double backward.
     """
 
     ours: Callable[..., Tensor]
@@ -61,7 +61,7 @@ class Op(NamedTuple):
     graphs: int = 2
 
 
-# ---- What checks are made of -----------------------------------------------------------------------------------------
+# ---- Parts of the checks ---------------------------------------------------------------------------------------------
 
 
 def results(op: Op, function: Callable, arguments: Arguments, grad_output: Tensor) -> Arguments:
@@ -70,7 +70,7 @@ def results(op: Op, function: Callable, arguments: Arguments, grad_output: Tenso
         return {"output": function(**arguments)}
     leaves = {n: t.detach().requires_grad_() for n, t in arguments.items() if n not in op.constants}
     output = function(**{**arguments, **leaves})
-    # Without steps, plain torch does not use every argument. A gradient that is missing is 0, and the rule finds it.
+    # Without steps, plain torch does not use every argument. A missing gradient becomes 0, and the rule judges it.
     gradients = torch.autograd.grad(output, leaves.values(), grad_output, materialize_grads=True)
     return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
 
@@ -86,7 +86,7 @@ def in_float64(arguments: Arguments) -> Arguments:
 
 
 def draws(op: Op, size: tuple, dtype: torch.dtype, most: int = MOST_DRAWS) -> list[tuple[Arguments, Tensor]]:
-    """As many calls as leave little to luck."""
+    """Enough calls that luck does not decide the verdict."""
     first = op.draw(size, dtype)
     smallest = min(tensor.numel() for tensor in (*first[0].values(), first[1]))
     count = 1 if not smallest else min(most, 2 + POOLED // smallest)
@@ -94,7 +94,7 @@ def draws(op: Op, size: tuple, dtype: torch.dtype, most: int = MOST_DRAWS) -> li
 
 
 def assert_right(what: str, op: Op, calls: list, found: list[Arguments]) -> None:
-    """The results ``found`` of these calls, by the rule."""
+    """Judge the results ``found`` of these calls by the rule."""
     eager = [results(op, op.plain, *call) for call in calls]
     exact = [exact_results(op, *call) for call in calls]
     for name in exact[0]:
@@ -134,12 +134,12 @@ def check_size_1(op: Op, backend: str) -> None:
 
 
 def in_dtype(function: Callable, dtype: torch.dtype) -> Callable:
-    """The function of its arguments rounded to ``dtype``; their gradients come back in their own."""
+    """The function on arguments rounded to ``dtype``; their gradients have the arguments' own dtype."""
     return lambda **arguments: function(**{name: tensor.to(dtype) for name, tensor in arguments.items()})
 
 
 def check_empty(op: Op, backend: str) -> None:
-    """Shapes as eager torch's, and sums of nothing are 0."""
+    """Shapes are those of eager torch, and sums without terms are 0."""
     for size in op.empty:
         call = op.draw(size, torch.float32)
         assert any(tensor.numel() == 0 for tensor in (*call[0].values(), call[1])), size
@@ -152,7 +152,7 @@ def check_empty(op: Op, backend: str) -> None:
 
 
 def check_layouts(op: Op, backend: str) -> None:
-    """Every argument and the gradient in every memory layout, one at a time."""
+    """Every memory layout of every argument and of the gradient, one at a time."""
     for size, dtype in itertools.product(op.sizes, op.dtypes[:2]):
         calls = draws(op, size, dtype, most=4)
         names = (*calls[0][0], *(("grad_output",) if op.differentiable else ()))
@@ -166,7 +166,7 @@ def check_layouts(op: Op, backend: str) -> None:
 
 
 def check_expanded(op: Op, backend: str) -> None:
-    """Strides of 0 in every argument and in the gradient."""
+    """Every argument and the gradient with strides of 0."""
     arguments, grad_output = op.draw(op.sizes[0], torch.float32)
     for name, tensor in {**arguments, "grad_output": grad_output}.items():
         if tensor.is_floating_point() and tensor.dim():
@@ -176,7 +176,7 @@ def check_expanded(op: Op, backend: str) -> None:
 
 
 def check_guards(op: Op, backend: str) -> None:
-    """Nothing outside of the arguments is read, and nothing of them is written: the process would end here."""
+    """The op reads only its arguments and does not write to them: otherwise this process would crash."""
     for dtype in op.dtypes:
         for size in (op.one, *op.sizes):
             call = op.draw(size, dtype)
@@ -205,11 +205,11 @@ def check_same_bits(op: Op, backend: str) -> None:
             assert_same_bits(f"{size}, {count} threads", first, second)
 
 
-# ---- What torch does with functions ----------------------------------------------------------------------------------
+# ---- torch's transforms ----------------------------------------------------------------------------------------------
 
 
 def check_vmap(op: Op, backend: str) -> None:
-    """Over each argument alone and over all at once, not along the first dimension: the loop's numbers."""
+    """vmap over each argument alone and over all at once, not along the first dimension, gives the loop's numbers."""
     calls = [op.draw(op.sizes[0], torch.float32)[0] for _ in range(3)]
     names = list(calls[0])
     for chosen in (*([name] for name in names), names):
@@ -228,7 +228,7 @@ def check_vmap(op: Op, backend: str) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """The package's ops that are called below autograd, with copies of their arguments."""
+    """Records the calls of the package's ops below autograd, with copies of the arguments."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +254,7 @@ def check_opcheck(op: Op, backend: str) -> None:
 
 
 def check_compile(op: Op, backend: str) -> None:
-    """One graph without breaks for all sizes, forward and backward."""
+    """torch.compile makes one graph without breaks for all sizes, forward and backward."""
     graphs = []
 
     def counted(graph, inputs):
@@ -270,9 +270,9 @@ def check_compile(op: Op, backend: str) -> None:
 
 
 def check_autocast(op: Op, backend: str) -> None:
-    """In 16 bits with float32 gradients of float32 arguments, or as without autocast.
+    """The op runs in 16 bits, with float32 gradients of float32 arguments; or autocast does not change it.
 
-    Backward runs outside, as torch advises: within, autocast would round the products of a backend of plain torch.
+    Backward runs outside autocast, as torch advises: inside, the products of a backend in plain torch would be rounded.
     """
 
     def ours(**arguments):
@@ -286,7 +286,7 @@ def check_autocast(op: Op, backend: str) -> None:
             continue
         calls = [(arguments, grad_output.to(narrow)) for arguments, grad_output in calls]
         found = [results(op, ours, *call) for call in calls]
-        # Eager torch, wholly in 16 bits: autocast rounds nothing more.
+        # Eager torch computes everything in 16 bits, so autocast would not round more.
         eager = [results(op, in_dtype(op.plain, narrow), *call) for call in calls]
         exact = [exact_results(op, *call) for call in calls]
         for name in exact[0]:
@@ -297,7 +297,7 @@ def check_autocast(op: Op, backend: str) -> None:
 
 
 def check_fake_tensors(op: Op, backend: str) -> None:
-    """Shapes, dtypes and strides without memory, of the result and of every gradient."""
+    """Fake tensors give the real shapes, dtypes and strides of the result and of every gradient."""
     for size in (*op.sizes, op.one, *op.empty):
         call = op.draw(size, torch.float32)
         real = results(op, op.ours, *call)
@@ -313,7 +313,7 @@ def check_fake_tensors(op: Op, backend: str) -> None:
 
 
 def check_double_backward(op: Op, backend: str) -> None:
-    """First and second derivatives against differences, in float64."""
+    """First and second derivatives agree with finite differences in float64."""
     if not op.differentiable:
         return
     arguments, _ = op.draw(op.double, torch.float64)
@@ -324,7 +324,7 @@ def check_double_backward(op: Op, backend: str) -> None:
         return op.ours(**dict(zip(arguments, tensors, strict=True)), **constants)
 
     assert torch.autograd.gradcheck(function, leaves)
-    # A function that is linear in each argument has second derivatives only after something that is not.
+    # A function that is linear in each argument has a second derivative only when a nonlinear function follows.
     assert torch.autograd.gradgradcheck(lambda *tensors: function(*tensors).sin(), leaves)
 
 
@@ -332,13 +332,13 @@ CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().i
 
 
 def run(check: str, op: Op, backend: str) -> None:
-    """One check of one op, with the backend requested: a fallback would be an error."""
+    """Run one check of one op. The backend is requested explicitly, so a fallback is an error."""
     with lcw_ops.use_backend(backend):
         CHECKS[check](op, backend)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same numbers, rounded, in every dtype."""
+    """Normal numbers, drawn in one dtype and rounded to ``dtype``: the same in every dtype."""
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 

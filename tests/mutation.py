@@ -1,8 +1,8 @@
 """Mutation check: do the quick tests notice a wrong line? ``python tests/mutation.py --lines 60`` (hours).
 
-On every floor this draws lines by a seed, changes one thing on each (a sign, an index, a mask, a stride, a scale, a
-comparison, a cache's key), and runs the quick tests of that module until one fails. It works on a copy of the tree, so
-the checkout is never changed. A test that fails on the unchanged copy as well is no proof; such lines are reported as
+On every floor this draws lines by a seed and changes one thing on each (a sign, an index, a mask, a stride, a scale, a
+comparison, a cache's key). It then runs the quick tests of that module until one fails. It works on a copy of the tree,
+so the checkout never changes. A test that fails on the unchanged copy too is not a proof; such lines are reported as
 "unclear".
 
     --floor functional     this floor alone; may be repeated. "csrc" rebuilds the CPU extension for every line
@@ -33,7 +33,7 @@ PYTHON_FLOORS = ("functional", "ops", "reference", "nn", "optim", "init", "profi
 FLOORS = {name: (f"lcw_ops/{name}/**/*.py", f"lcw_ops/{name}.py") for name in PYTHON_FLOORS}
 FLOORS["csrc"] = ("csrc/*.h", "csrc/cpu/**/*.h", "csrc/cpu/**/*.cpp")
 STEMS = ("lcw_linear", "hypersphere", "weight_norm", "gradient_activation", "orthogonal_filter", "parallel_depth")
-# How the test files of a floor are called, besides by the stem.
+# The words in the names of a floor's test files, besides the stem.
 WORDS = {
     "functional": ("contract", "_op"),
     "ops": ("contract", "_op", "_cpp", "backends"),
@@ -46,7 +46,7 @@ WORDS = {
     "distributed": ("distributed", "ranks"),
     "csrc": ("contract", "_op", "_cpp", "matmul", "proof"),
 }
-# The most test files of a mutant: those named after the module come first.
+# The most test files to run for a mutant. Those named after the module come first.
 MOST_FILES = 12
 
 
@@ -110,7 +110,7 @@ class _Collector(ast.NodeVisitor):
         self.found.append(Mutant(self.path, node.lineno, kind, start, end, self.source[start:end], text))
 
     def between(self, left: ast.AST, right: ast.AST, operator: ast.AST) -> None:
-        """Replace the operator that stands between two operands."""
+        """Replace the operator between two operands."""
         if type(operator) not in OPERATORS:
             return
         kind, old, new = OPERATORS[type(operator)]
@@ -194,7 +194,7 @@ class _Collector(ast.NodeVisitor):
             self.visit(node.value)
 
     def leave_out(self, node):
-        """Messages, and what a run with -O would leave out."""
+        """Skip messages, and statements that a run with -O would skip."""
 
     visit_Raise = visit_Assert = visit_JoinedStr = visit_Import = visit_ImportFrom = leave_out
 
@@ -238,7 +238,7 @@ def cpp_mutants(path: str, source: str) -> Iterator[Mutant]:
 
 
 def draw(floor: str, lines: int, seed: int) -> list[Mutant]:
-    """So many lines of the floor, one change on each."""
+    """Draw this many lines of the floor, with one change on each."""
     by_line: dict[tuple[str, int], list[Mutant]] = {}
     for pattern in FLOORS[floor]:
         for path in sorted(ROOT.glob(pattern)):
@@ -252,7 +252,7 @@ def draw(floor: str, lines: int, seed: int) -> list[Mutant]:
 
 
 def tests_of(path: str) -> list[str]:
-    """The test files of a module, the likeliest first: those of its name, of its stem on its floor, of its stem, of its
+    """The test files of a module, the likeliest first: those named after the module, its stem and floor, its stem, its
     floor, and then all that import it.
     """
     module = Path(path).with_suffix("")
@@ -274,7 +274,7 @@ def tests_of(path: str) -> list[str]:
             rank = 2
         else:
             continue
-        # Files that compile or start processes come last among their like.
+        # Within a rank, files that compile or start processes come last.
         ranked.append((rank, "triton" in file.stem or "integration" in file.stem, file.name))
     return [f"tests/{name}" for *_, name in sorted(ranked)][:MOST_FILES]
 
@@ -306,7 +306,7 @@ class Tree:
             process.communicate()
             return "timed out", ""
         failed = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - .*)?$", output, flags=re.MULTILINE)
-        # 5: nothing was selected. Anything else but 0 is a failure, a crash included.
+        # 5 means that no test was selected. Every other status but 0 is a failure; a crash counts as one.
         return ("passed" if process.returncode in (0, 5) else "failed"), (failed[1] if failed else "")
 
     def build(self) -> bool:
@@ -316,7 +316,7 @@ class Tree:
         return result.returncode == 0
 
     def outcome(self, mutant: Mutant) -> tuple[str, str]:
-        """("killed", "survived", "unclear" or "does not build", the test that says so)."""
+        """("killed", "survived", "unclear" or "does not build", the test that decided it)."""
         path, is_cpp = self.root / mutant.path, mutant.path.startswith("csrc")
         original = path.read_text()
         library = self.root / "lcw_ops/_C.abi3.so"

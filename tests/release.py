@@ -1,15 +1,15 @@
-"""make test-release: what takes hours or gigabytes, in parts that can be run one by one and resumed.
+"""make test-release: tests that take hours or gigabytes, in parts that can be run singly and resumed.
 
     python tests/release.py                  every part that has not passed for this commit
     python tests/release.py --part wheels    this part (also if it has passed); may be repeated
     python tests/release.py --list           the parts, and which of them have passed for this commit
 
-A part that passes leaves a mark with the commit and is left out from then on. The commit is the last one that changed
-anything but the log: bench/results/test-release.csv, a row for each part that was run, is committed with the release.
-Changes that are not committed are refused, except with --dirty, which leaves neither mark nor row.
+A part that passes leaves a mark with the commit, and is skipped from then on. The commit is the last one that changed
+anything but the log, bench/results/test-release.csv, which has a row for each part that was run and is committed with
+the release. Uncommitted changes are refused, except with --dirty, which leaves neither mark nor row.
 
-Virtual environments, marks and the output of every part are kept in one folder: LCW_OPS_RELEASE_FOLDER, by default
-.venv-release in the checkout. Deleting it is always safe.
+Virtual environments, marks and the output of every part are in one folder: LCW_OPS_RELEASE_FOLDER, by default
+.venv-release in the checkout. It is always safe to delete it.
 """
 
 import argparse
@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(os.environ.get("LCW_OPS_RELEASE_FOLDER") or ROOT / ".venv-release").absolute()
 LOG = ROOT / "bench/results/test-release.csv"
 COLUMNS = ("date", "commit", "part", "outcome", "seconds", "python", "versions", "processor")
-# The oldest version that is promised, and the newest release.
+# The oldest supported version, and the newest release.
 TORCH = ("2.10.0", "2.14.1")
 OLDEST_TRITON = "3.6.0"
 WORKERS = os.environ.get("WORKERS", "2")
 
 
 class Failed(Exception):
-    """A command of a part failed; the part's output says which and how."""
+    """A command of a part failed; the part's output says which one and how."""
 
 
 class Part:
@@ -71,7 +71,7 @@ class Part:
 
 
 def test_with_torch(version: str, part: Part) -> None:
-    """The fast tests with another torch. The compiled libraries are this checkout's: the stable ABI promises it."""
+    """The fast tests with another torch on this checkout's compiled libraries, as the stable ABI promises."""
     environment = FOLDER / f"torch-{version}"
     python = environment / "bin/python"
     if not (environment / "installed").exists():
@@ -101,7 +101,7 @@ def test_triton(version: str | None, part: Part) -> None:
         installed = FOLDER / f"triton-{version}"
         if not (installed / "installed").exists():
             shutil.rmtree(installed, ignore_errors=True)
-            # Triton 3.6 cannot be interpreted beside numpy 2.4.
+            # Triton 3.6's interpreter does not work with numpy 2.4.
             packages = ("--target", installed, f"triton=={version}", "numpy<2.4")
             pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
             part.run(*pip, *packages)
@@ -117,12 +117,12 @@ def test_triton(version: str | None, part: Part) -> None:
 
 
 def test_wheels(part: Part) -> None:
-    """The wheel that the source distribution builds, installed into an empty folder and used outside the checkout."""
+    """Build a wheel from the source distribution, install it into an empty folder and use it outside the checkout."""
     work = FOLDER / "wheels"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    # setup.py writes its egg-info where it lies, so it works on a copy.
+    # setup.py writes its egg-info into its own folder, so it runs in a copy.
     ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, work / "source", symlinks=True, ignore=ignored)
     build = "import setuptools.build_meta, sys; setuptools.build_meta.build_sdist(sys.argv[1])"
@@ -131,7 +131,7 @@ def test_wheels(part: Part) -> None:
     part.run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", work, sdist)
     (wheel,) = work.glob("*.whl")
     if "abi3" not in wheel.name:
-        raise Failed(f"{wheel.name} is no abi3 wheel")
+        raise Failed(f"{wheel.name} is not an abi3 wheel")
     installed = work / "installed"
     part.run(*pip, "install", "--no-deps", "--target", installed, wheel)
     part.note_versions(sys.executable)
@@ -145,7 +145,7 @@ def test_wheels(part: Part) -> None:
 
 
 def test_reproductions(part: Part) -> None:
-    """The papers' experiments, as the README runs them; their figures are printed to the part's output."""
+    """The papers' experiments, run as in the README. Their figures are in the part's output."""
     part.note_versions(sys.executable)
     for module in sorted((ROOT / "bench/reproduce").glob("[!_]*.py")):
         part.run(
@@ -182,7 +182,7 @@ def git(*words: str) -> str:
 
 
 def commit() -> str:
-    """The last commit that changed anything but the log, so that committing the log repeats no part."""
+    """The last commit that changed anything but the log: committing the log must not make parts run again."""
     return git("log", "-1", "--format=%H", "--", ".", f":(exclude){LOG.relative_to(ROOT)}")
 
 

@@ -1,14 +1,14 @@
 """The test suite as separate runs of pytest: ``python tests/run.py fast`` (make test) or ``slow`` (make test-slow).
 
 Triton and the CPU kernels read their mode when a process starts, so the interpreter and each slower instruction set
-have a run of their own, which pytest-xdist splits over processes as it does the first:
+have a run of their own. pytest-xdist splits every run over processes:
 
     native        every test, on the fastest instruction set of this CPU
     interpreter   the Triton kernels' tests, in Triton's interpreter
     avx2          the tests marked every_instruction_set; only on a CPU that has AVX-512 as well
     portable      the same, without vector instructions
 
-fast leaves out what is marked slow; slow runs nothing else. All runs start, whatever failed before. The seconds of each
+fast leaves out the tests marked slow; slow runs only those. Every run starts, even after a failure. The seconds of each
 are printed at the end.
 """
 
@@ -25,7 +25,7 @@ import torch
 from sanitize.harness import EAGER_WITHOUT_FMA
 
 TESTS = Path(__file__).parent
-# What pytest returns when the selection is empty.
+# pytest's exit status for an empty selection.
 NO_TESTS = 5
 DOORS = {"fast": "not slow", "slow": "slow"}
 
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 def runs(door: str) -> Iterator[Run]:
     marks = DOORS[door]
     yield Run("native", [str(TESTS)], marks, {})
-    # -k triton: in the files that test an op on every backend, the tests with that backend.
+    # "-k triton" selects the tests of that backend in files that test an op on every backend.
     interpreted = [str(path) for path in sorted((*TESTS.glob("test_triton_*.py"), *TESTS.glob("test_*_op.py")))]
     interpreter = {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}
     yield Run("interpreter", ["-k", "triton", *interpreted], marks, interpreter)
@@ -51,11 +51,11 @@ def runs(door: str) -> Iterator[Run]:
 
 
 def start(run: Run, more: list[str]) -> int:
-    """Run pytest; its exit status, 0 for an empty selection.
+    """Run pytest, and return its exit status, or 0 for an empty selection.
 
     Processes that share the cores have one thread each, unless OMP_NUM_THREADS says otherwise: OpenMP's threads wait
-    for each other in busy loops, and a core that another process needs is lost to both. Tests of several threads ask
-    for them.
+    for each other in busy loops, and would block a core that another process needs. Tests that need several threads
+    set the number themselves.
     """
     one_thread = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     command = [sys.executable, "-m", "pytest", "-q", "--dist", "loadfile", "-m", run.marks, *more, *run.selection]
@@ -67,7 +67,7 @@ def start(run: Run, more: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("door", choices=DOORS)
-    parser.add_argument("--only", help="one run alone, by its name")
+    parser.add_argument("--only", help="the name of the only run to start")
     args, more = parser.parse_known_args(arguments)
     results = []
     for run in runs(args.door):

@@ -1,7 +1,7 @@
-"""The SGD and AdamW steps with the activation inside, against numpy in more digits, on every backend.
+"""The SGD and AdamW steps with the activation inside, against numpy in higher precision, on every backend.
 
-float32 and float64 over 20 steps by the rule of every backend (tests/numerics.py); 16 bits step by step: what a step
-writes is the exact result of what it read, rounded once.
+float32 and float64 run 20 steps, judged within twice eager's error (tests/support/numerics.py). In 16 bits every step
+is judged alone: it writes the exact result of its inputs, rounded once.
 """
 
 import itertools
@@ -60,7 +60,7 @@ def in_torch(kind, x):
 
 
 def sgd(f, state, g, is_first, activate, kind, momentum, dampening, weight_decay, nesterov, maximize):
-    """The formula for arrays or tensors; ``state`` is changed."""
+    """The formula, for arrays or tensors. It changes ``state``."""
     g = -g if maximize else g
     d = f(kind, g) if activate == "gradient" else g
     d = d + weight_decay * state.w
@@ -101,7 +101,7 @@ def step_adamw(backend, params, grads, m, v, largest, counts, kind, weight_decay
 
 
 def gradients(dtype, device):
-    """From far below the bend of f to far above."""
+    """Magnitudes from far below the bend of f to far above it."""
     return [
         (torch.randn(shape, dtype=torch.float64) * 10.0 ** torch.empty(shape).uniform_(-3, 0.5)).to(device, dtype)
         for shape in SHAPES
@@ -155,7 +155,7 @@ def test_adamw_over_20_steps(dtype, kind, backend, device):
     needs_more_digits(dtype)
     for options in ADAMW_OPTIONS:
         params, m, v, largest = normal(dtype, device), *(zeros(dtype, device) for _ in range(3))
-        # Some parameters are older than others.
+        # Every parameter starts at another step count.
         counts = [torch.tensor(float(index), device=device) for index in range(len(SHAPES))]
         exact, eager = states(params, digits_of(dtype)), states(params, lambda tensor: tensor.cpu().clone())
         for _ in range(STEPS):
@@ -178,7 +178,7 @@ def test_adamw_over_20_steps(dtype, kind, backend, device):
 
 
 def assert_rounded_once(name, results, exact, scale):
-    """Half a unit of 16 bits, and eight of float32 of whatever went into a sum."""
+    """Allow half an ulp of 16 bits, plus eight roundings in float32 of the terms of a sum."""
     for result, wanted, terms in zip(results, exact, scale, strict=True):
         result = result.cpu()
         wanted = torch.from_numpy(np.asarray(wanted))
@@ -208,7 +208,7 @@ def test_sgd_in_16_bits_rounds_once(dtype, kind, activate, backend, device):
                 carried = np.abs(state.v) if options["momentum"] and count else 0
                 terms.append(np.abs(g) + np.abs(in_numpy(kind, g)) + np.abs(state.w) + carried)
                 sgd(in_numpy, state, g, count == 0, activate, kind, **options)
-            # Where f is steep, it multiplies what is rounded before it.
+            # A steep f amplifies the rounding of its argument.
             slope = ALPHA * BETA if activate == "momentum" else 1
             weights = [w + LR * slope * term for w, term in zip(old, terms, strict=True)]
             assert_rounded_once("w", params, [state.w for state in before], weights)
@@ -249,7 +249,7 @@ def test_adamw_in_16_bits_rounds_once(dtype, kind, backend, device):
 
 
 def padded(tensor):
-    """In the middle of memory full of NaN, with gaps between the elements."""
+    """A copy in the middle of memory full of NaN, with gaps between the elements."""
     base = tensor.new_full([2 * size + 3 for size in tensor.shape], torch.nan)
     inside = base[tuple(slice(1, 2 * size + 1, 2) for size in tensor.shape)]
     return inside.copy_(tensor)
@@ -276,7 +276,7 @@ def test_any_layout(layout, grad_layout, backend, device):
         results = []
         for lay, lay_grad in ((LAYOUTS["contiguous"],) * 2, (LAYOUTS[layout], LAYOUTS.get(grad_layout, lambda t: t))):
             params, grads = [others[0].clone(), lay(w)], [others[1], lay_grad(g)]
-            # States that lie as neither does.
+            # Some states have a layout of neither the parameter nor the gradient.
             moments = [
                 [others[0].clone(), lay_as(t)] for t, lay_as in ((v, lay), (m, LAYOUTS["transposed"]), (s, padded))
             ]
@@ -297,7 +297,7 @@ def test_any_layout(layout, grad_layout, backend, device):
 
 
 @pytest.mark.parametrize("dtypes", [DIGITS, NARROW], ids=str)
-def test_a_list_of_two_dtypes_and_one_gradient_for_two(dtypes, backend, device):
+def test_a_list_of_two_dtypes_that_shares_gradients(dtypes, backend, device):
     params = [torch.rand(70, dtype=dtype, device=device) for dtype in dtypes for _ in range(20)]
     shared = {dtype: torch.randn(70, dtype=torch.float64).to(device, dtype) for dtype in dtypes}
     grads = [shared[param.dtype] for param in params]
@@ -314,7 +314,7 @@ def test_no_parameters(backend):
     step_adamw(backend, [], [], [], [], [], [], "arctan", 0.0, True, False)
 
 
-# ---- What is no ordinary number --------------------------------------------------------------------------------------
+# ---- NaN and infinity ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [*DIGITS, *NARROW], ids=str)
@@ -336,7 +336,7 @@ def test_a_nan_in_either_average_stays_with_amsgrad(backend, device):
 
 
 def test_infinite_parameters_without_decay(backend, device):
-    """0 times infinity is no term where there is no weight decay."""
+    """Without weight decay, the step does not add 0 times infinity."""
     param, grad = torch.full((9,), torch.inf, device=device), torch.ones(9, device=device)
     step_sgd(backend, [param], [grad], [], False, "gradient", "tanh", **SGD_OPTIONS[0])
     assert param.isposinf().all()
@@ -366,7 +366,7 @@ def test_autograd_notices_every_write(backend, device):
         of_grad.backward()
 
 
-@pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="threads are the CPU's")
+@pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="only the CPU has threads")
 @pytest.mark.parametrize("backend", ["cpp"])
 def test_same_bits_on_any_number_of_threads(backend):
     shapes = [1, 0, 30_001, 5, 64, 100_003, 65, 0, 16]
@@ -397,7 +397,7 @@ def _wrong_sgd(x):
 
 @pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="about the C++ kernel")
 @pytest.mark.parametrize("case", _wrong_sgd(torch.ones(24)))
-def test_the_op_refuses_what_is_not_safe(case):
+def test_the_op_refuses_unsafe_arguments(case):
     good, x = torch.ones(3), torch.ones(24)
     params, grads, buffers = _wrong_sgd(x)[case]
     arguments = ([good, *params], [good.clone(), *grads], buffers)
@@ -414,7 +414,7 @@ def test_the_op_refuses_what_is_not_safe(case):
 
 @pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="about the C++ kernel")
 @pytest.mark.parametrize("step", [torch.ones(2), torch.ones((), dtype=torch.int64), torch.ones(0)], ids=str)
-def test_the_op_refuses_a_count_that_is_no_number(step):
+def test_the_op_refuses_a_count_that_is_not_a_single_float(step):
     x = [torch.ones(3) for _ in range(4)]
     with pytest.raises(RuntimeError, match="count of steps"):
         torch.ops.lcw_ops.activated_adamw_step_.cpp(
@@ -425,7 +425,7 @@ def test_the_op_refuses_a_count_that_is_no_number(step):
 
 def test_opcheck(backend, device):
     if backend == "reference":
-        pytest.skip("plain torch, no op of ours")
+        pytest.skip("plain torch, not an op of ours")
     w, g, v, m, s = ([torch.rand(5, 3, device=device), torch.rand(4, device=device)] for _ in range(5))
     numbers = (0.1, 0.9, 0.0, 0.01, True, False, False, True, "tanh", 0.1, 20.0)
     torch.library.opcheck(getattr(torch.ops.lcw_ops.activated_sgd_step_, backend), (w, g, v, *numbers))
@@ -452,7 +452,7 @@ def test_compile_fullgraph(step, backend, device):
             step_adamw(backend, [w], [g], [m], [v], [s], [count], "log", 0.05, True, False)
 
     if step == "adamw" and backend == "reference":
-        pytest.skip("plain torch reads the count of steps, which a graph cannot")
+        pytest.skip("plain torch reads the count of steps, which a graph cannot do")
     tensors = [torch.rand(5, 3, device=device) for _ in range(5)]
     tensors[1] = tensors[1].t().contiguous().t()
     results = [[tensor.clone() for tensor in tensors] for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The choice of backend: quiet by itself, loud on request; and what info() says about it."""
+"""The choice of backend: silent by default, an error if a request cannot be met; and info()'s report of it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ OPS = sorted(backends.IMPLEMENTED)
 
 
 def run_python(code, **environment):
-    """A fresh interpreter: what happens at import cannot be tested in this one."""
+    """Run code in a fresh interpreter: an import cannot be tested in this one."""
     environment = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
@@ -62,14 +62,14 @@ def test_every_missing_backend_has_a_reason(op, device_type):
 
 @pytest.mark.parametrize("op", OPS)
 def test_gpu_kernels_wait_until_their_tests_have_passed(op):
-    """No kernel is chosen by itself on a GPU generation without a committed test log."""
+    """No kernel is chosen automatically on a GPU generation without a committed test log."""
     for backend in ("cuda", "triton"):
         assert "have not passed on sm_123" in backends.unproven_reason(op, backend, (12, 3))
 
 
 @pytest.fixture
 def proven_gpu(monkeypatch):
-    """A choice as on a GPU whose kernels have all passed their tests; nothing runs there."""
+    """Choose as on a GPU whose kernels have all passed their tests. Nothing runs on it."""
     monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: None)
     monkeypatch.setattr(backends, "compute_capability", lambda device: (9, 0))
     proven = {(op, backend): frozenset({(9, 0)}) for op in OPS for backend in ("cuda", "triton", "graph")}
@@ -79,7 +79,7 @@ def proven_gpu(monkeypatch):
     backends._resolve.cache_clear()
 
 
-def test_the_choice_on_a_gpu_goes_by_width(proven_gpu):
+def test_the_choice_on_a_gpu_depends_on_the_width(proven_gpu):
     def choose(width, itemsize=4):
         return backends.choose("orthogonal_filter", proven_gpu, width, itemsize)
 
@@ -94,7 +94,7 @@ def test_the_choice_on_a_gpu_goes_by_width(proven_gpu):
     assert lines[2] == "  not cuda: triton comes first"
 
 
-def test_info_goes_by_the_crossover_table(proven_gpu, monkeypatch):
+def test_info_follows_the_crossover_table(proven_gpu, monkeypatch):
     monkeypatch.setitem(crossover.MEASURED, (9, 0), (("cuda", 33), ("triton", 64), ("graph", None)))
     lines = _info._op_lines(orthogonal_filter.NAME, proven_gpu)
     assert lines[0].endswith(
@@ -149,7 +149,7 @@ def test_the_graph_waits_for_its_own_proof(proven_gpu, monkeypatch):
 
 @pytest.mark.parametrize("widths", [(17, 20, 100), (130, 137, 200)])
 def test_one_program_for_all_widths_on_a_cpu(widths):
-    """No backend's limit cuts the widths where that backend is not asked for."""
+    """The width limit of a backend that is not a candidate does not split the widths into two programs."""
     reason = backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu")
     if reason is not None:
         pytest.skip(reason)
@@ -210,7 +210,7 @@ def test_a_reason_that_all_ops_share_is_given_once(no_gpu, monkeypatch):
     assert "GPU: none; the backends cuda and triton need one\n" in text
     for backend in ("cuda", "triton"):
         assert text.count(backends.missing_reason(orthogonal_filter.NAME, backend, "cpu")) == 1
-    # An op's own reason stays with it.
+    # A reason of one op alone stays with that op.
     assert "lcw_weight on cpu: " in text
     assert text.count("  not cuda: lcw_weight has no cuda kernel\n") == 1
 
@@ -225,11 +225,11 @@ def test_a_reason_of_some_ops_stays_with_each(no_gpu, monkeypatch):
     backends._resolve.cache_clear()
     assert text.count("not cpp: a reason that others have too") == len(OPS) - 1
     assert text.count("not cpp: a reason of its own") == 1
-    # Shared by all ops that have such a kernel, and so given once; an op without one has it for another reason.
+    # All ops that have such a kernel share the reason, so it is given once. An op without one has another reason.
     assert "Every op on cpu that has such a kernel:\n  not cuda: a reason that others have too\n" in text
 
 
-def test_the_report_holds_what_the_text_says(proven_gpu, monkeypatch):
+def test_the_report_holds_the_facts_of_the_text(proven_gpu, monkeypatch):
     devices = [torch.device("cpu"), proven_gpu]
     monkeypatch.setattr(_info, "_devices", lambda: devices)
     gpu = {"device": "cuda:0", "name": "a card", "generation": "sm_90"}
@@ -272,7 +272,7 @@ def test_the_report_says_what_cannot_run(no_gpu):
 
 
 @pytest.mark.parametrize("requested", backends.BACKENDS)
-def test_the_text_says_an_error_once(requested, no_gpu):
+def test_the_text_gives_each_error_once(requested, no_gpu):
     """No two errors give the same reason, and every op is named once per device."""
     with lcw_ops.use_backend(requested):
         lines = lcw_ops.info().splitlines()
@@ -282,7 +282,7 @@ def test_the_text_says_an_error_once(requested, no_gpu):
         assert sum(f"{op} on cpu: " in line or line.startswith(f"{op}, ") or f", {op}, " in line for line in lines) == 1
 
 
-def test_a_request_is_the_reason_against_the_others():
+def test_a_request_is_the_reason_not_to_choose_the_others():
     with lcw_ops.use_backend("reference"):
         reasons = _info.report()["ops"][orthogonal_filter.NAME]["cpu"]["not_chosen"]
     if backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu") is None:
@@ -290,7 +290,7 @@ def test_a_request_is_the_reason_against_the_others():
     assert set(reasons) == {"cpp", "cuda", "triton"}
 
 
-def test_info_says_what_was_requested():
+def test_info_names_the_requested_backend():
     with lcw_ops.use_backend("reference"):
         assert "Requested for every op: reference" in lcw_ops.info()
 
@@ -309,7 +309,7 @@ def test_import_needs_no_triton():
 
 
 def test_import_needs_no_extension():
-    """The package without its shared libraries: the same results from the reference, and info() says why."""
+    """Without its shared libraries the package gives the same results from the reference, and info() says why."""
     blocked = (
         "import torch\n"
         "def refuse(path): raise OSError(f'{path}: blocked')\n"

@@ -47,7 +47,7 @@ def doubling(*competitors: registry.Competitor) -> registry.Case:
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Every entry of the registry at a size that takes milliseconds, and no measuring of the machine."""
+    """Shrink every entry of the registry to milliseconds, and do not measure the machine."""
     from lcw_ops.bench import gradient_activation, hypersphere, lcw_linear, orthogonal_filter, weight_norm
 
     tiny_cases = {
@@ -149,7 +149,7 @@ def test_an_explicit_request_is_the_only_one_of_ours():
     with lcw_ops.use_backend("reference"):
         for stem in registry.STEMS:
             for case in registry.cases(stem, "cpu"):
-                # What stands behind a comma is a choice of solver.
+                # The choice of solver follows a comma.
                 assert {one.name.split(",")[0] for one in case.competitors if one.ours} == {"lcw_ops (reference)"}
 
 
@@ -162,7 +162,7 @@ def test_an_explicit_request_that_cannot_be_met_raises_before_measuring(monkeypa
 
 
 def tensors_of(inputs: dict) -> list[torch.Tensor]:
-    """Every float tensor of the inputs, those in lists too."""
+    """Every float tensor of the inputs, including those in lists."""
     return [one for one in tree_leaves(inputs) if isinstance(one, torch.Tensor) and one.is_floating_point()]
 
 
@@ -194,7 +194,7 @@ def test_a_wrong_kernel_is_not_timed(wrong, tiny, capsys):
     assert "REFUSED" in capsys.readouterr().out
 
 
-def test_a_wrong_peer_is_left_out_but_is_no_failure_of_ours(tiny, capsys):
+def test_a_wrong_peer_is_left_out_but_is_not_our_failure(tiny, capsys):
     case = doubling(competitor("ours", lambda x: [x + x], ours=True), competitor("peer", lambda x: [3 * x]))
     rows, refused = runner.run_case(case, CPU, quick=True)
     assert not refused
@@ -245,7 +245,7 @@ def test_wrong_arguments(arguments, message):
         runner.prepare(parse(*arguments))
 
 
-def test_shares_are_all_cases_once():
+def test_shares_hold_every_case_once():
     everything = runner.prepare(parse("hypersphere", "--quick")).cases
     shares = [runner.prepare(parse("hypersphere", "--quick", "--share", f"{k}/3")).cases for k in (1, 2, 3)]
     named = [[(case.name, *case.shape.items()) for case in cases] for cases in (everything, *shares)]
@@ -265,7 +265,7 @@ def test_rows_of_another_kind_are_not_appended_to(tmp_path):
 
 
 class Clock:
-    """Seconds of every call by competitor, repeated from the start, and the ceilings in the order they are measured."""
+    """Scripted measurements: each competitor's seconds per call, in a cycle, and the ceilings in order."""
 
     def __init__(self, monkeypatch, times: dict[str, list[float]], memory: list[float]) -> None:
         self.called, self.measured, self.memory = None, [], list(memory)
@@ -288,14 +288,14 @@ class Clock:
         return registry.Rates(self.memory[min(len(self.measured), len(self.memory)) - 1], math.inf)
 
     def case(self, *others: registry.Competitor, **changes) -> registry.Case:
-        """Ours and eager torch; its 800 bytes take 1 s at a ceiling of 800 bytes per second."""
+        """A case of ours and eager torch. Its 800 bytes take 1 s at a ceiling of 800 bytes per second."""
         case = doubling(self.competitor("ours", ours=True), *others)
         competitors = (*case.competitors[:-1], self.competitor(registry.EAGER))
         return dataclasses.replace(case, competitors=competitors, quick=True, **changes)
 
 
 def printed_rows(capsys) -> dict[str, list[str]]:
-    """Name of a competitor -> what stands behind it."""
+    """Name of a competitor -> the words of its row."""
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     return {line[2:28].strip(): line[28:].split() for line in lines}
 
@@ -307,7 +307,7 @@ def test_a_noisy_row_is_marked_and_has_no_ratio(monkeypatch, tmp_path, capsys):
     assert not failed
     assert {row.competitor: row.noisy for row in rows} == {"ours": False, registry.EAGER: True, "calm": False}
     shown = printed_rows(capsys)
-    # The columns behind the times with their units: ratio, share of the floor, error.
+    # Three columns follow the times and their units: ratio, share of the floor, error.
     assert shown[registry.EAGER][-3:-1] == ["noisy", "noisy"]
     assert shown["calm"][-3:-1] == ["2.00x", "25.0%"]
     runner.append_rows(tmp_path / "rows.csv", rows)
@@ -340,7 +340,7 @@ def test_a_row_below_its_floor_is_an_error(monkeypatch, tmp_path, capsys):
     (error,) = (line for line in printed.splitlines() if "ERROR" in line)
     assert "ours" in error
     assert "900 ms, measured twice, is less than the floor: the ceiling or the case's bytes or operations" in error
-    # No ratio to a figure that cannot be.
+    # An impossible time gets no ratio.
     assert "2 s      0 us       2 s        -    50.0%" in printed
     # The row was measured twice, with the ceiling before, between and after.
     assert len(clock.measured) == 3
@@ -365,13 +365,13 @@ def test_a_case_whose_ceilings_differ_is_noisy(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "measured beside it; NOISY: they changed by more than 2x meanwhile" in printed
     assert printed.count(" noisy") == 4
-    # Twice is within the limit.
+    # A factor of two is within the limit.
     rows, _ = runner.run_case(Clock(monkeypatch, times, memory=[800.0, 400.0]).case(), CPU, quick=True)
     assert not any(row.noisy for row in rows)
 
 
 def test_a_floor_of_an_unsteady_machine_makes_no_error(monkeypatch):
-    """The case is measured twice, and the ceiling differs again: it says nothing about the row."""
+    """The ceilings differ in both measurements of the case, so the floor says nothing about the row."""
     clock = Clock(monkeypatch, {"ours": [0.9], registry.EAGER: [2.0]}, memory=[80.0, 800.0, 350.0])
     rows, failed = runner.run_case(clock.case(), CPU, quick=True)
     assert not failed
@@ -398,7 +398,7 @@ def test_how_far_rates_may_differ(other, far):
 @pytest.mark.parametrize(
     ("rate", "shown"), [(4.2e7, "0.042 G"), (8e3, "8e-06 G"), (6.82e10, "68.2 G"), (4.1234e12, "4123 G")]
 )
-def test_no_rate_is_shown_as_nothing(rate, shown):
+def test_a_small_rate_is_not_shown_as_zero(rate, shown):
     assert runner._giga(rate) == shown
     assert runner._ceilings(registry.Rates(rate, rate)).count(shown) == 2
 
@@ -412,7 +412,7 @@ def test_another_function_may_be_faster_than_the_floor(monkeypatch):
 
 
 def test_every_case_has_the_ceiling_of_its_own_moment(monkeypatch, tmp_path):
-    """The machine is half as fast in the second case; the better one of before and after counts."""
+    """The machine is half as fast in the second case. The better of the ceilings before and after a case counts."""
     clock = Clock(monkeypatch, {"ours": [2.0], registry.EAGER: [3.0]}, memory=[799.0, 800.0, 400.0, 399.0])
     cases = [clock.case(name="first"), clock.case(name="second")]
     monkeypatch.setattr(registry, "cases", lambda stem, device_type: cases)
@@ -467,7 +467,7 @@ def test_a_pass_is_tried_for_a_while_and_the_fastest_counts(duration, calls, mon
     taken = []
 
     def seconds(run, device):
-        # The third one is twice as fast.
+        # The third call is twice as fast.
         taken.append(duration / 2 if len(taken) == 2 else duration)
         return taken[-1]
 
@@ -492,7 +492,7 @@ def test_rates_come_from_the_one_place_that_measures_products(monkeypatch):
 
 
 def test_the_ceiling_of_memory_is_the_fastest_pass_over_as_many_bytes(monkeypatch):
-    """A buffer of half of the case's bytes: a copy and a sum move it once, a negation twice."""
+    """The buffer has half of the case's bytes. A copy and a sum move these bytes once, a negation twice."""
     taken = iter(2 * [4.0, 4.0, 8.0])
     monkeypatch.setattr(registry, "_best_seconds", lambda run, device: next(taken))
     assert registry._memory_rate(CPU, 8000) == 2 * 4000 / 4
@@ -507,7 +507,7 @@ def two_threads():
 
 
 def test_a_thread_that_does_not_run_leaves_the_ceiling_as_it_is(two_threads, monkeypatch):
-    """Every pass on two threads waits for the second one, which another process keeps from running."""
+    """Every pass on two threads waits for the second thread, because another process keeps it from running."""
 
     def seconds(run, device):
         run()
@@ -530,7 +530,7 @@ def test_the_number_of_threads_comes_back_after_a_failure(two_threads, monkeypat
 
 
 def test_a_pass_is_tried_until_nothing_is_faster(monkeypatch):
-    """Each try is a tenth faster than the one before, down to a floor, and far slower than SECONDS_PER_PASS."""
+    """Each try is a tenth faster than the one before, down to a floor. All are far slower than SECONDS_PER_PASS."""
     durations = [max(0.9**index, 0.3) for index in range(100)]
     taken = iter(durations)
     monkeypatch.setattr(registry, "seconds", lambda run, device: next(taken))
@@ -538,7 +538,7 @@ def test_a_pass_is_tried_until_nothing_is_faster(monkeypatch):
 
 
 def test_parallel_windows_stand_beside_the_sequential_kernel_and_the_peers():
-    """The baseline comes first; a whole depth of states only where it leaves room for everybody's gradients."""
+    """The baseline comes first. A window of the whole depth needs states that leave room for everybody's gradients."""
     by_name = {}
     for case in registry.cases("parallel_depth", "cpu"):
         ours = [one.name.split(", ")[1] for one in case.competitors if one.ours]
@@ -551,7 +551,7 @@ def test_parallel_windows_stand_beside_the_sequential_kernel_and_the_peers():
     assert by_name["over time, cyclic, forward + backward", 784, 128, 256][2:] == ["one window"]
 
 
-def test_a_permutation_is_no_arithmetic():
+def test_a_permutation_counts_as_no_arithmetic():
     haar, cyclic = (
         {backward: parallel_depth._case("cpu", False, 20, 3, 8, filter, backward, True) for backward in (False, True)}
         for filter in ("haar", "cyclic")
@@ -593,9 +593,9 @@ def test_regions_lie_between_winning_sizes(tmp_path):
         {
             ("depth", "haar", 10_000, 1, 128): True,
             ("depth", "haar", 50_000, 1, 128): True,
-            # Faster, but not with three times the sweeps.
+            # The parallel solver is faster, but would not be with three times the sweeps.
             ("depth", "haar", 10_000, 32, 128): False,
-            # Its box with the others has corners that nobody measured.
+            # A box around this and the others has corners that were not measured.
             ("depth", "haar", 2000, 1, 512): True,
             ("time", "cyclic", 784, 1, 64): True,
             ("time", "cyclic", 784, 8, 64): False,
@@ -620,7 +620,7 @@ def test_a_box_needs_all_its_corners(tmp_path):
     measured(path, corners)
     (region,) = parallel_depth.regions(path, TWO_THREADS)
     assert region[3:6] == ((100, 1000), (1, 4), (64, 64))
-    # A size inside that loses splits it into its edges.
+    # A losing size inside the box splits it into its edges.
     measured(path, {("depth", "haar", 500, 2, 64): False})
     assert len(parallel_depth.regions(path, TWO_THREADS)) == 4
 
@@ -636,7 +636,7 @@ def test_regions_are_of_one_kind_of_machine_and_of_the_last_run(tmp_path):
     assert len(parallel_depth.regions(path, TWO_THREADS)) == 1
     measured(path, {point: False})
     assert parallel_depth.regions(path, TWO_THREADS) == []
-    # Winning forward alone is not enough, measured or not.
+    # A win in the forward pass alone is not enough, whether or not the backward pass was measured.
     crossover_rows(path, {(*point, "forward"): (1.0, 0.1)})
     assert parallel_depth.regions(path, TWO_THREADS) == []
     crossover_rows(path, {("depth", "haar", 7, 1, 64, "forward"): (1.0, 0.1)})

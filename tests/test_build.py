@@ -1,4 +1,4 @@
-"""What setup.py makes: one abi3 wheel on the stable ABI, or a pure-Python one where there is no compiler."""
+"""setup.py makes one abi3 wheel on the stable ABI, or a pure-Python one where there is no compiler."""
 
 import importlib.metadata
 import os
@@ -21,13 +21,13 @@ EXTENSIONS = sorted(Path(lcw_ops.__file__).parent.glob("*.abi3.so"))
 @pytest.mark.skipif(not EXTENSIONS, reason="no extension is built here")
 @pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda path: path.name)
 def test_only_stable_symbols_are_needed(extension):
-    """Whatever torch >= 2.10 and Python >= 3.10 load it: only torch's C shim, libc and libstdc++ are asked for."""
+    """The extension needs only torch's C shim, libc and libstdc++, so any torch >= 2.10 and Python >= 3.10 load it."""
     listing = subprocess.run(
         ["nm", "-D", "--undefined-only", extension], check=True, capture_output=True, text=True
     ).stdout
     symbols = [line.split()[-1] for line in listing.splitlines() if line.split()[0] == "U"]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    # Versioned symbols are libc's and the compiler's; a few of its runtime's own carry no version.
+    # Versioned symbols belong to libc and the compiler. A few of the compiler's runtime carry no version.
     runtime = re.compile(
         r".+@(GLIBC|GLIBCXX|CXXABI|GCC)_|_ZN?K?S[tos]|_GLOBAL_OFFSET_TABLE_|__cpu_|_ITM_|__gmon_start__"
     )
@@ -40,7 +40,7 @@ def test_only_stable_symbols_are_needed(extension):
 @pytest.mark.skipif(not EXTENSIONS, reason="no extension is built here")
 @pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda path: path.name)
 def test_every_extension_names_the_libraries_it_needs(extension):
-    """torch is not in the global symbol scope: what an extension does not name, it does not find."""
+    """torch is not in the global symbol scope, so an extension finds only the libraries that it names."""
     listing = subprocess.run(["readelf", "-d", extension], check=True, capture_output=True, text=True).stdout
     needed = set(re.findall(r"NEEDED.*\[(.+)\]", listing))
     wanted = {"libtorch_cpu.so", "libtorch_cuda.so"} if "cuda" in extension.name else {"libtorch_cpu.so"}
@@ -50,7 +50,7 @@ def test_every_extension_names_the_libraries_it_needs(extension):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what is committed to a source distribution, so that building leaves nothing in the checkout."""
+    """A copy of the files of a source distribution, so that building leaves nothing in the checkout."""
     folder = tmp_path_factory.mktemp("source") / "lcw_ops"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", "results")
     shutil.copytree(ROOT, folder, ignore=ignored)
@@ -61,7 +61,7 @@ TREES = {"lcw_ops": "lcw_ops", "kernels": "lcw_ops/kernels", "bench": "lcw_ops/b
 
 
 def modules(folder):
-    """Where a wheel must have each .py file of this source tree."""
+    """The paths that a wheel must have for the .py files of this source tree."""
     return {
         f"{target}/{path.relative_to(folder / tree)}"
         for tree, target in TREES.items()
@@ -70,7 +70,7 @@ def modules(folder):
 
 
 def test_every_module_is_packaged_however_deep_it_lies(source, tmp_path):
-    """Benchmarks under pytest too: ``pytest --pyargs lcw_ops.bench`` runs them where the package is installed."""
+    """The benchmarks are packaged too: ``pytest --pyargs lcw_ops.bench`` runs them where the package is installed."""
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
     for tree in TREES:
@@ -87,7 +87,7 @@ def test_every_module_is_packaged_however_deep_it_lies(source, tmp_path):
 
 def build_wheel(source, out, **environment):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-v", "-w", out]
-    # Not optimized: what is tested is that it builds and imports.
+    # Not optimized: the tests only need a wheel that builds and imports.
     environment = {**os.environ, "LCW_OPS_CUDA_ARCHS": "", "CXXFLAGS": "-O0", **environment}
     if "PATH" in environment:
         environment.pop("CXX", None)
@@ -98,7 +98,7 @@ def build_wheel(source, out, **environment):
 
 
 def import_from_wheel(wheel, folder):
-    """The first thing a user does, from the wheel alone and outside the checkout."""
+    """Do the first thing a user does, from the wheel alone and outside the checkout."""
     zipfile.ZipFile(wheel).extractall(folder)
     code = (
         "import lcw_ops, lcw_ops.kernels, lcw_ops.bench, torch\n"
@@ -156,7 +156,7 @@ def test_a_compiler_that_is_named_but_not_there_is_refused(source):
 
 
 def test_a_failing_compiler_fails_loudly(source, tmp_path):
-    """A broken build is no pure-Python install in disguise."""
+    """A broken build does not become a pure-Python install."""
     broken = tmp_path / "broken-c++"
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)

@@ -1,4 +1,4 @@
-"""``lcw-ops`` as a user meets it: its files, every flag, one line for every mistake, and no half file after Ctrl-C."""
+"""``lcw-ops`` as a user sees it: its files, every flag, one line for every mistake, no partial file after Ctrl-C."""
 
 import csv
 import importlib
@@ -23,7 +23,7 @@ SMALL = ["--depth", "30", "--width", "8", "--batch", "16", "--steps", "3"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """A fixed matmul rate, because its measurement is the slowest part of a small run; and the threads as before."""
+    """Fix the matmul rate: measuring it is the slowest part of a small run. Restore the number of threads."""
     monkeypatch.setattr(machine, "matmul_rate", lambda device: 1e11)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def test_the_main_job_writes_its_report(tmp_path, capsys):
     assert [entry["step"] for entry in content["training"]["test_accuracy"]] == [0, 1, 2, 3]
     assert content["networks"]["orthogonal-filter"]["measured"] == "orthogonal-filter net, after 3 steps"
     assert content["networks"]["plain"]["measured"] == "plain net, at initialisation"
-    # Of the whole run: at least what it was when the last of the profiles ended.
+    # The peak of the whole run is at least the peak when the last profile ended.
     assert content["peak_memory_bytes"] >= content["networks"]["plain"]["peak_memory_bytes"] > 0
     for network in content["networks"].values():
         assert network["timing"]["layers"] == 32
@@ -106,7 +106,7 @@ def test_the_table_has_the_peak_of_the_whole_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind", main_job.KINDS)
-def test_kind_is_what_is_trained(kind, tmp_path):
+def test_kind_chooses_the_trained_network(kind, tmp_path):
     assert profile("--kind", kind, out=tmp_path) == 0
     networks = report(tmp_path)["networks"]
     assert next(iter(networks)) == kind
@@ -123,7 +123,7 @@ def test_flags_reach_the_run(tmp_path):
     ]  # fmt: skip
     network = content["networks"]["orthogonal-filter"]
     assert network["machine"]["threads"] == 1
-    # A permutation costs no arithmetic: one product per layer, and the two ends.
+    # A permutation costs no arithmetic: the products are one per layer and those of the two ends.
     assert network["timing"]["forward_flops"] == 2 * 16 * (30 * 8 * 8 + 64 * 8 + 8 * 10)
     with open(tmp_path / "a" / "layers.csv", newline="") as file:
         # ReLU is not bounded by 1.
@@ -219,8 +219,8 @@ def test_wrong_commands(arguments, capsys):
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (RuntimeError("no luck"), 1)])
 @pytest.mark.parametrize("written", range(3))
-def test_interrupted_or_failed_runs_say_what_was_written(error, code, written, tmp_path, monkeypatch, capsys):
-    """Ctrl-C in training (0), then while the second and the third file are half written."""
+def test_interrupted_or_failed_runs_name_the_written_files(error, code, written, tmp_path, monkeypatch, capsys):
+    """Ctrl-C during training (0), then with the second and the third file half written."""
     (tmp_path / "layers.csv").write_text("an earlier run's")
 
     def fail(*args, **kwargs):
@@ -249,7 +249,7 @@ def test_interrupted_or_failed_runs_say_what_was_written(error, code, written, t
     assert ((tmp_path / "layers.csv").read_text() == "an earlier run's") == (written == 0)
 
 
-def test_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+def test_missing_matplotlib_is_reported_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert profile(out=tmp_path / "out") == 2
     assert "pip install lcw-ops[profile]" in capsys.readouterr().err
@@ -266,13 +266,13 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     assert "2/2" in capsys.readouterr().out
 
 
-def test_info_prints_what_the_library_says(capsys):
+def test_info_prints_the_text_of_the_library(capsys):
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out == lcw_ops.info() + "\n"
 
 
 def keys(facts):
-    """Every key of a report in JSON but the names of ops and devices."""
+    """Every key of a JSON report except the names of ops and devices."""
     for key, value in facts.items():
         if key == "ops":
             value = next(iter(next(iter(value.values())).values()))
@@ -295,7 +295,7 @@ def test_info_for_programs(capsys):
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help_and_version_import_no_torch(arguments):
-    """They are there at once: torch alone takes seconds. As the installed command begins, and as ``python -m`` does."""
+    """Help is instant; importing torch would take seconds. Tested for the installed command and for ``python -m``."""
     command = (
         "import sys\n"
         "from lcw_ops.cli import main\n"
@@ -386,7 +386,7 @@ def test_no_flag_of_the_benchmarks_own_commands_may_be_abbreviated(module, argum
     assert f"unrecognized arguments: {arguments[-2]}" in capsys.readouterr().err
 
 
-def test_too_large_a_network_says_what_it_needs(tmp_path, monkeypatch, capsys):
+def test_too_large_a_network_names_the_memory_it_needs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "available_memory_bytes", lambda device: 10**9)
     flags = ["--depth", "100000", "--width", "64"]
     assert profile(*flags, out=tmp_path / "out") == 2
@@ -404,7 +404,7 @@ def test_too_large_a_network_says_what_it_needs(tmp_path, monkeypatch, capsys):
         ("triton", ["profile", *SMALL], "backend 'triton' was requested, but"),
     ],
 )
-def test_a_backend_that_is_not_there_is_one_line(backend, command, message, tmp_path):
+def test_a_missing_backend_is_one_line(backend, command, message, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "lcw_ops.cli", *command],
         capture_output=True,
@@ -421,7 +421,7 @@ def test_a_backend_that_is_not_there_is_one_line(backend, command, message, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_in_the_middle_of_a_benchmark_is_no_mistake_of_the_user(monkeypatch, tmp_path, capsys):
+def test_an_error_in_the_middle_of_a_benchmark_is_not_the_users_mistake(monkeypatch, tmp_path, capsys):
     from lcw_ops.bench import registry
 
     def measure_rates(*args):

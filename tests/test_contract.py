@@ -1,4 +1,4 @@
-"""Every public function against the contract of contract.py: a new op gets all of its checks by one entry in OPS."""
+"""Check every public function against contract.py. One entry in OPS gives a new op all of the checks."""
 
 import contract
 import pytest
@@ -10,7 +10,7 @@ from lcw_ops import reference
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
-# (samples, units, inputs) of a layer, (units, inputs) of a weight: remainders of vectors, and both sides of rows <= n.
+# (samples, units, inputs) of a layer, (units, inputs) of a weight: partial vectors, and both sides of rows <= n.
 LAYER = {"sizes": ((6, 16, 21), (33, 7, 13)), "one": (1, 1, 1), "empty": ((0, 5, 7), (4, 0, 7)), "double": (3, 4, 5)}
 ROWS = {"sizes": ((16, 21), (7, 33)), "one": (1, 1), "empty": ((0, 5),), "double": (3, 4)}
 
@@ -31,12 +31,12 @@ def draw_linear(size, dtype):
 
 
 def per_unit(n, dtype):
-    """Lengths of either sign, none so small that another unit's is the result's scale."""
+    """Lengths of either sign and of similar size, so that no unit sets the scale of another's result."""
     return ((torch.rand(n, dtype=torch.float64) + 0.5) * torch.randn(n).sign()).to(dtype)
 
 
 def angles(n, m, dtype):
-    """Those of Gaussian rows, uniform on the sphere: sines of random angles would make late components vanish."""
+    """Angles of Gaussian rows, uniform on the sphere. Sines of random angles would make late components vanish."""
     return reference.hypersphere_angles(normal(n, m, dtype=torch.float64)).to(dtype)
 
 
@@ -46,7 +46,7 @@ def draw_direction(size, dtype):
 
 def draw_angles(size, dtype):
     n, m = size
-    # Rows away from the axes, where the angles have no derivative.
+    # Gaussian rows lie away from the axes, where the angles have no derivative.
     return {"weight": normal(n, m, dtype=dtype)}, normal(n, m - 1, dtype=dtype)
 
 
@@ -67,7 +67,7 @@ def draw_weight_norm(size, dtype):
 
 
 def draw_recurrence(size, dtype):
-    """Scaled like a network that trains: beta about 1 / L, alpha = 1 - beta."""
+    """Draw scales like those of a network that trains: beta about 1 / L, alpha = 1 - beta."""
     rows, width, steps = size
     beta = (0.5 + torch.rand(steps, dtype=torch.float64)) / max(steps, 1)
     wide = torch.promote_types(dtype, torch.float32)
@@ -116,7 +116,7 @@ def plain_recurrence(h0, weight, bias, alpha, beta, inputs, filter):
     state, states = h0, [h0]
     for l, pre in enumerate(inputs):
         branch = torch.tanh(state @ weight[l].mT + bias[l] + pre)
-        # 16-bit states are carried in float32 by the scales.
+        # The scales keep 16-bit states in float32.
         state = alpha[l] * (state.to(filter.dtype) @ filter.mT) + beta[l] * branch
         states.append(state.to(h0.dtype))
         state = state.to(h0.dtype)
@@ -166,7 +166,7 @@ OPS = {
     "orthogonal_filter sequential": Op(recurrence("sequential"), **RECURRENCE),
     "orthogonal_filter parallel": Op(recurrence("parallel"), **RECURRENCE),
 }
-# A layer's products are multiplied by the package or by torch: both are asked for, as either may be the faster one.
+# Either the package or torch computes a layer's products, whichever is faster. The tests request both.
 PRODUCTS = {"cpp": "own", "cpp with torch's products": "torch"}
 BACKENDS = {
     name: [*PRODUCTS, "reference"] if op.autocast == "narrow" else ["cpp", "reference"] for name, op in OPS.items()
@@ -182,6 +182,6 @@ def test_contract(op, backend, check, monkeypatch):
 
 
 def test_every_public_function_is_in_the_table():
-    """activation_shift is a measurement of two results; its tests are in test_lcw_linear_op.py."""
+    """The exception, activation_shift, measures and has two results: its tests are in test_lcw_linear_op.py."""
     named = {name.split()[0] for name in OPS}
     assert named == set(F.__all__) - {"activation_shift"}

@@ -1,4 +1,4 @@
-"""What ``make gpu PART=crossover`` measures, as far as it goes without a card, and how the result is used."""
+"""``make gpu PART=crossover``: the measurement, as far as it runs without a card, and the use of its result."""
 
 import csv
 import dataclasses
@@ -48,10 +48,10 @@ def test_every_kernel_is_measured(quickly, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("MEASURED[CPU] = ((")
     assert run(path) == 0
     with path.open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(rows)  # the file is written anew
+        assert len(list(csv.DictReader(file))) == len(rows)  # the file is overwritten
 
 
-def test_noise_is_said_before_the_line_of_code(quickly, tmp_path, monkeypatch, capsys):
+def test_noise_is_reported_before_the_line_of_code(quickly, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(registry, "is_noisy", lambda median, spread: True)
     assert run(tmp_path / "crossover.csv") == 0
     warning, line = capsys.readouterr().out.splitlines()[-3::2]
@@ -86,7 +86,7 @@ def test_a_kernel_that_cannot_run_is_left_out(quickly, tmp_path, monkeypatch, ca
 
 
 def test_the_fastest_at_every_width(tmp_path):
-    """By the geometric mean; who could run one case only does not count; both kernels of csrc/cuda are one choice."""
+    """The geometric mean decides. A kernel that ran only one case does not count. Both CUDA kernels are one choice."""
     path = tmp_path / "crossover.csv"
     times = {("triton", 64): (1, 4), ("cuda cluster", 64): (3, 2), ("triton", 128): (1, 1), ("cuda rows", 128): (2, 2)}
     times |= {("cuda cluster", 256): (1, 1), ("graph", 256): (2, 2), ("triton", 256): (0.1,)}
@@ -98,7 +98,7 @@ def test_the_fastest_at_every_width(tmp_path):
     assert crossover.table(path) == (("graph", None),)
 
 
-def test_what_was_measured_overrules_the_design(monkeypatch):
+def test_measurements_overrule_the_design(monkeypatch):
     widths = (1, 128, 129, 512, 513, 10**6)
     fastest = functools.partial(fastest_kernel, capability=(9, 0))
     assert [fastest(width) for width in widths] == ["triton", "triton", "cuda", "cuda", "graph", "graph"]
@@ -107,7 +107,7 @@ def test_what_was_measured_overrules_the_design(monkeypatch):
     assert fastest_kernel(64, (8, 0)) == "triton"
 
 
-def test_the_choice_of_the_cuda_kernel_is_given_back(monkeypatch):
+def test_the_choice_of_the_cuda_kernel_is_restored(monkeypatch):
     seen = []
     kernel = crossover._with_kernel("cuda rows", lambda: seen.append(crossover.os.environ[crossover.CUDA_KERNEL]))
     monkeypatch.delenv(crossover.CUDA_KERNEL, raising=False)

@@ -15,8 +15,8 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parent.parent
-# Bytes per thread: eight registers, which the first-level cache answers. ptxas spills a few at the edge of a launch
-# bound (on sm_90a 16 bytes in forward_rows<double>, lately 4 in backward_rows<float>); more means that a kernel's tile
+# Bytes per thread: eight registers, which the first-level cache serves. ptxas spills a few at the edge of a launch
+# bound (on sm_90a 16 bytes in forward_rows<double>, lately 4 in backward_rows<float>). More means that a kernel's tile
 # has outgrown the register file.
 MAX_SPILLED_BYTES = 32
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -50,7 +50,7 @@ def test_compiles_for_every_generation(source, setup_module_of_this_tree, tmp_pa
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of a kernel; bytes spilled are those stored or those loaded, whichever are more."""
+    """The report of ptxas on a kernel. The bytes spilled are the larger of those stored and those loaded."""
 
     name: str
     generation: str

@@ -1,7 +1,7 @@
 """csrc/cuda without a GPU: the kernels, compiled as C++ against an emulator of threads, barriers and clusters.
 
-What the interpreter is to Triton, cuda_emulator/ is to CUDA: it shows wrong indices, sums and missing barriers, and who
-would wait for ever. The GPU itself is tested by ``make gpu``.
+cuda_emulator/ is to CUDA what the interpreter is to Triton: it shows wrong indices, wrong sums, missing barriers and
+deadlocks. ``make gpu`` tests on the GPU itself.
 """
 
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 EMULATOR = Path(__file__).parent / "cuda_emulator"
 COMPILER = shutil.which("g++")
 STEMS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
-# Two warps show what eight do, and chunks of 32 columns what those of 128 do on nets four times as wide.
+# Two warps behave like eight, and chunks of 32 columns like chunks of 128 on nets four times as wide.
 SMALLER = {"block_threads": 64, "consumer_warps": 2, "chunk_columns": 32}
 
 
@@ -29,7 +29,7 @@ def emulated_sources(folder: Path) -> None:
     for path in (folder / "csrc/cuda").iterdir():
         source = path.read_text().replace("LIBRARY_IMPL(lcw_ops, CUDA, m)", "LIBRARY_IMPL(lcw_ops, CPU, m)")
         source = re.sub(r".*DeviceGuard guard.*\n", "", source)
-        # Where a test says that counters of steps lie on the GPU.
+        # A test says through this variable that the step counters are on the GPU.
         source = source.replace("!steps[0].is_cpu()", 'emulated_number("LCW_OPS_EMULATED_STEPS_ON_GPU", 0) != 0')
         for constant, value in SMALLER.items():
             source = re.sub(rf"constexpr int {constant} = \d+;", f"constexpr int {constant} = {value};", source)
@@ -39,13 +39,13 @@ def emulated_sources(folder: Path) -> None:
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.skipif(COMPILER is None, reason="no g++ on this machine")
 def test_kernels_under_the_emulator(stem, tmp_path):
-    """In a process of its own, where the ops' CUDA overloads run on the CPU."""
+    """Run the tests in a process of their own, where the ops' CUDA overloads run on the CPU."""
     emulated_sources(tmp_path)
     source, library = tmp_path / f"csrc/cuda/{stem}.cu", tmp_path / "emulated.so"
     torch_folder = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     if stem == "gradient_activation":
-        # Tensors begin anywhere here, and a GPU takes no vector that lies between multiples of its size; a CPU does.
+        # Tensors begin anywhere here. A GPU faults on a vector that is not aligned to its size; a CPU reads it.
         flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     includes = [f"-I{folder}" for folder in (EMULATOR, torch_folder / "include")]
     links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]

@@ -21,28 +21,28 @@ EMULATED = os.environ.get("LCW_OPS_EMULATED_LIBRARY")
 if EMULATED:
     torch.ops.load_library(EMULATED)
 elif DEVICE.type != "cuda":
-    pytest.skip("no GPU asked for; test_cuda_emulated.py starts a process that does without", allow_module_level=True)
+    pytest.skip("no GPU requested; test_cuda_emulated.py starts a process that needs none", allow_module_level=True)
 
 namespace = torch.ops.lcw_ops
 OPS = Ops(namespace.gradient_activation_.cuda, namespace.activated_sgd_step_.cuda, namespace.activated_adamw_step_.cuda)
 
-on_gpu = pytest.mark.skipif(bool(EMULATED), reason="the emulator has no streams, graphs, or memory for so much")
+on_gpu = pytest.mark.skipif(bool(EMULATED), reason="the emulator has no streams, no graphs, and too little memory")
 
 
 @pytest.fixture
 def counters_on_device(monkeypatch):
-    """The emulator's GPU has the CPU's memory: it is told which it is."""
+    """The emulated GPU shares the CPU's memory, so a variable says that the counters are on the GPU."""
     monkeypatch.setenv("LCW_OPS_EMULATED_STEPS_ON_GPU", "1")
 
 
 class TestCuda(GradientActivationKernels):
     ops = OPS
-    # CUDA's own functions: at most 2, and four roundings of half a unit, which may be a whole one below a power of 2.
+    # CUDA's own functions err by at most 2. Four roundings add half a unit each, a whole one below a power of 2.
     most_ulp = 4.0
 
 
 def test_more_tensors_than_a_launch_takes(device):
-    """Several launches: of f, of SGD and of AdamW."""
+    """f, SGD and AdamW each take several launches."""
     tensors = [torch.full((3,), float(i), device=device) for i in range(600)]
     OPS.activate(tensors, "log", 1.0, 1.0)
     for i, tensor in enumerate(tensors):
@@ -52,7 +52,7 @@ def test_more_tensors_than_a_launch_takes(device):
 
 
 def test_any_order_of_dimensions(device):
-    """Dense, but transposed or channels last: the same memory, element for element."""
+    """Dense tensors, transposed or channels last, give the same memory, element for element."""
     for view in (lambda t: t.view(30, 40).t(), lambda t: t.view(2, 10, 6, 10).permute(0, 3, 1, 2)):
         case, plain = (SgdCase((1200,), torch.float32, device, behind=(1, 1, 1)) for _ in range(2))
         for name in ("params", "grads", "buffers"):
@@ -65,7 +65,7 @@ def test_any_order_of_dimensions(device):
 
 
 def arguments(device, **lists):
-    """Of AdamW's step with amsgrad, two parameters; ``lists`` instead of its own."""
+    """AdamW's step with amsgrad and two parameters; ``lists`` replace those made here."""
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
     own = {name: [torch.ones(4, 3, device=device), torch.ones(5, device=device)] for name in names}
     own["state_steps"] = [torch.tensor(1.0), torch.tensor(1.0)]
@@ -91,7 +91,7 @@ BAD_LISTS = {
 }
 
 
-# Tensors that the caller can lay out in another way make the answering ops say no; the rest is an error of both.
+# If the caller can mend the tensors, the try_ ops return False. All other cases raise in both forms.
 ANSWERED = ("another dtype", "another shape", "other strides", "integers", "gaps", "overlapping")
 
 
@@ -114,7 +114,7 @@ def test_bad_lists_change_nothing(case, device):
         assert all((tensor == 1).all() for tensor in lists[name])
 
 
-def test_the_ops_answer_that_they_took_the_tensors(device):
+def test_the_try_ops_return_true_for_tensors_that_they_take(device):
     tensor, wanted = (torch.full((5,), 0.3, device=device) for _ in range(2))
     OPS.activate([wanted], "tanh", 0.1, 20.0)
     assert namespace.try_gradient_activation_.cuda([tensor], "tanh", 0.1, 20.0) is True
@@ -128,7 +128,7 @@ def test_the_ops_answer_that_they_took_the_tensors(device):
 
 
 def test_tensors_that_share_memory_change_nothing(device):
-    """Two blocks would write there at once."""
+    """Two blocks would write the shared memory at once."""
     base = torch.ones(24, device=device)
     for tensors in ([base[:14], base[12:]], [base, base.view(4, 6)]):
         with pytest.raises(RuntimeError, match="two tensors share memory"):
@@ -152,7 +152,7 @@ def test_a_bad_kind_changes_nothing(device):
 
 @on_gpu
 def test_recorded_in_a_cuda_graph(device):
-    """Replayed on new numbers, with counters that went on."""
+    """The graph is replayed on new numbers. The step counters lie on the GPU."""
     tensors = [gradients(100 + i).to(device, torch.float32) for i in range(300)]
     case = AdamWCase([3000] * 100, torch.float32, device, steps_device=device)
     before = [[tensor.clone() for tensor in tensors] for tensors in case.lists]

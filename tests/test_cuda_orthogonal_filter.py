@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda, on a GPU or on the emulator that test_cuda_emulated.py starts.
 
-Small shapes that reach every path: clusters of every size, tiles of the batch of every height, matrices that stay on
-chip and that stream, rows that the copy engine takes and that it does not.
+Small shapes reach every path: clusters of every size, tiles of the batch of every height, matrices that stay on chip
+and matrices that stream, rows that the copy engine takes and rows that it does not.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ EMULATED = os.environ.get("LCW_OPS_EMULATED_LIBRARY")
 if EMULATED:
     torch.ops.load_library(EMULATED)
 elif DEVICE.type != "cuda":
-    pytest.skip("no GPU asked for; test_cuda_emulated.py starts a process that does without", allow_module_level=True)
+    pytest.skip("no GPU requested; test_cuda_emulated.py starts a process that needs none", allow_module_level=True)
 
-on_emulator = pytest.mark.skipif(not EMULATED, reason="a GPU has the shared memory it has, and no process to fork")
+on_emulator = pytest.mark.skipif(not EMULATED, reason="a GPU's shared memory is fixed, and its process cannot fork")
 RESULTS = ("output", "h0", "weight", "bias", "alpha", "beta", "inputs", "states")
 
 
@@ -35,7 +35,7 @@ def kernel(request, monkeypatch):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """The cluster kernel, or an error."""
+    """Request the cluster kernel, or an error."""
     monkeypatch.setenv("LCW_OPS_CUDA_KERNEL", "cluster")
 
 
@@ -65,7 +65,7 @@ def by_reference(tensors, grad_output, activation, return_states, dtype):
 
 
 def assert_right(tensors, depth, activation="tanh", segment=2, return_states=False):
-    """A few steps of sums of at most 130 terms: at most a hundred roundings of the scale beside eager's own."""
+    """Allow a hundred roundings of the scale beside eager's error: a few steps of sums of at most 130 terms."""
     h0, weight = tensors[:2]
     grad_output = torch.randn((depth + 1, *h0.shape) if return_states else h0.shape, dtype=h0.dtype, device=DEVICE)
     actual = by_kernel(tensors, grad_output, depth, activation, segment, return_states)
@@ -83,7 +83,7 @@ def assert_right(tensors, depth, activation="tanh", segment=2, return_states=Fal
 
 
 def test_as_exact_as_eager(cluster):
-    """The rule of the house, over so many steps and rows that chance evens out."""
+    """Within twice eager's error, over enough steps and rows to even out chance."""
     tensors, grad_output = problem(12, 100, 40), torch.randn(12, 100, device=DEVICE)
     actual = by_kernel(tensors, grad_output, 40, "tanh", 8)
     eager = by_reference(tensors, grad_output, "tanh", False, torch.float32)
@@ -110,8 +110,8 @@ def test_every_size(rows, width, depth, segment, dtype):
         assert_right(problem(rows, width, depth, dtype=dtype), depth, "tanh", segment, return_states)
 
 
-# One, two, four and eight blocks; tiles of 4, 8 and 16 rows, full and not; widths that the copy engine takes (40,
-# 100), that it takes in 32 bits only, and that it does not.
+# One, two, four and eight blocks; tiles of 4, 8 and 16 rows, full and partial; widths that the copy engine takes
+# (40, 100), takes in 32 bits only, or does not take.
 @pytest.mark.parametrize(("width", "rows"), [(31, 17), (40, 5), (40, 9), (64, 21), (99, 3), (100, 5), (130, 1)])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_clusters_and_tiles(cluster, width, rows, weight_dtype):
@@ -136,8 +136,8 @@ def test_weights_in_16_bits_without_clusters(monkeypatch, weight_dtype):
 @pytest.mark.parametrize("kind", ["matrix", "permutation", "per_layer"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kilobytes", [27, 34, 42, 227])
-def test_matrices_that_stay_and_that_pass_through(cluster, monkeypatch, kind, shared, kilobytes):
-    """Four chunks per matrix, and room for two of each, a few more, and all of them."""
+def test_matrices_that_stay_on_chip_and_that_stream(cluster, monkeypatch, kind, shared, kilobytes):
+    """Each matrix has four chunks. There is room for two of them, for a few more, or for all."""
     monkeypatch.setenv("LCW_OPS_EMULATED_SHARED_BYTES", str(kilobytes << 10))
     assert_right(problem(5, 100, 5, shared, kind), 5, segment=3)
 
@@ -152,12 +152,12 @@ def test_no_room_for_a_cluster(cluster, monkeypatch):
 
 
 @pytest.mark.parametrize("without", [("bias",), ("inputs",), ("bias", "inputs")])
-def test_without_what_is_optional(kernel, without):
+def test_without_optional_arguments(kernel, without):
     assert_right(problem(2, 36, 3, without=without), 3)
 
 
 def test_memory_that_starts_anywhere(cluster):
-    """Matrices between two multiples of 16 bytes, which the copy engine refuses."""
+    """The copy engine refuses matrices that do not start at a multiple of 16 bytes."""
     tensors = list(problem(3, 40, 3))
     for index in (1, 3):
         storage = torch.empty(tensors[index].numel() + 1, device=DEVICE)
@@ -166,7 +166,7 @@ def test_memory_that_starts_anywhere(cluster):
 
 
 def test_rows_do_not_depend_on_their_tile(cluster):
-    """The same bits for a row in a tile of 4 and of 16."""
+    """A row has the same bits in a tile of 4 and in a tile of 16."""
     h0, *others, inputs = problem(20, 40, 5, shared=True)
     grad_output = torch.randn(20, 40, device=DEVICE)
     many = by_kernel((h0, *others, inputs), grad_output, 5)
@@ -186,14 +186,14 @@ def test_a_row_that_overflows_leaves_the_others_alone(cluster):
 
 @on_emulator
 @pytest.mark.parametrize("filter", [torch.arange(40) // 2, torch.arange(40) + 1])
-def test_no_permutation_ends_the_kernel(cluster, filter):
-    """Checked before this; but who calls the op past all checks gets an error, not a GPU that waits for ever."""
+def test_a_filter_that_is_not_a_permutation_ends_the_kernel(cluster, filter):
+    """The public function checks filters. A direct call of the op gets an error, not a GPU that waits for ever."""
     _, weight, bias, _, alpha, beta, _ = problem(2, 40, 2)
     child = os.fork()
     if child == 0:
         zeros = torch.zeros(1, 2, 40)
         arguments = (zeros[0], zeros, weight, bias, filter, alpha, beta, None, 2, "tanh", 2)
-        with contextlib.suppress(RuntimeError):  # a C++ check would do as well
+        with contextlib.suppress(RuntimeError):  # a C++ check is as good
             torch.ops.lcw_ops.orthogonal_filter_backward.cuda(*arguments, False, False, False, False, False)
             os._exit(0)
         os._exit(1)

@@ -11,7 +11,7 @@ import torch
 from lcw_ops import cli
 from lcw_ops.jobs import data
 
-# A warning of numpy's is one line more than a command may print.
+# A warning of numpy would be one line more than a command may print.
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -80,8 +80,8 @@ def test_images_of_integers_with_a_constant_pixel(tmp_path):
     assert not loaded.x_train[:, 0].any()
 
 
-def test_constant_features_of_any_size_say_nothing(tmp_path):
-    """The mean of 0.1 over 1000 samples is not 0.1: their deviation is 1e-17, and dividing by it would make noise."""
+def test_constant_features_of_any_size_are_almost_zero(tmp_path):
+    """The rounded mean of 1000 times 0.1 is not 0.1. The deviation is 1e-17, and dividing by it would make noise."""
     x = np.random.default_rng(0).normal(size=(1000, 6))
     x[:, :5] = 0.1, 1e6 + 0.1, -1e-30, 1 / 3, 0.0
     keys = {"x_train": x, "y_train": np.arange(1000) % 2, "y_test": np.arange(1000) % 2}
@@ -91,8 +91,8 @@ def test_constant_features_of_any_size_say_nothing(tmp_path):
         assert part[:, 5].std() == pytest.approx(1, abs=0.01)
 
 
-def test_a_small_test_set_is_right(tmp_path, arrays):
-    """Its labels are classes of the training set, and not fewer than its own samples."""
+def test_a_small_test_set_is_accepted(tmp_path, arrays):
+    """Test labels are classes of the training set. They may exceed the number of test samples."""
     parts = {"x_train": arrays["x"], "y_train": arrays["y"], "x_test": arrays["x"][3:5], "y_test": arrays["y"][3:5]}
     loaded = data.load_npz(save(tmp_path / "a.npz", **parts))
     assert loaded.y_test.tolist() == [3, 4]
@@ -133,7 +133,7 @@ WRONG = {
     "huge labels": (lambda a: {**a, "y": a["y"].astype(np.uint64) + np.uint64(2**63)}, "from 9223372036854775808"),
     "one class": (lambda a: {**a, "y": a["y"] * 0 + 3}, "y has the class 3 alone, expected at least 2 classes"),
     "one sample": (lambda a: {"x": a["x"][:1], "y": a["y"][:1]}, "at least 2"),
-    "a class each": (lambda a: {"x": a["x"], "y": np.arange(50)}, "no two samples of a class"),
+    "a class each": (lambda a: {"x": a["x"], "y": np.arange(50)}, "no class in y has two samples"),
     "pickled": (lambda a: {**a, "x": np.array([[object()]])}, "x is damaged or holds Python objects"),
     "huge integers": (lambda a: {**a, "x": np.array([[2**70]] * 50)}, "x is damaged or holds Python objects"),
     "other names": (lambda a: {"data": a["x"], "labels": a["y"]}, "has the arrays data, labels, expected x_train"),
@@ -198,7 +198,7 @@ def saved_other_zip(path, arrays):
 
 
 def saved_too_large(path, arrays):
-    """A header that promises more than any memory holds."""
+    """A header that announces more data than any memory holds."""
     with zipfile.ZipFile(path, "w") as archive:
         for key in data.WHOLE_KEYS:
             with archive.open(f"{key}.npy", "w") as file:
@@ -242,13 +242,13 @@ def test_unreadable_files(save_as, tmp_path, arrays):
     message = str(raised.value)
     assert message.startswith(f"{path}: ")
     assert UNREADABLE[save_as] in message
-    assert message.endswith("; expected what numpy.savez(path, x=..., y=...) writes")
+    assert message.endswith("; expected a file from numpy.savez(path, x=..., y=...)")
     assert "pickle" not in message
 
 
 @pytest.mark.parametrize("command", ["profile", "train"])
 @pytest.mark.parametrize("case", [*WRONG, *UNREADABLE], ids=lambda case: getattr(case, "__name__", case))
-def test_the_commands_say_it_in_one_line(command, case, tmp_path, arrays, capsys):
+def test_the_commands_report_a_bad_file_in_one_line(command, case, tmp_path, arrays, capsys):
     path, out = tmp_path / "wrong.npz", tmp_path / "out"
     if case in WRONG:
         save(path, **WRONG[case][0](arrays))
@@ -265,20 +265,20 @@ def test_the_commands_say_it_in_one_line(command, case, tmp_path, arrays, capsys
 
 @pytest.mark.parametrize("scale", [1e-307, 1e-200, 1e-20, 1.0, 1e20, 1e37])
 def test_a_spread_of_any_size_is_standardised(scale, tmp_path, arrays):
-    """The square of 1e-200 is 0 in float64: such a feature must not pass for a constant."""
+    """The square of 1e-200 is 0 in float64. Such a feature must not be taken for a constant."""
     reference, scaled = (
         data.load_npz(save(tmp_path / f"{name}.npz", x=arrays["x"] * factor, y=arrays["y"]))
         for name, factor in (("reference", 1.0), ("scaled", scale))
     )
     assert reference.x_train.std() == pytest.approx(1, abs=0.01)
-    # The scaling rounded every value once more, to half a unit in the last place of float64; then both to float32.
+    # The scaling rounds every value once more, by half an ulp of float64. Then both are rounded to float32.
     allowed = 2 * torch.finfo(torch.float32).eps * reference.x_train.abs().max()
     torch.testing.assert_close(scaled.x_train, reference.x_train, rtol=0, atol=allowed.item())
     torch.testing.assert_close(scaled.x_test, reference.x_test, rtol=0, atol=allowed.item())
 
 
 def test_large_constants_are_zero(tmp_path, arrays):
-    """The rounding of their mean is 1e14 and more."""
+    """The mean of such constants is rounded by 1e14 and more."""
     x = arrays["x"].reshape(50, 6).copy()
     x[:, :3] = 1e30 + 1e20, -3e38, 0.1
     loaded = data.load_npz(save(tmp_path / "a.npz", x=x, y=arrays["y"]))
@@ -297,7 +297,7 @@ def test_every_type_of_real_numbers(dtype, tmp_path, arrays):
 
 
 def test_the_least_integer_is_within_range(tmp_path, arrays):
-    """Its absolute value is negative in int64."""
+    """The absolute value of the least integer is negative in int64."""
     x = np.full((50, 1), np.iinfo(np.int64).min)
     x[::2] = 5
     loaded = data.load_npz(save(tmp_path / "a.npz", x=x, y=arrays["y"]))

@@ -1,4 +1,4 @@
-"""lcw_ops.distributed: the recurrence over ranks is one process's, and a rank that fails is no silent hang.
+"""lcw_ops.distributed: the recurrence over ranks equals that of one process, and no rank hangs when another one fails.
 
 Four processes on this machine (gloo) run every case, as a group of four and as two groups of two. Run as a script, this
 file is one of the processes: it stores what it computed, and the tests compare that with the plain module.
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROCESSES = 4
 GROUP_SIZES = (2, 4)
-# Several times what all cases take; a process that waits for another one in vain is ended.
+# In seconds, several times the time of all cases. A process that still waits for another one then is ended.
 TIMEOUT = 300
-# Of the groups in which a rank fails, in seconds.
+# The timeout of the groups in which a rank fails, in seconds.
 PATIENCE = 5
 EXIT_STATUS = 7
 
@@ -100,16 +100,16 @@ CASES = {
 }
 GIVEN_UP = [name for name in CASES if "too strong" in name]
 
-# Ranks in which the filter's frame is another one, or not found.
+# Ranks find different frames of the filter, or none.
 FRAMES = {
-    # From this width on torch's eigenvectors depend on it.
+    # From this width on, torch's eigenvectors depend on the number of threads.
     "dense, a number of threads per rank": {"filter": "haar", "width": 128, "depth": 11},
     "dense, a frame per rank": {"filter": "haar", "c": 3.0},
     "float32, dense, a frame on odd ranks only": {"dtype": torch.float32, "filter": "haar"},
 }
 CASES.update(FRAMES)
 
-# One sweep, or two, of a tolerance that asks for no more: far from the solution, and still the same.
+# A loose tolerance ends after a few sweeps, far from the solution: the ranks must still equal one process.
 LOOSE = {
     "one sweep": {"tolerance": 0.9},
     "two sweeps": {"tolerance": 1e-3},
@@ -120,7 +120,7 @@ LOOSE = {
 
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=3.0, momentum=0.9),
-    # Gradients carry the factor beta.
+    # A small eps, because gradients carry the factor beta.
     "Adam": lambda params: torch.optim.Adam(params, lr=0.01, eps=1e-12),
 }
 
@@ -138,7 +138,7 @@ def split_options(options):
 
 
 def run(module, samples, weights, autocast=False):
-    """The output and every gradient by name; that of the samples under "x"."""
+    """The output and every gradient by name; the samples' gradient is "x"."""
     samples = samples.detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = module(samples)
@@ -156,12 +156,12 @@ def train(module, plain, name, part=slice(None)):
         optimizer.step()
 
 
-# ---- What the processes found
+# ---- Results of the processes
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Of every process, what it stored."""
+    """The results that every process stored."""
     statuses = [0] * (PROCESSES - 1) + [EXIT_STATUS]
     return run_ranks(__file__, tmp_path_factory.mktemp("gloo"), statuses, TIMEOUT, weights_only=False)
 
@@ -198,8 +198,8 @@ def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
             assert actual.shape == right.shape
             if not right.numel():
                 continue
-            # At most twice the error of one process, in sweeps or layer by layer, and for every layer the rounding of
-            # a sum of ``width`` products.
+            # Allow twice the error of one process, in sweeps or layer by layer, plus for every layer the rounding of a
+            # sum of ``width`` products.
             errors = [(kept[key][cut].double() - right).abs().max() for kept in (one, sequential)]
             rounding = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps * mlp.depth * mlp.width**0.5
             allowed = 2 * max(errors) + (rounding + torch.finfo(dtype).eps) * exact[key].abs().max()
@@ -208,7 +208,7 @@ def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
 
 
 def test_ranks_had_different_frames(found):
-    """Which the cases of that name are about. (Those of other numbers of threads are the machine's.)"""
+    """The cases about frames need different ones. (The effect of the number of threads depends on the machine.)"""
     frames = [found[rank][2, "dense, a frame per rank", "frame"] for rank in range(2)]
     assert not torch.allclose(*frames)
     frames = [found[rank][2, "float32, dense, a frame on odd ranks only", "frame"] for rank in range(2)]
@@ -217,7 +217,7 @@ def test_ranks_had_different_frames(found):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in FRAMES])
-def test_what_every_rank_has_is_the_same_to_the_last_bit(found, name, size):
+def test_shared_results_are_the_same_to_the_last_bit_on_every_rank(found, name, size):
     for rank in range(PROCESSES):
         for key, value in found[rank][size, name].items():
             if key not in ("weight", "bias"):
@@ -225,14 +225,14 @@ def test_what_every_rank_has_is_the_same_to_the_last_bit(found, name, size):
 
 
 @pytest.mark.parametrize("name", LOOSE)
-def test_every_sweep_is_one_process_s(found, name, size):
+def test_every_sweep_equals_that_of_one_process(found, name, size):
     mlp = make_mlp(**LOOSE[name])
     samples, weights = make_samples(mlp)
     with solver.record_solves() as solves:
         one = run(mlp, samples, weights)
     exact = run(make_mlp(**{**LOOSE[name], "solver": "sequential", "tolerance": None}), samples, weights)
     assert len(solves) == 2
-    assert (one["output"] - exact["output"]).abs().max() > 1e-13, "converged: nothing is known of single sweeps"
+    assert (one["output"] - exact["output"]).abs().max() > 1e-13, "converged, so single sweeps are not tested"
     for rank in range(PROCESSES):
         result, theirs = found[rank][size, name]
         assert len(theirs) == len(solves)
@@ -240,13 +240,13 @@ def test_every_sweep_is_one_process_s(found, name, size):
             for field in ("direction", "first_layer", "layers", "sweeps", "converged"):
                 assert actual[field] == getattr(expected, field), field
             for field in ("contraction", "residual", "error"):
-                # Changes carry the states' rounding: relative to the states, not to themselves.
+                # Changes carry the states' rounding, which is relative to the states, not to the changes.
                 right = getattr(expected, field)
                 assert actual[field] == pytest.approx(right, rel=1e-4, abs=1e-13, nan_ok=True), field
         for key, right in one.items():
             cut = own_layers(mlp.depth, size, rank) if key in ("weight", "bias") else slice(None)
             error = (result[key] - right[cut]).abs().max()
-            # Two solvers, a rounding for every layer in each.
+            # Each of the two solvers makes one rounding per layer.
             assert error <= 2 * mlp.depth * torch.finfo(torch.float64).eps * right.abs().max(), key
 
 
@@ -272,7 +272,7 @@ def test_ranks_give_up_alike_with_one_warning(found, name, size):
 
 
 def test_a_backward_pass_that_does_not_converge_is_right_too(found, size):
-    """By itself: the states of its forward pass are those of sweeps."""
+    """Only the backward pass is given up: the states of its forward pass come from sweeps."""
     mlp = make_mlp(solver="sequential")
     samples, weights = make_samples(mlp)
     right = run(mlp, samples, weights)
@@ -290,7 +290,7 @@ def test_a_backward_pass_that_does_not_converge_is_right_too(found, size):
             assert (result[key] - expected[cut]).abs().max() <= allowed, key
 
 
-def test_a_weight_that_is_no_number_on_one_rank_is_given_up_by_all(found, size):
+def test_a_nan_weight_on_one_rank_makes_every_rank_give_up(found, size):
     for rank in range(PROCESSES):
         output, messages, solves = found[rank][size, "not a number"]
         assert output.isnan().all()
@@ -304,7 +304,7 @@ def test_ranks_train_to_the_parameters_of_one_process(found, name, filter, dtype
     plain = make_mlp(filter=filter, dtype=dtype, solver="sequential")
     start = deepcopy(plain.state_dict())
     train(plain, plain, name)
-    # Adam divides by what may be near zero: a gradient's rounding comes back relative to its own size.
+    # Adam divides a gradient by its size, which may be near zero, and so magnifies the gradient's rounding.
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-3 if name == "Adam" else 1e-4}[dtype]
     for rank in range(PROCESSES):
         trained = found[rank][size, "trained", name, filter, dtype]
@@ -316,7 +316,7 @@ def test_ranks_train_to_the_parameters_of_one_process(found, name, filter, dtype
             moved = (expected - start[key]).abs().max()
             assert moved > 1e-3, f"{key}: nothing was learned"
             assert (trained[key] - expected).abs().max() <= tolerance * moved, key
-            # Gathered from all ranks, and the same on all of them.
+            # The parameters are gathered from all ranks, and are the same on all of them.
             assert torch.equal(trained[key], found[0][size, "trained", name, filter, dtype][key])
 
 
@@ -344,8 +344,8 @@ def test_a_group_of_one(found):
 # ---- Checkpoints
 
 
-def test_a_checkpoint_is_the_plain_module_s(found, size):
-    """Of a module that was just made: rank 0's parameters, and of each layer its owner's."""
+def test_a_checkpoint_is_that_of_the_plain_module(found, size):
+    """The checkpoint of a new module has rank 0's shared parameters, and each layer's from its owner."""
     for name in ("sigmoid, scales per layer", "bfloat16"):
         expected = make_mlp(**split_options(CASES[name])[2]).state_dict()
         for rank in range(PROCESSES):
@@ -439,7 +439,7 @@ def test_every_rank_raises_alike(found, name, type_name, words, size):
         ("warning", 0, "RuntimeWarning", "did not converge", "rank 0 refused sweeps that do not converge"),
     ],
 )
-def test_a_refusal_on_one_rank_is_every_rank_s(found, name, at, type_name, words, others, size):
+def test_a_refusal_on_one_rank_is_a_refusal_on_every_rank(found, name, at, type_name, words, others, size):
     for rank in range(PROCESSES):
         error = found[rank][size, "error", name]
         expected = (type_name, words) if rank % size == at else ("ValueError", others)
@@ -456,7 +456,7 @@ def test_a_module_is_not_pickled(found, size):
 
 
 def test_after_these_errors_the_group_still_works(found, size):
-    """And layers that one rank alone has frozen do not keep it from the others' backward pass."""
+    """A rank that has frozen its layers still takes part in the others' backward pass."""
     for rank in range(PROCESSES):
         again, gradient = found[rank][size, "afterwards"]
         assert torch.equal(again, found[rank][size, "tanh"]["output"])
@@ -477,14 +477,14 @@ def assert_stopped_answering(error, words):
     assert words in message
     assert "a rank of the process group stopped answering" in message
     assert cause is not None, "the backend's own error is lost"
-    # What a busy machine may add.
+    # A busy machine may add 30 seconds.
     assert seconds < PATIENCE + 30
 
 
 def test_a_rank_that_ends_in_a_forward_pass(found):
     for rank in range(PROCESSES - 1):
         words = f"the all-gather of the states between ranks in sweep 2 failed on rank {rank} of 4"
-        # Who waits only for a living rank finds out from it, up to a collective later.
+        # A rank that waits only for a living rank learns of the failure from it, up to a collective later.
         _, message, *_ = error = found[rank]["ended"]
         assert_stopped_answering(error, words if words in message else f"failed on rank {rank} of 4")
         assert "sweep 2" in message
@@ -537,7 +537,7 @@ class Process:
         self.rank = torch.distributed.get_rank(group)
 
     def distribute(self, mlp):
-        """Of a module whose shared part is right on rank 0 alone."""
+        """Distribute a module whose shared part is right on rank 0 alone."""
         if self.rank:
             with torch.no_grad():
                 for parameter in (*mlp.input_layer.parameters(), *mlp.output_layer.parameters()):
@@ -558,12 +558,12 @@ class Process:
         """The frame that this rank finds in a case."""
         if "without a frame" in name or ("odd ranks" in name and self.rank % 2 == 0):
             return None
-        # Two threads on one core would wait for each other in everything else, too.
+        # Two threads for the frame only: everywhere else, two threads on one core would wait for each other.
         torch.set_num_threads(2 if "number of threads" in name and self.rank == 1 else 1)
         frame = find_frame(filter)
         torch.set_num_threads(1)
         if "a frame per rank" in name:
-            # Pairs of units in another order.
+            # Put the pairs of units into another order.
             pairs = torch.arange(len(filter)).unflatten(0, (-1, 2)).roll(self.rank, 0).flatten()
             basis, inverse, rotation, exact_basis, exact_inverse = frame
             frame = type(frame)(
@@ -598,7 +598,7 @@ class Process:
         with recorded() as (messages, solves), torch.no_grad():
             output = module(make_samples(module)[0])
         self.results[self.size, "not a number"] = output, messages, solves
-        # The adjoint contracts as the states do, so its failure is made: changes that do not get smaller.
+        # The adjoint contracts as the states do, so its failure is forced: its changes do not get smaller.
         module = self.distribute(make_mlp())
         largest = module.group.largest
         module.group.largest = lambda change, what: (
@@ -616,7 +616,7 @@ class Process:
             self.results[self.size, "trained", name, filter, dtype] = module.full_state_dict()
 
     def keep_checkpoints(self):
-        # Pieces of few layers, so that ranges are cut.
+        # Small pieces hold few layers, so that ranges are cut.
         lcw_ops.distributed.module._PIECE_BYTES = 1000
         for name in ("sigmoid, scales per layer", "bfloat16"):
             module = self.distribute(make_mlp(**split_options(CASES[name])[2]))
@@ -702,7 +702,7 @@ class Process:
                 strong(samples)
 
         def replicate():
-            # Ranges of the same length: the wrapper itself refuses others.
+            # Eight layers give ranges of the same length: DistributedDataParallel itself refuses others.
             layers = self.distribute(make_mlp(depth=8))
             nn.parallel.DistributedDataParallel(layers, process_group=self.group)(samples)
 
@@ -771,7 +771,7 @@ def run_in_other_groups(rank, pair, across, alone, results):
 
 
 def fail_at(module, what, fail):
-    """``fail`` instead of the collective that is called so."""
+    """Call ``fail`` in place of the collective whose name ends in ``what``."""
     gather = module.group.gather
 
     def gather_or_fail(own, called):
@@ -829,7 +829,7 @@ def run_process(rank, folder):
     fail_in_pairs(rank, impatient[rank // 2], results)
     dist.barrier()
     end_in_the_group_of_all(rank, impatient_group, results, lambda: torch.save(results, f"{folder}/{rank}.pt"))
-    # The others' failed groups have nothing to say good-bye to.
+    # Exit without a shutdown of the groups: the others' groups have failed.
     os._exit(0)
 
 

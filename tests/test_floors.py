@@ -30,7 +30,7 @@ FLOOR = {name: height for height, names in enumerate(reversed(FLOORS)) for name 
 
 
 def source_files() -> dict[str, Path]:
-    """The file of every module, by the name that it is imported by."""
+    """The file of every module, by the module's import name."""
     files = {}
     for package, folder in (("lcw_ops", "lcw_ops"), ("lcw_ops.kernels", "kernels"), ("lcw_ops.bench", "bench")):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -81,7 +81,7 @@ def unit(module: str) -> str:
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
-    """Some names each of which leads to the next one, and the last one to the first; [] if there are none."""
+    """The names on a cycle: each leads to the next one, the last one to the first. [] if there is no cycle."""
     done: set[str] = set()
 
     def search(path: list[str]) -> list[str]:
@@ -115,7 +115,7 @@ def test_no_modules_import_each_other(imports):
 
 
 def test_no_packages_import_each_other(imports):
-    """On one floor too: nn takes its initialisations from init, so init must not need nn."""
+    """Packages on one floor count too: nn takes its initialisations from init, so init must not need nn."""
     units: dict[str, set[str]] = {name: set() for name in FLOOR}
     for module, targets in imports.items():
         units[unit(module)] |= {unit(target) for target in targets} - {unit(module)}

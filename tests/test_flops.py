@@ -140,7 +140,7 @@ def test_a_users_own_formula_stays(monkeypatch):
 
 
 def test_every_op_with_a_product_inside_has_a_formula():
-    """The others go element by element over weights, gradients or the states of one sweep."""
+    """The other ops go element by element over weights, gradients or the states of one sweep."""
     schemas = (schema.name for schema in torch._C._jit_get_all_schemas())
     ops = {name.removeprefix("lcw_ops::").split(".")[0] for name in schemas if name.startswith("lcw_ops::")}
     assert ops - flops.FORMULAS.keys() == {

@@ -39,7 +39,7 @@ def test_the_order_and_the_time_of_parts():
     assert all(step.seconds <= gpu.PART_SECONDS for _, step in STEPS)
 
 
-def test_what_is_measured_is_measured_whole():
+def test_every_benchmark_is_measured_whole():
     """The shares of a stem's benchmarks add up to all of them, and every stem of the registry has some."""
     shares = {}
     for part, step in STEPS:
@@ -88,7 +88,7 @@ def test_parts_by_name(wanted, expected):
 # ---- Which files run on a GPU ----------------------------------------------------------------------------------------
 
 
-def test_the_rule_is_what_pytest_finds(request):
+def test_the_rule_agrees_with_pytest(request):
     """A file of this run is selected if its tests ask for ``device``, directly or through another fixture."""
     selected = set(gpu.gpu_tests())
     for path in {item.path for item in request.session.items}:
@@ -226,7 +226,7 @@ child.wait()
 
 
 def keeps_running(pid: int) -> bool:
-    """Whether it is there ten seconds later: a signal takes effect only when the process gets a processor."""
+    """Whether the process lives for another ten seconds: it must get a processor before a signal takes effect."""
     deadline = time.monotonic() + 10
     while _is_running(pid):
         if time.monotonic() > deadline:
@@ -324,7 +324,7 @@ def test_an_unknown_part(wanted, hint, capsys):
     assert f"no part is called {wanted!r};{hint} choose from {groups}, a test file's path, or a part that" in line
 
 
-def test_without_what_the_tests_need(monkeypatch, capsys):
+def test_without_the_packages_that_the_tests_need(monkeypatch, capsys):
     find_spec = gpu.importlib.util.find_spec
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "numpy" else find_spec(name))
     monkeypatch.setattr(gpu, "find_card", lambda: pytest.fail("looked for a card"))
@@ -369,7 +369,7 @@ def test_the_smoke_test_runs_every_triton_kernel():
 
 @pytest.fixture
 def one_call(monkeypatch):
-    """The smoke test of one op, with C++ alone."""
+    """Reduce the smoke test to one op, with C++ alone."""
     monkeypatch.setattr(smoke, "cases", lambda device_type: [smoke.case(smoke.calls()[0], device_type)] * 2)
     monkeypatch.setitem(smoke.EXPECTED, "cpu", ("cpp",))
 

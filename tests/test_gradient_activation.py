@@ -143,7 +143,7 @@ def test_near_a_stationary_point_it_is_plain_descent_at_lr_times_alpha_beta(kind
 
 
 def steps_to_escape(mu, start, end, step):
-    """Steps of y <- y + 0.1 step(mu y) from start to end: the saddle F = (x^2 - mu y^2) / 2, x plays no part in y."""
+    """Count steps y <- y + 0.1 step(mu y) from start to end, in y alone, on the saddle F = (x^2 - mu y^2) / 2."""
     y, count = start, 0
     while y < end:
         y, count = y + 0.1 * step(mu * y), count + 1

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ pytestmark = [
 ]
 
 KINDS = ("arctan", "tanh", "log")
-# What csrc/cpu/gradient_functions.h states, in units in the last place of the result.
+# The bounds in csrc/cpu/gradient_functions.h, in units in the last place of the result.
 MAX_ULP = {"arctan": 2.0, "tanh": 3.0, "log": 2.0}
 EXACT = {"arctan": np.arctan, "tanh": np.tanh, "log": lambda x: np.copysign(np.log1p(np.abs(x)), x)}
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -52,7 +53,7 @@ def every_exponent(dtype, each):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_units_in_the_last_place_over_all_numbers(kind, dtype):
     needs_more_digits(dtype)
-    # The bends, where errors are largest, more densely.
+    # Errors are largest at the bends, so the samples are denser there.
     bend = 10.0 ** torch.empty(200_000, dtype=torch.float64).uniform_(-4, 2)
     x = torch.cat([every_exponent(dtype, 2000 if dtype == torch.float32 else 250), bend.to(dtype)])
     assert x.isfinite().all()
@@ -70,14 +71,14 @@ def test_units_in_the_last_place_over_all_numbers(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_16_bits_is_rounded_once(kind, dtype):
     x = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
-    # Every NaN, whatever its digits: rounding must not carry them into an infinity or a number.
+    # Every NaN, whatever its digits: rounding must not turn it into an infinity or a number.
     assert activate(x[x.isnan()], kind).isnan().all()
     x = x[x.isfinite()]
     exact = EXACT[kind](x.double().numpy())
     nearest = torch.from_numpy(exact).abs().to(dtype)
     ulp = torch.nextafter(nearest, torch.full_like(x, torch.inf)).double() - nearest.double()
     error = (activate(x, kind).double() - torch.from_numpy(exact)).abs()
-    # Half a unit, and what float32's own error may take to the other side of the middle.
+    # Half an ulp, plus float32's own error, which may move a value across the midpoint of two numbers.
     allowed = 0.5 * ulp + MAX_ULP[kind] * torch.finfo(torch.float32).eps * torch.from_numpy(exact).abs()
     assert (error <= allowed).all()
 
@@ -85,7 +86,7 @@ def test_every_number_of_16_bits_is_rounded_once(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_no_ordinary_number(kind, dtype):
-    """NaN of either sign stays NaN, an infinity becomes the bound, and zero keeps its sign; anywhere in a vector."""
+    """At every place in a vector, NaN of either sign stays NaN, an infinity becomes the bound, zero keeps its sign."""
     values = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=dtype)
     bound = torch.tensor(BOUND[kind], dtype=torch.float64).to(dtype)
     for shift in range(17):
@@ -100,7 +101,7 @@ def test_what_is_no_ordinary_number(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_element_has_the_same_bits_wherever_it_lies(kind, dtype):
-    """At the start, in the middle or in the rest of a vector, of a tensor or of a list, on one thread or on three."""
+    """The element may start, continue or end a vector, a tensor or a list, on one thread or on three."""
     x = (torch.randn(70_001, dtype=torch.float64) * 10.0 ** torch.empty(70_001).uniform_(-4, 2)).to(dtype)
     with threads(1):
         wanted = activate(x, kind, 0.1, 20.0)
@@ -119,7 +120,7 @@ def test_an_element_has_the_same_bits_wherever_it_lies(kind, dtype):
 
 
 def test_a_thousand_tensors_of_every_dtype():
-    """A list is one range of elements to the threads: none is left out, and none taken twice."""
+    """The threads divide a list as one range of elements. None is left out, and none is taken twice."""
     every = list(itertools.product(range(250), DTYPES))
     gradients = [torch.randn(size, dtype=dtype) for size, dtype in (every[place] for place in torch.randperm(1000))]
     wanted = [activate(gradient, "tanh", 0.3, 4.5) for gradient in gradients]
@@ -130,7 +131,7 @@ def test_a_thousand_tensors_of_every_dtype():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_around_a_tensor_is_written(dtype):
-    """Every start and size around a vector's: the neighbours keep bits that the kernel would change."""
+    """Starts and sizes vary around those of a vector. The neighbours hold bits that the kernel would change."""
     base = torch.full((200,), 0.5, dtype=dtype)
     inside = activate(base, "arctan")[0]
     for start in range(0, 40, 3):
@@ -142,7 +143,7 @@ def test_nothing_around_a_tensor_is_written(dtype):
             assert (whole[start + count :] == 0.5).all()
 
 
-# ---- What the kernel refuses -----------------------------------------------------------------------------------------
+# ---- Arguments that the kernel refuses -------------------------------------------------------------------------------
 
 
 def _refused():
@@ -190,7 +191,7 @@ def test_the_op_answers_that_it_took_the_tensors():
 
 
 def test_a_mistake_is_an_error_in_both_forms():
-    """Arguments that no other layout in memory would mend."""
+    """Another layout in memory would not mend these arguments."""
     x = torch.ones(3)
     for op in (torch.ops.lcw_ops.gradient_activation_, torch.ops.lcw_ops.try_gradient_activation_):
         with pytest.raises(RuntimeError, match="kind is sigmoid; expected arctan, tanh or log"):
@@ -203,13 +204,14 @@ def test_a_mistake_is_an_error_in_both_forms():
 
 
 def test_an_error_inside_a_kernel_is_no_refusal(monkeypatch):
-    """Its words decide nothing, not even "; call ", which once stood for a refusal."""
+    """The words of an error decide nothing, not even "; call ", which once stood for a refusal."""
 
     def fail(*_):
         raise RuntimeError("out of memory; call somebody")
 
     x = torch.ones(3)
-    monkeypatch.setattr(ops._library, "get_overload", lambda *_: fail)
+    for name in (ops.NAME, ops.SGD_STEP):
+        monkeypatch.setattr(getattr(torch.ops.lcw_ops, ops.TRY + name), "cpp", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         F.gradient_activation_([x])
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -251,23 +253,25 @@ def test_an_unknown_kind_is_refused_by_the_op():
 
 
 def test_tensors_of_two_devices():
-    """A list with a meta tensor goes to the meta device's kernel, which does nothing: the others must not be lost."""
+    """The meta device's kernel takes a list with a meta tensor, and does nothing. Other tensors must not be lost."""
     for order in (1, -1):
         x = torch.ones(3)
         F.gradient_activation_([x, torch.ones(2, device="meta")][::order])
         assert torch.equal(x, activate(torch.ones(3), "arctan", 0.1, 20.0))
 
 
-# ---- The way there ---------------------------------------------------------------------------------------------------
+# ---- From Python to the kernel ---------------------------------------------------------------------------------------
 
 
 def test_a_plain_list_is_not_looked_through_in_python(monkeypatch):
-    """A thousand gradients before every step: what the kernel checks is not checked twice."""
+    """Every step may have a thousand gradients, so Python does not repeat the kernel's checks."""
 
     def looked_through(*arguments):
         raise AssertionError("looked through in Python")
 
-    monkeypatch.setattr(F, "_check_gradient_activation", looked_through)
+    monkeypatch.setattr(
+        sys.modules["lcw_ops.functional.gradient_activation"], "_check_gradient_activation", looked_through
+    )
     monkeypatch.setattr(ops, "is_dense", looked_through)
     x = torch.ones(3, 4).t()
     F.gradient_activation_([x, torch.nn.Parameter(torch.ones(3), requires_grad=False), torch.ones(0)])
@@ -293,13 +297,13 @@ def test_versions_are_counted_in_inference_mode_too(inference):
     assert x._version > before
 
 
-# ---- In processes of their own ---------------------------------------------------------------------------------------
+# ---- Regressions and guarded memory ----------------------------------------------------------------------------------
 
 
 GUARDED = pairwise(
     count=(1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000),
     kind=KINDS,
-    # Of SGD: nesterov, maximize, the first step, f on the momentum. AdamW has none of them but the second.
+    # Options of SGD. AdamW is called with fixed ones.
     nesterov=(True, False),
     maximize=(False, True),
     is_first=(False, True),
@@ -310,7 +314,7 @@ GUARDED = pairwise(
 @pytest.mark.parametrize("flush", ["front", "back"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_but_the_arguments_is_touched(flush, dtype):
-    """What a vector too wide would touch is not mapped, and a gradient written to is not writable."""
+    """Too wide a vector would touch memory that is not mapped. A step's gradient is mapped read-only."""
     for count, kind, *options in (case.values() for case in GUARDED):
         x = torch.randn(count).to(dtype)
         guarded = writable_between_guards(x, flush)
@@ -328,7 +332,7 @@ def test_nothing_but_the_arguments_is_touched(flush, dtype):
 @pytest.mark.parametrize("value", [1e39, 1e-50])
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_numbers_that_float32_does_not_hold_are_refused(name, value):
-    """They would turn a gradient of 0 into NaN, or every gradient into 0."""
+    """Such numbers would turn a gradient of 0 into NaN, or every gradient into 0."""
     x = torch.zeros(3)
     with pytest.raises(ValueError, match=rf"gradient_activation_: {name} is .*expected a number from 1\.2e-38"):
         F.gradient_activation_([x], **{name: value})
@@ -351,5 +355,5 @@ def test_parameters_over_the_same_memory_are_stepped_one_after_another():
     ops.sgd_step_(
         "cpp", [p, other], grads, [], 0.5, 0.0, 0.0, 0.0, False, False, False, "gradient", "arctan", 0.1, 20.0
     )
-    # Two steps, of two roundings each and f's.
+    # Two steps, each with two roundings and that of f.
     assert (p.double() - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * expected.abs().max()

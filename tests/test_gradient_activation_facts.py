@@ -1,8 +1,8 @@
-"""What is known about descent with activated gradients: how far a step may go, where it leads, and what equals it.
+"""Facts about descent with activated gradients: how far a step may go, where it leads, and its equivalents.
 
 With K = alpha beta, the slope at 0: F falls for rates below 2 / (L K); a coordinate moves by at most the rate times the
 bound of f; near a stationary point it is plain descent at the rate times K. So the plain optimizer at that rate stands
-beside every figure here: whatever it does too is no merit of the activation. All derived.
+beside every figure here: an effect that it shares is not a merit of the activation. All facts are derived.
 """
 
 import functools
@@ -69,7 +69,7 @@ def on_device(tensor):
 
 
 def descend(make, w, gradient, steps, **options):
-    """The places w, w_1, ..., w_steps; ``gradient`` of a place, or one for each step."""
+    """The places w, w_1, ..., w_steps. ``gradient`` is a function of the place, or a list with one for each step."""
     param = w.clone().requires_grad_()
     optimizer = make([param], **options)
     places = [w]
@@ -102,7 +102,7 @@ def test_descent_is_guaranteed_below_two_over_lk(make, kind, problem, share):
     function, gradient, smoothness = problem()
     lr = share / (smoothness * GAIN)
     for seed in range(5):
-        # Tiny and large gradients: f is the slope K there, and far below it here.
+        # Tiny gradients, where f has the slope K, and large ones, where f is far below that line.
         w = on_device(normal(6, seed=seed) * 10.0 ** (seed - 3))
         places = descend(activated(make, kind), w, gradient, 3, lr=lr)
         for before, after in itertools.pairwise(places):
@@ -114,7 +114,7 @@ def test_descent_is_guaranteed_below_two_over_lk(make, kind, problem, share):
 @way
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_on_the_rate_is_that_of_plain_descent_at_the_rate_times_k(make, kind):
-    """One coordinate of curvature 1, a gradient where f is linear: below 2 / K it falls, above it rises, both alike."""
+    """At curvature 1, where f is linear, both fall below the rate 2 / K and rise above it."""
     w = torch.tensor([1e-9], dtype=torch.float64)
     for share, falls in ((1.98, True), (2.02, False)):
         for optimizer, lr in ((activated(make, kind), share / GAIN), (torch.optim.SGD, share)):
@@ -136,14 +136,14 @@ def test_a_step_moves_a_coordinate_by_at_most_the_rate_times_the_bound(make, kin
     w = torch.linspace(-1, 1, len(HUGE), dtype=torch.float64)
     _, moved = descend(activated(make, kind), w, [g], 1, lr=0.5)
     limit = 0.5 * BOUND[kind]
-    # f by at most 4 ulp, the product and the difference rounded.
+    # f errs by at most 4 ulp. The product and the difference are rounded.
     rounding = 8 * EPS * limit + EPS * w.abs().max()
     steps = (moved - w).abs()
     assert (steps <= limit + rounding).all()
-    # And that far it goes; 1e3 is 20000 of the function's own units, where pi/2 - atan is 1 / 20000.
+    # Large gradients reach the bound: beta 1e3 is 20000, where pi/2 - atan is 1 / 20000.
     assert (steps[2:] >= limit - rounding).all()
     assert (steps[1:] >= limit * (1 - 1e-4)).all()
-    # The plain optimizer at the rate times K goes as far as the gradient says.
+    # The plain optimizer at the rate times K has no such bound.
     _, plain = descend(torch.optim.SGD, w, [g], 1, lr=0.5 * GAIN)
     assert (plain - w).abs()[1] > 1e3 * limit
 
@@ -159,7 +159,7 @@ def test_log_has_no_bound_but_restricts(make):
 @pytest.mark.parametrize("make", WITH_PLACES.values(), ids=WITH_PLACES)
 @pytest.mark.parametrize("kind", BOUND)
 def test_activated_momentum_bounds_every_step(make, kind):
-    """The activation comes last: neither gathered momentum nor weight decay passes the bound."""
+    """The activation comes last: neither gathered momentum nor weight decay exceeds the bound."""
     gradients = [1e6 * on_device(normal(50, seed=seed).abs()) for seed in range(20)]
     w = on_device(normal(50))
     options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
@@ -181,7 +181,7 @@ def test_momentum_of_activated_gradients_gathers_to_the_bound_over_one_minus_mu(
     limit = 0.5 * BOUND[kind] / (1 - 0.9)
     assert steps[0] == pytest.approx(0.1 * limit, rel=1e-12)
     assert all(step <= limit * (1 + 1e-12) for step in steps)
-    # 0.9^200 = 7e-10 is what is left to go.
+    # 0.9^200 = 7e-10 of the way is left.
     assert steps[-1] == pytest.approx(limit, rel=1e-8)
 
 
@@ -258,7 +258,7 @@ def test_saddle_escape_takes_the_steps_of_the_table_and_so_does_the_rate_times_k
 
 @pytest.mark.parametrize(("lr", "steps"), [(0.1, PLAIN_STEPS), (0.1 * GAIN, ACTIVATED_STEPS)])
 def test_saddle_escape_of_plain_descent(lr, steps):
-    """At the rate times K it needs not one step more than with the activation."""
+    """At the rate times K, plain descent needs not one step more than activated descent."""
     assert steps_to_escape(torch.optim.SGD, lr) == steps
 
 
@@ -279,7 +279,7 @@ def test_far_from_the_saddle_the_bound_makes_it_slower_than_the_rate_times_k(mak
 @way
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_no_rate_does_a_steep_wall_and_a_flat_floor(make, kind):
-    """F = x^4 / 4 from x = 3: the plain optimizer is thrown off at the same rate and at the rate times K."""
+    """F = x^4 / 4 from x = 3: the plain optimizer diverges at the same rate and at the rate times K."""
     w = torch.tensor([3.0], dtype=torch.float64)
     places = torch.cat(descend(activated(make, kind), w, lambda w: w**3, 200, lr=0.5))
     assert (places.diff() < 0).all()

@@ -1,7 +1,7 @@
 """F.gradient_activation_ on every backend: values, hostile memory, errors that change nothing, and torch's machinery.
 
-Judged as every backend is: the error against float64 is at most twice that of plain eager torch in the same dtype plus
-one unit in the last place of the result's scale; and in every element, a bound on the relative error.
+The rule of all backends holds: the error against float64 is at most twice that of plain eager torch in the same dtype
+plus one unit in the last place of the result's scale. The relative error of every element has a bound too.
 """
 
 import math
@@ -27,7 +27,7 @@ NAME = "gradient_activation_"
 KINDS = ("arctan", "tanh", "log")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# In units in the last place of f / alpha: what the kernel's docstring states, with the two roundings by alpha and beta.
+# In units in the last place of f / alpha: the kernel's docstring has the bounds, plus two roundings by alpha and beta.
 # A CUDA card divides and exponentiates approximately in float32.
 MAX_ULP = {"cpu": 4.0, "cuda": 6.0}
 
@@ -59,7 +59,7 @@ def assert_as_good_as_eager(result, gradient, kind, alpha, beta):
     wanted = exact(gradient, kind, alpha, beta)
     assert result.dtype == gradient.dtype
     if gradient.dtype == torch.float64:
-        # Eager float64 is the reference itself: it looks exact and is not.
+        # Eager float64 is the reference itself, so its error seems to be zero and is not.
         torch.testing.assert_close(
             result, wanted, rtol=(MAX_ULP[DEVICE_TYPE] + 1) * torch.finfo(torch.float64).eps, atol=0
         )
@@ -68,7 +68,7 @@ def assert_as_good_as_eager(result, gradient, kind, alpha, beta):
 
 
 def random_gradients(shape, dtype, device):
-    """Eight powers of ten on either side of the bend, both signs."""
+    """Ten powers of ten around the bend, with both signs."""
     magnitude = 10.0 ** torch.empty(shape, dtype=torch.float64).uniform_(-7, 3)
     return (magnitude * torch.randn(shape, dtype=torch.float64).sign()).to(device, dtype)
 
@@ -143,7 +143,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_views_that_are_negated_when_read(kind, device):
-    """Memory holds the other sign; the real parts beside are nobody's to change."""
+    """Memory holds the opposite sign. The real parts beside the imaginary ones stay as they are."""
     numbers = torch.complex(*(random_gradients((4, 6), torch.float32, device) for _ in range(2)))
     plain = torch.ones(3, device=device)
     for view in (lambda z: z.conj().imag, lambda z: z.conj().imag.t()[1:, ::2], lambda z: z.conj().imag[:0]):
@@ -170,7 +170,7 @@ def activated_alone(tensor, kind):
 def test_negated_views_share_memory_as_others_do(device):
     base = torch.ones(6, dtype=torch.complex64, device=device)
     view = base.conj().imag
-    with pytest.raises(ValueError, match="lie in the same memory"):
+    with pytest.raises(ValueError, match=r"tensors\[\d\] and tensors\[\d\] share memory"):
         F.gradient_activation_([view, base.imag])
     with pytest.raises(TypeError, match=r"tensors\[1\] is torch.int64"):
         F.gradient_activation_([view, torch.ones(2, dtype=torch.int64)])
@@ -207,7 +207,7 @@ def test_zeros_without_memory_stay_zeros(kind, device):
 
 
 def test_calls_that_are_recorded_keep_the_op_that_raises(backend, device):
-    """A program that is run again on other tensors must not go on where the kernel does not take them."""
+    """A program may run again on other tensors. It must raise if the kernel does not take them."""
     if backend == "reference":
         pytest.skip("plain torch, no op of ours")
 
@@ -339,7 +339,7 @@ def test_two_tensors_of_the_same_memory_change_nothing(views, device):
     shared = SHARED[views](base)
     others = [torch.ones(3, device=device) for _ in range(3)]
     tensors = [others[0], shared[-1], others[1], *shared[:-1], others[2]]
-    with pytest.raises(ValueError, match=r"tensors\[\d\] and tensors\[\d\] lie in the same memory"):
+    with pytest.raises(ValueError, match=r"tensors\[\d\] and tensors\[\d\] share memory"):
         F.gradient_activation_(tensors)
     assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in (base, *others))
 
@@ -368,7 +368,7 @@ def test_disjoint_views_of_the_same_memory(views, device):
 
 
 def test_sharing_is_found_among_random_views(device):
-    """Against a count of every element: what shares is always refused, and parts of a regular grid never are."""
+    """Compared with a count of every element: sharing is always refused, and parts of a regular grid never are."""
     generator = random.Random(0)
     refused = 0
     for _ in range(300):
@@ -390,7 +390,7 @@ def test_sharing_is_found_among_random_views(device):
 
 
 def test_thousands_of_tensors_are_compared_in_no_time():
-    """Every pair of 20,000 would be 2e8 comparisons; columns of one matrix all lie within each other."""
+    """All pairs of 20,000 would be 2e8 comparisons. The address ranges of a matrix's columns all overlap."""
     for tensors in ([torch.ones(1) for _ in range(20_000)], list(torch.ones(2, 20_000).unbind(1))):
         start = time.perf_counter()
         assert find_shared(tensors) is None
@@ -405,7 +405,7 @@ def test_tensors_without_memory_share_none():
 
 
 def test_plain_torch_takes_the_list_in_few_calls(backend, device):
-    """A loop over the tensors spends more on calls than on arithmetic."""
+    """A loop over the tensors would spend more time on calls than on arithmetic."""
     if backend != "reference":
         pytest.skip("about the reference backend")
     gradients = [torch.ones(3, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16) * 64]
@@ -482,7 +482,7 @@ def test_opcheck(backend, device):
     tensors = [torch.randn(5, 7, device=device), torch.randn(4, 6, device=device).t()]
     torch.library.opcheck(overload, (tensors, "arctan", 0.1, 20.0))
     if backend == "triton":
-        # Of no tensors the dispatcher cannot tell the device that a compiled kernel belongs to.
+        # Without tensors, the dispatcher cannot tell which device's kernel to call.
         torch.library.opcheck(overload, ([], "arctan", 0.1, 20.0))
 
 

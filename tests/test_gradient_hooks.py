@@ -1,4 +1,4 @@
-"""activate_gradients and register_gradient_hook: once per gradient, whatever optimizer, closure, copy or scaler."""
+"""activate_gradients and register_gradient_hook: once per gradient, with any optimizer, closure, copy or scaler."""
 
 import contextlib
 import copy
@@ -39,7 +39,7 @@ def set_gradients(params):
 
 
 def still(params, kind=torch.optim.SGD, **options):
-    """An optimizer that moves nothing: what a step leaves is the activated gradient."""
+    """An optimizer of rate 0: its step changes the gradients only."""
     return kind(params, lr=0.0, **options)
 
 
@@ -80,7 +80,7 @@ def test_any_optimizer_steps_on_activated_gradients(make, kind):
         assert torch.equal(param, other)
 
 
-def test_once_per_step_on_what_all_backwards_added_up():
+def test_once_per_step_on_the_sum_of_all_backward_passes():
     params = make_params()
     optimizer = still(params)
     lcw_ops.activate_gradients(optimizer)
@@ -118,7 +118,7 @@ def test_neither_hook_nor_handle_keeps_the_optimizer():
     handle.remove()
 
 
-def test_params_are_a_choice():
+def test_params_select_the_parameters_to_activate():
     params = make_params()
     optimizer = still(params)
     lcw_ops.activate_gradients(optimizer, params=(param for param in [params[1], params[1]]))
@@ -128,7 +128,7 @@ def test_params_are_a_choice():
     assert_gradients(params, [gradients[0], f(gradients[1]), f(gradients[2], "tanh")])
 
 
-def test_groups_overrule():
+def test_settings_of_a_group_overrule():
     params = make_params((2,), (3,), (4,), (5,))
     overrides = [{}, {"activate_gradients": False}, {"activate_gradients": {"kind": "log"}}]
     groups = [{"params": [param], **one} for param, one in zip(params, overrides, strict=False)]
@@ -232,7 +232,7 @@ def test_gradients_that_share_memory_are_activated_once(settings):
     params = make_params(*[view.shape for view in views], (4,))
     for param, view in zip(params, views, strict=False):
         param.grad = view
-    # The very same tensor, and in another group.
+    # A parameter of another group has the very same tensor as its gradient.
     params[-1].grad = params[3].grad
     expected.append(f(flat[:4], beta=settings.get("activate_gradients", {}).get("beta", 20.0)))
     expected[3] = expected[0]
@@ -246,7 +246,7 @@ def test_gradients_that_share_memory_are_activated_once(settings):
 def test_a_gradient_shared_with_a_parameter_that_is_left_out_stays_as_it_is_there(left_out):
     params, gradient = make_params((4,), (4,), (3, 2)), torch.randn(4)
     params[0].grad = params[1].grad = gradient.clone()
-    # What is left out may be sparse.
+    # A parameter that is left out may have a sparse gradient.
     params[2].grad = torch.sparse_coo_tensor([[1]], [[1.0, 2.0]], (3, 2), check_invariants=True)
     by_group = left_out == "by its group"
     groups = [{"params": params[:1]}, {"params": params[1:], **({"activate_gradients": False} if by_group else {})}]
@@ -329,7 +329,7 @@ def make_subclass(base):
 
 @pytest.fixture(params=["torch's", "ours"])
 def base(request):
-    """A class of its own, whose step torch has not wrapped: it wraps each once in a process."""
+    """A new class, whose step torch has not wrapped: torch wraps that of each class once in a process."""
 
     class Base(torch.optim.SGD if request.param == "torch's" else optim.SGD):
         def __init__(self, params, lr=0.0):
@@ -345,7 +345,7 @@ def base(request):
 @pytest.mark.parametrize("parent_first", [False, True])
 def test_a_step_within_a_step_activates_once(base, parent_first, closure):
     params, own = make_params(), make_subclass(base)
-    # Every class of which there has been an optimizer runs the hooks around its step.
+    # A class runs the hooks around its step once it has had an optimizer.
     if parent_first:
         base(make_params())
     optimizer = own(params)
@@ -372,7 +372,7 @@ def test_a_step_within_a_step_activates_once(base, parent_first, closure):
             assert_gradients(params, map(f, gradients))
 
 
-def test_an_optimizer_stepped_by_another_is_no_step_within_a_step():
+def test_an_optimizer_stepped_by_another_is_not_a_step_within_a_step():
     params, others = make_params(), make_params()
     inner = still(params)
 
@@ -391,7 +391,7 @@ def test_an_optimizer_stepped_by_another_is_no_step_within_a_step():
         assert_gradients(others, map(f, other_gradients))
 
 
-def test_what_stands_before_the_closure_is_no_closure():
+def test_an_argument_before_the_closure_is_not_the_closure():
     class Own(torch.optim.SGD):
         def step(self, zero=False, closure=None):
             self.seen = zero
@@ -424,7 +424,7 @@ def test_what_stands_before_the_closure_is_no_closure():
 
 
 class Forwarding:
-    """Looks like an instance of the class inside, and answers with the inner one's attributes."""
+    """Looks like an instance of the inner optimizer's class, and forwards to its attributes."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -438,10 +438,10 @@ class Forwarding:
 
 
 class OwnHooks(torch.optim.Optimizer):
-    """Has dictionaries for hooks, which nothing runs: torch's constructor, which would see to it, is left out."""
+    """Has dictionaries for hooks that nothing runs, because it skips torch's constructor."""
 
     def __new__(cls, inner):
-        # A class of its own: torch's zero_grad wraps the step of the class.
+        # A new class: torch's zero_grad wraps the step of the class.
         return super().__new__(type("OwnHooks", (OwnHooks,), {}))
 
     def __init__(self, inner):
@@ -454,7 +454,7 @@ class OwnHooks(torch.optim.Optimizer):
 
 
 class Delegating(torch.optim.Optimizer):
-    """Has nothing of its own but methods."""
+    """Has methods, but no state of its own."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -482,7 +482,7 @@ def post_local_sgd(inner):
 
 
 class Listing(torch.optim.Optimizer):
-    """Has its optimizers in a list."""
+    """Keeps its optimizers in a list."""
 
     def __init__(self, *inner):
         self.inner = list(inner)
@@ -505,7 +505,7 @@ WRAPPERS = {
 
 
 class Around(torch.optim.Optimizer):
-    """Runs hooks of its own before the steps of the one inside."""
+    """Runs hooks of its own before the steps of the optimizer inside."""
 
     def __init__(self, inner):
         super().__init__(inner.param_groups, {})
@@ -543,7 +543,7 @@ def test_a_closure_passes_through_a_wrapper(wrap):
 
 @pytest.mark.parametrize("zero_first", [False, True])
 def test_a_wrapper_whose_step_is_wrapped_later_activates_once(zero_first):
-    """torch's zero_grad sees to it that the class' step runs hooks, if the constructor has not."""
+    """torch's zero_grad makes the step of the class run hooks, if the constructor has not."""
     params = make_params()
     optimizer = OwnHooks(still(params))
     if zero_first:
@@ -651,7 +651,7 @@ def test_activation_twice_is_noticed_at_the_step_where_it_could_not_be_before(by
 
 
 class Stepping(torch.optim.Optimizer):
-    """Keeps no optimizer where anybody looks, only a function that steps one."""
+    """Hides its optimizer: keeps only a function that steps one."""
 
     def __init__(self, params, step_inside):
         super().__init__(params, {})
@@ -727,7 +727,7 @@ def test_two_optimizers_may_step_the_same_parameters_in_turn():
 
 
 def test_hooks_that_a_wrapper_forwards_run_once():
-    """The step of its class runs hooks, but finds those of the optimizer inside."""
+    """The step of the wrapper's class runs hooks, but finds those of the optimizer inside."""
     params = make_params()
     optimizer = Forwarding(optim.SGD(params, lr=0.0, gradient_activation=None))
     torch.optim.Optimizer._patch_step_function(optimizer)
@@ -737,7 +737,7 @@ def test_hooks_that_a_wrapper_forwards_run_once():
     assert_gradients(params, map(f, gradients))
 
 
-def test_what_holds_no_single_optimizer_of_its_parameters_is_refused():
+def test_a_wrapper_without_a_single_optimizer_of_its_parameters_is_refused():
     params = make_params()
     one, other = still(params[:1]), still(params[1:])
     with pytest.raises(TypeError, match=r"Give optimizer\.inner\[0\] and optimizer\.inner\[1\], each in a call"):
@@ -766,7 +766,7 @@ def test_an_optimizer_inside_that_knows_its_wrapper_is_found():
 
 
 @pytest.mark.parametrize("calls_before", [False, True])
-def test_a_step_that_a_class_has_got_since_runs_the_hooks(calls_before):
+def test_a_step_assigned_to_the_class_later_runs_the_hooks(calls_before):
     class Own(torch.optim.SGD):
         def step(self, closure=None):
             raise AssertionError("replaced")
@@ -793,7 +793,7 @@ def test_a_scheduler_that_replaces_step_changes_nothing(wrap, inside):
     params = make_params()
     inner = still(params)
     optimizer = wrap(inner)
-    # It puts its own step into the instance, and counts.
+    # The scheduler puts a step that counts into the instance.
     scheduler = torch.optim.lr_scheduler.StepLR(inner if inside else optimizer, 5)
     lcw_ops.activate_gradients(optimizer)
     for _ in range(2):
@@ -817,7 +817,7 @@ def test_copies_of_a_wrapper_act_on_their_own_parameters(copied):
 
 
 def test_gradients_that_a_step_writes_itself_can_be_written_before_as_documented():
-    """As in Horovod: two processes' gradients are averaged in step(), or before it by hand."""
+    """As in Horovod, the gradients of two processes are averaged in step(), or by hand before it."""
 
     class Averaging(torch.optim.SGD):
         is_skipped = False
@@ -863,7 +863,7 @@ def test_copies_act_on_their_own_parameters(copied, order):
     originals = [nn.Linear(3, 2), None, None]
     originals[1] = still(originals[0].parameters(), torch.optim.SGD)
     originals[2] = lcw_ops.activate_gradients(originals[1], "tanh", params=[originals[0].weight])
-    # In any order: whichever is met first is put together around the others.
+    # The order decides which object is rebuilt first, and with it the others.
     found = dict(zip(order, copied([originals[index] for index in order]), strict=True))
     model, optimizer, handle = (found[index] for index in range(3))
     assert type(optimizer) is torch.optim.SGD
@@ -885,7 +885,7 @@ def test_copies_act_on_their_own_parameters(copied, order):
 @pytest.mark.parametrize("copied", [*COPIES.values(), copy.copy], ids=[*COPIES, "copy"])
 def test_an_optimizer_copied_alone_keeps_its_activation_and_its_overrides(copied):
     optimizer = still([{"params": make_params((3,)), "activate_gradients": {"beta": 2.0}}])
-    # A hook that cannot be pickled: torch leaves such behind, and so do we.
+    # This hook cannot be pickled. torch leaves hooks out of copies, and so do we.
     optimizer.register_step_pre_hook(lambda *_: None)
     lcw_ops.activate_gradients(optimizer)
     twin = copied(optimizer)
@@ -899,7 +899,7 @@ def test_an_optimizer_copied_alone_keeps_its_activation_and_its_overrides(copied
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]], ids=str)
-def test_copies_of_what_has_ended_have_ended(copied, order):
+def test_copies_of_a_removed_activation_are_removed(copied, order):
     originals = [still(make_params()), None]
     originals[1] = lcw_ops.activate_gradients(originals[0])
     originals[1].remove()
@@ -978,7 +978,7 @@ def test_state_dict_is_torchs():
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_gradients_are_unscaled_before_and_once(fused, unscale):
+def test_gradients_are_unscaled_before_the_activation_and_once(fused, unscale):
     params = make_params()
     others = [nn.Parameter(param.detach().clone()) for param in params]
     optimizer = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], 0.1, fused=fused)
@@ -1001,7 +1001,7 @@ def test_gradients_are_unscaled_before_and_once(fused, unscale):
         assert torch.equal(param, other)
 
 
-def test_all_gradients_of_a_fused_optimizer_are_unscaled_before():
+def test_all_gradients_of_a_fused_optimizer_are_unscaled_before_the_activation():
     params = make_params()
     optimizer = still(params, fused=True)
     lcw_ops.activate_gradients(optimizer)
@@ -1025,7 +1025,7 @@ def test_an_overflow_skips_the_step(fused):
     assert scaler.get_scale() == 2.0**99
     for param, old in zip(params, before, strict=True):
         assert torch.equal(param, old)
-        # Untouched, where the step was not even called.
+        # The gradient is untouched if the step was not even called.
         assert fused or param.grad.isinf().all()
 
 
@@ -1139,7 +1139,7 @@ def test_arguments_are_checked(arguments, error, match):
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_what_is_no_optimizer_is_refused():
+def test_an_object_that_is_not_an_optimizer_is_refused():
     with pytest.raises(TypeError, match=r"optimizer is a Linear; expected a torch\.optim\.Optimizer"):
         lcw_ops.activate_gradients(nn.Linear(2, 2))
 
@@ -1161,7 +1161,7 @@ def test_overrides_are_checked_at_once_and_at_every_step(override):
 
 @pytest.fixture
 def checked(monkeypatch):
-    """The numbers that are checked."""
+    """A list of the numbers that are checked."""
     from lcw_ops import _checks as checks
 
     values, check = [], checks.check_positive_float32
@@ -1181,7 +1181,7 @@ def test_numbers_are_checked_only_where_they_have_changed(checked):
         optimizer.step()
         assert_gradients(params[:2], [f(gradients[0], beta=2.0), f(gradients[1], beta=3.0)])
     assert not checked
-    # In the same dictionary, in a new one, and in a new group.
+    # The number changes in the same dictionary, in a new one, and in a new group.
     optimizer.param_groups[0]["activate_gradients"]["alpha"] = 0.7
     optimizer.param_groups[1]["activate_gradients"] = {"kind": "tanh"}
     optimizer.add_param_group({"params": params[2:], "activate_gradients": {"beta": 5.0}})
@@ -1219,7 +1219,7 @@ def test_overrides_are_checked_when_they_are_loaded():
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
-def test_twice_is_refused():
+def test_activating_twice_is_refused():
     params = make_params()
     optimizer = still(params)
     lcw_ops.activate_gradients(optimizer, params=params[:2])
@@ -1281,7 +1281,7 @@ def test_two_backward_passes_activate_twice_as_documented():
     assert_gradients(module.parameters(), [f(f(a) + b) for a, b in zip(first, second, strict=True)])
 
 
-def test_shared_parameters_once():
+def test_shared_parameters_are_activated_once():
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
     lcw_ops.register_gradient_hook(module)
@@ -1293,7 +1293,7 @@ def test_shared_parameters_once():
 
 @pytest.fixture
 def conversion(request):
-    """Sets torch's switches for what a conversion does with parameters."""
+    """Sets torch's switches for the way a conversion treats parameters."""
     switches = {
         "overwrite": torch.__future__.set_overwrite_module_params_on_conversion,
         "swap": torch.__future__.set_swap_module_params_on_conversion,
@@ -1416,7 +1416,7 @@ def test_parameters_that_take_the_place_of_others_are_activated_once(replace, co
     module.zero_grad()
     backward(module, gradients)
     assert_gradients(module.parameters(), gradients)
-    # Nothing follows any more, and those that were replaced are left alone too.
+    # No hook follows a replacement any more, and replaced parameters are left alone too.
     replace(nn.Sequential(*module) if len(module) == 2 else module[:2])
     for param in [*kept, *module.parameters()]:
         assert not param._post_accumulate_grad_hooks
@@ -1607,7 +1607,7 @@ def test_a_compiled_module_is_activated_before_and_after_a_conversion(conversion
         assert_gradients(module.parameters(), [f(x.sum(0, keepdim=True)), f(torch.full((1,), 3.0, dtype=dtype))])
 
 
-def test_state_dicts_pass_by_the_hooks():
+def test_loading_a_state_dict_keeps_the_hooks():
     module = nn.Linear(3, 4)
     lcw_ops.register_gradient_hook(module)
     module.load_state_dict(nn.Linear(3, 4).state_dict())
@@ -1633,7 +1633,7 @@ def test_gradients_with_a_graph_are_refused_in_backward():
 
 
 def test_distributed_data_parallel_is_refused_at_any_depth():
-    # No process group here, which its constructor asks for; the class is what is looked at.
+    # The constructor would need a process group. The check looks at the class only.
     wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapped)
     wrapped.module = nn.Linear(2, 2)
@@ -1651,7 +1651,7 @@ def test_compiled_autograd_runs_the_hooks():
     assert_gradients(module.parameters(), map(f, gradients))
 
 
-def test_what_cannot_be_hooked_is_refused():
+def test_modules_that_cannot_be_hooked_are_refused():
     module = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="module is a list"):
         lcw_ops.register_gradient_hook(list(module.parameters()))

@@ -1,4 +1,4 @@
-"""GmP directions against the definition, the metric of the sphere, and finite differences: at the poles as elsewhere.
+"""GmP directions against the definition, the metric of the sphere, and finite differences, at the poles too.
 
 W. Chen, H. Ge, NeurIPS 2024. Float64 tolerances count roundings; random angles come from seeded Gaussian rows.
 """
@@ -155,7 +155,7 @@ def test_backward_recurrence_is_the_vector_jacobian_product(m):
     t = hypersphere_angles(normal(6, m)).requires_grad_()
     g = normal(6, m, seed=1)
     (autograd,) = torch.autograd.grad((hypersphere_direction(t) * g).sum(), t)
-    # The math file measures 9e-16; T_1 = <g, u> is of size 1 and the sums of sqrt(m) size carry log2(m) roundings.
+    # Measured: 9e-16. T_1 = <g, u> is of size 1 and the sums of sqrt(m) size carry log2(m) roundings.
     torch.testing.assert_close(hypersphere_direction_backward(g, t), autograd, atol=32 * EPS, rtol=0)
 
 
@@ -243,8 +243,8 @@ def test_float32_error_grows_only_like_the_root_of_the_fan_in():
     back = hypersphere_direction_backward(g, t.double())
     u_error = (hypersphere_direction(t).double() - u).norm() / u.norm()
     back_error = (hypersphere_direction_backward(g.float(), t).double() - back).norm() / back.norm()
-    # Each of up to m sines is off by at most half an ulp of 1, 2^-24, at random: 4.0e-6. The math file measured 3e-6
-    # and 2.7e-6.
+    # Each of up to m sines is off by at most half an ulp of 1, 2^-24, at random: 4.0e-6. Measured: 3e-6 and
+    # 2.7e-6.
     assert u_error < math.sqrt(m) * 2**-24
     assert back_error < math.sqrt(m) * 2**-24
 
@@ -255,7 +255,7 @@ def test_every_dtype_is_computed_in_float32_or_better(dtype):
     u = hypersphere_direction(t)
     exact = hypersphere_direction(t.double())
     assert u.dtype == dtype
-    # 33 float32 roundings, and one of the result's own dtype; the smallest float16 is 2^-24, half of it can go.
+    # 33 roundings in float32 and one in the result's dtype. The smallest float16 is 2^-24; half of it may be lost.
     bound = 33 * torch.finfo(torch.float32).eps * (dtype != torch.float64) + torch.finfo(dtype).eps * exact.abs()
     assert ((u.double() - exact).abs() <= bound + 33 * EPS + 2**-25 * (dtype == torch.float16)).all()
     for out in (

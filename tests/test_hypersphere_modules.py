@@ -1,4 +1,4 @@
-"""GmP, weight-norm and input-mean-norm layers: torch's arguments and conversions, against float64; never stale."""
+"""GmP, weight-norm and input-mean-norm layers: torch's arguments, conversions, float64 results, no stale weights."""
 
 import copy
 import inspect
@@ -66,7 +66,7 @@ def test_gmp_convolutions_take_torchs_arguments(activation, rank, options):
     )
     assert_exact(draw, formula, ("angles", "radius", "location"), eager_formula=as_computed)
     layer, x = draw(torch.float32)
-    # Without a batch: the same products, maybe summed in another order: m of them below 4 x 4, and a radius below 4.
+    # Without a batch the order of the sums may differ: m products below 4 x 4, times a radius below 4.
     fan_in = layer.angles.shape[1] + 1
     torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=0, atol=2 * 4 * fan_in * 16 * 2**-23)
     assert layer.extra_repr() == f"{plain.extra_repr()}, activation={activation}"
@@ -228,7 +228,7 @@ def test_autocast(training):
 
 
 def layers_of_one_input(activation, **options):
-    """One of each, with its input."""
+    """One layer of each kind, with its input."""
     options["activation"] = activation
     made = [
         (nn.GmPLinear(1, 9, **options), (4, 1)),
@@ -281,7 +281,7 @@ def test_relus_of_one_input_fire_to_both_sides():
             # 800 fair coins: five standard errors.
             assert (made.sign < 0).double().mean().item() == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 800))
             assert (made.radius > 0).all()
-    # Every boundary begins at 0, and then lies at -location * u.
+    # Every boundary starts at 0, and then lies at -location * u.
     x = torch.tensor([[-1.0], [1.0]])
     assert torch.equal(layer(x) > 0, x * layer.sign > 0)
     torch.nn.init.normal_(layer.location)
@@ -293,12 +293,12 @@ def test_relus_of_one_input_fire_to_both_sides():
 
 
 def test_a_layer_of_one_input_bends_to_both_sides():
-    """|x| is a ReLU to the right and one to the left: one layer of GmP and sums of its units learn it."""
+    """|x| is a ReLU to the right plus one to the left, so sums of the units of one GmP layer can be |x|."""
     layer = nn.GmPLinear(1, 16, "relu", dtype=torch.float64)
     x = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None]
     hidden = layer(x).detach()
     solution = torch.linalg.lstsq(hidden, x.abs(), driver="gelsd").solution
-    # Sums of 16 products below 2 x 1, from a solution as exact as that.
+    # Sums of 16 products below 2 x 1. The solution is as exact as these sums.
     torch.testing.assert_close(hidden @ solution, x.abs(), rtol=0, atol=16 * 16 * 2 * EPS)
 
 
@@ -311,7 +311,7 @@ def test_signs_are_state_but_not_trained(how):
         assert [name for name, _ in layer.named_parameters()] == ["angles", "radius", "location"][: 2 + is_biased]
         assert not layer.requires_grad_(True).sign.requires_grad
         layer(x).sum().backward()
-        # An empty one: whoever waits for every parameter's gradient, as DistributedDataParallel, gets it.
+        # The gradient is empty, but exists: DistributedDataParallel waits for that of every parameter.
         assert layer.angles.grad.shape == (9, 0)
         if how == "state dict":
             assert not torch.equal(other.sign, layer.sign)
@@ -320,7 +320,7 @@ def test_signs_are_state_but_not_trained(how):
             other = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
         assert torch.equal(other.sign, layer.sign)
         assert torch.equal(other(x), layer(x))
-        # Of several inputs: nothing new.
+        # The state of a layer of several inputs has no sign.
         wide = nn.GmPLinear(2, 9) if x.shape[-1] == 1 else nn.GmPConv1d(2, 9, 1)
         assert list(wide.state_dict()) == ["angles", "radius", "location"]
 
@@ -372,11 +372,11 @@ def test_units_of_one_input_under_autocast_compile_and_func(activation):
         flipped = {name: torch.stack([p, -p]) for name, p in layer.state_dict().items() if name == "sign"}
         both = torch.vmap(partial(torch.func.functional_call, layer), in_dims=(0, None))(flipped, (x,))
         layer.sign.neg_()
-        # A product and a sum of numbers below 5, times one.
+        # A product and a sum of numbers below 5, times a number below 5.
         torch.testing.assert_close(both, torch.stack([output, layer(x)]), rtol=0, atol=3 * 25 * 2**-23)
 
 
-def test_a_layer_of_one_input_says_what_does_not_fit():
+def test_a_layer_of_one_input_names_arguments_that_do_not_fit():
     layer, x = nn.GmPLinear(1, 3, "relu"), torch.randn(2, 1)
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
@@ -469,7 +469,7 @@ def test_single_weights_are_converted_exactly(activation, dtype):
         assert layer.sign.tolist() == [-1, 1, -1, 1, 1]
         assert layer.radius.tolist() == [0.75, 1.5, 3, 0, 0]
         assert torch.equal(layer.effective_weight().view(5, 1), plain.weight)
-        # A sign changes no digit: one rounding, of the product, as in the plain layer.
+        # A sign changes no digit, so only the product is rounded, as in the plain layer.
         assert torch.equal(outputs, expected)
         assert layer.sign.dtype == dtype
     on_meta = nn.GmPLinear.from_linear(torch.nn.Linear(1, 3, device="meta"), activation)
@@ -501,13 +501,13 @@ def test_zero_rows_of_a_trained_layer():
     with torch.no_grad():
         plain.weight[1] = 0
         plain.bias[1] = 0
-    # u = (1, 0, 0) of the zero row: its ReLU fires on the first sample.
+    # The zero row gets u = (1, 0, 0): its ReLU fires on the first sample.
     x = torch.cat([torch.ones(1, 3), torch.randn(5, 3)])
     for made in (nn.GmPLinear.from_linear(plain), nn.GmPLinear.from_linear(plain, "relu")):
         assert made.radius[1] == made.location[1] == 0
         assert not made.angles[1].any()
         assert not made(x)[:, 1].any()
-        # It is not dead: the radius still moves it.
+        # The unit is not dead: its radius has a gradient.
         made(x)[0, 1].backward()
         assert made.radius.grad[1] != 0
     normed = nn.WeightNormLinear.from_linear(plain)
@@ -517,7 +517,7 @@ def test_zero_rows_of_a_trained_layer():
         plain.bias[1] = -2
     never_fires = nn.GmPLinear.from_linear(plain, "relu")
     assert never_fires.radius[1] == never_fires.location[1] == 0
-    # 3 products below 4, a handful of roundings each.
+    # 3 products below 4, each with a handful of roundings.
     torch.testing.assert_close(never_fires(x), plain(x).relu(), rtol=0, atol=3 * 4 * 8 * 2**-23)
     torch.testing.assert_close(nn.WeightNormLinear.from_linear(plain)(x), plain(x), rtol=0, atol=3 * 4 * 8 * 2**-23)
 
@@ -570,8 +570,8 @@ class Doubled(torch.nn.Module):
         return 2 * tensor
 
 
-def test_what_a_layer_applies_is_converted():
-    """The weight after a constraint or a parametrization, not the one that is trained."""
+def test_the_weight_that_a_layer_applies_is_converted():
+    """The weight is converted after its constraint or parametrization, not as it is trained."""
     x = torch.randn(5, 6, dtype=torch.float64)
     constrained = [nn.LCWLinear(6, 5, basis=basis, dtype=torch.float64) for basis in (False, True)]
     parametrized = torch.nn.Linear(6, 5, dtype=torch.float64)
@@ -586,7 +586,7 @@ def test_what_a_layer_applies_is_converted():
         torch.testing.assert_close(made(images), convolution(images), rtol=0, atol=32 * 8 * 5 * EPS)
 
 
-def test_conversion_keeps_what_is_the_layers():
+def test_conversion_keeps_mode_dtype_and_frozen_parameters():
     plain = torch.nn.Linear(4, 3, dtype=torch.bfloat16).eval()
     plain.weight.requires_grad_(False)
     before = torch.get_rng_state()
@@ -607,7 +607,7 @@ def test_conversion_keeps_what_is_the_layers():
 
 
 def test_the_plain_weight_of_a_trained_gmp_layer():
-    """effective_weight and radius * location are the plain layer again: without activation, whatever the radius."""
+    """effective_weight and radius * location give the plain layer again; without activation, for any radius."""
     for layer, x in layers(dtype=torch.float64)[:6]:
         if layer.activation == "relu":
             layer.radius.data.abs_()
@@ -629,7 +629,7 @@ def test_layers_are_copied_and_come_back(how, used, tmp_path):
     for (layer, x), (other, _) in zip(layers(), layers(), strict=True):
         layer.eval()
         if used:
-            # Something is kept now.
+            # The layer keeps its weight now.
             with torch.inference_mode():
                 layer(x)
         if how == "state dict":
@@ -656,7 +656,7 @@ def test_without_bias_the_state_dict_has_the_same_keys():
         with_bias, without = kind(), kind(bias=False)
         assert list(with_bias.state_dict()) == list(without.state_dict())
         assert [name for name, _ in without.named_parameters()] == ["angles", "radius"]
-        # Not even this trains it.
+        # Even this does not make the bias trainable.
         without.requires_grad_(True)
         assert not without.location.requires_grad
 
@@ -665,12 +665,12 @@ def test_without_bias_the_state_dict_has_the_same_keys():
 def test_layers_take_on_another_dtype(dtype):
     for layer, x in layers():
         moved = copy.deepcopy(layer).to(dtype)
-        # What remains is the layer of the rounded parameters.
+        # The moved layer is the layer of the rounded parameters.
         exact = copy.deepcopy(moved).double()(x.to(dtype).double())
         output = moved(x.to(dtype))
         assert output.dtype == dtype
         # In 16 bits direction, radius times it, bias, pre-activation and output are rounded by half an ulp each, beside
-        # sums of 37 numbers in float32. In float64 it is those sums, in two orders.
+        # sums of 37 numbers in float32. In float64 only the order of those sums differs.
         roundings = 2 * 37 if dtype == torch.float64 else 5 / 2 * (1 + 2**-6)
         assert_within(moved, x.to(dtype), output, exact, roundings, torch.finfo(dtype).eps)
 
@@ -699,7 +699,7 @@ def test_skip_init():
         }
 
 
-def test_initial_units_are_the_authors():
+def test_initial_units_follow_the_law_of_the_authors():
     """W ~ U(+-b), b^2 = 6 / (m + n): E ||w||^2 = m b^2 / 3 = 2 m / (m + n); every sign of u, and location 0."""
     for layer in (
         nn.GmPLinear(500, 800),
@@ -722,8 +722,8 @@ def test_initial_units_are_the_authors():
             assert not torch.equal(layer.angles, before)
 
 
-def test_initialisers_of_plain_layers_pass_these_by():
-    """Who draws an nn.Linear's or nn.ConvNd's weight would not draw what these apply."""
+def test_initialisers_of_plain_layers_skip_these():
+    """An initialiser of nn.Linear or nn.ConvNd weights would not draw the weights that these layers apply."""
     model = torch.nn.Sequential(*(layer for layer, _ in layers()))
     before = copy.deepcopy(model.state_dict())
     model.append(torch.nn.Linear(3, 3))
@@ -766,7 +766,7 @@ def set_parameter(layer, name):
 
 
 def reuse_the_address(layer, name):
-    """What the allocator hands out again: the same address and the same version, another content."""
+    """The allocator reuses the memory: the same address and the same version, but other content."""
     shape = getattr(layer, name).shape
     delattr(layer, name)
     setattr(layer, name, torch.nn.Parameter(torch.randn(shape)))
@@ -815,7 +815,7 @@ def test_inference_is_never_stale(edit, mode):
             x = x.to(next(layer.parameters()).dtype)
             with mode():
                 output = layer(x)
-                # A copy has kept nothing.
+                # A copy has no kept weight.
                 assert torch.equal(output, copy.deepcopy(layer)(x))
                 assert torch.equal(layer(x), output)
             if edit not in ("channels last", "to(bfloat16)"):
@@ -823,7 +823,7 @@ def test_inference_is_never_stale(edit, mode):
             before = output
 
 
-def test_inference_is_what_training_gives():
+def test_inference_gives_the_result_of_training():
     for layer, x in layers(dtype=torch.float64):
         expected = layer.train()(x)
         layer.eval()
@@ -837,7 +837,7 @@ def test_inference_is_what_training_gives():
 
 @pytest.fixture
 def computations(monkeypatch):
-    """The shape of every parameter that directions or normalised rows are computed of."""
+    """The shape of every parameter that directions or normalised rows are computed from."""
     shapes = []
 
     def counted(compute, first, *others):
@@ -862,7 +862,7 @@ def test_an_unchanged_parameter_is_not_computed_again(mode, computations):
         with mode():
             layer(x), layer(x)
         assert len(computations) == 2
-        # Bias, location and radius are no part of it.
+        # The kept weight does not depend on bias, location and radius.
         for name in ("bias", "location", "radius"):
             if hasattr(layer, name):
                 getattr(layer, name).data.add_(1)
@@ -884,8 +884,8 @@ def test_with_gradients_or_in_training_nothing_is_kept(computations):
         assert len(computations) == 4
 
 
-def test_a_kept_weight_is_the_layers_own():
-    """Who changes what the layer gave changes his own copy, and not what the layer is given."""
+def test_a_kept_weight_is_not_handed_out():
+    """A result is a copy: an edit of it changes neither the kept weight nor the layer's input."""
     for layer, x in layers():
         layer.eval()
         with torch.no_grad():
@@ -900,7 +900,7 @@ def test_a_kept_weight_is_the_layers_own():
         assert all(torch.equal(parameters[key], value) for key, value in layer.state_dict().items())
 
 
-def test_a_kept_weight_meets_no_request_for_another_backend():
+def test_a_kept_weight_does_not_meet_a_request_for_another_backend():
     for layer, x in layers():
         layer.eval()
         with torch.no_grad():
@@ -1028,7 +1028,7 @@ def test_shared_and_frozen_parameters():
     groups = nn.gmp_parameter_groups(model, 0.1)
     members = [parameter for group in groups for parameter in group["params"]]
     assert len({id(p) for p in members}) == len(members) == len(list(model.parameters()))
-    # The structure does not depend on the numbers, so that an optimizer's state can be loaded.
+    # The structure does not depend on lr and weight decay, so that an optimizer's state can be loaded.
     sizes = [len(group["params"]) for group in groups]
     for lr, weight_decay in ((0.0, 0.0), (0.3, 0.2)):
         assert [len(g["params"]) for g in nn.gmp_parameter_groups(model, lr, weight_decay)] == sizes
@@ -1041,7 +1041,7 @@ def test_shared_and_frozen_parameters():
 
 @pytest.mark.parametrize("fan_in", [2, 16, 300])
 def test_a_step_of_adam_moves_angles_by_lr_over_sqrt_of_the_fan_in(fan_in):
-    """Its first step is lr g / (|g| + 1e-8) for every element. So a unit turns by less than lr at every fan-in."""
+    """Adam's first step is lr g / (|g| + 1e-8) for every element. So a unit turns by less than lr at every fan-in."""
     lr = 0.05
     layer = nn.GmPLinear(fan_in, 20, dtype=torch.float64)
     optimizer = torch.optim.Adam(nn.gmp_parameter_groups(layer, lr))
@@ -1059,7 +1059,7 @@ def test_a_step_of_adam_moves_angles_by_lr_over_sqrt_of_the_fan_in(fan_in):
 
 
 def test_decoupled_decay_is_that_of_the_plain_layer():
-    """AdamW's decay w <- (1 - lr wd) w, b <- (1 - lr wd) b is the radius' alone: w = r u, b = r lambda."""
+    """AdamW's decay w <- (1 - lr wd) w, b <- (1 - lr wd) b acts on the radius alone: w = r u, b = r lambda."""
     plain = torch.nn.Linear(6, 5, dtype=torch.float64)
     layer = nn.GmPLinear.from_linear(plain)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.3)
@@ -1133,7 +1133,7 @@ def test_eval_rounds_under_autocast_as_training_does():
         assert torch.equal(module.eval()(x), module.train()(x))
 
 
-def test_what_angles_are_parametrized_by_is_in_their_group():
+def test_the_parameters_behind_parametrized_angles_are_in_their_group():
     module = nn.GmPLinear(9, 4)
     torch.nn.utils.parametrize.register_parametrization(module, "angles", torch.nn.Identity())
     groups = nn.gmp_parameter_groups(module, 0.3, weight_decay=0.1)

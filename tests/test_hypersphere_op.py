@@ -1,9 +1,9 @@
 """The ops of the hypersphere on the compiled CPU kernels: directions, normalised rows, and the two linear layers.
 
-Judged as every backend is: the error against the exact result is at most twice that of plain eager torch in the same
-dtype, plus one ulp of the result's scale. Exact are the formulas in numpy: float64, and for float64 its 80-bit long
-double. What a result of few numbers would leave to luck is judged over several draws. Angles are those of Gaussian
-rows, uniform on the sphere, where nothing else is said.
+The rule of all backends holds: the error against the exact result is at most twice that of plain eager torch in the
+same dtype, plus one ulp of the result's scale. The exact result comes from the formulas in numpy: in float64, and for
+float64 in its 80-bit long double. Results of few numbers are judged over several draws, to leave less to luck. Angles
+are those of Gaussian rows, uniform on the sphere, unless a test says otherwise.
 """
 
 import itertools
@@ -72,7 +72,7 @@ def compiled_kernel():
 def test_directions_and_normalised_rows(dtype, op):
     needs_more_digits(dtype)
     for n, m in [(0, 5), (0, 1), *SIZES, (200, 33), *WIDE]:
-        # The scale's gradient is a number per row.
+        # The scale's gradient has one number per row.
         calls = [op.draw(n, m, dtype) for _ in range(1 + count_draws(n))]
         assert_op(f"n={n}, m={m}", op, calls)
 
@@ -86,13 +86,13 @@ SIZES_AND_ROWS = pairwise(rows=ROWS, size=SIZES, dtype=DTYPES)
 def test_layers(dtype, layer, every_multiplier):
     needs_more_digits(dtype)
     cases = [(*case["size"], case["rows"]) for case in SIZES_AND_ROWS if case["dtype"] == dtype]
-    # All numbers of samples with one size.
+    # One size runs with all numbers of samples.
     cases += [case for case in ((13, 17, rows) for rows in ROWS) if case not in cases]
     for n, m, rows in cases:
         if rows not in for_multiplier(every_multiplier, ROWS):
             continue
-        # Of no samples there is nothing to judge. The worst element of one product may be three times that of another;
-        # and in float64 nothing is accumulated in more digits, so more is left to luck.
+        # Without samples there is nothing to judge. The worst element of one product may be three times that of
+        # another. In float64 no sum has more digits than the result, so more is left to luck.
         draws = (6 + count_draws(min(n, m))) * (2 if dtype == torch.float64 and n * m < 100 else 1) if rows else 1
         assert_op(f"M={rows}, n={n}, m={m}", layer, [layer.draw(n, m, dtype, rows) for _ in range(draws)])
 
@@ -116,7 +116,7 @@ def test_large_layers(dtype, layer, every_multiplier):
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_every_combination_of_gradients(layer, every_multiplier):
-    """What is kept, and who makes it, depends on what is asked for."""
+    """The gradients that are asked for decide which tensors are kept and which path computes them."""
     for rows in for_multiplier(every_multiplier, (5, FUSED + 8)):
         assert_combinations(layer, rows)
 
@@ -162,7 +162,7 @@ def test_no_units_and_no_samples(layer):
         result = evaluate(layer.ours, arguments, grad_output)
         assert result["output"].shape == (rows, n)
         for name, tensor in arguments.items():
-            # Sums of nothing.
+            # The sums have no terms.
             assert torch.equal(result[name], torch.zeros_like(tensor)), (name, n, m, rows)
 
 
@@ -177,7 +177,7 @@ def test_fan_in_1(dtype):
         arguments, grad_output = draw_weight_norm(4, 1, dtype, rows)
         arguments |= {"weight": weight, "scale": scale}
         result = evaluate(F.weight_norm_linear, arguments, grad_output)
-        # G - <G, v> v for v = +-1: what is left is a rounding of <G, v>, over the smallest weight's length.
+        # G - <G, v> v for v = +-1 leaves a rounding of <G, v>, over the smallest weight's length.
         size = (grad_output.double().T @ arguments["x"].double()).abs().max() * scale.abs().max() / 0.7
         assert result["weight"].double().abs().max() <= torch.finfo(dtype).eps * size
 
@@ -221,7 +221,7 @@ def test_rows_in_hostile_layouts(dtype, op):
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_expanded_arguments(layer):
-    """Strides of 0 in every argument, and in the gradient that .sum() hands back."""
+    """Strides are 0 in every argument, and in the gradient that .sum() hands back."""
     for rows in (6, FUSED + 5):
         arguments, _ = layer.draw(1, 21, torch.float32, 1)
         expanded = {
@@ -292,7 +292,7 @@ def test_any_call(rows, n, m, layer, dtype, layout, seed):
 
 
 def test_same_bits_twice_under_load():
-    """With other threads' products beside it, for every number of threads."""
+    """Other threads compute products meanwhile, for every number of threads."""
     calls = [(op, op.draw(96, 300, torch.float32, rows)) for op in LAYERS.values() for rows in (20, 100)]
     calls += [(op, op.draw(300, 300, torch.float32)) for op in ROW_OPS.values()]
     busy = threading.Event()
@@ -325,7 +325,7 @@ def test_rows_have_the_same_bits_however_they_are_dealt_out(dtype, op):
             actual = evaluate(op.ours, arguments, grad_output)
         for name, tensor in actual.items():
             assert torch.equal(tensor, expected[name]), f"{name}, {count} threads"
-    # A row does not depend on those beside it.
+    # A row does not depend on its neighbours.
     some = {name: tensor[100:103] for name, tensor in arguments.items()}
     for name, tensor in evaluate(op.ours, some, grad_output[100:103]).items():
         assert torch.equal(tensor, expected[name][100:103]), name
@@ -361,12 +361,12 @@ def test_without_gradients_nothing_is_saved(mode, op):
         assert saved == []
         assert not output.requires_grad
         assert output.is_inference() == (mode is torch.inference_mode)
-        # Who multiplies may depend on what is needed later.
+        # The choice of the matmul may depend on the gradients that are needed later.
         torch.testing.assert_close(output, recorded.detach())
 
 
 def test_what_is_kept_for_backward():
-    """Besides the arguments: (M, n) of few samples, never anything of the weight's size."""
+    """For few samples, (M, n) numbers beside the arguments, and none of the weight's size."""
     n, m = 64, 100
     for rows, direction in ((FUSED, 0), (FUSED + 1, n * m)):
         for name in ("gmp", "gmp relu"):
@@ -398,7 +398,7 @@ def test_a_row_op_keeps_its_arguments_only():
 # ---- Sines and cosines ----------------------------------------------------------------------------------------------
 
 FLOATS = {torch.float32: np.float32, torch.float64: np.float64}
-# Floats of each dtype that are nearer to a multiple of pi / 2 than any others.
+# The float of each dtype that is nearest to a multiple of pi / 2.
 WORST = {torch.float32: 16367173.0 * 2.0**72, torch.float64: 6381956970095103.0 * 2.0**797}
 
 
@@ -441,7 +441,7 @@ def angles_beyond(dtype):
     return np.concatenate([angles, -angles])
 
 
-# csrc/cpu/sincos.h. Beyond, libm's: at WORST its cosine of a float64 is off by 8.
+# Up to a million, the bounds of csrc/cpu/sincos.h. Beyond, libm's: at WORST its float64 cosine is off by 8.
 ULPS = {"up to a million": {torch.float32: 2, torch.float64: 2.5}, "beyond": {torch.float32: 2, torch.float64: 8}}
 
 
@@ -466,7 +466,7 @@ def test_sines_have_the_same_bits_everywhere_in_a_row(dtype):
             row = torch.full((len(angles), width), math.pi / 2, dtype=dtype)
             row[:, place] = angles
             direction = F.hypersphere_direction(row)
-            # In 16 bits pi / 2 is off by too much to have a sine of 1.
+            # In 16 bits, pi / 2 is too inexact to have a sine of 1.
             if dtype in FLOATS:
                 assert torch.equal(direction[:, place], expected[:, 0]), (width, place)
                 assert torch.equal(direction[:, -1], expected[:, 1]), (width, place)
@@ -497,7 +497,7 @@ def test_the_smallest_angles_are_their_own_sines(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_huge_angles_in_wide_rows(dtype):
-    """Whatever the size of an angle, rows have length 1 and are right; a vector with one huge angle too."""
+    """Rows have length 1 and are right for angles of any size, even if only one angle of a vector is huge."""
     needs_more_digits(dtype)
     t = uniform_angles(12, 40, dtype)
     sizes = [1e6, 1e30, 3e38] if dtype == torch.float32 else [1e6, 1e30, 3e38, 1e300]
@@ -514,19 +514,19 @@ def test_huge_angles_in_wide_rows(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_directions_have_length_1(dtype, m):
     direction = F.hypersphere_direction(uniform_angles(20, m, dtype))
-    # Every sine is off by a few halves of an ulp at random; what is lost there is lost to all later components.
+    # Every sine is off by a few halves of an ulp at random, and passes its error on to all later components.
     allowed = 4 * math.sqrt(m) * torch.finfo(dtype).eps
     assert ((direction.double().norm(dim=1) - 1).abs() <= allowed).all()
 
 
-# ---- Numbers that are none, and poles -------------------------------------------------------------------------------
+# ---- NaN, infinity, and poles ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_nan_and_infinity_stay_in_their_row(layer, bad):
-    # relu makes a finite 0 of -infinity, and hides what does not fire.
+    # relu turns -infinity into a finite 0, and hides units that do not fire.
     if layer is LAYERS["gmp relu"] and not math.isnan(bad):
         return
     n, m = 9, 40
@@ -552,7 +552,7 @@ def test_nan_and_infinity_stay_in_their_row(layer, bad):
             assert torch.equal(result["output"][:, units], clean["output"][:, units]), name
             for other in of_unit & set(arguments):
                 assert torch.equal(result[other][units], clean[other][units]), (name, other)
-        # A sample and a unit that fires.
+        # The entry belongs to a sample for which the unit fires.
         result = spoilt("grad_output", (3, 4))
         assert torch.equal(result["output"], clean["output"])
         assert torch.equal(result["x"][samples], clean["x"][samples])
@@ -608,7 +608,7 @@ POLES = torch.tensor(
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_derivatives_at_the_poles(dtype):
-    """Exact zeros behind an exact zero of the sine; multiples of pi are no pole of floats, but nearly one."""
+    """Zeros follow an exact zero of the sine exactly. Rounded multiples of pi are not poles, but nearly so."""
     needs_more_digits(dtype)
     nearly = torch.tensor([[math.pi, 1.0, -math.pi, 0.5], [2 * math.pi, math.pi, 0.3, 3 * math.pi]]).double()
     t = torch.cat([POLES, nearly, nearly * torch.tensor([1.0, 0, 1, 0])]).to(dtype)
@@ -627,7 +627,7 @@ def test_derivatives_at_the_poles(dtype):
 
 @pytest.mark.usefixtures("every_multiplier")
 def test_relu_at_zero_and_at_nan():
-    """A pre-activation of exactly 0 passes no gradient; a NaN stays one."""
+    """A pre-activation of exactly 0 passes no gradient on; a NaN stays NaN."""
     for rows in (3, FUSED + 3):
         angles, radius = torch.zeros(4, 6), torch.tensor([1.0, -2.0, 0.5, -1.0])
         x = torch.zeros(rows, 7)
@@ -665,7 +665,7 @@ def test_radius_of_zero_and_of_any_sign(name):
             assert torch.equal(minus[key], sign * plus[key]), key
             if key != "radius":
                 assert torch.equal(zero[key], torch.zeros_like(zero[key])), key
-        # What the radius multiplies does not depend on it.
+        # The gradient of the radius does not depend on the radius.
         assert torch.equal(zero["radius"], plus["radius"])
 
 
@@ -714,14 +714,14 @@ def test_rows_of_any_length(op, dtype):
                 # A gradient may be too large for the dtype: then it is infinite in both.
                 if name == "weight" and np.abs(value).max() > largest / 4:
                     continue
-                # Or so small that its last digits are lost.
+                # A gradient may be so small that its last digits are lost.
                 lost = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
                 error = np.abs(as_exact(result[name]) - value).max()
                 allowed = 2 * np.abs(as_exact(eager[name]) - value).max() + 2 * lost
                 assert error <= allowed + torch.finfo(dtype).eps * np.abs(value).max(), (length, rows, name)
 
 
-# ---- What the paper is about: stability -----------------------------------------------------------------------------
+# ---- Stability, the subject of the paper ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("m", [3, 9, 40])
@@ -739,7 +739,7 @@ def angles_between(u, v):
 
 
 def longest_turn(t, size):
-    """Steps of the given length that turn the most: gradient ascent on the distance."""
+    """Find the steps of the given length that turn the most, by gradient ascent on the distance."""
     step = torch.randn_like(t)
     u = F.hypersphere_direction(t)
     for _ in range(30):
@@ -767,28 +767,28 @@ def test_a_step_of_the_angles_turns_the_direction_by_no_more(m, size):
         for name, step in steps.items()
     }
     for name, turn in turns.items():
-        # Angles carry an ulp each, of up to pi; products m roundings.
+        # Each angle carries an ulp of up to pi, each product m roundings.
         assert (turn <= size + 8 * math.sqrt(m) * EPS).all(), name
-    # The bound is reached: by the first angle, which has the whole circle before it, up to the other pole.
+    # The first angle reaches the bound: it moves along a whole circle, up to the other pole.
     assert turns["the first angle"].max() > 0.99 * min(size, 1)
 
 
-# ---- What torch does with ops ---------------------------------------------------------------------------------------
+# ---- Autograd, vmap, compile, and autocast --------------------------------------------------------------------------
 
 EPS = torch.finfo(torch.float64).eps
-# Sums of at most 80 products below 20, of third derivatives below 100, and as many roundings, in two ways.
+# Sums of at most 80 products below 20, with third derivatives below 100 and as many roundings, in two ways.
 CLOSE = {"rtol": 1e-12, "atol": 2 * 80 * 20 * EPS}
 
 
 def off_the_kink(op, n, m, rows):
-    """Float64 arguments whose pre-activations are not near 0, where differences straddle relu's corner."""
+    """Float64 arguments. Their pre-activations are not near 0, where differences would straddle relu's corner."""
     while True:
         arguments, grad_output = op.draw(n, m, torch.float64, rows)
         if op is not LAYERS["gmp relu"]:
             return arguments, grad_output
         values = {name: tensor.clone() for name, tensor in arguments.items() if name != "radius"}
         z = reference.gmp_linear(radius=torch.ones(n).double(), **values)
-        # Samples near it are moved along the first unit's direction until they are not.
+        # Samples near the corner are moved at random. If some are still near it, all are drawn again.
         near = (z.abs() < 0.02).any(1)
         if not near.any():
             return arguments, grad_output
@@ -828,7 +828,7 @@ def test_third_derivatives(op):
             value = sum(gradient.square().sum() for gradient in gradients)
         found.append([gradient.detach() for gradient in gradients])
     for ours, plain in zip(*found, strict=True):
-        # Sums over thousands of products.
+        # The sums have thousands of products.
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9 * plain.abs().max().item())
 
 
@@ -864,7 +864,7 @@ def test_functorch_transforms(op):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_forward_mode(op):
-    """With duals, with a gradient of duals, and of a graph that was recorded before."""
+    """Forward mode takes duals, gradients of duals, and a graph that was recorded before."""
     for rows in (3, FUSED + 1):
         arguments, grad_output = off_the_kink(op, 3, 5, rows)
         tangents = {name: normal(*tensor.shape, dtype=torch.float64) for name, tensor in arguments.items()}
@@ -875,7 +875,7 @@ def test_forward_mode(op):
             with torch.no_grad(), forward_ad.dual_level():
                 duals = {name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in arguments.items()}
                 results += forward_ad.unpack_dual(function(**duals))
-                # One argument has a tangent, the others none.
+                # Only one argument has a tangent.
                 for name in arguments:
                     results += forward_ad.unpack_dual(function(**{**arguments, name: duals[name]}))
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in arguments.items()}
@@ -896,7 +896,7 @@ def test_forward_mode(op):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_vmap_is_a_loop(op):
-    """Over each argument alone and over all, along every dimension; the rules of the gradients too."""
+    """vmap runs over each argument alone and over all, along every dimension, and over the gradients too."""
     for rows in (3, FUSED + 1) if op in LAYERS.values() else (0,):
         arguments, grad_output = op.draw(5, 7, torch.float64, rows)
         names = list(arguments)
@@ -989,7 +989,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_compile_with_dynamic_shapes(op):
-    """One graph for few samples and one for many, whatever the sizes; forward and backward."""
+    """For all sizes there is one graph for few samples and one for many, forward and backward."""
     graphs = []
 
     def counted(graph, inputs):
@@ -1028,22 +1028,22 @@ def test_autocast_makes_the_weight_in_float32(narrow, layer):
         grad_output = grad_output.to(narrow)
         with torch.autocast("cpu", narrow):
             actual = evaluate(layer.ours, arguments, grad_output)
-            # Samples that autocast's products left behind, and parameters in float32; and parameters of two dtypes.
+            # Samples come from autocast's products and parameters are float32; then parameters have two dtypes.
             mixed = layer.ours(**{**arguments, "x": arguments["x"].to(narrow)})
             for name in {"bias", "location"} & set(arguments):
                 assert layer.ours(**{**arguments, name: arguments[name].to(narrow)}).dtype == narrow
         assert actual["output"].dtype == mixed.dtype == narrow
         assert all(actual[name].dtype == torch.float32 for name in arguments)
-        # x is rounded by autocast on either route; the result of the rounded x is the same.
+        # Autocast rounds x on either route, and the result is the same.
         assert torch.equal(mixed, actual["output"])
-        # Eager: the weight by itself, and a linear layer, in the narrow dtype.
+        # Eager computes the weight, and then a linear layer, in the narrow dtype.
         eager = evaluate(
             lambda layer=layer, **leaves: layer.plain(**{name: leaf.to(narrow) for name, leaf in leaves.items()}),
             arguments,
             grad_output,
         )
         for name, expected in layer.exact(arguments, grad_output).items():
-            # Float32 gradients come out of 16-bit products: 16 bits is what the rule's ulp is of.
+            # Float32 gradients come out of 16-bit products, so the rule's ulp is that of 16 bits.
             assert_by_the_rule(name, [actual[name].to(narrow)], [eager[name].to(narrow)], [expected])
 
 
@@ -1187,7 +1187,7 @@ def test_no_numbers_of_this_kind(call, words):
 
 @pytest.mark.parametrize("op", OPS)
 def test_sparse_and_nested_tensors_and_other_devices(op):
-    """A fake kernel would answer with memory that nobody wrote."""
+    """A fake kernel would return memory that was never written."""
     arguments, _ = OPS[op].draw(3, 4, torch.float32, 5)
     nested = torch.nested.nested_tensor([ONES(2, 4), ONES(1, 4)], layout=torch.jagged)
     for name, tensor in arguments.items():
@@ -1223,7 +1223,7 @@ def test_meta_tensors_have_shapes_only(op):
 
 
 def raw_calls():
-    """Every op by name, with arguments that it takes: tensors by name, and options."""
+    """Every op's name, tensors by name, and options, all of them valid."""
     x, angles, per_unit = ONES(5, 4), ONES(3, 3), ONES(3)
     for many in (False, True):
         kept = {"activated": ONES(5, 3), "direction": ONES(3, 4) if many else ONES(0)}
@@ -1267,7 +1267,7 @@ def is_refused(overload, *arguments):
 
 
 def test_ops_called_by_themselves_refuse_what_does_not_fit():
-    """Nothing is read beyond an argument, whoever calls."""
+    """Direct calls must not read beyond an argument either."""
     for name, arguments, options in raw_calls():
         overload = getattr(torch.ops.lcw_ops, name).cpp
         assert overload(*arguments.values(), *options) is not None
@@ -1286,7 +1286,7 @@ def test_ops_called_by_themselves_refuse_what_does_not_fit():
                 "integers": tensor.long(),
                 "another dtype": tensor.double(),
             }
-            # Any number of rows is right for what alone has them, and any width without another.
+            # A size is free where no other argument shares it.
             alone = {
                 ("hypersphere_direction", "angles"): ("longer", "shorter", "fewer rows", "more rows", "another dtype"),
                 ("normalize_scale", "weight"): ("longer", "shorter"),
@@ -1306,11 +1306,11 @@ def test_ops_called_by_themselves_refuse_what_does_not_fit():
 @pytest.mark.parametrize("flush", ["front", "back"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_but_the_arguments_is_read(monkeypatch, flush, dtype):
-    """A vector too wide would touch memory that is not mapped: the process would end here."""
+    """Too wide a vector would touch memory that is not mapped, and the process would end here."""
     monkeypatch.setenv("LCW_OPS_MATMUL", "own")
 
     def guarded(tensor):
-        # Of no elements there is nothing to guard.
+        # Without elements there is nothing to guard.
         return between_guards(tensor, flush) if tensor.numel() else tensor
 
     for op in ROW_OPS.values():
@@ -1325,11 +1325,11 @@ def test_nothing_but_the_arguments_is_read(monkeypatch, flush, dtype):
             assert all(tensor.isfinite().all() for tensor in evaluate(op.ours, laid_out, guarded(grad_output)).values())
 
 
-# ---- Gradients of what depends on each other -------------------------------------------------------------------------
+# ---- Gradients of arguments that depend on each other ----------------------------------------------------------------
 
 
 def _dependent_calls():
-    """name -> (leaves, function of them whose layer's arguments are made of one another, or are one tensor)."""
+    """name -> (leaves, a function of them in which a layer's arguments depend on each other, or are one tensor)."""
     x, square, vector = (normal(*shape, dtype=torch.float64) for shape in ((5, 4), (4, 4), (4,)))
     angles = uniform_angles(4, 4, torch.float64)
 
@@ -1398,7 +1398,7 @@ def test_a_layer_without_gradients_keeps_no_activations(monkeypatch):
 
 
 def test_no_gradient_is_a_view():
-    """User code changes and detaches what autograd gives."""
+    """User code changes and detaches the gradients that autograd gives."""
     for layer in LAYERS.values():
         for rows in (2, FUSED + 1, 200):
             arguments, grad_output = layer.draw(8, 128, torch.float32, rows)
@@ -1410,7 +1410,7 @@ def test_no_gradient_is_a_view():
 
 
 def test_angles_get_the_same_gradient_in_the_rows_memory():
-    """Beyond few samples it is made where the rows' gradient was, by threads that pass each other."""
+    """Beyond few samples the gradient overwrites that of the rows, on threads that pass each other."""
     for n, m in [(1, 64), (2, 64), (7, 64), (300, 64), (1000, 65), (50, 300)]:
         arguments, grad_output = draw_gmp(n, m, torch.float32, FUSED + 8)
         x, angles, radius, location = arguments.values()
@@ -1421,7 +1421,7 @@ def test_angles_get_the_same_gradient_in_the_rows_memory():
                 _, grad_angles, _, _ = torch.ops.lcw_ops.gmp_linear_backward.cpp(
                     grad_output, x, angles, radius, activated, direction, *rest
                 )
-            # dz as the op makes it, so that only the recurrence is left to differ.
+            # The op makes dz in the same way, so that only the recurrence can differ.
             grad_rows = (radius * grad_output).T @ x
             expected = torch.ops.lcw_ops.hypersphere_direction_backward.cpp(grad_rows, angles)
             # The products may be added in another order.
@@ -1432,7 +1432,7 @@ def test_angles_get_the_same_gradient_in_the_rows_memory():
 
 
 def test_python_asks_the_kernel_how_few_samples_are_few():
-    """The number stands in the kernel alone. A compiled program takes it as a constant."""
+    """Only the kernel has the number. A compiled program takes it as a constant."""
     assert torch.ops.lcw_ops.gmp_linear_few_samples.cpp() == hypersphere.few_samples("cpp") == FUSED
     compiled = torch.compile(lambda x: x * hypersphere.few_samples("cpp"), backend="eager", fullgraph=True)
     assert compiled(torch.ones(1)).item() == FUSED

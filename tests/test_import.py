@@ -1,4 +1,4 @@
-"""The modules that an import brings along: no torch with the bare package, its ops as soon as both are there."""
+"""Imports: the bare package brings no torch, and its ops are registered as soon as both are imported."""
 
 import ast
 import copy
@@ -23,17 +23,17 @@ PUBLIC = sorted(lcw_ops.__all__)
 
 
 def run(code, *options):
-    """A fresh interpreter, which prints JSON last; a warning of ours is an error there."""
+    """Run code in a fresh interpreter, where a warning of ours is an error. The code prints JSON last."""
     command = [sys.executable, "-W", "error::RuntimeWarning", *options, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    # Inside an import a warning of ours that is an error becomes a line there.
+    # Inside an import, such an error becomes a line on stderr.
     assert "lcw_ops: not ready" not in result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def test_the_import_brings_no_module_that_torch_does_not():
-    """No Triton, compiler, plotting or machine-learning library, and no part of torch that torch leaves out itself."""
+    """No Triton, compiler, plotting or machine-learning library, and no part of torch that torch itself leaves out."""
     extra, initialized = run(
         "import json, sys, torch\n"
         "before = set(sys.modules)\n"
@@ -48,7 +48,7 @@ def test_the_import_brings_no_module_that_torch_does_not():
 
 
 def test_the_bare_package_needs_no_torch():
-    """Not even an installed one: what needs it says so when it is asked for."""
+    """torch need not even be installed. The parts that need it raise when they are used."""
     loaded, names, error = run(
         "import json, sys\n"
         "sys.modules['torch'] = None\n"
@@ -72,7 +72,7 @@ def test_the_bare_package_needs_no_torch():
         "import importlib.util, lcw_ops; importlib.util.find_spec('torch'); import lcw_ops.init, torch",
     ],
 )
-def test_the_ops_are_there_once_torch_is(imports):
+def test_the_ops_are_registered_once_torch_is_imported(imports):
     loader, found = run(
         f"{imports}\n"
         "import json\n"
@@ -138,7 +138,7 @@ def test_type_checkers_see_every_name_that_is_loaded_late():
     assert seen == {*PUBLIC, "gradient_hooks", "ops"}
 
 
-# One thread imports torch, and with it the ops; another one uses a part of the package in the meantime.
+# One thread imports torch, and with it the ops. Meanwhile another one uses a part of the package.
 TWO_THREADS = """
 import json, sys, threading, time
 import lcw_ops
@@ -163,11 +163,11 @@ print(json.dumps([failures, str(torch.ops.lcw_ops.lcw_linear.cpp), counted]))
 @pytest.mark.parametrize(
     ("use", "once"),
     [
-        # The second thread holds the module and waits for torch, when the first one wants the module.
+        # The second thread holds the module and waits for torch when the first one wants the module.
         ("lcw_ops.use_backend", "torch"),
         ("import lcw_ops.reference", "torch"),
         ("import lcw_ops._torch", "torch"),
-        # The first one is importing the ops already.
+        # The first thread is already importing the ops.
         ("import lcw_ops.nn, lcw_ops.init", "lcw_ops._checks"),
         ("import torch.utils.flop_counter", "lcw_ops.ops"),
     ],
@@ -201,7 +201,7 @@ def test_the_command_line_knows_the_names_that_the_library_knows():
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """``make(source)`` writes a module and returns its name; nothing of it is left behind."""
+    """``make(source)`` writes a module and returns its name. Everything is removed afterwards."""
     names = []
 
     def make(source="value = 1\n"):
@@ -250,7 +250,7 @@ def test_a_failing_function_does_not_fail_the_import(module):
         raise ValueError("no luck")
 
     after_import(name, fail)
-    with pytest.warns(RuntimeWarning, match=f"not ready for {name}, .*: ValueError: no luck"):
+    with pytest.warns(RuntimeWarning, match=f"setup failed after the import of {name}: ValueError: no luck"):
         assert importlib.import_module(name).value == 1
     with pytest.raises(ValueError, match="no luck"):
         after_import(name, fail)
@@ -267,7 +267,7 @@ def test_a_failing_function_does_not_fail_the_import_where_warnings_are_errors(m
         warnings.simplefilter("error")
         assert importlib.import_module(names[0]).value == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"RuntimeWarning: lcw_ops: not ready for {names[0]}, which was imported: ValueError")
+        assert line.startswith(f"RuntimeWarning: lcw_ops: setup failed after the import of {names[0]}: ValueError")
         closed = io.StringIO()
         closed.close()
         monkeypatch.setattr(sys, "stderr", closed)
@@ -295,7 +295,7 @@ def test_a_module_that_does_not_exist_is_not_found(module, tmp_path):
 
 
 class OtherHook:
-    """Another package's hook of the same module, as the well-known libraries make it."""
+    """Another package's hook of the same module, made as well-known libraries make theirs."""
 
     def __init__(self, name):
         self.name, self.searching, self.executed = name, False, 0
@@ -366,7 +366,7 @@ def test_a_folder_without_an_init_file_is_a_package_too(module, tmp_path):
 
 
 def test_modules_that_have_moved_import_under_their_old_names():
-    """As the same module, whichever name comes first."""
+    """Old and new name give the same module, whichever comes first."""
     for first, second in ((0, 1), (1, 0)):
         same = run(
             "import importlib, json\n"

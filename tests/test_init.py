@@ -68,7 +68,7 @@ def test_lcw_keeps_the_spread_of_the_pre_activations(activation, basis):
     a = f[activation](std * torch.randn(m, generator=generator(1), dtype=torch.float64))
     weight = init.lcw_(empty(units, m - basis), activation, std, basis, generator())
     z = lcw_weight(weight, basis) @ a
-    # Two samples: the units' sqrt(2 / units), and the empirical variance of a, at most sqrt(6 / m) for these laws.
+    # Two errors: sqrt(2 / units) of the units, and that of a's empirical variance, at most sqrt(6 / m) for these laws.
     assert abs(z.square().mean() / std**2 - 1) < 5 * math.sqrt(2 / units + 6 / m)
 
 
@@ -200,7 +200,7 @@ def cnn():
 
 
 def anchored_pre_activations(model, x):
-    """What every layer with weights puts out, in order."""
+    """The output of every layer with weights, in order."""
     outputs = []
     handles = [
         layer.register_forward_hook(lambda _, __, out: outputs.append(out.detach()))
@@ -220,8 +220,8 @@ def test_anchored_units_of_every_layer_vanish_at_a_real_input(make):
     init.lps_model_(model, x, rule="anchored", generator=generator())
     for z in anchored_pre_activations(model, x):
         assert z.transpose(0, 1).flatten(1).abs().amin(1).max() < 1e-12
-        # The MLP is scaled on all 40 inputs, exactly; the CNN on a sample of patches from 40 images: a deviation from
-        # at least 40 independent ones has the standard error 1 / sqrt(80).
+        # The MLP is scaled on all 40 inputs, exactly. The CNN is scaled on a sample of patches from 40 images: the
+        # deviation of at least 40 independent ones has the standard error 1 / sqrt(80).
         error = 1e-12 if make is mlp else 5 / math.sqrt(80)
         assert z.std(correction=0).item() == pytest.approx(1, abs=error)
 
@@ -247,7 +247,7 @@ def test_a_model_keeps_its_mode_its_statistics_and_its_hooks(mode):
     ],
     ids=["circular", "3d", "depthwise", "unbatched", "sequence"],
 )
-def test_patches_are_what_the_units_of_any_layer_see(layer, shape):
+def test_patches_are_the_inputs_of_the_units_of_any_layer(layer, shape):
     x = torch.randn(*shape, generator=generator(1))
     model = init.lps_model_(nn.Sequential(layer), x, rule="anchored", generator=generator())
     channel = -1 if isinstance(layer, nn.Linear) else len(shape) - len(layer.kernel_size) - 1
@@ -278,7 +278,7 @@ def test_a_shared_layer_is_filled_once_before_its_first_use():
     [
         ("anchored", torch.full((5, 6), math.nan)),
         ("anchored", torch.ones(0, 6)),
-        # Fails only when the first layer runs, after it was filled.
+        # The pass fails only when the first layer runs, after that layer was filled.
         ("joint", torch.ones(5, 7)),
     ],
     ids=["nan", "empty", "wrong-width"],
@@ -380,7 +380,7 @@ W, B = torch.ones(3, 4), torch.ones(3)
         (lambda: init.lps_(W, torch.ones(4)), ValueError, r"lps_: bias has shape \(4,\); expected \(3,\)"),
         (lambda: init.lps_(W, B.double()), TypeError, "bias is torch.float64; expected torch.float32, as weight is"),
         (lambda: init.lps_(W, None, rule="anchored"), ValueError, "Use rule='joint' without a bias"),
-        (lambda: init.lps_(W, B, samples=W), ValueError, "Only 'anchored' looks at data"),
+        (lambda: init.lps_(W, B, samples=W), ValueError, "Only rule='anchored' uses samples"),
         (lambda: init.lps_(W, B, rule="anchored", samples=torch.ones(2, 5)), ValueError, r"expected \(S, 4\)"),
         (lambda: init.lps_model_(nn.ReLU()), ValueError, "lps_model_: model has no nn.Linear"),
         (lambda: init.lps_model_(nn.Linear(2, 2), rule="x"), ValueError, "lps_model_: rule is 'x'"),

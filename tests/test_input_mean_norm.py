@@ -21,7 +21,7 @@ def test_input_mean_norm_is_its_formula(shape):
     layer = nn.InputMeanNorm(4, momentum=0.25, dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64) + 3
     dims = [0, *range(2, len(shape))]
-    # 24 numbers below 8 are summed, in two orders.
+    # 24 numbers below 8 are summed in two orders.
     tolerance = 2 * 24 * 8 * EPS
     torch.testing.assert_close(layer(x), x - x.mean(dims, keepdim=True), rtol=0, atol=tolerance)
     per_channel = (-1, *(1,) * (len(shape) - 2))
@@ -82,7 +82,7 @@ def test_extreme_momenta(momentum):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_inputs_are_averaged_in_float32(dtype):
-    """100,000 numbers near 1000: their sum is no number of float16, and none of bfloat16 moves on beside it."""
+    """The sum of 50,000 numbers near 1000 overflows float16. In bfloat16 it stops growing."""
     x = (torch.randn(50_000, 2) + 1000).to(dtype)
     exact_mean = x.double().mean(0)
     for layer in (nn.InputMeanNorm(2, 1.0), nn.InputMeanNorm(2, 1.0, dtype=dtype), nn.InputMeanNorm(2, 1.0).to(dtype)):
@@ -90,7 +90,7 @@ def test_16_bit_inputs_are_averaged_in_float32(dtype):
         output = layer(x)
         assert output.dtype == dtype
         exact = x.double() - exact_mean
-        # The mean's rounding in float32, then one to dtype.
+        # The mean is rounded in float32, then once to dtype.
         allowed = 8 * 1000 * 2**-23 + torch.finfo(dtype).eps * exact.abs()
         assert ((output.double() - exact).abs() <= allowed).all()
         assert (layer.running_mean.double() - exact_mean).abs().max() <= 8 * 1000 * 2**-23
@@ -99,7 +99,7 @@ def test_16_bit_inputs_are_averaged_in_float32(dtype):
 
 
 def test_a_running_mean_of_a_16_bit_model_still_moves():
-    """1 % of a small difference is less than half an ulp of bfloat16."""
+    """In bfloat16, 1 % of a small difference is less than half an ulp."""
     model = torch.nn.Sequential(nn.InputMeanNorm(1)).bfloat16()
     model[0].running_mean.fill_(1.0)
     for _ in range(700):

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """torch's compiler and exporters log thousands of records, which pytest would keep."""
+    """Disable logging: torch's compiler and exporters log thousands of records, which pytest would keep."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -71,7 +71,7 @@ def orthogonal(*shape: int) -> Tensor:
 
 
 def make_arguments(**changes) -> dict:
-    """In float64: one weight and bias per layer, a shared filter, the default scales."""
+    """Float64 arguments: one weight and bias per layer, a shared filter, the default scales."""
     arguments = {
         "weight": torch.randn(STEPS, WIDTH, WIDTH, dtype=torch.float64),
         "bias": torch.randn(STEPS, WIDTH, dtype=torch.float64),
@@ -110,7 +110,7 @@ FORMS = {
 
 
 def convert(arguments: dict, dtype: torch.dtype) -> dict:
-    """To ``dtype``; a filter and scales to the state's dtype."""
+    """Convert to ``dtype``; filter and scales to the state's dtype."""
     state = torch.promote_types(dtype, torch.float32)
 
     def to(name, argument):
@@ -133,7 +133,7 @@ def count_nodes(program: torch.export.ExportedProgram) -> int:
 
 
 def assert_plain(program: torch.export.ExportedProgram, sizes_known: bool = True) -> None:
-    """Assert that the graphs hold scan and operators of torch from tensors to tensors, and nothing else."""
+    """Assert that the graphs hold nothing but scan and torch's operators from tensors to tensors."""
     graphs = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"):
         name = str(node.target)
@@ -154,7 +154,7 @@ def gradients(module: torch.nn.Module, arguments: tuple, output_of=lambda output
 
 
 def reference_gradients(module: Recurrence, h0: Tensor) -> dict[str, Tensor]:
-    """As ``gradients``, computed by the reference step by step."""
+    """Like ``gradients``, but computed by the reference step by step."""
     options = {name: option for name, option in module.options.items() if name in ("activation", "return_states")}
 
     class Plain(Recurrence):
@@ -217,7 +217,7 @@ def test_gradients_do_not_depend_on_whether_the_first_state_requires_one():
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "filter": "permutation"}, {"bias": False}], ids=str)
 def test_an_rnn_exports_for_any_length_and_batch(options, strict):
     rnn = nn.OrthogonalFilterRNN(3, WIDTH, length=20, dtype=torch.float64, **options)
-    # The example has as many samples as units: sizes that are equal by chance must stay apart.
+    # The example has as many samples as units: sizes that are equal by chance must not become one.
     example, others = double(6, WIDTH, 3), (double(6, WIDTH, 3), double(9, 5, 3), double(30, 2, 3))
     program = torch.export.export(rnn, (example,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},), strict=strict)
     assert_plain(program, sizes_known=False)
@@ -248,7 +248,7 @@ def test_an_mlp_exports_for_any_batch_and_with_leading_dimensions(strict):
 
 
 def test_the_state_keeps_float32_under_autocast():
-    """When exported, and when the reference is requested: matmuls in bfloat16 would be wrong in the third digit."""
+    """This holds for exports and for requests of the reference: bfloat16 matmuls would be wrong in the third digit."""
     module, h0 = Recurrence(convert(FORMS["per layer"]()[0], torch.float32)), torch.randn(ROWS, WIDTH)
     expected = module(h0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -273,14 +273,14 @@ def test_the_state_keeps_float32_under_an_autocast_that_the_program_itself_enter
     module, h0 = Mixed(), torch.randn(ROWS, WIDTH)
     program = torch.export.export(module, (h0,), strict=strict)
     exact = copy.deepcopy(module.recurrence).double()(h0.double())
-    # In bfloat16 the error is 5e-3 and more.
+    # In bfloat16 the error would be 5e-3 and more.
     torch.testing.assert_close(program.module()(h0), exact.float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("form", ["per layer", "shared weight and bias", "scales trained", "scales per step"])
 def test_plain_tensor_attributes_export(form, strict):
-    """Unlike parameters and buffers, torch.export leaves them as they are, with their data."""
+    """Unlike parameters and buffers, torch.export keeps such tensors as they are, with their data."""
     arguments, options = FORMS[form]()
 
     class Plain(torch.nn.Module):
@@ -301,7 +301,7 @@ def test_plain_tensor_attributes_export(form, strict):
 
 
 @pytest.mark.parametrize("return_states", [False, True])
-def test_no_step_at_all_exports(return_states):
+def test_zero_steps_export(return_states):
     arguments = make_arguments(weight=double(0, WIDTH, WIDTH), bias=None, alpha=0.5, beta=0.5)
     module, h0 = Recurrence(arguments, return_states=return_states), double(ROWS, WIDTH)
     program = torch.export.export(module, (h0,))
@@ -680,11 +680,11 @@ def test_dynamic_quantization_of_the_linear_layers():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_dynamically_quantized_net_is_profiled():
-    """No gradient returns through its output layer."""
+    """The output layer of a quantized net passes no gradient back."""
     mlp, x = nn.OrthogonalFilterMLP(3, WIDTH, 10, 2).eval(), torch.randn(5, 3)
     quantized = torch.ao.quantization.quantize_dynamic(mlp, {torch.nn.Linear})
     plain, report = (lcw_ops.profile.profile(model, x, jacobian=False) for model in (mlp, quantized))
-    # The input layer's row comes first and the output layer's last: quantized, neither is a leaf. 8 bits of one layer.
+    # The rows of the input and output layers come first and last. Quantized, they are not leaves. One layer has 8 bits.
     expected, actual = plain.columns["state_rms"][1:-1], report.columns["state_rms"]
     assert actual.shape == (10,)
     assert abs(actual - expected).max() <= 2**-7 * expected.max()
@@ -693,7 +693,7 @@ def test_a_dynamically_quantized_net_is_profiled():
 
 
 class Wrapped(torch.nn.Module):
-    """Like an adapter, it takes any dtype and casts by itself, and its weight has another dtype than its output."""
+    """Like an adapter, it takes any dtype and casts by itself. The dtypes of its weight and its output differ."""
 
     def __init__(self, inner: torch.nn.Linear) -> None:
         super().__init__()
@@ -776,7 +776,7 @@ def test_an_export_names_an_input_of_a_wrong_dtype(dtype):
 
 
 class PlainSubclass(torch.Tensor):
-    """Takes no call over."""
+    """A subclass that overrides no call."""
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

@@ -18,7 +18,7 @@ from lcw_ops import optim
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROCESSES = 2
-# Several times what it takes; a process that waits for another one in vain is ended.
+# In seconds, several times the time of all cases. A process that still waits for another one then is ended.
 TIMEOUT = 120
 
 
@@ -37,7 +37,7 @@ OPTIMIZERS = {
 
 
 def make_model():
-    # 5 rows on 2 processes, and a last layer of one row: of its bias, one process has nothing.
+    # 5 rows on 2 processes, and a last layer of one row: one process has no part of that layer's bias.
     generator = torch.Generator().manual_seed(7)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     with torch.no_grad():
@@ -65,7 +65,7 @@ def make_scaled(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_scaling_clipping_and_activation_in_that_order(name):
-    """As one does it by hand, without a scale; and a step that overflows changes nothing but the scale."""
+    """The scaler equals the same steps by hand, without a scale. A step that overflows changes only the scale."""
     model, optimizer = make_scaled(name)
     plain, by_hand = make_scaled(name)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=2)
@@ -101,7 +101,7 @@ def test_scaling_clipping_and_activation_in_that_order(name):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_scaler_unscales_by_itself_before_a_step_inside_which_is_the_activation(fused):
+def test_the_scaler_unscales_by_itself_before_a_step_with_the_activation_inside(fused):
     gradient = torch.tensor([3.0, -1e-3, 1e30])
     for kind, options in ((optim.SGD, {"momentum": 0.9}), (optim.AdamW, {})):
         param, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
@@ -123,7 +123,7 @@ def test_the_scaler_unscales_by_itself_before_a_step_inside_which_is_the_activat
 
 
 def test_an_optimizer_with_activation_inside_equals_one_with_the_hook():
-    """Both round: the hook once more, when it stores f(g)."""
+    """The hook rounds once more, when it stores f(g)."""
     inside, outside = make_model(), make_model()
     train(inside, optim.SGD(inside.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01))
     optimizer = torch.optim.SGD(outside.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -138,7 +138,7 @@ def test_an_optimizer_with_activation_inside_equals_one_with_the_hook():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What every process has trained, by way of distribution and optimizer."""
+    """The parameters that every process has trained, by kind of distribution and optimizer."""
     return run_ranks(__file__, tmp_path_factory.mktemp("gloo"), [0] * PROCESSES, TIMEOUT)
 
 
@@ -179,7 +179,7 @@ def test_gradients_still_to_be_summed_over_processes_are_not_activated_one_by_on
 
 
 def test_an_optimizer_that_is_divided_among_processes_trains_to_the_parameters_of_one(trained):
-    """Its own step runs hooks, and so do those of the optimizer inside, which has the part of one process."""
+    """Its own step runs hooks, and so does that of the optimizer inside, which has one process's part."""
     model = make_model()
     train(model, train_sgd(model.parameters()))
     for of_process in trained:
@@ -266,7 +266,7 @@ def run_process(rank, folder):
     model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     results["assigned"] = [param.grad.full_tensor() for param in model.parameters()]
 
-    # Rounded to float32, and back: both put new tensors in the place of the shards.
+    # Conversion to float32 and back puts new tensors in the place of the shards, twice.
     model = shard(make_model(), mesh)
     lcw_ops.register_gradient_hook(model)
     model.float().double()

@@ -184,7 +184,7 @@ def test_activation_shift_is_the_mean_pre_activation():
 
 def test_shift_angles_are_exact_near_0_and_pi():
     mu = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    # arccos of the inner product would return 0 for an angle of 1e-9: its cosine rounds to 1.
+    # arccos of the inner product would return 0 for an angle of 1e-9, whose cosine rounds to 1.
     weight = torch.tensor([[1.0, 1e-9], [-1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
     expected = torch.tensor([1e-9, math.pi, math.pi / 2, math.pi / 4], dtype=torch.float64)
     torch.testing.assert_close(activation_shift(mu, weight)[1], expected, atol=0, rtol=4 * EPS)

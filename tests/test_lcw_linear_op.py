@@ -1,9 +1,9 @@
 """F.lcw_weight, F.lcw_linear and F.activation_shift on the compiled CPU kernels, and the fingerprint beside them.
 
-Judged as every backend is: the error against the exact result is at most twice that of plain eager torch in the same
-dtype, plus one ulp of the result's scale. Exact is float64; for float64 it is numpy's 80-bit long double. What a result
-of few numbers would leave to luck (one number has one rounding error, and eager torch's may happen to be 0) is judged
-over several draws.
+The rule of all backends holds: the error against the exact result is at most twice that of plain eager torch in the
+same dtype, plus one ulp of the result's scale. The exact result is in float64, or in numpy's 80-bit long double for
+float64. Results of few numbers are judged over several draws: one number has one rounding error, and that of eager
+torch may happen to be 0.
 """
 
 import math
@@ -40,7 +40,7 @@ ROWS = [0, 1, 2, 7, 8, 33, 1000]
 # (n, m): one unit, one input, less than a vector, primes, a vector and its neighbours, whole vectors.
 SMALL = [(1, 1), (1, 2), (2, 1), (7, 1), (3, 5), (13, 17), (31, 16), (64, 15), (5, 129)]
 LARGE = [(127, 257), (512, 256), (1024, 300), (256, 1024)]
-# Draws of a result are pooled until there are so many numbers, up to so many draws.
+# Draws of a result are pooled until there are POOLED numbers, or MOST_DRAWS draws.
 POOLED, MOST_DRAWS = 32, 8
 
 
@@ -128,8 +128,8 @@ def assert_linear_of_every_size(cases, dtype, basis, mean=0.0, more=1):
     needs_more_digits(dtype)
     for case in cases:
         (n, m), rows = case["size"], case["rows"]
-        # The smallest results are the gradients of a few units or inputs; of no samples there is nothing to judge. In
-        # float64 nothing is accumulated in more digits: more of the few numbers are left to luck.
+        # The smallest results are the gradients of a few units or inputs. Without samples there is nothing to judge. In
+        # float64 no sum has more digits than the result, so more of the few numbers are left to luck.
         draws = more * count_draws(min(n, m)) * (3 if dtype == torch.float64 and n * m < 20 else 1) if rows else 1
         calls = [draw(rows, n, m, dtype, basis, with_bias=case["bias"], mean=mean) for _ in range(draws)]
         assert_linear(f"M={rows}, n={n}, m={m}, bias: {case['bias']}", calls, basis)
@@ -153,7 +153,7 @@ def test_small_layers(dtype, basis):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "size"),
-    # 16 bits take a processor without such instructions long.
+    # 16 bits take long on a processor without instructions for them.
     [*((torch.float32, size) for size in LARGE), *((dtype, size) for dtype in NARROW[1:] for size in LARGE[:2])],
     ids=str,
 )
@@ -174,10 +174,10 @@ def test_large_layers_in_float64(basis):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_far_from_zero(dtype, basis):
-    """100 +- 1: all that the layer is there for; the mean must not take the digits of what is left.
+    """For inputs of 100 +- 1, the layer's purpose, the mean must not take the digits of the rest.
 
-    A gradient of size 100 is rounded, then centred: an ulp of what is left is small beside such errors, and so few of
-    them make a result that more draws are needed.
+    A gradient of size 100 is rounded, then centred. An ulp of the rest is small beside these errors, and a result has
+    few of them, so more draws are needed.
     """
     cases = pairwise(size=[(3, 5), (31, 64), (40, 257)], rows=[1, 8, 30, 100], bias=BIAS)
     assert_linear_of_every_size(cases, dtype, basis, mean=100.0, more=4)
@@ -187,18 +187,18 @@ def test_inputs_far_from_zero(dtype, basis):
 @pytest.mark.parametrize("rows", [1, 20, 24, 25, 200])
 @pytest.mark.parametrize("basis", [False, True])
 def test_weights_far_from_zero_err_by_what_is_documented(rows, basis):
-    """Relative to |w| |x - mean(x)| with the constraint on x, to |w - mean(w)| |x| with it on the weight."""
+    """The scale is |w| |x - mean(x)| with the constraint on x, |w - mean(w)| |x| with it on the weight."""
     n, m = 24, 96
     weight, x = normal(n, m - basis, mean=100.0), normal(rows, m)
     exact_x, exact_w = as_exact(x), as_exact(weight)
     on_x, on_weight = exact_adjoint(exact_x, basis), exact_weight(exact_w, basis)
-    # The constrained operand is rounded once, and a sum of m products m times; means carry one rounding of their own.
+    # The constrained operand is rounded once, and a sum of m products m times. Each mean adds one rounding.
     unit = torch.finfo(torch.float32).eps / 2
     if rows <= n:
         mean = np.abs(exact_x).mean(1, keepdims=True)
         size = (np.abs(on_x) + mean) @ np.abs(exact_w).T
     else:
-        # The last entry of a basis row is a sum of m - 1 and rounded with the others: relative to itself.
+        # The last entry of a basis row is a sum of m - 1, rounded with the others and relative to itself.
         mean = np.abs(exact_w).mean(1, keepdims=True)
         size = np.abs(exact_x) @ (np.abs(on_weight) + mean).T
     error = np.abs(as_exact(F.lcw_linear(x, weight, basis=basis)) - exact_x @ on_weight.T)
@@ -247,19 +247,19 @@ def test_a_channels_last_weight_stays_one(shape, memory_format):
     )
     for name, tensor in actual.items():
         assert tensor.is_contiguous(memory_format=memory_format), name
-        # Another order of summation in float64: a mean that rounds otherwise shifts an element by one ulp of it.
+        # The order of summation in float64 differs. A mean that rounds differently shifts an element by one ulp.
         torch.testing.assert_close(tensor, expected[name], rtol=2**-23, atol=2**-23)
 
 
 def sums_allowed(weight, constrained, basis):
-    """By how much rows of a rounded result may miss 0: half an ulp of every entry, and the shift's own, m times."""
+    """The distance from 0 of a rounded row's sum: half an ulp of every entry, plus m times the shift's own."""
     wide = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps / 2
     m, s = constrained.shape[1], math.sqrt(constrained.shape[1])
     shift = weight.double().sum(1).abs() / (s * (s + 1) if basis else m)
     entries = torch.finfo(weight.dtype).eps / 2 * constrained.double().abs()
-    # Below the smallest normal number half an ulp is no smaller than there.
+    # Below the smallest normal number, half an ulp does not shrink any further.
     entries = entries.clamp(min=torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps / 2)
-    # In 16 bits a difference is rounded to float32 first; sums of float64 numbers are rounded m times themselves.
+    # In 16 bits a difference is first rounded to float32. Sums of float64 numbers are themselves rounded m times.
     return (
         entries.sum(1) * (1 + 2 * wide)
         + m * wide * (shift + constrained.double().abs().amax(1))
@@ -279,20 +279,20 @@ def test_rows_sum_to_zero_within_rounding(dtype, basis, mean):
 
 @pytest.mark.parametrize("basis", [False, True])
 def test_a_constant_added_to_every_input_changes_nothing(basis):
-    """Dyadic inputs and a power of two of them: sums, means and differences are exact, before and after."""
+    """Inputs are dyadic and m is a power of two, so sums, means and differences are exact, before and after."""
     n, m, constant = 40, 64, 1024.0
     x = torch.randint(-512, 512, (80, m)) / 64
     weight, bias = normal(n, m - basis), normal(n)
     constrained = F.lcw_weight(weight, basis)
-    # Rows that miss 0 by their rounding, and m products of size |x + c| |w| and their sum, with or without c. Laid on
-    # x, the constraint rounds differences of size c.
+    # The rows miss 0 by their rounding. With and without c, m products of size |x + c| |w| and their sum are rounded.
+    # If the constraint is on x, it rounds differences of size c.
     unit = torch.finfo(torch.float32).eps / 2
     products = (x.abs() + constant) @ constrained.abs().T + (8 + constant) * weight.abs().sum(1)
     slack = constant * sums_allowed(weight, constrained, basis) + 2 * (m + 2) * unit * products
     for rows in (1, 40, 41, 80):
         moved, still = (F.lcw_linear(inputs, weight, bias, basis) for inputs in (x[:rows] + constant, x[:rows]))
         assert ((moved - still).abs() <= slack[:rows]).all()
-    # The same weight without the constraint: the change is a thousand times what is allowed.
+    # Without the constraint, the same weight changes the result by a thousand times the allowed amount.
     shift = torch.nn.functional.linear(torch.full((m - basis,), constant), weight).abs()
     assert shift.median() > 1000 * slack.median()
 
@@ -364,7 +364,7 @@ def test_hostile_layouts(dtype, rows, basis):
 def test_expanded_arguments(rows, basis):
     n, m = 16, 21
     calls = []
-    # All results of a draw are the same number.
+    # The results of one draw are all the same number.
     for _ in range(POOLED):
         arguments, _ = draw(1, 1, m, torch.float32, basis)
         expanded = {
@@ -372,7 +372,7 @@ def test_expanded_arguments(rows, basis):
             "weight": arguments["weight"].expand(n, -1),
             "bias": arguments["bias"].expand(n),
         }
-        # What .sum() hands back.
+        # .sum() hands back such an expanded gradient.
         calls.append((expanded, torch.ones(()).expand(rows, n)))
     assert_linear("expanded", calls, basis)
 
@@ -486,7 +486,7 @@ def test_the_weight_has_the_same_bits_however_the_rows_are_dealt_out(dtype, basi
             actual = evaluate(F.lcw_weight, {"weight": weight}, grad_output, basis=basis)
         for name, tensor in actual.items():
             assert torch.equal(tensor, expected[name]), f"{name}, {count} threads"
-    # A row does not depend on those beside it.
+    # A row does not depend on its neighbours.
     assert torch.equal(F.lcw_weight(weight[100:103], basis), expected["output"][100:103])
 
 
@@ -521,11 +521,11 @@ def test_without_gradients_nothing_is_saved(mode, rows):
 def test_the_constraint_itself_saves_nothing():
     weight, x = normal(5, 6).requires_grad_(), normal(4, 6).requires_grad_()
     assert saved_tensors(lambda: F.lcw_weight(weight))[1] == []
-    # Those of the product: the projected x and the weight.
+    # The product saves two tensors: the projected x and the weight.
     assert len(saved_tensors(lambda: F.lcw_linear(x, weight))[1]) == 2
 
 
-# ---- What torch does with ops ---------------------------------------------------------------------------------------
+# ---- Autograd, vmap, compile, and autocast --------------------------------------------------------------------------
 
 EPS = torch.finfo(torch.float64).eps
 # Sums of at most 40 products below 20, and as many roundings of the mean, in each of two ways.
@@ -553,7 +553,7 @@ def test_derivatives_of_the_weight_are_right_twice(layout):
     weight.requires_grad_()
 
     def function(weight):
-        # The constraint is linear; a second derivative needs something that is not.
+        # The constraint is linear, so a second derivative needs a nonlinear function.
         return F.lcw_weight(weight, layout == "basis").sin()
 
     assert torch.autograd.gradcheck(function, [weight], check_forward_ad=True, check_batched_grad=True)
@@ -583,13 +583,13 @@ def test_opcheck_of_the_layer(basis):
 
 
 def test_opcheck_of_the_fingerprint():
-    """A number comes back, so there is nothing to trace or to derive."""
+    """The result is a number, so there is nothing to trace or to derive."""
     torch.library.opcheck(torch.ops.lcw_ops.fingerprint.cpp, (normal(4, 6),), test_utils=("test_schema",))
 
 
 @pytest.mark.parametrize("basis", [False, True])
 def test_compile_with_dynamic_shapes(basis):
-    """One graph for few samples and one for many, whatever the sizes; forward and backward."""
+    """For all sizes there is one graph for few samples and one for many, forward and backward."""
     graphs = []
 
     def counted(graph, inputs):
@@ -638,7 +638,7 @@ def test_vmap_is_a_loop(batched, rows, basis):
     arguments, _ = draw(rows, 5, 7, torch.float64, basis)
     names = list(arguments)
     chosen = names if batched == "all" else [batched]
-    # Not along the first dimension: a rule that forgets to move it is caught.
+    # The batch is not the first dimension, to catch a rule that forgets to move it.
     stacked = {
         name: torch.stack([t + k for k in range(4)], dim=1) if name in chosen else t for name, t in arguments.items()
     }
@@ -661,7 +661,7 @@ def test_vmap_over_weights_of_every_rank(shape):
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2), (4, 3, 2, 2), (4, 3, 2, 2, 2)], ids=str)
 def test_vmap_within_vmap_over_inner_dimensions(shape):
-    """Where the batch lies between the weight's own dimensions, none of them is contiguous."""
+    """The batch lies between the weight's own dimensions, so none of them is contiguous."""
     weights = normal(5, 2, *shape, dtype=torch.float64)
     moved = weights.movedim(0, 2).movedim(0, -1).contiguous()
     actual = torch.vmap(torch.vmap(F.lcw_weight, in_dims=1), in_dims=-1)(moved)
@@ -674,7 +674,7 @@ def test_vmap_within_vmap_over_inner_dimensions(shape):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("n", [1, 6])
 def test_per_sample_gradients(n, basis):
-    """vmap(grad): one sample is few samples, whatever the batch; both sides of rows <= n with several per sample."""
+    """In vmap(grad) one sample is few samples, whatever the batch. Several per sample reach both sides of rows <= n."""
     weight, bias = normal(n, 7 - basis, dtype=torch.float64), normal(n, dtype=torch.float64)
 
     def loss(weight, bias, sample, linear):
@@ -718,7 +718,7 @@ def test_forward_mode_and_its_compositions(rows, basis):
 @pytest.mark.parametrize("rows", [4, 40])
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_lays_the_constraint_on_the_float32_weight(narrow, rows, basis):
-    """A weight of 100 +- 1 has no digits left in bfloat16: rounded first, its rows would miss 0 by far."""
+    """If a weight of 100 +- 1 were rounded to bfloat16 first, its rows would be far from a sum of 0."""
     arguments, grad_output = draw(rows, 16, 64, torch.float32, basis)
     arguments["weight"] += 100
     grad_output = grad_output.to(narrow)
@@ -726,15 +726,15 @@ def test_autocast_lays_the_constraint_on_the_float32_weight(narrow, rows, basis)
         actual, eager = (
             evaluate(function, arguments, grad_output, basis=basis) for function in (F.lcw_linear, plain_linear)
         )
-        # Samples that autocast's products left behind, and parameters in float32.
+        # Samples come from autocast's products, and parameters are in float32.
         mixed = F.lcw_linear(arguments["x"].to(narrow), arguments["weight"], arguments["bias"], basis)
     assert actual["output"].dtype == mixed.dtype == narrow
     assert all(actual[name].dtype == torch.float32 for name in arguments)
-    # x is rounded by autocast on either route; the result of the rounded x is the same.
+    # Autocast rounds x on either route, and the result is the same.
     assert torch.equal(mixed, actual["output"])
     exact = exact_linear(arguments, grad_output, basis)
     for name, expected in exact.items():
-        # Float32 gradients come out of 16-bit products: 16 bits is what the rule's ulp is of.
+        # Float32 gradients come out of 16-bit products, so the rule's ulp is that of 16 bits.
         assert_by_the_rule(name, [actual[name].to(narrow)], [eager[name].to(narrow)], [expected])
     with torch.autocast("cpu", narrow):
         assert F.lcw_weight(arguments["weight"], basis).dtype == torch.float32
@@ -782,7 +782,7 @@ def test_activation_shift(dtype, shape, with_bias):
 def test_activation_shift_of_a_constrained_weight_is_the_bias():
     x, weight, bias = torch.full((8, 32), 3.0), F.lcw_weight(normal(5, 32)), normal(5)
     shift, angle = F.activation_shift(x, weight, bias)
-    # 32 products below 10 that cancel.
+    # 32 products below 10 cancel.
     torch.testing.assert_close(shift, bias, rtol=0, atol=32 * 10 * 2**-23)
     # w.mu = ||w|| ||mu|| cos(angle): an error of 32 roundings of a product of lengths, relative to these lengths.
     torch.testing.assert_close(angle, torch.full((5,), math.pi / 2), rtol=0, atol=32 * 2**-23)
@@ -794,7 +794,7 @@ def test_activation_shift_in_any_layout():
     for layout in ("sliced", "strided", "transposed"):
         laid_out = (hostile_layouts(tensor).get(layout, tensor) for tensor in (x, weight, bias))
         for actual, wanted in zip(F.activation_shift(*laid_out), expected, strict=True):
-            # 28 samples and 6 inputs of size 3 in another order.
+            # 28 samples and 6 inputs of size 3 are summed in another order.
             torch.testing.assert_close(actual, wanted, rtol=0, atol=34 * 3 * 2**-23)
 
 
@@ -866,7 +866,7 @@ ONES = torch.ones
 def test_errors_name_the_argument_and_what_came(call, error, words):
     with pytest.raises(error, match=words):
         call()
-    # Shapes are checked there too; dtypes are what autocast is for.
+    # Autocast checks shapes too. It converts dtypes, so they are not errors there.
     if error is ValueError:
         with torch.autocast("cpu"), pytest.raises(error, match=words):
             call()
@@ -899,7 +899,7 @@ def test_a_backend_that_cannot_run_says_so(call):
 @pytest.mark.parametrize("flush", ["front", "back"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_but_the_arguments_is_read(flush, dtype):
-    """A vector too wide would touch memory that is not mapped: the process would end here."""
+    """Too wide a vector would touch memory that is not mapped, and the process would end here."""
     for rows, m in [(1, 1), (1, 2), (3, 15), (2, 16), (5, 17), (3, 31), (7, 33), (2, 127), (40, 513)]:
         weight = normal(rows, m, dtype=dtype)
         guarded = between_guards(weight, flush)
@@ -926,11 +926,11 @@ def test_no_product_reads_beyond_its_arguments(monkeypatch, flush, dtype):
 
 
 def test_the_number_is_the_same_on_every_instruction_set():
-    """A constant: files and other processes may hold the number of a tensor."""
+    """The number is a constant, because files and other processes may hold the number of a tensor."""
     assert content.fingerprint(torch.arange(100_003, dtype=torch.int32)) == 0x7E11767DC59360FD
 
 
-# Nothing, less than a vector of lanes, and around its 128 bytes and the blocks of 65,536.
+# No bytes, less than a vector of lanes, and sizes around its 128 bytes and the blocks of 65,536.
 BYTE_COUNTS = [0, 1, 7, 127, 128, 129, 65535, 65536, 65537, 200_001]
 
 
@@ -968,7 +968,7 @@ def test_every_byte_of_many_counts(count):
 
 
 def test_the_number_of_bytes_counts():
-    """Zeros fill the last vector: how many there were must be in the number."""
+    """Zeros fill up the last vector, so the number must depend on how many bytes there were."""
     found = {content.fingerprint(torch.zeros(count, dtype=torch.uint8)) for count in range(300)}
     found |= {content.fingerprint(torch.zeros(count, dtype=torch.uint8)) for count in BYTE_COUNTS if count >= 300}
     assert len(found) == 300 + sum(count >= 300 for count in BYTE_COUNTS)
@@ -1015,7 +1015,7 @@ def test_edits_of_the_whole_change_the_number(shape):
     contents = {"as it was": weight}
     for name, edit in EDITS.items():
         edited = edit(weight)
-        # On a small weight some edits change nothing, or do the same.
+        # On a small weight, some edits change nothing or equal another edit.
         same = [n for n, c in contents.items() if torch.equal(c.view(torch.int32), edited.view(torch.int32))]
         if same:
             assert content.fingerprint(edited) == found[same[0]]
@@ -1026,7 +1026,7 @@ def test_edits_of_the_whole_change_the_number(shape):
 
 
 def test_edits_of_two_words_change_the_number():
-    """Of one lane or two, in one block or two: pairs whose changes might cancel, by one bit each, and by signs."""
+    """The pairs lie in one or two lanes and blocks. Each word changes by one bit, so that changes might cancel."""
     words = torch.randint(-(2**31), 2**31 - 1, (40_000,), dtype=torch.int32)
     found, edits = {content.fingerprint(words)}, 0
     for distance in (1, 2, 31, 32, 33, 64, 16384, 16384 + 32):
@@ -1054,7 +1054,7 @@ def test_random_edits_change_the_number():
 
 @pytest.mark.parametrize("count", [*BYTE_COUNTS, 1_000_003])
 def test_the_number_depends_on_the_bytes_only(count):
-    """Not on the threads, the address, or what lies behind the last byte."""
+    """Threads, address, and memory behind the last byte do not change the number."""
     data = random_bytes(count)
     expected = content.fingerprint(data)
     for thread_count in (1, 2, 3, 8):
@@ -1096,7 +1096,7 @@ def test_what_has_no_bytes_to_read_has_no_number():
         content.fingerprint(torch.ones(3, 4).T)
 
 
-# ---- What a review found ---------------------------------------------------------------------------------------------
+# ---- Regressions -----------------------------------------------------------------------------------------------------
 
 
 def test_activation_shift_is_not_rounded_by_autocast():
@@ -1109,7 +1109,7 @@ def test_activation_shift_is_not_rounded_by_autocast():
 
 @pytest.mark.parametrize("elsewhere", ["x", "weight", "bias"])
 def test_tensors_on_different_devices(elsewhere):
-    """A fake kernel would answer with memory that nobody wrote."""
+    """A fake kernel would return memory that was never written."""
     arguments = {"x": torch.randn(5, 4), "weight": torch.randn(3, 4), "bias": torch.randn(3)}
     arguments[elsewhere] = arguments[elsewhere].to("meta")
     for call in (F.lcw_linear, F.activation_shift):
@@ -1137,7 +1137,7 @@ def test_vmap_over_any_dimension_of_filters(in_dim, shape):
 
 
 def test_forward_over_reverse_without_a_graph():
-    """The backward pass hands tangents on."""
+    """The backward pass passes tangents on."""
     x, weight = normal(5, 6, dtype=torch.float64).requires_grad_(), normal(4, 6, dtype=torch.float64).requires_grad_()
     tangent = normal(5, 6, dtype=torch.float64)
     found = []

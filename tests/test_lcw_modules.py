@@ -1,4 +1,4 @@
-"""LCWLinear and LCWConv1d/2d/3d: what torch.nn's own layers do, weights kept in inference, and 100 sigmoid layers."""
+"""LCWLinear and LCWConv1d/2d/3d: as torch.nn's own layers, with weights kept in inference; 100 sigmoid layers."""
 
 import copy
 import inspect
@@ -30,7 +30,7 @@ def compiled_kernel():
 
 
 def layers(basis=False, **options):
-    """One of each, with its input."""
+    """One layer of each kind, with its input."""
     return [
         (nn.LCWLinear(6, 5, basis=basis, **options), torch.randn(4, 6)),
         (nn.LCWConv1d(4, 6, 3, basis=basis, **options), torch.randn(2, 4, 9)),
@@ -82,7 +82,7 @@ def test_convolutions_take_torchs_arguments(basis, ours, torchs, rank, options):
     gradients = [torch.autograd.grad(module(x), x, grad_output)[0] for module in (layer, plain)]
     assert torch.equal(*gradients)
     sums = layer.effective_weight().flatten(1).sum(1)
-    # Half an ulp of every one of 108 entries below 2, twice: one for the mean.
+    # 108 entries below 2 are off by half an ulp each, and by as much again for the mean.
     assert sums.abs().max() <= 4 * 27 * 2**-23
     assert repr(layer) == repr(plain).replace(torchs.__name__, ours.__name__)[:-1] + f", basis={basis})"
 
@@ -104,7 +104,7 @@ def test_linear_is_torchs_with_the_effective_weight(rows, bias, basis):
     layer = nn.LCWLinear(7, 5, bias, basis, "cpu", torch.float64)
     plain = plain_layer(layer, torch.nn.Linear, 7, 5, bias, "cpu", torch.float64)
     x = torch.randn(rows, 7, dtype=torch.float64)
-    # Seven products below 10, and two ways to sum them.
+    # Seven products below 10 are summed in two orders.
     torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=2 * 7 * 10 * 2**-52)
     assert repr(layer) == f"LCWLinear(in_features=7, out_features=5, bias={bias}, basis={basis})"
     assert isinstance(layer, torch.nn.Linear)
@@ -159,7 +159,7 @@ def test_zero_padding_aside_a_constant_input_gives_the_bias():
     layer = nn.LCWConv2d(3, 5, 3, padding=1, padding_mode="reflect")
     torch.nn.init.normal_(layer.bias)
     output = layer(torch.full((1, 3, 6, 6), 4.0))
-    # 27 products below 8 that cancel.
+    # 27 products below 8 cancel.
     torch.testing.assert_close(output, layer.bias.view(1, -1, 1, 1).expand_as(output), rtol=0, atol=27 * 8 * 2**-23)
 
 
@@ -204,7 +204,7 @@ def test_the_state_dict_is_torchs_own(bias):
         assert torch.equal(layer.weight, plain.weight)
         expected = copy.deepcopy(plain)
         expected.weight.data = F.lcw_weight(plain.weight.data)
-        # 36 products below 10, twice summed.
+        # 36 products below 10, summed twice.
         torch.testing.assert_close(layer(x), expected(x), rtol=0, atol=36 * 10 * 2**-23)
         plain.load_state_dict(layer.state_dict())
         assert torch.equal(plain.weight, layer.weight)
@@ -217,7 +217,7 @@ def test_layers_are_copied_and_come_back(how, basis, used, tmp_path):
     for (layer, x), (other, _) in zip(layers(basis), layers(basis), strict=True):
         layer.eval()
         if used:
-            # Something is kept now.
+            # The layer keeps its weight now.
             with torch.inference_mode():
                 layer(x)
         if how == "state dict":
@@ -250,7 +250,7 @@ def test_layers_take_on_another_dtype(dtype, basis):
             assert output.dtype == made(x.to(dtype)).dtype == dtype
             weight = F.lcw_weight(moved.weight, basis)
             assert torch.equal(moved.effective_weight(), weight.view_as(moved.effective_weight()))
-        # The input, the weight and the constrained one are rounded to dtype: 36 products below 10, each three times.
+        # Input, weight and constrained weight are rounded to dtype: three roundings in each of 36 products below 10.
         unit = max(torch.finfo(dtype).eps, 2**-23)
         torch.testing.assert_close(output.float(), expected, rtol=0, atol=3 * 36 * 10 * unit)
 
@@ -312,7 +312,7 @@ def test_both_parametrizations_train_alike(convolution, weight_decay, momentum):
             (torch.tanh(layer(x)) - target).square().mean().backward()
             optimizer.step()
     difference = (centred.effective_weight() - basis.effective_weight()).abs().max()
-    # 50 steps of a few roundings of numbers below 1, which momentum sums up ten times.
+    # 50 steps, each with a few roundings of numbers below 1. Momentum multiplies them by ten.
     assert difference < 50 * 10 * 2**-52
     assert (centred.effective_weight() - start).abs().max() > 1e-2
 
@@ -353,7 +353,7 @@ def set_parameter(layer):
 
 
 def reuse_the_address(layer):
-    """What the allocator hands out again: the same address and the same version, another content."""
+    """The allocator reuses the memory: the same address and the same version, but other content."""
     shape = layer.weight.shape
     del layer.weight
     layer.weight = torch.nn.Parameter(torch.randn(shape))
@@ -398,7 +398,7 @@ EDITS = {
 
 
 def fresh_output(layer, x):
-    """What a layer that has kept nothing gives for the same parameters."""
+    """The output of a layer with the same parameters and no kept weight."""
     if isinstance(layer, torch.nn.Linear):
         return F.lcw_linear(x, layer.weight, layer.bias, layer.basis)
     weight = F.lcw_weight(layer.weight, layer.basis).view(-1, *layer._filter_shape)
@@ -426,7 +426,7 @@ def test_inference_is_never_stale(basis, edit, mode):
 
 
 def test_inference_within_inference_mode_is_never_stale():
-    """Parameters made there count no versions."""
+    """Parameters made in inference mode have no version counter."""
     with torch.inference_mode():
         for layer, x in layers():
             layer.eval()
@@ -435,14 +435,14 @@ def test_inference_within_inference_mode_is_never_stale():
                 layer.weight.mul_(1.5)
 
 
-def test_what_is_kept_in_one_mode_serves_in_the_others():
+def test_a_weight_kept_in_one_mode_serves_in_the_others():
     layer, x = layers()[2]
     layer.eval()
     with torch.inference_mode():
         in_inference = layer(x)
     with torch.no_grad():
         assert torch.equal(layer(x), in_inference)
-    # An inference tensor cannot be saved for backward: with gradients nothing that was kept may be used.
+    # An inference tensor cannot be saved for backward, so a call with gradients must not use a kept one.
     layer(x).sum().backward()
     assert layer.weight.grad.any()
     layer.train()(x).sum().backward()
@@ -480,12 +480,12 @@ def test_functional_call_and_vmap_are_never_stale():
                 one = {name: tensor[k] for name, tensor in stacked.items()}
                 expected = torch.func.functional_call(copy.deepcopy(layer), one, (x,))
                 assert torch.equal(torch.func.functional_call(layer, one, (x,)), expected)
-                # Batched products are summed in another order: 36 of them below 20.
+                # 36 batched products below 20 are summed in another order.
                 torch.testing.assert_close(outputs[k], expected, rtol=0, atol=36 * 20 * 2**-23)
 
 
-def test_a_kept_weight_is_the_layers_own():
-    """Who changes what effective_weight() gave changes his own copy."""
+def test_a_kept_weight_is_not_handed_out():
+    """The result of effective_weight() is a copy: an edit of it leaves the kept weight alone."""
     layer, x = layers()[2]
     layer.eval()
     with torch.no_grad():
@@ -512,7 +512,7 @@ def test_a_traced_layer_keeps_no_weight():
 
 @pytest.fixture
 def computations(monkeypatch):
-    """Every shape that a constrained weight is computed of."""
+    """The shape of every weight that a constrained weight is computed from."""
     shapes, compute = [], F.lcw_weight
 
     def counted(weight, basis=False):
@@ -537,7 +537,7 @@ def test_an_unchanged_parameter_is_not_computed_again(basis, mode, computations)
         with mode():
             layer(x), layer(x)
         assert len(computations) == 2
-        # The bias is no part of it.
+        # The kept weight does not depend on the bias.
         layer.bias.data.add_(1)
         with mode():
             layer(x)
@@ -631,21 +631,21 @@ def test_variances_forward_and_backward_through_one_layer_are_the_table(std, lcw
     constrained, ordinary = nn.LCWLinear(width, width), torch.nn.Linear(width, width, bias=False)
     init.lcw_(constrained.weight, "sigmoid", std)
     plain_scale_(ordinary.weight, std)
-    # A million independent normal numbers make the weights, and as many the errors: the variance of a sample variance
-    # is 2 / count. The slopes' own spread is below that of squares of normal numbers.
+    # The weights are a million independent normal numbers, and so are the errors. The variance of a sample variance is
+    # 2 / count. The slopes' own spread is below that of squares of normal numbers.
     standard_error = math.sqrt(3 * 2 / (rows * width))
     for layer, expected in ((constrained, lcw), (ordinary, plain)):
         output = layer(z.sigmoid())
         gradient = torch.autograd.grad(output, z, error)[0]
         # The table has three digits.
         assert gradient.var().item() == pytest.approx(expected, rel=5 * standard_error, abs=0.5e-3)
-        # The mean activation and its variance are the same for all units: 1000 units, and sums over 1000 inputs.
+        # All units share the mean activation and its variance: 1000 units, each a sum over 1000 inputs.
         assert output.square().mean().item() == pytest.approx(std**2, rel=5 * math.sqrt(2 / width))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("lcw", math.log10(13)), ("plain", math.log10(4e-82))])
 def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expected):
-    """Width 128, s = 1. In float64: 4e-82 is no number of float32."""
+    """Width 128, s = 1, in float64: float32 has no number as small as 4e-82."""
     width, depth, nets = 128, 100, 8
     logarithms = []
     for _ in range(nets):
@@ -657,8 +657,8 @@ def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expect
                 pre_activations.append(h)
         first, last = torch.autograd.grad((h * torch.randn_like(h)).sum(), [pre_activations[0], pre_activations[-1]])
         logarithms.append(math.log10(first.var() / last.var()))
-    # The factor of a layer is a mean of 128 squares, off by sqrt(2 / 128) = 0.125, and those of forward and backward
-    # both move it: in 99 layers the logarithm has a deviation of 0.125 sqrt(2 x 99) / ln(10) = 0.76 decades. A finite
+    # The factor of a layer is a mean of 128 squares, off by sqrt(2 / 128) = 0.125 in each of the forward and backward
+    # passes: in 99 layers the logarithm has a deviation of 0.125 sqrt(2 x 99) / ln(10) = 0.76 decades. A finite
     # width takes 1 / 128 from every factor and from the mean of a logarithm half its variance: 0.34 + 0.66 decades.
     allowed = 0.34 + 0.66 + 5 * 0.76 / math.sqrt(nets)
     assert abs(sum(logarithms) / nets - expected) < allowed
@@ -691,7 +691,7 @@ def test_100_sigmoid_layers_learn_the_digits_with_lcw_only(seed):
     assert lcw > 0.3
 
 
-# ---- What a review found ---------------------------------------------------------------------------------------------
+# ---- Regressions -----------------------------------------------------------------------------------------------------
 
 
 def test_a_kept_weight_has_no_part_in_forward_mode():
@@ -707,7 +707,7 @@ def test_a_kept_weight_has_no_part_in_forward_mode():
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_kept_weight_meets_no_request_for_another_backend():
+def test_a_kept_weight_does_not_meet_a_request_for_another_backend():
     layer, x = nn.LCWConv1d(2, 3, 2).eval(), torch.randn(1, 2, 5)
     with torch.no_grad():
         layer(x)

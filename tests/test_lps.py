@@ -144,7 +144,7 @@ def test_anchored_takes_the_root_it_is_given():
     weight, moved = anchored(50, samples, root=0.7, generator=generator())
     ratio = weight[0, 0] / without[0, 0]
     torch.testing.assert_close(weight, ratio * without, rtol=1e-13, atol=0)
-    # Same anchors, so the biases differ by the scaled root alone, the same for all units.
+    # The anchors are the same, so the biases of all units differ by the scaled root alone.
     scaled_root = moved - ratio * bias
     assert scaled_root[0] > 0
     torch.testing.assert_close(scaled_root, scaled_root[:1].expand(50), rtol=0, atol=1e-13)
@@ -174,7 +174,7 @@ def test_anchored_on_equal_samples_keeps_the_scale_of_the_draw(samples):
 
 
 def deep_relu_nets(draw, width, depth, samples):
-    """The hidden layers' outputs of one ReLU net after another, each layer drawn by draw(inputs, fan_in, l)."""
+    """Yield the outputs of a ReLU net's hidden layers, each drawn by draw(inputs, fan_in, l)."""
     h = samples
     for l in range(depth):
         weight, bias = draw(h, h.shape[1], l)
@@ -223,7 +223,7 @@ def test_networks_are_constant_as_often_as_in_the_table(rule, width, depth, tabl
         return bool(((h - h[0]).abs() <= 1e-12 * h.abs().max()).all())
 
     share = sum(constant(list(deep_relu_nets(draw, width, depth, grid))[-1]) for _ in range(nets)) / nets
-    # Two binomial measurements of 600 nets, the table's and ours; one net more for the row with none.
+    # Two binomial measurements of 600 nets, the table's and ours. A share of 0 counts as one net.
     standard_error = math.sqrt(2 * max(table * (1 - table), 1 / nets) / nets)
     assert abs(share - table) < 5 * standard_error
 

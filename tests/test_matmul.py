@@ -1,4 +1,4 @@
-"""Who multiplies a layer's matrices on a CPU: what is asked for, or what was measured once and is kept in a file."""
+"""The choice of a layer's matmul on a CPU: the one requested, or the faster one, measured once and kept in a file."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 import lcw_ops
 from lcw_ops import functional as F
 
-# A layer that nobody else's tests have: whoever measures first would have the answer.
+# No other test uses a layer of this size: an earlier measurement would be reused.
 SAMPLES, UNITS, INPUTS = 24, 67, 61
 
 # Prints the bits of a layer's result and gradients.
@@ -31,14 +31,14 @@ MULTIPLIERS = ("own", "torch")
 
 @pytest.fixture(autouse=True)
 def _measured():
-    """By the compiled kernel, or with an error; not in torch's deterministic mode, in which nothing is measured."""
+    """Use the compiled kernel or fail, outside torch's deterministic mode, in which nothing is measured."""
     torch.use_deterministic_algorithms(False)
     with lcw_ops.use_backend("cpp"):
         yield
 
 
 def run_all(*environments, program=PROGRAM):
-    """What the program prints in each environment, in processes side by side."""
+    """The program's output in each environment; the processes run side by side."""
     started = [
         subprocess.Popen(
             [sys.executable, "-c", program], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
@@ -68,12 +68,12 @@ def test_an_unknown_name_is_refused(monkeypatch):
         layer()
 
 
-def test_an_empty_name_is_no_request(monkeypatch):
+def test_an_empty_name_requests_nothing(monkeypatch):
     monkeypatch.setenv("LCW_OPS_MATMUL", "")
     assert all(tensor.isfinite().all() for tensor in layer())
 
 
-def test_the_file_keeps_what_was_measured_and_is_believed(tmp_path):
+def test_measurements_are_kept_in_the_file_and_trusted(tmp_path):
     folder = tmp_path / "cache"
     environments = [{"LCW_OPS_MATMUL": name} for name in MULTIPLIERS]
     first, *bits = run_all({"LCW_OPS_CACHE_DIR": str(folder)}, *environments)
@@ -85,8 +85,8 @@ def test_the_file_keeps_what_was_measured_and_is_believed(tmp_path):
         assert answer[2:6] == ["1", "32", str(UNITS), str(INPUTS)]
         assert answer[6] in MULTIPLIERS
 
-    # Other answers in another's place; of two for one question, which processes may find at the same time, the first
-    # counts; what is no answer is passed over.
+    # Put other answers in the file. If a question has two answers, which two processes may write at the same time, the
+    # first one counts. Malformed lines are skipped.
     def lines(name):
         return "".join(" ".join([*answer[:6], name]) + "\n" for answer in answers)
 
@@ -101,11 +101,11 @@ def test_the_file_keeps_what_was_measured_and_is_believed(tmp_path):
     assert read(folder) == (file, answers)
 
 
-def test_where_the_file_is(tmp_path):
-    """In a folder that is made, in the usual places, or nowhere."""
+def test_location_of_the_file(tmp_path):
+    """In a folder that is created, in one of the usual places, or nowhere."""
     home, no_home, caches, blocked = (tmp_path / name for name in ("home", "no_home", "caches", "blocked"))
     home.mkdir(), no_home.mkdir(), blocked.touch()
-    # Three samples are another question than 24, none are no question, and 30 are the same.
+    # Three samples need a measurement of their own. An empty batch needs none, and 30 samples share that of 24.
     program = (
         "import os\nif os.environ['LCW_OPS_CACHE_DIR'] == 'usual': del os.environ['LCW_OPS_CACHE_DIR']\n" + PROGRAM
     )
@@ -140,7 +140,7 @@ def test_in_deterministic_mode_nothing_is_measured(monkeypatch, samples, name):
     assert all(torch.equal(*pair) for pair in zip(by_rule, results[name], strict=True))
 
 
-def test_threads_that_ask_at_once():
+def test_threads_that_measure_at_the_same_time():
     results, errors = [], []
 
     def work(units):
@@ -159,7 +159,7 @@ def test_threads_that_ask_at_once():
 
 
 def test_a_fork_while_another_thread_measures():
-    """The child has that thread's lock, but not the thread. In a process of one thread otherwise."""
+    """The child inherits the lock that this thread holds, but not the thread. Otherwise the process has one thread."""
     program = """
 import os, threading, time, torch
 from lcw_ops import functional as F
@@ -187,16 +187,16 @@ print(measuring, os.waitstatus_to_exitcode(status))
     assert run_all({}, program=program) == ["True 7\n"]
 
 
-def test_a_large_weight_is_not_measured_whole():
-    """Of 400 MB: a product of 4096 by 4096 stands for it."""
+def test_a_large_weight_is_measured_by_a_smaller_one():
+    """A weight of 400 MB is represented by a product of 4096 by 4096."""
     weight = torch.ones(1, 1).expand(10_000, 10_000)
     output = F.lcw_linear(torch.ones(1, 10_000), weight)
     assert torch.equal(output, torch.zeros(1, 10_000))
 
 
 @pytest.mark.parametrize("name", MULTIPLIERS)
-def test_the_ops_take_no_part_in_autograd(monkeypatch, name):
-    """Called directly, past ``functional``: torch's warning instead of half a graph."""
+def test_the_ops_alone_are_not_differentiable(monkeypatch, name):
+    """A direct call, past ``functional``, gives torch's warning instead of half a graph."""
     monkeypatch.setenv("LCW_OPS_MATMUL", name)
     x, weight = torch.randn(20, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
     output = torch.ops.lcw_ops.lcw_linear.cpp(x, weight, None, False, False)

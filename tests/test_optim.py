@@ -1,7 +1,7 @@
-"""optim.SGD and optim.AdamW: torch's own, bit for bit, without activation; with it, a float64 oracle of every option.
+"""optim.SGD and optim.AdamW: without activation torch's bits, with it every option against a float64 oracle.
 
-The oracle is written here by element, from math/gradient_activation.md's formulas and torch's documentation; run in a
-lower dtype it is eager torch, by whose error ours is judged.
+The oracle computes each element from the formulas of math/gradient_activation.md and torch's documentation. Run in a
+lower dtype it is eager torch, whose error is the measure of ours.
 """
 
 import copy
@@ -71,7 +71,7 @@ def assert_same_state(optimizer, other):
 
 
 def assert_by_the_oracle(name, actual, eager, exact):
-    """Lists of tensors, judged together: of one number eager torch may be right by chance."""
+    """Judge lists of tensors together: on a single number eager torch may be exact by chance."""
     actual, eager, exact = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (actual, eager, exact))
     if actual.dtype == torch.float64:
         # Twenty steps of a dozen operations each, in units of the result's scale.
@@ -164,7 +164,7 @@ def check_against_oracle(kind, oracle, dtype, options, steps=20):
     optimizer = kind(params, **options)
     for step in range(steps):
         gradients = make_gradients(params, step)
-        # One of them gets its first gradient later, and then misses some.
+        # One parameter gets its first gradient later and then misses some.
         gradients[3] = gradients[3] if step % 5 in (2, 3) else None
         set_gradients(params, gradients)
         optimizer.step()
@@ -203,7 +203,7 @@ def test_adamw_over_20_steps(options, kind, backend):
 def test_other_dtypes_over_20_steps(dtype, backend):
     for activate in ("gradient", "momentum"):
         check_against_oracle(optim.SGD, SGDOracle, dtype, {"lr": 0.1, "activate": activate, **SGD_OPTIONS["dampening"]})
-    # Squares below float16's range are lost in its state, ours and torch's.
+    # Squares below float16's range are lost in the state, in ours as in torch's.
     check_against_oracle(optim.AdamW, AdamWOracle, dtype, {"lr": 0.01, "eps": 1e-2, "amsgrad": True})
 
 
@@ -214,7 +214,7 @@ def test_other_dtypes_over_20_steps(dtype, backend):
         (optim.AdamW, {"capturable": True}),
     ],
 )
-def test_flags_of_torchs_kernels_change_no_number(kind, flags):
+def test_flags_of_torchs_kernels_change_no_bit(kind, flags):
     params, others = make_params(), make_params()
     flagged, plain = kind(params, lr=0.1, **flags), kind(others, lr=0.1)
     train(flagged, params, 3)
@@ -239,7 +239,7 @@ def test_gradients_that_are_views_expanded_or_shared_are_read_and_never_written(
     expanded = torch.tensor([0.3]).expand(4)
     gradients = [flat[:4], flat[2:], expanded, flat[:4], *hostile_layouts(torch.randn(4, 3)).values()]
     params = [nn.Parameter(torch.randn(gradient.shape)) for gradient in gradients]
-    # Strides of parameter and gradient differ, in both directions; and a parameter with gaps.
+    # Parameter and gradient differ in strides, in both directions. One parameter has gaps.
     params += [nn.Parameter(torch.randn(3, 4).mT), nn.Parameter(torch.randn(4, 6)[:, ::2])]
     gradients += [torch.randn(4, 3), torch.randn(4, 3)]
     others = [nn.Parameter(param.detach().contiguous().clone()) for param in params]
@@ -254,7 +254,7 @@ def test_gradients_that_are_views_expanded_or_shared_are_read_and_never_written(
     assert_same_bits(params, others)
 
 
-def test_nothing_to_do_is_no_step(pair):
+def test_a_step_without_gradients_changes_nothing(pair):
     params = make_params()
     before = copies(params)
     optimizer = pair[0](params, lr=0.1)
@@ -325,7 +325,7 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_two_parameters_in_the_same_memory_are_stepped_one_after_the_other(pair):
+def test_two_parameters_in_the_same_memory_are_stepped_in_sequence(pair):
     oracle = SGDOracle if pair[0] is optim.SGD else AdamWOracle
     size = 300_000
     for repeat in range(5):
@@ -353,7 +353,7 @@ def test_complex_parameters_are_refused(pair):
     optimizer.step()
 
 
-def test_a_backend_that_cannot_be_had_changes_nothing(pair):
+def test_an_unavailable_backend_changes_nothing(pair):
     params = make_params(shapes=[(3,)])
     params[0].grad = torch.ones(3)
     optimizer = pair[0](params, lr=0.1)
@@ -363,7 +363,7 @@ def test_a_backend_that_cannot_be_had_changes_nothing(pair):
     assert optimizer.state[params[0]].get("step", 1) == 1
 
 
-def test_an_op_that_fails_leaves_no_momentum_behind(monkeypatch):
+def test_a_failing_op_leaves_no_momentum(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no memory")
 
@@ -376,7 +376,7 @@ def test_an_op_that_fails_leaves_no_momentum_behind(monkeypatch):
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
-def test_an_op_that_fails_is_no_counted_step(monkeypatch, default):
+def test_a_failing_op_does_not_count_as_a_step(monkeypatch, default):
     def fail(*_, **__):
         raise RuntimeError("no memory")
 
@@ -425,13 +425,13 @@ def test_options_are_validated_again_only_when_they_have_changed(pair, monkeypat
     optimizer.param_groups[1]["alpha"] = 0.2
     train(optimizer, params, 2)
     assert len(checked) == 4
-    # 1.0 is right and equals True, which is no number.
+    # 1.0 is valid and equals True, which is not a number.
     optimizer.param_groups[1]["alpha"] = 1.0
     train(optimizer, params, 1)
     set_gradients(params, make_gradients(params, 0))
     optimizer.param_groups[1]["alpha"] = True
     assert_refused(optimizer, params, TypeError, "alpha is a bool")
-    # Refused as often as it is tried; and right again afterwards, in a copy too.
+    # It is refused at every attempt, and accepted once it is valid again, in a copy too.
     assert_refused(optimizer, params, TypeError, "alpha is a bool")
     optimizer.param_groups[1]["alpha"] = 0.3
     optimizer.step()
@@ -550,8 +550,8 @@ def test_a_run_may_pass_through_torchs_optimizer_in_the_middle(pair):
 
 
 @pytest.mark.parametrize("first", ["ours", "torchs"])
-def test_torchs_on_activated_gradients_and_ours_take_over_from_each_other(first, pair):
-    """float64: the two round differently, a few units in the last place at every step."""
+def test_our_optimizer_and_torchs_on_activated_gradients_continue_each_other(first, pair):
+    """In float64: the two round differently, by a few units in the last place per step."""
     straight, changed = make_params(torch.float64), make_params(torch.float64)
 
     def train_torchs(optimizer, params, steps, start=0):
@@ -574,7 +574,7 @@ def test_torchs_on_activated_gradients_and_ours_take_over_from_each_other(first,
         torch.testing.assert_close(param, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_a_checkpoint_without_activation_leaves_each_groups_as_it_is(pair):
+def test_a_checkpoint_without_activation_keeps_that_of_each_group(pair):
     params = make_params()
     groups = [{"params": params[:2], "gradient_activation": "tanh", "alpha": 0.5}, {"params": params[2:]}]
     optimizer = pair[0](groups, lr=0.1, gradient_activation=None)
@@ -586,7 +586,7 @@ def test_a_checkpoint_without_activation_leaves_each_groups_as_it_is(pair):
     assert (second["gradient_activation"], second["alpha"], second["lr"]) == (None, 0.1, 0.3)
 
 
-def test_a_checkpoint_with_activation_brings_its_own(pair):
+def test_a_checkpoint_with_activation_sets_it(pair):
     params = make_params()
     saved = pair[0](params, lr=0.1, gradient_activation="log", beta=3.0).state_dict()
     optimizer = pair[0](params, lr=0.1)
@@ -600,7 +600,7 @@ def through_pickle(objects):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])
-def test_copies_go_on_alone(copied, pair):
+def test_copies_are_independent(copied, pair):
     params = make_params()
     optimizer = stateful(pair[0], params, gradient_activation="tanh")
     train(optimizer, params, 3)
@@ -666,7 +666,7 @@ def test_groups_have_their_own_options():
     assert_by_the_oracle("parameters", [param.detach() for param in params], exact, exact)
 
 
-def test_a_tensor_lr_is_its_value(pair):
+def test_a_tensor_lr_counts_as_its_value(pair):
     for lr in (torch.tensor(0.1), torch.tensor([0.1])):
         params, others = make_params(), make_params()
         train(pair[0](params, lr=lr), params, 3)
@@ -707,7 +707,7 @@ def test_a_closure_is_called_once_with_gradients_on(activation, pair):
 
 @pytest.mark.parametrize("activations", [("arctan",), (None,), ("arctan", None)], ids=str)
 def test_step_hooks_run_once(activations, pair):
-    # The first optimizer of torch's class puts hooks around its step, which ours calls.
+    # The first optimizer of torch's class wraps that class's step in hooks, and our step calls it.
     params = make_params(shapes=[(3,)] * len(activations))
     pair[1](params, lr=0.1)
     groups = [{"params": [p], "gradient_activation": a} for p, a in zip(params, activations, strict=True)]
@@ -738,7 +738,7 @@ def test_amp_scaling_is_claimed_by_torchs_fused_step_only(pair):
     assert not pair[0](params, lr=0.1, fused=True)._step_supports_amp_scaling
 
 
-def test_a_subclass_and_its_parameters_keep_working(pair):
+def test_a_subclass_gives_the_same_bits(pair):
     class Own(pair[0]):
         pass
 
@@ -754,7 +754,7 @@ def test_a_step_within_a_step_is_one_step(pair):
             return super().step(closure)
 
     params, others = make_params(), make_params()
-    # torch wraps the hooks around the step of every class of which it has made an optimizer.
+    # torch wraps hooks around the step of every class that it makes an optimizer of.
     plain, optimizer = pair[0](others, lr=0.1), Own(params, lr=0.1)
     for step in range(3):
         gradients = make_gradients(params, step)

@@ -1,6 +1,6 @@
-"""optim.SGD and optim.AdamW where gradient, state and parameter are not alike: dtypes, counts, views, wrong states.
+"""optim.SGD and optim.AdamW where gradient, state and parameter differ: dtypes, counts, views, invalid states.
 
-The oracle is float64 by element, from the numbers as they come; what is written is its result, rounded once.
+The oracle computes each element in float64 from the given numbers. The optimizer must write its result, rounded once.
 """
 
 import copy
@@ -58,7 +58,7 @@ def as_exact(state):
 
 
 def assert_rounded_once(name, result, exact, terms):
-    """Half a unit of the result's dtype, and what the sums of the step lose in the dtype that it is computed in."""
+    """Allow half a unit of the result's dtype, plus the rounding of the step's sums in the dtype of the computation."""
     nearest = exact.abs().to(result.dtype)
     ulp = torch.nextafter(nearest, torch.full_like(nearest, torch.inf)).double() - nearest.double()
     computed = torch.finfo(torch.float64 if result.dtype is torch.float64 else torch.float32).eps
@@ -95,7 +95,7 @@ def test_sgd_activates_gradients_in_their_own_dtype(dtype, grad_dtype, kind, act
             exact.step(gradient, **options)
             assert torch.equal(param.grad, gradient)
             terms = sum(map(torch.abs, before)) + 2 * gradient.double().abs() + 2 * exact.param.abs()
-            # Where f is steep it multiplies the errors of its argument.
+            # Where f is steep, it multiplies the errors of its argument.
             assert_rounded_once("parameter", param, exact.param, 2 * terms)
             for name, value in exact.state.items():
                 buffer = optimizer.state[param][name]
@@ -120,7 +120,7 @@ def test_adamw_activates_gradients_in_their_own_dtype(dtype, grad_dtype, kind):
             param.grad = gradient.clone()
             optimizer.step()
             exact.step(gradient, **options)
-            # The step is no larger than about lr / sqrt(1 - b2): 4.
+            # The step is at most about lr / sqrt(1 - b2), which is 4.
             assert_rounded_once("parameter", param, exact.param, before + 4)
             added = 0.1 * activated(gradient.double(), kind, 0.5, 3.0).abs()
             for name, value in exact.state.items():
@@ -130,7 +130,7 @@ def test_adamw_activates_gradients_in_their_own_dtype(dtype, grad_dtype, kind):
 
 @needs_grad_dtype
 def test_a_tiny_gradient_moves_a_parameter_of_16_bits(backend):
-    """Rounded to float16 first, it would be 0."""
+    """If it were rounded to float16 first, it would be 0."""
     param = nn.Parameter(torch.zeros(1, dtype=torch.float16))
     param.grad_dtype = torch.float32
     optimizer = optim.SGD([param], lr=0.1, alpha=1.0, beta=1e6)
@@ -160,7 +160,7 @@ def test_gradients_beyond_float16_do_not_end_in_nan(form, kind):
 
 @needs_grad_dtype
 def test_only_parameters_of_two_dtypes_are_copied(pair, monkeypatch):
-    """The others are stepped where they lie, and give the bits that they give alone."""
+    """The others are stepped in place and give the same bits as alone."""
     options = {"momentum": 0.9} if pair[0] is optim.SGD else {"amsgrad": True}
     alone, together = make_params(torch.bfloat16), make_params(torch.bfloat16)
     mixed = [mixed_parameter(torch.bfloat16, torch.float32) for _ in range(70)]
@@ -208,13 +208,13 @@ def test_sgd_steps_on_a_buffer_of_any_dtype_as_torch_does(dtype, state_dtype):
 
 
 @needs_grad_dtype
-def test_adamw_keeps_states_of_the_gradient_s_dtype():
-    """As torch's step, which takes states of the parameter's dtype or the gradient's."""
+def test_adamw_keeps_states_of_the_gradients_dtype():
+    """Torch's step does so too: it accepts states of the parameter's dtype or of the gradient's."""
     param = mixed_parameter(torch.float16, torch.float32)
     optimizer = optim.AdamW([param], lr=0.1)
     optimizer.state[param] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(33), "exp_avg_sq": torch.zeros(33)}
     exact = AdamWOracle(param)
-    # Its square is far below float16's smallest number.
+    # The square of the gradient is far below float16's smallest number.
     param.grad = torch.full((33,), 1e-6)
     optimizer.step()
     exact.step(param.grad, lr=0.1)
@@ -227,7 +227,7 @@ def test_adamw_keeps_states_of_the_gradient_s_dtype():
 
 @needs_grad_dtype
 def test_mixed_dtypes_through_a_state_dict(pair):
-    """Loading leaves AdamW's states as torch does, in the parameter's dtype, and SGD's as they were saved."""
+    """As in torch, loading casts AdamW's states to the parameter's dtype; SGD's keep the dtype that was saved."""
     param = mixed_parameter(torch.float16, torch.float32)
     optimizer = pair[0]([param], lr=0.1, **({"momentum": 0.9} if pair[0] is optim.SGD else {}))
     for _ in range(2):
@@ -245,7 +245,7 @@ def test_mixed_dtypes_through_a_state_dict(pair):
 @pytest.mark.parametrize("activate", ["gradient", "momentum"])
 @pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
 def test_momentum_beyond_float16_goes_on_where_it_was(copied, activate):
-    """Bit for bit as without the copy."""
+    """The bits are the same as without the copy."""
     param = mixed_parameter(torch.float16, torch.float32)
     optimizer = optim.SGD([{"params": [param]}], lr=0.1, momentum=0.9, activate=activate, alpha=1e4)
     gradients = [1e5 * torch.randn(33) for _ in range(3)]
@@ -274,8 +274,8 @@ def test_momentum_beyond_float16_goes_on_where_it_was(copied, activate):
 
 
 @needs_grad_dtype
-def test_a_buffer_is_loaded_in_the_parameter_s_dtype_where_its_gradients_are():
-    """And everywhere without activation, as torch does; a hook of the user's decides what is loaded."""
+def test_a_buffer_is_loaded_in_the_parameters_dtype_where_its_gradients_are():
+    """Without activation it is cast in every case, as in torch. A user's hook decides what is loaded."""
     params = [nn.Parameter(torch.zeros(3, dtype=torch.float16)) for _ in range(3)]
     for param in params[1:]:
         param.grad_dtype = torch.float32
@@ -313,7 +313,7 @@ COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *DTYPE
 @pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("dtype", COUNTS, ids=str)
 def test_adamw_counts_in_any_dtype(dtype, loaded):
-    """Beside torch's AdamW on the activated gradient, which counts in that dtype too."""
+    """Against torch's AdamW on the activated gradient, which counts in the same dtype."""
     params, others = (make_params(torch.float64, shapes=[(4,), (2, 3)]) for _ in range(2))
     optimizer, torchs = optim.AdamW(params, lr=0.1), torch.optim.AdamW(others, lr=0.1, foreach=False)
     for step in range(3):
@@ -325,7 +325,7 @@ def test_adamw_counts_in_any_dtype(dtype, loaded):
         if step == 0:
             for one in (optimizer, torchs):
                 saved = one.state_dict()
-                # One of them only: the others count as before.
+                # Only one count is replaced; the others stay as they were.
                 saved["state"][1]["step"] = torch.tensor(7).to(dtype)
                 if loaded:
                     one.load_state_dict(saved)
@@ -341,7 +341,7 @@ def test_adamw_counts_in_any_dtype(dtype, loaded):
 @pytest.mark.parametrize("shapes", [[(1,), (1,)], [(), (1,)], [(1, 1), (1,), ()]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
 def test_adamw_counts_in_one_number_of_any_shape(shapes, dtype, monkeypatch):
-    """The same bits as with counts of no dimension, which is all that every backend gets."""
+    """The bits are the same as with 0-dimensional counts, the only ones that backends receive."""
     params, others = (make_params(shapes=[(4,), (2, 3), (5,)][: len(shapes)]) for _ in range(2))
     optimizer, plain = optim.AdamW(params, amsgrad=True), optim.AdamW(others, amsgrad=True)
     train(optimizer, params, 2)
@@ -388,7 +388,7 @@ BAD_STEPS = {
 
 
 @pytest.mark.parametrize("case", BAD_STEPS)
-def test_steps_that_are_no_counts_change_nothing(case):
+def test_invalid_step_counts_change_nothing(case):
     value, error, match = BAD_STEPS[case]
     params = make_params(shapes=[(3,), (2,)])
     optimizer = optim.AdamW([{"params": [param]} for param in params], lr=0.1)
@@ -414,7 +414,7 @@ BAD_STATES = {
 @pytest.mark.parametrize("case", BAD_STATES)
 @pytest.mark.parametrize("name", ["momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
 def test_states_that_do_not_fit_change_nothing(name, case):
-    """In the second group: the first would have been stepped before it."""
+    """The invalid state is in the second group: the first group would have been stepped already."""
     change, error, match = BAD_STATES[case]
     kind, options = (optim.SGD, {"momentum": 0.9}) if name == "momentum_buffer" else (optim.AdamW, {"amsgrad": True})
     params = make_params(shapes=[(4,), (3,)])
@@ -434,11 +434,11 @@ def test_a_state_that_is_missing_is_named(name):
     assert_refused(optimizer, params, ValueError, rf"optim\.AdamW: '{name}' is missing .*param_groups\[1\]")
 
 
-# ---- Views that are to be negated when read, and zeros without memory ------------------------------------------------
+# ---- Views that are negated when they are read, and zeros without memory ---------------------------------------------
 
 
 def negated(tensor):
-    """The same numbers, of which memory holds the negatives."""
+    """A view of the same numbers whose memory holds the negatives."""
     view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
     assert view.is_neg()
     assert torch.equal(view, tensor)
@@ -512,7 +512,7 @@ def test_parameters_can_be_swapped_after_a_step(options):
     assert module.weight.dtype is torch.float64
 
 
-# ---- Tensors that became others since the last step
+# ---- Tensors that were replaced since the last step ------------------------------------------------------------------
 
 
 def stepped_twice(pair, shape=(2, 3)):
@@ -533,14 +533,14 @@ def assert_refused_unchanged(optimizer, param, message):
         torch.testing.assert_close(optimizer.state[param][name], value, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_parameter_of_another_shape_has_no_state(pair):
+def test_a_parameter_that_changed_its_shape_is_refused(pair):
     param, optimizer = stepped_twice(pair)
     param.data = param.data.t().contiguous()
     param.grad = torch.zeros(3, 2)
     assert_refused_unchanged(optimizer, param, r"of shape \(3, 2\) has shape \(2, 3\)")
 
 
-def test_a_gradient_of_another_shape_is_refused(pair):
+def test_a_gradient_that_changed_its_shape_is_refused(pair):
     param, optimizer = stepped_twice(pair)
     param.data = param.data.t().contiguous()
     param.grad.data = torch.zeros(2, 3)
@@ -565,7 +565,7 @@ def test_a_count_that_was_written_to_is_checked(count):
 
 
 @pytest.mark.parametrize("count", [torch.tensor(2), torch.tensor(2.0, dtype=torch.float16), torch.tensor([2.0])])
-def test_a_count_may_become_another_tensor(count):
+def test_a_count_may_be_replaced_by_another_tensor(count):
     param, optimizer = stepped_twice(PAIRS["AdamW"])
     other, reference = stepped_twice(PAIRS["AdamW"])
     other.data, other.grad = param.data.clone(), param.grad.clone()
@@ -583,7 +583,7 @@ class Pickled(optim.SGD):
 
 
 def test_nothing_in_an_optimizer_or_its_states_is_held_weakly():
-    """A subclass may pickle its dictionary, and torch swaps no tensor to which there is a weak reference."""
+    """A subclass may pickle its dictionary, and torch does not swap a tensor that has a weak reference."""
     param = torch.nn.Parameter(torch.ones(4))
     optimizer = Pickled([param], lr=0.1, momentum=0.9)
     param.grad = torch.ones(4)

@@ -1,7 +1,7 @@
-"""What is known about the recurrence in closed form: bounds on states, gradients and singular values.
+"""Facts about the recurrence in closed form: bounds on states, gradients and singular values.
 
-A. Ceni, arXiv 2210.01245, proves bounds of this kind; these constants are derived, with s = Lip(act) max ||W_l||_2:
-one layer has its singular values in [alpha - beta s, alpha + beta s], and L layers in the L-th powers of that.
+A. Ceni, arXiv 2210.01245, proves bounds of this kind. These constants are ours: with s = Lip(act) max ||W_l||_2, one
+layer's singular values lie in [alpha - beta s, alpha + beta s], and those of L layers in the L-th powers of that.
 """
 
 import copy
@@ -33,7 +33,7 @@ def net(depth, width, filter="matrix", gain=1.0):
 
 
 def jacobian(h0, weight, bias, filter, **options):
-    """dh_L/dh_0 for one sample: its rows are independent, so N copies of it and one backward pass give all of it."""
+    """dh_L/dh_0 for one sample: rows are independent, so one backward pass over N copies of it gives the matrix."""
     width = weight.shape[-1]
     copies = h0.expand(width, width).clone().requires_grad_()
     output = F.orthogonal_filter(copies, weight, bias, filter, **options)
@@ -77,14 +77,14 @@ def test_singular_values_of_many_layers_lie_in_the_powers(activation, c):
 
 
 def test_singular_values_concentrate_at_exp_minus_c():
-    """1000 layers, c = 1: 0.355 to 0.38 for independent W_l, around exp(-1) = 0.368."""
+    """1000 layers, c = 1: the values lie in 0.355 to 0.38 for independent W_l, around exp(-1) = 0.368."""
     weight, bias, rotation = net(1000, 64)
     values = torch.linalg.svdvals(jacobian(torch.randn(64, dtype=torch.float64), weight, 0 * bias, rotation))
     assert 0.33 < values.min() < math.exp(-1) < values.max() < 0.41
 
 
 def test_a_constant_beta_kills_the_gradient():
-    """beta must be O(1/L): with beta fixed and no slope in the branch, what is left is exactly (1 - beta)^L."""
+    """beta must be O(1/L): with a fixed beta and no slope in the branch, (1 - beta)^L of the gradient remains."""
     depth, width, beta = 3000, 8, 0.01
     _, _, rotation = net(1, width)
     silent = torch.zeros(depth, width, width, dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_a_constant_beta_kills_the_gradient():
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 def test_states_of_a_bounded_activation_stay_bounded(activation):
-    """Convex and |act| <= 1: ||h_l|| <= max(||h_0||, sqrt(N)), with weights however large."""
+    """Convex and |act| <= 1: ||h_l|| <= max(||h_0||, sqrt(N)), for weights of any size."""
     depth, width = 200, 12
     weight, bias, rotation = net(depth, width, gain=30.0)
     h0 = 5 * torch.randn(20, width, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_a_permutation_is_the_matrix_that_it_stands_for():
 
 
 def test_depth_with_shared_weights_is_time():
-    """One recurrence, two uses: L equal layers are T steps of one layer."""
+    """L layers with equal weights are T steps of one layer."""
     weight, bias, rotation = net(1, 9)
     h0, inputs = torch.randn(4, 9, dtype=torch.float64), torch.randn(15, 4, 9, dtype=torch.float64)
     depth = F.orthogonal_filter(h0, weight.expand(15, 9, 9), bias.expand(15, 9), rotation, inputs=inputs)
@@ -151,7 +151,7 @@ def test_depth_with_shared_weights_is_time():
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "identity"])
 @pytest.mark.parametrize("filter", ["matrix", "permutation"])
 def test_the_reference_itself_against_finite_differences(activation, filter):
-    """Plain torch, twice differentiable, forward mode too; the kernels are judged by it."""
+    """Plain torch is twice differentiable, with forward mode too. It judges the kernels."""
     weight, bias, rotation = net(3, 3, filter)
     h0, inputs = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64)
     alpha, beta = torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_the_reference_itself_against_finite_differences(activation, filter):
 
 @dataclass
 class Trained:
-    """A network that has been trained on the digits in float32, its copy in float64, and a pass over some samples."""
+    """A network trained on the digits in float32, its copy in float64, and a pass over some samples."""
 
     losses: list[float]
     growth: float  # the largest relative change of ||W_l||_2 by training
@@ -184,7 +184,7 @@ class Trained:
     grad_weight: torch.Tensor
 
     def gain_bounds(self):
-        """Of every layer, from the profiler's bound of ||W_l||_2 and the filter's own rounding."""
+        """Bounds of every layer, from the profiler's bound of ||W_l||_2 and the filter's own rounding."""
         norms = bounds.spectral_norm_bound(self.weight).cpu().numpy()
         deviation = bounds.filter_deviation(self.filter)
         return bounds.layer_gain_bounds(self.alpha, self.beta, norms, LIPSCHITZ[self.activation], deviation)
@@ -229,7 +229,7 @@ def train(activation, depth, width, steps, samples, batch=64):
     )
 
 
-# Products and singular values in float64: far below the 1e-9 that the bounds are stretched by.
+# The errors of float64 products and singular values are far below the 1e-9 that the bounds are stretched by.
 STRETCH = 1 + 1e-9
 
 
@@ -295,6 +295,6 @@ def test_gradient_norm_across_fifty_thousand_trained_layers(capsys):
             f"{math.exp(upper):.4f}"
         )
     assert net.losses[-1] < net.losses[0]
-    # The bounds themselves say something: neither vanished nor exploded.
+    # The bounds themselves are informative: neither vanished nor exploded.
     assert math.exp(lower) > 1e-3
     assert math.exp(upper) < 100

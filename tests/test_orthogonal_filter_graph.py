@@ -1,4 +1,4 @@
-"""The recurrence as blocks of matmuls: right for every kind and cut, and on a GPU with replayed graphs."""
+"""The recurrence as blocks of matmuls is right for every kind and block length, and on a GPU with replayed graphs."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    """So that a few steps are several blocks, and some that are left over."""
+    """A few steps then make several blocks and a remainder."""
     monkeypatch.setattr(graph, "MOST_STEPS", 3)
 
 
@@ -90,12 +90,12 @@ def test_weights_in_16_bits(weight_dtype, shared, device):
 
 
 @pytest.mark.parametrize("without", [("bias",), ("inputs",), ("bias", "inputs")])
-def test_without_what_is_optional(without, device):
+def test_without_optional_arguments(without, device):
     assert_right(problem(device, 5, 30, 7, without=without), 7)
 
 
 def test_scales_shared_by_all_steps(device):
-    """The same as one for each step, and their gradients summed."""
+    """Result and gradients are those of one scale per step, with the gradients of the scales summed."""
     tensors, grad_output = list(problem(device, 5, 30, 7)), torch.randn(5, 30, device=device)
     shared = [*tensors[:4], tensors[4][:1], tensors[5][:1], tensors[6]]
     tensors[4:6] = (scale[:1].expand(7) for scale in tensors[4:6])
@@ -106,7 +106,7 @@ def test_scales_shared_by_all_steps(device):
             assert torch.equal(a, b), name
 
 
-def test_only_what_is_asked_for(device):
+def test_only_the_gradients_asked_for(device):
     tensors = problem(device, 5, 30, 7)
     grad_output = torch.randn(5, 30, device=device)
     expected = by_graph(tensors, grad_output, 7)[1:]
@@ -116,8 +116,8 @@ def test_only_what_is_asked_for(device):
     assert [gradient.numel() for gradient in nothing[1:]] == [0] * 6
 
 
-def test_nothing_is_left_from_the_call_before(device):
-    """Other numbers, the same shapes: what a graph reads must be the new ones; and results are the caller's own."""
+def test_calls_are_independent(device):
+    """On new numbers of the same shapes a graph reads the new ones, and the results belong to the caller."""
     first, second = problem(device, 5, 30, 9), problem(device, 5, 30, 9)
     grad_output = torch.randn(5, 30, device=device)
     once = by_graph(first, grad_output, 9)
@@ -145,8 +145,8 @@ def test_float32_means_float32(device, tf32):
     assert torch.equal(graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0], under_tf32)
 
 
-def test_leaves_the_settings_alone(monkeypatch, tf32):
-    """Without a GPU: TF32 is off inside, and the user's again afterwards, also after an error."""
+def test_settings_are_restored(monkeypatch, tf32):
+    """Without a GPU: TF32 is off inside and set back to the user's choice afterwards, also after an error."""
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     seen = []
 
@@ -164,7 +164,7 @@ def test_leaves_the_settings_alone(monkeypatch, tf32):
 
 @pytest.fixture
 def cached_blocks(monkeypatch):
-    """Blocks that are kept as on a GPU, full of what must not be read; on a CPU their lines run as they stand."""
+    """Blocks cached as on a GPU, filled with NaN that must not be read. On a CPU their code runs without a capture."""
     cached, get = {}, graph._get_block
 
     def get_block(kind):
@@ -184,7 +184,7 @@ def cached_blocks(monkeypatch):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["permutation", "per_layer"])
-def test_kept_blocks_serve_every_length(cached_blocks, shared, kind, device):
+def test_cached_blocks_serve_every_length(cached_blocks, shared, kind, device):
     """Seven steps are blocks of three, three and one, all on the same buffers."""
     for depth in (7, 11, 9):
         assert_right(problem(device, 5, 30, depth, shared, kind), depth, segment=5, return_states=True)
@@ -193,7 +193,7 @@ def test_kept_blocks_serve_every_length(cached_blocks, shared, kind, device):
 
 
 def test_first_called_in_inference_mode(cached_blocks, device):
-    """Its buffers serve the calls after it, and the other way round."""
+    """Buffers made in inference mode serve the calls after it, and the other way round."""
     tensors = problem(device, 5, 30, 7)
     grad_output = torch.randn(5, 30, device=device)
     with torch.inference_mode():
@@ -206,7 +206,7 @@ def test_first_called_in_inference_mode(cached_blocks, device):
         assert torch.equal(b, c), name
 
 
-def test_what_all_steps_share_is_copied_once(device, monkeypatch):
+def test_arguments_shared_by_all_steps_are_copied_once(device, monkeypatch):
     calls = []
     load_shared = graph.Block.load_shared
     monkeypatch.setattr(graph.Block, "load_shared", lambda *arguments: calls.append(load_shared(*arguments)))
@@ -214,8 +214,8 @@ def test_what_all_steps_share_is_copied_once(device, monkeypatch):
     assert len(calls) == 2  # forward, backward
 
 
-def test_only_what_changes_with_the_step_shortens_a_block(monkeypatch):
-    """Of 8 x 8 matrices and 2 rows a step holds 64 numbers for each of the two, and 128 for its states."""
+def test_only_arguments_per_step_shorten_a_block(monkeypatch):
+    """With 8 x 8 matrices and 2 rows a step holds 64 numbers for each matrix and 128 for its states."""
     monkeypatch.setattr(graph, "MOST_STEPS", 10**6)
     monkeypatch.setattr(graph, "MOST_BYTES", 4 * 128 * 12)
 
@@ -228,8 +228,8 @@ def test_only_what_changes_with_the_step_shortens_a_block(monkeypatch):
     assert steps(False, "per_layer") == 6
 
 
-def test_graphs_are_kept_and_the_oldest_given_up(monkeypatch):
-    """Without a GPU: what is kept, for whom."""
+def test_graphs_are_cached_and_the_least_recently_used_is_evicted(monkeypatch):
+    """Without a GPU: which blocks are cached, and for which calls."""
     monkeypatch.setattr(graph, "_cached", graph.OrderedDict())
     monkeypatch.setattr(graph, "Block", lambda kind, capture: [kind, capture])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -251,7 +251,7 @@ def test_graphs_are_kept_and_the_oldest_given_up(monkeypatch):
 
 
 def test_captured_once_and_replayed(monkeypatch):
-    """Without a GPU: the order of things. Libraries warm up before the capture, and a capture runs nothing."""
+    """Without a GPU, the order of events: libraries warm up before the capture, and a capture runs nothing."""
     calls = []
 
     class Graph:
@@ -279,7 +279,7 @@ def test_captured_once_and_replayed(monkeypatch):
 
 
 def test_captured_by_the_caller(device):
-    """Inside somebody else's graph the lines run as they stand, on memory of that graph."""
+    """Inside the caller's graph the code runs without a capture of its own, on memory of that graph."""
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     tensors = problem(device, 5, 30, 7)
@@ -295,7 +295,7 @@ def test_captured_by_the_caller(device):
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("without", [(), ("bias",), ("inputs",)])
-def test_it_is_an_op(device, weight_dtype, without):
+def test_the_registered_op(device, weight_dtype, without):
     tensors = problem(device, 3, 5, 4, weight_dtype=weight_dtype, without=without)
     is_there = (True, tensors[2] is not None, True, tensors[6] is not None, True)
     output, checkpoints = library.get_overload(op.NAME, op.GRAPH)(*tensors, 4, "tanh", 2, False)

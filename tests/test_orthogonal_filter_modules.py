@@ -1,4 +1,4 @@
-"""OrthogonalFilterMLP and OrthogonalFilterRNN: what torch.nn's own modules do, and what only these need."""
+"""OrthogonalFilterMLP and OrthogonalFilterRNN: the behaviour of torch.nn's own modules, and what only these need."""
 
 import copy
 import math
@@ -25,20 +25,20 @@ def as_matrix(filter, width):
 @pytest.mark.parametrize("width", [1, 2, 17, 64])
 def test_every_filter_is_orthogonal_to_its_rounding(kind, width):
     matrix = as_matrix(make_filter(kind, width), width)
-    # Rows rounded to float32 once: each of N products is off by at most 2 x 2^-24 of its size.
+    # Rows are rounded to float32 once: each of N products is off by at most 2 x 2^-24 of its size.
     tolerance = 2 * math.sqrt(width) * 2**-23
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
 def test_haar_filter_has_no_preferred_sign():
-    """The QR alone gives a fixed sign to every diagonal of R, so traces would be biased; Haar has E[trace] = 0."""
+    """The QR alone fixes the sign of R's diagonal, so traces would be biased; Haar has E[trace] = 0."""
     traces = torch.stack([make_filter("haar", 4, torch.float64).trace() for _ in range(2000)])
-    # Var[trace] = 1 for Haar on O(N), so the mean of 2000 has standard error 0.022: five of them.
+    # Var[trace] = 1 for Haar on O(N), so the mean of 2000 has the standard error 0.022: the limit is five of them.
     assert abs(traces.mean()) < 0.12
     assert traces.var().item() == pytest.approx(1.0, abs=0.2)
 
 
-def test_cyclic_and_identity_are_what_their_names_say():
+def test_cyclic_and_identity_filters_match_their_names():
     h = torch.arange(5.0)
     assert torch.equal(h[make_filter("cyclic", 5)], torch.tensor([4.0, 0, 1, 2, 3]))
     assert torch.equal(h[make_filter("identity", 5)], h)
@@ -72,7 +72,7 @@ class LargestFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("layer", [0, 511, 512, 799])
 @pytest.mark.parametrize("value", [2.0, math.nan])
 def test_filters_of_many_layers_are_checked_part_by_part(layer, value):
-    """One wrong matrix in any part is found, and no float64 copy of all of them is made (8 GB for 50,000 of 128)."""
+    """A wrong matrix is found in any part, without a float64 copy of all of them (8 GB for 50,000 of width 128)."""
     filters = torch.linalg.qr(torch.randn(45, 45, dtype=torch.float64)).Q.float().repeat(800, 1, 1)
     with LargestFloat64() as largest:
         make_filter(filters, 45)
@@ -99,11 +99,11 @@ def test_one_filter_per_layer():
         (torch.tensor([0, 1, 1, 2]), ValueError, "; expected a permutation of 0..3"),
         (torch.tensor([0, 1, 2]), ValueError, "; expected a permutation of 0..3"),
         (torch.eye(4, dtype=torch.int32), TypeError, "filter is torch.int32"),
-        (torch.eye(4).bfloat16(), TypeError, "no matrix of fewer bits is orthogonal"),
+        (torch.eye(4).bfloat16(), TypeError, "a matrix in 16 bits is not orthogonal"),
         (torch.eye(4).expand(2, 4, 4), ValueError, r"filter has shape \(2, 4, 4\); expected \(4, 4\) or \(3, 4, 4\)"),
     ],
 )
-def test_a_filter_that_is_none_says_why(filter, error, message):
+def test_an_invalid_filter_says_why(filter, error, message):
     with pytest.raises(error, match=message):
         nn.OrthogonalFilterMLP(2, 4, 3, 2, filter=filter)
 
@@ -131,7 +131,7 @@ def test_mlp_is_its_formula(filter, activation):
 
 
 def test_the_kernel_of_the_device_is_what_runs_here(device):
-    """LCW_OPS_TEST_DEVICE=cuda says nothing about the kernel if these modules are on the CPU or on the reference."""
+    """LCW_OPS_TEST_DEVICE=cuda proves nothing about the kernel if the modules run on the CPU or on the reference."""
     model = nn.OrthogonalFilterMLP(3, 8, 4, 2)
     places = {tensor.device.type for tensor in (*model.parameters(), *model.buffers(), model(torch.randn(5, 3)))}
     assert places == {device.type}
@@ -163,7 +163,7 @@ def test_mlp_alpha_and_beta_may_be_tensors_or_parameters():
 def test_initial_weights_have_the_variance_of_the_formula(activation, variance):
     model = nn.OrthogonalFilterMLP(3, 64, 50, 2, activation=activation)
     count = model.weight.numel()
-    # The variance of a sample variance of n Gaussians is 2 / n: five standard errors.
+    # The variance of a sample variance of n Gaussians is 2 / n: the tolerance is five standard errors.
     assert model.weight.var().item() * 64 == pytest.approx(variance, rel=5 * math.sqrt(2 / count))
     assert not model.bias.any()
 
@@ -189,7 +189,7 @@ def test_mlp_state_dict_round_trip_includes_the_filter(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("filter", KINDS)
 def test_state_dicts_of_every_precision_come_back(filter, dtype):
-    """A float64 module holds a filter that was rounded to float32 once: still orthogonal when it is loaded."""
+    """A float64 module holds a filter that was rounded to float32 once, and it is still orthogonal when loaded."""
     model = nn.OrthogonalFilterRNN(3, 48, filter=filter, length=5).to(dtype)
     other = nn.OrthogonalFilterRNN(3, 48, filter=filter, length=5).to(dtype)
     other.load_state_dict(model.state_dict())
@@ -209,7 +209,7 @@ def changed(filter, index, value):
     [
         ("haar", lambda q: changed(q, (0, 0), 2.0), "not orthogonal"),
         ("haar", lambda q: changed(q, (3, 4), torch.nan), "not orthogonal"),
-        ("haar", lambda q: q.bfloat16(), "no matrix of fewer bits"),
+        ("haar", lambda q: q.bfloat16(), "because a matrix in 16 bits"),
         ("haar", lambda q: q[:, :4], r"has shape \(8, 4\); expected \(8, 8\)"),
         ("haar", lambda q: torch.arange(8), "Make it with the other kind"),
         ("cyclic", lambda p: changed(p, 0, p[1]), r"expected a permutation of 0\.\.7"),
@@ -220,8 +220,8 @@ def changed(filter, index, value):
     ],
 )
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_wrong_filter_is_refused_as_torch_refuses_a_wrong_size(made_with, change, message, assign):
-    """Named beside the other faults of the model; it stays as it was, and everything else is loaded."""
+def test_an_invalid_filter_is_refused_like_a_size_mismatch(made_with, change, message, assign):
+    """The filter is named beside the model's other errors and stays as it was, and everything else is loaded."""
 
     def network():
         return torch.nn.Sequential(
@@ -254,7 +254,7 @@ def test_repr_names_the_filter_that_was_loaded(made_with, loaded):
         assert f"filter='{made_with}'" in repr(model)
         return
     model.load_state_dict(state)
-    # A matrix does not say how it was drawn, and might be any.
+    # A matrix does not tell how it was drawn.
     assert f"filter='{'tensor' if loaded == 'haar' else loaded}'" in repr(model)
     model.load_state_dict(model.state_dict())
     assert f"filter='{'tensor' if loaded == 'haar' else loaded}'" in repr(model)
@@ -278,7 +278,7 @@ def test_a_meta_module_takes_its_filter_from_a_state_dict():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64])
-def test_inputs_of_another_dtype_say_so(dtype):
+def test_inputs_of_another_dtype_are_refused(dtype):
     message = rf"input is {dtype}; expected torch.float32, as the parameters are. Convert one of them"
     with pytest.raises(TypeError, match=f"OrthogonalFilterMLP: {message}"):
         nn.OrthogonalFilterMLP(3, 8, 6, 2)(torch.ones(4, 3, dtype=dtype))
@@ -293,7 +293,7 @@ class Failing(torch.nn.Linear):
         raise torch.OutOfMemoryError("out of memory in here")
 
 
-def test_a_replaced_layers_own_error_is_not_taken_for_the_inputs():
+def test_a_replaced_layers_own_error_is_not_blamed_on_the_input():
     mlp = nn.OrthogonalFilterMLP(3, 8, 6, 2)
     mlp.input_layer = Failing(6, 8)
     with pytest.raises(torch.OutOfMemoryError, match="out of memory in here"):
@@ -334,7 +334,7 @@ def test_a_compiled_network_names_a_wrong_input(x, error, message, before):
     torch.testing.assert_close(compiled(right), mlp(right))
 
 
-def test_autocast_takes_what_it_casts(device):
+def test_autocast_takes_inputs_that_it_casts(device):
     model = nn.OrthogonalFilterMLP(3, 8, 6, 2)
     rnn = nn.OrthogonalFilterRNN(3, 8, length=5)
     with torch.autocast(device.type, torch.bfloat16):
@@ -388,7 +388,7 @@ def test_double_modules_stay_orthogonal():
 
 
 def test_modules_can_be_built_on_the_meta_device_only_without_a_check():
-    """A named filter needs no data to be right; nothing is computed on meta."""
+    """A named filter needs no check, and nothing is computed on meta."""
     model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter="cyclic", device="meta")
     assert model.weight.is_meta
     assert model.filter.is_meta
@@ -500,7 +500,7 @@ def test_mlp_compiles_into_one_graph():
 
 
 def test_a_deep_net_keeps_its_gradient_and_a_plain_one_loses_it():
-    """The reason for the whole method: 2,000 layers, gradient norm at the first over the last."""
+    """The purpose of the method: over 2,000 layers, the gradient norm at the first divided by that at the last."""
     depth, width = 2000, 32
 
     def ratio(**scales):

@@ -1,11 +1,11 @@
 """The proof of the recurrence: every depth, width, batch, kind and thread count against float64, to 50,000 layers.
 
-Rows are independent, so one net of 33 rows is traced once in float64 and once in float32 (eager torch), and judges the
-kernel for every number of rows M <= 33: row-wise results are compared with the first M rows, sums over the samples with
-the sum over these rows. The rule is that of tests/numerics.py; what a net of few numbers would leave to luck (one
-weight has one rounding error, and eager torch's may happen to be 0) is judged over several nets.
+Rows are independent, so one net of 33 rows is traced once in float64 and once in float32 (eager torch). The traces
+judge the kernel for every number of rows M <= 33: row-wise results are compared with the first M rows, sums over the
+samples with the sum over these rows. The rule is that of tests/support/numerics.py. On a few numbers it would depend on
+chance (one weight has one rounding error, and eager torch's may be 0), so these are judged over several nets.
 
-What runs where, by what a reference costs:
+The cost of a reference decides which cases run where:
 - L = 1, 2, 7: every N and M with 1, 2 and 3 threads, result and all gradients, last state or all states.
 - L = 1000: every N and M, result and all gradients; every number of threads with every N and with every M.
 - L = 50,000, forward: N = 3, 17 and 64 with a weight per layer and every M; N = 100, 128 and 256, whose weights would
@@ -41,7 +41,7 @@ from lcw_ops.reference.orthogonal_filter import (
     apply_filter_transposed,
 )
 
-# References are small products; the kernel is called with the threads that each test is about.
+# The references are small products, on one thread. Each test sets the number of threads of its kernel calls.
 pytestmark = pytest.mark.usefixtures("kernel_under_test", "on_the_cpu", "one_thread")
 
 WIDTHS = [1, 3, 16, 17, 64, 100, 128, 256]
@@ -54,7 +54,7 @@ ROW_WISE = ["h0", "inputs"]
 
 SANITIZED = os.environ.get("LCW_OPS_PROOF_SANITIZED") == "1"
 
-# What has few numbers is judged over so many layers, of several nets where one has fewer.
+# Nets with few numbers are judged over this many layers, which come from several nets if one net has fewer.
 POOLED = 8
 
 
@@ -66,7 +66,7 @@ def on_the_cpu(device):
 
 @dataclass
 class Net:
-    """The arguments of one call and the gradient of its result, for as many rows as any call will have."""
+    """The arguments of one call and the gradient of its result, with as many rows as any call needs."""
 
     arguments: dict[str, Tensor]
     filter: Tensor
@@ -74,7 +74,7 @@ class Net:
     grad_output: Tensor  # (L + 1, M, N); without return_states its last entry counts
 
     def at(self, name, l):
-        """The argument of step l; one that is shared over all steps has one dimension less."""
+        """The argument of step l; an argument that all steps share has one dimension less."""
         tensor = self.filter if name == "filter" else self.arguments[name]
         per_step = {"weight": 3, "bias": 2, "filter": 3, "inputs": 3}[name]
         return tensor[l] if tensor.dim() == per_step else tensor
@@ -109,7 +109,7 @@ def make_filter(kind, steps, width):
 
 
 def make_net(rows, width, steps, filter="haar", activation="tanh", shared=False):
-    """Scaled like a network that trains: beta about 1 / L, alpha = 1 - beta."""
+    """Scaled like a network in training: beta about 1 / L, alpha = 1 - beta."""
     beta = (0.5 + torch.rand(steps)) / max(steps, 1)
     depth = () if shared else (steps,)
     arguments = {
@@ -120,7 +120,7 @@ def make_net(rows, width, steps, filter="haar", activation="tanh", shared=False)
         "beta": beta,
         "inputs": torch.randn(steps, rows, width),
     }
-    # 0 but for the last entry would do as well without return_states; a kernel that reads the others is caught.
+    # Without return_states only the last entry is used. The others are not 0, so a kernel that reads them is caught.
     net = Net(arguments, make_filter(filter, steps, width), activation, torch.randn(steps + 1, rows, width))
     if activation == "relu":
         keep_off_the_kink(net)
@@ -128,7 +128,7 @@ def make_net(rows, width, steps, filter="haar", activation="tanh", shared=False)
 
 
 def keep_off_the_kink(net):
-    """Inputs such that no pre-activation is so near 0 that rounding decides which slope ReLU has there."""
+    """Shift the inputs so that no pre-activation is so near 0 that rounding decides the slope of ReLU."""
     margin = 1e-3
 
     def away(l, pre_activation):
@@ -162,7 +162,7 @@ def last_state(net, dtype):
 
 
 class Trace:
-    """All states of a net and all their gradients, step by step in plain torch; every other gradient is a sum."""
+    """All states of a net and their gradients, step by step in plain torch. The other gradients are sums of these."""
 
     def __init__(self, net, dtype, return_states):
         steps, *shape = net.arguments["inputs"].shape
@@ -200,7 +200,7 @@ class Trace:
     def sums_over_time(self, batches):
         """The gradients of a weight and a bias that all steps share, (N, N, batches) and (N, batches).
 
-        From each of some batches of rows, (33, batches), because errors of a state stay in all states that follow.
+        Each column is the sum over a batch of rows, (33, batches): an error of a state stays in all states that follow.
         """
         by_row = {
             "weight": self.grad_pre.permute(1, 2, 0) @ self.states[:-1].transpose(0, 1),
@@ -209,10 +209,10 @@ class Trace:
         return {name: torch.einsum("m...,mb->...b", sums.double(), batches) for name, sums in by_row.items()}
 
     def scale_sums(self, batches):
-        """The gradients of alpha and beta, (L, batches), from each of some batches of rows, (33, batches).
+        """The gradients of alpha and beta, (L, batches): each column from a batch of rows, (33, batches).
 
-        <G_l, O h_{l-1}> hardly changes from layer to layer, and nor does its error: what a batch errs by is one number
-        however many the layers. Other batches of the same net are what there is more of.
+        <G_l, O h_{l-1}> hardly changes from layer to layer, and neither does its error. So the error of a batch counts
+        as one number, however many the layers. Further batches of the same net supply more numbers.
         """
         gradient = self.grad_states[1:]
         return {
@@ -222,7 +222,7 @@ class Trace:
 
 
 def draw_batches(rows, of, count=32):
-    """(of, count): the first ``rows`` rows, then as many others at random, each with a random sign of its gradient.
+    """(of, count): the first ``rows`` rows, then equally many rows at random, each with a random sign of its gradient.
 
     The sign changes no rounding in a row, only how the rows add up.
     """
@@ -233,10 +233,10 @@ def draw_batches(rows, of, count=32):
 
 
 class Errors:
-    """Largest errors, the kernel's of each call and eager torch's, pooled over nets and batch sizes, and judged.
+    """Pool the largest errors, the kernel's per call and eager torch's, over nets and batch sizes, and judge them.
 
-    What eager torch errs by, relative to the quantity's largest value, is the largest over the nets and batch sizes of
-    the group: a sum over 5 samples is rounded no better than one over 33.
+    Eager torch's error is taken relative to the quantity's largest value, as the maximum over the nets and batch sizes
+    of the group: a sum over 5 samples is rounded no better than one over 33.
     """
 
     def __init__(self):
@@ -257,7 +257,7 @@ class Errors:
             self.kernel[name, rows, call] = max(self.kernel[name, rows, call], error)
 
     def judge(self, dtype=torch.float32, times_eager=2.0):
-        # A build for the sanitizers is not optimized and rounds otherwise; there it is addresses that count.
+        # A build for the sanitizers is not optimized and rounds differently; its purpose is to check addresses.
         times_eager *= 4 if SANITIZED else 1
         relative = defaultdict(float)
         for (name, rows), error in self.eager.items():
@@ -269,7 +269,7 @@ class Errors:
 
 
 def assert_grid(nets, calls, return_states, what):
-    """``calls``: (rows, threads, segment), each for every net: the result and all gradients, by the rule."""
+    """Judge the result and all gradients of every net for each of ``calls``: (rows, threads, segment)."""
     errors = Errors()
     for net in nets:
         eager, exact = (Trace(net, dtype, return_states) for dtype in (torch.float32, torch.float64))
@@ -279,7 +279,7 @@ def assert_grid(nets, calls, return_states, what):
 
 
 def compare(errors, net, eager, exact, rows, calls, return_states, what):
-    """The calls for the first rows of one net with its traces."""
+    """Compare the calls for the first rows of one net with its traces."""
     results = {}
     for _, thread_count, segment in calls:
         with threads(thread_count):
@@ -304,9 +304,9 @@ def compare(errors, net, eager, exact, rows, calls, return_states, what):
             for call, (_, gradients) in results.items():
                 errors.add(name, rows, call, gradients[name], expected[..., 0])
         return
-    # Layer weights in parts that fit into memory.
+    # Take the layers in parts that fit into memory.
     part = max(1, 2**22 // width**2)
-    # Of very many weights every 7th layer, the first and the last of 50,000 among them: all would take a minute.
+    # If there are very many weights, take every 7th layer, with the first and the last of 50,000: all take a minute.
     stride = 7 if steps * width**2 > 2**27 else 1
     for first in range(0, steps, part):
         layers = slice(first, first + part, stride)
@@ -346,7 +346,7 @@ def test_grid_of_a_thousand_layers(case):
 @pytest.mark.parametrize("return_states", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_kind(filter, activation, return_states, shared):
-    """All filters, activations and results, over depth and over time, for one row, few rows and many."""
+    """All filters, activations and results, over depth and over time, for one, few and many rows."""
     nets = [make_net(max(ROWS), 37 if shared else 19, 6, filter, activation, shared)]
     calls = [(1, 1, None), (1, 3, None), (2, 2, 4), (5, 2, None), (33, 2, None)]
     assert_grid(nets, calls, return_states, f"{filter}, {activation}")
@@ -383,7 +383,7 @@ ALL_WIDTHS = pairwise(
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_width(shared):
-    """Every remainder of a vector, of a tile and of a panel, for the paths of few rows and those of many."""
+    """Every remainder of a vector, of a tile and of a panel, for few rows and for many."""
     for case in [case for case in ALL_WIDTHS if case["shared"] == shared]:
         net = make_net(12, case["width"], POOLED, filter=case["filter"], shared=shared)
         calls = [(*pair, None) for pair in itertools.product((1, 2, 12), THREADS)]
@@ -454,7 +454,7 @@ def test_fifty_thousand_steps_of_one_weight_backward():
 
 
 def draw_arguments(case):
-    """Plain tensors for the shapes and options of a hypothesis example."""
+    """Plain tensors with the shapes and options of a hypothesis example."""
     rows, width, steps, dtype = case["rows"], case["width"], case["steps"], case["dtype"]
 
     def tensor(name, *shape):
@@ -469,14 +469,14 @@ def draw_arguments(case):
         "bias": tensor("bias", width) if case["bias"] else None,
         "alpha": 1 - scale("alpha"),
         "beta": scale("beta"),
-        # They carry the number of steps where everything else is shared.
+        # The inputs carry the number of steps if everything else is shared.
         "inputs": torch.randn(steps, rows, width, dtype=dtype),
     }
     filter = make_filter(case["filter"], steps, width)
     if case["activation"] == "relu":
         bias = torch.zeros(width) if arguments["bias"] is None else arguments["bias"]
         scales = {name: arguments[name].expand(steps) for name in ("alpha", "beta")}
-        # It changes the inputs in place.
+        # This call changes the inputs in place.
         keep_off_the_kink(Net({**arguments, **scales, "bias": bias}, filter, "relu", grad_output=None))
     elif not case["inputs"] and not all(case["shared"].values()):
         arguments["inputs"] = None
@@ -500,7 +500,7 @@ def in_layout(tensor, layout):
     return hostile_layouts(tensor).get(layout, tensor) if can_hold_nan and tensor.numel() else tensor
 
 
-# The fixtures only choose the backend and seed, which every example does for itself.
+# The fixtures only choose the backend and the seed, and every example does so itself.
 PROPERTY = {
     "deadline": None,
     "derandomize": True,
@@ -528,7 +528,7 @@ CASE = {
 @given(case=st.fixed_dictionaries({**CASE, "width": st.integers(1, 40)}))
 @settings(max_examples=40 if SANITIZED else 120, **PROPERTY)
 def test_any_call(case):
-    """Shapes, options, memory layouts and sets of gradients that nobody thought of."""
+    """Random shapes, options, memory layouts and sets of gradients."""
     assert_any_call(case)
 
 
@@ -543,7 +543,7 @@ def assert_any_call(case):
     options = {name: case[name] for name in ("activation", "return_states")}
     wanted = case["wanted"] | {"h0"}
     errors = Errors()
-    # Few numbers are judged over several draws of them.
+    # If there are few numbers, judge several draws of them.
     one_scale = any(case["shared"][name] for name in wanted & {"alpha", "beta"})
     fewest = 1 if one_scale else max(1, min(case["width"], case["steps"]))
     for _ in range(max(1, 24 // fewest)):
@@ -565,8 +565,8 @@ def assert_any_call(case):
     if case["dtype"] == torch.float32:
         errors.judge()
     else:
-        # There is no wider judge here. Eager float64 errs by what eager float32 errs (which rounded its arguments
-        # besides), 2^29 times less, the kernel by at most twice that and one ulp: they differ by at most the sum.
+        # There is no wider judge here. Eager float64 has 2^-29 times the error of eager float32 (which also rounded its
+        # arguments), and the kernel at most twice that and one ulp: they differ by at most the sum.
         narrowing = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         errors.judge(torch.float64, times_eager=3 * narrowing)
 
@@ -584,10 +584,10 @@ def reference(arguments, filter, grad_output, wanted, dtype, options):
     [(1, False, False), (3, True, False), (20, False, True), (33, True, False), (1, True, True), (33, True, True)],
 )
 def test_sixteen_bits_are_rounded_once(dtype, rows, shared, return_states):
-    """Result and gradients are those of the same numbers in float32, by the rule of float32, rounded at the end."""
+    """Result and gradients are those of the same numbers in float32, within twice eager's error, rounded at the end."""
     net = make_net(rows, 33, 30, shared=shared)
     narrow = {name: tensor.to(dtype) for name, tensor in net.arguments.items()}
-    # Scales are float32 in every 16-bit net: alpha = 1 - 2e-5 is 1 in 16 bits.
+    # Scales are float32 in every 16-bit net: in 16 bits alpha = 1 - 2e-5 would be 1.
     narrow.update(alpha=net.arguments["alpha"], beta=net.arguments["beta"])
     grad_output = (net.grad_output if return_states else net.grad_output[-1]).to(dtype)
     options = {"return_states": return_states}
@@ -602,7 +602,7 @@ def test_sixteen_bits_are_rounded_once(dtype, rows, shared, return_states):
         expected = exact[name]
         allowed_in_float32 = 2 * (eager[name].double() - expected).abs().max()
         allowed_in_float32 += torch.finfo(torch.float32).eps * expected.abs().max()
-        # Half of the spacing, which below the smallest normal number is that of the smallest normal number.
+        # Half of the spacing. Below the smallest normal number the spacing is the one at that number.
         largest = (expected.abs() + allowed_in_float32).clamp(min=finfo.smallest_normal)
         rounding = 0.5 * finfo.eps * 2 ** largest.log2().floor()
         error = (actual[name].double() - expected).abs()
@@ -613,9 +613,9 @@ def test_sixteen_bits_are_rounded_once(dtype, rows, shared, return_states):
 @pytest.mark.parametrize("scale_shape", ["per_layer", "one", "no_dimension"])
 @pytest.mark.parametrize("over_time", [False, True])
 def test_gradients_of_the_scales(rows, scale_shape, over_time):
-    """Per layer and shared, alone and together, with nothing else asked for.
+    """The gradients of the scales, per layer and shared, alone and together, with no other gradient requested.
 
-    Over many nets, because <G_l, O h_{l-1}> hardly changes from layer to layer, and nor does its error.
+    Many nets are judged, because <G_l, O h_{l-1}> hardly changes from layer to layer, and neither does its error.
     """
     errors = Errors()
     for _ in range(24):
@@ -646,7 +646,7 @@ def test_gradients_of_the_scales(rows, scale_shape, over_time):
 @pytest.mark.parametrize("width", [7, 64, 200])
 @pytest.mark.parametrize("over_time", [False, True])
 def test_same_bits_twice_however_the_rows_are_dealt_out(count, width, over_time):
-    """One net, every way to share rows and units between threads, and threads that come late or not at all."""
+    """One net, with every way to share rows and units between threads, and threads that come late or not at all."""
     net = make_net(20, width, 40, shared=over_time)
     with threads(count):
         for rows in (1, 2, 3, 4, 20):
@@ -703,7 +703,7 @@ def every_float32(stride):
     return torch.from_numpy(np.concatenate([positive, positive | np.uint32(1 << 31)]).view(np.float32))
 
 
-# Where kernels clamp: exp(-x) and exp(-2 x) leave the normal numbers, tanh becomes 1.
+# Where kernels clamp: exp(-x) and exp(-2 x) leave the normal numbers, or tanh becomes 1.
 SATURATIONS = np.array([[9.01], [43.5], [43.668], [87.0], [87.336], [88.0], [88.72], [103.97]], np.float32)
 
 
@@ -723,14 +723,14 @@ def test_activation_error_over_all_of_float32(activation, capsys):
     with capsys.disabled():
         print(f"\n{activation}: {len(values):,} floats, at most {ulps[worst]:.2f} ulp, at {values[worst]:.9g}")
     assert ulps[worst] < 4
-    # Below the smallest normal number float32 has no full mantissa, and processors may be told to flush.
+    # Below the smallest normal number float32 has no full mantissa, and processors may be set to flush to 0.
     assert ((actual - exact).abs()[~is_normal] <= finfo.smallest_normal).all()
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("rows", [1, 33])
 def test_nan_and_infinity_stay_in_their_row(activation, rows):
-    """A NaN in one sample is a NaN in its result, and nowhere else; an infinite input saturates."""
+    """A NaN in one sample makes that sample's result NaN and no other's; an infinite input saturates."""
     net = make_net(rows, 19, 3, filter="permutation", activation=activation)
     expected = net(rows, False, with_gradients=False)
     net.arguments["h0"][rows // 2, 4] = torch.nan
@@ -740,7 +740,7 @@ def test_nan_and_infinity_stay_in_their_row(activation, rows):
     assert torch.equal(actual[others], expected[others])
 
 
-# ---- In processes of their own -------------------------------------------------------------------------------------
+# ---- In separate processes -----------------------------------------------------------------------------------------
 
 
 def call_between_guards(rows, width, steps, dtype, kind, shared, flush, return_states):
@@ -770,16 +770,16 @@ GUARDED = pairwise(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("thread_count", [1, 3])
 def test_nothing_but_the_arguments_is_read_and_nothing_of_them_written(flush, dtype, thread_count):
-    """What a vector too wide or a tile too high would touch is not mapped: the process would end here."""
+    """Memory that a vector too wide or a tile too high would touch is not mapped: the process would end here."""
     with threads(thread_count):
         for case in GUARDED:
             call_between_guards(steps=3, dtype=dtype, flush=flush, **case)
 
 
 def test_fewer_threads_than_asked_for():
-    """OpenMP may start fewer threads than torch asks for.
+    """OpenMP may start fewer threads than torch requests.
 
-    Those that share a row do not wait for the others, and the bits are the same however many came.
+    Threads that share a row do not wait for missing ones, and the bits do not depend on how many started.
     """
     code = (
         "import torch, hashlib, lcw_ops\n"
@@ -795,7 +795,7 @@ def test_fewer_threads_than_asked_for():
         "        digest.update(tensor.numpy().tobytes())\n"
         "print(digest.hexdigest())"
     )
-    # They spend their time on importing torch: all at once.
+    # The processes spend their time on importing torch, so start them all at once.
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code],

@@ -1,6 +1,6 @@
 """The recurrent modules sharded over two ranks by FSDP2: reset_parameters gives all ranks one filter.
 
-Run as a script, this file is one of the two processes (gloo): it stores what it drew, and the tests compare.
+Run as a script, this file is one of the two processes (gloo): it stores the values that it drew, and the tests compare.
 """
 
 import os
@@ -20,11 +20,11 @@ from lcw_ops import nn
 from lcw_ops.nn.orthogonal_filter import make_filter
 
 RANKS = 2
-# Several times what all cases take, in seconds.
+# In seconds, several times as long as all cases take.
 TIMEOUT = 120
 DEPTH = 5
 
-# Odd sizes: rank 0 has more rows than rank 1, so the two draw different amounts of random numbers.
+# Sizes are odd: rank 0 has more rows than rank 1, so the two draw different amounts of random numbers.
 MAKE = {
     "mlp": lambda **options: nn.OrthogonalFilterMLP(3, 7, DEPTH, 2, **options),
     "rnn": lambda **options: nn.OrthogonalFilterRNN(3, 7, length=DEPTH, **options),
@@ -34,7 +34,7 @@ SEEDS = {"one seed": lambda rank: 3, "a seed per rank": lambda rank: 3 + rank}
 
 
 def scales():
-    """A parameter, which is sharded, and a buffer; the ranks made them alike."""
+    """A parameter, which is sharded, and a buffer; both have the same values on every rank."""
     return {"alpha": torch.nn.Parameter(torch.linspace(0.5, 0.75, DEPTH)), "beta": torch.linspace(0.25, 0.5, DEPTH)}
 
 
@@ -57,7 +57,7 @@ def reset(model):
 
 
 def main(rank, folder):
-    # FSDP2 warns about the CPU, and about views of parameters that it makes.
+    # FSDP2 warns about the CPU and about views of parameters that it makes.
     warnings.simplefilter("ignore")
     store = dist.FileStore(os.path.join(folder, "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT))
@@ -74,7 +74,7 @@ def main(rank, folder):
     model = two_modules(MAKE["mlp"], mesh, **scales())
     reset(model)
     found["scales"] = [{name: full(getattr(module, name)) for name in ("alpha", "beta")} for module in model]
-    # Without first values: refused until a sharded state dict is loaded.
+    # A module without first values is refused until a sharded state dict is loaded.
     with torch.device("meta"):
         model = two_modules(MAKE["mlp"], mesh, **scales())
     model.to_empty(device="cpu")
@@ -87,7 +87,7 @@ def main(rank, folder):
     for module in model:
         module.reset_parameters()
     found["loaded"] = [{name: full(getattr(module, name)) for name in ("alpha", "beta")} for module in model]
-    # Every buffer a DTensor, as torch.distributed.tensor.distribute_module makes them.
+    # Make every buffer a DTensor, as torch.distributed.tensor.distribute_module does.
     mlp = MAKE["mlp"]()
     for name, tensor in [*mlp.named_parameters(), *mlp.named_buffers()]:
         owner, _, last = name.rpartition(".")
@@ -120,7 +120,7 @@ def test_ranks_of_a_sharded_module_have_one_filter(found, name, kind, seed):
             assert torch.equal(filter.sort().values, torch.arange(7))
         else:
             product = filter.double() @ filter.double().T
-            # Rounding to float32 of an orthogonal matrix: sqrt(7) products per element, twice.
+            # An orthogonal matrix rounded to float32: sqrt(7) products per element, twice.
             torch.testing.assert_close(product, torch.eye(7, dtype=torch.float64), rtol=0, atol=2 * 7**0.5 * 2**-23)
     # The first filter is that of rank 0's seed.
     torch.manual_seed(SEEDS[seed](0))

@@ -63,7 +63,7 @@ def make_by_default(make, **options):
 @pytest.mark.parametrize("scales", ["numbers", "buffers"])
 @pytest.mark.parametrize("filter", FILTERS)
 def test_modules_are_made_on_meta(filter, scales, make, on_meta):
-    """The modules take no memory and read no number, like torch's own, and everything can be loaded later."""
+    """As with torch's own modules, no memory is allocated and no number is read; everything can be loaded later."""
     model = on_meta(make, filter=filter, scales=scales)
     assert all(tensor.is_meta for tensor in tensors_of(model).values())
     # There is nothing to initialise, so nothing is refused either.
@@ -79,7 +79,7 @@ def test_modules_are_made_on_meta(filter, scales, make, on_meta):
 
 
 @pytest.mark.parametrize("make", [mlp, rnn])
-def test_a_parameter_given_as_a_scale_stays_the_callers(make):
+def test_a_parameter_given_as_a_scale_is_kept(make):
     with torch.device("meta"):
         model = make(scales="parameters")
     assert model.beta.is_meta
@@ -89,11 +89,11 @@ def test_a_parameter_given_as_a_scale_stays_the_callers(make):
     assert model.beta is beta
 
 
-# torch has a rule that a real tensor under FakeTensorMode needs allow_non_fake_inputs.
+# Under FakeTensorMode torch accepts real tensors only with allow_non_fake_inputs.
 @pytest.mark.parametrize(("filter", "allow_real"), [(KINDS[0], False), *((filter, True) for filter in (*KINDS, Q, P))])
 @pytest.mark.parametrize("make", [mlp, rnn])
 @pytest.mark.parametrize("scales", [*SCALES])
-def test_modules_are_made_and_run_of_fake_tensors(filter, scales, make, allow_real):
+def test_modules_are_made_and_run_with_fake_tensors(filter, scales, make, allow_real):
     with FakeTensorMode(allow_non_fake_inputs=allow_real):
         model = make(filter=filter, scales=scales)
         model.reset_parameters()
@@ -102,7 +102,7 @@ def test_modules_are_made_and_run_of_fake_tensors(filter, scales, make, allow_re
     assert (output if make is mlp else output[0]).shape == (5, 4, 2 if make is mlp else 8)
 
 
-def test_wrong_tensors_on_meta_are_still_refused_for_their_shapes():
+def test_tensors_on_meta_are_refused_for_wrong_shapes():
     with pytest.raises(ValueError, match="filter has shape"):
         mlp(torch.empty(7, 7, device="meta"), device="meta")
     with pytest.raises(ValueError, match=r"expected a permutation of 0\.\.7"):
@@ -112,7 +112,7 @@ def test_wrong_tensors_on_meta_are_still_refused_for_their_shapes():
 
 
 def emptied(model):
-    """The model in new memory, which conftest fills with NaN, and integers with their largest number."""
+    """The model in new memory, which conftest fills with NaN (integers with their largest number)."""
     return model.to_empty(device="cpu")
 
 
@@ -120,8 +120,8 @@ def emptied(model):
 @pytest.mark.parametrize("make", [mlp, rnn])
 @pytest.mark.parametrize("scales", [*SCALES])
 @pytest.mark.parametrize("filter", KINDS)
-def test_reset_parameters_makes_what_the_constructor_made(filter, scales, make, from_meta):
-    """One seed gives every parameter and buffer bit for bit, written into the tensors that are there."""
+def test_reset_parameters_gives_the_constructors_values(filter, scales, make, from_meta):
+    """The same seed gives every parameter and buffer the same bits, written into the existing tensors."""
     torch.manual_seed(7)
     made = make(filter, scales)
     model = emptied(make(filter, scales, device="meta") if from_meta else make(filter, scales))
@@ -156,7 +156,7 @@ def test_reset_parameters_draws_another_filter_each_time():
     assert not torch.equal(model.filter, first)
 
 
-def test_reset_parameters_draws_by_the_constructors_kind_whatever_was_loaded():
+def test_reset_parameters_draws_the_constructors_kind_after_any_load():
     model = mlp("permutation")
     model.load_state_dict(mlp("cyclic").state_dict())
     assert "filter='cyclic'" in repr(model)
@@ -184,7 +184,7 @@ CLONES = [unchanged, copy.deepcopy, reloaded]
 @pytest.mark.parametrize("clone", CLONES)
 @pytest.mark.parametrize("make", [mlp, rnn])
 @pytest.mark.parametrize("filter", FILTERS[-2:])
-def test_reset_parameters_leaves_a_given_filter_in_a_healthy_module(filter, make, clone):
+def test_reset_parameters_keeps_a_given_filter_that_was_not_lost(filter, make, clone):
     model = torch.nn.Sequential(make(filter, "buffers"))
     for step in (
         unchanged,
@@ -219,7 +219,7 @@ def test_reset_parameters_refuses_a_given_filter_whose_memory_is_gone(filter, ma
     ):
         model.reset_parameters()
     assert torch.equal(next(model.parameters()).nan_to_num(), weight.nan_to_num())
-    # It stays lost on the way to another device or dtype.
+    # A conversion to another device or dtype does not restore it.
     with pytest.raises(ValueError, match="cannot restore filter"):
         model.double().float().reset_parameters()
 
@@ -270,7 +270,7 @@ def load_in_inference_mode(model, source):
 @pytest.mark.parametrize("emptied_in_inference_mode", [False, True])
 @pytest.mark.parametrize("make", [mlp, rnn])
 def test_a_filter_counts_as_supplied_in_inference_mode_and_through_data(make, emptied_in_inference_mode, supply):
-    """Tensors made in inference mode count no versions."""
+    """Tensors made in inference mode have no version counter."""
     source = make(Q)
     with torch.inference_mode(emptied_in_inference_mode):
         model = emptied(make(Q))
@@ -293,7 +293,7 @@ def broadcast(filter):
 
 
 @pytest.mark.parametrize("write", [write_through_data, broadcast])
-def test_a_write_that_autograd_does_not_see_is_kept_by_the_messages_advice(write):
+def test_the_messages_advice_keeps_a_write_that_autograd_does_not_see(write):
     model = emptied(mlp(Q))
     write(model.filter)
     with pytest.raises(ValueError, match="autograd does not see") as refusal:
@@ -305,7 +305,7 @@ def test_a_write_that_autograd_does_not_see_is_kept_by_the_messages_advice(write
 
 
 @pytest.mark.parametrize("clone", [False, True])
-def test_the_messages_advice_holds_for_parameters(clone):
+def test_the_messages_advice_works_for_parameters(clone):
     with torch.device("meta"):
         model = mlp("haar", "parameters")
     emptied(model)
@@ -344,7 +344,7 @@ def test_a_refused_state_dict_leaves_a_lost_filter_lost():
 
 @pytest.mark.parametrize("make", [mlp, rnn])
 def test_a_copy_of_a_parametrized_module_knows_whether_its_filter_is_lost(make):
-    """torch parametrizes by a subclass that copies without __getstate__ and __setstate__."""
+    """torch's parametrization makes a subclass that copies without __getstate__ and __setstate__."""
     healthy, lost, filled = make(Q), emptied(make(Q)), emptied(make(Q))
     lost.filter.data.copy_(Q)
     filled.filter.copy_(Q)
@@ -418,7 +418,7 @@ def test_the_rnns_constructor_calls_reset_parameters_as_torchs_do():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [mlp, rnn])
 def test_the_constructor_draws_the_filter_once_and_first(make, kind):
-    """Seeded models stay what they are."""
+    """A seed still gives the same model."""
     torch.manual_seed(7)
     model = make(kind)
     torch.manual_seed(7)
@@ -499,7 +499,7 @@ def test_emptied_modules_take_a_state_dict(filter, make, assign):
     source = make(filter, "buffers")
     model = emptied(make_in_context(make, filter=filter, scales="buffers"))
     model.load_state_dict(source.state_dict(), assign=assign)
-    # A matrix does not say how it was drawn.
+    # A matrix does not tell how it was drawn.
     assert f"filter='{'tensor' if filter == 'haar' else filter}'" in repr(model)
     x = torch.randn(5, 4, 3)
     for actual, expected in zip(model(x), source(x), strict=True):
@@ -529,7 +529,7 @@ def test_modules_pickled_before_filters_were_drawn_again(filter):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [mlp, rnn])
 def test_fully_sharded_modules_are_initialised_from_meta(make):
-    """FSDP2 shards on meta, then come to_empty and reset_parameters of every module."""
+    """FSDP2 shards on meta; then to_empty and reset_parameters of every module are called."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = make_in_context(make, filter="haar")

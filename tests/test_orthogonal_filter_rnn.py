@@ -1,4 +1,4 @@
-"""OrthogonalFilterRNN is run side by side with torch.nn.RNN, wherever the two are meant to behave alike."""
+"""OrthogonalFilterRNN runs side by side with torch.nn.RNN wherever the two are meant to behave alike."""
 
 import copy
 import inspect
@@ -66,7 +66,7 @@ def test_a_saved_h_n_is_small():
 @BOTH
 @SHAPES
 def test_h_n_may_be_edited_before_backward(shape, batch_first, make):
-    """The gradients of an edit after the loss are those without it, where the loss kept no result."""
+    """An edit after the loss does not change the gradients if the loss saved no result."""
     rnn, x = make(batch_first), torch.randn(shape)
 
     def gradients(edit):
@@ -97,7 +97,7 @@ def test_an_output_edited_before_backward_raises_and_its_clone_does_not():
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference"])
 @BOTH
-def test_outputs_may_be_edited_where_nothing_is_recorded(make, mode):
+def test_outputs_may_be_edited_without_a_graph(make, mode):
     rnn, x = make(), torch.randn(7, 4, 3)
     with MODES[mode]():
         (output, h_n), (again, _) = rnn(x), rnn(x)
@@ -148,7 +148,7 @@ def test_arguments_of_torchs_rnn_say_what_to_do(arguments, options, message):
     [((2,), {}), ((), {"num_layers": 2}), ((), {"bias": 1}), ((), {"batch_first": None}), ((), {"beta": 0.5})],
     ids=str,
 )
-def test_a_subclass_is_refused_by_its_own_name(arguments, options):
+def test_an_error_of_a_subclass_has_its_name(arguments, options):
     class Encoder(nn.OrthogonalFilterRNN):
         pass
 
@@ -156,7 +156,7 @@ def test_a_subclass_is_refused_by_its_own_name(arguments, options):
         Encoder(3, 5, *arguments, length=7, **options)
 
 
-def test_a_subclass_may_have_arguments_of_its_own():
+def test_a_subclass_may_add_arguments():
     class Classifier(nn.OrthogonalFilterRNN):
         def __init__(self, features, width, classes, num_layers=1):
             super().__init__(features, width, length=7)
@@ -169,7 +169,7 @@ def test_a_subclass_may_have_arguments_of_its_own():
 
 
 def test_alpha_and_beta_of_the_mlp_are_given_by_name():
-    """lcw_ops.functional has them in the other order."""
+    """lcw_ops.functional takes them in the other order."""
     with pytest.raises(TypeError, match="positional"):
         nn.OrthogonalFilterMLP(3, 8, 6, 2, "haar", 0.9, 0.1)
 
@@ -190,7 +190,7 @@ def test_attributes_that_generic_code_reads(activation, mode):
     assert ours.flatten_parameters() is theirs.flatten_parameters() is None
 
 
-def test_bias_false_leaves_the_bias_out():
+def test_bias_false_omits_the_bias():
     rnn = make_ours(bias=False)
     assert set(rnn.state_dict()) == {"weight_ih", "weight_hh", "filter"}
     assert rnn.bias is None
@@ -219,7 +219,7 @@ def test_hx_is_the_first_state(shape, batch_first, make):
     by_name, by_position = rnn(x, hx=hx), rnn(x, hx)
     for actual, expected in zip(by_name, by_position, strict=True):
         assert torch.equal(actual, expected)
-    # Run half of the sequence, then the rest from where it stopped.
+    # Run half of the sequence, then the rest from its last state.
     time = 1 if batch_first else 0
     first, rest = x.split([3, 4], dim=time)
     output, h_n = rnn(first, hx=hx)
@@ -311,7 +311,7 @@ def test_another_device_is_named_in_the_rnns_words(name, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
 def test_under_autocast_the_states_stay_in_float32(packed, dtype, device):
-    """torch.nn.RNN rounds them on a CPU; here a state that is carried on as hx keeps its small steps."""
+    """torch.nn.RNN rounds them on a CPU. Here a state that is carried on as hx keeps its small steps."""
     rnn, x = make_ours(), torch.randn(7, 4, 3)
     with torch.autocast(device.type, torch.bfloat16):
         input = x.to(dtype)
@@ -336,12 +336,12 @@ LENGTHS = {
 @pytest.mark.parametrize("filter", ["haar", "permutation"])
 @pytest.mark.parametrize(("batch_first", "given_state"), [(False, False), (True, True)])
 @pytest.mark.parametrize("case", [*LENGTHS])
-def test_packed_sequences_are_their_sequences_alone(case, batch_first, given_state, filter, options):
+def test_packed_sequences_equal_their_sequences_alone(case, batch_first, given_state, filter, options):
     """Outputs, last states and every gradient equal those of one call per sequence, in float64."""
     lengths, enforce_sorted = LENGTHS[case]
     longest, batch = max(lengths), len(lengths)
     rnn = make_ours(batch_first, filter=filter, **options).double()
-    # The padding is full of NaN: no operation may read it.
+    # The padding is full of NaN, so that any operation that reads it is caught.
     within = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
     padded = torch.randn(batch, longest, 3, dtype=torch.float64).where(within.unsqueeze(2), math.nan).requires_grad_()
     hx = torch.randn(1, batch, 8, dtype=torch.float64).requires_grad_() if given_state else None
@@ -377,7 +377,7 @@ def test_packed_sequences_are_their_sequences_alone(case, batch_first, given_sta
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_packed_sequences_in_sixteen_bits_are_rounded_once(dtype):
-    """Sequences of many lengths are computed in many pieces, between which the state keeps its float32."""
+    """Sequences of many lengths are computed in many pieces. Between them the state stays in float32."""
     rnn, lengths = nn.OrthogonalFilterRNN(3, 8, length=500).to(dtype), list(range(400, 0, -50))
     x, hx = torch.randn(400, len(lengths), 3, dtype=dtype), torch.ones(1, len(lengths), 8, dtype=dtype)
     output, h_n = rnn(pack_padded_sequence(x, lengths), hx)
@@ -385,7 +385,7 @@ def test_packed_sequences_in_sixteen_bits_are_rounded_once(dtype):
     whole, _ = rnn(x, hx)
     assert (padded.dtype, h_n.dtype) == (dtype, dtype)
     for i, length in enumerate(lengths):
-        # Both are the same float32 numbers up to the order of their sums, rounded to 16 bits: at most one step apart.
+        # Both are the same float32 numbers up to the order of the sums, rounded to 16 bits: at most one step apart.
         torch.testing.assert_close(padded[:length, i], whole[:length, i], rtol=torch.finfo(dtype).eps, atol=1e-6)
         assert torch.equal(h_n[0, i], padded[length - 1, i])
 
@@ -402,7 +402,7 @@ def test_packed_results_are_their_own_memory():
 
 
 def test_padding_that_would_overflow_is_not_computed():
-    """This sequence of 1 step would reach infinity in 400, and 0 * infinity is NaN in the weight's gradient."""
+    """The sequence of 1 step would reach infinity in 400 steps, and 0 * infinity is NaN in the weight's gradient."""
     rnn = nn.OrthogonalFilterRNN(3, 8, filter="identity", alpha=0.5, beta=0.5, activation="relu")
     with torch.no_grad():
         rnn.weight_ih.fill_(1.0)
@@ -427,7 +427,7 @@ def test_padding_that_would_overflow_is_not_computed():
 )
 def test_packed_sequences_that_do_not_fit(packed, hx, message):
     lengths, features = packed
-    # Both orders are tried: a state of the wrong size must not be sorted into one of the right size.
+    # Try both orders: a state of the wrong size must not be sorted into one of the right size.
     for order in (lengths, lengths[::-1]):
         input = pack_padded_sequence(torch.randn(7, 3, features), order, enforce_sorted=False)
         with pytest.raises(ValueError, match=f"OrthogonalFilterRNN.*{message}"):
@@ -443,7 +443,7 @@ def test_batch_sizes_that_contradict_the_data(batch_sizes):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_output_edited_by_dropout_in_place(packed):
-    """The usual way in which an output is edited: it raises, and a packed output may be edited."""
+    """The most common edit of an output raises; that of a packed output is allowed."""
     rnn, x = make_ours(), torch.randn(7, 4, 3)
     output, _ = rnn(pack_padded_sequence(x, [7, 5, 5, 1]) if packed else x)
     edited = torch.nn.functional.dropout(output.data if packed else output, inplace=True)
@@ -496,14 +496,14 @@ EXPORTERS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_a_packed_sequence_is_not_exported(exporter):
-    """Its lengths would become constants, and the program would silently be wrong for others."""
+    """Its lengths would become constants, and the program would be silently wrong for other lengths."""
     arguments = torch.randn(5, 3), torch.tensor([3, 2], device="cpu")
     model = Packing().eval()
     assert model(*arguments).shape == (1, 3, 8)
     message = r"lengths of a PackedSequence would become constants.*padded input"
     with pytest.raises(Exception, match=message) as refusal:
         EXPORTERS[exporter](model, arguments)
-    # Dynamo wraps the error in one of its own.
+    # Dynamo wraps the error in an error of its own.
     assert isinstance(refusal.value, ValueError) or exporter == "strict export"
 
 

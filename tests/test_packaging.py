@@ -1,4 +1,4 @@
-"""Wheel, source distribution and editable install have each file of the package once, and tools find it in the source.
+"""Wheel, source distribution and editable install have each package file once, and tools find it in the source.
 
 In the source tree ``lcw_ops/kernels`` and ``lcw_ops/bench`` are links to the folders beside ``lcw_ops``, so that
 editors and type checkers find ``lcw_ops.kernels``. The packages are built from the folders themselves.
@@ -42,7 +42,7 @@ def run(*command, cwd) -> str:
 
 
 def installed_files(folder: Path) -> set[str]:
-    """The paths that an installed package must have, for this source tree."""
+    """The paths that an installed package of this source tree must have."""
     own = {path for path in (folder / "lcw_ops").rglob("*.py") if path.relative_to(folder).parts[1] not in LINKS}
     mapped = {f"lcw_ops/{path.relative_to(folder)}" for name in LINKS for path in (folder / name).rglob("*.py")}
     return {str(path.relative_to(folder)) for path in own} | mapped | {"lcw_ops/py.typed"}
@@ -88,18 +88,18 @@ def test_a_wheel_from_the_source_distribution_holds_each_file_once(source, sourc
 
 
 def test_an_editable_install_uses_the_source(source, tmp_path):
-    """In a fresh environment, beside this one's torch."""
+    """In a fresh environment that borrows this one's torch."""
     venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     own = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
-    # A .pth file in this folder is not read, so an editable install of this environment stays out.
+    # .pth files in the outer folder are not read, so an editable install of the outer environment stays out.
     (Path(own) / "outside.pth").write_text(sysconfig.get_path("purelib"))
     install = ["install", "--no-build-isolation", "--no-deps", "-e", source]
     run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
     code = (
         "import lcw_ops, lcw_ops.kernels, lcw_ops.bench.runner, importlib.util, sys\n"
         "for module in (lcw_ops, lcw_ops.kernels, lcw_ops.bench.runner): print(module.__file__)\n"
-        # The packages of these names that are known outside must not be hidden.
+        # Packages of these names outside lcw_ops must not be hidden.
         "print([name for name in ('kernels', 'bench') if importlib.util.find_spec(name)])"
     )
     *files, hidden = run(python, "-c", code, cwd=tmp_path).splitlines()

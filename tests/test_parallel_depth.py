@@ -1,7 +1,7 @@
-"""What the parallel solver is made of, each part against loops and matrix powers in float64: scans, bases, stopping.
+"""The parts of the parallel solver against loops and matrix powers in float64: scans, bases, stopping.
 
-The last part is the table of math/parallel_depth.md: the error of all states after each sweep, and what the stopping
-rule makes of it.
+The last part is the table of math/parallel_depth.md: the error of all states after each sweep, and the decisions of
+the stopping rule.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def haar(width: int) -> Tensor:
 
 
 def make_rotation(width: int, radius: float = 1.0) -> Tensor:
-    """Pairs of units turned by random angles; an odd number's last unit is scaled only."""
+    """Turn pairs of units by random angles; the last of an odd number of units is only scaled."""
     angle = 2 * math.pi * torch.rand((width + 1) // 2, dtype=torch.float64)
     cosine = radius * angle.cos().repeat_interleave(2)[:width]
     sine = radius * torch.stack((angle.sin(), -angle.sin()), 1).flatten()[:width]
@@ -59,7 +59,7 @@ def make_filter(form: str, width: int) -> Tensor:
 
 
 def as_matrix(filter: Tensor) -> Tensor:
-    """Entry by entry, from what the module says about the three forms."""
+    """The matrix entry by entry, from the module's description of the three forms."""
     if filter.dim() == 2:
         return filter.double()
     if filter.dtype == torch.int64:
@@ -102,7 +102,7 @@ def test_powers_of_filters(form, width, exponent):
     filter = make_filter(form, width)
     power = reference.filter_power(filter, exponent)
     expected = torch.linalg.matrix_power(as_matrix(filter), exponent)
-    # Each of the products that either power stands for errs by a rounding per term of its sums.
+    # Both powers stand for products, and each product has one rounding per term of its sums.
     tolerance = 0 if form == "permutation" else 4 * (exponent + 1) * width * EPS
     torch.testing.assert_close(as_matrix(power), expected, rtol=0, atol=tolerance)
 
@@ -138,7 +138,7 @@ def test_scans_are_the_recurrence(form, width, steps):
         expected = scan_in_steps(first, source, filter, alpha)
         actual = reference.linear_scan(first, source, filter, alpha)
         assert actual.shape == expected.shape
-        # D terms in either sum, each through powers of the filter that err by their exponent.
+        # Either sum has D terms, each through powers of the filter whose error grows with the exponent.
         scale = expected.abs().max() if expected.numel() else 0.0
         torch.testing.assert_close(actual, expected, rtol=0, atol=float(4 * (steps + 1) * (width + 1) * EPS * scale))
 
@@ -156,8 +156,8 @@ def test_scans_of_permutations_round_no_more_than_steps_would():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_reaches_over_a_layer_of_alpha_zero(form):
-    """A product of scales that ends at 0 must not multiply a state that overflowed before it into NaN."""
+def test_nothing_passes_a_layer_with_alpha_zero(form):
+    """A product of scales that ends at 0 must not turn an earlier overflow into NaN."""
     source, alpha = torch.randn(20, 2, 4, dtype=torch.float64), torch.full((20,), 0.9, dtype=torch.float64)
     alpha[9] = 0.0
     scan = reference.linear_scan(torch.randn(2, 4, dtype=torch.float64), source, make_filter(form, 4), alpha)
@@ -169,10 +169,10 @@ def test_nothing_reaches_over_a_layer_of_alpha_zero(form):
     [
         ([[1.0, -2.0]], [[1.0, -2.0]], 0.0),
         ([[1.0, -2.0]], [[1.5, -2.0]], 0.25),
-        ([[1.0, -2.0], [1e-3, 0.0]], [[1.0, -2.0], [2e-3, 0.0]], 1.0),  # each row by its own scale
+        ([[1.0, -2.0], [1e-3, 0.0]], [[1.0, -2.0], [2e-3, 0.0]], 1.0),  # each row has its own scale
         ([[0.0, 0.0]], [[0.0, 0.0]], 0.0),
         ([[0.0, 0.0]], [[0.0, 1.0]], math.inf),
-        ([[1e-30, 0.0]], [[1.25e-30, 0.0]], 0.25),  # squares of which vanish in float32
+        ([[1e-30, 0.0]], [[1.25e-30, 0.0]], 0.25),  # the squares vanish in float32
         ([[1e30, 0.0]], [[1.25e30, 0.0]], 0.25),
         ([[math.nan, 1.0]], [[1.0, 1.0]], math.nan),
         ([[1.0, 1.0]], [[math.nan, 1.0]], math.nan),
@@ -193,7 +193,7 @@ def test_relative_change_of_hand_made_states(new, old, expected, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
-def test_nothing_changes_where_there_is_nothing(shape):
+def test_the_relative_change_of_empty_states_is_zero(shape):
     assert reference.relative_change(torch.empty(shape), torch.empty(shape)).tolist() == [0.0]
 
 
@@ -215,7 +215,7 @@ def make_sweep(steps, rows, width, bias_dim, has_inputs, per_layer):
 @pytest.mark.parametrize(("bias_dim", "has_inputs", "per_layer"), [(0, True, False), (1, False, True), (2, True, True)])
 @pytest.mark.parametrize(("steps", "rows", "width"), [(0, 2, 3), (1, 1, 1), (5, 5, 5), (6, 2, 5)])
 def test_a_sweep_is_its_formula(activation, bias_dim, has_inputs, per_layer, steps, rows, width):
-    """Equal sizes too: a bias of one entry per layer must not be taken for one per sample."""
+    """The sizes include equal ones: a bias with one entry per layer must not be taken for one per sample."""
     made = make_sweep(steps, rows, width, bias_dim, has_inputs, per_layer)
     alpha, beta = made["alpha"].expand(steps), made["beta"].expand(steps)
     pre = made["product"].clone()
@@ -264,7 +264,7 @@ def test_an_adjoint_sweep_is_its_formula(form, steps, has_product, has_outside, 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_was_in_the_memory_before_the_first_sweep_does_not_matter(form):
+def test_old_contents_of_the_memory_do_not_affect_the_first_sweep(form):
     filter, one = make_filter(form, 4), torch.ones(1, dtype=torch.float64)
     states = torch.empty(9, 3, 4, dtype=torch.float64)
     assert states.isnan().all()
@@ -308,7 +308,7 @@ EXACT_FILTERS = {
 @pytest.mark.parametrize("name", EXACT_FILTERS)
 @pytest.mark.parametrize("rounded", [False, True])
 def test_frames_hold_for_fifty_thousand_steps(name, rounded):
-    """Of the filter as it is given, rounded to float32 or not: its own eigenvalues, no nearby orthogonal matrix's."""
+    """The frame has the eigenvalues of the filter as given, rounded or not, not those of a nearby orthogonal matrix."""
     matrix = EXACT_FILTERS[name]()
     matrix = matrix.float().double() if rounded else matrix
     width = len(matrix)
@@ -321,7 +321,7 @@ def test_frames_hold_for_fifty_thousand_steps(name, rounded):
     one_step = frame.basis @ as_matrix(frame.rotation) @ frame.inverse
     torch.testing.assert_close(one_step, matrix, rtol=0, atol=10 * frames.MAX_RESIDUAL)
     power = frame.basis @ as_matrix(reference.filter_power(frame.rotation, 50_000)) @ frame.inverse
-    # float32's rounding is what 50,000 steps of the residual must stay below.
+    # Over 50,000 steps the residual must stay below float32's rounding.
     torch.testing.assert_close(power, torch.linalg.matrix_power(matrix, 50_000), rtol=0, atol=5e-8)
 
 
@@ -348,19 +348,19 @@ NOT_NORMAL = torch.eye(6, dtype=torch.float64) + torch.diag(torch.full((5,), 0.5
     ],
     ids=["empty", "nan", "inf", "one nan", "not normal"],
 )
-def test_no_frame_instead_of_a_wrong_one(matrix):
+def test_filters_without_a_good_frame_have_none(matrix):
     assert frames.find_frame(matrix) is None
 
 
 @pytest.mark.parametrize("kind", ["not normal", "scaled", *EXACT_FILTERS])
-def test_filters_with_and_without_a_frame_are_solved_for(kind, backend):
-    """Matrices as a user passes them, rounded to float32: forward and backward against the float64 sequence."""
+def test_filters_with_and_without_a_frame_are_solved(kind, backend):
+    """Matrices as users pass them, rounded to float32: forward and backward against the float64 sequence."""
     made = {"not normal": lambda: NOT_NORMAL * 0.5, "scaled": lambda: 0.7 * haar(5)} | EXACT_FILTERS
     filter = made[kind]().float()
     width = len(filter)
     h0 = torch.randn(3, width, requires_grad=True)
     weight = (torch.randn(60, width, width) / width**0.5).requires_grad_()
-    # Without a bias the states of a filter that shrinks them would vanish.
+    # Without a bias the states would vanish under a filter that shrinks them.
     bias = torch.randn(60, width, requires_grad=True)
     output = F.orthogonal_filter(h0, weight, bias, filter, solver="parallel", window=30)
     grad_output = torch.randn_like(output)
@@ -370,7 +370,7 @@ def test_filters_with_and_without_a_frame_are_solved_for(kind, backend):
         output = F.orthogonal_filter(*leaves, filter.double())
     exact = [output, *torch.autograd.grad(output, leaves, grad_output.double())]
     for a, e in zip(actual, exact, strict=True):
-        # 60 layers' rounding in the worst case, in a basis of condition 4 at the most.
+        # The rounding of 60 layers in the worst case, in a basis of condition 4 at most.
         assert (a - e).norm() <= 60 * torch.finfo().eps * e.norm()
 
 
@@ -383,7 +383,7 @@ def test_frames_are_remembered_until_the_filter_changes():
     assert second is not first
     torch.testing.assert_close(second.basis @ as_matrix(second.rotation) @ second.inverse, filter)
     with torch.inference_mode():
-        # Tensors of inference mode do not count their changes.
+        # Tensors made in inference mode have no version counter.
         filter = haar(6)
         frames.get_frame(filter)
         filter.copy_(haar(6))
@@ -410,7 +410,7 @@ def test_the_solver_follows_a_filter_that_changes_in_place(change, backend):
 
 
 def follow(changes, layers=1000, tolerance=1e-6, dtype=torch.float32):
-    """The rule as the solver applies it: after how many sweeps it stops, and whether as converged."""
+    """Apply the rule as the solver does, and stop when it says that the sweeps converged or will not converge."""
     convergence = Convergence(layers, tolerance, dtype)
     for change in changes:
         convergence.add(change)
@@ -425,28 +425,28 @@ GOOD, BAD = True, False
 @pytest.mark.parametrize(
     ("changes", "options", "sweeps", "converged"),
     [
-        # rho / (1 - rho) d_k: 1e-3 / (1 - 1e-3) 1e-3 = 1e-6 and a bit, 1e-9 and a bit.
+        # rho / (1 - rho) d_k: 1e-3 / (1 - 1e-3) 1e-3 is a little over 1e-6, and the next a little over 1e-9.
         ([1.0, 1e-3, 1e-6], {}, 3, GOOD),
         ([1.0, 1e-3, 1e-6], {"tolerance": 1.01e-6}, 2, GOOD),
         ([1e-2, 9e-5, 7e-7], {}, 2, GOOD),
-        ([0.5, 0.25], {"tolerance": 0.2500001}, 2, GOOD),  # rho = 1/2: what is left is as much as the last change
+        ([0.5, 0.25], {"tolerance": 0.2500001}, 2, GOOD),  # rho = 1/2: the remaining error equals the last change
         ([0.5, 0.25, 0.125], {"tolerance": 0.2499999}, 3, GOOD),
         ([0.0], {}, 1, GOOD),
         ([1.0, 0.0], {"tolerance": 1e-300}, 2, GOOD),
         ([3.0], {"layers": 1}, 1, GOOD),
-        ([3.0, 5.0], {"layers": 2}, 2, GOOD),  # exact, whatever the changes say
+        ([3.0, 5.0], {"layers": 2}, 2, GOOD),  # exact after as many sweeps as layers
         ([3.0, 2.9, 2.8], {"layers": 3}, 3, GOOD),
         ([1e-9], {"layers": 2, "tolerance": 1e-3}, 1, None),  # one change alone says nothing
-        ([1e-9, 1e-9], {"tolerance": 1e-3}, 2, GOOD),  # an ulp back and forth is the states' rounding
+        ([1e-9, 1e-9], {"tolerance": 1e-3}, 2, GOOD),  # changes of an ulp are the states' rounding
         ([1e-2, 2e-9], {"tolerance": 1e-30}, 2, None),
         ([1e-2, 2e-7, 1.9e-7], {"tolerance": 1e-30}, 3, GOOD),
         ([1e-2, 2e-7, 1.9e-7], {"tolerance": 1e-30, "dtype": torch.float64}, 3, BAD),
         ([1.0, 1.0], {}, 2, None),
-        ([1.0, 2.0, 1e-2, 1e-9], {}, 4, GOOD),  # a bad beginning is not the end
+        ([1.0, 2.0, 1e-2, 1e-9], {}, 4, GOOD),  # a bad start is forgiven
         ([1.0, 1.0, 1.0], {"tolerance": 1e-9}, 3, BAD),
         ([1.0, 0.5, 0.6], {"tolerance": 1e-9}, 3, BAD),
         ([1.0, 2.0, 4.0], {}, 3, BAD),
-        ([1.0, 0.9, 0.81], {"tolerance": 1e-9}, 3, BAD),  # 13 sweeps more, each at best k / (k + 1) of the one before
+        ([1.0, 0.9, 0.81], {"tolerance": 1e-9}, 3, BAD),  # 13 more sweeps, each change at best k / (k + 1) of the last
         ([1.0, 0.9, 0.81], {}, 3, None),
         ([1.0, 0.3, 0.09, 0.027], {}, 4, None),
         ([math.nan], {}, 1, BAD),
@@ -456,7 +456,7 @@ GOOD, BAD = True, False
         ([1.0, 0.1, math.inf], {"layers": 3}, 3, BAD),
     ],
 )
-def test_changes_made_by_hand(changes, options, sweeps, converged):
+def test_the_stopping_rule_on_given_changes(changes, options, sweeps, converged):
     convergence = follow(changes, **options)
     assert len(convergence.changes) == sweeps
     assert convergence.has_converged == (converged is GOOD)
@@ -464,8 +464,8 @@ def test_changes_made_by_hand(changes, options, sweeps, converged):
 
 
 @pytest.mark.parametrize("rho", [0.9, 0.7, 0.5, 0.45, 0.4, 0.3, 0.1, 1e-3])
-def test_a_steady_contraction_is_judged_right(rho):
-    """What is left at the end is what was estimated; and nobody waits for 16 sweeps that will not do."""
+def test_the_estimate_of_a_steady_contraction_is_right(rho):
+    """The remaining error is the estimated one, and the rule does not use up 16 sweeps if they will not suffice."""
     changes = [rho**k for k in range(1, 40)]
     convergence = follow(changes)
     sweeps = len(convergence.changes)
@@ -480,8 +480,8 @@ def test_a_steady_contraction_is_judged_right(rho):
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 1.5])
-def test_a_contraction_that_gets_faster_is_given_its_time(scale):
-    """Errors fall as (c s)^k / k!, the law of such sweeps: what is slow after three of them is done before the 16th."""
+def test_a_contraction_that_gets_faster_is_not_given_up(scale):
+    """Errors fall as (c s)^k / k!, the law of such sweeps: slow after three sweeps, but done before the 16th."""
     changes = [scale**k / math.factorial(k) for k in range(1, 40)]
     convergence = follow(changes)
     assert convergence.has_converged
@@ -497,7 +497,7 @@ def test_a_window_of_few_layers_is_never_hopeless(layers):
 
 
 def test_never_more_than_the_largest_number_of_sweeps():
-    """A contraction that gets slower all the time is what the look ahead is wrong about."""
+    """The estimate of the sweeps that remain is wrong for a contraction that keeps getting slower."""
     changes = [1.0]
     for k in range(60):
         changes.append(changes[-1] * (0.3 + 0.03 * k if k < 20 else 0.95))
@@ -506,7 +506,7 @@ def test_never_more_than_the_largest_number_of_sweeps():
     assert len(convergence.changes) <= solver.MAX_SWEEPS
 
 
-def test_a_solve_says_what_happened():
+def test_a_solve_holds_the_figures_of_its_sweeps():
     convergence = follow([1e-1, 1e-4, 1e-7], layers=50, tolerance=1e-9, dtype=torch.float64)
     solve = convergence.to_solve("backward", 7)
     assert dataclasses.astuple(solve)[:4] == ("backward", 7, 50, 3)
@@ -527,7 +527,7 @@ def test_default_tolerance_is_the_rounding_over_the_depth(dtype, eps):
 
 
 def solve_net(steps, width=4, rows=2, scale=1.0, dtype=torch.float64, with_gradients=False, **options):
-    """What was recorded, the result, and the sequential one."""
+    """The recorded solves, the result, and the sequential result."""
     h0 = torch.randn(rows, width, dtype=dtype)
     weight = (scale * torch.randn(steps, width, width, dtype=dtype) / width**0.5).requires_grad_(with_gradients)
     filter = torch.arange(width).roll(1)
@@ -547,7 +547,7 @@ def test_windows_cover_every_layer_once(window, backend):
         chosen = [solve for solve in solves if solve.direction == direction]
         assert all(solve.converged and solve.layers <= window for solve in chosen)
         if direction == "forward":
-            # Backward solves for the states between two windows once more.
+            # The backward pass solves forward once more for the states inside each window.
             assert len(chosen) == 2 * -(-100 // window)
             chosen = chosen[: len(chosen) // 2]
         covered = [range(solve.first_layer, solve.first_layer + solve.layers) for solve in chosen[::order]]
@@ -564,7 +564,7 @@ def test_windows_too_small_to_pay_are_sequential(window, backend):
 
 
 @pytest.mark.filterwarnings("ignore:orthogonal_filter. the parallel solver did not converge:RuntimeWarning")
-def test_a_window_that_does_not_converge_is_halved_and_stays_so(backend):
+def test_a_window_that_does_not_converge_is_halved_for_good(backend):
     solves, output, expected = solve_net(256, width=16, scale=3.0, beta=0.06, window=256)
     sizes = [solve.layers for solve in solves if not solve.converged]
     assert sizes
@@ -609,9 +609,9 @@ LAYERS, WIDTH, ROWS = 2000, 64, 8
 
 @dataclasses.dataclass
 class Row:
-    """One line: a setting, the errors after sweeps 1, 2, ..., and how many sweeps it takes to 1e-6.
+    """One row of the table: a setting, the errors after sweeps 1, 2, ..., and the number of sweeps to 1e-6.
 
-    ``input_scale`` is that of an RNN, which starts from 0.
+    ``input_scale`` is set for an RNN, which starts from 0.
     """
 
     errors: list[float]
@@ -666,7 +666,7 @@ SLOW = {
 
 
 class FixedSweeps(solver.Forward):
-    """So many sweeps over all layers, whatever the stopping rule says; their changes, and what is wrong after each."""
+    """A fixed number of sweeps over all layers, without the stopping rule. Keeps the changes and the errors of each."""
 
     def __init__(self, made: dict, exact: Tensor, count: int) -> None:
         steps = len(exact) - 1
@@ -684,14 +684,14 @@ class FixedSweeps(solver.Forward):
         for _ in range(self.count):
             self.changes.append(sweep().item())
             self.errors.append(((self.states - self.exact).norm() / self.exact.norm()).item())
-            # As the solver measures a change: in the worst state of the worst sample.
+            # The solver measures a change in the same way: in the worst state of the worst sample.
             self.largest_errors.append(reference.relative_change(self.exact[1:], self.states[1:]).item())
         return True
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_errors_fall_from_sweep_to_sweep_as_in_the_table(name):
-    """And the estimate knows: where it is below the tolerance, the error is, to the factor that an estimate has."""
+def test_errors_fall_with_the_sweeps_as_in_the_table(name):
+    """The estimate is right too: below the tolerance the error is small as well, within an estimate's accuracy."""
     row = TABLE[name]
     made = row.make()
     exact = F.orthogonal_filter(**made, return_states=True)
@@ -699,7 +699,7 @@ def test_errors_fall_from_sweep_to_sweep_as_in_the_table(name):
     print(name, *(f"{error:.1e}" for error in sweeps.errors))
     for error, expected in zip(sweeps.errors, row.errors, strict=False):
         assert error <= 10 * expected
-        # One W is one draw, and may do better; 2,000 of them average out.
+        # One W is a single draw and may do better; 2,000 of them average out.
         assert row.tied or error >= expected / 10
     needed = next(k for k, error in enumerate(sweeps.errors, start=1) if error <= 1e-6)
     assert needed <= row.sweeps + 1
@@ -710,14 +710,14 @@ def test_errors_fall_from_sweep_to_sweep_as_in_the_table(name):
         accepted = len(convergence.changes) - 1
         rounding = 100 * EPS
         assert sweeps.largest_errors[accepted] <= 10 * convergence.error + rounding
-        # Never an order of magnitude late: the sweep before the last but one was not good enough.
+        # The rule is at most one sweep late: the sweep before the last but one was not good enough.
         assert sweeps.errors[accepted] <= tolerance
         assert sweeps.largest_errors[accepted] <= 2 * tolerance
         assert accepted < 2 or sweeps.largest_errors[accepted - 2] > tolerance
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_slow_rows_of_the_table_end_right_in_windows(name):
+def test_slow_rows_of_the_table_are_right_in_windows(name):
     row = SLOW[name]
     made = row.make()
     exact = F.orthogonal_filter(**made, return_states=True)
@@ -735,7 +735,7 @@ def test_slow_rows_of_the_table_end_right_in_windows(name):
 
 
 def test_smaller_windows_take_fewer_sweeps():
-    """c D / L instead of c."""
+    """A window of D layers behaves like a net with c D / L instead of c."""
     made = TABLE["tied W, identity"].make()
     counts = {}
     for window in (LAYERS, 200, 20):

@@ -1,6 +1,6 @@
 """The C++ kernels of the recurrence in parallel over depth: exactness, threads, memory, refusals.
 
-The oracle is a loop over the layers in long double, which shares no code with the kernels or with their reference.
+The oracle is a loop over the layers in long double. It shares no code with the kernels or with their reference.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ ACTIVATIONS = {
     "sigmoid": (lambda a: 1 / (1 + np.exp(-a)), lambda a: 1 / (1 + np.exp(-a)) * (1 - 1 / (1 + np.exp(-a)))),
     "identity": (lambda a: a, np.ones_like),
 }
-# (D, M, N): nothing, one, primes, around every vector, more rows than go through the layers together, and long rows.
+# (D, M, N): empty, one, primes, around every vector, more rows than pass through the layers together, long rows.
 SHAPES = (
     *((0, 3, 5), (5, 0, 7), (7, 2, 0), (1, 1, 1), (7, 3, 1), (5, 3, 2), (3, 2, 3), (11, 4, 7), (3, 1, 8), (5, 3, 9)),
     *((4, 3, 13), (3, 2, 16), (2, 2, 17), (5, 1, 31), (2, 3, 33), (4, 3, 64), (3, 2, 131), (3, 47, 130), (2, 1, 5003)),
@@ -105,7 +105,7 @@ def exact_adjoint(gradients, product, outside, filter, alpha):
 
 
 def eager_run(first, terms, filter, alpha):
-    """Layer by layer in the states' dtype; the reference sums in pairs, which rounds less than any recurrence."""
+    """The recurrence layer by layer in the states' dtype. The reference sums in pairs, which rounds less than that."""
     states = [first]
     for scale, term in zip(alpha.expand(len(terms)), terms, strict=True):
         states.append(scale * reference.apply_filter(states[-1], filter) + term)
@@ -164,13 +164,13 @@ def cases_of(activation, table):
 
 
 def carried_out(function, arguments):
-    """On copies of what it writes; the result of every tensor that was given, and what is returned."""
+    """Call the function on copies; return the copies, which it may have written, and its result."""
     copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
     return copies, function(*copies)
 
 
 def assert_residual(returned, new, old):
-    """To the rounding of a division in the states' own type."""
+    """The change is right to the rounding of a division in the states' own type."""
     assert returned.shape == (1,)
     assert returned.dtype == torch.float64
     expected = reference.relative_change(new, old)
@@ -249,14 +249,14 @@ def test_activations_of_every_size_by_the_rule(dtype, activation, derivative):
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
-# Few rows of many layers, which threads share in chunks; an odd width; chunks of different lengths; a short row.
+# Few rows with many layers, which threads share in chunks: an odd width, chunks of different lengths, a short row.
 LONG = ((1001, 1, 64), (600, 2, 97), (6007, 1, 8))
 
 
 @pytest.mark.parametrize("kind", FILTERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layers_in_chunks_by_the_rule(dtype, kind):
-    """As exact on any number of threads, and the same bits twice on the same number."""
+    """Layers in chunks are as exact on any number of threads, with the same bits twice on the same number."""
     needs_more_digits(dtype)
     for shape in LONG if kind == "rotations" and dtype == torch.float32 else LONG[:2]:
         forward = sweep_arguments(shape, dtype, kind, "tanh")
@@ -298,7 +298,7 @@ def test_rows_have_the_same_bits_on_any_number_of_threads(kind):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_rotations_do_not_drift_over_50_000_layers(count):
-    """Carried in float64 from chunk to chunk too: as near to the phase l times the angle as float32 can hold."""
+    """States are float64 from chunk to chunk too, so the phase is l times the angle to within float32's rounding."""
     layers, width = 50_000, 8
     filter = make_filter("rotations", width)
     angle = torch.atan2(filter[width::2], filter[:width:2])
@@ -311,13 +311,13 @@ def test_rotations_do_not_drift_over_50_000_layers(count):
     phase = torch.arange(layers + 1)[:, None] * -angle
     exact = torch.view_as_real(torch.polar(torch.ones_like(phase), phase) * start).reshape(states.shape)
     error = (states - exact).abs().max() / exact.abs().max()
-    # Half a unit of rounding once, and float64's drift: 50,000 times its own.
+    # The limit is half a unit of rounding, once, and float64's drift: 50,000 times its own rounding.
     assert error <= 0.5 * torch.finfo(torch.float32).eps + layers * torch.finfo(torch.float64).eps
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_state_of_zero_stays_zero_however_the_others_grow(count):
-    """1.1 to the power of 12,000 is no number, and an infinity times zero would be NaN."""
+    """1.1 to the power of 12,000 overflows, and infinity times zero would be NaN."""
     states = torch.full((12_001, 2, 8), torch.nan, dtype=torch.float64)
     states[0] = 0
     with threads(count):
@@ -331,7 +331,7 @@ def test_a_state_of_zero_stays_zero_however_the_others_grow(count):
 
 
 def change_of(old, new, count=1):
-    """Of a sweep whose new states are ``new``: without a filter's part, product is what they are to be."""
+    """The change of a sweep whose new states are ``new``: without the filter's part, product is the new states."""
     layers, _, width = new.shape
     states = torch.cat((torch.zeros_like(new[:1]), old))
     none, one = new.new_zeros(layers), new.new_ones(1)
@@ -355,14 +355,14 @@ def test_the_relative_change_of_what_is_no_ordinary_number(dtype, width):
             spoilt[-1, 1, place] = bad
             assert not np.isfinite(change_of(new, spoilt))
             assert not np.isfinite(change_of(spoilt, new))
-            # An infinity that stays is no convergence either.
+            # An infinity that stays does not count as convergence either.
             assert np.isnan(change_of(spoilt, spoilt))
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_relative_change_at_any_scale(dtype, scale):
-    """Neither squares nor products of states that vanish or overflow; the largest ratio, of any row, wins."""
+    """Squares and products of states neither vanish nor overflow, and the largest ratio of any row counts."""
     new = torch.full((4, 3, 17), 2, dtype=dtype)
     new[:, 1] /= 1024
     old = new.clone()
@@ -383,7 +383,7 @@ def test_the_largest_change_is_found_wherever_it_is(count):
         assert np.isnan(change_of(old, new, count))
 
 
-# ---- What the kernels refuse -----------------------------------------------------------------------------------------
+# ---- Arguments that the kernels refuse -------------------------------------------------------------------------------
 
 ADVICE = r"; call lcw_ops\.functional\.orthogonal_filter"
 
@@ -457,7 +457,7 @@ REFUSED = {
 def test_wrong_arguments_are_refused_before_the_first_write(op, place):
     good, wrong = REFUSED[op]
     name, values = wrong[place]
-    # A state of another shape is for the arguments after it not to fit.
+    # If the state has another shape, the error names the argument after it, which then does not fit.
     named = f"{name}|product" if place == 0 else name
     for value in values:
         arguments = good()
@@ -470,7 +470,7 @@ def test_wrong_arguments_are_refused_before_the_first_write(op, place):
                 torch.testing.assert_close(argument, old, rtol=0, atol=0, equal_nan=True)
 
 
-# ---- In processes of their own ---------------------------------------------------------------------------------------
+# ---- In separate processes -------------------------------------------------------------------------------------------
 
 
 GUARDED = [
@@ -483,7 +483,7 @@ GUARDED = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 3])
 def test_nothing_but_the_arguments_is_touched(count, dtype, flush):
-    """What a vector too wide would touch is not mapped, and what is only read is not writable."""
+    """Memory that a vector too wide would touch is not mapped, and arguments that are only read are not writable."""
     for case in [*GUARDED, *([{"shape": LONG[1], "kind": "random"}] if count > 1 else [])]:
         shape, kind, alpha_shared = case["shape"], case["kind"], case.get("alpha_shared", True)
         calls = (

@@ -1,6 +1,6 @@
 """orthogonal_filter and its modules with solver="parallel" and "auto", in every way a user of PyTorch can call them.
 
-The judge is the sequential recurrence in float64. The backends are plain torch and the CPU's kernels of sweeps.
+The judge is the sequential recurrence in float64. The backends are plain torch and the CPU's sweep kernels.
 """
 
 import copy
@@ -25,7 +25,7 @@ from lcw_ops.ops.parallel_depth.solver import record_solves
 NAMES = ["h0", "weight", "bias", "alpha", "beta", "inputs"]
 DID_NOT_CONVERGE = "parallel solver did not converge"
 
-# What does not converge says so; where it must not be said, a warning is an error.
+# The solver warns if it does not converge. In tests without such a case the warning is an error.
 pytestmark = [pytest.mark.usefixtures("on_the_cpu", "one_thread"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
 
@@ -56,7 +56,7 @@ def make_filter(kind: str, width: int, dtype: torch.dtype = torch.float32) -> Te
 def make_arguments(
     rows, width, steps, c=1.0, tied=False, bias="per layer", inputs=True, dtype=torch.float32
 ) -> dict[str, Tensor]:
-    """Scaled like a network that trains: beta ~ c / L, alpha = 1 - beta. What is None is left out."""
+    """Scaled like a network in training: beta ~ c / L, alpha = 1 - beta. Arguments that are None are left out."""
     beta = c * (0.5 + torch.rand(steps, dtype=dtype)) / max(steps, 1)
     shapes = {"shared": (width,), "per layer": (steps, width)}
     arguments = {
@@ -98,7 +98,7 @@ def redraw(arguments: dict) -> dict:
 
 
 def results_of_three(arguments, filter, grad_output=None, **options):
-    """Result and gradients: in parallel, of plain torch in the arguments' dtype, and in float64, both in sequence."""
+    """Result and gradients in parallel, and in sequence with plain torch in the arguments' dtype and in float64."""
     sequential = {name: value for name, value in options.items() if name not in ("window", "tolerance")}
     if grad_output is None:
         shape = arguments["h0"].shape
@@ -113,7 +113,7 @@ def results_of_three(arguments, filter, grad_output=None, **options):
 
 
 def assert_matches_the_sequence(arguments, filter, draws=1, **options):
-    """By the rule of the house; what has few numbers is judged over several draws of states and inputs together."""
+    """Within twice eager's error; on few numbers, over several draws of states and inputs together."""
     draws = [results_of_three(arguments, filter, **options)] + [
         results_of_three({**arguments, **redraw(arguments)}, filter, **options) for _ in range(draws - 1)
     ]
@@ -130,11 +130,11 @@ BIASES = [None, "shared", "per layer"]
 
 
 def is_countable(steps, tied, inputs, **_):
-    """One layer with shared arguments has nothing but its inputs to be counted by."""
+    """For one layer with shared arguments only the inputs give the number of steps."""
     return inputs or not (tied and steps == 1)
 
 
-# Activations and filters meet every third choice, as one option of both.
+# Every pair of an activation and a filter meets every other choice.
 CASES = pairwise(
     is_countable,
     kind=list(itertools.product(ACTIVATIONS, FILTERS)),
@@ -154,14 +154,14 @@ def test_every_kind_matches_the_sequence(case, backend):
     arguments = make_arguments(rows, width, steps, c, case["tied"], case["bias"], case["inputs"])
     with warnings.catch_warnings():
         if c == 10.0 or (c == 3.0 and case["tied"]):
-            # 100 layers may then take too many sweeps at once; what counts is the result.
+            # Then 100 layers in one window may take too many sweeps; only the result is judged.
             warnings.filterwarnings("ignore", f".*{DID_NOT_CONVERGE}")
         options = {"activation": activation, "return_states": case["return_states"]}
         assert_matches_the_sequence(arguments, make_filter(filter_kind, width), 4 if steps < 100 else 2, **options)
 
 
 def keep_off_the_kink(arguments, filter):
-    """Inputs such that no pre-activation is so near 0 that rounding decides which slope ReLU has there."""
+    """Shift the inputs so that no pre-activation is so near 0 that rounding decides the slope of ReLU."""
     margin, (wide, filter) = 1e-4, in_float64(arguments, filter)
     state = wide["h0"]
     for l, weight in enumerate(wide["weight"]):
@@ -218,7 +218,7 @@ def test_float64_holds_its_digits(filter_kind, tied, backend):
     with lcw_ops.use_backend("cpp"):
         expected = with_gradients(run, arguments, filter, grad_output, return_states=True)
     for name, tensor in expected.items():
-        # 300 layers of rounding on either side, a sum of 300 x 4 terms behind a shared weight's gradient.
+        # 300 layers of rounding on either side; the gradient of a shared weight is a sum of 300 x 4 terms.
         tolerance = 300 * torch.finfo(torch.float64).eps * tensor.abs().max().item()
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=tolerance, msg=name)
 
@@ -238,7 +238,7 @@ def test_the_result_is_as_good_as_was_asked_for(tolerance, backend):
 @pytest.mark.parametrize("filter_kind", ["dense", "permutation"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_sixteen_bits_have_float32_states(dtype, filter_kind, tied, backend):
-    """Within the rounding of the result: as the sequential op, and gradients in their arguments' dtype."""
+    """Right within the rounding of the result, as with the sequential op. Gradients have their arguments' dtype."""
     filter = make_filter(filter_kind, 16)
     arguments = make_arguments(4, 16, 100, tied=tied)
     arguments = {name: t if name in ("alpha", "beta") else t.to(dtype) for name, t in arguments.items()}
@@ -256,7 +256,7 @@ def test_every_window_matches_the_sequence(window, filter_kind, return_states, b
 
 @pytest.mark.parametrize("window", [8, 64])
 def test_many_windows_do_not_drift(window):
-    """The way into a filter's basis and back again is taken once per window, and errs by the same every time."""
+    """States enter and leave the filter's basis once per window, with the same error every time."""
     arguments, filter = make_arguments(8, 8, 8000, inputs=False), make_filter("dense", 8)
     with lcw_ops.use_backend("cpp"):
         results = [
@@ -273,7 +273,7 @@ def test_many_windows_do_not_drift(window):
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_shared_gradients_of_one_sign_over_many_samples(activation):
-    """Sums that only grow are where float32 loses digits: the weight of an RNN, over every sample of every step."""
+    """float32 loses digits in sums that only grow: the weight of an RNN sums over every sample of every step."""
     rows, width, steps = 1024, 8, 128
     arguments = {
         "h0": torch.rand(rows, width),
@@ -302,11 +302,11 @@ def test_same_bits_for_the_same_number_of_threads(count, backend):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# ---- What does not converge ------------------------------------------------------------------------------------------
+# ---- Solves that do not converge -------------------------------------------------------------------------------------
 
 
 def tied_net(steps=120, scale=1.0):
-    """beta = 1 / sqrt(L): every layer pulls in the same direction."""
+    """beta = 1 / sqrt(L) and one weight: every layer pulls in the same direction."""
     arguments = make_arguments(4, 8, steps, tied=True, dtype=torch.float64)
     arguments["weight"] *= scale
     arguments["beta"] = torch.full((1,), steps**-0.5, dtype=torch.float64)
@@ -342,7 +342,7 @@ def test_what_does_not_converge_ends_right_and_says_so(window, scale, filter_kin
     assert all(DID_NOT_CONVERGE in message for message in messages)
     expected = with_gradients(run, arguments, filter, grad_output, return_states=True)
     for name, actual in zip(expected, [output, *gradients], strict=True):
-        # A chaotic net magnifies what either solver rounds.
+        # A chaotic net magnifies the rounding of either solver.
         error = (actual - expected[name]).norm() / expected[name].norm()
         assert error < (1e-10 if scale == 1.0 else 1e-6), name
 
@@ -358,7 +358,7 @@ def test_each_pass_warns_once(window, backend):
 
 
 def test_a_warning_may_be_an_error(backend):
-    """It is raised as what it is, and what was computed before is not in the way of the next call."""
+    """It is raised as a RuntimeWarning, and what was computed before does not disturb the next call."""
     arguments, filter = tied_net(scale=10.0), make_filter("identity", 8)
     with pytest.raises(RuntimeWarning, match=DID_NOT_CONVERGE):
         in_parallel(arguments, filter)
@@ -377,7 +377,7 @@ def test_a_warning_may_be_an_error(backend):
     ("filter_kind", "activation"), [("dense", "tanh"), ("permutation", "tanh"), ("permutation", "identity")]
 )
 def test_what_is_not_finite_is_where_the_sequence_has_it(bad, where, filter_kind, activation, backend):
-    """In the same rows, layers and gradients; rows that it does not reach are as exact as ever."""
+    """It is in the same rows, layers and gradients. Rows that it does not reach stay as exact as ever."""
     arguments, filter = make_arguments(3, 5, 30, dtype=torch.float64), make_filter(filter_kind, 5, torch.float64)
     grad_output = torch.randn(31, 3, 5, dtype=torch.float64)
     indices = {"h0": (1, 2), "inputs": (11, 1, 2), "weight": (11, 2, 2), "beta": (11,), "grad_output": (20, 1, 2)}
@@ -388,14 +388,14 @@ def test_what_is_not_finite_is_where_the_sequence_has_it(bad, where, filter_kind
     )
     with lcw_ops.use_backend("cpp"):
         expected = with_gradients(run, arguments, filter, grad_output, **options)
-    # tanh takes an infinite input to 1.
+    # tanh maps an infinite input to 1.
     assert bool(messages) == any(not tensor.isfinite().all() for tensor in expected.values())
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-11, atol=1e-12, equal_nan=True, msg=name)
 
 
 def test_overflow_is_the_sequences(backend):
-    """alpha = 2 for 200 layers leaves float32; the rows that start from nothing stay there."""
+    """alpha = 2 for 200 layers overflows float32; rows that start from zero stay there."""
     h0 = torch.randn(2, 4)
     h0[1] = 0.0
     weight = torch.randn(200, 4, 4)
@@ -492,11 +492,11 @@ def test_only_the_gradients_asked_for(needed, window, backend):
             assert tensor.grad is None
 
 
-# ---- What is kept ----------------------------------------------------------------------------------------------------
+# ---- Saved tensors ---------------------------------------------------------------------------------------------------
 
 
 def kept_beside(arguments, filter, **options) -> tuple[Tensor, int]:
-    """The result, and how many numbers are saved that were no argument's."""
+    """The result, and how many numbers are saved beside those of the arguments."""
     output, saved = saved_tensors(lambda: in_parallel(arguments, filter, **options))
     given = {tensor.untyped_storage().data_ptr() for tensor in (*arguments.values(), filter)}
     return output, sum(tensor.numel() for tensor in saved if tensor.untyped_storage().data_ptr() not in given)
@@ -510,7 +510,7 @@ def test_windows_keep_one_state_each(filter_kind, backend):
     assert kept_beside(arguments, filter, window=100)[1] == 10 * numbers
     assert kept_beside(arguments, filter, window=300)[1] == 4 * numbers
     assert kept_beside(arguments, filter)[1] == 1001 * numbers
-    # States that are the result are not kept twice.
+    # States that are the result are not saved twice.
     output, kept = kept_beside(arguments, filter, return_states=True)
     assert kept == output.numel() == 1001 * numbers
 
@@ -542,7 +542,7 @@ def test_the_op_keeps_nothing_when_told_so(backend):
 
 
 def test_states_changed_in_place_before_backward(backend):
-    """Never a wrong gradient: torch says what is wrong, or backward has states of its own."""
+    """The gradient is never wrong: either torch raises, or backward has states of its own."""
     arguments, filter = make_arguments(4, 6, 20), make_filter("permutation", 6)
     weight = arguments["weight"].requires_grad_()
     states = in_parallel(arguments, filter, return_states=True)
@@ -646,7 +646,7 @@ def test_hessian_and_jacobians_through_torch_func(backend):
 
 @pytest.mark.usefixtures("on_cpp")
 def test_compiles_into_one_graph_with_dynamic_shapes():
-    """Forward and backward, auto too, whose beta is no number while it is traced."""
+    """Forward and backward, and "auto" too, whose beta is not a number during tracing."""
     filter = make_filter("dense", 8)
 
     def loss(h0, weight, beta):
@@ -691,7 +691,7 @@ def test_opcheck(backend, return_states, window, filter_kind):
 
 
 def test_the_op_itself_checks_what_it_is_given(backend):
-    """Called past the public function, with arguments that do not fit, it raises instead of guessing."""
+    """Called directly with arguments that do not fit, it raises instead of guessing."""
     h0, weight, one, eye = torch.randn(2, 4), torch.randn(9, 4, 4), torch.ones(1), torch.eye(4)
     right = (h0, weight, None, eye, one, one / 900, None, 9, "tanh", 0.0, 0, False, False)
     forward, backward = get_overload(op.NAME, backend), get_overload(op.BACKWARD, backend)
@@ -806,7 +806,7 @@ def test_auto_leaves_filters_per_layer_to_the_sequence(monkeypatch):
     with lcw_ops.use_backend("cpp"):
         expected = run(arguments, filters)
         assert torch.equal(run(arguments, filters, solver="auto"), expected)
-        # Options of the parallel solver say what to do if it should be taken.
+        # Options of the parallel solver apply only if it is chosen.
         assert torch.equal(run(arguments, filters, solver="auto", tolerance=1e-3, window=5), expected)
 
 
@@ -954,7 +954,7 @@ def test_an_explicit_request_that_cannot_be_met_raises():
 
 
 def test_no_step_at_all_in_windows(backend):
-    """As from an empty sequence."""
+    """The result is the same as for an empty sequence."""
     h0, weight, filter = torch.randn(3, 8), torch.randn(8, 8), torch.arange(8).roll(1)
     options = {"inputs": torch.randn(0, 3, 8), "return_states": True, "solver": "parallel", "window": 5}
     assert torch.equal(F.orthogonal_filter(h0, weight, None, filter, None, 0.1, **options), h0.unsqueeze(0))

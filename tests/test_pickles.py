@@ -1,7 +1,7 @@
 """Files that users hold still load: the modules, optimizers and results that an earlier version pickled.
 
-tests/pickles/make.py wrote them once. A pickle names each class by the module that defined it, so these tests fail when
-a class moves and its old place no longer leads to it.
+tests/pickles/make.py wrote them once. A pickle names each class by the module that defines it, so these tests fail if a
+class moves and its old place no longer leads to it.
 """
 
 import importlib
@@ -20,7 +20,7 @@ RESULTS = torch.load(make.RESULTS, weights_only=True)
 MODULES = sorted(path.stem for path in make.HERE.glob("*.pt") if path != make.RESULTS)
 OPTIMIZERS = sorted(name for name, result in RESULTS.items() if "parameters" in result)
 
-# Sums of at most 50 terms in each of at most 9 layers, forward only: so many roundings of float64 at the most.
+# Float64 roundings, forward only: sums of at most 50 terms in each of at most 9 layers.
 ROUNDINGS = 50 * 9
 
 
@@ -65,15 +65,15 @@ def _public(name: str) -> object:
 def test_names_in_the_file_lead_to_the_class_of_today(path):
     for module, name in references(path):
         found = getattr(importlib.import_module(module), name)
-        # Not a copy beside the class, which isinstance would not recognise.
+        # The class must not be a copy, which isinstance would not recognise.
         assert found is getattr(importlib.import_module(found.__module__), found.__name__), f"{module}.{name}"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_module_gives_what_it_gave(name):
+def test_module_gives_the_stored_result(name):
     result, module = RESULTS[name], load(name)
     assert_as_exact_as_eager(name, make.apply(load(name), result["x"]), result["eager"], result["exact"])
-    # In float64 the stored numbers are seen in all of their digits.
+    # In float64 the stored numbers are compared in all of their digits.
     exact = make.apply(module.double(), result["x"].double())
     allowed = ROUNDINGS * torch.finfo(torch.float64).eps * result["exact"].abs().max()
     assert (exact - result["exact"]).abs().max() <= allowed
@@ -84,17 +84,16 @@ def test_module_can_be_saved_again(name, tmp_path):
     result, module = RESULTS[name], load(name)
     torch.save(module, tmp_path / "again.pt")
     again = torch.load(tmp_path / "again.pt", weights_only=False)
-    # Every recorded graph is of a class of its own.
+    # Every recorded graph has a class of its own.
     assert type(again) is type(module) or isinstance(module, torch.fx.GraphModule)
     assert torch.equal(make.apply(again, result["x"]), make.apply(load(name), result["x"]))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizer_goes_on_with_its_state(name):
+def test_optimizer_continues_from_its_state(name):
     parameters = make.next_step(load(name))
     for parameter, expected in zip(parameters, RESULTS[name]["parameters"], strict=True):
-        # A step is about a dozen roundings, none of them of a larger number than the parameter, whose entries are of
-        # one size.
+        # A step is about a dozen roundings, none of a larger number than the parameter, whose entries are of one size.
         allowed = 12 * torch.finfo(torch.float32).eps * expected.abs().max()
         assert (parameter - expected).abs().max() <= allowed
 
@@ -111,7 +110,7 @@ def test_optimizer_and_handle_come_back_together():
     assert not any(map(torch.equal, before, make.parameters_of(optimizer)))
 
 
-def test_handle_of_hooks_has_nothing_to_remove():
+def test_handle_of_hooks_can_be_removed():
     load("GradientHooks").remove()
 
 
@@ -121,7 +120,7 @@ def test_profile_has_its_numbers():
     assert profile.loss == result["loss"]
     assert sorted(profile.summary()) == result["summary"]
     columns = {name: column.tolist() for name, column in profile.columns.items()}
-    # As text, in which NaN equals NaN.
+    # Compare as text, in which NaN equals NaN.
     assert str(columns) == str(result["columns"])
     assert str(len(profile)) in profile.table()
 
@@ -137,7 +136,7 @@ def test_error_and_settings_have_their_attributes():
     assert (dataset.features, dataset.classes) == (2, 2)
 
 
-def test_network_of_the_train_command_gives_what_it_gave():
+def test_network_of_the_train_command_gives_the_stored_result():
     expected = RESULTS["FeatureRNN"]["output"]
     allowed = ROUNDINGS * torch.finfo(torch.float32).eps * expected.abs().max()
     assert (load("FeatureRNN")(make.numbers(3, 5)) - expected).abs().max() <= allowed
@@ -147,7 +146,7 @@ def test_network_of_the_train_command_gives_what_it_gave():
     torch.torch_version.TorchVersion(torch.__version__) < RESULTS["versions"]["torch"].partition("+")[0],
     reason="torch loads no programs of later versions",
 )
-def test_exported_program_gives_what_it_gave():
+def test_exported_program_gives_the_stored_result():
     result = RESULTS["exported"]
     program = torch.export.load(make.HERE / "exported.pt2")
     called = {str(node.target) for node in program.graph.nodes if "lcw_ops" in str(node.target)}
@@ -162,7 +161,7 @@ def test_exported_program_gives_what_it_gave():
     assert_as_exact_as_eager("exported", output, result["eager"], result["exact"])
 
 
-def test_train_goes_on_from_the_checkpoint(tmp_path):
+def test_train_continues_from_the_checkpoint(tmp_path):
     shutil.copytree(make.HERE / "train", tmp_path / "train")
     assert make.train(tmp_path / "train", tmp_path / "train" / "data.npz", make.TRAIN_STEPS[1], "--resume") == 0
     losses = make.losses_of(tmp_path / "train")

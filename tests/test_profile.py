@@ -1,4 +1,4 @@
-"""The profiler against independent float64 autograd, exact SVDs and the bounds it claims; files are never half."""
+"""The profiler against independent float64 autograd, exact SVDs and its own bounds; files are written whole."""
 
 import csv
 import json
@@ -30,13 +30,13 @@ ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid,
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# What one float32 pass may differ from float64 by, over a few dozen layers.
+# The difference that one float32 pass over a few dozen layers may have from float64.
 CLOSE = {"rtol": 2e-4, "atol": 1e-6}
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks even in a net of a few layers, the last one shorter."""
+    """Even a net of a few layers then has several chunks, the last one shorter."""
     monkeypatch.setattr(replay, "CHUNK_BYTES", 8 * 7 * (16 * 16 + 8 * 16))
 
 
@@ -80,7 +80,7 @@ def check_rows(columns, states, pre_activations, weights, first):
     for weight, state in zip(weights, states[:-1], strict=True):
         cosine = nn.functional.cosine_similarity(weight, state.mean(0), dim=1)
         angle = (90 - torch.rad2deg(cosine.acos())).square().mean().sqrt()
-        # No angle to a mean input of 0, an RNN's first one.
+        # A mean input of 0, which an RNN has first, has no angle.
         angles.append(angle if state.any() else torch.tensor(math.nan))
     expected["shift_angle"] = angles
     for name, values in expected.items():
@@ -309,22 +309,22 @@ def test_filter_deviation_is_an_upper_bound(stored, monkeypatch):
     assert bounds.filter_deviation(torch.randperm(32)) == 0
 
 
-def test_bounds_hold_where_the_filters_rounding_is_all_there_is():
-    """O^20000 with an O that is orthogonal to 1e-7: without its deviation the bounds are broken."""
+def test_bounds_hold_where_only_the_filters_rounding_matters():
+    """O^20000 with an O that is orthogonal to 1e-7: without its deviation the bounds would not hold."""
     model = OrthogonalFilterMLP(6, 16, 20_000, 3, beta=1e-9)
     result = profile(model, torch.randn(4, 6), repeats=1, matmul_rate=1.0)
     columns = {name: column[1:-1] for name, column in result.columns.items() if name != "name"}
     spectrum = result.jacobians["h_0 -> h_L"]
     exact = torch.linalg.svdvals(torch.linalg.matrix_power(model.filter.double(), 20_000))
     decay = 20_000 * math.log(float(torch.tensor(1 - 1e-9)))
-    # The stored filter's own powers lie within; the rounding of 20,000 float32 products moves the measured by 1e-5.
+    # The stored filter's own powers lie within the bounds; 20,000 float32 roundings move the measured values by 1e-5.
     for value in (exact[0].item(), exact[-1].item()):
         assert spectrum.log_lower <= math.log(value) + decay <= spectrum.log_upper
     assert spectrum.log_lower - 2e-5 <= math.log(spectrum.smallest)
     assert math.log(spectrum.largest) <= spectrum.log_upper + 2e-5
     assert (columns["gradient_norm"] <= columns["gradient_upper"] * (1 + 2e-5)).all()
     assert (columns["gradient_norm"] >= columns["gradient_lower"] * (1 - 2e-5)).all()
-    # And they are still worth something.
+    # The bounds are still narrow enough to be useful.
     assert spectrum.log_upper - spectrum.log_lower < 0.05
 
 
@@ -342,7 +342,7 @@ def test_schatten_bound_is_an_upper_bound_within_its_factor(dtype):
 
 
 def test_schatten_bound_where_rounding_could_lower_it():
-    """An orthogonal matrix, one of rank 1 and a scaled mixture: the norm is as sharp as it gets."""
+    """An orthogonal matrix, one of rank 1 and a scaled mixture: for these the bound is at its sharpest."""
     q = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
     u = torch.randn(64, 1, dtype=torch.float64)
     for matrix in (q, u @ u.T, q[:, :1] @ q[:1] * 1e3 + q):
@@ -380,7 +380,7 @@ def test_gradient_bounds_in_closed_form():
     assert upper[0] == pytest.approx(50_000 * math.log(3) + math.log(2))
     assert lower[0] == pytest.approx(50_000 * math.log(0.5) + math.log(2))
     assert format_log(upper[0]) == "10^23856"
-    # With a gradient of 1 entering at the last two states: 1, then at most 3 + 1 and at least 1 - 0.5 from below.
+    # A gradient of 1 enters at each of the last two states: 1, then at most 3 + 1 and at least 1 - 0.5 from below.
     lower, upper = bounds.gradient_norm_bounds(np.full(2, 0.5), np.full(2, 3.0), np.array([0.0, 0.25, 1.0]))
     np.testing.assert_allclose(np.exp(upper), [9.75, 3.25, 1.0])
     np.testing.assert_allclose(np.exp(lower), [0.125, 0.25, 1.0])
@@ -409,7 +409,7 @@ def test_lanczos_says_when_it_has_not_converged():
 
 
 def test_lanczos_finds_an_invariant_space():
-    """Two singular values, one of them 0: done after two steps, whatever the size."""
+    """With two distinct singular values, one of them possibly 0, it is done after two steps, whatever the size."""
     for values in ((2.0, 0.5), (2.0, 0.0)):
         diagonal = torch.tensor(values, dtype=torch.float64).repeat(20)
         spectrum = jacobian.lanczos_spectrum(lambda v: diagonal * v, lambda u: diagonal * u, (40, 40))  # noqa: B023
@@ -462,7 +462,7 @@ def test_jacobian_of_one_sample_with_batch_norm():
 
 
 def test_a_plain_net_vanishes_and_is_reported(tmp_path):
-    """Below the smallest float32 the gradient is lost, but not the Jacobian's singular values."""
+    """Below the smallest float32 the gradient is lost, but the Jacobian's singular values are not."""
     model = make_mlp(depth=400, filter="identity", alpha=0.0, beta=0.2)
     with torch.no_grad():
         model.bias.zero_()
@@ -489,7 +489,7 @@ def test_fates_in_words():
 
 
 def test_values_off_the_scale_are_drawn_faded_and_named():
-    """Subnormal noise is not drawn as a curve, and NaN is called an overflow."""
+    """Subnormal noise is not drawn as a curve, and NaN is reported as an overflow."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -586,7 +586,7 @@ def test_bad_arguments(arguments, error, message):
         profile(*arguments)
 
 
-def test_a_killed_writers_file_is_swept(tmp_path):
+def test_the_file_of_a_killed_writer_is_removed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     stale, running = tmp_path / f".file.txt.{process.pid}.part", tmp_path / f".file.txt.{os.getppid()}.part"
@@ -610,7 +610,7 @@ class OnlyOnce(torch.autograd.Function):
 
 
 class Calls(nn.Module):
-    """A model that does what the function it is given does with it and its input."""
+    """A model that calls the given function with itself and the output of a linear layer."""
 
     def __init__(self, function):
         super().__init__()
@@ -621,7 +621,7 @@ class Calls(nn.Module):
         return self.function(self, self.layer(x))
 
 
-def test_no_second_derivative_is_said_and_other_errors_come_through():
+def test_a_missing_second_derivative_is_reported_and_other_errors_pass():
     with pytest.raises(ValueError, match=r"no second derivative.*'exact'"):
         profile(Calls(lambda _, x: OnlyOnce.apply(x)), torch.randn(2, 80), repeats=1, matmul_rate=1.0)
 
@@ -631,7 +631,7 @@ def test_no_second_derivative_is_said_and_other_errors_come_through():
             raise RuntimeError("the model's own")
         return x
 
-    # Third call: the Jacobian's.
+    # The third call is for the Jacobian.
     with pytest.raises(RuntimeError, match="the model's own"):
         profile(Calls(fails_later), torch.randn(2, 80), repeats=1, matmul_rate=1.0)
 
@@ -648,7 +648,7 @@ def test_a_rebound_buffer_is_restored():
     assert model.count.item() == 0
 
 
-def test_the_ends_of_a_network_can_be_called_on_their_own():
+def test_the_ends_of_a_network_can_be_called_alone():
     class Parts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -686,7 +686,7 @@ def test_bad_options():
 # --- the main job
 
 
-def test_kinds_are_what_their_names_say():
+def test_kinds_match_their_names():
     settings = main_job.Settings(depth=3, width=16)
     h0 = torch.randn(5, 64)
     networks = {kind: main_job.make_network(kind, settings, 64, 10) for kind in main_job.KINDS}
@@ -727,11 +727,11 @@ def test_the_headline_compares_nets_at_initialisation():
     )
 
 
-def test_an_overflow_is_said_in_words():
+def test_an_overflow_is_reported_in_words():
     assert ends(np.array([0.093, math.nan])) == "0.093 -> overflows"
 
 
-def test_matmul_rate_is_the_best_that_torch_has(monkeypatch):
+def test_matmul_rate_is_that_of_torchs_fastest_matmul(monkeypatch):
     def slow(left, right):
         time.sleep(0.02)
         return left
@@ -749,7 +749,7 @@ def test_matmul_rate_is_the_best_that_torch_has(monkeypatch):
 
 
 @pytest.mark.parametrize("filter", ["haar", "permutation"])
-def test_training_on_digits_works_and_repeats_itself(filter):
+def test_training_on_digits_works_and_is_repeatable(filter):
     settings = main_job.Settings(depth=100, steps=30, filter=filter)
     digits = main_job.data.load("digits")
 
@@ -765,7 +765,7 @@ def test_training_on_digits_works_and_repeats_itself(filter):
     assert [step for step, _ in first.test_accuracy] == [0, 5, 10, 15, 20, 25, 30]
 
 
-# --- solved in parallel over depth
+# --- with the parallel solver
 
 
 def profile_of(solver, inputs, module=make_mlp, **options):
@@ -775,7 +775,7 @@ def profile_of(solver, inputs, module=make_mlp, **options):
 
 @pytest.mark.parametrize("filter", ["haar", "cyclic"])
 @pytest.mark.parametrize("window", [None, 12])
-def test_parallel_solves_are_told_and_nothing_else_changes(filter, window, tmp_path):
+def test_parallel_solves_are_reported_and_nothing_else_changes(filter, window, tmp_path):
     inputs = torch.randn(8, 6)
     sequential = profile_of("sequential", inputs, filter=filter)
     with record_solves() as recorded:
@@ -786,7 +786,7 @@ def test_parallel_solves_are_told_and_nothing_else_changes(filter, window, tmp_p
     assert parallel.timing.forward_flops == sequential.timing.forward_flops
     assert parallel.timing.backward_flops == sequential.timing.backward_flops
     assert list(parallel.solves) == ["forward", "backward"]
-    # The watched pass and one timed pass are alike, and the backward pass solves windows forward once more.
+    # The recorded pass and the one timed pass are alike; the backward pass solves windows forward once more.
     for direction, solves in parallel.solves.items():
         of_direction = [solve for solve in recorded if solve.direction == direction]
         assert solves.windows == (1 if window is None else 2)
@@ -806,12 +806,12 @@ def test_parallel_solves_are_told_and_nothing_else_changes(filter, window, tmp_p
     assert written["forward"]["windows"] == parallel.solves["forward"].windows
 
 
-def test_a_sequential_profile_shows_nothing_of_solves(tmp_path):
+def test_a_sequential_profile_reports_no_solves(tmp_path):
     result = profile_of("sequential", torch.randn(8, 6))
     assert result.solves == {}
     assert "in parallel" not in result.table()
     assert "solves" not in result.summary()
-    # Nothing was measured to be faster in parallel at such sizes.
+    # At such sizes nothing has been measured to be faster in parallel.
     automatic = profile_of("auto", torch.randn(8, 6))
     assert automatic.solves == {}
 
@@ -834,8 +834,8 @@ def test_solves_of_an_rnn_in_a_larger_model():
 
 
 @pytest.mark.filterwarnings("ignore:orthogonal_filter. the parallel solver did not converge:RuntimeWarning")
-def test_what_did_not_converge_is_told():
-    """alpha = beta = 1: no window but the smallest converges, and some layers are left to the sequential kernel."""
+def test_solves_that_did_not_converge_are_reported():
+    """alpha = beta = 1: only the smallest windows converge, and some layers are left to the sequential kernel."""
     result = profile_of("parallel", torch.randn(8, 6), depth=60, filter="identity", alpha=1.0, beta=1.0)
     solves = result.solves["forward"]
     assert solves.given_up > 0

@@ -1,6 +1,6 @@
-"""The experiments with activated gradients: that the command runs, and compares what it says it compares.
+"""The experiments with activated gradients: the command runs and compares the methods that it names.
 
-Their figures are in bench/results; the counts of the saddle are tested in test_gradient_activation_facts.
+Their figures are in bench/results; test_gradient_activation_facts tests the counts of the saddle.
 """
 
 import csv
@@ -25,7 +25,7 @@ def test_training_learns(method):
     assert loss < 0.5
 
 
-def test_a_seed_is_its_figures():
+def test_a_seed_gives_the_same_figures():
     figures = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(figures))
@@ -53,7 +53,7 @@ def test_all_methods_begin_with_the_same_weights_and_samples(monkeypatch):
     ("plain", "activated"),
     [("plain, rate K", "activated momentum"), ("plain, rate K, decay 1/K", "activated gradient")],
 )
-def test_each_activation_has_the_plain_method_that_it_is_near_a_stationary_point(plain, activated):
+def test_near_a_stationary_point_each_activation_is_its_plain_method(plain, activated):
     torch.manual_seed(0)
     start, gradient = torch.randn(2, 20, dtype=torch.float64) * 1e-6
     ends = []
@@ -65,12 +65,12 @@ def test_each_activation_has_the_plain_method_that_it_is_near_a_stationary_point
             param.grad = gradient.clone()
             optimizer.step()
         ends.append(param.detach())
-    # beta |v| is below 1e-3, of which f is the line but for the square.
+    # beta |v| is below 1e-3, where f is linear up to the square of that.
     torch.testing.assert_close(*ends, rtol=0, atol=1e-5 * start.abs().max().item())
     assert (ends[0] - start).abs().max() > 0.1 * start.abs().max()
 
 
-def test_networks_have_the_layers_they_say():
+def test_networks_have_the_stated_layers():
     for network in NETWORKS:
         model = network.build(64, 10)
         assert sum(isinstance(module, nn.Linear) for module in model) == network.layers + 1

@@ -25,7 +25,7 @@ def test_known_values_of_the_levy_function():
 
 
 @pytest.mark.parametrize(("experiment", "train", "test", "features"), [(LEVY, 50, 201, 1), (BANANA, 800, 200, 2)])
-def test_a_seed_is_its_data(experiment, train, test, features):
+def test_a_seed_gives_the_same_data(experiment, train, test, features):
     data, again, other = experiment.draw(3), experiment.draw(3), experiment.draw(4)
     shapes = [(train, features), (train, 1), (test, features), (test, 1)]
     assert [tuple(tensor.shape) for tensor in tensors(data)] == shapes
@@ -44,7 +44,7 @@ def test_bananas_are_standardised_and_both_classes_occur():
 
 
 def test_learning_rate_and_weights_follow_the_watched_value():
-    """After half the patience without a fall a tenth of the rate; after all of it the best weights, and the end."""
+    """Half the patience without a fall divides the rate by 10; all of it restores the best weights and ends the run."""
     rates, weights = [], []
     model = hypersphere.plain(1, 3).double()
 
@@ -75,7 +75,7 @@ def test_training_reduces_the_error(method):
     assert right > 0.75
 
 
-def test_a_seed_is_its_figure():
+def test_a_seed_gives_the_same_figure():
     torch.manual_seed(1)
     first = hypersphere.run(BANANA, "GmP", seed=0, epochs=2)
     torch.manual_seed(2)
@@ -99,7 +99,7 @@ def test_the_command_reports_every_method(tmp_path, capsys):
     assert mean == pytest.approx(np.mean(of_first), abs=6e-4)
     assert spread == pytest.approx(np.std(of_first, ddof=1), abs=6e-4)
     assert published == float(rows[0]["published"]) == 0.496
-    # The authors have no figure of the control that is ours.
+    # The control with GmP's learning rate is ours, so the authors have no figure for it.
     assert {row["method"] for row in rows if row["published"] == "nan"} == {"plain, GmP's learning rate"}
     assert {row["learning_rate"] for row in rows if row["method"].endswith("learning rate")} == {"0.1"}
 

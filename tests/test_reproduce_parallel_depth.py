@@ -1,4 +1,4 @@
-"""The experiments with depth in parallel: that their errors are errors, and that what they count is what happened.
+"""The experiments with depth in parallel: their errors are measured right, and their counts are those of the solver.
 
 Their figures are in bench/results.
 """
@@ -24,7 +24,7 @@ NAMES = ("h_L", "dh0", "dweight", "dbias", "dalpha", "dbeta")
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Several of them in a net of a few layers, the last one shorter."""
+    """Even a net of a few layers then has several chunks, the last one shorter."""
     monkeypatch.setattr(experiments, "CHUNK", 7)
 
 
@@ -40,7 +40,7 @@ def test_rounding_does_not_decide_a_relu():
     pre_activation = torch.einsum("lmi,loi->lmo", states[:-1], problem.weight.double()) + problem.bias[:, None]
     least = pre_activation.abs().amin((1, 2)) / pre_activation.square().mean((1, 2)).sqrt()
     assert least.min() > 0.9 * experiments.KINK_MARGIN
-    # Of so many some would be nearer.
+    # Without the margin, some of that many numbers would be nearer to 0.
     assert 30 * 64 * 16 * experiments.KINK_MARGIN * 0.5 > 1
 
 
@@ -53,7 +53,7 @@ def test_errors_are_those_of_plain_float64_autograd(filter, shared, small_chunks
     exact = experiments.results(in_float64(problem), layer_by_layer)
     found = experiments.results(problem, F.orthogonal_filter)
     assert tuple(found) == NAMES
-    # Wrong by a known share of the largest exact value, in one element each.
+    # Make one element of each wrong by a known share of the largest exact value.
     wrong = {name: tensor.clone() for name, tensor in found.items()}
     for name, tensor in wrong.items():
         tensor.view(-1)[-1] = exact[name].reshape(-1)[-1] + 0.25 * exact[name].abs().max()
@@ -66,7 +66,7 @@ def test_errors_are_those_of_plain_float64_autograd(filter, shared, small_chunks
         assert relative["wrong"] == pytest.approx(0.25, rel=1e-3), name
 
 
-def test_what_is_not_finite_is_infinitely_wrong(small_chunks):
+def test_a_result_that_is_not_finite_has_an_infinite_error(small_chunks):
     problem = experiments.draw(10, 2, 4, "permutation", 1.0, "relu", seed=0)
     found = experiments.results(problem, F.orthogonal_filter)
     found["dweight"][3, 1, 2] = math.nan
@@ -99,7 +99,7 @@ def test_the_problem_of_a_net_is_its_training_step():
     torch.testing.assert_close(found["dbias"], model.bias.grad)
 
 
-def test_the_grid_has_what_it_says():
+def test_the_grid_has_the_stated_cells():
     for depth in experiments.DEPTHS:
         cells = experiments.grid_cells(depth)
         assert len(set(cells)) == len(cells) == (288 if depth <= 100 else 48 if depth == 5000 else 16)
@@ -138,7 +138,7 @@ def test_a_wrong_solver_is_caught_after_every_draw(monkeypatch):
     assert len({tuple(h0.flatten().tolist()) for h0 in drawn}) == len(drawn)
 
 
-def test_beyond_a_depth_the_sequential_kernel_stands_in(monkeypatch):
+def test_beyond_a_depth_the_sequential_kernel_is_the_yardstick(monkeypatch):
     monkeypatch.setattr(experiments, "MOST_EAGER", 5)
     monkeypatch.setattr(experiments, "WINDOW", 4)
     _, found, allowed = experiments.judge(CELL)
@@ -146,11 +146,11 @@ def test_beyond_a_depth_the_sequential_kernel_stands_in(monkeypatch):
     assert found["parallel"] <= allowed == 2 * found["sequential"] + experiments.EPS
 
 
-def test_no_memory_is_said(monkeypatch, capsys):
+def test_a_lack_of_memory_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(experiments.machine, "available_memory_bytes", lambda device: 10**9)
     monkeypatch.setattr(experiments, "grid_cells", lambda depth: [CELL])
     assert list(experiments.grid_figures((9,))) == []
-    assert "left out, for it needs 1.1 GB: L=9 c=1 tanh M=2 N=6 haar" in capsys.readouterr().out
+    assert "left out, because it needs 1.1 GB: L=9 c=1 tanh M=2 N=6 haar" in capsys.readouterr().out
 
 
 def read(path):
@@ -159,7 +159,7 @@ def read(path):
 
 
 def test_sweeps_of_a_net_in_training(monkeypatch, tmp_path):
-    """Counted in a net that is trained meanwhile, and drawn."""
+    """The sweeps are counted in a net in training, and plotted."""
     monkeypatch.setattr(experiments, "FILTERS", ("permutation",))
     figures = list(experiments.sweep_figures(24, (0, 1), 10))
     rows = list(experiments.rows_of("sweeps", figures))
@@ -186,7 +186,7 @@ def test_sweeps_of_a_net_in_training(monkeypatch, tmp_path):
 
 
 def test_sweeps_of_initial_nets():
-    """Those that change more in a layer, or the same way in all, take more of them."""
+    """Nets that change more in a layer, or in the same way in all layers, take more sweeps."""
     rows = list(experiments.rows_of("initial", experiments.initial_figures(200)))
     sweeps = {row.setting: row.figure for row in rows if row.measure == "forward sweeps"}
     given_up = {row.setting: row.figure for row in rows if row.measure == "forward windows given up"}
@@ -207,7 +207,7 @@ def test_the_command_writes_beside_other_experiments(monkeypatch, tmp_path, caps
     assert "L=5: 1 of 1 within the rule" in printed
     rows = read(path)
     assert list(rows[0]) == list(Row.__dataclass_fields__)
-    # Two filters, two c, in the default window and at once; and the last grid alone.
+    # Two filters and two c, in the default window and at once; then only the last grid.
     assert [row["experiment"] for row in rows] == ["error"] * 8 + ["grid"]
     for row in rows[:8]:
         assert 0 < float(row["figure"]) < 1e-5
@@ -216,7 +216,7 @@ def test_the_command_writes_beside_other_experiments(monkeypatch, tmp_path, caps
     assert rows[-1]["setting"] == "L=3 c=1 tanh M=2 N=6 haar"
 
 
-def test_a_wrong_cell_is_the_exit_code(monkeypatch, capsys):
+def test_a_wrong_cell_sets_the_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(experiments, "grid_cells", lambda depth: [CELL])
     monkeypatch.setattr(
         experiments, "judge", lambda *_: ("h_L", {"parallel": 1.0, "sequential": 1e-7, "eager": 1e-7}, 3e-7)

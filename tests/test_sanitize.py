@@ -1,4 +1,4 @@
-"""What ``make sanitize`` runs in full, on a quick build: the mistakes that are caught, and a selection of the proof."""
+"""The checks of ``make sanitize`` on a quick build: the mistakes that it must catch, and a selection of the proof."""
 
 import os
 
@@ -10,13 +10,13 @@ pytestmark = [
     pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another library is loaded first already"),
 ]
 
-# Compiles three times as fast as -O1; the calls below take seconds either way.
+# -O0 compiles three times as fast as -O1, and the calls below take seconds either way.
 QUICK = "-O0"
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    # Ops that no call below makes would take minutes to compile.
+    # These ops would take minutes to compile, and no call below needs them.
     without = ("gradient_activation", "hypersphere", "lcw_linear", "parallel_depth", "weight_norm")
     return harness.build(tmp_path_factory.mktemp("sanitized"), harness.MEMORY, QUICK, without)
 
@@ -30,7 +30,7 @@ REPORTS = [
 ]
 
 
-def test_mistakes_are_caught_and_what_is_right_is_not(package):
+def test_mistakes_are_caught_and_correct_code_passes(package):
     mistakes = harness.MISTAKES[harness.MEMORY]
     found, reports = harness.make_mistakes(package, harness.MEMORY, [0, *mistakes])
     assert found == {0: 0, **dict.fromkeys(mistakes, harness.CAUGHT)}, reports

@@ -18,7 +18,7 @@ FILES = sorted(path.name for path in TESTS.glob("test_*.py"))
 
 @pytest.mark.parametrize("pattern", [pattern for patterns in marks.MARKS.values() for pattern in patterns])
 def test_every_pattern_finds_a_test(pattern, request, collected):
-    """Asked only where a file that the pattern may mean was collected whole."""
+    """Checked only if a file that the pattern may mean was collected whole."""
     if any("::" in argument for argument in request.config.args):
         pytest.skip("a selection of tests was collected")
     file, _, _ = pattern.partition("::")
@@ -64,7 +64,7 @@ def test_every_two_choices_meet(options):
     for name, choices in options.items():
         assert {case[name] for case in cases} == set(choices)
     sizes = sorted((len(list(choices)) for choices in options.values()), reverse=True)
-    # The two longest options alone need so many; a good table needs hardly more.
+    # The two longest options alone need this many cases, and a good table needs little more.
     assert len(cases) <= 2 * max(1, math.prod(sizes[:2]))
     assert cases == pairwise(**options)
 
@@ -86,5 +86,5 @@ def test_the_runs_of_a_door(door):
     names = {one.name for one in run.runs(door)}
     assert names - {"avx2"} == {"native", "interpreter", "portable"}
     assert all(run.DOORS[door] in one.marks for one in run.runs(door))
-    # The interpreter's processes and those of other instruction sets differ from the first by their environment alone.
+    # The runs of the interpreter and of other instruction sets differ from the first by their environment alone.
     assert [one.name for one in run.runs(door) if not one.environment] == ["native"]

@@ -1,4 +1,4 @@
-"""Every private name of torch that the package relies on exists and behaves, and stands in lcw_ops/_torch.py alone."""
+"""Every private name of torch that the package relies on exists and works, and stands in lcw_ops/_torch.py alone."""
 
 import re
 import warnings
@@ -23,7 +23,7 @@ PRIVATE = re.compile(
 
 
 def seen(predicate):
-    """What the predicate says where torch.func runs the code."""
+    """The predicate's results where torch.func runs the code."""
     found = []
 
     def function(x):

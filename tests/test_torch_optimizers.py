@@ -1,4 +1,4 @@
-"""Each private name of torch that the optimizers and hooks rely on exists, and does its job behind its plain name."""
+"""Each private name of torch that the optimizers and hooks rely on exists, and works behind its plain name."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def test_hooks_are_added_under_a_key_and_removed():
     assert calls == ["step", "load"]
 
 
-def test_a_class_that_was_given_another_step_is_wrapped_again():
+def test_a_class_with_a_replaced_step_is_wrapped_again():
     class Own(torch.optim.SGD):
         pass
 
@@ -49,7 +49,7 @@ def test_a_class_that_was_given_another_step_is_wrapped_again():
     assert _torch.runs_step_hooks(optimizer)
 
 
-def test_a_step_without_hooks_is_torchs_own():
+def test_the_step_without_hooks_is_torchs_own():
     optimizer, calls = make_optimizer(), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("step"))
     _torch.step_without_hooks(torch.optim.SGD)(optimizer)
@@ -77,7 +77,7 @@ def test_hooks_on_a_parameter_are_seen():
 
 
 def test_conversions_are_wrapped(monkeypatch):
-    # Restored afterwards.
+    # monkeypatch restores it afterwards.
     monkeypatch.setattr(nn.Module, "_apply", nn.Module._apply)
     calls = []
 

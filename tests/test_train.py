@@ -1,4 +1,4 @@
-"""``lcw-ops train``: killed, damaged and resumed runs end with the bits of one that was never stopped."""
+"""``lcw-ops train``: runs that were killed, damaged or resumed end with the bits of one that was never stopped."""
 
 import csv
 import errno
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--depth", "20", "--width", "8", "--batch", "16", "--steps", "12", "--every", "3", "--threads", "1"]
 SHORT_RNN = ["--kind", "rnn", *SMALL[2:], "--depth", "70"]
 
-# Read as a checkpoint's name, and as the step in it.
+# The names of the checkpoints of these steps.
 STEP_6, STEP_9, STEP_12 = (f"step-{step:08d}.pt" for step in (6, 9, 12))
 
 
@@ -36,7 +36,7 @@ def train(*arguments):
 
 
 def outcome(folder):
-    """The weights and the log that a run leaves: bytes, and the tensors for a message that says where they differ."""
+    """The weights and the log of a run. Weights are tensors, so that a message can name those that differ."""
     return torch.load(folder / "model.pt", weights_only=True), (folder / "metrics.csv").read_text()
 
 
@@ -67,14 +67,14 @@ def uninterrupted(tmp_path_factory, one_thread):
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
-    """A folder of checkpoints of steps 6 and 9 of a run that was stopped after step 10."""
+    """A folder with the checkpoints of steps 6 and 9, from a run that was stopped after step 10."""
     folder = tmp_path / "checkpoints"
     stop_after(10, monkeypatch, *SMALL, "--checkpoint", folder)
     return folder
 
 
 def stop_after(step, monkeypatch, *arguments, error=KeyboardInterrupt):
-    """Run until ``error`` comes between the end of this step and the next one."""
+    """Run until ``error`` is raised between the end of this step and the next one."""
     with monkeypatch.context() as patch:
         real = loop.Training.step
 
@@ -87,7 +87,7 @@ def stop_after(step, monkeypatch, *arguments, error=KeyboardInterrupt):
         return train(*arguments)
 
 
-def test_a_run_says_what_it_did_and_leaves_what_it_was_asked_for(tmp_path, capsys):
+def test_a_run_reports_its_figures_and_writes_its_files(tmp_path, capsys):
     out = tmp_path / "new" / "out"
     assert train(*SMALL, "--out", out) == 0
     printed = capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_without_folders_nothing_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("kind", "reached"), [("mlp", 0.95), ("rnn", 0.95)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_defaults_learn_the_digits(kind, reached, seed, tmp_path):
-    """At 300 layers, which train as 50,000 do, since beta = c / depth; and over the 64 steps of an image."""
+    """At 300 layers, which train like 50,000, since beta = c / depth; and over the 64 steps of an image."""
     depth = ["--depth", "300"] if kind == "mlp" else []
     assert train("--kind", kind, *depth, "--seed", seed, "--threads", 1, "--out", tmp_path) == 0
     accuracy = float((tmp_path / "metrics.csv").read_text().split(",")[-1])
@@ -136,19 +136,19 @@ def test_the_defaults_learn_the_digits(kind, reached, seed, tmp_path):
     [SMALL, [*SMALL, "--filter", "haar", "--activation", "relu", "--c", "2", "--seed", "5"], SHORT_RNN],
     ids=["mlp", "mlp haar", "rnn"],
 )
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(flags, step, tmp_path, monkeypatch, uninterrupted, capsys):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(flags, step, tmp_path, monkeypatch, uninterrupted, capsys):
     folder, out = tmp_path / "checkpoints", tmp_path / "out"
     assert stop_after(step, monkeypatch, *flags, "--checkpoint", folder) == 130
     last = step // 3 * 3
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    way_on = f"--resume goes on after step {last}" if last else f"No checkpoint in {folder} yet"
+    way_on = f"--resume continues after step {last}" if last else f"No checkpoint in {folder} yet"
     assert said == f"interrupted. {way_on}"
-    # What else happens in a process draws random numbers too.
+    # Other code in a process draws random numbers too.
     torch.manual_seed(99)
     torch.rand(7)
     assert train(*flags, "--checkpoint", folder, "--resume", "--out", out) == 0
     printed = capsys.readouterr().out
-    assert (f"going on after step {last}, from {folder}" if last else "starting from step 0") in printed
+    assert (f"continuing after step {last}, from {folder}" if last else "starting from step 0") in printed
     assert_same_outcome(out, uninterrupted(flags))
 
 
@@ -159,10 +159,10 @@ def test_checkpoints_themselves_are_those_of_an_uninterrupted_run(stopped, tmp_p
     resumed, whole = (checkpoints.read(folder / STEP_12) for folder in (stopped, tmp_path / "whole"))
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
-    # Everything that a step depends on: a net, Adam's moments, the order of samples, random numbers.
+    # A checkpoint holds all that a step depends on: a net, Adam's moments, the order of samples, random numbers.
     assert {"done", "order", "order_generator", "generator", "configuration", "log.loss"} < set(whole)
     assert {f"adam.weight.{name}" for name in ("step", "exp_avg", "exp_avg_sq")} < set(whole)
-    # Two moments and the weights: a slice saved with the whole of its storage would show here.
+    # Two moments and the weights. A slice saved with its whole storage would be larger.
     assert (stopped / STEP_12).stat().st_size < 3 * 4 * 2050 + 40_000
 
 
@@ -180,8 +180,8 @@ def test_a_finished_run_is_resumed_without_a_step(tmp_path, monkeypatch, uninter
     monkeypatch.setattr(loop.Training, "step", lambda training: pytest.fail("a step too many"))
     assert train(*SMALL, "--checkpoint", folder, "--resume", "--out", out) == 0
     printed = capsys.readouterr().out
-    assert "all 12 steps are done; a larger --steps goes on\n" in printed
-    assert "going on" not in printed
+    assert "all 12 steps are done; give a larger --steps to continue\n" in printed
+    assert "continuing" not in printed
     assert_same_outcome(out, expected)
 
 
@@ -189,7 +189,7 @@ def test_a_finished_run_is_resumed_without_a_step(tmp_path, monkeypatch, uninter
 
 
 def of_steps(steps, flags=SMALL):
-    """The flags for a run of so many steps."""
+    """The flags for a run of this many steps."""
     flags = list(flags)
     flags[flags.index("--steps") + 1] = str(steps)
     return flags
@@ -209,8 +209,8 @@ def assert_same_weights(folder, expected):
 
 
 @pytest.mark.parametrize("flags", [SMALL, SHORT_RNN], ids=["mlp", "rnn"])
-def test_a_finished_run_at_a_constant_rate_goes_on_bit_for_bit(flags, tmp_path, uninterrupted, capsys):
-    """3 steps, 6, then 12: as 12 at once."""
+def test_a_finished_run_at_a_constant_rate_continues_bit_for_bit(flags, tmp_path, uninterrupted, capsys):
+    """3 steps, then 6, then 12 give the weights of 12 at once."""
     flags = [*flags, "--schedule", "constant"]
     folder, out = ["--checkpoint", tmp_path / "checkpoints"], tmp_path / "out"
     assert train(*of_steps(3, flags), *folder) == 0
@@ -219,14 +219,14 @@ def test_a_finished_run_at_a_constant_rate_goes_on_bit_for_bit(flags, tmp_path, 
     assert captured.err == (
         "note: --steps was 3, is 6: the weights will be those of 6 steps at once; evaluations come at other steps\n"
     )
-    assert "going on after step 3" in captured.out
+    assert "continuing after step 3" in captured.out
     assert "after 6 steps: " in captured.out
     assert train(*of_steps(12, flags), *folder, "--resume", "--out", out) == 0
     assert_same_weights(out, uninterrupted(flags))
 
 
-def test_a_run_whose_rate_did_not_fall_yet_goes_on_bit_for_bit(tmp_path, monkeypatch, uninterrupted, capsys):
-    """Six of 12 steps are at the full rate, and of 24 too."""
+def test_a_run_whose_rate_did_not_fall_yet_continues_bit_for_bit(tmp_path, monkeypatch, uninterrupted, capsys):
+    """The first six steps are at the full rate, in a run of 12 steps and in one of 24."""
     folder, out = ["--checkpoint", tmp_path / "checkpoints"], tmp_path / "out"
     assert stop_after(7, monkeypatch, *SMALL, *folder) == 130
     capsys.readouterr()
@@ -235,7 +235,7 @@ def test_a_run_whose_rate_did_not_fall_yet_goes_on_bit_for_bit(tmp_path, monkeyp
     assert_same_weights(out, uninterrupted(of_steps(24)))
 
 
-def test_a_run_whose_rate_fell_goes_on_and_says_what_changes(tmp_path, uninterrupted, capsys):
+def test_a_run_whose_rate_fell_continues_and_reports_what_changes(tmp_path, uninterrupted, capsys):
     folder, out = ["--checkpoint", tmp_path / "checkpoints"], tmp_path / "out"
     assert train(*of_steps(3), *folder) == 0
     assert train(*of_steps(6), *folder, "--resume", "--every", "1", "--out", out) == 0
@@ -249,19 +249,19 @@ def test_a_run_whose_rate_fell_goes_on_and_says_what_changes(tmp_path, uninterru
 
 
 def test_a_rate_that_fell_once_is_remembered(tmp_path, monkeypatch, capsys):
-    """3 steps, 4 of 6, then 12: the first four rates of 6 and of 12 are the same, but the third step was one of 3."""
+    """3 steps, 4 of 6, then 12: runs of 6 and of 12 share their first four rates, but the third step was one of 3."""
     folder = ["--checkpoint", tmp_path / "checkpoints"]
     assert train(*of_steps(3), *folder) == 0
     assert stop_after(5, monkeypatch, *of_steps(6), *folder, "--resume", "--every", "2") == 130
     capsys.readouterr()
     assert train(*of_steps(12), *folder, "--resume") == 0
     captured = capsys.readouterr()
-    assert "going on after step 4" in captured.out
+    assert "continuing after step 4" in captured.out
     assert "the result will not be that of 12 steps at once" in captured.err
 
 
-def test_epochs_extend_too(tmp_path, capsys):
-    # 1438 samples: 89 whole batches of 16.
+def test_epochs_extend_a_run_too(tmp_path, capsys):
+    # 1438 samples make 89 whole batches of 16.
     flags = [flag for flag in SMALL if flag not in ("--steps", "12")]
     folder = ["--checkpoint", tmp_path / "checkpoints"]
     assert train(*of_steps(88), *folder) == 0
@@ -271,8 +271,8 @@ def test_epochs_extend_too(tmp_path, capsys):
     assert "after 89 steps: " in captured.out
 
 
-def test_without_steps_the_checkpoint_says_how_many(stopped, tmp_path, uninterrupted, capsys):
-    """And not the command's default, which is another number."""
+def test_without_steps_the_number_is_that_of_the_checkpoint(stopped, tmp_path, uninterrupted, capsys):
+    """The command's default, which is another number, does not apply."""
     flags = [flag for flag in SMALL if flag not in ("--steps", "12")]
     assert train(*flags, "--checkpoint", stopped, "--resume", "--out", tmp_path / "out") == 0
     captured = capsys.readouterr()
@@ -281,8 +281,8 @@ def test_without_steps_the_checkpoint_says_how_many(stopped, tmp_path, uninterru
     assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
 
 
-def test_fewer_steps_that_are_all_done(stopped, tmp_path, capsys):
-    """The accuracy after the last one was not measured on the way, which was longer."""
+def test_fewer_steps_than_were_planned(stopped, tmp_path, capsys):
+    """The accuracy after step 9 was not measured on the way: the longer run did not evaluate there."""
     assert train(*of_steps(9), "--checkpoint", stopped, "--resume", "--out", tmp_path / "out") == 0
     assert "note: --steps was 12, is 9: " in capsys.readouterr().err
     last = (tmp_path / "out" / "metrics.csv").read_text().splitlines()[-1].split(",")
@@ -291,8 +291,8 @@ def test_fewer_steps_that_are_all_done(stopped, tmp_path, capsys):
     assert (last[0], float(last[2])) == ("9", loop.accuracy(model, data.load("digits")))
 
 
-def test_checkpoints_that_name_no_schedule_have_a_falling_one(stopped, tmp_path, uninterrupted, monkeypatch):
-    """As those of the first version."""
+def test_checkpoints_without_a_schedule_have_a_falling_one(stopped, tmp_path, uninterrupted, monkeypatch):
+    """Checkpoints of the first version have no schedule."""
     real = job._configuration_of
 
     def of_the_first_version(tensors):
@@ -304,8 +304,8 @@ def test_checkpoints_that_name_no_schedule_have_a_falling_one(stopped, tmp_path,
     assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
 
 
-def test_what_may_change_from_run_to_run(stopped, tmp_path, uninterrupted):
-    """How often and where it is written; and with which words the same steps are asked for."""
+def test_flags_that_may_change_on_resume(stopped, tmp_path, uninterrupted):
+    """These may change: how often and where results are written, and the flags that ask for the same steps."""
     flags = [*SMALL[:6], "--steps", "12", "--every", "5", "--threads", "1"]
     assert train(*flags, "--checkpoint", stopped, "--resume", "--out", tmp_path / "elsewhere") == 0
     assert names(stopped) == ["step-00000010.pt", STEP_12]
@@ -342,25 +342,25 @@ def test_another_configuration_is_refused_and_named(flags, message, stopped, cap
     assert {path: path.read_bytes() for path in stopped.iterdir()} == before
 
 
-def test_data_is_known_by_its_content(tmp_path, monkeypatch, capsys):
+def test_data_is_identified_by_its_content(tmp_path, monkeypatch, capsys):
     arrays = {"x": np.random.default_rng(0).normal(size=(60, 5)), "y": np.arange(60) % 3}
     np.savez(tmp_path / "a.npz", **arrays)
     flags = [*SMALL, "--checkpoint", tmp_path / "checkpoints"]
     assert stop_after(7, monkeypatch, *flags, "--data", tmp_path / "a.npz") == 130
     np.savez(tmp_path / "b.npz", **{**arrays, "x": arrays["x"] + np.eye(60, 5)})
     assert train(*flags, "--resume", "--data", tmp_path / "b.npz") == 2
-    assert "--data: its content is not what the checkpoint was trained on; give the same" in capsys.readouterr().err
+    assert "--data: its content is not the checkpoint's training data; give the same" in capsys.readouterr().err
     os.replace(tmp_path / "a.npz", tmp_path / "moved.npz")
     assert train(*flags, "--resume", "--data", tmp_path / "moved.npz") == 0
 
 
-def test_other_versions_are_said(stopped, monkeypatch, capsys):
+def test_other_versions_are_reported(stopped, monkeypatch, capsys):
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert train(*SMALL, "--checkpoint", stopped, "--resume") == 0
     assert ", is 9.9: the last bits may differ" in capsys.readouterr().err
 
 
-def test_other_instructions_are_said(stopped, monkeypatch, capsys):
+def test_other_instruction_sets_are_reported(stopped, monkeypatch, capsys):
     monkeypatch.setenv("LCW_OPS_CPU_CAPABILITY", "portable")
     assert train(*SMALL, "--checkpoint", stopped, "--resume") == 0
     note = "note: LCW_OPS_CPU_CAPABILITY was None, is portable: the last bits may differ"
@@ -377,7 +377,7 @@ def test_a_format_of_later_versions_is_refused(stopped, monkeypatch, capsys):
 
 
 def run_and_hang(steps, *arguments):
-    """So many steps, and then nothing, so that a kill that comes late still finds a process."""
+    """Run this many steps and then hang, so that a late kill still finds a process."""
     step, done = loop.Training.step, 0
 
     def counted_step(training):
@@ -392,7 +392,7 @@ def run_and_hang(steps, *arguments):
 
 
 def run_and_die(place, last_write, *arguments):
-    """Kills its own process in this write of a checkpoint: "half" through, "before the name", or "after the name"."""
+    """Kill this process during its ``last_write``-th checkpoint: "half" through, or "before" or "after the name"."""
     save, replace, writes = torch.save, os.replace, 0
 
     def counted_save(tensors, file):
@@ -419,7 +419,7 @@ def run_and_die(place, last_write, *arguments):
 
 @pytest.fixture
 def start():
-    """start(function, *arguments): a process of its own, from a server that has done the slow imports."""
+    """start(function, *arguments): a process from a server that has already done the slow imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lcw_ops.cli", "lcw_ops.jobs.train"])
 
@@ -432,7 +432,7 @@ def start():
 
 
 def test_a_killed_process_resumes_bit_for_bit(tmp_path, uninterrupted, start):
-    """One run through six deaths: three at chosen moments of a write, three whenever the signal comes."""
+    """One run survives six deaths: three at chosen moments of a write, three at random times."""
     digits = data.load("digits")
     np.savez(tmp_path / "digits.npz", x=digits.x_train, y=digits.y_train)
     flags = ["--depth", "200", "--width", "16", "--batch", "16", "--steps", "60", "--every", "1", "--threads", "1"]
@@ -445,12 +445,12 @@ def test_a_killed_process_resumes_bit_for_bit(tmp_path, uninterrupted, start):
 
     for place, written in (("half", 0), ("before the name", 0), ("after the name", 1)):
         before = reached()
-        # The fourth write of this process, so three are whole.
+        # The process dies in its fourth write, so three are whole.
         process = start(run_and_die, place, 4, *resume)
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert reached() == before + 3 + written
-        # What was being written lies beside, under no checkpoint's name.
+        # The file being written has a name of its own, not a checkpoint's.
         assert any(name.endswith(".part") for name in names(folder)) == (not written)
 
     moments = random.Random(time.time_ns())
@@ -472,8 +472,8 @@ def test_a_killed_process_resumes_bit_for_bit(tmp_path, uninterrupted, start):
     assert_same_outcome(out, uninterrupted(flags))
 
 
-def test_the_order_of_a_write_is_what_a_power_cut_needs(tmp_path, monkeypatch):
-    """Content to the disk, then the name, then the folder to the disk; and only then the old ones go."""
+def test_the_order_of_a_write_survives_a_power_cut(tmp_path, monkeypatch):
+    """Write the content to the disk, then the name, then the folder to the disk; only then remove old checkpoints."""
     calls = []
     fsync, replace, unlink = os.fsync, os.replace, checkpoints.Path.unlink
 
@@ -506,7 +506,7 @@ def test_only_its_own_names_are_checkpoints(tmp_path):
     assert checkpoints.newest(tmp_path)["done"] == 123456789
 
 
-def test_what_dead_processes_left_goes(stopped):
+def test_files_of_dead_processes_are_removed(stopped):
     (stopped / ".step-00000012.pt.999999999.part").write_text("half")
     (stopped / ".other").write_text("not ours")
     with checkpoints.owned(stopped):
@@ -517,13 +517,13 @@ def test_one_process_at_a_time(stopped, capsys):
     with checkpoints.owned(stopped):
         assert train(*SMALL, "--checkpoint", stopped, "--resume") == 2
         assert "another process is training in the folder" in capsys.readouterr().err
-        # What it holds is looked at by its owner alone.
+        # Only the owner looks at the contents of the folder.
         assert train(*SMALL, "--checkpoint", stopped) == 2
         assert "another process is training in the folder" in capsys.readouterr().err
     assert train(*SMALL, "--checkpoint", stopped, "--resume") == 0
 
 
-def test_a_lock_of_someone_elses_keeps_its_content(tmp_path):
+def test_a_foreign_lock_file_keeps_its_content(tmp_path):
     (tmp_path / ".lock").write_text("theirs")
     (tmp_path / "file").touch()
     assert train(*SMALL, "--checkpoint", tmp_path) == 2
@@ -542,13 +542,13 @@ def emptied(content):
 
 
 def flipped(content):
-    """One bit in the middle of the weights."""
+    """Flip one bit in the middle of the weights."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def zeroed_end(content):
-    """What a file system may leave of a file that was never synced."""
+    """A state in which a file system may leave a file that was never synced."""
     return content[:-4096] + bytes(4096)
 
 
@@ -561,7 +561,7 @@ def longer(content):
 
 
 def without_a_digest(content):
-    """A file of torch.save, of someone else's."""
+    """A file that torch.save wrote without our digest, as another program would."""
     return content[:-32]
 
 
@@ -577,14 +577,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, stopped, tmp_
     captured = capsys.readouterr()
     assert f"{path} is damaged: " in captured.err
     assert len(captured.err.strip().splitlines()) == 1
-    assert "going on after step 6" in captured.out
+    assert "continuing after step 6" in captured.out
     assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
     assert names(stopped) == ["step-00000009.damaged", STEP_9, STEP_12]
     assert (stopped / "step-00000009.damaged").read_bytes() == damaged
 
 
 def opening_fails_with(code, monkeypatch):
-    """The newest checkpoint cannot be opened, the one before can."""
+    """Make the newest checkpoint fail to open; the one before it opens."""
 
     def failing_open(path, *arguments, **options):
         if str(path).endswith(STEP_9):
@@ -596,7 +596,7 @@ def opening_fails_with(code, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ENOENT])
 def test_a_checkpoint_that_cannot_be_opened_is_not_damaged(code, stopped, monkeypatch, tmp_path, uninterrupted, capsys):
-    """Going on from an older one would cost steps, and a new name would hide the newest for good."""
+    """Falling back to an older one would lose steps, and renaming the newest would hide it for good."""
     with monkeypatch.context() as patch:
         opening_fails_with(code, patch)
         assert train(*SMALL, "--checkpoint", stopped, "--resume") == 2
@@ -606,11 +606,11 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_damaged(code, stopped, monkey
     assert len(error.strip().splitlines()) == 1
     assert names(stopped) == [STEP_6, STEP_9]
     assert train(*SMALL, "--checkpoint", stopped, "--resume", "--out", tmp_path / "out") == 0
-    assert "going on after step 9" in capsys.readouterr().out
+    assert "continuing after step 9" in capsys.readouterr().out
     assert_same_outcome(tmp_path / "out", uninterrupted(SMALL))
 
 
-def test_a_bad_disk_is_damage(stopped, monkeypatch, capsys):
+def test_a_read_error_of_the_disk_counts_as_damage(stopped, monkeypatch, capsys):
     opening_fails_with(errno.EIO, monkeypatch)
     assert checkpoints.newest(stopped)["done"] == 6
     assert f"{stopped / STEP_9} is damaged: {os.strerror(errno.EIO)}" in capsys.readouterr().err
@@ -630,7 +630,7 @@ def test_with_every_checkpoint_damaged_nothing_is_lost(damage, stopped, capsys):
 
 
 def test_no_damage_goes_unnoticed(stopped):
-    """Lengths that a file can be cut to, and flipped bits all over."""
+    """Cut the file to many lengths, and change bytes all over it."""
     path = stopped / STEP_9
     content = path.read_bytes()
     randoms = random.Random(0)
@@ -638,7 +638,7 @@ def test_no_damage_goes_unnoticed(stopped):
         path.write_bytes(content[:length])
         with pytest.raises(checkpoints.DamagedError):
             checkpoints.read(path)
-    # The archive's own directory is at the end: a wrong byte there may lead to other tensors under right checksums.
+    # The archive's own directory is at the end: a wrong byte there may lead to other tensors with valid checksums.
     places = randoms.sample(range(len(content)), 200) + randoms.sample(range(len(content) - 4000, len(content)), 200)
     for place in places:
         path.write_bytes(content[:place] + bytes([content[place] ^ randoms.randrange(1, 256)]) + content[place + 1 :])
@@ -662,7 +662,7 @@ def test_without_resume_a_folder_must_be_empty(stopped, tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter-1.tex").write_text("precious")
     for folder, message in (
-        (stopped, "checkpoints up to step 9: add --resume to go on"),
+        (stopped, "checkpoints up to step 9: add --resume to continue"),
         (tmp_path / "thesis", "files"),
     ):
         before = names(folder)
@@ -673,10 +673,10 @@ def test_without_resume_a_folder_must_be_empty(stopped, tmp_path, capsys):
         assert names(folder) == before
 
 
-def test_a_full_disk_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_before_any_work(tmp_path, monkeypatch, capsys):
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr(job.shutil, "disk_usage", lambda folder: usage)
-    # 50,000 layers of width 32: weights and two moments are 3 x 4 x 52.8 million bytes.
+    # 50,000 layers of width 32: the weights and two moments are 3 x 4 x 52.8 million bytes.
     assert train("--checkpoint", tmp_path / "a") == 2
     assert "checkpoints of 0.6 GB need 1.9 GB more on this disk, 0.0 GB are free" in capsys.readouterr().err
     assert train(*SMALL, "--checkpoint", tmp_path / "b") == 0
@@ -697,7 +697,7 @@ def test_a_failed_write_keeps_the_checkpoints_before_it(tmp_path, monkeypatch, c
         patch.setattr(torch, "save", full)
         assert train(*SMALL, "--checkpoint", folder) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "failed: OSError: [Errno 28] No space left on device. --resume goes on after step 6"
+    assert error == "failed: OSError: [Errno 28] No space left on device. --resume continues after step 6"
     assert names(folder) == ["step-00000003.pt", STEP_6]
     assert train(*SMALL, "--checkpoint", folder, "--resume", "--out", out) == 0
     assert_same_outcome(out, uninterrupted(SMALL))
@@ -711,7 +711,7 @@ def test_a_run_that_diverges_stops_before_it_replaces_a_checkpoint(tmp_path, cap
     assert checkpoints.steps_in(tmp_path)[-1] == step - 1
 
 
-def test_a_backend_that_is_not_there_is_said(capsys):
+def test_an_unavailable_backend_is_reported(capsys):
     with use_backend("cuda"):
         assert train(*SMALL) == 2
     error = capsys.readouterr().err
@@ -775,7 +775,7 @@ def test_every_mistake_is_one_line_and_code_2(flags, tmp_path, capsys):
 
 def test_resume_needs_a_folder(capsys):
     assert train(*SMALL, "--resume") == 2
-    assert capsys.readouterr().err == "lcw-ops train: --resume needs --checkpoint DIR, the folder to go on from\n"
+    assert capsys.readouterr().err == "lcw-ops train: --resume needs --checkpoint DIR, the folder to continue from\n"
 
 
 def test_a_failure_without_checkpoints_says_what_is_lost(monkeypatch, capsys):
@@ -791,7 +791,7 @@ def test_a_failure_without_checkpoints_says_what_is_lost(monkeypatch, capsys):
 def test_epochs_are_steps():
     digits = data.load("digits")
     settings = job.complete(job.Settings(epochs=3, batch=100), digits)
-    # 1438 samples: 14 whole batches.
+    # 1438 samples make 14 whole batches.
     assert settings.steps == 42
 
 
@@ -818,7 +818,7 @@ def test_an_rnn_reads_pixel_by_pixel_and_then_nothing():
         sequence[t, :, 0] = x[:, t]
     expected = model.output_layer(alone(sequence)[0][-1] * (100 / 64))
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    # Every pixel is remembered.
+    # The result depends on every pixel.
     x.requires_grad_()
     model(x).square().sum().backward()
     assert (x.grad != 0).all()
@@ -877,7 +877,7 @@ def test_a_constant_rate_stays():
         assert training.optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_accuracy_does_not_depend_on_how_many_are_classified_at_once():
+def test_accuracy_does_not_depend_on_the_batch_size():
     digits = data.load("digits")
     model = torch.nn.Linear(64, 10)
     exact = (model(digits.x_test).argmax(1) == digits.y_test).double().mean().item()
@@ -886,6 +886,6 @@ def test_accuracy_does_not_depend_on_how_many_are_classified_at_once():
     )
 
 
-def test_a_device_that_is_none():
+def test_an_unusable_device_is_refused():
     with pytest.raises(ValueError, match="--device meta cannot be used"):
         usable_device("meta")

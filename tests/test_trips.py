@@ -1,4 +1,4 @@
-"""The trip of one call: how many functions of this package a call runs through, and how often the file changes."""
+"""The trip of one call: how many functions of this package it runs through, and how often the file changes."""
 
 import sys
 import threading
@@ -23,10 +23,10 @@ def count_trip(call) -> tuple[int, int]:
             if path.is_absolute() and path.resolve().is_relative_to(PACKAGE):
                 files.append(path)
 
-    # The first call imports modules and fills caches.
+    # The first call imports modules and fills caches, so it is not counted.
     call()
     before, before_in_threads = sys.getprofile(), threading.getprofile()
-    # On a CPU autograd runs a small graph in the thread that calls backward. If it took another one, that counts too.
+    # On a CPU autograd runs a small graph in the thread that calls backward. Calls in another thread would count too.
     threading.setprofile(note)
     sys.setprofile(note)
     try:

@@ -1,7 +1,7 @@
-"""How far one optimizer step travels: Python calls of this package, and changes from one of its files to another.
+"""The trip of one optimizer step: Python calls of this package, and changes from one of its files to another.
 
 Calls and returns both count as changes. Before Python 3.12 a comprehension is a call too. The first two steps make the
-states and check everything; the limits hold for the steps after them.
+states and check everything; the limits apply to the steps after them.
 """
 
 import sys
@@ -49,7 +49,7 @@ def trip(function) -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def no_hooks(monkeypatch):
-    """Without the hooks of other tests: while one is alive, a step looks for optimizers around it."""
+    """No hooks of other tests are alive: a step would look through them for optimizers around it."""
     monkeypatch.setattr(_activated, "attached_hooks", weakref.WeakSet())
 
 
@@ -69,7 +69,7 @@ def trip_of_a_step(make) -> tuple[int, int]:
         ("SGD", {}, 25, 8),
         ("SGD", {"gradient_activation": "tanh", "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}, 25, 8),
         ("SGD", {"activate": "momentum", "momentum": 0.9}, 25, 8),
-        # Its counts of steps are checked, and counted up.
+        # AdamW's counts of steps are checked and incremented.
         ("AdamW", {}, 28, 14),
         ("AdamW", {"gradient_activation": "log", "amsgrad": True}, 28, 14),
     ],
@@ -88,7 +88,7 @@ def test_without_activation_the_step_is_torchs(name):
 
 
 def test_the_counted_step_reaches_the_parameters():
-    """A step that does nothing would be short too."""
+    """A step that did nothing would be short too."""
     param = nn.Parameter(torch.zeros(3))
     param.grad = torch.ones(3)
     optimizer = optim.SGD([param], lr=0.1)

@@ -74,7 +74,7 @@ def test_a_launch_for_tensors_of_like_size(device, launches):
 
 
 def test_runs_are_neighbours_in_every_list(device):
-    """The parameters are neighbours in memory, the gradients are not."""
+    """Here the parameters are neighbours in memory, but the gradients are not."""
     flat = torch.ones(60, device=device)
     params = list(flat.split(20))
     assert kernels._find_runs([params], [2, 0, 1], None) == [(0, 60)]
@@ -86,7 +86,7 @@ def test_runs_are_neighbours_in_every_list(device):
 
 @pytest.mark.skipif(DEVICE_TYPE != "cuda", reason="CUDA graphs need a GPU")
 def test_recorded_in_a_cuda_graph(device):
-    """A graph has no table, whatever the number of tensors."""
+    """A recorded launch has no table, whatever the number of tensors."""
     case = SgdCase([30] * 12, torch.float32, device)
     before = [[tensor.clone() for tensor in tensors] for tensors in (case.params, case.buffers)]
     case.run(OPS)

@@ -139,7 +139,7 @@ def test_rows_longer_than_a_program_holds(length, basis, mean, device, monkeypat
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 2, 3, 3), (2, 3, 2, 2, 3)])
 def test_weight_of_every_rank_and_layout(shape, device):
-    """A unit is the flattened tensor behind dimension 0."""
+    """A unit is the tensor behind dimension 0, flattened."""
     weight = normal(*shape, device=device)
     expected = F.lcw_weight(weight.flatten(1)).view(shape)
     layouts = hostile_layouts(weight)
@@ -183,7 +183,7 @@ def test_linear_of_every_size(case, device):
 @pytest.mark.parametrize(("rows", "units", "features"), [(0, 3, 5), (3, 0, 5), (3, 4, 1), (0, 0, 1)])
 @pytest.mark.parametrize("basis", [False, True])
 def test_nothing_to_multiply(rows, units, features, basis, device):
-    """No samples, no units, or one feature: its weight is 0, so the bias remains."""
+    """No samples, no units, or one feature, whose weight is 0, so that the bias remains."""
     x, weight = normal(rows, features, device=device), normal(units, features - basis, device=device)
     bias = normal(units, device=device)
     output = F.lcw_linear(x, weight, bias, basis)

@@ -409,17 +409,17 @@ def test_wrong_arguments_are_refused_before_anything_is_written():
         (7, "gelu"),
     ):
         before = states.clone()
-        with pytest.raises(ValueError, match=r"parallel_depth_sweep_.*call lcw_ops\.functional\.orthogonal_filter$"):
+        with pytest.raises(ValueError, match=r"parallel_depth_sweep_.*Call lcw_ops\.functional\.orthogonal_filter$"):
             kernels.sweep_(*good[:place], bad, *good[place + 1 :])
         assert torch.equal(states, before)
     for slope, scaled in ((product, None), (product[:2], product), (product, product.double())):
-        with pytest.raises(ValueError, match=r"parallel_depth_adjoint_.*call lcw_ops\.functional\.orthogonal_filter$"):
+        with pytest.raises(ValueError, match=r"parallel_depth_adjoint_.*Call lcw_ops\.functional\.orthogonal_filter$"):
             kernels.adjoint_sweep_(states, product, None, permutation, one, slope, scaled)
     for arguments in ((product, None, None, torch.ones(2), "tanh"), (product, None, None, one, "gelu")):
-        with pytest.raises(ValueError, match=r"parallel_depth_activate_.*call lcw_ops\.functional\.orthogonal_filter$"):
+        with pytest.raises(ValueError, match=r"parallel_depth_activate_.*Call lcw_ops\.functional\.orthogonal_filter$"):
             kernels.activate_(*arguments, False)
     wide = kernels.MAX_WIDTH + 1
-    with pytest.raises(ValueError, match=f"width {wide} > {kernels.MAX_WIDTH}"):
+    with pytest.raises(ValueError, match=f"width is {wide}; expected at most {kernels.MAX_WIDTH}"):
         kernels.sweep_(torch.zeros(1, 1, wide), None, None, None, torch.arange(wide), one, one, "tanh")
 
 

@@ -153,7 +153,7 @@ def test_zero_rows(dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("short", [False, True])
 def test_lengths_from_the_smallest_to_the_largest_float(dtype, short, device, request):
-    """Also where the size changes within a row, so that the earlier sum is scaled again."""
+    """Sizes may change within a row too, so that the earlier sum must be rescaled."""
     if short:
         request.getfixturevalue("short_programs")
     info = torch.finfo(dtype)

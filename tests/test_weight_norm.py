@@ -61,7 +61,7 @@ def test_weight_norm_backward_is_the_vector_jacobian_product(m):
     w, scale, g = normal(6, m).requires_grad_(), normal(6, seed=1).requires_grad_(), normal(6, m, seed=2)
     expected = torch.autograd.grad(normalize_scale(w, scale), [w, scale], g)
     for mine, autograd in zip(normalize_scale_backward(g, w, scale), expected, strict=True):
-        # Sums of m products below 16 over the length of a row, which may be as small as 0.1 when m = 1.
+        # Sums of m products below 16, divided by the length of a row, which may be as small as 0.1 for m = 1.
         torch.testing.assert_close(mine, autograd, atol=16 * 16 * math.sqrt(m) * EPS, rtol=0)
 
 
@@ -94,7 +94,7 @@ def test_weight_norm_derivatives_of_any_length(length):
     w, scale, g = normal(3, 6), normal(3, seed=1), normal(3, 6, seed=2)
     expected, grad_scale = normalize_scale_backward(g, w, scale)
     found, found_scale = normalize_scale_backward(g, length * w, scale)
-    # The gradient of a row is inverse to its length; `length` itself is rounded.
+    # The gradient of a row is inversely proportional to its length; `length` itself is rounded.
     torch.testing.assert_close(found * length, expected, atol=32 * EPS, rtol=0)
     torch.testing.assert_close(found_scale, grad_scale, atol=32 * EPS, rtol=0)
     dw, dscale = normal(3, 6, seed=3), normal(3, seed=4)
@@ -120,7 +120,7 @@ def test_weight_norm_turns_by_at_most_the_arcsine_of_the_relative_step():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_stays_and_gives_finite_results(dtype):
+def test_every_dtype_is_kept_and_gives_finite_results(dtype):
     w = unit(normal(5, 33)).to(dtype)
     for out in (
         normalize_scale(w, w[:, 0]),

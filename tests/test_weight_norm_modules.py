@@ -48,7 +48,7 @@ def test_weight_norm_linear_is_the_formula(shape, bias, dtype):
     assert_exact(draw, formula, ("weight", "scale", "bias"), dtype)
 
 
-def test_weight_norm_begins_as_the_plain_layer():
+def test_weight_norm_starts_as_the_plain_layer():
     for (layer, x), plain in zip(
         layers()[6:],
         [
@@ -64,12 +64,12 @@ def test_weight_norm_begins_as_the_plain_layer():
             reset.reset_parameters()
         assert torch.equal(layer.weight, plain.weight)
         assert torch.equal(layer.bias, plain.bias)
-        # 36 products below 5, a handful of roundings in every weight.
+        # 36 products below 5, with a handful of roundings in every weight.
         torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=36 * 5 * 8 * 2**-23)
 
 
 @pytest.mark.parametrize("length", [1e-300, 1e-30, 1.0, 1e30, 1e300])
-def test_a_trained_layer_with_weight_norm_keeps_its_function(length):
+def test_converting_a_trained_layer_keeps_its_function(length):
     plain = torch.nn.Linear(7, 5, dtype=torch.float64)
     torch.nn.init.normal_(plain.weight, 0, length)
     layer = nn.WeightNormLinear.from_linear(plain)
@@ -87,6 +87,6 @@ def test_a_bias_that_would_be_broadcast_is_refused(training):
 
 
 def test_the_layers_keep_their_old_address():
-    """Pickles of version 0.1 name them by lcw_ops.nn.hypersphere."""
+    """Pickles of version 0.1 name them under lcw_ops.nn.hypersphere."""
     for name in ("WeightNormLinear", "WeightNormConv1d", "WeightNormConv2d", "WeightNormConv3d"):
         assert getattr(hypersphere, name) is getattr(nn, name)

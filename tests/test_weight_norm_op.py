@@ -1,4 +1,4 @@
-"""Weight norm's op beyond the tests that it shares with GmP's, which are in test_hypersphere_op.py."""
+"""Tests of weight norm's op beyond those that it shares with GmP's, which are in test_hypersphere_op.py."""
 
 import itertools
 
@@ -40,32 +40,32 @@ def test_a_scale_far_from_the_rows_length_overflows_nothing(dtype, size, scale):
         result = F.weight_norm_linear(x, weight.requires_grad_(), scales)
         grad_x, _ = torch.autograd.grad(result, (x, weight), cotangent)
         exact = cotangent.double() @ reference.normalize_scale(weight.double(), scales.double())
-        # Both factors and the result are rounded, five terms are added.
+        # Both factors and the result are rounded, and five terms are added.
         error = (grad_x.double() - exact).abs().max()
         assert error <= 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-# Samples of every way to compute a layer of 400 inputs: few, the last of them, up to a quarter of the inputs, and more.
+# Samples for each way to compute a layer of 400 inputs: few, the most of these, up to a quarter of 400, and more.
 WAYS = (2, 64, 65, 101)
 
 
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_weight_norm_of_huge_inputs_overflows_only_where_its_result_does(dtype):
-    """Products with rows that are longer than their scale may be infinite where the output is not."""
+    """Products with rows that are longer than their scale may overflow although the output does not."""
     m = 400
     for rows in WAYS:
         weight = (100 * normal(6, m, dtype=torch.float64)).to(dtype)
         scale, bias = torch.ones(6, dtype=dtype), normal(6, dtype=dtype)
         x = normal(rows, m, dtype=torch.float64).to(dtype)
-        # About 0.3 of the largest number as y; q is a thousand times that.
+        # y is about 0.3 of the largest number, and q is a thousand times that.
         x[1] *= 0.3 * torch.finfo(dtype).max / x[1].abs().max()
         output = F.weight_norm_linear(x, weight, scale, bias)
         assert output.isfinite().all(), rows
         direction = as_exact(weight) / np.linalg.norm(as_exact(weight), axis=1, keepdims=True)
         exact = as_exact(x) @ direction.T + as_exact(bias)
         size = np.abs(as_exact(x)) @ np.abs(direction.T) + np.abs(as_exact(bias))
-        # m terms added in any order; in 16 bits the row, the product and the result are rounded as well.
+        # m terms are added in any order; in 16 bits the row, the product and the result are rounded as well.
         digits = 2.0**-24 if dtype == torch.bfloat16 else torch.finfo(dtype).eps
         rounded = 3 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
         assert (np.abs(as_exact(output) - exact) <= (m * digits + rounded) * size).all(), rows
@@ -74,7 +74,7 @@ def test_weight_norm_of_huge_inputs_overflows_only_where_its_result_does(dtype):
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("length", [1e-30, 1e-6, 1e6, 1e30])
 def test_one_row_of_another_length_changes_no_result_by_more_than_roundings(length):
-    """However it is computed: a row far from 1 sends the layer another way."""
+    """A row whose length is far from 1 makes the whole layer take another way to compute."""
     for rows in WAYS:
         arguments, grad_output = draw_weight_norm(5, 400, torch.float32, rows)
         changed = {**arguments, "weight": arguments["weight"].clone()}
@@ -92,7 +92,7 @@ def test_one_row_of_another_length_changes_no_result_by_more_than_roundings(leng
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_gradients_of_weight_norm_overflow_only_where_they_must(dtype):
-    """A factor scale / length far above 1, or a long row, takes no finite gradient beyond the range of numbers."""
+    """A factor scale / length far above 1, or a long row, does not make a finite gradient overflow."""
     m, largest = 400, torch.finfo(dtype).max
     for rows, length, size in itertools.product(WAYS, (3e-5, 6e4), (largest / 1e4, 1.0)):
         weight = normal(5, m, dtype=torch.float64)
@@ -107,8 +107,8 @@ def test_gradients_of_weight_norm_overflow_only_where_they_must(dtype):
 
 
 @pytest.mark.usefixtures("every_multiplier")
-def test_pruned_units_send_no_other_unit_another_way():
-    """A row of zeros, or a scale near zero, is a number like others: the rest of the layer keeps its bits."""
+def test_pruned_units_do_not_change_how_others_are_computed():
+    """A row of zeros, or a scale near zero, is an ordinary number: the rest of the layer keeps its bits."""
     others = [0, 2, 4]
     for rows, dtype in itertools.product(WAYS, (torch.float32, torch.bfloat16)):
         arguments, grad_output = draw_weight_norm(5, 400, dtype, rows)
@@ -124,7 +124,7 @@ def test_pruned_units_send_no_other_unit_another_way():
             assert not result[name][1].any()
 
 
-def test_the_backend_is_chosen_by_the_stems_own_name():
+def test_the_backend_is_chosen_under_the_stems_own_name():
     assert weight_norm.NAME == "normalize_scale"
     assert backends.choose(weight_norm.NAME, torch.device("cpu")) == "cpp"
     with lcw_ops.use_backend("cuda"), pytest.raises(lcw_ops.BackendError, match="normalize_scale: backend 'cuda'"):

@@ -2,9 +2,9 @@
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, arXiv 2107.04228, report better accuracy of deep nets, and faster escape from
 saddle points. Near a stationary point an activated gradient is the gradient times K, so it has to beat a plain
-optimizer with the rate times K. Two experiments: multilayer perceptrons on scikit-learn's digits, with the authors'
-CIFAR settings (SGD at 0.1, momentum 0.9, decay 5e-4, cosine schedule; the last accuracy, where they report the best of
-all epochs), and the saddle F = (x^2 - mu y^2) / 2, from y = 1e-8 to y = 1e-2 in float64.
+optimizer with the rate times K. The first experiment trains multilayer perceptrons on scikit-learn's digits, with the
+authors' CIFAR settings (SGD at 0.1, momentum 0.9, decay 5e-4, cosine schedule). We report the last accuracy, they the
+best of all epochs. The second is the saddle F = (x^2 - mu y^2) / 2, from y = 1e-8 to y = 1e-2 in float64.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from lcw_ops.jobs import data
 ALPHA, BETA = 0.1, 20.0
 GAIN = ALPHA * BETA
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
-# The authors' batches of 256 would be 6 steps an epoch here.
+# With the authors' batches of 256, an epoch would have only 6 steps here.
 BATCH, EPOCHS, WIDTH = 64, 40, 64
 
 SADDLE_START, SADDLE_END = 1e-8, 1e-2
 CURVATURES = (1.0, 0.1, 0.01)
-# The saddle has neither momentum nor decay, and without them the other methods are the same.
+# The saddle has neither momentum nor decay. Without them the other methods are the same as these.
 SADDLE_METHODS = ("plain", "plain, rate K", "activated gradient")
 
 
@@ -60,7 +60,7 @@ NETWORKS = (Network("tanh", nn.Tanh, 10), Network("sigmoid", nn.Sigmoid, 4))
 
 @dataclass(frozen=True)
 class Method:
-    """Factors on LEARNING_RATE and WEIGHT_DECAY, and the options of activation for lcw_ops.optim.SGD."""
+    """Factors of LEARNING_RATE and WEIGHT_DECAY, and the activation options of lcw_ops.optim.SGD."""
 
     rate: float
     decay: float
@@ -71,8 +71,8 @@ GAF = {"gradient_activation": "arctan", "alpha": ALPHA, "beta": BETA}
 PLAIN = {"gradient_activation": None}
 METHODS = {
     "plain": Method(1.0, 1.0, PLAIN),
-    # The plain counterparts of the activated momentum and of the activated gradient near a stationary point: f sees the
-    # decay in the first, and not in the second.
+    # The plain counterparts of the activated momentum and of the activated gradient near a stationary point: f acts on
+    # the decay in the first, but not in the second.
     "plain, rate K": Method(GAIN, 1.0, PLAIN),
     "plain, rate K, decay 1/K": Method(GAIN, 1 / GAIN, PLAIN),
     "activated momentum": Method(1.0, 1.0, GAF | {"activate": "momentum"}),
@@ -103,7 +103,7 @@ Figures = Iterator[tuple[str, str, int, str, float]]
 
 
 def train(network: Network, method: Method, seed: int, epochs: int) -> tuple[float, float]:
-    """Test accuracy after the last epoch, and its mean training loss. Data and weights depend on the seed alone."""
+    """Test accuracy after the last epoch, and that epoch's mean training loss. The seed decides data and weights."""
     digits = data.load_digits(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -144,7 +144,7 @@ def digits_figures(seeds: int, epochs: int) -> Figures:
 
 
 def steps_to_escape(method: Method, curvature: float) -> int:
-    """Steps of gradient descent, without momentum or decay, until y has grown from SADDLE_START to SADDLE_END."""
+    """The steps of gradient descent, without momentum or decay, in which y grows from SADDLE_START to SADDLE_END."""
     place = torch.tensor([1e-3, SADDLE_START], dtype=torch.float64, requires_grad=True)
     optimizer = optim.SGD([place], method.rate * LEARNING_RATE, **method.activation)
     slope = torch.tensor([1.0, -curvature], dtype=torch.float64)
@@ -167,7 +167,7 @@ def saddle_figures() -> Figures:
 
 
 def rows_of(experiment: str, figures: Figures) -> list[Row]:
-    # Read now: it is the commit of the code that runs, and others may follow during the run.
+    # Read it now: it is the commit of the running code, and HEAD may move during the run.
     commit = runner._commit()
     return [
         Row(
@@ -187,7 +187,7 @@ def rows_of(experiment: str, figures: Figures) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Mean and standard deviation over the seeds, of every setting, measure and method."""
+    """Mean and standard deviation over the seeds for every setting, measure and method."""
     of_kind: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         of_kind.setdefault((row.setting, row.measure, row.method), []).append(row.figure)
@@ -202,7 +202,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--experiment", choices=("digits", "saddle"), help="both if not given")
+    parser.add_argument("--experiment", choices=("digits", "saddle"), help="default: both")
     parser.add_argument("--seeds", type=_positive, default=5, help="trainings of each method (5)")
     parser.add_argument("--epochs", type=_positive, default=EPOCHS, help=f"passes over the digits ({EPOCHS})")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")

@@ -1,9 +1,9 @@
 """The GmP paper's two small experiments, for which single figures are public: a 1-D Levy function, and two bananas.
 
-GmP against a plain layer, weight norm and batch norm: one hidden layer of ReLUs, Adam. W. Chen, H. Ge, NeurIPS 2024,
-arXiv 2305.15912. Settings are those of the authors' notebooks (TensorFlow, float64), learning rates too: 0.1 for GmP,
-0.01 for the others. We add a plain layer with GmP's rate, the seeds (each draws data and initial weights),
-and the bananas: theirs are 1000 points of a benchmark's file (--banana-file), ours are drawn.
+They compare GmP with a plain layer, weight norm and batch norm: one hidden layer of ReLUs, Adam. W. Chen, H. Ge,
+NeurIPS 2024, arXiv 2305.15912. The settings are those of the authors' notebooks (TensorFlow, float64), including the
+learning rates: 0.1 for GmP, 0.01 for the others. We add a plain layer with GmP's rate, and seeds (each draws data and
+initial weights). Our bananas are drawn; theirs are 1000 points of a benchmark's file (--banana-file).
 """
 
 import argparse
@@ -32,8 +32,8 @@ PLATEAU_THRESHOLD = 1e-4
 LEVY_SAMPLES, LEVY_NOISE = 50, 0.1
 
 BANANA_SAMPLES, BANANA_TEST_SAMPLES = 1000, 200
-# The noise of the drawn bananas. The best possible classifier is right for 0.881 of such points; with PRTools' own
-# noise, 1, it is right for 0.98, which would leave little difference between methods.
+# The noise of the drawn bananas. The best possible classifier is right for 0.881 of such points. With PRTools' own
+# noise of 1 it is right for 0.98, which would leave little difference between methods.
 BANANA_RADIUS, BANANA_NOISE = 5.0, 2.0
 
 
@@ -49,8 +49,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Experiment:
-    """``watch(training loss of the epoch, model, data)`` is what should fall: the learning rate becomes a tenth after
-    half of ``patience`` epochs in which it did not, after all of them the best weights come back and training ends.
+    """``watch(training loss of the epoch, model, data)`` should fall. If it has not fallen for half of ``patience``
+    epochs, the learning rate drops to a tenth; after all of them the best weights are restored and training ends.
     """
 
     name: str
@@ -96,7 +96,7 @@ def levy(x: np.ndarray) -> np.ndarray:
 def levy_data(seed: int) -> Data:
     """50 noisy values at random places of [-10, 10]; the test is the function itself, on a grid.
 
-    numpy's old generator draws what the notebook draws: seed 0 is its data.
+    numpy's old generator draws the notebook's numbers: seed 0 gives its data.
     """
     generator = np.random.RandomState(seed)
     x_train = generator.uniform(-10, 10, (LEVY_SAMPLES, 1))
@@ -106,7 +106,7 @@ def levy_data(seed: int) -> Data:
 
 
 def banana_data(seed: int) -> Data:
-    """Two arcs of 5/8 of a circle, one in the other, under normal noise: PRTools' banana set with twice its noise."""
+    """Two interlocked arcs of 5/8 of a circle, with normal noise: PRTools' banana set with twice its noise."""
     generator = np.random.RandomState(seed)
     y = generator.randint(2, size=(BANANA_SAMPLES, 1))
     t = generator.uniform(0, 1.25, (BANANA_SAMPLES, 1))
@@ -117,7 +117,7 @@ def banana_data(seed: int) -> Data:
 
 
 def banana_file_data(path: Path, seed: int) -> Data:
-    """1000 points of the benchmark's 5300. Columns At1, At2 and Class (-1 or 1); seed 0 chooses the notebook's."""
+    """1000 points of the benchmark's 5300, with columns At1, At2 and Class (-1 or 1). Seed 0 gives the notebook's."""
     table = np.genfromtxt(path, delimiter=",", names=True)
     chosen = np.random.RandomState(seed).choice(len(table), BANANA_SAMPLES, replace=False)
     x = np.stack([table["At1"], table["At2"]], axis=1)[chosen]
@@ -125,7 +125,7 @@ def banana_file_data(path: Path, seed: int) -> Data:
 
 
 def _split(x: np.ndarray, y: np.ndarray, seed: int) -> Data:
-    """The test samples are the first of a permutation, as scikit-learn's are; the rest standardises all."""
+    """The test samples are the first of a permutation, as in scikit-learn. The rest standardises all samples."""
     order = np.random.RandomState(seed).permutation(len(x))
     test, train = order[:BANANA_TEST_SAMPLES], order[BANANA_TEST_SAMPLES:]
     x = (x - x[train].mean(0)) / x[train].std(0)
@@ -144,7 +144,7 @@ def batch_norm(features: int, units: int) -> nn.Module:
 
 
 def weight_norm(features: int, units: int) -> nn.Module:
-    """Weight norm, on the output layer too."""
+    """Weight norm, including the output layer."""
     return nn.Sequential(_weight_norm_linear(features, units), nn.ReLU(), _weight_norm_linear(units, 1))
 
 
@@ -158,7 +158,7 @@ METHODS: dict[str, tuple[Callable[[int, int], nn.Module], float]] = {
     "plain": (plain, 0.01),
     "weight norm": (weight_norm, 0.01),
     "batch norm": (batch_norm, 0.01),
-    # Added to the authors' methods: the effect of the rate alone.
+    # We add this to the authors' methods: it shows the effect of the rate alone.
     "plain, GmP's learning rate": (plain, 0.1),
 }
 
@@ -199,7 +199,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
 def train(experiment: Experiment, model: nn.Module, data: Data, learning_rate: float, epochs: int) -> int:
     """Train, and return the number of epochs."""
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, eps=ADAM_EPS, fused=True)
-    # torch's patience is that of Keras less one.
+    # torch's patience is Keras' minus one.
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, patience=experiment.patience // 2 - 1, threshold=PLATEAU_THRESHOLD, threshold_mode="abs", eps=0.0
     )
@@ -246,7 +246,7 @@ BANANA = Experiment(
     epochs=5000,
     patience=100,
     loss=nn.BCEWithLogitsLoss(),
-    # The notebook's choice is optimistic: learning rate and weights are chosen by the accuracy that is reported.
+    # The notebook's choice is optimistic: the reported accuracy itself chooses learning rate and weights.
     watch=lambda loss, model, data: -accuracy(model, data),
     figure=accuracy,
     published={"GmP": 0.885, "plain": 0.800, "weight norm": 0.810, "batch norm": 0.875},
@@ -255,7 +255,7 @@ EXPERIMENTS = {"levy": LEVY, "banana": BANANA}
 
 
 def run(experiment: Experiment, method: str, seed: int, epochs: int) -> tuple[float, int]:
-    """One training: the figure, and the number of epochs done. Data and weights depend on the seed alone."""
+    """Train once: the figure, and the number of epochs. The seed alone decides data and weights."""
     build, learning_rate = METHODS[method]
     data = experiment.draw(seed)
     with torch.random.fork_rng(devices=[]):
@@ -266,7 +266,7 @@ def run(experiment: Experiment, method: str, seed: int, epochs: int) -> tuple[fl
 
 
 def rows_of(experiment: Experiment, source: str, seeds: int, epochs: int) -> Iterator[Row]:
-    # Read now: it is the commit of the code that runs, and others may follow during the run.
+    # Read it now: it is the commit of the running code, and HEAD may move during the run.
     commit = runner._commit()
     for method, (_, learning_rate) in METHODS.items():
         for seed in range(seeds):
@@ -305,9 +305,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--experiment", choices=EXPERIMENTS, help="both if not given")
+    parser.add_argument("--experiment", choices=EXPERIMENTS, help="default: both")
     parser.add_argument("--seeds", type=_positive, default=5, help="trainings of each method (5)")
-    parser.add_argument("--steps", type=_positive, help="passes over the data at most (Levy 10000, banana 5000)")
+    parser.add_argument("--steps", type=_positive, help="most passes over the data (Levy 10000, banana 5000)")
     parser.add_argument("--banana-file", type=Path, metavar="CSV", help="the benchmark's points: At1, At2, Class")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")
     args = parser.parse_args(arguments)

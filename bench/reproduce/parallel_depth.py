@@ -1,10 +1,10 @@
-"""Depth in parallel: the number of sweeps in the course of training, and the error against float64.
+"""Depth in parallel: the number of sweeps over the course of training, and the error against float64.
 
-The method is ours, and so are the experiments. ``initial`` counts the sweeps of initial nets. ``sweeps`` trains the net
-of ``lcw-ops train`` and, between steps, solves it at once and in windows. ``grid`` judges the result and every gradient
-by the rule for all kernels: at most twice the error of eager torch in float32, plus one unit in the last place of the
-scale. ``error`` puts the states of 50,000 layers beside those of the sequential kernel. Float64 is our sequential
-kernel's, layer by layer.
+The method and the experiments are ours. ``initial`` counts the sweeps of initial nets. ``sweeps`` trains the net of
+``lcw-ops train`` and, between steps, solves it at once and in windows. ``grid`` judges the result and every gradient by
+the rule for all kernels: at most twice the error of eager torch in float32, plus one unit in the last place of the
+scale. ``error`` compares the states of 50,000 layers with the sequential kernel's. Our sequential kernel, layer by
+layer, computes the float64 truth.
 """
 
 import argparse
@@ -36,26 +36,26 @@ from lcw_ops.reference.orthogonal_filter import orthogonal_filter as eager_torch
 
 DEPTH = 50_000
 
-# The training steps after which sweeps are counted.
+# The numbers of training steps after which sweeps are counted.
 STEPS = (0, 1, 2, 5, 10, 20, 30, 50)
 WIDTH, WINDOW = 32, 500
 FILTERS = ("permutation", "haar")
 
-# The grid of the proof.
+# The depths and values of c in the grid.
 DEPTHS, CS = (1, 2, 100, 5000, DEPTH), (0.5, 1.0, 3.0, 10.0)
 ROWS, WIDTHS = (1, 8, 128), (8, 64, 128)
-# Up to this depth all combinations are judged; beyond it some that are spread evenly.
+# Up to this depth all combinations are judged, beyond it an evenly spread selection.
 MOST_COMPLETE = 100
-# Up to this depth eager torch is affordable; beyond it the sequential kernel stands in for it.
+# Up to this depth eager torch is affordable. Beyond it the sequential kernel stands in.
 MOST_EAGER = 5000
 # The most draws of a combination before it is called wrong.
 MOST_DRAWS = 16
 
-# The least distance of a pre-activation to ReLU's kink in the grid, as a multiple of their rms: where rounding decides
+# The least distance of a pre-activation from ReLU's kink in the grid, as a multiple of their rms: if rounding decides
 # the side, every method's gradient may be wrong.
 KINK_MARGIN = 1e-4
 
-# The number of layers whose weights and gradients float64 holds at a time.
+# The number of layers whose weights and gradients are in float64 at a time.
 CHUNK = 1000
 
 EPS = torch.finfo(torch.float32).eps
@@ -65,8 +65,8 @@ EPS = torch.finfo(torch.float32).eps
 class Row:
     """One line of the CSV. figure is the parallel solver's; sequential and eager are the other methods', if they ran.
 
-    Errors are relative to the largest value of the exact result, those of "states" to their own; allowed is the most
-    that the rule lets pass.
+    Errors are relative to the largest value of the exact result, and those of "states" to the largest value of each
+    state. allowed is the rule's limit.
     """
 
     date: str
@@ -108,7 +108,7 @@ class Problem:
         return solve(*tensors, activation=self.activation, **options)
 
     def exact(self, part: slice, h0: Tensor, cotangent: Tensor | None = None) -> "Problem":
-        """Some of the layers in float64, from another state on."""
+        """Some of the layers in float64, starting from another state."""
         filter = self.filter.double() if self.filter.is_floating_point() else self.filter
         layers = self.weight[part].double(), self.bias[part].double()
         scales = ((scale if scale.numel() == 1 else scale[part]).double() for scale in (self.alpha, self.beta))
@@ -116,7 +116,7 @@ class Problem:
 
 
 def draw(depth: int, rows: int, width: int, filter: str, c: float, activation: str, seed: int) -> Problem:
-    """A net with initial weights and random biases; alpha and beta of every layer have gradients of their own."""
+    """A net with initial weights and random biases. alpha and beta of every layer have their own gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -180,7 +180,7 @@ def parallel(window: int | None) -> Callable:
 
 
 def exact_results(problem: Problem) -> Iterator[tuple[str, slice, Tensor]]:
-    """(name, layers, exact values) of :func:`results` in float64, part by part: all of it would not fit into memory."""
+    """(name, layers, exact values) of :func:`results` in float64, part by part: the whole would not fit into memory."""
     parts = [slice(start, min(start + CHUNK, problem.depth)) for start in range(0, problem.depth, CHUNK)]
     starts = [problem.h0.double()]
     for part in parts:
@@ -201,7 +201,7 @@ def exact_results(problem: Problem) -> Iterator[tuple[str, slice, Tensor]]:
 
 @dataclass
 class Errors:
-    """The largest error of an element of one result by each method, and the largest exact element."""
+    """The largest element error of one result for each method, and the largest exact element."""
 
     absolute: dict[str, float]
     scale: float = 0.0
@@ -223,7 +223,7 @@ class Errors:
 
 
 def errors(problem: Problem, methods: dict[str, Results]) -> dict[str, Errors]:
-    """The errors by the name of the result."""
+    """The errors by name of the result."""
     largest: dict[str, Errors] = {}
     for name, part, exact in exact_results(problem):
         absolute = {method: _largest(found[name][part].double() - exact) for method, found in methods.items()}
@@ -232,14 +232,14 @@ def errors(problem: Problem, methods: dict[str, Results]) -> dict[str, Errors]:
 
 
 def _largest(values: Tensor) -> float:
-    """The largest element; infinity, not NaN, if one is not finite: it counts as wrong."""
+    """The largest element; infinity, not NaN, if one is not finite, so that it counts as wrong."""
     value = values.abs().max().item()
     return math.inf if math.isnan(value) else value
 
 
 @torch.no_grad()
 def state_errors(problem: Problem, methods: dict[str, Callable]) -> dict[str, float]:
-    """The largest error of an element of any state, over the largest element of its state."""
+    """The largest element error of any state, over the largest element of that state."""
     found = {method: problem.call(solve, return_states=True) for method, solve in methods.items()}
     largest, state = dict.fromkeys(methods, 0.0), problem.h0.double()
     for start in range(0, problem.depth, CHUNK):
@@ -259,13 +259,13 @@ Figures = Iterator[tuple]
 
 # ---- Sweeps of initial nets ------------------------------------------------------------------------------------------
 
-# The default layers, samples and width, and the time steps of an image read pixel by pixel.
+# The default layers, samples and width; and the time steps of an image that is read pixel by pixel.
 INITIAL, IMAGE = (2000, 8, 64), 28 * 28
 
 
 @dataclass(frozen=True)
 class Start:
-    """A net as it is initialised. gain: std(W) sqrt(N). tied: one weight for all layers, and inputs."""
+    """A net at initialisation. gain: std(W) sqrt(N). tied: one weight for all layers, and inputs."""
 
     filter: str = "haar"
     c: float = 1.0
@@ -339,11 +339,11 @@ def sweep_figures(depth: int = DEPTH, steps: tuple[int, ...] = STEPS, window: in
 
 
 def _sweeps(problem: Problem, windows: tuple[int, ...]) -> dict[int, list[tuple]]:
-    """The sweeps of each window, the contraction, and the errors."""
+    """The sweeps, the contraction and the errors, for each window."""
     solved, figures = {}, {}
     for window in windows:
         with record_solves() as solves, warnings.catch_warnings():
-            # A window that does not converge is a figure here, not a warning.
+            # A window that does not converge is recorded as a figure, so the warning is noise.
             warnings.simplefilter("ignore", RuntimeWarning)
             solved[f"by {window}"] = results(problem, parallel(window))
         figures[window] = [*_of_direction(solves, "forward"), *_of_direction(solves, "backward")]
@@ -381,10 +381,10 @@ Cell = tuple[int, float, str, int, int, str]
 
 
 def grid_cells(depth: int) -> list[Cell]:
-    """All 288 combinations up to MOST_COMPLETE; a Latin square of them beyond.
+    """All 288 combinations up to MOST_COMPLETE, and a Latin square of them beyond.
 
-    Each c with each activation, at one of the widths and, the filters taking turns: up to MOST_EAGER with each number
-    of rows (48), beyond with one (16). All nine pairs of rows and width occur.
+    The square has each c with each activation, at one of the widths, with the filters in turn: up to MOST_EAGER with
+    each number of rows (48), beyond with one (16). All nine pairs of rows and width occur.
     """
     if depth <= MOST_COMPLETE:
         return [(depth, *rest) for rest in itertools.product(CS, ACTIVATIONS, ROWS, WIDTHS, FILTERS)]
@@ -401,11 +401,11 @@ def grid_figures(depths: tuple[int, ...] = DEPTHS) -> Figures:
     for number, cell in enumerate(itertools.chain.from_iterable(map(grid_cells, depths))):
         depth, c, activation, rows, width, filter = cell
         setting = f"L={depth} c={c:g} {activation} M={rows} N={width} {filter}"
-        # Weights and two of their gradients, and a chunk in float64.
+        # The weights and two gradients of them, and a chunk in float64.
         needed = 4 * 3 * (depth + CHUNK) * width**2 + 2**30
         available = machine.available_memory_bytes("cpu")
         if available is not None and available < needed:
-            print(f"left out, for it needs {needed / 1e9:.1f} GB: {setting}", flush=True)
+            print(f"left out, because it needs {needed / 1e9:.1f} GB: {setting}", flush=True)
             continue
         name, found, allowed = judge(cell, number)
         yield setting, None, None, name, found["parallel"], found["sequential"], found.get("eager"), allowed
@@ -414,7 +414,7 @@ def grid_figures(depths: tuple[int, ...] = DEPTHS) -> Figures:
 def judge(cell: Cell, number: int = 0) -> tuple[str, dict[str, float], float]:
     """(the result nearest to its limit, or farthest beyond it; the error of each method; the limit).
 
-    A result beyond its limit is judged again together with another draw: the largest error of a few numbers, like
+    A result beyond its limit is judged again together with another draw: the largest error of a few numbers, such as
     alpha's gradient in a single layer, is a matter of luck, eager torch's included.
     """
     depth, c, activation, rows, width, filter = cell
@@ -425,7 +425,7 @@ def judge(cell: Cell, number: int = 0) -> tuple[str, dict[str, float], float]:
         if depth <= MOST_EAGER:
             methods["eager"] = eager_torch
         with warnings.catch_warnings():
-            # The solver leaves a large c to the sequential kernel in the end, and that result is correct too.
+            # For a large c the solver warns and falls back to the sequential kernel. That result is correct too.
             warnings.simplefilter("ignore", RuntimeWarning)
             found = errors(problem, {method: results(problem, solve) for method, solve in methods.items()})
         for name, of_result in found.items():
@@ -440,7 +440,7 @@ def judge(cell: Cell, number: int = 0) -> tuple[str, dict[str, float], float]:
 
 
 def error_figures(depth: int = DEPTH, rows: int = 32, width: int = 64) -> Figures:
-    """All states of initial nets: the parallel solver in its default window and at once, beside the others."""
+    """All states of initial nets: the parallel solver in its default window and at once, and the other methods."""
     for filter, c in itertools.product(FILTERS, (1.0, 3.0)):
         problem = draw(depth, rows, width, filter, c, "tanh", seed=0)
         found = state_errors(problem, {None: parallel(None), depth: parallel(depth), "sequential": F.orthogonal_filter})
@@ -456,7 +456,7 @@ EXPERIMENTS = {"initial": initial_figures, "sweeps": sweep_figures, "grid": grid
 
 
 def rows_of(experiment: str, figures: Figures) -> Iterator[Row]:
-    # Read now: it is the commit of the code that runs, and others may follow during the run.
+    # Read it now: it is the commit of the running code, and HEAD may move during the run.
     commit = runner._commit()
     for figure in figures:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -474,7 +474,7 @@ def line_of(row: Row) -> str:
 
 
 def verdict(rows: list[Row]) -> str:
-    """The result of the grid for each depth."""
+    """The grid's result for each depth, in words."""
     lines = []
     for depth, of_depth in itertools.groupby(rows, lambda row: row.setting.split()[0]):
         of_depth = list(of_depth)
@@ -483,7 +483,7 @@ def verdict(rows: list[Row]) -> str:
         better = sum(row.figure <= row.sequential for row in of_depth)
         lines.append(
             f"{depth}: {passed} of {len(of_depth)} within the rule, {better} at least as exact as the sequential "
-            f"kernel; the nearest to its limit: {worst.figure / worst.allowed:.2f} of it, {worst.measure}, "
+            f"kernel; the worst is at {worst.figure / worst.allowed:.2f} of its limit, {worst.measure}, "
             f"{worst.setting}"
         )
     return "\n".join(lines)
@@ -506,8 +506,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)}; all if not given")
-    parser.add_argument("--depth", type=_positive, action="append", help="instead of the experiment's; several of grid")
+    parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)}; default: all")
+    parser.add_argument("--depth", type=_positive, action="append", help="depth, several for grid; default: its own")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps here")
     args = parser.parse_args(arguments)
@@ -523,7 +523,7 @@ def main(arguments: list[str]) -> int:
             print(line_of(row), flush=True)
             rows.append(row)
             if args.out:
-                # This takes hours: keep the rows found so far, whatever happens.
+                # The run takes hours: keep the rows found so far, whatever happens.
                 write(args.out, rows)
         if name == "grid":
             print(verdict(rows))

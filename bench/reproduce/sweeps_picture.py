@@ -1,4 +1,4 @@
-"""The picture of ``parallel_depth.py sweeps``: sweeps, contraction and errors in the course of training."""
+"""The picture of ``parallel_depth.py sweeps``: sweeps, contraction and errors over the course of training."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from lcw_ops.profile import plot as house
 
 
 def plot(rows: list, path: Path) -> None:
-    """Draw sweeps and contraction with the first filter, and errors with all, over the steps of training."""
+    """Draw sweeps and contraction with the first filter, and errors with all filters, over the training steps."""
     solved = [row for row in rows if row.window is not None]
     settings, windows = (list(dict.fromkeys(getattr(row, name) for row in solved)) for name in ("setting", "window"))
     depth = max(windows)

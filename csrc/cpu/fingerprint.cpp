@@ -1,9 +1,9 @@
-// A number of 64 bits that tells whether a tensor's bytes have changed, at the speed of reading them.
+// A 64-bit number that tells whether a tensor's bytes have changed, at the speed of reading them.
 //
-// It guards values that are computed from a parameter and kept: edits through .data leave no other trace. Every vector
-// of words is mixed in by multiplying, rotating and multiplying, as xxHash does, in lanes that do not wait for each
-// other: one changed word always changes the lane, any other edit goes unseen once in 2^32 lanes it touches, at least
-// 2^64 for edits of more than one lane. Blocks have a fixed size, so that the number does not depend on the threads.
+// It guards cached values that were computed from a parameter: edits through .data leave no other trace. Every vector
+// of words is mixed in by multiplying, rotating and multiplying, as in xxHash, in lanes that do not wait for each
+// other. One changed word always changes its lane. Other edits go unseen once in 2^32 if they touch one lane, at most
+// once in 2^64 if they touch several. Blocks have a fixed size, so that the number does not depend on the threads.
 
 #include <algorithm>
 #include <cstring>
@@ -18,7 +18,7 @@
 namespace lcw_ops {
 namespace {
 
-// 4 vectors of 8 words: multiplications have a latency of 10 cycles, and two follow each other.
+// 4 vectors of 8 words, because a multiplication takes 10 cycles and two depend on each other.
 constexpr int64_t lanes = 32, block_bytes = 1 << 16;
 constexpr uint32_t odd_1 = 2246822519u, odd_2 = 2654435761u;
 

@@ -8,8 +8,8 @@
 // M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
 // 2107.04228.
 //
-// Every element of every tensor is read and written once, and f(g) lives in registers. Bytes of memory an element, and
-// instructions of a vector (8 numbers of float32 in AVX2, 16 in AVX-512) with arctan / tanh / log, loop included:
+// Every element of every tensor is read and written once, and f(g) stays in registers. Bytes of memory per element, and
+// instructions per vector (8 float32 numbers in AVX2, 16 in AVX-512) for arctan / tanh / log, with the loop:
 //
 //                          float32 bytes   AVX2, float32   AVX-512        AVX2, float64
 //   activation                   8          27 / 30 / 35   26 / 29 / 33   35 / 37 / 39
@@ -17,8 +17,8 @@
 //   SGD with momentum           20          45 / 49 / 55   43 / 46 / 51   53 / 55 / 58
 //   AdamW                       28          40 / 44 / 49   38 / 41 / 45   48 / 50 / 52
 //
-// bfloat16 takes 6 (AVX-512: 4) more for an array read and written, float16 42 (34). A core that copies 20 GB/s has
-// the time of some 11 cycles for 8 float32 numbers in the activation, and of 28 in SGD with momentum.
+// bfloat16 takes 6 (AVX-512: 4) more per array that is read and written, float16 42 (34). At 20 GB/s a core has about
+// 11 cycles for 8 float32 numbers in the activation, and 28 in SGD with momentum.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -35,8 +35,8 @@
 namespace lcw_ops {
 namespace {
 
-// All tensors of a call are one range of units, shared out among threads at once: a unit is a whole number of cache
-// lines in every dtype, and the last one of a tensor may be shorter.
+// All tensors of a call form one range of units, which threads share. A unit is a whole number of cache lines in every
+// dtype; the last unit of a tensor may be shorter.
 constexpr int64_t unit = 64;
 
 enum class Kind { arctan, tanh, log };
@@ -48,7 +48,7 @@ Kind to_kind(const char* op, const std::string& name) {
   return Kind::log;
 }
 
-// A list of tensors as torch hands it over: stable::Tensor would allocate once more for each of them.
+// A list of tensors as handles from torch: stable::Tensor would allocate once more for each tensor.
 class Tensors {
  public:
   explicit Tensors(StableListHandle list) {
@@ -76,7 +76,7 @@ class Tensors {
 
 // ---- Vectors of numbers from and to memory --------------------------------------------------------------------------
 
-// 16-bit numbers are taken two vectors at once: the halves of 32-bit words, which need no shuffles to come apart.
+// 16-bit numbers are loaded as two vectors at once, the halves of 32-bit words, which come apart without shuffles.
 template <class Isa, typename E>
 struct Memory {
   using T = Computed<E>;
@@ -118,8 +118,8 @@ struct Memory {
   LCW_INLINE static Bits join(Wide low, Wide high, BFloat16) {
     return (round(low) >> 16) | (round(high) & 0xffff0000u);
   }
-  // In the upper half. A NaN stays one: it comes from a NaN of 16 bits, or is the processor's or Python's own, so no
-  // lower bit is set that could carry.
+  // The result is in the upper half. A NaN stays NaN: it comes from a NaN of 16 bits, or is the processor's or Python's
+  // own, so it has no lower bit set that could carry.
   LCW_INLINE static Bits round(Wide value) {
     const Bits bits = bits_of(value);
     return bits + 0x7fff + ((bits >> 16) & 1);
@@ -161,7 +161,7 @@ struct Activation {
   }
 };
 
-// The lanes of a square root one by one, which the compiler puts together.
+// The square root lane by lane; the compiler makes vectors of it.
 template <class Isa, typename T>
 LCW_INLINE auto square_root(typename Vector<T, Isa::vector_bytes>::type value) {
   T lane[Vector<T, Isa::vector_bytes>::lanes];
@@ -171,7 +171,7 @@ LCW_INLINE auto square_root(typename Vector<T, Isa::vector_bytes>::type value) {
   return value;
 }
 
-// The larger of two averages of squares: numbers that are not negative have the order of their bits, and a NaN of
+// The larger of two averages of squares. Numbers that are not negative have the order of their bits, and a NaN of
 // either sign comes last.
 template <class Isa, typename T>
 LCW_INLINE auto larger(typename Vector<T, Isa::vector_bytes>::type a, typename Vector<T, Isa::vector_bytes>::type b) {
@@ -180,7 +180,7 @@ LCW_INLINE auto larger(typename Vector<T, Isa::vector_bytes>::type a, typename V
 
 // ---- One tensor, or the tensors of one parameter --------------------------------------------------------------------
 
-// `written` arrays come first; the rest is read only.
+// The arrays that are written come first; the others are only read.
 template <int arrays>
 struct Item {
   void* at[arrays];
@@ -188,7 +188,7 @@ struct Item {
   ScalarType type;
 };
 
-// step(vectors), which changes the first `written` of its `arrays` vectors, for `count` elements from `first` on.
+// Calls step(vectors), which changes the first `written` of its `arrays` vectors, for `count` elements from `first` on.
 template <class Isa, typename E, int arrays, int written, typename Step>
 LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t count, const Step& step) {
   using M = Memory<Isa, E>;
@@ -215,7 +215,7 @@ LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t co
       for (int a = 0; a < written; ++a) M::store(parts[a], at[a] + i);
     }
     if (left == 0 || at[0] == rest[0]) break;
-    // Copy the rest into whole vectors: by the same code, an element has the same bits wherever it lies.
+    // Copy the rest into whole vectors: the same code gives an element the same bits wherever it lies.
     for (int a = 0; a < arrays; ++a) {
       std::copy(at[a] + whole, at[a] + count, rest[a]);
       at[a] = rest[a];
@@ -226,7 +226,7 @@ LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t co
     for (int a = 0; a < written; ++a) std::copy(rest[a], rest[a] + left, static_cast<E*>(item.at[a]) + first + whole);
 }
 
-// task(Isa{}, item, first, count) for pieces of the items, on all threads.
+// Calls task(Isa{}, item, first, count) for pieces of the items, on all threads.
 template <int arrays, typename Task>
 void for_each_piece(const std::vector<Item<arrays>>& items, const Task& task) {
   std::vector<int64_t> ends(items.size());
@@ -242,7 +242,7 @@ void for_each_piece(const std::vector<Item<arrays>>& items, const Task& task) {
   });
 }
 
-// f(E{}) for the numbers of a tensor.
+// Calls f(E{}) with the element type of a tensor.
 template <typename F>
 LCW_INLINE void with_numbers(ScalarType type, const F& f) {
   switch (type) {
@@ -253,7 +253,7 @@ LCW_INLINE void with_numbers(ScalarType type, const F& f) {
   }
 }
 
-// f with the kind as a type, so that the choice is made once and not for every element.
+// Calls f with the kind as a type, so that the choice is made once and not for every element.
 template <typename F>
 void with_kind(Kind kind, const F& f) {
   switch (kind) {
@@ -288,7 +288,7 @@ bool is_cpu(AtenTensorHandle tensor) {
   return ask<int32_t>(aoti_torch_get_device_type, tensor) == cpu;
 }
 
-// (stride, size) of every dimension along which there is a step, in the order of the dimensions.
+// (stride, size) of every dimension whose size is not 1, in the order of the dimensions.
 std::vector<std::pair<int64_t, int64_t>> steps(AtenTensorHandle tensor) {
   const int64_t *sizes = ask<int64_t*>(aoti_torch_get_sizes, tensor),
                 *strides = ask<int64_t*>(aoti_torch_get_strides, tensor);
@@ -310,13 +310,13 @@ bool is_dense(AtenTensorHandle tensor) {
   return true;
 }
 
-// Whether element by element both lie in the same order, given that one of them is dense.
+// Whether both have their elements in the same order in memory, given that one of them is dense.
 bool lie_alike(AtenTensorHandle one, AtenTensorHandle other) {
   if (is_contiguous(one) && is_contiguous(other)) return numel(one) == numel(other);
   return steps(one) == steps(other);
 }
 
-// The type of a tensor that the kernels take. A sparse one has no strides to ask for.
+// The type of a tensor, if the kernels take it. Its layout is checked first, because a sparse one has no strides.
 std::optional<ScalarType> taken_type(AtenTensorHandle tensor) {
   static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
                        bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
@@ -338,7 +338,7 @@ void* memory(AtenTensorHandle tensor, bool is_written) {
 
 int64_t size_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
-// Whether two of the tensors to be changed, or of the parameters, share memory.
+// Whether two of the tensors that will be changed, or two of the parameters, share memory.
 template <int arrays>
 bool share_memory(const std::vector<Item<arrays>>& items) {
   AddressRanges ranges;
@@ -347,7 +347,7 @@ bool share_memory(const std::vector<Item<arrays>>& items) {
   return ranges.meet();
 }
 
-// run(items) with the tensors of every parameter, `written` ones first; unless they are refused.
+// Calls run(items) with the tensors of every parameter, the `written` ones first, unless it refuses them.
 template <int arrays, typename Run>
 Refusal with_items(const char* op, const std::array<const Tensors*, arrays>& lists, int written, const Run& run) {
   const Tensors& params = *lists[0];
@@ -418,7 +418,7 @@ Refusal sgd_step(
   const char* op = "activated_sgd_step_";
   const Kind kind = to_kind(op, kind_name);
   const double sign = maximize ? -1 : 1;
-  // The activation is odd: its argument's sign is beta's.
+  // The activation is odd, so beta can carry the sign of the argument.
   const double signed_beta = on_momentum ? beta : sign * beta;
   const auto run = [&](auto kind_type, auto at_momentum, const auto& items) {
     constexpr int arrays = sizeof(items[0].at) / sizeof(void*), gradient = arrays - 1;
@@ -430,7 +430,7 @@ Refusal sgd_step(
         using Wide = typename Memory<Isa, E>::Wide;
         const Activation<kind_type(), T> activation{T(alpha), T(signed_beta)};
         const T rate = T(lr), decay = T(weight_decay), keep = T(momentum), add = T(1 - dampening), turn = T(sign);
-        // In registers: the loop's stores could change what lies in memory.
+        // Copied into registers, because the loop's stores could change what is in memory.
         const bool decays = weight_decay != 0, starts = is_first, looks_ahead = nesterov;
         step_through<Isa, E, arrays, gradient>(items[i], first, count, [&](auto* vectors) LCW_LAMBDA_INLINE {
           Wide d;
@@ -461,7 +461,7 @@ Refusal sgd_step(
   return with_items<2>(op, {&params, &grads}, 1, run_all);
 }
 
-// The numbers that AdamW's step takes from the count of steps.
+// The numbers in AdamW's step that depend on the count of steps.
 struct Correction {
   double step_size, inverse_root;
 };
@@ -470,7 +470,7 @@ double to_count(AtenTensorHandle step) {
   const std::optional<ScalarType> type = taken_type(step);
   STD_TORCH_CHECK(
       numel(step) == 1 && (type == ScalarType::Float || type == ScalarType::Double),
-      "activated_adamw_step_: a count of steps is no float32 number on the CPU; call lcw_ops.optim.AdamW");
+      "activated_adamw_step_: a count of steps is not a float32 number on the CPU; call lcw_ops.optim.AdamW");
   const void* count = memory(step, false);
   return type == ScalarType::Float ? *static_cast<const float*>(count) : *static_cast<const double*>(count);
 }
@@ -489,7 +489,7 @@ Refusal adamw_step(
   double previous = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const double count = to_count(state_steps[i]);
-    // Nearly always one count serves all tensors, and powers take longer than a small tensor.
+    // Nearly always all tensors have one count, and the powers take longer than a small tensor.
     if (i > 0 && count == previous)
       corrections.push_back(corrections.back());
     else
@@ -545,7 +545,7 @@ STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
   m.impl("activated_adamw_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::adamw_step>::raising));
 }
 
-// On every device: a tensor that is not on the CPU is an answer too.
+// For every device, because a tensor that is not on the CPU gets an answer too.
 STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CompositeExplicitAutograd, m) {
   m.impl("try_gradient_activation_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::gradient_activation>::answering));
   m.impl("try_activated_sgd_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::sgd_step>::answering));

@@ -1,14 +1,14 @@
-// atan, tanh and sign(x) ln(1 + |x|) of a vector of numbers at once, with the compiler's vectors: no branch, no table.
+// atan, tanh and sign(x) ln(1 + |x|) of a vector of numbers, with the compiler's vector types: no branches, no tables.
 //
 //   atan:  t = (x - c) / (1 + c x), with c = 0 up to 2/3 and near 1.5 beyond;  atan(x) = atan(c) + t + t^3 Q(t^2).
 //   tanh:  e / (e + 2) with e = expm1(2|x|) = 2^n expm1(r) + (2^n - 1), 2|x| = n ln 2 + r.
-//   log:   2^k m = 1 + |x| with m in [0.75, 1.5), f = m - 1 with what 1 + |x| lost by rounding added;
+//   log:   2^k m = 1 + |x| with m in [0.75, 1.5), f = m - 1 plus the rounding error of 1 + |x|;
 //          ln = k ln 2 + f - s (f - s^2 Q(s^2)), s = f / (2 + f)  (T. Sun's log1p, fdlibm, 1993).
 //
-// All of |x|, and the sign put back: odd to the last bit, -0 stays -0. NaN stays NaN. Errors stay below 2, 3 and 2
-// units in the last place over all numbers, denormal ones too (tested); the largest found are, of every float32 from
-// 2^-9 to 16, 1.38, 2.52, 0.90 (without multiply-add 1.52, 2.56, 1.07), of millions of float64 1.32, 2.49, 1.25 (1.47,
-// 2.49, 1.48).
+// Each is computed from |x| and then given the sign of x: odd to the last bit, -0 stays -0. NaN stays NaN. Errors stay
+// below 2, 3 and 2 units in the last place over all numbers, denormal ones too (tested). The largest that were found
+// are 1.38, 2.52, 0.90 among all float32 from 2^-9 to 16 (without multiply-add 1.52, 2.56, 1.07), and 1.32, 2.49, 1.25
+// among millions of float64 (1.47, 2.49, 1.48).
 #pragma once
 
 #include <limits>
@@ -19,8 +19,8 @@
 namespace lcw_ops {
 
 // The layout of a number's bits, and the coefficients of Q, highest power first (minimax for atan, Chebyshev
-// interpolation for log; each adds less than 0.2 ulp to the result). expm1's are those of vector_math.h. `angle` is
-// atan(center), to a thousandth of its last place: such centers are rare.
+// interpolation for log; each adds less than 0.2 ulp to the result). expm1's are those of vector_math.h. `center` is
+// one of the rare numbers whose atan, `angle`, is exact to a thousandth of its last place.
 template <typename T>
 struct GradientFunctionTraits;
 
@@ -52,7 +52,7 @@ struct GradientFunctionTraits<double> {
                                    0.22222223037807243, 0.2857142856733919, 0.400000000000078,   0.6666666666666666};
 };
 
-// The three functions of a vector of an instruction set.
+// The three functions, for the vectors of an instruction set.
 template <class Isa, typename T>
 struct GradientFunctions {
   using Traits = GradientFunctionTraits<T>;
@@ -81,7 +81,7 @@ struct GradientFunctions {
   LCW_INLINE static Wide atan(Wide x) {
     const Bits sign = as<Bits>(x) & Traits::sign;
     const Wide magnitude = as<Wide>(as<Bits>(x) ^ sign);
-    // Far out the result has long been pi/2, and an infinity must not be divided. A NaN is not above.
+    // Beyond 2^60 the result has long been pi/2, and an infinity must not be divided. A NaN compares false and stays.
     const Wide bounded = magnitude > T(0x1p+60) ? Wide{} + T(0x1p+60) : magnitude;
     const auto is_outer = magnitude > T(0.667);
     const Wide center = is_outer ? Wide{} + Traits::center : Wide{};
@@ -96,7 +96,7 @@ struct GradientFunctions {
     using Exp = ExpTraits<T>;
     const Bits sign = as<Bits>(x) & Traits::sign;
     const Wide magnitude = as<Wide>(as<Bits>(x) ^ sign);
-    // Beyond the limit tanh has long been 1. A NaN is not above.
+    // Beyond the limit tanh has long been 1. A NaN compares false and stays.
     const Wide twice = magnitude > Exp::limit / 2 ? Wide{} + Exp::limit : magnitude + magnitude;
     const Wide shifted = twice * T(1.44269504088896340736) + Exp::round_shift;
     const Wide n = shifted - Exp::round_shift;
@@ -111,26 +111,26 @@ struct GradientFunctions {
     const Bits sign = as<Bits>(x) & Traits::sign;
     const Wide magnitude = as<Wide>(as<Bits>(x) ^ sign);
     const Wide u = T(1) + magnitude;
-    // u is 1 or more: no exponent is negative.
+    // u is at least 1, so its exponent is not negative.
     const Bits exponent = (as<Bits>(u) - Traits::three_quarters) & Traits::infinity;
     const Wide mantissa = as<Wide>(as<Bits>(u) - exponent);
-    // 2^-k, or 0 where the 1, and so what its sum has lost, is far below the last place.
+    // 2^-k, or 0 where the 1, and with it the rounding error of the sum, is far below the last place.
     const Signed lowered = as<Signed>(Traits::one - exponent);
     const Wide power = as<Wide>(lowered > 0 ? lowered : Signed{});
     const Wide f = (mantissa - T(1)) + (magnitude - (u - T(1))) * power;
     const Wide s = f / (T(2) + f), square = s * s;
     const Wide value = to_number(exponent) * T(0.69314718055994530942) +
         (f - s * (f - square * polynomial(Traits::log, square)));
-    // The bits of an infinity or a NaN are no power of 2.
+    // The exponent bits of an infinity or a NaN do not give a power of 2.
     const Wide finite = magnitude <= std::numeric_limits<T>::max() ? value : magnitude;
     return as<Wide>(as<Bits>(finite) | sign);
   }
 
  private:
-  // k from the place of the exponent.
+  // k from the exponent's bits.
   LCW_INLINE static Wide to_number(Bits exponent) {
     const Bits k = exponent >> Traits::mantissa_bits;
-    // Few processors convert integers of 64 bits: laid into the low bits of a large number, and that subtracted.
+    // Few processors convert 64-bit integers: add k to the low bits of a large number, then subtract that number.
     const Wide shift = Wide{} + ExpTraits<T>::round_shift;
     return as<Wide>(as<Bits>(shift) + k) - shift;
   }

@@ -5,14 +5,14 @@
 //             B^T g:      g_j - t,  j < m,                      t = sum_{j<m} g_j / (s (s+1)) + g_m / s
 //
 // T. Kutsuna, arXiv 2403.13833; B is Householder's, as in lcw_ops/reference/lcw_linear.py. A row is read twice, the
-// second time from cache, and written once: bound by memory. Sums in float64, so that a row of large mean keeps the
-// digits of what is left of it; rows in parallel, every sum in a fixed order.
+// second time from cache, and written once: bound by memory. Sums are in float64, so that a row of large mean keeps its
+// digits when the mean is subtracted. Rows run in parallel; every sum has a fixed order.
 //
-// The layer y = X w^T + b multiplies the parameter V itself, with X' = X B, for <B v, x> = <v, B^T x>. X' is X less one
-// number per row: it is made while X is copied for the product, and costs a pass over X to find the numbers.
+// The layer y = X w^T + b multiplies the parameter V itself, by X' = X B, because <B v, x> = <v, B^T x>. X' is X minus
+// one number per row. It is made while X is copied for the product; finding the numbers costs a pass over X.
 //   Y = X' V^T + b        dX = (dY V) B^T        dV = dY^T X'        db = sum of dY's rows
-// 2 M m n operations each, by the faster of the multipliers (blas/matmul.h). From a dozen samples on bound by
-// arithmetic, below by reading V, or writing dV, once.
+// Each takes 2 M m n operations, by the faster of the multipliers (blas/matmul.h). From a dozen samples on it is bound
+// by arithmetic, below that by reading V, or writing dV, once.
 
 #include <array>
 #include <cmath>
@@ -30,7 +30,7 @@ namespace {
 
 enum class Map { centre, embed, project };  // embed: B v; project: B^T g
 
-// Partial sums side by side, added up in the end: they do not wait for each other.
+// Partial sums side by side do not wait for each other. They are added at the end.
 template <typename E>
 LCW_INLINE double sum(const E* row, int64_t count) {
   constexpr int64_t lanes = 16;
@@ -53,7 +53,7 @@ LCW_INLINE double find_shift(Map map, const E* row, int64_t in_length) {
   return sum(row, in_length - 1) / (s * (s + 1)) + double(load(row[in_length - 1])) / s;
 }
 
-// One row; `out` may be `in`, where both are of one type.
+// Maps one row. `out` may be `in` if both have one type.
 template <typename In, typename Out>
 LCW_INLINE void map_row(Map map, const In* in, int64_t in_length, Out* out) {
   using T = Computed<In>;
@@ -65,14 +65,15 @@ LCW_INLINE void map_row(Map map, const In* in, int64_t in_length, Out* out) {
   if (map == Map::embed) store(T(-shift * (std::sqrt(double(in_length + 1)) + 1)), out[in_length]);
 }
 
-// Everything but dimension 0 is one row.
+// All dimensions but the first form a row.
 Tensor map_rows(Map map, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() >= (map == Map::centre ? 1 : 2), "lcw_weight: not rows; call lcw_ops.functional");
+  STD_TORCH_CHECK(
+      tensor.dim() >= (map == Map::centre ? 1 : 2), "lcw_weight: the weight must have rows; call lcw_ops.functional");
   const Tensor in = as_contiguous(tensor);
   const int64_t count = in.size(0);
   int64_t length = 1;
   for (int64_t d = 1; d < in.dim(); ++d) length *= in.size(d);
-  STD_TORCH_CHECK(map != Map::project || length >= 1, "lcw_weight_backward: rows of at least one element");
+  STD_TORCH_CHECK(map != Map::project || length >= 1, "lcw_weight_backward: the rows of grad_output are empty");
   const int64_t out_length = map == Map::centre ? length : map == Map::embed ? length + 1 : length - 1;
   Tensor out = map == Map::centre ? new_large(in, in.sizes()) : new_large(in, {count, out_length});
   if (out.numel() == 0) return out;
@@ -93,18 +94,18 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
   return map_rows(basis ? Map::project : Map::centre, grad_output);
 }
 
-// The layer by our own products: made for few samples, and for any number if no library is faster, as in 16 bits on
-// processors without such instructions. Matrices lie in memory as numbers of type E and are computed in type T.
+// The layer with our own products. They are made for few samples, and serve any number if no library is faster, as in
+// 16 bits on processors without such instructions. Matrices are stored in type E and computed in type T.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
   static constexpr bool is_narrow = !std::is_same_v<E, T>;
-  // Samples up to which copying the parameter would cost more than it saves.
+  // The most samples for which copying the parameter would cost more than it saves.
   static constexpr int64_t few_samples = is_narrow ? 16 : 64;
   int64_t samples, n, m;  // m: columns of the parameter
   int64_t in_features;
 
-  // The numbers by which X' is less than X.
+  // The number that X' subtracts from each row of X.
   std::vector<T> find_shifts(const E* x) const {
     std::vector<T> shifts(samples);
     const Map map = m == in_features ? Map::centre : Map::project;
@@ -114,7 +115,7 @@ struct Layer {
     return shifts;
   }
 
-  // Few rows of X less their shifts, or of dY, one after another in T.
+  // Copies a few rows of X minus their shifts, or of dY, without gaps and in T.
   static void copy_rows(
       const E* in, const std::vector<T>* shifts, int64_t rows, int64_t columns, int64_t stride, T* out) {
     for_each_part(rows, rows, [&](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -129,10 +130,10 @@ struct Layer {
     const std::vector<T> shifts = find_shifts(x);
     if (samples > few_samples)
       return multiply_on_threads<E>({x, in_features, 1, shifts.data()}, {v, 1, m}, samples, n, m, bias, y, n);
-    // A few samples against rows of V: both lie along what is summed over, and V is read as it lies.
+    // A few samples times rows of V: both are contiguous along the dimension that is summed, so V is read in place.
     Buffer<T> projected(samples * m);
     copy_rows(x, &shifts, samples, m, in_features, projected.data());
-    // As many rows of V as stay in the nearest cache while all samples pass; a single sample takes eight at a time.
+    // As many rows of V as stay in the nearest cache for all samples; a single sample takes eight at a time.
     const int64_t units = samples % 2 ? 8 : 4;
     const T* rows = projected.data();
     const int64_t blocks = (n + units - 1) / units;
@@ -187,7 +188,7 @@ struct Layer {
         grad, x, in_features, shifts.data(), out, [](auto, int64_t, int64_t) LCW_LAMBDA_INLINE {});
   }
 
-  // In float64, units side by side, in partial sums: samples have no bound.
+  // In float64 and in partial sums, because samples have no bound; units side by side.
   void grad_bias(const E* grad, E* out) const {
     constexpr int64_t width = 32, terms = 64;
     const int64_t grain = std::max(width, grain_of(samples));
@@ -212,7 +213,7 @@ void check_layer(const Tensor& x, const Tensor& weight, bool basis) {
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
           type == ScalarType::Half,
-      "lcw_linear: float32, float64, bfloat16 or float16; call lcw_ops.functional.lcw_linear");
+      "lcw_linear: x must be float32, float64, bfloat16 or float16; call lcw_ops.functional.lcw_linear");
   STD_TORCH_CHECK(
       x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) + int64_t(basis) && x.is_cpu() &&
           weight.is_cpu() && x.scalar_type() == weight.scalar_type(),
@@ -232,7 +233,7 @@ Tensor centre_in_place(Tensor tensor) {
   return tensor;
 }
 
-// Each of the three passes by our own kernels, or by torch's product with the constraint laid on x or on the weight,
+// Each of the three passes takes our own kernels, or torch's product with the constraint applied to x or to the weight,
 // whichever is smaller. No size is 0.
 
 Tensor forward(Multiplier by, Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis) {
@@ -319,13 +320,13 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
       !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
       "lcw_linear: the bias does not fit; call lcw_ops.functional.lcw_linear");
   const WithoutGradients guard;
-  // The weight of a layer without inputs has nothing to constrain.
+  // An empty weight has nothing to constrain.
   const bool is_empty = samples == 0 || n == 0 || m == 0;
   if (is_empty) return linear(stable::new_zeros(x, {samples, m}), weight, bias);
   return forward(choose_for(Pass::forward, x.scalar_type(), {samples, n, m}, deterministic), x, weight, bias, basis);
 }
 
-// The gradients of x, weight and bias; an empty tensor for one that is not needed.
+// The gradients of x, weight and bias. A gradient that is not needed is an empty tensor.
 std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
     Tensor grad_output, Tensor x, Tensor weight, bool basis, bool deterministic, bool needs_x, bool needs_weight,
     bool needs_bias) {

@@ -1,11 +1,11 @@
-// sin t and cos t of a vector of angles at once, with the compiler's vectors.
+// sin t and cos t of a vector of angles, with the compiler's vector types.
 //
-// t = n pi/2 + r with |r| a little above pi/4 at most, n to the nearest; then sin r = r + r^3 S(r^2), cos r = 1 - r^2/2
-// + r^4 C(r^2), exchanged and negated by n mod 4. The polynomials are minimax for the relative error, 7e-9 in float32
-// and 4e-18 in float64. pi/2 is subtracted in three parts, each so short, or by a multiply-add so exact, that nothing
-// is rounded before what cancels has cancelled (W. J. Cody, W. Waite, "Software Manual for the Elementary Functions",
-// 1980). Error under 2 ulp in float32 and 2.5 in float64 up to |t| = 1e6, near multiples of pi/2 too, and exact at 0
-// (tested); beyond, libm takes over.
+// t = n pi/2 + r, where n is rounded to the nearest and |r| is at most a little above pi/4. Then
+// sin r = r + r^3 S(r^2), cos r = 1 - r^2/2 + r^4 C(r^2), exchanged and negated by n mod 4. The polynomials are minimax
+// for the relative error, 7e-9 in float32 and 4e-18 in float64. pi/2 is subtracted in three parts. They are so short,
+// or a multiply-add is so exact, that nothing is rounded before the cancellation (W. J. Cody, W. Waite, "Software
+// Manual for the Elementary Functions", 1980). The error is under 2 ulp in float32 and 2.5 in float64 up to |t| = 1e6,
+// near multiples of pi/2 too, and 0 at 0 (tested). Beyond, libm takes over.
 #pragma once
 
 #include <cmath>
@@ -43,7 +43,7 @@ struct SincosTraits<double> {
                                       0.000024801587288841375139, -0.001388888888887304033, 0.041666666666666592832};
 };
 
-// Beyond it, n times a part of pi/2 is no longer exact.
+// Beyond this limit n times a part of pi/2 is not exact.
 template <typename T>
 constexpr T sincos_limit = T(1 << 20);
 
@@ -55,7 +55,7 @@ LCW_INLINE Wide evaluate(const T (&coefficients)[count], Wide square) {
   return value;
 }
 
-// Right for |t| <= sincos_limit. Any other angle has an arbitrary result, without a trap.
+// Correct for |t| <= sincos_limit. For other angles the result is arbitrary, without a trap.
 template <class Isa, typename T>
 LCW_INLINE void sincos(
     typename Vector<T, Isa::vector_bytes>::type t, typename Vector<T, Isa::vector_bytes>::type& sine,
@@ -71,7 +71,7 @@ LCW_INLINE void sincos(
     r = r - n * Traits::half_pi[1];
     r = r - n * Traits::half_pi[2];
   } else {
-    // No exact product of float32: float64 has the digits.
+    // A product is not exact in float32 here; float64 has the digits.
     using Double = typename Vector<double, 2 * Isa::vector_bytes>::type;
     using Parts = SincosTraits<double>;
     const Double long_n = __builtin_convertvector(n, Double);
@@ -87,7 +87,7 @@ LCW_INLINE void sincos(
   Bits quadrant;
   std::memcpy(&quadrant, &shifted, sizeof quadrant);
   constexpr int to_sign = 8 * sizeof(T) - 2;
-  // By the sign bit, which is what a selection of AVX2 looks at.
+  // In the sign bit, which a selection of AVX2 looks at.
   const Bits is_odd = quadrant << (to_sign + 1) < 0;
   const Bits sine_sign = (quadrant & 2) << to_sign, cosine_sign = ((quadrant + 1) & 2) << to_sign;
   Bits sine_bits, cosine_bits;

@@ -1,4 +1,4 @@
-// Tensors of torch's stable ABI as memory of known numbers.
+// Tensors of torch's stable ABI as memory of a known type.
 #pragma once
 
 #include <algorithm>
@@ -20,15 +20,15 @@ namespace stable = torch::stable;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Fewer elements than these on a thread take less time than waking it.
+// Fewer elements than this take less time than waking a thread.
 constexpr int64_t least_elements = 16384;
 
-// The steps of a loop that a thread takes at least, if every step takes this many elements.
+// The least number of steps that a thread takes of a loop, if every step takes this many elements.
 inline int64_t grain_of(int64_t elements) {
   return std::max<int64_t>(1, least_elements / std::max<int64_t>(elements, 1));
 }
 
-// f(E{}) for the element type of a tensor.
+// Calls f(E{}) with the element type of a tensor.
 template <typename F>
 auto with_elements(const Tensor& tensor, const F& f) {
   switch (tensor.scalar_type()) {
@@ -36,16 +36,16 @@ auto with_elements(const Tensor& tensor, const F& f) {
     case ScalarType::Double: return f(double{});
     case ScalarType::BFloat16: return f(BFloat16{});
     case ScalarType::Half: return f(Half{});
-    default: STD_TORCH_CHECK(false, "lcw_ops: float32, float64, bfloat16 or float16; call lcw_ops.functional");
+    default: STD_TORCH_CHECK(false, "lcw_ops: expected float32, float64, bfloat16 or float16; call lcw_ops.functional");
   }
 }
 
-// torch's own asks the dispatcher even if there is nothing to do.
+// stable::contiguous calls the dispatcher even if there is nothing to do.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : stable::contiguous(tensor);
 }
 
-// Whether a tensor on the CPU has these sizes and the dtype of another.
+// Whether a tensor is on the CPU and has these sizes and the dtype of `like`.
 inline bool fits(const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes) {
   if (tensor.dim() != int64_t(sizes.size()) || tensor.scalar_type() != like.scalar_type() || !tensor.is_cpu())
     return false;
@@ -61,7 +61,7 @@ inline Tensor zeros_if(bool needed, const Tensor& like) {
   return needed ? stable::new_zeros(like, like.sizes()) : no_elements(like);
 }
 
-// A result of the weight's size.
+// A result that may be as large as a weight.
 inline Tensor new_large(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   Tensor tensor = stable::new_empty(like, sizes);
   prefer_large_pages(tensor);
@@ -91,7 +91,7 @@ const E* data(const Tensor& tensor) {
   return static_cast<const E*>(tensor.const_data_ptr());
 }
 
-// Autograd does not record what the ops call.
+// While this exists, autograd does not record the calls that an op makes.
 struct WithoutGradients {
   bool was_enabled = aoti_torch_grad_mode_is_enabled();
   WithoutGradients() { aoti_torch_grad_mode_set_enabled(false); }

@@ -10,14 +10,14 @@
 
 namespace lcw_ops {
 
-// work(isa, first, last) for ranges of units, each of which costs `elements`.
+// Calls work(isa, first, last) for ranges of units. A unit costs as much as `elements` elements.
 template <typename Work>
 void for_each_unit(int64_t units, int64_t elements, const Work& work) {
   for_each_part(units, grain_of(elements), work);
 }
 
-// From the gradients (n, m) of the rows to the gradients of what the rows are made from. `Rows` has make(unit, kept,
-// row) and backward(unit, kept, row, gradient).
+// Turns the gradients (n, m) of the rows into the gradients of their parameters. `Rows` has make(unit, kept, row) and
+// backward(unit, kept, row, gradient).
 template <template <typename> class Rows, typename T>
 void backward_rows(const Rows<T>& rows, const Source<T>& grad, int64_t n) {
   const int64_t m = rows.m;
@@ -33,12 +33,12 @@ void backward_rows(const Rows<T>& rows, const Source<T>& grad, int64_t n) {
   });
 }
 
-// For every unit and sample dL/dz = scale dL/dy act'(z), and for every unit, over the samples, the sums of
-// dL/dy act(z), of dL/dz and of dL/dy: in float64, in a fixed order, each unless its target is nowhere.
+// Computes dL/dz = scale dL/dy act'(z) for every unit and sample, and for every unit the sums over the samples of
+// dL/dy act(z), dL/dz and dL/dy, in float64 and in a fixed order. A result without a target is left out.
 template <typename T>
 struct UnitGradients {
   int64_t samples, n;
-  Source<T> grad, activated;  // activated: nowhere without an activation, if no sum needs it
+  Source<T> grad, activated;  // activated: without data if there is no activation and no sum needs it
   const T* scale;
   bool relu;
   std::atomic<bool>* overflowed = nullptr;  // set if finite numbers have an infinite product
@@ -73,7 +73,7 @@ struct UnitGradients {
           if (activated.data)
             a = whole(activated.template read<Isa>(i * n + j, count, activated_buffer), activated_buffer);
           for (int64_t u = 0; u < width; ++u) {
-            // A NaN is not behind the ReLU.
+            // A NaN passes the ReLU.
             dz[u] = relu && a[u] <= T(0) ? T(0) : factor[u] * dy[u];
             infinite |= int(!(std::abs(dz[u]) <= largest)) & int(std::abs(dy[u]) <= largest);
             part[0][u] += dy[u] * a[u];

@@ -1,4 +1,4 @@
-// Tensors of any floating dtype, read and written in the type in which they are computed: 16 bits in float32.
+// Tensors of any floating dtype, read and written in the type that they are computed in: float32 for 16 bits.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace lcw_ops {
 
-// Numbers of a tensor to read: where they lie, or widened into a buffer.
+// Numbers of a tensor to read: in place, or widened into a buffer.
 template <typename T>
 struct Source {
   const void* data;
@@ -25,7 +25,7 @@ struct Source {
   }
 };
 
-// Numbers of a tensor to write. Nowhere, if `data` is nullptr.
+// Numbers of a tensor to write. If `data` is nullptr, there is no target.
 template <typename T>
 struct Target {
   void* data = nullptr;
@@ -48,19 +48,19 @@ Source<T> source(const Tensor& tensor) {
   return {tensor.numel() > 0 ? tensor.const_data_ptr() : nullptr, tensor.scalar_type()};
 }
 
-// A tensor without elements is nowhere.
+// A tensor without elements is not a target.
 template <typename T>
 Target<T> target(Tensor& tensor) {
   return {tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr, tensor.scalar_type()};
 }
 
-// f(T{}) for the type in which a tensor's numbers are computed.
+// Calls f(T{}) with the type that a tensor's numbers are computed in.
 template <typename F>
 void with_computed(const Tensor& tensor, const F& f) {
   with_elements(tensor, [&](auto element) { f(Computed<decltype(element)>{}); });
 }
 
-// A whole tensor in the type in which it is computed: its own memory, or a wider copy.
+// A whole tensor in the type that it is computed in: its own memory, or a wider copy.
 template <typename T>
 class Wide {
  public:
@@ -98,7 +98,7 @@ class WideOrNothing {
 template <typename T>
 constexpr ScalarType scalar_type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Calls compute(T*) with the tensor's memory, or with wider memory that is then rounded into it; with nullptr where the
+// Calls compute(T*) with the tensor's memory, or with wider memory that is then rounded into it; with nullptr if the
 // tensor has no elements.
 template <typename T, typename Compute>
 void computed_in(Tensor& result, const Compute& compute) {

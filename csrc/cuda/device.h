@@ -1,8 +1,8 @@
 // The facilities that only a GPU has, in small functions: dynamic shared memory, thread-block clusters, barriers in
-// shared memory and the copy engine (PTX ISA 8.1, sm_90 and later). tests/cuda_emulator/device.h is the same for a CPU.
+// shared memory and the copy engine (PTX ISA 8.1, sm_90 and later). tests/cuda_emulator/device.h has them for a CPU.
 //
-// An mbarrier counts arrivals and bytes; a phase ends when both are complete, and the waiter names the phase's parity:
-// 0, 1, 0, ... A fresh one is in phase 0, so a wait for parity 1 returns at once.
+// An mbarrier counts arrivals and bytes. A phase ends when both are complete, and the waiter names the phase's parity:
+// 0, 1, 0, ... A new mbarrier is in phase 0, so a wait for parity 1 returns at once.
 #pragma once
 
 #include <cstdint>
@@ -25,26 +25,26 @@ __device__ inline unsigned cluster_rank() {
   return rank;
 }
 
-// Every thread of every block of the cluster; what was written before is seen after.
+// Waits for every thread of every block of the cluster. Writes before it are visible after it.
 __device__ inline void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// The first `threads` threads of the block; __syncthreads is barrier 0.
+// Waits for the first `threads` threads of the block. __syncthreads is barrier 0.
 __device__ inline void barrier_of_first(int threads) { asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory"); }
 
 __device__ inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the cluster and to the copy engine; a cluster_barrier follows.
+// Makes initialised barriers visible to the cluster and to the copy engine. A cluster_barrier must follow.
 __device__ inline void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ inline void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives, and makes the phase wait for this many bytes, which may have come before.
+// Arrives, and makes the phase wait for this many bytes, which may have arrived already.
 __device__ inline void mbarrier_arrive_expecting(uint64_t* barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -62,7 +62,7 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
         : "memory");
 }
 
-// The copy engine brings bytes from global memory and counts them at the barrier; addresses and size in sixteens.
+// The copy engine copies from global memory and counts bytes at the barrier. Addresses and size are multiples of 16.
 __device__ inline void copy_in_bulk(void* target, const void* source, unsigned bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(target)),
@@ -70,7 +70,7 @@ __device__ inline void copy_in_bulk(void* target, const void* source, unsigned b
                : "memory");
 }
 
-// The address, in the block of that rank, of the piece that this block has at `pointer`.
+// The address in the block of that rank that corresponds to `pointer` in this block.
 __device__ inline uint32_t address_in(unsigned rank, const void* pointer) {
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));

@@ -8,20 +8,20 @@
 // M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
 // 2107.04228; the steps are torch.optim's.
 //
-// Cost: every byte is read and written once. Per element of 4 bytes 8 bytes for f, 20 for SGD with momentum, 28 for
-// AdamW (36 with amsgrad); counted in the sm_90a code 23 / 20 / 37 instructions for arctan / tanh / log, and with
-// arctan 70 for SGD (f at both places, of which one runs) and 82 for AdamW. An H200 issues 33 T a second and copies
-// 4.3 TB/s, which leaves 61, 153 and 215 instructions to an element: memory bound. In 16 bits half as many are left; f
-// takes 27 / 23 / 41 there.
+// Cost: every byte is read and written once. An element of 4 bytes moves 8 bytes for f, 20 for SGD with momentum, 28
+// for AdamW (36 with amsgrad). Counted in the sm_90a code, it takes 23 / 20 / 37 instructions for arctan / tanh / log,
+// and with arctan 70 for SGD (f at both places, of which one runs) and 82 for AdamW. An H200 issues 33 T instructions a
+// second and copies 4.3 TB/s, so it has time for 61, 153 and 215 per element: memory bound. In 16 bits it has time for
+// half as many, and f takes 27 / 23 / 41.
 //
-// A list is one index space: blocks of equal work, whose tensor each finds by bisection. Addresses and sizes lie in the
-// launch's arguments, so nothing is copied to the GPU first and a CUDA graph can record it: the addresses then stay
-// those of the recording, as every tensor's of a graph do, and so do counters of steps that lie on the CPU. A launch
-// takes 255 tensors for f, 126 for SGD, 72 for AdamW, in the 4 KB of arguments that every driver passes on.
+// A list is one index space, cut into blocks of equal work that find their tensor by bisection. Addresses and sizes are
+// in the launch's arguments, so nothing is copied to the GPU first and a CUDA graph can record it. As with any graph,
+// the addresses stay those of the recording, and so do counters of steps that are on the CPU. A launch takes 255
+// tensors for f, 126 for SGD, 72 for AdamW, in the 4 KB of arguments that every driver accepts.
 //
-// f is CUDA's own atan, tanh and log1p: at most 2, 2 and 1 units in the last place in float32 (CUDA C++ Programming
-// Guide, mathematical functions), over the whole range, and beside them the roundings by alpha and beta. NaN stays NaN,
-// an infinity becomes the bound. 16 bits are computed in float32 and rounded once.
+// f uses CUDA's own atan, tanh and log1p, whose errors are at most 2, 2 and 1 units in the last place in float32 (CUDA
+// C++ Programming Guide, mathematical functions) over the whole range. Multiplying by alpha and beta rounds too. NaN
+// stays NaN, an infinity becomes the bound. 16 bits are computed in float32 and rounded once.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -53,10 +53,10 @@ using torch::stable::Tensor;
 constexpr int block_threads = 256;
 // The widest load there is.
 constexpr int vector_bytes = 16;
-// 16 KB a block and array: long enough that finding the tensor costs a tenth of it, short enough that the last wave of
-// blocks is a short one.
+// 16 KB per block and array: enough that finding the tensor takes only a tenth of the time, and little enough that the
+// last wave of blocks is short.
 constexpr int vectors_per_thread = 4;
-// The most that the arguments of a launch may take.
+// The most bytes that the arguments of a launch may take.
 constexpr int argument_bytes = 4096;
 
 template <typename E>
@@ -78,15 +78,15 @@ struct Activation {
   }
 };
 
-// One word of what a launch knows of a tensor.
+// One word of a launch's data about a tensor.
 union Slot {
   void* memory;
   float number;
 };
 
-// An operation says what it does to the numbers of one element, x[0], x[1], ...: one from each of `arrays` arrays, of
-// which it reads and writes some. The first is always written. `together`: how many vectors a thread loads before it
-// computes, so that enough bytes are under way.
+// An operation changes the numbers of one element, x[0], x[1], ..., one from each of `arrays` arrays. It reads and
+// writes some of them, and always writes the first. `together` is the number of vectors that a thread loads before it
+// computes, so that enough bytes are in flight.
 template <Kind kind, typename T>
 struct Activate {
   static constexpr int arrays = 1, slots = 1, together = 2;
@@ -136,7 +136,7 @@ struct AdamWStep {
   __device__ bool reads(int array) const { return array != max_exp_avg_sq || amsgrad; }
   __device__ bool writes(int array) const { return array != gradient && reads(array); }
 
-  // 1 - b^t = -expm1(t ln b) keeps its digits where b^t is next to 1, in float32 too.
+  // 1 - b^t = -expm1(t ln b) keeps its digits if b^t is near 1, in float32 too.
   __device__ void begin(const Slot* slot) {
     const Slot step = slot[state_step];
     const T t = steps_on_gpu ? *static_cast<const float*>(step.memory) : step.number;
@@ -149,7 +149,7 @@ struct AdamWStep {
     x[exp_avg] += added * (g - x[exp_avg]);
     x[exp_avg_sq] = beta2 * x[exp_avg_sq] + added_sq * g * g;
     T second = x[exp_avg_sq];
-    // A NaN stays one, as in torch.maximum.
+    // A NaN stays NaN, as in torch.maximum.
     if (amsgrad) {
       const T most = x[max_exp_avg_sq];
       second = x[max_exp_avg_sq] = most >= second || most != most ? most : second;
@@ -161,12 +161,12 @@ struct AdamWStep {
 template <typename E>
 constexpr int vector_width = vector_bytes / int(sizeof(E));
 
-// The elements of a block: `chunk` of them in every array.
+// The number of elements of a block in every array.
 template <typename E>
 constexpr int chunk = block_threads * vectors_per_thread * vector_width<E>;
 
 // The arguments of a launch. Chunks are counted from the multiple of 16 bytes before a tensor's first element, so that
-// only its first and its last chunk have elements that are in no whole vector.
+// only its first and its last chunk have elements outside whole vectors.
 template <class Operation>
 struct Launch {
   static constexpr int slot_bytes = Operation::slots * sizeof(Slot);
@@ -221,8 +221,8 @@ struct Vectors {
   }
 };
 
-// Elements begin..end-1 of a chunk, in vectors where they fill some; none in a tensor whose arrays lie differently
-// between multiples of 16 bytes.
+// Updates elements begin..end-1 of a chunk, in whole vectors where possible. If the tensor's arrays lie differently
+// between multiples of 16 bytes, all elements go one by one.
 template <typename E, class Operation>
 __device__ void update_chunk(const Operation& operation, E* const* memory, int begin, int end, bool in_vectors) {
   constexpr int width = vector_width<E>, together = Operation::together;
@@ -315,7 +315,7 @@ void launch_one(const Operation& operation, const Entries& entries, size_t begin
     const int64_t own_chunks = (elements + chunk<E> - 1) / chunk<E>;
     launch.first_chunk[tensor] = chunks;
     launch.last_end[tensor] = uint32_t(elements - (own_chunks - 1) * chunk<E>);
-    // No GPU has the 32 TB that would be too many for a grid.
+    // No GPU has the 32 TB of memory that would be too much for one grid.
     chunks += uint32_t(own_chunks);
   }
   cudaLaunchConfig_t config{};
@@ -330,11 +330,11 @@ void launch_all(const Operation& operation, const Entries& entries, cudaStream_t
     launch_one<E>(operation, entries, begin, std::min(begin + most, entries.size()), stream);
 }
 
-// A value that carries a template's argument as its type.
+// A value whose type carries a template argument.
 template <Kind kind>
 using KindOf = std::integral_constant<Kind, kind>;
 
-// f(E{}) for the element type.
+// Calls f(E{}) with the element type.
 template <class F>
 void with_elements(ScalarType dtype, const F& f) {
   switch (dtype) {
@@ -352,7 +352,7 @@ void with_kind(const std::string& kind, const F& f) {
   f(KindOf<Kind::log>());
 }
 
-// make(kind, T{}) is the operation in T. A launch is of one dtype.
+// make(kind, T{}) returns the operation in T. A launch has tensors of one dtype.
 template <int slot_count, class Make>
 void run(const std::vector<Entry<slot_count>>& entries, const std::string& kind, const Tensor& like, const Make& make) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
@@ -371,7 +371,7 @@ void run(const std::vector<Entry<slot_count>>& entries, const std::string& kind,
   }
 }
 
-// No gaps and no overlap, in any order of dimensions.
+// Whether a tensor has neither gaps nor overlap, in any order of dimensions.
 bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;
@@ -386,7 +386,7 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-// The lists of one op: whatever calls it, nothing is read or written out of bounds, nor anything before an error.
+// The lists of one op, checked: no call reads or writes out of bounds, or writes anything before an error.
 struct Lists {
   const char* op;
   const std::vector<Tensor>& first;
@@ -425,7 +425,7 @@ struct Lists {
         list.size() == first.size(), op, ": ", name, " has ", list.size(), " tensors; expected ", first.size());
   }
 
-  // Element for element in the same order in memory as the first list.
+  // Requires that every tensor has its elements in the same order in memory as its tensor in the first list.
   void check_like_first(const char* name, const std::vector<Tensor>& list) {
     check_length(name, list);
     for (size_t i = 0; i < list.size(); ++i) {
@@ -436,11 +436,11 @@ struct Lists {
       if (!same)
         return refuse(
             std::string(name) + "[" + std::to_string(i) +
-            "] has not the device, dtype, shape and strides of its parameter");
+            "] differs from its parameter in device, dtype, shape or strides");
     }
   }
 
-  // Numbers of float32, all on the CPU or all on the GPU of the first list. Returns whether they are on the GPU.
+  // Requires float32 numbers, all on the CPU or all on the GPU of the first list. Returns whether they are on the GPU.
   bool check_steps(const std::vector<Tensor>& steps) const {
     check_length("state_steps", steps);
     const bool on_gpu = !steps.empty() && !steps[0].is_cpu();

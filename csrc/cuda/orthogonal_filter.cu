@@ -3,8 +3,8 @@
 //   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
 //   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
 //
-// _cluster.h: float32, N <= 512, sm_90 and later. _rows.h: everything else. _gradients.h: what follows the backward
-// pass of both. The cost of each is stated there.
+// _cluster.h: float32, N <= 512, sm_90 and later. _rows.h: everything else. _gradients.h: the sums that follow the
+// backward pass of both. Each file states its cost.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
 // float32 products are plain multiply-adds, never TF32. No atomics: every sum has a fixed order.
@@ -22,7 +22,7 @@
 namespace lcw_ops {
 namespace {
 
-// run(w), where w has the weight's type.
+// Calls run(w), where w has the weight's type.
 template <typename T, class Run>
 void with_weight_type(const Recurrence<T>& r, Run run) {
   if constexpr (std::is_same_v<T, float>) {
@@ -32,7 +32,7 @@ void with_weight_type(const Recurrence<T>& r, Run run) {
   run(T());
 }
 
-// LCW_OPS_CUDA_KERNEL=rows or cluster, for tests and measurements; the fastest that runs if it is not set.
+// LCW_OPS_CUDA_KERNEL=rows or cluster, for tests and measurements. Without it the fastest possible kernel runs.
 bool runs_on_cluster(const char* requested) { return requested == nullptr || std::string_view(requested) != "rows"; }
 
 template <typename W, typename T, class Pass>

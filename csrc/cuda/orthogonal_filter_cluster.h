@@ -1,20 +1,17 @@
-// The orthogonal-filter recurrence by thread-block clusters (sm_90 and later, float32 state, N <= 512): a cluster
-// carries a tile of the batch through all layers, each of its blocks owns up to 32 output units, a lane per unit.
+// The orthogonal-filter recurrence by thread-block clusters (sm_90 and later, float32 state, N <= 512). A cluster
+// carries a tile of the batch through all layers. Each of its blocks owns up to 32 output units, a lane per unit.
 //
-// Forward, per block: the own units' rows of O_l and W_l times the whole state; what comes out is sent to every block
-// of the cluster (distributed shared memory), which starts the next layer once all of it has arrived. Backward, per
-// block: G and P of the own units times the same rows; every block receives its units' share from all others and adds
-// them up in the order of their ranks. So both directions read the same slice of the matrices, and no barrier spans the
-// cluster.
-//
-// The slices pass through shared memory in chunks of columns, brought by the copy engine ahead of the layer at work; a
-// matrix shared by all steps stays there for the whole sequence when it fits (N = 512: 64 KB of W and as much of O in
-// each of 16 blocks). One more warp does nothing but order the copies.
-//
+// Forward, a block multiplies its units' rows of O_l and W_l with the whole state. It sends the result to every block
+// of the cluster (distributed shared memory), which starts the next layer once all results have arrived. Backward, a
+// block multiplies G and P of its units with the same rows. Every block receives its units' share from all others and
+// adds the shares in the order of the ranks. So both directions read the same slice of the matrices, and no barrier
+// spans the cluster.
+// The slices pass through shared memory in chunks of columns, which the copy engine brings ahead of the current layer.
+// A matrix shared by all steps stays there for the whole sequence if it fits (N = 512: 64 KB of W and as much of O in
+// each of 16 blocks). One more warp only orders the copies.
 // Cost per layer and tile of R rows, per block of N / C units: 4 R N N/C operations from registers (both products share
-// what they read of the state), 8 N N/C bytes of slices and R N of state per warp from shared memory, 4 R N bytes sent.
-// At R = 8 arithmetic and shared memory take about as long as each other; then the latency of one exchange.
-//
+// their reads of the state), 8 N N/C bytes of slices and R N of state per warp from shared memory, 4 R N bytes sent. At
+// R = 8 arithmetic and shared memory take about equally long. The latency of one exchange comes on top.
 // float32 products are plain multiply-adds. A sum is cut into one part per warp (forward) or per block (backward); the
 // number of rows in a tile does not change its order.
 #pragma once
@@ -56,7 +53,7 @@ struct ClusterBlock {
   __device__ int warp() const { return threadIdx.x / warp_size; }
   __device__ int lane() const { return threadIdx.x % warp_size; }
 
-  // Called by every thread of the cluster; none sends before all barriers are there.
+  // Called by every thread of the cluster, so that none sends before all barriers exist.
   __device__ void init_barriers(uint64_t* inbox) {
     if (threadIdx.x == 0) {
       if (!r.permutation) filter.init();
@@ -77,10 +74,10 @@ struct ClusterBlock {
   }
 };
 
-// Step s of a pass waits for its inbox; steps alternate between two, and step 0 needs none.
+// Step s of a pass waits for its inbox. Steps alternate between two inboxes, and step 0 needs none.
 __device__ inline unsigned inbox_parity(int64_t s) { return (s - 1) / 2 % 2; }
 
-// The warp's quads of one chunk of columns, times R rows of the state.
+// Multiplies the warp's quads of one chunk of columns with R rows of the state.
 template <bool filters, typename W, int R>
 __device__ void multiply_chunk(
     const float* filter, const W* weight, const float* state, int pitch, int columns, int warp, float* filter_terms,
@@ -101,7 +98,7 @@ __device__ void multiply_chunk(
   }
 }
 
-// Both products of the own units with the whole state, this warp's part of the columns.
+// Both products of the block's units with the whole state: this warp's part of the columns.
 template <typename W, int R>
 __device__ void multiply_state(ClusterBlock<W, R>& block, const float* state, int pitch, float* partials) {
   const int n = int(block.r.width), row_of_lane = max(0, min(block.lane(), block.units - 1));
@@ -136,14 +133,14 @@ __device__ float sum_partials(const float* partials, int product, int row, int u
   return sum;
 }
 
-// One element of the tile, the same for the whole pass; the thread's `which`-th.
+// The thread's `which`-th element of the tile, the same for the whole pass.
 struct Element {
   bool exists, in_batch;  // a tile at the end of the batch has rows of zeros
   int row, unit;
   int64_t m, i;
 };
 
-// Neighbouring threads: neighbouring units.
+// Neighbouring threads have neighbouring units.
 template <typename W, int R>
 __device__ Element forward_element(const ClusterBlock<W, R>& block, int which) {
   const int index = threadIdx.x + which * consumer_threads;
@@ -155,7 +152,7 @@ __device__ Element forward_element(const ClusterBlock<W, R>& block, int which) {
   return e;
 }
 
-// Neighbouring threads: neighbouring rows, as the own units' G and P lie in shared memory.
+// Neighbouring threads have neighbouring rows, in the order of G and P in shared memory.
 template <typename W, int R>
 __device__ Element backward_element(const ClusterBlock<W, R>& block, int which) {
   const int index = threadIdx.x + which * consumer_threads;
@@ -170,13 +167,13 @@ __device__ Element backward_element(const ClusterBlock<W, R>& block, int which) 
 template <int R>
 constexpr int elements_per_thread = (R * block_units + consumer_threads - 1) / consumer_threads;
 
-// The state to carry through layers first..first+count-1, and the results to write on the way unless they are nullptr.
+// The state to carry through layers first..first+count-1, and the results to write on the way if they are not nullptr.
 struct Carry {
   const float* start;  // (M, N)
   int64_t first, count;
   float* last;         // (M, N), after the last layer
   float* checkpoints;  // every segment-th state from the first on
-  // (count, M, N), of every layer: the state before it, beta act'(A), O h and act(A).
+  // (count, M, N), for every layer: the state before it, beta act'(A), O h and act(A).
   float *states, *slopes, *filtered, *activated;
 };
 
@@ -199,7 +196,7 @@ inline Carry recomputing_carry(const Backward<float>& pass) {
   return carry;
 }
 
-// Writes element e before and after layer l, with O h = filtered, pre-activation pre, act(A) = y.
+// Writes the results of layer l for element e: O h = filtered, A = pre, act(A) = y.
 __device__ inline void write_forward(
     const Recurrence<float>& r, const Carry& carry, const Element& e, int64_t l, float state, float filtered, float pre,
     float y) {
@@ -212,7 +209,7 @@ __device__ inline void write_forward(
     carry.checkpoints[(l / r.segment * r.rows + e.m) * r.width + e.i] = state;
 }
 
-// Below sm_90 nothing of this exists, and it is never launched.
+// Below sm_90 the kernels are empty, and they are never launched.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define LCW_HAS_CLUSTERS 1
 #else
@@ -250,7 +247,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     if (!e.exists) continue;
     current[which] = memory.states[e.row * pitch + e.i];
     if (r.permutation) from[which] = r.permutation[e.i];
-    // The public function has checked it; the op itself cannot without waiting for the device.
+    // The public function has checked it. The op cannot check it without waiting for the device.
     if (from[which] < 0 || from[which] >= n) __trap();
   }
   for (int64_t s = 0; s < carry.count; ++s) {
@@ -260,7 +257,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     float* next = memory.states + (s + 1) % 2 * R * pitch;
     uint64_t* next_inbox = memory.inbox + (s + 1) % 2;
     if (!last && threadIdx.x == 0) mbarrier_arrive_expecting(next_inbox, unsigned(R * n * sizeof(float)));
-    // Read now, used when the products are there.
+    // Read now, for use when the products are there.
     const float alpha = r.alpha_at(l), beta = r.beta_at(l);
     float shift[elements] = {};
     for (int which = 0; which < elements; ++which) {
@@ -280,7 +277,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
       const float pre = sum_partials<R>(memory.partials, 1, e.row, e.unit) + shift[which];
       const float y = activate(pre, r.activation);
       current[which] = alpha * filtered + beta * y;
-      // The others wait for this; what only later kernels read comes after.
+      // The other blocks wait for this. Results that only later kernels read come after it.
 #pragma unroll 2
       for (int rank = 0; rank < block.blocks && !last; ++rank)
         send(rank, next + e.row * pitch + e.i, current[which], next_inbox);
@@ -291,12 +288,12 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     const Element e = forward_element(block, which);
     if (e.in_batch && carry.last) carry.last[e.m * n + e.i] = current[which];
   }
-  // No block ends while another still sends to it.
+  // No block may end while another still sends to it.
   cluster_barrier();
 #endif
 }
 
-// The numbers of an element that a step of the backward pass reads from global memory, a step ahead.
+// The numbers of an element that a step of the backward pass reads from global memory, one step ahead.
 struct BackwardRead {
   float slope, filtered, activated, grad_output;
 };
@@ -312,7 +309,7 @@ __device__ inline BackwardRead read_backward(const Backward<float>& pass, const 
   return read;
 }
 
-// P from G: into shared memory for the products, and into global memory for the gradients that follow.
+// Writes P, computed from G, to shared memory for the products and to global memory for the gradients that follow.
 template <int R>
 __device__ void write_backward(
     const Backward<float>& pass, const BackwardMemory<R>& memory, const Element& e, int64_t s, float gradient,
@@ -333,7 +330,7 @@ __device__ void write_backward(
   }
 }
 
-// alpha G O + P W over the own units, for the columns of all blocks; a warp has 32 of them at a time.
+// alpha G O + P W over the block's units, for the columns of all blocks. A warp has 32 columns at a time.
 template <typename W, int R>
 __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemory<R>& memory) {
   constexpr int groups = chunk_columns / warp_size;
@@ -363,7 +360,7 @@ __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemor
         }
       }
       if (i >= n) continue;
-      // At most 32 terms each: the sum of both is rounded as a partial sum is.
+      // Each has at most 32 terms, so their sum is rounded like a partial sum.
 #pragma unroll
       for (int row = 0; row < R; ++row) weight_terms[row] += filter_terms[row];
       const int owner = i / block.slot_units, unit = i % block.slot_units;
@@ -376,7 +373,7 @@ __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemor
   }
 }
 
-// A permutation that names an index twice would leave other blocks waiting for ever.
+// A permutation that names an index twice would leave other blocks waiting forever.
 __device__ inline void check_permutation(const Recurrence<float>& r, int* seen) {
   for (int64_t i = threadIdx.x; i < r.width; i += cluster_threads) seen[i] = 0;
   __syncthreads();
@@ -427,7 +424,7 @@ __global__ void __launch_bounds__(cluster_threads, 1) backward_cluster(const Bac
       grad_output[which] = read[which].grad_output;
       if (!e.exists) continue;
       write_backward(pass, memory, e, s, gradient[which], read[which]);
-      // The element's place in the block that owns unit `to`, behind those of all ranks.
+      // The element's place is in the block that owns unit `to`, behind the places of all ranks.
       const int owner = int(to[which]) / shape.units, unit = int(to[which]) % shape.units;
       if (r.permutation)
         send(
@@ -474,8 +471,8 @@ size_t shared_bytes(const ClusterShape& shape, const Recurrence<float>& r) {
   return pieces.bytes();
 }
 
-// Shares out the rest of the shared memory: matrices that all steps share stay if they fit, the others get room for two
-// layers, and never less than two chunks each, one to read and one on its way. Nothing if even that does not fit.
+// Divides the rest of the shared memory: matrices that all steps share stay if they fit, the others get room for two
+// layers. Each gets at least two chunks, one to read and one on its way. Returns nothing if these do not fit.
 template <typename W, class Memory>
 std::optional<ClusterShape> share_out_slots(ClusterShape shape, const Recurrence<float>& r, size_t most_bytes) {
   const int chunks = int((r.width + chunk_columns - 1) / chunk_columns), few = std::min(chunks, 2);
@@ -544,7 +541,7 @@ bool run_cluster_tiles(const Backward<float>& pass, const Tensor& like) {
   return true;
 }
 
-// With the smallest tiles that all run at once; larger ones read the matrices less often. False: not on this GPU.
+// Takes the smallest tiles that all run at once; larger ones read matrices less often. False if this GPU cannot run it.
 template <typename W, typename Pass>
 bool run_cluster(const Pass& pass, const Tensor& like) {
   const Recurrence<float>& r = pass.recurrence;

@@ -18,9 +18,9 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 constexpr int warp_size = 32;
-// Terms of a partial sum, which bounds the rounding; as on the CPU.
+// Terms of a partial sum, which bounds the rounding, as on the CPU.
 constexpr int chunk_terms = 32;
-// The most blocks a grid has along y and z.
+// The most blocks that a grid may have along y and z.
 constexpr int64_t most_blocks = 65535;
 
 inline void check_cuda(cudaError_t error) {

@@ -1,10 +1,10 @@
-// Gradients of weight, bias and scales, once G and P of a segment are known: sums over samples, all of them parallel.
+// Gradients of weight, bias and scales, once G and P of a segment are known: sums over samples, all in parallel.
 //
 //   dW_l = P_l^T H_{l-1}      db_l = sum_rows P_l      dalpha_l = <G_l, O h_{l-1}>      dbeta_l = <G_l, act(A_l)>
 //
 // Cost per layer: 2 M N^2 operations for dW in tiles of 64 x 64, M N numbers read (N / 64) times, N^2 written. Bound by
 // arithmetic. Chunks of 32 samples are summed in the state's type, the chunks in float64 (an addition for 32
-// multiply-adds), the result is rounded once. No atomics: every sum has a fixed order.
+// multiply-adds), and the result is rounded once. No atomics: every sum has a fixed order.
 #pragma once
 
 #include "orthogonal_filter_common.h"
@@ -12,13 +12,13 @@
 namespace lcw_ops {
 
 constexpr int tile_size = 64;
-// 16 x 16 threads, each with 4 x 4 of the tile: a multiply-add per half a number read from shared memory.
+// 16 x 16 threads, each with 4 x 4 of the tile: a multiply-add reads half a number from shared memory.
 constexpr int tile_side = 16, thread_tile = tile_size / tile_side;
 constexpr int tile_threads = tile_side * tile_side;
 constexpr int column_warps = 8;
 
-// Slice z of all samples of the segment: a layer's, for a weight per layer, or a share of them, for partial sums of a
-// weight that all steps share.
+// Slice z of the segment's samples: one layer's samples if every layer has its weight, or a share of all samples, for a
+// partial sum, if all steps share the weight.
 template <typename T, typename W>
 __global__ void __launch_bounds__(tile_threads)
     weight_gradients(const Backward<T> pass, int64_t slices, double* partials) {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(tile_threads)
   }
 }
 
-// One layer's db, a lane per column, the rows shared out among the warps.
+// One layer's db: a lane per column, and the warps share the rows.
 template <typename T>
 __global__ void __launch_bounds__(column_warps* warp_size) bias_gradients(const Backward<T> pass, double* partials) {
   const int64_t n = pass.recurrence.width, rows = pass.recurrence.rows;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(column_warps* warp_size) bias_gradients(const 
   }
 }
 
-// Rows of `filtered` and `activated`, which hold G_l * O h and G_l * act(A_l) by now; a warp each.
+// Sums the rows of `filtered` and `activated`, which by now hold G_l * O h and G_l * act(A_l), a warp each.
 template <typename T>
 __global__ void scale_products(const Backward<T> pass) {
   const int64_t n = pass.recurrence.width, rows = pass.recurrence.rows;
@@ -124,7 +124,7 @@ template <typename T, typename W>
 void launch_weight_gradients(const Backward<T>& pass, const Tensor& like) {
   const int64_t width = pass.recurrence.width, samples = pass.count * pass.recurrence.rows;
   const unsigned tiles = blocks_for(width, tile_size);
-  // A shared weight is cut into enough shares to fill the GPU, none so small that adding them up is most of the work.
+  // A shared weight has enough shares of samples to fill the GPU, but none so small that adding them dominates.
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, like.get_device_index());
   const int64_t shares = std::min<int64_t>(2 * processors / (tiles * tiles), samples / (4 * chunk_terms));
   const int64_t slices = pass.weight_sum ? std::max<int64_t>(shares, 1) : pass.count;

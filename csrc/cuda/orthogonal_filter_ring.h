@@ -32,11 +32,11 @@ __device__ Quad<E> load_four(const E* source) {
   return *reinterpret_cast<const Quad<E>*>(source);
 }
 
-// A row of a chunk in shared memory; sixteen bytes more, so that a column of quads is spread over all banks.
+// A chunk's row in shared memory, with 16 more bytes, which spread a column of quads over all banks.
 template <typename E>
 constexpr int chunk_pitch = chunk_columns + 16 / sizeof(E);
 
-// Takes a block's shared memory apart, each piece on a multiple of 16 bytes; on the host, from nullptr, it only counts.
+// Cuts a block's shared memory into pieces on multiples of 16 bytes. On the host, from nullptr, it only counts.
 class SharedPieces {
  public:
   LCW_HOST_DEVICE explicit SharedPieces(unsigned char* start) : start_(start) {}
@@ -81,8 +81,8 @@ struct ForwardMemory {
         inbox(pieces.take<uint64_t>(2)) {}
 };
 
-// Backward: alpha G and P of the own units; and what every block sends, with one place more for a permutation's. All
-// twice: a warp that has received everything may write the next while another still multiplies.
+// Backward: alpha G and P of the block's units, and the numbers from every block, with one more place for a
+// permutation's. All exist twice: a warp may write the next step's while another still multiplies.
 template <int R>
 struct BackwardMemory {
   float *scaled, *grad_pre, *received;
@@ -107,8 +107,8 @@ struct BackwardMemory {
   }
 };
 
-// The block's rows of a matrix per layer on their way through shared memory. The producer fills the slots in the order
-// in which the consumers take them; each warp has its own Ring to follow.
+// The block's rows of every layer's matrix on their way through shared memory. The producer fills the slots in the
+// order in which the consumers take them. Each warp follows its own Ring.
 template <typename E>
 class Ring {
  public:
@@ -128,7 +128,7 @@ class Ring {
         chunks_((int(width) + chunk_columns - 1) / chunk_columns),
         in_bulk_(width * sizeof(E) % 16 == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
 
-  // By one thread, before anything else.
+  // Called by one thread, before anything else.
   __device__ void init() {
 #pragma unroll 1
     for (int slot = 0; slot < slot_count_; ++slot) {
@@ -137,7 +137,7 @@ class Ring {
     }
   }
 
-  // By all lanes of the producer.
+  // Called by all lanes of the producer.
   __device__ void fill(int64_t l, int chunk) {
     if (resident() && filled_ == chunks_) return;
     ++filled_;
@@ -151,7 +151,7 @@ class Ring {
     advance();
   }
 
-  // The next chunk: rows of chunk_pitch<E>, columns filled up with zeros to a multiple of four.
+  // Returns the next chunk: rows of chunk_pitch<E>, padded with zeros to a multiple of four columns.
   __device__ const E* acquire() {
     mbarrier_wait(full_ + slot_, parity_);
     return slots_ + slot_ * slot_size_;
@@ -185,7 +185,7 @@ class Ring {
       copy_in_bulk(slot + unit * chunk_pitch<E>, source + int64_t(unit) * width_, bytes, full_ + slot_);
   }
 
-  // Rows that do not start on multiples of 16 bytes.
+  // For rows that do not start on multiples of 16 bytes.
   __device__ void copy_by_warp(const E* source, int columns) {
     E* slot = slots_ + slot_ * slot_size_;
 #pragma unroll 1

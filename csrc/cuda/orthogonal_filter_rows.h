@@ -1,5 +1,5 @@
-// The simplest right kernels of the orthogonal-filter recurrence: one block carries one row of the batch through all
-// layers. For float64, for GPUs without clusters and for nets too wide for one; and what the others are tested against.
+// The simplest correct kernels of the orthogonal-filter recurrence: one block carries one row of the batch through all
+// layers. They serve float64, GPUs without clusters and too wide nets, and the other kernels are tested against them.
 //
 // Cost per step and row, forward: 4 N^2 operations, O and W_l read from the second-level cache by every block. Bound by
 // the latency of one step (two reads of a matrix row, a reduction over a warp, two barriers), not by arithmetic.
@@ -20,7 +20,7 @@ __device__ T warp_dot(const W* row, const T* state, int64_t n) {
   return warp_sum(sum);
 }
 
-// filtered = O h and pre = W h + b + u for the block's row; `state` is complete before, both results after.
+// filtered = O h and pre = W h + b + u for the block's row. `state` must be complete before; both results are after.
 template <typename W, typename T>
 __device__ void apply_matrices(const Recurrence<T>& r, int64_t l, const T* state, T* filtered, T* pre) {
   const int64_t n = r.width;
@@ -35,7 +35,7 @@ __device__ void apply_matrices(const Recurrence<T>& r, int64_t l, const T* state
     }
     if (r.permutation) {
       const int64_t from = r.permutation[o];
-      // The public function has checked it; the op itself cannot without waiting for the device.
+      // The public function has checked it. The op cannot check it without waiting for the device.
       if (from < 0 || from >= n) __trap();
       if (first_lane) filtered[o] = state[from];
     } else {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(block_threads) forward_rows(const Forward<T> p
   for (int64_t i = threadIdx.x; i < n; i += block_threads) pass.output[m * n + i] = state[i];
 }
 
-// Recompute one row's states and slopes in the segment, then carry its G back.
+// Recomputes one row's states and slopes in the segment, then carries its G back.
 template <typename T, typename W>
 __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T> pass) {
   const Recurrence<T>& r = pass.recurrence;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
       __syncthreads();
     }
     for (int64_t i = threadIdx.x; i < n; i += block_threads) {
-      // Two sums: added onto the far larger filter branch, every term of the other would be rounded at its scale.
+      // Two sums: terms added to the far larger filter branch would be rounded at its scale.
       T filter_branch = r.permutation ? gradient[i] : T(0), weight_branch = 0;
       for (int64_t chunk = 0; chunk < n; chunk += chunk_terms) {
         T filter_terms = 0, weight_terms = 0;

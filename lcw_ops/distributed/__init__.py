@@ -1,6 +1,6 @@
-"""The deep recurrence over the ranks of a process group: each of them owns a contiguous range of layers.
+"""The deep recurrence over the ranks of a process group: each rank owns a contiguous range of layers.
 
-``module`` holds the module and its state dict, ``group`` the collectives and what ranks have to agree on, and
+``module`` holds the module and its state dict; ``group`` the collectives and the agreement between ranks;
 ``recurrence`` the sweeps over all ranks.
 """
 

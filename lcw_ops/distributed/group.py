@@ -14,13 +14,13 @@ from lcw_ops.nn.orthogonal_filter import OrthogonalFilterMLP
 
 _OWNER = "DepthParallel"
 
-# How far apart the sketches of one tensor may be. Rounding moves them by less, other samples by about 1.
+# The largest difference between ranks' sketches of one tensor. Rounding gives less, different samples about 1.
 _SKETCH_TOLERANCE = 1e-3
 _SKETCH_TOLERANCE_OF_16_BITS = 1e-2
 
 
 class Group:
-    """The collectives. One that fails says what it was for."""
+    """The collectives. The error of one that fails says what it was for."""
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         if not dist.is_available() or not dist.is_initialized():
@@ -52,7 +52,7 @@ class Group:
         except RuntimeError as error:
             raise RuntimeError(
                 f"DepthParallel: {what} failed on rank {self.rank} of {self.size}: a rank of the process group stopped "
-                "answering. It ended, raised an error of its own, or did not make the same call. The group cannot be "
+                "answering. It ended, raised its own error, or did not make the same call. The group cannot be "
                 "used any more: end its processes and start them again from a checkpoint."
             ) from error
 
@@ -97,15 +97,15 @@ class Group:
             raise error
         if most[0]:
             raise ValueError(
-                f"DepthParallel: rank {int(most[0]) - 1} refused {what}, and so do all ranks of the group. "
-                "See its error."
+                f"DepthParallel: rank {int(most[0]) - 1} refused {what}, so all ranks of the group raise. "
+                "See that rank's error."
             )
         least = [-value for value in least]
         for name, high, low in zip(facts, most[2:], least[2:], strict=False):
             if high != low:
                 came, expected = f"is from ranks that differ in {name}", "the same call on every rank"
                 raise ValueError(describe(_OWNER, what, came, expected))
-        # The norm is compared relative to itself. The others are of size 1.
+        # Compare the norm relative to its size. The other two numbers are of size 1.
         *apart, norms_apart = (high - low for high, low in zip(most[-3:], least[-3:], strict=True))
         has_16_bits = sample is not None and sample.itemsize == 2
         tolerance = _SKETCH_TOLERANCE_OF_16_BITS if has_16_bits else _SKETCH_TOLERANCE
@@ -131,7 +131,7 @@ class Group:
             return change.cpu()
 
     def broadcast(self, tensor: Tensor, source: int, what: str) -> None:
-        """In place, from the rank ``source`` of this group."""
+        """Overwrite the tensor with that of rank ``source`` of this group."""
         if tensor.numel():
             with self._answered(what):
                 dist.broadcast(tensor, group=self.process_group, group_src=source)
@@ -184,7 +184,7 @@ def code(value: object) -> int:
 
 
 def _sketch(sample: Tensor) -> Tensor:
-    """Two numbers of size 1 and the norm. Different samples (M, N) hardly share them. 0 replaces non-finite ones."""
+    """Two numbers of size 1 and the norm. Different samples (M, N) rarely share them. 0 replaces non-finite ones."""
     numbers = sample.detach().double()
     phases = [torch.arange(size, dtype=torch.float64, device=sample.device) for size in numbers.shape]
     rows, units = (torch.stack((phase.cos(), phase.sin())) for phase in phases)

@@ -47,7 +47,7 @@ class DepthParallel(_OrthogonalFilter):
         weight, bias: (D, width, width) and (D, width), the D layers of this rank; ranges differ by at most one layer.
         start, stop: this rank's layers are start..stop - 1 of the plain module's.
         input_layer, output_layer: ``nn.Linear``, the same on every rank. They stay equal without communication, because
-            their gradients are equal: use one kind of machine and one number of threads, or they drift by rounding.
+            their gradients are equal: use one kind of machine and one number of threads, or rounding drives them apart.
 
     All ranks give up together if the sweeps do not converge. Then the layers run in order, rank by rank, and rank 0
     issues one RuntimeWarning after the pass. If the user has made the warning an error, all ranks raise. Memory: all
@@ -63,16 +63,16 @@ class DepthParallel(_OrthogonalFilter):
         :meth:`load_full_state_dict`.
         Data parallelism: ``DistributedDataParallel(depth_parallel, process_group=other)``, where ``other`` has the
         ranks with the same range of layers, one of each depth group. Over a group with two ranks of this one, such as
-        the default group, DistributedDataParallel overwrites one rank's layers by the other's when it is made, and its
-        first call raises.
+        the default group, DistributedDataParallel overwrites one rank's layers with the other's when it is made, and
+        its first call raises.
 
     Raises:
         ValueError: at construction: no process group, more ranks than layers, modules that differ between ranks, one
             filter per layer, alpha or beta that require a gradient, a window. In a call, on every rank: a shape, dtype,
-            gradient mode, activation, tolerance or numbers that differ from the other ranks', whatever the plain module
-            refuses, and data parallelism over ranks of this group. The numbers of the first state and of the output's
-            gradient are compared by their norm and two projections, so differences below 1e-3 of the whole (1e-2 in 16
-            bits) are not noticed.
+            gradient mode, activation, tolerance or numbers that differ from the other ranks', anything that the plain
+            module refuses, and data parallelism over ranks of this group. The first state and the output's gradient are
+            compared by their norm and two projections, so differences below 1e-3 of the whole (1e-2 in 16 bits) are not
+            noticed.
         TypeError: at construction: another kind of module. In a call: dtypes that do not fit. When it is pickled.
         RuntimeError: a rank stopped answering. With gloo the error comes within the group's timeout, raised from
             gloo's own; with nccl torch's watchdog ends the process after the timeout instead. Or derivatives of second
@@ -100,7 +100,7 @@ class DepthParallel(_OrthogonalFilter):
             tolerance=mlp.tolerance,
             window=None,
         )
-        # It was checked when the plain module was made.
+        # The filter was checked when the plain module was made.
         self.filter, self.filter_kind = mlp.filter.detach().clone(), mlp.filter_kind
         self._drawn_filter = mlp._drawn_filter
         for name in ("in_features", "width", "depth", "out_features"):
@@ -125,11 +125,11 @@ class DepthParallel(_OrthogonalFilter):
             dtype = state_dtype(h0.dtype)
             recurrence = self._make_recurrence(dtype)
         except Exception as refusal:
-            # It is raised below, once the other ranks know.
+            # Raise it below, once the other ranks know.
             error = refusal
         needs_gradient = self._agree_on_call(h0, error)
         if needs_gradient and not any(tensor.requires_grad for tensor in (h0, self.weight, self.bias)):
-            # Other ranks run a backward pass, and this rank has to take part in it.
+            # Other ranks will run a backward pass, and this rank has to take part in it.
             h0 = h0.detach().requires_grad_()
         h = DepthRecurrenceFunction.apply(h0.to(dtype), self.weight, self.bias.to(dtype), recurrence)
         # As in the plain module: under autocast the dtype stays.
@@ -138,7 +138,7 @@ class DepthParallel(_OrthogonalFilter):
 
     def _refuse_same_group(self) -> None:
         """ValueError inside a DistributedDataParallel that has given these layers to other ranks of the group."""
-        # Only the wrapper shows it: equal layers on all ranks may be intended.
+        # Only the wrapper tells, because equal layers on all ranks may be intended.
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is None or not any(
             tensor is self.weight and name not in wrapper.parameters_to_ignore
@@ -148,7 +148,7 @@ class DepthParallel(_OrthogonalFilter):
         own, theirs = (dist.get_process_group_ranks(over.process_group) for over in (self.group, wrapper))
         shared = sorted({*own} & {*theirs})
         if len(shared) > 1:
-            came = f"is over ranks {shared}, each of which has other layers, and has overwritten them with one rank's"
+            came = f"is over ranks {shared}, which own different layers, and has overwritten them with one rank's"
             remedy = "Make the module again, and give DistributedDataParallel such a process_group."
             expected = "a process_group that has one rank of each depth group"
             raise ValueError(describe("DepthParallel", "DistributedDataParallel", came, expected, remedy))
@@ -189,7 +189,7 @@ class DepthParallel(_OrthogonalFilter):
         return DepthRecurrence(self.group, self.bounds, self.filter, alpha, beta, self.activation, tolerance, backend)
 
     def full_state_dict(self, rank0_only: bool = False) -> "OrderedDict[str, Tensor]":
-        """The plain module's state dict, with the same keys and values, on the CPU. Every rank has to call this.
+        """Return the plain module's state dict, with the same keys and values, on the CPU. Every rank has to call this.
 
         Args:
             rank0_only: return it on rank 0 alone, and an empty one elsewhere. Only one process then holds all layers.
@@ -221,7 +221,7 @@ class DepthParallel(_OrthogonalFilter):
         Args:
             state_dict: on rank 0, on any device. On the other ranks it is not read and may be None.
 
-        Everything is checked before the first number is written.
+        Everything is checked before anything is written.
 
         Raises:
             RuntimeError: on every rank: missing or unexpected keys, wrong shapes, a filter that is not orthogonal. Or a
@@ -229,7 +229,7 @@ class DepthParallel(_OrthogonalFilter):
         """
         is_first = self.group.rank == 0
         problems = self.group.broadcast_object(
-            self._problems_of_full(state_dict) if is_first else None, "the broadcast of what a state dict lacks"
+            self._problems_of_full(state_dict) if is_first else None, "the broadcast of a state dict's problems"
         )
         if problems:
             raise RuntimeError("DepthParallel: rank 0's state dict does not fit:\n    " + "\n    ".join(problems))

@@ -68,7 +68,7 @@ class _Basis(NamedTuple):
             return self.kernels.adjoint_sweep_(gradients, source, None, transposed, alpha, slope, scaled)
 
     def enter(self, states: Tensor, out: Tensor) -> Tensor:
-        """States (..., N) in this basis, written to ``out`` if it is not the plain one."""
+        """States (..., N) in this basis; written to ``out``, unless it is the plain basis."""
         return states if self.frame is None else _multiplied(states, self.frame.inverse.mT, out)
 
     def leave(self, states: Tensor, out: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class _Basis(NamedTuple):
     def leave_adjoint(self, gradients: Tensor, out: Tensor) -> Tensor:
         return gradients if self.frame is None else _multiplied(gradients, self.frame.inverse, out)
 
-    # The same for states that enter the chain of ranges and leave it, (..., M, N), in float64.
+    # The same, in float64, for states (..., M, N) that enter or leave the chain of ranges.
 
     def enter_chain(self, state: Tensor) -> Tensor:
         return state.double() if self.frame is None else state.double() @ self.frame.exact_inverse.mT
@@ -282,7 +282,7 @@ class DepthRecurrence:
         return basis.leave_chain_adjoint(between[-1]).to(gradient.dtype)
 
     def _warn(self, direction: str) -> None:
-        """One warning, after the pass. If the user has made it an error, all ranks raise."""
+        """Warn once, after the pass. If the user has made the warning an error, all ranks raise."""
         self.is_sequential = True
         error = None
         if self.group.rank == 0:
@@ -290,7 +290,7 @@ class DepthRecurrence:
                 # The same text every time, so that Python shows it once.
                 warnings.warn(
                     f"DepthParallel: sweeps over {self.depth} layers did not converge ({direction}). The ranks "
-                    "continued one after the other: the result is correct but took longer. A smaller beta converges "
+                    "continued in order: the result is correct but took longer. A smaller beta converges "
                     "faster.",
                     RuntimeWarning,
                     stacklevel=2,
@@ -324,7 +324,7 @@ class DepthRecurrence:
         return self._pass_on(gradient, range(self.group.size - 1, -1, -1), run_own, "gradient")
 
     def _pass_on(self, value: Tensor, order: Iterable[int], run_own: Callable[[Tensor], Tensor], name: str) -> Tensor:
-        """The value that leaves the last of the ranks, on all of them."""
+        """Run the ranks in order. Returns, on all of them, the value that leaves the last one."""
         for rank in order:
             value = run_own(value) if rank == self.group.rank else torch.empty_like(value)
             self.group.broadcast(value, rank, f"the broadcast of the {name} that leaves rank {rank}")

@@ -19,6 +19,6 @@ __all__ = [
     "weight_norm_linear",
 ]
 
-# Pickles and traced programs name a function by its public path. Two of the files have the name of a function in them.
+# Pickles and traced programs find a function by its module. A submodule may be hidden by a function of the same name.
 for _name in __all__:
     globals()[_name].__module__ = __name__

@@ -1,4 +1,4 @@
-"""The first steps that the functions of several stems share."""
+"""The first steps of a call, shared by the functions of several stems."""
 
 from collections.abc import Callable
 
@@ -21,10 +21,10 @@ def try_kernel_then_explain(
         kernel: takes the arguments and the backend's name.
         check: takes the arguments, and raises an error that says what is wrong with them.
         tensors: the arguments that must be tensors.
-        arguments: all of them.
+        arguments: all arguments.
 
     Returns:
-        The kernel's result. None, without a call, if anything comes between: a tensor subclass or a function mode,
+        The kernel's result. None, without a call, if something else handles it: a tensor subclass or a function mode,
         torch.compile, a transform, autocast, another device or another backend.
     """
     if torch.compiler.is_compiling() or _torch.may_be_overridden(*arguments) or _torch.in_functorch():
@@ -42,9 +42,9 @@ def try_kernel_then_explain(
 
 
 def check_layer(function: str, **tensors: Tensor) -> bool:
-    """Check dtypes, layouts and devices of a layer's arguments; x comes first. None of them may be None.
+    """Check dtypes, layouts and devices of a layer's arguments; x comes first. No argument may be None.
 
-    Returns whether autocast is on. It takes tensors of any floating dtypes.
+    Returns whether autocast is on. Under autocast the floating dtypes may differ.
     """
     x = tensors["x"]
     # Autocast does not know the meta device.
@@ -66,5 +66,5 @@ def check_float64_alone(function: str, **tensors: Tensor) -> None:
 
 
 def without_none(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """The arguments that are there."""
+    """The arguments that are not None."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -20,12 +20,12 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     arctan: ``alpha * atan(beta * g)``, tanh: ``alpha * tanh(beta * g)``, log: ``alpha * sign(g) * log1p(beta * |g|)``.
 
     Call it once per step, on the accumulated, unscaled and clipped gradients. NaN stays NaN, but +-inf becomes +-the
-    bound (log: +-inf, also where beta * g overflows), so look for an overflow before the call.
+    bound (log: +-inf, also where beta * g overflows), so check for overflow before the call.
 
     Args:
         tensors: list or tuple of dense tensors, of any shapes, strides and devices, each float32, float64, bfloat16 or
-            float16. 16-bit tensors are computed in float32 and rounded once. Views that torch negates when it reads
-            them (``z.conj().imag``) are right too. May be empty.
+            float16. 16-bit tensors are computed in float32 and rounded once. Views that torch negates on reading
+            (``z.conj().imag``) work too. The list may be empty.
         kind: "arctan", "tanh" or "log".
         alpha, beta: numbers > 0 that are normal in float32; the slope at 0 is alpha * beta.
 
@@ -38,7 +38,7 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
         ValueError: an unknown kind; alpha or beta out of range; an entry requires a gradient while autograd records,
             has elements that share memory, is given twice, or is an inference tensor outside inference mode; two
             entries share memory. Disjoint slices, columns and interleaved views of one tensor are fine. Views that
-            interleave less regularly are refused even where they are disjoint. Traced code does not look at memory.
+            interleave less regularly are refused even where they are disjoint. Traced code skips the checks of memory.
 
         After an error no tensor has changed.
 
@@ -47,7 +47,7 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     """
     if _is_plain_list(tensors, kind, alpha, beta) and _gradient_activation.activate_plain_(tensors, kind, alpha, beta):
         # Optimizers pass thousands of gradients per step, so the kernel checks them itself. After a refusal the checks
-        # below find out what is wrong, or another path takes the tensors.
+        # below report the error, or another path takes the tensors.
         return
     # The entries of the list may take the call over too.
     given = (*(tensors if isinstance(tensors, (list, tuple)) else (tensors,)), kind, alpha, beta)
@@ -57,7 +57,7 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
-    # All choices come first, so that one that raises leaves every tensor unchanged.
+    # Choose for all devices first, so that a choice that raises leaves every tensor unchanged.
     if _torch.is_exporting() and backends.requested() is None:
         chosen = dict.fromkeys(by_device, "reference")
     else:
@@ -67,7 +67,7 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
 
 
 def _is_plain_list(tensors, kind, alpha, beta) -> bool:
-    """Whether the CPU's kernel may be asked to take the list, or to refuse it before the first write."""
+    """Whether to call the CPU kernel, which takes the list or refuses it before the first write."""
     return (
         isinstance(tensors, (list, tuple))
         and set(map(type, tensors)) <= _PLAIN_TYPES
@@ -79,7 +79,7 @@ def _is_plain_list(tensors, kind, alpha, beta) -> bool:
         and not _torch.in_functorch()
         and not _torch.is_function_mode_active()
         and backends.is_cpp_chosen(_gradient_activation.NAME)
-        # Neither the kernel nor the dispatcher sees the next two.
+        # Neither the kernel nor the dispatcher checks the next two conditions.
         and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
         and (torch.is_inference_mode_enabled() or not any(map(Tensor.is_inference, tensors)))
     )
@@ -93,7 +93,7 @@ def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
     if not isinstance(tensors, (list, tuple)):
         came = f"is a {type(tensors).__name__}"
         raise TypeError(_checks.describe(op, "tensors", came, "a list of tensors", "Wrap it: [tensor]."))
-    # Read once: the loop runs over thousands of gradients per step, and calls no check for a tensor that is right.
+    # Read these once: the loop runs over thousands of gradients per step, and calls a check only to raise its error.
     recording, traced = torch.is_grad_enabled(), torch.compiler.is_compiling()
     inference = traced or torch.is_inference_mode_enabled()
     for index, tensor in enumerate(tensors):
@@ -147,7 +147,7 @@ def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
             _checks.describe(
                 op,
                 f"tensors[{shared[0]}] and tensors[{shared[1]}]",
-                "lie in the same memory",
+                "share memory",
                 "separate memory, because shared elements would be activated twice",
                 "Give the whole tensor once, or clones.",
             )

@@ -18,11 +18,11 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
 
     Args:
         angles: (n, m - 1), in radians, one row per unit; a filter is flattened to one row. float32, float64, bfloat16
-            or float16; computed in float32 or wider and rounded once. Of any size. In Triton, angles of 2^52 and more
-            give NaN: neighbouring floats are whole turns apart there.
+            or float16; computed in float32 or wider and rounded once. Any size is valid, but in Triton angles of 2^52
+            and more give NaN: neighbouring floats are whole turns apart there.
 
     Returns:
-        (n, m), of the angles' dtype. Without angles (m = 1) nothing can carry a sign: (n, 1) ones.
+        (n, m), of the angles' dtype. Without angles (m = 1) nothing can carry a sign: the rows are (n, 1) ones.
 
     Raises:
         TypeError: a dtype that is not floating, or a sparse or nested tensor.
@@ -49,13 +49,13 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
 
     ``t_k = atan2(||w_{k+1:m}||, w_k)`` for k <= m - 2, ``t_{m-1} = atan2(w_m, w_{m-1})``. The sign of every component
     is kept, except for m = 1, where no angle could hold it. A zero row gets angles 0, the direction (1, 0, ..). The
-    function runs once, when a layer begins, so it is plain torch on every device.
+    function runs once, when a layer is initialised, so it is plain torch on every device.
 
     Args:
         weight: (n, m), m >= 1. float32, float64, bfloat16 or float16; rows of any length but 0, infinity and NaN.
 
     Returns:
-        (n, m - 1), in radians: in [0, pi], the last in [-pi, pi]. Where an angle has no derivative, 0 is used for it.
+        (n, m - 1), in radians: in [0, pi], the last in [-pi, pi]. A derivative that does not exist is taken as 0.
 
     Raises:
         TypeError: a dtype that is not floating, or a sparse or nested tensor.
@@ -79,12 +79,12 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     direction by at most the length of the step. For radius > 0 this is the plain layer of weight radius * u and bias
     radius * location, with as many parameters.
 
-    On a CPU a measurement decides what multiplies, as in :func:`lcw_linear`. For few samples (32 on a CPU, 64 in
-    Triton) directions are never written to memory.
+    On a CPU a measurement decides which matmul runs, as in :func:`lcw_linear`. For few samples (up to 32 on a CPU, 64
+    in Triton) directions are never written to memory.
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32. Where directions are kept,
-            for more than few samples, they and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers
+            for more samples than that, they and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers
             would round them.
         angles: (n, m - 1), in radians.
         radius: (n,), of any sign; it acts after the activation.
@@ -104,7 +104,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     Source: as :func:`hypersphere_direction`.
     """
     arguments = (x, angles, radius, location, activation)
-    # Compared only if it is a string: torch.fx may trace it, and what it traces has no truth value.
+    # Compare only a string: under torch.fx it may be a proxy, and comparing that gives no truth value.
     is_known = activation is None or (isinstance(activation, str) and activation == "relu")
     if is_known and not _torch.in_forward_mode():
         output = try_kernel_then_explain(

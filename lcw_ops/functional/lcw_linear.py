@@ -15,9 +15,9 @@ from lcw_ops.ops import lcw_linear as _lcw_linear
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     """Rows that sum to zero, from an unconstrained parameter. Inputs of equal means then cause no activation shift.
 
-    centred: ``w = u - mean(u)`` over everything but dim 0. basis: ``w = B v`` with Householder's orthonormal basis of
-    the zero-sum vectors, which is never stored: with s = sqrt(m) and S = sum(v), ``w_j = v_j - S / (s (s + 1))`` for
-    j < m, ``w_m = -S / s``.
+    centred: ``w = u - mean(u)`` over all dimensions but the first. basis: ``w = B v`` with Householder's orthonormal
+    basis of the zero-sum vectors, which is never stored: with s = sqrt(m) and S = sum(v),
+    ``w_j = v_j - S / (s (s + 1))`` for j < m, ``w_m = -S / s``.
 
     Args:
         weight: (n, m, *k), or (n, m - 1) with ``basis``; one row, or filter, per unit. float32, float64, bfloat16 or
@@ -58,14 +58,14 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     to |w - mean(w)| |x|, those of x's gradient to |grad| |w| or to |grad| |w - mean(w)|. Under autocast the weight is
     constrained, and rounded after that.
 
-    On a CPU either our own kernels or torch's matmul multiply: the faster one when a layer of this size was first run.
+    On a CPU our own kernels or torch's matmul do the product: whichever was faster when a layer of this size first ran.
     The choices are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that later runs give the same bits.
     ``LCW_OPS_MATMUL=own`` or ``torch`` decides without a measurement. Under ``torch.use_deterministic_algorithms``
-    nothing is measured: our kernels multiply up to 16 samples, torch's matmul more.
+    nothing is measured: our kernels take up to 16 samples, torch's matmul takes more.
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16.
-        weight: (n, m), or (n, m - 1) with ``basis``; of x's dtype, or under autocast of any.
+        weight: (n, m), or (n, m - 1) with ``basis``; of x's dtype, or of any dtype under autocast.
         bias: (n,), or None.
         basis: whether to use the paper's parametrization, see :func:`lcw_weight`.
 

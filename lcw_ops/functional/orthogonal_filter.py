@@ -23,7 +23,7 @@ _NAME = "orthogonal_filter"
 _REQUIRED = ("h0", "weight", "filter")
 _TENSORS = (*_REQUIRED, "bias", "inputs")
 
-# torch.jit.trace records ten nodes per step. 256 steps load in seconds, 50,000 steps would take minutes.
+# torch.jit.trace records ten nodes per step: 256 steps load in seconds, 50,000 steps would take minutes.
 _MOST_UNROLLED = 256
 
 
@@ -53,7 +53,7 @@ def orthogonal_filter(
     Args:
         h0: (M, N), the first state. Rows are samples. float32, float64, bfloat16 or float16. In 16 bits the state and
             every accumulator are float32, and the result is rounded once.
-        weight: (L, N, N), one matrix per layer, (out, in) like ``nn.Linear``'s; or (N, N), shared over all steps.
+        weight: (L, N, N), one matrix per layer, (out, in) like ``nn.Linear``'s; or (N, N), shared by all steps.
         bias: (L, N), (N,) or None.
         filter: O, the fixed orthogonal filter, never trained: (N, N) or (L, N, N), in float32 (float64 if h0 is), or an
             (N,) int64 permutation p with (O h)_i = h[p_i], which costs no arithmetic. This function does not check
@@ -66,14 +66,14 @@ def orthogonal_filter(
             place before it (torch raises an error).
         segment: keep every ``segment``-th state for the backward pass and recompute the others; default 128.
         solver: "sequential", layer by layer; "parallel", all layers of a window at once by Picard sweeps until they
-            converge (all layers must share the filter); "auto", whichever was faster in the measurements of such a
-            machine that are committed with the package, sequential if there are none.
+            converge (all layers must share the filter); "auto", whichever was faster on this kind of machine in the
+            measurements committed with the package, or sequential if there are none.
         tolerance: for the parallel solver, the error of a state relative to its largest unit, as estimated from the
-            last two sweeps (a net can be constructed that deceives the estimate); default eps sqrt(L) / 8 of the
+            last two sweeps (a net can be constructed to deceive the estimate); default eps sqrt(L) / 8 of the
             state's dtype, about the size of rounding errors.
-        window: for the parallel solver, how many layers to solve at a time. Between windows only the last state is kept
-            for backward, which solves for the others again. Default: as many as suit the device, with all states kept:
-            (L+1, M, N). Fewer than 8 layers are solved layer by layer.
+        window: for the parallel solver, the number of layers to solve at once. Between windows only the last state is
+            kept for backward, which solves for the others again. Default: as many as suit the device, with all states
+            kept, (L+1, M, N). Fewer than 8 layers are solved layer by layer.
 
     The parallel solver halves a window that does not converge, for the rest of the call. In the end it continues
     sequentially and warns (RuntimeWarning). It decides on the host, so CUDA graphs cannot capture it. Derivatives of
@@ -124,7 +124,7 @@ def orthogonal_filter(
 
 
 def _solve(recurrence: Recurrence, activation: str, return_states: bool, segment: int | None) -> Tensor:
-    """Layer by layer, on the backend of the tensors' device."""
+    """Solve layer by layer, on the backend of the tensors' device."""
     h0 = recurrence.h0
     width, itemsize = h0.shape[1], 8 if h0.dtype == torch.float64 else 4
     fastest = None if h0.is_cpu else _op.fastest_on(h0.device, width, itemsize)
@@ -166,7 +166,7 @@ def _check_exported_request(recurrence: Recurrence, requested: str) -> None:
     if torch.is_grad_enabled() and recurrence.requires_grad:
         came = f"{requested!r} was requested while exporting, and an exported call of its kernel has no gradients"
         remedy = (
-            "Export without the request (use_backend or LCW_OPS_BACKEND), or, for a program that only infers, under "
+            "Export without the request (use_backend or LCW_OPS_BACKEND), or, for inference only, under "
             "torch.no_grad()."
         )
         expected = "no request, because gradients are recorded and arguments require them"
@@ -199,7 +199,7 @@ def _check(
         _checks.check_shape(_NAME, "h0", h0, False, "(M, N), samples x width")
     rows, width = h0.shape
     like_state = h0.dtype, h0.device
-    # Shapes are compared in place: torch.compile would compile a text with a size in it again for every size.
+    # Shapes are compared here, because torch.compile recompiles for every size that appears in a text.
     if weight.dim() not in (2, 3) or weight.shape[-2] != width or weight.shape[-1] != width:
         expected = f"(L, {width}, {width}) or ({width}, {width}), as h0 is {tuple(h0.shape)}"
         _checks.check_shape(_NAME, "weight", weight, False, expected)
@@ -224,7 +224,7 @@ def _check(
                 came = f"is a {scale.dtype} tensor of shape {tuple(scale.shape)} on {scale.device}"
                 expected = f"a number, or one floating-point number per step, (L,), on {h0.device}"
                 raise ValueError(_checks.describe(_NAME, name, came, expected))
-        # A comparison instead of math.isfinite: torch.compile may have made a symbol of the number.
+        # Compare instead of calling math.isfinite: under torch.compile the number may be a symbol.
         elif scale is not None and not -math.inf < scale < math.inf:
             raise ValueError(_checks.describe(_NAME, name, f"is {scale}", "a finite number"))
     if activation not in ACTIVATIONS:
@@ -267,9 +267,9 @@ def _check_filter(filter: Tensor, h0: Tensor) -> None:
 
 
 def _check_permutation(permutation: Tensor) -> None:
-    """Every index once. The tensor remembers the answer, so that a training loop pays for it once.
+    """ValueError unless every index occurs once. The tensor remembers the answer, so that a training loop pays once.
 
-    Under torch.compile and torch.func the values cannot be read, and the CPU's kernel checks them itself. Meta and fake
+    Under torch.compile and torch.func the values cannot be read, and the CPU kernel checks them itself. Meta and fake
     tensors have no values.
     """
     if torch.compiler.is_compiling() or _torch.is_functorch_wrapped(permutation):

@@ -15,7 +15,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         weight: (n, m), one row per unit; a filter is flattened to one row. float32, float64, bfloat16 or float16;
-            computed in float32 or wider and rounded once. Rows have any finite length. A zero row, which has no
+            computed in float32 or wider and rounded once. Rows may have any finite length. A zero row, which has no
             direction, stays zero, with zero derivatives.
         scale: (n,), of any sign, of the weight's dtype.
 
@@ -47,13 +47,13 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer with weight normalization: ``x @ normalize_scale(weight, scale).T + bias``.
 
-    On a CPU the normalised weight is never made for up to 64 samples, or a quarter as many samples as inputs: the rows
-    are multiplied as they are, and the products are scaled. Exceptions are rows longer than 2**16, rows shorter than
-    2**-16 or than scale * 2**-16, a fan-in of one, and float16 with many samples. Numbers near the least of x's dtype
-    lose digits. A measurement decides what multiplies, as in :func:`lcw_linear`.
+    On a CPU the normalised weight is not computed for up to 64 samples, or a quarter as many samples as inputs: the
+    rows are multiplied as they are, and the products are scaled. Exceptions are rows longer than 2**16, rows shorter
+    than 2**-16 or than scale * 2**-16, a fan-in of one, and float16 with many samples. Numbers near the smallest of
+    x's dtype lose digits. A measurement decides which matmul runs, as in :func:`lcw_linear`.
 
     Args:
-        x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32. For more than few samples
+        x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32. For more samples than these
             the products, or the normalised weight, are rounded to x's dtype, as torch's own layers would round them.
         weight: (n, m), m >= 1; a zero row is a unit of weight zero.
         scale: (n,), of any sign.

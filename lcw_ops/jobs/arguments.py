@@ -7,10 +7,10 @@ from lcw_ops.profile import machine
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name; ValueError when nothing can be computed on it."""
+    """The device of that name; ValueError if it cannot compute."""
     try:
         device = torch.device(name)
-        # There and back: a meta tensor has no values to train with.
+        # Copy a value there and back: a meta tensor has no values to train with.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
@@ -18,14 +18,14 @@ def usable_device(name: str) -> torch.device:
 
 
 def filter_bytes(filter: str, width: int) -> int:
-    """The memory that making a filter takes: random numbers, QR factors and matrix in float64; or a permutation."""
+    """The bytes needed to make a filter: random numbers, QR factors and matrix in float64; or a permutation."""
     return 4 * 8 * width**2 if filter == "haar" else 8 * width
 
 
 def check_memory(settings: TrainingSettings, network: int, filter: int, device: torch.device) -> None:
-    """ValueError for a network that cannot fit, before the machine swaps or kills the process.
+    """Raise ValueError for a network that cannot fit, before the machine swaps or kills the process.
 
-    network: bytes of weights, gradients and Adam's two moments, on ``device``. filter: bytes of making it.
+    network: bytes of weights, gradients and Adam's two moments, on ``device``. filter: bytes needed to make it.
     """
     # The network is made on the CPU before it moves.
     on_cpu = max(filter, network if device.type == "cpu" else network // 4)

@@ -1,8 +1,8 @@
 """Checkpoints that survive ``kill -9`` and a power cut: the two newest of a run, each a file of tensors alone.
 
-A file is written beside its place, brought to the disk and renamed, and so is the rename: under its name it is whole or
-not there. What goes wrong later (a bad disk, a copy that stopped half-way) shows in the digest at its end; the one
-before it serves then, and the damaged file is renamed. Loading runs no code: ``torch.load(path, weights_only=True)``.
+A file is written under another name, synced to the disk and renamed; the rename is synced too. Under its own name a
+file is whole or absent. The digest at its end shows later damage (a bad disk, a copy that stopped half-way): then the
+checkpoint before it is used, and the damaged file is renamed. ``torch.load(path, weights_only=True)`` runs no code.
 """
 
 import errno
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from lcw_ops._files import prepare_folder, write_atomically
 
-# The newest may be damaged, so one more.
+# The newest may be damaged, so keep one more.
 KEPT = 2
 
-# As path_of writes it, and in no other way.
+# Matches exactly the names that path_of writes.
 NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})\.pt")
 
-# Read at a time when a digest is taken.
+# Bytes to read at a time for a digest.
 BLOCK_BYTES = 1 << 20
 
 
@@ -34,7 +34,7 @@ class DamagedError(Exception):
 
 
 class _DigestedFile:
-    """A file that ends with the SHA-256 of what is before. The checksums in torch's own archives do not cover all."""
+    """A file that ends with the SHA-256 of the rest. The checksums in torch's own archives do not cover every byte."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -55,7 +55,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def steps_in(folder: str | Path) -> list[int]:
-    """The steps of the checkpoints in a folder, which need not exist; the oldest first."""
+    """The steps of the checkpoints in a folder, oldest first. The folder need not exist."""
     folder = Path(folder)
     names = (NAME.fullmatch(entry.name) for entry in (folder.iterdir() if folder.is_dir() else ()))
     return sorted(int(name[1]) for name in names if name)
@@ -65,7 +65,7 @@ def steps_in(folder: str | Path) -> list[int]:
 def owned(folder: str | Path):
     """The folder, created and writable, for this process alone while the context lasts.
 
-    OSError when it cannot be written or another process has it. The system takes the lock from a process that dies.
+    Raises OSError if it cannot be written or another process has it. The system releases a dead process's lock.
     """
     created = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = prepare_folder(folder)
@@ -77,17 +77,17 @@ def owned(folder: str | Path):
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
-            pass  # No such lock on Windows.
+            pass  # Windows does not have this lock.
         except BlockingIOError as error:
             raise OSError(f"another process is training in the folder {str(folder)!r}") from error
-        # Whoever was writing these is dead: it would have the lock.
+        # The process that was writing these is dead: otherwise it would hold the lock.
         for part in folder.glob(".step-*.part"):
             part.unlink()
         yield folder
 
 
 def write(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
-    """The checkpoint of this step is on the disk when this returns; only then the oldest ones go."""
+    """Write the checkpoint of this step to the disk, and only then delete the oldest ones."""
 
     def save(file: IO[bytes]) -> None:
         digested = _DigestedFile(file)
@@ -101,9 +101,9 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
 
 
 def newest(folder: Path) -> dict[str, Tensor] | None:
-    """The newest checkpoint that is whole, None where there is none at all; damaged ones are named and set aside.
+    """The newest undamaged checkpoint, or None if there is no checkpoint. Damaged ones are reported and renamed.
 
-    ValueError when every one of them is damaged; they stay where they are.
+    Raises ValueError if all of them are damaged; they keep their names then.
     """
     damaged: list[Path] = []
     for step in reversed(steps_in(folder)):
@@ -115,7 +115,7 @@ def newest(folder: Path) -> dict[str, Tensor] | None:
             damaged.append(path)
             continue
         for bad in damaged:
-            # Under its own name it would count as one of those that are kept.
+            # Under its own name it would count towards KEPT.
             os.replace(bad, bad.with_suffix(".damaged"))
         return tensors
     if damaged:
@@ -124,9 +124,9 @@ def newest(folder: Path) -> dict[str, Tensor] | None:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU. DamagedError unless they are what was written.
+    """The tensors of a checkpoint, on the CPU.
 
-    OSError when that cannot be told.
+    Raises DamagedError if the file is not as it was written, and OSError if that cannot be determined.
     """
     sha256 = hashlib.sha256()
     try:
@@ -137,17 +137,17 @@ def read(path: Path) -> dict[str, Tensor]:
                 left -= len(block)
             end = file.read()
     except OSError as error:
-        # A bad disk; a missing permission or too many open files say nothing about the content.
+        # EIO is a bad disk. A missing permission or too many open files say nothing about the content.
         if error.errno != errno.EIO:
             raise
         raise DamagedError(error.strerror) from error
     if end != sha256.digest():
-        raise DamagedError("its end is not the digest of what is before")
+        raise DamagedError("its end is not the digest of the rest")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _sync(folder: Path) -> None:
-    """A rename is on the disk once its folder is. Windows has no such call."""
+    """Sync a folder, and with it the renames in it. Windows has no such call."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

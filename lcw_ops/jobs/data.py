@@ -1,7 +1,7 @@
 """Small real data for the main job: scikit-learn's bundled digits, or a user's ``.npz``; nothing is downloaded.
 
-x is standardised with the training set's own mean and standard deviation; the split is stratified and seeded, so that
-the same seed gives the same arrays on every machine.
+x is standardised with the training set's mean and standard deviation. The split is stratified and seeded: the same seed
+gives the same arrays on every machine.
 """
 
 import stat
@@ -18,7 +18,7 @@ TEST_SHARE = 0.2
 SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
 WHOLE_KEYS = ("x", "y")
 
-# In float64, sums of its squares are far from overflowing.
+# In float64, sums of squares of such values are far from overflow.
 LARGEST_VALUE = float(np.finfo(np.float32).max)
 
 
@@ -70,7 +70,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
     """A ``.npz`` file with x_train, y_train, x_test, y_test, or with x, y, of which one fifth becomes the test set.
 
     x is (samples, ...) of any real type, flattened to (samples, features), within the range of float32; y is (samples,)
-    of an integer type, class indices from 0, two classes at the least. Pickled objects are never loaded.
+    of an integer type, class indices from 0, at least two classes. Pickled objects are never loaded.
 
     Raises:
         ValueError: the file cannot be read, a key is missing, or an array has the wrong shape, type or values.
@@ -89,7 +89,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
         _check_pair(path, "x", arrays["x"], "y", arrays["y"])
         if len(np.unique(arrays["y"])) == len(arrays["y"]):
             raise ValueError(
-                f"{path}: y has no two samples of a class, expected one for training and one for testing; add samples"
+                f"{path}: no class in y has two samples, expected one for training and one for testing; add samples"
             )
         x_train, y_train, x_test, y_test = _split(arrays["x"], arrays["y"], seed)
     dataset = _dataset(Path(path).name, x_train, y_train, x_test, y_test)
@@ -106,7 +106,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
 
 
 def _read_npz(path) -> dict[str, np.ndarray]:
-    """The arrays of ``SPLIT_KEYS``, or else of ``WHOLE_KEYS``; ValueError where neither can be read."""
+    """The arrays of ``SPLIT_KEYS``, or else of ``WHOLE_KEYS``; ValueError if neither can be read."""
     try:
         # Opening a pipe would wait for its writer.
         if not stat.S_ISREG(Path(path).stat().st_mode):
@@ -128,8 +128,8 @@ def _read_npz(path) -> dict[str, np.ndarray]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(
-            f"{path}: cannot be read as an .npz file: {reason.splitlines()[0]}; expected what "
-            "numpy.savez(path, x=..., y=...) writes"
+            f"{path}: cannot be read as an .npz file: {reason.splitlines()[0]}; expected a file from "
+            "numpy.savez(path, x=..., y=...)"
         ) from error
     raise ValueError(
         f"{path}: has the arrays {found}, expected {', '.join(SPLIT_KEYS)}, or {' and '.join(WHOLE_KEYS)}; name them so"
@@ -137,20 +137,20 @@ def _read_npz(path) -> dict[str, np.ndarray]:
 
 
 def _read_array(archive, key: str) -> np.ndarray:
-    # numpy's own message for Python objects advises an option that nobody should use on a file of others.
+    # numpy's own message for Python objects advises an option that is unsafe for files from other people.
     unreadable = f"{key} is damaged or holds Python objects, which are never loaded"
     try:
         array = archive[key]
     except ValueError as error:
         raise ValueError(unreadable) from error
-    # numpy returns bytes for an entry that does not begin as an array.
+    # numpy returns bytes for an entry that does not begin with an array's header.
     if not isinstance(array, np.ndarray):
         raise ValueError(unreadable)
     return array
 
 
 def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, classes: int | None = None) -> None:
-    """ValueError unless x and y are samples and their labels; ``classes``: of the training set, where that is known."""
+    """Raise ValueError unless x and y are samples and labels. ``classes``: the training set's number, if known."""
     if x.dtype.kind not in "fiu":
         raise ValueError(f"{path}: {x_name} is {x.dtype}, expected real numbers; convert it, to float32 for example")
     if x.ndim < 2 or x.size == 0:
@@ -178,13 +178,13 @@ def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, cl
             f"{path}: {y_name} has shape {y.shape}, expected ({len(x)},), one label per sample of {x_name}; reshape it"
         )
     if classes is not None:
-        # A network is made for the classes that it is trained on.
+        # The network has outputs only for the classes that it is trained on.
         if y.min() < 0 or y.max() >= classes:
             raise ValueError(
                 f"{path}: {y_name} runs from {y.min()} to {y.max()}, expected classes of the training set, which has 0 "
                 f"to {classes - 1}; remove the other samples"
             )
-    # More classes than samples is a column of identifiers, and would ask for an output layer of that size.
+    # With more classes than samples, y is a column of identifiers, and would need an output layer of that size.
     elif y.min() < 0 or y.max() >= len(x):
         raise ValueError(
             f"{path}: {y_name} runs from {y.min()} to {y.max()}, expected class indices from 0 and fewer classes than "
@@ -197,9 +197,9 @@ def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, cl
 
 
 def _split(x: np.ndarray, y: np.ndarray, seed: int):
-    """A share of every class goes to the test set, drawn by ``seed``; a class of one sample is for training.
+    """Hold out a share of every class for the test set, drawn by ``seed``; a class of one sample stays in training.
 
-    Where no class has enough samples for that, one sample is held out, of a class that has two.
+    If no class has enough samples for that, one sample of a class that has two is held out.
     """
     generator = np.random.default_rng(seed)
     held_out = np.zeros(len(x), dtype=bool)
@@ -214,14 +214,14 @@ def _split(x: np.ndarray, y: np.ndarray, seed: int):
 
 def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
     x_train, x_test = (x.reshape(len(x), -1).astype(np.float64) for x in (x_train, x_test))
-    # Too large for float32 becomes inf, which load_npz refuses.
+    # A value too large for float32 becomes inf, which load_npz refuses.
     with np.errstate(over="ignore"):
-        # Powers of two round nothing, and the squares of deviations of 1e-200 would vanish.
+        # Scale first, because the squares of deviations of 1e-200 would vanish. Powers of two do not round.
         _, exponents = np.frexp(np.abs(x_train).max(0))
         x_train, x_test = np.ldexp(x_train, -exponents), np.ldexp(x_test, -exponents)
         mean, std = x_train.mean(0), x_train.std(0)
         # A pixel that never changes carries no information. Its computed deviation is 0, or the rounding of its mean:
-        # dividing by either would make NaN or noise of it.
+        # dividing by it would give NaN or noise.
         constant = (x_train.max(0) == x_train.min(0)) | (std <= len(x_train) * np.finfo(np.float64).eps * np.abs(mean))
         mean[constant], std[constant] = x_train[0, constant], 1.0
         x_train, x_test = (torch.from_numpy(((x - mean) / std).astype(np.float32)) for x in (x_train, x_test))

@@ -12,7 +12,7 @@ from lcw_ops.jobs.schedule import SCHEDULES
 # The gradients of all weights carry the factor beta = 1/L: Adam's usual 1e-8 would be larger than they are.
 ADAM_EPS = 1e-12
 
-# The whole test set is classified so often: before the first step, after the last one, and in between.
+# How often the whole test set is classified: before the first step, after the last one, and in between.
 EVALUATIONS = 7
 
 
@@ -22,12 +22,12 @@ class Training:
     Args:
         model: trained in place, on the device of the data.
         steps: number of steps of the whole training.
-        batch: samples per step, at most those of ``dataset``.
-        seed: of the order of samples.
+        batch: samples per step, at most the training set's number.
+        seed: decides the order of samples.
         betas: Adam's.
-        label_smoothing: of the cross entropy that is trained on.
-        schedule: name in ``SCHEDULES`` of the rate's schedule. "falling": full for half of the steps, then linearly
-            to 0.
+        label_smoothing: of the cross entropy that is minimised.
+        schedule: a name in ``SCHEDULES``. "falling": the full rate for half of the steps, which then falls linearly to
+            0.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class Training:
         self.done = 0
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=betas, eps=ADAM_EPS, fused=True)
         self.generator = torch.Generator().manual_seed(seed)
-        # The samples that are left of this epoch.
+        # The samples that this epoch has not used yet.
         self.order = torch.empty(0, dtype=torch.int64)
 
     def step(self) -> float:
-        """One step; returns the cross entropy of its batch, not smoothed: 0 is perfect."""
+        """Make one step. Returns the cross entropy of its batch without smoothing: 0 is perfect."""
         x, y = self.dataset.x_train, self.dataset.y_train
         if len(self.order) < self.batch:
             self.order = torch.randperm(len(x), generator=self.generator)
         batch, self.order = self.order[: self.batch].to(x.device), self.order[self.batch :]
-        # The rate follows from the count alone: a schedule object would be one more state to save.
+        # The rate follows from the step count alone: a schedule object would be one more state to save.
         self.optimizer.param_groups[0]["lr"] = self.lr * self.rate_share(self.done, self.steps)
         logits = self.model(x[batch])
         self.objective(logits, y[batch]).backward()
@@ -67,13 +67,13 @@ class Training:
         return nn.functional.cross_entropy(logits.detach(), y[batch]).item()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next steps depend on; the tensors of model and optimizer themselves, no copies."""
+        """Everything that the next steps depend on. The tensors of model and optimizer are not copied."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]
             tensors |= {f"adam.{name}.{moment}": tensor for moment, tensor in moments.items()}
         tensors["done"] = torch.tensor(self.done)
-        # torch.save would write a slice with the whole epoch that it is part of.
+        # torch.save would write the whole epoch that this slice is part of.
         tensors["order"] = self.order.clone()
         tensors["order_generator"] = self.generator.get_state()
         tensors["generator"] = torch.get_rng_state()
@@ -82,7 +82,7 @@ class Training:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on where ``state()`` was taken. The tensors of the optimizer are kept, not copied."""
+        """Continue from where ``state()`` was taken. The optimizer's tensors are kept, not copied."""
         self.model.load_state_dict(_below("model.", tensors))
         for name, parameter in self.model.named_parameters():
             moments = _below(f"adam.{name}.", tensors)
@@ -105,7 +105,7 @@ def evaluation_steps(steps: int) -> set[int]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, dataset: Dataset, batch: int | None = None) -> float:
-    """Share of the test set that is classified correctly; ``batch``: samples at a time, all of them by default."""
+    """The share of the test set that is classified correctly. ``batch``: samples at a time, by default all."""
     batch = batch or len(dataset.x_test)
     batches = zip(dataset.x_test.split(batch), dataset.y_test.split(batch), strict=True)
     correct = sum((model(x).argmax(1) == y).sum().item() for x, y in batches)

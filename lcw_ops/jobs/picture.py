@@ -1,4 +1,4 @@
-"""report.png of ``lcw-ops profile``: gradient and signal along the depth of three kinds of nets, and the training."""
+"""report.png of ``lcw-ops profile``: gradient and signal by depth for three kinds of nets, and the training curve."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ def plot_report(report: Report, path: str | Path) -> None:
 
 
 def findings(report: Report) -> tuple[str, str]:
-    """(headline, second line): the result in words, computed from what was measured. All nets as initialised."""
+    """(headline, second line): the result in words, computed from the measurements of all nets at initialisation."""
     settings, history = report.settings, report.history
     fates = {kind: gradient_fate(columns["gradient_norm"]) for kind, columns in report.initial.items()}
     net = f"{_article(settings.kind)} {IN_WORDS[settings.kind]} net"
@@ -100,7 +100,7 @@ def _state_panel(axes: Axes, report: Report) -> None:
 
 
 def _bounded_line(report: Report) -> str:
-    """The words that say which line of the chosen kind the bounds are for: they follow from its weights at the end."""
+    """Says which line of the chosen kind the bounds belong to: they follow from its weights after training."""
     return " of the dashed line" if report.history.loss else ""
 
 

@@ -1,8 +1,7 @@
 """The command ``lcw-ops profile``: train a very deep network on real images, then show its gradient layer by layer.
 
-Three kinds of one class: the orthogonal-filter net (convex, beta = 1/L), the residual net (h + act(W h + b)) and the
-plain one (act(W h + b)). All three are measured as they are initialised, and the chosen one once more, in full, after
-training.
+One class makes three kinds: the orthogonal-filter net (convex, beta = 1/L), the residual net (h + act(W h + b)) and the
+plain one (act(W h + b)). All three are measured at initialisation, and the chosen one in full after training.
 """
 
 import gc
@@ -36,14 +35,14 @@ from lcw_ops.profile.result import write_json
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
 
-# The memory of one layer in the report: its rows in four tables, as numbers and as the text of a CSV.
+# The memory of one layer in the report: its rows in four tables, as numbers and as CSV text.
 ROW_BYTES = 2000
 
 
 def make_network(kind: str, settings: Settings, features: int, classes: int) -> OrthogonalFilterMLP:
     """A network of one kind. The same seed gives all kinds the same weights, input and output layers.
 
-    ValueError for an unknown filter or activation.
+    Raises ValueError for an unknown filter or activation.
     """
     torch.manual_seed(settings.seed)
     filter = make_filter(settings.filter, settings.width, device="cpu")
@@ -55,7 +54,7 @@ def make_network(kind: str, settings: Settings, features: int, classes: int) -> 
         # act(W h + b): without the filter's branch.
         "plain": {"filter": "identity", "alpha": 0.0, "beta": 1.0},
     }[kind]
-    # Seed again: drawing the filter took random numbers, and each kind of filter takes another number of them.
+    # Seed again: drawing the filter took random numbers, and the kinds of filters take different amounts of them.
     torch.manual_seed(settings.seed)
     model = OrthogonalFilterMLP(
         features, settings.width, settings.depth, classes, activation=settings.activation, device="cpu", **scales
@@ -66,21 +65,21 @@ def make_network(kind: str, settings: Settings, features: int, classes: int) -> 
 def run(settings: Settings) -> int:
     """Run the command: print progress and a table, and write ``REPORT_FILES`` into ``settings.out``.
 
-    Returns the exit code: 0; 130 after Ctrl-C and 1 after a failure, both with a line that lists the files there are.
+    Returns the exit code: 0; 130 after Ctrl-C and 1 after a failure, both with a line that lists the files written.
 
     Raises:
         ValueError, OSError, ImportError: before any work, if an argument, the data or the folder is wrong.
     """
     settings.check()
     device = usable_device(settings.device)
-    # Refuse a backend request that cannot be met now, and not after an hour.
+    # Refuse a backend request that cannot be met before the work, not after an hour of it.
     op.choose_kernel(device, settings.width, torch.float32.itemsize)
     dataset = data.load(settings.data, settings.seed)
     expect(
         settings.batch <= len(dataset.x_train), "batch", settings.batch, f"at most the {len(dataset.x_train)} samples"
     )
     check_memory(settings, *needed_bytes(settings, dataset.features + dataset.classes), device)
-    # A wrong filter or activation shows in a net of one layer too, which does not take 800 MB.
+    # A net of one layer shows a wrong filter or activation too, without the 800 MB of a deep net.
     make_network(settings.kind, Settings(**{**asdict(settings), "depth": 1}), dataset.features, dataset.classes)
     folder = prepare_folder(settings.out)
     _require_matplotlib()
@@ -103,14 +102,14 @@ def run(settings: Settings) -> int:
 
 
 def needed_bytes(settings: Settings, ends: int) -> tuple[int, int]:
-    """The least memory of a run, (on the device, of the filter on the CPU); ``ends``: features and classes.
+    """The least memory of a run: (bytes on the device, bytes of the filter on the CPU). ``ends``: features + classes.
 
-    Weights and their gradients, with training Adam's two moments as well, and the rows of the report.
+    It counts weights, their gradients, Adam's two moments if the run trains, and the rows of the report.
     """
     width = settings.width
     parameters = settings.depth * width * (width + 1) + ends * (width + 1)
     network = 4 * parameters * (4 if settings.steps else 2) + ROW_BYTES * settings.depth
-    # The other kinds have the identity as filter.
+    # The filter of the other kinds is the identity.
     filter = settings.filter if settings.kind == "orthogonal-filter" else "identity"
     return network, filter_bytes(filter, width)
 
@@ -151,7 +150,7 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Re
             # The first and the last row are those of the input and the output layer.
             layers = {name: profiles[kind].columns[name][1:-1] for name in ("state_rms", "gradient_norm")}
             initial.setdefault(kind, layers)
-            # A second network of this depth must not be made while the first one is still held.
+            # Free this network before the next one of this depth is made.
             del model
             gc.collect()
             bar.advance(f"{IN_WORDS[kind]} net")
@@ -160,7 +159,7 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Re
 
 
 def initial_norms(model: OrthogonalFilterMLP, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
-    """state_rms and gradient_norm of every layer, as a profile finds them, ten times as fast."""
+    """state_rms and gradient_norm of every layer, as in a profile but ten times as fast."""
 
     def gradient_at_end(state: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
@@ -174,7 +173,7 @@ def initial_norms(model: OrthogonalFilterMLP, inputs: torch.Tensor, targets: tor
 
 
 def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> History:
-    """``settings.steps`` steps of Adam on shuffled batches, each epoch without replacement. The order is the seed's."""
+    """``settings.steps`` steps of Adam on batches shuffled by the seed, without replacement within an epoch."""
     history = History(test_accuracy=[(0, accuracy(model, dataset))])
     if settings.steps == 0:
         return history

@@ -1,13 +1,13 @@
-"""Progress of a run on the terminal: rich's bar where there is one, else a plain line now and then.
+"""Progress of a run: rich's bar on a terminal, else a plain line now and then.
 
-Plain lines are what a log file, a pipe or a machine without rich gets: complete, and few enough to read.
+A log file, a pipe or a machine without rich gets plain lines: complete, and few enough to read.
 """
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Lines that a run without a terminal prints at the most, first and last step included.
+# The most lines that a run prints without a terminal, including the first and the last step.
 PLAIN_LINES = 10
 
 

@@ -1,4 +1,4 @@
-"""The report of ``lcw-ops profile``: what a run found, as one CSV of layers, one JSON of figures and a table.
+"""The report of ``lcw-ops profile``: a run's results as one CSV of layers, one JSON of figures and a table.
 
 ``lcw_ops/jobs/picture.py`` draws it. This module needs no matplotlib.
 """
@@ -47,7 +47,7 @@ class History:
 class Report:
     """The content of the three files. The first profile is the chosen kind's, after training.
 
-    initial: kind -> state_rms and gradient_norm of every layer, (L,), as the net is initialised.
+    initial: kind -> state_rms and gradient_norm of every layer, (L,), at initialisation.
     """
 
     settings: ProfileSettings
@@ -68,7 +68,7 @@ class Report:
 
 
 def write_layers(report: Report, path: Path) -> None:
-    """Write one row per layer and kind, a column "kind" before those of ``Profile.to_csv``.
+    """Write one row per layer and kind, with a column "kind" before those of ``Profile.to_csv``.
 
     The last rows are the chosen kind before training, with the columns that were measured then.
     """
@@ -109,7 +109,7 @@ def summary(report: Report) -> dict:
 
 
 def table(report: Report) -> str:
-    """The chosen kind's time, rate and memory, and the fate of signal and gradient in all three."""
+    """The chosen kind's time, rate and memory, and the signal and gradient of all three kinds."""
     settings, history = report.settings, report.history
     chosen = report.profiles[settings.kind]
     training = []
@@ -123,7 +123,7 @@ def table(report: Report) -> str:
             ["loss", f"{history.loss[0]:.3f} at step 1, {history.loss[-1]:.3f} at step {settings.steps}"],
         ]
     training.append(["test accuracy", f"{history.test_accuracy[-1][1]:.1%}"])
-    # The peak of the whole run, and not the one at the end of this profile.
+    # The peak of the whole run, not the one at the end of this profile.
     timing = timing_rows(replace(chosen, peak_memory_bytes=report.peak_memory_bytes))
     figures = format_table(
         ["figure", "value"], training + timing + solves_rows(chosen) + jacobian_rows(chosen), chosen.name
@@ -148,7 +148,7 @@ def table(report: Report) -> str:
 
 
 def ends(values: np.ndarray) -> str:
-    """The first value and the last one, in words where it is no longer a number."""
+    """The first value and the last one, as a word if it is not a finite number."""
     first, last = (f"{value:.2g}" if math.isfinite(value) else "overflows" for value in (values[0], values[-1]))
     return f"{first} -> {last}"
 

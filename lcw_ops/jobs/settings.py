@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 from lcw_ops.jobs.schedule import SCHEDULES
 
-# More threads than this per processor only wait for each other; torch would start millions on request.
+# More threads than this per processor only wait for each other. torch would start millions on request.
 THREADS_PER_CPU = 4
 
 # The nets that `lcw-ops profile` can train.
 PROFILE_KINDS = ("orthogonal-filter", "residual", "plain")
 
-# The defaults of `lcw-ops train` by kind, for settings that are None. They are the best of a grid, with which every run
-# reached 95 % on the digits: at 300 layers 4 splits with 4 seeds each (95.8 % at the worst, 96.8 % in the mean), over
-# the 64 time steps of an image 2 splits with 3 seeds each (96.4 %, 97.3 %).
+# The defaults of `lcw-ops train` by kind, for settings that are None. They are the best of a grid; every run with them
+# reached 95 % on the digits: at 300 layers 4 splits with 4 seeds each (95.8 % at worst, 96.8 % on average), over the 64
+# time steps of an image 2 splits with 3 seeds each (96.4 %, 97.3 %).
 DEFAULTS = {
     "mlp": {"depth": 50_000, "width": 32, "steps": 50, "lr": 0.04, "c": 1.0, "filter": "permutation"},
-    # The depth None stands for as many steps as a sample has features.
+    # Depth None: one time step per feature of a sample.
     "rnn": {"depth": None, "width": 64, "steps": 150, "lr": 0.06, "c": 2.0, "filter": "haar"},
 }
 TRAIN_KINDS = tuple(DEFAULTS)
@@ -38,7 +38,7 @@ def expect_at_least(least: int, name: str, value: int | None) -> None:
 
 @dataclass
 class TrainingSettings:
-    """The settings that every command that trains has; the defaults are the command's.
+    """The settings that all training commands share; each command has its own defaults.
 
     depth, width: the network's size. batch: samples per step. steps: training steps. lr: Adam's rate for the first half
     of the steps; it then falls linearly to 0. filter: the fixed matrix of an orthogonal-filter net. threads: torch's
@@ -58,7 +58,7 @@ class TrainingSettings:
     threads: int | None = None
 
     def check(self) -> None:
-        """Raise ValueError for a value that no run can have; filter and activation are checked where they are used.
+        """Raise ValueError for a value that no run can have. Filter and activation are checked where they are used.
 
         None passes, because it stands for a default that is not known yet.
         """
@@ -78,7 +78,7 @@ class ProfileSettings(TrainingSettings):
 
     kind: the net that is trained, one of ``PROFILE_KINDS``. out: folder of the report. lr: its default is the best of a
     grid at 30 steps, measured at 300 layers. solver, tolerance, window: options of the orthogonal-filter net's
-    recurrence. The other nets take none: their layers change everything, so they converge in no window.
+    recurrence. The other nets do not take them: their layers change the state too much to converge in any window.
     """
 
     kind: str = "orthogonal-filter"
@@ -101,8 +101,8 @@ class TrainSettings(TrainingSettings):
     """The settings of ``lcw-ops train``, with the command's defaults. None stands for the kind's value in ``DEFAULTS``.
 
     depth: number of layers, or of time steps. epochs: passes over the data, instead of steps. schedule: name of the
-    rate's schedule. c: beta = c / depth. checkpoint: folder that gets a checkpoint after every ``every`` steps; with
-    resume the run goes on from the newest one. out: folder for metrics.csv and model.pt.
+    rate's schedule. c: beta = c / depth. checkpoint: folder for a checkpoint after every ``every`` steps; with resume
+    the run continues from the newest one. out: folder for metrics.csv and model.pt.
     """
 
     kind: str = "mlp"
@@ -131,4 +131,4 @@ class TrainSettings(TrainingSettings):
         for name in ("checkpoint", "out"):
             expect(getattr(self, name) != "", name, "empty", "a folder")
         if self.resume and self.checkpoint is None:
-            raise ValueError("--resume needs --checkpoint DIR, the folder to go on from")
+            raise ValueError("--resume needs --checkpoint DIR, the folder to continue from")

@@ -1,4 +1,4 @@
-"""A value that a layer computes from its parameters, kept between calls of inference. Stale only by a hash collision.
+"""A value computed from a layer's parameters, kept between inference calls. Only a hash collision makes it stale.
 
 A kept value belongs to one content of the parameters. An edit through ``.data`` changes neither version nor address, so
 the content itself is compared, by a fingerprint of its bytes. Reading it at the speed of memory takes a fraction of the
@@ -16,7 +16,7 @@ from lcw_ops.ops import backends, fingerprint
 class DerivedWeight:
     """The last value of one function of parameters, kept on a CPU, in eval mode, without gradients.
 
-    It is not part of a module's state: a copy or a pickle begins empty.
+    It is not part of a module's state: a copy or a pickle starts empty.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class DerivedWeight:
         return compute(parameter) if value is None else value
 
     def kept(self, compute: Callable[..., Tensor], training: bool, *parameters: Tensor) -> Tensor | None:
-        """As ``get``, for several parameters. Where no value can be kept, None, and nothing is computed."""
+        """As ``get``, for several parameters. Where no value can be kept, it computes nothing and returns None."""
         if training or torch.is_grad_enabled() or not all(fingerprint.can_be_taken(p) for p in parameters):
             return None
         content = [(p.data_ptr(), p.shape, p.dtype, fingerprint.fingerprint(p)) for p in parameters]

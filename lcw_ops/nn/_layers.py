@@ -1,7 +1,7 @@
-"""Parts that the layers with reparametrized weights share.
+"""The parts that the layers with reparametrized weights share.
 
-None of these layers is a subclass of its namesake: code that finds an ``nn.Linear`` takes its ``weight`` for the weight
-that is applied.
+None of these layers is a subclass of its namesake: code that finds an ``nn.Linear`` assumes that its ``weight``
+is the weight that is applied.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from lcw_ops._checks import describe
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-# A convolution's arguments, and what its forward pass reads.
+# A convolution's arguments, and the padding that its forward pass reads.
 _ATTRIBUTES = (
     "in_channels",
     "out_channels",
@@ -74,5 +74,5 @@ def applied_parameters(function: str, layer: nn.Module, kind: type[nn.Module]) -
 
 
 def make_empty(kind: type[Layer], *arguments, **options) -> Layer:
-    """A layer whose parameters hold no numbers yet."""
+    """A layer whose parameters are uninitialised."""
     return cast(Layer, nn.utils.skip_init(kind, *arguments, **options))

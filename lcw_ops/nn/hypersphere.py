@@ -16,7 +16,7 @@ from lcw_ops._checks import accumulation_dtype, check_choice, check_non_negative
 from lcw_ops.nn._derived import DerivedWeight
 from lcw_ops.nn._layers import Convolution, applied_parameters, are_per_unit, check_fan_in, make_empty
 
-# Version 0.1 had these classes in this file, and pickles name them by it.
+# In version 0.1 these classes were in this file, and pickles look for them here.
 from lcw_ops.nn.input_mean_norm import InputMeanNorm  # noqa: F401
 from lcw_ops.nn.weight_norm import (  # noqa: F401
     WeightNormConv1d,
@@ -47,13 +47,13 @@ class GmPLinear(nn.Module):
 
     Args:
         in_features: at least 1.
-        out_features, device, dtype: ``nn.Linear``'s.
+        out_features, device, dtype: as in ``nn.Linear``.
         activation: None or "relu"; the radius, of any sign, acts after it.
         bias: False keeps location at 0, as a buffer: every boundary passes through the origin.
 
     Parameters angles (n, m - 1), radius (n,), location (n,) are as many numbers as a plain layer has.
-    :func:`lcw_ops.init.gmp_` fills them. In eval mode without gradients, on a CPU, directions are kept as long as the
-    content of the angles is the same.
+    :func:`lcw_ops.init.gmp_` fills them. In eval mode without gradients, on a CPU, directions are kept as long as
+    the angles do not change.
 
     Raises:
         ValueError: in_features below 1, or an unknown activation; in a forward pass, an input that does not fit.
@@ -142,12 +142,12 @@ class GmPLinear(nn.Module):
                 output = nn.functional.linear(input, direction, self.location)
                 return (output.relu_() if self.activation == "relu" else output).mul_(self.radius.to(output.dtype))
             except (RuntimeError, TypeError):
-                # The function below says what does not fit.
+                # The function below reports the argument that does not fit.
                 pass
         return F.gmp_linear(input, self.angles, self.radius, self.location, self.activation)
 
     def _forward_with_sign(self, input: Tensor, sign: Tensor) -> Tensor:
-        # The function, which knows no sign, says what does not fit.
+        # The function, which has no sign, reports the argument that does not fit.
         if not are_per_unit(sign, self.radius, self.location):
             F.gmp_linear(input, self.angles, self.radius, self.location, self.activation)
         try:
@@ -240,7 +240,7 @@ class _GmPConv(Convolution):
         else:
             filters = self.direction()
         if self.activation is None:
-            # The filters are smaller than the output.
+            # Scale the filters, because they are smaller than the output.
             return self._conv_forward(input, self._scaled(filters), self.radius * self.location)
         activated = self._conv_forward(input, filters, self.location).relu_()
         return self.radius.to(activated.dtype).view(-1, *(1,) * len(self.kernel_size)) * activated
@@ -265,8 +265,8 @@ class GmPConv2d(_GmPConv):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype:
-            ``nn.Conv2d``'s.
-        bias: as ``nn.Conv2d``'s. False keeps location at 0, as a buffer: every filter's boundary passes through the
+            as in ``nn.Conv2d``.
+        bias: as in ``nn.Conv2d``. False keeps location at 0, as a buffer: every filter's boundary passes through the
             origin, the layer has the functions of ``nn.Conv2d(bias=False)``, and the state_dict has the same keys.
         activation: None or "relu"; the radius acts after it.
 
@@ -295,13 +295,13 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
 
     Adam moves every angle by about its rate, which turns a unit by sqrt(m / 2) times the rate. With these groups the
     turn is about the same at every fan-in. The plain layer's decay (w = r u, b = r lambda) is that of the radius alone.
-    Locations are not decayed, which would draw every boundary to the origin, and angles never, because 0 is a pole.
+    Locations are not decayed, because that would draw every boundary to the origin, nor angles, because 0 is a pole.
 
     Args:
-        model: its GmP layers are found by type, wherever they are.
-        lr: the rate of everything but angles. Most schedulers multiply rates and keep the ratios. A scheduler that
+        model: the model. Its GmP layers are found by type, wherever they are.
+        lr: the rate for everything but angles. Most schedulers multiply rates and keep the ratios. A scheduler that
             takes absolute rates, such as OneCycleLR with max_lr, needs a list: ``[group["lr"] for group in groups]``.
-        weight_decay: of everything but angles and locations.
+        weight_decay: the decay of everything but angles and locations.
 
     Returns:
         The groups in this order, without empty ones: all other parameters with the radii; locations; angles, one group
@@ -340,7 +340,7 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
 
 
 def _parameters_of(module: Any, name: str) -> list[nn.Parameter]:
-    """The parameter of this name, or the parameters from which a parametrization computes it. None for a buffer."""
+    """The parameter of this name, or the parameters from which a parametrization computes it. [] for a buffer."""
     if nn.utils.parametrize.is_parametrized(module, name):
         return list(module.parametrizations[name].parameters())
     value = getattr(module, name)
@@ -369,7 +369,7 @@ def _make_gmp(
 def _reset_gmp(module: GmPLinear | _GmPConv) -> None:
     init.gmp_(module.angles, module.radius, module.location)
     if module.sign is not None:
-        # The sign of a uniform weight does not depend on its length, which is the radius.
+        # A uniform weight's sign is independent of its length, the radius.
         module.sign.bernoulli_().mul_(2).sub_(1)
 
 
@@ -397,8 +397,8 @@ def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | No
         is_relu = module.activation == "relu"
         is_finite = radius.isfinite() & module.location.isfinite()
         is_constant = is_zero & torch.ne(plain_bias.relu() if is_relu else plain_bias, 0)
-        _check_units(function, is_finite, "have a weight, or a bias over the weight's length, that is not finite")
-        _check_units(function, ~is_constant, "are constants, of weight 0 and another bias")
+        _check_units(function, is_finite, "have a weight, or a bias divided by the weight's length, that is not finite")
+        _check_units(function, ~is_constant, "are constants, with weight 0 and another bias")
     for parameter in (module.angles, module.radius):
         parameter.requires_grad_(weight.requires_grad)
     if bias is not None:
@@ -409,5 +409,5 @@ def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | No
 def _check_units(function: str, right: Tensor, came: str) -> None:
     if not right.all():
         argument = f"units {(~right).nonzero().flatten().tolist()} of layer"
-        expected = "units that radius * act(u.x + location) can be"
+        expected = "units that radius * act(u.x + location) can express"
         raise ValueError(describe(function, argument, came, expected, "Leave this layer plain, or change these units."))

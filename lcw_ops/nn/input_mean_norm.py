@@ -7,7 +7,7 @@ from lcw_ops._checks import FLOATING, check_non_negative, check_shape, describe
 
 
 class InputMeanNorm(nn.Module):
-    """Subtracts every channel's mean, over the batch and all positions: ``y = x - E x``. No scale, nothing to learn.
+    """Subtracts every channel's mean, over the batch and all positions: ``y = x - E x``. Nothing is learned.
 
     In a deep GmP net, put it before a GmP layer, after the previous ReLU and before pooling. In training the mean is
     the batch's, and gradients flow through it. In eval mode it is the running mean. Each process of a distributed run
@@ -18,11 +18,11 @@ class InputMeanNorm(nn.Module):
 
     Args:
         num_features: C.
-        momentum: share of the new mean in the running mean, 0 to 1. None averages all batches, as in
+        momentum: the share of the new mean in the running mean, 0 to 1. None averages all batches, as in
             ``nn.BatchNorm2d``.
-        device, dtype: of the running mean. It is kept in float32 at least: in 16 bits such steps would round to 0.
+        device, dtype: of the running mean. It is kept in float32 at least: in 16 bits its small steps would round to 0.
 
-    Buffers running_mean (C,) and num_batches_tracked (), as ``nn.BatchNorm2d``'s. 16-bit inputs are averaged and
+    Buffers running_mean (C,) and num_batches_tracked (), as in ``nn.BatchNorm2d``. 16-bit inputs are averaged and
     shifted in float32 and rounded once.
 
     Raises:
@@ -75,7 +75,7 @@ class InputMeanNorm(nn.Module):
         self.num_batches_tracked.add_(1)
         share: float | Tensor | None = self.momentum
         if share is None:
-            # Stays on the device: reading the count would wait for it.
+            # The count stays on the device: the host would wait to read it.
             share = self.num_batches_tracked.to(mean.dtype).reciprocal()
         self.running_mean.add_((mean - self.running_mean) * share)
 

@@ -27,13 +27,13 @@ class LCWLinear(nn.Linear):
     weight, whichever is smaller.
 
     Args:
-        in_features, out_features, bias, device, dtype: ``nn.Linear``'s.
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         basis: whether to use the paper's parametrization, w = B v with ``weight`` = v (out_features, in_features - 1).
             False is the centred form, w = u - mean(u), whose state_dict has the keys and shapes of ``nn.Linear``'s.
             Both train alike under SGD with momentum and L2.
 
-    Weights begin as :func:`lcw_ops.init.lcw_` draws them for standardised inputs, N(0, 1 / in_features). In a deep net,
-    call it with the activation of the previous layer. The bias begins at 0.
+    Weights start as :func:`lcw_ops.init.lcw_` draws them for standardised inputs, N(0, 1 / in_features). In a deep net,
+    call it with the activation of the previous layer. The bias starts at 0.
 
     Raises:
         ValueError: in a forward pass, an input that does not fit.
@@ -124,15 +124,15 @@ class LCWConv2d(_LCWConv, nn.Conv2d):
 
     Input (N, C_in, H, W) or (C_in, H, W), output as ``nn.Conv2d``'s. Zero padding adds inputs of another mean, so a
     shift remains at the border. In eval mode without gradients, on a CPU, the constrained weight is kept as long as the
-    content of the parameter is the same.
+    parameter does not change.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
-            ``nn.Conv2d``'s.
+            as in ``nn.Conv2d``.
         basis: whether to use the paper's parametrization, ``weight`` (C_out, m - 1) with m = C_in / groups * kH * kW.
             False is the centred form, whose state_dict has the keys and shapes of ``nn.Conv2d``'s.
 
-    Weights and bias begin as :class:`LCWLinear`'s.
+    Weights and bias start as in :class:`LCWLinear`.
 
     Raises:
         ValueError: basis with filters without an element, and the errors of ``nn.Conv2d``.
@@ -154,7 +154,7 @@ class LCWConv3d(_LCWConv, nn.Conv3d):
 
 
 def _make_parameters(module: Any) -> None:
-    """Replace the parameter for the basis form: one column less, and one dimension for the whole filter."""
+    """Replace the parameter for the basis form: one column fewer, and one dimension for the whole filter."""
     if module.basis:
         weight = module.weight
         if math.prod(weight.shape[1:]) == 0:

@@ -18,17 +18,17 @@ from lcw_ops.reference import normalize_scale
 class WeightNormLinear(nn.Module):
     """``nn.Linear`` with weight ``scale * weight / ||weight||``; see :func:`lcw_ops.functional.weight_norm_linear`.
 
-    The layer begins as ``nn.Linear`` does, with scale = ||weight||. A zero row is a unit of weight zero without
+    The layer starts as ``nn.Linear`` does, with scale = ||weight||. A zero row is a unit of weight zero without
     gradients.
 
     Input (..., m = in_features), output (..., n = out_features), of the parameters' dtype (under autocast: autocast's).
 
     Args:
         in_features: at least 1.
-        out_features, bias, device, dtype: ``nn.Linear``'s.
+        out_features, bias, device, dtype: as in ``nn.Linear``.
 
     Parameters weight (n, m), scale (n,) of any sign, bias (n,) or None. In eval mode without gradients, on a CPU, the
-    normalised weight is kept as long as the content of weight and scale is the same.
+    normalised weight is kept as long as weight and scale do not change.
 
     Raises:
         ValueError: in_features below 1; in a forward pass, an input that does not fit.
@@ -86,7 +86,7 @@ class WeightNormLinear(nn.Module):
             try:
                 return nn.functional.linear(input, weight, self.bias)
             except (RuntimeError, TypeError):
-                # The function below says what does not fit.
+                # The function below reports the argument that does not fit.
                 pass
         return F.weight_norm_linear(input, self.weight, self.scale, self.bias)
 
@@ -161,7 +161,7 @@ class WeightNormConv2d(_WeightNormConv):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
-            ``nn.Conv2d``'s.
+            as in ``nn.Conv2d``.
 
     Parameters weight and bias in ``nn.Conv2d``'s shapes, scale (C_out,).
 

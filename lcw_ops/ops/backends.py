@@ -19,20 +19,20 @@ CPU = torch.device("cpu")
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
-# Type of device -> backends in the order of preference.
+# Device type -> backends in the order of preference.
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda", "graph")}
 
 # Kernels that users cannot name. A request for the parent backend selects them where an op puts them first.
 FORM_OF = {"graph": "cuda"}
 
 # (op, backend or form) -> the compute capabilities on which its tests have passed, with a log committed under
-# bench/results/. There the kernel becomes the automatic choice. None has passed so far.
+# bench/results/. On those GPUs the kernel is the automatic choice. There are none so far.
 PROVEN: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
 
-# Op -> backends for which this source tree has an implementation. The files beside this one fill it.
+# Op -> backends for which this source tree has an implementation. The modules of the ops fill it.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {}
 
-# (op, backend) -> the longest row in bytes that the backend takes. Longer rows go to the next one in the order.
+# (op, backend) -> the longest row in bytes that the backend takes. Longer rows go to the next backend in the order.
 MAX_ROW_BYTES: dict[tuple[str, str], int] = {}
 
 # Backend -> why its extension is not loaded.
@@ -55,7 +55,7 @@ def load_extensions() -> None:
 
 
 def missing_reason(op: str, backend: str, device_type: str) -> str | None:
-    """Returns why ``backend`` cannot run ``op`` on such a device, or None if it can."""
+    """Returns why ``backend`` cannot run ``op`` on a device of this type, or None if it can."""
     if backend == "reference":
         return None
     if backend not in IMPLEMENTED[op]:
@@ -68,7 +68,7 @@ def missing_reason(op: str, backend: str, device_type: str) -> str | None:
         return None if device_type in ("cpu", "cuda") else f"triton does not run on {device_type} tensors"
     own_device = {"cpp": "cpu", "cuda": "cuda", "graph": "cuda"}[backend]
     if device_type != own_device:
-        return f"{backend} runs on {own_device} tensors only, these are on {device_type}"
+        return f"{backend} runs on {own_device} tensors only; these are on {device_type}"
     return _extension_missing.get(backend)
 
 
@@ -86,7 +86,7 @@ def width_reason(op: str, backend: str, width: int, itemsize: int) -> str | None
 
 
 def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -> str | None:
-    """Returns why a kernel that could run is not the automatic choice, or None if its tests passed on such a GPU."""
+    """Returns why a kernel that could run is not the automatic choice, or None if its tests passed on this GPU."""
     if capability is None or capability in PROVEN.get((op, backend), ()):
         return None
     generation = f"sm_{capability[0]}{capability[1]}"
@@ -95,7 +95,7 @@ def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """A GPU's compute capability, as in PROVEN. None for any other device."""
+    """A GPU's compute capability, as in PROVEN, or None for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
@@ -144,15 +144,15 @@ def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, fir
 
     Args:
         op, device: the op's name in IMPLEMENTED, and the tensors' device.
-        width, itemsize: of the rows; 0 if the op takes rows of any width.
-        first: a backend or form that was measured as the fastest. It comes before the usual order, and meets a request
-            for its parent backend.
+        width, itemsize: of the rows. The width is 0 if the op takes rows of any width.
+        first: the backend or form that was measured as the fastest. It comes before the usual order, and is selected
+            by a request for its parent backend.
 
     Raises:
         BackendError: an explicit request cannot be met.
     """
-    # Under torch.compile the width may be a symbol. Each comparison with a limit becomes a guard, and a text that
-    # contains the width would be compiled again for every width.
+    # Under torch.compile the width may be a symbol. Each comparison with a limit becomes a guard, and a text with
+    # the width in it would be compiled again for every width.
     if not width:
         return _resolve_at_trace_time(op, device, _requested, (), first)
     candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
@@ -183,8 +183,8 @@ def _check_known(backend: str) -> None:
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op of lcw_ops inside the ``with`` block on one backend: "cpp", "cuda", "triton" or "reference".
 
-    The request holds for the whole process, like the flags of ``torch.backends``. Blocks nest. An op that the backend
-    cannot run raises BackendError with the reason when it is called. ``LCW_OPS_BACKEND=name`` in the environment does
+    The request holds for the whole process, like the flags of ``torch.backends``. Blocks nest. Calling an op that the
+    backend cannot run raises BackendError with the reason. ``LCW_OPS_BACKEND=name`` in the environment does
     the same for the whole run. A backward pass uses the backend of its forward pass.
 
     A request also holds while exporting (torch.export, ONNX, torch.jit.trace). A program exported with a kernel needs
@@ -192,7 +192,7 @@ def use_backend(backend: str) -> Iterator[None]:
     gradients would be lost. Export without a request, or under ``torch.no_grad()`` for inference.
 
     Args:
-        backend: the name. An unknown one raises BackendError, which is a ValueError and a RuntimeError.
+        backend: the name. An unknown name raises BackendError, which is both a ValueError and a RuntimeError.
     """
     global _requested
     _check_known(backend)

@@ -1,4 +1,4 @@
-"""A number that changes with a tensor's content. On a CPU only, where reading the content waits for nothing."""
+"""A number that changes with a tensor's content. CPU tensors only: reading them waits for no device."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ library.declare(NAME, "(Tensor tensor) -> int", backends=("cpp",))
 
 
 def can_be_taken(tensor: Tensor) -> bool:
-    """Whether there are bytes to read: a contiguous CPU tensor, not of a subclass, and nothing is traced."""
+    """Whether there are bytes to read: the tensor is contiguous, on a CPU, not of a subclass and not traced."""
     return (
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)

@@ -1,8 +1,8 @@
 """Formulas of the ops' arithmetic for torch's FlopCounterMode, which cannot see the products inside an op.
 
-The formulas count the products of the mathematics, whatever a kernel does. A constrained layer counts as a plain one, a
-recurrence solved in parallel as one solved layer by layer. States that backward computes again to save memory count
-once.
+The formulas count the matrix products of the mathematics, whatever a kernel does. A constrained layer counts as a plain
+one, and a recurrence solved in parallel as one solved layer by layer. States that backward recomputes to save memory
+count once.
 """
 
 import torch
@@ -19,7 +19,7 @@ def _lcw_linear_backward(
 
 
 def _layer(x_shape, rows_shape, *_, out_shape=None) -> int:
-    # A row of angles is one shorter than a row of x.
+    # A row of angles has one entry fewer than a row of x.
     return 2 * x_shape[0] * rows_shape[0] * x_shape[1]
 
 

@@ -17,14 +17,14 @@ from lcw_ops.ops import backends, library
 NAME = "gradient_activation_"
 SGD_STEP, ADAMW_STEP = "activated_sgd_step_", "activated_adamw_step_"
 
-# An op of a compiled backend with this prefix returns whether it took the tensors. It looks at their layout in memory
-# itself, before the first write. With an error in place of the answer, a refusal would look like a failure.
+# An op of a compiled backend with this prefix returns whether it accepted the tensors. It inspects their layout in
+# memory before the first write. It does not raise, so that a refusal does not look like a failure.
 TRY = "try_"
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
-# How many tensors plain torch takes, or are copied into one dtype, at a time. Many, because a foreach call costs about
-# what a call for one tensor costs; not all, because the copies take memory.
+# The number of tensors in one foreach call, or copied into one dtype at a time. Many, because a foreach call costs
+# about as much as a call for one tensor; not all, because the copies take memory.
 FOREACH_TENSORS = 32
 
 
@@ -40,7 +40,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def may_overlap(tensor: Tensor) -> bool:
-    """Whether two elements may share memory. Exact for torch's views; may say yes for an odd as_strided."""
+    """Whether two elements may share memory. Exact for torch's views; some uses of as_strided get a false yes."""
     if tensor.is_contiguous():
         return False
     reach = 0
@@ -55,8 +55,8 @@ def may_overlap(tensor: Tensor) -> bool:
 def find_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The indices of two tensors that may share memory, or None if no two do.
 
-    Exact where no two ranges of addresses meet, and for slices and interleaved views of one tensor (columns, channels,
-    every second element). Any other tensors whose ranges meet count as shared.
+    Exact where no two ranges of addresses overlap, and for slices and interleaved views of one tensor (columns,
+    channels, every second element). Any other tensors with overlapping ranges count as shared.
     """
     spans = []
     for index, tensor in enumerate(tensors):
@@ -64,7 +64,7 @@ def find_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
         if start:
             spans.append((start, start + _span(tensor), index))
     spans.sort()
-    # For the thousands of gradients of a step the search nearly always ends here.
+    # For the thousands of gradients of a step, the search nearly always ends here.
     if all(first[1] <= second[0] for first, second in pairwise(spans)):
         return None
     by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
@@ -86,7 +86,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _span(tensor: Tensor, period: int = 0) -> int:
-    """Bytes from the first element to the end of the last. With ``period``, only steps that are not its multiples."""
+    """Bytes from the first element to the end of the last. ``period`` leaves out strides that are multiples of it."""
     if not period and tensor.is_contiguous():
         return tensor.nbytes
     itemsize = tensor.itemsize
@@ -106,7 +106,7 @@ def _clusters(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, in
 
 
 def _find_shared_in_cluster(cluster: list[tuple[int, int, Tensor]]) -> tuple[int, int] | None:
-    """Two of the tensors, or None if for some period all addresses modulo it lie in ranges that do not meet.
+    """Two of the indices, or None if for some period their addresses modulo it lie in ranges that do not overlap.
 
     The periods tried are the strides of the first two tensors.
     """
@@ -118,14 +118,14 @@ def _find_shared_in_cluster(cluster: list[tuple[int, int, Tensor]]) -> tuple[int
             (offset, offset + _span(tensor, period))
             for offset, tensor in (((start - origin) % period, tensor) for start, _, tensor in cluster)
         )
-        # The first range starts at 0, so a range that ends after the period meets it again.
+        # The first range starts at 0, so a range that ends after the period overlaps it.
         if ranges[-1][1] <= period and all(left[1] <= right[0] for left, right in pairwise(ranges)):
             return None
     return first, second
 
 
 def _fake(tensors, kind, alpha, beta):
-    # Beside a meta tensor, this function runs in place of the kernels, and real tensors would silently stay unchanged.
+    # If one tensor is a meta tensor, this runs instead of the kernels, and the real ones would silently stay unchanged.
     if len({tensor.device for tensor in tensors}) > 1:
         raise ValueError(f"{NAME}: tensors on different devices; call lcw_ops.functional.{NAME}")
 
@@ -135,7 +135,7 @@ def _step_fake(*arguments):
 
 
 def _vmap(overload, info, in_dims, tensors, kind, alpha, beta):
-    """The op is elementwise, so a batch dimension is a dimension like any other."""
+    """The op is elementwise, so a batch dimension is like any other."""
     _activate_dense_(overload, tensors, kind, alpha, beta)
     return None, None
 
@@ -153,15 +153,15 @@ def _triton_adamw_step(*arguments):
 
 
 def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
-    """The op on ``backend``. The tensors are on one device, and the caller has checked everything."""
+    """Run the op on ``backend``. The tensors are on one device, and the caller has checked the arguments."""
     if backend != "reference" and _torch.in_functorch():
-        # The layout in memory is visible only below the transforms, to _vmap.
+        # Only _vmap, below the transforms, sees the layout in memory.
         library.get_overload(NAME, backend)(tensors, kind, alpha, beta)
         return
     if _can_ask(backend, tensors) and library.get_overload(TRY + NAME, backend)(tensors, kind, alpha, beta):
         _count_writes(tensors)
         return
-    # f(0) is 0, so zeros without memory are right as they are. Nothing could be written to them.
+    # f(0) is 0, so zeros without memory stay as they are: they cannot be written to.
     tensors = [
         tensor for tensor in tensors if torch.compiler.is_compiling() or not _torch.is_zeros_without_memory(tensor)
     ]
@@ -173,7 +173,7 @@ def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta
 
 
 def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> bool:
-    """Call the C++ kernel on tensors of which only the type is known. False if it refused them and wrote nothing."""
+    """Call the C++ kernel on tensors checked only for their type. False if it refused them and wrote nothing."""
     if _torch.is_traced() or not library.get_overload(TRY + NAME, "cpp")(tensors, kind, alpha, beta):
         return False
     _count_writes(tensors)
@@ -181,7 +181,7 @@ def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float)
 
 
 def _can_ask(backend: str, tensors: list[Tensor]) -> bool:
-    """Whether the kernel may answer that it does not take the tensors. Python need not look at them before then.
+    """Whether the kernel can be asked to check the tensors itself, so that Python need not inspect them first.
 
     A subclass that turns one call into several would get several answers.
     """
@@ -207,16 +207,16 @@ def _activate_dense_(overload, tensors: list[Tensor], kind: str, alpha: float, b
 
 def _to_dense(tensor: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        # Strides may be symbols here, which cannot be sorted.
+        # Strides may be symbols here, and symbols cannot be sorted.
         return tensor if tensor.is_contiguous() else tensor.contiguous()
     tensor = tensor.resolve_neg()
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
 def _is_virtual(tensor: Tensor) -> bool:
-    """Whether its numbers differ from those in memory: a view that torch negates on reading, or zeros without memory.
+    """Whether its values are not those in memory: a view that torch negates on reading, or zeros without memory.
 
-    Compilers replace both themselves.
+    Compilers resolve both themselves.
     """
     return not torch.compiler.is_compiling() and (tensor.is_neg() or _torch.is_zeros_without_memory(tensor))
 
@@ -229,7 +229,7 @@ def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
 
 
 def _count_writes(tensors: list[Tensor]) -> None:
-    """Tell autograd, which may have saved the tensors, that the kernels have written through their pointers."""
+    """Tell autograd, which may have saved the tensors, that the kernels have written to their memory."""
     if torch.compiler.is_compiling():
         return
     if torch.is_inference_mode_enabled():
@@ -256,10 +256,10 @@ def sgd_step_(
 ) -> None:
     """One step of SGD on ``backend``, with f of the gradient or of the momentum's result (``activate``).
 
-    As ``lcw_ops.reference.sgd_step`` by element, in place. The tensors are on one device, in any layout; grads are only
+    It computes ``lcw_ops.reference.sgd_step`` in place. The tensors are on one device, in any layout; grads are only
     read. A parameter, its gradient and its buffer may differ in dtype: the step is computed in float64 if one of them
-    is float64, otherwise in float32, and rounded once. ``momentum_buffers`` is empty without momentum; with
-    ``is_first`` its numbers are not read. The caller has checked the arguments.
+    is float64, otherwise in float32, and rounded once. ``momentum_buffers`` is empty without momentum, and its values
+    are not read if ``is_first``. The caller has checked the arguments.
     """
     numbers = (lr, momentum, dampening, weight_decay, nesterov, maximize, is_first)
     if backend == "reference":
@@ -293,9 +293,9 @@ def adamw_step_(
 ) -> None:
     """One step of AdamW on ``backend``, with f of the raw gradient.
 
-    As ``lcw_ops.reference.adamw_step`` by element, in place. The tensors are on one device, in any layout and, for each
-    parameter, of any dtypes, as in `sgd_step_`; grads are only read. ``max_exp_avg_sqs`` is empty without ``amsgrad``;
-    ``state_steps`` are 0-dim float32 and count this step already. The caller has checked the arguments.
+    It computes ``lcw_ops.reference.adamw_step`` in place. Devices, layouts and dtypes are as in `sgd_step_`; grads are
+    only read. ``max_exp_avg_sqs`` is empty without ``amsgrad``; ``state_steps`` are 0-dim float32 and already count
+    this step. The caller has checked the arguments.
     """
     written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     numbers = (lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, kind, alpha, beta)
@@ -313,12 +313,11 @@ def _step_in_place(
     name: str, backend: str, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
 ) -> None:
     """``step(overload, *written, grads, state_steps)`` on tensors in any layout and of any dtypes."""
-    # Without a tensor the dispatcher would know no device.
+    # With empty lists the dispatcher could not tell the device.
     if not grads:
         return
-    if not _can_ask(backend, written[0]) or not step(
-        library.get_overload(TRY + name, backend), *written, grads, state_steps
-    ):
+    ask = getattr(getattr(torch.ops.lcw_ops, TRY + name), backend) if _can_ask(backend, written[0]) else None
+    if ask is None or not step(ask, *written, grads, state_steps):
         _check_forms(name, written, grads)
         length = _length_of_pieces(written, grads)
         for start in range(0, len(grads), length):
@@ -328,7 +327,7 @@ def _step_in_place(
 
 
 def _check_forms(name: str, written: list[list[Tensor]], grads: list[Tensor]) -> None:
-    """ValueError if shapes or devices differ: a copy would cross devices or be broadcast, and not come back."""
+    """ValueError if shapes or devices differ: a copy would cross devices or broadcast, and not come back."""
     if torch.compiler.is_compiling():
         return
     for own in zip(*(tensors for tensors in (*written, grads) if tensors), strict=True):
@@ -346,7 +345,7 @@ def _check_forms(name: str, written: list[list[Tensor]], grads: list[Tensor]) ->
 
 
 def _length_of_pieces(written: list[list[Tensor]], grads: list[Tensor]) -> int:
-    """How many parameters to step at once."""
+    """The number of parameters to step at once."""
     if len(grads) > 1 and not torch.compiler.is_compiling() and find_shared(written[0]) is not None:
         # Parameters that share memory are stepped one at a time.
         return 1
@@ -366,7 +365,7 @@ def _step_on_copies(
 
 
 def _common_dtypes(written: list[list[Tensor]], grads: list[Tensor]) -> tuple[list[torch.dtype], bool]:
-    """For each parameter, one dtype for itself, its gradient and its states; and whether any of them has another."""
+    """For each parameter, one dtype for it, its gradient and its states; and whether any tensor has another dtype."""
     columns = [[tensor.dtype for tensor in tensors] for tensors in (*written, grads) if tensors]
     if all(column == columns[0] for column in columns):
         return columns[0], False
@@ -418,7 +417,7 @@ def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: flo
 
 
 def _resolve_negations(tensors: list[Tensor]) -> list[Tensor]:
-    """The list, with copies of views that torch negates on reading, because foreach calls cannot write to those."""
+    """The tensors, with copies of views that torch negates on reading, to which foreach calls cannot write."""
     if torch.compiler.is_compiling() or not any(map(Tensor.is_neg, tensors)):
         return tensors
     return [tensor.resolve_neg() for tensor in tensors]
@@ -435,7 +434,7 @@ def _round_into(tensors: list[Tensor], wide: list[Tensor]) -> None:
 
 
 def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -> None:
-    """``step(*written, grads, counts, *options)`` on some parameters at a time, in one dtype of at least float32."""
+    """Call ``step(*written, grads, counts, *options)`` on groups of parameters, in one dtype of at least float32."""
     if not grads:
         return
     resolved = [_resolve_negations(tensors) for tensors in written]
@@ -443,7 +442,7 @@ def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -
     by_dtype: dict[torch.dtype, list[int]] = {}
     for index, dtype in enumerate(dtypes):
         by_dtype.setdefault(dtype, []).append(index)
-    # Reading them together waits for the device once.
+    # Read together, they make the host wait for the device once.
     counts = torch.stack(state_steps).reshape(len(grads)).tolist() if state_steps else []
     for own_dtype, indices in by_dtype.items():
         dtype = torch.promote_types(own_dtype, torch.float32)
@@ -536,7 +535,7 @@ def _foreach_adamw_step_(
 
 
 # The tensors of a list are on one device, without gaps or overlap. A parameter's gradient and states have its shape,
-# dtype and strides. With `is_first` the momentum buffers are not read. `state_steps` count this step already.
+# dtype and strides. The momentum buffers are not read if `is_first`. `state_steps` already count this step.
 _ARGUMENTS = {
     NAME: "(Tensor(a!)[] tensors, str kind, float alpha, float beta)",
     SGD_STEP: (

@@ -1,7 +1,7 @@
 """Hyperspherical weights (GmP) as registered ops: the directions of given angles, and the linear layer.
 
-y = r act(x u^T + lambda), u_k = cos t_k prod_{i<k} sin t_i. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912. Each op has
-its gradients in another op. Second derivatives are those of the reference, in plain torch.
+y = r act(x u^T + lambda), u_k = cos t_k prod_{i<k} sin t_i. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912. The
+gradients of an op are another op. Second derivatives are those of the reference, in plain torch.
 """
 
 import functools
@@ -33,7 +33,7 @@ def _direction_backward_fake(grad_direction, angles):
 
 
 def _gmp_linear_fake(x, angles, radius, location, relu, deterministic, keep_activated, keep_direction):
-    # A call on fake tensors is refused as the kernel would refuse it.
+    # Refuse on fake tensors what the kernel would refuse.
     fits = x.dim() == angles.dim() == 2 and x.shape[1] == angles.shape[1] + 1
     torch._check(fits and library.are_alike(x, angles), lambda: "gmp_linear: x (M, m) and angles do not fit each other")
     units, fan_in = angles.shape[0], x.shape[1]
@@ -83,7 +83,7 @@ library.declare(
 )
 library.declare(
     GMP_LINEAR,
-    # `activated` is act(x u^T + location), `direction` is u. Each is empty unless it is kept.
+    # `activated` is act(x u^T + location) and `direction` is u. Either is empty unless it is kept.
     "(Tensor x, Tensor angles, Tensor radius, Tensor location, bool relu, bool deterministic, bool keep_activated, "
     "bool keep_direction) -> (Tensor output, Tensor activated, Tensor direction)",
     backends=("cpp", "triton"),
@@ -97,8 +97,8 @@ library.declare(
     backends=("cpp", "triton"),
     fake=_gmp_linear_backward_fake,
 )
-# Up to this many samples a backend makes directions inside the product, and again in backward, and never keeps them.
-# For more samples, making them twice costs more than keeping them, as large as the weight, from forward to backward.
+# Up to this many samples a backend computes the directions inside the product, again in backward, and never keeps them.
+# With more samples that costs more than keeping them, as large as the weight, from forward to backward.
 library.declare(FEW_SAMPLES, "() -> int", backends=("cpp", "triton"))
 library.implement_in_triton("hypersphere", DIRECTION, DIRECTION_BACKWARD, GMP_LINEAR, GMP_LINEAR_BACKWARD)
 library.implement(FEW_SAMPLES, "triton", lambda: importlib.import_module("lcw_ops.kernels.hypersphere").FUSED_ROWS)
@@ -112,7 +112,7 @@ _gmp_linear, _gmp_linear_backward = library.get_overloads(GMP_LINEAR), library.g
 
 @_torch.constant_when_traced
 def few_samples(backend: str) -> int:
-    """The number of samples up to which ``backend`` makes directions inside the product."""
+    """The number of samples up to which ``backend`` computes the directions inside the product."""
     return _ask_few_samples(backend)
 
 
@@ -202,7 +202,7 @@ class GmPLinear(Function):
             grad_output, x, angles, radius, activated, direction, ctx.relu, _is_deterministic(), *needs
         )
         if needs[1] and not torch.compiler.is_compiling() and _torch.is_view(gradients[1]):
-            # User code could not change a view in place as it can change other gradients.
+            # User code may change a gradient in place, which a view would not allow.
             gradients = (gradients[0], gradients[1].detach(), *gradients[2:])
         grad_x, grad_angles, grad_radius, grad_location = gradients
         return (

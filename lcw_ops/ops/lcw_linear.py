@@ -1,7 +1,7 @@
-"""Rows with zero sum (LCW) as two registered ops, a linear map and its adjoint, each the derivative of the other.
+"""Rows that sum to zero (LCW) as two registered ops, a linear map and its adjoint, each the other's derivative.
 
 centred: w = u - mean(u), self-adjoint. basis: w = B v, adjoint B^T g. T. Kutsuna, "Linearly Constrained Weights",
-ECML PKDD 2019, arXiv 2403.13833. A third op is the whole linear layer, a fourth its gradients.
+ECML PKDD 2019, arXiv 2403.13833. A third op is the whole linear layer, and a fourth computes its gradients.
 """
 
 import math
@@ -18,8 +18,8 @@ ADJOINT = "lcw_weight_backward"
 LINEAR = "lcw_linear"
 LINEAR_BACKWARD = "lcw_linear_backward"
 
-# Up to this many samples the GPU's kernel multiplies and reads the weight once. For more samples the constraint is
-# applied first, and the vendor's matmul multiplies. On a CPU the op itself chooses.
+# Up to this many samples the GPU kernel also does the product and reads the weight once. With more samples the
+# constraint is applied first, and the vendor's matmul follows. On a CPU the op itself chooses.
 FUSED_ROWS = 64
 
 
@@ -36,7 +36,7 @@ def _adjoint_fake(grad_output, basis):
 
 
 def _linear_fake(x, weight, bias, basis, deterministic):
-    # A call on fake tensors is refused as the kernel would refuse it.
+    # Refuse on fake tensors what the kernel would refuse.
     fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] + basis and x.dtype == weight.dtype
     torch._check(fits and x.is_floating_point(), lambda: "lcw_linear: x (M, m) and weight do not fit each other")
     fits = bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0] and bias.dtype == x.dtype)
@@ -89,7 +89,7 @@ backends.IMPLEMENTED[NAME] = ("cpp", "triton")
 
 _linear = library.get_overloads(LINEAR)
 _linear_backward = library.get_overload(LINEAR_BACKWARD, "cpp")
-# In deterministic mode the sizes decide what multiplies on a CPU: a timing could differ in the next process.
+# In deterministic mode the sizes decide which matmul runs on a CPU: a timing could decide otherwise in a later process.
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 
 
@@ -216,7 +216,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
     if _torch.in_forward_mode():
         result = FusedLinearForwardMode.apply(rows, weight, bias, basis, backend)
     elif torch.is_grad_enabled():
-        # The transforms of torch.func never come here, so no twin is needed.
+        # torch.func never gets here, so this needs no twin.
         result = library.apply(FusedLinear, FusedLinear, rows, weight, bias, basis, backend)
     else:
         result = _linear[backend](rows, weight, bias, basis, _is_deterministic())
@@ -224,5 +224,5 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
 
 
 def is_fused(x: Tensor, backend: str) -> bool:
-    """Whether one op runs the whole layer. Under torch.func matmuls do, because its transforms have rules for them."""
+    """Whether one op runs the whole layer. Under torch.func it does not: the transforms have rules for matmuls only."""
     return not _torch.in_functorch() and (backend == "cpp" or x.numel() <= FUSED_ROWS * x.shape[-1])

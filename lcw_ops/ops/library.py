@@ -1,7 +1,7 @@
-"""The place where every op is declared: one schema, one fake kernel, one set of rules, and one overload per backend.
+"""Declares every op: one schema, one fake kernel, one set of rules, and one overload per backend.
 
-``lcw_ops::orthogonal_filter.cpp`` and ``lcw_ops::orthogonal_filter.cuda`` are the same schema, implemented by two
-backends. Python declares them; the C++ and CUDA extensions, or a Triton launcher, only add the implementation.
+``lcw_ops::orthogonal_filter.cpp`` and ``lcw_ops::orthogonal_filter.cuda`` have the same schema, implemented by two
+backends. Python declares them. The C++ and CUDA extensions and the Triton launchers only add the implementations.
 """
 
 import functools
@@ -17,7 +17,7 @@ from lcw_ops import _torch
 
 library = torch.library.Library("lcw_ops", "DEF")
 
-# The dispatch key of each backend's implementations. Compiled ones are for one device, those in Python for any.
+# Each backend's dispatch key. A compiled implementation is for one device type, an implementation in Python for any.
 DISPATCH_KEY = {
     "cpp": "CPU",
     "cuda": "CUDA",
@@ -57,7 +57,7 @@ def declare(
 
 
 def implement(name: str, backend: str, function: Callable, key: str | None = None) -> None:
-    """Register what an overload does: for a backend written in Python (Triton), or for any backend on one ``key``."""
+    """Implement an overload in Python: for a backend such as Triton, or for one dispatch ``key`` of any backend."""
     library.impl(f"{name}.{backend}", function, key or DISPATCH_KEY[backend])
 
 
@@ -90,7 +90,7 @@ def is_implemented(name: str, backend: str) -> bool:
 def load_extension(stem: str) -> str | None:
     """Load ``lcw_ops/<stem>.abi3.so``.
 
-    Returns None, or the reason why it was not loaded. That is not an error: a slower backend takes over.
+    Returns None, or why it was not loaded. A missing extension is not an error: a slower backend takes over.
     """
     path = Path(__file__).parent.parent / f"{stem}.abi3.so"
     if not path.exists():
@@ -110,9 +110,9 @@ def forward_mode_twin(function: type[Function], jvp: Callable, saved: int = 0) -
     torch.compile refuses to trace a Function that has a jvp, so each differentiable op has two Functions.
 
     Args:
-        function: with or without ``setup_context``.
-        jvp: takes the context and one tangent per argument, None where there is none.
-        saved: how many of the first arguments are tensors that ``jvp`` reads from ``ctx.saved_tensors``.
+        function: a Function with or without ``setup_context``.
+        jvp: takes the context and one tangent per argument, or None for an argument without one.
+        saved: the number of leading arguments, all tensors, that ``jvp`` reads from ``ctx.saved_tensors``.
     """
     members = {
         "__doc__": f"{function.__name__} with forward-mode derivatives.",
@@ -176,10 +176,10 @@ def is_per_unit(values: Tensor, rows: Tensor) -> bool:
 def reference_gradients(
     function: Callable, arguments: tuple[Tensor, ...], needs: tuple[bool, ...], grad_output: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the arguments that need one, from plain torch's derivatives of ``function``."""
+    """The gradients of the arguments that need one, by torch's own autograd through ``function``."""
     is_again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Separate aliases: if one argument was computed from another, do not differentiate through that path.
+        # Use separate aliases: if one argument was computed from another, do not differentiate through that path.
         aliases = [argument.view_as(argument) for argument in arguments]
         needed = [alias for alias, need in zip(aliases, needs, strict=True) if need]
         gradients = iter(torch.autograd.grad(function(*aliases), needed, grad_output, create_graph=is_again))

@@ -12,9 +12,9 @@ _lock = threading.RLock()
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 on CUDA inside the block. The flag is the process's, so other threads' matmuls go without TF32, too.
+    """Switch TF32 off on CUDA inside the block. The flag is the process's, so it affects other threads' matmuls, too.
 
-    On a CPU the user's torch.set_float32_matmul_precision holds.
+    On a CPU the user's torch.set_float32_matmul_precision applies.
     """
     if device.type != "cuda":
         yield

@@ -1,7 +1,7 @@
 """Weight normalization as registered ops: normalised and scaled rows, and the linear layer.
 
-y = x (s v / ||v||)^T + b. T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. Each op has its gradients in
-another op. Second derivatives are those of the reference, in plain torch.
+y = x (s v / ||v||)^T + b. T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. The gradients of an op
+are another op. Second derivatives are those of the reference, in plain torch.
 """
 
 import math

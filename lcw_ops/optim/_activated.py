@@ -40,10 +40,10 @@ class Gathered(NamedTuple):
     """The states of one group's parameters, and how to step them.
 
     Attributes:
-        states: name -> one tensor per parameter; [] for a state that the options do without. The op takes the lists in
-            this order after parameters and gradients.
+        states: name -> one tensor per parameter; [] for a state that the options do not use. The op takes the lists in
+            this order, after parameters and gradients.
         counts: AdamW's counts of steps, the op's last list; empty for an optimizer without them.
-        steps: one function per parameter. Parameters with the same function are stepped by one call of it:
+        steps: one function per parameter. Parameters with the same function share one call:
             ``step(backend, params, grads, *states, *counts)``.
         afterwards: calls to make after all groups have been stepped.
     """
@@ -55,12 +55,12 @@ class Gathered(NamedTuple):
 
 
 def is_distributed(tensor: object) -> TypeGuard[Any]:
-    """Whether it is a DTensor, whose part on this process ``to_local`` gives. Does not import torch.distributed."""
+    """Whether the tensor is a DTensor: ``to_local`` gives its local part. Does not import torch.distributed."""
     return type(tensor) not in _LOCAL_TYPES and hasattr(tensor, "to_local")
 
 
 def split(*keys: Sequence) -> dict[tuple, Callable[[list], list]]:
-    """Maps each combination of keys to a function that takes its entries out of a list; [] stays []."""
+    """Map each combination of keys to a function that takes its entries out of a list; [] stays []."""
     if list(map(len, map(set, keys))) == [1] * len(keys):
         return {tuple(map(operator.itemgetter(0), keys)): list}
     places: dict[tuple, list[int]] = {}
@@ -74,7 +74,7 @@ def _take(places: list[int], column: list) -> list:
 
 
 class ActivatedOptimizer(torch.optim.Optimizer):
-    """The base class to name before torch's. A subclass names its options, and gathers states and calls of its op."""
+    """The base class, to be listed before torch's. A subclass names its options, and gathers states and op calls."""
 
     _torch_optimizer: type[torch.optim.Optimizer]
     # The name of its op.
@@ -95,7 +95,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             self._check_changed_options(index, group)
 
     def add_param_group(self, param_group: dict) -> None:
-        # torch's constructor calls this before the options are among the defaults: it checks all groups at its end.
+        # torch's constructor calls this before the defaults have the options; `_add_options` then checks all groups.
         if "gradient_activation" not in self.defaults or not isinstance(param_group, dict):
             super().add_param_group(param_group)
             return
@@ -104,8 +104,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
 
     def _forget_checks(self) -> None:
-        # The options of each group, and the addresses of its parameters and states, as they were at their last check;
-        # by the index of the group. Neither is saved.
+        # Maps the index of a group to its options, and to the addresses of its parameters and states, as of the last
+        # check. Neither is saved.
         self._checked_options: dict[int, tuple] = {}
         self._checked_memory: dict[int, tuple | None] = {}
 
@@ -143,7 +143,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             raise self._missing_option(index) from error
 
     def _activations(self) -> list[str | None]:
-        """The option gradient_activation of every group."""
+        """Every group's gradient_activation."""
         try:
             return list(map(_ACTIVATION, self.param_groups))
         except KeyError as error:
@@ -162,8 +162,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         return f"optim.{cls.__name__}"
 
     def __setstate__(self, state: dict) -> None:
-        # load_state_dict calls this too. A checkpoint of torch's optimizer has no options of activation, and an older
-        # one of ours lacks some: each group then keeps its own.
+        # load_state_dict calls this too. A checkpoint of torch's optimizer has no activation options, and an older one
+        # of ours lacks some. Each group then keeps its own.
         self._forget_checks()
         before = self.__dict__.get("param_groups", ())
         defaults = state.get("defaults") or self.defaults
@@ -199,13 +199,13 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            TypeError: a gradient that is sparse or complex; a parameter that is not float32, float64, bfloat16 or
-                float16; a state that is not a tensor, or whose dtype is not one of these.
-            ValueError: options of a group that are missing or out of range; an activated parameter whose elements share
-                memory, or that has no memory; a state that is missing, or whose shape, device or layout is not its
-                parameter's; a step inside that of an optimizer whose hook has activated the same gradients.
+            TypeError: a gradient is sparse or complex; a parameter is not float32, float64, bfloat16 or float16; a
+                state is not a tensor, or its dtype is not one of these.
+            ValueError: a group's options are missing or out of range; an activated parameter has no memory, or its
+                elements share memory; a state is missing, or its shape, device or layout is not its parameter's; the
+                step runs inside that of an optimizer whose hook has activated the same gradients.
             RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
-            On these errors no parameter has been changed. (With no activated group, errors are torch's.)
+            After these errors no parameter has changed. (Without any activated group, the errors are torch's.)
         """
         if not self._has_activation():
             return self._torch_step(closure)
@@ -262,14 +262,14 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 )
 
     def _torch_step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """torch's step without its hooks, which have run: the first optimizer of torch's class wraps them around it."""
+        """torch's step without its hooks, which have run already: torch wraps them around the step of its class."""
         return _torch.step_without_hooks(self._torch_optimizer)(self, closure)
 
     def _prepare(self, index: int, group: dict) -> list[Callable[[], None]]:
         """Check one group completely, and return the calls that step it.
 
-        This runs before every step, over thousands of tensors: a check of all is one pass in C, and only if it finds
-        something the tensors are checked one by one.
+        This runs before every step, over thousands of tensors. One pass in C checks all of them; only if it finds
+        something are the tensors checked one by one.
         """
         self._check_changed_options(index, group)
         params, grads = self._params_and_gradients(index, group["params"])
@@ -301,13 +301,13 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _checked_steps(self, index: int, params: list[Tensor], gathered: Gathered) -> Sequence[partial[None]]:
-        """``gathered.steps``, after checks that need the tensors' numbers."""
+        """``gathered.steps``, after checks that read the tensors' values."""
         return gathered.steps
 
     def _params_and_gradients(self, index: int, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters that have a gradient, each once, and their gradients; all checked."""
+        """The parameters that have a gradient, each once, and their gradients. Checks both."""
         if len(set(map(id, params))) < len(params):
-            # A parameter that a group has twice would be written by two threads at once.
+            # If a group lists a parameter twice, two threads would write it at once.
             params = list({id(param): param for param in params}.values())
         grads = list(map(_GRAD, params))
         if any(map(operator.is_, grads, repeat(None))):
@@ -405,8 +405,8 @@ def _localize(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) 
 def _memory_of(*lists: list[Tensor]) -> tuple | None:
     """The identities and addresses of these tensors; None if one has no memory, or is not a tensor.
 
-    A group with the same memory as at its last step needs no second check: ``tensor.data = ...`` moves a tensor too.
-    The ops check again whatever could make them read beyond a tensor.
+    A group with the same memory as at its last step needs no second check; ``tensor.data = ...`` changes the memory.
+    The ops themselves check again for anything that could make them read beyond a tensor.
     """
     tensors = list(chain(*lists))
     try:

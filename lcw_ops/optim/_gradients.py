@@ -15,14 +15,14 @@ _GRAD = operator.attrgetter("grad")
 
 
 def check_function(name: str, kind: str, alpha: float, beta: float) -> None:
-    """ValueError or TypeError in the name of the function ``name``, unless the three describe an activation."""
+    """Raise ValueError or TypeError, on behalf of the function ``name``, unless the three describe an activation."""
     _checks.check_choice(name, "kind", kind, KINDS)
     _checks.check_positive_float32(name, "alpha", alpha)
     _checks.check_positive_float32(name, "beta", beta)
 
 
 def with_gradient(where: str, params: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters that have a gradient, each once, their gradients checked; messages begin with ``where``."""
+    """The parameters that have a gradient, each once. Checks the gradients; messages begin with ``where``."""
     found, inference = [], torch.is_inference_mode_enabled()
     for param in {id(param): param for param in params}.values():
         gradient = param.grad

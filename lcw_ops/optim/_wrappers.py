@@ -8,7 +8,7 @@ from lcw_ops import _torch
 def find_stepping(name: str, optimizer: object) -> torch.optim.Optimizer:
     """The optimizer whose step runs its hooks: the given one, or the only one that it holds.
 
-    Raises TypeError in the name of the function ``name`` if there is none.
+    Raises TypeError, on behalf of the function ``name``, if there is none.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -20,7 +20,7 @@ def find_stepping(name: str, optimizer: object) -> torch.optim.Optimizer:
         passed.append(optimizer)
         held = {path: other for path, other in _held(optimizer).items() if not contains(passed, other)}
         if not held and _torch.has_step_hooks(optimizer):
-            # Since torch made the optimizer and wrapped its class' step, the class was given another step.
+            # torch wraps the class' step when it makes the optimizer; the class was given another step afterwards.
             _torch.wrap_step(optimizer)
             return optimizer
         if len(held) != 1 or _param_ids(*held.values()) != _param_ids(optimizer):
@@ -41,7 +41,7 @@ def held_at_any_depth(optimizer: torch.optim.Optimizer) -> list[torch.optim.Opti
 
 
 def contains(optimizers: list[torch.optim.Optimizer], optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the list has this very optimizer: ``in`` would compare by ``__eq__``."""
+    """Whether the list has this very object: ``in`` would compare by ``__eq__``."""
     return any(other is optimizer for other in optimizers)
 
 

@@ -30,10 +30,10 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     """``torch.optim.AdamW`` on f(gradient), inside its step: each tensor is read once.
 
     f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|). alpha cancels against the second
-    moment except for eps: a larger alpha is a smaller eps. 16-bit parameters are stepped in float32 and rounded once.
-    A gradient is activated in its own dtype; where it and the parameter differ in dtype, the step is made on copies, in
-    float64 if one of them is float64, otherwise in float32. States have the parameter's dtype, as torch's, or the
-    gradient's; ``step`` counts in any dtype of real numbers.
+    moment except for eps: a larger alpha acts as a smaller eps. 16-bit parameters are stepped in float32 and rounded
+    once. A gradient is activated in its own dtype. If it and the parameter differ in dtype, the step works on copies,
+    in float64 if one of them is float64, otherwise in float32. States have the parameter's dtype, as in torch, or the
+    gradient's; ``step`` may have any real dtype.
 
     All options may differ from group to group. The notes of :class:`lcw_ops.optim.SGD` on state_dicts, parameters given
     twice, DTensors, GradScaler and a tensor lr hold here too. The state_dict of a torch.optim.Adam is refused, because
@@ -42,8 +42,8 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: torch's.
         foreach, fused: torch's, for groups without activation; groups with activation take our op in any case.
-        capturable: torch's: the step counts lie beside the parameters, so that a CUDA graph can count them up. lr and
-            betas are numbers in the graph.
+        capturable: torch's. The step counts are on the parameters' device, so that a CUDA graph can increment them.
+            The graph keeps lr and betas as constants.
         differentiable: torch's; True needs gradient_activation=None.
         gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
@@ -136,9 +136,9 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         return Gathered(states, (counts,), [step] * len(params))
 
     def _states(self, group: dict, params: list[Tensor]) -> tuple[list[Tensor], ...]:
-        """Every parameter's exp_avg, exp_avg_sq, max_exp_avg_sq ([] without amsgrad) and step; KeyError without one.
+        """exp_avg, exp_avg_sq, max_exp_avg_sq ([] without amsgrad) and step per parameter; KeyError if one is missing.
 
-        torch's code makes the states of parameters that have none, and refuses an lr that it does not take.
+        torch's code makes the states of parameters that have none, and refuses an lr that it cannot use.
         """
         own = [self.state[param] for param in params]
         if not params:
@@ -162,7 +162,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             self._check_counts(index, params, counts)
         if are_plain and all(map(_IS_CPU, counts)):
             return steps
-        # torch counts on the CPU by default, beside the parameters when capturable; loading can mix the two.
+        # torch counts on the CPU by default, and on the parameters' device if capturable. Loading can mix the two.
         on_cpu = steps[0]
         beside = functools.partial(_step, **on_cpu.keywords)
         elsewhere = functools.partial(_step_with_own_counts, **on_cpu.keywords)
@@ -176,7 +176,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     def _check_dtypes(
         self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
     ) -> None:
-        """Refuse a state with another dtype: torch's step raises, and here a loss of digits would go unnoticed."""
+        """Refuse a state with another dtype: torch's step raises, and here the lost digits would go unnoticed."""
         super()._check_dtypes(index, params, grads, states)
         dtypes = [param.dtype for param in params]
         for name, tensors in states.items():
@@ -226,7 +226,7 @@ def _is_count(step: object, param: Tensor) -> bool:
 
 
 def _are_plain_counts(steps: list[Tensor]) -> bool:
-    """Whether the ops take the counts as they are. Others are checked one by one: integer counts can overflow."""
+    """Whether the ops can take the counts as they are. Others are checked one by one: integer counts can overflow."""
     return (
         all(isinstance(step, Tensor) for step in steps)
         and {step.dtype for step in steps} <= {torch.float32}
@@ -237,25 +237,25 @@ def _are_plain_counts(steps: list[Tensor]) -> bool:
 
 
 def _has_negative(steps: list[Tensor]) -> bool:
-    """Whether a count is negative or NaN. Counts on a GPU are left out: reading them would wait for the GPU."""
+    """Whether a count is negative or NaN. Skips counts on a GPU: reading them would wait for the GPU."""
     on_cpu = list(filter(_IS_CPU, steps))
     return not all(map(operator.le, repeat(0.0), map(Tensor.item, on_cpu)))
 
 
 def _step(backend: str, *lists: Any, **options: Any) -> None:
-    """Step parameters with plain counts, all on the CPU or all beside the parameters."""
+    """Step parameters with plain counts, all on the CPU or all on the parameters' device."""
     *_, steps = lists
     _count(steps, 1.0)
     try:
         ops.adamw_step_(backend, *lists, **options)
     except BaseException:
-        # The op takes counts that include its own step, and no step has been made.
+        # The op takes counts that include its own step, but the step has failed.
         _count(steps, -1.0)
         raise
 
 
 def _count(steps: list[Tensor], by: float) -> None:
-    # On the CPU torch adds in a loop, which would turn a number into a tensor for each count.
+    # On the CPU torch adds in a loop, and would convert a Python number to a tensor for each count.
     if steps[0].is_cpu:
         torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=by)
     else:
@@ -263,7 +263,7 @@ def _count(steps: list[Tensor], by: float) -> None:
 
 
 def _step_with_own_counts(backend: str, *lists: Any, **options: Any) -> None:
-    """Step with counts in any dtype, shape and place: loaded, or made by torch under a float64 default dtype."""
+    """Step with counts of any dtype, shape and device: loaded, or made by torch under a float64 default dtype."""
     *tensors, steps = lists
     counts = [(step + 1).to(tensors[0][0].device, torch.float32).reshape(()) for step in steps]
     with_counts = *tensors, counts

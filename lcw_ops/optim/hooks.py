@@ -1,4 +1,4 @@
-"""Activated gradients for loops as they are: before the steps of any torch optimizer.
+"""Activated gradients for existing training loops: before the steps of any torch optimizer.
 
 ``lcw_ops/optim/parameter_hooks.py`` activates them after every backward pass instead.
 
@@ -25,8 +25,8 @@ from lcw_ops.optim._wrappers import contains, find_stepping, held_at_any_depth
 # Users import these from here, and pickles name them here.
 from lcw_ops.optim.parameter_hooks import GradientHooks, _GradientHook, register_gradient_hook  # noqa: F401
 
-# The key of a parameter group's own settings: False leaves the group alone, a dict of kind, alpha or beta overrides
-# the call's.
+# The key of a parameter group's own settings. False leaves the group alone; a dict of kind, alpha or beta overrides
+# those of the call.
 GROUP_KEY = "activate_gradients"
 
 _SETTINGS = {"kind", "alpha", "beta"}
@@ -44,22 +44,22 @@ def activate_gradients(
     arctan: ``alpha * atan(beta * g)``, tanh: ``alpha * tanh(beta * g)``, log: ``alpha * sign(g) * log1p(beta * |g|)``.
     For SGD and AdamW, :mod:`lcw_ops.optim` does the same inside the step, without a pass over the gradients.
 
-    A parameter group may have settings of its own under the key "activate_gradients": ``False`` leaves it alone,
-    ``{"kind": "tanh", "alpha": 1.0}`` (any of kind, alpha, beta) overrides the call's. ``state_dict`` saves them; a
-    checkpoint without any leaves those of the optimizer as they are.
+    A parameter group may have settings of its own under the key "activate_gradients": ``False`` leaves the group alone,
+    ``{"kind": "tanh", "alpha": 1.0}`` (any of kind, alpha, beta) overrides the call's. ``state_dict`` saves them. If a
+    checkpoint has none, the optimizer keeps its own.
 
-    - ``optimizer.step(closure)``: the gradients are activated after each call of the closure, which computes them
-      (LBFGS calls it many times; its line search then sees a slope that is not the loss').
-    - ``GradScaler``: unscales and looks for overflow first, and skips the step, with gradients untouched. A fused
-      optimizer that would unscale inside its step gets the gradients unscaled here; it then skips the step by itself,
-      and the gradients of such a step must not be used. float16 gradients, which GradScaler refuses otherwise, pass
-      with a fused optimizer: they are unscaled in float16, where the smallest become 0.
-    - Clipping comes before ``step()``, hence before this. Step pre-hooks run in the order of their registration:
-      register one that clips, or looks at gradients as they were, first.
+    - ``optimizer.step(closure)``: the gradients are activated after each call of the closure, which computes them.
+      (LBFGS calls it many times; its line search then sees a slope that is not the loss'.)
+    - ``GradScaler`` first unscales and looks for overflow. If there is one, it skips the step and the gradients stay
+      untouched. For a fused optimizer that would unscale inside its step, the gradients are unscaled here. It skips the
+      step by itself then, and the gradients of that step must not be used. float16 gradients, which GradScaler
+      otherwise refuses, pass with a fused optimizer: they are unscaled in float16, where the smallest become 0.
+    - Clipping comes before ``step()``, hence before this. Step pre-hooks run in the order of their registration: a hook
+      that clips, or reads the gradients as they were, must be registered first.
     - DDP and FSDP2: after the reduction, on the local shards.
     - ``.grad`` itself is changed: a second step needs new gradients.
-    - Gradients that share memory, with each other or in themselves, get memory of their own.
-    - A subclass whose step calls ``super().step()`` is one step: the gradients are activated before the outer one.
+    - Gradients that share memory, with each other or within themselves, get memory of their own.
+    - A step that calls ``super().step()`` counts as one step: the gradients are activated before the outer one.
       A subclass that changes gradients inside its own step, before it calls its parent's, changes them after the
       activation. Horovod's ``DistributedOptimizer`` averages there: call ``optimizer.synchronize()`` first, and then
       ``optimizer.step()`` inside ``with optimizer.skip_synchronize():``. For other subclasses, derive from an optimizer
@@ -69,13 +69,13 @@ def activate_gradients(
       the optimizer inside gets the hook. A wrapper that runs hooks itself (``ZeroRedundancyOptimizer``) gets it.
       Activate the wrapper or the optimizer inside, never both.
     - Only ``step`` runs hooks. If another method makes the steps (SAM's ``second_step``), or if an instance has a
-      ``step`` attribute that does not call its class' step, activate the optimizer inside that makes them.
+      ``step`` attribute that does not call its class' step, activate the inner optimizer that makes them.
 
     Args:
-        optimizer: a ``torch.optim.Optimizer``, or a wrapper that passes for one and holds exactly one.
+        optimizer: a ``torch.optim.Optimizer``, or a wrapper that acts as one and holds exactly one.
         kind, alpha, beta: "arctan", "tanh" or "log"; numbers > 0 that are normal in float32.
-        params: the optimizer's parameters whose gradients are activated; by default all, those of groups added later
-            too. Several calls for one optimizer must name different ones.
+        params: the optimizer's parameters whose gradients are activated; by default all, including those of groups
+            added later. Several calls for one optimizer must name different ones.
 
     Returns:
         A handle; ``handle.remove()`` ends the activation. Optimizer and handle can be copied by ``copy.deepcopy`` and
@@ -90,11 +90,11 @@ def activate_gradients(
         ValueError: unknown kind, numbers out of range; params that the optimizer does not have, or that are activated
             already: by another call for this optimizer, for its wrapper or for the optimizer inside it, or by an
             lcw_ops.optim optimizer, which then needs gradient_activation=None; a group with differentiable=True; at a
-            step, a gradient that requires a gradient itself, or that is an inference tensor outside of inference mode,
-            or an optimizer that steps inside another one's step after that one has activated the same gradients (the
-            gradients have been changed then, and the parameters have not).
-        All groups are checked before any gradient is changed. kind, alpha and beta are checked by this call and by
-        ``load_state_dict``, and at a step only in groups whose override is new or has changed.
+            step, a gradient that requires a gradient itself, or that is an inference tensor outside of inference mode;
+            at a step, an optimizer that steps inside the step of another, which has activated the same gradients (the
+            gradients have changed by then, the parameters have not).
+        All groups are checked before any gradient changes. This call and ``load_state_dict`` check kind, alpha and
+        beta; a step checks them only in groups whose override is new or has changed.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
     2107.04228.
@@ -134,7 +134,7 @@ class ActivatedGradients:
 
     def remove(self) -> None:
         """Leave the gradients alone from now on. A second call does nothing."""
-        # A copy.copy of the optimizer has this hook too, and is not told.
+        # A copy.copy of the optimizer keeps this hook; the flag switches it off there.
         self._is_removed = True
         attached_hooks.discard(self)
         optimizer = self._optimizer()
@@ -190,7 +190,7 @@ class ActivatedGradients:
             return
         self._optimizer = weakref.ref(optimizer)
         if not self._is_removed:
-            # The optimizer may be half unpickled: its own __setstate__ keeps the hooks that it finds.
+            # The optimizer may be only half unpickled. Its own __setstate__ keeps the hooks that it finds.
             self.attach(optimizer)
 
     def __copy__(self) -> "ActivatedGradients":
@@ -235,7 +235,7 @@ class ActivatedGradients:
     def _activate(self, optimizer: torch.optim.Optimizer) -> None:
         wanted = None if self.params is None else set(map(id, self.params))
         chosen: dict[tuple[str, float, float], list[Tensor]] = {}
-        # Whether one call of the kernel may take all gradients, with the same settings.
+        # Whether all gradients have the same settings, so that one kernel call can take them.
         is_plain = wanted is None and getattr(optimizer, "grad_scale", None) is None
         for index, group in enumerate(optimizer.param_groups):
             params = group["params"] if wanted is None else [param for param in group["params"] if id(param) in wanted]
@@ -281,7 +281,7 @@ class ActivatedGradients:
         return self.override(index, override)
 
     def override(self, index: int, override: object) -> tuple[str, float, float]:
-        """kind, alpha and beta of ``param_groups[index]``, which overrides some; checked if they are new."""
+        """kind, alpha and beta of ``param_groups[index]``, which overrides some. Checks them if they are new."""
         if not isinstance(override, dict) or not override.keys() <= _SETTINGS:
             raise ValueError(
                 f"activate_gradients: param_groups[{index}] has {GROUP_KEY}={override!r}; expected False, or a dict "

@@ -25,9 +25,9 @@ def register_gradient_hook(
 
     - A hook runs whenever a gradient has been added to ``.grad``. Two backward passes before a step give
       ``f(f(g1) + g2)`` and not ``f(g1 + g2)``: make one pass per step.
-    - With GradScaler the hook would run on scaled gradients, and hide an overflow from it. It comes before clipping.
-    - Under DDP each process would activate its own gradient before the mean: a module that is or has a
-      DistributedDataParallel is refused. ``ddp.module``, other parts of it and a module that is wrapped afterwards are
+    - With GradScaler the hook would run on scaled gradients, and hide an overflow from it. It runs before clipping.
+    - Under DDP each process would activate its own gradient before the mean, so a module that is or has a
+      DistributedDataParallel is refused. ``ddp.module``, its other parts and a module that is wrapped afterwards are
       not noticed, and give wrong results. FSDP2 runs the hooks after the reduction if they are registered after
       ``fully_shard``.
     - ``backward(create_graph=True)`` is refused where the gradient has a graph: the hook would not be part of it.
@@ -36,15 +36,15 @@ def register_gradient_hook(
       parametrizations), or come from a conversion (``module.double()``, ``to_empty``) under
       ``torch.__future__.set_overwrite_module_params_on_conversion(True)`` or
       ``set_swap_module_params_on_conversion(True)``. torch has no hook for conversions, so the first call of this
-      function wraps ``torch.nn.Module._apply`` and ``torch.utils.swap_tensors`` for the whole process.
+      function wraps the method that converts modules and ``torch.utils.swap_tensors`` for the whole process.
     - A conversion that replaces a parameter with the hook gives it to the replacement, even if the parameter has been
       frozen since: the hook acts again once the replacement requires a gradient.
-    - Code that writes into a module's ``_parameters`` or ``_modules`` directly is not noticed: ``fully_shard``, and
-      ``insert`` of nn.ModuleList and nn.Sequential. Register after it. If hooks are registered already, call
+    - Code that writes directly into a module's ``_parameters`` or ``_modules`` is not noticed: ``fully_shard``, and
+      ``insert`` of nn.ModuleList and nn.Sequential. Register after such code. If hooks are registered already, call
       ``remove()`` and register again.
 
     Args:
-        module: each of its parameters that requires a gradient gets the hook, a shared one once.
+        module: each of its parameters that requires a gradient gets the hook; a shared parameter gets it once.
         kind, alpha, beta: "arctan", "tanh" or "log"; numbers > 0 that are normal in float32.
 
     Returns:
@@ -54,10 +54,10 @@ def register_gradient_hook(
     Raises:
         TypeError: module is not a module; alpha or beta is not a number; during backward, a gradient that is sparse or
             not floating point.
-        ValueError: unknown kind, numbers out of range; a module with DistributedDataParallel (also when it is assigned
-            to a hooked module later), with an uninitialized parameter, without a parameter that requires a gradient,
-            or with one that has such a hook already; during backward, a gradient that requires a
-            gradient itself, or is an inference tensor outside of inference mode.
+        ValueError: unknown kind, numbers out of range; a module with DistributedDataParallel (also if it is assigned to
+            a hooked module later), with an uninitialized parameter, without a parameter that requires a gradient, or
+            with a parameter that has such a hook already; during backward, a gradient that requires a gradient itself,
+            or is an inference tensor outside of inference mode.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
     2107.04228.
@@ -72,7 +72,7 @@ def register_gradient_hook(
         raise ValueError(f"{name}: module has no parameter that requires a gradient. Call requires_grad_() first.")
     if any(map(nn.parameter.is_lazy, params)):
         raise ValueError(
-            f"{name}: module has an uninitialized parameter, as nn.LazyLinear has. Call the module once before."
+            f"{name}: module has an uninitialized parameter, as nn.LazyLinear has. Call the module once first."
         )
     if any(_has_hook(param) for param in params):
         raise ValueError(
@@ -110,7 +110,7 @@ class GradientHooks:
                 followers.remove(self)
 
     def follow(self, module: nn.Module) -> None:
-        """Hook the parameters of ``module`` and its parts, those that they have and those that they will get."""
+        """Hook the parameters of ``module`` and its submodules: those that they have and those that they will get."""
         _refuse_data_parallel(module)
         for part in module.modules():
             if id(part) not in _followers:
@@ -126,14 +126,14 @@ class GradientHooks:
                 self.add(param)
 
     def add(self, param: Tensor) -> None:
-        """Hook ``param``, unless it has a hook already, from this handle or another."""
+        """Hook ``param``, unless it already has a hook from this handle or another."""
         if param.requires_grad and not _has_hook(param):
             handle = param.register_post_accumulate_grad_hook(self._hook)
             self._places[handle.id] = _torch.gradient_hooks(param)
             _torch.relink_gradient_hooks(param)
 
     def add_frozen(self, param: Tensor) -> None:
-        """Hook a parameter that does not require a gradient, as `add` cannot: torch would refuse the hook."""
+        """Hook a parameter that does not require a gradient. `add` cannot: torch would refuse the hook."""
         can_require = param.is_floating_point() or param.is_complex()
         if _has_hook(param) or not can_require or param.is_inference():
             return
@@ -187,7 +187,7 @@ def _find_hooked(module: nn.Module) -> list[tuple[GradientHooks, str]]:
 def _add_to_own(module: nn.Module, hooked: list[tuple[GradientHooks, str]]) -> None:
     for hooks in _followers.get(id(module), ()):
         hooks.add_own(module)
-    # A parameter that was frozen since keeps the hook, for when it is trained again. Its replacement gets it too.
+    # A parameter that has been frozen since keeps the hook, in case it is trained again. Its replacement gets it too.
     for hooks, name in hooked:
         if (param := module._parameters[name]) is not None:
             hooks.add_frozen(param)

@@ -1,7 +1,7 @@
 """SGD with activated gradients, drop-in for torch.optim.SGD.
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228;
-the authors' code has both places of the activation.
+the authors' code activates in either of the two places.
 """
 
 import functools
@@ -28,14 +28,14 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     - activate="momentum": ``d = g + weight_decay * w``, momentum as torch's, ``w -= lr * f(step)``.
 
     Near a stationary point f is the line of slope alpha * beta: compare with plain SGD at ``lr * alpha * beta`` too.
-    16-bit parameters are stepped in float32 and rounded once. A gradient is activated in its own dtype; where it, the
-    parameter and the momentum buffer differ in dtype, the step is made on copies, in float64 if one of them is float64,
-    otherwise in float32. The dtype of the buffer is torch's: the first gradient's, or what it and the decay promote to.
+    16-bit parameters are stepped in float32 and rounded once. A gradient is activated in its own dtype. If it, the
+    parameter and the momentum buffer differ in dtype, the step works on copies, in float64 if one of them is float64,
+    otherwise in float32. The buffer has torch's dtype: the first gradient's, or what it and the decay promote to.
 
-    All options may differ from group to group. ``state_dict`` has torch's keys: torch.optim.SGD's loads into this one,
-    where each group keeps its activation, and this one's into torch's. A group that has a parameter twice steps it
-    once. DTensor parameters (FSDP2) are stepped shard by shard. GradScaler unscales, and looks for overflow, first.
-    With a tensor lr on a GPU, the step waits for its value.
+    All options may differ from group to group. ``state_dict`` has torch's keys and loads into torch.optim.SGD; torch's
+    loads into this one, and each group keeps its activation. A parameter that a group lists twice is stepped once.
+    DTensor parameters (FSDP2) are stepped shard by shard. GradScaler first unscales and looks for overflow. With a
+    tensor lr on a GPU, the step waits for its value.
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's.
@@ -98,7 +98,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
 
     @_torch.never_traced
     def load_state_dict(self, state_dict: dict) -> None:
-        """torch's, except that a momentum buffer keeps its dtype where the parameter's gradients have one of their own.
+        """Load as torch does, but keep a momentum buffer's dtype where the gradients have a dtype of their own.
 
         torch rounds every state to the parameter's dtype, which could make the float32 buffer of a float16 parameter
         infinite. The buffer keeps a floating dtype whose numbers the parameter's cannot hold, if the parameter's
@@ -151,7 +151,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             torch.empty_like(param, dtype=_dtype_of_buffer(param, grad, decays)) if buffer is None else buffer
             for param, grad, buffer in zip(params, grads, buffers, strict=True)
         ]
-        # The op writes a first buffer without reading it: it becomes state only after that.
+        # The op writes a first buffer without reading it. The buffer becomes state only afterwards.
         keep = functools.partial(self._keep_buffers, list(params), list(buffers))
         return Gathered({"momentum_buffer": buffers}, (), steps, (keep,))
 
@@ -160,7 +160,7 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     ) -> None:
         """Refuse buffers that are not floating point. Any floating dtype will do, as in torch's step.
 
-        It is the dtype of the first gradient, or the one that ``load_state_dict`` left.
+        A buffer has the dtype of the first gradient, or the one that ``load_state_dict`` left.
         """
         super()._check_dtypes(index, params, grads, states)
         buffers = states["momentum_buffer"]

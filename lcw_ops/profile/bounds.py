@@ -1,12 +1,12 @@
-"""Rigorous bounds beside the measured figures: of a matrix's norm, of gradients, of Jacobians, of states.
+"""Rigorous bounds for a matrix's norm, gradients, Jacobians and states, to stand beside the measured figures.
 
 One layer h -> alpha O h + beta act(W h + b) has singular values between |alpha| o_min - |beta| s and
 |alpha| o_max + |beta| s, with s = Lip(act) ||W||_2 and o_min, o_max bounds of O's singular values: 1 for a permutation,
 sqrt(1 -+ ||O^T O - I||_2) for a matrix that is orthogonal up to rounding. Over L layers this rounding counts L times.
-This project derived them; the paper proves bounds of this kind.
+This project derived these bounds; the paper proves bounds of this kind.
 
-They bound the network as it is stored, in exact arithmetic. They leave out the rounding of the measured pass: in
-float32 a few 1e-8 per layer, of either sign.
+They hold for the stored network in exact arithmetic. They leave out the rounding of the measured pass: in float32 a few
+1e-8 per layer, of either sign.
 """
 
 import math
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# G^(2^SQUARINGS) is formed: the bound is at most N^(1 / 2^(SQUARINGS + 1)) above the norm, 3.3 % for N = 64.
+# With G^(2^SQUARINGS) the bound is at most N^(1 / 2^(SQUARINGS + 1)) times the norm: 3.3 % above it for N = 64.
 SQUARINGS = 6
 
-# The exact spectral norm of a filter this wide takes a fraction of a second.
+# Up to this width, the exact spectral norm of a filter takes a fraction of a second.
 WIDEST_SPECTRAL = 512
 
 # Filters of all layers are checked in parts of this size.
@@ -26,34 +26,34 @@ PART_BYTES = 64 * 2**20
 
 
 def spectral_norm_bound(weight: Tensor, squarings: int = SQUARINGS) -> Tensor:
-    """An upper bound of ||W||_2 for a batch of matrices, by Schatten norms: batched products only, no iteration.
+    """An upper bound of ||W||_2 for a batch of matrices, by Schatten norms: batched products, without iteration.
 
-    With G = W^T W, of eigenvalues sigma_i^2 >= 0,
+    G = W^T W has eigenvalues sigma_i^2 >= 0, so
 
         ||W||_2^(2 p) = max_i sigma_i^(2 p) <= sum_i sigma_i^(2 p) = tr G^p <= N ||W||_2^(2 p),    p = 2^squarings
 
-    so tr(G^p)^(1 / 2p) lies between ||W||_2 and N^(1 / 2p) ||W||_2. G^p comes from repeated squaring, and the last
-    squaring is saved because tr G^p = ||G^(p/2)||_F^2.
+    and tr(G^p)^(1 / 2p) lies between ||W||_2 and N^(1 / 2p) ||W||_2. G^p comes from repeated squaring. The last
+    squaring is not needed, because tr G^p = ||G^(p/2)||_F^2.
 
     Rounding is part of the bound. Each power is divided by its Frobenius norm, so ||fl(X Y) - X Y||_F <= gamma, where
     gamma = n u / (1 - n u) for inner products of n terms and unit roundoff u. From the last power back to the first,
 
         ||G_k||_2 = sqrt(||G_k^T G_k||_2) <= sqrt(||fl(G_k^T G_k)||_2 + gamma)
 
-    and the inflation is about gamma times N at the worst, 1e-4 in float32 at N = 64.
+    and this raises the bound by about gamma times N at worst, 1e-4 in float32 at N = 64.
 
     Args:
         weight: (L, N, K) or (N, K), float32 or float64 (16-bit types are widened).
         squarings: at least 1.
 
     Returns:
-        (L,) or (), float64: at least ||W_l||_2; inf where a matrix is not finite.
+        (L,) or (), float64: at least ||W_l||_2; inf if the matrix is not finite.
     """
-    # Where torch may round factors of a float32 product to fewer bits (TF32, bfloat16), only float64 keeps gamma true.
+    # If torch may round factors of a float32 product to fewer bits (TF32, bfloat16), gamma holds only in float64.
     exact_float32 = torch.get_float32_matmul_precision() == "highest"
     matrix = weight.detach()
     matrix = matrix.to(torch.float32 if exact_float32 and matrix.dtype != torch.float64 else torch.float64)
-    # 8 more roundings than the products have: the divisions by norms, and the norms' own errors.
+    # 8 roundings more than in the products, for the divisions by norms and the norms' own errors.
     terms = max(matrix.shape[-2:]) + 8
     roundoff = torch.finfo(matrix.dtype).eps / 2
     gamma = terms * roundoff / (1 - terms * roundoff)
@@ -64,7 +64,7 @@ def spectral_norm_bound(weight: Tensor, squarings: int = SQUARINGS) -> Tensor:
     for _ in range(squarings - 1):
         power, power_norm = _normalised(power)
         norms.append(power_norm)
-        # The Gram product again: ||P^T P||_2 = ||P||_2^2 holds even if rounding made P slightly unsymmetric.
+        # P^T P instead of P P: ||P^T P||_2 = ||P||_2^2 holds even if rounding made P slightly unsymmetric.
         power = power.mT @ power
     # ||G||_2 <= sqrt(tr G^2) = ||G||_F: the last squaring, for free.
     bound = _frobenius(power)
@@ -79,7 +79,7 @@ def _frobenius(matrix: Tensor) -> Tensor:
 
 
 def _normalised(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    # Through the largest entry first, so that squares neither underflow nor overflow.
+    # Divide by the largest entry first, so that squares neither underflow nor overflow.
     largest = matrix.abs().amax((-2, -1), keepdim=True)
     matrix = matrix / torch.where(largest > 0, largest, 1)
     norm = _frobenius(matrix)
@@ -91,14 +91,14 @@ def _normalised(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def filter_deviation(filter: Tensor) -> np.ndarray:
     """d >= ||O^T O - I||_2 of a stored filter, (1,) or (L,): its singular values lie in [sqrt(1 - d), sqrt(1 + d)].
 
-    ``filter`` is (N,) int64, a permutation, exactly 0; or (N, N) or (L, N, N). In float64, whose own rounding is added.
+    ``filter`` is (N,) int64, a permutation, whose d is 0; or (N, N) or (L, N, N). d includes float64's own rounding.
     """
     if filter.dim() == 1:
         return np.zeros(1)
     matrices = filter.detach() if filter.dim() == 3 else filter.detach().unsqueeze(0)
     width = matrices.shape[-1]
     identity = torch.eye(width, dtype=torch.float64, device=filter.device)
-    # One spectral norm is cheap up to this width. The bound of many or large matrices is the Frobenius norm.
+    # One spectral norm is cheap up to this width. For many or large matrices, the Frobenius norm is the bound.
     spectral = len(matrices) == 1 and width <= WIDEST_SPECTRAL
     deviations = []
     for part in matrices.split(max(1, PART_BYTES // (8 * width * width))):
@@ -113,7 +113,7 @@ def filter_deviation(filter: Tensor) -> np.ndarray:
 def layer_gain_bounds(
     alpha, beta, spectral_norm, lipschitz: float, deviation: np.ndarray | float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(lower, upper) bounds of the singular values of every layer's Jacobian, (L,) each; a negative lower bound is 0.
+    """(lower, upper) bounds of the singular values of every layer's Jacobian, (L,) each, at least 0.
 
     ``alpha``, ``beta`` and ``deviation`` (of the filter, from :func:`filter_deviation`) are (1,) or (L,),
     ``spectral_norm`` (L,) at least ||W_l||_2; ``lipschitz`` is Lip(act).
@@ -129,8 +129,8 @@ def gradient_norm_bounds(
     """log of the (lower, upper) bounds of ||g_l||, l = 0..L, from the gradient norms that enter from outside.
 
     ||g_l|| <= upper_{l+1} ||g_{l+1}|| + ||e_l|| and ||g_l|| >= lower_{l+1} ||g_{l+1}|| - ||e_l||, with e_l the gradient
-    that reaches state l directly: only e_L = g_L for a network that is read at its end, which gives
-    lower^(L-l) ||g_L|| <= ||g_l|| <= upper^(L-l) ||g_L||. The bounds are logarithms, because 3^50000 is beyond a float.
+    that reaches state l directly. A network that is read at its end has only e_L = g_L, so
+    lower^(L-l) ||g_L|| <= ||g_l|| <= upper^(L-l) ||g_L||. The bounds are logarithms, because 3^50000 overflows a float.
 
     ``injected`` is (L+1,), the norms ||e_l||. Returns two arrays (L+1,) of natural logarithms, -inf for a bound of 0.
     """
@@ -142,7 +142,7 @@ def gradient_norm_bounds(
     for l in reversed(range(steps)):
         upper[l] = np.logaddexp(upper[l + 1] + log_upper_gain[l], log_injected[l])
         carried = lower[l + 1] + log_lower_gain[l]
-        # log(exp(carried) - exp(injected)), and a bound of 0 when that is negative.
+        # log(exp(carried) - exp(injected)); the bound is 0 if the difference is negative.
         shrink = -math.expm1(log_injected[l] - carried) if carried > log_injected[l] else 0.0
         lower[l] = carried + math.log(shrink) if shrink > 0 else -math.inf
     return lower, upper
@@ -159,8 +159,8 @@ def state_rms_bound(
 ) -> np.ndarray:
     """Upper bounds of rms(h_l), l = 1..L, if |act| <= 1: ||h_l|| <= |alpha| ||O||_2 ||h_{l-1}|| + |beta| sqrt(N).
 
-    In the convex case (alpha + beta = 1, ||O||_2 = 1) this never exceeds max(||h_0||, sqrt(N)). NaN for an unbounded
-    activation. ``h0`` is (M, N); the rms is over samples and units. ``deviation`` is the filter's.
+    In the convex case (alpha + beta = 1, ||O||_2 = 1) it never exceeds max(||h_0||, sqrt(N)). It is NaN for an
+    unbounded activation. ``h0`` is (M, N); the rms is over samples and units. ``deviation`` is the filter's.
     """
     if activation not in ("tanh", "sigmoid"):
         return np.full(steps, math.nan)
@@ -173,6 +173,6 @@ def state_rms_bound(
         carried, added = alpha[l] * carried, alpha[l] * added + beta[l]
         factors[l] = carried, added
     rms = h0.detach().double().square().mean(1).sqrt().cpu().numpy()
-    # Mean over samples of (carried r + added)^2, without an (L, M) array.
+    # The mean over samples of (carried r + added)^2, without an (L, M) array.
     carried, added = factors.T
     return np.sqrt(carried**2 * np.mean(rms**2) + 2 * carried * added * np.mean(rms) + added**2)

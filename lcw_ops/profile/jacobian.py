@@ -1,7 +1,7 @@
 """Extreme singular values of a Jacobian that is never formed: Golub-Kahan-Lanczos with products J v and J^T u.
 
 G. H. Golub, W. Kahan, "Calculating the singular values and pseudo-inverse of a matrix", SIAM J. Numer. Anal. 2 (1965).
-Unlike power iteration it keeps every vector, reorthogonalised in full, and so converges much faster.
+Unlike power iteration it keeps every vector, fully reorthogonalised, and so converges much faster.
 """
 
 import math
@@ -20,7 +20,7 @@ _INDEPENDENT = "jacobian: the output does not depend on the input through differ
 
 @dataclass
 class JacobianSpectrum:
-    """The extreme singular values of a Jacobian, and how far they can be trusted.
+    """The extreme singular values of a Jacobian, and how reliable they are.
 
     Attributes:
         largest, smallest: the first and the min(shape)-th singular value.
@@ -29,7 +29,7 @@ class JacobianSpectrum:
         iterations: Lanczos steps, or VJPs of the exact method.
         converged: whether both values are within ``tolerance`` of singular values of J (always, for "exact").
         smallest_resolved: False if the smallest value is below the rounding of the largest, and only means "tiny".
-        log_lower, log_upper: natural logarithms of rigorous bounds of every singular value, None if there are none.
+        log_lower, log_upper: natural logarithms of rigorous bounds of every singular value, None without bounds.
     """
 
     largest: float
@@ -46,7 +46,7 @@ class JacobianSpectrum:
 def matrix_spectrum(
     jacobian: Tensor, products: int, exponent: int = 0, computed_in: torch.dtype | None = None
 ) -> JacobianSpectrum:
-    """The spectrum of 2^exponent times a Jacobian that was formed by ``products`` VJPs in precision ``computed_in``."""
+    """The spectrum of 2^exponent times ``jacobian``, which ``products`` VJPs formed in precision ``computed_in``."""
     shape = tuple(jacobian.shape)
     if not jacobian.isfinite().all():
         return JacobianSpectrum(math.nan, math.nan, shape, "exact", products, False, False)
@@ -68,15 +68,15 @@ def function_spectrum(
 ) -> JacobianSpectrum:
     """Extreme singular values of the Jacobian of ``function`` at ``point``.
 
-    The function is evaluated once; every product afterwards walks its recorded graph, so that dropout masks and batch
+    The function is evaluated once. Every product then walks the recorded graph, so that dropout masks and batch
     statistics stay the same. A VJP is one backward pass. A JVP is the derivative of the VJP (which is linear in its
-    cotangent) and needs a model that can be differentiated twice.
+    cotangent), and needs a function that can be differentiated twice.
 
     Args:
         function: tensor to tensor, differentiable.
         point: any shape.
         method: "exact" (one VJP per output), "lanczos", or "auto": exact for up to 64 outputs.
-        iterations: the most Lanczos steps; the result is exact once they reach min(outputs, inputs).
+        iterations: the most Lanczos steps; min(outputs, inputs) of them give the exact result.
         tolerance: relative, of both extreme values; Lanczos stops there.
         seed: for the start vector.
 
@@ -109,12 +109,12 @@ def lanczos_spectrum(
 ) -> JacobianSpectrum:
     """Golub-Kahan-Lanczos on the operator J of ``shape`` (outputs, inputs): jvp(v) = J v, vjp(u) = J^T u.
 
-    Both take and return flat float64 vectors on the CPU; ``dtype`` is the precision they are computed in, which decides
-    when a vector is zero. Iterates on the smaller side, A = J or J^T with A of size q x p, p <= q:
+    Both functions take and return flat float64 vectors on the CPU. ``dtype`` is the precision in which they compute; it
+    decides when a vector is zero. The iteration is on the smaller side, A = J or J^T with A of size q x p, p <= q:
 
         A V_k = U_k B_k      A^T U_k = V_k B_k^T + beta_k v_{k+1} e_k^T,      B_k upper bidiagonal
 
-    so that a singular value of B_k, of left vector y, is within |beta_k y_k| of one of A.
+    so a singular value of B_k with left vector y is within |beta_k y_k| of a singular value of A.
     """
     apply, apply_transposed = (jvp, vjp) if shape[1] <= shape[0] else (vjp, jvp)
     dimension = min(shape)
@@ -129,7 +129,7 @@ def lanczos_spectrum(
         diagonal.append(left.norm().item())
         scale = max(scale, diagonal[-1])
         negligible = _rounding(dtype, shape) * scale
-        # The space is exhausted. The start vector has a part in every singular direction, so every value is found.
+        # The space is exhausted. The start vector has a part in every singular direction, so all values are found.
         if diagonal[-1] <= negligible:
             complete = True
             break
@@ -166,13 +166,13 @@ def _bidiagonal_extremes(diagonal, above, residual, tolerance) -> tuple[tuple[fl
         return (math.nan, math.nan), False
     left, values, _ = torch.linalg.svd(matrix)
     errors = residual * left[-1].abs()
-    # Agreement of one direction alone proves nothing about the other end of the spectrum.
+    # One direction alone proves nothing about the other end of the spectrum.
     converged = len(diagonal) > 1 and bool((errors[[0, -1]] <= tolerance * values[[0, -1]]).all())
     return (values[0].item(), values[-1].item()), converged
 
 
 def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
-    """Subtract the part in the span of the basis; doing it twice is enough (Kahan, in Parlett's book)."""
+    """Subtract the part in the span of the basis. Two passes are enough (Kahan, in Parlett's book)."""
     if basis:
         matrix = torch.stack(basis)
         for _ in range(2):
@@ -182,7 +182,7 @@ def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
 
 def _function_lanczos(output: Tensor, point: Tensor, iterations, tolerance, seed) -> JacobianSpectrum:
     cotangent = torch.zeros_like(output, requires_grad=True)
-    # Linear in the cotangent: its own derivative in direction v, taken by reverse mode, is J v.
+    # The VJP is linear in its cotangent. Its own derivative in direction v, by reverse mode, is J v.
     with _second_derivative():
         pulled_back = _pull_back(output, point, cotangent, create_graph=True)
 
@@ -201,7 +201,7 @@ def _function_lanczos(output: Tensor, point: Tensor, iterations, tolerance, seed
 
 @contextmanager
 def _second_derivative() -> Iterator[None]:
-    """Say what to do if the function has no second derivative. Its first pass has succeeded by then."""
+    """Explain an error inside as a missing second derivative: the first pass of the function has succeeded by then."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,7 +1,7 @@
 """One watched forward and backward pass of any model: the output of every leaf module, and the gradient there.
 
-Forward hooks take the figures of an output at once (a later in-place operation cannot change them), tensor hooks the
-gradient's. Orthogonal-filter networks are recorded as a ``Recurrence``, to be replayed layer by layer.
+Forward hooks measure an output at once, so that a later in-place operation cannot change the figures. Tensor hooks
+measure the gradient. Orthogonal-filter networks are recorded as a ``Recurrence``, to be replayed layer by layer.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_rnn, root_mean_square, shift_angle, time_first
 
-# Modules whose units lie in dimension 1, with positions behind it; elsewhere units are the last dimension.
+# Modules whose units are dimension 1, followed by positions. Elsewhere the units are the last dimension.
 _UNITS_FIRST = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
@@ -26,7 +26,7 @@ _UNITS_FIRST = (
 
 @dataclass
 class LayerCall:
-    """One call of one leaf module. Figures of its first floating-point output; NaN where one does not apply."""
+    """One call of one leaf module. The figures are of its first floating-point output; NaN if one does not apply."""
 
     name: str
     module: nn.Module
@@ -52,7 +52,7 @@ class Observation:
     calls: list[LayerCall | RecurrenceCall] = field(default_factory=list)
     handles: list = field(default_factory=list)
     times_called: Counter = field(default_factory=Counter)
-    # The arithmetic of the hooks' own matrix products, to be subtracted from the count.
+    # The operations of the hooks' own matrix products, to be subtracted from the count.
     own_flops: int = 0
 
     def remove(self) -> None:
@@ -70,7 +70,7 @@ def observe(model: nn.Module) -> Observation:
     """Hook every leaf module and every orthogonal-filter network of ``model``. The caller removes the hooks."""
     observation = Observation()
     networks = {OrthogonalFilterMLP: _watch_mlp, OrthogonalFilterRNN: _watch_rnn}
-    # Leaves first: hooks run in the order of registration, and the row of h_0 comes before those of the recurrence.
+    # Leaves first: hooks run in the order of registration, and the row of h_0 must precede those of the recurrence.
     for name, module in model.named_modules():
         if not isinstance(module, tuple(networks)) and next(module.children(), None) is None:
             _watch_leaf(observation, name or type(module).__name__, module)
@@ -102,21 +102,21 @@ def _describe_output(call: LayerCall, args: tuple, output: Tensor) -> None:
     if values.dim() >= 2:
         unit_mean = values.movedim(unit_dim, -1).flatten(0, -2).mean(0)
         call.activation_shift = root_mean_square(unit_mean).item()
-    # A subclass may compute with another weight than the one it stores: only a plain layer is known to use its own.
+    # A subclass may compute with a weight other than the stored one. Only a plain layer is known to use its own.
     if type(call.module) is nn.Linear and values.dim() >= 2:
         mean_input = args[0].detach().double().flatten(0, -2).mean(0)
         weight = call.module.weight.detach().double()
-        # Avoid a matrix product here: the arithmetic of this pass is being counted.
+        # Not a matrix product: the operations of this pass are being counted.
         projection = (weight * mean_input).sum(1)
         call.shift_angle = shift_angle(projection, weight, mean_input).item()
 
 
 def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP) -> None:
-    """The first state leaves the input layer, the last one's gradient returns at the output layer.
+    """Take the first state from the input layer, and the last state's gradient from the output layer.
 
     The hooks act only inside a call of the network: its two layers may be called on their own as well.
     """
-    # One entry per call that is under way: its recurrence, once the input layer has been called.
+    # One entry per call in progress: its recurrence, once the input layer has been called.
     under_way: list[Recurrence | None] = []
 
     def before_forward(*_):
@@ -144,7 +144,7 @@ def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP)
 
 
 def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN) -> None:
-    """Gradients reach every state through the output, and the last one through h_n as well."""
+    """Collect the gradients that reach every state through the output, and the last state through h_n as well."""
 
     def after_forward(_, args, kwargs, result):
         bound = dict(zip(("input", "hx"), args, strict=False), **kwargs)
@@ -178,10 +178,10 @@ def _layer_name(name: str) -> str:
 
 
 def _on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
-    """Call ``record`` on the gradient. It must return None: the result of a tensor hook replaces the gradient."""
+    """Call ``record`` on the gradient. The hook must return None: a tensor hook's result replaces the gradient."""
 
     def hook(gradient):
-        # None where the gradient ends behind the tensor, as in a dynamically quantized layer.
+        # The gradient is None if the next operation does not pass one back, as in a dynamically quantized layer.
         if gradient is not None:
             record(gradient)
 
@@ -190,7 +190,7 @@ def _on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
 
 
 def first_floating(output) -> Tensor | None:
-    """The first floating-point tensor in a module's output: itself, or inside tuples, lists and dicts."""
+    """The first floating-point tensor in a module's output: itself, or one inside tuples, lists and dicts."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     if isinstance(output, dict):

@@ -1,7 +1,7 @@
 """The machine and its limits: measured matmul rate, clocks that wait for the GPU, peak memory.
 
-A share of a data sheet's peak says little about a shared or throttled machine, so the rate of a float32 matmul,
-measured here and now with the threads in use, is the yardstick for the profiler's rates and the benchmarks'.
+A share of a data sheet's peak says little about a shared or throttled machine. The yardstick for the rates of profiler
+and benchmarks is therefore a float32 matmul, measured on this machine with the threads in use.
 """
 
 import os
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Large enough to be bound by arithmetic (48 MiB of operands on a CPU, 768 MiB on a GPU), small enough to take a quarter
-# of a second on two CPU cores.
+# Large enough to be bound by arithmetic (48 MiB of operands on a CPU, 768 MiB on a GPU), and small enough to take only
+# a quarter of a second on two CPU cores.
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until everything that was launched on ``device`` is done; nothing to do on a CPU."""
+    """Wait until everything that was launched on ``device`` is done. Returns at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -36,7 +36,7 @@ def now(device: torch.device) -> float:
 def matmul_rate(device: torch.device | str = "cpu", size: int | None = None, repeats: int = 5) -> float:
     """FLOP/s of the fastest float32 matmul of size^3 on this machine, with torch's own threads: best of ``repeats``.
 
-    On a CPU torch.mm and oneDNN are both tried: on some processors one is several times as fast as the other. ``size``
+    On a CPU both torch.mm and oneDNN are tried: on some processors one is several times as fast as the other. ``size``
     defaults to ``MATMUL_SIZE``.
     """
     device = torch.device(device)
@@ -58,7 +58,7 @@ def matmul_rate(device: torch.device | str = "cpu", size: int | None = None, rep
 def _products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """The matrix products that torch has on this device: left @ right, or left @ right.T, which is as much work."""
     products = [torch.mm]
-    # torch.mm goes to MKL where there is one, which is slow on AVX-512 processors that are not Intel's.
+    # torch.mm calls MKL if torch has it, and MKL is slow on AVX-512 processors that are not Intel's.
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
 
         def through_onednn(left: Tensor, right: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
-    """The most memory held so far: by torch on a GPU, by the whole process elsewhere. None where it is not known."""
+    """The most memory held so far: by torch on a GPU, by the whole process elsewhere. None if it is not known."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -85,7 +85,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
 
 
 def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:
-    """The memory that can still be allocated: on the GPU, or of the machine or container. None where it is unknown."""
+    """The memory that can still be allocated: on the GPU, or of the machine or container. None if it is not known."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -93,7 +93,7 @@ def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:
     with suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         amounts.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    # A container's limit (cgroup v2); "max", which is not an int, stands for no limit.
+    # A container's limit (cgroup v2). "max", which is not an int, means unlimited.
     with suppress(OSError, ValueError):
         folder = Path("/sys/fs/cgroup")
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -102,7 +102,7 @@ def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, str | int]:
-    """The hardware and versions that figures depend on."""
+    """The hardware and versions that measurements depend on."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {

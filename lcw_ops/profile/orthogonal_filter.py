@@ -1,7 +1,7 @@
 """Every layer of an orthogonal-filter network as a row, though the network is one op.
 
-The recurrence is replayed in chunks of layers: forward with all states of one chunk, of which only the last is kept;
-then backward, chunk by chunk from the last, with the gradients of all states of one chunk. Memory is one chunk's.
+The recurrence is replayed in chunks of layers. The forward replay holds all states of one chunk, and keeps the last one
+of each. The backward replay runs from the last chunk, and holds the state gradients of one. Memory: one chunk.
 """
 
 import math
@@ -20,10 +20,10 @@ from lcw_ops.ops.parallel_depth import op as parallel_depth
 from lcw_ops.profile import bounds, jacobian
 from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_tensors, state_dtype
 
-# Weights, weight gradients, states and state gradients of one chunk together: 1000 layers of 64 x 64 and 64 samples.
+# Weights, weight gradients, states and state gradients of one chunk: 1000 layers of 64 x 64 with 64 samples.
 CHUNK_BYTES = 64 * 2**20
 
-# The exact N x N Jacobian is one backward pass of N rows; beyond this width it costs more than the run it describes.
+# The exact N x N Jacobian is one backward pass of N rows. Beyond this width it costs more than the profiled run.
 EXACT_WIDTH = 512
 
 
@@ -33,7 +33,7 @@ class Recurrence:
 
     weight is (L, N, N) or (N, N), inputs (T, M, N) or None, alpha and beta (1,) or (L,); h0 (M, N). grad_states holds
     the gradients that reach the states from outside: (M, N) for the last one only, or (L+1, M, N) for all of them.
-    solver is the module's, "sequential" or "parallel"; the replay is sequential.
+    solver is the module's, "sequential" or "parallel". The replay is always sequential.
     """
 
     h0: Tensor
@@ -55,12 +55,12 @@ class Recurrence:
 
     @property
     def backend(self) -> str:
-        """The backend that carries out the replay."""
+        """The backend that runs the replay."""
         return op.choose_kernel(*self._kernel_arguments())
 
     @property
     def solved_on(self) -> str:
-        """The backend that carries out the module's own passes."""
+        """The backend that ran the module's own passes."""
         if self.solver == "sequential":
             return self.backend
         return backends.choose(parallel_depth.SWEEP, *self._kernel_arguments())
@@ -78,9 +78,9 @@ class Recurrence:
         return [slice(start, min(start + length, self.steps)) for start in range(0, self.steps, length)]
 
     def chunk(self, steps: slice) -> tuple:
-        """(weight, bias, filter, alpha, beta, inputs) of some steps, each with one entry per step but the filter.
+        """(weight, bias, filter, alpha, beta, inputs) of some steps; all but the filter have one entry per step.
 
-        In the state's dtype. A weight shared over time is repeated, so that every step has a gradient of its own.
+        Their dtype is the state's. A weight shared over time is repeated, so that every step has its own gradient.
         """
         length, width = steps.stop - steps.start, self.h0.shape[1]
         dtype = self.h0.dtype
@@ -125,7 +125,7 @@ def _recurrence(module, h0, weight, steps, inputs) -> Recurrence:
 
 
 def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
-    """One value per layer, (L,) each, of everything that is measured and of its bounds; see ``result.COLUMNS``."""
+    """All measured figures and their bounds, one value per layer, (L,) each; see ``result.COLUMNS``."""
     columns = {**_forward(recurrence), **_backward(recurrence)}
     deviation = bounds.filter_deviation(recurrence.filter)
     lower, upper = gain_bounds(recurrence, columns["weight_norm_bound"], deviation)
@@ -146,9 +146,9 @@ def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def signal_norms(recurrence: Recurrence, gradient_at_end: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
-    """state_rms and gradient_norm of :func:`layer_columns` and nothing else, in a tenth of its time.
+    """Only state_rms and gradient_norm of :func:`layer_columns`, in a tenth of its time.
 
-    For a network that is read at its end: ``gradient_at_end(h_L)`` is dE/dh_L.
+    The network must be read at its end: ``gradient_at_end(h_L)`` is dE/dh_L.
     """
     backend = recurrence.backend
     chunks, boundaries, parts = recurrence.chunks(), [recurrence.h0], []
@@ -170,7 +170,7 @@ def signal_norms(recurrence: Recurrence, gradient_at_end: Callable[[Tensor], Ten
 
 
 def _norms(layers: Tensor) -> Tensor:
-    """The norm of every layer, in float64. Scaled by the largest entry: squares would leave the range of float32."""
+    """The norm of every layer, in float64. Divides by the largest entry: squares would leave the range of float32."""
     layers = layers.flatten(1)
     largest = layers.abs().amax(1)
     scale = torch.where(largest > 0, largest, 1)
@@ -181,8 +181,8 @@ def state_jacobian(recurrence: Recurrence) -> tuple[Tensor, int]:
     """The exact Jacobian of h_0 -> h_L at the first sample, as (J', e) with J = J' 2^e: (N, N), float32 or wider.
 
     Rows are independent: N copies of one sample, with the identity as their gradients, give all rows of J in one
-    backward pass. It runs chunk by chunk from the states that :func:`layer_columns` kept, and is scaled by a power of
-    two after each chunk, because the Jacobian of a plain net of this depth is far below the smallest float32.
+    backward pass. It runs chunk by chunk from the states that :func:`layer_columns` kept. After each chunk the rows are
+    scaled by a power of two, because the Jacobian of a deep plain net is far below the smallest float32.
     """
     width = recurrence.h0.shape[1]
     rows, exponent = torch.eye(width, dtype=recurrence.h0.dtype, device=recurrence.h0.device), 0
@@ -197,13 +197,13 @@ def state_jacobian(recurrence: Recurrence) -> tuple[Tensor, int]:
         largest = rows.abs().max().item()
         if 0 < largest < math.inf:
             shift = math.frexp(largest)[1]
-            # Multiply in float64: 2^148, which brings the smallest float32 to 1, is not a float32 itself.
+            # Multiply in float64: 2^148, which scales the smallest float32 to 1, is not a float32 itself.
             rows, exponent = (rows.double() * 2.0**-shift).to(rows.dtype), exponent + shift
     return rows, exponent
 
 
 def state_spectrum(columns: dict[str, np.ndarray], rows: Tensor, exponent: int) -> jacobian.JacobianSpectrum:
-    """The singular values of :func:`state_jacobian`'s result beside their bounds."""
+    """The singular values of :func:`state_jacobian`'s result, with their bounds."""
     spectrum = jacobian.matrix_spectrum(rows, products=rows.shape[0], exponent=exponent)
     spectrum.log_lower, spectrum.log_upper = bounds.jacobian_bounds(columns["gain_lower"], columns["gain_upper"])
     return spectrum
@@ -219,7 +219,7 @@ def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
         states = F.orthogonal_filter(
             state, weight, bias, filter, alpha, beta, inputs, recurrence.activation, return_states=True
         )
-        # The mean over samples goes through the weight as it is, so no pre-activation is formed.
+        # Multiply the weight by the mean over samples, so that no pre-activation is formed.
         mean_input = states[:-1].mean(1)
         mean_projection = torch.einsum("loi,li->lo", weight, mean_input)
         mean_pre_activation = mean_projection
@@ -234,20 +234,20 @@ def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
                 "weight_norm_bound": bounds.spectral_norm_bound(weight),
             }
         )
-        # A copy, because a view would keep the chunk's states alive.
+        # Copy it, because a view would keep the chunk's states alive.
         state = states[-1].clone()
     return _joined(parts)
 
 
 def root_mean_square(values: Tensor) -> Tensor:
-    """Over the last dimension, in float64."""
+    """The rms over the last dimension, in float64."""
     return values.double().square().mean(-1).sqrt()
 
 
 def shift_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tensor:
     """Degrees by which weight vectors miss 90 degrees to the mean input, rms over units; NaN for a zero input.
 
-    This is what shifts an activation: T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833.
+    This angle shifts the activation: T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833.
     ``projection`` (..., N) = ``weight`` (..., N, K) times ``mean_input`` (..., K).
     """
     cosine = projection / (weight.norm(dim=-1) * mean_input.norm(dim=-1, keepdim=True))
@@ -296,7 +296,7 @@ def _scales(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _injected_norms(recurrence: Recurrence) -> np.ndarray:
-    """Norms of the gradients that reach each state from outside, (L+1,)."""
+    """The norms of the gradients that reach each state from outside, (L+1,)."""
     grad_states = recurrence.grad_states.double()
     if grad_states.dim() == 3:
         return grad_states.flatten(1).norm(dim=1).cpu().numpy()

@@ -1,7 +1,7 @@
-"""Pictures of a profile: norms by depth on a log axis, the rigorous bounds shaded, every line labelled where it is.
+"""Pictures of a profile: norms by depth on a log axis, with shaded rigorous bounds and a label beside every line.
 
-Colours are Okabe and Ito's, told apart by every common kind of colour blindness. Norms that a log axis cannot show are
-drawn too: those too small for float32 lie, faded, on the floor, and inf or NaN on the ceiling, with labels.
+Colours are Okabe and Ito's, distinct under every common kind of colour blindness. Norms that a log axis cannot show are
+drawn too, faded and labelled: those too small for float32 at the floor, inf and NaN at the ceiling.
 """
 
 import math
@@ -23,25 +23,25 @@ NOTE_COLOUR = "#666666"
 
 DOTS_PER_INCH = 100
 
-# Where a line of text begins, as a share of the figure's width.
+# The left margin of a line of text, as a share of the figure's width.
 LEFT = 0.02
 
 # The fewest decades shown, so that a constant line looks flat.
 LEAST_DECADES = 4
 
-# Values that a log axis cannot hold are drawn this share of its height beyond its end.
+# Values that a log axis cannot show are drawn beyond its end, by this share of its height.
 OFF_SCALE = 0.05
 
-# The opacity of a line where its values are off the scale.
+# The opacity of the part of a line that is off the scale.
 FADED = 0.35
 
-# The points between which a label may lie: a net of two layers has too few of its own.
+# The number of points along a line where a label may lie: a net of two layers has too few of its own.
 LABEL_POINTS = 200
 
-# Between a line and its label, as a share of the axis.
+# The gap between a line and its label, as a share of the axis.
 LABEL_GAP = 0.015
 
-# float32's smallest normal number: smaller values are rounding, or 0.
+# float32's smallest normal number: smaller values are rounding errors, or 0.
 SMALLEST = 1.1754944e-38
 UNDERFLOW_NOTE = "underflow: too small for float32"
 
@@ -65,7 +65,7 @@ STYLE = {
 
 @dataclass
 class Line:
-    """One curve: norms by layer. ``label`` "" for a line that needs none."""
+    """One curve: norms by layer. ``label`` is "" for a line without a label."""
 
     label: str
     values: np.ndarray
@@ -74,7 +74,7 @@ class Line:
 
 
 def plot_profile(profile, path: str | Path) -> None:
-    """Gradient norm and state rms by row, with their bounds; the file's kind follows the path's ending."""
+    """Draw gradient norm and state rms by row, with their bounds. The path's ending decides the file format."""
     rows = np.arange(len(profile))
     columns, colour = profile.columns, COLOURS["orthogonal-filter"]
     with matplotlib.rc_context(STYLE):
@@ -102,16 +102,16 @@ def plot_profile(profile, path: str | Path) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write the figure whole or not at all. ValueError for an ending that matplotlib does not know."""
+    """Write the whole figure or nothing. Raises ValueError for an ending that matplotlib does not know."""
     kind = Path(path).suffix.lstrip(".").lower() or "png"
     write_atomically(path, lambda file: figure.savefig(file, format=kind), binary=True)
 
 
 def line_of_text(figure: Figure, height: float, words: str, fontsize: float, **style) -> None:
-    """Write across the whole figure, in a smaller font if the words would not fit."""
+    """Write a line across the whole figure, in a smaller font if the words would not fit."""
     text = figure.text(LEFT, height, words, fontsize=fontsize, va="center", **style)
     share = text.get_window_extent(figure.canvas.get_renderer()).width / figure.bbox.width
-    # 3 % to spare: glyphs of another size are not quite proportional.
+    # Spare 3 %: the widths of glyphs are not quite proportional to the font size.
     text.set_fontsize(fontsize * min(1, 0.97 * (1 - 2 * LEFT) / share))
 
 
@@ -121,10 +121,10 @@ def log_lines(
     lines: list[Line],
     band: tuple[np.ndarray, np.ndarray, str] | None = None,
 ) -> None:
-    """Every line against x on a log axis, with a shaded band (lower, upper, colour).
+    """Draw every line against x on a log axis, with a shaded band (lower, upper, colour).
 
-    The picture shows log10 of the values, because bounds leave the range of a float. Where a value is 0 or rounding
-    (below ``SMALLEST``) its line goes on, faded, in a band at the floor of the picture; where it is not finite, at the
+    The picture shows log10 of the values, because bounds leave the range of a float. If a value is 0 or a rounding
+    error (below ``SMALLEST``), its line continues, faded, at the floor of the picture; if it is not finite, at the
     ceiling.
     """
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MOST_POINTS)).astype(int))
@@ -145,7 +145,7 @@ def log_lines(
     for line, logs, below, above in zip(lines, heights, lost, overflown, strict=True):
         logs[below], logs[above] = (floor + min(smallest, low)) / 2 if underflow else floor, ceiling
         style = {"color": line.colour, "linewidth": 2.4, "linestyle": line.style, "clip_on": False}
-        # A single layer is a point, which no line shows.
+        # A single layer is a point, which a line would not show.
         style["marker"] = "o" if len(x) == 1 else None
         if (below | above).any():
             axes.plot(x, logs, alpha=FADED, **style)
@@ -164,7 +164,7 @@ def log_lines(
 
 
 def _decades_shown(heights, edges) -> tuple[int, int]:
-    """(lowest, highest) power of ten of the measured values, and of bounds as far as they stay near them."""
+    """(lowest, highest) power of ten of the measured values, and of the bounds near them."""
     measured = np.concatenate(heights or [np.zeros(1)])
     if not measured.size:
         measured = np.zeros(1)
@@ -180,7 +180,7 @@ def _decades_shown(heights, edges) -> tuple[int, int]:
 
 
 def _decade_ticks(axes: Axes, low: int, high: int, ceiling: float) -> None:
-    """Set whole powers of ten as ticks, and the word "overflow" if the axis goes beyond the scale."""
+    """Put ticks at whole powers of ten, and the word "overflow" if the axis extends beyond the scale."""
     step = max(1, round((high - low) / 8))
     ticks = {decade: f"$10^{{{decade}}}$" if decade else "1" for decade in range(low, high + 1) if decade % step == 0}
     if axes.get_ylim()[1] == ceiling:
@@ -189,7 +189,7 @@ def _decade_ticks(axes: Axes, low: int, high: int, ceiling: float) -> None:
 
 
 def _label_lines(axes: Axes, x: np.ndarray, lines: list[tuple[str, np.ndarray, str]]) -> None:
-    """Place every (label, heights, colour) beside its line, where it covers no line and is near no other."""
+    """Place every (label, heights, colour) beside its line, where it does not cover a line and is not near another."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -214,7 +214,7 @@ def _label_lines(axes: Axes, x: np.ndarray, lines: list[tuple[str, np.ndarray, s
                     continue
                 others = [logs[window] for j, (_, logs, _) in enumerate(lines) if j != i]
                 clearance = min((np.abs(logs - middle).min() for logs in others), default=top - bottom)
-                # The steepness of its own line counts a little: under a steep line a label is far from most of it.
+                # Prefer flat parts of its own line a little: a label beside a steep line is far from most of it.
                 score = min(clearance, (top - bottom) / 4) - 0.5 * np.ptp(own[window])
                 if clearance > half_height + gap and score > best_score:
                     best, best_score = (centre, middle, box), score

@@ -1,7 +1,7 @@
 """``profile(model, inputs)``: a network's signal, gradient, time and memory, layer by layer.
 
-One watched pass, a few timed ones, the replay of every orthogonal-filter recurrence, and the Jacobian's singular
-values. The model is left as it was: gradients, buffers, hooks, mode and random state.
+It makes one watched pass and a few timed ones, replays every orthogonal-filter recurrence, and finds the Jacobian's
+singular values. The model is left as it was: gradients, buffers, hooks, mode and random state.
 """
 
 import math
@@ -25,7 +25,7 @@ from lcw_ops.profile import orthogonal_filter as replay
 from lcw_ops.profile.layers import LayerCall, RecurrenceCall, first_floating, observe
 from lcw_ops.profile.result import COLUMNS, Profile, Solves, Timing
 
-# No repeat of a timing starts after this time: a run that takes so long has averaged over the machine's noise.
+# Repeats stop after this time: a run of this length has averaged over the machine's noise.
 TIMING_SECONDS = 10.0
 
 
@@ -43,26 +43,26 @@ def profile(
 ) -> Profile:
     """Measure one forward and backward pass of any model.
 
-    A row per call of every leaf module: rms of its output, norm of the gradient there, activation shift, norm of its
-    weight's gradient. ``OrthogonalFilterMLP`` and ``OrthogonalFilterRNN`` are opened up: every one of their layers (or
-    time steps) is a row, with rigorous bounds beside it, though the whole recurrence is one op. For those that were
-    solved in parallel over depth, the profile reports sweeps and convergence.
+    Every call of a leaf module is a row: rms of its output, norm of the gradient there, activation shift, norm of its
+    weight's gradient. In ``OrthogonalFilterMLP`` and ``OrthogonalFilterRNN``, every layer (or time step) is a row with
+    rigorous bounds, though the whole recurrence is one op. For recurrences that were solved in parallel over depth, the
+    profile reports sweeps and convergence.
 
     Args:
         model: used in its present mode (train or eval), on its device.
         inputs: a tensor, or a tuple of positional arguments; samples along the first dimension.
         targets: second argument of ``loss``.
         loss: ``loss(output, targets)``, or ``loss(output)`` without targets: one number. Default: cross entropy for
-            integer targets, mean squared error for others; without targets a fixed random direction of unit norm, so
-            that the gradient at the output has norm 1.
-        jacobian: also find the extreme singular values of the Jacobian. For a recurrence the exact one of h_0 -> h_L at
-            the first sample, up to a width of 512; for the model, that of the first sample's first floating-point
-            output with respect to its first input, the other samples held fixed (left out for integer inputs and for
-            an RNN, where h_0 -> h_L is what matters).
-        jacobian_method: of the model's: "exact", "lanczos" or "auto", see ``jacobian.function_spectrum``.
+            integer targets, mean squared error for others; without targets the product with a fixed random direction of
+            unit norm, so that the gradient at the output has norm 1.
+        jacobian: also find the extreme singular values of the Jacobian. For a recurrence, this is the exact Jacobian of
+            h_0 -> h_L at the first sample, up to a width of 512. For the model, it is the Jacobian of the first
+            sample's first floating-point output with respect to its first input, with the other samples held fixed; it
+            is left out for integer inputs, and for an RNN, where h_0 -> h_L matters.
+        jacobian_method: for the model's Jacobian: "exact", "lanczos" or "auto", see ``jacobian.function_spectrum``.
         repeats: the most timed passes; none begins after 10 s. The median is reported.
         matmul_rate: this machine's float32 FLOP/s, if it has been measured before (``machine.matmul_rate``).
-        name: what the model is called in tables and plots; default: its class.
+        name: the model's name in tables and plots; default: its class.
 
     Raises:
         TypeError: model is not a module, inputs hold no tensor, or repeats is not an int.
@@ -121,7 +121,7 @@ class _Work:
 
     def forward(self) -> Tensor:
         """The loss, ready for backward."""
-        # torch's FLOP counter cannot follow a leaf that is differentiated, so the model gets its clone.
+        # torch's FLOP counter cannot follow a leaf that requires a gradient, so the model gets its clone.
         inputs = (
             argument.clone() if isinstance(argument, Tensor) and argument.requires_grad else argument
             for argument in self.inputs
@@ -135,7 +135,7 @@ class _Work:
         return loss
 
     def backward(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the parameters, returned and not stored: the user's own ``.grad`` is left alone."""
+        """The gradients of the parameters. They are returned, not stored: the user's ``.grad`` is left alone."""
         return torch.autograd.grad(loss, self.differentiated, allow_unused=True)
 
 
@@ -174,7 +174,7 @@ def _prepared(model, inputs, targets, loss) -> _Work:
 
 
 def _first_tensor(inputs: tuple) -> Tensor | None:
-    """The first tensor with a dimension; that dimension is the samples."""
+    """The first tensor with a dimension; its first dimension is the samples."""
     return next((argument for argument in inputs if isinstance(argument, Tensor) and argument.dim()), None)
 
 
@@ -188,7 +188,7 @@ def _criterion(targets: Tensor | None, loss: Callable | None) -> Callable:
 
 
 def _fixed_direction(output) -> Tensor:
-    """Inner product of the output with a random direction of norm 1, the same at every call."""
+    """The inner product of the output with a random direction of norm 1, which is the same at every call."""
     output = first_floating(output)
     if output is None:
         raise ValueError("profile: the model returns no floating-point tensor; pass a loss")
@@ -199,9 +199,9 @@ def _fixed_direction(output) -> Tensor:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random state and buffers (a batch norm's running statistics) as before, whatever happens inside."""
+    """Restore random state and buffers (a batch norm's running statistics) at the end, whatever happens inside."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    # A module may also put another tensor in a buffer's place, like self.n = self.n + 1.
+    # A module may also replace a buffer by another tensor, as in self.n = self.n + 1.
     places = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         try:
@@ -244,7 +244,7 @@ def _watched_pass(work: _Work) -> _Watched:
 
 
 def _by_direction(solves: list[Solve], in_forward: int) -> dict[str, Solves]:
-    """The first ``in_forward`` solves are the forward pass's.
+    """Summarise the solves by direction: the first ``in_forward`` of them are the forward pass's.
 
     The backward pass may solve windows forward again, with the same result.
     """
@@ -285,13 +285,13 @@ def _timed_passes(work: _Work, repeats: int, watched: _Watched) -> Timing:
 
 
 def _backend(calls: list[LayerCall | RecurrenceCall], device: torch.device) -> str:
-    """The backends that carried out the recurrences; for a model without any, the one that would."""
+    """The backends that ran the recurrences; for a model without any, the one that would run them."""
     used = {call.recurrence.solved_on for call in calls if isinstance(call, RecurrenceCall)}
     return ", ".join(sorted(used)) if used else backends.choose(orthogonal_filter.NAME, device)
 
 
 def _rows(watched: _Watched, jacobian: bool) -> tuple[dict[str, np.ndarray], dict]:
-    """The columns of the profile, one row per layer; and the Jacobian of every recurrence, as in _model_jacobian."""
+    """The columns of the profile, one row per layer, and the Jacobians of all recurrences, as in _model_jacobian."""
     parts, names, jacobians = [], [], {}
     for call in watched.calls:
         if isinstance(call, LayerCall):
@@ -329,7 +329,7 @@ def _single_row(call: LayerCall, weight_gradient_norms: dict[int, float]) -> dic
 
 
 def _has_plain_ends(mlp: OrthogonalFilterMLP) -> bool:
-    """Whether both linear layers apply the weight they hold: one that replaced them (with adapters) may not."""
+    """Whether both linear layers apply the weight they hold: a replacement with adapters may not."""
     return all(type(layer) is nn.Linear for layer in (mlp.input_layer, mlp.output_layer))
 
 

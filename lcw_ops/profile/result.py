@@ -1,7 +1,7 @@
 """The result of a profile, and its forms: a table for the terminal, a plot, one CSV row per layer, JSON.
 
-NaN in a column means that the figure does not apply to that row. In JSON, which has no such number, infinities and NaN
-are the strings "inf", "-inf" and "nan".
+NaN in a column means that the figure does not apply to that row. JSON has neither infinities nor NaN: they become the
+strings "inf", "-inf" and "nan".
 """
 
 import csv
@@ -34,7 +34,7 @@ COLUMNS = {
     "state_rms_bound": "upper bound of state_rms, for |act| <= 1",
 }
 
-# The columns that the table shows, with its headings: they fit a terminal of 80 columns.
+# The columns that the table shows, with their headings: they fit a terminal of 80 characters.
 TABLE_COLUMNS = {
     "state_rms": "state rms",
     "gradient_norm": "gradient",
@@ -44,7 +44,7 @@ TABLE_COLUMNS = {
     "weight_gradient_norm": "dE/dW",
 }
 
-# Rows of a deep net that the table shows: the first, the last and some evenly between.
+# The number of rows that the table shows: the first, the last, and some spaced evenly between them.
 TABLE_ROWS = 12
 
 
@@ -95,11 +95,11 @@ class Solves:
     Attributes:
         windows: the number that converged. largest_window: layers of the largest of them.
         largest_sweeps, mean_sweeps: of these windows.
-        largest_contraction: change of the last sweep over the one before; NaN where no window took two sweeps.
+        largest_contraction: change in the last sweep over that in the one before; NaN if no window took two sweeps.
         largest_residual: relative change of a state in a window's last sweep.
         largest_error: estimate of a window's relative error.
         given_up: windows that did not converge, and were solved again with half the layers.
-        sequential_layers: layers that were left to the sequential kernel in the end.
+        sequential_layers: layers that the sequential kernel solved in the end.
     """
 
     windows: int
@@ -138,13 +138,13 @@ class Profile:
     """The result of :func:`lcw_ops.profile.profile`.
 
     Attributes:
-        name: the model's. loss: its value. samples: in the batch. backend: the one that carries out our ops.
+        name: the model's. loss: its value. samples: their number in the batch. backend: the one that ran our ops.
         columns: one array per entry of ``COLUMNS``, one element per layer, in the order of the calls.
         jacobians: description of the map -> :class:`JacobianSpectrum`.
         timing: :class:`Timing`.
-        peak_memory_bytes: of the process so far (CPU), or of torch on the GPU; None where it is not known.
+        peak_memory_bytes: of the process so far (CPU), or of torch on the GPU; None if it is not known.
         machine: hardware and versions.
-        solves: "forward" and "backward" -> :class:`Solves`, of the parts that the parallel solver ran; {} without any.
+        solves: "forward" and "backward" -> :class:`Solves` of the parts that the parallel solver ran; {} without any.
     """
 
     name: str
@@ -162,7 +162,7 @@ class Profile:
         return len(self.columns["name"])
 
     def summary(self) -> dict:
-        """Everything but the columns, ready for :func:`json_ready`; "solves" only where there are any."""
+        """Everything but the columns, ready for :func:`json_ready`; "solves" only if there are any."""
         solves = {direction: dataclasses.asdict(solves) for direction, solves in self.solves.items()}
         return {
             "name": self.name,
@@ -190,18 +190,18 @@ class Profile:
         return format_table(["figure", "value"], timing_rows(self) + solves_rows(self) + jacobian_rows(self))
 
     def plot(self, path: str | Path) -> None:
-        """Norms by depth on a log axis, bounds shaded, as PNG, SVG or PDF by the path's ending.
+        """Draw norms by depth on a log axis, with shaded bounds, as PNG, SVG or PDF by the path's ending.
 
-        ImportError without matplotlib; OSError when the file cannot be written.
+        Raises ImportError without matplotlib, and OSError if the file cannot be written.
         """
         from lcw_ops.profile.plot import plot_profile
 
         plot_profile(self, path)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write one row per layer under a header; a cell is empty where a figure does not apply.
+        """Write one row per layer under a header; a cell is empty if its figure does not apply.
 
-        OSError when the file cannot be written.
+        Raises OSError if the file cannot be written.
         """
         write_atomically(path, lambda file: write_rows(file, list(COLUMNS), [self.csv_rows()]))
 
@@ -210,7 +210,7 @@ class Profile:
         return csv_rows(self.columns)
 
     def to_json(self, path: str | Path) -> None:
-        """The summary and all columns; see the top of this file for numbers that JSON does not have."""
+        """Write the summary and all columns; see the top of this file for infinities and NaN."""
         content = {**self.summary(), "columns": {name: column.tolist() for name, column in self.columns.items()}}
         write_atomically(path, lambda file: write_json(file, content))
 
@@ -275,14 +275,14 @@ def jacobian_rows(profile: Profile) -> list[list[str]]:
 
 
 def format_log(log_value: float) -> str:
-    """exp(log_value) in four digits, also where it is beyond a float: 3^50000 is 10^23856."""
+    """exp(log_value) in four digits, even beyond the range of a float: 3^50000 is 10^23856."""
     if abs(log_value) < 700:
         return f"{math.exp(log_value):.4g}"
     return "0" if log_value == -math.inf else f"10^{log_value / math.log(10):.0f}"
 
 
 def format_table(header: list[str], rows: list[list[str]], title: str | None = None) -> str:
-    """A table as text of the terminal's width: drawn by rich when it is installed, else columns of spaces.
+    """A table as text of the terminal's width: drawn by rich if it is installed, else with spaces between columns.
 
     Numbers are aligned right, except in a table of two columns, figure and value, which reads like a sentence.
     """
@@ -316,7 +316,7 @@ def _plain_table(header, rows, title) -> str:
 
 
 def csv_rows(columns: dict[str, np.ndarray]) -> Iterable[Sequence[str]]:
-    """The rows of a table with the columns of ``COLUMNS``, as text; cells of a column that is not there are empty."""
+    """The rows of a table with the columns of ``COLUMNS``, as text; the cells of a missing column are empty."""
     length = len(columns["name"])
     texts = [
         [_exact(value) for value in columns[name].tolist()] if name in columns else [""] * length for name in COLUMNS
@@ -338,7 +338,7 @@ def write_json(file: IO, content: dict) -> None:
 
 
 def json_ready(value):
-    """The same structure, with numbers that JSON does not have as strings."""
+    """The same structure, with infinities and NaN as strings."""
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -349,7 +349,7 @@ def json_ready(value):
 
 
 def _exact(value) -> str:
-    """Seven significant digits, what float32 holds; empty for NaN."""
+    """Seven significant digits, as float32 holds; empty for NaN."""
     if isinstance(value, str):
         return value
     return "" if math.isnan(value) else f"{value:.7g}"

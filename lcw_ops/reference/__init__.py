@@ -1,6 +1,6 @@
-"""Plain PyTorch: readable, any floating dtype, twice differentiable. The oracle of every kernel and the last resort."""
+"""The methods in plain PyTorch: any floating dtype, twice differentiable. Every kernel's oracle and last fallback."""
 
-# Importing torch loads the ops, which import the modules below. None of those may be half imported by then.
+# Import torch first: it loads the ops, which import the modules below. None of those may be half imported by then.
 import torch  # noqa: F401
 
 from lcw_ops.reference.gradient_activation import adamw_step, gradient_activation, sgd_step

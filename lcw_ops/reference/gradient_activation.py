@@ -23,7 +23,7 @@ PLACES = ("gradient", "momentum")
 def gradient_activation(gradient: Tensor, kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> Tensor:
     """f(gradient) by element, out of place. Differentiable, with slope alpha beta at 0 for every kind.
 
-    Bounds: arctan alpha pi/2, tanh alpha, log none. NaN stays NaN; +-inf becomes +-bound (log: +-inf), so look for an
+    Bounds: arctan alpha pi/2, tanh alpha, log none. NaN stays NaN; +-inf becomes +-bound (log: +-inf), so check for
     overflow before the call (GradScaler unscales and checks first).
 
     Args:
@@ -38,7 +38,7 @@ def gradient_activation(gradient: Tensor, kind: str = "arctan", alpha: float = 0
         TypeError: a dtype that is not floating.
         ValueError: an unknown kind, or alpha or beta out of range.
 
-    Source: functions and constants are those of the authors' code.
+    Source: the authors' code, both the functions and the constants.
     """
     dtype = accumulation_dtype("gradient_activation", gradient=gradient)
     check_choice("gradient_activation", "kind", kind, KINDS)
@@ -75,7 +75,7 @@ def sgd_step(
 
     Args:
         param, gradient, momentum_buffer: w, g and v, of one shape and one floating dtype; 16-bit tensors are computed
-            in float32 and rounded once. momentum_buffer None is the first step, v = d.
+            in float32 and rounded once. momentum_buffer is None at the first step, where v = d.
         lr, momentum, weight_decay: numbers >= 0.
         activate: "gradient" or "momentum".
         kind, alpha, beta: as in `gradient_activation`.
@@ -87,7 +87,7 @@ def sgd_step(
         TypeError: dtypes that are not floating or differ.
         ValueError: shapes that differ; names or numbers out of range.
 
-    Source: both places are those of the authors' code.
+    Source: the authors' code activates at either place.
     """
     dtype = accumulation_dtype("sgd_step", param=param, gradient=gradient, momentum_buffer=momentum_buffer)
     _check_same_shape("sgd_step", param, gradient=gradient, momentum_buffer=momentum_buffer)
@@ -120,15 +120,15 @@ def adamw_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of AdamW with an activated gradient. Nothing is changed in place.
 
-    f on the raw gradient, then the decoupled decay, then the moments:
+    The step activates the raw gradient, decays the parameter and then updates the moments:
         g' = f(g),  w <- (1 - lr weight_decay) w,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2,
         w <- w - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps).
-    alpha cancels here, except against eps.
+    alpha cancels, except relative to eps.
 
     Args:
         param, gradient, exp_avg, exp_avg_sq: w, g, m and v; dtypes as in `sgd_step`. The moments start at zero.
-        step: counts from 1.
-        lr, betas, eps, weight_decay: AdamW's.
+        step: the number of this step, counted from 1.
+        lr, betas, eps, weight_decay: as in AdamW.
         kind, alpha, beta: as in `gradient_activation`.
 
     Returns:
@@ -137,12 +137,12 @@ def adamw_step(
     Raises:
         TypeError, ValueError: as `sgd_step`.
 
-    Source: the place is that of the authors' code; that alpha cancels is derived here.
+    Source: the authors' code activates at this place; the cancellation of alpha is derived here.
     """
     dtype = accumulation_dtype("adamw_step", param=param, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_same_shape("adamw_step", param, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     if step < 1:
-        expected = "a count from 1, because the bias correction divides by 0 at 0"
+        expected = "at least 1, because the bias correction at 0 would divide by 0"
         raise ValueError(describe("adamw_step", "step", f"is {step}", expected))
     check_non_negative("adamw_step", "lr", lr)
     check_non_negative("adamw_step", "eps", eps)

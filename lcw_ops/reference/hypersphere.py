@@ -17,7 +17,7 @@ from lcw_ops._checks import (
     check_shape,
 )
 
-# Version 0.1 had weight normalization in this file, and users' code imports it from here.
+# In version 0.1 weight normalization was in this file, and users' code imports it from here.
 from lcw_ops.reference.weight_norm import (  # noqa: F401
     normalize_scale,
     normalize_scale_backward,
@@ -29,7 +29,7 @@ from lcw_ops.reference.weight_norm import (  # noqa: F401
 def hypersphere_direction(angles: Tensor) -> Tensor:
     """Unit rows from angles:  u_k = P_k cos t_k,  u_m = P_m,  P_k = prod_{i<k} sin t_i.
 
-    Any real angle is valid; nothing is wrapped or clamped. There are products only and no division, so the function is
+    Any real angle is valid; nothing is wrapped or clamped. There are only products, no division, so the function is
     differentiable any number of times, and its derivatives are finite and exact at the poles (sin t_k = 0) too.
 
     Args:
@@ -55,11 +55,11 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
 
     t_k = atan2(||w_{k+1:m}||, w_k) for k <= m-2,  t_{m-1} = atan2(w_m, w_{m-1}). This inverts `hypersphere_direction`
     up to the row's length (m = 1: up to its sign too). A zero row has no direction: it gets angles 0, u = (1, 0, ..).
-    Where an angle has no derivative (only zeros from k+1 on), 0 is used for it.
+    Where an angle has no derivative (zeros from k+1 on), the derivative is taken as 0.
 
     Args:
-        weight: (n, m), any floating dtype; 16-bit rows are computed in float32. Lengths from the smallest to the
-            largest float are safe.
+        weight: (n, m), any floating dtype; 16-bit rows are computed in float32. Rows of any finite
+            length are safe, the smallest and the largest included.
 
     Returns:
         (n, m-1).
@@ -101,8 +101,8 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
         TypeError: dtypes that are not floating or differ.
         ValueError: an unknown activation, or wrong shapes.
 
-    Source: the unit is the paper's, the form without activation is from its authors' code; the plain unit is derived
-    here.
+    Source: the paper for the unit, its authors' code for the form without activation; the equivalent plain unit is
+    derived here.
     """
     dtype = accumulation_dtype("gmp_linear", x=x, angles=angles, radius=radius, location=location)
     check_choice("gmp_linear", "activation", activation, (None, "relu"))
@@ -117,7 +117,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
 
 
 def hypersphere_direction_backward(grad_direction: Tensor, angles: Tensor) -> Tensor:
-    """The gradient of the angles, without a division, so exact at the poles. Differentiable itself.
+    """The gradient of the angles, without a division and so exact at the poles. It is itself differentiable.
 
     With g = dL/du:  T_m = g_m,  T_k = c_k g_k + s_k T_{k+1},  dL/dt_k = P_k (c_k T_{k+1} - s_k g_k).  |s_k| <= 1, so
     nothing grows.
@@ -178,8 +178,8 @@ def hypersphere_direction_jvp(tangent_angles: Tensor, angles: Tensor) -> Tensor:
 def _sine_products(angles: Tensor) -> Tensor:
     """P_1 .. P_m:  P_k = prod_{i<k} sin t_i.
 
-    By doubling, because torch.cumprod's first derivative divides by the factors, which loses an underflow, and its
-    second derivative takes a step per column.
+    Computed by doubling: torch.cumprod's first derivative divides by the factors, which loses products that underflow,
+    and its second derivative takes a step per column.
     """
     product = angles.sin()
     shift = 1
@@ -190,7 +190,7 @@ def _sine_products(angles: Tensor) -> Tensor:
 
 
 def _suffix_recurrence(decay: Tensor, term: Tensor) -> Tensor:
-    """T_k = term_k + decay_k T_{k+1}, T beyond the end 0, by doubling: (s, a) o (s', a') = (s s', a + s a')."""
+    """T_k = term_k + decay_k T_{k+1}, with T = 0 beyond the end, by doubling: (s, a) o (s', a') = (s s', a + s a')."""
     shift = 1
     while shift < term.shape[1]:
         term = term + decay * F.pad(term[:, shift:], (0, shift))
@@ -200,7 +200,7 @@ def _suffix_recurrence(decay: Tensor, term: Tensor) -> Tensor:
 
 
 def _scaled_rows(rows: Tensor) -> Tensor:
-    """Rows over their largest entry, so that no square under- or overflows.
+    """Each row divided by its largest magnitude, so that no square under- or overflows.
 
     The angles depend on directions alone, so the divisor may be held constant: all derivatives stay exact.
     """

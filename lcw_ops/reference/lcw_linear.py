@@ -16,7 +16,7 @@ from lcw_ops._checks import accumulation_dtype, check_features, check_per_unit, 
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     """Rows that sum to zero, from an unconstrained parameter.
 
-    centred (basis=False): weight (n, m, *k) -> (n, m, *k),  w = u - mean(u) over everything but dim 0.
+    centred (basis=False): weight (n, m, *k) -> (n, m, *k),  w = u - mean(u) over all dimensions but the first.
     basis: weight (n, m-1) -> (n, m),  w = B v with the Householder basis of `lcw_basis`, never stored: with s =
     sqrt(m), S = sum(v):  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s.
     Fan-in 1 leaves only w = 0: centred (n, 1) and basis (n, 0) both give zeros (n, 1).
@@ -115,7 +115,7 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     check_shape("activation_shift", "x", x, x.numel() > 0, "at least one sample and feature")
     mean_activation = x.to(dtype).reshape(-1, x.shape[-1]).mean(dim=0)
     shift = F.linear(mean_activation, weight.to(dtype), None if bias is None else bias.to(dtype))
-    # The angle does not depend on the lengths. Squares of numbers around 1 neither overflow nor vanish.
+    # The angle does not depend on the lengths. With the largest entry at 1, no square overflows and no sum vanishes.
     w, mu = _with_largest_1(weight.to(dtype)), _with_largest_1(mean_activation)
     w_length, mu_length = w.norm(dim=1, keepdim=True), mu.norm()
     # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(w.mu) loses near 0 and pi. Scaled by both
@@ -126,7 +126,7 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
 
 
 def _with_largest_1(vectors: Tensor) -> Tensor:
-    """Each vector over its largest magnitude, which counts as a constant. A zero vector stays zero."""
+    """Each vector divided by its largest magnitude, a constant in derivatives. A zero vector stays zero."""
     largest = vectors.detach().abs().amax(dim=-1, keepdim=True)
     return vectors / torch.where(largest == 0, torch.ones_like(largest), largest)
 

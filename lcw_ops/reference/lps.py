@@ -1,7 +1,7 @@
 """Linear product structure (LPS) initialisation: weights and bias of a unit are one group with one scale.
 
-A root of the start system of random linear factors has A_j [w_j; b_j] = r_j. Q. Chen, W. Hao, J. He, Applied Math.
-and Computation 415 (2022), arXiv 2109.00125. The paper's printed constants are not known to us; all rules are derived.
+A root of the start system, random linear factors, satisfies A_j [w_j; b_j] = r_j. Q. Chen, W. Hao, J. He, Applied Math.
+and Computation 415 (2022), arXiv 2109.00125. We do not know the paper's printed constants; all rules are derived.
 """
 
 import functools
@@ -32,11 +32,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 TAIL = 12.0
 NODES_PER_SIDE = 256
 
-# Outside this range the variance would be wrong: f(sZ) is constant to rounding, or steps within the first node of the
-# quadrature.
+# Outside this range the variance would be wrong: f(sZ) is constant to rounding, or has its step before the first node
+# of the quadrature.
 LEAST_STD, LARGEST_STD = 1e-4, 1e2
 
-# The least |g0| by which the heavy-tailed rule divides, our choice. It bounds a unit's scale to 10 times a typical one.
+# The least |g0| by which the heavy-tailed rule divides (our choice). A unit's scale is at most 10 times a typical one.
 LEAST_DENOMINATOR = 0.1
 
 
@@ -47,7 +47,7 @@ def gaussian_expectation(function: Callable[[Tensor], Tensor]) -> float:
 
 
 def activation_variance(activation: str, std: float = 1.0) -> float:
-    """Var f(std Z), Z ~ N(0, 1): the variance that a layer with pre-activations of that deviation gives to the next.
+    """Var f(std Z), Z ~ N(0, 1): the variance of a layer's output if its pre-activations have this standard deviation.
 
     Raises:
         ValueError: an unknown activation, or a std outside [1e-4, 100].
@@ -102,12 +102,12 @@ def joint(
     """Weight (out_features, fan_in) and bias (out_features,) iid N(0, s^2), s^2 = 1 / (fan_in q + 1), in float64.
 
     E z^2 = s^2 (fan_in q + 1) = 1, where second_moment q is E a^2 of one input: 1 for standardised data, otherwise the
-    previous activation's `hermite_second_moment`. Without bias the group has one member less: s^2 = 1 / (fan_in q).
+    previous activation's `hermite_second_moment`. Without bias the group has one member fewer: s^2 = 1 / (fan_in q).
 
     Raises:
         ValueError: a second moment that is not finite and > 0.
 
-    Source: derived here, that [w; b] is one group of one scale and s; the paper's printed constants are not known.
+    Source: derived here, both the one scale for [w; b] and s; the paper's printed constants are not known.
     """
     check_positive("joint", "second_moment", second_moment)
     group = _normal((out_features, fan_in + bias), generator, device)
@@ -147,14 +147,14 @@ def anchored(
     """w ~ N(0, 1/fan_in), b = root - w.h, h a random row of samples: zero sets through the data. In float64.
 
     Then weight and bias are scaled by one number, so that z over all units and samples has standard deviation 1.
-    Samples without any spread leave the scale as drawn. With root 0 a unit is off (z <= 0) on all S samples with
-    probability exactly 1/S, if they differ: its anchor has to be the largest. That keeps ReLUs alive.
+    If all samples are equal, the scale stays as drawn. With root 0 a unit is off (z <= 0) on all S samples with
+    probability exactly 1/S if they differ: only if its anchor has the largest w.h. That keeps ReLUs alive.
 
     Args:
         out_features: the number of units.
         samples: (S, fan_in), real inputs of the layer, or draws from their law.
         root: a root of P_d, or 0.
-        generator: torch's.
+        generator: a torch.Generator, or None for torch's default.
 
     Returns:
         (weight (out_features, fan_in), bias (out_features,)).
@@ -178,7 +178,7 @@ def anchored(
     bias = root - response.gather(0, anchor).squeeze(0)
     z = response + bias
     spread = (z - z.mean()).square().mean().sqrt()
-    # Equal samples differ only by rounding, 1e-16 of the product's size; distinct float32 samples by 1e-8 of it.
+    # Responses to equal samples differ by rounding, 1e-16 of their size; to distinct float32 samples, by 1e-8 of it.
     scale = torch.where(spread > 1e-10 * response.square().mean().sqrt(), 1 / spread, 1.0)
     return scale * weight, scale * bias
 

@@ -1,4 +1,4 @@
-"""The deep orthogonal-filter recurrence in plain PyTorch: the oracle of every kernel, and the last resort.
+"""The deep orthogonal-filter recurrence in plain PyTorch: every kernel's oracle and last fallback.
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
@@ -40,7 +40,7 @@ class Recurrence(NamedTuple):
 
     @property
     def requires_grad(self) -> bool:
-        # A loop: any() over a generator takes twice as long.
+        # A loop, because any() over a generator takes twice as long.
         for argument in self:  # noqa: SIM110
             if isinstance(argument, Tensor) and argument.requires_grad:
                 return True
@@ -50,7 +50,7 @@ class Recurrence(NamedTuple):
         return Recurrence._make(value.detach() if isinstance(value, Tensor) else value for value in self)
 
     def in_float32(self, *names: str) -> "Recurrence":
-        """The same with these tensors in float32. float64 stays, and so does None."""
+        """A copy with these tensors in float32. A float64 tensor and None stay as they are."""
         wide = {}
         for name in names:
             tensor = getattr(self, name)
@@ -59,9 +59,9 @@ class Recurrence(NamedTuple):
         return self._replace(**wide)
 
     def as_tensors(self) -> "tuple[Recurrence, int]":
-        """The arguments of an op, and the number of steps: tensors alpha and beta, and everything in the state's dtype.
+        """The arguments as the ops take them, in the state's dtype, alpha and beta as tensors; and the number of steps.
 
-        A 16-bit weight stays: it is nearly all of the memory, and every op reads it as it is.
+        A 16-bit weight is not converted: it is nearly all of the memory, and every op reads it as it is.
         """
         steps = count_steps(*self[1:])
         alpha, beta = scale_tensors(self.alpha, self.beta, steps, self.h0)
@@ -71,7 +71,7 @@ class Recurrence(NamedTuple):
         return recurrence, steps
 
 
-# The arguments that have a gradient, in the order of the gradients: the filter is fixed.
+# The arguments that have a gradient, in the order of the gradients. The filter is fixed.
 DIFFERENTIABLE = tuple(name for name in Recurrence._fields if name != "filter")
 
 
@@ -127,7 +127,7 @@ def count_steps(weight: Tensor, bias, filter: Tensor, alpha, beta, inputs) -> in
 def scale_tensors(alpha, beta, steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and beta as tensors of shape (1,) or (L,), in the state's dtype. Default beta = 1/L, alpha = 1 - beta.
 
-    1 - beta is computed in float64 from a Python number and rounded once.
+    If beta is a Python number, 1 - beta is computed in float64 and rounded once.
     """
     if beta is None:
         beta = 1.0 / max(steps, 1)
@@ -139,7 +139,7 @@ def scale_tensors(alpha, beta, steps: int, like: Tensor) -> tuple[Tensor, Tensor
 
 def _scale_tensor(scale: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if not isinstance(scale, Tensor):
-        # ONNX would round the number of torch.full to float32.
+        # In ONNX torch.full would round its number to float32.
         if torch.compiler.is_exporting():
             return _torch.constant(scale, dtype=dtype, device=device)
         return torch.full((1,), scale, dtype=dtype, device=device)
@@ -178,7 +178,7 @@ def orthogonal_filter(
         state = alpha_l * apply_filter(state, filter_l) + beta_l * ACTIVATIONS[activation](pre_activation)
         states.append(state)
     result = _torch.cast(torch.stack(states) if return_states else state, result_dtype)
-    # Without a step the result would be h0 itself, and an op never returns its argument.
+    # With zero steps the result would be h0 itself, and an op must not return its argument.
     return result if steps or return_states else result.clone()
 
 
@@ -230,7 +230,7 @@ def orthogonal_filter_scan(
 def orthogonal_filter_backward(
     grad_output, h0, weight, bias, filter, alpha, beta, inputs=None, activation="tanh", return_states=False
 ):
-    """Gradients by the explicit recurrence. Every line is differentiable, so this is the double backward, too.
+    """Gradients by the explicit recurrence. Every line is differentiable, so this also gives second derivatives.
 
         P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l
         dW_l = P_l^T H_{l-1}    db_l = sum_rows P_l    du_l = P_l
@@ -323,7 +323,7 @@ def _to_state(argument: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _per_step(steps, dtype, weight, bias, filter, alpha, beta, inputs):
-    """(W_l, b_l, O_l, alpha_l, beta_l, u_l) for every step. It unbinds, because indexing would make autograd O(L^2)."""
+    """(W_l, b_l, O_l, alpha_l, beta_l, u_l) for every step. It unbinds: by indexing, autograd would take O(L^2)."""
 
     def over_steps(argument, shared_dim):
         if argument is None:

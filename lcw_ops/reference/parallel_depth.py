@@ -5,11 +5,11 @@
 The first term is a linear recurrence, which a scan solves in parallel; F is small for beta = c/L. A sweep computes
 every F_l from the states of the sweep before, which takes one batched matmul, and scans once. The adjoint recurrence
 G_{l-1} = alpha_l O^T G_l + W_l^T (beta_l act'(A_l) * G_l) has the same structure from the other end. Derived here; the
-idea is Picard-Lindelof's and waveform relaxation's, near relatives are DEER and ELK.
+idea is that of Picard-Lindelof and of waveform relaxation. DEER and ELK are near relatives.
 
-A filter comes in one of three forms, linear maps of rows: an int64 permutation p (N,) with (O h)_i = h_{p_i}; a matrix
+A filter is a linear map of rows, in one of three forms: an int64 permutation p (N,) with (O h)_i = h_{p_i}; a matrix
 (N, N); or rotations (2 N,), N cosines and then N sines of (O h)_i = cosine_i h_i + sine_i h_{i xor 1}: the matrices
-with 2 x 2 blocks on the diagonal. (The last unit of an odd number has no partner, and its sine is 0.)
+with 2 x 2 blocks on the diagonal. (If N is odd, the last unit has no partner, and its sine is 0.)
 """
 
 import torch
@@ -38,7 +38,7 @@ def apply_filter(states: Tensor, filter: Tensor) -> Tensor:
 
 
 def partners(units: Tensor) -> Tensor:
-    """i xor 1 for every unit i of (N,). In an odd number of units the last one is its own partner."""
+    """i xor 1 for every unit i of (N,). If N is odd, the last unit is its own partner."""
     width = units.shape[0]
     return (torch.arange(width, device=units.device) ^ 1).clamp(max=width - 1)
 
@@ -122,7 +122,7 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
         return new.new_zeros(1, dtype=torch.float64)
     change, scale = (new - old).abs().amax(-1), new.abs().amax(-1)
     ratio = torch.where(change == 0, 0, change / scale)
-    # A state that was and is infinite cannot be compared.
+    # Two infinite states cannot be compared.
     return torch.where(scale.isfinite(), ratio, torch.nan).amax().double().reshape(1)
 
 
@@ -153,8 +153,8 @@ def sweep_(
 ) -> Tensor:
     """One scan: states_l <- alpha_l O states_{l-1} + beta_l act(product_l + bias_l + inputs_l) for l = 1..D, in place.
 
-    ``states`` (D+1, M, N) holds the last sweep's states. The first one, states_0, is given and stays. ``product`` is as
-    in :func:`activate_` and stays unchanged; None leaves the second term out. ``alpha``, ``beta`` (1,) or (D,).
+    ``states`` (D+1, M, N) holds the last sweep's states. The first one, states_0, is given, not written. ``product``
+    is as in :func:`activate_`, but is not written; None leaves the second term out. ``alpha``, ``beta`` (1,) or (D,).
 
     Returns:
         :func:`relative_change` of states_1..D.
@@ -181,7 +181,7 @@ def adjoint_sweep_(
 ) -> Tensor:
     """One scan from the end: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, l = D..1, in place.
 
-    ``gradients`` (D+1, M, N): the last one is given and stays. ``product`` (D, M, N) holds P_l W_l, and ``outside``
+    ``gradients`` (D+1, M, N): the last one is given, not written. ``product`` (D, M, N) holds P_l W_l, and ``outside``
     (D, M, N) the gradient that state l-1 receives from outside; either may be None. ``filter`` is the transpose of the
     layers' filter. With ``slope`` (D, M, N), scaled_l <- slope_l gradients_l with the new gradients.
 

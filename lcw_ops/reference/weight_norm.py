@@ -15,8 +15,8 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     A zero row has no direction. It stays zero, with zero derivatives, instead of NaN (our choice).
 
     Args:
-        weight: (n, m), m >= 1, any floating dtype; 16-bit rows are computed in float32. Lengths from the smallest to
-            the largest float are safe.
+        weight: (n, m), m >= 1, any floating dtype; 16-bit rows are computed in float32. Rows of any
+            finite length are safe, the smallest and the largest included.
         scale: (n,), of the weight's dtype.
 
     Returns:
@@ -36,7 +36,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def normalize_scale_backward(grad_output: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and scale. Differentiable itself.
+    """The gradients of weight and scale. They are themselves differentiable.
 
     With v = weight / ||weight||, G = grad_output:  ds = <G, v>,  dweight = s (G - ds v) / ||weight||; zero for a zero
     row.
@@ -104,7 +104,7 @@ def normalize_scale_jvp(tangent_weight: Tensor, tangent_scale: Tensor, weight: T
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows (n, m) -> unit rows (n, m), and their lengths (n, 1).
 
-    A zero row gives zeros, and length infinity: over it, all of the row's derivatives are zero.
+    A zero row gives zeros and an infinite length: divided by it, all of the row's derivatives are zero.
     """
     largest = rows.detach().abs().amax(dim=1, keepdim=True)
     largest = largest.masked_fill(largest == 0, 1.0)
@@ -115,6 +115,6 @@ def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def square_root(square: Tensor) -> Tensor:
-    """sqrt with derivative 0 at 0 instead of infinity."""
+    """sqrt whose derivative at 0 is 0 instead of infinity."""
     zero = square == 0
     return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)

@@ -1,7 +1,7 @@
 """The variants of the Triton kernels that are compiled ahead of time, in one file per stem of kernels/.
 
-Each file lists its variants as ``VARIANTS``: dictionaries that `variant` makes. A variant for which the launcher would
-choose another tile on another GPU names its ``targets``; the others are compiled for every one of `DEVICES`.
+Each file lists its variants in ``VARIANTS``: dictionaries that `variant` makes. If the launcher would choose another
+tile on other GPUs, a variant names its ``targets``; other variants are compiled for all of `DEVICES`.
 """
 
 import pkgutil
@@ -9,7 +9,7 @@ import pkgutil
 from lcw_ops import kernels
 from lcw_ops.kernels.common import Device
 
-# Every file of kernels/ but those that the others are made of.
+# Every file of kernels/ except for the two that the others share.
 STEMS = sorted({module.name for module in pkgutil.iter_modules(kernels.__path__)} - {"angles", "common"})
 DEVICES = {
     "sm_80": Device(processors=108, shared_memory=163 * 1024, matrix_units=False),
@@ -31,13 +31,13 @@ def variant(kernel, id: str, pointers: dict, lengths: dict, numbers: tuple, cons
     """One way to compile ``kernel``.
 
     Args:
-        pointers: name -> element type, or None for an argument that is left out.
-        lengths: name -> value of an int64. A multiple of 16 is compiled as such; 0 stands for one that the kernel does
-            not specialise.
+        pointers: name -> element type, or None for a missing argument.
+        lengths: name -> value of an int64. A multiple of 16 is compiled as such; 0 stands for a value on which the
+            kernel does not specialise.
         numbers: the names of float64 arguments.
         constants: name -> value of the constexprs, and ``num_warps``, by default 4.
         others: ``targets``; ``shared_memory``, the most bytes that the variant may take (by default 48 KB, which every
-            GPU has without asking); ``aligned``, the arguments that are multiples of 16, if they are others.
+            GPU grants without a request); ``aligned``, the multiples of 16 among the arguments, if not the default.
     """
     given = {name: f"*{dtype}" for name, dtype in pointers.items() if dtype is not None}
     absent = dict.fromkeys(name for name in pointers if name not in given)

@@ -1,9 +1,9 @@
-"""Compiles kernels without a GPU, and keeps the facts that tests assert on from one run to the next.
+"""Compiles kernels without a GPU, and caches the facts on which tests assert.
 
-The key of an entry is a hash of kernels/, this file, Triton's version, the variant and the target. A second run of the
+The key of an entry is a hash of kernels/, this file, Triton's version, the variant and the target. A second run on the
 same sources asserts on the same facts without compiling. The cache is the folder LCW_OPS_AOT_CACHE, by default
-.pytest_cache/aot; deleting it is always safe. LCW_OPS_EVERY_TARGET=1 compiles for all targets, and
-LCW_OPS_EVERY_LAUNCH=1 also every launch of test_triton_launches.py.
+.pytest_cache/aot; it is always safe to delete it. LCW_OPS_EVERY_TARGET=1 compiles for all targets, and
+LCW_OPS_EVERY_LAUNCH=1 also compiles every launch of test_triton_launches.py.
 """
 
 import fcntl
@@ -52,13 +52,13 @@ SOURCES = _hash_sources()
 def chosen_targets() -> tuple[str, ...]:
     """The targets of this run: EVERY_RUN, or all if the sources have changed or EVERY_TARGET is set.
 
-    The sources have changed if the cache knows others, but not these. The answer is kept with them, so that a variant
-    that fails on a target of the first run is not left out of the second. A new cache knows no other sources.
+    The sources have changed if the cache has other sources but not these; so a new cache counts as unchanged. The
+    answer is cached with the sources: a target on which a variant fails in the first run is in the second one too.
     """
     if EVERY_TARGET:
         return tuple(TARGETS)
     CACHE.mkdir(parents=True, exist_ok=True)
-    # The workers of one run must come to the same answer.
+    # The workers of one run must agree on the answer.
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         answer = CACHE / f"{SOURCES}.targets"
@@ -69,13 +69,13 @@ def chosen_targets() -> tuple[str, ...]:
 
 
 def remembered(key: str, compile: Callable):
-    """``compile()``, a value that JSON can hold, or the value that it had in an earlier run with the same sources."""
+    """The value of ``compile()``, which JSON can hold, or its value in an earlier run with the same sources."""
     path = CACHE / SOURCES / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         pass
-    # Triton's own cache may hold the work of another compiler of the same version.
+    # Triton's own cache may hold results of another compiler of the same version.
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", folder)
         result = compile()
@@ -87,7 +87,7 @@ def remembered(key: str, compile: Callable):
 
 
 def variant_facts(variant: dict, target: str) -> dict[str, int]:
-    """Registers, spilled bytes (AMD: registers) and bytes of shared memory of a variant that `aot.variant` made."""
+    """Registers, spilled bytes (AMD: spilled registers) and bytes of shared memory of a variant from `aot.variant`."""
     kernel = variant["kernel"].fn
     described = {name: value for name, value in sorted(variant.items()) if name not in ("kernel", "targets")}
     key = f"{target} {kernel.__module__}.{kernel.__name__} {described}"
@@ -97,7 +97,7 @@ def variant_facts(variant: dict, target: str) -> dict[str, int]:
 def compile_variant(variant: dict, target: GPUTarget):
     kernel = variant["kernel"]
     signature = variant["signature"] | dict.fromkeys(variant["constexprs"], "constexpr")
-    # The launcher sees that pointers from torch's allocator, and some lengths, are multiples of 16.
+    # As the launcher does, treat pointers from torch's allocator and some lengths as multiples of 16.
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant["aligned"]}
     source = ASTSource(kernel, signature, variant["constexprs"], attributes)
     return triton.compile(source, target=target, options={"num_warps": variant["num_warps"]})

@@ -8,7 +8,7 @@ from lcw_ops.kernels import hypersphere as kernels
 
 
 def _rows(length: int, dtype: str, count: int = 4096, targets=EVERY_TARGET) -> list[dict]:
-    """Both kernels of rows."""
+    """The two kernels of rows, forward and backward."""
     launch = common.choose_row_launch(length, ITEMSIZE[dtype])
     blocks = {"BLOCKS": triton.next_power_of_2(triton.cdiv(length, launch["LANES"]))}
     direction_launch = kernels._direction_launch(count, length, ITEMSIZE[dtype], DEVICES["sm_90"])
@@ -30,7 +30,7 @@ def _rows(length: int, dtype: str, count: int = 4096, targets=EVERY_TARGET) -> l
 
 
 def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> list[dict]:
-    """For each target the fused product, and the sum of its parts if it has several."""
+    """For each target the fused product, and the kernel that adds its partial sums if it has several."""
     rows, units, features = shape
     variants = []
     for target in targets:
@@ -53,7 +53,7 @@ def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> li
 
 
 def _pointwise(dtype: str, relu: bool) -> list[dict]:
-    """The passes over the vendor's products, with every argument that may be left out."""
+    """The passes around the vendor's matmuls, with every optional argument."""
     lengths = {"rows": 0, "units": 4096}
     scaled = dict.fromkeys(("product", "scale", "output", "kept"), dtype)
     summed = dict.fromkeys(("grad_output", "activated", "radius", "grad_pre"), dtype)
@@ -68,7 +68,7 @@ def _pointwise(dtype: str, relu: bool) -> list[dict]:
 VARIANTS = [
     *_rows(4096, "fp32"),
     *_rows(2048, "fp64", targets=("sm_90",)),
-    # Several steps, and as many warps as a row can have. Not for AMD: the masks of eight loads take more scalar
+    # Several steps, with the most warps that a row can have. Not for AMD: the masks of eight loads need more scalar
     # registers than there are, and six of them go through vector registers.
     *_rows(16384, "bf16", count=64, targets=("sm_90",)),
     *_linear((32, 4096, 4096), "bf16"),

@@ -18,7 +18,7 @@ def _rows(kernel, id: str, length: int, dtype: str, constants: dict) -> dict:
 
 
 def _linear(id: str, shape: tuple[int, int, int], dtype: str, basis: bool = False, bias: bool = True) -> list[dict]:
-    """For each target the product with its own result, or with sums and the kernel that adds them."""
+    """For each target the product that writes the result, or partial sums and the kernel that adds them."""
     samples, units, features = shape
     columns = features - basis
     variants = []

@@ -5,7 +5,7 @@ from lcw_ops.kernels import parallel_depth as kernels
 
 
 def _variants(width: int, filter: str, dtype: str = "fp32", targets: tuple[str, ...] = EVERY_TARGET) -> list[dict]:
-    """Every kernel of both sweeps with every argument that may be left out."""
+    """Every kernel of both sweeps, with every optional argument."""
     permutes = filter == "permutation"
     arrays = {
         **dict.fromkeys(("states", "initial", "product", "bias", "inputs", "slope", "scaled"), dtype),
@@ -28,7 +28,7 @@ def _variants(width: int, filter: str, dtype: str = "fp32", targets: tuple[str, 
         ("both", kernels.activate_kernel, (), forward),
     ):
         if not permutes and kernel is kernels.activate_kernel and dtype == "fp32":
-            # It is the same as beside a permutation.
+            # This kernel is the same as with a permutation.
             continue
         own = set(kernel.arg_names)
         variants.append(

@@ -6,7 +6,7 @@ from lcw_ops.kernels import weight_norm as kernels
 
 
 def _rows(length: int, dtype: str, targets=EVERY_TARGET) -> list[dict]:
-    """Both kernels of rows."""
+    """The two kernels of rows, forward and backward."""
     launch = common.choose_row_launch(length, ITEMSIZE[dtype])
     launch["FITS"] = length <= launch["LANES"]
     lengths = {"count": 0, "length": length}
@@ -20,7 +20,7 @@ def _rows(length: int, dtype: str, targets=EVERY_TARGET) -> list[dict]:
 
 
 def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> list[dict]:
-    """For each target the fused product, and the sum of its parts if it has several."""
+    """For each target the fused product, and the kernel that adds its partial sums if it has several."""
     rows, units, features = shape
     variants = []
     for target in targets:
@@ -44,7 +44,7 @@ def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> li
 
 VARIANTS = [
     *_rows(4096, "fp32"),
-    # Several steps, and as many warps as a row can have. Not for AMD: the masks of eight loads take more scalar
+    # Several steps, with the most warps that a row can have. Not for AMD: the masks of eight loads need more scalar
     # registers than there are, and six of them go through vector registers.
     *_rows(16384, "bf16", targets=("sm_90",)),
     *_linear((32, 4096, 4096), "bf16", targets=("sm_90", "gfx942")),

@@ -1,8 +1,8 @@
-// Enough of CUDA to run a kernel on the CPU, for tests on machines without a GPU. A thread of the GPU is a coroutine:
-// the threads of a block, and all blocks of a cluster, take turns; blocks or clusters run one after another. A thread
-// that waits at a barrier lets the others run, and they do so in another order every round, so a missing barrier, an
-// index out of bounds or a wrong sum shows here as it would there. If no thread can go on, a message says so and the
-// process ends. Times mean nothing here.
+// Enough of CUDA to run a kernel on the CPU, for tests on machines without a GPU. A GPU thread is a coroutine: the
+// threads of a block, and of all blocks of a cluster, take turns; blocks or clusters run in sequence. A thread that
+// waits at a barrier lets the others run. Their order differs in every round, so a missing barrier, an index out of
+// bounds or a wrong sum shows here as it would on a GPU. If no thread can continue, the process prints a message and
+// ends. Times are meaningless here.
 #pragma once
 
 #include <setjmp.h>
@@ -53,7 +53,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = emulated_number("LCW_OPS_EMULATED_SHARED_BYTES", 227 << 10);
       break;
-    // Few enough that small batches are cut into tiles of every size.
+    // So few multiprocessors that small batches are cut into tiles of every size.
     case cudaDevAttrMultiProcessorCount: *value = 4; break;
     default: *value = 9;
   }
@@ -84,20 +84,20 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
-// Without a namespace, as on a GPU.
+// CUDA has these without a namespace.
 using std::max;
 using std::min;
 
 inline dim3 blockIdx, threadIdx, blockDim, gridDim;
 
-// A barrier of the hardware: the last one to arrive lets all go on.
+// A hardware barrier: the last thread to arrive lets all continue.
 struct EmulatedBarrier {
   int expected = 0, arrived = 0, phase = 0;
 };
 
 struct EmulatedMbarrier {
   int expected = 0, pending = 0, phase = 0;
-  int64_t bytes = 0;  // still to come; negative when they come before they are expected
+  int64_t bytes = 0;  // still to arrive; negative if they arrive before they are expected
 
   void end_phase_if_complete() {
     if (pending != 0 || bytes != 0) return;
@@ -113,8 +113,8 @@ struct EmulatedBlock {
   EmulatedBarrier all, first;
   std::vector<EmulatedBarrier> warps;
   std::vector<double> lanes;                     // wide enough for every type that is shuffled
-  std::vector<double> shared;                    // NaN to start with, and behind it a strip that must stay so
-  std::map<size_t, EmulatedMbarrier> mbarriers;  // by their place in shared memory
+  std::vector<double> shared;                    // initially NaN; the strip behind it must stay NaN
+  std::map<size_t, EmulatedMbarrier> mbarriers;  // by place in shared memory
 
   EmulatedBlock(dim3 index, unsigned rank, int count, size_t bytes)
       : index(index), rank(rank), all{count}, lanes(count), shared(bytes / sizeof(double) + 2 + strip, std::nan("")) {
@@ -134,11 +134,11 @@ struct EmulatedBlock {
 
 struct EmulatedThread {
   ucontext_t start;
-  jmp_buf place;  // where it waits; unlike swapcontext, longjmp makes no system call
+  jmp_buf place;  // where it waits; longjmp, unlike swapcontext, makes no system call
   bool started = false;
   EmulatedBlock* block;
   int number;
-  std::function<bool()> goes_on;  // empty: at once
+  std::function<bool()> goes_on;  // empty: it need not wait
   bool ended = false;
 };
 
@@ -222,7 +222,7 @@ inline void emulated_run(EmulatedCluster& cluster) {
       left -= thread.ended;
     }
     if (!moved) {
-      std::fprintf(stderr, "emulated CUDA: %zu threads wait for ever\n", left);
+      std::fprintf(stderr, "emulated CUDA: %zu threads wait forever\n", left);
       std::abort();
     }
   }
@@ -231,7 +231,7 @@ inline void emulated_run(EmulatedCluster& cluster) {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  // A launch's arguments may take 32 KB, and every thread has its own.
+  // A launch's arguments may take 32 KB, and every thread has its own copy.
   constexpr size_t stack_bytes = 128 << 10;
   static std::vector<std::unique_ptr<unsigned char[]>> stacks;
   const std::function<void()> body = [&] { kernel(arguments...); };
@@ -240,7 +240,7 @@ cudaError_t cudaLaunchKernelEx(
   const int count = blockDim.x * blockDim.y * blockDim.z;
   const unsigned size = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
   if (gridDim.x % size != 0) return 1;
-  // Neighbours along x are a cluster.
+  // Neighbours along x form a cluster.
   for (unsigned first = 0; first < gridDim.x * gridDim.y * gridDim.z; first += size) {
     EmulatedCluster cluster;
     cluster.all.expected = size * count;

@@ -1,4 +1,4 @@
-// csrc/cuda/device.h for a CPU, on cuda_runtime.h beside this file. Copies are done at once, and then counted.
+// csrc/cuda/device.h for a CPU, based on cuda_runtime.h beside this file. Copies happen at once and are then counted.
 #pragma once
 
 #include <cstring>

@@ -1,5 +1,5 @@
-// Deliberate mistakes: each must be caught, which proves that the library around them is watched. Only in sanitized
-// builds.
+// Deliberate mistakes, only in sanitized builds. Each must be caught, which proves that the sanitizer watches the
+// library.
 #include <cstdint>
 #include <limits>
 #include <thread>

@@ -1,6 +1,6 @@
-"""Every op of the CPU on sizes around every tile, for the sanitizers: ``python calls.py``, in their process.
+"""Calls every CPU op on sizes around every tile, for the sanitizers: ``python calls.py``, in their process.
 
-Results are not looked at: what reads or writes beside its arguments ends the process.
+It does not look at results: a read or write outside of the arguments ends the process.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def gradients(dtype: torch.dtype) -> None:
     sizes = (0, 1, 3, 7, 8, 63, 64, 65, 1000, 40_000)
     for kind in ("arctan", "tanh", "log"):
         flat = torch.randn(sum(sizes) + len(sizes)).to(dtype)
-        # One behind the other, a number apart: neither aligned nor with room to spare.
+        # Place the tensors one number apart: they are not aligned, and have no room behind them.
         starts = [sum(sizes[:i]) + i for i in range(len(sizes))]
         tensors = [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
         F.gradient_activation_([*tensors, torch.randn(9, 14).to(dtype)[::2]], kind)
@@ -69,7 +69,7 @@ def step(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> None:
 
 
 def sweeps(dtype: torch.dtype, layers: int, samples: int, width: int) -> None:
-    """What a sweep over all layers is made of, with every kind of filter and every argument given or missing."""
+    """Call the parts of a sweep over all layers, with every kind of filter, and each argument given or missing."""
     shape = (layers, samples, width)
     product, term = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     one, each = torch.rand(1, dtype=dtype), torch.rand(layers, dtype=dtype)

@@ -1,13 +1,13 @@
-"""The C++ of the CPU under GCC's sanitizers: ``python tests/sanitize/harness.py`` (make sanitize), some minutes.
+"""The CPU's C++ under GCC's sanitizers: ``python tests/sanitize/harness.py`` (make sanitize) takes some minutes.
 
-The package is built by setup.py into a folder of its own, with the sanitizer's flags, and the tests run on it with the
+setup.py builds the package into a folder of its own, with the sanitizer's flags. The tests run on it with the
 sanitizer's runtime loaded first:
 - address and undefined behaviour, for every instruction set (without AVX-512, its tiles in AVX2): sizes, kinds, memory
   layouts, and every op on sizes around every tile (calls.py);
-- threads: the barriers of threads that share rows. torch's OpenMP pool is invisible to this sanitizer, so loops run on
+- threads: the barriers of threads that share rows. This sanitizer cannot see torch's OpenMP pool, so loops run on
   std::thread instead (threads.cpp).
 
-broken.cpp, in the same library, is the proof that mistakes are seen.
+broken.cpp, in the same library, proves that mistakes are caught.
 """
 
 import os
@@ -29,7 +29,7 @@ MEMORY = "address,undefined"
 THREADS = "thread"
 RUNTIMES = {MEMORY: ("libasan.so", "libubsan.so", "libstdc++.so"), THREADS: ("libtsan.so", "libstdc++.so")}
 
-# Python frees little before it ends, so leaks say nothing; any other report ends the process with this status.
+# Python frees little before it ends, so leaks are not reported. Any other report ends the process with this status.
 CAUGHT = 66
 OPTIONS = {
     "ASAN_OPTIONS": f"detect_leaks=0:exitcode={CAUGHT}",
@@ -37,14 +37,14 @@ OPTIONS = {
     "TSAN_OPTIONS": f"halt_on_error=1:exitcode={CAUGHT}",
 }
 
-# Of broken.cpp, those that each of them must catch.
+# The mistakes of broken.cpp that each of them must catch.
 MISTAKES = {MEMORY: range(1, 9), THREADS: (9,)}
 
-# Like is compared with like: where the kernel has no fused multiply-add, eager torch and its matrix products have none.
+# Compare like with like: if the kernel has no fused multiply-add, eager torch and its matrix products have none either.
 # Compilers fuse only when they optimize.
 EAGER_WITHOUT_FMA = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
-# Of the proof: reads and writes around every argument, any options and layouts, every remainder of rows and units.
+# Tests of the proof: accesses around every argument, any options and layouts, every remainder of rows and units.
 MEMORY_TESTS = "nothing_but_the_arguments or any_call or every_row_count or every_width or every_kind"
 THREAD_TESTS = "same_bits_twice"
 
@@ -52,19 +52,19 @@ THREAD_TESTS = "same_bits_twice"
 def why_not(sanitizers: str) -> str | None:
     """Why the sanitizers cannot run here, or None."""
     if shutil.which("g++") is None:
-        return "no g++ on this machine; the sanitizers are GCC's"
+        return "this machine has no g++; the sanitizers are GCC's"
     missing = [name for name in RUNTIMES[sanitizers] if not _runtime(name).is_absolute()]
     return f"this g++ comes without {', '.join(missing)}" if missing else None
 
 
 def _runtime(name: str) -> Path:
-    """Where g++ has this library; just the name when it has none."""
+    """The path of g++'s copy of this library; the bare name if g++ does not have it."""
     found = subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
     return Path(found.strip())
 
 
 def build(folder: Path, sanitizers: str, optimize: str, without: Iterable[str] = ()) -> Path:
-    """The package with a sanitized ``_C.abi3.so``, less the ops that are named: the folder to put on PYTHONPATH."""
+    """Build the package with a sanitized ``_C.abi3.so``, leaving out some ops. Returns the folder for PYTHONPATH."""
     source, package = folder / "source", folder / "package"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", "results")
     shutil.copytree(ROOT, source, ignore=ignored)
@@ -78,7 +78,7 @@ def build(folder: Path, sanitizers: str, optimize: str, without: Iterable[str] =
     if sanitizers == MEMORY:
         watched += " -fno-sanitize-recover=all"
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", package, "--build-temp", folder / "objects"]
-    # Where there is no AVX-512, its tiles all the same, carried out by pairs of AVX2 instructions.
+    # Without AVX-512, test its tiles all the same: pairs of AVX2 instructions carry them out.
     wide = "" if torch.backends.cpu.get_cpu_capability() == "AVX512" else " -DLCW_AVX512_BY_AVX2"
     environment = {**os.environ, "CXX": watched, "CXXFLAGS": optimize + wide, "LCW_OPS_CUDA_ARCHS": ""}
     result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
@@ -96,20 +96,20 @@ def run(package: Path, sanitizers: str, arguments: list[str], **environment: str
         "PYTHONPATH": str(package),
         **environment,
     }
-    # Not in the checkout, whose lcw_ops would be imported instead.
+    # Do not run in the checkout, whose lcw_ops would be imported instead.
     return subprocess.run(
         [sys.executable, *arguments], cwd=package, env=environment, capture_output=True, text=True, timeout=3000
     )
 
 
 def run_tests(package: Path, sanitizers: str, selection: str, **environment: str) -> subprocess.CompletedProcess:
-    """The tests of the proof that ``selection`` names, on the sanitized package."""
+    """Run the tests of the proof that ``selection`` names on the sanitized package."""
     arguments = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", str(PROOF), "-k", selection]
     proof = {"LCW_OPS_PROOF_SANITIZED": "1"}
     return run(package, sanitizers, arguments, **proof, **EAGER_WITHOUT_FMA, **environment)
 
 
-# Each in a child, because the first finding ends a process; importing torch takes most of the time.
+# Each mistake runs in a child, because the first finding ends the process. Forking avoids importing torch each time.
 MAKE_MISTAKES = """
 import ctypes, os, sys, torch, lcw_ops
 from pathlib import Path
@@ -126,7 +126,7 @@ for mistake in map(int, sys.argv[1:]):
 
 
 def make_mistakes(package: Path, sanitizers: str, mistakes: Iterable[int]) -> tuple[dict[int, int], str]:
-    """The exit status of a process that makes each of broken.cpp's mistakes, of which 0 is none, and all reports."""
+    """Mistake -> exit status of a process that makes it, and all reports. Mistake 0 of broken.cpp is correct code."""
     result = run(package, sanitizers, ["-c", MAKE_MISTAKES, *map(str, mistakes)])
     if result.returncode:
         raise RuntimeError(f"nothing runs on the sanitized package:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
@@ -134,7 +134,7 @@ def make_mistakes(package: Path, sanitizers: str, mistakes: Iterable[int]) -> tu
 
 
 def main() -> None:
-    """Everything, on every instruction set of this processor; ends with status 1 at the first finding."""
+    """Run everything on every instruction set of this processor. Exits with status 1 at the first finding."""
     jobs = [(MEMORY, "-O1", MEMORY_TESTS, ("", "avx2", "portable")), (THREADS, "-O1", THREAD_TESTS, ("", "portable"))]
     for sanitizers, optimize, selection, capabilities in jobs:
         if reason := why_not(sanitizers):

@@ -3,18 +3,18 @@
     python tests/support/behaviour.py record FILE [--part NAME ...] [--jobs N]
     python tests/support/behaviour.py compare BEFORE AFTER [--expect PATTERN ...] [--expect-file FILE]
 
-This is the proof that a change of structure changes no behaviour: record on the commit before, record on the commit
-after, on the same machine, and compare. The file uses public names only, so that it runs unchanged on both. It imports
-the lcw_ops that Python finds: set PYTHONPATH to choose the tree.
+This proves that a change of structure does not change behaviour: record on the commit before and on the commit after,
+on the same machine, and compare. The file uses public names only, so that it runs unchanged on both. It imports the
+lcw_ops that Python finds: set PYTHONPATH to choose the tree.
 
-A tensor is recorded as dtype, shape, strides and a digest of its bytes; small ones in full, of larger ones some values,
-so that a difference can be shown. An exception is recorded by the names of its classes, never by its words. Two
-recordings of one commit are equal, because nothing here depends on time: under torch's deterministic mode, or with
-LCW_OPS_MATMUL, no kernel is chosen by a measurement.
+A tensor is recorded as dtype, shape, strides and a digest of its bytes, and with its values, of large tensors only
+some, so that a difference can be shown. An exception is recorded by the names of its classes, never by its words. Two
+recordings of one commit are equal, because nothing here depends on time: in torch's deterministic mode, or with
+LCW_OPS_MATMUL, measurements do not choose kernels.
 
-A recording takes about five minutes on two idle cores. Its parts run as processes of their own, since instruction sets,
-Triton's interpreter and the state right after ``import lcw_ops`` are decided once per process. ``record`` adds parts to
-a file that is there already; delete the file to begin again.
+A recording takes about five minutes on two idle cores. Its parts run in processes of their own, because instruction
+set, Triton's interpreter and the state right after ``import lcw_ops`` are fixed once per process. ``record`` adds parts
+to an existing file; delete the file to start again.
 """
 
 import argparse
@@ -43,11 +43,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Larger tensors are recorded by their digest and this many of their values.
+# Tensors with more bytes are recorded by their digest and some of their values.
 BYTES_IN_FULL = 128
 VALUES_SHOWN = 8
 
-# Seconds after which a part has failed.
+# A part that takes more seconds has failed.
 TIMEOUT = 1500
 
 CASES: dict[str, object] = {}
@@ -57,7 +57,7 @@ CASES: dict[str, object] = {}
 
 
 def record(name: str, function: Callable) -> None:
-    """Store what ``function()`` returns or raises, and the categories of its warnings, under ``name``."""
+    """Store under ``name`` the result or exception of ``function()`` and the categories of its warnings."""
     assert name not in CASES, f"two cases are called {name}"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -110,7 +110,7 @@ def describe_tensor(tensor) -> dict:
     plain = tensor.detach()
     if plain.layout is not torch.strided:
         plain = plain.to_dense()
-    # A tensor of one element counts as contiguous whatever its stride, so the bytes are those of a copy.
+    # A tensor of one element counts as contiguous whatever its stride, so take the bytes from a copy.
     flat = torch.empty(plain.numel(), dtype=plain.dtype).copy_(plain.reshape(-1))
     content = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     form["digest"] = hashlib.sha256(content).hexdigest()[:16]
@@ -136,7 +136,7 @@ def short(dtype) -> str:
 
 
 class Draw:
-    """Random tensors and choices that depend on a name alone."""
+    """Random tensors and choices that depend only on a name."""
 
     def __init__(self, name: str) -> None:
         import torch
@@ -169,7 +169,7 @@ LAYOUTS = ("contiguous", "sliced", "strided", "transposed")
 
 
 def lay_out(tensor, layout: str):
-    """The same values in memory that a careless kernel would read wrongly, with NaN in the gaps."""
+    """The same values in a memory layout that a careless kernel would misread, with NaN in the gaps."""
     if layout == "contiguous" or tensor is None or not tensor.is_floating_point() or tensor.dim() == 0:
         return tensor
     if layout == "transposed":
@@ -213,7 +213,7 @@ def environment(**variables: str) -> Iterator[None]:
 def derivatives(
     name: str, function: Callable, tensors: dict, second: bool = True, grad_layout: str = "contiguous", saved=False
 ) -> dict:
-    """Output without and with gradients, gradients, second derivatives, and what autograd keeps between them."""
+    """Output without and with gradients, gradients, second derivatives, and the tensors that autograd keeps."""
     import torch
 
     draw = Draw(f"derivatives of {name}")
@@ -260,7 +260,7 @@ def is_differentiable(tensor) -> bool:
 
 
 def fixed(tensor):
-    """A tensor that gets no gradient."""
+    """A tensor that does not get a gradient."""
     tensor.is_fixed = True
     return tensor
 
@@ -283,7 +283,7 @@ def second_derivatives(draw: Draw, run: Callable, given: dict, cotangents: list)
 
 
 def layer_arguments(draw: Draw, function: str, samples, n: int, m: int, dtype, option) -> tuple[dict, dict]:
-    """(tensors, other arguments) of a linear layer's function; ``samples`` is a number, or leading dimensions."""
+    """(tensors, other arguments) of a linear layer's function. ``samples`` is a number or leading dimensions."""
     leading = samples if isinstance(samples, tuple) else (samples,)
     x = draw.normal(*leading, m, dtype=dtype)
     if function == "lcw_linear":
@@ -313,7 +313,7 @@ def call_layer(prefix, function, samples, n, m, dtype, option, layout="contiguou
     name = f"{prefix}/{function}/{short(dtype)}/{what}/{option}"
     if (layout, grad_layout) != ("contiguous", "contiguous"):
         name += f"/{layout}, {grad_layout}"
-    # The numbers do not depend on the prefix: results of all backends and numbers of threads can be set side by side.
+    # The numbers do not depend on the prefix, so that results of all backends and thread counts can be compared.
     tensors, options = layer_arguments(Draw(f"{function} {what} {option}"), function, samples, n, m, dtype, option)
     tensors = {key: lay_out(tensor, layout) for key, tensor in tensors.items()}
     call = getattr(F, function)
@@ -341,7 +341,7 @@ def record_layers(prefix: str, samples=SAMPLES, sizes=SIZES, layouts: bool = Tru
 
 
 def record_large_layers(prefix: str) -> None:
-    """Sizes at which several threads share a product."""
+    """Sizes for which several threads share a product."""
     for function, options in LAYER_OPTIONS.items():
         for dtype, rows in itertools.product(dtypes()[:3:2], (5, 48, 200)):
             call_layer(prefix, function, rows, 384, 515, dtype, options[0], second=False)
@@ -534,7 +534,7 @@ def record_recurrence(prefix: str, draws: int, smallest: bool = False, second: b
 
 
 def record_special_recurrences(prefix: str, quick: bool = False) -> None:
-    """Long runs, wide states, no convergence, numbers that are not finite, gradients of some arguments alone."""
+    """Long runs, wide states, missing convergence, numbers that are not finite, gradients of single arguments."""
     import torch
 
     from lcw_ops import functional as F
@@ -597,7 +597,7 @@ def record_special_recurrences(prefix: str, quick: bool = False) -> None:
 
 
 def part_functions() -> None:
-    """The compiled kernels, on the instructions that the environment allows."""
+    """The compiled kernels, with the instructions that the environment allows."""
     instructions = os.environ.get("LCW_OPS_CPU_CAPABILITY", "fastest")
     is_fastest = instructions == "fastest"
     with threads(2):
@@ -730,7 +730,7 @@ def record_oracle(prefix: str, dtype) -> None:
         name = f"{kind}, {activation}, {states}"
         for function in (reference.orthogonal_filter, reference.orthogonal_filter_scan):
             if function is reference.orthogonal_filter_scan and activation in ("relu", "identity"):
-                continue  # Tracing a scan takes half a second.
+                continue  # tracing a scan takes half a second
             record(
                 f"{prefix}/{function.__name__}/{name}",
                 lambda function=function, tensors=tensors, options=options, filter=filter: derivatives(
@@ -787,7 +787,7 @@ def record_initial_laws() -> None:
 
 
 def part_triton() -> None:
-    """Triton's kernels in its interpreter, which takes a thousand times as long: few cases, all tiny."""
+    """Triton's kernels in its interpreter. It takes a thousand times as long, so there are few cases, all tiny."""
     import lcw_ops
 
     sizes = ((1, 1), (3, 5))
@@ -993,7 +993,7 @@ def record_autocast(prefix: str, dtype) -> None:
 
 
 def record_watchers() -> None:
-    """What function modes, dispatch modes, FLOP counters and tensors without memory see of every function."""
+    """Every function as function modes, dispatch modes, FLOP counters and tensors without memory see it."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.overrides import TorchFunctionMode
@@ -1078,7 +1078,7 @@ def record_watchers() -> None:
 
 
 def part_errors() -> None:
-    """Every argument of every function in turn replaced by values that mostly do not fit."""
+    """Every function with one argument at a time replaced by values that mostly do not fit."""
     import torch
 
     import lcw_ops
@@ -1092,7 +1092,7 @@ def part_errors() -> None:
 
 
 def wrong_values(tensor) -> dict[str, object]:
-    """Values in the place of an argument; a tensor's own variants where the argument is one."""
+    """Values to replace an argument; for a tensor, its variants too."""
     import torch
 
     values: dict[str, object] = {
@@ -1180,7 +1180,7 @@ def record_wrong_calls(prefix: str) -> None:
 
 
 def record_wrong_activations(prefix: str) -> None:
-    """gradient_activation_: an error leaves every tensor as it was."""
+    """gradient_activation_ with wrong arguments: an error leaves every tensor unchanged."""
     import torch
 
     from lcw_ops import functional as F
@@ -1262,7 +1262,7 @@ def module_table() -> dict[str, tuple[Callable, tuple]]:
         return lambda **given: kind(**options, **given), (2, options["in_channels"], *(7, 6, 5)[:rank])
 
     def mlp(**options) -> tuple[Callable, tuple]:
-        # A parameter among the options must not be shared by several modules.
+        # Several modules must not share a parameter among the options.
         return lambda **given: nn.OrthogonalFilterMLP(3, 6, 5, 2, **{**copy.deepcopy(options), **given}), (4, 3)
 
     def rnn(**options) -> tuple[Callable, tuple]:
@@ -1337,7 +1337,7 @@ def outputs_of(module, x) -> list:
 
 
 def run_module(module, x, name: str) -> dict:
-    """Output, gradients and second derivatives of a module with regard to its input and parameters."""
+    """Output, gradients and second derivatives of a module with respect to its input and parameters."""
     import torch
 
     names = [name for name, _ in module.named_parameters()]
@@ -1376,7 +1376,7 @@ def record_modules(prefix: str, kinds: list) -> None:
             module.eval()
             with torch.no_grad():
                 found = [outputs_of(module, x), outputs_of(module, x)]
-                # A kept weight must not survive an edit that autograd does not see.
+                # A cached weight must not survive an edit that autograd does not see.
                 for parameter in module.parameters():
                     parameter.data.mul_(1.25)
                 found.append(outputs_of(module, x))
@@ -1417,7 +1417,7 @@ def in_inference_mode(module, x):
 
 
 def record_moves(here: str, constructor: Callable, x) -> None:
-    """Modules that change dtype or device, on skip_init, under vmap, FLOP counters and autocast."""
+    """Modules that change dtype or device; skip_init, vmap, FLOP counters and autocast."""
     import torch
     from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
@@ -1477,7 +1477,7 @@ def record_moves(here: str, constructor: Callable, x) -> None:
 
 
 def record_sequences() -> None:
-    """The RNN's forms of input: first states, sequences without a batch, packed ones; its attributes."""
+    """The RNN's forms of input (first states, sequences without a batch, packed ones) and its attributes."""
     import torch
     from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
@@ -1540,7 +1540,7 @@ RNN_ATTRIBUTES = (
 
 
 def record_conversions() -> None:
-    """from_linear, from_conv, gmp_parameter_groups, skip_init, loading what does not fit."""
+    """from_linear, from_conv, gmp_parameter_groups, skip_init, and loading state dicts that do not fit."""
     import torch
     from torch import nn
 
@@ -1632,7 +1632,7 @@ def record_conversions() -> None:
 
 
 def record_wrong_modules() -> None:
-    """Constructor arguments, inputs and state dicts of every module, replaced in turn by values that do not fit."""
+    """Every module with one constructor argument, input or state replaced at a time by values that do not fit."""
     import torch
 
     from lcw_ops import nn
@@ -1853,7 +1853,7 @@ def optimizer_options(kind: str) -> list[dict]:
 
 
 def parameters_for(dtype, seed: int = 0) -> tuple[list, Callable]:
-    """Parameters of hostile shapes and layouts, and what gives them the gradients of a step."""
+    """Parameters of hostile shapes and layouts, and a function that sets their gradients for a step."""
     import torch
     from torch import nn
 
@@ -1888,7 +1888,7 @@ def record_optimizers(prefix: str, quick: bool = False) -> None:
                     give_gradients(step)
                     optimizer.step()
                 before = copy.deepcopy(optimizer.state_dict())
-                # The state goes through a state dict and a file into a new optimizer, which makes the last step.
+                # Load the state, through a state dict and a file, into a new optimizer that makes the last step.
                 file = io.BytesIO()
                 torch.save(before, file)
                 file.seek(0)
@@ -2238,7 +2238,7 @@ def record_hooks() -> None:
 
 
 def part_compile() -> None:
-    """torch.compile without graph breaks: functions, modules, other sizes, and a few with generated code."""
+    """torch.compile without graph breaks: functions, modules, other sizes, and a few cases with generated code."""
     import torch
 
     import lcw_ops
@@ -2317,7 +2317,7 @@ def part_compile() -> None:
 
 
 def part_export() -> None:
-    """Exported programs: the names of their ops, their results, and what runs them without lcw_ops' kernels."""
+    """Exported programs: the names of their ops, their results, and programs that run without lcw_ops' kernels."""
     import torch
 
     import lcw_ops
@@ -2375,7 +2375,7 @@ def on_backend(backend: str, function: Callable) -> object:
 
 
 def ops_of(graph_module) -> list[str]:
-    """The targets of all calls, also inside of the bodies of scans."""
+    """The targets of all calls, including those inside the bodies of scans."""
     return [
         str(node.target)
         for part in graph_module.modules()
@@ -2506,7 +2506,7 @@ def part_profile() -> None:
 
 
 def record_commands(folder: Path, data: Path) -> None:
-    """The command lcw-ops: exit codes, the files that it writes, their numbers; its flags."""
+    """The command lcw-ops: its exit codes, its files and their numbers, and its flags."""
     import torch
 
     from lcw_ops.cli import main
@@ -2528,7 +2528,7 @@ def record_commands(folder: Path, data: Path) -> None:
                 if content[-32:] == hashlib.sha256(content[:-32]).digest():
                     content = content[:-32]
                 tensors = torch.load(io.BytesIO(content), weights_only=True)
-                # The configuration names versions.
+                # The configuration has versions in it.
                 found[path.name] = {key: tensor for key, tensor in tensors.items() if key != "configuration"}
             elif path.name == "metrics.csv":
                 found[path.name] = path.read_text()
@@ -2683,7 +2683,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
 
 PACKAGES = ("functional", "nn", "optim", "init", "reference", "distributed", "profile", "ops")
 
-# Every module without an underscore that could be imported when recordings began.
+# Every module without an underscore that could be imported when recordings were introduced.
 MODULES = {
     "bench": [
         "arguments",
@@ -2748,7 +2748,7 @@ MODULES = {
 
 
 def part_names() -> None:
-    """Names, signatures and schemas; what the import of the package brings along."""
+    """Names, signatures and schemas, and the modules that importing the package imports."""
     import lcw_ops
 
     record("names/lcw_ops/__all__", lambda: list(lcw_ops.__all__))
@@ -2775,7 +2775,7 @@ def part_names() -> None:
         module = importlib.import_module(f"lcw_ops.{package}")
         names = list(getattr(module, "__all__", None) or own_names(module))
         record(f"names/{package}/__all__", lambda module=module: sorted(getattr(module, "__all__", ["has none"])))
-        # What a package imports for itself is not its own.
+        # Leave out names that a package only imports for its own use.
         record(f"names/{package}/dir", lambda module=module: own_names(module))
         for name in names:
             record(f"names/{package}/{name}", lambda module=module, name=name: signatures(getattr(module, name)))
@@ -2812,7 +2812,7 @@ def part_names() -> None:
 
 
 def own_names(module) -> list[str]:
-    """The public functions, classes and submodules of lcw_ops that a module gives access to."""
+    """The public functions, classes and submodules of lcw_ops among a module's names."""
     return sorted(
         name
         for name, value in vars(module).items()
@@ -2822,7 +2822,7 @@ def own_names(module) -> list[str]:
 
 
 def module_names(name: str) -> object:
-    """What a module defines, and all that can be taken from it: the first of before must be in the second of after."""
+    """The names that a module defines, and all its public names. Names defined before must be available after."""
     try:
         module = importlib.import_module(name)
     except Exception as error:
@@ -2836,14 +2836,14 @@ def module_names(name: str) -> object:
 
 
 def signatures(value: object) -> object:
-    """The signature of a function; for a class those of its constructor and public methods, and its properties."""
+    """The signature of a function. For a class, those of its constructor and public methods, and its properties."""
     if inspect.ismodule(value):
         return "a module"
     if not inspect.isclass(value):
         return str(inspect.signature(value)) if callable(value) else type(value).__name__
     found = {"(constructor)": attempt(lambda: str(inspect.signature(value)))}
     for name, member in inspect.getmembers(value):
-        # torch's own methods are its business.
+        # Leave out torch's own methods.
         is_ours = any(name in vars(base) for base in value.__mro__ if base.__module__.startswith("lcw_ops"))
         if name.startswith("_") or not is_ours:
             continue
@@ -2870,11 +2870,11 @@ PARTS = {
     "distributed": (part_distributed, {}),
 }
 
-# The user's own settings must not decide what is recorded.
+# The user's own settings must not affect the recording.
 FIXED = {
     "LCW_OPS_CACHE_DIR": "",
     "OMP_NUM_THREADS": "2",
-    # Threads that wait would take the processors from other work on a busy machine.
+    # On a busy machine, threads that wait actively would block the processors for other work.
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONHASHSEED": "0",
     "COLUMNS": "80",
@@ -2898,7 +2898,7 @@ def run_part(name: str, file: str) -> None:
 
 
 def record_all(file: str, parts: list[str], jobs: int) -> int:
-    """Record the parts, each in a process, into the file: other parts that are there already are kept."""
+    """Record each part in a process of its own, into the file. Other parts that the file has are kept."""
     clean = {name: value for name, value in os.environ.items() if name not in UNSET} | FIXED
     recorded = json.loads(Path(file).read_text()) if Path(file).exists() else {}
     failed = []
@@ -2916,7 +2916,7 @@ def record_all(file: str, parts: list[str], jobs: int) -> int:
                 failed.append(name)
                 continue
             recorded[name] = json.loads(Path(f"{folder}/{name}.json").read_text())
-            # A part that is done is kept whatever becomes of the others.
+            # Save each finished part, even if others fail later.
             Path(file).write_text(json.dumps(recorded, separators=(",", ":"), sort_keys=True))
     print(f"{sum(map(len, recorded.values()))} cases in {file}")
     if failed:
@@ -2928,7 +2928,7 @@ def record_all(file: str, parts: list[str], jobs: int) -> int:
 
 
 def differences(before: object, after: object, path: str = "") -> Iterator[str]:
-    """Where two descriptions part, one line each."""
+    """The differences between two descriptions, one line each."""
     if before == after:
         return
     if is_tensor(before) and is_tensor(after):

@@ -1,7 +1,7 @@
-"""What the GPU kernels of activated gradients are tested by, each in its own file: over lists, and inside a step.
+"""The tests of activated gradients that every GPU backend runs in its own file: over lists, and inside a step.
 
-Judged against the same formulas in more digits: at most twice the error of eager torch in the same dtype, plus one
-unit in the last place of the result's scale; f itself in every element.
+Exact results are the same formulas in more digits. The allowed error is twice that of eager torch in the same dtype,
+plus one unit in the last place of the result's scale. f itself must be accurate in every element.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from support.numerics import as_exact, needs_more_digits
 
 KINDS = ("arctan", "tanh", "log")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Around what a block of every dtype takes, on the emulator and on a GPU.
+# Sizes around those that a block of each dtype takes, on the emulator and on a GPU.
 SIZES = (1, 2, 7, 16, 17, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 4099, 8195)
 GUARD = 77.0
 
@@ -45,7 +45,7 @@ ACTIVATION = {"kind": "arctan", "alpha": 0.1, "beta": 20.0}
 
 
 class Ops(NamedTuple):
-    """With the arguments of the registered ops."""
+    """The functions to test, with the arguments of the registered ops."""
 
     activate: Callable
     sgd_step: Callable
@@ -53,7 +53,7 @@ class Ops(NamedTuple):
 
 
 def activated(xp, gradient, kind, alpha, beta):
-    """``xp`` is torch, or numpy for exact numbers."""
+    """f(gradient); ``xp`` is torch, or numpy for exact numbers."""
     x = beta * gradient
     if kind == "log":
         return alpha * (xp.sign(x) * xp.log1p(xp.abs(x)))
@@ -83,7 +83,7 @@ def adamw(xp, param, gradient, first, second, most, step, options, activation):
     second = beta2 * second + (1 - beta2) * gradient * gradient
     most = xp.maximum(most, second) if options["amsgrad"] else most
     root = xp.sqrt(most if options["amsgrad"] else second)
-    # 1 - b^t loses digits: the exact step takes it from numbers of more.
+    # 1 - b^t loses digits, so the exact step computes it in a type with more.
     bias1, bias2 = (1 - (np.longdouble(b) if xp is np else b) ** step for b in (beta1, beta2))
     denominator = root / bias2**0.5 + options["eps"]
     return param - options["lr"] / bias1 * (first / denominator), first, second, most
@@ -100,7 +100,7 @@ def assert_exact(name: str, actual: list[Tensor], eager: list[Tensor], exact: li
 
 
 class Carved:
-    """Tensors in one storage, each so many elements behind a multiple of 16 bytes, and numbers between that stay."""
+    """Tensors in one storage, each ``behind`` elements after a multiple of 16 bytes, with guards between them."""
 
     def __init__(self, sizes, behind, dtype, device):
         unit = 16 // dtype.itemsize
@@ -125,7 +125,7 @@ class Carved:
 
 
 def gradients(size):
-    """Six powers of ten on either side of the bend, both signs."""
+    """Six powers of ten around the bend of f, with both signs."""
     magnitude = 10.0 ** torch.empty(size, dtype=torch.float64).uniform_(-5, 1)
     return magnitude * torch.randn(size, dtype=torch.float64).sign()
 
@@ -143,7 +143,7 @@ def exactly(tensors):
 
 
 class SgdCase:
-    """One step of SGD over a list, what it should give, and a check of both."""
+    """One step of SGD over a list, the expected results, and the check."""
 
     def __init__(self, sizes, dtype, device, behind=(0, 0, 0), activation=ACTIVATION, **options):
         self.options, self.activation = {**SGD, **options}, activation
@@ -176,7 +176,7 @@ class SgdCase:
 
 
 class AdamWCase:
-    """The same for AdamW; the counters differ from tensor to tensor."""
+    """The same for AdamW. The counters differ from tensor to tensor."""
 
     def __init__(self, sizes, dtype, device, behind=(0,) * 5, activation=ACTIVATION, steps_device="cpu", **options):
         self.options, self.activation = {**ADAMW, **options}, activation
@@ -213,12 +213,12 @@ class AdamWCase:
 
 
 class GradientActivationKernels:
-    """A file of tests derives from this and says what ``ops`` are, and which numbers they have room for."""
+    """A test file derives its class from this, and sets ``ops`` and the numbers below."""
 
     ops: Ops
-    # In units in the last place of f / alpha: the kernel's own, and two roundings each by alpha and by beta.
+    # In units in the last place of f / alpha: the kernel's own error, and two roundings each from alpha and beta.
     most_ulp: float
-    # More tensors than one launch takes: of f in four dtypes, of a step.
+    # More tensors than one launch takes: for f in four dtypes, and for a step.
     many, many_steps = 300, 140
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -239,7 +239,7 @@ class GradientActivationKernels:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_every_element_is_accurate(self, kind, dtype, device):
-        """Relative accuracy from the smallest normal number to the largest that beta does not overflow."""
+        """The relative error is small from the smallest normal number to the largest that beta does not overflow."""
         needs_more_digits(dtype)
         info = torch.finfo(dtype)
         span = torch.linspace(math.log10(info.tiny * 10), math.log10(info.max / 100), 4000, dtype=torch.float64)
@@ -260,7 +260,7 @@ class GradientActivationKernels:
         torch.testing.assert_close(values.cpu(), wanted, equal_nan=True)
 
     def test_many_tensors_of_every_dtype(self, device):
-        """More than one launch takes; empty ones among them."""
+        """The list is longer than one launch takes, and has empty tensors."""
         tensors = [
             gradients(i % 5).to(device, dtype)
             for i, dtype in zip(range(self.many), itertools.cycle((torch.float32,) * 8 + DTYPES), strict=False)
@@ -277,7 +277,7 @@ class GradientActivationKernels:
         self.ops.adamw_step(empty, empty, empty, empty, [], steps, *ADAMW.values(), *ACTIVATION.values())
 
     def test_views_of_one_flat_buffer(self, device):
-        """Neighbours in memory, in another order in the list; and one of them left out."""
+        """Views that are neighbours in memory are in another order in the list, and one is missing."""
         flat = gradients(5000).to(device, torch.float32)
         wanted, left_out = flat.clone(), flat[100:1300].clone()
         self.ops.activate([wanted], "arctan", 0.1, 20.0)
@@ -288,7 +288,7 @@ class GradientActivationKernels:
         assert torch.equal(flat, wanted)
 
     def test_bits_depend_on_the_number_alone(self, device):
-        """Not on where it lies, in which list, or beside which others."""
+        """The bits do not depend on a number's address, its list or its neighbours."""
         values = gradients(2500)
         for dtype in DTYPES:
             alone = values.to(device, dtype)
@@ -331,7 +331,7 @@ class GradientActivationKernels:
 
     @pytest.mark.parametrize("behind", [(1,) * 5, (1, 0, 2, 3, 1), (0, 0, 0, 0, 1)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_steps_of_arrays_that_lie_differently(self, behind, dtype, device):
+    def test_steps_of_arrays_with_different_alignments(self, behind, dtype, device):
         for size in (3, 2100):
             SgdCase((size,) * 2, dtype, device, behind=behind[:3]).run(self.ops).check()
             AdamWCase((size,) * 2, dtype, device, behind=behind, amsgrad=True).run(self.ops).check()
@@ -356,8 +356,8 @@ class GradientActivationKernels:
                 assert tensor.isnan().sum() == 1
 
     @pytest.mark.parametrize("amsgrad", [False, True])
-    def test_tiny_second_moments_are_no_zeros(self, amsgrad, device):
-        """Below the normal numbers, and eps is 0."""
+    def test_tiny_second_moments_are_not_zero(self, amsgrad, device):
+        """The moments are subnormal, and eps is 0."""
         w, g, m, v = (torch.full((8,), value, device=device) for value in (1.0, 0.0, 1e-20, 1e-40))
         options = ADAMW | {"eps": 0.0, "amsgrad": amsgrad, "weight_decay": 0.0}
         exact = adamw(np, *exactly([w, g, m, v, v]), 1, options, ACTIVATION)[0]

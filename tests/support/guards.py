@@ -1,6 +1,6 @@
-"""Tensors with unreadable pages on either side: a kernel that reads or writes beyond an argument ends the process.
+"""Tensors with unreadable pages on either side: a kernel that reads or writes beyond an argument crashes the process.
 
-pytest-xdist reports such a process as a failed test and starts another one; without xdist the whole run ends.
+pytest-xdist reports such a crash as a failed test and starts a new process. Without xdist the whole run ends.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ def between_guards(tensor: Tensor, flush: str) -> Tensor:
     """The same tensor in read-only memory with an unreadable page on either side, flush with one of them.
 
     Args:
-        tensor: any dtype and shape; it is copied in C order. A tensor without elements is returned as it is.
+        tensor: any dtype and shape; it is copied in C order. A tensor without elements is returned unchanged.
         flush: "front" or "back", the guard page that the tensor touches.
     """
     if not tensor.numel():
@@ -30,7 +30,7 @@ def between_guards(tensor: Tensor, flush: str) -> Tensor:
 
 
 def writable_between_guards(tensor: Tensor, flush: str) -> Tensor:
-    """The same for an argument that the op writes."""
+    """The same for an argument to which the op writes."""
     if not tensor.numel():
         return tensor
     guarded = _view(_guarded_memory(tensor, flush)[2], tensor)
@@ -38,9 +38,9 @@ def writable_between_guards(tensor: Tensor, flush: str) -> Tensor:
 
 
 def _guarded_memory(tensor: Tensor, flush: str) -> tuple[int, int, int]:
-    """New memory, still writable: its first page's address, its bytes between the guards, the tensor's address.
+    """Allocate writable memory. Returns its first page's address, its bytes between the guards, the tensor's address.
 
-    The memory is never returned to the system: tensors over it may live on in autograd's graph.
+    The memory is never freed: tensors in it may live on in autograd's graph.
     """
     libc = _libc()
     size = tensor.numel() * tensor.element_size()

@@ -1,7 +1,7 @@
-"""Which tests are slow, and which run once more on every instruction set: patterns of node ids, each with a reason.
+"""The tests that are slow, and those that run again on every instruction set: patterns of node ids, with reasons.
 
-tests/conftest.py gives the marks; tests/run.py says what runs when. A pattern is searched in "test_x.py::test_y[id]";
-tests/test_suite.py fails when a pattern finds no test.
+tests/conftest.py sets the marks, and tests/run.py decides what runs when. A pattern is searched in
+"test_x.py::test_y[id]"; tests/test_suite.py fails if a pattern does not find a test.
 """
 
 import re
@@ -18,8 +18,8 @@ SLOW: dict[str, str] = {
     r"^test_train\.py::.*(killed_process|defaults_learn)": "trains in processes that are killed and resumed",
 }
 
-# Memory bounds, and those tests of values that reach code of its own on each instruction set. The fastest one of the
-# processor runs every test.
+# Tests of memory bounds, and tests of values that reach different code on each instruction set. On the processor's
+# fastest instruction set every test runs.
 EVERY_INSTRUCTION_SET: tuple[str, ...] = (
     r"^test_(hypersphere|lcw_linear|weight_norm)_op\.py::test_nothing_but_the_arguments",
     r"^test_(orthogonal_filter_proof|gradient_activation_cpp|parallel_depth_cpp)\.py::test_nothing_but_the_arguments",

@@ -1,4 +1,4 @@
-"""The rule every backend is judged by (design: Numerics), and inputs with hostile memory layouts."""
+"""The rule that judges every backend (design: Numerics), and inputs with hostile memory layouts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def assert_as_exact_as_eager(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Against the float64 result: at most twice the error of eager torch in this dtype, plus one ulp of the scale."""
+    """The error against float64 is at most twice that of eager torch in this dtype, plus one ulp of the scale."""
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     if exact.numel() == 0:
         return
@@ -22,7 +22,7 @@ def assert_as_exact_as_eager(name: str, actual: Tensor, eager: Tensor, exact: Te
 
 
 def assert_by_the_rule(name: str, actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence) -> None:
-    """The same over several draws of a result; for float64 too, whose exact arrays fit into no tensor."""
+    """The same over several draws of a result, and for float64 too: its exact values are numpy arrays, not tensors."""
     dtype = actual[0].dtype
     for tensor, expected in zip(actual, exact, strict=True):
         assert tensor.shape == expected.shape, f"{name}: shape {tuple(tensor.shape)}, expected {expected.shape}"
@@ -38,7 +38,7 @@ def assert_by_the_rule(name: str, actual: Sequence[Tensor], eager: Sequence[Tens
 
 
 def as_exact(tensor: Tensor) -> np.ndarray:
-    """numpy, in float64; float64 itself in a type of more digits."""
+    """The tensor as a numpy array in float64; float64 itself in a type with more digits."""
     array = tensor.detach().double().numpy()
     return array.astype(np.longdouble) if tensor.dtype == torch.float64 else array
 
@@ -57,7 +57,7 @@ def evaluate(function: Callable, arguments: dict[str, Tensor], grad_output: Tens
 
 
 def saved_tensors(function: Callable) -> tuple[Tensor, list[Tensor]]:
-    """What a call returns, and what autograd keeps of it for backward."""
+    """The result of a call, and the tensors that autograd keeps for its backward."""
     saved = []
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         result = function()
@@ -75,7 +75,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def hostile_layouts(tensor: Tensor) -> dict[str, Tensor]:
-    """The same values in every layout that a careless kernel reads wrongly."""
+    """The same values in every memory layout that a careless kernel would misread."""
     padded = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
     inner = padded[tuple(slice(1, size + 1) for size in tensor.shape)]
     strided = tensor.new_full([2 * size for size in tensor.shape], torch.nan)[(slice(None, None, 2),) * tensor.dim()]

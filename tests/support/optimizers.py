@@ -1,7 +1,7 @@
-"""An oracle of activated SGD and AdamW, written by element, and what tests of optimizers do to both.
+"""An oracle of activated SGD and AdamW, written element by element, and helpers for the tests of both optimizers.
 
-The oracle follows the method's formulas and torch's documentation. In float64 it is the judge; in a lower dtype it is
-eager torch, by whose error ours is judged.
+The oracle follows the method's formulas and torch's documentation. In float64 it gives the exact result; in a lower
+dtype it is eager torch, whose error is the yardstick for ours.
 """
 
 import math
@@ -23,7 +23,7 @@ def activated(gradient, kind, alpha, beta):
 
 
 class Oracle:
-    """One parameter in ``dtype``; None as a gradient is no step."""
+    """One parameter in ``dtype``. A gradient that is None makes no step."""
 
     def __init__(self, param, dtype=torch.float64):
         self.param, self.state, self.count = param.detach().to(dtype, copy=True), {}, 0
@@ -95,7 +95,7 @@ def copies(params):
 
 
 def make_gradients(params, step):
-    """Laid out as the parameters; four powers of ten around the bend at 1 / beta."""
+    """Gradients with the parameters' strides, over four powers of ten around the bend at 1 / beta."""
     generator = torch.Generator().manual_seed(1000 + step)
     gradients = []
     for param in params:

@@ -1,4 +1,4 @@
-"""Test files that run themselves as several processes, one per rank, joined over gloo on this machine."""
+"""Runs a test file as several processes, one per rank, which are joined over gloo on this machine."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ import torch
 
 
 def run_ranks(file: str, folder: Path, statuses: Sequence[int], timeout: float, weights_only: bool = True) -> list:
-    """Run ``python file rank folder`` for every rank; they end with these exit statuses.
+    """Run ``python file rank folder`` for every rank, and assert on the exit statuses.
 
-    Returns the ``folder/<rank>.pt`` that each rank stored.
+    Returns the content of the ``folder/<rank>.pt`` that each rank saved.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LCW_OPS_CACHE_DIR": ""}
     processes = [

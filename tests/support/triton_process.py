@@ -1,7 +1,7 @@
-"""Helpers of the tests of Triton kernels, which run on a GPU, or on the CPU in Triton's interpreter.
+"""Helpers for the tests of Triton kernels, which run on a GPU, or on the CPU in Triton's interpreter.
 
-Triton decides for the interpreter when it is imported, so the interpreted tests have a run of pytest of their own, with
-TRITON_INTERPRET=1 in its environment (see the Makefile). In any other run on the CPU they are skipped.
+Triton chooses the interpreter when it is imported, so the interpreted tests have their own run of pytest, with
+TRITON_INTERPRET=1 in its environment (see tests/run.py). In any other run on the CPU they are skipped.
 """
 
 import importlib
@@ -17,7 +17,7 @@ DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
 
 
 def import_kernels(stem: str, op: str) -> ModuleType:
-    """lcw_ops.kernels.<stem>, or a skip of the calling test module if ``op`` cannot run in Triton here.
+    """Import lcw_ops.kernels.<stem>, or skip the calling test module if ``op`` cannot run in Triton here.
 
     Raises:
         RuntimeError: instead of the skip, in a run that was started for the interpreter.
@@ -31,7 +31,7 @@ def import_kernels(stem: str, op: str) -> ModuleType:
 
 
 def multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mend tl.dot of bfloat16 in the interpreter, which multiplies the integers of the bits (Triton 3.7)."""
+    """Fix tl.dot of bfloat16 in the interpreter, which multiplies the bit patterns as integers (Triton 3.7)."""
     if DEVICE_TYPE == "cuda":
         return
     import triton.language as tl

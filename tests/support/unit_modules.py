@@ -1,4 +1,4 @@
-"""Layers of GmP and weight norm, with inputs, for the tests of both stems' modules."""
+"""Layers of GmP and weight norm with inputs, for the tests of both stems' modules."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ CONV_OPTIONS = [
 
 
 def draw_per_unit_(layer):
-    """Radii of both signs, locations and scales that are not what a layer begins with."""
+    """Draw radii of both signs, and locations and scales that differ from their initial values."""
     for name in ("radius", "location", "scale", "bias"):
         if isinstance(getattr(layer, name, None), torch.nn.Parameter):
             torch.nn.init.normal_(getattr(layer, name))
@@ -38,7 +38,7 @@ def draw_per_unit_(layer):
 
 
 def layers(**options):
-    """One of each, with its input."""
+    """One layer of each kind, with its input."""
     image = (2, 4, 7, 8)
     made = [
         (nn.GmPLinear(6, 5, **options), (4, 6)),
@@ -56,7 +56,7 @@ def layers(**options):
 
 
 def magnitude(layer, x):
-    """What roundings are relative to: the sum of the sizes of all products that make an output, in float64."""
+    """The scale of the roundings: for each output, the sum of the sizes of its products, in float64."""
     layer, x = copy.deepcopy(layer).double(), x.double().abs()
     is_gmp = isinstance(layer, (nn.GmPLinear, *GMP_CONVS))
     weight = layer.effective_weight().detach().abs()
@@ -67,7 +67,7 @@ def magnitude(layer, x):
 
 
 def assert_within(layer, x, actual, expected, roundings, unit):
-    """So many roundings of relative size unit, in every product that makes an output."""
+    """Allow this number of roundings of relative size ``unit`` in every product of an output."""
     allowed = roundings * unit * magnitude(layer, x)
     assert actual.shape == expected.shape
     assert ((actual.double() - expected.double()).abs() <= allowed).all()
@@ -80,10 +80,10 @@ def weight_norm(x, weight, scale, bias, multiply):
 
 
 def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=None):
-    """Output and gradients in float64 are the formula's; the output in dtype obeys the rule of Numerics.
+    """Output and gradients in float64 agree with the formula; the output in ``dtype`` obeys the rule of Numerics.
 
-    draw(dtype) gives a layer and its input; the eager formula is one where plain torch would compute otherwise than
-    defined. The rule for gradients is the ops' own test: of a few numbers the largest error is a matter of luck.
+    draw(dtype) gives a layer and its input. eager_formula replaces the formula if plain torch would compute something
+    else. The ops' own tests judge the gradients by the rule: with a few numbers the largest error is a matter of luck.
     """
 
     def arguments(layer, x, dtype):
@@ -97,7 +97,7 @@ def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=N
     expected.backward(grad_output)
     output = layer(x.requires_grad_())
     output.backward(grad_output)
-    # Sums of at most 2 x 9 x 8 x 7 products below 5 x 5 x 4, in two orders.
+    # Sums of at most 2 x 9 x 8 x 7 products, each below 5 x 5 x 4, in two orders.
     tolerance = 2 * 1008 * 100 * EPS
     torch.testing.assert_close(output, expected, rtol=0, atol=tolerance)
     for name, actual, copied in zip(
@@ -106,7 +106,7 @@ def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=N
         if actual is not None and actual.requires_grad:
             torch.testing.assert_close(actual.grad, copied.grad, rtol=0, atol=tolerance, msg=name)
     results = []
-    # More than one draw, as above.
+    # Several draws, because the largest error of one is a matter of luck.
     for layer, x in (draw(dtype) for _ in range(4)):
         output = layer(x).detach()
         assert output.dtype == dtype
@@ -116,7 +116,7 @@ def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=N
 
 
 def torchs_product(rank, options):
-    """What torch's convolution computes of x, filters and a bias, without ours."""
+    """(torch's own convolution as a function of x, filters and bias; the layer that computes it)."""
     plain = PLAIN_CONVS[rank - 1](4, 8, 3, device="meta", **options)
 
     def multiply(x, filters, bias):
@@ -126,7 +126,7 @@ def torchs_product(rank, options):
 
 
 def trained_linear(in_features, out_features=40, bias=True):
-    """Weights of every sign pattern, the last two components among them, and of lengths from 1e-200 to 1e200."""
+    """A linear layer whose weights have every sign pattern in the last two components, and lengths 1e-200 to 1e200."""
     layer = torch.nn.Linear(in_features, out_features, bias, dtype=torch.float64)
     with torch.no_grad():
         torch.nn.init.normal_(layer.weight)
@@ -139,6 +139,6 @@ def trained_linear(in_features, out_features=40, bias=True):
 
 
 def assert_rows_close(actual, expected, fan_in, bias=None):
-    """Every angle is off by a few ulp of pi, so a direction by sqrt(m) of them at most: relative to its length."""
+    """Each angle is off by a few ulp of pi, so a direction by at most sqrt(m) of them, relative to its length."""
     length = expected.abs().amax(-1, keepdim=True)
     assert ((actual - expected).abs() <= 32 * math.sqrt(fan_in) * EPS * length).all()

@@ -1,4 +1,4 @@
-"""The four functions of GmP and weight norm, as ours, plain and exact ones, for the tests of both stems' ops."""
+"""The four functions of GmP and weight norm: ours, plain and exact ones, for the tests of both stems' ops."""
 
 import functools
 import math
@@ -15,16 +15,16 @@ from support.numerics import as_exact, assert_by_the_rule, evaluate
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*NARROW, torch.float64]
-# The samples up to which directions are made inside the product. Without the kernel there is nothing to test.
+# Up to this number of samples, directions are computed inside the product. Without the kernel the number is arbitrary.
 FUSED = hypersphere.few_samples("cpp") if library.is_implemented(hypersphere.GMP_LINEAR, "cpp") else 32
 ROWS = [0, 1, 2, 7, 8, FUSED - 1, FUSED, FUSED + 1, 64, 65, 200]
-# (n, m): one unit, no angles, one, around a vector, primes, filters of 128 and 512 channels.
+# (n, m): one unit, no angle or one, sizes around a vector, primes, filters of 128 and 512 channels.
 SIZES = [(1, 1), (5, 1), (1, 2), (6, 2), (1, 3), (7, 7), (3, 8), (2, 9), (13, 17), (31, 64), (5, 129), (67, 101)]
-# Errors of a row are one random walk: many rows, or luck decides.
+# The errors of a row are one random walk: with few rows, luck decides.
 WIDE = [(16, 1152), (16, 4608)]
-# Draws of a result are pooled until there are so many numbers, up to so many draws.
+# Draws of a result are pooled until they have POOLED numbers, up to MOST_DRAWS draws.
 POOLED, MOST_DRAWS = 32, 8
-# Pre-activations nearer to 0 than this may fall on either side of it when they or directions are rounded to 16 bits.
+# A pre-activation nearer to 0 than this may change its sign when it or a direction is rounded to 16 bits.
 KINK = 2**-6
 
 
@@ -33,7 +33,7 @@ def normal(*shape, dtype=torch.float32):
 
 
 def per_unit(n, dtype):
-    """Lengths of any sign, none so small that the result's scale is another unit's, none so large."""
+    """Lengths of either sign, so similar in size that no unit alone decides the result's scale."""
     return ((torch.rand(n, dtype=torch.float64) + 0.5) * torch.randn(n).sign()).to(dtype)
 
 
@@ -55,7 +55,7 @@ def exact_direction(t):
 
 
 def exact_direction_backward(g, t):
-    """The recurrence of the definition, from the last angle to the first."""
+    """The recurrence from the definition, from the last angle to the first."""
     sine, cosine, g = np.sin(t).T, np.cos(t).T, g.T
     gradient, tail = np.empty_like(sine), g[-1]
     for k in reversed(range(len(sine))):
@@ -198,7 +198,7 @@ OPS = ROW_OPS | LAYERS
 
 
 def assert_op(what, op, calls, given=lambda arguments, grad_output: (arguments, grad_output)):
-    """``given`` says in which memory layout the kernel gets the arguments."""
+    """Judge ``op`` on these calls by the rule. ``given`` puts the arguments into a memory layout."""
     results = []
     for arguments, grad_output in calls:
         laid_out, grad_laid_out = given(arguments, grad_output)
@@ -211,5 +211,5 @@ def assert_op(what, op, calls, given=lambda arguments, grad_output: (arguments, 
 
 
 def for_multiplier(multiplier, all_rows):
-    """Few samples are multiplied where their rows are made, so torch is asked about the others only."""
+    """The numbers of samples to test. torch multiplies only beyond FUSED: fewer samples are always fused."""
     return [rows for rows in all_rows if multiplier == "own" or rows > FUSED]

@@ -30,7 +30,7 @@ std::string text(const char* variable) {
 constexpr std::array pass_names{"forward",       "grad_input",       "grad_weight",
                                 "plain_forward", "plain_grad_input", "plain_grad_weight"};
 
-// The processor as a part of a file's name.
+// The processor's name, as part of a file's name.
 std::string processor() {
   std::string name = "cpu";
 #if defined(__x86_64__)
@@ -49,7 +49,7 @@ std::string processor() {
   return name;
 }
 
-// In LCW_OPS_CACHE_DIR, where empty means no file, or in lcw_ops in the user's folder for such files.
+// The file is in LCW_OPS_CACHE_DIR (if that is empty, there is none) or in lcw_ops/ in the user's cache folder.
 std::string answers_file() {
   std::string folder = text("LCW_OPS_CACHE_DIR");
   if (folder.empty()) {
@@ -64,7 +64,7 @@ std::string answers_file() {
   }
   mkdir(folder.c_str(), 0777);
   const uint64_t version = aoti_torch_abi_version();
-  // The first number grows with the kernels: other kernels have other answers.
+  // Increase the first number when the kernels change: other kernels have other answers.
   return folder + "/matmul-1-" + processor() + "-torch-" + std::to_string(version >> 56) + "." +
       std::to_string(version >> 48 & 255) + ".txt";
 }
@@ -94,7 +94,7 @@ void append_to_cache_file(const Question& question, Multiplier answer) {
   const std::string file = answers_file();
   const int out = file.empty() ? -1 : open(file.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
   if (out < 0) return;
-  // A process may have ended within a line.
+  // A process may have ended in the middle of a line.
   const off_t end = lseek(out, 0, SEEK_END);
   char last = '\n';
   const bool is_torn = end > 0 && pread(out, &last, 1, end - 1) == 1 && last != '\n';
@@ -103,7 +103,7 @@ void append_to_cache_file(const Question& question, Multiplier answer) {
   for (const int64_t value : {question.type, question.threads, question.samples, question.n, question.m})
     line << ' ' << value;
   line << ' ' << name_of(answer) << '\n';
-  // In one call, so that lines of several processes do not mix.
+  // One call, so that lines of several processes do not mix.
   const std::string bytes = line.str();
   [[maybe_unused]] const ssize_t written = ::write(out, bytes.data(), bytes.size());
   close(out);

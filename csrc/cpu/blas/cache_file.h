@@ -1,5 +1,5 @@
-// The file in which measured choices are kept, one line each. Of two lines for one question, written by processes that
-// measured at the same time, the first counts.
+// The file that keeps measured choices, one line each. Processes that measure at the same time may write two lines for
+// one question; the first line counts.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 
 namespace lcw_ops {
 
-// The facts that decide how long a product takes. Samples are rounded up to a power of two, which is where our kernels
-// change; a larger product runs at the rate of the largest one that is measured.
+// The facts that decide how long a product takes. Samples are rounded up to a power of two, because our kernels change
+// there. A larger product runs at the rate of the largest one that is measured.
 struct Question {
   int64_t pass, type, threads, samples, n, m;
 
@@ -38,7 +38,7 @@ struct Question {
 // The multiplier of that name: own or torch.
 std::optional<Multiplier> find_multiplier(const std::string& name);
 
-// Adds the answers of the file to those that are known; these stay.
+// Adds the file's answers to the known ones, which take precedence.
 void read_cache_file(std::map<Question, Multiplier>& answers);
 
 // Ignores a file that cannot be written.

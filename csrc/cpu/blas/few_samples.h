@@ -1,4 +1,4 @@
-// A linear layer's two gradients for few samples: products that read or write the parameter once, as it lies.
+// A linear layer's two gradients for few samples: products that read or write the parameter once, in place.
 #pragma once
 
 #include "../simd/dispatch.h"
@@ -12,10 +12,10 @@ struct FewSamplesGradients {
   static constexpr bool is_narrow = !std::is_same_v<E, T>;
   int64_t samples, n, m;  // V is (n, m)
 
-  // out = A V, A (samples, n) in T, by the rows of V one after another; the result stays in cache.
+  // out = A V, with A (samples, n) in T. Goes through V row by row while the result stays in cache.
   void multiply_by_parameter(const T* a, const E* v, T* out, int64_t ldo) const {
-    // A tile reads a cache line or two of each of this many rows of V. More rows mean fewer visits to the result, but
-    // where V is in no cache, each row is on another page of memory.
+    // A tile reads a cache line or two of each of this many rows of V. More rows mean fewer visits to the result. But
+    // if V is not in any cache, each row is on another page of memory.
     const int64_t depth = n * m * int64_t(sizeof(E)) > int64_t(16) << 20 ? 32 : 128;
     constexpr int64_t width = 32;
     const int64_t strips = (m + width - 1) / width, grain = std::max<int64_t>(1, 16384 / (width * n));
@@ -38,12 +38,12 @@ struct FewSamplesGradients {
     });
   }
 
-  // out = G^T (X - shifts), G (samples, n), X (samples, m) with rows `ldx` apart and a number per row, or nullptr.
-  // finish(isa, first, last) for rows of `out` that are done and still in cache.
+  // out = G^T (X - shifts), with G (samples, n), X (samples, m) with rows `ldx` apart, and one shift per row, or
+  // nullptr. Calls finish(isa, first, last) for rows of `out` that are done and still in cache.
   template <class Finish>
   void grad_weight(const E* grad, const E* x, int64_t ldx, const T* shifts, T* out, const Finish& finish) const {
-    // Copy both operands into the order in which a tile reads them. Tiles are wide and low: the result is written once,
-    // in few streams; at the stride of a row, the lines of a high tile would share a few places of the nearest cache.
+    // Copy both operands into the order in which a tile reads them. Tiles are wide and low, to write the result once
+    // and in few streams. The lines of a high tile are a row apart and would share a few places of the nearest cache.
     constexpr int64_t height = 3;
     constexpr int64_t widest = 4 * Vector<T, 64>::lanes;
     const int64_t blocks = (n + height - 1) / height;

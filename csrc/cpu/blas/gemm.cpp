@@ -1,4 +1,4 @@
-// Products of whole matrices, each thread with a block of the result.
+// Products of whole matrices. Each thread computes a block of the result.
 #include "gemm.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -8,11 +8,11 @@
 namespace lcw_ops {
 namespace {
 
-// Cuts the result into rows by columns of blocks, one per thread, so that each thread copies as little as possible of
-// the operands.
+// Cuts the result into a grid of blocks, one per thread, so that each thread copies as little of the operands as
+// possible.
 template <typename Part>
 void for_each_block(int64_t rows, int64_t columns, int64_t depth, const Part& part) {
-  // Some 50 microseconds of arithmetic on one thread.
+  // About 50 microseconds of arithmetic on one thread.
   constexpr int64_t least_operations = 1 << 21;
   // A whole panel of columns, for most instruction sets.
   constexpr int64_t panel = 16;

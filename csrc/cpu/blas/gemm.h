@@ -1,9 +1,9 @@
 // C = A B for matrices of any size and strides.
 //
 // Both operands are copied, piece by piece, into the order in which the tile of simd/tiles.h reads them: B in panels of
-// two vectors of columns that stay in the nearest cache, A in blocks of rows that stay in the next one. Copying costs
-// about 1/rows + 1/columns of the work, is where 16 bits are widened, and where a number is subtracted from every row
-// of an operand. K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
+// two vectors of columns that stay in the nearest cache, A in blocks of rows that stay in the next one. The copy takes
+// about 1/rows + 1/columns of the work. It also widens 16 bits and subtracts a number from every row of an operand.
+// K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
 #pragma once
 
 #include "../simd/products.h"
@@ -31,11 +31,11 @@ struct Gemm {
   using Tiles = Products<Isa, T>;
   static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   static constexpr int64_t panel = 2 * lanes, tile_rows = Isa::accumulators / 2;
-  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of a nearest cache of
-  // 32 KB. 16 tiles of as many columns are about 96 KB, a fraction of the next one.
+  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of 32 KB of
+  // nearest cache. 16 tiles with that many columns are about 96 KB, a fraction of the next cache.
   static constexpr int64_t block_depth = Isa::vector_bytes > 32 ? 192 : 256, block_rows = 16 * tile_rows;
 
-  // Columns j, j + 1, ... of B, `count` <= panel of them, the others zero: out[k * panel + c].
+  // out[k * panel + c] = element (k, c) of B for c < `count` <= panel, and 0 for the other columns.
   LCW_INLINE static void pack_panel(const Operand<E>& b, int64_t depth, int64_t count, T* out) {
     if (b.column == 1 && count == panel) {
       for (int64_t k = 0; k < depth; ++k) {
@@ -50,7 +50,7 @@ struct Gemm {
       for (int64_t k = 0; k < depth; ++k) out[k * panel + c] = c < count ? b.get(k, c) : T(0);
   }
 
-  // `rows` rows of A: out[r * row + k * column] with the strides returned.
+  // Copies element (r, k) of `rows` rows of A to out[r * row + k * column]. Returns the strides row and column.
   LCW_INLINE static std::pair<int64_t, int64_t> pack_rows(const Operand<E>& a, int64_t rows, int64_t depth, T* out) {
     if (a.column == 1) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -74,7 +74,7 @@ struct Gemm {
   LCW_INLINE static void multiply(
       const Operand<E>& a, const Operand<E>& b, int64_t rows, int64_t columns, int64_t depth, const T* bias, T* c,
       int64_t ldc) {
-    // At least two sums, unless the product is short: 256 terms in a row err 2.5 times as much as MKL.
+    // At least two partial sums, unless the product is short: one sum of 256 terms errs 2.5 times as much as MKL.
     const int64_t deepest = std::min({depth, block_depth, std::max<int64_t>(128, (depth + 1) / 2)});
     const int64_t panels = (columns + panel - 1) / panel;
     Buffer<T> packed_b(panels * panel * deepest), packed_a(block_rows * deepest), last(tile_rows * panel);
@@ -86,7 +86,7 @@ struct Gemm {
         pack_panel(b.at(k, p * panel), part, std::min(panel, columns - p * panel), packed_b.data() + p * panel * part);
       for (int64_t i = 0; i < rows; i += block_rows) {
         const int64_t block = std::min(block_rows, rows - i);
-        // Tiles of nearly equal heights: a tile of one row takes as long as one of four.
+        // Tiles have nearly equal heights, because a tile of one row takes as long as one of four.
         const int64_t tiles = (block + tile_rows - 1) / tile_rows;
         const auto start = [&](int64_t t) LCW_LAMBDA_INLINE { return block * t / tiles; };
         std::pair<int64_t, int64_t> strides;

@@ -18,7 +18,7 @@ torch::stable::Tensor multiply_grad_input(
 torch::stable::Tensor multiply_grad_weight(
     Multiplier by, const torch::stable::Tensor& grad, const torch::stable::Tensor& x);
 
-// The faster multiplier for one of the three, which are Pass::plain_...
+// The faster multiplier for one of the three products, which are Pass::plain_...
 Multiplier choose(Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic);
 
 }  // namespace lcw_ops

@@ -1,8 +1,8 @@
-// torch multiplies by the BLAS it was built with, mostly MKL, which reads a weight for few samples slowly, and on some
-// processors does not use all of their vectors: the best choice differs from one to the next too much for a table.
+// torch multiplies with the BLAS that it was built with, mostly MKL. MKL reads a weight slowly for few samples, and
+// does not use the whole vectors of some processors. The best choice differs too much between processors for a table.
 //
-// oneDNN, which torch brings as well, is not among the choices: its sums of 1024 numbers err up to four times as much
-// as torch's, and in parts short enough to be as exact it was slower.
+// oneDNN, which also comes with torch, is not a choice: its sums of 1024 numbers err up to four times as much as
+// torch's, and it was slower in parts that were short enough to be as exact.
 #include "matmul.h"
 
 #include <array>
@@ -30,7 +30,7 @@ class Answers {
  public:
   Multiplier find(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
     if (const auto answer = known(question)) return *answer;
-    // One at a time: two threads that measure would disturb each other. Cached look-ups take no such lock.
+    // One at a time: two threads that measure would disturb each other. Cached look-ups do not take this lock.
     const std::lock_guard<std::mutex> lock(measuring_);
     read();
     if (const auto answer = known(question)) return *answer;
@@ -53,8 +53,8 @@ class Answers {
     read_cache_file(answers_);
   }
 
-  // In turns, the first of which does not count; the best turn is the one that nothing else disturbed. Our own has to
-  // take a twentieth less than torch's, for less may be chance.
+  // Measures in turns and drops the first. The best turn is the one that nothing else disturbed. Our own product has to
+  // take a twentieth less time than torch's, because a smaller difference may be chance.
   static Multiplier measure(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
     const Trial trial = prepare({question.samples, question.n, question.m});
     using Clock = std::chrono::steady_clock;
@@ -83,7 +83,7 @@ class Answers {
   std::map<Question, Multiplier> answers_;
 };
 
-// The child of a fork starts afresh: a thread that it does not have may have held a lock.
+// The child of a fork starts with new answers: a thread that it does not have may have held a lock.
 std::atomic<Answers*> answers{[] {
   pthread_atfork(nullptr, nullptr, [] { answers = new Answers; });
   return new Answers;

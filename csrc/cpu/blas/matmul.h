@@ -1,4 +1,4 @@
-// The choice between two multipliers of a layer's matrices, our own kernels and torch's matmul: the faster one here.
+// Chooses the faster of two multipliers for a layer's matrices: our own kernels or torch's matmul.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +11,18 @@ namespace lcw_ops {
 
 enum class Multiplier { own, torch };
 
-// The products of `samples` rows with a weight of n by m, or with the rows of its gradient: with the constraint of the
-// LCW layer inside, or plain.
+// The products of `samples` rows with an n by m weight, or with the rows of its gradient. The first three include the
+// constraint of the LCW layer, the others are plain.
 enum class Pass { forward, grad_input, grad_weight, plain_forward, plain_grad_input, plain_grad_weight };
 struct LayerSize {
   int64_t samples, n, m;
 };
 
-// LCW_OPS_MATMUL=own or torch is the answer if it is set. If `deterministic`, the choice follows from the size, for a
-// timing could choose differently in the next process: products of up to 16 samples are ours, where reading the weight
-// takes most of the time, and all others torch's. Otherwise the choice is measured, once per processor, number of
-// threads, size of the weight and power of two of samples: `prepare` makes such a product and returns a function that
-// carries it out. The answer is kept in memory, and in a file, so that later runs give the same bits.
+// LCW_OPS_MATMUL=own or torch decides if it is set. If `deterministic`, the size decides, because a timing could choose
+// differently in the next process: up to 16 samples, where reading the weight takes most of the time, the product is
+// ours, otherwise torch's. Else the choice is measured, once per processor, number of threads, size of the weight and
+// power of two of samples: `prepare` makes such a product and returns a function that carries it out. The answer is
+// kept in memory and in a file, so that later runs give the same bits.
 using Trial = std::function<void(Multiplier)>;
 Multiplier choose_multiplier(
     Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic,

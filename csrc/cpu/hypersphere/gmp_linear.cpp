@@ -1,9 +1,9 @@
 // GmP's linear layer: y = r act(X u^T + lambda), with the rows u given by their angles (rows.h).
 //
-// Few samples: a few units at a time. Their rows are made where the nearest caches hold them, multiplied with all
-// samples, and forgotten; backward makes them once more, and the gradient of the rows goes into the recurrence from the
-// same caches: the layer reads its angles twice and writes their gradient, 12 bytes in place of 32. More samples: the
-// rows are made once and multiplied by the faster of the multipliers (blas/matmul.h).
+// With few samples it takes a few units at a time. It makes their rows in the nearest caches, multiplies them with all
+// samples, and drops them. Backward makes the rows again and passes their gradient to the recurrence in the same
+// caches: the layer reads its angles twice and writes their gradient, 12 bytes in place of 32. With more samples it
+// makes the rows once and multiplies them with the faster of the multipliers (blas/matmul.h).
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -15,16 +15,16 @@
 namespace lcw_ops {
 namespace {
 
-// Samples up to which rows are made inside the product. From there on making them twice costs more than keeping them,
-// as large as the weight, from forward to backward.
+// The most samples for which rows are made inside the product. With more, making them twice costs more than keeping
+// them, as large as the weight, from forward to backward.
 constexpr int64_t few_samples = 32;
 
-// The caller decides by it whether to keep the direction.
+// The caller reads it to decide whether to keep the direction.
 int64_t gmp_linear_few_samples() { return few_samples; }
 
-// From the gradients (n, m) of the rows to those of the angles (n, m-1), in the memory of the first: the system clears
-// every page of new memory, which costs more than the pass itself. A row moves towards the start; a row that would
-// overwrite what another thread has still to read waits until all are done.
+// Turns the gradients (n, m) of the rows into those of the angles (n, m-1), in the same memory: the system clears every
+// page of new memory, which costs more than the pass itself. A row moves towards the start. If it would overwrite
+// numbers that another thread has yet to read, it waits until all threads are done.
 template <typename T>
 void backward_in_place(AngleRows<T> rows, const Tensor& grad, int64_t n) {
   const int64_t m = rows.m, parts = std::max<int64_t>(1, std::min<int64_t>(n, stable::get_num_threads()));
@@ -60,7 +60,7 @@ void backward_in_place(AngleRows<T> rows, const Tensor& grad, int64_t n) {
           early[part].data() + (unit - first_of(part)) * (m - 1), unit * (m - 1), m - 1);
 }
 
-// The rest of the layer after the product q = x u^T: z = q + location, a = act(z), y = scale a + bias. nullptr: none.
+// The rest of the layer after q = x u^T: z = q + location, a = act(z), y = scale a + bias. nullptr leaves a part out.
 template <typename T>
 struct Epilogue {
   const T *location, *scale, *bias;
@@ -68,7 +68,7 @@ struct Epilogue {
 
   LCW_INLINE T activate(T product, int64_t unit) const {
     const T z = location ? product + location[unit] : product;
-    // A NaN stays one.
+    // A NaN stays NaN.
     return relu && z < T(0) ? T(0) : z;
   }
   LCW_INLINE T finish(T activated, int64_t unit) const {
@@ -77,7 +77,7 @@ struct Epilogue {
   }
 };
 
-// Adds the sums of the other threads, one after another.
+// Adds the sums of the other threads, in order.
 template <typename T>
 void add_parts(const T* partial, int64_t parts, int64_t count, T* sum) {
   if (parts == 0) return;
@@ -87,15 +87,15 @@ void add_parts(const T* partial, int64_t parts, int64_t count, T* sum) {
   });
 }
 
-// The layer of few samples. Units go through it in blocks, whose rows the nearest caches hold.
+// The layer for few samples. It takes units in blocks whose rows fit the nearest caches.
 template <typename T>
 struct FewSamples {
   AngleRows<T> rows;
   int64_t samples, n, m;
 
-  // y and, unless it is nowhere, act(z), from x (samples, m).
+  // Writes y and, if it has a target, act(z), from x (samples, m).
   void forward(const T* x, const Epilogue<T>& epilogue, const Target<T>& y, const Target<T>& activated) const {
-    // A sample by itself takes eight rows at a time.
+    // The last of an odd number of samples takes eight rows at a time.
     const int64_t units = samples % 2 ? 8 : 4;
     const int64_t blocks = (n + units - 1) / units;
     for_each_unit(blocks, units * m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -116,17 +116,17 @@ struct FewSamples {
     });
   }
 
-  // From dL/d(x u^T), and dL/du = grad_rows^T x: dX unless it is nullptr, and the gradients of the angles unless
-  // grad_rows is nullptr.
+  // Given grad_product = dL/d(x u^T), and grad_rows with dL/du = grad_rows^T x, writes dX unless grad_x is nullptr, and
+  // the gradients of the angles unless grad_rows is nullptr.
   void backward(const T* x, const T* grad_product, const T* grad_rows, T* grad_x) const {
-    // Each thread sums its own dX; all sums together are no larger than the weight, and they are added in order.
+    // Each thread sums its own dX. All sums together are no larger than the weight, and they are added in order.
     const int64_t most = std::max<int64_t>(1, n / samples), worthwhile = std::max<int64_t>(1, n * m / least_elements);
     const int64_t parts = std::min({int64_t(stable::get_num_threads()), most, worthwhile});
     Buffer<T> sums(grad_x ? (parts - 1) * samples * m : 0);
     T* partial = sums.data();
     for_each_part(parts, 1, [=, *this](auto isa, int64_t first_part, int64_t last_part) LCW_LAMBDA_INLINE {
       using Isa = decltype(isa);
-      // Two tiles of a product high.
+      // The height of two tiles of a product.
       constexpr int64_t units = Isa::accumulators;
       const int64_t stride = padded<T>(m);
       Buffer<T> kept(rows.kept()), direction(units * stride), g(units * stride);
@@ -138,7 +138,7 @@ struct FewSamples {
           if (grad_rows)
             multiply_evenly<Isa, T>(
                 {grad_rows + j, 1, n, x, m, g.data(), stride, count, m, samples, false, nullptr, nullptr, true});
-          // One row after another, so that what backward needs of it is still in the nearest cache.
+          // Row by row, so that backward finds the numbers of a row in the nearest cache.
           for (int64_t u = 0; u < count; ++u) {
             T *row = direction.data() + u * stride, *gradient = g.data() + u * stride;
             rows.template make<Isa>(j + u, kept.data(), row);
@@ -164,7 +164,7 @@ void check_gmp(const Tensor& x, const Tensor& angles, const Tensor& radius, cons
       "gmp_linear: x (M, m), angles (n, m-1), radius and location (n,) do not fit; call lcw_ops.functional.gmp_linear");
 }
 
-// y = r act(x u^T + lambda); act(x u^T + lambda) and u, without elements if they are not kept.
+// y = r act(x u^T + lambda), act(x u^T + lambda) and u. The last two have no elements if they are not kept.
 std::tuple<Tensor, Tensor, Tensor> gmp_linear(
     Tensor x, Tensor angles, Tensor radius, Tensor location, bool relu, bool deterministic, bool keep_activated,
     bool keep_direction) {
@@ -207,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> gmp_linear(
   return {y, activated, keep_direction ? direction : no_elements(x)};
 }
 
-// The gradients of x, angles, radius and location; without elements if they are not needed. An empty `direction` is
-// made again.
+// The gradients of x, angles, radius and location. A gradient that is not needed has no elements. An empty `direction`
+// is computed again.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
     Tensor grad_output, Tensor x, Tensor angles, Tensor radius, Tensor activated, Tensor direction, bool relu,
     bool deterministic, bool needs_x, bool needs_angles, bool needs_radius, bool needs_location) {
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
   STD_TORCH_CHECK(
       fits(grad_output, x, {samples, n}) && (!reads_activated || fits(activated, x, {samples, n})) &&
           (direction.numel() == 0 || fits(direction, x, {n, m})),
-      "gmp_linear_backward: grad_output or what forward kept does not fit; call lcw_ops.functional.gmp_linear");
+      "gmp_linear_backward: grad_output or a tensor kept by forward does not fit; call lcw_ops.functional.gmp_linear");
   const WithoutGradients guard;
   if (samples == 0 || n == 0)
     return {
@@ -228,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
   activated = as_contiguous(activated), direction = as_contiguous(direction);
   const bool is_few = samples <= few_samples;
   Tensor grad_x = needs_x ? stable::new_empty(x, x.sizes()) : no_elements(x);
-  // Beyond few samples the gradient of the angles takes the memory of the rows' gradient, and keeps one number per row
-  // too many: not in short rows, where that is a large part.
+  // With more samples the gradient of the angles takes the memory of the rows' gradient, which is one number per row
+  // too large. Short rows do not, because there one number is a large part.
   const bool is_in_place = !is_few && m >= 64;
   Tensor grad_angles = needs_angles && !is_in_place ? new_large(angles, angles.sizes()) : no_elements(x);
   Tensor grad_radius = needs_radius ? stable::new_empty(radius, {n}) : no_elements(x);

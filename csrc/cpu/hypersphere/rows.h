@@ -5,10 +5,10 @@
 //
 // W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the division-free backward is ours.
 //
-// An angle costs a sine and a cosine, some 40 instructions a vector, its running product 30, and in backward its sum
-// 45; 8 bytes of memory forward, 12 backward: bound by arithmetic. Backward computes sine and cosine again. Keeping
-// both from forward on takes a tenth off the two passes of 8 samples (1024 x 1024, one thread: 3.97 in place of 4.43
-// ms), for twice the memory of the weight.
+// A vector of angles takes about 40 instructions for sine and cosine, 30 for the running product, and in backward 45
+// for the sum. An angle moves 8 bytes of memory forward, 12 backward: bound by arithmetic. Backward computes sine and
+// cosine again. Keeping both from forward takes a tenth off the two passes of 8 samples (1024 x 1024, one thread: 3.97
+// in place of 4.43 ms), for twice the memory of the weight.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +39,7 @@ LCW_INLINE void running_recurrence(typename L::Wide& factor, typename L::Wide& s
   }
 }
 
-// The sines and cosines of a row, and of zeros up to a whole vector beyond its end.
+// The sines and cosines of a row, padded with angles of 0 by up to a whole vector.
 template <class Isa, typename T>
 LCW_INLINE void sincos_row(const T* angles, int64_t count, T* sine, T* cosine) {
   using L = WholeVector<Isa, T>;
@@ -88,9 +88,9 @@ LCW_INLINE double product_of_lanes(typename WholeVector<Isa, T>::Wide value) {
   }
 }
 
-// From the angles of a row: P_k and u_k for k < m and beyond, to the end of a vector, and the product of the sines of
-// each vector. Products go from one vector to the next in float64: numbers just below 1 have products that round
-// downwards, for the a b in (1 - a)(1 - b) = 1 - a - b + a b is lost, and thousands of these errors would add up.
+// From the angles of a row computes P_k and u_k, for k < m and on to the end of a vector, and the product of each
+// vector's sines. These products are multiplied in float64: products of numbers just below 1 round downwards, because
+// the a b in (1 - a)(1 - b) = 1 - a - b + a b is lost, and thousands of these errors would add up.
 template <class Isa, typename T>
 LCW_INLINE void make_direction(
     const T* angles, int64_t m, T* sine, T* cosine, T* products, double* vector_products, T* direction) {
@@ -109,7 +109,7 @@ LCW_INLINE void make_direction(
   }
 }
 
-// From g = dL/du, which is 0 beyond m to the end of a vector, to dL/dt_k for k < m - 1 in its place.
+// Replaces g = dL/du, which is 0 from m to the end of a vector, by dL/dt_k for k < m - 1.
 template <class Isa, typename T>
 LCW_INLINE void angles_backward(
     const T* sine, const T* cosine, const T* products, const double* vector_products, int64_t m, T* g) {
@@ -126,14 +126,14 @@ LCW_INLINE void angles_backward(
   }
 }
 
-// Units given by their angles. `make` leaves in `kept` what backward needs of a row beside its gradient.
+// Units given by their angles. `make` stores in `kept` the numbers that backward needs beside the row's gradient.
 template <typename T>
 struct AngleRows {
   Source<T> angles;
   int64_t m;
   Target<T> grad_angles = {};
 
-  // Sines, cosines and products, and one double for every vector, which has at least two lanes.
+  // Sines, cosines and products, and one double per vector. A vector has at least two lanes.
   int64_t kept() const { return 4 * padded<T>(m); }
   LCW_INLINE double* vector_products(T* kept) const { return reinterpret_cast<double*>(kept + 3 * padded<T>(m)); }
 
@@ -144,7 +144,7 @@ struct AngleRows {
     compiled<Isa, make_direction<Isa, T>>(row, m, kept, cosine, products, vector_products(kept), out);
   }
 
-  // g: dL/d(row), 0 beyond m; overwritten.
+  // g: dL/d(row), 0 from m on; it is overwritten.
   template <class Isa>
   LCW_INLINE void backward(int64_t unit, T* kept, const T*, T* g) const {
     backward_in<Isa>(kept, g);

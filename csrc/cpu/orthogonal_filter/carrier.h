@@ -24,7 +24,7 @@ LCW_INLINE void scale_products(const Backward<T>& pass, const T* gradient, int64
   }
 }
 
-// One thread carrying rows begin..end-1, or some of their units, through the steps.
+// Carries rows begin..end-1, or some of their units, through the steps on one thread.
 template <class Tiles, class Layout, typename T>
 class Carrier {
  public:
@@ -42,7 +42,7 @@ class Carrier {
         number_(shared.team.join(slots)),
         layout_(end - begin, r.width, number_ < 0 ? Slice{0, 0} : shared.slice(number_, r.width)) {}
 
-  // False when the others began without this thread.
+  // False if the others began without this thread.
   LCW_INLINE bool is_in() const { return number_ >= 0; }
 
   LCW_INLINE void forward(const Forward<T>& pass) {
@@ -71,8 +71,8 @@ class Carrier {
     if (!pass.return_states) store(pass.output, 0);
   }
 
-  // The states and slopes of a segment from the checkpoint at its start. False when the others go on without this
-  // thread.
+  // Recomputes the states and slopes of a segment from the checkpoint at its start. Returns false if the others go on
+  // without this thread.
   LCW_INLINE bool recompute(const Backward<T>& pass) {
     T *state = shared_.now.data(), *next = shared_.next.data();
     layout_.load(pass.checkpoint() + begin_ * r_.width, state);
@@ -106,7 +106,7 @@ class Carrier {
     return true;
   }
 
-  // G from the end of a segment to its start, given the slopes.
+  // Carries G from the end of a segment to its start, given the slopes.
   LCW_INLINE void carry_back(const Backward<T>& pass) {
     T *gradient = shared_.now.data(), *next = shared_.next.data();
     Buffer<T> grad_pre(size_);
@@ -124,8 +124,7 @@ class Carrier {
         layout_.permute(permutation_.inverse.data(), gradient, filtered_.data());
       else
         layout_.multiply_transposed(r_.filter_at(l), gradient, filtered_.data(), nullptr);
-      // Summed separately: added term by term onto the far larger filter branch, every term would be rounded at its
-      // scale.
+      // Summed separately: terms added to the far larger filter branch would be rounded at its scale.
       layout_.multiply_transposed(weights_.at(l), grad_pre.data(), pre_.data(), weights_.ahead(l - 1));
       const T alpha = r_.alpha_at(l);
       const T *filtered = filtered_.data(), *pre = pre_.data();
@@ -141,7 +140,7 @@ class Carrier {
   }
 
  private:
-  // False when the others go on without this thread.
+  // Returns false if the others go on without this thread.
   LCW_INLINE bool meet() {
     shared_.team.wait();
     layout_.units = shared_.slice(number_, r_.width);
@@ -189,14 +188,14 @@ LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end,
   if (carrier.is_in()) carrier.forward(pass);
 }
 
-// Recompute the segment's states and slopes for some rows, then carry G back through it.
+// Recomputes the segment's states and slopes for some rows, then carries G back through it.
 template <class Tiles, class Layout, typename T>
 LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
   Carrier<Tiles, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);
   if (carrier.is_in() && carrier.recompute(pass)) carrier.carry_back(pass);
 }
 
-// Carry G back through a segment whose states and slopes are known.
+// Carries G back through a segment whose states and slopes are known.
 template <class Tiles, class Layout, typename T>
 LCW_INLINE void carry_back_rows(const Backward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
   Carrier<Tiles, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);

@@ -6,8 +6,8 @@
 
 namespace lcw_ops {
 
-// The slopes of samples begin..end-1 of a segment whose states are known: no step waits for another. `packed` are the
-// matrices for multiplying by W^T and O^T.
+// The slopes of samples begin..end-1 of a segment whose states are known. `packed` has the matrices that multiply by
+// W^T and O^T.
 template <class Tiles, typename T>
 LCW_INLINE void known_slopes(const Backward<T>& pass, const Recurrence<T>& packed, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
@@ -70,14 +70,13 @@ LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t
   }
 }
 
-// The same for a weight or bias shared by all steps: output units begin..end-1, added up over the segment's samples.
+// The same for a weight or bias that all steps share: output units begin..end-1, summed over the segment's samples.
 template <class Tiles, typename T>
 LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, samples = pass.count * r.rows;
   if (pass.weight_sum) {
-    // Short sums in T, long ones in float64: otherwise terms of one sign were off by up to 80 times eager torch's
-    // error.
+    // Short sums are in T, long ones in float64: otherwise terms of one sign err up to 80 times as much as eager's.
     constexpr int64_t block_samples = 16 * sample_terms;
     Buffer<T> sum((end - begin) * n);
     for (int64_t first = 0; first < samples; first += block_samples) {

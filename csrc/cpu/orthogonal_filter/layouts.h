@@ -9,11 +9,11 @@
 
 namespace lcw_ops {
 
-// Terms of one partial sum. Products with a state are added up like a plain matrix product; gradients of weights run
+// Terms of one partial sum. Products with a state are summed like a plain matrix product. Gradients of weights are sums
 // over all samples, whose number has no bound.
 constexpr int64_t state_terms = 128, sample_terms = 32;
 
-// The product in partial sums of `terms` terms: rounding grows like sqrt(terms) + sqrt(depth / terms) instead of
+// The product in partial sums of `terms` terms: rounding errors grow like sqrt(terms) + sqrt(depth / terms) instead of
 // sqrt(depth).
 template <class Tiles, typename T>
 void multiply_in_parts(Product<T> product, int64_t terms) {
@@ -29,7 +29,7 @@ void multiply_in_parts(Product<T> product, int64_t terms) {
   }
 }
 
-// The weights in the state's type: as they lie, or widened from 16 bits into the thread's buffer.
+// The weights in the state's type: in place, or widened from 16 bits into the thread's buffer.
 template <class Tiles, typename T>
 class Weights {
  public:
@@ -71,9 +71,9 @@ struct Slice {
   int64_t begin, end;
 };
 
-// Two ways of holding some rows of the state, with the same members. Many rows: (units, rows) in panels of two vectors
-// of rows, so that a vector holds one unit of neighbouring rows and W is read as it lies, number by number. Rows are
-// padded to whole vectors; the padding is never read back.
+// Two layouts for some rows of the state, with the same members. Many rows are stored as (units, rows) in panels of two
+// vectors of rows, so that a vector holds one unit of neighbouring rows, and W is read in place, number by number. Rows
+// are padded to whole vectors; the padding is never read back.
 template <class Tiles, typename T>
 struct ManyRows {
   static constexpr int64_t lanes = Tiles::lanes, widest = 2 * lanes;
@@ -86,7 +86,7 @@ struct ManyRows {
   LCW_INLINE static int64_t padded(int64_t rows) { return (rows + lanes - 1) / lanes * lanes; }
   LCW_INLINE static int64_t size(int64_t rows, int64_t width) { return padded(rows) * width; }
 
-  // f(first row, rows, padded rows, where the panel begins)
+  // Calls f(first row, rows, padded rows, offset of the panel).
   template <typename F>
   LCW_INLINE void for_each_panel(const F& f) const {
     for (int64_t first = 0; first < rows; first += widest) {
@@ -95,7 +95,7 @@ struct ManyRows {
     }
   }
 
-  // f(begin, count) for the elements of this thread.
+  // Calls f(begin, count) for the elements of this thread.
   template <typename F>
   LCW_INLINE void for_each_run(const F& f) const {
     f(int64_t(0), size(rows, width));
@@ -115,7 +115,7 @@ struct ManyRows {
     });
   }
 
-  // out = W h + b; `bias` may be nullptr, and so may `ahead`, the matrix that comes next.
+  // out = W h + b. `bias` may be nullptr, and so may `ahead`, the matrix that comes next.
   LCW_INLINE void multiply(const T* matrix, const T* bias, const T* state, T* out, const T* ahead) const {
     product(matrix, width, 1, bias, state, out, ahead);
   }
@@ -155,7 +155,7 @@ struct ManyRows {
   }
 };
 
-// Few rows: row-major. Tiles with W run along its rows, so that it need not be transposed either.
+// Few rows are row-major. Tiles run along the rows of W, so that W is not transposed here either.
 template <class Tiles, typename T>
 struct FewRows {
   static constexpr bool is_row_major = true;
@@ -210,8 +210,8 @@ struct FewRows {
   }
 };
 
-// Many rows and one matrix for all steps, a recurrence over time: row-major too, since here the matrix can be put in
-// order once, in panels of two vectors of columns (`pack`), and neither states nor inputs are transposed in any step.
+// Many rows and one matrix for all steps, as in a recurrence over time, are row-major too: the matrix is reordered
+// once, into panels of two vectors of columns (`pack`), and no step transposes states or inputs.
 template <class Tiles, typename T>
 struct PackedRows : FewRows<Tiles, T> {
   static constexpr int64_t panel = 2 * Tiles::lanes;  // and the least width
@@ -220,7 +220,7 @@ struct PackedRows : FewRows<Tiles, T> {
   LCW_INLINE static int64_t panels(int64_t width) { return (width + panel - 1) / panel; }
   LCW_INLINE static int64_t packed_size(int64_t width) { return panels(width) * panel * width; }
 
-  // f(first column, where the panel lies); the last panel ends with the matrix.
+  // Calls f(first column, offset of the panel). The last panel ends with the matrix.
   template <typename F>
   LCW_INLINE static void for_each_panel(int64_t width, const F& f) {
     for (int64_t p = 0; p < panels(width); ++p) f(std::min(p * panel, width - panel), p * panel * width);
@@ -252,7 +252,7 @@ struct PackedRows : FewRows<Tiles, T> {
   }
 };
 
-// The matrices of all steps in panels, for products with them or, `transposed`, with their transposes.
+// The matrices that all steps share, in panels, for products with them or, `transposed`, with their transposes.
 template <class Tiles, typename T>
 LCW_INLINE void pack_matrices(const Recurrence<T>& r, bool transposed, T* weight, T* filter) {
   using Rows = PackedRows<Tiles, T>;

@@ -7,10 +7,10 @@
 // backward: the forward again, 4 N^2 for G, 2 N^2 for dW. Bound by arithmetic from about 16 rows, below by reading W.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
-// Rows are independent: each thread carries its slice of the batch through all layers; where there are fewer rows than
-// threads, several threads carry the same rows and share the units. Backward works segment by segment from the end:
-// recompute the states of the segment and run G back through it (rows in parallel), then the weight gradients of the
-// segment (layers in parallel). Every sum has a fixed order.
+// Rows are independent, so each thread carries its slice of the batch through all layers. If there are fewer rows than
+// threads, several threads carry the same rows and share the units. Backward goes through the segments from the end. It
+// recomputes a segment's states and runs G back through it (rows in parallel), then computes its weight gradients
+// (layers in parallel). Every sum has a fixed order.
 
 #include "../../orthogonal_filter.h"
 
@@ -71,7 +71,7 @@ const Kernels<T>& kernels() {
 struct Cpu {
   static constexpr bool keeps_slopes = true;
 
-  // Below this share of the units, a thread waits longer for the others than the work it saves.
+  // With fewer units than this, a thread waits for the others longer than the work that it saves.
   static constexpr int64_t least_units = 32;
   static constexpr int64_t least_packed_rows = 4;  // per thread
   static constexpr uintptr_t page = large_page, small_page = 4096;
@@ -86,16 +86,16 @@ struct Cpu {
     return 2 * busiest(rows) > lanes * busiest(vectors);
   }
 
-  // One matrix for all steps, which is worth putting in order, and at least one panel of it.
+  // Whether all steps share one matrix, so that reordering it is worthwhile, and it fills a panel.
   template <typename T>
   static bool packs(const Recurrence<T>& r) {
     return r.weight_stride == 0 && r.filter_stride == 0 && r.width >= 2 * kernels<T>().lanes;
   }
 
-  // Enough rows for packed matrices to be faster than rows one by one.
+  // Whether there are enough rows for packed matrices to be faster than rows one by one.
   static bool are_several(int64_t rows) { return rows >= least_packed_rows * stable::get_num_threads(); }
 
-  // The same recurrence with its matrices in panels, and the memory they lie in.
+  // The same recurrence with its matrices in panels, and the memory of the panels.
   template <typename T>
   struct Packed {
     Buffer<T> memory;
@@ -111,7 +111,7 @@ struct Cpu {
     static int64_t padded_size(int64_t width) { return (width + 2 * kernels<T>().lanes) * width; }
   };
 
-  // rows(begin, end, shared, slots) for all rows, each on one thread, in groups of `together`.
+  // Calls rows(begin, end, shared, slots) for all rows, each on one thread, in groups of `together`.
   template <typename T, typename Rows>
   static void split_rows(const Recurrence<T>& r, int64_t together, int64_t slope_count, const Rows& rows) {
     stable::parallel_for(0, (r.rows + together - 1) / together, 1, [&](int64_t first, int64_t last) {
@@ -120,7 +120,7 @@ struct Cpu {
     });
   }
 
-  // The same with threads that share a row where there are fewer rows than threads.
+  // The same, with threads that share a row if there are fewer rows than threads.
   template <typename T, typename Rows>
   static void share_rows(const Recurrence<T>& r, const Rows& rows) {
     const int64_t members = std::max<int64_t>(1, std::min(stable::get_num_threads() / r.rows, r.width / least_units));
@@ -135,22 +135,22 @@ struct Cpu {
     });
   }
 
-  // Maps fresh memory that all threads are about to write step by step, every page by one thread: threads that meet in
-  // an unmapped page each clear 2 MB, all but one of which are thrown away, and stop the others at the end of the
+  // Maps fresh memory that all threads are about to write step by step, each page on one thread. Threads that meet in
+  // an unmapped page each clear 2 MB, of which all but one are thrown away, and stop the others at the end of the
   // segment.
   static void map(void* memory, int64_t bytes) {
 #ifdef __linux__
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes, first = begin / page * page;
     stable::parallel_for(0, (end - first + page - 1) / page, 1, [&](int64_t from, int64_t to) {
       const uintptr_t start = std::max(begin, first + from * page), stop = std::min(end, first + to * page);
-      // A byte of every small page; its contents are about to be overwritten.
+      // Write a byte of every small page. Its contents are about to be overwritten.
       for (uintptr_t at = start; at < stop; at = (at / small_page + 1) * small_page)
         *reinterpret_cast<volatile char*>(at) = 0;
     });
 #endif
   }
 
-  // A kernel with its pass.
+  // Binds a kernel to its pass.
   template <typename Pass, typename Kernel>
   static auto bind(const Pass& pass, Kernel kernel) {
     return [&pass, kernel](int64_t begin, int64_t end, auto& shared, int64_t slots) {
@@ -179,7 +179,7 @@ struct Cpu {
     const Kernels<T>& all = kernels<T>();
     const Recurrence<T> r = pass.recurrence;
     const int64_t state_size = r.rows * r.width;
-    // The gradients of the inputs are the P_l themselves: written directly into the result.
+    // The gradients of the inputs are the P_l, which are written directly into the result.
     if (pass.grad_inputs) {
       pass.grad_pre = pass.grad_inputs + pass.first * state_size;
       map(pass.grad_pre, pass.count * state_size * sizeof(T));

@@ -1,4 +1,4 @@
-// Threads that carry the same rows of the state together, a slice of the units each.
+// Threads that carry the same rows of the state together, each with a slice of the units.
 #pragma once
 
 #include <atomic>
@@ -9,14 +9,14 @@
 
 namespace lcw_ops {
 
-// Threads that carry the same rows and wait for each other after every step. A thread that comes within a moment is in;
-// none waits for a thread that the pool may never start. If waiting stays slow, because another program has the
-// processors, one member goes on alone. The results do not depend on how the work is shared.
+// Threads that carry the same rows and wait for each other after every step. A thread joins if it arrives within a
+// moment; the team does not wait for a thread that the pool may never start. If waiting stays slow, because another
+// program uses the processors, one member goes on alone. The results do not depend on how the work is shared.
 class Team {
  public:
   explicit Team(int64_t expected) : expected_(expected) {}
 
-  // This thread's number, or -1 when the others have begun; `slots` are the calls it stands for.
+  // Returns this thread's number, or -1 if the others have begun. `slots` is the number of calls that it stands for.
   int64_t join(int64_t slots) {
     const int64_t number = members_.fetch_add(1);
     if (number >= closed) return -1;
@@ -33,8 +33,8 @@ class Team {
 
   int64_t count() const { return count_.load(std::memory_order_relaxed); }
 
-  // Everything that any member wrote before is visible to every member after. Afterwards the members from count() on
-  // have nothing left to do.
+  // Waits for all members. Their writes before it are visible to every member after it. From then on the members from
+  // count() on have nothing left to do.
   void wait() {
     const int64_t count = this->count();
     if (count == 1) return;
@@ -56,7 +56,7 @@ class Team {
 
  private:
   static constexpr int64_t closed = int64_t(1) << 32;
-  // At least some 50 microseconds, and many times the usual wait: a processor was taken away.
+  // About 50 microseconds at least, and many times the usual wait: then a processor was taken away.
   static constexpr int64_t least_slow_spins = 2048, slow_rounds_at_first = 2, rounds_per_slow_one = 512;
 
   static void pause() {
@@ -80,8 +80,8 @@ struct Shared {
   Shared(int64_t expected, int64_t size, int64_t slope_count)
       : team(expected), now(size), next(size), slopes(slope_count * size) {}
 
-  // The units of a member: none for one that the team goes on without. Slices begin with a whole vector, so that every
-  // unit meets the same instructions however many members there are.
+  // The units of a member, or none if the team goes on without it. Slices begin with a whole vector, so that every unit
+  // gets the same instructions however many members there are.
   Slice slice(int64_t number, int64_t width) const {
     constexpr int64_t vector = 64 / sizeof(T);
     const int64_t count = team.count();

@@ -28,12 +28,12 @@ LCW_INLINE auto largest_lane(const Bits& bits) {
   }
 }
 
-// A NaN is larger than any number.
+// Treats a NaN as larger than any number.
 LCW_INLINE void raise_to(double& largest, double value) {
   if (value > largest || value != value) largest = value;
 }
 
-// max |new - old| and max |new| of a row, which vectors of `count` lanes go through.
+// max |new - old| and max |new| of a row, taken in vectors of `count` lanes.
 template <typename T, int count>
 class Largest {
   using Magnitude = typename Lanes<T, count>::Magnitude;
@@ -53,11 +53,11 @@ class Largest {
     }
   }
 
-  // Raises `largest` to the ratio of both: 0 where nothing changed, NaN where a new state is not finite.
+  // Raises `largest` to the ratio of both: 0 if nothing changed, NaN if a new state is not finite.
   LCW_INLINE void raise(double& largest) const {
     const double scale = number(std::max(last_scale_, largest_lane<count>(scale_)));
     const double change = number(std::max(last_change_, largest_lane<count>(change_)));
-    // Nearly always, and without a division. What is not finite makes a change that is not less than anything.
+    // Nearly always true, without a division. If a state is not finite, neither is its change, and this is false.
     if (change < largest * scale) return;
     if (!(scale <= std::numeric_limits<T>::max())) return raise_to(largest, std::numeric_limits<double>::quiet_NaN());
     raise_to(largest, change == 0 ? 0 : change / scale);
@@ -74,8 +74,8 @@ class Largest {
   Magnitude last_change_ = 0, last_scale_ = 0;
 };
 
-// step(first element, lanes) for vectors of elements begin..end-1. Elements that fill no vector are the end of one more
-// vector or, in a short range, go `few` at a time. So elements may be computed twice, to the same bits.
+// Calls step(first element, lanes) for vectors of elements begin..end-1. Elements that do not fill a vector end one
+// more vector or, in a short range, go `few` at a time. So some elements are computed twice, to the same bits.
 template <int count, int few, typename Step>
 LCW_INLINE void for_each_vector(int64_t begin, int64_t end, const Step& step) {
   int64_t i = begin;
@@ -96,7 +96,7 @@ struct Permutation {
   using Carried = T;
   template <class Isa>
   static constexpr int lanes = Isa::vector_bytes / sizeof(T);
-  // Shorter ones gain nothing over elements one by one.
+  // Shorter runs gain nothing over single elements.
   static constexpr int64_t least_run = 8;
 
   const int64_t* index;
@@ -113,7 +113,7 @@ struct Permutation {
     has_long_runs = int64_t(runs.size()) * least_run <= width;
   }
 
-  // after = alpha O before + terms for a row; a final one is the state itself, in place of the old one.
+  // after = alpha O before + terms for a row. A final one is the state itself and replaces the old one.
   template <class Isa, bool is_final>
   LCW_INLINE void step(T alpha, const T* before, const T* terms, T* after, T*, Largest<T, lanes<Isa>>& largest) const {
     const auto finish = [&](int64_t i, auto count, const auto& filtered) LCW_LAMBDA_INLINE {
@@ -123,7 +123,7 @@ struct Permutation {
       L::store(value, after + i);
     };
     if (!has_long_runs) {
-      // Copied, for a member would be read again after every store.
+      // Copied, because a member would be read again after every store.
       const int64_t* from = index;
       return for_each_vector<lanes<Isa>, 1>(0, width, [&](int64_t i, auto count) LCW_LAMBDA_INLINE {
         finish(i, count, Lanes<T, count()>::gather(before, from + i));
@@ -155,7 +155,7 @@ struct Permutation {
 };
 
 // (O h)_i = cosine_i h_i + sine_i h_{i xor 1}, carried in float64: a cosine rounded to float32 drifts over 50,000
-// layers. The last one of an odd number of elements has no partner, and its sine is not read.
+// layers. The last of an odd number of elements has no partner, and its sine is not read.
 template <typename T>
 struct Rotation {
   using Carried = double;
@@ -165,7 +165,7 @@ struct Rotation {
   const double *cosine, *sine;
   int64_t width;
 
-  // after = alpha O before + terms for a row; a final one is rounded into the state too.
+  // after = alpha O before + terms for a row. A final one is also rounded into the state.
   template <class Isa, bool is_final>
   LCW_INLINE void step(
       double alpha, const double* before, const T* terms, double* after, T* state,
@@ -182,7 +182,7 @@ struct Rotation {
       }
       if constexpr (!is_final || !std::is_same_v<T, double>) L::store(value, after + i);
     };
-    // Copied, for members would be read again after every store.
+    // Copied, because members would be read again after every store.
     const double *cosines = cosine, *sines = sine;
     const int64_t paired = width - width % 2;
     for_each_vector<lanes<Isa>, 2>(0, paired, [&](int64_t i, auto count) LCW_LAMBDA_INLINE {
@@ -196,8 +196,8 @@ struct Rotation {
     }
   }
 
-  // Row by row the 2 x 2 block of a pair. Every squaring doubles the error of a power: with more digits, where there
-  // are some, 50,000 layers stay exact in float64.
+  // The 2 x 2 block of a pair, row by row. Every squaring doubles the error of a power. With the extra digits of long
+  // double, where it has any, 50,000 layers stay exact in float64.
   using Block = std::array<long double, 4>;
 
   static Block multiply(const Block& a, const Block& b) {

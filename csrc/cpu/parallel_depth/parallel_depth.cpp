@@ -3,11 +3,11 @@
 //   h_l = alpha_l O h_{l-1} + beta_l act(product_l + bias_l + inputs_l)         l = 1..D
 //   g_{l-1} = alpha_l O g_l + product_l + outside_l,  scaled_l = slope_l g_l    l = D..1
 //
-// in place of the last sweep's states or gradients, and the largest relative change. Formulas and derivation:
+// Each replaces the last sweep's states or gradients and returns the largest relative change. Formulas and derivation:
 // lcw_ops/reference/parallel_depth.py.
 //
-// Bytes an element of float32: 12 (product and the old state read, the new one written), the adjoint 12, with outside
-// 16, with slope and scaled 20, with all of them 24. Instructions an element of float32 in rows of 128, AVX2:
+// Bytes per float32 element: 12 (product and old state read, new state written), the adjoint 12, with outside 16, with
+// slope and scaled 20, with all of them 24. Instructions per float32 element in rows of 128, AVX2:
 //
 //                                   tanh   ReLU   adjoint   with slope and scaled
 //   identity                         6.8    3.7     2.3        3.1
@@ -15,8 +15,8 @@
 //   any other permutation            8.8    5.6     4.3        5.1
 //   rotations                       10.3    7.2     5.8        6.9
 //
-// They include some 100 instructions per row, whatever its length. A core that copies 20 GB/s moves 12 bytes in
-// some 2 cycles: bound by memory beyond the cache, by arithmetic in it.
+// They include about 100 instructions per row, whatever its length. A core that copies 20 GB/s moves 12 bytes in about
+// 2 cycles: bound by memory beyond the cache, by arithmetic in it.
 
 #include <initializer_list>
 #include <optional>
@@ -34,7 +34,7 @@ std::string to_text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
   return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-// Checks of an op's arguments, for memory safety. They must fit the first one, (D, M, N) or (D + 1, M, N).
+// Checks an op's arguments, for memory safety. They must fit the first one, (D, M, N) or (D + 1, M, N).
 struct Arguments {
   const char* op;
   const char* name;
@@ -55,7 +55,7 @@ struct Arguments {
 
   using Shape = std::initializer_list<int64_t>;
 
-  // The tensor has one shape or the other.
+  // The tensor must have one shape or the other.
   void check(const char* argument, const Tensor& tensor, Shape shape, std::optional<Shape> other = {}) const {
     STD_TORCH_CHECK(
         tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == first.scalar_type(), op, ": ", argument,
@@ -79,7 +79,7 @@ struct Arguments {
     if (bias) check("bias", *bias, {width}, Shape{layers, width});
   }
 
-  // f(filter) with the filter in the form that the kernels take.
+  // Calls f(filter) with the filter in the form that the kernels take.
   template <typename T, typename F>
   void with_filter(const Tensor& filter, const F& f) const {
     const bool permutes = filter.scalar_type() == ScalarType::Long;

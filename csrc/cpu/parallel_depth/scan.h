@@ -1,8 +1,8 @@
 // The scan over all layers, by rows or by chunks of layers on all threads.
 //
-// Rows are independent and are shared out among threads. Where they are too few, layers are, one chunk more than there
-// are threads: the first chunk is solved while the sums of the others, from nothing, are carried to their ends; then
-// alpha^C O^C takes the carry from end to end, and all other chunks are solved at once. That computes every term of the
+// Rows are independent, and threads share them. If rows are too few, threads share the layers, in one chunk more than
+// there are threads. The first chunk is solved while the sums of the others, from 0, are carried to their ends. Then
+// alpha^C O^C takes the carry from end to end, and all other chunks are solved at once. That computes every term of
 // inner chunks twice and takes 2 / (threads + 1) of one thread's time. Every sum has a fixed order.
 #pragma once
 
@@ -25,7 +25,7 @@ struct Chain {
   LCW_INLINE T* after(int64_t step) const { return states + (layer(step) + !is_adjoint) * rows * width; }
   LCW_INLINE T alpha_at(int64_t step) const { return alpha[layer(step) * alpha_stride]; }
 
-  // The product of every alpha; no infinity, which would make a NaN of a state of 0.
+  // The product of every alpha, clamped because an infinity would turn a state of 0 into NaN.
   double decay(int64_t begin, int64_t end) const {
     constexpr double most = std::numeric_limits<double>::max();
     double product = 1;
@@ -91,7 +91,7 @@ LCW_INLINE void scan_part(
 // Threads that write to one cache line wait for each other.
 constexpr int64_t least_bytes_of_rows = 128;
 
-// All steps, on all threads; returns the largest relative change.
+// Runs all steps on all threads and returns the largest relative change.
 template <typename T, class Filter, class Terms>
 double scan(const Chain<T>& chain, const Filter& filter, const Terms& terms) {
   using Carried = typename Filter::Carried;
@@ -115,7 +115,7 @@ double scan(const Chain<T>& chain, const Filter& filter, const Terms& terms) {
   const int64_t worthwhile = layers * size / least_elements;
   const int64_t threads = std::clamp<int64_t>(worthwhile, 1, stable::get_num_threads());
   std::vector<Part<Carried>> parts;
-  // By layers it takes 2 / (threads + 1) of one thread's time, by rows 1 / rows.
+  // Sharing layers takes 2 / (threads + 1) of one thread's time, sharing rows 1 / rows.
   const bool are_few = 2 * rows <= threads || size * int64_t(sizeof(T)) < threads * least_bytes_of_rows;
   if (!are_few || threads == 1 || layers <= threads) {
     const int64_t count = std::min(threads, rows);

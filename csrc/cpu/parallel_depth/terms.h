@@ -6,7 +6,7 @@
 namespace lcw_ops::parallel_depth {
 
 // out = beta act(product + bias + inputs), or beta act' of it, for rows with the same bias. `bias` and `inputs` may be
-// nullptr, and `out` the product.
+// nullptr, and `out` may be the product.
 template <bool is_derivative, typename T>
 LCW_INLINE void activate_rows(
     Activation kind, T beta, const T* product, const T* bias, const T* inputs, int64_t rows, int64_t width, T* out) {
@@ -43,7 +43,7 @@ struct Activated {
   int64_t bias_stride, beta_stride;
   Activation activation;
 
-  // The terms of neighbouring rows, in `out` or wherever they lie already. Without any, what `out` holds: zeros.
+  // Returns the terms of neighbouring rows, in `out` or where they already are. Without any, returns `out`: zeros.
   template <bool is_derivative = false>
   LCW_INLINE const T* at(int64_t layer, int64_t first, int64_t count, T* out) const {
     if (!product) return out;
@@ -74,7 +74,7 @@ struct Summed {
     return out;
   }
 
-  // `before` are the gradients that the layer carried back.
+  // `before` has the gradients that the layer carries back.
   template <typename Carried>
   LCW_INLINE void after_step(int64_t layer, int64_t first, int64_t count, const Carried* before) const {
     if (!slope) return;

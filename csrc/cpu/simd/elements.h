@@ -1,4 +1,4 @@
-// Numbers as they lie in memory, and the type they are computed in: 16 bits become float32, exactly, and results are
+// Numbers as they are stored, and the type that they are computed in: 16 bits become float32, exactly, and results are
 // rounded once.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace lcw_ops {
 
-// 16 bits become float32, exactly, in steps that every instruction set vectorises.
+// 16 bits become float32, exactly, in operations that every instruction set vectorises.
 LCW_INLINE float widen_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -19,7 +19,7 @@ LCW_INLINE float widen_bfloat16(uint16_t bits) {
 
 LCW_INLINE float widen_half(uint16_t bits) {
   const uint32_t magnitude = bits & 0x7fff;
-  // Exponent and fraction moved into place, and the exponent's bias mended; twice for infinities and NaN.
+  // Move exponent and fraction into place, and correct the exponent's bias; twice for infinities and NaN.
   const uint32_t bias = 112u << 23;
   uint32_t wide = (magnitude << 13) + bias + (magnitude >= 0x7c00 ? bias : 0u);
   // Denormal numbers are multiples of 2^-24: as integers they are exact in every rounding mode.
@@ -37,7 +37,7 @@ LCW_INLINE uint16_t round_to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  // Rounding could carry a NaN's fraction away.
+  // Rounding could clear a NaN's fraction.
   return uint16_t(value != value ? (bits >> 16) | 0x40 : rounded);
 }
 
@@ -54,7 +54,7 @@ LCW_INLINE uint16_t round_to_half(float value) {
   uint32_t denormal;
   std::memcpy(&denormal, &shifted, sizeof(denormal));
   denormal -= 0x3f000000u;
-  // 65520 is half-way between the largest number and the next one there would be.
+  // 65520 is half-way between the largest number and the one that would follow it.
   const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
   return uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));

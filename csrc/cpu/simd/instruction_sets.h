@@ -1,4 +1,4 @@
-// The instruction sets that every kernel is compiled for, and the one this processor runs.
+// The instruction sets that every kernel is compiled for, and the one that this processor runs.
 #pragma once
 
 #include <cstdlib>
@@ -9,7 +9,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LCW_X86_DISPATCH 1
 #define LCW_AVX2 __attribute__((target("avx2,fma")))
-// For tests on processors without AVX-512: its tiles, carried out by pairs of AVX2 instructions.
+// For tests on processors without AVX-512: its tiles, run as pairs of AVX2 instructions.
 #ifdef LCW_AVX512_BY_AVX2
 #define LCW_AVX512 LCW_AVX2
 #else
@@ -36,8 +36,8 @@ struct Portable {
   static constexpr bool has_multiply_add = false;
 };
 
-// compiled<Isa, function>(arguments...) is `function`, which is LCW_INLINE, as a function of its own compiled for the
-// instruction set. Inlined at every call, the kernels would be megabytes.
+// compiled<Isa, function>(arguments...) calls `function`, which is LCW_INLINE, as a function of its own compiled for
+// the instruction set. If they were inlined at every call, the kernels would take megabytes.
 template <class Isa, auto function>
 struct Compiled;
 
@@ -58,7 +58,7 @@ constexpr auto compiled = &Compiled<Isa, function>::call;
 
 enum class InstructionSet { portable, avx2, avx512 };
 
-// The fastest this processor has; for tests LCW_OPS_CPU_CAPABILITY=avx2 or portable asks for less.
+// The fastest set that this processor has. For tests LCW_OPS_CPU_CAPABILITY=avx2 or portable asks for less.
 inline InstructionSet instruction_set() {
 #ifdef LCW_X86_DISPATCH
   static const InstructionSet fastest = [] {
@@ -81,7 +81,7 @@ inline InstructionSet instruction_set() {
 #endif
 }
 
-// f(Isa{}) for the instruction set of this processor.
+// Calls f(Isa{}) for the instruction set of this processor.
 template <typename F>
 auto with_instruction_set(const F& f) {
   switch (instruction_set()) {

@@ -1,3 +1,3 @@
-// The one place where products.h is compiled.
+// The only place that compiles products.h.
 #define LCW_PRODUCTS_HERE
 #include "products.h"

@@ -11,7 +11,7 @@
 
 namespace lcw_ops {
 
-// out[r * ldo + j] = sum over k < depth of a[r * a_row + k * a_k] * b[k * ldb + j], added to what is there or not.
+// out[r * ldo + j] = sum_{k < depth} a[r * a_row + k * a_k] b[k * ldb + j], plus the old value if `accumulate`.
 template <typename T>
 struct Product {
   const T* a;
@@ -88,7 +88,7 @@ template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_columns(const Product<T> p) {
   int64_t r = 0;
   for (; r + rows <= p.rows; r += rows) {
-    // Fetch what the next tile reads: it is too short for the processor to see a pattern in time.
+    // Fetch the next tile's rows: they are too short for the processor to see a pattern in time.
     if (p.a_k == 1 && !p.is_near)
       for (int64_t next = r + rows; next < std::min<int64_t>(r + 2 * rows, p.rows); ++next)
         prefetch(p.a + next * p.a_row, p.depth);
@@ -114,7 +114,7 @@ LCW_INLINE void multiply_narrow(const Product<T> p) {
   }
 }
 
-// The columns left over: a vector of columns that ends with them, of which only they are kept.
+// The columns left over: computes the vector of columns that ends with them, and keeps only these.
 template <class Isa, typename T>
 LCW_INLINE void multiply_last(const Product<T> p, int64_t kept) {
   constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
@@ -155,8 +155,8 @@ LCW_INLINE void multiply(Product<T> p) {
 }
 
 #if LCW_SHUFFLES
-// Rows first and second become `low` and `high`; indices up to `lanes` - 1 choose from the first, the others from the
-// second. Every choice below is one instruction.
+// Replaces the rows first and second by the choices `low` and `high`. Indices below the number of lanes choose from the
+// first row, the others from the second. Every choice below is one instruction.
 template <typename Wide, typename Index>
 LCW_INLINE void shuffle_pair(Wide& first, Wide& second, Index low, Index high) {
   const Wide a = first, b = second;
@@ -222,7 +222,7 @@ LCW_INLINE void transpose(const T* in, int64_t in_row, T* out, int64_t out_row, 
     for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) out[c * out_row + r] = in[r * in_row + c];
 }
 
-// totals[i] = the lanes of sum[i], added up.
+// totals[i] = the sum of the lanes of sum[i].
 template <class Isa, int count, typename T>
 LCW_INLINE void sum_lanes(const typename Vector<T, Isa::vector_bytes>::type (&sum)[count], T* totals) {
   constexpr int lanes = 32 / sizeof(T);
@@ -254,7 +254,7 @@ LCW_INLINE void sum_lanes(const typename Vector<T, Isa::vector_bytes>::type (&su
   }
 }
 
-// `rows` states by `units` rows of the matrix: both lie along k, and no matrix needs to be transposed.
+// `rows` states times `units` rows of the matrix: both are contiguous along k, so nothing is transposed.
 template <class Isa, int rows, int units, typename T>
 LCW_INLINE void dot_tile(const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo) {
   using L = WholeVector<Isa, T>;

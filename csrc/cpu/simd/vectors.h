@@ -1,4 +1,4 @@
-// Vectors of numbers, written with the compiler's: one source serves every instruction set.
+// Vectors of numbers, with the compiler's vector types: one source serves every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 #include "../../attributes.h"
 
-// GCC's name for a shuffle of two vectors. Elsewhere elements move one by one.
+// Whether the compiler has GCC's shuffle of two vectors. Without it elements move one by one.
 #if defined(__GNUC__) && !defined(__clang__)
 #define LCW_SHUFFLES 1
 #else
@@ -25,7 +25,7 @@ struct Vector {
   static constexpr int lanes = bytes / sizeof(T);
 };
 
-// The widest vector of any instruction set. A row in a buffer is followed by this many numbers that may be overwritten.
+// The lanes of the widest vector of any instruction set. This many numbers after a row in a buffer may be overwritten.
 template <typename T>
 constexpr int64_t slack = 64 / sizeof(T);
 
@@ -34,7 +34,7 @@ int64_t padded(int64_t length) {
   return (length + slack<T> - 1) / slack<T> * slack<T>;
 }
 
-// Memory that begins with a cache line, so that no vector lies across two of them. Not initialised.
+// Memory, not initialised, that begins with a cache line, so that no vector lies across two of them.
 template <typename T>
 class Buffer {
  public:
@@ -52,7 +52,7 @@ class Buffer {
   T* begin_;
 };
 
-// The lanes of a vector of `lanes` numbers: read, written, compared and moved.
+// A vector of `lanes` numbers: loads, stores, comparisons and moves of its lanes.
 template <typename T, int lanes>
 struct Lanes {
   using Magnitude = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
@@ -77,7 +77,7 @@ struct Lanes {
   LCW_INLINE static Wide gather(const T* from, const int64_t* index) { return gather(from, index, Sequence()); }
   LCW_INLINE static Wide swap_partners(const Wide& value) { return swap(value, Sequence()); }
 
-  // Every lane from the one below; the first from `fill`, whose lanes are all alike.
+  // Every lane takes the one below it. The first takes `fill`, whose lanes are all equal.
   LCW_INLINE static Wide shift_up(Wide value, Wide fill) {
     return choose(value, fill, [](int i) { return i < 1 ? count : i - 1; }, Sequence());
   }
@@ -85,9 +85,9 @@ struct Lanes {
     return choose(value, fill, [](int i) { return i + 1 < count ? i + 1 : count; }, Sequence());
   }
 
-  // For a running product or sum in steps of by = 1, 2, 4, ...: every lane receives one below it whose sum goes down as
-  // far as it must, or `fill`. Within 16 bytes, where lanes move in one instruction, that is the one `by` below;
-  // beyond, the last one of the half below.
+  // For a running product or sum in steps of by = 1, 2, 4, ...: every lane takes a lane below it whose sum reaches down
+  // far enough, or `fill`. Within 16 bytes, where lanes move in one instruction, this is the lane `by` below; beyond,
+  // it is the last lane of the half below.
   template <int by>
   LCW_INLINE static Wide from_below(Wide value, Wide fill) {
     constexpr auto source = [](int i) {
@@ -123,7 +123,7 @@ struct Lanes {
 #endif
   }
 
-  // Lane i is lane source(i) of the two behind each other.
+  // Lane i is lane source(i) of `value` followed by `fill`.
   template <typename Source, int... i>
   LCW_INLINE static Wide choose(Wide value, Wide fill, Source source, std::integer_sequence<int, i...>) {
 #if LCW_SHUFFLES

@@ -27,7 +27,7 @@ Tensor normalize_scale(Tensor weight, Tensor scale) {
       Buffer<T> buffer(in.is_narrow() ? m : 0);
       for (int64_t unit = begin; unit < end; ++unit) {
         const T* row = in.template read<Isa>(unit * m, m, buffer.data());
-        // Directly into the result, unless it is rounded on the way.
+        // Write directly into the result, unless it has to be rounded.
         T* scaled = in.is_narrow() ? buffer.data() : static_cast<T*>(out.data) + unit * m;
         compiled<Isa, normalize_row<Isa, T>>(row, m, scales[unit], scaled);
         if (in.is_narrow()) out.template write<Isa>(scaled, unit * m, m);

@@ -72,16 +72,16 @@ LCW_INLINE double dot(const T* a, const T* b, int64_t count) {
   return dots<Isa, T>(a, b, nullptr, count).first;
 }
 
-// scale v / |v| into out, which may be the row; returns |v|. A row of zeros stays zero and has length infinity: every
-// derivative of a row without direction is zero.
+// Writes scale v / |v| to `out`, which may be the row, and returns |v|. A row of zeros stays zero and has length
+// infinity, because every derivative of a row without direction is zero.
 template <class Isa, typename T>
 LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
   const double square = dot<Isa>(row, row, m);
-  // Within it, no square that counts was rounded to 0 or infinity, and the factor is a number of full accuracy.
+  // Within the limit no square that counts was rounded to 0 or infinity, and the factor has full accuracy.
   constexpr double limit = std::is_same_v<T, double> ? 0x1p900 : 0x1p90;
   const double length = std::sqrt(square), factor = double(scale) / length, size = std::abs(factor);
   if (square > 1 / limit && square < limit && (factor == 0 || (size > 0x1p-100 && size < 0x1p100))) {
-    // A row of one number is exactly 1 or -1, so that no gradient is left along it.
+    // Divide, so that a row of one number is exactly 1 or -1 and has no gradient left.
     if (scale == T(1))
       for (int64_t i = 0; i < m; ++i) out[i] = row[i] / T(length);
     else
@@ -115,7 +115,7 @@ template <class Isa, typename T>
 LCW_INLINE double normalized_backward_row(const T* direction, double length, double scale, int64_t m, T* g) {
   const double along = dot<Isa>(g, direction, m), factor = scale / length;
   const T narrow = T(along);
-  // If the factor has no full accuracy, every step is in float64.
+  // If the factor does not have full accuracy, every step is in float64.
   if (std::abs(factor) < 0x1p100 && std::abs(factor) > 0x1p-100)
     for (int64_t i = 0; i < m; ++i) g[i] = (g[i] - narrow * direction[i]) * T(factor);
   else
@@ -157,7 +157,7 @@ struct VectorRows {
     std::memcpy(kept, &length, sizeof length);
   }
 
-  // g: the gradient of scale * row, over scale.
+  // g: dL/d(scale * row).
   template <class Isa>
   LCW_INLINE void backward(int64_t unit, T* kept, const T* direction, T* g) const {
     double length;

@@ -3,7 +3,7 @@
 //   q = X v^T,  y = (s / |v|) q + b;    G = dY^T X,  ds = <G, v> / |v|,  dV = (s / |v|) (G - (ds / |v|) v),
 //   dX = (s / |v|) dY V
 //
-// Beside the plain layer's products that is a reading of the weight for the lengths, and one more for dV.
+// Beside the plain layer's products this reads the weight once for the lengths, and once more for dV.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,7 @@
 
 namespace lcw_ops {
 
-// Every function returns false if a number was, or might have been, too large or too small: then the rows must be
+// Every function returns false if a number was, or might have been, too large or too small. Then the rows must be
 // normalised first.
 template <typename T>
 struct UnnormalisedRows {
@@ -22,12 +22,12 @@ struct UnnormalisedRows {
   int64_t samples, n, m;
   const T* scale;
 
-  // Within it, lengths of rows and factors above 1 take at most this much of the range of numbers. Small factors take
-  // nothing: an overflow of q is noticed.
+  // Lengths of rows, and factors above 1, take at most this much of the range of numbers. Small factors take nothing,
+  // because an overflow of q is noticed.
   static constexpr double most = 0x1p16;
 
-  // |v| into `length` and s / |v| into `factor`, or false. A non-finite entry affects its own row only: it makes the
-  // whole row NaN.
+  // Writes |v| to `length` and s / |v| to `factor`, or returns false. A non-finite entry affects its own row only: it
+  // makes the whole row NaN.
   template <class Isa>
   LCW_INLINE bool measure(const T* row, int64_t unit, double& length, T& factor) const {
     return measure(row, compiled<Isa, square<Isa, T>>(row, m), unit, length, factor);
@@ -39,7 +39,7 @@ struct UnnormalisedRows {
     if (found < most && found > 1 / most && (ratio == 0 || (size < most && size > 0x1p-64))) return true;
     constexpr T largest = std::numeric_limits<T>::max();
     if (found == 0 && std::all_of(row, row + m, [](T number) { return number == T(0); })) {
-      // A row without direction has no derivatives.
+      // The derivatives of a row without direction are 0.
       length = std::numeric_limits<double>::infinity(), factor = scale[unit] * T(0);
       return true;
     }
@@ -49,7 +49,7 @@ struct UnnormalisedRows {
     return true;
   }
 
-  // From g = dL/d(row) to dL/dv in `out`, which may be g, and ds; s / |v|; or false.
+  // From g = dL/d(row) computes dL/dv in `out`, which may be g, ds and s / |v|, or returns false.
   template <class Isa>
   LCW_INLINE bool backward(
       const T* row, int64_t unit, const T* g, T* out, T& factor, const Target<T>& grad_scale) const {
@@ -67,7 +67,7 @@ struct UnnormalisedRows {
     return true;
   }
 
-  // s / |v| of every row, or false.
+  // Writes s / |v| of every row, or returns false.
   bool measure(T* factor) const {
     std::atomic<bool> all{true}, *found = &all;
     for_each_unit(n, m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -82,7 +82,7 @@ struct UnnormalisedRows {
     return all;
   }
 
-  // From q to y, in its place, for the sample x and the units from `first` on; factor and bias are those of the units.
+  // Replaces q by y for the sample x and the units from `first` on. `factor` and `bias` begin with these units.
   LCW_INLINE void finish(const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
     int infinite = 0;
     for (int64_t u = 0; u < units; ++u) {
@@ -92,7 +92,7 @@ struct UnnormalisedRows {
     if (infinite) finish_infinite(x, first, units, factor, bias, row);
   }
 
-  // The same if q is infinite or NaN, although y may be finite.
+  // The same if q is infinite or NaN: y may still be finite.
   LCW_NOINLINE void finish_infinite(
       const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
     for (int64_t k = 0; k < m; ++k)
@@ -108,10 +108,10 @@ struct UnnormalisedRows {
     }
   }
 
-  // y from x (samples, m).
+  // Computes y from x (samples, m).
   bool forward_few(const T* x, const T* bias, const Target<T>& y) const {
     std::atomic<bool> all{true}, *found = &all;
-    // A sample by itself takes eight rows at a time.
+    // The last of an odd number of samples takes eight rows at a time.
     const int64_t units = samples % 2 ? 8 : 4;
     const int64_t blocks = (n + units - 1) / units;
     for_each_unit(blocks, units * m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -136,7 +136,7 @@ struct UnnormalisedRows {
     return all;
   }
 
-  // y from q, in its place.
+  // Replaces q by y.
   void forward_many(const Source<T>& x, const T* factor, const T* bias, const Target<T>& y) const {
     for_each_part(samples, grain_of(n), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       using Isa = decltype(isa);
@@ -150,7 +150,7 @@ struct UnnormalisedRows {
     });
   }
 
-  // dV and ds from X and dY, and s / |v| of every row.
+  // Computes dV and ds from X and dY, and s / |v| of every row.
   template <typename E>
   bool backward_few(const E* x, const E* grad, T* grad_weight, const Target<T>& grad_scale, T* factor) const {
     std::atomic<bool> all{true}, *found = &all;
@@ -169,7 +169,7 @@ struct UnnormalisedRows {
     return all;
   }
 
-  // From G to dV, in its memory, and ds; s / |v| of every row.
+  // Replaces G by dV, and computes ds and s / |v| of every row.
   bool backward_many(const Target<T>& g, const Target<T>& grad_scale, T* factor) const {
     std::atomic<bool> all{true}, *found = &all;
     for_each_unit(n, m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {

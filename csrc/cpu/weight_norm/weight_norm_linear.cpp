@@ -1,6 +1,6 @@
 // The linear layer with normalised rows: y = X (s v / |v|)^T + b.
 //
-// As long as samples are few or, forward, few beside a unit's inputs, it makes no normalised rows (unnormalised.h).
+// If samples are few or, forward, few beside a unit's inputs, it makes no normalised rows (unnormalised.h).
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -11,11 +11,11 @@
 namespace lcw_ops {
 namespace {
 
-// Samples up to which our own products multiply the rows as they are.
+// The most samples for which our own products multiply the rows as they are.
 constexpr int64_t few_unnormalised = 64;
 
-// Whether the product is one with rows that are not normalised. A row of one number has no gradient, exactly. Products
-// with many samples are rounded to their dtype before they are scaled: float16 has no room for that.
+// Whether the product takes rows that are not normalised. The gradient of a row of one number must be exactly 0. Many
+// samples have products that are rounded to their dtype and then scaled; float16 does not have the range.
 bool is_unnormalised(const Tensor& x) {
   const int64_t samples = x.size(0), m = x.size(1);
   return m > 1 && (samples <= few_unnormalised || (samples <= m / 4 && x.scalar_type() != ScalarType::Half));
@@ -66,8 +66,8 @@ Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<T
   return multiply(normalize_scale(weight, scale), bias);
 }
 
-// The gradients, by three ways. `few` and `many` multiply rows as they are; each returns false if that does not fit the
-// numbers, and the next one starts again.
+// The gradients, in three ways. `few` and `many` multiply rows as they are. Each returns false if the numbers do not
+// allow that, and the next one starts again.
 template <typename T>
 struct LinearBackward {
   const Tensor &grad_output, &x, &weight, &scale;
@@ -108,12 +108,12 @@ struct LinearBackward {
     return is_ordinary;
   }
 
-  // Any number of samples, by the fastest products. Float16 has no room for products with rows of other lengths.
+  // Any number of samples, by the fastest products. float16 does not have the range for rows of other lengths.
   bool many() {
     if (x.scalar_type() == ScalarType::Half || m == 1) return false;
     if (needs_rows) {
-      // In the memory of the rows' gradient, each of which is read before it is written: the system clears every page
-      // of new memory, which costs more than the pass itself.
+      // dV takes the memory of the rows' gradient, where each row is read before it is written: the system clears every
+      // page of new memory, which costs more than the pass itself.
       make_grad_rows();
       if (!rows.backward_many(target<T>(grad_weight), target<T>(grad_scale), factors.data())) return false;
     } else if (needs_x && !rows.measure(factors.data())) {
@@ -157,7 +157,7 @@ struct LinearBackward {
     if (needs_bias) gradients(scales.data()).compute({}, {}, {}, target<T>(grad_bias));
   }
 
-  // (s / |v|) dY into `scaled` and, from the same pass, the gradient of the bias. False if a product overflowed.
+  // Writes (s / |v|) dY to `scaled` and, in the same pass, the bias's gradient. Returns false if a product overflowed.
   bool scale_grad(const Target<T>& scaled) {
     std::atomic<bool> overflowed{false};
     UnitGradients<T> by_lengths = gradients(factors.data());
@@ -167,7 +167,7 @@ struct LinearBackward {
   }
 };
 
-// The gradients of x, weight, scale and bias; without elements if they are not needed.
+// The gradients of x, weight, scale and bias. A gradient that is not needed has no elements.
 std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
     Tensor grad_output, Tensor x, Tensor weight, Tensor scale, bool deterministic, bool needs_x, bool needs_weight,
     bool needs_scale, bool needs_bias) {

@@ -1,8 +1,8 @@
-"""Networks on the deep orthogonal-filter recurrence: an MLP over depth and an Elman RNN over time.
+"""Networks built on the deep orthogonal-filter recurrence: an MLP over depth and an Elman RNN over time.
 
     h <- alpha O h + beta act(W h + b + u)
 
-A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random, everything else
+A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random; everything else
 is trained.
 """
 
@@ -11,7 +11,7 @@ from lcw_ops.nn.orthogonal_filter.filters import make_filter
 from lcw_ops.nn.orthogonal_filter.mlp import OrthogonalFilterMLP
 from lcw_ops.nn.orthogonal_filter.rnn import OrthogonalFilterRNN
 
-# Graphs that torch.fx recorded name these two by this module.
+# Recorded torch.fx graphs look for these two in this module.
 from lcw_ops.nn.orthogonal_filter.sequence import _finish_sequence, _start_sequence
 
 __all__ = [
@@ -23,6 +23,6 @@ __all__ = [
     "make_filter",
 ]
 
-# Pickles and recorded graphs name these by the package, whichever file holds them.
+# Pickles and recorded graphs look for these in the package, whichever file defines them.
 for _name in __all__:
     globals()[_name].__module__ = __name__

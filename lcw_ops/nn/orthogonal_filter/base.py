@@ -24,7 +24,7 @@ from lcw_ops.nn.orthogonal_filter.memory import (
 )
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS
 
-# Gain g of the init std g / sqrt(N): sqrt(2) keeps the second moment through ReLU, 1 suits the other activations.
+# The gain g of the initial std g / sqrt(N): sqrt(2) keeps the second moment through ReLU, 1 suits the others.
 _INIT_GAIN = {"relu": math.sqrt(2.0)}
 
 
@@ -41,11 +41,11 @@ class _OrthogonalFilter(nn.Module):
     alpha: float | Tensor | None
     beta: float | Tensor | None
     bias: nn.Parameter | None
-    # The MLP's only.
+    # Only the MLP has these.
     input_layer: Any
     in_features: int
 
-    # True while the constructor calls reset_parameters: the filter has been drawn by then.
+    # True while the constructor calls reset_parameters: the filter has already been drawn.
     _is_being_made = False
 
     def __init__(
@@ -60,7 +60,7 @@ class _OrthogonalFilter(nn.Module):
         if segment is not None:
             check_count(owner, "segment", segment)
         check_solver(owner, solver, tolerance, window)
-        # The kind that reset_parameters draws; None if a tensor was given. A state dict may change filter_kind.
+        # The kind that reset_parameters draws, or None if a tensor was given. A state dict may change filter_kind.
         self._drawn_filter = filter if isinstance(filter, str) else None
         self.filter_kind = self._drawn_filter or "tensor"
         self.activation = activation
@@ -81,7 +81,7 @@ class _OrthogonalFilter(nn.Module):
         self._initial_scales = values_of(alpha=alpha, beta=beta)
 
     def __deepcopy__(self, memo) -> "_OrthogonalFilter":
-        # torch gives parametrized modules a __getstate__ that raises, and a copy without __setstate__.
+        # torch's own copy of a parametrized module would skip __setstate__, and its __getstate__ raises.
         getstate = _OrthogonalFilter.__getstate__ if is_parametrized(self) else type(self).__getstate__
         replica = memo[id(self)] = self.__new__(type(self))
         replica.__setstate__(copy.deepcopy(getstate(self), memo))
@@ -100,7 +100,7 @@ class _OrthogonalFilter(nn.Module):
             self._drawn_filter = None if self.filter_kind == "tensor" else self.filter_kind
             self._initial_scales = values_of(alpha=self.alpha, beta=self.beta)
         for name, tensor in self._kept_tensors().items():
-            # A copied tensor has other memory and counts its versions from 0, so the copied mark does not fit.
+            # A copied tensor has other memory and counts versions from 0, so the copied mark does not apply.
             clear_mark(tensor)
             if name in lost:
                 mark_lost(tensor)
@@ -111,7 +111,7 @@ class _OrthogonalFilter(nn.Module):
         return {name: tensor for name, tensor in kept.items() if isinstance(tensor, Tensor)}
 
     def _check_scale(self, name: str, scale: float | Tensor, steps: int | None) -> None:
-        """A finite number, or a finite tensor with one element or one per step."""
+        """TypeError or ValueError unless it is finite, and a number or a tensor with one element or one per step."""
         owner = type(self).__name__
         if not isinstance(scale, (int, float, Tensor)):
             raise TypeError(describe(owner, name, f"is a {type(scale).__name__}", "a number or a tensor"))
@@ -145,7 +145,7 @@ class _OrthogonalFilter(nn.Module):
         if isinstance(loaded, Tensor) and _torch.has_values(loaded):
             problem = self._problem_of(loaded, key)
             if problem is not None:
-                # The same as for a tensor of the wrong size: this one stays, the model's others are loaded, and
+                # As for a tensor of the wrong size: this filter stays, the model's other tensors are loaded, and
                 # load_state_dict raises one RuntimeError with every message.
                 error_msgs.append(problem)
                 state_dict = {**state_dict, key: self.filter}
@@ -155,7 +155,7 @@ class _OrthogonalFilter(nn.Module):
                     or is_lost(self.filter)
                     or not torch.equal(loaded.to(self.filter), self.filter)
                 )
-        # The version is no help: in inference mode it may not count, and a refused filter is written over itself.
+        # Versions do not help: inference mode may not count them, and a refused filter is copied onto itself.
         lost = {name: given.get(f"{prefix}{name}") for name, tensor in self._kept_tensors().items() if is_lost(tensor)}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -173,7 +173,7 @@ class _OrthogonalFilter(nn.Module):
             expected = f"{self.filter.dtype}, as in this module"
             remedy = "Make it with the other kind of filter: a permutation or a matrix."
             return describe(owner, f"the state dict's {key}", f"is {filter.dtype}", expected, remedy)
-        # A module turned to float64 saves a filter that was rounded to float32 once.
+        # A module converted to float64 saves a filter that was once rounded to float32.
         try:
             check_filter(
                 owner, f"the state dict's {key}", filter, self.filter.shape[-1], torch.finfo(torch.float32).eps
@@ -217,11 +217,11 @@ class _OrthogonalFilter(nn.Module):
 
     @torch.no_grad()
     def _reset_fixed(self) -> None:
-        """Draw the filter again and set alpha and beta to their first values, in place. ValueError if it cannot.
+        """Draw the filter again and set alpha and beta to their initial values, in place. ValueError if it cannot.
 
-        A filter that was given as a tensor stays. Everything is checked before the first number is written. If a
-        parameter is sharded over ranks, this is a collective: drawing their parts has left the ranks' generators
-        different.
+        A filter that was given as a tensor stays. Everything is checked before anything is written. If a
+        parameter is sharded over ranks, this is a collective, because drawing the parts has left the ranks' generators
+        in different states.
         """
         if self._is_being_made:
             return
@@ -259,7 +259,7 @@ class _OrthogonalFilter(nn.Module):
             fill(kept[name], self._initial_scales[name], mesh)
 
     def _device_mesh(self):
-        """The largest device mesh over which a parameter is distributed; None if none is."""
+        """The largest device mesh over which a parameter is distributed, or None."""
         sharded: Iterable[Any] = filter(is_distributed, self.parameters())
         meshes = [parameter.device_mesh for parameter in sharded]
         return max(meshes, key=lambda mesh: mesh.size(), default=None)

@@ -13,7 +13,7 @@ from lcw_ops._checks import check_choice, check_shape, describe
 from lcw_ops._names import FILTERS
 from lcw_ops.reference.orthogonal_filter import state_dtype
 
-# Elements of the filters that are checked at a time. 50,000 layers of them in float64 would be several gigabytes.
+# The number of filter elements checked at a time. In float64, 50,000 layers of filters could take gigabytes.
 _CHECKED_AT_ONCE = 2**20
 
 
@@ -25,8 +25,8 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
             a random one; "identity", which makes the network a residual one; or a tensor: (width, width),
             (depth, width, width) or an int64 permutation (width,).
         width: N.
-        dtype: the layer's. The filter itself has at least float32.
-        device: the device of the result, also for a given tensor; default torch's default device.
+        dtype: the layer's. The filter itself is at least float32.
+        device: the device of the result, even for a given tensor. Default: torch's default device.
 
     "haar" and "permutation" are random: ranks share a filter if they draw it with the same seed, or load it. Tensors
     without values (on the meta device, or fake) are not checked.
@@ -69,7 +69,7 @@ def _rounding_of(dtype: torch.dtype) -> float:
 
 
 def check_filter(owner: str, argument: str, filter: Tensor, width: int, eps: float) -> None:
-    """ValueError or TypeError unless it is orthogonal to rounding of relative size ``eps``, or a permutation."""
+    """ValueError or TypeError unless it is a permutation, or orthogonal up to rounding of relative size ``eps``."""
     if filter.dtype == torch.int64:
         every = torch.arange(width, device=filter.device)
         if filter.shape != (width,) or (_torch.has_values(filter) and not torch.equal(filter.sort().values, every)):
@@ -82,12 +82,12 @@ def check_filter(owner: str, argument: str, filter: Tensor, width: int, eps: flo
     right = filter.dim() in (2, 3) and filter.shape[-2:] == (width, width)
     check_shape(owner, argument, filter, right, f"({width}, {width}) or (depth, {width}, {width})")
     if filter.dtype in (torch.bfloat16, torch.float16):
-        expected = "float32 or float64, for no matrix of fewer bits is orthogonal"
+        expected = "float32 or float64, because a matrix in 16 bits is not orthogonal"
         raise TypeError(describe(owner, argument, f"is {filter.dtype}", expected))
     if not _torch.has_values(filter):
         return
     deviation = _deviation(filter.detach().reshape(-1, width, width))
-    # A QR in this precision leaves an error of about sqrt(N) roundings at most in an inner product of two rows.
+    # A QR in this precision leaves an error of at most about sqrt(N) roundings in an inner product of two rows.
     limit = 4 * math.sqrt(width) * eps
     if not deviation <= limit:
         came = f"is not orthogonal: |O O^T - I| reaches {deviation:.3g}"
@@ -110,7 +110,7 @@ def _deviation(filters: Tensor) -> float:
 
 
 def kind_of(filter: Tensor) -> str:
-    """The kind of a loaded filter. A matrix does not tell from which measure it was drawn."""
+    """The kind of a loaded filter. A matrix does not show the measure from which it was drawn."""
     if filter.dtype != torch.int64:
         return "tensor"
     for kind in ("identity", "cyclic"):

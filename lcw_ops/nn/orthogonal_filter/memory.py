@@ -1,6 +1,6 @@
 """Which tensors of a module hold their values, and which hold uninitialised memory after ``to_empty``.
 
-A mark on the tensor remembers its state when the values were lost. Any write that autograd sees ends that state.
+A mark on the tensor records its state when the values were lost. Any write that autograd sees changes that state.
 """
 
 import sys
@@ -22,9 +22,9 @@ def values_of(**scales: float | Tensor | None) -> dict[str, Tensor]:
 
 
 def allocates(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a function given to ``Module._apply`` returns new memory without the values, as ``to_empty`` does.
+    """Whether a function given to ``Module._apply`` returns new, uninitialised memory, as ``to_empty`` does.
 
-    Only such a function turns a tensor on the meta device into one with memory. Any other raises or stays on meta.
+    Only such a function turns a meta tensor into one with memory. Any other raises or stays on meta.
     """
     try:
         return not fn(torch.empty(1, device="meta")).is_meta
@@ -37,7 +37,7 @@ _LOST_AT = "_lcw_ops_lost_at"
 
 
 def mark_lost(tensor: Tensor) -> None:
-    """The tensor counts as lost until autograd sees a write, the tensor or its memory is replaced, or it is loaded."""
+    """Count the tensor as lost until autograd sees a write, it or its memory is replaced, or it is loaded."""
     setattr(tensor, _LOST_AT, _state_of(tensor))
 
 
@@ -71,7 +71,7 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. Until that module is imported, which takes a while, there is none."""
+    """Whether it is a DTensor. There is none until that module is imported, which would take a while."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

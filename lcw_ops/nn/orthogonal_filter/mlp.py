@@ -2,7 +2,7 @@
 
     h_l = alpha O h_{l-1} + beta act(W_l h_{l-1} + b_l)
 
-A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random, everything else
+A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random; everything else
 is trained.
 """
 
@@ -33,7 +33,7 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         alpha: weight of the filter branch; default 1 - beta.
         activation: "tanh", "relu", "sigmoid" or "identity".
         segment: every ``segment``-th state is kept for backward, see :func:`lcw_ops.functional.orthogonal_filter`.
-        solver, tolerance, window: "sequential", or "parallel" over depth; see there, too.
+        solver, tolerance, window: "sequential", or "parallel" over depth; see the same function.
 
     Attributes:
         input_layer, output_layer: ``nn.Linear``.
@@ -81,21 +81,21 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         self.weight = nn.Parameter(torch.empty(depth, width, width, **options))
         self.bias = nn.Parameter(torch.empty(depth, width, **options))
         self.output_layer = nn.Linear(width, out_features, **options)
-        # Not reset_parameters, which would draw the linear layers a second time: seeded models would change.
+        # Not reset_parameters: it would draw the linear layers a second time, and seeded models would change.
         self._init_recurrent(self.weight, self.bias)
 
     def reset_parameters(self) -> None:
-        """Draw parameters and filter as the constructor did, and set alpha and beta to their first values.
+        """Draw parameters and filter as the constructor did, and set alpha and beta to their initial values.
 
         A filter that was given as a tensor stays. The constructor itself does not call this method.
 
-        Where a parameter is a ``DTensor`` (FSDP2, tensor parallelism), all ranks of its mesh have to call this; the
-        filter is that of the mesh's first rank. Otherwise ranks share a filter only if they call it with one seed.
+        If a parameter is a ``DTensor`` (FSDP2, tensor parallelism), all ranks of its mesh have to call this, and the
+        filter is that of the mesh's first rank. Otherwise ranks share a filter only if they call this with one seed.
 
         Raises:
             ValueError: a filter, alpha or beta that was given as a tensor is uninitialised memory since ``to_empty``;
-                it has to be loaded or set. Or an input_layer or output_layer has no ``reset_parameters``. Nothing has
-                been written then.
+                it has to be loaded or set. Or an input_layer or output_layer has no ``reset_parameters``. Nothing is
+                written in these cases.
         """
         for name in ("input_layer", "output_layer"):
             layer = getattr(self, name)

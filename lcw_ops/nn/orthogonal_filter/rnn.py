@@ -2,7 +2,7 @@
 
     h_t = alpha O h_{t-1} + beta act(W h_{t-1} + U x_t + b)
 
-A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random, everything else
+A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random; everything else
 is trained.
 """
 
@@ -21,7 +21,7 @@ from lcw_ops.nn.orthogonal_filter.sequence import _finish_sequence, _start_seque
 
 
 def _refuse_arguments_of_rnn(init: Callable) -> Callable:
-    """A constructor whose TypeError says what to do about arguments that only ``torch.nn.RNN`` has."""
+    """Wrap the constructor: its TypeError says what to use instead of arguments that only ``torch.nn.RNN`` has."""
 
     @functools.wraps(init)
     def checked(self, *args, **kwargs) -> None:
@@ -182,7 +182,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         return [[self.weight_ih, self.weight_hh, *([] if self.bias is None else [self.bias])]]
 
     def flatten_parameters(self) -> None:
-        """Do nothing: there is no cuDNN whose layout the parameters could take."""
+        """Do nothing. torch.nn.RNN lays its parameters out for cuDNN, which is not used here."""
 
     def reset_parameters(self) -> None:
         """See :meth:`OrthogonalFilterMLP.reset_parameters`. Here the constructor calls it, after drawing the filter."""

@@ -1,4 +1,4 @@
-"""Sequences of the RNN: padded, packed or without a batch, into states and back."""
+"""Converts the RNN's sequences (padded, packed or without a batch) into states and back."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lcw_ops.reference.orthogonal_filter import state_dtype
 _RNN = "OrthogonalFilterRNN"
 
 
-# These functions branch on the input's sizes, so they have torch's protocol: torch.fx records them as calls.
+# These functions branch on the input's sizes. By ``__torch_function__``, torch.fx records each of them as one call.
 def _start_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """h_0 (B, N) and U x_t (T, B, N)."""
     arguments = (input, hx, weight_ih, batch_first)
@@ -84,7 +84,7 @@ def _first_state(hx: Tensor | None, like: Tensor, batch: int, weight_hh: Tensor)
 def _check_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> None:
     _check_tensors(input, hx, weight_ih)
     features = weight_ih.shape[1]
-    # Only a wrong shape is put into words: torch.compile would compile a text with a size in it for every size.
+    # Format a text only for a wrong shape: torch.compile recompiles for every size that appears in a text.
     if input.dim() not in (2, 3) or input.shape[-1] != features:
         expected = f"{'(B, T' if batch_first else '(T, B'}, {features}) or (T, {features})"
         check_shape(_RNN, "input", input, False, expected)
@@ -102,7 +102,7 @@ def _check_packed(data: Tensor, batch_sizes: Tensor, hx: Tensor | None, weight_i
     if not sizes or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1 or sum(sizes) != len(data):
         came = f"has batch_sizes that rise from one step to the next, or do not add up to its {len(data)} rows"
         remedy = "Make it with torch.nn.utils.rnn.pack_padded_sequence."
-        raise ValueError(describe(_RNN, "the packed input", came, "falling sizes of all rows", remedy))
+        raise ValueError(describe(_RNN, "the packed input", came, "non-increasing sizes that cover all rows", remedy))
     _check_state(hx, weight_ih, sizes[0])
 
 

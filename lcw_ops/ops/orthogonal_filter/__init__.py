@@ -1,7 +1,7 @@
 """The recurrence as an op.
 
-``op`` holds the schemas, the autograd functions and the choice of the kernel, ``graph`` torch's products in a CUDA
-graph, and ``crossover`` the measurements of which kernel is the fastest.
+``op`` holds the schemas, the autograd functions and the choice of the kernel; ``graph`` holds torch's matmuls in a CUDA
+graph; ``crossover`` holds the measurements of which kernel is the fastest.
 """
 
 from lcw_ops.ops.orthogonal_filter import crossover, op

@@ -1,11 +1,11 @@
 """The fastest kernel of the orthogonal-filter recurrence at a width, measured per GPU generation.
 
-``make gpu PART=crossover`` measures, writes bench/results/<generation>-<date>-crossover.csv and prints the line to put
-into ``MEASURED``. The file is committed with it.
+``make gpu PART=crossover`` measures, writes bench/results/<generation>-<date>-crossover.csv and prints the line for
+``MEASURED``. Commit the file with that line.
 """
 
 # (kernel, widest row for which it is the fastest), in the order of width. The last one has no limit. Until a generation
-# is measured the design's limits hold: a layer in one program's registers, in a cluster's shared memory, in neither.
+# is measured, the design's limits apply: a layer fits one program's registers, a cluster's shared memory, or neither.
 Table = tuple[tuple[str, int | None], ...]
 DEFAULT: Table = (("triton", 128), ("cuda", 512), ("graph", None))
 MEASURED: dict[tuple[int, int], Table] = {}

@@ -1,13 +1,13 @@
-"""The orthogonal-filter recurrence as CUDA graphs of matmuls, for nets too wide for a kernel with a layer on chip.
+"""The orthogonal-filter recurrence as CUDA graphs of matmuls, for nets whose layers are too wide to stay on chip.
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
     P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
 
 The sequential part of a block of steps is plain torch on static buffers, captured once and replayed for every block. A
-step costs its kernels (forward two matmuls and four element-wise ones, backward two and two) and no launch from Python.
-The parts that are parallel over steps (slopes, dW, sums) are one call per block. The buffers hold a copy of the block's
-weights and eight states per step. They are kept for the next call of the same shape, until ``clear()``. On a CPU, and
-while the caller captures a graph, the same lines run directly.
+step costs its kernels (forward: two matmuls and four element-wise ones; backward: two and two), without a launch from
+Python. The parts that are parallel over steps (slopes, dW, sums) are one call per block. The buffers hold a copy of the
+block's weights and eight states per step. They are kept for the next call of the same shape, until ``clear()``. On a
+CPU, and while the caller captures a graph, the same code runs directly.
 
 The signatures are those of the op overloads in op.py beside this file.
 """
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from lcw_ops.ops.precision import full_float32
 
-# Steps per graph. Starting a graph costs about as much as a step of a wide net, so a longer one gains little.
+# Steps per graph. Starting a graph costs about as much as one step of a wide net, so longer graphs gain little.
 MOST_STEPS = 64
-# The limit of a block's buffers: matrices that change with the step, and states.
+# The limit for a block's buffers: the matrices that change with the step, and the states.
 MOST_BYTES = 512 << 20
 STATES_PER_STEP = 8
-# How many blocks are kept with their graphs: enough for forward and backward of two layers of different shapes.
+# The number of blocks kept with their graphs: enough for forward and backward of two layers of different shapes.
 MOST_BLOCKS = 4
 
 
@@ -36,7 +36,7 @@ MOST_BLOCKS = 4
 class Kind:
     """The properties on which a captured block depends."""
 
-    steps: int  # there is room for; a graph may run fewer
+    steps: int  # the block's room; a graph may run fewer
     rows: int
     width: int
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Kind:
 class Block:
     """Buffers of ``kind.steps`` steps and their sequential part, captured at the first run if that is possible."""
 
-    # Buffers made in inference mode could not be written outside of it.
+    # Buffers made in inference mode could not be written outside it.
     @torch.inference_mode(False)
     def __init__(self, kind: Kind, capture: bool):
         self.kind = kind
@@ -76,7 +76,7 @@ class Block:
         self.graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] | None = {} if capture else None
 
     def load_shared(self, weight: Tensor, filter: Tensor) -> None:
-        """Load the matrices that all steps of a call share. 16-bit weights become wider."""
+        """Load the matrices that all steps of a call share. 16-bit weights are widened."""
         if not self.kind.weight_per_step:
             self.weight.copy_(weight)
         if self.kind.filter == "permutation":
@@ -86,7 +86,7 @@ class Block:
             self.filter.copy_(filter)
 
     def load(self, steps: slice, weight, bias, filter, alpha, beta, inputs) -> None:
-        """Load the arguments of these steps, ``kind.steps`` or fewer. 16-bit weights become wider."""
+        """Load the arguments of these steps, ``kind.steps`` or fewer. 16-bit weights are widened."""
         self.count = count = steps.stop - steps.start
         if self.kind.weight_per_step:
             self.weight[:count] = weight[steps]
@@ -104,7 +104,7 @@ class Block:
     def run(self, direction: str) -> None:
         """Run "forward" from states[0], or "backward" from slopes and gradients[count].
 
-        A range's last steps, if they are fewer, are a separate graph on the same buffers.
+        The last steps of a range, if they are fewer, have their own graph on the same buffers.
         """
         function = {"forward": self._forward, "backward": self._backward}[direction]
         if self.graphs is None:
@@ -112,7 +112,7 @@ class Block:
             return
         key = direction, self.count
         if key not in self.graphs:
-            # At their first call libraries allocate memory and choose algorithms. That must not be captured.
+            # At their first call, libraries allocate memory and choose algorithms, which must not be captured.
             function()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -172,7 +172,7 @@ _lock = threading.Lock()
 
 
 def _get_block(kind: Kind) -> Block:
-    """The cached block, made if necessary. A new block if nothing may be captured."""
+    """The cached block, made if necessary, or a new uncached one where nothing may be captured."""
     if kind.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or kind.rows * kind.width == 0:
         return Block(kind, capture=False)
     if kind not in _cached:
@@ -190,7 +190,7 @@ def clear() -> None:
 
 
 class _Call:
-    """One call of an op, its arguments cut into blocks."""
+    """One call of an op, with its steps cut into blocks."""
 
     def __init__(self, like: Tensor, weight, bias, filter, alpha, beta, inputs, steps, activation, adds_outer=False):
         self.arguments = (weight, bias, filter, alpha, beta, inputs)
@@ -217,7 +217,7 @@ class _Call:
         return [slice(begin, min(begin + self.kind.steps, end)) for begin in range(first, end, self.kind.steps)]
 
     def block(self, steps: slice) -> Block:
-        """The call's only block, with the arguments of these steps in it."""
+        """The call's only block, loaded with the arguments of these steps."""
         if self._block is None:
             weight, _, filter, *_ = self.arguments
             self._block = _get_block(self.kind)
@@ -228,7 +228,7 @@ class _Call:
         return self._block
 
     def carry_forward(self, state: Tensor, first: int, end: int) -> Iterator[tuple[slice, Block]]:
-        """Run the steps block by block. Each block is yielded when it is done, and the next overwrites it."""
+        """Run the steps block by block. Each block is yielded when it is done; the next run overwrites it."""
         for steps in self.ranges(first, end):
             block = self.block(steps)
             block.states[0].copy_(state)
@@ -239,7 +239,7 @@ class _Call:
 
 @contextmanager
 def _exclusively(device: torch.device) -> Iterator[None]:
-    """One call at a time, because blocks are shared, without derivatives, and on CUDA without TF32."""
+    """Run one call at a time, because blocks are shared; without derivatives, and on CUDA without TF32."""
     with _lock, torch.no_grad():
         if device.type != "cuda":
             yield
@@ -316,7 +316,7 @@ def orthogonal_filter_backward(
 
 
 class _Gradients:
-    """The gradients made of G and P: written once per step, or summed in float64 for an argument that steps share."""
+    """The gradients computed from G and P: written once per step, or summed in float64 for a shared argument."""
 
     def __init__(self, like, weight, bias, alpha, beta, inputs, steps, needs):
         def sums(needed, argument, shared_dim):
@@ -358,7 +358,7 @@ class _Gradients:
             self.states[steps] = gradients[:-1]
 
     def rounded(self) -> tuple[Tensor, ...]:
-        """The gradients in the arguments' dtypes. For an argument that is None that is the weight's dtype."""
+        """The gradients in the arguments' dtypes. For an argument that is None it is the weight's dtype."""
         _, _, needs_scales, _, _ = self.needs
         scales = [
             sums.sum().reshape(1) if needs_scales and shared else sums

@@ -2,12 +2,12 @@
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-Forward returns the result and the states at segment boundaries; backward recomputes the states inside each segment. So
-memory is L / segment + segment states, and backward computes every state a second time. Weight, bias, filter, alpha and
-beta may each be shared over all steps or have one entry per step.
+Forward returns the result and the states at segment boundaries; backward recomputes the states inside each segment.
+So the memory is L / segment + segment states, and backward computes every state a second time. Weight, bias, filter,
+alpha and beta may each be shared by all steps or have one entry per step.
 
-The arguments travel as a :class:`Recurrence` (tensors) and :class:`Options` (everything else). Only the calls of an op
-or a Function spread them.
+The arguments travel as a :class:`Recurrence` (tensors) and :class:`Options` (everything else), and are
+unpacked only where an op or a Function is called.
 """
 
 import importlib
@@ -31,14 +31,14 @@ from lcw_ops.reference.orthogonal_filter import (
 NAME = "orthogonal_filter"
 BACKWARD = "orthogonal_filter_backward"
 
-# The form of the cuda backend for nets too wide for its kernels. It is an overload of its own, in plain torch, so that
-# it needs no extension. A request for cuda may select it.
+# The form of the cuda backend for nets too wide for its kernels. It is a separate overload in plain torch, so it needs
+# no extension. A request for cuda may select it.
 GRAPH = "graph"
 
 BACKENDS = ("cpp", "cuda", "triton", GRAPH)
 
-# Backward keeps L / segment checkpoints and recomputes one segment, so sqrt(L) is best: 128 for 16,000 layers, and
-# within 1.2 of the best for 10,000 to 50,000. A constant keeps L symbolic under torch.compile.
+# Backward keeps L / segment checkpoints and recomputes one segment, so sqrt(L) is best. 128 is best for 16,000 layers
+# and within a factor 1.2 of the best for 10,000 to 50,000. A constant keeps L symbolic under torch.compile.
 DEFAULT_SEGMENT = 128
 
 _ARGUMENTS = (
@@ -47,12 +47,12 @@ _ARGUMENTS = (
 )
 
 
-# How many of the arguments are the tensors of a Recurrence.
+# The number of leading arguments that are the fields of a Recurrence.
 COUNT = len(Recurrence._fields)
 
 
 class Options(NamedTuple):
-    """The arguments that are not tensors: those of the op, in the op's order, and the overload that runs it."""
+    """The non-tensor arguments of the op, in the op's order, and the overload that runs it."""
 
     steps: int
     activation: str
@@ -62,7 +62,7 @@ class Options(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The gradients to compute besides h0's. ``scales`` stands for alpha and beta."""
+    """The gradients to compute besides h0's. ``scales`` means alpha and beta."""
 
     weight: bool
     bias: bool
@@ -127,7 +127,7 @@ def forward_vmap(overload, info, in_dims, *arguments):
 
 
 def loop_vmap(overload, info, in_dims, *arguments):
-    """One call per element of the batch. In a backward pass each element has weight gradients of its own."""
+    """One call per element of the batch. In a backward pass each element has its own weight gradients."""
     results = [overload(*slice) for slice in slices(arguments, in_dims, info.batch_size)]
     columns = tuple(torch.stack(column) for column in zip(*results, strict=True))
     return columns, (0,) * len(columns)
@@ -157,7 +157,7 @@ _backward = {backend: library.get_overload(BACKWARD, backend) for backend in BAC
 
 
 def choose_kernel(device: torch.device, width: int, itemsize: int) -> str:
-    """The overload that runs rows of ``width`` numbers on ``device``: the backend's name, or GRAPH.
+    """The overload that runs rows of ``width`` numbers on ``device``: a backend's name, or GRAPH.
 
     On GPUs the crossover table decides. Raises BackendError if an explicit request cannot be met.
     """
@@ -167,12 +167,12 @@ def choose_kernel(device: torch.device, width: int, itemsize: int) -> str:
 def fastest_on(device: torch.device, width: int, itemsize: int) -> str | None:
     """The kernel that was measured as the fastest on a GPU. None on other devices."""
     capability = backends.compute_capability(device)
-    # The table is for float32. A layer in float64 takes the room of one twice as wide.
+    # The table is for float32. A float64 layer takes the room of a float32 layer twice as wide.
     return None if capability is None else fastest_kernel(width * itemsize // 4, capability)
 
 
 def _implement_in_python(backend: str, module: str) -> None:
-    """Implement both ops by functions of a module, imported at the first call: lcw_ops must not need Triton."""
+    """Implement both ops by a module's functions. It is imported at the first call: lcw_ops must not need Triton."""
 
     def run_forward(*arguments):
         *tensors, steps, activation, segment, _ = arguments
@@ -210,7 +210,7 @@ def refusal(name: str, came: str) -> ValueError:
 
 
 def check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
-    """The guard of kernels that check nothing themselves: without it they could read out of bounds."""
+    """Guard kernels that check nothing themselves, and could otherwise read out of bounds."""
     rows, width = state.shape[-2:]
     reason = backends.width_reason(NAME, backend, width, state.itemsize)
     if reason is not None:
@@ -256,14 +256,14 @@ backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 
 
 def keeps_all_states(weight: Tensor, backend: str) -> bool:
-    """Whether backward reads all states, where forward returns them, instead of checkpoints of its own.
+    """Whether backward reads the states that forward returns, if it returns them all, instead of checkpoints.
 
-    With one weight for all steps, backward then recomputes nothing.
+    It does so if all steps share one weight. It then recomputes nothing.
     """
     return backend == "cpp" and weight.dim() == 2
 
 
-# torch.compile binds the arguments of each ``forward`` by its signature: varargs would be bound wrongly.
+# Each ``forward`` names its arguments, because torch.compile binds varargs wrongly.
 
 
 class OrthogonalFilter(Function):
@@ -299,7 +299,7 @@ class OrthogonalFilter(Function):
 
 
 def propagate(ctx, function: type[Function], twin: type[Function], grad_output, checkpoints, tensors) -> tuple:
-    """The gradients for the arguments of a forward Function, computed by a Function of their own."""
+    """The gradients for the arguments of a forward Function, computed by the backward Function ``function``."""
     if grad_output is None:
         return (None,) * len((*tensors, *ctx.options))
     _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:COUNT]
@@ -327,7 +327,7 @@ def output_tangent(ctx, *tangents):
 class OrthogonalFilterBackward(Function):
     """(grad_output, checkpoints, *Recurrence, *Options, *Needs) -> gradients of the DIFFERENTIABLE arguments.
 
-    It can be differentiated again: the second order runs the reference's formulas.
+    It can be differentiated again, by the reference's formulas.
     """
 
     generate_vmap_rule = True
@@ -355,7 +355,7 @@ class OrthogonalFilterBackward(Function):
     ):
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs)
         shared = (weight, bias, filter, alpha, beta, inputs, steps, activation)
-        # Without checkpoints the forward pass did not know that a gradient would be needed: torch.func hides it.
+        # If there are no checkpoints, torch.func hid from the forward pass that a gradient would be needed.
         if not segment and not (return_states and keeps_all_states(weight, backend)):
             _, checkpoints = _forward[backend](h0, *shared, DEFAULT_SEGMENT, False)
         return _backward[backend](grad_output, checkpoints, *shared, segment or DEFAULT_SEGMENT, *needs, False)[:6]
@@ -379,7 +379,7 @@ class OrthogonalFilterBackward(Function):
 
 
 def keep_for_second_order(ctx, inputs: tuple, options: type) -> None:
-    """The ``setup_context`` of a backward Function that takes such options."""
+    """The ``setup_context`` of a backward Function. ``options`` is the class of its options."""
     grad_output, _, *arguments = inputs
     tensors, end = arguments[:COUNT], COUNT + len(options._fields)
     ctx.options, ctx.needs = options(*arguments[COUNT:end]), Needs(*arguments[end:])
@@ -395,20 +395,20 @@ def gradients_tangent(ctx, grad_output_tangent, _, *tangents):
     direction = tuple(
         torch.zeros_like(primal) if by_name[name] is None else by_name[name] for name, primal in primals.items()
     )
-    # J v as the transpose of w -> J^T w: forward mode would have to nest inside the forward mode of the caller.
+    # J v as the transpose of w -> J^T w, because forward mode would have to nest in the caller's forward mode.
     results, pullback = torch.func.vjp(gradients, *primals.values())
     zeros = {name: torch.zeros_like(result) for name, result in results.items()}
     _, transposed = torch.func.vjp(pullback, zeros)
     (moved,) = transposed(direction)
     needs = ctx.needs
     needed = (True, needs.weight, needs.bias, needs.scales, needs.scales, needs.inputs)
-    # The op returns an empty tensor for a gradient that is not needed. None fails under vmap.
+    # Like the op, return an empty tensor for a gradient that is not needed. None fails under vmap.
     nothing = next(iter(primals.values())).new_empty(0)
     return tuple(moved[name] if need else nothing for name, need in zip(DIFFERENTIABLE, needed, strict=True))
 
 
 def _differentiable_gradients(ctx):
-    """The gradients in plain torch, by name, as a function of the arguments that are not None; and those arguments."""
+    """The gradients in plain torch, by name, as a function of the arguments that are not None, and those arguments."""
     grad_output, *tensors = ctx.saved_tensors
     recurrence, options = Recurrence(*tensors), ctx.options
     arguments = {"grad_output": grad_output, **{name: getattr(recurrence, name) for name in DIFFERENTIABLE}}
@@ -434,7 +434,7 @@ OrthogonalFilterBackwardForwardMode = library.forward_mode_twin(OrthogonalFilter
 
 @torch.no_grad()
 def state_gradients(grad_output, h0, weight, bias, filter, alpha, beta, inputs, activation, segment, backend):
-    """dE/dh_l for every l, (L+1, M, N), with the other gradients: what a profiler plots.
+    """dE/dh_l for every l, (L+1, M, N), as a profiler plots it, with the other gradients.
 
     ``grad_output`` is (M, N), or (L+1, M, N) if every state receives a gradient from outside. alpha and beta are
     tensors, as :func:`lcw_ops.reference.orthogonal_filter.scale_tensors` makes them.

@@ -1,7 +1,7 @@
-"""All layers at once.
+"""The recurrence solved for all layers at once, as an op.
 
-``op`` holds the schemas and the autograd functions, ``solver`` the Picard sweeps, ``frame`` the basis in which the
-filter's powers are cheap, and ``crossover`` the measurements of where the sweeps are the faster solver.
+``op`` holds the schemas and the autograd functions; ``solver`` the Picard sweeps; ``frame`` the basis in which the
+filter's powers are cheap; ``crossover`` the measurements of where the sweeps are faster.
 """
 
 from lcw_ops.ops.parallel_depth import crossover, frame, op, solver

@@ -1,4 +1,4 @@
-"""The measured regions in which the parallel solver of the recurrence is the faster one, for ``solver="auto"``.
+"""The measured regions in which the recurrence's parallel solver is the faster one, for ``solver="auto"``.
 
 ``lcw-ops bench parallel_depth`` measures forward + backward of both solvers. Its rows are under bench/results/.
 """
@@ -42,13 +42,13 @@ MEASURED: tuple[Region, ...] = ()
 
 @constant_when_traced
 def device_key(device: torch.device) -> str:
-    """A kind of machine: "sm_90", or "cpu AVX2, 2 threads"."""
+    """The kind of machine: "sm_90", or "cpu AVX2, 2 threads"."""
     if device.type == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def largest_c_faster(call: Call) -> float | None:
-    """The largest c at which the parallel solver was faster in measurements. None if it never was."""
+    """The largest c at which the parallel solver was faster in measurements. None if it was never faster."""
     found = [region.largest_c for region in MEASURED if region.holds(call)]
     return max(found) if found else None

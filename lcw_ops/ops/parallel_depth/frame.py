@@ -3,7 +3,7 @@
     O = B R B^-1,    R with 2 x 2 blocks r [cos t, sin t; -sin t, cos t] and real numbers on its diagonal
 
 For an exactly orthogonal O this is the real Schur form, and B is orthogonal. A filter rounded to float32 is orthogonal
-to 1e-7 only, which would show after 50,000 steps. So the frame uses the rounded filter's own eigenvalues and
+only to 1e-7, which would show after 50,000 steps. So the frame uses the rounded filter's own eigenvalues and
 eigenvectors, in float64.
 
 Cost: one eigendecomposition, O(N^3), per filter, on the CPU. Then a power of O costs O(N) instead of a matmul.
@@ -35,13 +35,13 @@ class Frame(NamedTuple):
     exact_inverse: Tensor
 
 
-# The last few filters, by value, and their frames. A training loop asks for the same one in every call.
+# The last few filters, by value, and their frames. A training loop asks for the same filter in every call.
 _REMEMBERED = 8
 _frames: list[tuple[Tensor, Frame | None]] = []
 
 
 def get_frame(filter: Tensor) -> Frame | None:
-    """The frame of a matrix (N, N), in its dtype. None if no well-conditioned one was found. The result is cached."""
+    """The frame of a matrix (N, N), in its dtype. None if no well-conditioned one was found. Results are cached."""
     kind = filter.dtype, filter.device, filter.shape
     for known, frame in _frames:
         if (known.dtype, known.device, known.shape) == kind and torch.equal(known, filter):
@@ -95,7 +95,7 @@ def _eigenbasis(matrix: Tensor) -> Tensor:
 
 
 def _eigenbasis_of_normal(matrix: Tensor) -> Tensor:
-    """The eigenbasis of an exactly normal matrix (a permutation, a reflection), also if eigenvalues coincide.
+    """The eigenbasis of an exactly normal matrix (a permutation, a reflection), even if eigenvalues coincide.
 
     O and O^T share their eigenvectors v, O v = l v, with the Hermitian (z O + (z O)^H) / 2, whose eigenvalue is
     Re(z l). For a z at a generic angle two of these coincide only if two l do.

@@ -2,8 +2,8 @@
 
     h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-Sweeps run over all layers at once, see solver.py beside this file. lcw_ops/reference/parallel_depth.py has the parts of
-one sweep. How many sweeps it takes is decided on the host, inside one op.
+Each sweep covers all layers at once; see solver.py beside this file. lcw_ops/reference/parallel_depth.py has the parts
+of one sweep. The host decides on the number of sweeps, inside one op.
 """
 
 import importlib
@@ -88,9 +88,9 @@ backends.MAX_ROW_BYTES[SWEEP, "triton"] = 8192
 
 
 # ---- The solver as an op ---------------------------------------------------------------------------------------------
-# A window of 0 stands for the default one. Backward starts from the checkpoints: with window 0 these are all states, or
-# nothing if the states are the output; otherwise the first state of every window. Without a gradient to come there are
-# none.
+# A window of 0 means the default window. Backward starts from the checkpoints. With window 0 these are all states, or
+# none if the output is the states; otherwise they are the first state of every window. They are not kept if no gradient
+# will be needed.
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, Tensor filter, Tensor alpha, Tensor beta, Tensor? inputs, "
@@ -100,7 +100,7 @@ _BACKENDS = ("cpp", "triton", "reference")
 
 
 class Options(NamedTuple):
-    """The arguments that are not tensors: those of the op, in the op's order, and the overload that runs it."""
+    """The non-tensor arguments of the op, in the op's order, and the overload that runs it."""
 
     steps: int
     activation: str
@@ -161,7 +161,7 @@ def _implement_solver(backend: str) -> None:
 
     def solve_backward(grad_output, checkpoints, *arguments):
         *tensors, steps, activation, tolerance, window, needs_weight, needs_bias, needs_scales, needs_inputs = arguments
-        # The last state's gradient stands where the forward pass has h0.
+        # The last state's gradient takes the place of the forward pass's h0.
         recurrence = Recurrence(grad_output[-1] if grad_output.dim() == 3 else grad_output, *tensors)
         options = Options(steps, activation, tolerance, window, False, True, backend)
         needs = Needs(needs_weight, needs_bias, needs_scales, needs_inputs)
@@ -237,7 +237,7 @@ def _solve_backward(
     wanted = (needs.weight, needs.bias, needs.scales, needs.scales, needs.inputs)
     into = solver.Gradients(*(result if want else None for result, want in zip(summed, wanted, strict=True)))
     outside = grad_output[:-1].contiguous() if grad_output.dim() == 3 else None
-    # If all states are there, all layers are one stretch, which the solver cuts into its windows.
+    # If all states are known, all layers are one stretch, which the solver cuts into windows.
     stretch = at_once if window else max(steps, 1)
     checkpoints = checkpoints.contiguous()
     for start in reversed(range(0, steps, stretch)):
@@ -258,9 +258,9 @@ def _solve_backward(
 
 
 def _check(recurrence: Recurrence, options: Options) -> None:
-    """The guard against calls that do not come from the public function.
+    """Guard against calls that do not come from the public function.
 
-    The widths that kernels of the sequential op take do not matter here.
+    The width limits of the sequential op's kernels do not apply here.
     """
     state, filter, tolerance, window = recurrence.h0, recurrence.filter, options.tolerance, options.window
     if state.dim() != 2 or filter.dim() == 3:
@@ -271,7 +271,7 @@ def _check(recurrence: Recurrence, options: Options) -> None:
 
 
 def _contiguous_layers(recurrence: Recurrence, activation: str) -> solver.Layers:
-    """The layers as kernels read them. The weight goes into matmuls, which take any strides."""
+    """The layers in the layout that kernels read. The weight goes into matmuls, which take any strides."""
     _, weight, bias, _, alpha, beta, inputs = recurrence
     bias, alpha, beta, inputs = (
         tensor if tensor is None else tensor.contiguous() for tensor in (bias, alpha, beta, inputs)
@@ -291,7 +291,7 @@ def _make_forward(recurrence: Recurrence, options: Options, window: int) -> solv
 
 
 def _sequential_kernel(backend: str, like: Tensor) -> str:
-    """The layer-by-layer kernel that goes with sweeps on ``backend``. Plain torch if no kernel takes such a width."""
+    """The layer-by-layer kernel that goes with sweeps on ``backend``: "reference" if no kernel takes this width."""
     if backend == "reference":
         return "reference"
     try:
@@ -406,7 +406,7 @@ class ParallelOrthogonalFilter(Function):
 
 
 class _ParallelBackward(orthogonal_filter.OrthogonalFilterBackward):
-    """The gradients by sweeps. Their own derivatives are the sequential formulas."""
+    """The gradients by sweeps. Their own derivatives come from the sequential formulas."""
 
     @staticmethod
     def forward(
@@ -433,7 +433,7 @@ class _ParallelBackward(orthogonal_filter.OrthogonalFilterBackward):
     ):
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs)
         arguments = (weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window)
-        # The forward pass did not know that a gradient would be needed: torch.func hides it.
+        # torch.func hid from the forward pass that a gradient would be needed.
         if not keeps:
             _, checkpoints = _forward[backend](h0, *arguments, False, True)
         return _backward[backend](grad_output, checkpoints, *arguments, *needs)
@@ -450,7 +450,7 @@ _ParallelBackwardForwardMode = library.forward_mode_twin(_ParallelBackward, orth
 
 
 def choose_solver(h0, weight, bias, filter, alpha, beta, inputs) -> str:
-    """ "parallel" if that was measured to be faster, else "sequential". The arguments have been checked."""
+    """ "parallel" where that was measured to be faster, else "sequential". The arguments have been checked."""
     if filter.dim() == 3 or h0.is_meta:
         return "sequential"
     steps = count_steps(weight, bias, filter, alpha, beta, inputs)
@@ -459,7 +459,7 @@ def choose_solver(h0, weight, bias, filter, alpha, beta, inputs) -> str:
     largest_c = largest_c_faster(call)
     if largest_c is None:
         return "sequential"
-    # A tensor is read only here, where its value decides: on a GPU the host waits for it.
+    # Read a tensor only here, where its value decides: on a GPU the host waits for it.
     if isinstance(beta, Tensor):
         # A traced tensor has no values to read.
         if torch.compiler.is_compiling() or _torch.is_functorch_wrapped(beta):

@@ -1,8 +1,8 @@
 """Picard sweeps over windows of layers until they have converged, forward and backward.
 
-With d_k the largest relative change of a state in sweep k and rho = d_k / d_{k-1} < 1, the error that is left is about
-rho / (1 - rho) d_k: a window has converged when that is below the tolerance. A window that does not converge is halved.
-When it cannot be halved any more, the sequential kernel continues, with one warning that says so.
+With d_k the largest relative change of a state in sweep k and rho = d_k / d_{k-1} < 1, the remaining error is about
+rho / (1 - rho) d_k. A window has converged when that is below the tolerance. A window that does not converge is halved;
+once it cannot be halved any more, the sequential kernel continues, with one warning.
 
 Cost of a sweep over D layers: one batched matmul (2 D M N^2 operations, which read D N^2 weights) and one scan over
 (D, M, N). Small batches are bound by reading the weights.
@@ -22,12 +22,12 @@ from lcw_ops.ops.parallel_depth.frame import Frame, get_frame
 from lcw_ops.ops.precision import full_float32
 from lcw_ops.reference import parallel_depth as reference
 
-# Halving the window is cheaper than more sweeps than these. A window of LEAST_WINDOW layers never needs so many: each
+# After this many sweeps, halving the window is cheaper than going on. A window of LEAST_WINDOW layers needs fewer: each
 # sweep makes at least one more layer exact.
 MAX_SWEEPS = 16
 LEAST_WINDOW = 8
 
-# The largest size of one window's weights and states on a CPU. Every sweep reads them again, from a cache if they fit.
+# The largest size of a window's weights and states on a CPU. Every sweep reads them again, from the cache if they fit.
 CACHED_BYTES = 8 * 2**20
 # In wide nets, fewer layers at a time would cost more in calls than in work.
 LEAST_DEFAULT_WINDOW = 64
@@ -40,11 +40,11 @@ class Solve:
     Attributes:
         direction: "forward" or "backward".
         first_layer, layers: the window.
-        sweeps: how many it took; 0 if the sequential kernel solved it.
-        contraction: rho, the last change over the one before; NaN after fewer than two sweeps.
+        sweeps: the number of sweeps; 0 if the sequential kernel solved it.
+        contraction: rho, the last change divided by the one before; NaN after fewer than two sweeps.
         residual: d_k, the largest relative change of a state in the last sweep.
-        error: estimate of the remaining relative error.
-        converged: whether that is below the tolerance, or only rounding; False for a window that was given up.
+        error: the estimate of the remaining relative error.
+        converged: whether the error is below the tolerance, or only rounding. False for a window that was given up.
     """
 
     direction: str
@@ -86,7 +86,7 @@ class Convergence:
 
     def __init__(self, layers: int, tolerance: float, dtype: torch.dtype) -> None:
         self.layers, self.tolerance = layers, tolerance
-        # Changes of an ulp or two that no longer fall come from the rounding of states, not from the sweeps.
+        # Changes of an ulp or two that no longer shrink come from rounding the states, not from the sweeps.
         self.rounding = 2 * torch.finfo(dtype).eps
         self.changes: list[float] = []
 
@@ -102,8 +102,8 @@ class Convergence:
 
     @property
     def error(self) -> float:
-        """The estimate; infinity until there is one."""
-        # After as many sweeps as layers every state is exact. After a sweep that changes nothing no other would.
+        """The estimated error; infinity until there is an estimate."""
+        # After as many sweeps as layers, every state is exact. After a sweep that changes nothing, no other would.
         if len(self.changes) >= self.layers or self.changes[-1] == 0:
             return 0.0
         if self.is_rounding:
@@ -151,7 +151,7 @@ class Convergence:
 
 
 class Layers(NamedTuple):
-    """The arguments of D consecutive layers, one entry per layer or shared by all of them.
+    """The arguments of D consecutive layers, each with one entry per layer or shared by all of them.
 
     weight (D, N, N) or (N, N), of the states' dtype or in 16 bits; bias (D, N), (N,) or None; alpha, beta (1,) or (D,);
     inputs (D, M, N) or None. ``first`` is the number of the first of these layers in the whole net.
@@ -207,7 +207,7 @@ class _Workspace:
         self.buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of that shape, uninitialised."""
+        """An uninitialised tensor with the shape of ``like``."""
         buffer = self.buffers.get(name)
         if buffer is None or len(buffer) < len(like):
             buffer = self.buffers[name] = torch.empty_like(like)
@@ -222,10 +222,10 @@ class _DirectScan:
         self.transposed = reference.transpose_filter(filter).contiguous()
 
     def begin(self, continues: bool) -> None:
-        """A window begins. ``continues`` says whether it starts from the state with which the last one ended."""
+        """Begin a window. ``continues`` says whether it starts from the state with which the last one ended."""
 
     def finish(self, states: Tensor) -> None:
-        """A window has converged."""
+        """End a window that has converged."""
 
     finish_adjoint = finish
 
@@ -245,8 +245,8 @@ class _DirectScan:
 class _FrameScan:
     """Sweeps with a dense filter, in the basis in which it rotates pairs of units.
 
-    Single states come in and go out through float64, and from window to window they stay inside: on the way out and in
-    again they would be multiplied by the same rounding of the identity every time.
+    Single states enter and leave the basis through float64. From window to window they stay in it, because each way out
+    and in again would multiply them by the same rounding of the identity.
     """
 
     def __init__(self, kernels, frame: Frame) -> None:
@@ -319,12 +319,12 @@ def make_scan(kernels, reference_kernels, filter: Tensor):
     if reference.is_permutation(filter):
         return _DirectScan(kernels, filter)
     frame = get_frame(filter)
-    # Without a basis the plain scan multiplies powers of the matrix.
+    # Without a basis, the plain scan multiplies by powers of the matrix.
     return _DirectScan(reference_kernels, filter) if frame is None else _FrameScan(kernels, frame)
 
 
 def default_window(weight: Tensor, rows: int, steps: int) -> int:
-    """Layers at a time: on a GPU all of them, on a CPU as many as fit into its cache."""
+    """Layers per window: on a GPU all of them, on a CPU as many as fit into the cache."""
     if not weight.is_cpu:
         return max(steps, 1)
     width = weight.shape[-1]
@@ -334,14 +334,14 @@ def default_window(weight: Tensor, rows: int, steps: int) -> int:
     return max(1, min(steps, max(LEAST_DEFAULT_WINDOW, CACHED_BYTES // max(per_layer, 1))))
 
 
-# (h_0, layers, how many) -> all their states (D+1, M, N)
+# (h_0, layers, D) -> all their states (D+1, M, N)
 SequentialForward = Callable[[Tensor, Layers, int], Tensor]
 
 
 class Windows:
-    """The base of forward and backward: the size of the window, and the sweeps in one window.
+    """The base of Forward and Backward: the size of the window, and the sweeps in one window.
 
-    Each window has its share of the tolerance for all ``steps`` layers: their errors add up like independent ones.
+    Each window gets its share of the tolerance for all ``steps`` layers. Their errors add up like independent ones.
     """
 
     direction: str
@@ -356,7 +356,7 @@ class Windows:
         self.next_layer: int | None = None
 
     def converge(self, first_layer: int, layers: int, dtype: torch.dtype, sweep: Callable[[], Tensor]) -> bool:
-        """Sweeps until they have converged, or cannot."""
+        """Sweep until the window has converged, or cannot converge. Returns whether it has."""
         convergence = Convergence(layers, self.tolerance * math.sqrt(layers / self.steps), dtype)
         while True:
             convergence.add(sweep().item())
@@ -380,7 +380,7 @@ class Windows:
 
 
 def warn_of_given_up(*windows: Windows) -> None:
-    """One warning for the first of these that did not converge. The text is fixed, so Python shows it once."""
+    """Warn of the first of these that did not converge. The text is fixed, so Python shows it once."""
     given_up = next((one for one in windows if one.given_up is not None), None)
     if given_up is None:
         return
@@ -440,7 +440,7 @@ class Forward(Windows):
 
 
 class Gradients(NamedTuple):
-    """The tensors that a backward pass fills, each of its argument's shape; None for a gradient that is not needed.
+    """The tensors that a backward pass fills, each in its argument's shape; None for a gradient that is not needed.
 
     For arguments that all layers share, and for alpha and beta, the pass adds to the tensor. It overwrites the others.
     A shared weight's gradient is in float64.
@@ -465,12 +465,12 @@ class Gradients(NamedTuple):
         )
 
 
-# (gradient at the end, h_0, layers, each state's gradient from outside, gradients, how many) -> gradient of h_0
+# (gradient of the last state, h_0, layers, other states' gradients from outside, gradients, D) -> gradient of h_0
 SequentialBackward = Callable[[Tensor, Tensor, Layers, Tensor | None, Gradients, int], Tensor]
 
 
 class Backward(Windows):
-    """Gradients of consecutive layers from the last state's, window by window, for known states."""
+    """Gradients of consecutive layers with known states, from the last state's gradient, window by window."""
 
     direction = "backward"
 
@@ -481,7 +481,7 @@ class Backward(Windows):
     def run(
         self, gradient: Tensor, states: Tensor, layers: Layers, outside: Tensor | None, gradients: Gradients
     ) -> Tensor:
-        """The gradient of states[0]. Those of the arguments go into ``gradients``.
+        """Return the gradient of states[0]; the arguments' gradients go into ``gradients``.
 
         ``gradient`` (M, N) is the last state's; ``outside`` (D, M, N) reaches the states before it.
         """
@@ -556,7 +556,7 @@ class Backward(Windows):
             _add_inner_products(gradients.beta, adjoint[1:], spare)
 
 
-# How many samples, of any layers, one float32 sum adds up, and the memory for such sums at a time.
+# The number of samples, of any layers, in one float32 sum, and the memory for the sums that are computed at a time.
 SUMMED_SAMPLES = 64
 SUMMED_BYTES = 64 * 2**20
 
