@@ -376,7 +376,7 @@ ALL_WIDTHS = pairwise(
     lambda shared, width, **_: shared or width < 130,
     shared=[False, True],
     width=[*range(1, 50), 63, 65, 95, 96, 97, 127, 129, 131, 257],
-    filter=["haar", "permutation"],
+    filter=["permutation", "haar"],
     return_states=[True, False],
 )
 
