@@ -1,9 +1,26 @@
-"""The contract of an op: what every public function must do on every backend. tests/test_contract.py is its table.
+"""The contract of an op: what every public function must do on every backend.
 
-An op registers four things: the function (``ours``), the same in eager torch (``plain``), the exact result and its
-gradients (``exact``; by default ``plain`` in float64), and a ``draw`` of its arguments for a size and a dtype. Each
-check below then applies to it. The rule of support/numerics.py judges numbers: at most twice eager's error, plus one
-ulp of the result's scale. A check is a function of (op, backend) whose name begins with ``check_``.
+test_contract.py has the table of all functions, and a new one gets every check below by one entry of ``OPS`` there:
+
+    "remove_row_mean": Op(
+        ours=lambda x: F.remove_row_mean(x, 0.5),
+        plain=lambda x: x - 0.5 * x.mean(-1, keepdim=True),
+        draw=lambda size, dtype: ({"x": normal(*size, dtype=dtype) + 10}, normal(*size, dtype=dtype)),
+        **ROWS,
+    ),
+
+- ``ours``: the public function, of tensors by name. Options that are no tensors are fixed; a variant is another entry.
+- ``plain``: the same in eager torch, which the rule of support/numerics.py compares with.
+- ``exact``: the exact result and its gradients. Left out, it is ``plain`` in float64.
+- ``draw``: the arguments and a gradient of the result, for a size and a dtype. Draw inputs that the method is meant
+  for.
+- ``sizes``, ``one``, ``empty``, ``double``: the sizes that ``draw`` takes. ``LAYER`` and ``ROWS`` of the table have
+  them for layers and for functions of rows.
+
+The other fields of ``Op`` describe exceptions. The first word of the entry's key is the function's name, and a public
+function without an entry fails a test. An entry runs on "cpp" and "reference"; ``BACKENDS`` of the table has the
+exceptions. Other backends have tests of their own. A check is a function of (op, backend) whose name begins with
+``check_``, so a new check here applies to all entries.
 """
 
 import itertools

@@ -79,9 +79,9 @@ def transposed(tensors):
 
 BAD_LISTS = {
     "too few": ({"grads": lambda tensors: tensors[:1]}, r"grads has 1 tensors; expected 2"),
-    "another dtype": ({"exp_avgs": lambda tensors: [tensors[0], tensors[1].double()]}, r"exp_avgs\[1\] has not the"),
-    "another shape": ({"grads": lambda tensors: [tensors[0], tensors[0]]}, r"grads\[1\] has not the"),
-    "other strides": ({"exp_avg_sqs": transposed}, r"exp_avg_sqs\[0\] has not the"),
+    "another dtype": ({"exp_avgs": lambda tensors: [tensors[0], tensors[1].double()]}, r"exp_avgs\[1\] differs from"),
+    "another shape": ({"grads": lambda tensors: [tensors[0], tensors[0]]}, r"grads\[1\] differs from"),
+    "other strides": ({"exp_avg_sqs": transposed}, r"exp_avg_sqs\[0\] differs from"),
     "integers": ({"params": lambda tensors: [tensors[0].int(), tensors[1]]}, "a tensor is not float32"),
     "gaps": ({"params": lambda tensors: [tensors[0], torch.ones(10)[::2].to(tensors[0])]}, None),
     "overlapping": ({"params": lambda tensors: [tensors[0], tensors[1][:1].expand(5)]}, "has gaps or overlaps"),

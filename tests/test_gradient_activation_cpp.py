@@ -1,5 +1,6 @@
 """The C++ kernel of activated gradients: units in the last place over all numbers, memory, threads, refusals."""
 
+import itertools
 import math
 import re
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from support.guards import between_guards, writable_between_guards
 from support.numerics import needs_more_digits, threads
+from support.pairwise import pairwise
 
 import lcw_ops
 from lcw_ops import functional as F
@@ -119,8 +121,8 @@ def test_an_element_has_the_same_bits_wherever_it_lies(kind, dtype):
 
 def test_a_thousand_tensors_of_every_dtype():
     """The threads divide a list as one range of elements. None is left out, and none is taken twice."""
-    sizes = [int(size) for size in torch.randint(0, 200, (1000,))]
-    gradients = [torch.randn(size, dtype=DTYPES[index % 4]) for index, size in enumerate(sizes)]
+    every = list(itertools.product(range(250), DTYPES))
+    gradients = [torch.randn(size, dtype=dtype) for size, dtype in (every[place] for place in torch.randperm(1000))]
     wanted = [activate(gradient, "tanh", 0.3, 4.5) for gradient in gradients]
     with threads(3):
         F.gradient_activation_(gradients, "tanh", 0.3, 4.5)
@@ -298,20 +300,31 @@ def test_versions_are_counted_in_inference_mode_too(inference):
 # ---- Regressions and guarded memory ----------------------------------------------------------------------------------
 
 
+GUARDED = pairwise(
+    count=(1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000),
+    kind=KINDS,
+    # Options of SGD. AdamW is called with fixed ones.
+    nesterov=(True, False),
+    maximize=(False, True),
+    is_first=(False, True),
+    on_momentum=(False, True),
+)
+
+
 @pytest.mark.parametrize("flush", ["front", "back"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_but_the_arguments_is_touched(flush, dtype):
     """Too wide a vector would touch memory that is not mapped. A step's gradient is mapped read-only."""
-    for count in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000):
+    for count, kind, *options in (case.values() for case in GUARDED):
         x = torch.randn(count).to(dtype)
         guarded = writable_between_guards(x, flush)
-        torch.ops.lcw_ops.gradient_activation_.cpp([guarded], KINDS[count % 3], 0.1, 20.0)
-        assert torch.equal(guarded, activate(x, KINDS[count % 3], 0.1, 20.0))
+        torch.ops.lcw_ops.gradient_activation_.cpp([guarded], kind, 0.1, 20.0)
+        assert torch.equal(guarded, activate(x, kind, 0.1, 20.0))
         w, v, m, s = (writable_between_guards(torch.rand(count).to(dtype), flush) for _ in range(4))
         gradient, step = between_guards(x, flush), torch.tensor(3.0)
-        numbers = (0.1, 0.9, 0.0, 0.01, True, False, False, count % 2 == 0, KINDS[count % 3], 0.1, 20.0)
+        numbers = (0.1, 0.9, 0.0, 0.01, *options, kind, 0.1, 20.0)
         torch.ops.lcw_ops.activated_sgd_step_.cpp([w], [gradient], [v], *numbers)
-        numbers = (0.1, 0.9, 0.99, 0.01, 1e-8, True, False, KINDS[count % 3], 0.1, 20.0)
+        numbers = (0.1, 0.9, 0.99, 0.01, 1e-8, True, False, kind, 0.1, 20.0)
         torch.ops.lcw_ops.activated_adamw_step_.cpp([w], [gradient], [v], [m], [s], [step], *numbers)
         assert all(tensor.isfinite().all() for tensor in (w, v, m, s))
 

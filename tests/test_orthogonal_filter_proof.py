@@ -6,8 +6,8 @@ samples with the sum over these rows. The rule is that of tests/support/numerics
 chance (one weight has one rounding error, and eager torch's may be 0), so these are judged over several nets.
 
 The cost of a reference decides which cases run where:
-- L = 1, 2, 7: every N and M with 1, 2 and 3 threads, result and all gradients, last state and all states.
-- L = 1000: every N and M, result and all gradients; the number of threads changes with M.
+- L = 1, 2, 7: every N and M with 1, 2 and 3 threads, result and all gradients, last state or all states.
+- L = 1000: every N and M, result and all gradients; every number of threads with every N and with every M.
 - L = 50,000, forward: N = 3, 17 and 64 with a weight per layer and every M; N = 100, 128 and 256, whose weights would
   fill 2 to 13 GB, in the time form (one weight) and with M = 1 and 5.
 - L = 50,000, result and all gradients: N = 1 with M = 33, N = 16 with M = 1, 5 and 33, N = 64 with M = 5 (there the
@@ -29,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.guards import between_guards
 from support.numerics import hostile_layouts, threads
+from support.pairwise import name_of, pairwise
 from torch import Tensor
 
 import lcw_ops
@@ -267,11 +268,6 @@ class Errors:
             assert error <= allowed, f"{call}: error of {name} {error:.3g}, the rule allows {allowed:.3g}"
 
 
-def kind_of(case):
-    """Filters and activations take turns; test_every_kind has all pairs of them."""
-    return {"filter": FILTERS[case % len(FILTERS)], "activation": list(ACTIVATIONS)[case % len(ACTIVATIONS)]}
-
-
 def assert_grid(nets, calls, return_states, what):
     """Judge the result and all gradients of every net for each of ``calls``: (rows, threads, segment)."""
     errors = Errors()
@@ -321,22 +317,28 @@ def compare(errors, net, eager, exact, rows, calls, return_states, what):
                 errors.add(name, rows, call, gradients[name][layers], expected)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_grid_of_few_layers(steps, width):
-    case = [1, 2, 7].index(steps) * len(WIDTHS) + WIDTHS.index(width)
-    kind = kind_of(case)
-    nets = [make_net(max(ROWS), width, steps, **kind) for _ in range(max(1, POOLED // steps))]
+# Every width with every filter, activation and depth. All filters, activations and results together: test_every_kind.
+GRID = pairwise(
+    steps=[1, 2, 7, 1000], width=WIDTHS, filter=FILTERS, activation=ACTIVATIONS, return_states=[True, False]
+)
+THREADS_OF_A_THOUSAND = pairwise(width=WIDTHS, rows=ROWS, threads=THREADS)
+
+
+def make_nets(case, count=1):
+    names = ("steps", "width", "filter", "activation")
+    return [make_net(max(ROWS), **{name: case[name] for name in names}) for _ in range(count)]
+
+
+@pytest.mark.parametrize("case", [case for case in GRID if case["steps"] < 1000], ids=name_of)
+def test_grid_of_few_layers(case):
     calls = [(*pair, None) for pair in itertools.product(ROWS, THREADS)]
-    assert_grid(nets, calls, case % 2 == 0, f"L={steps}, N={width}, {kind}")
+    assert_grid(make_nets(case, max(1, POOLED // case["steps"])), calls, case["return_states"], f"{case}")
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_grid_of_a_thousand_layers(width):
-    case = WIDTHS.index(width)
-    kind = kind_of(case)
-    calls = [(rows, THREADS[(case + i) % len(THREADS)], None) for i, rows in enumerate(ROWS)]
-    assert_grid([make_net(max(ROWS), width, 1000, **kind)], calls, case % 2 == 0, f"L=1000, N={width}, {kind}")
+@pytest.mark.parametrize("case", [case for case in GRID if case["steps"] == 1000], ids=name_of)
+def test_grid_of_a_thousand_layers(case):
+    calls = [(one["rows"], one["threads"], None) for one in THREADS_OF_A_THOUSAND if one["width"] == case["width"]]
+    assert_grid(make_nets(case), sorted(calls, key=lambda call: call[0]), case["return_states"], f"{case}")
 
 
 @pytest.mark.parametrize("filter", FILTERS)
@@ -370,13 +372,22 @@ def test_every_row_count(shared):
         assert_grid([make_net(40, width, 3, shared=shared)], calls, True, f"L=3, N={width}, shared: {shared}")
 
 
+ALL_WIDTHS = pairwise(
+    lambda shared, width, **_: shared or width < 130,
+    shared=[False, True],
+    width=[*range(1, 50), 63, 65, 95, 96, 97, 127, 129, 131, 257],
+    filter=["permutation", "haar"],
+    return_states=[True, False],
+)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_width(shared):
     """Every remainder of a vector, of a tile and of a panel, for few rows and for many."""
-    for width in (*range(1, 50), 63, 65, 95, 96, 97, 127, 129, *([131, 257] if shared else [])):
-        net = make_net(12, width, POOLED, filter="haar" if width % 2 else "permutation", shared=shared)
-        what = f"L={POOLED}, N={width}, shared: {shared}"
-        assert_grid([net], [(*pair, None) for pair in itertools.product((1, 2, 12), THREADS)], shared, what)
+    for case in [case for case in ALL_WIDTHS if case["shared"] == shared]:
+        net = make_net(12, case["width"], POOLED, filter=case["filter"], shared=shared)
+        calls = [(*pair, None) for pair in itertools.product((1, 2, 12), THREADS)]
+        assert_grid([net], calls, case["return_states"], f"L={POOLED}, {case}")
 
 
 # ---- 50,000 layers -------------------------------------------------------------------------------------------------
@@ -396,6 +407,9 @@ def assert_deep_forward(net, calls):
     errors.judge()
 
 
+THREADS_OF_DEEP_NETS = pairwise(width=[3, 17, 64], rows=ROWS, threads=THREADS)
+
+
 @pytest.mark.parametrize(
     ("width", "filter", "activation"),
     [
@@ -406,7 +420,7 @@ def assert_deep_forward(net, calls):
 )
 def test_fifty_thousand_layers_forward(width, filter, activation):
     net = make_net(max(ROWS), width, DEEP, filter, activation)
-    assert_deep_forward(net, [(rows, THREADS[i % len(THREADS)]) for i, rows in enumerate(ROWS)])
+    assert_deep_forward(net, [(one["rows"], one["threads"]) for one in THREADS_OF_DEEP_NETS if one["width"] == width])
 
 
 @pytest.mark.parametrize(
@@ -743,16 +757,23 @@ def call_between_guards(rows, width, steps, dtype, kind, shared, flush, return_s
     assert all(tensor.isfinite().all() for tensor in results.values())
 
 
+GUARDED = pairwise(
+    rows=[1, 2, 3, 5, 9, 17, 33],
+    width=[1, 2, 5, 8, 13, 16, 31, 65, 100],
+    kind=FILTERS,
+    shared=[True, False],
+    return_states=[True, False],
+)
+
+
 @pytest.mark.parametrize("flush", ["front", "back"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("thread_count", [1, 3])
 def test_nothing_but_the_arguments_is_read_and_nothing_of_them_written(flush, dtype, thread_count):
     """Memory that a vector too wide or a tile too high would touch is not mapped: the process would end here."""
     with threads(thread_count):
-        for rows, width in itertools.product((1, 2, 3, 5, 9, 17, 33), (1, 2, 5, 8, 13, 16, 31, 65, 100)):
-            kind = FILTERS[(rows + width) % len(FILTERS)]
-            shared = (rows * width) % 3 == 0
-            call_between_guards(rows, width, 3, dtype, kind, shared, flush, return_states=width % 2 == 0)
+        for case in GUARDED:
+            call_between_guards(steps=3, dtype=dtype, flush=flush, **case)
 
 
 def test_fewer_threads_than_asked_for():

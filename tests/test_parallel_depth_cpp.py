@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.guards import between_guards, writable_between_guards
 from support.numerics import as_exact, assert_by_the_rule, needs_more_digits, threads
+from support.pairwise import pairwise
 
 from lcw_ops.ops import backends
 from lcw_ops.ops.parallel_depth import op as ops
@@ -115,30 +116,51 @@ def some_scale(layers, dtype, shared, around=1.0):
     return around + (torch.rand(1 if shared else layers, dtype=dtype) - 0.5) / max(layers, 1)
 
 
-def sweep_arguments(shape, dtype, kind, activation, variant):
-    """Arguments that are shared, per layer or missing, as the bits of ``variant`` choose."""
+# Ways to give an argument that may be left out, or be shared over the layers.
+BIASES = (None, "shared", "per layer")
+SWEEPS = {"bias": BIASES, "inputs": (False, True), "alpha_shared": (True, False), "beta_shared": (True, False)}
+ADJOINTS = dict.fromkeys(("product", "outside", "slope"), (False, True)) | {"alpha_shared": (True, False)}
+EVERY_SIZE_OF_A_SWEEP = pairwise(shape=SHAPES, activation=ACTIVATIONS, **SWEEPS)
+EVERY_SIZE_OF_AN_ADJOINT = pairwise(shape=SHAPES, **ADJOINTS)
+EVERY_SIZE_OF_AN_ACTIVATION = pairwise(
+    shape=(*SHAPES, (40, 23, 91)),
+    activation=ACTIVATIONS,
+    bias=BIASES,
+    inputs=(False, True),
+    beta_shared=(True, False),
+    thread_count=(1, 2, 3),
+)
+
+
+def sweep_arguments(shape, dtype, kind, activation, bias="per layer", inputs=True, alpha_shared=True, beta_shared=True):
     layers, rows, width = shape
-    bias = (None, torch.randn(width, dtype=dtype), torch.randn(layers, width, dtype=dtype))[variant % 3]
-    inputs = torch.randn(shape, dtype=dtype) if variant % 2 else None
+    bias_shape = {"shared": (width,), "per layer": (layers, width)}.get(bias)
     return [
         torch.randn(layers + 1, rows, width, dtype=dtype),
         torch.randn(shape, dtype=dtype),
-        bias,
-        inputs,
+        None if bias_shape is None else torch.randn(bias_shape, dtype=dtype),
+        torch.randn(shape, dtype=dtype) if inputs else None,
         make_filter(kind, width),
-        some_scale(layers, dtype, variant % 4 < 2),
-        some_scale(layers, dtype, variant % 5 < 2, around=0.5),
+        some_scale(layers, dtype, alpha_shared),
+        some_scale(layers, dtype, beta_shared, around=0.5),
         activation,
     ]
 
 
-def adjoint_arguments(shape, dtype, kind, variant):
+def adjoint_arguments(shape, dtype, kind, product=True, outside=True, slope=True, alpha_shared=True):
     layers, rows, width = shape
-    term = torch.randn(4, *shape, dtype=dtype)
-    given = [tensor if variant >> bit & 1 else None for bit, tensor in enumerate(term[:2])]
-    slope, scaled = (term[2], torch.full(shape, torch.nan, dtype=dtype)) if variant & 4 else (None, None)
+    terms = [torch.randn(shape, dtype=dtype) if given else None for given in (product, outside, slope)]
+    scaled = torch.full(shape, torch.nan, dtype=dtype) if slope else None
     states = torch.randn(layers + 1, rows, width, dtype=dtype)
-    return [states, *given, make_filter(kind, width), some_scale(layers, dtype, variant % 3 < 2), slope, scaled]
+    alpha = some_scale(layers, dtype, alpha_shared)
+    return [states, *terms[:2], make_filter(kind, width), alpha, terms[2], scaled]
+
+
+def cases_of(activation, table):
+    """The table's cases of this activation, without it."""
+    for case in table:
+        if case["activation"] == activation:
+            yield {name: value for name, value in case.items() if name != "activation"}
 
 
 def carried_out(function, arguments):
@@ -172,8 +194,8 @@ def by_the_rule(name, results, eager, exact):
 def test_a_sweep_of_every_size_by_the_rule(dtype, activation, kind):
     needs_more_digits(dtype)
     results, eager, exact = [], [], []
-    for variant, shape in enumerate(SHAPES):
-        arguments = sweep_arguments(shape, dtype, kind, activation, variant)
+    for case in cases_of(activation, EVERY_SIZE_OF_A_SWEEP):
+        arguments = sweep_arguments(dtype=dtype, kind=kind, activation=activation, **case)
         copies, change = carried_out(kernels().sweep_, arguments)
         assert_unchanged(copies, arguments, written=(0,))
         assert torch.equal(copies[0][0], arguments[0][0])
@@ -189,18 +211,17 @@ def test_a_sweep_of_every_size_by_the_rule(dtype, activation, kind):
 def test_an_adjoint_sweep_of_every_size_by_the_rule(dtype, kind):
     needs_more_digits(dtype)
     results, eager, exact = [], [], []
-    for variant, shape in enumerate(SHAPES):
-        for given in (variant % 8, (variant + 5) % 8):
-            arguments = adjoint_arguments(shape, dtype, kind, given)
-            copies, change = carried_out(kernels().adjoint_sweep_, arguments)
-            assert_unchanged(copies, arguments, written=(0, 6))
-            assert torch.equal(copies[0][-1], arguments[0][-1])
-            assert_residual(change, copies[0][:-1], arguments[0][:-1])
-            if arguments[5] is not None:
-                assert torch.equal(copies[6], arguments[5] * copies[0][1:])
-            results.append(copies[0])
-            eager.append(carried_out(reference.adjoint_sweep_, arguments)[0][0])
-            exact.append(exact_adjoint(*arguments[:5]))
+    for case in EVERY_SIZE_OF_AN_ADJOINT:
+        arguments = adjoint_arguments(dtype=dtype, kind=kind, **case)
+        copies, change = carried_out(kernels().adjoint_sweep_, arguments)
+        assert_unchanged(copies, arguments, written=(0, 6))
+        assert torch.equal(copies[0][-1], arguments[0][-1])
+        assert_residual(change, copies[0][:-1], arguments[0][:-1])
+        if arguments[5] is not None:
+            assert torch.equal(copies[6], arguments[5] * copies[0][1:])
+        results.append(copies[0])
+        eager.append(carried_out(reference.adjoint_sweep_, arguments)[0][0])
+        exact.append(exact_adjoint(*arguments[:5]))
     by_the_rule("gradients", results, eager, exact)
 
 
@@ -210,10 +231,13 @@ def test_an_adjoint_sweep_of_every_size_by_the_rule(dtype, kind):
 def test_activations_of_every_size_by_the_rule(dtype, activation, derivative):
     needs_more_digits(dtype)
     results, eager, exact = [], [], []
-    for variant, shape in enumerate((*SHAPES, (40, 23, 91))):
-        _, product, bias, inputs, _, _, beta, _ = sweep_arguments(shape, dtype, "identity", activation, variant)
+    for case in cases_of(activation, EVERY_SIZE_OF_AN_ACTIVATION):
+        thread_count, shape = case.pop("thread_count"), case["shape"]
+        _, product, bias, inputs, _, _, beta, _ = sweep_arguments(
+            dtype=dtype, kind="identity", activation=activation, **case
+        )
         arguments = [product, bias, inputs, beta, activation, derivative]
-        with threads(1 + variant % 3):
+        with threads(thread_count):
             copies, _ = carried_out(kernels().activate_, arguments)
         assert_unchanged(copies, arguments, written=(0,))
         results.append(copies[0])
@@ -235,8 +259,8 @@ def test_layers_in_chunks_by_the_rule(dtype, kind):
     """Layers in chunks are as exact on any number of threads, with the same bits twice on the same number."""
     needs_more_digits(dtype)
     for shape in LONG if kind == "rotations" and dtype == torch.float32 else LONG[:2]:
-        forward = sweep_arguments(shape, dtype, kind, "tanh", 5)
-        back = adjoint_arguments(shape, dtype, kind, 7)
+        forward = sweep_arguments(shape, dtype, kind, "tanh")
+        back = adjoint_arguments(shape, dtype, kind)
         start, product, bias, inputs, filter, alpha, beta, activation = forward
         terms, _ = carried_out(reference.activate_, [product, bias, inputs, beta, activation, False])
         gradients, product, outside, filter_back, alpha_back, slope, _ = back
@@ -261,7 +285,9 @@ def test_layers_in_chunks_by_the_rule(dtype, kind):
 
 @pytest.mark.parametrize("kind", FILTERS)
 def test_rows_have_the_same_bits_on_any_number_of_threads(kind):
-    arguments = sweep_arguments((60, 29, 40), torch.float32, kind, "tanh", 2)
+    arguments = sweep_arguments(
+        (60, 29, 40), torch.float32, kind, "tanh", inputs=False, alpha_shared=False, beta_shared=False
+    )
     results = []
     for count in (1, 2, 3, 7):
         with threads(count):
@@ -363,11 +389,11 @@ ADVICE = r"; call lcw_ops\.functional\.orthogonal_filter"
 
 
 def good_sweep():
-    return sweep_arguments((4, 3, 6), torch.float32, "random", "tanh", 5)
+    return sweep_arguments((4, 3, 6), torch.float32, "random", "tanh")
 
 
 def good_adjoint():
-    return adjoint_arguments((4, 3, 6), torch.float32, "random", 7)
+    return adjoint_arguments((4, 3, 6), torch.float32, "random")
 
 
 def good_activate():
@@ -447,20 +473,25 @@ def test_wrong_arguments_are_refused_before_the_first_write(op, place):
 # ---- In separate processes -------------------------------------------------------------------------------------------
 
 
+GUARDED = [
+    {"shape": (3, case.pop("rows"), case.pop("width")), **case}
+    for case in pairwise(rows=(1, 5), width=(1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64), kind=FILTERS, **SWEEPS)
+]
+
+
 @pytest.mark.parametrize("flush", ["front", "back"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 3])
 def test_nothing_but_the_arguments_is_touched(count, dtype, flush):
     """Memory that a vector too wide would touch is not mapped, and arguments that are only read are not writable."""
-    shapes = [(3, rows, width) for rows in (1, 5) for width in (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64)]
-    for variant, shape in enumerate([*shapes, *LONG[1:2]] if count > 1 else shapes):
-        kind = FILTERS[variant % len(FILTERS)]
-        cases = (
-            (kernels().sweep_, sweep_arguments(shape, dtype, kind, "tanh", variant), (0,)),
-            (kernels().adjoint_sweep_, adjoint_arguments(shape, dtype, kind, 7), (0, 6)),
+    for case in [*GUARDED, *([{"shape": LONG[1], "kind": "random"}] if count > 1 else [])]:
+        shape, kind, alpha_shared = case["shape"], case["kind"], case.get("alpha_shared", True)
+        calls = (
+            (kernels().sweep_, sweep_arguments(dtype=dtype, activation="tanh", **case), (0,)),
+            (kernels().adjoint_sweep_, adjoint_arguments(shape, dtype, kind, alpha_shared=alpha_shared), (0, 6)),
             (kernels().activate_, [torch.randn(shape, dtype=dtype), None, None, torch.ones(1, dtype=dtype)], (0,)),
         )
-        for function, arguments, written in cases:
+        for function, arguments, written in calls:
             guarded = [
                 (writable_between_guards if place in written else between_guards)(argument, flush)
                 if isinstance(argument, torch.Tensor)

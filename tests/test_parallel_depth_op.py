@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 from support.numerics import assert_as_exact_as_eager, hostile_layouts, saved_tensors
+from support.pairwise import name_of, pairwise
 from torch import Tensor
 
 import lcw_ops
@@ -128,23 +129,34 @@ FILTERS = ["permutation", "identity", "cyclic", "dense"]
 BIASES = [None, "shared", "per layer"]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 100])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("filter_kind", FILTERS)
-def test_every_kind_matches_the_sequence(steps, activation, filter_kind, backend):
-    """The other choices take turns: c, rows, width, shared weights and biases, inputs, the form of the result."""
-    case = ACTIVATIONS.index(activation) + 5 * FILTERS.index(filter_kind) + 3 * steps
-    rows, width = (1, 64) if case % 7 == 0 else (8, [8, 9, 16][case % 3])
-    c = [1.0, 0.5, 3.0, 10.0][case // 2 % 4]
-    tied = case % 2 == 0
-    # For one layer with shared arguments only the inputs give the number of steps.
-    inputs = case % 5 > 1 or (tied and steps == 1)
-    arguments = make_arguments(rows, width, steps, c, tied, BIASES[case // 3 % 3], inputs)
+def is_countable(steps, tied, inputs, **_):
+    """For one layer with shared arguments only the inputs give the number of steps."""
+    return inputs or not (tied and steps == 1)
+
+
+# Every pair of an activation and a filter meets every other choice.
+CASES = pairwise(
+    is_countable,
+    kind=list(itertools.product(ACTIVATIONS, FILTERS)),
+    steps=[1, 2, 7, 100],
+    size=[(8, 8), (8, 9), (8, 16), (1, 64)],
+    c=[1.0, 0.5, 3.0, 10.0],
+    bias=BIASES,
+    tied=[True, False],
+    inputs=[True, False],
+    return_states=[True, False],
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_kind_matches_the_sequence(case, backend):
+    (activation, filter_kind), (rows, width), steps, c = case["kind"], case["size"], case["steps"], case["c"]
+    arguments = make_arguments(rows, width, steps, c, case["tied"], case["bias"], case["inputs"])
     with warnings.catch_warnings():
-        if c == 10.0 or (c == 3.0 and tied):
+        if c == 10.0 or (c == 3.0 and case["tied"]):
             # Then 100 layers in one window may take too many sweeps; only the result is judged.
             warnings.filterwarnings("ignore", f".*{DID_NOT_CONVERGE}")
-        options = {"activation": activation, "return_states": case % 4 > 1}
+        options = {"activation": activation, "return_states": case["return_states"]}
         assert_matches_the_sequence(arguments, make_filter(filter_kind, width), 4 if steps < 100 else 2, **options)
 
 

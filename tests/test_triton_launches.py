@@ -10,9 +10,8 @@ LCW_OPS_EVERY_LAUNCH=1. Facts about compiled code are kept (aot/compiled.py), so
 import importlib
 import importlib.util
 import inspect
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -26,6 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from aot import DEVICES, STEMS
 from aot.compiled import EVERY_LAUNCH, TARGETS, facts, remembered
+from support.pairwise import pairwise
 from triton.runtime.jit import JITFunction
 
 KERNELS = {stem: importlib.import_module(f"lcw_ops.kernels.{stem}") for stem in STEMS}
@@ -79,18 +79,6 @@ def compiling(target: str) -> Iterator[list]:
             yield compiled
         finally:
             driver.set_active(before)
-
-
-def pairwise(**options: Iterable) -> list[dict]:
-    """A small set of choices of all options that contains every pair of values of two options."""
-    choices = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
-    pairs = [set(itertools.combinations(choice.items(), 2)) for choice in choices]
-    missing, chosen = set().union(*pairs), []
-    while missing:
-        best = max(range(len(choices)), key=lambda index: len(pairs[index] & missing))
-        missing -= pairs[best]
-        chosen.append(choices[best])
-    return chosen
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -266,13 +254,6 @@ def test_compiles_and_hardly_spills(target, launch, options):
         assert kernel["shared"] <= DEVICES[target].shared_memory
     most = {kernel["name"]: KNOWN_SPILLS.get(kernel["name"], MAX_SPILLED_BYTES) for kernel in compiled}
     assert not [kernel for kernel in compiled if kernel["spilled"] > most[kernel["name"]]]
-
-
-def test_pairs_of_all_options():
-    chosen = pairwise(a=(1, 2), b="xyz", c=YES_OR_NO, d=range(3))
-    assert len(chosen) < 12
-    for (a, a_values), (b, b_values) in itertools.combinations({"a": (1, 2), "b": "xyz", "c": YES_OR_NO}.items(), 2):
-        assert {(choice[a], choice[b]) for choice in chosen} == set(itertools.product(a_values, b_values))
 
 
 def test_every_kernel_is_launched(monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.numerics import assert_as_exact_as_eager, hostile_layouts
+from support.pairwise import name_of, pairwise
 from support.triton_process import import_kernels, multiply_bfloat16
 
 import lcw_ops
@@ -169,16 +170,14 @@ def test_split_columns_in_every_dtype(dtype, basis, means, split, device):
     assert_linear_matches(5, 35, features, basis, dtype, device, means, bias=basis, draws=1)
 
 
-@pytest.mark.parametrize(
-    ("rows", "units", "features"),
-    [(1, 1, 1), (1, 1, 2), (2, 3, 1), (1, 5, 3), (3, 1, 7), (16, 32, 64), (17, 33, 65), (64, 64, 128), (61, 67, 31)],
-)
-@pytest.mark.parametrize("basis", [False, True])
-def test_linear_of_every_size(rows, units, features, basis, device):
+SIZES = [(1, 1, 1), (1, 1, 2), (2, 3, 1), (1, 5, 3), (3, 1, 7), (16, 32, 64), (17, 33, 65), (64, 64, 128), (61, 67, 31)]
+
+
+@pytest.mark.parametrize("case", pairwise(size=SIZES, basis=[False, True], bias=[True, False]), ids=name_of)
+def test_linear_of_every_size(case, device):
+    rows, units, features = case["size"]
     draws = 8 if rows * units < 50 else 1
-    # Both forms run with and without a bias.
-    bias = (rows % 2 == 0) != basis
-    assert_linear_matches(rows, units, features, basis, torch.float32, device, bias=bias, draws=draws)
+    assert_linear_matches(rows, units, features, case["basis"], torch.float32, device, bias=case["bias"], draws=draws)
 
 
 @pytest.mark.parametrize(("rows", "units", "features"), [(0, 3, 5), (3, 0, 5), (3, 4, 1), (0, 0, 1)])

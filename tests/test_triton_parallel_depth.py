@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.numerics import assert_by_the_rule, needs_more_digits
+from support.pairwise import name_of, pairwise
 from support.triton_process import DEVICE_TYPE, import_kernels
 
 from lcw_ops.ops.parallel_depth import op
@@ -158,35 +159,55 @@ def test_sweep_matches_the_recurrence(kind, dtype, short_chunks):
     check_sweeps(cases)
 
 
-@pytest.mark.parametrize("alpha_per_layer", [False, True])
-@pytest.mark.parametrize("beta_per_layer", [False, True])
-@pytest.mark.parametrize("bias", [None, "shared", "per_layer"])
-def test_every_form_of_the_arguments(alpha_per_layer, beta_per_layer, bias, short_chunks):
+BIASES = (None, "shared", "per layer")
+# All forms of the bias and of both scales; of the others, every pair.
+FORMS = pairwise(
+    scales_per_layer=list(itertools.product((False, True), repeat=2)),
+    bias=BIASES,
+    inputs=(False, True),
+    kind=("random", "rotations"),
+)
+GIVEN = (False, True)
+ADJOINTS = pairwise(shape=SHAPES, product=GIVEN, outside=GIVEN, slope=GIVEN, alpha_per_layer=(True, False))
+ACTIVATED = pairwise(
+    shape=((1, 17, 7), (9, 1, 16), (2, 3, 33)),
+    activation=ACTIVATIONS,
+    bias=BIASES,
+    inputs=(False, True),
+    beta_per_layer=(True, False),
+)
+
+
+def some_bias(form, steps, width, dtype):
+    shape = {"shared": (width,), "per layer": (steps, width)}.get(form)
+    return None if shape is None else normal(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("case", FORMS, ids=name_of)
+def test_every_form_of_the_arguments(case, short_chunks):
     dtype, steps, rows, width = torch.float32, 4, 3, 5
-    shape = {"shared": (width,), "per_layer": (steps, width)}.get(bias)
-    case = (
+    alpha_per_layer, beta_per_layer = case["scales_per_layer"]
+    arguments = (
         normal(steps + 1, rows, width, dtype=dtype),
         normal(steps, rows, width, dtype=dtype),
-        None if shape is None else normal(*shape, dtype=dtype),
-        normal(steps, rows, width, dtype=dtype) if alpha_per_layer != beta_per_layer else None,
-        make_filter("random" if alpha_per_layer else "rotations", width),
+        some_bias(case["bias"], steps, width, dtype),
+        normal(steps, rows, width, dtype=dtype) if case["inputs"] else None,
+        make_filter(case["kind"], width),
         scale(steps, dtype, alpha_per_layer),
         scale(steps, dtype, beta_per_layer),
         "relu",
     )
-    check_sweeps([case])
+    check_sweeps([arguments])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS[:4], ids=str)
 def test_adjoint_matches_the_recurrence(kind, dtype, short_chunks):
-    """Each of product, outside and slope is given once and left out once."""
     needs_more_digits(dtype)
     results = []
-    present = itertools.product((False, True), repeat=3)
-    for (steps, rows, width), given in zip((*SHAPES, *SHAPES[2:]), present, strict=True):
+    for (steps, rows, width), *given, per_layer in (case.values() for case in ADJOINTS):
         product, outside, slope = (normal(steps, rows, width, dtype=dtype) if here else None for here in given)
         gradients, scaled = normal(steps + 1, rows, width, dtype=dtype), normal(steps, rows, width, dtype=dtype)
-        filter, alpha = make_filter(kind, width), scale(steps, dtype, per_layer=rows > 1)
+        filter, alpha = make_filter(kind, width), scale(steps, dtype, per_layer)
         new, eager = gradients.clone(), gradients.clone()
         arguments, before = (product, outside, filter, alpha), scaled.clone()
         assert_same_change(kernels.adjoint_sweep_(new, *arguments, slope, scaled), new[:-1], gradients[:-1])
@@ -210,11 +231,12 @@ def test_activate(activation, derivative, dtype):
     needs_more_digits(dtype)
     table = EXACT_DERIVATIVES if derivative else EXACT_ACTIVATIONS
     results = []
-    for form, (steps, rows, width) in enumerate(((1, 17, 7), (9, 1, 16), (2, 3, 33))):
+    for case in [case for case in ACTIVATED if case["activation"] == activation]:
+        steps, rows, width = case["shape"]
         product = normal(steps, rows, width, dtype=dtype)
-        bias = [None, normal(width, dtype=dtype), normal(steps, width, dtype=dtype)][form % 3]
-        inputs = normal(steps, rows, width, dtype=dtype) if form % 2 else None
-        beta = scale(steps, dtype, per_layer=form < 2)
+        bias = some_bias(case["bias"], steps, width, dtype)
+        inputs = normal(steps, rows, width, dtype=dtype) if case["inputs"] else None
+        beta = scale(steps, dtype, case["beta_per_layer"])
         actual, eager = product.clone(), product.clone()
         assert kernels.activate_(actual, bias, inputs, beta, activation, derivative) is None
         reference.activate_(eager, bias, inputs, beta, activation, derivative)

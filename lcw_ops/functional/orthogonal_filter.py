@@ -227,7 +227,7 @@ def _check(
         # Compare instead of calling math.isfinite: under torch.compile the number may be a symbol.
         elif scale is not None and not -math.inf < scale < math.inf:
             raise ValueError(_checks.describe(_NAME, name, f"is {scale}", "a finite number"))
-    if activation not in ACTIVATIONS:
+    if activation not in tuple(ACTIVATIONS):
         _checks.check_choice(_NAME, "activation", activation, ACTIVATIONS)
     if segment is not None:
         _checks.check_count(_NAME, "segment", segment)

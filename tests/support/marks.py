@@ -10,12 +10,24 @@ SLOW: dict[str, str] = {
     r"^test_sanitize\.py::": "builds the package with GCC's sanitizers",
     r"^test_cuda_emulated\.py::": "compiles each CUDA source for an emulator that runs a thread per GPU thread",
     r"^test_cuda_build\.py::test_compiles_for_every_generation": "nvcc compiles each CUDA source three times",
-    r"^test_build\.py::test_one_wheel_for_every_python_and_torch": "compiles the CPU extension once more",
-    r"^test_orthogonal_filter_proof\.py::.*(fifty_thousand|grid_of_a_thousand)": "float64 recurrences of that depth",
+    r"^test_build\.py::.*(wheel_for_every|without_a_compiler|editable_install)": "builds or installs the package",
+    r"^test_packaging\.py::.*(wheel|distribution|editable)": "builds or installs the package",
+    r"^test_gpu_command\.py::.*(every_triton_kernel|without_a_card|time_limit)": "starts benchmarks in processes",
+    r"^test_orthogonal_filter_proof\.py::.*(fifty_thousand|grid_of_a_thousand|thousand_layers|any_call|any_wide)": (
+        "float64 recurrences of that depth, and drawn calls"
+    ),
+    r"^test_orthogonal_filter\.py::.*five_thousand": "a float64 recurrence of that depth",
     r"^test_orthogonal_filter_facts\.py::.*fifty_thousand": "trains a net of 50,000 layers",
     r"^test_parallel_depth\w*\.py::.*(fifty_thousand|50_000)": "50,000 layers in sequence are the judge",
-    r"^test_integration_export\.py::.*(50_000|onnx|torchscript)": "torch's exporters and onnxruntime",
+    r"^test_integration_export\.py::": "torch's exporters and onnxruntime",
     r"^test_train\.py::.*(killed_process|defaults_learn)": "trains in processes that are killed and resumed",
+    r"^test_lcw_modules\.py::.*100_sigmoid_layers": "trains networks",
+    r"^test_gradient_activation_facts\.py::.*saddle": "trains networks",
+    r"^test_cli\.py::.*a_net_of_a_few_layers_is_drawn\[(?!0-1\])": "draws a report each",
+    r"^test_cli\.py::.*(a_seed_repeats_a_run|flags_reach_the_run)": "runs the command several times",
+    r"^test_flops\.py::.*order_of_import\[(?!import lcw_ops, torch;)": "a process each; the first order is quick",
+    r"^test_import\.py::.*a_thread_imports_torch.*warnings are errors": "the same processes once more",
+    r"^test_matmul\.py::.*(kept_in_the_file|location_of_the_file)": "measures in processes of its own",
 }
 
 # Tests of memory bounds, and tests of values that reach different code on each instruction set. On the processor's
@@ -23,6 +35,7 @@ SLOW: dict[str, str] = {
 EVERY_INSTRUCTION_SET: tuple[str, ...] = (
     r"^test_(hypersphere|lcw_linear|weight_norm)_op\.py::test_nothing_but_the_arguments",
     r"^test_(orthogonal_filter_proof|gradient_activation_cpp|parallel_depth_cpp)\.py::test_nothing_but_the_arguments",
+    r"^test_orthogonal_filter\.py::.*(every_size|every_kind|ulps|long_double|saturate)",
     r"^test_orthogonal_filter_proof\.py::.*(every_row|every_width|every_kind|all_of_float32|rounded)",
     r"^test_(hypersphere|weight_norm)_op\.py::(?!.*float16).*normalised_rows",
     r"^test_(hypersphere|weight_norm)_op\.py::.*(test_sines|zero_has|smallest|any_length)",

@@ -1,5 +1,6 @@
 """The four functions of GmP and weight norm: ours, plain and exact ones, for the tests of both stems' ops."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -142,16 +143,14 @@ def draw_gmp_relu(n, m, dtype, rows):
     return arguments, grad_output.masked_fill(z.abs() < KINK, 0)
 
 
-def draw_weight_norm(n, m, dtype, rows):
+def draw_weight_norm(n, m, dtype, rows, bias=True):
     arguments = {
         "x": normal(rows, m, dtype=dtype),
         "weight": normal(n, m, dtype=dtype),
         "scale": per_unit(n, dtype),
-        "bias": normal(n, dtype=dtype),
     }
-    # Test both forms in turn.
-    if (rows + n + m) % 2:
-        del arguments["bias"]
+    if bias:
+        arguments["bias"] = normal(n, dtype=dtype)
     return arguments, normal(rows, n, dtype=dtype)
 
 
@@ -191,6 +190,9 @@ LAYERS = {
         draw_gmp_relu,
     ),
     "weight norm": Op(F.weight_norm_linear, plain_weight_norm, exact_weight_norm, draw_weight_norm),
+    "weight norm without bias": Op(
+        F.weight_norm_linear, plain_weight_norm, exact_weight_norm, functools.partial(draw_weight_norm, bias=False)
+    ),
 }
 OPS = ROW_OPS | LAYERS
 
