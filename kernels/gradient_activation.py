@@ -505,7 +505,7 @@ def _tanh(x):
     z = x * x
     q = polynomial(z, _TANH_64) if x.dtype == tl.float64 else polynomial(z, _TANH_32)
     series = x + x * (z * q)
-    # An exponential that overflows gives 1 - 2 / inf = 1, the bound.
+    # An exponential that overflows gives 1 - 2 / inf = 1, the limit.
     right = 1 - 2 / (tl.exp(2 * magnitude) + 1)
     return tl.where(magnitude > _TANH_SERIES_END, tl.where(x > 0, right, -right), series)
 

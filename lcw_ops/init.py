@@ -1,7 +1,8 @@
 """Initialisers in the manner of torch.nn.init: they fill tensors in place, under no_grad, and return them.
 
-lcw_: m sv^2 = s^2 / Var f(sZ) (Kutsuna 2019; scale derived).  lps_, lps_model_: Chen, Hao, He 2022 (rules derived).
-gmp_: the angles of uniform weights (Chen, Ge 2024, the authors' code).
+lcw_: weights N(0, sv^2) with m sv^2 = s^2 / Var f(s Z), for fan-in m, activation f, deviation s and Z ~ N(0, 1)
+(Kutsuna 2019; scale derived). lps_, lps_model_: Chen, Hao, He 2022 (rules derived). gmp_: the angles of uniform weights
+(Chen, Ge 2024, the authors' code).
 """
 
 import math
@@ -107,8 +108,8 @@ def lps_(
 
     Raises:
         TypeError: dtypes that are not floating or differ.
-        ValueError: an unknown rule or activation, a degree below 1, shapes that do not fit, anchored without a bias, or
-            samples with another rule.
+        ValueError: an unknown rule or activation, a degree below 1, shapes other than those above, anchored without a
+            bias, or samples with another rule.
 
     Source: the rules are derived in lcw_ops.reference.lps. We do not know the paper's printed constants.
     """
@@ -245,7 +246,7 @@ def gmp_(
 
     Raises:
         TypeError: dtypes that are not floating or differ.
-        ValueError: shapes that do not fit, or out_features below 1.
+        ValueError: shapes other than those above, or out_features below 1.
 
     Source: the authors' code, but with the sign of W's last column kept.
     """

@@ -83,11 +83,11 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     in Triton) directions are never written to memory.
 
     Args:
-        x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32. Where directions are kept,
+        x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. Where directions are kept,
             for more samples than that, they and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers
             would round them.
         angles: (n, m - 1), in radians.
-        radius: (n,), of any sign; it acts after the activation.
+        radius: (n,), of any sign; it multiplies the activation's result.
         location: (n,).
         activation: None or "relu".
 
@@ -99,7 +99,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: an unknown activation, or shapes that do not fit.
+        ValueError: an unknown activation, or shapes other than those above.
 
     Source: as :func:`hypersphere_direction`.
     """

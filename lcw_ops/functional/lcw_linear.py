@@ -74,7 +74,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: shapes that do not fit.
+        ValueError: shapes other than those above.
 
     Source: as :func:`lcw_weight`.
     """
@@ -127,7 +127,7 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices.
-        ValueError: shapes that do not fit, or no samples.
+        ValueError: shapes other than those above, or no samples.
 
     Source: as :func:`lcw_weight`.
     """

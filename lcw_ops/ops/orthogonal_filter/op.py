@@ -2,9 +2,9 @@
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-Forward returns the result and the states at segment boundaries; backward recomputes the states inside each segment.
-So the memory is L / segment + segment states, and backward computes every state a second time. Weight, bias, filter,
-alpha and beta may each be shared by all steps or have one entry per step.
+O_l is the filter, u_l an input. Forward returns the result and the states at segment boundaries; backward recomputes
+the states inside each segment. So the memory is L / segment + segment states, and backward computes every state a
+second time. Weight, bias, filter, alpha and beta may each be shared by all steps or have one entry per step.
 
 The arguments travel as a :class:`Recurrence` (tensors) and :class:`Options` (everything else), and are
 unpacked only where an op or a Function is called.
