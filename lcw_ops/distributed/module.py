@@ -75,8 +75,8 @@ class DepthParallel(_OrthogonalFilter):
             are not noticed.
         TypeError: at construction: another kind of module. In a call: dtypes that do not match. On pickling: always.
         RuntimeError: a rank stopped answering. With gloo the error comes within the group's timeout, raised from
-            gloo's own; with nccl torch's watchdog ends the process after the timeout instead. Or derivatives of second
-            order, which the plain module has.
+            gloo's own; with nccl torch's watchdog ends the process after the timeout instead. Also raised
+            for second derivatives, which only the plain module has.
 
     Source:
         Derived here, see recurrence.py beside this file and docs/parallel_depth.md.
