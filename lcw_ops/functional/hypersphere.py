@@ -84,7 +84,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more samples than
-            that, directions and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers would round them.
+            that, directions and ``x @ u.T + location`` are rounded to x's dtype, as by torch's own layers.
         angles: (n, m - 1), in radians.
         radius: (n,), of any sign; it multiplies the activation's result.
         location: (n,).

@@ -1,7 +1,7 @@
 """Write the pickles of this folder, which later versions must be able to load: ``python tests/pickles/make.py``.
 
-Users hold such files: whole modules, optimizers and results. A pickle names classes by the module they were defined in,
-so a class that moves must stay importable from its old place. The files here were written by the version that
+Users have such files: whole modules, optimizers and results. A pickle names classes by the module they were defined in,
+so a class that moves must stay importable from its old module. The files here were written by the version that
 ``versions`` in results.pt names. Existing files are never written again, since a file of the version under test would
 prove nothing: a new class gets a new file.
 
