@@ -75,7 +75,7 @@ def orthogonal_filter(
             for backward, which solves for the others again. By default the window suits the device, and all states
             (L+1, M, N) are kept. Fewer than 8 layers are solved layer by layer.
 
-    If a window does not converge, the parallel solver halves it and all later windows of the call. Once they have fewer
+    If a window does not converge, the parallel solver halves it and all later windows of the pass. Once they have fewer
     than 8 layers, it continues sequentially. Either way it warns (RuntimeWarning). The host tests for convergence, so
     CUDA graphs cannot capture this solver. Second-order and forward-mode derivatives are computed layer by layer in
     plain torch. See docs/parallel_depth.md.
