@@ -1,4 +1,4 @@
-// The parts of the backward pass in which no step waits for another: slopes of known states, gradients of parameters.
+// The parts of the backward pass that are parallel over steps: slopes of known states, gradients of parameters.
 #pragma once
 
 #include "../vector_math.h"

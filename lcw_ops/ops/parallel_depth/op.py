@@ -30,7 +30,7 @@ NAME, BACKWARD = "orthogonal_filter_parallel", "orthogonal_filter_parallel_backw
 
 
 class Kernels(NamedTuple):
-    """The parts of a sweep: three functions with the signatures of those in lcw_ops.reference.parallel_depth."""
+    """The three functions of a sweep, with the signatures of those in lcw_ops.reference.parallel_depth."""
 
     sweep_: object
     adjoint_sweep_: object
