@@ -3,8 +3,8 @@
     h_l = alpha_l O h_{l-1} + beta_l act(P_l + b_l + u_l), with P_l = W_l h_{l-1} of the last sweep
 
 The adjoint has the same form, from the other end. A scan in chunks of C layers takes three launches. The first computes
-the end of every chunk as if it began with 0. The second carries through these ends, c_{k+1} = (alpha ... alpha) O^C c_k
-+ end_k. The third runs every chunk again from its carry, stores the states and compares them with the old ones. The
+the end of every chunk as if it began with 0. The second carries through these ends: c_{k+1} = end_k + (alpha ... alpha)
+O^C c_k. The third runs every chunk again from its carry, stores the states and compares them with the old ones. The
 notation is that of lcw_ops/reference/parallel_depth.py; the chunked scan is a textbook method.
 
 Cost per element in float32: 16 bytes forward (P twice, the old state, the new one), 8 more for u; adjoint 16, 8 more

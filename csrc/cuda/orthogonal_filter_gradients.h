@@ -18,8 +18,8 @@ constexpr int tile_side = 16, thread_tile = tile_size / tile_side;
 constexpr int tile_threads = tile_side * tile_side;
 constexpr int column_warps = 8;
 
-// Each z takes a slice of the segment's samples. If every layer has its own weight, a slice is one layer's samples. If
-// all layers share one, a slice is a part of all samples and gives a partial sum.
+// Each blockIdx.z takes a slice of the segment's samples. If every layer has its own weight, a slice is one layer's
+// samples. If all layers share one, a slice is a part of all samples and gives a partial sum.
 template <typename T, typename W>
 __global__ void __launch_bounds__(tile_threads)
     weight_gradients(const Backward<T> pass, int64_t slices, double* partials) {
