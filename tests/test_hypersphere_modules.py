@@ -533,9 +533,9 @@ def linear_of(weight, bias=None, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("plain", "activation", "words"),
     [
-        (linear_of([[1.0, 1.0], [0.0, 0.0]], [0.0, -1.0]), None, r"units \[1\] of layer are constant: their weight is 0"),
-        (linear_of([[0.0, 0.0], [1.0, 1.0]], [1.0, 0.0]), "relu", r"units \[0\] of layer are constant: their weight is 0"),
-        (linear_of([[1.0], [0.0]], [0.0, 1.0]), "relu", r"units \[1\] of layer are constant: their weight is 0"),
+        (linear_of([[1.0, 1.0], [0.0, 0.0]], [0.0, -1.0]), None, r"units \[1\] of layer are constant: their"),
+        (linear_of([[0.0, 0.0], [1.0, 1.0]], [1.0, 0.0]), "relu", r"units \[0\] of layer are constant: their"),
+        (linear_of([[1.0], [0.0]], [0.0, 1.0]), "relu", r"units \[1\] of layer are constant: their"),
         (linear_of([[-1.0], [math.nan]]), None, r"units \[1\] of layer have a weight or a location .* not finite"),
         (linear_of([[1.0, math.nan]]), None, r"units \[0\] of layer have a weight or a location .* not finite"),
         (linear_of([[math.inf, 0.0]]), None, "not finite"),
