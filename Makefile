@@ -1,12 +1,12 @@
-# make demo   train a 50,000-layer network on real images and show what vanishes (some minutes)
+# make demo   train a 50,000-layer network on real images and show what vanishes (takes minutes)
 # make test   lint, then every quick test: at most 10 minutes on 2 cores
-# make test-slow     sanitizers, the CUDA emulator, the deepest proofs, foreign models: at most 30 minutes
+# make test-slow     sanitizers, the CUDA emulator, the deepest nets, other libraries' models: at most 30 minutes
 # make test-release  everything else: other versions of torch and Triton, wheels, reproductions (hours; resumes where it
 #                    was interrupted; PARTS="wheels triton-3.6.0" runs these alone)
 # make bench  the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed;
 #             PART=smoke or another part alone: python bench/gpu.py --help
-# make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (some minutes)
+# make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (takes minutes)
 .PHONY: demo test test-slow test-release lint bench gpu sanitize clean
 .DELETE_ON_ERROR:
 

@@ -1,7 +1,7 @@
 """The fastest kernel of the orthogonal-filter recurrence for each range of widths: a CSV and a line of code.
 
 At every width, the available kernels take turns forward and backward over depth and over time, by the rules of the
-other benchmarks. A wrong kernel is not timed. The geometric mean of both cases counts.
+other benchmarks. A wrong kernel is not timed. The geometric mean of both cases decides.
 """
 
 import argparse

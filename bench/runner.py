@@ -1,8 +1,8 @@
 """Runs the benchmarks: check every competitor against float64, warm up, interleave, print, append CSV rows.
 
-Only ratios measured side by side count, so the competitors take turns (A B C, A B C, ...). The report has the median,
-the spread (the interquartile range) and the best of each. Losing rows are printed like the others. Noisy rows are
-marked and have no ratios. A row faster than its floor, which is measured beside it, is an error and not a result.
+Only ratios measured side by side are meaningful, so the competitors take turns (A B C, A B C, ...). The report has the
+median, the spread (the interquartile range) and the best of each. Losing rows are printed like the others. Noisy rows
+are marked and have no ratios. A row faster than its floor, which is measured beside it, is an error and not a result.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Bytes of the accumulator that one program holds of a row: 16 warps x 32 threads x 8 lanes of 4 bytes.
 ROW_BYTES = 16384
-# Short rows share a program: 1024 elements are 8 per thread of 4 warps, which are 16-byte loads in 16 bits.
+# Short rows share a program: 1024 elements are 8 per thread of 4 warps, a 16-byte load of 16-bit numbers.
 LEAST_ELEMENTS = 1024
 # Neighbouring lanes of one thread, and the lanes of a warp.
 GROUP = 8

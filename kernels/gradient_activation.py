@@ -1,22 +1,22 @@
 """Activated gradients (GAF) over a list of tensors, in place or inside the steps of SGD and AdamW, in Triton.
 
 arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|).  M. Liu, L. Chen, X. Du,
-L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228. The steps are
-torch.optim's. The approximations are our own.
+L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228. The update rules are
+those of torch.optim. The polynomials for atan, tanh and log are our own.
 
-Cost per element of f: 2 * itemsize bytes (one read, one write) and, counted in the sm_90 code, 34 / 28 / 40
-instructions for arctan / tanh / log in float32, 1.5 more in 16 bits, 67 / 87 / 75 in float64. An H200 issues 33 T
-instructions a second and copies 4.3 TB/s, 0.54 T elements of 4 bytes: bound by memory in float32 and float64; in 16
-bits the two bounds meet. A step also reads and writes everything once: 5 accesses for SGD with momentum, 7 for AdamW, 9
-with amsgrad.
+Cost of one of these functions, f, per element: 2 * itemsize bytes (one read, one write), and 34 / 28 / 40 instructions
+for arctan / tanh / log in float32, 1.5 more for 16-bit numbers, 67 / 87 / 75 in float64 (counted in the sm_90 code). An
+H200 issues 33 T instructions/s and copies 4.3 TB/s, or 0.54 T 4-byte elements/s. So f is bound by memory in float32 and
+float64; for 16-bit numbers the two bounds meet. A whole step of SGD with momentum accesses memory 5 times per element
+(each array is read and written at most once), AdamW 7 times, 9 with amsgrad.
 
 Launches: tensors that are neighbours in memory, as the views of one flat buffer are, form one run. If there are more
 than a few runs, their addresses go to the GPU in a table, and runs of similar size share a launch. A CUDA graph cannot
 record the copy of the table; while a graph is recorded, every run has its own launch.
 
-Accuracy of f: the largest error of f / alpha over all arguments, in units in the last place, with correctly rounded
-basic operations: arctan 1.4, tanh 2.0, log 1.1 in float32, each 1.4 in float64. On CUDA the approximate float32
-division and exponential add at most 2 for arctan, 2.5 for tanh, 0.5 for log. The accuracy is relative everywhere:
+Accuracy: with correctly rounded basic operations, the error of f / alpha over all arguments is at most 1.4 (arctan),
+2.0 (tanh) and 1.1 (log) units in the last place in float32, and 1.4 each in float64. On CUDA the approximate float32
+division and exponential add at most 2 for arctan, 2.5 for tanh, 0.5 for log. The relative error is as small near 0:
 f(1e-20) is 1e-20 alpha beta.
 """
 
@@ -30,10 +30,10 @@ from torch import Tensor
 
 from lcw_ops.kernels.common import computed_in, polynomial
 
-# Elements per program: 8 per thread of 4 warps, which are one 16-byte load in 16 bits and two in float32.
+# Elements per program: 4 warps with 8 elements per thread, one 16-byte load of 16-bit numbers or two of float32.
 BLOCK = 1024
 NUM_WARPS = 4
-# AdamW's five arrays take twice the registers that four warps have without spilling.
+# AdamW's five arrays need twice as many registers as four warps have; with four, some would spill to memory.
 ADAMW_WARPS = 8
 
 # Above this number, launches cost more than the table of addresses, which is built in Python and copied to the GPU.
@@ -49,7 +49,7 @@ _PI_2_LOW_64 = tl.constexpr(6.123233995736766e-17)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG_SCALE = tl.constexpr(2.0**64)
 
-# Chebyshev interpolation of q, highest power first, so that its own error stays below 0.1 ulp of the result:
+# q by Chebyshev interpolation, highest power first. The error of q stays below 0.1 ulp of the result:
 #   atan(t) = t + t z q(z), z = t^2 in [0, 1];  tanh(t) = t + t z q(z), z in [0, 0.5625^2];
 #   ln((1 + s) / (1 - s)) = 2 s + s z q(z), z = s^2 in [0, 0.04].
 # fmt: off
@@ -79,10 +79,10 @@ _LOG_64 = tl.constexpr((
 
 
 def gradient_activation(gradient: Tensor, kind: str, alpha: float, beta: float) -> None:
-    """Overwrite ``gradient``, any shape, dense in memory (no gaps, no overlap; any order of dimensions).
+    """Apply f to ``gradient`` in place. Any shape, dense in memory (no gaps, no overlap; any order of dimensions).
 
-    float32, bfloat16 and float16 are computed in float32, float64 in float64. NaN stays NaN, +-inf becomes +-the bound
-    (log: +-inf). Does not check its arguments.
+    float32, bfloat16 and float16 are computed in float32, float64 in float64. NaN stays NaN, and +-inf becomes f's
+    limit (log: +-inf). Does not check its arguments.
     """
     gradient_activation_many([gradient], kind, alpha, beta)
 
@@ -108,7 +108,7 @@ def sgd_step(
     alpha: float,
     beta: float,
 ) -> None:
-    """One step of SGD, in place; ``grads`` are only read. ``is_first``: the buffers hold no numbers yet.
+    """One step of SGD, in place; ``grads`` are only read. ``is_first``: the buffers are uninitialised.
 
     All tensors are dense and on one device. A gradient and a buffer have the dtype, shape and strides of their
     parameter. ``momentum_buffers`` is empty if ``momentum`` is 0. Does not check its arguments.
@@ -154,7 +154,7 @@ def adamw_step(
     numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, alpha, beta)
     flags = {"KIND": kind, "AMSGRAD": amsgrad, "MAXIMIZE": maximize, "num_warps": ADAMW_WARPS}
     maxima = max_exp_avg_sqs if amsgrad else exp_avg_sqs
-    # Reading a counter on a GPU would wait for the GPU: there its address is the key.
+    # Group the tensors by step count. Reading a counter on a GPU would wait for it, so its address replaces the count.
     counts = [step.data_ptr() if step.is_cuda else step.item() for step in state_steps]
     corrections = _bias_corrections(state_steps, lr, beta1, beta2).to(params[0].device)
     lists = [params, grads, exp_avgs, exp_avg_sqs, maxima]
@@ -338,7 +338,7 @@ def _sgd_block(
     IS_FIRST: tl.constexpr,
     ON_MOMENTUM: tl.constexpr,
 ):
-    """d = f(g) + wd w, v = mu v + (1 - dampening) d, w -= lr v; on the momentum d = g + wd w, w -= lr f(v)."""
+    """d = f(g) + wd w, v = mu v + (1 - dampening) d, w -= lr v; ON_MOMENTUM: d = g + wd w, w -= lr f(v)."""
     element: tl.constexpr = params.dtype.element_ty
     dtype: tl.constexpr = computed_in(element)
     w = tl.load(params, mask=inside).to(dtype)
@@ -464,7 +464,7 @@ def _number(value, dtype: tl.constexpr):
 
 @triton.jit
 def _pointer(entry, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in an entry of the table. Unlike for an argument, the compiler must be told that it is aligned."""
+    """The address in an entry of the table. Triton sees the alignment of arguments, but not of a loaded address."""
     pointer = tl.load(entry).to(dtype)
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -505,7 +505,7 @@ def _tanh(x):
     z = x * x
     q = polynomial(z, _TANH_64) if x.dtype == tl.float64 else polynomial(z, _TANH_32)
     series = x + x * (z * q)
-    # An exponential that overflows gives 1 - 2 / inf = 1, the bound.
+    # An exponential that overflows gives 1 - 2 / inf = 1, the limit.
     right = 1 - 2 / (tl.exp(2 * magnitude) + 1)
     return tl.where(magnitude > _TANH_SERIES_END, tl.where(x > 0, right, -right), series)
 
@@ -514,10 +514,10 @@ def _tanh(x):
 def _signed_log1p(x):
     """With 2^k u = 1 + |x|, u in [0.75, 1.5), and f = u - 1: ln(1 + |x|) = k ln 2 + ln(1 + f).
 
-    f is formed as |x| 2^-k + (2^-k - 1), whose terms are exact: a tiny |x| never meets the rounding of 1 + |x|.
+    f is formed as |x| 2^-k + (2^-k - 1), whose terms are exact, so a tiny |x| is not lost in rounding 1 + |x|.
     """
     magnitude = tl.abs(x)
-    # Near the end of the range 2^-k would be subnormal; the 1 is far below the last place there.
+    # For the largest |x|, 2^-k would be subnormal. There the 1 in 1 + |x| is far below an ulp of |x|, and is dropped.
     huge = magnitude > _LOG_SCALE
     scaled = tl.where(huge, magnitude * (1 / _LOG_SCALE), magnitude)
     one = tl.where(huge, tl.full((), 0.0, x.dtype), tl.full((), 1.0, x.dtype))

@@ -3,8 +3,8 @@
     direction:   u_k = P_k cos t_k (k < m),  u_m = P_m,  P_k = prod_{i<k} sin t_i
     backward:    T_m = g_m,  T_k = cos t_k g_k + sin t_k T_{k+1},  dL/dt_k = P_k (cos t_k T_{k+1} - sin t_k g_k)
     layer:       y = r act(x u^T + lambda)
-    W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the backward without divisions is ours. Notation of
-    lcw_ops/reference.
+    W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the backward without divisions is ours. g is the
+    gradient of u; P_k and T_k are running products and sums. The notation is that of lcw_ops/reference.
 
 Cost of the direction: 2 itemsize bytes an element; about 25 instructions for sine and cosine, and a running product by
 associative scan over one number per 8 columns, so that threads exchange little: 56 instructions an element in all.
@@ -13,10 +13,10 @@ angles of long rows twice (the second time from the second-level cache) and take
 At 69 registers and 16 warps a multiprocessor holds one program, which hides less latency.
 
 Cost of a layer of M <= FUSED_ROWS samples: the angles are read once and the directions exist in registers alone; the
-product takes 2 M n m operations. M = 32, 4096 x 4096 float32: 32 us of instructions beside 16 us of memory (8 us in 16
-bits). If there are too few units to fill the multiprocessors, the columns are split among programs. Each program
-computes as if the product of sines began with its columns; a second kernel multiplies every part by the product of
-sines before it and adds the parts in order, without atomics. Larger M: one direction pass, torch's matmul with the
+product takes 2 M n m operations. M = 32, 4096 x 4096 float32: 32 us of instructions beside 16 us of memory (8 us for
+16-bit angles). If there are too few units to fill the multiprocessors, the columns are split among programs. Each
+program computes as if the product of sines began with its columns; a second kernel multiplies every part by the product
+of sines before it and adds the parts in order, without atomics. Larger M: one direction pass, torch's matmul with the
 location, and a pass over its result for ReLU and scale, of 2 or 3 itemsize bytes an output, because torch's matmul
 cannot apply a scale after a ReLU. All figures are predicted from compiled code, not measured: no GPU has run this yet.
 """

@@ -2,7 +2,8 @@
 
     centred:  w = u - mean(u)                  basis:  w = B v:  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s
     linear:   y = x V^T - q(x) S^T + b,  S the row sums of V;  q(x) = mean(x) or sum_{j<m} x_j / (s (s+1)) + x_m / s
-    T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; B is Householder's, s = sqrt(m). Notation of lcw_ops/reference.
+    T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; B is Householder's, S = sum(v), s = sqrt(m).
+    The notation is that of lcw_ops/reference.
 
 Cost of the weight kernels: 2 itemsize bytes an element (a row longer than BLOCK lanes is read twice, the second time
 from the second-level cache) and 4 operations: bound by memory.
@@ -13,12 +14,12 @@ the second-level cache. The product takes 2 M n m operations; every element of W
 bound by memory. In float32 they bring 1.1 T elements, beside 33 T multiply-adds a second: bound by memory up to about
 M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
 kernel adds their sums in order, without atomics. Predicted, not measured: no GPU has run this yet.
-Rows of W whose length is not a multiple of 16 (with a basis, whenever the length of x's rows is one) are loaded element
-by element, and in 16 bits not ahead of their use: asynchronous copies have at least 4 bytes.
+Rows of W whose length is not a multiple of 16 are loaded element by element. (With a basis they are one shorter than
+x's rows.) 16-bit elements are then not loaded ahead of their use: asynchronous copies have at least 4 bytes.
 
 The price of large means. <V, x> - q S is a difference of sums that grow with mean(x) mean(V). In exact arithmetic it
 does not change if a constant is subtracted from a row of x or of V and q and S are changed with it.
-16 bits: no constant is subtracted. Products of 16-bit numbers are exact in float32, and so is nearly every bit of their
+16-bit numbers: no constant is subtracted. Their products are exact in float32, and so is nearly every bit of the
 sums: the cancellation costs 2^-24 of |x| |V|. Eager torch rounds the centred weight to 16 bits and loses 2^-9 (2^-12)
 of |x| |V| before anything cancels. Moreover, x minus a constant would no longer fit the tensor core's 16 bits.
 float32 and float64: eager's own rounding is as fine as ours. Centring W alone leaves mean(x) in every product, centring

@@ -1,7 +1,9 @@
 """The orthogonal-filter recurrence: all layers in one launch, and the gradients in one launch per segment, in Triton.
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
-    P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
+    P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
+
+A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
 
 Cost per layer and program, a tile of R rows: N^2 weights read (through the second-level cache, because every program
 reads them), 4 R N^2 operations forward (2 R N^2 with a permutation), twice that and 2 R N^2 for dW backward. Layers
@@ -198,7 +200,7 @@ class _ParameterGradient:
             self._gradient = parameter.new_empty(parameter.shape) if rows else parameter.new_zeros(parameter.shape)
 
     def add_products(self, first: int, delta: Tensor, states: Tensor) -> None:
-        """dW_l = P_l^T H_{l-1}, in TF32 only if the user lets torch's matmul use it.
+        """dW_l = P_l^T h_{l-1}, in TF32 only if the user lets torch's matmul use it.
 
         The gradient of a shared W is summed over the layers in float64: one product over all rows has twice the error.
         """

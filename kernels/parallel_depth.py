@@ -1,18 +1,18 @@
-"""The recurrence in parallel over depth, in Triton: the parts of a Picard sweep beside its batched matmul.
+"""The recurrence in parallel over depth, in Triton: a Picard sweep, except for its batched matmul.
 
-    h_l = alpha_l O h_{l-1} + beta_l act(P_l + b_l + u_l), P_l given; the adjoint likewise from the other end
+    h_l = alpha_l O h_{l-1} + beta_l act(P_l + b_l + u_l), with P_l = W_l h_{l-1} of the last sweep
 
-A scan in chunks of C layers takes three launches. The first computes the end of every chunk as if it began with 0. The
-second carries through these ends, c_{k+1} = (alpha ... alpha) O^C c_k + end_k. The third runs every chunk again from
-its carry, stores the states and compares them with the old ones. Notation of lcw_ops/reference/parallel_depth.py; the
-chunked scan is a textbook method.
+The adjoint has the same form, from the other end. A scan in chunks of C layers takes three launches. The first computes
+the end of every chunk as if it began with 0. The second carries through these ends: c_{k+1} = end_k + (alpha ... alpha)
+O^C c_k. The third runs every chunk again from its carry, stores the states and compares them with the old ones. The
+notation is that of lcw_ops/reference/parallel_depth.py; the chunked scan is a textbook method.
 
 Cost per element in float32: 16 bytes forward (P twice, the old state, the new one), 8 more for u; adjoint 16, 8 more
 each for the gradient from outside and for slope with scaled; 32 / C for the ends. If the rows alone fill the GPU, there
 is one chunk, and P is read once. Instructions in the sm_90 code at N = 64, tanh, bias and u, per warp and layer of 4
-rows: 390 and 527 with a permutation, 300 of each for tanh. At L = 50,000, M = 128, N = 64 on an H200 (4.3 TB/s, 0.92 T
-warp instructions a second) that is 1.5 ms of memory beside 1.6 ms of instructions. Predicted, not measured: no GPU has
-run this yet.
+rows: 390 (first launch) and 527 (third) with a permutation, of which tanh takes 300 each. At L = 50,000, M = 128, N =
+64 on an H200 (4.3 TB/s, 0.92 T warp instructions a second) that is 1.5 ms of memory beside 1.6 ms of instructions.
+Predicted, not measured: no GPU has run this yet.
 
 A warp holds 4 rows of 64 units and waits for no other warp. Its residual is one reduction over the warp, by the bits of
 the magnitudes. A permutation moves no numbers: a lane follows its unit through the table of the inverse, whose loads

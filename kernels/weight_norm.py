@@ -2,7 +2,7 @@
 
     normalised:  w = s v / ||v||        ds = <g, v / ||v||>,  dv = s (g - ds v / ||v||) / ||v||
     layer:       y = x w^T + b
-    T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. Notation of lcw_ops/reference.
+    T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. g is the gradient of w.
 
 Lengths: a row is scaled by a power of 2 near its largest element, so that no square overflows or underflows.
 

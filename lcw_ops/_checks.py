@@ -72,7 +72,7 @@ def check_devices(function: str, **tensors: Tensor | None) -> None:
 def check_shape(function: str, argument: str, tensor: Tensor, right: bool, expected: str, remedy: str = "") -> None:
     """ValueError with the tensor's shape and the expected one, unless `right`.
 
-    torch.compile recompiles for every size that appears in a text. If `expected` contains a size, call this only for a
+    torch.compile recompiles for every size in a formatted string. If `expected` contains a size, call this only for a
     wrong shape.
     """
     if not right:

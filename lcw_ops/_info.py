@@ -107,7 +107,7 @@ def _shared_errors(device: torch.device) -> dict[str, list[str]]:
     for op in backends.IMPLEMENTED:
         error = _op_report(op, device)["error"]
         if error is not None:
-            # Most errors begin with the op.
+            # Most errors begin with the op's name.
             ops.setdefault(error.removeprefix(f"{op}: "), []).append(op)
     return {error: names for error, names in ops.items() if len(names) > 1}
 

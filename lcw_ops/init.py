@@ -1,7 +1,8 @@
 """Initialisers in the manner of torch.nn.init: they fill tensors in place, under no_grad, and return them.
 
-lcw_: m sv^2 = s^2 / Var f(sZ) (Kutsuna 2019; scale derived).  lps_, lps_model_: Chen, Hao, He 2022 (rules derived).
-gmp_: the angles of uniform weights (Chen, Ge 2024, the authors' code).
+lcw_: weights N(0, sv^2) with m sv^2 = s^2 / Var f(s Z), for fan-in m, activation f, deviation s and Z ~ N(0, 1)
+(Kutsuna 2019; scale derived). lps_, lps_model_: Chen, Hao, He 2022 (rules derived). gmp_: the angles of uniform weights
+(Chen, Ge 2024, the authors' code).
 """
 
 import math
@@ -45,9 +46,10 @@ def lcw_(
     basis: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill an LCW parameter with N(0, sv^2), m sv^2 = s^2 / Var f(sZ): pre-activations keep their deviation s.
+    """Fill an LCW parameter with N(0, sv^2), so that the standard deviation s of pre-activations stays the same.
 
-    The bias of an LCW layer starts at 0.
+    m sv^2 = s^2 / Var f(s Z), with the previous layer's activation f and Z ~ N(0, 1). The bias of an LCW layer starts
+    at 0.
 
     Args:
         weight: (n, m, *k), or (n, m-1) with basis; m is the fan-in of the constrained weight.
@@ -64,7 +66,7 @@ def lcw_(
         TypeError: a dtype that is not floating.
         ValueError: an unknown activation, a std outside [1e-4, 100], or a rank below 2 (basis: other than 2).
 
-    Source: derived here, not in the paper: E z^2 = m sv^2 V(a) holds exactly for both parametrizations.
+    Source: derived here, not in the paper: for inputs a, E z^2 = m sv^2 Var(a) exactly in both parametrizations.
     """
     accumulation_dtype("lcw_", weight=weight)
     right, expected = (weight.dim() == 2, "(n, m-1)") if basis else (weight.dim() >= 2, "(n, m, *k)")
@@ -87,7 +89,7 @@ def lps_(
 ) -> tuple[Tensor, Tensor | None]:
     """Fill weight and bias of a linear or convolution layer as one group.
 
-    joint: iid N(0, s^2), s^2 = 1 / (m q + 1), q = E a^2, so E z^2 = 1.
+    joint: iid N(0, s^2), s^2 = 1 / (m q + 1), where q = E a^2 over inputs a, so pre-activations z have E z^2 = 1.
     heavy_tail: the same group with a clipped Cauchy scale per unit.
     anchored: every unit's zero set passes through an input. On real inputs this rule alone keeps far more ReLUs alive
     than He's; on drawn inputs hardly more.
@@ -107,8 +109,8 @@ def lps_(
 
     Raises:
         TypeError: dtypes that are not floating or differ.
-        ValueError: an unknown rule or activation, a degree below 1, shapes that do not fit, anchored without a bias, or
-            samples with another rule.
+        ValueError: an unknown rule or activation, a degree below 1, shapes other than those above, anchored without a
+            bias, or samples with another rule.
 
     Source: the rules are derived in lcw_ops.reference.lps. We do not know the paper's printed constants.
     """
@@ -245,7 +247,7 @@ def gmp_(
 
     Raises:
         TypeError: dtypes that are not floating or differ.
-        ValueError: shapes that do not fit, or out_features below 1.
+        ValueError: shapes other than those above, or out_features below 1.
 
     Source: the authors' code, but with the sign of W's last column kept.
     """

@@ -1,9 +1,9 @@
 """Mutation check: do the quick tests notice a wrong line? ``python tests/mutation.py --lines 60`` (hours).
 
-On every floor this draws lines by a seed and changes one thing on each (a sign, an index, a mask, a stride, a scale, a
-comparison, a cache's key). It then runs the quick tests of that module until one fails. It works on a copy of the tree,
-so the checkout never changes. A test that fails on the unchanged copy too is not a proof; such lines are reported as
-"unclear".
+On every floor this program draws lines by a seed and changes one thing on each (a sign, an index, a mask, a stride, a
+scale, a comparison, a cache's key). It then runs the quick tests of that module until one fails. It works on a copy of
+the tree, so the checkout never changes. A test that fails on the unchanged copy too is not a proof; such lines are
+reported as "unclear".
 
     --floor functional     this floor alone; may be repeated. "csrc" rebuilds the CPU extension for every line
     --seed 1               other lines

@@ -1,7 +1,7 @@
 """The SGD and AdamW steps with the activation inside, against numpy in higher precision, on every backend.
 
-float32 and float64 run 20 steps, judged within twice eager's error (tests/support/numerics.py). In 16 bits every step
-is judged alone: it writes the exact result of its inputs, rounded once.
+float32 and float64 run 20 steps, judged within twice eager's error (tests/support/numerics.py). In bfloat16 and
+float16 every step is judged alone: it writes the exact result of its inputs, rounded once.
 """
 
 import itertools

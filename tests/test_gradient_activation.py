@@ -171,7 +171,7 @@ def test_sgd_with_f_the_identity_is_torchs_sgd(place):
         theirs.grad = normal(20, seed=step)
         optimizer.step()
         w, buffer = sgd_step(w, theirs.grad, buffer, 0.1, 0.9, 0.01, place, **PLAIN)
-    # 30 steps of a few roundings each on numbers of size 1 to 10.
+    # 30 steps with a few roundings each; the numbers are between 1 and 10.
     torch.testing.assert_close(w, theirs.detach(), atol=30 * 10 * 4 * EPS, rtol=0)
 
 

@@ -86,7 +86,7 @@ def test_every_number_of_16_bits_is_rounded_once(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_no_ordinary_number(kind, dtype):
-    """At every place in a vector, NaN of either sign stays NaN, an infinity becomes the bound, zero keeps its sign."""
+    """At every place in a vector, NaN of either sign stays NaN, an infinity becomes f's limit, zero keeps its sign."""
     values = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=dtype)
     bound = torch.tensor(BOUND[kind], dtype=torch.float64).to(dtype)
     for shift in range(17):

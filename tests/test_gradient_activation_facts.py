@@ -1,8 +1,9 @@
 """Facts about descent with activated gradients: how far a step may go, where it leads, and its equivalents.
 
-With K = alpha beta, the slope at 0: F falls for rates below 2 / (L K); a coordinate moves by at most the rate times the
-bound of f; near a stationary point it is plain descent at the rate times K. So the plain optimizer at that rate stands
-beside every figure here: an effect that it shares is not a merit of the activation. All facts are derived.
+With K = alpha beta, the slope of f at 0, and L the Lipschitz constant of the objective F's gradient: F falls for rates
+below 2 / (L K); a coordinate moves by at most the rate times the bound of f; near a stationary point it is plain
+descent at the rate times K. So the plain optimizer at that rate stands beside every figure here: an effect that it
+shares is not a merit of the activation. All facts are derived.
 """
 
 import functools

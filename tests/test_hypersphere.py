@@ -59,7 +59,7 @@ def test_directions_have_length_1(m):
 @pytest.mark.parametrize("m", [2, 3, 7, 1152])
 def test_angles_and_direction_are_inverse(m):
     w = normal(20, m)
-    # Components of size 1/sqrt(m) carry sqrt(m) random roundings: one eps. The largest of 20 m is within 4.
+    # Components of about 1/sqrt(m) have sqrt(m) random roundings, one eps in all. The largest of 20 m is within 4 eps.
     assert (hypersphere_direction(hypersphere_angles(w)) - unit(w)).abs().max() <= 4 * EPS
 
 
@@ -155,7 +155,7 @@ def test_backward_recurrence_is_the_vector_jacobian_product(m):
     t = hypersphere_angles(normal(6, m)).requires_grad_()
     g = normal(6, m, seed=1)
     (autograd,) = torch.autograd.grad((hypersphere_direction(t) * g).sum(), t)
-    # Measured: 9e-16. T_1 = <g, u> is of size 1 and the sums of sqrt(m) size carry log2(m) roundings.
+    # Measured: 9e-16. T_1 = <g, u> is about 1, and the sums, about sqrt(m), have log2(m) roundings.
     torch.testing.assert_close(hypersphere_direction_backward(g, t), autograd, atol=32 * EPS, rtol=0)
 
 

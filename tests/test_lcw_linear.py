@@ -143,7 +143,7 @@ def test_both_forms_train_alike_under_sgd_but_not_under_adam(optimizer_class, op
     v = u @ lcw_basis(9)
     basis = train_50_steps(v, lambda v: lcw_weight(v, basis=True), optimizer_class, **options)
     difference = (centred - basis).abs().max()
-    # 50 steps, each a rounding of eps for weights of size 1: a walk of 7 eps, all in one direction 50 eps.
+    # Each of 50 steps rounds weights of about 1 by eps: 7 eps in a random walk, 50 eps if all have one direction.
     assert difference < 50 * EPS if equal else difference > 1e-2
 
 

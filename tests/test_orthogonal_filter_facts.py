@@ -1,7 +1,8 @@
 """Facts about the recurrence in closed form: bounds on states, gradients and singular values.
 
 A. Ceni, arXiv 2210.01245, proves bounds of this kind. These constants are ours: with s = Lip(act) max ||W_l||_2, one
-layer's singular values lie in [alpha - beta s, alpha + beta s], and those of L layers in the L-th powers of that.
+layer's singular values lie in [alpha - beta s, alpha + beta s], and those of L layers between the L-th powers of these
+bounds.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""Files that users hold still load: the modules, optimizers and results that an earlier version pickled.
+"""Users' old files still load: the modules, optimizers and results that an earlier version pickled.
 
 tests/pickles/make.py wrote them once. A pickle names each class by the module that defines it, so these tests fail if a
-class moves and its old place no longer leads to it.
+class moves and its old module no longer exports it.
 """
 
 import importlib
@@ -20,7 +20,7 @@ RESULTS = torch.load(make.RESULTS, weights_only=True)
 MODULES = sorted(path.stem for path in make.HERE.glob("*.pt") if path != make.RESULTS)
 OPTIMIZERS = sorted(name for name, result in RESULTS.items() if "parameters" in result)
 
-# Float64 roundings, forward only: sums of at most 50 terms in each of at most 9 layers.
+# The most roundings in a forward pass: sums of at most 50 terms in each of at most 9 layers.
 ROUNDINGS = 50 * 9
 
 
@@ -73,7 +73,7 @@ def test_names_in_the_file_lead_to_the_class_of_today(path):
 def test_module_gives_the_stored_result(name):
     result, module = RESULTS[name], load(name)
     assert_as_exact_as_eager(name, make.apply(load(name), result["x"]), result["eager"], result["exact"])
-    # In float64 the stored numbers are compared in all of their digits.
+    # In float64 only the roundings of a forward pass may differ from the stored numbers.
     exact = make.apply(module.double(), result["x"].double())
     allowed = ROUNDINGS * torch.finfo(torch.float64).eps * result["exact"].abs().max()
     assert (exact - result["exact"]).abs().max() <= allowed
@@ -84,7 +84,7 @@ def test_module_can_be_saved_again(name, tmp_path):
     result, module = RESULTS[name], load(name)
     torch.save(module, tmp_path / "again.pt")
     again = torch.load(tmp_path / "again.pt", weights_only=False)
-    # Every recorded graph has a class of its own.
+    # Every torch.fx.GraphModule has its own class.
     assert type(again) is type(module) or isinstance(module, torch.fx.GraphModule)
     assert torch.equal(make.apply(again, result["x"]), make.apply(load(name), result["x"]))
 
@@ -93,7 +93,7 @@ def test_module_can_be_saved_again(name, tmp_path):
 def test_optimizer_continues_from_its_state(name):
     parameters = make.next_step(load(name))
     for parameter, expected in zip(parameters, RESULTS[name]["parameters"], strict=True):
-        # A step is about a dozen roundings, none of a larger number than the parameter, whose entries are of one size.
+        # A step rounds about 12 times, no number larger than the parameter, whose entries have similar sizes.
         allowed = 12 * torch.finfo(torch.float32).eps * expected.abs().max()
         assert (parameter - expected).abs().max() <= allowed
 
@@ -165,7 +165,7 @@ def test_train_continues_from_the_checkpoint(tmp_path):
     shutil.copytree(make.HERE / "train", tmp_path / "train")
     assert make.train(tmp_path / "train", tmp_path / "train" / "data.npz", make.TRAIN_STEPS[1], "--resume") == 0
     losses = make.losses_of(tmp_path / "train")
-    # Losses are of size 1. The first new one depends on the restored weights, the second one on Adam's moments too. A
+    # Losses are about 1. The first new one depends on the restored weights, the second one on Adam's moments too. A
     # rounding changes a step most where the gradient is small, and there the step matters least to the loss, so a
     # hundred roundings are plenty.
     expected = pytest.approx(RESULTS["train"]["losses"], rel=0, abs=100 * torch.finfo(torch.float32).eps)

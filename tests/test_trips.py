@@ -1,4 +1,4 @@
-"""The trip of one call: how many functions of this package it runs through, and how often the file changes."""
+"""How far one call travels: how many functions of this package it runs, and how often it changes the file."""
 
 import sys
 import threading

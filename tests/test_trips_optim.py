@@ -1,4 +1,4 @@
-"""The trip of one optimizer step: Python calls of this package, and changes from one of its files to another.
+"""How far one optimizer step travels: Python calls of this package, and changes from one of its files to another.
 
 Calls and returns both count as changes. Before Python 3.12 a comprehension is a call too. The first two steps make the
 states and check everything; the limits apply to the steps after them.

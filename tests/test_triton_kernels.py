@@ -1,7 +1,8 @@
 """Every Triton kernel, compiled ahead of time without a GPU: compiled code must not spill, and its memory must fit.
 
-A stem of kernels/ joins by a file of its name in tests/aot/. Its numbers are tested by tests/test_triton_<stem>.py, on
-a GPU or in Triton's interpreter. Registers, shared memory and spills are printed (pytest -s, or -rP).
+A new file in kernels/ needs a file of the same name in tests/aot/, which lists its variants. Its results are tested by
+tests/test_triton_<stem>.py, on a GPU or in Triton's interpreter. Registers, shared memory and spills are printed
+(pytest -s, or -rP).
 """
 
 import importlib

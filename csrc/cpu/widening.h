@@ -1,4 +1,4 @@
-// Tensors of any floating dtype, read and written in the type that they are computed in: float32 for 16 bits.
+// Tensors of any floating dtype, read and written in the type that they are computed in: float32 for 16-bit ones.
 #pragma once
 
 #include <algorithm>

@@ -6,13 +6,13 @@
 //   AdamW   g' = f(g),  w <- (1 - lr wd) w,  m <- m + (1 - b1) (g' - m),  v <- b2 v + (1 - b2) g'^2,
 //           w <- w - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 // M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
-// 2107.04228; the steps are torch.optim's.
+// 2107.04228; the update rules are those of torch.optim.
 //
 // Cost: every byte is read and written once. An element of 4 bytes moves 8 bytes for f, 20 for SGD with momentum, 28
 // for AdamW (36 with amsgrad). Counted in the sm_90a code, it takes 23 / 20 / 37 instructions for arctan / tanh / log,
 // and with arctan 70 for SGD (f at both places, of which one runs) and 82 for AdamW. An H200 issues 33 T instructions a
-// second and copies 4.3 TB/s, so it has time for 61, 153 and 215 per element: memory bound. In 16 bits it has time for
-// half as many, and f takes 27 / 23 / 41.
+// second and copies 4.3 TB/s, so it has time for 61, 153 and 215 per element: bound by memory. For 16-bit
+// numbers it has time for half as many, and f takes 27 / 23 / 41.
 //
 // A list is one index space, cut into blocks of equal work that find their tensor by bisection. Addresses and sizes are
 // in the launch's arguments, so nothing is copied to the GPU first and a CUDA graph can record it. As with any graph,
@@ -21,7 +21,7 @@
 //
 // f uses CUDA's own atan, tanh and log1p, whose errors are at most 2, 2 and 1 units in the last place in float32 (CUDA
 // C++ Programming Guide, mathematical functions) over the whole range. Multiplying by alpha and beta rounds too. NaN
-// stays NaN, an infinity becomes the bound. 16 bits are computed in float32 and rounded once.
+// stays NaN, and +-inf gives f's limit. 16-bit numbers are computed in float32 and rounded once.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

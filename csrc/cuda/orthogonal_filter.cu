@@ -1,7 +1,9 @@
 // The orthogonal-filter recurrence on NVIDIA GPUs: which of its kernels runs, and the two ops.
 //
 //   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
-//   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
+//   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
+//
+// A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
 //
 // _cluster.h: float32, N <= 512, sm_90 and later. _rows.h: everything else. _gradients.h: the sums that follow the
 // backward pass of both. Each file states its cost.

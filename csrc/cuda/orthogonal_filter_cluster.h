@@ -3,9 +3,9 @@
 //
 // Forward, a block multiplies its units' rows of O_l and W_l with the whole state. It sends the result to every block
 // of the cluster (distributed shared memory), which starts the next layer once all results have arrived. Backward, a
-// block multiplies G and P of its units with the same rows. Every block receives its units' share from all others and
-// adds the shares in the order of the ranks. So both directions read the same slice of the matrices, and no barrier
-// spans the cluster.
+// block multiplies G and P (see orthogonal_filter.cu) of its units with the same rows. Every block receives its units'
+// share from all others and adds the shares in the order of the ranks. So both directions read the same slice of the
+// matrices, and no barrier spans the cluster.
 // The slices pass through shared memory in chunks of columns, which the copy engine brings ahead of the current layer.
 // A matrix shared by all steps stays there for the whole sequence if it fits (N = 512: 64 KB of W and as much of O in
 // each of 16 blocks). One more warp only orders the copies.

@@ -1,10 +1,11 @@
-// Gradients of weight, bias and scales, once G and P of a segment are known: sums over samples, all in parallel.
+// Gradients of weight, bias and scales, from the gradients G_l of h_l and P_l of the pre-activation A_l in a segment.
 //
-//   dW_l = P_l^T H_{l-1}      db_l = sum_rows P_l      dalpha_l = <G_l, O h_{l-1}>      dbeta_l = <G_l, act(A_l)>
+//   dW_l = P_l^T h_{l-1}      db_l = sum_rows P_l      dalpha_l = <G_l, O h_{l-1}>      dbeta_l = <G_l, act(A_l)>
 //
-// Cost per layer: 2 M N^2 operations for dW in tiles of 64 x 64, M N numbers read (N / 64) times, N^2 written. Bound by
-// arithmetic. Chunks of 32 samples are summed in the state's type, the chunks in float64 (an addition for 32
-// multiply-adds), and the result is rounded once. No atomics: every sum has a fixed order.
+// All are sums over samples, and run in parallel. Cost per layer of M rows and width N: 2 M N^2 operations for dW in
+// tiles of 64 x 64, P and h (M N numbers each) read N / 64 times, N^2 numbers written. Bound by arithmetic. A chunk of
+// 32 samples is summed in the state's type, the chunk sums are added in float64 (an addition for 32 multiply-adds), and
+// the total is rounded at the end. No atomics: every sum has a fixed order.
 #pragma once
 
 #include "orthogonal_filter_common.h"
@@ -12,13 +13,13 @@
 namespace lcw_ops {
 
 constexpr int tile_size = 64;
-// 16 x 16 threads, each with 4 x 4 of the tile: a multiply-add reads half a number from shared memory.
+// 16 x 16 threads, each with 4 x 4 of the tile: 16 multiply-adds read 8 numbers from shared memory.
 constexpr int tile_side = 16, thread_tile = tile_size / tile_side;
 constexpr int tile_threads = tile_side * tile_side;
 constexpr int column_warps = 8;
 
-// Slice z of the segment's samples: one layer's samples if every layer has its weight, or a share of all samples, for a
-// partial sum, if all steps share the weight.
+// Each blockIdx.z takes a slice of the segment's samples. If every layer has its own weight, a slice is one layer's
+// samples. If all layers share one, a slice is a part of all samples and gives a partial sum.
 template <typename T, typename W>
 __global__ void __launch_bounds__(tile_threads)
     weight_gradients(const Backward<T> pass, int64_t slices, double* partials) {
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(tile_threads)
   }
 }
 
-// One layer's db: a lane per column, and the warps share the rows.
+// One layer's db. Each lane takes a column; the warps divide the rows among them.
 template <typename T>
 __global__ void __launch_bounds__(column_warps* warp_size) bias_gradients(const Backward<T> pass, double* partials) {
   const int64_t n = pass.recurrence.width, rows = pass.recurrence.rows;
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(column_warps* warp_size) bias_gradients(const 
   }
 }
 
-// Sums the rows of `filtered` and `activated`, which by now hold G_l * O h and G_l * act(A_l), a warp each.
+// Sums along each row of `filtered` and `activated`, which by now hold G_l * O h and G_l * act(A_l). A warp per row.
 template <typename T>
 __global__ void scale_products(const Backward<T> pass) {
   const int64_t n = pass.recurrence.width, rows = pass.recurrence.rows;
@@ -124,7 +125,8 @@ template <typename T, typename W>
 void launch_weight_gradients(const Backward<T>& pass, const Tensor& like) {
   const int64_t width = pass.recurrence.width, samples = pass.count * pass.recurrence.rows;
   const unsigned tiles = blocks_for(width, tile_size);
-  // A shared weight has enough shares of samples to fill the GPU, but none so small that adding them dominates.
+  // For a shared weight, cut the samples into enough slices to fill the GPU, but not so many that adding their sums
+  // dominates.
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, like.get_device_index());
   const int64_t shares = std::min<int64_t>(2 * processors / (tiles * tiles), samples / (4 * chunk_terms));
   const int64_t slices = pass.weight_sum ? std::max<int64_t>(shares, 1) : pass.count;

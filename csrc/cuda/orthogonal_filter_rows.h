@@ -1,5 +1,6 @@
 // The simplest correct kernels of the orthogonal-filter recurrence: one block carries one row of the batch through all
-// layers. They serve float64, GPUs without clusters and too wide nets, and the other kernels are tested against them.
+// layers. They serve float64, GPUs without clusters, and nets that are too wide for clusters. The other kernels are
+// tested against them.
 //
 // Cost per step and row, forward: 4 N^2 operations, O and W_l read from the second-level cache by every block. Bound by
 // the latency of one step (two reads of a matrix row, a reduction over a warp, two barriers), not by arithmetic.
@@ -12,7 +13,7 @@ namespace lcw_ops {
 // Enough warps to give every scheduler of a multiprocessor two, few enough that narrow nets do not idle.
 constexpr int block_threads = 256;
 
-// <row, state> by one warp, a 16-bit row widened as it is read; the result is valid in lane 0.
+// One warp computes <row, state>, widening a 16-bit row as it reads. The result is valid in lane 0.
 template <typename W, typename T>
 __device__ T warp_dot(const W* row, const T* state, int64_t n) {
   T sum = 0;

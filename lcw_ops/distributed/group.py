@@ -105,7 +105,7 @@ class Group:
             if high != low:
                 came, expected = f"is from ranks that differ in {name}", "the same call on every rank"
                 raise ValueError(describe(_OWNER, what, came, expected))
-        # Compare the norm relative to its size. The other two numbers are of size 1.
+        # Compare the norm relative to its size. The other two numbers are about 1.
         *apart, norms_apart = (high - low for high, low in zip(most[-3:], least[-3:], strict=True))
         has_16_bits = sample is not None and sample.itemsize == 2
         tolerance = _SKETCH_TOLERANCE_OF_16_BITS if has_16_bits else _SKETCH_TOLERANCE
@@ -184,7 +184,7 @@ def code(value: object) -> int:
 
 
 def _sketch(sample: Tensor) -> Tensor:
-    """Two numbers of size 1 and the norm. Different samples (M, N) rarely share them. 0 replaces non-finite ones."""
+    """Two numbers of about 1, and the norm. Different samples (M, N) rarely share them. 0 replaces non-finite ones."""
     numbers = sample.detach().double()
     phases = [torch.arange(size, dtype=torch.float64, device=sample.device) for size in numbers.shape]
     rows, units = (torch.stack((phase.cos(), phase.sin())) for phase in phases)

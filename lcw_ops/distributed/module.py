@@ -71,12 +71,12 @@ class DepthParallel(_OrthogonalFilter):
             filter per layer, alpha or beta that require a gradient, a window. In a call, on every rank: a shape, dtype,
             gradient mode, activation, tolerance or numbers that differ from the other ranks', anything that the plain
             module refuses, and data parallelism over ranks of this group. The first state and the output's gradient are
-            compared by their norm and two projections, so differences below 1e-3 of the whole (1e-2 in 16 bits) are not
-            noticed.
-        TypeError: at construction: another kind of module. In a call: dtypes that do not fit. When it is pickled.
+            compared by their norm and two projections, so differences below 1e-3 of the whole (1e-2 for 16-bit tensors)
+            are not noticed.
+        TypeError: at construction: another kind of module. In a call: dtypes that do not match. On pickling: always.
         RuntimeError: a rank stopped answering. With gloo the error comes within the group's timeout, raised from
-            gloo's own; with nccl torch's watchdog ends the process after the timeout instead. Or derivatives of second
-            order, which the plain module has.
+            gloo's own; with nccl torch's watchdog ends the process after the timeout instead. Also raised
+            for second derivatives, which only the plain module has.
 
     Source:
         Derived here, see recurrence.py beside this file and docs/parallel_depth.md.

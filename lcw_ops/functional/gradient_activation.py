@@ -19,8 +19,8 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
 
     arctan: ``alpha * atan(beta * g)``, tanh: ``alpha * tanh(beta * g)``, log: ``alpha * sign(g) * log1p(beta * |g|)``.
 
-    Call it once per step, on the accumulated, unscaled and clipped gradients. NaN stays NaN, but +-inf becomes +-the
-    bound (log: +-inf, also where beta * g overflows), so check for overflow before the call.
+    Call it once per step, on the accumulated, unscaled and clipped gradients. NaN stays NaN, but +-inf becomes the
+    function's limit (log: +-inf, also where beta * g overflows), so check for overflow before the call.
 
     Args:
         tensors: list or tuple of dense tensors, of any shapes, strides and devices, each float32, float64, bfloat16 or

@@ -19,10 +19,10 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     Args:
         angles: (n, m - 1), in radians, one row per unit; a filter is flattened to one row. float32, float64, bfloat16
             or float16; computed in float32 or wider and rounded once. Any size is valid, but in Triton angles of 2^52
-            and more give NaN: neighbouring floats are whole turns apart there.
+            and more give NaN, because neighbouring floats are whole turns apart.
 
     Returns:
-        (n, m), of the angles' dtype. Without angles (m = 1) nothing can carry a sign: the rows are (n, 1) ones.
+        (n, m), of the angles' dtype. For m = 1 there are no angles to hold a sign: the result is (n, 1) ones.
 
     Raises:
         TypeError: a dtype that is not floating, or a sparse or nested tensor.
@@ -55,7 +55,7 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
         weight: (n, m), m >= 1. float32, float64, bfloat16 or float16; rows of any length but 0, infinity and NaN.
 
     Returns:
-        (n, m - 1), in radians: in [0, pi], the last in [-pi, pi]. A derivative that does not exist is taken as 0.
+        (n, m - 1), in radians: in [0, pi], the last in [-pi, pi]. Where a derivative does not exist, it is taken as 0.
 
     Raises:
         TypeError: a dtype that is not floating, or a sparse or nested tensor.
@@ -75,19 +75,18 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
 def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, activation: str | None = None) -> Tensor:
     """A layer of units on the hypersphere: ``radius * act(x @ u.T + location)``, u = hypersphere_direction(angles).
 
-    The unit's boundary, where it begins to fire, is at the point -location * u. A step of the angles turns its
-    direction by at most the length of the step. For radius > 0 this is the plain layer of weight radius * u and bias
+    The unit's boundary, where it begins to fire, is at the point -location * u. A change of the angles turns its
+    direction by at most the change's norm. For radius > 0 this is the plain layer of weight radius * u and bias
     radius * location, with as many parameters.
 
     On a CPU a measurement decides which matmul runs, as in :func:`lcw_linear`. For few samples (up to 32 on a CPU, 64
     in Triton) directions are never written to memory.
 
     Args:
-        x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32. Where directions are kept,
-            for more samples than that, they and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers
-            would round them.
+        x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more samples than
+            that, directions and ``x @ u.T + location`` are rounded to x's dtype, as by torch's own layers.
         angles: (n, m - 1), in radians.
-        radius: (n,), of any sign; it acts after the activation.
+        radius: (n,), of any sign; it multiplies the activation's result.
         location: (n,).
         activation: None or "relu".
 
@@ -95,11 +94,11 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
         directions are computed in the angles' own dtype, then rounded.
 
     Returns:
-        (..., n), of x's dtype (under autocast: autocast's).
+        (..., n), in x's dtype or, under autocast, in autocast's.
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: an unknown activation, or shapes that do not fit.
+        ValueError: an unknown activation, or shapes other than those above.
 
     Source: as :func:`hypersphere_direction`.
     """

@@ -54,11 +54,11 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     """A linear layer whose rows sum to zero: ``x @ lcw_weight(weight, basis).T + bias``.
 
     A constant added to all features of a sample changes nothing. The constraint costs one pass over x or over the
-    weight, whichever is smaller: <B v, x> = <v, B^T x>. Rounding errors are therefore relative to |w| |x - mean(x)| or
-    to |w - mean(w)| |x|, those of x's gradient to |grad| |w| or to |grad| |w - mean(w)|. Under autocast the weight is
-    constrained, and rounded after that.
+    weight, whichever is smaller: <B v, x> = <v, B^T x>. If x is projected, rounding errors are relative to
+    |w| |x - mean(x)|, and those of x's gradient to |grad| |w|; if w is, to |w - mean(w)| |x| and |grad| |w - mean(w)|.
+    Under autocast the weight is constrained first and then rounded.
 
-    On a CPU our own kernels or torch's matmul do the product: whichever was faster when a layer of this size first ran.
+    On a CPU our own kernels or torch's matmul do the product, whichever was faster when a layer of this size first ran.
     The choices are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that later runs give the same bits.
     ``LCW_OPS_MATMUL=own`` or ``torch`` decides without a measurement. Under ``torch.use_deterministic_algorithms``
     nothing is measured: our kernels take up to 16 samples, torch's matmul takes more.
@@ -70,11 +70,11 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
         basis: whether to use the paper's parametrization, see :func:`lcw_weight`.
 
     Returns:
-        (..., n), of x's dtype (under autocast: autocast's).
+        (..., n), in x's dtype or, under autocast, in autocast's.
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: shapes that do not fit.
+        ValueError: shapes other than those above.
 
     Source: as :func:`lcw_weight`.
     """
@@ -115,7 +115,7 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     """The activation shift of every unit: its mean pre-activation, and the angle between weight and mean activation.
 
     With mu the mean sample: ``shift = w.mu + b = ||w|| ||mu|| cos(angle) + b``, angle in [0, pi]. The angle to a zero
-    vector is pi / 2, which means no shift. Differentiable, in plain torch on every device.
+    vector is pi / 2, which means no shift. The function is differentiable and runs in plain torch on every device.
 
     Args:
         x: (..., m), the samples; at least one.
@@ -127,7 +127,7 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices.
-        ValueError: shapes that do not fit, or no samples.
+        ValueError: shapes other than those above, or no samples.
 
     Source: as :func:`lcw_weight`.
     """

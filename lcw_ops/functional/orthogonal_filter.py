@@ -2,7 +2,7 @@
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245.
+O_l is the fixed filter, u_l an input. A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _NAME = "orthogonal_filter"
 _REQUIRED = ("h0", "weight", "filter")
 _TENSORS = (*_REQUIRED, "bias", "inputs")
 
-# torch.jit.trace records ten nodes per step: 256 steps load in seconds, 50,000 steps would take minutes.
+# torch.jit.trace records ten nodes per step: a trace of 256 steps loads in seconds, one of 50,000 would take minutes.
 _MOST_UNROLLED = 256
 
 
@@ -51,8 +51,8 @@ def orthogonal_filter(
         ``return_states``.
 
     Args:
-        h0: (M, N), the first state. Rows are samples. float32, float64, bfloat16 or float16. In 16 bits the state and
-            every accumulator are float32, and the result is rounded once.
+        h0: (M, N), the first state. Rows are samples. float32, float64, bfloat16 or float16. If h0 is 16-bit, the
+            state and every accumulator are float32, and the result is rounded once.
         weight: (L, N, N), one matrix per layer, (out, in) like ``nn.Linear``'s; or (N, N), shared by all steps.
         bias: (L, N), (N,) or None.
         filter: O, the fixed orthogonal filter, never trained: (N, N) or (L, N, N), in float32 (float64 if h0 is), or an
@@ -62,22 +62,23 @@ def orthogonal_filter(
         inputs: (T, M, N), added to the pre-activation of step t, or None.
         activation: "tanh", "relu", "sigmoid" or "identity".
         return_states: return all states (L+1, M, N), h0 first, instead of the last one (M, N). On a CPU, with one
-            weight for all steps, backward reads them: like ``nn.RNN``'s output on a GPU, they must not be changed in
-            place before it (torch raises an error).
+            weight for all steps, backward reads the returned states. If they are changed in place before backward,
+            torch raises an error, as for ``nn.RNN``'s output on a GPU.
         segment: keep every ``segment``-th state for the backward pass and recompute the others; default 128.
         solver: "sequential", layer by layer; "parallel", all layers of a window at once by Picard sweeps until they
             converge (all layers must share the filter); "auto", whichever was faster on this kind of machine in the
             measurements committed with the package, or sequential if there are none.
-        tolerance: for the parallel solver, the error of a state relative to its largest unit, as estimated from the
-            last two sweeps (a net can be constructed to deceive the estimate); default eps sqrt(L) / 8 of the
-            state's dtype, about the size of rounding errors.
-        window: for the parallel solver, the number of layers to solve at once. Between windows only the last state is
-            kept for backward, which solves for the others again. Default: as many as suit the device, with all states
-            kept, (L+1, M, N). Fewer than 8 layers are solved layer by layer.
+        tolerance: for the parallel solver, the largest error of a state, relative to its largest entry. It is
+            estimated from the last two sweeps (a net can be constructed to deceive the estimate). Default
+            eps sqrt(L) / 8 with the state dtype's eps, about the size of rounding errors.
+        window: for the parallel solver, the number of layers to solve at once. Only one state per window is then kept
+            for backward, which solves for the others again. By default the window suits the device, and all states
+            (L+1, M, N) are kept. Fewer than 8 layers are solved layer by layer.
 
-    The parallel solver halves a window that does not converge, for the rest of the call. In the end it continues
-    sequentially and warns (RuntimeWarning). It decides on the host, so CUDA graphs cannot capture it. Derivatives of
-    second order and in forward mode are computed layer by layer in plain torch. See docs/parallel_depth.md.
+    If a window does not converge, the parallel solver halves it and all later windows of the pass. Once they have fewer
+    than 8 layers, it continues sequentially. Either way it warns (RuntimeWarning). The host tests for convergence, so
+    CUDA graphs cannot capture this solver. Second-order and forward-mode derivatives are computed layer by layer in
+    plain torch. See docs/parallel_depth.md.
 
     Returns:
         (M, N), or (L+1, M, N) with ``return_states``, in h0's dtype.
@@ -85,10 +86,10 @@ def orthogonal_filter(
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation or solver, a filter that is not a
             permutation, a number alpha or beta that is not finite, segment or window < 1, tolerance <= 0; one filter
-            per layer with the parallel solver; tolerance or window without it. While exporting: a requested kernel and
-            arguments that require gradients, which the exported program would not have.
-        TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, except under autocast, where
-            16-bit arguments become float32, and tensors alpha and beta, which take the state's dtype.
+            per layer with the parallel solver; tolerance or window without it; exporting with a requested kernel while
+            arguments require gradients, because the exported program would have none.
+        TypeError: dtypes or devices that do not fit each other. Nothing is cast silently, with two exceptions: tensors
+            alpha and beta take the state's dtype, and under autocast 16-bit arguments become float32.
 
     Source:
         A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245.
@@ -169,7 +170,7 @@ def _check_exported_request(recurrence: Recurrence, requested: str) -> None:
             "Export without the request (use_backend or LCW_OPS_BACKEND), or, for inference only, under "
             "torch.no_grad()."
         )
-        expected = "no request, because gradients are recorded and arguments require them"
+        expected = "no request, because grad mode is on and arguments require gradients"
         raise ValueError(_checks.describe(_NAME, "backend", came, expected, remedy))
 
 
@@ -199,7 +200,7 @@ def _check(
         _checks.check_shape(_NAME, "h0", h0, False, "(M, N), samples x width")
     rows, width = h0.shape
     like_state = h0.dtype, h0.device
-    # Shapes are compared here, because torch.compile recompiles for every size that appears in a text.
+    # Compare shapes before a message is formatted: torch.compile recompiles for every size in a formatted string.
     if weight.dim() not in (2, 3) or weight.shape[-2] != width or weight.shape[-1] != width:
         expected = f"(L, {width}, {width}) or ({width}, {width}), as h0 is {tuple(h0.shape)}"
         _checks.check_shape(_NAME, "weight", weight, False, expected)
@@ -259,7 +260,7 @@ def _check_filter(filter: Tensor, h0: Tensor) -> None:
         return
     if filter.dtype != (torch.float64 if h0.dtype == torch.float64 else torch.float32):
         expected = f"{state_dtype(h0.dtype)} for a {h0.dtype} state, or an int64 permutation"
-        remedy = "A filter in fewer bits is not orthogonal over thousands of layers."
+        remedy = "A filter in fewer bits is too far from orthogonal for thousands of layers."
         raise TypeError(_checks.describe(_NAME, "filter", f"is {filter.dtype}", expected, remedy))
     if filter.dim() not in (2, 3) or filter.shape[-2] != width or filter.shape[-1] != width:
         expected = f"({width}, {width}), (L, {width}, {width}) or an int64 permutation ({width},)"
@@ -269,12 +270,12 @@ def _check_filter(filter: Tensor, h0: Tensor) -> None:
 def _check_permutation(permutation: Tensor) -> None:
     """ValueError unless every index occurs once. The tensor remembers the answer, so that a training loop pays once.
 
-    Under torch.compile and torch.func the values cannot be read, and the CPU kernel checks them itself. Meta and fake
-    tensors have no values.
+    Under torch.compile and torch.func the values cannot be read here; the CPU kernel checks them. Meta and fake tensors
+    have no values.
     """
     if torch.compiler.is_compiling() or _torch.is_functorch_wrapped(permutation):
         return
-    # An inference tensor counts no versions, so it is checked every time.
+    # An inference tensor has no version counter, so it is checked every time.
     version = None if permutation.is_inference() else permutation._version
     if version is not None and getattr(permutation, "_lcw_ops_checked", None) == version:
         return

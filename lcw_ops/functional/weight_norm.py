@@ -24,7 +24,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: shapes that do not fit, or m = 0.
+        ValueError: shapes other than those above, or m = 0.
 
     Source: T. Salimans, D. P. Kingma, "Weight Normalization", NeurIPS 2016, arXiv 1602.07868.
     """
@@ -53,7 +53,7 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     x's dtype lose digits. A measurement decides which matmul runs, as in :func:`lcw_linear`.
 
     Args:
-        x: (..., m). float32, float64, bfloat16 or float16. 16 bits are computed in float32. For more samples than these
+        x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more samples than that
             the products, or the normalised weight, are rounded to x's dtype, as torch's own layers would round them.
         weight: (n, m), m >= 1; a zero row is a unit of weight zero.
         scale: (n,), of any sign.
@@ -63,11 +63,11 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
         weight is normalised in its own dtype, then rounded.
 
     Returns:
-        (..., n), of x's dtype (under autocast: autocast's).
+        (..., n), in x's dtype or, under autocast, in autocast's.
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: shapes that do not fit, or m = 0.
+        ValueError: shapes other than those above, or m = 0.
 
     Source: as :func:`normalize_scale`.
     """

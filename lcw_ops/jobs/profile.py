@@ -196,7 +196,7 @@ def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> Histor
 
 
 def _write(report: Report, folder: Path, written: list[str]) -> None:
-    """Write the three files, each whole or not at all; each name is added to ``written`` after its file."""
+    """Write the three files, each whole or not at all. Append a file's name to ``written`` once it is there."""
     from lcw_ops.jobs.picture import plot_report
 
     writers: dict[str, Callable[[Path], None]] = {

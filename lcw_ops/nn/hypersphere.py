@@ -1,6 +1,6 @@
 """Layers with weights on the hypersphere (GmP).
 
-y = r act(u(theta).x + lambda), a unit as angles theta, radius r and location lambda. W. Chen, H. Ge, "Neural
+y = r act(u(theta).x + lambda): a unit has angles theta, a radius r and a location lambda. W. Chen, H. Ge, "Neural
 Characteristic Activation Analysis and Geometric Parameterization for ReLU Networks", NeurIPS 2024, arXiv 2305.15912.
 """
 
@@ -16,7 +16,7 @@ from lcw_ops._checks import accumulation_dtype, check_choice, check_non_negative
 from lcw_ops.nn._derived import DerivedWeight
 from lcw_ops.nn._layers import Convolution, applied_parameters, are_per_unit, check_fan_in, make_empty
 
-# In version 0.1 these classes were in this file, and pickles look for them here.
+# Version 0.1 defined these classes here, and its pickles look for them here.
 from lcw_ops.nn.input_mean_norm import InputMeanNorm  # noqa: F401
 from lcw_ops.nn.weight_norm import (  # noqa: F401
     WeightNormConv1d,
@@ -31,32 +31,32 @@ class GmPLinear(nn.Module):
     """``radius * act(x @ u.T + location)`` with unit rows u from ``angles``; see :func:`lcw_ops.functional.gmp_linear`.
 
     The characteristic activation boundary of a unit, where it begins to fire, is the plane through -location * u. A
-    step of the angles turns the boundary by at most the length of the step, whatever the radius.
+    change of the angles turns the boundary by at most the change's norm, whatever the radius.
 
-    The layer suits ReLU nets of moderate fan-in under Adam with a plain output layer, as in the authors' code. It does
-    not suit fan-ins of many thousands, nor units near the poles (|u_k| near 1), where later angles lose their effect.
-    Adam turns a unit by about lr sqrt(m / 2) per step; :func:`gmp_parameter_groups` scales the angles' rate. 16-bit
-    angles are coarse, so keep float32 and use autocast. (Between 2 and 4 bfloat16 has steps of 1/64: a layer of fan-in
-    512 that is converted to it gives outputs 4 % off.)
+    The layer suits ReLU nets of moderate fan-in m under Adam with a plain output layer, as in the authors' code. It
+    does not suit fan-ins of many thousands, nor units near a pole (some |u_k| near 1), where the angles after t_k lose
+    their effect. Adam turns a unit by about lr sqrt(m / 2) per step; :func:`gmp_parameter_groups` compensates for m.
+    16-bit angles are coarse, so keep float32 and use autocast. (bfloat16 has steps of 1/64 between 2 and 4: a layer of
+    fan-in 512 that is converted to it gives outputs 4 % off.)
 
-    A unit of one input (m = 1) has no angles. Its direction is +1 or -1, drawn with the other numbers as in the
-    authors' code, and never trained: the buffer sign (n,), which only such a layer has. A ReLU layer of one input
-    therefore has units that fire to the right of their boundary and units that fire to the left.
+    A unit of one input (m = 1) has no angles. Its direction is +1 or -1, drawn at initialisation as in the authors'
+    code and never trained. Only such a layer has this buffer, sign (n,). A ReLU layer of one input therefore has units
+    that fire to the right of their boundary and units that fire to the left.
 
-    Input (..., m = in_features), output (..., n = out_features), of the parameters' dtype (under autocast: autocast's).
+    Input (..., m = in_features) and output (..., n = out_features) have the parameters' dtype, or autocast's.
 
     Args:
         in_features: at least 1.
         out_features, device, dtype: as in ``nn.Linear``.
-        activation: None or "relu"; the radius, of any sign, acts after it.
+        activation: None or "relu"; the radius, of any sign, multiplies its result.
         bias: False keeps location at 0, as a buffer: every boundary passes through the origin.
 
-    Parameters angles (n, m - 1), radius (n,), location (n,) are as many numbers as a plain layer has.
-    :func:`lcw_ops.init.gmp_` fills them. In eval mode without gradients, on a CPU, directions are kept as long as
-    the angles do not change.
+    Parameters angles (n, m - 1), radius (n,) and location (n,) have as many entries in all as a plain layer's.
+    :func:`lcw_ops.init.gmp_` fills them. In eval mode without gradients, on a CPU, directions are cached until the
+    angles change.
 
     Raises:
-        ValueError: in_features below 1, or an unknown activation; in a forward pass, an input that does not fit.
+        ValueError: in_features below 1, or an unknown activation; in a forward pass, an input of the wrong shape.
         TypeError: in a forward pass, dtypes or devices that differ.
 
     Source: W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912, and the authors' code.
@@ -86,21 +86,21 @@ class GmPLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, activation: str | None = None) -> "GmPLinear":
-        """A layer with the outputs of a trained plain layer, or with "relu" those of the layer and a ReLU after it.
+        """A layer with the outputs of a trained plain layer or, with "relu", of that layer followed by a ReLU.
 
-        w = r u, b = r lambda with r = ||w||: the outputs are the same up to rounding, and every sign is kept. A zero
+        w = r u, b = r lambda with r = ||w||: the outputs are the same up to rounding, signs included. A zero
         row with bias 0 becomes radius 0, angles 0, location 0. With "relu" so does a zero row with a negative bias,
         because it never fires.
 
         Args:
-            layer: its device, dtype, training mode, frozen parameters and lack of a bias are kept. The weight that it
-                applies counts, so an :class:`~lcw_ops.nn.LCWLinear` or a parametrized layer may be given.
+            layer: its device, dtype, training mode, frozen parameters and lack of a bias are kept. Its
+                effective weight is converted, so an :class:`~lcw_ops.nn.LCWLinear` or a parametrized layer will do.
             activation: None or "relu".
 
         Raises:
             TypeError: not an ``nn.Linear``.
-            ValueError: a unit that GmP cannot express: a zero row whose output is a constant other than 0, or a
-                weight or a location b / r that is not finite.
+            ValueError: a unit that GmP cannot express: one with a zero row and a constant nonzero output, or one with a
+                non-finite weight or location b / r.
 
         Source: derived by us.
         """
@@ -126,10 +126,10 @@ class GmPLinear(nn.Module):
         return direction if self.sign is None else self.sign[:, None] * direction
 
     def effective_weight(self) -> Tensor:
-        """radius * u, (out_features, in_features): the plain layer's weight, beside the bias ``radius * location``.
+        """radius * u, (out_features, in_features): the plain layer's weight; its bias is ``radius * location``.
 
-        Without activation this holds for every radius, with "relu" for a radius above 0: no plain unit equals a unit of
-        negative radius.
+        Without activation the plain layer equals this one. With "relu" it does only where the radius is above 0: no
+        plain unit equals a ReLU unit of negative radius.
         """
         return self.radius[:, None] * self.direction()
 
@@ -142,12 +142,12 @@ class GmPLinear(nn.Module):
                 output = nn.functional.linear(input, direction, self.location)
                 return (output.relu_() if self.activation == "relu" else output).mul_(self.radius.to(output.dtype))
             except (RuntimeError, TypeError):
-                # The function below reports the argument that does not fit.
+                # F.gmp_linear below raises the error for the argument that does not fit.
                 pass
         return F.gmp_linear(input, self.angles, self.radius, self.location, self.activation)
 
     def _forward_with_sign(self, input: Tensor, sign: Tensor) -> Tensor:
-        # The function, which has no sign, reports the argument that does not fit.
+        # F.gmp_linear takes no sign. It is called only to raise the error for the argument that does not fit.
         if not are_per_unit(sign, self.radius, self.location):
             F.gmp_linear(input, self.angles, self.radius, self.location, self.activation)
         try:
@@ -164,7 +164,7 @@ class GmPLinear(nn.Module):
 
 
 class _GmPConv(Convolution):
-    """Common part of the three ranks."""
+    """The code shared by the 1d, 2d and 3d layers."""
 
     angles: nn.Parameter
     radius: nn.Parameter
@@ -195,7 +195,7 @@ class _GmPConv(Convolution):
 
     @classmethod
     def from_conv(cls, layer: nn.Module, activation: str | None = None) -> "_GmPConv":
-        """A layer with the outputs of a trained plain layer, or with "relu" those of the layer and a ReLU after it.
+        """A layer with the outputs of a trained plain layer or, with "relu", of that layer followed by a ReLU.
 
         A unit is a filter. Everything else is as in :meth:`GmPLinear.from_linear`.
         """
@@ -240,7 +240,7 @@ class _GmPConv(Convolution):
         else:
             filters = self.direction()
         if self.activation is None:
-            # Scale the filters, because they are smaller than the output.
+            # Scale the filters, because they have fewer entries than the output.
             return self._conv_forward(input, self._scaled(filters), self.radius * self.location)
         activated = self._conv_forward(input, filters, self.location).relu_()
         return self.radius.to(activated.dtype).view(-1, *(1,) * len(self.kernel_size)) * activated
@@ -250,7 +250,7 @@ class _GmPConv(Convolution):
 
 
 class GmPConv1d(_GmPConv):
-    """``nn.Conv1d`` with filters on the hypersphere; the same arguments and ``activation``; see :class:`GmPConv2d`."""
+    """``nn.Conv1d`` with filters on the hypersphere. It takes ``activation`` as well; see :class:`GmPConv2d`."""
 
     _plain = nn.Conv1d
     _conv_forward = nn.Conv1d._conv_forward
@@ -267,14 +267,14 @@ class GmPConv2d(_GmPConv):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype:
             as in ``nn.Conv2d``.
         bias: as in ``nn.Conv2d``. False keeps location at 0, as a buffer: every filter's boundary passes through the
-            origin, the layer has the functions of ``nn.Conv2d(bias=False)``, and the state_dict has the same keys.
-        activation: None or "relu"; the radius acts after it.
+            origin, and the layer can express what ``nn.Conv2d(bias=False)`` can. The state_dict keeps the key location.
+        activation: None or "relu"; the radius multiplies its result.
 
     Parameters angles (C_out, m - 1), radius (C_out,), location (C_out,), filled by :func:`lcw_ops.init.gmp_`; buffer
     sign (C_out,) if m = 1.
 
     Raises:
-        ValueError: an unknown activation, filters without an element, and the errors of ``nn.Conv2d``.
+        ValueError: an unknown activation, empty filters, and the errors of ``nn.Conv2d``.
 
     Source: as :class:`GmPLinear`.
     """
@@ -284,7 +284,7 @@ class GmPConv2d(_GmPConv):
 
 
 class GmPConv3d(_GmPConv):
-    """``nn.Conv3d`` with filters on the hypersphere; the same arguments and ``activation``; see :class:`GmPConv2d`."""
+    """``nn.Conv3d`` with filters on the hypersphere. It takes ``activation`` as well; see :class:`GmPConv2d`."""
 
     _plain = nn.Conv3d
     _conv_forward = nn.Conv3d._conv_forward
@@ -294,8 +294,8 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
     """Groups for ``torch.optim``'s optimizers. Angles of a GmP layer of fan-in m get the rate lr / sqrt(m), no decay.
 
     Adam moves every angle by about its rate, which turns a unit by sqrt(m / 2) times the rate. With these groups the
-    turn is about the same at every fan-in. The plain layer's decay (w = r u, b = r lambda) is that of the radius alone.
-    Locations are not decayed, because that would draw every boundary to the origin, nor angles, because 0 is a pole.
+    turn is about the same at every fan-in. Decay of the radius alone decays the plain layer's w = r u and b = r lambda.
+    Locations are not decayed, because decay would draw every boundary to the origin. Nor are angles: 0 is a pole.
 
     Args:
         model: the model. Its GmP layers are found by type, wherever they are.
@@ -304,10 +304,10 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
         weight_decay: the decay of everything but angles and locations.
 
     Returns:
-        The groups in this order, without empty ones: all other parameters with the radii; locations; angles, one group
-        per fan-in, ascending. Each group is in the order of ``model.parameters()``, shared parameters once, frozen ones
-        included, as an optimizer takes them. The order depends on the model alone, so an optimizer's state_dict can be
-        loaded again.
+        The groups in this order, without empty ones: radii and all other parameters; locations; angles, one group per
+        fan-in, ascending. Each group follows the order of ``model.parameters()``. It has shared parameters once, and
+        frozen ones too, which optimizers accept. The order depends on the model alone, so an optimizer's state_dict can
+        be loaded again.
 
     Raises:
         TypeError or ValueError: lr or weight_decay is not a finite number >= 0.
@@ -369,7 +369,7 @@ def _make_gmp(
 def _reset_gmp(module: GmPLinear | _GmPConv) -> None:
     init.gmp_(module.angles, module.radius, module.location)
     if module.sign is not None:
-        # A uniform weight's sign is independent of its length, the radius.
+        # The sign of a uniformly drawn weight is independent of its absolute value, the radius.
         module.sign.bernoulli_().mul_(2).sub_(1)
 
 
@@ -397,8 +397,8 @@ def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | No
         is_relu = module.activation == "relu"
         is_finite = radius.isfinite() & module.location.isfinite()
         is_constant = is_zero & torch.ne(plain_bias.relu() if is_relu else plain_bias, 0)
-        _check_units(function, is_finite, "have a weight, or a bias divided by the weight's length, that is not finite")
-        _check_units(function, ~is_constant, "are constants, with weight 0 and another bias")
+        _check_units(function, is_finite, "have a weight or a location (bias / weight's norm) that is not finite")
+        _check_units(function, ~is_constant, "are constant: their weight is 0 and their bias is not")
     for parameter in (module.angles, module.radius):
         parameter.requires_grad_(weight.requires_grad)
     if bias is not None:

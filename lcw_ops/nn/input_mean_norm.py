@@ -20,7 +20,7 @@ class InputMeanNorm(nn.Module):
         num_features: C.
         momentum: the share of the new mean in the running mean, 0 to 1. None averages all batches, as in
             ``nn.BatchNorm2d``.
-        device, dtype: of the running mean. It is kept in float32 at least: in 16 bits its small steps would round to 0.
+        device, dtype: of the running mean. It is float32 at least: a 16-bit mean's small steps would round to 0.
 
     Buffers running_mean (C,) and num_batches_tracked (), as in ``nn.BatchNorm2d``. 16-bit inputs are averaged and
     shifted in float32 and rounded once.

@@ -23,20 +23,20 @@ class LCWLinear(nn.Linear):
     """``nn.Linear`` whose effective weight has rows that sum to zero; see :func:`lcw_ops.functional.lcw_linear`.
 
     Input (..., in_features), output (..., out_features). ``effective_weight()`` is the weight that is applied.
-    Nothing is kept between calls, so nothing can be stale: each call applies the constraint to the input or to the
-    weight, whichever is smaller.
+    Each call projects the input or the weight, whichever is smaller: with w = P v, w.x = v.(P^T x). Nothing is cached,
+    so nothing can be stale.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         basis: whether to use the paper's parametrization, w = B v with ``weight`` = v (out_features, in_features - 1).
             False is the centred form, w = u - mean(u), whose state_dict has the keys and shapes of ``nn.Linear``'s.
-            Both train alike under SGD with momentum and L2.
+            Under SGD with momentum and weight decay, w takes the same steps in both.
 
-    Weights start as :func:`lcw_ops.init.lcw_` draws them for standardised inputs, N(0, 1 / in_features). In a deep net,
-    call it with the activation of the previous layer. The bias starts at 0.
+    :func:`lcw_ops.init.lcw_` draws the initial weights from N(0, 1 / in_features), which suits standardised inputs. In
+    a deep net, call it again with the previous layer's activation. The bias starts at 0.
 
     Raises:
-        ValueError: in a forward pass, an input that does not fit.
+        ValueError: in a forward pass, an input of the wrong shape.
         TypeError: in a forward pass, dtypes or devices that differ.
 
     Source: T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; the centred form is ours.
@@ -70,7 +70,7 @@ class LCWLinear(nn.Linear):
 
 
 def _takes_arguments_of(plain: type[nn.Module]) -> Callable[[Callable], Callable]:
-    """Give ``__init__`` the signature that help() shows, and in which torch.nn.utils.skip_init looks for device."""
+    """Give ``__init__`` the signature of ``plain``'s with ``basis``, for help() and torch.nn.utils.skip_init."""
 
     def decorate(init: Callable) -> Callable:
         arguments = inspect.signature(plain.__init__)
@@ -83,7 +83,7 @@ def _takes_arguments_of(plain: type[nn.Module]) -> Callable[[Callable], Callable
 
 
 class _LCWConv(nn.modules.conv._ConvNd):
-    """Common part of the three ranks; the rest is torch's convolution."""
+    """The code shared by the 1d, 2d and 3d layers. torch's classes do the rest."""
 
     def __init__(self, *args, basis: bool = False, **kwargs) -> None:
         self.basis = basis
@@ -112,7 +112,7 @@ class _LCWConv(nn.modules.conv._ConvNd):
 
 
 class LCWConv1d(_LCWConv, nn.Conv1d):
-    """``nn.Conv1d`` whose filters sum to zero; the same arguments and ``basis``; see :class:`LCWConv2d`."""
+    """``nn.Conv1d`` whose filters sum to zero. It takes ``basis`` as well; see :class:`LCWConv2d`."""
 
     @_takes_arguments_of(nn.Conv1d)
     def __init__(self, *args, basis: bool = False, **kwargs) -> None:
@@ -120,11 +120,11 @@ class LCWConv1d(_LCWConv, nn.Conv1d):
 
 
 class LCWConv2d(_LCWConv, nn.Conv2d):
-    """``nn.Conv2d`` whose filters sum to zero: over the group's input channels and the kernel, per output channel.
+    """``nn.Conv2d`` whose filters sum to zero, each over the kernel and the input channels of its group.
 
-    Input (N, C_in, H, W) or (C_in, H, W), output as ``nn.Conv2d``'s. Zero padding adds inputs of another mean, so a
-    shift remains at the border. In eval mode without gradients, on a CPU, the constrained weight is kept as long as the
-    parameter does not change.
+    Input (N, C_in, H, W) or (C_in, H, W), output as ``nn.Conv2d``'s. Zero padding differs from the inputs' mean, so an
+    activation shift remains at the border. In eval mode without gradients, on a CPU, the constrained weight is cached
+    until the parameter changes.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
@@ -135,9 +135,9 @@ class LCWConv2d(_LCWConv, nn.Conv2d):
     Weights and bias start as in :class:`LCWLinear`.
 
     Raises:
-        ValueError: basis with filters without an element, and the errors of ``nn.Conv2d``.
+        ValueError: ``basis=True`` with empty filters, and the errors of ``nn.Conv2d``.
 
-    Source: as :class:`LCWLinear`; that a convolution's unit is a filter is ours.
+    Source: as :class:`LCWLinear`; taking a filter as the unit is ours.
     """
 
     @_takes_arguments_of(nn.Conv2d)
@@ -146,7 +146,7 @@ class LCWConv2d(_LCWConv, nn.Conv2d):
 
 
 class LCWConv3d(_LCWConv, nn.Conv3d):
-    """``nn.Conv3d`` whose filters sum to zero; the same arguments and ``basis``; see :class:`LCWConv2d`."""
+    """``nn.Conv3d`` whose filters sum to zero. It takes ``basis`` as well; see :class:`LCWConv2d`."""
 
     @_takes_arguments_of(nn.Conv3d)
     def __init__(self, *args, basis: bool = False, **kwargs) -> None:
@@ -154,7 +154,7 @@ class LCWConv3d(_LCWConv, nn.Conv3d):
 
 
 def _make_parameters(module: Any) -> None:
-    """Replace the parameter for the basis form: one column fewer, and one dimension for the whole filter."""
+    """In the basis form, make ``weight`` (units, m - 1), where m is the number of a unit's (flattened) inputs."""
     if module.basis:
         weight = module.weight
         if math.prod(weight.shape[1:]) == 0:

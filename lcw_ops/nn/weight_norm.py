@@ -21,17 +21,17 @@ class WeightNormLinear(nn.Module):
     The layer starts as ``nn.Linear`` does, with scale = ||weight||. A zero row is a unit of weight zero without
     gradients.
 
-    Input (..., m = in_features), output (..., n = out_features), of the parameters' dtype (under autocast: autocast's).
+    Input (..., m = in_features) and output (..., n = out_features) have the parameters' dtype, or autocast's.
 
     Args:
         in_features: at least 1.
         out_features, bias, device, dtype: as in ``nn.Linear``.
 
     Parameters weight (n, m), scale (n,) of any sign, bias (n,) or None. In eval mode without gradients, on a CPU, the
-    normalised weight is kept as long as weight and scale do not change.
+    normalised weight is cached until weight or scale changes.
 
     Raises:
-        ValueError: in_features below 1; in a forward pass, an input that does not fit.
+        ValueError: in_features below 1; in a forward pass, an input of the wrong shape.
         TypeError: in a forward pass, dtypes or devices that differ.
 
     Source: T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868.
@@ -86,7 +86,7 @@ class WeightNormLinear(nn.Module):
             try:
                 return nn.functional.linear(input, weight, self.bias)
             except (RuntimeError, TypeError):
-                # The function below reports the argument that does not fit.
+                # F.weight_norm_linear below raises the error for the argument that does not fit.
                 pass
         return F.weight_norm_linear(input, self.weight, self.scale, self.bias)
 
@@ -95,7 +95,7 @@ class WeightNormLinear(nn.Module):
 
 
 class _WeightNormConv(Convolution):
-    """Common part of the three ranks."""
+    """The code shared by the 1d, 2d and 3d layers."""
 
     weight: nn.Parameter
     scale: nn.Parameter
@@ -147,14 +147,14 @@ class _WeightNormConv(Convolution):
 
 
 class WeightNormConv1d(_WeightNormConv):
-    """``nn.Conv1d`` with weight normalization by filters; the same arguments; see :class:`WeightNormConv2d`."""
+    """``nn.Conv1d`` with weight normalization of each filter; see :class:`WeightNormConv2d`."""
 
     _plain = nn.Conv1d
     _conv_forward = nn.Conv1d._conv_forward
 
 
 class WeightNormConv2d(_WeightNormConv):
-    """``nn.Conv2d`` whose filters are ``scale * weight / ||weight||``, the norm over all of a filter.
+    """``nn.Conv2d`` whose filters are ``scale * weight / ||weight||``, with the norm of each whole filter.
 
     Input (N, C_in, H, W) or (C_in, H, W), output as ``nn.Conv2d``'s. The notes of :class:`WeightNormLinear` on
     initialisation, on zero rows and on inference hold here too.
@@ -166,7 +166,7 @@ class WeightNormConv2d(_WeightNormConv):
     Parameters weight and bias in ``nn.Conv2d``'s shapes, scale (C_out,).
 
     Raises:
-        ValueError: filters without an element, and the errors of ``nn.Conv2d``.
+        ValueError: empty filters, and the errors of ``nn.Conv2d``.
 
     Source: as :class:`WeightNormLinear`.
     """
@@ -176,7 +176,7 @@ class WeightNormConv2d(_WeightNormConv):
 
 
 class WeightNormConv3d(_WeightNormConv):
-    """``nn.Conv3d`` with weight normalization by filters; the same arguments; see :class:`WeightNormConv2d`."""
+    """``nn.Conv3d`` with weight normalization of each filter; see :class:`WeightNormConv2d`."""
 
     _plain = nn.Conv3d
     _conv_forward = nn.Conv3d._conv_forward

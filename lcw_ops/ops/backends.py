@@ -1,7 +1,7 @@
 """The choice of a backend for an op: by device, unless ``use_backend`` or ``LCW_OPS_BACKEND`` requests one.
 
-The automatic choice falls back quietly, and :func:`lcw_ops.info` says to which backend and why. An explicit request
-that cannot be met raises.
+The automatic choice falls back silently; :func:`lcw_ops.info` gives the chosen backend and the reason. An explicit
+request that cannot be met raises.
 """
 
 import functools
@@ -22,14 +22,15 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 # Device type -> backends in the order of preference.
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda", "graph")}
 
-# Kernels that users cannot name. A request for the parent backend selects them where an op puts them first.
+# Form -> the backend that it belongs to. Users cannot request a form; a request for its backend selects the form if the
+# op passes it as `first`.
 FORM_OF = {"graph": "cuda"}
 
-# (op, backend or form) -> the compute capabilities on which its tests have passed, with a log committed under
-# bench/results/. On those GPUs the kernel is the automatic choice. There are none so far.
+# (op, backend or form) -> the compute capabilities on which this kernel's tests have passed, with a log committed under
+# bench/results/. On those GPUs the kernel is the automatic choice. Empty so far.
 PROVEN: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
 
-# Op -> backends for which this source tree has an implementation. The modules of the ops fill it.
+# Op -> backends for which this source tree has an implementation. Each op's module adds its entry.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {}
 
 # (op, backend) -> the longest row in bytes that the backend takes. Longer rows go to the next backend in the order.
@@ -38,7 +39,7 @@ MAX_ROW_BYTES: dict[tuple[str, str], int] = {}
 # Backend -> why its extension is not loaded.
 _extension_missing: dict[str, str] = {}
 
-# The environment's request is checked at the first use, so that importing never fails.
+# LCW_OPS_BACKEND is checked when an op first runs, so that importing never fails.
 _requested: str | None = os.environ.get("LCW_OPS_BACKEND") or None
 
 
@@ -107,7 +108,7 @@ def _resolve(
     too_wide: tuple[str, ...] = (),
     first: str | None = None,
 ) -> str:
-    """Returns the requested backend, or the first in the order that can run ``op`` and is not in ``too_wide``."""
+    """Returns the requested kernel, or the most preferred that can run ``op`` and is not in ``too_wide``."""
     if requested is not None:
         _check_known(requested)
         kernel = first if FORM_OF.get(first) == requested else requested
@@ -135,7 +136,7 @@ def _resolve_at_trace_time(
 
 
 def is_cpp_chosen(op: str) -> bool:
-    """Whether the C++ kernel runs ``op`` on a CPU now. Faster than :func:`choose`, but not traced by torch.compile."""
+    """Whether the C++ kernel runs ``op`` on a CPU now. Faster than `choose`, but torch.compile cannot trace it."""
     return _resolve(op, CPU, _requested) == "cpp"
 
 
@@ -144,15 +145,15 @@ def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, fir
 
     Args:
         op, device: the op's name in IMPLEMENTED, and the tensors' device.
-        width, itemsize: of the rows. The width is 0 if the op takes rows of any width.
-        first: the backend or form that was measured as the fastest. It comes before the usual order, and is selected
-            by a request for its parent backend.
+        width, itemsize: as above. The width is 0 if the op takes rows of any width.
+        first: the backend or form that was measured as the fastest. It is tried before the others. If it is a form, a
+            request for its backend (``FORM_OF``) selects it.
 
     Raises:
         BackendError: an explicit request cannot be met.
     """
-    # Under torch.compile the width may be a symbol. Each comparison with a limit becomes a guard, and a text with
-    # the width in it would be compiled again for every width.
+    # Under torch.compile the width may be a symbol. A comparison with a limit becomes a guard. Formatting the width
+    # into a message would recompile for every width, so only a refused width is formatted.
     if not width:
         return _resolve_at_trace_time(op, device, _requested, (), first)
     candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
@@ -188,8 +189,8 @@ def use_backend(backend: str) -> Iterator[None]:
     the same for the whole run. A backward pass uses the backend of its forward pass.
 
     A request also holds while exporting (torch.export, ONNX, torch.jit.trace). A program exported with a kernel needs
-    lcw_ops to run, and has no gradients through the recurrence: ``orthogonal_filter`` raises a ValueError where
-    gradients would be lost. Export without a request, or under ``torch.no_grad()`` for inference.
+    lcw_ops to run, and has no gradients through ``orthogonal_filter``. Exporting it therefore raises a ValueError if an
+    argument requires gradients. Then export without a request or, for inference only, under ``torch.no_grad()``.
 
     Args:
         backend: the name. An unknown name raises BackendError, which is both a ValueError and a RuntimeError.

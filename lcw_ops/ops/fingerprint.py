@@ -1,4 +1,4 @@
-"""A number that changes with a tensor's content. CPU tensors only: reading them waits for no device."""
+"""A number that changes with a tensor's content, for CPU tensors only: reading them does not wait for a device."""
 
 import torch
 from torch import Tensor

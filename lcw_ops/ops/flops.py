@@ -42,7 +42,7 @@ def _recurrence(h0_shape, weight_shape, bias, filter_shape, alpha, beta, inputs,
 def _recurrence_backward(
     grad_shape, checkpoints, weight_shape, bias, filter_shape, alpha, beta, inputs, steps, needs_weight
 ) -> int:
-    """P W, and G O unless O is a permutation; P^T H for the weight's gradient."""
+    """The products P W, G O (unless O is a permutation), and P^T h for the weight's gradient."""
     return (1 + _is_matrix(filter_shape) + needs_weight) * _recurrence_product(grad_shape[-2:], steps)
 
 

@@ -64,7 +64,7 @@ def implement(name: str, backend: str, function: Callable, key: str | None = Non
 def implement_in_triton(stem: str, *names: str) -> None:
     """Register the launchers of ``kernels/<stem>.py`` that have an op's name.
 
-    The module is imported at the first call, because lcw_ops must not need Triton.
+    The module is imported at the first call, so that lcw_ops does not need Triton.
     """
     for name in names:
         implement(name, "triton", functools.partial(launch, stem, name))

@@ -40,18 +40,18 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     its decay is part of the gradient.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize: torch's.
-        foreach, fused: torch's, for groups without activation; groups with activation take our op in any case.
-        capturable: torch's. The step counts are on the parameters' device, so that a CUDA graph can increment them.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
+        foreach, fused: as in torch, for groups without activation. Groups with activation always use our op.
+        capturable: as in torch. The step counts are on the parameters' device, so that a CUDA graph can increment them.
             The graph keeps lr and betas as constants.
-        differentiable: torch's; True needs gradient_activation=None.
-        gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
+        differentiable: as in torch. True needs gradient_activation=None.
+        gradient_activation: "arctan", "tanh" or "log". None takes torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
 
     Raises:
         ValueError: options out of range.
         TypeError: alpha or beta is not a number.
-        Otherwise torch's errors. ``step`` lists those of a step.
+        Other errors are torch's. The docstring of ``step`` lists the errors of a step.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
     2107.04228.

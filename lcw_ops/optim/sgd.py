@@ -24,10 +24,10 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
 
     With f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|):
 
-    - activate="gradient": ``d = f(g) + weight_decay * w``, then momentum and step as torch's;
-    - activate="momentum": ``d = g + weight_decay * w``, momentum as torch's, ``w -= lr * f(step)``.
+    - activate="gradient": ``d = f(g) + weight_decay * w``, then momentum and step as in torch;
+    - activate="momentum": ``d = g + weight_decay * w``, momentum as in torch, ``w -= lr * f(step)``.
 
-    Near a stationary point f is the line of slope alpha * beta: compare with plain SGD at ``lr * alpha * beta`` too.
+    Near a stationary point f(g) is about alpha * beta * g, so compare with plain SGD at ``lr * alpha * beta`` too.
     16-bit parameters are stepped in float32 and rounded once. A gradient is activated in its own dtype. If it, the
     parameter and the momentum buffer differ in dtype, the step works on copies, in float64 if one of them is float64,
     otherwise in float32. The buffer has torch's dtype: the first gradient's, or what it and the decay promote to.
@@ -38,17 +38,17 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     tensor lr on a GPU, the step waits for its value.
 
     Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's.
-        foreach, fused: torch's, for groups without activation; groups with activation take our op in any case.
-        differentiable: torch's; True needs gradient_activation=None.
-        gradient_activation: "arctan", "tanh", "log", or None: torch's step, bit for bit.
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
+        foreach, fused: as in torch, for groups without activation. Groups with activation always use our op.
+        differentiable: as in torch. True needs gradient_activation=None.
+        gradient_activation: "arctan", "tanh" or "log". None takes torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
         activate: "gradient" or "momentum".
 
     Raises:
         ValueError: options out of range.
         TypeError: alpha or beta is not a number.
-        Otherwise torch's errors. ``step`` lists those of a step.
+        Other errors are torch's. The docstring of ``step`` lists the errors of a step.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
     2107.04228.

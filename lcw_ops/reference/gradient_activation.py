@@ -23,8 +23,8 @@ PLACES = ("gradient", "momentum")
 def gradient_activation(gradient: Tensor, kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> Tensor:
     """f(gradient) by element, out of place. Differentiable, with slope alpha beta at 0 for every kind.
 
-    Bounds: arctan alpha pi/2, tanh alpha, log none. NaN stays NaN; +-inf becomes +-bound (log: +-inf), so check for
-    overflow before the call (GradScaler unscales and checks first).
+    The limits are alpha pi/2 for arctan and alpha for tanh; log has none. NaN stays NaN; +-inf becomes +-limit (log:
+    +-inf), so check for overflow before the call (GradScaler unscales and checks first).
 
     Args:
         gradient: any shape, any floating dtype; 16-bit gradients are computed in float32.

@@ -90,7 +90,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     Args:
         x: (..., m). All tensors have one floating dtype; 16-bit inputs are computed in float32 and rounded once.
         angles: (n, m-1).
-        radius: r (n,), of any sign; it acts after the activation.
+        radius: r (n,), of any sign; it multiplies the activation's result.
         location: lambda (n,).
         activation: None or "relu".
 

@@ -80,7 +80,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
     Raises:
         TypeError: dtypes that are not floating or differ.
-        ValueError: shapes that do not fit.
+        ValueError: shapes other than those above.
 
     Source: the paper; y = b is its proposition.
     """
@@ -105,7 +105,7 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
 
     Raises:
         TypeError: dtypes that are not floating or differ.
-        ValueError: shapes that do not fit, or no samples.
+        ValueError: shapes other than those above, or no samples.
 
     Source: the paper defines the shift by that angle. An angle to a zero vector is pi/2 here, which means "no shift".
     """

@@ -2,8 +2,9 @@
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. The forward formula and the convex
-choice alpha = 1 - beta are the paper's; the backward and tangent recurrences below are derived here. Rows are samples.
+O_l is the fixed filter, u_l an input. Rows are samples. A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025,
+arXiv 2210.01245. The forward formula and the convex choice alpha = 1 - beta are the paper's; the backward and tangent
+recurrences below are derived here.
 """
 
 from typing import NamedTuple
@@ -86,7 +87,7 @@ def activation_derivative(pre_activation: Tensor, activation: str) -> Tensor:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the state. In 16 bits alpha = 1 - 2e-5 would round to 1, and the filter would not be orthogonal."""
+    """The dtype of the state. A 16-bit alpha of 1 - 2e-5 would be 1, and a 16-bit filter would not be orthogonal."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
@@ -233,8 +234,10 @@ def orthogonal_filter_backward(
     """Gradients by the explicit recurrence. Every line is differentiable, so this also gives second derivatives.
 
         P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l
-        dW_l = P_l^T H_{l-1}    db_l = sum_rows P_l    du_l = P_l
-        dalpha_l = <G_l, H_{l-1} O_l^T>   dbeta_l = <G_l, act(A_l)>
+        dW_l = P_l^T h_{l-1}    db_l = sum_rows P_l    du_l = P_l
+        dalpha_l = <G_l, h_{l-1} O_l^T>   dbeta_l = <G_l, act(A_l)>
+
+    A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l.
 
     ``grad_output`` is (M, N), or (L+1, M, N) with ``return_states``.
 

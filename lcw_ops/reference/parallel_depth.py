@@ -1,11 +1,12 @@
-"""The recurrence in parallel over depth, in plain PyTorch: the parts of a Picard sweep over all layers at once.
+"""The recurrence in parallel over depth, in plain PyTorch: the functions of a Picard sweep over all layers at once.
 
     h_l = alpha_l O h_{l-1} + F_l,    F_l = beta_l act(W_l h_{l-1} + b_l + u_l),    l = 1..D
 
 The first term is a linear recurrence, which a scan solves in parallel; F is small for beta = c/L. A sweep computes
-every F_l from the states of the sweep before, which takes one batched matmul, and scans once. The adjoint recurrence
-G_{l-1} = alpha_l O^T G_l + W_l^T (beta_l act'(A_l) * G_l) has the same structure from the other end. Derived here; the
-idea is that of Picard-Lindelof and of waveform relaxation. DEER and ELK are near relatives.
+every F_l from the states of the sweep before, which takes one batched matmul, and scans once. The gradients G_l of h_l
+satisfy G_{l-1} = alpha_l O^T G_l + W_l^T (beta_l act'(A_l) * G_l), where A_l is the argument of act. This adjoint
+recurrence has the same structure from the other end. Derived here; the idea is that of Picard-Lindelof and of waveform
+relaxation. DEER and ELK are near relatives.
 
 A filter is a linear map of rows, in one of three forms: an int64 permutation p (N,) with (O h)_i = h_{p_i}; a matrix
 (N, N); or rotations (2 N,), N cosines and then N sines of (O h)_i = cosine_i h_i + sine_i h_{i xor 1}: the matrices

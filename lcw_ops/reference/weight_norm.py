@@ -24,7 +24,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 
     Raises:
         TypeError: dtypes that are not floating or differ.
-        ValueError: shapes that do not fit.
+        ValueError: shapes other than those above.
 
     Source: the paper's formula.
     """

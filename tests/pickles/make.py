@@ -1,7 +1,7 @@
 """Write the pickles of this folder, which later versions must be able to load: ``python tests/pickles/make.py``.
 
-Users hold such files: whole modules, optimizers and results. A pickle names classes by the module they were defined in,
-so a class that moves must stay importable from its old place. The files here were written by the version that
+Users have such files: whole modules, optimizers and results. A pickle names classes by the module they were defined in,
+so a class that moves must stay importable from its old module. The files here were written by the version that
 ``versions`` in results.pt names. Existing files are never written again, since a file of the version under test would
 prove nothing: a new class gets a new file.
 
@@ -138,14 +138,14 @@ def next_step(stored: object) -> list[Tensor]:
 
 
 def others() -> dict[str, object]:
-    """Whatever else can be pickled; some of it is made by classes that only the commands use."""
+    """The other objects that can be pickled; some are made by classes that only the commands use."""
     from lcw_ops.data import Dataset
     from lcw_ops.train.job import FeatureRNN
     from lcw_ops.train.settings import ProfileSettings, TrainSettings
 
     model = lcw_ops.nn.OrthogonalFilterMLP(5, 4, 12, 2, "permutation", solver="parallel")
     measured = profile.profile(model, numbers(4, 5), repeats=1, matmul_rate=1e9)
-    # Of the machine nothing but the kind of number matters here.
+    # Only the type of the machine's numbers matters here.
     measured.machine = {"threads": 1}
     return {
         "Profile": measured,

@@ -1,4 +1,4 @@
-"""The CPU's C++ under GCC's sanitizers: ``python tests/sanitize/harness.py`` (make sanitize) takes some minutes.
+"""The CPU's C++ under GCC's sanitizers: ``python tests/sanitize/harness.py`` (make sanitize) takes minutes.
 
 setup.py builds the package into a folder of its own, with the sanitizer's flags. The tests run on it with the
 sanitizer's runtime loaded first:

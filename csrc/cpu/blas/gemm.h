@@ -2,7 +2,8 @@
 //
 // Both operands are copied, piece by piece, into the order in which the tile of simd/tiles.h reads them: B in panels of
 // two vectors of columns that stay in the nearest cache, A in blocks of rows that stay in the next one. The copy takes
-// about 1/rows + 1/columns of the work. It also widens 16 bits and subtracts a number from every row of an operand.
+// about 1/rows + 1/columns of the work. It also widens 16-bit numbers and subtracts a number from each row of an
+// operand.
 // K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
 #pragma once
 

@@ -42,7 +42,7 @@ class Carrier {
         number_(shared.team.join(slots)),
         layout_(end - begin, r.width, number_ < 0 ? Slice{0, 0} : shared.slice(number_, r.width)) {}
 
-  // False if the others began without this thread.
+  // False if the other threads began without this one.
   LCW_INLINE bool is_in() const { return number_ >= 0; }
 
   LCW_INLINE void forward(const Forward<T>& pass) {
@@ -71,8 +71,8 @@ class Carrier {
     if (!pass.return_states) store(pass.output, 0);
   }
 
-  // Recomputes the states and slopes of a segment from the checkpoint at its start. Returns false if the others go on
-  // without this thread.
+  // Recomputes the states and slopes of a segment from the checkpoint at its start. Returns false if the other
+  // threads go on without this one.
   LCW_INLINE bool recompute(const Backward<T>& pass) {
     T *state = shared_.now.data(), *next = shared_.next.data();
     layout_.load(pass.checkpoint() + begin_ * r_.width, state);
@@ -140,7 +140,7 @@ class Carrier {
   }
 
  private:
-  // Returns false if the others go on without this thread.
+  // Returns false if the other threads go on without this one.
   LCW_INLINE bool meet() {
     shared_.team.wait();
     layout_.units = shared_.slice(number_, r_.width);

@@ -1,4 +1,4 @@
-// The parts of the backward pass in which no step waits for another: slopes of known states, gradients of parameters.
+// The parts of the backward pass that are parallel over steps: slopes of known states, gradients of parameters.
 #pragma once
 
 #include "../vector_math.h"
@@ -44,7 +44,7 @@ LCW_INLINE void known_slopes(const Backward<T>& pass, const Recurrence<T>& packe
   }
 }
 
-// dW_l = P_l^T H_{l-1} and db_l for some layers of the segment. Biases are summed in float64.
+// dW_l = P_l^T h_{l-1} and db_l for some layers of the segment. Biases are summed in float64.
 template <class Tiles, typename T>
 LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;

@@ -1,7 +1,9 @@
 // The orthogonal-filter recurrence on the CPU, forward and backward.
 //
 //   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
-//   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
+//   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
+//
+// A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
 //
 // Cost per step and row, forward: 4 N^2 operations (2 N^2 with a permutation filter), W_l read once per thread;
 // backward: the forward again, 4 N^2 for G, 2 N^2 for dW. Bound by arithmetic from about 16 rows, below by reading W.

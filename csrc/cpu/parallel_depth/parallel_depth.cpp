@@ -3,8 +3,9 @@
 //   h_l = alpha_l O h_{l-1} + beta_l act(product_l + bias_l + inputs_l)         l = 1..D
 //   g_{l-1} = alpha_l O g_l + product_l + outside_l,  scaled_l = slope_l g_l    l = D..1
 //
-// Each replaces the last sweep's states or gradients and returns the largest relative change. Formulas and derivation:
-// lcw_ops/reference/parallel_depth.py.
+// product_l is W_l h_{l-1} of the last sweep; for the adjoint it is the gradient through W_l, scaled_l W_l.
+// Each sweep replaces the last one's states or gradients and returns the largest relative change.
+// lcw_ops/reference/parallel_depth.py has the derivation.
 //
 // Bytes per float32 element: 12 (product and old state read, new state written), the adjoint 12, with outside 16, with
 // slope and scaled 20, with all of them 24. Instructions per float32 element in rows of 128, AVX2:

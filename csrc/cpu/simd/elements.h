@@ -1,5 +1,5 @@
-// Numbers as they are stored, and the type that they are computed in: 16 bits become float32, exactly, and results are
-// rounded once.
+// Numbers as they are stored, and the type that they are computed in: 16-bit numbers become float32, exactly, and
+// results are rounded once.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace lcw_ops {
 
-// 16 bits become float32, exactly, in operations that every instruction set vectorises.
+// 16-bit numbers become float32, exactly, in operations that every instruction set vectorises.
 LCW_INLINE float widen_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;

@@ -66,7 +66,7 @@ def holds(tensor: Tensor, values: Tensor | None) -> bool:
 
 def _state_of(tensor: Tensor) -> tuple[int, int]:
     """The version, which an in-place write increments, and the memory, which ``tensor.data = other`` replaces."""
-    # An inference tensor counts no versions.
+    # An inference tensor has no version counter.
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if _torch.has_values(tensor) else 0
 
 

@@ -94,8 +94,8 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
 
         Raises:
             ValueError: a filter, alpha or beta that was given as a tensor is uninitialised memory since ``to_empty``;
-                it has to be loaded or set. Or an input_layer or output_layer has no ``reset_parameters``. Nothing is
-                written in these cases.
+                load or set it first. Or input_layer or output_layer has no ``reset_parameters``. In both cases nothing
+                is written.
         """
         for name in ("input_layer", "output_layer"):
             layer = getattr(self, name)

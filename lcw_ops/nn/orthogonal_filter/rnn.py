@@ -75,8 +75,8 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     Every step's gradient carries the factor beta. :class:`OrthogonalFilterMLP` says which eps Adam then needs.
 
     Raises:
-        ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: shapes or
-            dtypes that do not fit, an empty sequence, a ``PackedSequence`` whose sizes contradict each other, or one
+        ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: wrong
+            shapes or dtypes, an empty sequence, a ``PackedSequence`` whose sizes contradict each other, or one
             that would be exported.
         TypeError: arguments that only ``torch.nn.RNN`` has, a third argument by position, a bias or batch_first that
             is not a bool. In a call: an input or hx that is not a tensor, or on another device than the parameters.

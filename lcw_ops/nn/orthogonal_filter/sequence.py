@@ -84,7 +84,7 @@ def _first_state(hx: Tensor | None, like: Tensor, batch: int, weight_hh: Tensor)
 def _check_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> None:
     _check_tensors(input, hx, weight_ih)
     features = weight_ih.shape[1]
-    # Format a text only for a wrong shape: torch.compile recompiles for every size that appears in a text.
+    # Format a message only for a wrong shape: torch.compile recompiles for every size in a formatted string.
     if input.dim() not in (2, 3) or input.shape[-1] != features:
         expected = f"{'(B, T' if batch_first else '(T, B'}, {features}) or (T, {features})"
         check_shape(_RNN, "input", input, False, expected)

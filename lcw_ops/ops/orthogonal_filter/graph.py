@@ -1,13 +1,15 @@
 """The orthogonal-filter recurrence as CUDA graphs of matmuls, for nets whose layers are too wide to stay on chip.
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
-    P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T H_{l-1}
+    P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
+
+A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l.
 
 The sequential part of a block of steps is plain torch on static buffers, captured once and replayed for every block. A
-step costs its kernels (forward: two matmuls and four element-wise ones; backward: two and two), without a launch from
-Python. The parts that are parallel over steps (slopes, dW, sums) are one call per block. The buffers hold a copy of the
-block's weights and eight states per step. They are kept for the next call of the same shape, until ``clear()``. On a
-CPU, and while the caller captures a graph, the same code runs directly.
+step runs two matmuls and four element-wise kernels forward, two and two backward. Python launches none of them. The
+other parts (slopes, dW, sums) are computed for all steps of a block at once. The buffers hold the block's weights and
+eight state-sized arrays per step. They are kept for the next call of the same shape, until ``clear()``. On a CPU, and
+while the caller captures a graph, the same code runs directly.
 
 The signatures are those of the op overloads in op.py beside this file.
 """
@@ -25,7 +27,7 @@ from lcw_ops.ops.precision import full_float32
 
 # Steps per graph. Starting a graph costs about as much as one step of a wide net, so longer graphs gain little.
 MOST_STEPS = 64
-# The limit for a block's buffers: the matrices that change with the step, and the states.
+# The most bytes of a block's buffers. The per-step matrices and the state-sized arrays count.
 MOST_BYTES = 512 << 20
 STATES_PER_STEP = 8
 # The number of blocks kept with their graphs: enough for forward and backward of two layers of different shapes.
@@ -36,7 +38,7 @@ MOST_BLOCKS = 4
 class Kind:
     """The properties on which a captured block depends."""
 
-    steps: int  # the block's room; a graph may run fewer
+    steps: int  # the most steps of a block; its last graph may run fewer
     rows: int
     width: int
     dtype: torch.dtype
@@ -45,12 +47,12 @@ class Kind:
     activation: str
     weight_per_step: bool
     filter: str  # "matrix", "per_step" or "permutation"
-    shifted: bool  # by a bias or inputs
+    shifted: bool  # a bias or inputs are added to the pre-activation
     adds_outer: bool  # every state receives a gradient from outside
 
 
 class Block:
-    """Buffers of ``kind.steps`` steps and their sequential part, captured at the first run if that is possible."""
+    """Buffers for ``kind.steps`` steps, and the sequential part, captured at its first run if ``capture``."""
 
     # Buffers made in inference mode could not be written outside it.
     @torch.inference_mode(False)
@@ -104,7 +106,7 @@ class Block:
     def run(self, direction: str) -> None:
         """Run "forward" from states[0], or "backward" from slopes and gradients[count].
 
-        The last steps of a range, if they are fewer, have their own graph on the same buffers.
+        A block of fewer than ``kind.steps`` steps, the last one, has its own graph on the same buffers.
         """
         function = {"forward": self._forward, "backward": self._backward}[direction]
         if self.graphs is None:
@@ -239,7 +241,7 @@ class _Call:
 
 @contextmanager
 def _exclusively(device: torch.device) -> Iterator[None]:
-    """Run one call at a time, because blocks are shared; without derivatives, and on CUDA without TF32."""
+    """Run one call at a time, because blocks are shared. Disable gradients, and TF32 on CUDA."""
     with _lock, torch.no_grad():
         if device.type != "cuda":
             yield
@@ -316,7 +318,7 @@ def orthogonal_filter_backward(
 
 
 class _Gradients:
-    """The gradients computed from G and P: written once per step, or summed in float64 for a shared argument."""
+    """Gradients computed from G and P. Each is written once per step, or summed in float64 for a shared argument."""
 
     def __init__(self, like, weight, bias, alpha, beta, inputs, steps, needs):
         def sums(needed, argument, shared_dim):
@@ -358,7 +360,7 @@ class _Gradients:
             self.states[steps] = gradients[:-1]
 
     def rounded(self) -> tuple[Tensor, ...]:
-        """The gradients in the arguments' dtypes. For an argument that is None it is the weight's dtype."""
+        """The gradients in the arguments' dtypes. The gradient of an argument that is None gets the weight's dtype."""
         _, _, needs_scales, _, _ = self.needs
         scales = [
             sums.sum().reshape(1) if needs_scales and shared else sums

@@ -2,9 +2,9 @@
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-Forward returns the result and the states at segment boundaries; backward recomputes the states inside each segment.
-So the memory is L / segment + segment states, and backward computes every state a second time. Weight, bias, filter,
-alpha and beta may each be shared by all steps or have one entry per step.
+O_l is the filter, u_l an input. Forward returns the result and the states at segment boundaries; backward recomputes
+the states inside each segment. So the memory is L / segment + segment states, and backward computes every state a
+second time. Weight, bias, filter, alpha and beta may each be shared by all steps or have one entry per step.
 
 The arguments travel as a :class:`Recurrence` (tensors) and :class:`Options` (everything else), and are
 unpacked only where an op or a Function is called.
@@ -52,7 +52,7 @@ COUNT = len(Recurrence._fields)
 
 
 class Options(NamedTuple):
-    """The non-tensor arguments of the op, in the op's order, and the overload that runs it."""
+    """The non-tensor arguments of the op, in the op's order, and the overload that runs the op."""
 
     steps: int
     activation: str
@@ -172,7 +172,7 @@ def fastest_on(device: torch.device, width: int, itemsize: int) -> str | None:
 
 
 def _implement_in_python(backend: str, module: str) -> None:
-    """Implement both ops by a module's functions. It is imported at the first call: lcw_ops must not need Triton."""
+    """Register a module's functions for both ops. Import it at the first call, so that lcw_ops does not need Triton."""
 
     def run_forward(*arguments):
         *tensors, steps, activation, segment, _ = arguments
@@ -210,7 +210,7 @@ def refusal(name: str, came: str) -> ValueError:
 
 
 def check_arguments(backend, state, weight, bias, filter, alpha, beta, inputs, steps, activation) -> None:
-    """Guard kernels that check nothing themselves, and could otherwise read out of bounds."""
+    """Guard kernels that do not check their arguments and could otherwise read out of bounds."""
     rows, width = state.shape[-2:]
     reason = backends.width_reason(NAME, backend, width, state.itemsize)
     if reason is not None:
@@ -355,7 +355,7 @@ class OrthogonalFilterBackward(Function):
     ):
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs)
         shared = (weight, bias, filter, alpha, beta, inputs, steps, activation)
-        # If there are no checkpoints, torch.func hid from the forward pass that a gradient would be needed.
+        # Without checkpoints: under torch.func the forward pass could not know that a gradient would be needed.
         if not segment and not (return_states and keeps_all_states(weight, backend)):
             _, checkpoints = _forward[backend](h0, *shared, DEFAULT_SEGMENT, False)
         return _backward[backend](grad_output, checkpoints, *shared, segment or DEFAULT_SEGMENT, *needs, False)[:6]

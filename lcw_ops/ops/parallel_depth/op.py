@@ -2,8 +2,9 @@
 
     h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-Each sweep covers all layers at once; see solver.py beside this file. lcw_ops/reference/parallel_depth.py has the parts
-of one sweep. The host decides on the number of sweeps, inside one op.
+O is the filter, u_l an input. Each sweep covers all layers at once; see solver.py beside this file.
+lcw_ops/reference/parallel_depth.py has the functions of a sweep. All sweeps run inside one op; the host decides how
+many.
 """
 
 import importlib
@@ -29,7 +30,7 @@ NAME, BACKWARD = "orthogonal_filter_parallel", "orthogonal_filter_parallel_backw
 
 
 class Kernels(NamedTuple):
-    """The parts of a sweep: three functions with the signatures of those in lcw_ops.reference.parallel_depth."""
+    """The three functions of a sweep, with the signatures of those in lcw_ops.reference.parallel_depth."""
 
     sweep_: object
     adjoint_sweep_: object
@@ -69,7 +70,7 @@ library.declare(
 
 
 def _implement_in_triton() -> None:
-    """Implement the kernels by kernels/parallel_depth.py, imported at the first call: lcw_ops must not need Triton."""
+    """Register kernels/parallel_depth.py. Import it at the first call, so that lcw_ops does not need Triton."""
 
     def implement(name, function):
         def launch(*arguments):
@@ -83,14 +84,14 @@ def _implement_in_triton() -> None:
 
 _implement_in_triton()
 backends.IMPLEMENTED[SWEEP] = ("cpp", "triton")
-# One program holds a whole row: 2048 units of float32.
+# One program holds a whole row: at most 2048 units of float32.
 backends.MAX_ROW_BYTES[SWEEP, "triton"] = 8192
 
 
 # ---- The solver as an op ---------------------------------------------------------------------------------------------
 # A window of 0 means the default window. Backward starts from the checkpoints. With window 0 these are all states, or
-# none if the output is the states; otherwise they are the first state of every window. They are not kept if no gradient
-# will be needed.
+# none if the output already holds all states. With a window above 0 they are the first state of each window. If no
+# gradient will be needed, there are no checkpoints.
 
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, Tensor filter, Tensor alpha, Tensor beta, Tensor? inputs, "
@@ -212,7 +213,7 @@ def _solve_backward(
     kind = checkpoints.dtype, checkpoints.device
     if checkpoints.shape != expected or kind != (grad_output.dtype, grad_output.device):
         raise orthogonal_filter.refusal(
-            BACKWARD, f"checkpoints of shape {tuple(checkpoints.shape)} where {expected} fits"
+            BACKWARD, f"checkpoints of shape {tuple(checkpoints.shape)} instead of {expected}"
         )
     layers = _contiguous_layers(recurrence, options.activation)
     at_once = window or solver.default_window(weight, gradient.shape[0], steps)
@@ -264,14 +265,14 @@ def _check(recurrence: Recurrence, options: Options) -> None:
     """
     state, filter, tolerance, window = recurrence.h0, recurrence.filter, options.tolerance, options.window
     if state.dim() != 2 or filter.dim() == 3:
-        raise orthogonal_filter.refusal(NAME, "no state (M, N), or one filter per layer")
+        raise orthogonal_filter.refusal(NAME, "a state that is not (M, N), or one filter per layer")
     if not (0 <= tolerance < math.inf and window >= 0):
-        raise orthogonal_filter.refusal(NAME, f"a tolerance of {tolerance} and a window of {window}")
+        raise orthogonal_filter.refusal(NAME, f"a tolerance of {tolerance} or a window of {window} out of range")
     orthogonal_filter.check_arguments("reference", *recurrence, options.steps, options.activation)
 
 
 def _contiguous_layers(recurrence: Recurrence, activation: str) -> solver.Layers:
-    """The layers in the layout that kernels read. The weight goes into matmuls, which take any strides."""
+    """The layers in the layout that kernels read. The weight keeps its strides, because matmuls take any."""
     _, weight, bias, _, alpha, beta, inputs = recurrence
     bias, alpha, beta, inputs = (
         tensor if tensor is None else tensor.contiguous() for tensor in (bias, alpha, beta, inputs)
@@ -291,7 +292,7 @@ def _make_forward(recurrence: Recurrence, options: Options, window: int) -> solv
 
 
 def _sequential_kernel(backend: str, like: Tensor) -> str:
-    """The layer-by-layer kernel that goes with sweeps on ``backend``: "reference" if no kernel takes this width."""
+    """The layer-by-layer kernel beside sweeps on ``backend``; "reference" if no kernel takes this width."""
     if backend == "reference":
         return "reference"
     try:
@@ -314,7 +315,7 @@ def sequential_forward(backend: str, filter: Tensor) -> solver.SequentialForward
 
 
 def _count_by_inputs(h0: Tensor, layers: solver.Layers, steps: int) -> Tensor:
-    """The inputs, or zeros: for one layer the reference cannot tell a scale per layer from a shared one."""
+    """The inputs, or zeros, which tell the reference the number of steps. A scale of length 1 may be shared."""
     return h0.new_zeros((steps, *h0.shape)) if layers.inputs is None else layers.inputs
 
 
@@ -406,7 +407,7 @@ class ParallelOrthogonalFilter(Function):
 
 
 class _ParallelBackward(orthogonal_filter.OrthogonalFilterBackward):
-    """The gradients by sweeps. Their own derivatives come from the sequential formulas."""
+    """Computes the gradients by sweeps, and second derivatives by the sequential formulas."""
 
     @staticmethod
     def forward(
@@ -433,7 +434,7 @@ class _ParallelBackward(orthogonal_filter.OrthogonalFilterBackward):
     ):
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs)
         arguments = (weight, bias, filter, alpha, beta, inputs, steps, activation, tolerance, window)
-        # torch.func hid from the forward pass that a gradient would be needed.
+        # Under torch.func the forward pass could not know that a gradient would be needed, and kept no states.
         if not keeps:
             _, checkpoints = _forward[backend](h0, *arguments, False, True)
         return _backward[backend](grad_output, checkpoints, *arguments, *needs)
@@ -459,7 +460,7 @@ def choose_solver(h0, weight, bias, filter, alpha, beta, inputs) -> str:
     largest_c = largest_c_faster(call)
     if largest_c is None:
         return "sequential"
-    # Read a tensor only here, where its value decides: on a GPU the host waits for it.
+    # Read beta only here, where the choice depends on it: reading it from a GPU makes the host wait.
     if isinstance(beta, Tensor):
         # A traced tensor has no values to read.
         if torch.compiler.is_compiling() or _torch.is_functorch_wrapped(beta):
