@@ -93,7 +93,7 @@ def gmp_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (M, m) -> (radius * act(x u^T + location) (M, n), act(..) or (0,), u (n, m) or (0,)).
 
-    Sums have a fixed order, ``deterministic`` or not. Does not check its arguments.
+    Sums have a fixed order, whatever ``deterministic`` is. Does not check its arguments.
     """
     if x.shape[0] <= FUSED_ROWS:
         direction = hypersphere_direction(angles) if keep_direction else x.new_empty((0,))

@@ -7,7 +7,7 @@ A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is
 
 Cost per layer in a program, which has a tile of R rows: it reads N^2 weights, through the second-level cache, as every
 program does. It takes 4 R N^2 operations forward (2 R N^2 with a permutation), twice as many backward, and 2 R N^2 for
-dW. Layers run one after another, so the time of one layer in one program decides: first its instructions, then latency.
+dW. Layers run one after another, so one layer's time in one program sets the total: instructions first, then latency.
 Instructions per warp and layer, counted in the sm_90 code (backward: recomputing + gradient), for a dense O shared by
 all layers. A scheduler has one warp at N = 64, two at N = 128:
     R = 4, N = 64: 453 forward, 491 + 438 backward        R = 4, N = 128: 804 forward, 852 + 829 backward
