@@ -28,7 +28,7 @@ template <typename T>
 struct Recurrence {
   int64_t rows, width, steps, segment;
   Activation activation;
-  const void* weight;  // of weight_type: the state's type, or 16 bits beside a float32 state
+  const void* weight;  // of weight_type: the state's type, or 16 bits with a float32 state
   ScalarType weight_type;
   const T *bias, *filter, *alpha, *beta, *inputs;
   const int64_t* permutation;  // instead of filter

@@ -6,18 +6,18 @@
     W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the backward without divisions is ours. g is the
     gradient of u; P_k and T_k are running products and sums. The notation is that of lcw_ops/reference.
 
-Cost of the direction: 2 itemsize bytes an element; about 25 instructions for sine and cosine, and a running product by
+Cost of the direction: 2 * itemsize bytes an element; about 25 instructions for sine and cosine, a running product by an
 associative scan over one number per 8 columns, so that threads exchange little: 56 instructions an element in all.
-4096 x 4096 float32 on an H200: 31 us of memory beside 32 us of instructions. Backward moves 3 itemsize bytes, reads the
-angles of long rows twice (the second time from the second-level cache) and takes 85 instructions: 47 us beside 48 us.
-At 69 registers and 16 warps a multiprocessor holds one program, which hides less latency.
+4096 x 4096 float32 on an H200: memory 31 us, instructions 32 us. Backward moves 3 * itemsize bytes, reads the angles of
+long rows twice (the second time from the second-level cache) and takes 85 instructions: memory 47 us, instructions 48
+us. At 69 registers and 16 warps a multiprocessor holds one program, which hides less latency.
 
 Cost of a layer of M <= FUSED_ROWS samples: the angles are read once and the directions exist in registers alone; the
-product takes 2 M n m operations. M = 32, 4096 x 4096 float32: 32 us of instructions beside 16 us of memory (8 us for
-16-bit angles). If there are too few units to fill the multiprocessors, the columns are split among programs. Each
-program computes as if the product of sines began with its columns; a second kernel multiplies every part by the product
-of sines before it and adds the parts in order, without atomics. Larger M: one direction pass, torch's matmul with the
-location, and a pass over its result for ReLU and scale, of 2 or 3 itemsize bytes an output, because torch's matmul
+product takes 2 M n m operations. M = 32, 4096 x 4096 float32: instructions 32 us, memory 16 us (8 us for 16-bit
+angles). If there are too few units to fill the multiprocessors, the columns are split among programs. Each program
+computes as if the product of sines began with its columns; a second kernel multiplies every part by the product of
+sines before it and adds the parts in order, without atomics. Larger M: one direction pass, torch's matmul with the
+location, and a pass over its result for ReLU and scale, of 2 or 3 * itemsize bytes an output, because torch's matmul
 cannot apply a scale after a ReLU. All figures are predicted from compiled code, not measured: no GPU has run this yet.
 """
 
@@ -93,7 +93,7 @@ def gmp_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (M, m) -> (radius * act(x u^T + location) (M, n), act(..) or (0,), u (n, m) or (0,)).
 
-    Sums have a fixed order, ``deterministic`` or not. Does not check its arguments.
+    Sums have a fixed order, whatever ``deterministic`` is. Does not check its arguments.
     """
     if x.shape[0] <= FUSED_ROWS:
         direction = hypersphere_direction(angles) if keep_direction else x.new_empty((0,))
@@ -428,7 +428,7 @@ def gmp_linear_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Joins the parts of the features in order: (z, P) o (z', P') = (z + P z', P P')."""
+    """Joins the partial results over the features, in order: (z, P) o (z', P') = (z + P z', P P')."""
     dtype: tl.constexpr = products.dtype.element_ty
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     sample = tl.arange(0, BLOCK_M)[None, :]

@@ -1,18 +1,18 @@
-"""Linearly constrained weights (LCW), rows of zero sum, and a linear layer of them in one pass over W, in Triton.
+"""Linearly constrained weights (LCW), rows of zero sum, and a layer of such rows in one pass over W, in Triton.
 
     centred:  w = u - mean(u)                  basis:  w = B v:  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s
     linear:   y = x V^T - q(x) S^T + b,  S the row sums of V;  q(x) = mean(x) or sum_{j<m} x_j / (s (s+1)) + x_m / s
     T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; B is Householder's, S = sum(v), s = sqrt(m).
     The notation is that of lcw_ops/reference.
 
-Cost of the weight kernels: 2 itemsize bytes an element (a row longer than BLOCK lanes is read twice, the second time
+Cost of the weight kernels: 2 * itemsize bytes an element (a row longer than BLOCK lanes is read twice, the second time
 from the second-level cache) and 4 operations: bound by memory.
 
-Cost of the linear kernel, M samples: it reads W once from memory, itemsize n m bytes, and x at most as much again, from
-the second-level cache. The product takes 2 M n m operations; every element of W takes 1 for its row sum and 1 to widen
-16 bits or to shift wider numbers. An H200's 4.3 TB/s bring 2.2 T elements of 16 bits a second, 0.28 Pflop/s at M = 64:
-bound by memory. In float32 they bring 1.1 T elements, beside 33 T multiply-adds a second: bound by memory up to about
-M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
+Cost of the linear kernel, M samples: it reads W once from memory, itemsize * n m bytes, and x at most as much again,
+from the second-level cache. The product takes 2 M n m operations; every element of W takes 1 for its row sum and 1 to
+widen 16 bits or to shift wider numbers. An H200's 4.3 TB/s bring 2.2 T elements of 16 bits a second, 0.28 Pflop/s at
+M = 64: bound by memory. In float32 they bring 1.1 T elements, for 33 T multiply-adds a second: bound by memory up to
+about M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
 kernel adds their sums in order, without atomics. Predicted, not measured: no GPU has run this yet.
 Rows of W whose length is not a multiple of 16 are loaded element by element. (With a basis they are one shorter than
 x's rows.) 16-bit elements are then not loaded ahead of their use: asynchronous copies have at least 4 bytes.
@@ -114,7 +114,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
 def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: int, device: Device) -> dict:
     """Tile, warps, stages and the parts that the columns are split into."""
     multiplies_add = itemsize == 4 and not device.matrix_units
-    # Tensor cores take 16 samples at once or pad to them; plain multiply-adds would carry out the padding.
+    # Tensor cores take 16 samples at once or pad to them; multiply-adds would compute the padding.
     block_m = max(4 if multiplies_add else 16, triton.next_power_of_2(rows))
     # At least BLOCK_M units, so that no more bytes of x are read than of W.
     block_n = max(LEAST_UNITS, block_m)
@@ -382,7 +382,7 @@ def lcw_linear_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds the sums of all parts of the columns, in their order."""
+    """Adds the partial sums over the columns, in order."""
     dtype: tl.constexpr = products.dtype.element_ty
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)

@@ -5,27 +5,27 @@
 
 A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
 
-Cost per layer and program, a tile of R rows: N^2 weights read (through the second-level cache, because every program
-reads them), 4 R N^2 operations forward (2 R N^2 with a permutation), twice that and 2 R N^2 for dW backward. Layers
-run one after another, so the time of one layer in one program is the bound: instructions issued, then latency. Counted
-in the sm_90 code, instructions per warp and layer, one warp per scheduler at N = 64 and two at N = 128, dense shared O:
+Cost per layer in a program, which has a tile of R rows: it reads N^2 weights, through the second-level cache, as every
+program does. It takes 4 R N^2 operations forward (2 R N^2 with a permutation), twice as many backward, and 2 R N^2 for
+dW. Layers run one after another, so one layer's time in one program sets the total: instructions first, then latency.
+Instructions per warp and layer, counted in the sm_90 code (backward: recomputing + gradient), for a dense O shared by
+all layers. A scheduler has one warp at N = 64, two at N = 128:
     R = 4, N = 64: 453 forward, 491 + 438 backward        R = 4, N = 128: 804 forward, 852 + 829 backward
-    R = 2, N = 128, W shared, inputs (time): 413 forward, 441 + 430 backward
-Predicted, not measured, for an H200 at 1.8 GHz; latency and barriers add as much again at one warp, half at two warps:
-M = 128, N = 64 0.5 us a layer forward and 1.1 backward, dW included; M = 128, N = 128 1.3 and 2.9; over time, M = 64,
-N = 128, 0.7 us a step forward.
+    R = 2, N = 128, over time (W shared, with inputs): 413 forward, 441 + 430 backward
+Predicted, not measured: an H200 at 1.8 GHz, with all of the issue time again for latency and barriers at one warp, half
+of it at two. M = 128 rows: 0.5 us a layer forward and 1.1 backward with dW at N = 64, 1.3 and 2.9 at N = 128. Over time
+with M = 64, N = 128: 0.7 us a step forward.
 
-On chip: the state and G in registers; a matrix shared by all layers in shared memory for the whole launch; W_l and
-other arguments that change with l in shared memory, copied asynchronously up to two layers ahead. Registers and shared
-memory on sm_90, without spills: N = 64 forward 55, 50 KB, backward 67, 52 KB; N = 128 backward 64, 200 KB. The tests
-print them all.
+Registers hold the state and G. Shared memory holds every matrix that all layers share, for the whole launch, and W_l
+and other arguments that change with l, copied asynchronously up to two layers ahead. On sm_90, without spills: 55
+registers and 50 KB forward, 67 and 52 KB backward at N = 64; 64 and 200 KB backward at N = 128. The tests print these.
 
-float32 products are plain multiply-adds: a tile would use 4 of a tensor core's 16 rows, and 3xTF32 takes 747
+float32 products are multiply-adds, not TF32: a tile would use 4 of a tensor core's 16 rows, and 3xTF32 takes 747
 instructions. 3xTF32 is used if tiles have 16 rows and the user lets torch's matmul use TF32.
-A permutation is a gather inside the tile, by shuffles or through shared memory: at N = 64 it replaces 128 of the 278
-multiply-adds by 4 shuffles. A 0/1 matrix would be exact too, but not free.
-Every sum has a fixed order, without atomics. tanh and sigmoid are those of csrc/cpu: under 4 ulp with correctly rounded
-basic operations, and up to 2 more on CUDA, whose float32 division is approximate.
+A permutation is a gather inside the tile, by shuffles or through shared memory: at N = 64, 4 shuffles replace 128 of
+the 278 multiply-adds per thread and layer. A product with a 0/1 matrix would be exact too, but would cost all 128.
+Every sum has a fixed order, without atomics. tanh and sigmoid are computed as in csrc/cpu, with an error under 4 ulp if
+basic operations are correctly rounded, and up to 2 more on CUDA, whose float32 division is approximate.
 A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 """
 
@@ -52,7 +52,7 @@ def orthogonal_filter(
 ) -> tuple[Tensor, Tensor]:
     """(output, checkpoints) as ``lcw_ops::orthogonal_filter`` returns them. Does not check its arguments.
 
-    The state is float32 or float64; weight may be bfloat16 or float16 beside a float32 state.
+    The state is float32 or float64; weight may be bfloat16 or float16 with a float32 state.
     """
     rows, width = h0.shape
     segment = min(segment, max(steps, 1))
@@ -110,7 +110,7 @@ def orthogonal_filter_backward(
     recurrence = _Recurrence(gradient, weight, bias, filter, alpha, beta, inputs, activation)
     product_shape = (steps if needs_scales else 0, *recurrence.grid)
     alpha_products, beta_products = (gradient.new_zeros(product_shape, dtype=torch.float64) for _ in range(2))
-    # One launch per segment: only P and H of one segment are stored, and dW_l is their batched product.
+    # One launch per segment, so that only its P_l and h_{l-1} are stored. dW_l is their batched product.
     for first in reversed(range(0, steps if gradient.numel() else 0, segment)):
         end = min(first + segment, steps)
         delta = grad_inputs[first:end] if needs_inputs else grad_pre[: end - first]
@@ -196,13 +196,13 @@ class _ParameterGradient:
         if self._shared:
             self._gradient = torch.zeros_like(parameter, dtype=torch.float64)
         else:
-            # Launches write every entry; without rows there are no launches.
+            # `_add` fills a segment's entries after its launch. Without rows nothing is launched, and they stay 0.
             self._gradient = parameter.new_empty(parameter.shape) if rows else parameter.new_zeros(parameter.shape)
 
     def add_products(self, first: int, delta: Tensor, states: Tensor) -> None:
         """dW_l = P_l^T h_{l-1}, in TF32 only if the user lets torch's matmul use it.
 
-        The gradient of a shared W is summed over the layers in float64: one product over all rows has twice the error.
+        A shared W's gradient sums these in float64: one product over the rows of all layers has twice the error.
         """
         self._add(first, torch.bmm(delta.mT, states))
 
@@ -230,8 +230,8 @@ def choose_launch(
 ) -> dict:
     """Tile, warps and stages if ``per_layer`` matrices are read in every layer and ``kept`` matrices stay on chip."""
     block_n = max(16, triton.next_power_of_2(width))
-    # The fewest rows with which every program has a multiprocessor of its own, because a layer takes as long as its
-    # tile. Below 4 rows the second-level cache takes too long to give every program its W_l.
+    # The fewest rows with which every program has a multiprocessor of its own: a layer takes as long as one tile does.
+    # Below 4 rows, too many programs read W_l through the second-level cache.
     smallest = 16 if device.matrix_units else 4 if per_layer else 2
     largest = min(16, 1024 // block_n) if not device.matrix_units else 16
     block_m = smallest
@@ -255,7 +255,8 @@ def choose_launch(
             "Use lcw_ops.use_backend('cuda') or 'reference'"
         )
     stages = 3
-    # Every pipelined load has one copy per stage in flight; exchanges between threads take three more tiles.
+    # A pipelined matrix has stages - 1 copies. Three tiles per stage are allowed for pipelined tiles and for those that
+    # threads exchange.
     while stages > 1 and (kept + per_layer * (stages - 1)) * matrix + 3 * stages * tile > device.shared_memory:
         stages -= 1
     return {
@@ -380,7 +381,7 @@ def orthogonal_filter_backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Recompute a segment's states and branches for BLOCK_M rows, then carry G back through it. Stores P and H."""
+    """Recompute the h_l and act(A_l) of a segment for BLOCK_M rows, then propagate G back. Stores P_l and h_{l-1}."""
     tile, inside = _tile(rows, WIDTH, BLOCK_M, BLOCK_N)
     size = rows * WIDTH
     state = tl.load(checkpoint + tile, mask=inside, other=0.0)
@@ -452,14 +453,14 @@ def orthogonal_filter_backward_kernel(
             alpha_products -= tl.num_programs(0)
             beta_products -= tl.num_programs(0)
             state = tl.load(states + tile, mask=inside, other=0.0)
-            # <G, O h> is <O^T G, h>, and O^T G is known.
+            # <G, O h> is <G O, h>, and G O is `rotated`.
             tl.store(alpha_products, _inner_product(rotated, state))
             tl.store(beta_products, _inner_product(grad_state, y))
         if grad_states is not None:
             tl.store(grad_states + tile, grad_state, mask=inside)
             grad_states -= size
         matrix = _matrix(weight, kept_weight, dtype, WIDTH, BLOCK_N)
-        # A separate sum: terms added to the far larger filter branch would be rounded at its scale.
+        # A sum of its own: terms added to the far larger `rotated` would be rounded at its scale.
         branch = tl.dot(delta, matrix, input_precision=PRECISION, out_dtype=dtype)
         grad_state = tl.load(alpha) * rotated + branch
         if grad_output is not None:
@@ -478,7 +479,7 @@ def _tile(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def _load_index(index, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """p_i for every element of the tile. An index out of range is replaced by 0."""
+    """The permutation (or its inverse) for every row of the tile. An index out of range is replaced by 0."""
     unit = tl.arange(0, BLOCK_N)
     index = tl.load(index + unit, mask=unit < WIDTH, other=0)
     index = tl.where((index >= 0) & (index < WIDTH), index, 0).to(tl.int32)
@@ -547,7 +548,7 @@ def _step(
     y = activate(pre_activation, ACTIVATION)
     state = tl.load(alpha) * filtered + tl.load(beta) * y
     if WIDTH != BLOCK_N:
-        # sigmoid(0) is 1/2: numbers in the padding would grow with the layers, and inf * 0 is NaN.
+        # sigmoid(0) is 1/2: the padding would grow with the layers to inf, and inf times a weight's padding is NaN.
         state = tl.where((unit < WIDTH)[None, :], state, 0.0)
     return y, state
 

@@ -11,7 +11,7 @@ Cost per element in float32: 16 bytes forward (P twice, the old state, the new o
 each for the gradient from outside and for slope with scaled; 32 / C for the ends. If the rows alone fill the GPU, there
 is one chunk, and P is read once. Instructions in the sm_90 code at N = 64, tanh, bias and u, per warp and layer of 4
 rows: 390 (first launch) and 527 (third) with a permutation, of which tanh takes 300 each. At L = 50,000, M = 128, N =
-64 on an H200 (4.3 TB/s, 0.92 T warp instructions a second) that is 1.5 ms of memory beside 1.6 ms of instructions.
+64 on an H200 (4.3 TB/s, 0.92 T warp instructions a second) that is 1.5 ms of memory and 1.6 ms of instructions.
 Predicted, not measured: no GPU has run this yet.
 
 A warp holds 4 rows of 64 units and waits for no other warp. Its residual is one reduction over the warp, by the bits of
@@ -33,7 +33,7 @@ from lcw_ops.kernels.common import activate, activation_slope, device_facts, is_
 # All units of a row are in one program, because the residual is relative to the largest of them.
 MAX_WIDTH = 2048
 
-# A warp's tile: 8 elements a thread. Rows up to that length have a warp of their own, which waits for no other warp.
+# A warp's tile: 8 elements a thread. A row of up to this many units fits one warp, which waits for no other warp.
 WARP_ELEMENTS = 256
 # Twice the number of one-warp blocks that a multiprocessor holds at a time.
 WARPS_PER_PROCESSOR = 64

@@ -1,17 +1,17 @@
-"""Weight normalization: rows of a given length, and a linear layer of them, in Triton.
+"""Weight normalization: rows of a given norm, and a linear layer of such rows, in Triton.
 
-    normalised:  w = s v / ||v||        ds = <g, v / ||v||>,  dv = s (g - ds v / ||v||) / ||v||
+    normalised:  w = s v / ||v||        ds = <G, v / ||v||>,  dv = s (G - ds v / ||v||) / ||v||
     layer:       y = x w^T + b
-    T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. g is the gradient of w.
+    T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. G is the gradient of w.
 
-Lengths: a row is scaled by a power of 2 near its largest element, so that no square overflows or underflows.
+Norms: a row is divided by a power of 2 near its largest element, so that no square overflows or underflows.
 
 Cost of normalising: 2 passes over a row (the second from registers if the row fits a program, else from the
-second-level cache), bound by memory: 2 itemsize bytes an element, 3 backward.
+second-level cache), bound by memory: 2 * itemsize bytes an element, 3 * itemsize backward.
 
-Cost of a layer of M <= FUSED_ROWS samples: the rows are read once, and their squared length is summed beside the
-product, which takes 2 M n m operations; the quotient comes last. If there are too few units to fill the
-multiprocessors, the columns are split among programs, and a second kernel adds the parts in order, without atomics.
+Cost of a layer of M <= FUSED_ROWS samples: the rows are read once, and the product's loop, of 2 M n m operations, sums
+their squares too. The division by the norm comes last. If there are too few units to fill the multiprocessors, the
+columns are split among programs, and a second kernel adds the partial sums in order, without atomics.
 Larger M: one normalising pass and torch's matmul. No GPU has run this yet.
 """
 
@@ -69,7 +69,7 @@ def normalize_scale_backward(grad_output: Tensor, weight: Tensor, scale: Tensor)
 def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, deterministic: bool) -> Tensor:
     """x (M, m) -> x @ normalize_scale(weight, scale).T + bias, (M, n).
 
-    Sums have a fixed order, ``deterministic`` or not. Does not check its arguments.
+    Sums have a fixed order, whatever ``deterministic`` is. Does not check its arguments.
     """
     if x.shape[0] <= FUSED_ROWS:
         return _fused_linear(x, weight, scale, bias)
@@ -146,7 +146,7 @@ def normalize_kernel(
     LANES: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """ROWS rows. Rows of more than LANES columns are read twice."""
+    """Normalises ROWS rows per program. Rows of more than LANES columns are read twice."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     present = row < count
@@ -190,7 +190,7 @@ def normalize_backward_kernel(
     LANES: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """dscale = <G, v>, dweight = scale (G - dscale v) / ||weight||."""
+    """ds and dv, as at the head of this file, for ROWS rows per program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     present = row < count
@@ -215,7 +215,7 @@ def normalize_backward_kernel(
     root = _root(square)
     reciprocal = _divide(tl.full((ROWS, 1), 1.0, dtype), root)
     if FITS:
-        # The direction of a row of one number is exactly 1 or -1. Its gradient is then exactly 0.
+        # A row of one number has the direction 1 or -1, without rounding, so that the number's gradient is exactly 0.
         direction = _divide(scaled, root)
         product = tl.sum(direction * gradient, 1, keep_dims=True)
     else:
@@ -256,7 +256,7 @@ def weight_norm_linear_kernel(
 ):
     """BLOCK_N units and ``chunk`` features for all samples.
 
-    The product is scaled by 2^-exponent, and the squared length of the row by 2^-(2 exponent).
+    The product is scaled by 2^-exponent, and the row's sum of squares by 2^-(2 exponent).
     """
     dtype: tl.constexpr = computed_in(weight.dtype.element_ty)
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -306,7 +306,7 @@ def weight_norm_linear_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds the parts of the features in order, each brought to the larger exponent."""
+    """Adds the partial sums over the features, in order. Each addition rescales both to their larger exponent."""
     dtype: tl.constexpr = products.dtype.element_ty
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     sample = tl.arange(0, BLOCK_M)[None, :]
@@ -331,7 +331,7 @@ def weight_norm_linear_reduce_kernel(
 
 @triton.jit
 def _store_output(product, square, scale, bias, output, unit, sample, inside, units):
-    """scale * product / length + bias."""
+    """scale * product / norm + bias."""
     dtype: tl.constexpr = product.dtype
     product = product / _root(square)
     present = unit < units
@@ -347,7 +347,7 @@ def _store_output(product, square, scale, bias, output, unit, sample, inside, un
 
 @triton.jit
 def _exponent(values):
-    """e of each row's largest |value| = 2^e f, 1 <= f < 2, clamped so that 2^e and 2^-e are both normal numbers."""
+    """Each row's e: its largest |value| is 2^e f, 1 <= f < 2. e is clamped so that 2^e and 2^-e are normal numbers."""
     if values.dtype == tl.float64:
         bits = tl.max((values.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF) >> 52, 1, keep_dims=True)
         return tl.minimum(tl.maximum(bits, 1), 2045).to(tl.int32) - 1023
@@ -373,7 +373,7 @@ def _divide(a, b):
 
 @triton.jit
 def _root(square):
-    """A scaled row's length: infinity if it is 0, so that quotients are 0, and NaN if it is infinite."""
+    """A scaled row's norm. Infinity replaces 0, so that quotients are 0, and NaN replaces infinity."""
     root = tl.sqrt(square) if square.dtype == tl.float64 else tl.sqrt_rn(square)
     root = tl.where(root == float("inf"), float("nan"), root)
     return tl.where(root == 0.0, float("inf"), root)

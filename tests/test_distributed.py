@@ -1,4 +1,4 @@
-"""lcw_ops.distributed: the recurrence over ranks equals that of one process, and no rank hangs when another one fails.
+"""lcw_ops.distributed: split over ranks, the recurrence equals that of one process. No rank hangs if another fails.
 
 Four processes on this machine (gloo) run every case, as a group of four and as two groups of two. Run as a script, this
 file is one of the processes: it stores what it computed, and the tests compare that with the plain module.
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROCESSES = 4
 GROUP_SIZES = (2, 4)
-# In seconds, several times the time of all cases. A process that still waits for another one then is ended.
+# In seconds: several times as long as all cases take. A process that still waits for another by then is ended.
 TIMEOUT = 300
 # The timeout of the groups in which a rank fails, in seconds.
 PATIENCE = 5
@@ -100,7 +100,7 @@ CASES = {
 }
 GIVEN_UP = [name for name in CASES if "too strong" in name]
 
-# Ranks find different frames of the filter, or none.
+# Every rank finds another frame of the filter (the basis of its rotations), or none.
 FRAMES = {
     # From this width on, torch's eigenvectors depend on the number of threads.
     "dense, a number of threads per rank": {"filter": "haar", "width": 128, "depth": 11},
@@ -109,7 +109,7 @@ FRAMES = {
 }
 CASES.update(FRAMES)
 
-# A loose tolerance ends after a few sweeps, far from the solution: the ranks must still equal one process.
+# A loose tolerance stops the sweeps early, far from the solution. The ranks must still agree with one process.
 LOOSE = {
     "one sweep": {"tolerance": 0.9},
     "two sweeps": {"tolerance": 1e-3},
@@ -198,8 +198,8 @@ def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
             assert actual.shape == right.shape
             if not right.numel():
                 continue
-            # Allow twice the error of one process, in sweeps or layer by layer, plus for every layer the rounding of a
-            # sum of ``width`` products.
+            # Allow twice the error of one process (the larger of both solvers'), plus an ulp, plus for every layer the
+            # rounding of a sum of ``width`` products.
             errors = [(kept[key][cut].double() - right).abs().max() for kept in (one, sequential)]
             rounding = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps * mlp.depth * mlp.width**0.5
             allowed = 2 * max(errors) + (rounding + torch.finfo(dtype).eps) * exact[key].abs().max()
@@ -208,7 +208,7 @@ def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
 
 
 def test_ranks_had_different_frames(found):
-    """The cases about frames need different ones. (The effect of the number of threads depends on the machine.)"""
+    """The frames differ in fact. The case of two threads is not checked: its effect depends on the machine."""
     frames = [found[rank][2, "dense, a frame per rank", "frame"] for rank in range(2)]
     assert not torch.allclose(*frames)
     frames = [found[rank][2, "float32, dense, a frame on odd ranks only", "frame"] for rank in range(2)]
@@ -240,13 +240,13 @@ def test_every_sweep_equals_that_of_one_process(found, name, size):
             for field in ("direction", "first_layer", "layers", "sweeps", "converged"):
                 assert actual[field] == getattr(expected, field), field
             for field in ("contraction", "residual", "error"):
-                # Changes carry the states' rounding, which is relative to the states, not to the changes.
+                # A sweep's change carries the states' rounding, which is relative to the states, not to the change.
                 right = getattr(expected, field)
                 assert actual[field] == pytest.approx(right, rel=1e-4, abs=1e-13, nan_ok=True), field
         for key, right in one.items():
             cut = own_layers(mlp.depth, size, rank) if key in ("weight", "bias") else slice(None)
             error = (result[key] - right[cut]).abs().max()
-            # Each of the two solvers makes one rounding per layer.
+            # One process and the ranks each round once per layer.
             assert error <= 2 * mlp.depth * torch.finfo(torch.float64).eps * right.abs().max(), key
 
 
@@ -272,7 +272,7 @@ def test_ranks_give_up_alike_with_one_warning(found, name, size):
 
 
 def test_a_backward_pass_that_does_not_converge_is_right_too(found, size):
-    """Only the backward pass is given up: the states of its forward pass come from sweeps."""
+    """Only the backward pass is given up: the forward states come from sweeps."""
     mlp = make_mlp(solver="sequential")
     samples, weights = make_samples(mlp)
     right = run(mlp, samples, weights)
@@ -345,7 +345,7 @@ def test_a_group_of_one(found):
 
 
 def test_a_checkpoint_is_that_of_the_plain_module(found, size):
-    """The checkpoint of a new module has rank 0's shared parameters, and each layer's from its owner."""
+    """The checkpoint of a new module has the shared parameters of rank 0, and every layer's from the layer's owner."""
     for name in ("sigmoid, scales per layer", "bfloat16"):
         expected = make_mlp(**split_options(CASES[name])[2]).state_dict()
         for rank in range(PROCESSES):
@@ -411,14 +411,14 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing_on_any_rank(found, probl
         ),
         ("shape", "ValueError", "input has shape (4, 6); expected (*, 5)"),
         ("dtype", "TypeError", "input is torch.float32"),
-        ("rows on one rank", "ValueError", "the input is from ranks that differ in the number of samples"),
+        ("rows on one rank", "ValueError", "the input comes from ranks that differ in the number of samples"),
         ("numbers on one rank", "ValueError", "the input has numbers that differ between ranks"),
         ("gradient mode on one rank", "ValueError", "whether gradients are enabled"),
         ("scale on one rank", "ValueError", "the input has numbers that differ between ranks"),
         ("loss on one rank", "ValueError", "the output's gradient has numbers that differ between ranks"),
         ("loss's scale on one rank", "ValueError", "the output's gradient has numbers that differ between ranks"),
-        ("tolerance on one rank", "ValueError", "the input is from ranks that differ in the tolerance"),
-        ("activation on one rank", "ValueError", "the input is from ranks that differ in the activation"),
+        ("tolerance on one rank", "ValueError", "the input comes from ranks that differ in the tolerance"),
+        ("activation on one rank", "ValueError", "the input comes from ranks that differ in the activation"),
         ("twice", "RuntimeError", "derivatives of second order"),
         ("no member", "ValueError", "does not contain this process"),
         ("data parallel", "ValueError", "DistributedDataParallel is over ranks ["),
@@ -484,7 +484,7 @@ def assert_stopped_answering(error, words):
 def test_a_rank_that_ends_in_a_forward_pass(found):
     for rank in range(PROCESSES - 1):
         words = f"the all-gather of the states between ranks in sweep 2 failed on rank {rank} of 4"
-        # A rank that waits only for a living rank learns of the failure from it, up to a collective later.
+        # A rank that waits only for a live rank learns of the failure through that one, at most a collective later.
         _, message, *_ = error = found[rank]["ended"]
         assert_stopped_answering(error, words if words in message else f"failed on rank {rank} of 4")
         assert "sweep 2" in message
@@ -510,7 +510,7 @@ def describe_solve(solve):
 
 @contextmanager
 def recorded():
-    """(messages of RuntimeWarnings, solves)."""
+    """Yield two lists, which are filled at the end: the messages of RuntimeWarnings, and the solves."""
     messages, solves = [], []
     with warnings.catch_warnings(record=True) as caught, solver.record_solves() as recording:
         warnings.simplefilter("always")
@@ -537,7 +537,7 @@ class Process:
         self.rank = torch.distributed.get_rank(group)
 
     def distribute(self, mlp):
-        """Distribute a module whose shared part is right on rank 0 alone."""
+        """Spoil the shared part on all ranks but 0, whose values have to reach them; then distribute the module."""
         if self.rank:
             with torch.no_grad():
                 for parameter in (*mlp.input_layer.parameters(), *mlp.output_layer.parameters()):
@@ -598,7 +598,7 @@ class Process:
         with recorded() as (messages, solves), torch.no_grad():
             output = module(make_samples(module)[0])
         self.results[self.size, "not a number"] = output, messages, solves
-        # The adjoint contracts as the states do, so its failure is forced: its changes do not get smaller.
+        # The adjoint converges whenever the states do. Force its failure: pretend that its changes never shrink.
         module = self.distribute(make_mlp())
         largest = module.group.largest
         module.group.largest = lambda change, what: (
@@ -616,7 +616,7 @@ class Process:
             self.results[self.size, "trained", name, filter, dtype] = module.full_state_dict()
 
     def keep_checkpoints(self):
-        # Small pieces hold few layers, so that ranges are cut.
+        # Pieces so small that a rank's layers are sent in several.
         lcw_ops.distributed.module._PIECE_BYTES = 1000
         for name in ("sigmoid, scales per layer", "bfloat16"):
             module = self.distribute(make_mlp(**split_options(CASES[name])[2]))
@@ -702,7 +702,7 @@ class Process:
                 strong(samples)
 
         def replicate():
-            # Eight layers give ranges of the same length: DistributedDataParallel itself refuses others.
+            # Eight layers, so that every rank has as many: DistributedDataParallel itself refuses uneven parts.
             layers = self.distribute(make_mlp(depth=8))
             nn.parallel.DistributedDataParallel(layers, process_group=self.group)(samples)
 
@@ -785,7 +785,7 @@ def divide_by_zero():
 
 
 def fail_in_pairs(rank, pair, results):
-    """Rank 1 raises in the middle of a backward pass; rank 3 does not call at all."""
+    """Rank 1 raises in the middle of a backward pass; rank 3 never calls the module."""
     module = lcw_ops.distributed.DepthParallel(make_mlp(), pair)
     samples, weights = make_samples(module)
     if rank == 1:
@@ -811,7 +811,7 @@ def end_in_the_group_of_all(rank, group, results, store):
 def run_process(rank, folder):
     import torch.distributed as dist
 
-    # Uninitialised memory is NaN, as in tests/conftest.py. The public function would import torch's compiler.
+    # Fill new memory with NaN, as tests/conftest.py does. The public function would import torch's compiler.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     store = dist.FileStore(f"{folder}/store", PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=TIMEOUT))
@@ -829,7 +829,7 @@ def run_process(rank, folder):
     fail_in_pairs(rank, impatient[rank // 2], results)
     dist.barrier()
     end_in_the_group_of_all(rank, impatient_group, results, lambda: torch.save(results, f"{folder}/{rank}.pt"))
-    # Exit without a shutdown of the groups: the others' groups have failed.
+    # Exit without shutting down the groups: some have failed.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""The recurrence as blocks of matmuls is right for every kind and block length, and on a GPU with replayed graphs."""
+"""Computed in blocks of matmuls, the recurrence is right for every kind and block length; on a GPU, as graphs too."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    """A few steps then make several blocks and a remainder."""
+    """Blocks of 3 steps, so that short runs take several blocks and a remainder."""
     monkeypatch.setattr(graph, "MOST_STEPS", 3)
 
 
@@ -95,7 +95,7 @@ def test_without_optional_arguments(without, device):
 
 
 def test_scales_shared_by_all_steps(device):
-    """Result and gradients are those of one scale per step, with the gradients of the scales summed."""
+    """Sharing a scale equals repeating it for every step, except that the gradients of the scales are summed."""
     tensors, grad_output = list(problem(device, 5, 30, 7)), torch.randn(5, 30, device=device)
     shared = [*tensors[:4], tensors[4][:1], tensors[5][:1], tensors[6]]
     tensors[4:6] = (scale[:1].expand(7) for scale in tensors[4:6])
@@ -117,7 +117,7 @@ def test_only_the_gradients_asked_for(device):
 
 
 def test_calls_are_independent(device):
-    """On new numbers of the same shapes a graph reads the new ones, and the results belong to the caller."""
+    """A later call of the same shapes reads its own numbers, and does not overwrite the results of the earlier call."""
     first, second = problem(device, 5, 30, 9), problem(device, 5, 30, 9)
     grad_output = torch.randn(5, 30, device=device)
     once = by_graph(first, grad_output, 9)
@@ -146,7 +146,7 @@ def test_float32_means_float32(device, tf32):
 
 
 def test_settings_are_restored(monkeypatch, tf32):
-    """Without a GPU: TF32 is off inside and set back to the user's choice afterwards, also after an error."""
+    """TF32 is off inside ``_exclusively``, then the user's choice again, even after an error. Needs no GPU."""
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     seen = []
 
@@ -164,7 +164,7 @@ def test_settings_are_restored(monkeypatch, tf32):
 
 @pytest.fixture
 def cached_blocks(monkeypatch):
-    """Blocks cached as on a GPU, filled with NaN that must not be read. On a CPU their code runs without a capture."""
+    """On a CPU: cache blocks as on a GPU, filled with NaN that must not be read, and run them without a capture."""
     cached, get = {}, graph._get_block
 
     def get_block(kind):
@@ -185,7 +185,7 @@ def cached_blocks(monkeypatch):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["permutation", "per_layer"])
 def test_cached_blocks_serve_every_length(cached_blocks, shared, kind, device):
-    """Seven steps are blocks of three, three and one, all on the same buffers."""
+    """Depths that take blocks of one to three steps share two sets of buffers, one forward and one backward."""
     for depth in (7, 11, 9):
         assert_right(problem(device, 5, 30, depth, shared, kind), depth, segment=5, return_states=True)
     if device.type != "cuda":
@@ -193,7 +193,7 @@ def test_cached_blocks_serve_every_length(cached_blocks, shared, kind, device):
 
 
 def test_first_called_in_inference_mode(cached_blocks, device):
-    """Buffers made in inference mode serve the calls after it, and the other way round."""
+    """Buffers made in inference mode serve later calls, outside that mode and inside it."""
     tensors = problem(device, 5, 30, 7)
     grad_output = torch.randn(5, 30, device=device)
     with torch.inference_mode():
@@ -215,7 +215,7 @@ def test_arguments_shared_by_all_steps_are_copied_once(device, monkeypatch):
 
 
 def test_only_arguments_per_step_shorten_a_block(monkeypatch):
-    """With 8 x 8 matrices and 2 rows a step holds 64 numbers for each matrix and 128 for its states."""
+    """With width 8 and 2 rows, a step holds 64 numbers for each matrix and 128 for eight arrays like the state."""
     monkeypatch.setattr(graph, "MOST_STEPS", 10**6)
     monkeypatch.setattr(graph, "MOST_BYTES", 4 * 128 * 12)
 
@@ -229,7 +229,7 @@ def test_only_arguments_per_step_shorten_a_block(monkeypatch):
 
 
 def test_graphs_are_cached_and_the_least_recently_used_is_evicted(monkeypatch):
-    """Without a GPU: which blocks are cached, and for which calls."""
+    """Blocks are cached unless the caller captures. Needs no GPU."""
     monkeypatch.setattr(graph, "_cached", graph.OrderedDict())
     monkeypatch.setattr(graph, "Block", lambda kind, capture: [kind, capture])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -251,7 +251,7 @@ def test_graphs_are_cached_and_the_least_recently_used_is_evicted(monkeypatch):
 
 
 def test_captured_once_and_replayed(monkeypatch):
-    """Without a GPU, the order of events: libraries warm up before the capture, and a capture runs nothing."""
+    """The first run warms the libraries up, captures, and replays, as a capture executes nothing. Needs no GPU."""
     calls = []
 
     class Graph:
@@ -279,7 +279,7 @@ def test_captured_once_and_replayed(monkeypatch):
 
 
 def test_captured_by_the_caller(device):
-    """Inside the caller's graph the code runs without a capture of its own, on memory of that graph."""
+    """While the caller captures, the code makes no graph of its own and takes its memory from the caller's."""
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     tensors = problem(device, 5, 30, 7)

@@ -9,7 +9,7 @@
 // 2107.04228.
 //
 // Every element of every tensor is read and written once, and f(g) stays in registers. Bytes of memory per element, and
-// instructions per vector (8 float32 numbers in AVX2, 16 in AVX-512) for arctan / tanh / log, with the loop:
+// instructions per vector (8 float32 numbers in AVX2, 16 in AVX-512) for arctan / tanh / log, loop included:
 //
 //                          float32 bytes   AVX2, float32   AVX-512        AVX2, float64
 //   activation                   8          27 / 30 / 35   26 / 29 / 33   35 / 37 / 39

@@ -9,7 +9,7 @@
 // backward pass of both. Each file states its cost.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
-// float32 products are plain multiply-adds, never TF32. No atomics: every sum has a fixed order.
+// float32 products are multiply-adds, never TF32. No atomics: every sum has a fixed order.
 
 #include <cstdlib>
 #include <string_view>

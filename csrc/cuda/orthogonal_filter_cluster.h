@@ -3,17 +3,17 @@
 //
 // Forward, a block multiplies its units' rows of O_l and W_l with the whole state. It sends the result to every block
 // of the cluster (distributed shared memory), which starts the next layer once all results have arrived. Backward, a
-// block multiplies G and P (see orthogonal_filter.cu) of its units with the same rows. Every block receives its units'
-// share from all others and adds the shares in the order of the ranks. So both directions read the same slice of the
-// matrices, and no barrier spans the cluster.
-// The slices pass through shared memory in chunks of columns, which the copy engine brings ahead of the current layer.
-// A matrix shared by all steps stays there for the whole sequence if it fits (N = 512: 64 KB of W and as much of O in
-// each of 16 blocks). One more warp only orders the copies.
-// Cost per layer and tile of R rows, per block of N / C units: 4 R N N/C operations from registers (both products share
-// their reads of the state), 8 N N/C bytes of slices and R N of state per warp from shared memory, 4 R N bytes sent. At
-// R = 8 arithmetic and shared memory take about equally long. The latency of one exchange comes on top.
-// float32 products are plain multiply-adds. A sum is cut into one part per warp (forward) or per block (backward); the
-// number of rows in a tile does not change its order.
+// block multiplies the same rows with its units' G and P (see orthogonal_filter.cu). Every block receives a partial sum
+// for its units from each block and adds these in the order of the ranks. So both directions read the same slice of the
+// matrices, and no layer needs a barrier across the cluster.
+// The copy engine brings the slices to shared memory in chunks of columns, ahead of the layer that uses them. A matrix
+// shared by all steps stays there for the whole sequence if it fits (N = 512: 64 KB of W and as much of O in each of 16
+// blocks). An extra warp does nothing but start the copies.
+// Cost per layer and tile of R rows, in each of C blocks with N / C units: 4 R N N/C operations on registers (both
+// products share their reads of the state), 8 N N/C bytes of slices and up to R N bytes of state, or of G and P, per
+// warp from shared memory, 4 R N bytes sent. At R = 8 arithmetic and shared memory take about equally long. The latency
+// of one exchange comes on top. float32 products are multiply-adds, not TF32. A sum has one part per warp (forward) or
+// per block (backward), so the number of rows in a tile does not change the order of the sum.
 #pragma once
 
 #include <optional>
@@ -23,7 +23,7 @@
 
 namespace lcw_ops {
 
-// A thread's place in the block and the cluster, and both rings, which every warp follows.
+// A thread's place in the block and the cluster, and both rings, whose slots every warp counts for itself.
 template <typename W, int R>
 struct ClusterBlock {
   const Recurrence<float>& r;
@@ -53,7 +53,7 @@ struct ClusterBlock {
   __device__ int warp() const { return threadIdx.x / warp_size; }
   __device__ int lane() const { return threadIdx.x % warp_size; }
 
-  // Called by every thread of the cluster, so that none sends before all barriers exist.
+  // Called by every thread of the cluster, so that no thread sends before all barriers exist.
   __device__ void init_barriers(uint64_t* inbox) {
     if (threadIdx.x == 0) {
       if (!r.permutation) filter.init();
@@ -98,7 +98,7 @@ __device__ void multiply_chunk(
   }
 }
 
-// Both products of the block's units with the whole state: this warp's part of the columns.
+// Multiplies the block's rows of both matrices with the state: this warp's partial sums, over its part of the columns.
 template <typename W, int R>
 __device__ void multiply_state(ClusterBlock<W, R>& block, const float* state, int pitch, float* partials) {
   const int n = int(block.r.width), row_of_lane = max(0, min(block.lane(), block.units - 1));
@@ -172,7 +172,7 @@ struct Carry {
   const float* start;  // (M, N)
   int64_t first, count;
   float* last;         // (M, N), after the last layer
-  float* checkpoints;  // every segment-th state from the first on
+  float* checkpoints;  // states 0, segment, 2 segment, ...
   // (count, M, N), for every layer: the state before it, beta act'(A), O h and act(A).
   float *states, *slopes, *filtered, *activated;
 };
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     if (!e.exists) continue;
     current[which] = memory.states[e.row * pitch + e.i];
     if (r.permutation) from[which] = r.permutation[e.i];
-    // The public function has checked it. The op cannot check it without waiting for the device.
+    // The public function has checked the index. The op could not, without waiting for the device.
     if (from[which] < 0 || from[which] >= n) __trap();
   }
   for (int64_t s = 0; s < carry.count; ++s) {
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     float* next = memory.states + (s + 1) % 2 * R * pitch;
     uint64_t* next_inbox = memory.inbox + (s + 1) % 2;
     if (!last && threadIdx.x == 0) mbarrier_arrive_expecting(next_inbox, unsigned(R * n * sizeof(float)));
-    // Read now, for use when the products are there.
+    // Read these while the inbox fills. They are used after the products.
     const float alpha = r.alpha_at(l), beta = r.beta_at(l);
     float shift[elements] = {};
     for (int which = 0; which < elements; ++which) {
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
       const float pre = sum_partials<R>(memory.partials, 1, e.row, e.unit) + shift[which];
       const float y = activate(pre, r.activation);
       current[which] = alpha * filtered + beta * y;
-      // The other blocks wait for this. Results that only later kernels read come after it.
+      // The other blocks wait for this number: send it before writing results that only later kernels read.
 #pragma unroll 2
       for (int rank = 0; rank < block.blocks && !last; ++rank)
         send(rank, next + e.row * pitch + e.i, current[which], next_inbox);
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
 #endif
 }
 
-// The numbers of an element that a step of the backward pass reads from global memory, one step ahead.
+// One element's numbers for a step of the backward pass, which are read from global memory one step ahead.
 struct BackwardRead {
   float slope, filtered, activated, grad_output;
 };
@@ -309,7 +309,7 @@ __device__ inline BackwardRead read_backward(const Backward<float>& pass, const 
   return read;
 }
 
-// Writes P, computed from G, to shared memory for the products and to global memory for the gradients that follow.
+// Computes P from G and writes it to shared memory, for the products, and to global memory, for later gradients.
 template <int R>
 __device__ void write_backward(
     const Backward<float>& pass, const BackwardMemory<R>& memory, const Element& e, int64_t s, float gradient,
@@ -323,14 +323,14 @@ __device__ void write_backward(
   pass.grad_pre[row * r.width + e.i] = grad_pre;
   if (pass.grad_inputs) pass.grad_inputs[(l * r.rows + e.m) * r.width + e.i] = grad_pre;
   if (pass.grad_states) pass.grad_states[((l + 1) * r.rows + e.m) * r.width + e.i] = gradient;
-  // scale_products sums them up.
+  // scale_products sums these.
   if (pass.filtered) {
     pass.filtered[row * r.width + e.i] = gradient * read.filtered;
     pass.activated[row * r.width + e.i] = gradient * read.activated;
   }
 }
 
-// alpha G O + P W over the block's units, for the columns of all blocks. A warp has 32 columns at a time.
+// alpha G O + P W over the block's units, for the columns of all blocks. A warp takes 32 columns at a time.
 template <typename W, int R>
 __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemory<R>& memory) {
   constexpr int groups = chunk_columns / warp_size;
@@ -360,7 +360,7 @@ __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemor
         }
       }
       if (i >= n) continue;
-      // Each has at most 32 terms, so their sum is rounded like a partial sum.
+      // Both sums have at most 32 terms, so adding them rounds like a partial sum.
 #pragma unroll
       for (int row = 0; row < R; ++row) weight_terms[row] += filter_terms[row];
       const int owner = i / block.slot_units, unit = i % block.slot_units;
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(cluster_threads, 1) backward_cluster(const Bac
       grad_output[which] = read[which].grad_output;
       if (!e.exists) continue;
       write_backward(pass, memory, e, s, gradient[which], read[which]);
-      // The element's place is in the block that owns unit `to`, behind the places of all ranks.
+      // The element goes to the block that owns unit `to`, into the slot after those of all ranks.
       const int owner = int(to[which]) / shape.units, unit = int(to[which]) % shape.units;
       if (r.permutation)
         send(
@@ -471,8 +471,8 @@ size_t shared_bytes(const ClusterShape& shape, const Recurrence<float>& r) {
   return pieces.bytes();
 }
 
-// Divides the rest of the shared memory: matrices that all steps share stay if they fit, the others get room for two
-// layers. Each gets at least two chunks, one to read and one on its way. Returns nothing if these do not fit.
+// Divides the remaining shared memory: a matrix that all steps share stays if it fits, any other gets up to two layers.
+// Each gets at least two chunks, one to read and one that is being copied. Returns nothing if these do not fit.
 template <typename W, class Memory>
 std::optional<ClusterShape> share_out_slots(ClusterShape shape, const Recurrence<float>& r, size_t most_bytes) {
   const int chunks = int((r.width + chunk_columns - 1) / chunk_columns), few = std::min(chunks, 2);
@@ -496,7 +496,7 @@ struct ClusterLaunch {
   cudaLaunchConfig_t config;
 };
 
-// The launch of a cluster kernel whose shared memory is a Memory, or nothing if this GPU cannot run it.
+// The launch of a cluster kernel with the shared memory of a `Memory`, or nothing if this GPU cannot run the kernel.
 template <typename W, int R, class Memory, typename Kernel>
 std::optional<ClusterLaunch> plan_cluster(
     Kernel kernel, const Recurrence<float>& r, cudaLaunchAttribute& cluster, const Tensor& like) {
@@ -541,7 +541,7 @@ bool run_cluster_tiles(const Backward<float>& pass, const Tensor& like) {
   return true;
 }
 
-// Takes the smallest tiles that all run at once; larger ones read matrices less often. False if this GPU cannot run it.
+// Takes the smallest tiles that all run at once, else the largest, which read W least often. False if none can run.
 template <typename W, typename Pass>
 bool run_cluster(const Pass& pass, const Tensor& like) {
   const Recurrence<float>& r = pass.recurrence;

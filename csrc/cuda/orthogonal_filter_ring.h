@@ -81,8 +81,8 @@ struct ForwardMemory {
         inbox(pieces.take<uint64_t>(2)) {}
 };
 
-// Backward: alpha G and P of the block's units, and the numbers from every block, with one more place for a
-// permutation's. All exist twice: a warp may write the next step's while another still multiplies.
+// Backward: alpha G and P of the block's units, and the partial sums from every block, with one more place for
+// permuted numbers. All exist twice: a warp may write the next step's while another still multiplies.
 template <int R>
 struct BackwardMemory {
   float *scaled, *grad_pre, *received;
@@ -107,8 +107,8 @@ struct BackwardMemory {
   }
 };
 
-// The block's rows of every layer's matrix on their way through shared memory. The producer fills the slots in the
-// order in which the consumers take them. Each warp follows its own Ring.
+// The slots in shared memory through which the block's rows of every layer's matrix pass. The producer fills them in
+// the order in which the consumers take them. Each warp counts the slots in a Ring of its own.
 template <typename E>
 class Ring {
  public:

@@ -2,15 +2,15 @@
 // layers. They serve float64, GPUs without clusters, and nets that are too wide for clusters. The other kernels are
 // tested against them.
 //
-// Cost per step and row, forward: 4 N^2 operations, O and W_l read from the second-level cache by every block. Bound by
-// the latency of one step (two reads of a matrix row, a reduction over a warp, two barriers), not by arithmetic.
+// Cost per forward step and row: 4 N^2 operations; each block reads O and W_l from the second-level cache. Bound by the
+// latency of one step (two reads of a matrix row, a reduction over a warp, two barriers), not by arithmetic.
 #pragma once
 
 #include "orthogonal_filter_common.h"
 
 namespace lcw_ops {
 
-// Enough warps to give every scheduler of a multiprocessor two, few enough that narrow nets do not idle.
+// Every scheduler of a multiprocessor gets two warps. With more, warps would idle in narrow nets.
 constexpr int block_threads = 256;
 
 // One warp computes <row, state>, widening a 16-bit row as it reads. The result is valid in lane 0.
@@ -21,7 +21,7 @@ __device__ T warp_dot(const W* row, const T* state, int64_t n) {
   return warp_sum(sum);
 }
 
-// filtered = O h and pre = W h + b + u for the block's row. `state` must be complete before; both results are after.
+// filtered = O h and pre = W h + b + u for the block's row. Needs the whole `state`; completes both results.
 template <typename W, typename T>
 __device__ void apply_matrices(const Recurrence<T>& r, int64_t l, const T* state, T* filtered, T* pre) {
   const int64_t n = r.width;
@@ -36,7 +36,7 @@ __device__ void apply_matrices(const Recurrence<T>& r, int64_t l, const T* state
     }
     if (r.permutation) {
       const int64_t from = r.permutation[o];
-      // The public function has checked it. The op cannot check it without waiting for the device.
+      // The public function has checked the index. The op could not, without waiting for the device.
       if (from < 0 || from >= n) __trap();
       if (first_lane) filtered[o] = state[from];
     } else {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(block_threads) forward_rows(const Forward<T> p
   for (int64_t i = threadIdx.x; i < n; i += block_threads) pass.output[m * n + i] = state[i];
 }
 
-// Recomputes one row's states and slopes in the segment, then carries its G back.
+// Recomputes one row's states and slopes in a segment, then propagates the row's G back.
 template <typename T, typename W>
 __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T> pass) {
   const Recurrence<T>& r = pass.recurrence;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
     __syncthreads();
   }
 
-  // From here the three shared rows hold G, alpha G and P.
+  // From here the three shared rows hold G, alpha G and P (grad_pre).
   T *gradient = state, *scaled = filtered, *grad_pre = pre;
   for (int64_t i = threadIdx.x; i < n; i += block_threads) gradient[i] = pass.gradient[m * n + i];
   __syncthreads();
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
       __syncthreads();
     }
     for (int64_t i = threadIdx.x; i < n; i += block_threads) {
-      // Two sums: terms added to the far larger filter branch would be rounded at its scale.
+      // Two sums: added to the far larger filter branch, the weight's terms would be rounded at its scale.
       T filter_branch = r.permutation ? gradient[i] : T(0), weight_branch = 0;
       for (int64_t chunk = 0; chunk < n; chunk += chunk_terms) {
         T filter_terms = 0, weight_terms = 0;

@@ -103,7 +103,7 @@ class Group:
         least = [-value for value in least]
         for name, high, low in zip(facts, most[2:], least[2:], strict=False):
             if high != low:
-                came, expected = f"is from ranks that differ in {name}", "the same call on every rank"
+                came, expected = f"comes from ranks that differ in {name}", "the same call on every rank"
                 raise ValueError(describe(_OWNER, what, came, expected))
         # Compare the norm relative to its size. The other two numbers are about 1.
         *apart, norms_apart = (high - low for high, low in zip(most[-3:], least[-3:], strict=True))

@@ -1,13 +1,13 @@
-"""The CPU's C++ under GCC's sanitizers: ``python tests/sanitize/harness.py`` (make sanitize) takes minutes.
+"""Run the C++ for the CPU under GCC's sanitizers, in minutes: ``python tests/sanitize/harness.py`` (make sanitize).
 
 setup.py builds the package into a folder of its own, with the sanitizer's flags. The tests run on it with the
 sanitizer's runtime loaded first:
-- address and undefined behaviour, for every instruction set (without AVX-512, its tiles in AVX2): sizes, kinds, memory
-  layouts, and every op on sizes around every tile (calls.py);
+- address and undefined behaviour, for every instruction set (on processors without AVX-512, AVX2 runs its tiles):
+  sizes, kinds, memory layouts, and every op on sizes near the size of every tile (calls.py);
 - threads: the barriers of threads that share rows. This sanitizer cannot see torch's OpenMP pool, so loops run on
   std::thread instead (threads.cpp).
 
-broken.cpp, in the same library, proves that mistakes are caught.
+broken.cpp, in the same library, makes mistakes on purpose, and every one must be caught.
 """
 
 import os
@@ -37,14 +37,14 @@ OPTIONS = {
     "TSAN_OPTIONS": f"halt_on_error=1:exitcode={CAUGHT}",
 }
 
-# The mistakes of broken.cpp that each of them must catch.
+# The mistakes of broken.cpp that each sanitizer must catch.
 MISTAKES = {MEMORY: range(1, 9), THREADS: (9,)}
 
-# Compare like with like: if the kernel has no fused multiply-add, eager torch and its matrix products have none either.
-# Compilers fuse only when they optimize.
+# Compare like with like. Portable kernels do not fuse multiply-adds, and no compiler fuses unless it optimizes: these
+# settings keep eager torch and its matrix products from fusing too.
 EAGER_WITHOUT_FMA = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
-# Tests of the proof: accesses around every argument, any options and layouts, every remainder of rows and units.
+# Tests in PROOF: accesses outside the arguments, any options and layouts, every remainder of rows and units.
 MEMORY_TESTS = "nothing_but_the_arguments or any_call or every_row_count or every_width or every_kind"
 THREAD_TESTS = "same_bits_twice"
 
@@ -78,7 +78,7 @@ def build(folder: Path, sanitizers: str, optimize: str, without: Iterable[str] =
     if sanitizers == MEMORY:
         watched += " -fno-sanitize-recover=all"
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", package, "--build-temp", folder / "objects"]
-    # Without AVX-512, test its tiles all the same: pairs of AVX2 instructions carry them out.
+    # On a processor without AVX-512, run the tiles of AVX-512 as pairs of AVX2 instructions, so that they are tested.
     wide = "" if torch.backends.cpu.get_cpu_capability() == "AVX512" else " -DLCW_AVX512_BY_AVX2"
     environment = {**os.environ, "CXX": watched, "CXXFLAGS": optimize + wide, "LCW_OPS_CUDA_ARCHS": ""}
     result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
@@ -103,7 +103,7 @@ def run(package: Path, sanitizers: str, arguments: list[str], **environment: str
 
 
 def run_tests(package: Path, sanitizers: str, selection: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run the tests of the proof that ``selection`` names on the sanitized package."""
+    """On the sanitized package, run the tests in PROOF that ``selection`` names."""
     arguments = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", str(PROOF), "-k", selection]
     proof = {"LCW_OPS_PROOF_SANITIZED": "1"}
     return run(package, sanitizers, arguments, **proof, **EAGER_WITHOUT_FMA, **environment)
@@ -126,10 +126,10 @@ for mistake in map(int, sys.argv[1:]):
 
 
 def make_mistakes(package: Path, sanitizers: str, mistakes: Iterable[int]) -> tuple[dict[int, int], str]:
-    """Mistake -> exit status of a process that makes it, and all reports. Mistake 0 of broken.cpp is correct code."""
+    """({mistake: exit status of the process that made it}, all reports). Mistake 0 of broken.cpp is correct code."""
     result = run(package, sanitizers, ["-c", MAKE_MISTAKES, *map(str, mistakes)])
     if result.returncode:
-        raise RuntimeError(f"nothing runs on the sanitized package:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+        raise RuntimeError(f"the sanitized package does not run:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
     return {int(mistake): int(status) for mistake, status in map(str.split, result.stdout.splitlines())}, result.stderr
 
 
@@ -144,7 +144,7 @@ def main() -> None:
             package = build(Path(folder), sanitizers, optimize)
             found, _ = make_mistakes(package, sanitizers, [0, *MISTAKES[sanitizers]])
             if found != {0: 0, **dict.fromkeys(MISTAKES[sanitizers], CAUGHT)}:
-                raise SystemExit(f"{sanitizers}: broken.cpp is not caught; exit status by mistake: {found}")
+                raise SystemExit(f"{sanitizers}: broken.cpp: unexpected exit status; for each mistake: {found}")
             for capability in capabilities:
                 result = run_tests(package, sanitizers, selection, LCW_OPS_CPU_CAPABILITY=capability)
                 summary = result.stdout.strip().splitlines()[-1:]

@@ -7,7 +7,7 @@ import torch
 from support.numerics import assert_as_exact_as_eager
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# (samples, units, features) of layers: ones, both sides of 64 samples, and more units than a tile has.
+# (samples, units, features) of layers: sizes of 1, 64 and 65 samples, and more units than a tile holds.
 LAYER_SHAPES = [(1, 1, 1), (1, 3, 2), (2, 1, 3), (64, 2, 7), (65, 2, 7), (7, 33, 5)]
 EMPTY_SHAPES = [(0, 3, 4), (3, 0, 4), (0, 0, 1), (70, 0, 4)]
 
@@ -21,12 +21,12 @@ def wide(*tensors):
 
 
 def compare(name, actual, eager, exact, terms):
-    """Judge one result, or several, against eager torch in its dtype and the float64 reference."""
+    """Judge one or more results against eager torch in the same dtype and the float64 reference."""
     if isinstance(actual, torch.Tensor):
         actual, eager, exact = (actual,), (eager,), (exact,)
     for i, triple in enumerate(zip(actual, eager, exact, strict=True)):
         if triple[0].dtype == torch.float64:
-            # The exact result is itself in float64: both round, because each sums and multiplies in its own order.
+            # The reference is float64 too. It rounds otherwise, because it adds and multiplies in another order.
             scale = max(1.0, triple[2].abs().max().item()) if triple[2].numel() else 1.0
             bound = 4 * math.sqrt(max(terms, 4)) * torch.finfo(torch.float64).eps * scale
             torch.testing.assert_close(triple[0], triple[2], rtol=0, atol=bound, msg=f"{name} {i}")
@@ -43,7 +43,7 @@ def gradients(function, arguments, grad_output):
 
 
 def assert_only_needed(backward, arguments):
-    """A gradient that is requested alone has the same bits as with the other three, which are then empty."""
+    """A gradient requested alone has the same bits as one of all four, and the other three are empty."""
     everything = backward(*arguments, True, True, True, True)
     for i in range(4):
         one = backward(*arguments, *(j == i for j in range(4)))
@@ -52,7 +52,7 @@ def assert_only_needed(backward, arguments):
 
 
 def use_short_programs(monkeypatch, kernels):
-    """Make programs hold only 16 columns of a row, and several programs share the columns of a product."""
+    """Let a program hold only 16 columns of a row, and let several programs share the columns of a product."""
     from lcw_ops.kernels import common
 
     constants = {"ROW_BYTES": 64, "WARP_LANES": 16, "TILE_ROW_BYTES": 64, "LEAST_STEPS": 1, "LEAST_SUMMED_ROWS": 8}

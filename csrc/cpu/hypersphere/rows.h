@@ -126,7 +126,7 @@ LCW_INLINE void angles_backward(
   }
 }
 
-// Units given by their angles. `make` stores in `kept` the numbers that backward needs beside the row's gradient.
+// Units given by their angles. `make` stores in `kept` the numbers that backward needs besides the row's gradient.
 template <typename T>
 struct AngleRows {
   Source<T> angles;

@@ -124,7 +124,7 @@ class Carrier {
         layout_.permute(permutation_.inverse.data(), gradient, filtered_.data());
       else
         layout_.multiply_transposed(r_.filter_at(l), gradient, filtered_.data(), nullptr);
-      // Summed separately: terms added to the far larger filter branch would be rounded at its scale.
+      // Two sums: added to the far larger filter branch, the weight's terms would be rounded at its scale.
       layout_.multiply_transposed(weights_.at(l), grad_pre.data(), pre_.data(), weights_.ahead(l - 1));
       const T alpha = r_.alpha_at(l);
       const T *filtered = filtered_.data(), *pre = pre_.data();
@@ -188,7 +188,7 @@ LCW_INLINE void forward_rows(const Forward<T>& pass, int64_t begin, int64_t end,
   if (carrier.is_in()) carrier.forward(pass);
 }
 
-// Recomputes the segment's states and slopes for some rows, then carries G back through it.
+// Recomputes a segment's states and slopes for some rows, then carries the rows' G back through the segment.
 template <class Tiles, class Layout, typename T>
 LCW_INLINE void backward_rows(const Backward<T>& pass, int64_t begin, int64_t end, Shared<T>& shared, int64_t slots) {
   Carrier<Tiles, Layout, T> carrier(pass.recurrence, begin, end, shared, slots);

@@ -5,13 +5,13 @@
 //
 // A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
 //
-// Cost per step and row, forward: 4 N^2 operations (2 N^2 with a permutation filter), W_l read once per thread;
-// backward: the forward again, 4 N^2 for G, 2 N^2 for dW. Bound by arithmetic from about 16 rows, below by reading W.
+// Cost per step and row: forward takes 4 N^2 operations (2 N^2 with a permutation), and each thread reads W_l once.
+// Backward repeats this, then takes 4 N^2 for G and 2 N^2 for dW. From about 16 rows bound by arithmetic, else by W.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
 // Rows are independent, so each thread carries its slice of the batch through all layers. If there are fewer rows than
 // threads, several threads carry the same rows and share the units. Backward goes through the segments from the end. It
-// recomputes a segment's states and runs G back through it (rows in parallel), then computes its weight gradients
+// recomputes a segment's states and propagates G back (rows in parallel), then computes its weight gradients
 // (layers in parallel). Every sum has a fixed order.
 
 #include "../../orthogonal_filter.h"

@@ -1,7 +1,7 @@
 // The scan over all layers, by rows or by chunks of layers on all threads.
 //
 // Rows are independent, and threads share them. If rows are too few, threads share the layers, in one chunk more than
-// there are threads. The first chunk is solved while the sums of the others, from 0, are carried to their ends. Then
+// there are threads. The first chunk is solved while the others, started from 0, are summed to their ends. Then
 // alpha^C O^C takes the carry from end to end, and all other chunks are solved at once. That computes every term of
 // inner chunks twice and takes 2 / (threads + 1) of one thread's time. Every sum has a fixed order.
 #pragma once

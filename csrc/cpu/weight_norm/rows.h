@@ -1,7 +1,7 @@
-// A normalised row and its gradients: w = s v / |v|,  ds = <g, v / |v|>,  dv = s (g - ds v / |v|) / |v|.
+// A normalised row and its gradients: w = s v / |v|,  ds = <G, v / |v|>,  dv = s (G - ds v / |v|) / |v|.
 //
-// T. Salimans, D. P. Kingma, 2016, arXiv 1602.07868. A row is read twice, the second time from cache, and written once:
-// bound by memory.
+// T. Salimans, D. P. Kingma, 2016, arXiv 1602.07868. G is the gradient of w. A row is read twice, the second time from
+// cache, and written once: bound by memory.
 #pragma once
 
 #include <algorithm>

@@ -3,7 +3,7 @@
 //   q = X v^T,  y = (s / |v|) q + b;    G = dY^T X,  ds = <G, v> / |v|,  dV = (s / |v|) (G - (ds / |v|) v),
 //   dX = (s / |v|) dY V
 //
-// Beside the plain layer's products this reads the weight once for the lengths, and once more for dV.
+// In addition to the plain layer's products, this reads the weight once for the norms, and once more for dV.
 #pragma once
 
 #include <atomic>

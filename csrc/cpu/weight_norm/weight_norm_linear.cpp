@@ -1,6 +1,6 @@
 // The linear layer with normalised rows: y = X (s v / |v|)^T + b.
 //
-// If samples are few or, forward, few beside a unit's inputs, it makes no normalised rows (unnormalised.h).
+// If samples are few or, forward, few compared with a unit's inputs, it makes no normalised rows (unnormalised.h).
 #include <optional>
 #include <tuple>
 #include <type_traits>

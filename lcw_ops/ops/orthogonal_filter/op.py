@@ -94,7 +94,7 @@ def _backward_fake(
 def new_gradients(weight, bias, alpha, beta, inputs, needs: Needs) -> tuple[Tensor, ...]:
     """A tensor like its argument for each gradient that is needed, and an empty one for each that is not."""
     needed = (needs.weight, needs.bias, needs.scales, needs.scales, needs.inputs)
-    # A 16-bit weight beside a float32 state has a gradient in its own dtype.
+    # With a float32 state, a 16-bit weight's gradient is in the weight's dtype.
     return tuple(
         (weight if argument is None else argument).new_empty(argument.shape if need else (0,))
         for argument, need in zip((weight, bias, alpha, beta, inputs), needed, strict=True)
