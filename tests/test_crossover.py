@@ -55,7 +55,7 @@ def test_noise_is_reported_before_the_line_of_code(quickly, tmp_path, monkeypatc
     monkeypatch.setattr(registry, "is_noisy", lambda median, spread: True)
     assert run(tmp_path / "crossover.csv") == 0
     warning, line = capsys.readouterr().out.splitlines()[-3::2]
-    assert warning.endswith("rows are noisy: measure again before the line below is used")
+    assert warning.endswith("rows are noisy: measure again before you use the line below")
     assert line.startswith("MEASURED[CPU] = ")
 
 

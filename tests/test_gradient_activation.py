@@ -279,7 +279,7 @@ ONE = torch.ones(3)
         (lambda: sgd_step(ONE, ONE, ONE.double(), 0.1), TypeError, "momentum_buffer is torch.float64"),
         (lambda: sgd_step(ONE, ONE, None, 0.1, activate="both"), ValueError, "activate is 'both'"),
         (lambda: sgd_step(ONE, ONE, None, -0.1), ValueError, "lr is -0.1; expected a finite number >= 0"),
-        (lambda: adamw_step(ONE, ONE, ONE, ONE, 0), ValueError, "step is 0; expected a count from 1"),
+        (lambda: adamw_step(ONE, ONE, ONE, ONE, 0), ValueError, "step is 0; expected at least 1"),
         (lambda: adamw_step(ONE, ONE, ONE, ONE, 1, betas=(0.9, 1.0)), ValueError, "betas is"),
     ],
 )

@@ -884,7 +884,7 @@ def test_the_main_job_in_parallel(tmp_path, capsys, monkeypatch):
     ("options", "message"),
     [
         ({"solver": "fast"}, "--solver: solver is 'fast'"),
-        ({"window": 5}, "--solver: window is 5; expected None, for the sequential"),
+        ({"window": 5}, "--solver: window is 5; expected None, because the sequential"),
         ({"solver": "parallel", "window": 0}, "--solver: window is 0"),
         ({"solver": "parallel", "tolerance": -1.0}, "--solver: tolerance is -1.0"),
     ],
