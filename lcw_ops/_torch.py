@@ -9,6 +9,7 @@ Some names with an underscore are used directly elsewhere. ``torch._check`` is d
 ``torch._amp_foreach_*`` are operators in torch's schema list, which torch keeps compatible.
 """
 
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -269,6 +270,28 @@ def state_of_optimizer_hooks(before_step: dict, before_load: dict) -> dict:
         "_optimizer_step_pre_hooks": OrderedDict(before_step),
         "_optimizer_load_state_dict_pre_hooks": OrderedDict(before_load),
     }
+
+
+# By id, each function that has_torchs_init_group has found to be torch's: an id is looked up without a call.
+torchs_init_groups: dict[int, Any] = {}
+
+
+def has_torchs_init_group(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's own code fills the lists for a step: a subclass or a patch may replace it."""
+    found: Any = getattr(optimizer._init_group, "__func__", None)  # type: ignore[attr-defined]
+    function = found
+    # The first call of torch.compile puts a wrapper around torch's own.
+    while _directory_of_code(function) == os.path.join(os.path.dirname(torch.__file__), "_dynamo"):
+        function = getattr(function, "_torchdynamo_orig_callable", None)
+    if _directory_of_code(function) != os.path.dirname(torch.optim.__file__):
+        return False
+    torchs_init_groups[id(found)] = found
+    return True
+
+
+def _directory_of_code(function: object) -> str | None:
+    code = getattr(function, "__code__", None)
+    return None if code is None else os.path.dirname(code.co_filename)
 
 
 def step_without_hooks(optimizer: type[torch.optim.Optimizer]) -> Callable:

@@ -5,6 +5,7 @@ lower dtype it is eager torch, whose error is the measure of ours.
 """
 
 import copy
+import functools
 import inspect
 import io
 import itertools
@@ -745,6 +746,183 @@ def test_a_subclass_gives_the_same_bits(pair):
     params, others = make_params(), make_params()
     train(Own(params, lr=0.1), params, 2)
     train(pair[0](others, lr=0.1), others, 2)
+    assert_same_bits(params, others)
+
+
+def filling(kind, change):
+    """A subclass whose ``_init_group`` leaves out the parameters marked ``frozen`` and changes the other gradients."""
+
+    class Own(kind):
+        calls = 0
+
+        def _init_group(self, group, params, grads, *states):
+            self.calls += 1
+            result = super()._init_group(group, params, grads, *states)
+            kept = [not getattr(param, "frozen", False) for param in params]
+            for tensors in filter(None, (params, grads, *states)):
+                tensors[:] = itertools.compress(tensors, kept)
+            grads[:] = map(change, grads)
+            return result
+
+    return Own
+
+
+def double(gradient):
+    return 2 * gradient
+
+
+# With the first options of each, ``_init_group`` leaves a list of states empty; with the others it fills all lists.
+INIT_GROUP_OPTIONS = {
+    "SGD": ({}, {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, {"momentum": 0.9, "fused": True}),
+    "AdamW": ({}, {"amsgrad": True, "weight_decay": 0.1}, {"amsgrad": True, "fused": True}),
+}
+INIT_GROUP_CASES = [(name, options) for name, all_options in INIT_GROUP_OPTIONS.items() for options in all_options]
+init_group_cases = pytest.mark.parametrize(("name", "options"), INIT_GROUP_CASES, ids=str)
+
+
+def freeze(params):
+    for param in params[1::2]:
+        param.frozen = True
+    return params
+
+
+@init_group_cases
+def test_an_init_group_of_a_subclass_holds_without_activation(name, options):
+    kind, torchs = PAIRS[name]
+    params, others = freeze(make_params()), freeze(make_params())
+    ours = filling(kind, double)(params, lr=0.1, gradient_activation=None, **options)
+    theirs = filling(torchs, double)(others, lr=0.1, **options)
+    train(ours, params, 4)
+    train(theirs, others, 4)
+    assert ours.calls == theirs.calls == 4
+    assert_same_bits(params, others)
+    assert_same_state(ours, theirs)
+
+
+@init_group_cases
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_init_group_of_a_subclass_decides_what_is_activated_and_stepped(kind, name, options):
+    params, others = freeze(make_params(torch.float64)), freeze(make_params(torch.float64))
+    ours = filling(PAIRS[name][0], double)(params, lr=0.1, gradient_activation=kind, **options)
+    function = kind, ours.defaults["alpha"], ours.defaults["beta"]
+    theirs = filling(PAIRS[name][1], lambda gradient: activated(double(gradient), *function))(others, 0.1, **options)
+    starts = copies(params)
+    train(ours, params, 4)
+    train(theirs, others, 4)
+    assert ours.calls == theirs.calls == 4
+    torch.testing.assert_close(params, others, rtol=1e-12, atol=1e-13)
+    assert_same_bits(params[1::2], starts[1::2])
+    for param, other in zip(params, others, strict=True):
+        torch.testing.assert_close(dict(ours.state[param]), dict(theirs.state[other]), rtol=1e-12, atol=1e-13)
+    # The bits are those of an optimizer without the frozen parameters.
+    rest = make_params(torch.float64)[::2]
+    plain = PAIRS[name][0](rest, lr=0.1, gradient_activation=kind, **options)
+    for step in range(4):
+        set_gradients(rest, map(double, make_gradients(params, step)[::2]))
+        plain.step()
+    assert_same_bits(params[::2], rest)
+
+
+@pytest.mark.parametrize("activation", [None, "tanh"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_init_group_may_bring_states_and_options(name, activation):
+    """The states are the subclass's own, and lr is written into the group."""
+
+    def bringing(kind, change):
+        class Own(kind):
+            def _init_group(self, group, params, grads, *states):
+                group["lr"] = 0.03
+                kept = vars(self).setdefault("kept", {})
+                for param in group["params"]:
+                    if param.grad is None:
+                        continue
+                    params.append(param)
+                    grads.append(change(param.grad))
+                    names = ("buffer",) if name == "SGD" else ("average", "square", "largest", "count")
+                    for tensors, own in zip(states, names, strict=True):
+                        start = torch.tensor(2.0) if own == "count" else torch.full_like(param, 0.25)
+                        tensors.append(kept.setdefault((param, own), start))
+                return False
+
+        return Own
+
+    options = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
+    params, others = make_params(torch.float64), make_params(torch.float64)
+    ours = bringing(PAIRS[name][0], double)(params, lr=0.1, gradient_activation=activation, **options)
+    function = activation, ours.defaults["alpha"], ours.defaults["beta"]
+    change = double if activation is None else lambda gradient: activated(double(gradient), *function)
+    theirs = bringing(PAIRS[name][1], change)(others, lr=0.1, **options)
+    train(ours, params, 3)
+    train(theirs, others, 3)
+    torch.testing.assert_close(params, others, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close([*ours.kept.values()], [*theirs.kept.values()], rtol=1e-12, atol=1e-13)
+    if activation is None:
+        assert_same_bits(params, others)
+
+
+def test_an_init_group_may_leave_nothing_to_step(pair):
+    class Own(pair[0]):
+        calls = 0
+
+        def _init_group(self, group, params, grads, *states):
+            self.calls += 1
+            return False
+
+    params, starts = make_params(), make_params()
+    optimizer = Own(params, lr=0.1)
+    train(optimizer, params, 2)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.calls == 3
+    assert_same_bits(params, starts)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "after torch.compile"])
+@pytest.mark.parametrize("place", ["instance", "class", "torch's class"])
+def test_a_patched_init_group_is_called_at_every_step(place, compiled, pair, monkeypatch):
+    if compiled:
+        # This puts a wrapper around torch's own.
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    params, others = make_params(), make_params()
+    patched, calls = pair[0](params, lr=0.1), []
+    own = pair[1]._init_group
+
+    @functools.wraps(own)
+    def counting(*args):
+        calls.append(1)
+        return own(*args)
+
+    if place == "instance":
+        monkeypatch.setattr(patched, "_init_group", lambda *args: counting(patched, *args), raising=False)
+    else:
+        monkeypatch.setattr(pair[place == "torch's class"], "_init_group", counting, raising=False)
+    train(patched, params, 3)
+    monkeypatch.undo()
+    assert len(calls) == 3
+    train(pair[0](others, lr=0.1), others, 3)
+    assert_same_bits(params, others)
+
+
+def test_a_subclass_decides_which_groups_are_activated(pair):
+    class Own(pair[0]):
+        switched_on = False
+
+        def is_activated(self, index):
+            return self.switched_on and super().is_activated(index)
+
+    params, others = make_params(), make_params()
+    optimizer, torchs = Own(params, lr=0.1, fused=True), pair[1](others, lr=0.1, fused=True)
+    assert optimizer._step_supports_amp_scaling
+    train(optimizer, params, 2)
+    train(torchs, others, 2)
+    assert_same_bits(params, others)
+    optimizer.switched_on = True
+    assert not optimizer._step_supports_amp_scaling
+    ours = pair[0](others, lr=0.1, fused=True)
+    ours.load_state_dict(torchs.state_dict())
+    train(optimizer, params, 2, start=2)
+    train(ours, others, 2, start=2)
     assert_same_bits(params, others)
 
 

@@ -195,6 +195,27 @@ def test_cast_and_constant():
     assert _torch.constant(0.5, dtype=torch.float64).tolist() == [0.5]
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_has_torchs_init_group(kind):
+    class Own(kind):
+        def _init_group(self, *args):
+            return super()._init_group(*args)
+
+    class Wrapped(kind):
+        _init_group = torch.compiler.disable(Own._init_group)
+
+    params = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = kind(params)
+    assert _torch.has_torchs_init_group(optimizer)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    assert _torch.has_torchs_init_group(optimizer)
+    assert id(kind._init_group) in _torch.torchs_init_groups
+    assert not _torch.has_torchs_init_group(Own(params))
+    assert not _torch.has_torchs_init_group(Wrapped(params))
+    optimizer._init_group = optimizer._init_group.__func__
+    assert not _torch.has_torchs_init_group(optimizer)
+
+
 def source_files():
     files = [*(ROOT / "lcw_ops").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     links = (ROOT / "lcw_ops" / "kernels", ROOT / "lcw_ops" / "bench")

@@ -80,6 +80,17 @@ def test_an_activated_step_is_a_short_trip(name, options, calls, changes):
     assert counted[1] <= changes
 
 
+@pytest.mark.skipif(backends.choose(ops.SGD_STEP, torch.device("cpu")) != "cpp", reason="no compiled kernels here")
+@pytest.mark.parametrize(("name", "calls", "changes"), [("SGD", 25, 8), ("AdamW", 28, 14)])
+def test_a_step_is_as_short_after_torch_compile(name, calls, changes):
+    """The first compilation puts a wrapper around ``_init_group`` of every optimizer of torch."""
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    assert hasattr(getattr(torch.optim, name)._init_group, "_torchdynamo_orig_callable")
+    counted = trip_of_a_step(lambda params: getattr(optim, name)(params, lr=0.1))
+    assert counted[0] <= calls
+    assert counted[1] <= changes
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_without_activation_the_step_is_torchs(name):
     calls, changes = trip_of_a_step(lambda params: getattr(optim, name)(params, gradient_activation=None))

@@ -142,10 +142,13 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         except KeyError as error:
             raise self._missing_option(index) from error
 
-    def _activations(self) -> list[str | None]:
-        """Every group's gradient_activation."""
+    def _are_activated(self) -> list[bool]:
+        """``is_activated`` of every group."""
+        if getattr(self.is_activated, "__func__", None) is not _IS_ACTIVATED:
+            # A subclass or the instance has its own.
+            return list(map(self.is_activated, range(len(self.param_groups))))
         try:
-            return list(map(_ACTIVATION, self.param_groups))
+            return list(map(operator.is_not, map(_ACTIVATION, self.param_groups), repeat(None)))
         except KeyError as error:
             index = next(index for index, group in enumerate(self.param_groups) if "gradient_activation" not in group)
             raise self._missing_option(index) from error
@@ -177,13 +180,10 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._forget_checks()
         self._checked_options = dict(enumerate(map(self._watched, self.param_groups)))
 
-    def _has_activation(self) -> bool:
-        return any(map(operator.is_not, self._activations(), repeat(None)))
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tell GradScaler to leave the gradients scaled. Before an activated step it must unscale them."""
-        return self.__dict__.get("_fused_step_scales", False) and not self._has_activation()
+        return self.__dict__.get("_fused_step_scales", False) and not any(self._are_activated())
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -207,7 +207,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
             After these errors no parameter has changed. (Without any activated group, the errors are torch's.)
         """
-        if not self._has_activation():
+        if not any(self._are_activated()):
             return self._torch_step(closure)
         loss = None
         if closure is not None:
@@ -225,13 +225,13 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         if "capturable" in self.defaults:
             # Without capturable=True a CUDA graph would repeat the first step's numbers.
             _torch.check_graph_capture(self)
-        groups, activations = self.param_groups, self._activations()
-        plain = list(compress(groups, map(operator.is_, activations, repeat(None))))
+        groups, activated = self.param_groups, self._are_activated()
+        plain = list(compress(groups, map(operator.not_, activated)))
         if plain:
             self._check_plain(plain)
         calls: list[Callable[[], None]] = []
         for index, group in enumerate(groups):
-            if activations[index] is not None:
+            if activated[index]:
                 calls += self._prepare(index, group)
         if plain:
             self.param_groups = plain
@@ -297,8 +297,23 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         return [*calls, *gathered.afterwards]
 
     def _gather(self, index: int, group: dict, params: list[Tensor], grads: list[Tensor]) -> Gathered:
-        """The states of these parameters, and the calls of the op that the group's options ask for."""
+        """The states of these parameters, and the calls of the op that the group's options ask for.
+
+        An ``_init_group`` that is not torch's decides what is stepped, and may change both lists.
+        """
         raise NotImplementedError
+
+    def _call_init_group(self, group: dict, params: list[Tensor], grads: list[Tensor], *states: list) -> dict:
+        """Let an ``_init_group`` that is not torch's fill the lists, and return the group with the options to use.
+
+        It is given a copy of the group: the parameters that have gradients, and options that it may change for one
+        step.
+        """
+        given = {**group, "params": list(params)}
+        params.clear()
+        grads.clear()
+        self._init_group(given, params, grads, *states)  # type: ignore[attr-defined]
+        return given
 
     def _checked_steps(self, index: int, params: list[Tensor], gathered: Gathered) -> Sequence[partial[None]]:
         """``gathered.steps``, after checks that read the tensors' values."""
@@ -389,6 +404,10 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _where(self, index: int, param: Tensor, name: str) -> str:
         """The beginning of a message about a state."""
         return f"{self._name()}: {name} of a parameter in param_groups[{index}] of shape {tuple(param.shape)}"
+
+
+# A name of its own, so that a patch of the class counts as another method.
+_IS_ACTIVATED = ActivatedOptimizer.is_activated
 
 
 def _localize(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:

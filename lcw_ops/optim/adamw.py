@@ -110,7 +110,12 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
 
     def _gather(self, index: int, group: dict, params: list[Tensor], grads: list[Tensor]) -> Gathered:
         try:
-            exp_avgs, exp_avg_sqs, max_exp_avg_sqs, counts = self._states(group, params)
+            method = getattr(self._init_group, "__func__", None)
+            if id(method) not in _torch.torchs_init_groups and not _torch.has_torchs_init_group(self):
+                lists: tuple[list[Tensor], ...] = [], [], [], []
+                group = self._call_init_group(group, params, grads, *lists)
+            else:
+                lists = self._states(group, params)
         except KeyError as error:
             if not self.defaults.keys() <= group.keys():
                 raise self._missing_option(index) from error
@@ -118,6 +123,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
                 f"{self._name()}: {error} is missing in the state of a parameter in param_groups[{index}]. Put it into "
                 "optimizer.state, or delete the parameter's entry there to start with a new state."
             ) from error
+        exp_avgs, exp_avg_sqs, max_exp_avg_sqs, counts = lists
         states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
         beta1, beta2 = group["betas"]
         step = functools.partial(

@@ -124,10 +124,16 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             after.remove()
 
     def _gather(self, index: int, group: dict, params: list[Tensor], grads: list[Tensor]) -> Gathered:
-        if group["fused"]:
-            # torch's own check of devices and dtypes, which it makes at the first step.
-            self._init_group({**group, "params": params}, [], [], [])
-        buffers = [self.state[param].get("momentum_buffer") for param in params] if group["momentum"] != 0 else []
+        buffers: list = []
+        method = getattr(self._init_group, "__func__", None)
+        if id(method) not in _torch.torchs_init_groups and not _torch.has_torchs_init_group(self):
+            group = self._call_init_group(group, params, grads, buffers)
+        else:
+            if group["fused"]:
+                # torch's own check of devices and dtypes, which it makes at the first step.
+                self._init_group({**group, "params": params}, [], [], [])
+            if group["momentum"] != 0:
+                buffers = [self.state[param].get("momentum_buffer") for param in params]
         step = functools.partial(
             ops.sgd_step_,
             lr=float(group["lr"]),
