@@ -49,6 +49,8 @@ FLOORS = {name: (f"lcw_ops/{name}/**/*.py", f"lcw_ops/{name}.py") for name in IN
 FLOORS["kernels"] = ("kernels/*.py",)
 FLOORS["csrc"] = ("csrc/*.h", "csrc/cpu/**/*.h", "csrc/cpu/**/*.cpp")
 STEMS = ("lcw_linear", "hypersphere", "weight_norm", "gradient_activation", "orthogonal_filter", "parallel_depth")
+# Modules that only one stem uses.
+PARTS_OF = {"kernels/angles.py": "hypersphere", "csrc/cpu/sincos.h": "hypersphere"}
 # The words in the names of a floor's test files, besides the stem. The dot ends a name.
 WORDS = {
     "functional": ("contract", "_op."),
@@ -286,7 +288,7 @@ def tests_of(path: str) -> list[str]:
     module = Path(path).with_suffix("")
     module = module.parent if module.stem == "__init__" else module
     floor = floor_of(path)
-    stems = [stem for stem in STEMS if stem in path]
+    stems = [stem for stem in STEMS if stem in PARTS_OF.get(path, path)]
     dotted = ".".join(module.parts)
     parent, _, name = dotted.rpartition(".")
     imports = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(parent)} import [^\n]*\b{re.escape(name)}\b")
