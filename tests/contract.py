@@ -23,6 +23,7 @@ exceptions. Other backends have tests of their own. A check is a function of (op
 ``check_``, so a new check here applies to all entries.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from support.guards import between_guards
 from support.numerics import assert_as_exact_as_eager, hostile_layouts, threads
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lcw_ops
@@ -81,15 +83,37 @@ class Op(NamedTuple):
 # ---- Parts of the checks ---------------------------------------------------------------------------------------------
 
 
-def results(op: Op, function: Callable, arguments: Arguments, grad_output: Tensor) -> Arguments:
-    """The function's result and every gradient, by name."""
+def results(
+    op: Op, function: Callable, arguments: Arguments, grad_output: Tensor, create_graph: bool = False
+) -> Arguments:
+    """The function's result and every gradient, by name; ``create_graph`` takes gradients that have a derivative."""
     if not op.differentiable:
         return {"output": function(**arguments)}
     leaves = {n: t.detach().requires_grad_() for n, t in arguments.items() if n not in op.constants}
     output = function(**{**arguments, **leaves})
     # Without steps, plain torch does not use every argument. A missing gradient becomes 0, and the rule judges it.
-    gradients = torch.autograd.grad(output, leaves.values(), grad_output, materialize_grads=True)
-    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+    gradients = torch.autograd.grad(
+        output, leaves.values(), grad_output, create_graph=create_graph, materialize_grads=True
+    )
+    return {"output": output.detach(), **{n: t.detach() for n, t in zip(leaves, gradients, strict=True)}}
+
+
+def tangents(function: Callable, arguments: Arguments, directions: Arguments) -> Arguments:
+    """The derivative along ``directions``, which may leave arguments out, by both of torch's forward modes."""
+    constants = {name: tensor for name, tensor in arguments.items() if name not in directions}
+
+    def of_the_moving(moving):
+        return function(**constants, **moving)
+
+    moving = {name: arguments[name] for name in directions}
+    _, transformed = torch.func.jvp(of_the_moving, (moving,), (directions,))
+    found = {"torch.func.jvp": transformed}
+    for mode, context in (("duals", torch.enable_grad), ("duals under no_grad", torch.no_grad)):
+        with context(), forward_ad.dual_level():
+            output = of_the_moving({n: forward_ad.make_dual(t, directions[n]) for n, t in moving.items()})
+            tangent = forward_ad.unpack_dual(output).tangent
+            found[mode] = torch.zeros_like(transformed) if tangent is None else tangent
+    return found
 
 
 def exact_results(op: Op, arguments: Arguments, grad_output: Tensor) -> Arguments:
@@ -327,6 +351,53 @@ def check_fake_tensors(op: Op, backend: str) -> None:
             assert fake[name].dtype == tensor.dtype, what
             if tensor.numel():
                 assert fake[name].stride() == tensor.stride(), what
+
+
+def check_gradients_with_a_graph(op: Op, backend: str) -> None:
+    """grad(create_graph=True) is right by the rule of grad(), and equals it in float64.
+
+    An op may compute such gradients in another way. check_double_backward compares them with their own derivatives
+    alone, and so cannot see that they are wrong.
+    """
+    if not op.differentiable:
+        return
+    for dtype in op.dtypes:
+        for size in (op.one, *op.sizes, *op.empty) if dtype == torch.float32 else op.sizes:
+            calls = draws(op, size, dtype)
+            found = [results(op, op.ours, *call, create_graph=True) for call in calls]
+            assert_right(f"{size}, {dtype}", op, calls, found)
+    for size in (op.one, *op.sizes):
+        call = op.draw(size, torch.float64)
+        with_graph, without = (results(op, op.ours, *call, create_graph=graph) for graph in (True, False))
+        for name, tensor in without.items():
+            torch.testing.assert_close(
+                with_graph[name], tensor, msg=lambda text, size=size, name=name: f"{size}: {name}: {text}"
+            )
+
+
+def check_forward_mode(op: Op, backend: str) -> None:
+    """Derivatives along each argument alone and along all at once.
+
+    A function that is not differentiable may raise an error, but may not give a wrong derivative.
+    """
+    refusals = () if op.differentiable else (NotImplementedError, ValueError)
+    for size, dtype in itertools.product(op.sizes, op.dtypes):
+        calls = [arguments for arguments, _ in draws(op, size, dtype, most=4)]
+        names = [name for name in calls[0] if name not in op.constants]
+        for chosen in (*([name] for name in names), names):
+            found, eager, exact = [], [], []
+            for call in calls:
+                along = {n: torch.randn(call[n].shape, dtype=torch.float64).to(call[n].dtype) for n in chosen}
+                with contextlib.suppress(*refusals):
+                    found.append(tangents(op.ours, call, along))
+                    eager.append(tangents(op.plain, call, along)["torch.func.jvp"])
+                    exact.append(tangents(op.plain, in_float64(call), in_float64(along))["torch.func.jvp"])
+            assert len(found) == len(calls) or not (found or op.differentiable), "only some calls were refused"
+            for mode in found[0] if found else ():
+                what = f"{size}, {dtype}, along {chosen}, {mode}"
+                assert all(one[mode].dtype == dtype for one in found), what
+                stacked = [torch.stack(each) for each in ([one[mode] for one in found], eager, exact)]
+                assert_as_exact_as_eager(what, *stacked)
 
 
 def check_double_backward(op: Op, backend: str) -> None:

@@ -2,10 +2,22 @@
 
 On every floor this program draws lines by a seed and changes one thing on each (a sign, an index, a mask, a stride, a
 scale, a comparison, a cache's key). It then runs the quick tests of that module until one fails. It works on a copy of
-the tree, so the checkout never changes. A test that fails on the unchanged copy too is not a proof; such lines are
-reported as "unclear".
+the tree, so the checkout never changes. The outcomes of a line:
 
-    --floor functional     this floor alone; may be repeated. "csrc" rebuilds the CPU extension for every line
+    killed          a test failed that passes on the unchanged copy
+    survived        every test passed
+    timed out       the tests took too long, so nothing is known: a slow machine does the same as an endless loop
+    unclear         the test that failed fails on the unchanged copy too
+    does not build  the compiler refused the line
+
+A floor's share is killed / (killed + survived). The exit status is 1 if a floor's share is below 85 %, or if no line of
+a floor was judged.
+
+csrc/ needs a compiler: it rebuilds the CPU extension for every line. kernels/ runs in Triton's interpreter, without a
+GPU, so it cannot see a fault that only compiled kernels have. csrc/cuda/ is not drawn: it needs nvcc and a GPU.
+
+    --floor functional     this floor alone; may be repeated
+    --skip csrc            every floor but this one; may be repeated
     --seed 1               other lines
     --dry-run              show the changes that would be made
     --out mutants.csv      append a row for every line
@@ -29,14 +41,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON_FLOORS = ("functional", "ops", "reference", "nn", "optim", "init", "profile", "jobs", "distributed")
-FLOORS = {name: (f"lcw_ops/{name}/**/*.py", f"lcw_ops/{name}.py") for name in PYTHON_FLOORS}
+IN_PACKAGE = (
+    "functional", "ops", "reference", "nn", "optim", "init", "profile", "jobs", "distributed", "_checks", "_torch",
+)  # fmt: skip
+FLOORS = {name: (f"lcw_ops/{name}/**/*.py", f"lcw_ops/{name}.py") for name in IN_PACKAGE}
+# Not lcw_ops/kernels, which is a link to this folder.
+FLOORS["kernels"] = ("kernels/*.py",)
 FLOORS["csrc"] = ("csrc/*.h", "csrc/cpu/**/*.h", "csrc/cpu/**/*.cpp")
 STEMS = ("lcw_linear", "hypersphere", "weight_norm", "gradient_activation", "orthogonal_filter", "parallel_depth")
-# The words in the names of a floor's test files, besides the stem.
+# Modules that only one stem uses.
+PARTS_OF = {"kernels/angles.py": "hypersphere", "csrc/cpu/sincos.h": "hypersphere"}
+# The words in the names of a floor's test files, besides the stem. The dot ends a name.
 WORDS = {
-    "functional": ("contract", "_op"),
-    "ops": ("contract", "_op", "_cpp", "backends"),
+    "functional": ("contract", "_op."),
+    "ops": ("contract", "_op.", "_cpp.", "backends"),
     "reference": ("contract",),
     "nn": ("modules",),
     "optim": ("optim", "activated_steps", "gradient_hooks"),
@@ -44,10 +62,17 @@ WORDS = {
     "profile": ("profile",),
     "jobs": ("train", "profile", "cli"),
     "distributed": ("distributed", "ranks"),
-    "csrc": ("contract", "_op", "_cpp", "matmul", "proof"),
+    # The callers' tests: these two modules have few of their own.
+    "_checks": ("_op.", "modules", "gradient_hooks", "test_init", "optim_states", "distributed", "lps"),
+    "_torch": ("contract", "_op.", "torch_", "backends", "gradient_hooks", "activated_steps", "export", "trips"),
+    "kernels": ("triton", "_op."),
+    "csrc": ("contract", "_op.", "_cpp.", "matmul", "proof"),
 }
+# The least share of killed lines.
+LEAST_SHARE = 0.85
+OUTCOMES = ("killed", "survived", "timed out", "unclear", "does not build")
 # The most test files to run for a mutant. Those named after the module come first.
-MOST_FILES = 12
+MOST_FILES = 16
 
 
 class Mutant(NamedTuple):
@@ -251,31 +276,38 @@ def draw(floor: str, lines: int, seed: int) -> list[Mutant]:
     return [generator.choice(by_line[line]) for line in chosen]
 
 
+def floor_of(path: str) -> str:
+    folder, second = Path(path).with_suffix("").parts[:2]
+    return second if folder == "lcw_ops" else folder
+
+
 def tests_of(path: str) -> list[str]:
     """The test files of a module, the likeliest first: those named after the module, its stem and floor, its stem, its
     floor, and then all that import it.
     """
     module = Path(path).with_suffix("")
     module = module.parent if module.stem == "__init__" else module
-    floor = "csrc" if module.parts[0] == "csrc" else module.parts[1]
-    stems = [stem for stem in STEMS if stem in path]
+    floor = floor_of(path)
+    stems = [stem for stem in STEMS if stem in PARTS_OF.get(path, path)]
     dotted = ".".join(module.parts)
     parent, _, name = dotted.rpartition(".")
     imports = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(parent)} import [^\n]*\b{re.escape(name)}\b")
     ranked = []
     for file in sorted((ROOT / "tests").glob("test_*.py")):
         of_stem = any(stem in file.stem for stem in stems)
-        of_floor = any(word in file.stem for word in WORDS[floor])
-        if file.stem == f"test_{module.stem.strip('_')}" or (of_stem and of_floor):
+        of_any_stem = any(stem in file.stem for stem in STEMS)
+        of_floor = any(word in f"{file.stem}." for word in WORDS[floor])
+        if file.stem == f"test_{module.stem.strip('_')}" or (of_floor and (of_stem or not of_any_stem)):
             rank = 0
-        elif of_stem or (of_floor and (not stems or "contract" in file.stem)):
+        elif of_stem or (of_floor and not stems):
             rank = 1
         elif imports.search(file.read_text()):
             rank = 2
         else:
             continue
-        # Within a rank, files that compile or start processes come last.
-        ranked.append((rank, "triton" in file.stem or "integration" in file.stem, file.name))
+        # Within a rank, files that compile or start processes come last, and those that other floors skip.
+        is_slow = "integration" in file.stem or ("triton" in file.stem) != (floor == "kernels")
+        ranked.append((rank, is_slow, file.name))
     return [f"tests/{name}" for *_, name in sorted(ranked)][:MOST_FILES]
 
 
@@ -289,12 +321,16 @@ class Tree:
         self.root, self.timeout = folder / "tree", timeout
         ignored = shutil.ignore_patterns(".git", ".venv*", "dist", "demo", "__pycache__", ".*_cache", "results")
         shutil.copytree(ROOT, self.root, symlinks=True, ignore=ignored)
-        self.trusted: dict[str, bool] = {}
+        self.trusted: dict[tuple[str, ...], bool] = {}
 
-    def pytest(self, selection: list[str]) -> tuple[str, str]:
+    def pytest(self, selection: list[str], floor: str) -> tuple[str, str]:
         """("passed" or "failed" or "timed out", the first test that failed or "")."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *selection]
         environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
+        if floor == "kernels":
+            # The same run as tests/run.py's.
+            command += ["-k", "triton"]
+            environment |= {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}
         process = subprocess.Popen(
             command, cwd=self.root, env=environment, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -316,8 +352,9 @@ class Tree:
         return result.returncode == 0
 
     def outcome(self, mutant: Mutant) -> tuple[str, str]:
-        """("killed", "survived", "unclear" or "does not build", the test that decided it)."""
+        """(one of OUTCOMES, the test that decided it)."""
         path, is_cpp = self.root / mutant.path, mutant.path.startswith("csrc")
+        floor, selection = floor_of(mutant.path), tests_of(mutant.path)
         original = path.read_text()
         library = self.root / "lcw_ops/_C.abi3.so"
         kept = library.read_bytes() if is_cpp else b""
@@ -325,30 +362,51 @@ class Tree:
             path.write_text(original[: mutant.start] + mutant.text + original[mutant.end :])
             if is_cpp and not self.build():
                 return "does not build", ""
-            found, test = self.pytest(tests_of(mutant.path))
+            found, test = self.pytest(selection, floor)
         finally:
             path.write_text(original)
             if is_cpp:
                 library.write_bytes(kept)
-        if found == "passed":
-            return "survived", ""
-        if found == "timed out" or not test:
-            return "killed", found
-        if test not in self.trusted:
-            self.trusted[test] = self.pytest([test])[0] == "passed"
-        return ("killed" if self.trusted[test] else "unclear"), test
+        if found != "failed":
+            return {"passed": "survived"}.get(found, found), ""
+        # A crash names no test. Then all of the tests must pass on the unchanged copy.
+        blamed = (test,) if test else tuple(selection)
+        if blamed not in self.trusted:
+            self.trusted[blamed] = self.pytest(list(blamed), floor)[0] == "passed"
+        return ("killed" if self.trusted[blamed] else "unclear"), test or "crashed"
+
+
+def share_of(found: Counter) -> float | None:
+    """The share of killed lines among those that were judged, or None if there are none."""
+    judged = found["killed"] + found["survived"]
+    return found["killed"] / judged if judged else None
+
+
+def report(counts: dict[str, Counter]) -> int:
+    """Print a row for every floor and one for all, and return the exit status."""
+    print(f"{'':12} {'share':>6}  " + "  ".join(OUTCOMES))
+    for name, found in {**counts, "all": sum(counts.values(), Counter())}.items():
+        share = share_of(found)
+        columns = "  ".join(f"{found[outcome]:{len(outcome)}}" for outcome in OUTCOMES)
+        print(f"{name:12} {'-' if share is None else f'{share:.1%}':>6}  {columns}")
+    low = [floor for floor, found in counts.items() if (share_of(found) or 0) < LEAST_SHARE]
+    if low:
+        print(f"below {LEAST_SHARE:.0%}, or without a judged line: {', '.join(low)}")
+    return 1 if low else 0
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--floor", action="append", choices=FLOORS, help="default: every floor of Python")
+    parser.add_argument("--floor", action="append", choices=FLOORS, help="default: every floor")
+    parser.add_argument("--skip", action="append", choices=FLOORS, default=[])
     parser.add_argument("--lines", type=int, default=60, help="lines per floor (60)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=900, help="seconds for the tests of one line (900)")
     parser.add_argument("--out", type=Path, metavar="CSV")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(arguments)
-    drawn = {floor: draw(floor, args.lines, args.seed) for floor in args.floor or PYTHON_FLOORS}
+    floors = [floor for floor in args.floor or FLOORS if floor not in args.skip]
+    drawn = {floor: draw(floor, args.lines, args.seed) for floor in floors}
     if args.dry_run:
         for floor, mutants in drawn.items():
             for mutant in mutants:
@@ -367,11 +425,7 @@ def main(arguments: list[str]) -> int:
                 if args.out:
                     with open(args.out, "a", newline="") as file:
                         csv.writer(file, lineterminator="\n").writerow([floor, outcome, *mutant, test])
-    for floor, found in counts.items():
-        judged = found["killed"] + found["survived"]
-        share = f"{found['killed'] / judged:.0%}" if judged else "-"
-        print(f"{floor:12} {share:>5} killed   {dict(found)}")
-    return 0
+    return report(counts)
 
 
 if __name__ == "__main__":

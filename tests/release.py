@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(os.environ.get("LCW_OPS_RELEASE_FOLDER") or ROOT / ".venv-release").absolute()
 LOG = ROOT / "bench/results/test-release.csv"
 COLUMNS = ("date", "commit", "part", "outcome", "seconds", "python", "versions", "processor")
-# The oldest supported version, and the newest release.
-TORCH = ("2.10.0", "2.14.1")
+# The oldest supported versions.
+OLDEST_TORCH = "2.10.0"
 OLDEST_TRITON = "3.6.0"
 WORKERS = os.environ.get("WORKERS", "2")
 
@@ -70,8 +71,26 @@ class Part:
 # ---- The parts -------------------------------------------------------------------------------------------------------
 
 
-def test_with_torch(version: str, part: Part) -> None:
-    """The fast tests with another torch on this checkout's compiled libraries, as the stable ABI promises."""
+def newest_torch(part: Part) -> str:
+    """The newest release of torch that pip can see, which it writes to the part's output too."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "torch", "--disable-pip-version-check"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    with open(part.log, "a") as log:
+        print("$", *command, file=log)
+        print(found.stdout, found.stderr, file=log, flush=True)
+    version = re.match(r"torch \((\d+(?:\.\d+)*)", found.stdout)
+    if found.returncode or version is None:
+        raise Failed(f"pip sees no version of torch: {found.stderr.strip()[-200:]}")
+    return version[1]
+
+
+def test_with_torch(version: str | None, part: Part) -> None:
+    """The fast tests with another torch on this checkout's compiled libraries, as the stable ABI promises.
+
+    None is the newest release. The log's column "versions" says which one it was.
+    """
+    if version is None:
+        version = newest_torch(part)
     environment = FOLDER / f"torch-{version}"
     python = environment / "bin/python"
     if not (environment / "installed").exists():
@@ -167,7 +186,8 @@ def sanitize(part: Part) -> None:
 PARTS: dict[str, Callable[[Part], None]] = {
     "wheels": test_wheels,
     "sanitize": sanitize,
-    **{f"torch-{version}": lambda part, version=version: test_with_torch(version, part) for version in TORCH},
+    f"torch-{OLDEST_TORCH}": lambda part: test_with_torch(OLDEST_TORCH, part),
+    "torch-newest": lambda part: test_with_torch(None, part),
     f"triton-{OLDEST_TRITON}": lambda part: test_triton(OLDEST_TRITON, part),
     "triton-installed": lambda part: test_triton(None, part),
     "reproductions": test_reproductions,

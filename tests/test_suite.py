@@ -4,8 +4,11 @@ import ast
 import itertools
 import math
 import re
+import subprocess
+from collections import Counter
 from pathlib import Path
 
+import mutation
 import pytest
 import run
 import torch
@@ -89,3 +92,41 @@ def test_the_runs_of_a_door(door):
     assert all(one.marks == marks.get(one.name, "every_instruction_set") for one in run.runs(door))
     # The runs of the interpreter and of other instruction sets differ from the first by their environment alone.
     assert [one.name for one in run.runs(door) if not one.environment] == ["native"]
+    # Every test that runs in no other run is in these.
+    may_be_empty = {"avx2", "portable"} | ({"interpreter"} if door == "slow" else set())
+    assert all(one.may_be_empty == (one.name in may_be_empty) for one in run.runs(door))
+
+
+@pytest.mark.parametrize(
+    ("status", "may_be_empty", "expected"), [(5, False, 5), (5, True, 0), (1, True, 1), (0, False, 0)]
+)
+def test_a_run_without_tests(status, may_be_empty, expected, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, status))
+    assert run.start(run.Run("native", [], "", {}, may_be_empty), []) == expected
+
+
+@pytest.mark.parametrize("floor", mutation.FLOORS)
+def test_every_floor_has_lines_to_change_and_tests(floor):
+    drawn = mutation.draw(floor, 5, 0)
+    assert len(drawn) == 5
+    for mutant in drawn:
+        assert mutation.floor_of(mutant.path) == floor
+        assert mutation.tests_of(mutant.path)
+        assert (TESTS.parent / mutant.path).read_text()[mutant.start : mutant.end] == mutant.before
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"killed": 17, "survived": 3}, 0),
+        ({"killed": 16, "survived": 3}, 1),
+        ({"killed": 17, "survived": 3, "timed out": 9, "unclear": 9, "does not build": 9}, 0),
+        ({"timed out": 9}, 1),
+        ({}, 1),
+    ],
+)
+def test_the_verdict_of_the_mutation_check(found, expected, capsys):
+    assert mutation.report({"ops": Counter(killed=1), "csrc": Counter(found)}) == expected
+    printed = capsys.readouterr().out
+    assert all(outcome in printed for outcome in mutation.OUTCOMES)
+    assert ("judged line: csrc\n" in printed) == bool(expected)
