@@ -172,17 +172,11 @@ BACKENDS = {
     name: [*PRODUCTS, "reference"] if op.autocast == "narrow" else ["cpp", "reference"] for name, op in OPS.items()
 }
 BACKENDS["hypersphere_angles"] = ["reference"]
-# Checks that fail, with the fault. A check that passes again must be deleted here.
-FAULTS = {
-    ("gradient_activation_", "cpp", "forward_mode"): "the kernel writes the values and leaves the tangent as it was",
-}
 
 
 @pytest.mark.parametrize("check", contract.CHECKS)
 @pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in OPS for backend in BACKENDS[op]])
-def test_contract(op, backend, check, monkeypatch, request):
-    if fault := FAULTS.get((op, backend, check)):
-        request.applymarker(pytest.mark.xfail(reason=fault, raises=AssertionError, strict=True))
+def test_contract(op, backend, check, monkeypatch):
     monkeypatch.setenv("LCW_OPS_MATMUL", PRODUCTS.get(backend, ""))
     contract.run(check, OPS[op], backend.split()[0])
 

@@ -77,6 +77,7 @@ def _is_plain_list(tensors, kind, alpha, beta) -> bool:
         and _checks.LEAST_FLOAT32 <= beta <= _checks.LARGEST_FLOAT32
         and not torch.compiler.is_compiling()
         and not _torch.in_functorch()
+        and not _torch.in_forward_mode()
         and not _torch.is_function_mode_active()
         and backends.is_cpp_chosen(_gradient_activation.NAME)
         # Neither the kernel nor the dispatcher checks the next two conditions.

@@ -154,6 +154,9 @@ def _triton_adamw_step(*arguments):
 
 def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
     """Run the op on ``backend``. The tensors are on one device, and the caller has checked the arguments."""
+    if _torch.in_forward_mode():
+        # A kernel writes the values and would leave the tangents of dual tensors as they were.
+        backend = "reference"
     if backend != "reference" and _torch.in_functorch():
         # Only _vmap, below the transforms, sees the layout in memory.
         library.get_overload(NAME, backend)(tensors, kind, alpha, beta)
