@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcw_ops._old_names import keep_old_names
+from lcw_ops import _old_names
 from lcw_ops.kernels.angles import load_groups, load_sine_cosine, prefix_products, recurrence
 from lcw_ops.kernels.common import (
     FUSED_ROWS,
@@ -533,7 +533,7 @@ def sum_gradients_kernel(
 
 
 # Weight normalization was in this file too.
-keep_old_names(
+_old_names.keep(
     globals(),
     dict.fromkeys(
         (

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Mapping
 
 
-def keep_old_names(namespace: dict, homes: Mapping[str, str], submodules: Collection[str] = ()) -> None:
+def keep(namespace: dict, homes: Mapping[str, str], submodules: Collection[str] = ()) -> None:
     """Give the module of this namespace a ``__getattr__`` for names that have moved.
 
     Type checkers do not see it, and so still report wrong names.

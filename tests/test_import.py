@@ -523,7 +523,7 @@ def test_threads_import_old_names_at_once(names):
     ],
 )
 def test_pickles_that_name_a_module_that_has_moved_still_load(name):
-    """A pickle of version 0.1.0 names the module and the class; both must lead to today's class."""
+    """A pickle from before the move names the old module; module and name must lead to today's class."""
     module, _, attribute = name.rpartition(".")
     loaded = pickle.loads(f"c{module}\n{attribute}\n.".encode())
     assert loaded is getattr(importlib.import_module(MOVED[module]), attribute)

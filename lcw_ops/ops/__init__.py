@@ -1,6 +1,6 @@
 """Registered torch ops: schema, fake kernel, autograd, vmap, and the choice of backend."""
 
-from lcw_ops._old_names import keep_old_names
+from lcw_ops import _old_names
 from lcw_ops.ops import (
     gradient_activation,
     hypersphere,
@@ -24,7 +24,7 @@ __all__ = [
     "weight_norm",
 ]
 
-keep_old_names(
+_old_names.keep(
     globals(),
     {},
     submodules=(

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops import _torch, reference
-from lcw_ops._old_names import keep_old_names
+from lcw_ops import _old_names, _torch, reference
 from lcw_ops.ops import backends, library
 
 DIRECTION = "hypersphere_direction"
@@ -235,7 +234,7 @@ def is_fused() -> bool:
 
 
 # Weight normalization was in this file too.
-keep_old_names(
+_old_names.keep(
     globals(),
     dict.fromkeys(
         (

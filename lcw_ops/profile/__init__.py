@@ -3,7 +3,7 @@
 It only measures. The command ``lcw-ops profile``, which trains a network too, is in ``lcw_ops/jobs/profile.py``.
 """
 
-from lcw_ops._old_names import keep_old_names
+from lcw_ops import _old_names
 from lcw_ops.profile.bounds import spectral_norm_bound
 from lcw_ops.profile.jacobian import JacobianSpectrum, function_spectrum, lanczos_spectrum
 from lcw_ops.profile.profiler import profile
@@ -20,4 +20,4 @@ __all__ = [
     "spectral_norm_bound",
 ]
 
-keep_old_names(globals(), {}, submodules=("files",))
+_old_names.keep(globals(), {}, submodules=("files",))

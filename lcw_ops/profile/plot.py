@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lcw_ops import _old_names
 from lcw_ops._files import write_atomically
-from lcw_ops._old_names import keep_old_names
 
 # M. Okabe, K. Ito, "Color Universal Design", 2008: blue, vermillion, and a dark grey beside them.
 COLOURS = {"orthogonal-filter": "#0072B2", "residual": "#D55E00", "plain": "#4D4D4D"}
@@ -240,7 +240,7 @@ def _log10(values: np.ndarray) -> np.ndarray:
 
 
 # The picture of a report, which belongs to a job, was drawn in this file too.
-keep_old_names(
+_old_names.keep(
     globals(),
     dict.fromkeys(("ACCURACY_COLOUR", "findings", "gradient_fate", "plot_report"), "lcw_ops.jobs.picture"),
 )

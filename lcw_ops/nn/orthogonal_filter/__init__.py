@@ -6,7 +6,7 @@ A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245
 is trained.
 """
 
-from lcw_ops._old_names import keep_old_names
+from lcw_ops import _old_names
 from lcw_ops.nn.orthogonal_filter.base import _OrthogonalFilter
 from lcw_ops.nn.orthogonal_filter.filters import make_filter
 from lcw_ops.nn.orthogonal_filter.mlp import OrthogonalFilterMLP
@@ -28,4 +28,4 @@ __all__ = [
 for _name in __all__:
     globals()[_name].__module__ = __name__
 
-keep_old_names(globals(), {"FILTERS": "lcw_ops._names"})
+_old_names.keep(globals(), {"FILTERS": "lcw_ops._names"})

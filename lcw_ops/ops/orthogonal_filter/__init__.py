@@ -4,7 +4,7 @@
 graph; ``crossover`` holds the measurements of which kernel is the fastest.
 """
 
-from lcw_ops._old_names import keep_old_names
+from lcw_ops import _old_names
 from lcw_ops.ops.orthogonal_filter import crossover, op
 from lcw_ops.ops.orthogonal_filter.op import (
     BACKWARD,
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 # This package was one module, and had these names too.
-keep_old_names(
+_old_names.keep(
     globals(),
     {
         "ACTIVATIONS": "lcw_ops.reference.orthogonal_filter",

@@ -4,7 +4,7 @@
 filter's powers are cheap; ``crossover`` the measurements of where the sweeps are faster.
 """
 
-from lcw_ops._old_names import keep_old_names
+from lcw_ops import _old_names
 from lcw_ops.ops.parallel_depth import crossover, frame, op, solver
 from lcw_ops.ops.parallel_depth.op import (
     ACTIVATE,
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # This package was one module, and had these names too.
-keep_old_names(
+_old_names.keep(
     globals(),
     {
         "Call": "lcw_ops.ops.parallel_depth.crossover",
