@@ -490,7 +490,6 @@ print(json.dumps([failures, lcw_ops.gradient_hooks is lcw_ops.optim.hooks]))
     [
         ("lcw_ops", "lcw_ops.gradient_hooks"),
         ("lcw_ops.gradient_hooks", "lcw_ops.gradient_hooks", "lcw_ops.optim"),
-        ("lcw_ops", "lcw_ops.data", "lcw_ops.train.job", "lcw_ops.reference.checks", "torch"),
     ],
 )
 def test_threads_import_old_names_at_once(names):
