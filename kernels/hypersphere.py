@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcw_ops import _old_names
 from lcw_ops.kernels.angles import load_groups, load_sine_cosine, prefix_products, recurrence
 from lcw_ops.kernels.common import (
     FUSED_ROWS,
@@ -529,3 +530,20 @@ def sum_gradients_kernel(
     if location_sums is not None:
         total = tl.sum(location_sum, 0, keep_dims=True)
         tl.store(location_sums + at, total.to(location_sums.dtype.element_ty), mask=unit < units)
+
+
+# Weight normalization was in this file too.
+_old_names.keep(
+    globals(),
+    dict.fromkeys(
+        (
+            "normalize_backward_kernel",
+            "normalize_kernel",
+            "normalize_scale",
+            "normalize_scale_backward",
+            "weight_norm_linear",
+            "weight_norm_linear_backward",
+        ),
+        "lcw_ops.kernels.weight_norm",
+    ),
+)

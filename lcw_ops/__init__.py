@@ -7,15 +7,14 @@ Importing this package does not import torch, and its parts are loaded when they
 import sys
 from typing import TYPE_CHECKING
 
-from lcw_ops import _aliases
 from lcw_ops._after_import import after_import
 
 if TYPE_CHECKING:
     from lcw_ops import distributed, functional, init, nn, optim, profile, reference
+    from lcw_ops import gradient_hooks as gradient_hooks
     from lcw_ops import ops as ops
     from lcw_ops._info import info
     from lcw_ops.ops import BackendError, use_backend
-    from lcw_ops.optim import hooks as gradient_hooks  # noqa: F401
     from lcw_ops.optim.hooks import activate_gradients, register_gradient_hook
 
 __version__ = "0.1.0"
@@ -84,7 +83,6 @@ def _register_flop_formulas() -> None:
     flops.register()
 
 
-_aliases.install()
 after_import("torch", lambda: _import("ops"))
 # Not at once: registering imports the counter, which ``import torch`` leaves out because it imports triton.
 after_import("torch.utils.flop_counter", _register_flop_formulas)

@@ -4,17 +4,23 @@ The imports are read from the source, those inside functions too, so a lazy impo
 under ``if TYPE_CHECKING`` counts as well, with one exception: ``lcw_ops/__init__.py`` imports every public name there,
 because it loads its submodules by name when they are first used. The packages that contain a module are imported with
 it, and are not counted: ``from lcw_ops.nn.lcw_linear import LCWLinear`` is an import of ``lcw_ops.nn.lcw_linear``.
+
+The files that keep the old name of a module are the top floor, whatever folder they are in: they import the module from
+any floor, and nothing imports them. ``lcw_ops/_old_names.py`` imports modules by name when a user asks for an old name;
+the package asks for none.
 """
 
 import ast
 from pathlib import Path
 
 import pytest
+from support.old_names import MOVED, OLD_PACKAGES
 
 ROOT = Path(__file__).parent.parent
 
 # From top to bottom. The package itself, which has the version and starts the ops, is named "lcw_ops".
 FLOORS = (
+    ("old names",),
     ("cli",),
     ("bench",),
     ("jobs",),
@@ -24,7 +30,7 @@ FLOORS = (
     ("functional",),
     ("ops",),
     ("kernels", "reference"),
-    ("_checks", "_torch", "_names", "_files", "_after_import", "_aliases"),
+    ("_checks", "_torch", "_names", "_files", "_after_import", "_old_names"),
 )
 FLOOR = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 
@@ -77,6 +83,8 @@ def imports():
 
 def unit(module: str) -> str:
     """The entry of ``FLOORS`` that a module belongs to."""
+    if module in MOVED or module in OLD_PACKAGES:
+        return "old names"
     return module if module == "lcw_ops" else module.split(".")[1]
 
 
@@ -108,6 +116,12 @@ def test_no_import_points_up(imports):
         if FLOOR[unit(target)] > FLOOR[unit(module)]
     ]
     assert upward == []
+
+
+def test_nothing_imports_an_old_name(imports):
+    old = {*MOVED, *OLD_PACKAGES}
+    assert old <= imports.keys()
+    assert {module: targets & old for module, targets in imports.items() if targets & old} == {}
 
 
 def test_no_modules_import_each_other(imports):

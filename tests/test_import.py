@@ -11,14 +11,16 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
+from support.old_names import MOVED, OLD_PACKAGES
 
 import lcw_ops
 from lcw_ops import _names
 from lcw_ops._after_import import _finder, after_import
-from lcw_ops._aliases import MOVED
 
+ROOT = Path(__file__).parent.parent
 PUBLIC = sorted(lcw_ops.__all__)
 
 
@@ -58,7 +60,7 @@ def test_the_bare_package_needs_no_torch():
         "except ImportError as raised: error = raised.name\n"
         "print(json.dumps([loaded, dir(lcw_ops), error]))"
     )
-    assert loaded == ["lcw_ops", "lcw_ops._after_import", "lcw_ops._aliases", "torch"]
+    assert loaded == ["lcw_ops", "lcw_ops._after_import", "torch"]
     assert set(PUBLIC) <= set(names)
     assert error.split(".")[0] == "torch"
 
@@ -370,13 +372,132 @@ def test_modules_that_have_moved_import_under_their_old_names():
     for first, second in ((0, 1), (1, 0)):
         same = run(
             "import importlib, json\n"
-            "from lcw_ops._aliases import MOVED\n"
-            f"order = {(first, second)}\n"
-            "pairs = [[importlib.import_module(pair[place]) for place in order] for pair in MOVED.items()]\n"
+            f"order, moved = {(first, second)}, {MOVED}\n"
+            "pairs = [[importlib.import_module(pair[place]) for place in order] for pair in moved.items()]\n"
             "print(json.dumps([one is other for one, other in pairs]))"
         )
-        assert same
-        assert all(same)
+        assert same == [True] * len(MOVED)
+
+
+@pytest.mark.parametrize("old", [*MOVED, *OLD_PACKAGES])
+def test_tools_find_the_old_name_of_a_module(old):
+    """Import hooks would be invisible to them: an old name is a file, which names everything that the module has."""
+    spec = importlib.util.find_spec(old)
+    assert (ROOT / spec.origin).is_file()
+    if old not in MOVED:
+        return
+    tree = ast.parse((ROOT / f"{old.replace('.', '/')}.py").read_text())
+    assert ast.get_docstring(tree) == f"Moved to {MOVED[old]}."
+    stars = [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
+    assert stars == [MOVED[old]]
+
+
+def test_old_modules_are_attributes_of_their_package():
+    """Importing the package was enough for these."""
+    names = [
+        "lcw_ops.ops._backends",
+        "lcw_ops.ops._library",
+        "lcw_ops.ops._precision",
+        "lcw_ops.ops.orthogonal_filter_crossover",
+        "lcw_ops.ops.orthogonal_filter_graph",
+        "lcw_ops.ops.parallel_depth_crossover",
+        "lcw_ops.ops.parallel_depth_frame",
+        "lcw_ops.ops.parallel_depth_solver",
+        "lcw_ops.profile.files",
+        "lcw_ops.reference.checks",
+    ]
+    found = run(
+        "import json, operator, lcw_ops\n"
+        f"print(json.dumps([operator.attrgetter(name[8:])(lcw_ops).__name__ for name in {names}]))"
+    )
+    assert found == [MOVED[name] for name in names]
+
+
+def test_modules_of_an_old_package_can_be_imported_from_it():
+    found = run(
+        "import json\n"
+        "from lcw_ops.train import arguments, checkpoints, job, loop, schedule, settings\n"
+        "import lcw_ops.train\n"
+        "same = lcw_ops.train.job is job\n"
+        "print(json.dumps([same, job.__name__, arguments.__name__, loop.__name__, settings.__name__]))"
+    )
+    jobs = "lcw_ops.jobs"
+    assert found == [True, f"{jobs}.train", f"{jobs}.arguments", f"{jobs}.loop", f"{jobs}.settings"]
+
+
+RECURRENCE = "lcw_ops.reference.orthogonal_filter"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        (
+            "lcw_ops.ops.hypersphere",
+            "lcw_ops.ops.weight_norm",
+            "NORMALIZE WEIGHT_NORM_LINEAR NormalizeScale WeightNormLinear normalize_scale weight_norm_linear",
+        ),
+        (
+            "lcw_ops.kernels.hypersphere",
+            "lcw_ops.kernels.weight_norm",
+            "normalize_kernel normalize_scale normalize_scale_backward weight_norm_linear weight_norm_linear_backward",
+        ),
+        ("lcw_ops.profile.plot", "lcw_ops.jobs.picture", "ACCURACY_COLOUR findings gradient_fate plot_report"),
+        ("lcw_ops.nn.orthogonal_filter", "lcw_ops._names", "FILTERS"),
+        ("lcw_ops.ops.orthogonal_filter", "lcw_ops.ops.orthogonal_filter.crossover", "fastest_kernel"),
+        (
+            "lcw_ops.ops.orthogonal_filter",
+            RECURRENCE,
+            "ACTIVATIONS count_steps orthogonal_filter_backward orthogonal_filter_jvp",
+        ),
+        ("lcw_ops.ops.parallel_depth", "lcw_ops.ops.parallel_depth.crossover", "Call device_key largest_c_faster"),
+        ("lcw_ops.ops.parallel_depth", RECURRENCE, "count_steps orthogonal_filter_backward"),
+    ],
+)
+def test_names_that_have_moved_can_be_imported_from_their_old_module(old, new, names):
+    if ".kernels." in old:
+        pytest.importorskip("triton")
+    if ".plot" in old:
+        pytest.importorskip("matplotlib")
+    module = importlib.import_module(old)
+    for name in names.split():
+        assert getattr(module, name) is getattr(importlib.import_module(new), name)
+        assert name not in vars(module)
+    with pytest.raises(AttributeError, match=f"module '{old}' has no attribute 'no_such_name'"):
+        _ = module.no_such_name
+
+
+# Threads that start at the same moment and import one module each.
+AT_ONCE = """
+import json, sys, threading
+sys.setswitchinterval(1e-5)
+failures, ready = [], threading.Barrier(len(sys.argv) - 1)
+
+def run(name):
+    ready.wait()
+    try: exec(f"import {name}")
+    except BaseException as error: failures.append([name, repr(error)])
+
+threads = [threading.Thread(target=run, args=[name]) for name in sys.argv[1:]]
+for thread in threads: thread.start()
+for thread in threads: thread.join(100)
+import lcw_ops.gradient_hooks, lcw_ops.optim.hooks
+print(json.dumps([failures, lcw_ops.gradient_hooks is lcw_ops.optim.hooks]))
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lcw_ops", "lcw_ops.gradient_hooks"),
+        ("lcw_ops.gradient_hooks", "lcw_ops.gradient_hooks", "lcw_ops.optim"),
+    ],
+)
+def test_threads_import_old_names_at_once(names):
+    for _ in range(3):
+        command = [sys.executable, "-W", "error::RuntimeWarning", "-c", AT_ONCE, *names]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert json.loads(result.stdout) == [[], True]
 
 
 @pytest.mark.parametrize(
@@ -401,7 +522,7 @@ def test_modules_that_have_moved_import_under_their_old_names():
     ],
 )
 def test_pickles_that_name_a_module_that_has_moved_still_load(name):
-    """A pickle of version 0.1.0 names the module and the class; both must lead to today's class."""
+    """A pickle from before the move names the old module; module and name must lead to today's class."""
     module, _, attribute = name.rpartition(".")
     loaded = pickle.loads(f"c{module}\n{attribute}\n.".encode())
     assert loaded is getattr(importlib.import_module(MOVED[module]), attribute)

@@ -215,5 +215,5 @@ def test_errors(call, error, words):
 
 
 def test_the_layer_keeps_its_old_address():
-    """Pickles of version 0.1 name it by lcw_ops.nn.hypersphere."""
+    """Pickles name it by lcw_ops.nn.hypersphere."""
     assert hypersphere.InputMeanNorm is nn.InputMeanNorm

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from lcw_ops._aliases import MOVED
-
 ROOT = Path(__file__).parent.parent
 LINKS = ("kernels", "bench")
 
@@ -121,6 +119,6 @@ def test_tools_that_read_the_source_find_every_module():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             for name in names:
-                if name.split(".")[0] == "lcw_ops" and name not in MOVED:
+                if name.split(".")[0] == "lcw_ops":
                     path = ROOT / name.replace(".", "/")
                     assert (path / "__init__.py").is_file() or path.with_suffix(".py").is_file(), f"{file}: {name}"

@@ -15,6 +15,7 @@ from pickles import make
 from support.numerics import assert_as_exact_as_eager
 
 import lcw_ops
+from lcw_ops.nn._derived import DerivedWeight
 
 RESULTS = torch.load(make.RESULTS, weights_only=True)
 MODULES = sorted(path.stem for path in make.HERE.glob("*.pt") if path != make.RESULTS)
@@ -67,6 +68,17 @@ def test_names_in_the_file_lead_to_the_class_of_today(path):
         found = getattr(importlib.import_module(module), name)
         # The class must not be a copy, which isinstance would not recognise.
         assert found is getattr(importlib.import_module(found.__module__), found.__name__), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(("GraphModule", "Sequential"))])
+def test_file_loads_with_an_allow_list_of_its_class(name):
+    """torch compares the module and the name of the class with those in the file."""
+    own = getattr(lcw_ops.nn, name.partition("-")[0])
+    # These a file may name too, and users allow them.
+    others = [set, torch.nn.Identity, torch.nn.Linear, torch.nn.Tanh, DerivedWeight]
+    with torch.serialization.safe_globals([own, *others]):
+        module = torch.load(make.HERE / f"{name}.pt", weights_only=True)
+    assert type(module) is own
 
 
 @pytest.mark.parametrize("name", MODULES)

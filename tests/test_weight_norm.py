@@ -136,7 +136,7 @@ def test_empty_inputs():
 
 
 def test_the_stem_keeps_its_old_address():
-    """Users of version 0.1 import the functions from lcw_ops.reference.hypersphere."""
+    """Users import the functions from lcw_ops.reference.hypersphere."""
     for function in (normalize_scale, normalize_scale_backward, normalize_scale_jvp):
         assert getattr(hypersphere, function.__name__) is function
 

@@ -87,6 +87,6 @@ def test_a_bias_that_would_be_broadcast_is_refused(training):
 
 
 def test_the_layers_keep_their_old_address():
-    """Pickles of version 0.1 name them under lcw_ops.nn.hypersphere."""
+    """Pickles name them under lcw_ops.nn.hypersphere."""
     for name in ("WeightNormLinear", "WeightNormConv1d", "WeightNormConv2d", "WeightNormConv3d"):
         assert getattr(hypersphere, name) is getattr(nn, name)

@@ -1,5 +1,6 @@
 """Registered torch ops: schema, fake kernel, autograd, vmap, and the choice of backend."""
 
+from lcw_ops import _old_names
 from lcw_ops.ops import (
     gradient_activation,
     hypersphere,
@@ -22,3 +23,18 @@ __all__ = [
     "use_backend",
     "weight_norm",
 ]
+
+_old_names.keep(
+    globals(),
+    {},
+    submodules=(
+        "_backends",
+        "_library",
+        "_precision",
+        "orthogonal_filter_crossover",
+        "orthogonal_filter_graph",
+        "parallel_depth_crossover",
+        "parallel_depth_frame",
+        "parallel_depth_solver",
+    ),
+)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops import _torch, reference
+from lcw_ops import _old_names, _torch, reference
 from lcw_ops.ops import backends, library
 
 DIRECTION = "hypersphere_direction"
@@ -231,3 +231,23 @@ def gmp_linear(
 def is_fused() -> bool:
     """Whether one op runs the layer. Not under torch.func or in forward mode, which have rules for its parts alone."""
     return not _torch.in_functorch() and not _torch.in_forward_mode()
+
+
+# Weight normalization was in this file too.
+_old_names.keep(
+    globals(),
+    dict.fromkeys(
+        (
+            "NORMALIZE",
+            "NORMALIZE_BACKWARD",
+            "NormalizeScale",
+            "NormalizeScaleForwardMode",
+            "WEIGHT_NORM_LINEAR",
+            "WEIGHT_NORM_LINEAR_BACKWARD",
+            "WeightNormLinear",
+            "normalize_scale",
+            "weight_norm_linear",
+        ),
+        "lcw_ops.ops.weight_norm",
+    ),
+)

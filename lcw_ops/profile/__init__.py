@@ -3,6 +3,7 @@
 It only measures. The command ``lcw-ops profile``, which trains a network too, is in ``lcw_ops/jobs/profile.py``.
 """
 
+from lcw_ops import _old_names
 from lcw_ops.profile.bounds import spectral_norm_bound
 from lcw_ops.profile.jacobian import JacobianSpectrum, function_spectrum, lanczos_spectrum
 from lcw_ops.profile.profiler import profile
@@ -18,3 +19,5 @@ __all__ = [
     "profile",
     "spectral_norm_bound",
 ]
+
+_old_names.keep(globals(), {}, submodules=("files",))

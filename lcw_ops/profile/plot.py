@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lcw_ops import _old_names
 from lcw_ops._files import write_atomically
 
 # M. Okabe, K. Ito, "Color Universal Design", 2008: blue, vermillion, and a dark grey beside them.
@@ -236,3 +237,10 @@ def _overlap(one: tuple, other: tuple) -> bool:
 def _log10(values: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.log10(values)
+
+
+# The picture of a report, which belongs to a job, was drawn in this file too.
+_old_names.keep(
+    globals(),
+    dict.fromkeys(("ACCURACY_COLOUR", "findings", "gradient_fate", "plot_report"), "lcw_ops.jobs.picture"),
+)

@@ -3,6 +3,7 @@
 # Import torch first: it loads the ops, which import the modules below. None of those may be half imported by then.
 import torch  # noqa: F401
 
+from lcw_ops import _old_names
 from lcw_ops.reference.gradient_activation import adamw_step, gradient_activation, sgd_step
 from lcw_ops.reference.hypersphere import (
     gmp_linear,
@@ -55,3 +56,5 @@ __all__ = [
     "orthogonal_filter_scan",
     "sgd_step",
 ]
+
+_old_names.keep(globals(), {}, submodules=("checks",))

@@ -17,7 +17,7 @@ from lcw_ops._checks import (
     check_shape,
 )
 
-# In version 0.1 weight normalization was in this file, and users' code imports it from here.
+# Weight normalization was in this file, and users' code imports it from here.
 from lcw_ops.reference.weight_norm import (  # noqa: F401
     normalize_scale,
     normalize_scale_backward,

@@ -6,6 +6,7 @@ A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245
 is trained.
 """
 
+from lcw_ops import _old_names
 from lcw_ops.nn.orthogonal_filter.base import _OrthogonalFilter
 from lcw_ops.nn.orthogonal_filter.filters import make_filter
 from lcw_ops.nn.orthogonal_filter.mlp import OrthogonalFilterMLP
@@ -26,3 +27,5 @@ __all__ = [
 # Pickles and recorded graphs look for these in the package, whichever file defines them.
 for _name in __all__:
     globals()[_name].__module__ = __name__
+
+_old_names.keep(globals(), {"FILTERS": "lcw_ops._names"})

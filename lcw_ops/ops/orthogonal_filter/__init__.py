@@ -4,6 +4,7 @@
 graph; ``crossover`` holds the measurements of which kernel is the fastest.
 """
 
+from lcw_ops import _old_names
 from lcw_ops.ops.orthogonal_filter import crossover, op
 from lcw_ops.ops.orthogonal_filter.op import (
     BACKWARD,
@@ -44,3 +45,15 @@ __all__ = [
     "slices",
     "state_gradients",
 ]
+
+# This package was one module, and had these names too.
+_old_names.keep(
+    globals(),
+    {
+        "ACTIVATIONS": "lcw_ops.reference.orthogonal_filter",
+        "count_steps": "lcw_ops.reference.orthogonal_filter",
+        "fastest_kernel": "lcw_ops.ops.orthogonal_filter.crossover",
+        "orthogonal_filter_backward": "lcw_ops.reference.orthogonal_filter",
+        "orthogonal_filter_jvp": "lcw_ops.reference.orthogonal_filter",
+    },
+)

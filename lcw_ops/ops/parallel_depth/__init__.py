@@ -4,6 +4,7 @@
 filter's powers are cheap; ``crossover`` the measurements of where the sweeps are faster.
 """
 
+from lcw_ops import _old_names
 from lcw_ops.ops.parallel_depth import crossover, frame, op, solver
 from lcw_ops.ops.parallel_depth.op import (
     ACTIVATE,
@@ -40,3 +41,15 @@ __all__ = [
     "sequential_forward",
     "solver",
 ]
+
+# This package was one module, and had these names too.
+_old_names.keep(
+    globals(),
+    {
+        "Call": "lcw_ops.ops.parallel_depth.crossover",
+        "count_steps": "lcw_ops.reference.orthogonal_filter",
+        "device_key": "lcw_ops.ops.parallel_depth.crossover",
+        "largest_c_faster": "lcw_ops.ops.parallel_depth.crossover",
+        "orthogonal_filter_backward": "lcw_ops.reference.orthogonal_filter",
+    },
+)
