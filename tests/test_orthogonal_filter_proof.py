@@ -453,6 +453,17 @@ def test_fifty_thousand_steps_of_one_weight_backward():
 # ---- Every other way to call it ------------------------------------------------------------------------------------
 
 
+def tells_steps(arguments, filter):
+    """Whether an argument besides the inputs has one entry per step. One number of alpha or beta is for all steps."""
+    ranks = {"weight": 3, "bias": 2}
+    present = (name for name in ranks if arguments[name] is not None)
+    return (
+        filter.dim() == 3
+        or any(arguments[name].dim() == ranks[name] for name in present)
+        or any(arguments[name].numel() != 1 for name in ("alpha", "beta"))
+    )
+
+
 def draw_arguments(case):
     """Plain tensors with the shapes and options of a hypothesis example."""
     rows, width, steps, dtype = case["rows"], case["width"], case["steps"], case["dtype"]
@@ -478,7 +489,7 @@ def draw_arguments(case):
         scales = {name: arguments[name].expand(steps) for name in ("alpha", "beta")}
         # This call changes the inputs in place.
         keep_off_the_kink(Net({**arguments, **scales, "bias": bias}, filter, "relu", grad_output=None))
-    elif not case["inputs"] and not all(case["shared"].values()):
+    elif not case["inputs"] and tells_steps(arguments, filter):
         arguments["inputs"] = None
     return arguments, filter.to(dtype) if filter.is_floating_point() else filter
 
