@@ -6,7 +6,8 @@ have a run of their own. pytest-xdist splits every run over processes:
     native        every test, on the fastest instruction set of this CPU
     interpreter   the Triton kernels' tests, in Triton's interpreter
     avx2          the tests marked every_instruction_set; only on a CPU that has AVX-512 as well
-    portable      the same, without vector instructions
+    portable      the same, without vector instructions; eager torch does not fuse multiply-adds either
+    recurrence    test_orthogonal_filter.py's part of these, beside eager torch as it is
 
 fast leaves out the tests marked slow; slow runs only those. Every run starts, even after a failure. The seconds of each
 are printed at the end. A run without tests has failed, except in the slow door's runs of the interpreter and of the
@@ -51,8 +52,12 @@ def runs(door: str) -> Iterator[Run]:
     marks = "every_instruction_set"
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         yield Run("avx2", [str(TESTS)], marks, {"LCW_OPS_CPU_CAPABILITY": "avx2"}, may_be_empty=True)
-    portable = {"LCW_OPS_CPU_CAPABILITY": "portable", **EAGER_WITHOUT_FMA}
-    yield Run("portable", [str(TESTS)], marks, portable, may_be_empty=True)
+    portable = {"LCW_OPS_CPU_CAPABILITY": "portable"}
+    recurrence = str(TESTS / "test_orthogonal_filter.py")
+    yield Run(
+        "portable", [str(TESTS), f"--ignore={recurrence}"], marks, portable | EAGER_WITHOUT_FMA, may_be_empty=True
+    )
+    yield Run("recurrence", [recurrence], marks, portable)
 
 
 def start(run: Run, more: list[str]) -> int:

@@ -87,7 +87,7 @@ def test_names_of_cases():
 @pytest.mark.parametrize("door", run.DOORS)
 def test_the_runs_of_a_door(door):
     names = {one.name for one in run.runs(door)}
-    assert names - {"avx2"} == {"native", "interpreter"} | ({"portable"} if door == "slow" else set())
+    assert names - {"avx2"} == {"native", "interpreter"} | ({"portable", "recurrence"} if door == "slow" else set())
     marks = {"native": run.DOORS[door], "interpreter": run.DOORS[door]}
     assert all(one.marks == marks.get(one.name, "every_instruction_set") for one in run.runs(door))
     # The runs of the interpreter and of other instruction sets differ from the first by their environment alone.
