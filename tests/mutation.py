@@ -1,34 +1,40 @@
-"""Mutation check: do the quick tests notice a wrong line? ``python tests/mutation.py --lines 60`` (hours).
+"""Mutation check: do the quick tests notice a wrong line? ``python tests/mutation.py --lines 60`` (an hour or two).
 
 On every floor this program draws lines by a seed and changes one thing on each (a sign, an index, a mask, a stride, a
-scale, a comparison, a cache's key). It then runs the quick tests of that module until one fails. It works on a copy of
-the tree, so the checkout never changes. The outcomes of a line:
+scale, a comparison, a cache's key). It then runs the quick tests that execute the line, until one fails. A first run of
+the suite under coverage.py records which tests these are; --map keeps the record. Everything happens in copies of the
+tree, so the checkout never changes. The outcomes of a line:
 
-    killed          a test failed that passes on the unchanged copy
+    killed          a test failed, crashed or did not end, and the same test passes on the unchanged copy
     survived        every test passed
-    timed out       the tests took too long, so nothing is known: a slow machine does the same as an endless loop
     unclear         the test that failed fails on the unchanged copy too
     does not build  the compiler refused the line
 
 A floor's share is killed / (killed + survived). The exit status is 1 if a floor's share is below 85 %, or if no line of
 a floor was judged.
 
-csrc/ needs a compiler: it rebuilds the CPU extension for every line. kernels/ runs in Triton's interpreter, without a
-GPU, so it cannot see a fault that only compiled kernels have. csrc/cuda/ is not drawn: it needs nvcc and a GPU.
+A line of C++, and a line that runs at import, have no record. For these the program runs the test files that are named
+after the module, its stem or its floor. csrc/ needs a compiler, since every line is compiled and linked anew. kernels/
+run in Triton's interpreter, without a GPU, so the check cannot see a fault that only compiled kernels have. csrc/cuda/
+is not drawn: it needs nvcc and a GPU.
 
     --floor functional     this floor alone; may be repeated
     --skip csrc            every floor but this one; may be repeated
     --seed 1               other lines
+    --jobs 2               processes side by side, each with a copy of the tree
     --dry-run              show the changes that would be made
     --out mutants.csv      append a row for every line
+    --map FOLDER           keep the record of tests in this folder, or use the one that is there
 """
 
 import argparse
-import ast
 import csv
+import json
+import multiprocessing
 import os
-import random
 import re
+import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,18 +42,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-IN_PACKAGE = (
-    "functional", "ops", "reference", "nn", "optim", "init", "profile", "jobs", "distributed", "_checks", "_torch",
-)  # fmt: skip
-FLOORS = {name: (f"lcw_ops/{name}/**/*.py", f"lcw_ops/{name}.py") for name in IN_PACKAGE}
-# Not lcw_ops/kernels, which is a link to this folder.
-FLOORS["kernels"] = ("kernels/*.py",)
-FLOORS["csrc"] = ("csrc/*.h", "csrc/cpu/**/*.h", "csrc/cpu/**/*.cpp")
+# OpenMP's threads of two processes would wait for each other in busy loops.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The tests of each line run in a fork of this process, which has the slow imports behind it. Neither lcw_ops nor Triton
+# may be among these: the one comes from the copy, and the other reads TRITON_INTERPRET when it is imported.
+import hypothesis  # noqa: F401
+import pytest
+import torch  # noqa: F401
+from support.line_map import LineMap
+from support.mutants import FLOORS, ROOT, Mutant, draw
+
 STEMS = ("lcw_linear", "hypersphere", "weight_norm", "gradient_activation", "orthogonal_filter", "parallel_depth")
 # Modules that only one stem uses.
 PARTS_OF = {"kernels/angles.py": "hypersphere", "csrc/cpu/sincos.h": "hypersphere"}
@@ -70,210 +78,20 @@ WORDS = {
 }
 # The least share of killed lines.
 LEAST_SHARE = 0.85
-OUTCOMES = ("killed", "survived", "timed out", "unclear", "does not build")
-# The most test files to run for a mutant. Those named after the module come first.
+OUTCOMES = ("killed", "survived", "unclear", "does not build")
+# The most test files to run for a line without a record. Those named after the module come first.
 MOST_FILES = 16
-
-
-class Mutant(NamedTuple):
-    """One change: ``source[start:end]`` of a file becomes ``text``."""
-
-    path: str
-    line: int
-    kind: str
-    start: int
-    end: int
-    before: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line} {self.kind}: {self.before!r} -> {self.text!r}"
-
-
-# ---- Changes of Python -----------------------------------------------------------------------------------------------
-
-OPERATORS = {
-    ast.Add: ("sign", "+", "-"),
-    ast.Sub: ("sign", "-", "+"),
-    ast.Mult: ("scale", "*", "/"),
-    ast.Div: ("scale", "/", "*"),
-    ast.FloorDiv: ("index", "//", "/"),
-    ast.And: ("mask", "and", "or"),
-    ast.Or: ("mask", "or", "and"),
-    ast.Lt: ("comparison", "<", "<="),
-    ast.LtE: ("comparison", "<=", "<"),
-    ast.Gt: ("comparison", ">", ">="),
-    ast.GtE: ("comparison", ">=", ">"),
-    ast.Eq: ("comparison", "==", "!="),
-    ast.NotEq: ("comparison", "!=", "=="),
-    ast.Is: ("comparison", "is", "is not"),
-    ast.IsNot: ("comparison", "is not", "is"),
-    ast.In: ("mask", "in", "not in"),
-    ast.NotIn: ("mask", "not in", "in"),
-}
-
-
-class _Collector(ast.NodeVisitor):
-    """Every change of one Python file. Annotations, decorators, messages and asserts are left out."""
-
-    def __init__(self, path: str, source: str):
-        self.path, self.source, self.found = path, source, []
-        # ast counts columns in bytes of UTF-8.
-        self.lines = [line.encode() for line in source.splitlines(keepends=True)]
-        self.starts = [0]
-        for line in self.lines:
-            self.starts.append(self.starts[-1] + len(line.decode()))
-        self.visit(ast.parse(source))
-
-    def place(self, line: int, column: int) -> int:
-        return self.starts[line - 1] + len(self.lines[line - 1][:column].decode())
-
-    def span(self, node: ast.AST) -> tuple[int, int]:
-        return self.place(node.lineno, node.col_offset), self.place(node.end_lineno, node.end_col_offset)
-
-    def add(self, node: ast.AST, kind: str, start: int, end: int, text: str) -> None:
-        self.found.append(Mutant(self.path, node.lineno, kind, start, end, self.source[start:end], text))
-
-    def between(self, left: ast.AST, right: ast.AST, operator: ast.AST) -> None:
-        """Replace the operator between two operands."""
-        if type(operator) not in OPERATORS:
-            return
-        kind, old, new = OPERATORS[type(operator)]
-        start, end = self.span(left)[1], self.span(right)[0]
-        word = rf"(?<!\w){re.escape(old)}(?!\w)" if old.isalpha() or " " in old else re.escape(old)
-        if match := re.search(word, self.source[start:end]):
-            self.add(right, kind, start + match.start(), start + match.end(), new)
-
-    def visit_BinOp(self, node):
-        if not isinstance(node.left, ast.JoinedStr) and not _is_text(node.left):
-            self.between(node.left, node.right, node.op)
-        self.generic_visit(node)
-
-    def visit_BoolOp(self, node):
-        for left, right in zip(node.values, node.values[1:], strict=False):
-            self.between(left, right, node.op)
-        self.generic_visit(node)
-
-    def visit_Compare(self, node):
-        for left, right, operator in zip([node.left, *node.comparators], node.comparators, node.ops, strict=False):
-            self.between(left, right, operator)
-        self.generic_visit(node)
-
-    def visit_UnaryOp(self, node):
-        kind = {ast.USub: "sign", ast.Not: "mask"}.get(type(node.op))
-        if kind is not None:
-            start, _ = self.span(node)
-            self.add(node, kind, start, self.span(node.operand)[0], "")
-        self.generic_visit(node)
-
-    def visit_Constant(self, node):
-        start, end = self.span(node)
-        if isinstance(node.value, bool):
-            self.add(node, "mask", start, end, str(not node.value))
-        elif isinstance(node.value, int):
-            self.add(node, "index", start, end, str(node.value + 1))
-        elif isinstance(node.value, float):
-            self.add(node, "scale", start, end, str(2 * node.value or 1.0))
-
-    def visit_Attribute(self, node):
-        if node.attr in ("mT", "T"):
-            end = self.span(node)[1]
-            self.add(node, "stride", end - len(node.attr) - 1, end, "")
-        self.generic_visit(node)
-
-    def visit_Call(self, node):
-        is_contiguous = isinstance(node.func, ast.Attribute) and node.func.attr == "contiguous" and not node.args
-        if is_contiguous and not node.keywords:
-            self.add(node, "stride", self.span(node.func.value)[1], self.span(node)[1], "")
-        self.generic_visit(node)
-
-    def visit_Assign(self, node):
-        names = " ".join(ast.unparse(target) for target in node.targets)
-        if "key" in names and isinstance(node.value, ast.Tuple):
-            self.shorten(node.value)
-        self.generic_visit(node)
-
-    def visit_Subscript(self, node):
-        if isinstance(node.slice, ast.Tuple) and isinstance(node.value, ast.Name | ast.Attribute):
-            name = ast.unparse(node.value).lower()
-            if any(word in name for word in ("cache", "memo", "made", "known", "proven")):
-                self.shorten(node.slice)
-        self.generic_visit(node)
-
-    def shorten(self, key: ast.Tuple) -> None:
-        """Leave one entry out of a cache's key."""
-        for entry in key.elts:
-            start, end = self.span(entry)
-            self.add(entry, "cache key", start, end, "None")
-
-    def visit_FunctionDef(self, node):
-        for one in node.body:
-            self.visit(one)
-        for default in (*node.args.defaults, *(one for one in node.args.kw_defaults if one is not None)):
-            self.visit(default)
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_AnnAssign(self, node):
-        if node.value is not None:
-            self.visit(node.value)
-
-    def leave_out(self, node):
-        """Skip messages, and statements that a run with -O would skip."""
-
-    visit_Raise = visit_Assert = visit_JoinedStr = visit_Import = visit_ImportFrom = leave_out
-
-
-def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-# ---- Changes of C++ --------------------------------------------------------------------------------------------------
-
-CPP = [
-    ("sign", r"(?<=\w )\+(?= \w)", "-"),
-    ("sign", r"(?<=\w )-(?= \w)", "+"),
-    ("scale", r"(?<=\w )\*(?= \w)", "+"),
-    ("comparison", r"(?<= )<(?= )", "<="),
-    ("comparison", r"(?<= )<=(?= )", "<"),
-    ("comparison", r"(?<= )>=(?= )", ">"),
-    ("comparison", r"(?<= )==(?= )", "!="),
-    ("mask", r"&&", "||"),
-    ("mask", r"\|\|", "&&"),
-    ("index", r"(?<=\[)\w+(?=\])", r"\g<0> + 1"),
-    ("stride", r"\b(row_)?stride\b(?!\()", r"(\g<0> + 1)"),
-    ("mask", r"\btrue\b", "false"),
-    ("mask", r"\bfalse\b", "true"),
-]
-
-
-def cpp_mutants(path: str, source: str) -> Iterator[Mutant]:
-    place = 0
-    for number, line in enumerate(source.splitlines(keepends=True), 1):
-        code = line.partition("//")[0]
-        if not code.lstrip().startswith(("#", "template", "using", "LCW_CHECK", '"')) and "static_assert" not in code:
-            for kind, pattern, replacement in CPP:
-                for match in re.finditer(pattern, code):
-                    start, end = place + match.start(), place + match.end()
-                    yield Mutant(path, number, kind, start, end, match[0], match.expand(replacement))
-        place += len(line)
-
-
-# ---- Drawing ---------------------------------------------------------------------------------------------------------
-
-
-def draw(floor: str, lines: int, seed: int) -> list[Mutant]:
-    """Draw this many lines of the floor, with one change on each."""
-    by_line: dict[tuple[str, int], list[Mutant]] = {}
-    for pattern in FLOORS[floor]:
-        for path in sorted(ROOT.glob(pattern)):
-            name, source = str(path.relative_to(ROOT)), path.read_text()
-            found = cpp_mutants(name, source) if floor == "csrc" else _Collector(name, source).found
-            for mutant in found:
-                by_line.setdefault((name, mutant.line), []).append(mutant)
-    generator = random.Random(f"{floor} {seed}")
-    chosen = generator.sample(sorted(by_line), min(lines, len(by_line)))
-    return [generator.choice(by_line[line]) for line in chosen]
+# The most seconds of tests to run for a line, as recorded.
+MOST_SECONDS = 120.0
+# A test that passes in s seconds has not ended after 10 s + 90 s: the line loops. Collecting takes its time too.
+SLOWER, SPARE = 10.0, 90.0
+# The environments of tests/run.py's runs.
+MODES = {"native": {}, "interpreter": {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}}
+# torch would take the result of an unchanged line from its caches of compiled graphs.
+NO_GRAPH_CACHE = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv*", "dist", "build", "demo", "__pycache__", ".*_cache", "results", "env.sh"
+)
 
 
 def floor_of(path: str) -> str:
@@ -314,66 +132,225 @@ def tests_of(path: str) -> list[str]:
 # ---- Running ---------------------------------------------------------------------------------------------------------
 
 
+class Selection(NamedTuple):
+    """Tests to run: whole files, or the named tests in this order."""
+
+    mode: str
+    files: list[str]
+    tests: list[str]
+
+
+class Found(NamedTuple):
+    """How a selection ended: "passed" or "failed", and the test that failed, or "" if none could be named."""
+
+    result: str
+    test: str
+
+
+class Reporter:
+    """A plugin of pytest that selects and orders tests, and tells the parent process what starts and what fails."""
+
+    def __init__(self, tests: list[str], pipe: int):
+        self.order = {test: place for place, test in enumerate(tests)}
+        self.pipe = pipe
+
+    def tell(self, word: str, test: str) -> None:
+        os.write(self.pipe, f"{word} {test}\n".encode())
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items) -> None:
+        if self.order:
+            items[:] = sorted(
+                (item for item in items if item.nodeid in self.order), key=lambda item: self.order[item.nodeid]
+            )
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.tell("start", nodeid)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.tell("failed", report.nodeid)
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.tell("failed", report.nodeid)
+
+
 class Tree:
     """A copy of the checkout in which one line at a time is wrong."""
 
-    def __init__(self, folder: Path, timeout: float):
-        self.root, self.timeout = folder / "tree", timeout
-        ignored = shutil.ignore_patterns(".git", ".venv*", "dist", "demo", "__pycache__", ".*_cache", "results")
-        shutil.copytree(ROOT, self.root, symlinks=True, ignore=ignored)
-        self.trusted: dict[tuple[str, ...], bool] = {}
+    def __init__(self, folder: Path, maps: dict[str, LineMap]):
+        self.root, self.maps = folder / "tree", maps
+        shutil.copytree(ROOT, self.root, symlinks=True, ignore=NOT_COPIED)
+        self.trusted: dict[str, bool] = {}
+        self.compiler: Compiler | None = None
+        # Python reuses a compiled file if time and size agree, and a changed line often has the same size.
+        self.time = int(time.time()) - 10_000_000
 
-    def pytest(self, selection: list[str], floor: str) -> tuple[str, str]:
-        """("passed" or "failed" or "timed out", the first test that failed or "")."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *selection]
-        environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
-        if floor == "kernels":
-            # The same run as tests/run.py's.
-            command += ["-k", "triton"]
-            environment |= {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}
-        process = subprocess.Popen(
-            command, cwd=self.root, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    def write(self, path: Path, text: str) -> None:
+        self.time += 10
+        path.write_text(text)
+        os.utime(path, (self.time, self.time))
+
+    def run(self, selection: Selection) -> Found:
+        """Run the tests in a fork of this process, until one fails."""
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            self._run_as_child(selection, writer)
+        os.close(writer)
         try:
-            output, _ = process.communicate(timeout=self.timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return "timed out", ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - .*)?$", output, flags=re.MULTILINE)
-        # 5 means that no test was selected. Every other status but 0 is a failure; a crash counts as one.
-        return ("passed" if process.returncode in (0, 5) else "failed"), (failed[1] if failed else "")
+            return self._follow(child, reader, self.maps[selection.mode].seconds)
+        finally:
+            os.close(reader)
 
-    def build(self) -> bool:
-        environment = os.environ | {"LCW_OPS_CUDA_ARCHS": ""}
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        result = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
-        return result.returncode == 0
+    def _run_as_child(self, selection: Selection, pipe: int) -> None:
+        status = 70
+        try:
+            os.setsid()
+            os.chdir(self.root)
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nothing, stream)
+            os.environ |= {"PYTHONPATH": str(self.root)} | NO_GRAPH_CACHE | MODES[selection.mode]
+            sys.path[:0] = [str(self.root), str(self.root / "tests")]
+            words = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *selection.files]
+            if selection.mode == "interpreter":
+                words += ["-k", "triton"]
+            status = int(pytest.main(words, plugins=[Reporter(selection.tests, pipe)]))
+        finally:
+            os._exit(status)
+
+    def _follow(self, child: int, reader: int, seconds: dict[str, float]) -> Found:
+        """Read what the child tells, and end it if a test takes too long."""
+        running, failed, rest = "", "", b""
+        while True:
+            limit = SPARE + SLOWER * seconds.get(running, 30.0)
+            if not select.select([reader], [], [], limit)[0]:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return Found("failed", running)
+            read = os.read(reader, 65536)
+            if not read:
+                break
+            *whole, rest = (rest + read).split(b"\n")
+            for line in whole:
+                word, _, test = line.decode().partition(" ")
+                if word == "start":
+                    running = test
+                else:
+                    failed = failed or test
+        _, status = os.waitpid(child, 0)
+        # 5 means that no test was selected. Every other status but 0 is a failure.
+        if os.waitstatus_to_exitcode(status) in (0, 5):
+            return Found("passed", "")
+        return Found("failed", failed or running)
+
+    def selections(self, mutant: Mutant) -> list[Selection]:
+        """The tests that execute the line, in every mode; without such a test, the files named after the module."""
+        modes = ("interpreter", "native") if floor_of(mutant.path) == "kernels" else ("native",)
+        found = []
+        for mode in modes:
+            tests, seconds = [], 0.0
+            for test in self.maps[mode].of(mutant.path, mutant.lines):
+                seconds += self.maps[mode].seconds[test]
+                if tests and seconds > MOST_SECONDS:
+                    break
+                tests.append(test)
+            if tests:
+                found.append(Selection(mode, sorted({test.partition("::")[0] for test in tests}), tests))
+        return found or [Selection(modes[0], tests_of(mutant.path), [])]
 
     def outcome(self, mutant: Mutant) -> tuple[str, str]:
         """(one of OUTCOMES, the test that decided it)."""
         path, is_cpp = self.root / mutant.path, mutant.path.startswith("csrc")
-        floor, selection = floor_of(mutant.path), tests_of(mutant.path)
         original = path.read_text()
-        library = self.root / "lcw_ops/_C.abi3.so"
-        kept = library.read_bytes() if is_cpp else b""
+        if is_cpp and self.compiler is None:
+            self.compiler = Compiler(self.root)
         try:
-            path.write_text(original[: mutant.start] + mutant.text + original[mutant.end :])
-            if is_cpp and not self.build():
+            self.write(path, original[: mutant.start] + mutant.text + original[mutant.end :])
+            if is_cpp and not self.compiler.build(mutant.path):
                 return "does not build", ""
-            found, test = self.pytest(selection, floor)
+            for selection in self.selections(mutant):
+                found = self.run(selection)
+                if found.result == "failed":
+                    break
         finally:
-            path.write_text(original)
+            self.write(path, original)
             if is_cpp:
-                library.write_bytes(kept)
-        if found != "failed":
-            return {"passed": "survived"}.get(found, found), ""
-        # A crash names no test. Then all of the tests must pass on the unchanged copy.
-        blamed = (test,) if test else tuple(selection)
-        if blamed not in self.trusted:
-            self.trusted[blamed] = self.pytest(list(blamed), floor)[0] == "passed"
-        return ("killed" if self.trusted[blamed] else "unclear"), test or "crashed"
+                self.compiler.restore()
+        if found.result == "passed":
+            return "survived", ""
+        # Without a name, all of the tests must pass on the unchanged copy.
+        blamed = Selection(selection.mode, [found.test.partition("::")[0]], [found.test]) if found.test else selection
+        if "::" not in found.test:
+            blamed = blamed._replace(tests=[])
+        key = json.dumps(blamed)
+        if key not in self.trusted:
+            self.trusted[key] = self.run(blamed).result == "passed"
+        return ("killed" if self.trusted[key] else "unclear"), found.test or "all of them"
+
+
+class Compiler:
+    """Compiles the sources that one changed file reaches, and links them with the other objects of a whole build."""
+
+    def __init__(self, root: Path):
+        self.root, self.library = root, root / "lcw_ops/_C.abi3.so"
+        command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
+        environment = os.environ | {"LCW_OPS_CUDA_ARCHS": ""}
+        built = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+        # setup.py prints the commands that it runs.
+        commands = [shlex.split(line) for line in built.stdout.splitlines() if " -o " in line]
+        (self.link,) = (words for words in commands if "-shared" in words)
+        self.compile = [words for words in commands if "-c" in words]
+        self.depends = [self._depends(words) for words in self.compile]
+        self.kept = self.library.read_bytes()
+
+    def _depends(self, words: list[str]) -> set[str]:
+        listing = subprocess.run(
+            [*words[: words.index("-o")], "-MM"], cwd=self.root, capture_output=True, text=True, check=True
+        )
+        return {os.path.normpath(name) for name in listing.stdout.replace("\\\n", " ").split()[1:]}
+
+    def build(self, path: str) -> bool:
+        link = list(self.link)
+        for words, depends in zip(self.compile, self.depends, strict=True):
+            if path in depends:
+                unchanged = words[-1]
+                changed = unchanged + ".changed.o"
+                if subprocess.run([*words[:-1], changed], cwd=self.root, capture_output=True).returncode:
+                    return False
+                link[link.index(unchanged)] = changed
+        return subprocess.run(link, cwd=self.root, capture_output=True).returncode == 0
+
+    def restore(self) -> None:
+        self.library.unlink(missing_ok=True)
+        self.library.write_bytes(self.kept)
+
+
+def record(folder: Path, jobs: int) -> None:
+    """Run the quick suite under coverage.py, with tests/run.py, in a copy of the tree."""
+    with tempfile.TemporaryDirectory() as copies:
+        root = Path(copies) / "tree"
+        shutil.copytree(ROOT, root, symlinks=True, ignore=NOT_COPIED)
+        for mode in MODES:
+            path = os.pathsep.join([str(root / "tests"), str(root)])
+            environment = os.environ | {"PYTHONPATH": path, "LCW_OPS_LINE_MAP": str(folder / mode)}
+            command = [sys.executable, "tests/run.py", "fast", "--only", mode, "-n", str(jobs)]
+            print(f"recording the tests of every line: {mode}", flush=True)
+            # Tests that count calls or measure times may fail under a tracer, which does not matter here.
+            subprocess.run([*command, "-p", "support.line_map"], cwd=root, env=environment, stdout=subprocess.DEVNULL)
+
+
+def judge(copies: Path, folder: Path, mutants, results) -> None:
+    """A job: take mutants from one queue and put the results in another, until None comes."""
+    tree = Tree(copies / str(os.getpid()), {mode: LineMap(folder / mode) for mode in MODES})
+    while (work := mutants.get()) is not None:
+        floor, mutant = work
+        begin = time.monotonic()
+        results.put((floor, mutant, *tree.outcome(mutant), time.monotonic() - begin))
+    results.put(None)
 
 
 def share_of(found: Counter) -> float | None:
@@ -395,36 +372,67 @@ def report(counts: dict[str, Counter]) -> int:
     return 1 if low else 0
 
 
+COLUMNS = ("floor", "outcome", "path", "line", "kind", "before", "text", "source", "test")
+
+
+def row_of(floor: str, outcome: str, mutant: Mutant, test: str) -> dict:
+    source = (ROOT / mutant.path).read_text().splitlines()[mutant.line - 1].strip()
+    return dict(
+        zip(
+            COLUMNS,
+            (floor, outcome, mutant.path, mutant.line, mutant.kind, mutant.before, mutant.text, source, test),
+            strict=True,
+        )
+    )
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--floor", action="append", choices=FLOORS, help="default: every floor")
     parser.add_argument("--skip", action="append", choices=FLOORS, default=[])
     parser.add_argument("--lines", type=int, default=60, help="lines per floor (60)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for the tests of one line (900)")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--map", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, metavar="CSV")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(arguments)
     floors = [floor for floor in args.floor or FLOORS if floor not in args.skip]
-    drawn = {floor: draw(floor, args.lines, args.seed) for floor in floors}
+    drawn = [(floor, mutant) for floor in floors for mutant in draw(floor, args.lines, args.seed)]
     if args.dry_run:
-        for floor, mutants in drawn.items():
-            for mutant in mutants:
-                print(f"{floor}: {mutant}\n    {' '.join(tests_of(mutant.path))}")
+        for floor, mutant in drawn:
+            print(f"{floor}: {mutant}")
         return 0
-    counts: dict[str, Counter] = {}
+    counts = {floor: Counter() for floor in floors}
     with tempfile.TemporaryDirectory() as folder:
-        tree = Tree(Path(folder), args.timeout)
-        for floor, mutants in drawn.items():
-            counts[floor] = Counter()
-            for mutant in mutants:
-                begin = time.monotonic()
-                outcome, test = tree.outcome(mutant)
-                counts[floor][outcome] += 1
-                print(f"{outcome:14} {mutant}  {test} ({time.monotonic() - begin:.0f} s)", flush=True)
-                if args.out:
-                    with open(args.out, "a", newline="") as file:
-                        csv.writer(file, lineterminator="\n").writerow([floor, outcome, *mutant, test])
+        copies, lines = Path(folder), args.map or Path(folder) / "map"
+        if not lines.exists():
+            record(lines, args.jobs)
+        context = multiprocessing.get_context("fork")
+        mutants, results = context.Queue(), context.Queue()
+        for work in (*drawn, *[None] * args.jobs):
+            mutants.put(work)
+        jobs = [context.Process(target=judge, args=(copies, lines, mutants, results)) for _ in range(args.jobs)]
+        for job in jobs:
+            job.start()
+        left = args.jobs
+        while left:
+            result = results.get()
+            if result is None:
+                left -= 1
+                continue
+            floor, mutant, outcome, test, seconds = result
+            counts[floor][outcome] += 1
+            print(f"{outcome:14} {mutant}  {test} ({seconds:.0f} s)", flush=True)
+            if args.out:
+                is_new = not args.out.exists()
+                with open(args.out, "a", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                    if is_new:
+                        writer.writeheader()
+                    writer.writerow(row_of(floor, outcome, mutant, test))
+        for job in jobs:
+            job.join()
     return report(counts)
 
 

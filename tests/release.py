@@ -72,16 +72,17 @@ class Part:
 
 
 def newest_torch(part: Part) -> str:
-    """The newest release of torch that pip can see, which it writes to the part's output too."""
-    command = [sys.executable, "-m", "pip", "index", "versions", "torch", "--disable-pip-version-check"]
+    """The newest release of torch that pip would install here, within the user's constraints."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--report", "-", "torch"]
     found = subprocess.run(command, capture_output=True, text=True)
     with open(part.log, "a") as log:
         print("$", *command, file=log)
-        print(found.stdout, found.stderr, file=log, flush=True)
-    version = re.match(r"torch \((\d+(?:\.\d+)*)", found.stdout)
-    if found.returncode or version is None:
-        raise Failed(f"pip sees no version of torch: {found.stderr.strip()[-200:]}")
-    return version[1]
+        print(found.stderr, file=log, flush=True)
+    if found.returncode:
+        raise Failed(f"pip would not install torch: {found.stderr.strip()[-200:]}")
+    (torch,) = json.loads(found.stdout)["install"]
+    return torch["metadata"]["version"].partition("+")[0]
 
 
 def test_with_torch(version: str | None, part: Part) -> None:
