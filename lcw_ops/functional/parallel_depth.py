@@ -1,6 +1,6 @@
 """The recurrence solved in parallel over depth: ``lcw_ops.functional.orthogonal_filter(..., solver="parallel")``.
 
-That function checks the arguments before it calls this one.
+That function checks the arguments before it calls ``solve``.
 """
 
 import torch
