@@ -405,7 +405,7 @@ def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | No
 def _check_units(function: str, right: Tensor, came: str) -> None:
     if not right.all():
         argument = f"units {(~right).nonzero().flatten().tolist()} of layer"
-        expected = "units that radius * act(u.x + location) can express"
+        expected = "units that radius * act(<u, x> + location) can express"
         raise ValueError(describe(function, argument, came, expected, "Leave this layer plain, or change these units."))
 
 
