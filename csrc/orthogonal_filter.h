@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace stable = torch::stable;
 
-// Everything that a step needs. An argument that all steps share has stride 0.
+// All data that a step needs. An argument that all steps share has stride 0.
 template <typename T>
 struct Recurrence {
   int64_t rows, width, steps, segment;
@@ -64,13 +64,13 @@ struct Backward {
   T* states;               // h_{l-1}
   T* slopes;               // beta act'(A_l), or nullptr where Device::keeps_slopes is false
   T* grad_pre;             // beta act'(A_l), then P_l
-  T* filtered;             // O h_{l-1}, or nullptr when alpha and beta need no gradient
+  T* filtered;             // O h_{l-1}, or nullptr if alpha and beta need no gradient
   T* activated;            // act(A_l), likewise
   T* gradient;             // (M, N): G at the end of the segment, then at its start
   void* grad_weight;       // (L, N, N) of weight_type, or nullptr
   T* grad_bias;            // (L, N), or nullptr
-  double* weight_sum;      // (N, N), likewise for a weight shared by all steps: summed over every sample of every step
-  double* bias_sum;        // (N)
+  double* weight_sum;      // (N, N): dW of a weight that all steps share, summed over samples and steps; or nullptr
+  double* bias_sum;        // (N), likewise
   T* grad_inputs;          // (L, M, N), or nullptr
   T* grad_states;          // (L + 1, M, N), or nullptr
   double* alpha_products;  // (L, M): <G_l, O h_{l-1}> of each row
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> forward(
   return {output, checkpoints};
 }
 
-// The sum over the rows, and over the steps if they share the scale; in float64 until the last rounding.
+// Sums the products over the rows, and over the steps if they share the scale, in float64 until the last rounding.
 inline Tensor sum_products(const Tensor& products, const Tensor& like) {
   const bool shared = like.numel() == 1 && products.size(0) != 1;
   Tensor sum = stable::sum(products, shared ? std::vector<int64_t>{0, 1} : std::vector<int64_t>{1});

@@ -11,8 +11,9 @@
 
 namespace lcw_ops {
 
-// Why a kernel does not take its tensors, found before its first write; empty if it takes them. The caller can copy
-// them into another layout. A mistake that no other layout corrects raises an error instead.
+// The reason why a kernel does not take its tensors, or an empty text if it takes them. The kernel finds it before its
+// first write, so the caller can copy the tensors into another layout and call again. A mistake that no other layout
+// corrects raises an error instead.
 using Refusal = std::string;
 
 inline Refusal refuse_for(const char* op, const std::string& what, const char* caller) {
@@ -40,7 +41,8 @@ class AddressRanges {
   std::vector<std::pair<const char*, const char*>> ranges_;
 };
 
-// One form of an op raises a refusal, the other returns it as an answer, which a traced program cannot look at.
+// Two forms of an op: one raises a refusal as an error, the other returns whether the kernel took the tensors. A traced
+// program cannot look at this answer, so it needs the first form.
 template <auto kernel>
 struct Forms;
 

@@ -51,7 +51,7 @@ def accumulation_dtype(function: str, **tensors: Any) -> torch.dtype:
 
 
 def check_dense(function: str, **tensors: Tensor | None) -> None:
-    """TypeError if an argument is sparse or nested. None passes."""
+    """Raise TypeError if an argument is sparse or nested. None passes."""
     for argument, tensor in tensors.items():
         if tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested):
             kind = "a nested tensor" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -61,7 +61,7 @@ def check_dense(function: str, **tensors: Tensor | None) -> None:
 
 
 def check_devices(function: str, **tensors: Tensor | None) -> None:
-    """TypeError if an argument is on another device than the first. None passes."""
+    """Raise TypeError if an argument is on another device than the first. None passes."""
     (first_argument, first), *others = tensors.items()
     for argument, tensor in others:
         if tensor is not None and first is not None and tensor.device != first.device:
@@ -70,7 +70,7 @@ def check_devices(function: str, **tensors: Tensor | None) -> None:
 
 
 def check_shape(function: str, argument: str, tensor: Tensor, right: bool, expected: str, remedy: str = "") -> None:
-    """ValueError with the tensor's shape and the expected one, unless `right`.
+    """Raise a ValueError with the tensor's shape and the expected one, unless `right`.
 
     torch.compile recompiles for every size in a formatted string. If `expected` contains a size, call this only for a
     wrong shape.
@@ -80,7 +80,7 @@ def check_shape(function: str, argument: str, tensor: Tensor, right: bool, expec
 
 
 def check_rows(function: str, argument: str, rows: Tensor, expected: str = "(n, m)", least_fan_in: int = 0) -> None:
-    """ValueError unless `rows` is a matrix of one row per unit, with at least `least_fan_in` columns."""
+    """Raise ValueError unless `rows` is a matrix of one row per unit, with at least `least_fan_in` columns."""
     right = rows.dim() == 2 and rows.shape[1] >= least_fan_in
     if least_fan_in:
         expected += f" with m >= {least_fan_in}"
@@ -88,19 +88,19 @@ def check_rows(function: str, argument: str, rows: Tensor, expected: str = "(n, 
 
 
 def check_features(function: str, x: Tensor, fan_in: int, which: str) -> None:
-    """ValueError unless the last dimension of `x` is `fan_in`; `which` says where that number comes from."""
+    """Raise ValueError unless the last dimension of `x` is `fan_in`; `which` says where that number comes from."""
     if x.dim() < 1 or x.shape[-1] != fan_in:
         check_shape(function, "x", x, False, f"(..., {fan_in}), {which}")
 
 
 def check_per_unit(function: str, argument: str, values: Tensor, units: int) -> None:
-    """ValueError unless `values` has shape (units,)."""
+    """Raise ValueError unless `values` has shape (units,)."""
     if values.dim() != 1 or values.shape[0] != units:
         check_shape(function, argument, values, False, f"({units},), one value per unit")
 
 
 def check_positive(function: str, argument: str, value: float) -> None:
-    """TypeError unless `value` is a number, ValueError unless it is finite and above 0."""
+    """Raise TypeError unless `value` is a number, and ValueError unless it is finite and above 0."""
     _check_number(function, argument, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(describe(function, argument, f"is {value}", "a finite number > 0"))
@@ -115,14 +115,14 @@ def check_positive_float32(function: str, argument: str, value: float) -> None:
 
 
 def check_non_negative(function: str, argument: str, value: float) -> None:
-    """TypeError unless `value` is a number, ValueError unless it is finite and at least 0."""
+    """Raise TypeError unless `value` is a number, and ValueError unless it is finite and at least 0."""
     _check_number(function, argument, value)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(describe(function, argument, f"is {value}", "a finite number >= 0"))
 
 
 def check_choice(function: str, argument: str, value: object, choices: Iterable[object]) -> None:
-    """ValueError that lists the choices, unless `value` is one of them."""
+    """Raise a ValueError that lists the choices, unless `value` is one of them."""
     choices = tuple(choices)
     if value not in choices:
         expected = f"one of {', '.join(map(repr, choices))}"
@@ -130,7 +130,7 @@ def check_choice(function: str, argument: str, value: object, choices: Iterable[
 
 
 def check_count(function: str, argument: str, count: int) -> None:
-    """TypeError unless `count` is an int, ValueError unless it is from 1 to 2^63 - 1."""
+    """Raise TypeError unless `count` is an int, and ValueError unless it is from 1 to 2^63 - 1."""
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(describe(function, argument, f"is {count!r}", "an int, or None for the default"))
     if not 1 <= count < 2**63:
@@ -138,7 +138,7 @@ def check_count(function: str, argument: str, count: int) -> None:
 
 
 def check_solver(function: str, solver: str, tolerance: float | None, window: int | None) -> None:
-    """ValueError unless the solver is known and each option is valid and belongs to it."""
+    """Raise ValueError unless the solver is known and each option is valid and belongs to it."""
     check_choice(function, "solver", solver, SOLVERS)
     for argument, value in (("tolerance", tolerance), ("window", window)):
         if value is not None and solver == "sequential":

@@ -775,7 +775,7 @@ def test_activation_shift_of_a_constrained_weight_is_the_bias():
     shift, angle = F.activation_shift(x, weight, bias)
     # 32 products below 10 cancel.
     torch.testing.assert_close(shift, bias, rtol=0, atol=32 * 10 * 2**-23)
-    # w.mu = ||w|| ||mu|| cos(angle): an error of 32 roundings of a product of lengths, relative to these lengths.
+    # <w, mu> = ||w|| ||mu|| cos(angle): an error of 32 roundings of a product of lengths, relative to these lengths.
     torch.testing.assert_close(angle, torch.full((5,), math.pi / 2), rtol=0, atol=32 * 2**-23)
 
 

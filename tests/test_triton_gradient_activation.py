@@ -15,13 +15,13 @@ from lcw_ops.ops.gradient_activation import NAME
 kernels = import_kernels("gradient_activation", NAME)
 OPS = Ops(kernels.gradient_activation_many, kernels.sgd_step, kernels.adamw_step)
 
-# In the interpreter the branch that is not taken may divide by 0.
+# In the interpreter both branches of a selection are computed, and the one that is not taken may divide by 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture
 def counters_on_device():
-    """Triton's kernels take the counters on any device."""
+    """Leave the step counters where they are: the Triton kernels take them on any device."""
 
 
 class TestTriton(GradientActivationKernels):
@@ -33,7 +33,7 @@ class TestTriton(GradientActivationKernels):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Records the grid and the arguments of every launch of f."""
+    """Record the grid and the arguments of every launch of the activation's kernel."""
     made = []
     kernel = kernels.gradient_activation_kernel
 
@@ -60,7 +60,7 @@ def test_one_launch_for_a_flat_buffer(device, launches):
 
 
 def test_a_launch_for_tensors_of_like_size(device, launches):
-    """Tensors with gaps have a table, and the small ones do not get the number of programs that the large one needs."""
+    """Tensors with gaps between them are passed in a table. Small ones get fewer programs than the large one needs."""
     sizes = [5] * 10 + [1025] * 10 + [20_000]
     storage = gradients(sum(sizes) + len(sizes)).to(device, torch.float32)
     starts = itertools.accumulate((size + 1 for size in sizes), initial=0)
@@ -74,7 +74,7 @@ def test_a_launch_for_tensors_of_like_size(device, launches):
 
 
 def test_runs_are_neighbours_in_every_list(device):
-    """Here the parameters are neighbours in memory, but the gradients are not."""
+    """A run of neighbours needs neighbours in all lists. Here the parameters are, but the gradients are not."""
     flat = torch.ones(60, device=device)
     params = list(flat.split(20))
     assert kernels._find_runs([params], [2, 0, 1], None) == [(0, 60)]

@@ -52,7 +52,7 @@ def make_angles(units, fan_in, dtype=torch.float32, *, device):
 
 
 def assert_rows_match(units, fan_in, dtype, device):
-    """Both ops on rows."""
+    """Check the direction and its backward op."""
     angles = make_angles(units, fan_in, dtype, device=device)
     gradient = normal(units, fan_in, dtype=dtype, device=device)
     for name, function, plain, arguments in (
@@ -77,14 +77,15 @@ def assert_gmp_matches(rows, units, fan_in, dtype, device, relu=True):
 
     output, activated, u = gmp(*arguments, relu, True, True, rows > kernels.FUSED_ROWS)
     x, angles, radius, _ = arguments
-    # The backward takes the activated units from the forward: a rounded 0 could fall on either side.
+    # Backward gets the activated units of the kernel's own forward pass: where rounding decides whether a unit is
+    # active, another forward pass could decide differently.
     actual = gmp_backward(grad_output, x, angles, radius, activated, u, relu, True, True, True, True, True)
     exact = gradients(layer, wide(*arguments), grad_output.double())
     compare("gmp", (output, *actual), gradients(eager_gmp(relu), arguments, grad_output), exact, max(rows, fan_in))
 
 
 def eager_gmp(relu):
-    """The layer in plain torch, every step but the direction in the parameters' dtype."""
+    """The layer in plain torch. Every step but the direction is computed in the parameters' dtype."""
 
     def layer(x, angles, radius, location):
         z = torch.nn.functional.linear(x, reference.hypersphere_direction(angles), location)
@@ -168,7 +169,7 @@ def test_kept_directions_are_the_directions(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_poles(dtype, device):
-    """Where sin t = 0 the direction ends in zeros; the gradients need no division."""
+    """After an angle t with sin t = 0, the direction's components are 0. The gradients need no division there."""
     angles = torch.tensor(
         [[0.0, 0.0, 0.0, 0.0], [0.7, 0.0, 1.1, -0.4], [0.0, 1.3, 0.0, 2.0], [math.pi, 2.0, -1.0, 0.0]],
         dtype=dtype,
@@ -184,7 +185,7 @@ def test_poles(dtype, device):
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e6), (torch.float64, 1e6), (torch.bfloat16, 1e4)])
 def test_angles_of_many_turns(dtype, largest, device):
-    """Both reductions, the angles between them, and either sign."""
+    """Angles on both sides of the limit (800 in float32) between the two reductions modulo pi/2, with either sign."""
     sizes = torch.logspace(-6, math.log10(largest), 40, dtype=torch.float64, device=device)
     edge = torch.tensor([799.9, 800.1, math.pi, 1e5, math.pi / 4], dtype=torch.float64, device=device)
     t = torch.cat([sizes, -sizes, edge]).to(dtype)[:, None]
@@ -193,7 +194,7 @@ def test_angles_of_many_turns(dtype, largest, device):
     if dtype == torch.float64:
         torch.testing.assert_close(u, exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
         return
-    # The bound is relative to each component, also to those near 0.
+    # The bound is relative to each component, even near 0.
     assert ((u.double() - exact).abs() <= 1.5 * torch.finfo(dtype).eps * exact.abs() + 1e-12).all()
 
 
@@ -223,7 +224,7 @@ def test_a_bad_gradient_spoils_the_angles_before_it(device):
 
 @pytest.mark.parametrize("rows", [4, 66])
 def test_nan_stays_in_its_sample_and_its_unit(rows, device):
-    """A NaN also passes the ReLU, forward and backward, as in torch."""
+    """A NaN passes the ReLU too, forward and backward, as in torch."""
     x, angles = normal(rows, 5, device=device), make_angles(3, 5, device=device)
     radius, location, grad_output = normal(3, device=device), normal(3, device=device), normal(rows, 3, device=device)
     x[1, 2] = angles[2, 1] = float("nan")
@@ -295,7 +296,7 @@ def test_the_layers_know_when_kernels_are_fused():
 
 
 def test_launches_fill_the_gpu():
-    """Every column belongs to one part, no part is empty, and a row fits its program's warps."""
+    """Every column belongs to exactly one part, no part is empty, and a row fits in the warps of its program."""
     from lcw_ops.kernels import common
 
     device = kernels.Device(132, 227 * 1024, False)

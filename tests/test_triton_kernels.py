@@ -1,6 +1,7 @@
-"""Every Triton kernel, compiled ahead of time without a GPU: compiled code must not spill, and its memory must fit.
+"""Every Triton kernel, compiled ahead of time without a GPU: no register may spill, and the shared memory must fit.
 
-A new file in kernels/ needs a file of the same name in tests/aot/, which lists its variants. Its results are tested by
+A new file kernels/<stem>.py needs a file tests/aot/<stem>.py. That file lists the variants to compile: a variant is a
+kernel with its constants and the types of its arguments. The kernels' results are tested by
 tests/test_triton_<stem>.py, on a GPU or in Triton's interpreter. Registers, shared memory and spills are printed
 (pytest -s, or -rP).
 """
@@ -15,7 +16,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("Triton's interpreter does not compile", allow_module_level=True)
+    pytest.skip("Triton's interpreter (TRITON_INTERPRET=1) compiles nothing", allow_module_level=True)
 
 import aot
 from aot import compiled
@@ -57,7 +58,7 @@ def new_cache(tmp_path, monkeypatch):
 
 
 def test_a_variant_is_compiled_once(new_cache, monkeypatch):
-    """It is compiled again for other sources, for another key, and if its entry cannot be read."""
+    """Another variant, changed sources, or a cache file that cannot be read cause a new compilation."""
     made = []
 
     def ask(key):
@@ -76,7 +77,8 @@ def test_a_variant_is_compiled_once(new_cache, monkeypatch):
 def test_changed_sources_are_compiled_for_every_target(new_cache, monkeypatch):
     assert compiled.chosen_targets() == compiled.EVERY_RUN
     monkeypatch.setattr(compiled, "SOURCES", "others")
-    # The second run of changed sources does not leave out the variants that failed in the first.
+    # A second run on the changed sources has every target too. Otherwise, it would leave out a variant that failed in
+    # the first run.
     assert compiled.chosen_targets() == compiled.chosen_targets() == tuple(compiled.TARGETS)
     monkeypatch.undo()
     monkeypatch.setattr(compiled, "CACHE", new_cache)
@@ -85,7 +87,10 @@ def test_changed_sources_are_compiled_for_every_target(new_cache, monkeypatch):
 
 
 def test_tiles_of_the_recurrence():
-    """A tile has as few rows as leave every program a multiprocessor. A width that fits no such GPU is refused."""
+    """A tile has the fewest rows with which every program gets a multiprocessor of its own, within limits.
+
+    A width whose matrices do not fit in the GPU's shared memory is refused.
+    """
 
     def rows_per_tile(width, rows, target, per_layer=1):
         device = aot.DEVICES[target]

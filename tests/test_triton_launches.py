@@ -1,10 +1,10 @@
-"""Compiles, without a GPU, the kernels that the launchers would compile on one, with the tiles that they choose.
+"""Compiles, without a GPU, the kernels that the launchers would compile on one, with the tiles that they would choose.
 
 test_triton_kernels.py compiles a list of variants in which registers and shared memory are scarcest. Here the launchers
 themselves run, on CPU tensors and with a driver that names a GPU and launches nothing. Their cases combine every dtype,
-width, activation, direction and optional argument, so that each value of one option meets each value of every other.
-All of that takes hours, so ``make test`` runs one launch of each kind; ``make test-release`` sets
-LCW_OPS_EVERY_LAUNCH=1. Facts about compiled code are kept (aot/compiled.py), so that a long run can be resumed.
+width, activation, direction and optional argument: for any two options, every pair of values occurs. All of these
+launches take hours, so ``make test`` runs one launch of each kind; ``make test-release`` sets LCW_OPS_EVERY_LAUNCH=1
+for all of them. Facts about compiled code are kept (aot/compiled.py), so that a long run can be resumed.
 """
 
 import importlib
@@ -20,7 +20,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("Triton's interpreter does not compile", allow_module_level=True)
+    pytest.skip("Triton's interpreter (TRITON_INTERPRET=1) compiles nothing", allow_module_level=True)
 
 import triton
 from aot import DEVICES, STEMS
@@ -32,8 +32,8 @@ KERNELS = {stem: importlib.import_module(f"lcw_ops.kernels.{stem}") for stem in 
 activations, hypersphere, weight_norm = (KERNELS[s] for s in ("gradient_activation", "hypersphere", "weight_norm"))
 lcw_linear, recurrence, parallel = KERNELS["lcw_linear"], KERNELS["orthogonal_filter"], KERNELS["parallel_depth"]
 
-# Bytes per thread: eight registers, which stay in the first-level cache, as for csrc/cuda (test_cuda_build.py). Triton
-# 3.6 and 3.7 differ by up to that many.
+# The most bytes that a thread may spill: eight registers, which stay in the first-level cache, as for csrc/cuda
+# (test_cuda_build.py). Triton 3.6 and 3.7 differ by up to that many.
 MAX_SPILLED_BYTES = 32
 # From width 65 on, in tiles of few rows, a program holds two matrices of 128 x 128 and their transposes. With 16-bit
 # weights or a filter per layer both Tritons spill up to 280 bytes with eight warps, and 200 with sixteen.
@@ -62,7 +62,7 @@ class NamedGpu:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list]:
-    """Inside, a launch on CPU tensors only compiles for ``target``. The list collects the results."""
+    """A context in which a launch on CPU tensors only compiles, for ``target``. The list collects the kernels."""
     compiled = []
     run = JITFunction.run
 
@@ -87,7 +87,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 # One function per launcher: the keyword arguments are the options, and ``OPTIONS`` has their values.
 def activate(dtype, kind, tensors, offset):
-    """A few tensors have a launch each, many have a table. With an offset no address is a multiple of 16."""
+    """A few tensors get a launch each; many share launches. With an offset, no address is a multiple of 16."""
     memory = [empty(100 + offset, dtype=dtype)[offset:] for _ in range(tensors)]
     activations.gradient_activation_many(memory, kind, 0.1, 20.0)
 
@@ -110,7 +110,7 @@ def adamw(dtype, kind, tensors, amsgrad, maximize):
 
 
 def rows_on_the_sphere(dtype, features, units):
-    """Forward and backward of directions and of normalised rows."""
+    """Compile the forward and backward kernels of directions and of normalised rows."""
     angles, rows, scale = (empty(units, n, dtype=dtype) for n in (features - 1, features, 1))
     hypersphere.hypersphere_direction(angles)
     hypersphere.hypersphere_direction_backward(rows, angles)
@@ -151,10 +151,10 @@ def lcw(dtype, rows, units, features, has_bias, basis):
 
 
 def layers(dtypes, width, rows, filter, activation, per_layer, everything, tf32):
-    """Forward and backward of the recurrence. ``everything`` includes every optional argument."""
+    """Compile the forward and backward kernels of the recurrence, with every optional argument if ``everything``."""
     state, weight_dtype = dtypes
     steps = 3
-    # float64 allows half the width.
+    # In float64 the largest width is 64, half of float32's.
     width = min(width, 64) if state == torch.float64 else width
     each = (steps,) if per_layer else ()
     h0, weight = empty(rows, width, dtype=state), empty(*each, width, width, dtype=weight_dtype)
@@ -182,7 +182,7 @@ def layers(dtypes, width, rows, filter, activation, per_layer, everything, tf32)
 
 
 def sweeps(dtype, width, rows, steps, permutes, activation, everything, per_layer):
-    """Both sweeps in one chunk or several, and the activation with its derivative."""
+    """Compile both sweeps and the activation or, if ``everything``, its derivative. 500 steps are several chunks."""
     states = empty(steps + 1, rows, width, dtype=dtype)
     product, scale = states[1:].clone(), empty(steps if per_layer else 1, dtype=dtype)
     filter = torch.arange(width) if permutes else empty(2 * width, dtype=torch.float64)

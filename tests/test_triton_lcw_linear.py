@@ -37,7 +37,7 @@ def _interpreted_bfloat16_products(monkeypatch):
 
 @pytest.fixture
 def split(monkeypatch):
-    """The launches for a GPU with 4 multiprocessors: up to 4 or 8 programs share the columns."""
+    """Choose launches as for a GPU with 4 multiprocessors, where up to 4 or 8 programs share the columns."""
     monkeypatch.setattr(kernels, "device_facts", lambda device: kernels.Device(4, 227 * 1024, False))
 
 
@@ -50,7 +50,7 @@ def normal(*shape, dtype=torch.float32, device, mean=0.0):
 
 
 def eager_weight(weight, basis):
-    """The weight in plain torch, every step in the weight's dtype."""
+    """The weight in plain torch. Every step is computed in the weight's dtype."""
     if not basis:
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
     total, s = weight.sum(1, keepdim=True), math.sqrt(weight.shape[1] + 1)
@@ -65,7 +65,7 @@ def eager_adjoint(gradient, basis):
 
 
 def dense_basis(columns, basis):
-    """(columns, features) in more than float64, so that float64 kernels can be judged by the same rule."""
+    """The projection (columns, features) in more than float64, so that the rule can judge float64 kernels too."""
     m = columns + basis
     if not basis:
         return np.eye(m, dtype=np.longdouble) - np.longdouble(1) / m
@@ -84,7 +84,7 @@ def rounded(array, device):
 
 
 def assert_weight_matches(shape, basis, dtype, device, mean=0.0, draws=4):
-    """B v and its adjoint, over several draws: by chance eager torch may be exact on a few numbers."""
+    """Check the weight and the adjoint over several draws: by chance, eager torch may be exact on a few numbers."""
     judged = {"weight": [], "adjoint": []}
     matrix = dense_basis(math.prod(shape[1:]), basis)
     for _ in range(draws):
@@ -139,7 +139,7 @@ def test_rows_longer_than_a_program_holds(length, basis, mean, device, monkeypat
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 2, 3, 3), (2, 3, 2, 2, 3)])
 def test_weight_of_every_rank_and_layout(shape, device):
-    """A unit is the tensor behind dimension 0, flattened."""
+    """A unit's row is everything behind dimension 0, flattened."""
     weight = normal(*shape, device=device)
     expected = F.lcw_weight(weight.flatten(1)).view(shape)
     layouts = hostile_layouts(weight)
@@ -148,7 +148,7 @@ def test_weight_of_every_rank_and_layout(shape, device):
         layouts["channels_last"] = weight.contiguous(memory_format=memory_format)
     layouts["contiguous"] = weight
     for name, layout in layouts.items():
-        # A layout that is kept changes the order of the sum.
+        # Where the result keeps the layout, the sum has another order.
         torch.testing.assert_close(F.lcw_weight(layout), expected, rtol=0, atol=4e-7, msg=name)
 
 
@@ -163,7 +163,7 @@ def test_linear_in_every_dtype(dtype, basis, means, device):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("means", [(0.0, 0.0), (100.0, 100.0)], ids=str)
 def test_split_columns_in_every_dtype(dtype, basis, means, split, device):
-    # For each dtype, twice the smallest part of the columns and a remainder.
+    # For each item size, the features that give two of the smallest parts and a remainder.
     features = {2: 520, 4: 270, 8: 140}[dtype.itemsize]
     launch = kernels.choose_launch(5, 35, features - basis, features, dtype.itemsize, kernels.device_facts(device))
     assert launch["splits"] > 1
@@ -183,7 +183,7 @@ def test_linear_of_every_size(case, device):
 @pytest.mark.parametrize(("rows", "units", "features"), [(0, 3, 5), (3, 0, 5), (3, 4, 1), (0, 0, 1)])
 @pytest.mark.parametrize("basis", [False, True])
 def test_nothing_to_multiply(rows, units, features, basis, device):
-    """No samples, no units, or one feature, whose weight is 0, so that the bias remains."""
+    """There are no samples or no units; or there is one feature, whose weight is 0, so only the bias remains."""
     x, weight = normal(rows, features, device=device), normal(units, features - basis, device=device)
     bias = normal(units, device=device)
     output = F.lcw_linear(x, weight, bias, basis)
@@ -204,7 +204,7 @@ def test_no_features_leave_the_bias(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_of_equal_features_leave_the_bias(dtype, device):
-    """The proposition of the paper, exact if the mean of equal numbers is exact."""
+    """The proposition of the paper. It holds exactly if the mean of equal numbers is exact."""
     x = torch.full((3, 64), 5.0, dtype=dtype, device=device)
     weight, bias = normal(4, 64, dtype=dtype, device=device), normal(4, dtype=dtype, device=device)
     output = F.lcw_linear(x, weight, bias)
@@ -219,7 +219,7 @@ def test_inputs_of_equal_features_leave_the_bias(dtype, device):
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "grad_output"])
 @pytest.mark.parametrize("basis", [False, True])
 def test_hostile_strides(name, basis, device):
-    """Every layout of every argument gives the bits of the contiguous one."""
+    """Every layout of every argument gives the same bits as a contiguous argument."""
     values = {
         "x": normal(4, 9, device=device),
         "weight": normal(5, 9 - basis, device=device),
@@ -259,7 +259,7 @@ def test_expanded_gradients(basis, device):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize(("dtype", "at"), [(torch.float32, 2), (torch.float32, 80), (torch.bfloat16, 2)], ids=str)
 def test_non_finite_values_stay_in_their_row(bad, basis, dtype, at, device):
-    """A bad value in the columns whose mean is subtracted from V, or behind them."""
+    """The bad value is in one of the first 64 columns, whose mean is subtracted from V, or behind them."""
     x, weight = normal(3, 90, dtype=dtype, device=device), normal(4, 90 - basis, dtype=dtype, device=device)
     clean_output, clean_weight = F.lcw_linear(x, weight, None, basis), F.lcw_weight(weight, basis)
     dirty = weight.clone()
@@ -340,7 +340,7 @@ def test_vmap_over_weights(device):
 
 
 def test_launches_fill_the_gpu():
-    """Every column belongs to one part, no part is empty, and the GPU has room for the programs that share a unit."""
+    """Every column is in one part, no part is empty, and the GPU has room for all programs that share a unit."""
     device = kernels.Device(132, 227 * 1024, False)
     for rows in (1, 16, 33, 64):
         for units in (1, 100, 4096, 10**6):

@@ -50,10 +50,10 @@ def to_float64(arguments, filter):
 
 
 def assert_matches_reference(draw, draws=1, **options):
-    """Result and every gradient are within twice eager's error, over several draws of (arguments, filter).
+    """The result and every gradient have at most twice eager's error, over several draws of (arguments, filter).
 
-    By chance eager torch may be exact on a few numbers: over 60 draws of 5 x 16 its mean error was as large as the
-    kernel's, and its largest error was larger.
+    One draw is not enough, because eager torch may by chance be exact on a few numbers. Over 60 draws of 5 x 16, its
+    mean error was as large as the kernel's, and its largest error was larger.
     """
     judged = {}
     for _ in range(draws):
@@ -81,7 +81,7 @@ def test_every_kind_matches_the_reference(activation, filter_kind, shared, devic
     def draw():
         return make_arguments(5, 17, 4, shared, device=device), make_filter(filter_kind, 4, 17, device=device)
 
-    # Every pair of the other options meets one of the two values.
+    # Not every combination is tested: each pair of activation and `shared` gets one of the two values.
     return_states = (activation in ("tanh", "identity")) != shared
     assert_matches_reference(draw, 2, activation=activation, return_states=return_states, segment=3)
 
@@ -124,7 +124,7 @@ def test_empty_batch_and_no_layers(rows, depth, return_states, device):
 @pytest.mark.parametrize("processors", [4, 132])
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_tile_matches_the_reference(processors, shared, device, monkeypatch):
-    """The tiles for a GPU with this number of multiprocessors. The last tile is not full."""
+    """Tiles are chosen as for a GPU with this number of multiprocessors. The last tile is not full."""
     monkeypatch.setattr(kernels, "device_facts", lambda device: kernels.Device(processors, 227 * 1024, False))
 
     def draw():
@@ -136,7 +136,7 @@ def test_every_tile_matches_the_reference(processors, shared, device, monkeypatc
 @pytest.mark.parametrize("scale", ["number", "shared", "per_layer"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_form_of_the_scales(scale, shared, device):
-    """Also without a bias, and without inputs if the weight gives the number of steps."""
+    """There is no bias here, and there are no inputs if the weight gives the number of steps."""
     make_scale = {
         "number": lambda: 0.3,
         "shared": lambda: torch.rand(1, device=device, requires_grad=True),
@@ -153,7 +153,7 @@ def test_every_form_of_the_scales(scale, shared, device):
 
 @pytest.mark.parametrize("shared_dim", [1, 2])
 def test_shared_parameters_are_summed_in_float64(shared_dim, device):
-    """In float32 a sum that only grows loses digits: each of 3000 segments would be rounded away in part."""
+    """In float32, a sum that only grows loses digits: a part of each of the 3000 segments would be rounded away."""
     parameter = torch.zeros((3,) * shared_dim, device=device)
     delta, states = torch.rand(2, 5, 3, device=device), torch.rand(2, 5, 3, device=device)
     gradient = kernels._ParameterGradient(parameter, shared_dim, rows=5)
@@ -170,7 +170,7 @@ def test_shared_parameters_are_summed_in_float64(shared_dim, device):
 
 @pytest.mark.parametrize("name", [*NAMES, "filter", "grad_output"])
 def test_hostile_strides(name, device):
-    """Every layout of every argument gives the bits of the contiguous one."""
+    """Every layout of every argument gives the same bits as a contiguous argument."""
     arguments = make_arguments(4, 9, 3, device=device)
     filter = make_filter("matrix", 3, 9, device=device)
     grad_output = torch.randn(4, 9, device=device)
@@ -205,7 +205,7 @@ def test_same_bits_every_time(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 def test_activation_error_in_ulps(activation, dtype, device):
-    """The whole range, with W = I and without the filter branch, so that the products are exact."""
+    """Arguments cover the whole range. W = I and alpha = 0, so the products are exact."""
     exponents = torch.linspace(-30, 7, 64 * 48, dtype=torch.float64)
     values = torch.cat([-(2**exponents), 2**exponents]).to(device, dtype).reshape(-1, 64)
     eye = torch.eye(64, dtype=dtype, device=device).unsqueeze(0)
@@ -243,7 +243,7 @@ def test_non_finite_values_stay_in_their_row(bad, device):
 
 
 def test_padding_never_reaches_the_result(device):
-    """17 of 32 columns exist. The weights of the others are 0, but 0 * inf would be NaN where tanh(inf) is 1."""
+    """17 of a tile's 32 columns exist. The weights of the others are 0, but with an infinite state 0 * inf is NaN."""
     h0, weight, bias, *_ = [tensor.detach() for tensor in make_arguments(1, 17, 3, device=device)]
     h0[0, 0] = torch.inf
     filter = torch.arange(17, device=device).roll(1)
@@ -256,7 +256,7 @@ def test_padding_never_reaches_the_result(device):
 
 @pytest.mark.parametrize("wrong", [[0, 1, 2, 2], [0, 1, 2, 4], [0, -1, 2, 3], [0, 1, 2, 10**6], [-(10**6), 1, 2, 3]])
 def test_a_wrong_permutation_gives_nan(wrong, device):
-    """The op, without the public function's check, gives NaN and never reads out of bounds."""
+    """The op, which does not have the public function's check, gives NaN and never reads out of bounds."""
     h0, weight, bias, alpha, beta, _ = [t.detach() for t in make_arguments(2, 4, 3, device=device)]
     filter = torch.tensor(wrong, device=device)
     output, _ = overload(op.NAME)(h0, weight, bias, filter, alpha, beta, None, 3, "identity", 0, False)
@@ -266,7 +266,7 @@ def test_a_wrong_permutation_gives_nan(wrong, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shared", [False, True])
 def test_sixteen_bit_weight_beside_a_float32_state(dtype, shared, device):
-    """The result has the same bits as with the weight in float32. The gradient is rounded once."""
+    """The result has the same bits as for the weight in float32. The weight's gradient is rounded once."""
     h0, weight, bias, alpha, beta, inputs = [t.detach() for t in make_arguments(5, 17, 4, shared, device=device)]
     filter = make_filter("matrix", 4, 17, device=device)
     narrow = weight.to(dtype)
@@ -313,7 +313,7 @@ def test_the_kernels_take_a_sixteen_bit_weight_as_it_is(device, monkeypatch):
 
 
 def test_second_order_and_forward_mode_in_sixteen_bits(device):
-    """Against float32 on the same numbers: every result is rounded to 16 bits a few times."""
+    """Compares with float32 on the same numbers. In 16 bits, every result is rounded a few times."""
     h0, weight, bias, filter = sixteen_bit_arguments(device)
     wide = [tensor.detach().float().requires_grad_() for tensor in (h0, weight, bias)]
     direction = [torch.randn_like(tensor) for tensor in wide]
@@ -332,7 +332,8 @@ def test_second_order_and_forward_mode_in_sixteen_bits(device):
     ):
         assert narrow.dtype == torch.bfloat16
         error = (narrow.float() - exact).abs().max() / exact.abs().max()
-        # Output, first gradients, tangents and result each add half a unit of 2^-8, and squares double their input's.
+        # Output, first gradients, tangents and result add an error of half of 2^-8 each. A square doubles the error of
+        # its argument.
         assert error < 8 * 2**-8, f"{name}: {error:.3g}"
 
 

@@ -20,7 +20,7 @@ kernels = import_kernels("parallel_depth", op.SWEEP)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "made_on_device"),
-    # numpy warns about numbers that are not finite.
+    # numpy warns if a number is not finite.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
@@ -31,7 +31,7 @@ KINDS = [
     *itertools.product(("identity", "cyclic", "pairs"), DTYPES[:1]),
 ]
 CHUNK = 3
-# (layers, samples, units): one chunk and its neighbours, and several.
+# (layers, samples, units): one layer, one less than a chunk, a chunk, one more, and several chunks.
 SHAPES = ((1, 1, 1), (CHUNK - 1, 1, 16), (CHUNK, 3, 33), (CHUNK + 1, 17, 7), (2 * CHUNK + 1, 3, 2))
 
 
@@ -49,7 +49,7 @@ def make_filter(kind, width):
             cosine[-1], sine[-1] = -1, 0
         return torch.cat((cosine, sine))
     unit = torch.arange(width)
-    # Neighbours change places. The last unit of an odd number stays.
+    # Each pair of neighbours changes places. The last of an odd number of units stays.
     pairs = (unit ^ 1).clamp(max=width - 1)
     return {"random": torch.randperm(width), "identity": unit, "cyclic": unit.roll(1), "pairs": pairs}[kind]
 
@@ -63,12 +63,12 @@ def scale(steps, dtype, per_layer=True):
 
 
 def exact(tensor):
-    """In numpy's highest precision, by which float64 results are judged."""
+    """The numbers in numpy's highest precision, which can judge float64 results."""
     return tensor.cpu().double().numpy().astype(np.longdouble)
 
 
 def judge(name, results):
-    """Judge triples (actual, in plain torch, exact)."""
+    """Judge triples (the kernel's result, plain torch's result, the exact result)."""
     dtype = results[0][0].dtype
     digits = np.longdouble if dtype == torch.float64 else np.float64
     triples = [(actual.cpu(), eager.cpu(), exact.astype(digits)) for actual, eager, exact in results]
@@ -90,7 +90,7 @@ EXACT_DERIVATIVES = {
 
 
 def exact_scan(first, source, filter, alpha):
-    """The recurrence layer by layer."""
+    """The exact states, layer by layer."""
     states = [exact(first)]
     alpha = np.broadcast_to(exact(alpha), len(source))
     if not filter.is_floating_point():
@@ -115,7 +115,7 @@ def exact_activation(product, bias, inputs, beta, activation, table=EXACT_ACTIVA
 
 
 def assert_same_change(actual, new, old):
-    """``actual`` is the change of the stored states. A GPU's float32 division is accurate to 2 ulp."""
+    """Check that ``actual`` is the change of the stored states. A GPU's float32 division is accurate to 2 ulp."""
     assert actual.shape == (1,)
     assert actual.dtype == torch.float64
     expected = reference.relative_change(new, old)
@@ -160,7 +160,7 @@ def test_sweep_matches_the_recurrence(kind, dtype, short_chunks):
 
 
 BIASES = (None, "shared", "per layer")
-# All forms of the bias and of both scales; of the others, every pair.
+# For any two of these options, every pair of values occurs. The forms of the two scales are one option.
 FORMS = pairwise(
     scales_per_layer=list(itertools.product((False, True), repeat=2)),
     bias=BIASES,
@@ -213,7 +213,7 @@ def test_adjoint_matches_the_recurrence(kind, dtype, short_chunks):
         assert_same_change(kernels.adjoint_sweep_(new, *arguments, slope, scaled), new[:-1], gradients[:-1])
         reference.adjoint_sweep_(eager, *arguments, None, None)
         assert torch.equal(new[-1], gradients[-1])
-        # The product of the stored gradients, with the same bits.
+        # scaled is the product of the slope and the stored gradients, with the same bits.
         assert torch.equal(scaled, before if slope is None else slope * new[1:])
         source = np.zeros((steps, rows, width), np.longdouble)
         for term in (product, outside):
@@ -259,12 +259,12 @@ def test_nothing_to_do(shape, kind):
 
 @pytest.mark.parametrize("kind", ["random", "rotations"])
 def test_nothing_drifts(kind):
-    """Without a second term 25 permutations are exact, and 25 rotations are rounded once."""
+    """With the filter alone, 25 permutations are exact, and 25 rotations are rounded once."""
     steps, width = 25, 6
     filter, first = make_filter(kind, width), torch.randn(1, width)
     states = torch.full((steps + 1, 1, width), torch.nan)
     states[0] = first
-    # The memory for the states may hold NaN.
+    # The memory of the new states holds NaN, and does not affect the result.
     kernels.sweep_(states, None, None, None, filter, torch.ones(1), torch.ones(1), "tanh")
     wanted = exact_scan(first, np.zeros((steps, 1, width)), filter, torch.ones(1))
     if kind == "random":
@@ -292,7 +292,7 @@ def test_a_second_sweep_changes_nothing_and_has_the_same_bits(kind):
 
 
 def test_one_changed_number_is_found_wherever_it_is(short_chunks):
-    """The change is relative to the largest number of its row. The last row and the last unit are beside padding."""
+    """The change is relative to the largest number of its row. The changed number is next to padding."""
     new, filter = torch.randn(2 * CHUNK + 2, 3, 5), make_filter("random", 5)
     arguments = (torch.randn(2 * CHUNK + 1, 3, 5), None, None, filter, torch.ones(1), torch.ones(1), "sigmoid")
     kernels.sweep_(new, *arguments)
@@ -348,7 +348,7 @@ def test_states_of_zero(old, expected):
 
 
 def test_tiny_and_huge_changes_are_reported():
-    """The squares of either would underflow or overflow."""
+    """Squares of these numbers would underflow or overflow."""
     for size in (1e-30, 1e30):
         states = torch.full((3, 1, 2), size)
         states[1:] *= 2
@@ -371,13 +371,13 @@ def test_chunks_cover_all_layers_and_fill_the_machine():
         assert chunks == 1 or chunks * warps <= processors * kernels.WARPS_PER_PROCESSOR
     # 128 samples of 64 units are 32 tiles of one warp.
     assert kernels.choose_chunk(50_000, 32, 132) == 225
-    # The rows alone fill the GPU: the layers are not split.
+    # The rows alone fill the GPU, so the layers are not split.
     assert kernels.choose_chunk(50_000, 10**6, 132) == 50_000
 
 
 @pytest.mark.parametrize("wrong", [[0, 1, 2, 2], [0, 1, 2, 4], [0, -1, 2, 3], [0, 1, 2, 10**6], [-(10**6), 1, 2, 3]])
 def test_a_wrong_permutation_gives_nan(wrong):
-    """The result is NaN, without a read or a write out of bounds."""
+    """The result is NaN, and nothing is read or written out of bounds."""
     states, one = torch.randn(4, 2, 4), torch.ones(1)
     change = kernels.sweep_(states, torch.randn(3, 2, 4), None, None, torch.tensor(wrong), one, one, "tanh")
     assert change.isnan()

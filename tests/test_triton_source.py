@@ -19,7 +19,7 @@ def jitted_functions(source: str) -> list[ast.FunctionDef]:
 
 
 def returns_of_none(function: ast.FunctionDef) -> list[str]:
-    """The returns of None: alone, in a tuple, by a condition or by a name.
+    """The return statements that return None: alone, in a tuple, by a condition or by a name.
 
     Triton 3.6 makes a tensor of every value that is returned, and cannot make one of None. A bare ``return`` has no
     value.

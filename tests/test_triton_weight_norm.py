@@ -47,7 +47,7 @@ def short_programs(monkeypatch):
 
 
 def assert_rows_match(units, features, dtype, device):
-    """Both ops on rows."""
+    """Check the normalised rows and their backward op."""
     weight, gradient = (normal(units, features, dtype=dtype, device=device) for _ in range(2))
     scale = normal(units, dtype=dtype, device=device)
     for name, function, plain, arguments in (
@@ -138,7 +138,7 @@ def test_nan_stays_in_its_sample_and_its_unit(rows, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_rows(dtype, device):
-    """A row of zeros has no direction: the result is zero, with zero derivatives."""
+    """A zero row has no direction: its result is zero, and so are its derivatives."""
     weight, scale = normal(3, 6, dtype=dtype, device=device), normal(3, dtype=dtype, device=device)
     weight[1] = 0
     gradient, x = normal(3, 6, dtype=dtype, device=device), normal(2, 6, dtype=dtype, device=device)
@@ -153,7 +153,7 @@ def test_zero_rows(dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("short", [False, True])
 def test_lengths_from_the_smallest_to_the_largest_float(dtype, short, device, request):
-    """Sizes may change within a row too, so that the earlier sum must be rescaled."""
+    """The size of the numbers may change within a row too, so a sum that has begun must be rescaled."""
     if short:
         request.getfixturevalue("short_programs")
     info = torch.finfo(dtype)
@@ -163,7 +163,7 @@ def test_lengths_from_the_smallest_to_the_largest_float(dtype, short, device, re
     small, large = math.log2(info.smallest_normal) - below, math.log2(info.max) - 1.1
     steps = torch.linspace(small, large, 40, dtype=torch.float64, device=device)
     powers = torch.stack([small + 0 * steps, large + 0 * steps, steps, steps.flip(0), 0 * steps])
-    # One factor alone would overflow.
+    # In two factors, because 2 ** powers alone would overflow.
     weight = (weight * 2 ** (powers / 2) * 2 ** (powers / 2)).to(dtype)
     scale, x = normal(5, dtype=dtype, device=device), normal(2, 40, dtype=dtype, device=device)
     exact = reference.normalize_scale(*wide(weight, scale))

@@ -81,7 +81,7 @@ struct GradientFunctions {
   LCW_INLINE static Wide atan(Wide x) {
     const Bits sign = as<Bits>(x) & Traits::sign;
     const Wide magnitude = as<Wide>(as<Bits>(x) ^ sign);
-    // Beyond 2^60 the result has long been pi/2, and an infinity must not be divided. A NaN compares false and stays.
+    // The result rounds to pi/2 long before 2^60, and an infinity must not be divided. A NaN compares false and stays.
     const Wide bounded = magnitude > T(0x1p+60) ? Wide{} + T(0x1p+60) : magnitude;
     const auto is_outer = magnitude > T(0.667);
     const Wide center = is_outer ? Wide{} + Traits::center : Wide{};
@@ -96,7 +96,7 @@ struct GradientFunctions {
     using Exp = ExpTraits<T>;
     const Bits sign = as<Bits>(x) & Traits::sign;
     const Wide magnitude = as<Wide>(as<Bits>(x) ^ sign);
-    // Beyond the limit tanh has long been 1. A NaN compares false and stays.
+    // tanh rounds to 1 long before the limit. A NaN compares false and stays.
     const Wide twice = magnitude > Exp::limit / 2 ? Wide{} + Exp::limit : magnitude + magnitude;
     const Wide shifted = twice * T(1.44269504088896340736) + Exp::round_shift;
     const Wide n = shifted - Exp::round_shift;
@@ -114,7 +114,7 @@ struct GradientFunctions {
     // u is at least 1, so its exponent is not negative.
     const Bits exponent = (as<Bits>(u) - Traits::three_quarters) & Traits::infinity;
     const Wide mantissa = as<Wide>(as<Bits>(u) - exponent);
-    // 2^-k, or 0 where the 1, and with it the rounding error of the sum, is far below the last place.
+    // 2^-k, or 0 if the 1 in 1 + |x|, and with it the rounding error of the sum, is far below the last place.
     const Signed lowered = as<Signed>(Traits::one - exponent);
     const Wide power = as<Wide>(lowered > 0 ? lowered : Signed{});
     const Wide f = (mantissa - T(1)) + (magnitude - (u - T(1))) * power;
@@ -127,7 +127,7 @@ struct GradientFunctions {
   }
 
  private:
-  // k from the exponent's bits.
+  // Converts k, which the exponent's bits hold, to a floating-point number.
   LCW_INLINE static Wide to_number(Bits exponent) {
     const Bits k = exponent >> Traits::mantissa_bits;
     // Few processors convert 64-bit integers: add k to the low bits of a large number, then subtract that number.

@@ -94,8 +94,9 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
   return map_rows(basis ? Map::project : Map::centre, grad_output);
 }
 
-// The layer with our own products. They are made for few samples, and serve any number if no library is faster, as in
-// 16 bits on processors without such instructions. Matrices are stored in type E and computed in type T.
+// The layer with our own products. They are designed for few samples, and serve any number if no library is faster: for
+// example, in 16 bits on processors without 16-bit instructions. Matrices are stored in type E, products are computed
+// in type T.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
@@ -130,10 +131,11 @@ struct Layer {
     const std::vector<T> shifts = find_shifts(x);
     if (samples > few_samples)
       return multiply_on_threads<E>({x, in_features, 1, shifts.data()}, {v, 1, m}, samples, n, m, bias, y, n);
-    // A few samples times rows of V: both are contiguous along the dimension that is summed, so V is read in place.
+    // Few samples and the rows of V are both contiguous along the dimension that is summed, so V is read in place.
     Buffer<T> projected(samples * m);
     copy_rows(x, &shifts, samples, m, in_features, projected.data());
-    // As many rows of V as stay in the nearest cache for all samples; a single sample takes eight at a time.
+    // A block of rows of V stays in the nearest cache for all samples. `multiply_by_rows` multiplies samples by four
+    // rows at a time, but the last of an odd number of samples by eight.
     const int64_t units = samples % 2 ? 8 : 4;
     const T* rows = projected.data();
     const int64_t blocks = (n + units - 1) / units;
@@ -188,7 +190,8 @@ struct Layer {
         grad, x, in_features, shifts.data(), out, [](auto, int64_t, int64_t) LCW_LAMBDA_INLINE {});
   }
 
-  // In float64 and in partial sums, because samples have no bound; units side by side.
+  // Sums in float64 and in partial sums, because the number of samples has no bound. Neighbouring units are summed side
+  // by side.
   void grad_bias(const E* grad, E* out) const {
     constexpr int64_t width = 32, terms = 64;
     const int64_t grain = std::max(width, grain_of(samples));
@@ -233,8 +236,8 @@ Tensor centre_in_place(Tensor tensor) {
   return tensor;
 }
 
-// Each of the three passes takes our own kernels, or torch's product with the constraint applied to x or to the weight,
-// whichever is smaller. No size is 0.
+// Each of the three passes below runs our own kernels, or torch's matmul with the constraint applied to x or to the
+// weight, whichever is smaller. No size is 0.
 
 Tensor forward(Multiplier by, Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis) {
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);

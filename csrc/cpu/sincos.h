@@ -2,10 +2,11 @@
 //
 // t = n pi/2 + r, where n is rounded to the nearest and |r| is at most a little above pi/4. Then
 // sin r = r + r^3 S(r^2), cos r = 1 - r^2/2 + r^4 C(r^2), exchanged and negated by n mod 4. The polynomials are minimax
-// for the relative error, 7e-9 in float32 and 4e-18 in float64. pi/2 is subtracted in three parts. They are so short,
-// or a multiply-add is so exact, that nothing is rounded before the cancellation (W. J. Cody, W. Waite, "Software
-// Manual for the Elementary Functions", 1980). The error is under 2 ulp in float32 and 2.5 in float64 up to |t| = 1e6,
-// near multiples of pi/2 too, and 0 at 0 (tested). Beyond, libm takes over.
+// for the relative error, 7e-9 in float32 and 4e-18 in float64. n pi/2 is subtracted in three parts: either the parts
+// of pi/2 are so short that their products with n are exact, or a multiply-add does not round the products, so nothing
+// is rounded before the cancellation (W. J. Cody, W. Waite, "Software Manual for the Elementary Functions", 1980). The
+// error is under 2 ulp in float32 and 2.5 in float64 up to |t| = 1e6, near multiples of pi/2 too, and 0 at 0 (tested).
+// For larger |t|, libm takes over.
 #pragma once
 
 #include <cmath>
@@ -26,7 +27,8 @@ struct SincosTraits<float> {
   static constexpr float round_shift = 12582912.0f;
   // With a multiply-add, n times a part is exact whatever its length.
   static constexpr float half_pi[] = {0x1.921fb6p+0f, -0x1.777a5cp-25f, -0x1.ee59dap-50f};
-  // Highest power first. Fitted up to |r| = 0.84: at 1e6 the rounding of 2/pi moves n's boundaries by 0.03.
+  // Highest power first. Fitted up to |r| = 0.84, because at |t| = 1e6 the rounding of 2/pi moves the boundaries of n
+  // by 0.03.
   static constexpr float sine[] = {-0.00019468466f, 0.008331798f, -0.16666649f};
   static constexpr float cosine[] = {0.00002437957f, -0.0013886823f, 0.041666635f};
 };
@@ -55,7 +57,7 @@ LCW_INLINE Wide evaluate(const T (&coefficients)[count], Wide square) {
   return value;
 }
 
-// Correct for |t| <= sincos_limit. For other angles the result is arbitrary, without a trap.
+// Correct for |t| <= sincos_limit. For other angles the result is arbitrary, but nothing traps.
 template <class Isa, typename T>
 LCW_INLINE void sincos(
     typename Vector<T, Isa::vector_bytes>::type t, typename Vector<T, Isa::vector_bytes>::type& sine,
@@ -71,7 +73,7 @@ LCW_INLINE void sincos(
     r = r - n * Traits::half_pi[1];
     r = r - n * Traits::half_pi[2];
   } else {
-    // A product is not exact in float32 here; float64 has the digits.
+    // Without a multiply-add, the products are not exact in float32. float64 has enough digits for them.
     using Double = typename Vector<double, 2 * Isa::vector_bytes>::type;
     using Parts = SincosTraits<double>;
     const Double long_n = __builtin_convertvector(n, Double);
@@ -81,13 +83,14 @@ LCW_INLINE void sincos(
   }
   const Wide square = r * r;
   const Wide sine_r = r + r * (square * evaluate(Traits::sine, square));
-  // Small terms are added up before they meet the 1: added to a rounded number they would be lost, always downwards.
+  // The small terms are added to each other before the 1 is added. Added one by one to a number near 1, they would be
+  // lost to rounding, always downwards.
   const Wide cosine_r = T(1) + square * (square * evaluate(Traits::cosine, square) - T(0.5));
   // The shift leaves n mod 4 in the low bits.
   Bits quadrant;
   std::memcpy(&quadrant, &shifted, sizeof quadrant);
   constexpr int to_sign = 8 * sizeof(T) - 2;
-  // In the sign bit, which a selection of AVX2 looks at.
+  // The parity is moved to the sign bit, by which AVX2 selects.
   const Bits is_odd = quadrant << (to_sign + 1) < 0;
   const Bits sine_sign = (quadrant & 2) << to_sign, cosine_sign = ((quadrant + 1) & 2) << to_sign;
   Bits sine_bits, cosine_bits;

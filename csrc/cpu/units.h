@@ -33,8 +33,9 @@ void backward_rows(const Rows<T>& rows, const Source<T>& grad, int64_t n) {
   });
 }
 
-// Computes dL/dz = scale dL/dy act'(z) for every unit and sample, and for every unit the sums over the samples of
-// dL/dy act(z), dL/dz and dL/dy, in float64 and in a fixed order. A result without a target is left out.
+// For a layer y = scale act(z): computes dL/dz = scale dL/dy act'(z) for every unit and sample and, for every unit, the
+// sums over the samples of dL/dy act(z), dL/dz and dL/dy, in float64 and in a fixed order. A result without a target is
+// left out.
 template <typename T>
 struct UnitGradients {
   int64_t samples, n;
@@ -46,8 +47,8 @@ struct UnitGradients {
   void compute(
       const Target<T>& grad_product, const Target<T>& with_activated, const Target<T>& of_product,
       const Target<T>& of_grad) const {
-    // A cascade adds 16 terms, then 16 of these sums, and so on. It errs by 16 roundings per level: T's in the first
-    // level, float64's in the others.
+    // The sums are a cascade: it adds 16 terms, then 16 of these sums, and so on. Its error is at most 16 roundings per
+    // level, of T in the first level and of float64 in the others.
     constexpr int64_t width = 32, terms = 16;
     constexpr int levels = 4, sums = 3;
     constexpr T largest = std::numeric_limits<T>::max();

@@ -24,7 +24,8 @@ struct ExpTraits<float> {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
   static constexpr float round_shift = 12582912.0f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  // Beyond it exp(-x) is not a normal number and tanh(x / 2) has long been 1. Up to it 2^n is a normal number.
+  // Above the limit, exp(-x) is not a normal number, and tanh(x / 2) rounds to 1 long before. Up to it, 2^n is a normal
+  // number.
   static constexpr float limit = 87.5f;
   // q, highest power first: minimax for the relative error of expm1, which is 1.3e-8, a quarter of an ulp.
   static constexpr float q[] = {0.00139464729f, 0.00836659782f, 0.0416662805f, 0.166665435f, 0.5f};

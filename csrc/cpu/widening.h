@@ -9,7 +9,7 @@
 
 namespace lcw_ops {
 
-// Numbers of a tensor to read: in place, or widened into a buffer.
+// Reads the numbers of a tensor: in place, or widened into a buffer.
 template <typename T>
 struct Source {
   const void* data;
@@ -25,7 +25,7 @@ struct Source {
   }
 };
 
-// Numbers of a tensor to write. If `data` is nullptr, there is no target.
+// Writes the numbers of a tensor. If `data` is nullptr, there is nothing to write.
 template <typename T>
 struct Target {
   void* data = nullptr;
@@ -82,7 +82,7 @@ class Wide {
   const T* data_;
 };
 
-// The same for a tensor that may be missing.
+// As Wide, for a tensor that may be missing: data() is then nullptr.
 template <typename T>
 class WideOrNothing {
  public:
@@ -98,8 +98,8 @@ class WideOrNothing {
 template <typename T>
 constexpr ScalarType scalar_type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Calls compute(T*) with the tensor's memory, or with wider memory that is then rounded into it; with nullptr if the
-// tensor has no elements.
+// Calls compute(T*) with the tensor's memory, or with wider memory that is then rounded into it. If the tensor has no
+// elements, calls compute(nullptr).
 template <typename T, typename Compute>
 void computed_in(Tensor& result, const Compute& compute) {
   if (result.numel() == 0) return compute(static_cast<T*>(nullptr));

@@ -1,8 +1,8 @@
-// The facilities that only a GPU has, in small functions: dynamic shared memory, thread-block clusters, barriers in
+// Small functions for the facilities that only a GPU has: dynamic shared memory, thread-block clusters, barriers in
 // shared memory and the copy engine (PTX ISA 8.1, sm_90 and later). tests/cuda_emulator/device.h has them for a CPU.
 //
-// An mbarrier counts arrivals and bytes. A phase ends when both are complete, and the waiter names the phase's parity:
-// 0, 1, 0, ... A new mbarrier is in phase 0, so a wait for parity 1 returns at once.
+// An mbarrier counts arrivals and bytes. A phase ends when both are complete. A thread that waits gives the parity of
+// the phase that it waits for: 0, 1, 0, ... A new mbarrier is in phase 0, so a wait for parity 1 returns at once.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ __device__ inline void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives, and makes the phase wait for this many bytes, which may have arrived already.
+// Arrives, and makes the phase wait for this many bytes, some of which may have arrived already.
 __device__ inline void mbarrier_arrive_expecting(uint64_t* barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -77,8 +77,8 @@ __device__ inline uint32_t address_in(unsigned rank, const void* pointer) {
   return address;
 }
 
-// Stores into the shared memory of the block of that rank and counts the bytes at its barrier. Both pointers are this
-// block's own; the four values start on a multiple of 16 bytes.
+// Stores into the shared memory of the block of that rank, and counts the bytes at that block's barrier. Both pointers
+// are addresses in this block; in send_four, the four values start on a multiple of 16 bytes.
 __device__ inline void send(unsigned rank, float* target, float value, uint64_t* barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
                    address_in(rank, target)),

@@ -51,10 +51,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int block_threads = 256;
-// The widest load there is.
+// The width of the widest load.
 constexpr int vector_bytes = 16;
-// 16 KB per block and array: enough that finding the tensor takes only a tenth of the time, and little enough that the
-// last wave of blocks is short.
+// A block takes 16 KB of each array: enough that finding the tensor takes only a tenth of the time, and little enough
+// that the last wave of blocks is short.
 constexpr int vectors_per_thread = 4;
 // The most bytes that the arguments of a launch may take.
 constexpr int argument_bytes = 4096;
@@ -84,8 +84,8 @@ union Slot {
   float number;
 };
 
-// An operation changes the numbers of one element, x[0], x[1], ..., one from each of `arrays` arrays. It reads and
-// writes some of them, and always writes the first. `together` is the number of vectors that a thread loads before it
+// An operation changes the numbers x[0], x[1], ... of one element, one number from each of `arrays` arrays. It reads
+// some of them and writes some, always the first. `together` is the number of vectors that a thread loads before it
 // computes, so that enough bytes are in flight.
 template <Kind kind, typename T>
 struct Activate {
@@ -131,7 +131,7 @@ struct AdamWStep {
   Activation<kind, T> f;
   T lr, kept, added, beta2, added_sq, eps, log_beta1, log_beta2;
   bool amsgrad, maximize, steps_on_gpu;
-  T step_size, root_scale;  // of one tensor: set by begin()
+  T step_size, root_scale;  // depend on the tensor's count of steps: set by begin()
 
   __device__ bool reads(int array) const { return array != max_exp_avg_sq || amsgrad; }
   __device__ bool writes(int array) const { return array != gradient && reads(array); }
@@ -177,7 +177,7 @@ struct Launch {
   int count;
   Slot slots[capacity][Operation::slots];
   uint32_t first_chunk[capacity];
-  uint32_t last_end[capacity];  // where in its last chunk a tensor ends
+  uint32_t last_end[capacity];  // the place in its last chunk at which a tensor ends
 };
 
 template <typename E>
@@ -221,8 +221,8 @@ struct Vectors {
   }
 };
 
-// Updates elements begin..end-1 of a chunk, in whole vectors where possible. If the tensor's arrays lie differently
-// between multiples of 16 bytes, all elements go one by one.
+// Updates elements begin..end-1 of a chunk, in whole vectors where possible. If the arrays of the tensor start at
+// different distances from a multiple of 16 bytes, all elements are updated one by one.
 template <typename E, class Operation>
 __device__ void update_chunk(const Operation& operation, E* const* memory, int begin, int end, bool in_vectors) {
   constexpr int width = vector_width<E>, together = Operation::together;
@@ -315,7 +315,7 @@ void launch_one(const Operation& operation, const Entries& entries, size_t begin
     const int64_t own_chunks = (elements + chunk<E> - 1) / chunk<E>;
     launch.first_chunk[tensor] = chunks;
     launch.last_end[tensor] = uint32_t(elements - (own_chunks - 1) * chunk<E>);
-    // No GPU has the 32 TB of memory that would be too much for one grid.
+    // The number of chunks fits: it would take 32 TB of memory to exceed one grid.
     chunks += uint32_t(own_chunks);
   }
   cudaLaunchConfig_t config{};
@@ -352,7 +352,8 @@ void with_kind(const std::string& kind, const F& f) {
   f(KindOf<Kind::log>());
 }
 
-// make(kind, T{}) returns the operation in T. A launch has tensors of one dtype.
+// Runs the operation on all tensors. make(kind, T{}) returns it for numbers of type T. A launch has tensors of one
+// dtype.
 template <int slot_count, class Make>
 void run(const std::vector<Entry<slot_count>>& entries, const std::string& kind, const Tensor& like, const Make& make) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
@@ -386,7 +387,7 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-// The lists of one op, checked: no call reads or writes out of bounds, or writes anything before an error.
+// Checks the lists of one op, so that no call reads or writes out of bounds, or writes anything before an error.
 struct Lists {
   const char* op;
   const std::vector<Tensor>& first;

@@ -1,5 +1,6 @@
-// The orthogonal-filter recurrence by thread-block clusters (sm_90 and later, float32 state, N <= 512). A cluster
-// carries a tile of the batch through all layers. Each of its blocks owns up to 32 output units, a lane per unit.
+// The orthogonal-filter recurrence on thread-block clusters (sm_90 and later, float32 state, N <= 512). A cluster
+// carries a tile of the batch through all layers. Each of its blocks owns up to 32 output units, one per lane of a
+// warp.
 //
 // Forward, a block multiplies its units' rows of O_l and W_l with the whole state. It sends the result to every block
 // of the cluster (distributed shared memory), which starts the next layer once all results have arrived. Backward, a
@@ -10,10 +11,10 @@
 // shared by all steps stays there for the whole sequence if it fits (N = 512: 64 KB of W and as much of O in each of 16
 // blocks). An extra warp does nothing but start the copies.
 // Cost per layer and tile of R rows, in each of C blocks with N / C units: 4 R N N/C operations on registers (both
-// products share their reads of the state), 8 N N/C bytes of slices and up to R N bytes of state, or of G and P, per
-// warp from shared memory, 4 R N bytes sent. At R = 8 arithmetic and shared memory take about equally long. The latency
-// of one exchange comes on top. float32 products are multiply-adds, not TF32. A sum has one part per warp (forward) or
-// per block (backward), so the number of rows in a tile does not change the order of the sum.
+// products share their reads of the state), reads of 8 N N/C bytes of slices and up to R N bytes of state (or of G and
+// P) per warp from shared memory, and 4 R N bytes sent. At R = 8, arithmetic and shared memory take about equally long.
+// The latency of one exchange is added. float32 products are multiply-adds, not TF32. A sum has one part per warp
+// (forward) or per block (backward), so the number of rows in a tile does not change the order of the sum.
 #pragma once
 
 #include <optional>
@@ -98,7 +99,8 @@ __device__ void multiply_chunk(
   }
 }
 
-// Multiplies the block's rows of both matrices with the state: this warp's partial sums, over its part of the columns.
+// Multiplies the block's rows of both matrices with the state. Each warp writes the partial sums over its part of the
+// columns.
 template <typename W, int R>
 __device__ void multiply_state(ClusterBlock<W, R>& block, const float* state, int pitch, float* partials) {
   const int n = int(block.r.width), row_of_lane = max(0, min(block.lane(), block.units - 1));
@@ -133,14 +135,14 @@ __device__ float sum_partials(const float* partials, int product, int row, int u
   return sum;
 }
 
-// The thread's `which`-th element of the tile, the same for the whole pass.
+// An element of the tile that a thread computes, the same one for the whole pass.
 struct Element {
-  bool exists, in_batch;  // a tile at the end of the batch has rows of zeros
+  bool exists, in_batch;  // the last tile may have rows, of zeros, that are not in the batch
   int row, unit;
   int64_t m, i;
 };
 
-// Neighbouring threads have neighbouring units.
+// The thread's `which`-th element in the forward pass. Neighbouring threads have neighbouring units.
 template <typename W, int R>
 __device__ Element forward_element(const ClusterBlock<W, R>& block, int which) {
   const int index = threadIdx.x + which * consumer_threads;
@@ -152,7 +154,8 @@ __device__ Element forward_element(const ClusterBlock<W, R>& block, int which) {
   return e;
 }
 
-// Neighbouring threads have neighbouring rows, in the order of G and P in shared memory.
+// The thread's `which`-th element in the backward pass. Neighbouring threads have neighbouring rows, in the order of G
+// and P in shared memory.
 template <typename W, int R>
 __device__ Element backward_element(const ClusterBlock<W, R>& block, int which) {
   const int index = threadIdx.x + which * consumer_threads;
@@ -172,8 +175,8 @@ struct Carry {
   const float* start;  // (M, N)
   int64_t first, count;
   float* last;         // (M, N), after the last layer
-  float* checkpoints;  // states 0, segment, 2 segment, ...
-  // (count, M, N), for every layer: the state before it, beta act'(A), O h and act(A).
+  float* checkpoints;  // the states of layers 0, segment, 2 segment, ...
+  // (count, M, N): the state before each layer, beta act'(A), O h and act(A).
   float *states, *slopes, *filtered, *activated;
 };
 
@@ -293,7 +296,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
 #endif
 }
 
-// One element's numbers for a step of the backward pass, which are read from global memory one step ahead.
+// The numbers of one element that a step of the backward pass needs. They are read from global memory one step ahead.
 struct BackwardRead {
   float slope, filtered, activated, grad_output;
 };
@@ -330,7 +333,8 @@ __device__ void write_backward(
   }
 }
 
-// alpha G O + P W over the block's units, for the columns of all blocks. A warp takes 32 columns at a time.
+// Computes the block's part of alpha G O + P W, summed over its own units, for the columns of all blocks. A warp takes
+// 32 columns at a time.
 template <typename W, int R>
 __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemory<R>& memory) {
   constexpr int groups = chunk_columns / warp_size;
@@ -360,7 +364,7 @@ __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemor
         }
       }
       if (i >= n) continue;
-      // Both sums have at most 32 terms, so adding them rounds like a partial sum.
+      // Both sums have at most 32 terms, so adding them has the rounding error of a partial sum.
 #pragma unroll
       for (int row = 0; row < R; ++row) weight_terms[row] += filter_terms[row];
       const int owner = i / block.slot_units, unit = i % block.slot_units;
@@ -455,7 +459,7 @@ __global__ void __launch_bounds__(cluster_threads, 1) backward_cluster(const Bac
 #endif
 }
 
-// The smallest cluster with a lane per unit.
+// The smallest cluster in which every unit has a lane.
 inline ClusterShape cluster_shape(int64_t width) {
   ClusterShape shape{1, 0, 0, 0};
   while (shape.blocks * block_units < width) shape.blocks *= 2;
@@ -471,8 +475,9 @@ size_t shared_bytes(const ClusterShape& shape, const Recurrence<float>& r) {
   return pieces.bytes();
 }
 
-// Divides the remaining shared memory: a matrix that all steps share stays if it fits, any other gets up to two layers.
-// Each gets at least two chunks, one to read and one that is being copied. Returns nothing if these do not fit.
+// Divides the remaining shared memory between the two matrices. A matrix that all steps share stays there if it fits;
+// any other gets slots for up to two layers. Each gets at least two chunks: one is read while the other is copied.
+// Returns nothing if these do not fit.
 template <typename W, class Memory>
 std::optional<ClusterShape> share_out_slots(ClusterShape shape, const Recurrence<float>& r, size_t most_bytes) {
   const int chunks = int((r.width + chunk_columns - 1) / chunk_columns), few = std::min(chunks, 2);
@@ -541,7 +546,8 @@ bool run_cluster_tiles(const Backward<float>& pass, const Tensor& like) {
   return true;
 }
 
-// Takes the smallest tiles that all run at once, else the largest, which read W least often. False if none can run.
+// Takes the smallest tiles that can all run at once or, if there are too many, the largest tiles, which read W least
+// often. Returns false if the kernels cannot run.
 template <typename W, typename Pass>
 bool run_cluster(const Pass& pass, const Tensor& like) {
   const Recurrence<float>& r = pass.recurrence;

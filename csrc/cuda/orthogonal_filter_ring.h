@@ -6,7 +6,7 @@
 
 namespace lcw_ops {
 
-// A lane per unit.
+// A block owns at most as many units as a warp has lanes.
 constexpr int block_units = warp_size;
 // Enough warps to keep the multiply-add units busy while others wait for shared memory.
 constexpr int consumer_warps = 8;
@@ -18,8 +18,8 @@ constexpr int most_cluster_blocks = 16;
 constexpr int64_t most_cluster_width = most_cluster_blocks * block_units;
 
 struct ClusterShape {
-  int blocks, units;               // of a cluster; of a block
-  int filter_slots, weight_slots;  // chunks in shared memory
+  int blocks, units;               // blocks of a cluster, units of a block
+  int filter_slots, weight_slots;  // chunks of each matrix that shared memory holds
 };
 
 template <typename E>
@@ -32,11 +32,12 @@ __device__ Quad<E> load_four(const E* source) {
   return *reinterpret_cast<const Quad<E>*>(source);
 }
 
-// A chunk's row in shared memory, with 16 more bytes, which spread a column of quads over all banks.
+// The length of a chunk's row in shared memory. Its 16 extra bytes spread a column of quads over all banks.
 template <typename E>
 constexpr int chunk_pitch = chunk_columns + 16 / sizeof(E);
 
-// Cuts a block's shared memory into pieces on multiples of 16 bytes. On the host, from nullptr, it only counts.
+// Cuts a block's shared memory into pieces that start on multiples of 16 bytes. On the host, it starts from nullptr and
+// only counts the bytes.
 class SharedPieces {
  public:
   LCW_HOST_DEVICE explicit SharedPieces(unsigned char* start) : start_(start) {}
@@ -69,7 +70,7 @@ struct RingMemory {
 
 LCW_HOST_DEVICE inline int state_pitch(int64_t width) { return int(width + 3) / 4 * 4; }
 
-// Forward: the whole state, twice; and the warps' partial sums of both products.
+// The forward kernel's memory: the whole state, twice, and the warps' partial sums of both products.
 template <int R>
 struct ForwardMemory {
   float *states, *partials;
@@ -81,8 +82,9 @@ struct ForwardMemory {
         inbox(pieces.take<uint64_t>(2)) {}
 };
 
-// Backward: alpha G and P of the block's units, and the partial sums from every block, with one more place for
-// permuted numbers. All exist twice: a warp may write the next step's while another still multiplies.
+// The backward kernel's memory: alpha G and P of the block's units, and the partial sums from every block, with one
+// more place for permuted numbers. Each of them exists twice, because a warp may write those of the next step while
+// another warp still multiplies.
 template <int R>
 struct BackwardMemory {
   float *scaled, *grad_pre, *received;
@@ -96,7 +98,7 @@ struct BackwardMemory {
         seen(pieces.take<int>(r.width)),
         inbox(pieces.take<uint64_t>(2)) {}
 
-  // The memory of step 1, 2, ...
+  // The memory of a step; steps are counted from 1.
   __device__ BackwardMemory of_step(int64_t step, const ClusterShape& shape) const {
     const int odd = int(step % 2);
     BackwardMemory memory = *this;

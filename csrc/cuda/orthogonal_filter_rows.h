@@ -13,7 +13,7 @@ namespace lcw_ops {
 // Every scheduler of a multiprocessor gets two warps. With more, warps would idle in narrow nets.
 constexpr int block_threads = 256;
 
-// One warp computes <row, state>, widening a 16-bit row as it reads. The result is valid in lane 0.
+// One warp computes <row, state>. It widens a 16-bit row as it reads. The result is valid in lane 0.
 template <typename W, typename T>
 __device__ T warp_dot(const W* row, const T* state, int64_t n) {
   T sum = 0;
@@ -21,7 +21,8 @@ __device__ T warp_dot(const W* row, const T* state, int64_t n) {
   return warp_sum(sum);
 }
 
-// filtered = O h and pre = W h + b + u for the block's row. Needs the whole `state`; completes both results.
+// Computes filtered = O h and pre = W h + b + u for the block's row. `state` must be complete before the call; both
+// results are complete after it.
 template <typename W, typename T>
 __device__ void apply_matrices(const Recurrence<T>& r, int64_t l, const T* state, T* filtered, T* pre) {
   const int64_t n = r.width;
@@ -135,7 +136,8 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
       __syncthreads();
     }
     for (int64_t i = threadIdx.x; i < n; i += block_threads) {
-      // Two sums: added to the far larger filter branch, the weight's terms would be rounded at its scale.
+      // The branches are summed apart: terms of the weight branch that were added to the far larger sum of the filter
+      // branch would be rounded at its scale.
       T filter_branch = r.permutation ? gradient[i] : T(0), weight_branch = 0;
       for (int64_t chunk = 0; chunk < n; chunk += chunk_terms) {
         T filter_terms = 0, weight_terms = 0;

@@ -1,4 +1,4 @@
-"""The first steps of a call, shared by the functions of several stems."""
+"""The first steps in a call of a layer's function: ``lcw_linear``, ``gmp_linear`` and ``weight_norm_linear``."""
 
 from collections.abc import Callable
 
@@ -24,8 +24,8 @@ def try_kernel_then_explain(
         arguments: all arguments.
 
     Returns:
-        The kernel's result. None, without a call, if something else handles it: a tensor subclass or a function mode,
-        torch.compile, a transform, autocast, another device or another backend.
+        The kernel's result. Or None, without calling the kernel, if something else has to handle the call: a tensor
+        subclass or a function mode, torch.compile, a torch.func transform, autocast, another device or another backend.
     """
     if torch.compiler.is_compiling() or _torch.may_be_overridden(*arguments) or _torch.in_functorch():
         return None
@@ -42,7 +42,9 @@ def try_kernel_then_explain(
 
 
 def check_layer(function: str, **tensors: Tensor) -> bool:
-    """Check dtypes, layouts and devices of a layer's arguments; x comes first. No argument may be None.
+    """Check dtypes, layouts and devices of a layer's arguments. An argument that is None is refused.
+
+    Pass x as the first argument: the checks compare the others with the first.
 
     Returns whether autocast is on. Under autocast the floating dtypes may differ.
     """
@@ -60,7 +62,10 @@ def check_layer(function: str, **tensors: Tensor) -> bool:
 
 
 def check_float64_alone(function: str, **tensors: Tensor) -> None:
-    """TypeError if float64 meets another dtype: autocast leaves float64 as it is, so the product would fail."""
+    """For a call under autocast: TypeError if some arguments are float64 and others are not.
+
+    Autocast does not cast float64, so the layer's matrix product would fail.
+    """
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         _checks.accumulation_dtype(function, **tensors)
 

@@ -15,7 +15,7 @@ _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> None:
-    """Activate gradients in place: tiny ones are enlarged, large ones restricted.
+    """Activate gradients in place: small ones are enlarged, large ones restricted.
 
     arctan: ``alpha * atan(beta * g)``, tanh: ``alpha * tanh(beta * g)``, log: ``alpha * sign(g) * log1p(beta * |g|)``.
 
@@ -37,8 +37,8 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
             or beta is not a number.
         ValueError: an unknown kind; alpha or beta out of range; an entry requires a gradient while autograd records,
             has elements that share memory, is given twice, or is an inference tensor outside inference mode; two
-            entries share memory. Disjoint slices, columns and interleaved views of one tensor are fine. Views that
-            interleave less regularly are refused even where they are disjoint. Traced code skips the checks of memory.
+            entries share memory. Disjoint slices, columns and interleaved views of one tensor are allowed. Views that
+            interleave less regularly are refused even if they are disjoint. Traced code skips the checks of memory.
 
         After an error no tensor has changed.
 
@@ -49,7 +49,7 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
         # Optimizers pass thousands of gradients per step, so the kernel checks them itself. After a refusal the checks
         # below report the error, or another path takes the tensors.
         return
-    # The entries of the list may take the call over too.
+    # Entries of the list may also have a __torch_function__ that takes over the call.
     given = (*(tensors if isinstance(tensors, (list, tuple)) else (tensors,)), kind, alpha, beta)
     if _torch.is_overridden(*given):
         return torch.overrides.handle_torch_function(gradient_activation_, given, tensors, kind, alpha, beta)
@@ -94,7 +94,8 @@ def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
     if not isinstance(tensors, (list, tuple)):
         came = f"is a {type(tensors).__name__}"
         raise TypeError(_checks.describe(op, "tensors", came, "a list of tensors", "Wrap it: [tensor]."))
-    # Read these once: the loop runs over thousands of gradients per step, and calls a check only to raise its error.
+    # Read these once: the loop runs over thousands of gradients per step. For the same reason it calls a check only if
+    # the check will raise.
     recording, traced = torch.is_grad_enabled(), torch.compiler.is_compiling()
     inference = traced or torch.is_inference_mode_enabled()
     for index, tensor in enumerate(tensors):

@@ -13,8 +13,8 @@ from lcw_ops.ops import hypersphere as _hypersphere
 def hypersphere_direction(angles: Tensor) -> Tensor:
     """Unit rows from angles: ``u_k = cos t_k prod_{i<k} sin t_i`` for k < m, ``u_m = prod_{i<m} sin t_i``.
 
-    Any real angle is valid; nothing is wrapped or clamped. Derivatives are products, so they are finite and exact at
-    the poles (sin t_k = 0) too. A pole hides all later angles: their gradients are 0 there.
+    Any real angle is valid; no angle is wrapped or clamped. Derivatives are products, so they are finite and exact at
+    the poles (sin t_k = 0) too. At a pole, the later angles have no effect, and their gradients are 0.
 
     Args:
         angles: (n, m - 1), in radians, one row per unit; a filter is flattened to one row. float32, float64, bfloat16
@@ -48,11 +48,11 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
     """The angles of the rows' directions: the inverse of :func:`hypersphere_direction`, up to the rows' lengths.
 
     ``t_k = atan2(||w_{k+1:m}||, w_k)`` for k <= m - 2, ``t_{m-1} = atan2(w_m, w_{m-1})``. The sign of every component
-    is kept, except for m = 1, where no angle could hold it. A zero row gets angles 0, the direction (1, 0, ..). The
+    is kept, except for m = 1, where no angle could hold it. A zero row gets angles 0, so the direction (1, 0, ..). The
     function runs once, when a layer is initialised, so it is plain torch on every device.
 
     Args:
-        weight: (n, m), m >= 1. float32, float64, bfloat16 or float16; rows of any length but 0, infinity and NaN.
+        weight: (n, m), m >= 1. float32, float64, bfloat16 or float16. Rows may have any finite length.
 
     Returns:
         (n, m - 1), in radians: in [0, pi], the last in [-pi, pi]. Where a derivative does not exist, it is taken as 0.
@@ -79,12 +79,12 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     direction by at most the change's norm. For radius > 0 this is the plain layer of weight radius * u and bias
     radius * location, with as many parameters.
 
-    On a CPU a measurement decides which matmul runs, as in :func:`lcw_linear`. For few samples (up to 32 on a CPU, 64
-    in Triton) directions are never written to memory.
+    On a CPU, a measurement decides which matmul runs, as in :func:`lcw_linear`. For few samples (up to 32 on a CPU, 64
+    in Triton), directions are never written to memory.
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more samples than
-            that, directions and ``x @ u.T + location`` are rounded to x's dtype, as by torch's own layers.
+            these, directions and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers would do.
         angles: (n, m - 1), in radians.
         radius: (n,), of any sign; it multiplies the activation's result.
         location: (n,).

@@ -15,9 +15,9 @@ from lcw_ops.ops import lcw_linear as _lcw_linear
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     """Rows that sum to zero, from an unconstrained parameter. Inputs of equal means then cause no activation shift.
 
-    centred: ``w = u - mean(u)`` over all dimensions but the first. basis: ``w = B v`` with Householder's orthonormal
-    basis of the zero-sum vectors, which is never stored: with s = sqrt(m) and S = sum(v),
-    ``w_j = v_j - S / (s (s + 1))`` for j < m, ``w_m = -S / s``.
+    In the centred form, ``w = u - mean(u)`` for each row u of the parameter, with the mean over all dimensions but the
+    first. In the basis form, ``w = B v`` for each row v: B is Householder's orthonormal basis of the zero-sum vectors
+    and is never stored. With s = sqrt(m) and S = sum(v), ``w_j = v_j - S / (s (s + 1))`` for j < m, ``w_m = -S / s``.
 
     Args:
         weight: (n, m, *k), or (n, m - 1) with ``basis``; one row, or filter, per unit. float32, float64, bfloat16 or
@@ -55,13 +55,14 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
     A constant added to all features of a sample changes nothing. The constraint costs one pass over x or over the
     weight, whichever is smaller: <B v, x> = <v, B^T x>. If x is projected, rounding errors are relative to
-    |w| |x - mean(x)|, and those of x's gradient to |grad| |w|; if w is, to |w - mean(w)| |x| and |grad| |w - mean(w)|.
-    Under autocast the weight is constrained first and then rounded.
+    |w| |x - mean(x)|, and those of x's gradient to |grad| |w|. If the weight is projected, they are relative to
+    |w - mean(w)| |x| and to |grad| |w - mean(w)|. Under autocast, the weight is constrained first and then rounded.
 
-    On a CPU our own kernels or torch's matmul do the product, whichever was faster when a layer of this size first ran.
-    The choices are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that later runs give the same bits.
-    ``LCW_OPS_MATMUL=own`` or ``torch`` decides without a measurement. Under ``torch.use_deterministic_algorithms``
-    nothing is measured: our kernels take up to 16 samples, torch's matmul takes more.
+    On a CPU, the product runs on our own kernels or on torch's matmul, whichever was faster when a layer of this size
+    first ran. The choices are kept in ``~/.cache/lcw_ops`` (or ``LCW_OPS_CACHE_DIR``), so that later runs give the same
+    bits. ``LCW_OPS_MATMUL=own`` or ``torch`` decides without a measurement. Under
+    ``torch.use_deterministic_algorithms`` nothing is measured: our kernels multiply up to 16 samples, torch's matmul
+    multiplies more.
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16.
@@ -114,8 +115,8 @@ def _check_lcw_linear(x, weight, bias, basis) -> bool:
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The activation shift of every unit: its mean pre-activation, and the angle between weight and mean activation.
 
-    With mu the mean sample: ``shift = w.mu + b = ||w|| ||mu|| cos(angle) + b``, angle in [0, pi]. The angle to a zero
-    vector is pi / 2, which means no shift. The function is differentiable and runs in plain torch on every device.
+    With the mean sample mu, ``shift = <w, mu> + b = ||w|| ||mu|| cos(angle) + b``, angle in [0, pi]. The angle to a
+    zero vector is pi / 2, which means no shift. The function is differentiable and runs in plain torch on every device.
 
     Args:
         x: (..., m), the samples; at least one.
@@ -137,6 +138,6 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     for name, tensor in (("x", x), ("weight", weight)):
         _checks.accumulation_dtype("activation_shift", **{name: tensor})
     _checks.check_devices("activation_shift", x=x, weight=weight, bias=bias)
-    # A diagnosis is not rounded to autocast's dtype. Autocast does not know the meta device.
+    # The result is for diagnosis, so it is not rounded to autocast's dtype. Autocast does not know the meta device.
     with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         return _reference.activation_shift(x, weight, bias)

@@ -163,7 +163,7 @@ def _export(recurrence: Recurrence, activation: str, return_states: bool) -> Ten
 
 
 def _check_exported_request(recurrence: Recurrence, requested: str) -> None:
-    """ValueError if the exported program would lose gradients: an exported call of a kernel has none."""
+    """Raise ValueError if the exported program would lose gradients: an exported call of a kernel has none."""
     if torch.is_grad_enabled() and recurrence.requires_grad:
         came = f"{requested!r} was requested while exporting, and an exported call of its kernel has no gradients"
         remedy = (
@@ -268,7 +268,7 @@ def _check_filter(filter: Tensor, h0: Tensor) -> None:
 
 
 def _check_permutation(permutation: Tensor) -> None:
-    """ValueError unless every index occurs once. The tensor remembers the answer, so that a training loop pays once.
+    """Raise ValueError unless every index occurs once. The tensor is marked, so that a training loop checks it once.
 
     Under torch.compile and torch.func the values cannot be read here; the CPU kernel checks them. Meta and fake tensors
     have no values.

@@ -1,6 +1,6 @@
 """The recurrence solved in parallel over depth: ``lcw_ops.functional.orthogonal_filter(..., solver="parallel")``.
 
-That function has checked the arguments.
+That function checks the arguments before it calls ``solve``.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """A value computed from a layer's parameters, kept between inference calls. Only a hash collision makes it stale.
 
 A kept value belongs to one content of the parameters. An edit through ``.data`` changes neither version nor address, so
-the content itself is compared, by a fingerprint of its bytes. Reading it at the speed of memory takes a fraction of the
-time of computing and writing the value again.
+the content itself is compared, by a fingerprint of its bytes. Reading the parameters once for that takes a fraction of
+the time of computing and writing the value again.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class DerivedWeight:
         return compute(parameter) if value is None else value
 
     def kept(self, compute: Callable[..., Tensor], training: bool, *parameters: Tensor) -> Tensor | None:
-        """As ``get``, for several parameters. Where no value can be kept, it computes nothing and returns None."""
+        """As ``get``, for several parameters. If no value can be kept, computes nothing and returns None."""
         if training or torch.is_grad_enabled() or not all(fingerprint.can_be_taken(p) for p in parameters):
             return None
         content = [(p.data_ptr(), p.shape, p.dtype, fingerprint.fingerprint(p)) for p in parameters]

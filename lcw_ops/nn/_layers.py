@@ -1,7 +1,7 @@
 """The parts that the layers with reparametrized weights share.
 
-None of these layers is a subclass of its namesake: code that finds an ``nn.Linear`` assumes that its ``weight``
-is the weight that is applied.
+None of these layers is a subclass of its namesake in torch.nn: code that finds an ``nn.Linear`` assumes that the layer
+applies its ``weight``.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ _ATTRIBUTES = (
 class Convolution(nn.Module):
     """A convolution with torch's arguments and torch's forward pass, but without its weight."""
 
-    # Set by each rank: torch's layer, and that layer's function that pads and convolves.
+    # The classes for 1, 2 and 3 dimensions set these: torch's layer, and its function that pads and convolves.
     _plain: Any
     _conv_forward: Callable[..., Tensor]
 
@@ -53,7 +53,7 @@ class Convolution(nn.Module):
 
 
 def are_per_unit(rows: Tensor, *vectors: Tensor) -> bool:
-    """Whether each vector has one number per row, of the rows' dtype. torch would broadcast or cast other vectors."""
+    """Whether each vector has one number per row, in the rows' dtype. torch would broadcast or cast other vectors."""
     return all(vector.shape == rows.shape[:1] and vector.dtype == rows.dtype for vector in vectors)
 
 

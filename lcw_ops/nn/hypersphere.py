@@ -1,7 +1,8 @@
 """Layers with weights on the hypersphere (GmP).
 
-y = r act(u(theta).x + lambda): a unit has angles theta, a radius r and a location lambda. W. Chen, H. Ge, "Neural
-Characteristic Activation Analysis and Geometric Parameterization for ReLU Networks", NeurIPS 2024, arXiv 2305.15912.
+y = r act(<u, x> + lambda): a unit has a radius r, a location lambda, and angles that give its direction u. W. Chen, H.
+Ge, "Neural Characteristic Activation Analysis and Geometric Parameterization for ReLU Networks", NeurIPS 2024, arXiv
+2305.15912.
 """
 
 import math
@@ -26,15 +27,15 @@ class GmPLinear(nn.Module):
     The characteristic activation boundary of a unit, where it begins to fire, is the plane through -location * u. A
     change of the angles turns the boundary by at most the change's norm, whatever the radius.
 
-    The layer suits ReLU nets of moderate fan-in m under Adam with a plain output layer, as in the authors' code. It
-    does not suit fan-ins of many thousands, nor units near a pole (some |u_k| near 1), where the angles after t_k lose
-    their effect. Adam turns a unit by about lr sqrt(m / 2) per step; :func:`gmp_parameter_groups` compensates for m.
-    16-bit angles are coarse, so keep float32 and use autocast. (bfloat16 has steps of 1/64 between 2 and 4: a layer of
-    fan-in 512 that is converted to it gives outputs 4 % off.)
+    The layer suits ReLU nets of moderate fan-in m that are trained by Adam and have a plain output layer, as in the
+    authors' code. It does not suit fan-ins of many thousands, nor units near a pole (some |u_k| near 1), where the
+    angles after the k-th lose their effect. Adam turns a unit by about lr sqrt(m / 2) per step;
+    :func:`gmp_parameter_groups` compensates for m. 16-bit angles are coarse, so keep float32 and use autocast. (Between
+    2 and 4, the steps of bfloat16 are 1/64: if a layer of fan-in 512 is converted to it, the outputs are 4 % off.)
 
     A unit of one input (m = 1) has no angles. Its direction is +1 or -1, drawn at initialisation as in the authors'
-    code and never trained. Only such a layer has this buffer, sign (n,). A ReLU layer of one input therefore has units
-    that fire to the right of their boundary and units that fire to the left.
+    code and never trained. Only such a layer has the buffer ``sign`` (n,), which holds these directions. A ReLU layer
+    of one input therefore has units that fire to the right of their boundary and units that fire to the left.
 
     Input (..., m = in_features) and output (..., n = out_features) have the parameters' dtype, or autocast's.
 
@@ -44,7 +45,7 @@ class GmPLinear(nn.Module):
         activation: None or "relu"; the radius, of any sign, multiplies its result.
         bias: False keeps location at 0, as a buffer: every boundary passes through the origin.
 
-    Parameters angles (n, m - 1), radius (n,) and location (n,) have as many entries in all as a plain layer's.
+    The parameters angles (n, m - 1), radius (n,) and location (n,) have together as many entries as a plain layer's.
     :func:`lcw_ops.init.gmp_` fills them. In eval mode without gradients, on a CPU, directions are cached until the
     angles change.
 
@@ -81,19 +82,20 @@ class GmPLinear(nn.Module):
     def from_linear(cls, layer: nn.Linear, activation: str | None = None) -> "GmPLinear":
         """A layer with the outputs of a trained plain layer or, with "relu", of that layer followed by a ReLU.
 
-        w = r u, b = r lambda with r = ||w||: the outputs are the same up to rounding, signs included. A zero
-        row with bias 0 becomes radius 0, angles 0, location 0. With "relu" so does a zero row with a negative bias,
-        because it never fires.
+        A row w and its bias b become r = ||w||, u = w / r and lambda = b / r: the outputs are the same up to rounding,
+        signs included. A zero row with bias 0 becomes radius 0, angles 0, location 0. With "relu", so does a zero row
+        with a negative bias, because it never fires.
 
         Args:
-            layer: its device, dtype, training mode, frozen parameters and lack of a bias are kept. Its
-                effective weight is converted, so an :class:`~lcw_ops.nn.LCWLinear` or a parametrized layer will do.
+            layer: its device, dtype and training mode are kept, its frozen parameters stay frozen, and if it has no
+                bias, the new layer has none. The weight that it applies is converted, so it may be an
+                :class:`~lcw_ops.nn.LCWLinear` or a parametrized layer.
             activation: None or "relu".
 
         Raises:
             TypeError: not an ``nn.Linear``.
-            ValueError: a unit that GmP cannot express: one with a zero row and a constant nonzero output, or one with a
-                non-finite weight or location b / r.
+            ValueError: GmP cannot express a unit: it has a zero row and a constant nonzero output, or its weight or its
+                location b / r is not finite.
 
         Source: derived by us.
         """
@@ -121,7 +123,7 @@ class GmPLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """radius * u, (out_features, in_features): the plain layer's weight; its bias is ``radius * location``.
 
-        Without activation the plain layer equals this one. With "relu" it does only where the radius is above 0: no
+        Without an activation, the plain layer equals this one. With "relu", it does so only for units of radius > 0: no
         plain unit equals a ReLU unit of negative radius.
         """
         return self.radius[:, None] * self.direction()
@@ -263,8 +265,8 @@ class GmPConv2d(_GmPConv):
             origin, and the layer can express what ``nn.Conv2d(bias=False)`` can. The state_dict keeps the key location.
         activation: None or "relu"; the radius multiplies its result.
 
-    Parameters angles (C_out, m - 1), radius (C_out,), location (C_out,), filled by :func:`lcw_ops.init.gmp_`; buffer
-    sign (C_out,) if m = 1.
+    :func:`lcw_ops.init.gmp_` fills the parameters angles (C_out, m - 1), radius (C_out,) and location (C_out,). For
+    m = 1, there is also a buffer sign (C_out,).
 
     Raises:
         ValueError: an unknown activation, empty filters, and the errors of ``nn.Conv2d``.
@@ -284,11 +286,12 @@ class GmPConv3d(_GmPConv):
 
 
 def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:
-    """Groups for ``torch.optim``'s optimizers. Angles of a GmP layer of fan-in m get the rate lr / sqrt(m), no decay.
+    """Parameter groups for ``torch.optim``: the angles of a GmP layer of fan-in m get the rate lr / sqrt(m), no decay.
 
-    Adam moves every angle by about its rate, which turns a unit by sqrt(m / 2) times the rate. With these groups the
-    turn is about the same at every fan-in. Decay of the radius alone decays the plain layer's w = r u and b = r lambda.
-    Locations are not decayed, because decay would draw every boundary to the origin. Nor are angles: 0 is a pole.
+    Adam moves every angle by about its rate, which turns a unit by sqrt(m / 2) times the rate. With these groups, the
+    turn is about the same at every fan-in. Decay of the radius is enough to decay w = r u and b = r lambda of the plain
+    layer. Locations are not decayed, because decay would draw every boundary to the origin. Angles are not decayed,
+    because the angle 0 is a pole.
 
     Args:
         model: the model. Its GmP layers are found by type, wherever they are.
@@ -298,9 +301,9 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
 
     Returns:
         The groups in this order, without empty ones: radii and all other parameters; locations; angles, one group per
-        fan-in, ascending. Each group follows the order of ``model.parameters()``. It has shared parameters once, and
-        frozen ones too, which optimizers accept. The order depends on the model alone, so an optimizer's state_dict can
-        be loaded again.
+        fan-in, ascending. A group has its parameters in the order of ``model.parameters()``, a shared one only once,
+        and frozen ones too, which optimizers accept. The order depends on the model alone, so an optimizer's state_dict
+        can be loaded again.
 
     Raises:
         TypeError or ValueError: lr or weight_decay is not a finite number >= 0.
@@ -316,7 +319,7 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
             fan_in = module.angles.shape[1] + 1
             fan_ins.update(dict.fromkeys(_parameters_of(module, "angles"), fan_in))
             locations.update(_parameters_of(module, "location"))
-    # The keys sort into the order of the groups, because no fan-in is below 1.
+    # A group's key is its fan-in, which is at least 1, or one of these. Sorted keys give the order of the groups.
     others, location = -1, 0
     members: dict[int, list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -333,7 +336,7 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
 
 
 def _parameters_of(module: Any, name: str) -> list[nn.Parameter]:
-    """The parameter of this name, or the parameters from which a parametrization computes it. [] for a buffer."""
+    """The parameter of this name, or those from which a parametrization computes it. Empty for a buffer."""
     if nn.utils.parametrize.is_parametrized(module, name):
         return list(module.parametrizations[name].parameters())
     value = getattr(module, name)
@@ -402,11 +405,12 @@ def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | No
 def _check_units(function: str, right: Tensor, came: str) -> None:
     if not right.all():
         argument = f"units {(~right).nonzero().flatten().tolist()} of layer"
-        expected = "units that radius * act(u.x + location) can express"
+        expected = "units that radius * act(<u, x> + location) can express"
         raise ValueError(describe(function, argument, came, expected, "Leave this layer plain, or change these units."))
 
 
-# These classes were defined here, and pickles name this module. So do new pickles: code from before the move loads
-# them, and an allow-list of torch.load(weights_only=True), which compares names, has one name for each class.
+# These classes were once defined here, and pickles from then name this module. New pickles name it too, so that code
+# from before the move can load them, and so that an allow-list of torch.load(weights_only=True), which compares names,
+# needs one name for each class.
 for _moved in (InputMeanNorm, WeightNormLinear, WeightNormConv1d, WeightNormConv2d, WeightNormConv3d):
     _moved.__module__ = __name__

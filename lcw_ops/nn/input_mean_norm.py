@@ -1,4 +1,4 @@
-"""Input mean normalization, which deep nets of GmP layers need. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912."""
+"""Input mean normalization, which deep nets with GmP layers need. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912."""
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,14 @@ class InputMeanNorm(nn.Module):
     the batch's, and gradients flow through it. In eval mode it is the running mean. Each process of a distributed run
     takes the mean of its own batch.
 
-    Input (N, C, *) of rank 2 or more; output of its shape, dtype and memory format. An empty batch comes back empty and
-    changes no statistics. A batch with one value per channel gives zeros.
+    The input is (N, C, *), of rank 2 or more; the output has its shape, dtype and memory format. An empty batch gives
+    an empty output and does not change the statistics. In training, a batch with one value per channel gives zeros.
 
     Args:
         num_features: C.
         momentum: the share of the new mean in the running mean, 0 to 1. None averages all batches, as in
             ``nn.BatchNorm2d``.
-        device, dtype: of the running mean. It is float32 at least: a 16-bit mean's small steps would round to 0.
+        device, dtype: of the running mean. It is float32 at least: the small steps of a 16-bit mean would round to 0.
 
     Buffers running_mean (C,) and num_batches_tracked (), as in ``nn.BatchNorm2d``. 16-bit inputs are averaged and
     shifted in float32 and rounded once.
@@ -75,7 +75,7 @@ class InputMeanNorm(nn.Module):
         self.num_batches_tracked.add_(1)
         share: float | Tensor | None = self.momentum
         if share is None:
-            # The count stays on the device: the host would wait to read it.
+            # The count stays on the device: if the host read it, it would have to wait.
             share = self.num_batches_tracked.to(mean.dtype).reciprocal()
         self.running_mean.add_((mean - self.running_mean) * share)
 

@@ -1,8 +1,9 @@
 """Layers with linearly constrained weights (LCW): every unit's weights sum to zero.
 
-A unit z = w.a + b with w.1 = 0 has no activation shift: a constant added to all its inputs changes nothing.
-T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster Training of Neural Networks", ECML PKDD
-2019, arXiv 2403.13833. The trained parameter is unconstrained; a convolution's unit is a filter.
+A unit z = <w, a> + b whose weights w sum to zero has no activation shift: a constant added to all its inputs a changes
+nothing. T. Kutsuna, "Linearly Constrained Weights: Reducing Activation Shift for Faster Training of Neural Networks",
+ECML PKDD 2019, arXiv 2403.13833. The layers train an unconstrained parameter and compute w from it. In a convolution,
+each filter is a unit.
 """
 
 import inspect
@@ -23,17 +24,18 @@ class LCWLinear(nn.Linear):
     """``nn.Linear`` whose effective weight has rows that sum to zero; see :func:`lcw_ops.functional.lcw_linear`.
 
     Input (..., in_features), output (..., out_features). ``effective_weight()`` is the weight that is applied.
-    Each call projects the input or the weight, whichever is smaller: with w = P v, w.x = v.(P^T x). Nothing is cached,
-    so nothing can be stale.
+    A unit's weights are w = P v, with a fixed matrix P and a row v of the parameter, and <w, x> = <v, P^T x>. So each
+    call can project the weight or the input, and projects the smaller one. Nothing is cached, so nothing can be stale.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
-        basis: whether to use the paper's parametrization, w = B v with ``weight`` = v (out_features, in_features - 1).
-            False is the centred form, w = u - mean(u), whose state_dict has the keys and shapes of ``nn.Linear``'s.
-            Under SGD with momentum and weight decay, w takes the same steps in both.
+        basis: whether to use the paper's parametrization, w = B v, where the columns of B are an orthonormal basis of
+            the vectors that sum to zero, and ``weight`` is (out_features, in_features - 1). False is the centred form,
+            w = v - mean(v). Its state_dict has the keys and shapes of ``nn.Linear``'s. Under SGD with momentum and
+            weight decay, w takes the same steps in both forms.
 
     :func:`lcw_ops.init.lcw_` draws the initial weights from N(0, 1 / in_features), which suits standardised inputs. In
-    a deep net, call it again with the previous layer's activation. The bias starts at 0.
+    a deep net, call it again and name the previous layer's activation function. The bias starts at 0.
 
     Raises:
         ValueError: in a forward pass, an input of the wrong shape.
@@ -70,7 +72,7 @@ class LCWLinear(nn.Linear):
 
 
 def _takes_arguments_of(plain: type[nn.Module]) -> Callable[[Callable], Callable]:
-    """Give ``__init__`` the signature of ``plain``'s with ``basis``, for help() and torch.nn.utils.skip_init."""
+    """Give ``__init__`` the signature of ``plain.__init__`` plus ``basis``, for help() and torch.nn.utils.skip_init."""
 
     def decorate(init: Callable) -> Callable:
         arguments = inspect.signature(plain.__init__)

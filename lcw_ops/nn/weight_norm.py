@@ -18,8 +18,8 @@ from lcw_ops.reference import normalize_scale
 class WeightNormLinear(nn.Module):
     """``nn.Linear`` with weight ``scale * weight / ||weight||``; see :func:`lcw_ops.functional.weight_norm_linear`.
 
-    The layer starts as ``nn.Linear`` does, with scale = ||weight||. A zero row is a unit of weight zero without
-    gradients.
+    The layer starts with the initial weights of ``nn.Linear``, and with scale = ||weight||. A zero row is a unit of
+    weight zero, and its weight and scale get zero gradients.
 
     Input (..., m = in_features) and output (..., n = out_features) have the parameters' dtype, or autocast's.
 
@@ -27,8 +27,8 @@ class WeightNormLinear(nn.Module):
         in_features: at least 1.
         out_features, bias, device, dtype: as in ``nn.Linear``.
 
-    Parameters weight (n, m), scale (n,) of any sign, bias (n,) or None. In eval mode without gradients, on a CPU, the
-    normalised weight is cached until weight or scale changes.
+    The parameters are weight (n, m), scale (n,), of any sign, and bias (n,) or None. In eval mode without gradients, on
+    a CPU, the normalised weight is cached until weight or scale changes.
 
     Raises:
         ValueError: in_features below 1; in a forward pass, an input of the wrong shape.
@@ -60,8 +60,8 @@ class WeightNormLinear(nn.Module):
         """A layer with the outputs of a trained plain layer, up to rounding: its weight, and scale = ||weight||.
 
         Args:
-            layer: its device, dtype, training mode and frozen parameters are kept. The weight that it applies counts,
-                so an :class:`~lcw_ops.nn.LCWLinear` or a parametrized layer may be given.
+            layer: its device, dtype and training mode are kept, and its frozen parameters stay frozen. The weight that
+                it applies is converted, so it may be an :class:`~lcw_ops.nn.LCWLinear` or a parametrized layer.
 
         Raises:
             TypeError: not an ``nn.Linear``.
@@ -163,7 +163,7 @@ class WeightNormConv2d(_WeightNormConv):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in ``nn.Conv2d``.
 
-    Parameters weight and bias in ``nn.Conv2d``'s shapes, scale (C_out,).
+    The parameters are weight and bias, in the shapes of ``nn.Conv2d``'s, and scale (C_out,).
 
     Raises:
         ValueError: empty filters, and the errors of ``nn.Conv2d``.
@@ -196,7 +196,7 @@ def _make_weight_norm(
 @torch.no_grad()
 def _reset_scale(module: WeightNormLinear | _WeightNormConv) -> None:
     rows = module.weight.flatten(1).to(torch.promote_types(module.weight.dtype, torch.float32))
-    # <w, w / ||w||> squares no entry of a row, so no length over- or underflows.
+    # The length as <w, w / ||w||>: no entry is squared, so no length overflows or underflows.
     module.scale.copy_((rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1))
 
 

@@ -1,6 +1,6 @@
-"""Hyperspherical weights (GmP): a unit's direction by angles.
+"""Hyperspherical weights (GmP): a unit's direction u is given by angles t_1 .. t_{m-1}.
 
-u_k = cos t_k prod_{i<k} sin t_i (k < m),  u_m = prod_{i<m} sin t_i,  y = r act(u.x + lambda). W. Chen, H. Ge,
+u_k = cos t_k prod_{i<k} sin t_i (k < m),  u_m = prod_{i<m} sin t_i,  y = r act(<u, x> + lambda). W. Chen, H. Ge,
 NeurIPS 2024, arXiv 2305.15912; the division-free derivatives are lcw_ops' own.
 """
 

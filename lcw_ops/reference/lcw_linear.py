@@ -1,7 +1,8 @@
 """Linearly constrained weights (LCW): rows that sum to zero, so inputs of equal means cause no activation shift.
 
-w = u - mean(u) (centred) or w = B v, B an orthonormal basis of {w : w.1 = 0} (basis). T. Kutsuna, "Linearly Constrained
-Weights", ECML PKDD 2019, arXiv 2403.13833; the centred form and the choice of B are lcw_ops' own.
+A row is w = u - mean(u) in the centred form and w = B v in the basis form, where the columns of B are an orthonormal
+basis of the vectors that sum to zero. T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833; the
+centred form and the choice of B are lcw_ops' own.
 """
 
 import math
@@ -48,7 +49,7 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
 
 
 def lcw_basis(m: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Tensor:
-    """The dense basis B (m, m-1) of {w : w.1 = 0}, for tests and reading: lcw_weight(v, basis=True) == v @ B.T.
+    """The dense basis B (m, m-1) of the zero-sum vectors, for tests and reading: lcw_weight(v, basis=True) == v @ B.T.
 
     B^T B = I, 1^T B = 0, B B^T = I - 1 1^T / m.
 
@@ -91,9 +92,9 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
 
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The activation shift of every unit: its mean pre-activation, and its angle to the mean activation vector.
+    """The activation shift of every unit: its mean pre-activation, and the angle between weight and mean activation.
 
-    With mu the mean sample:  shift = w.mu + b = ||w|| ||mu|| cos(angle) + b, angle in [0, pi].
+    With the mean sample mu:  shift = <w, mu> + b = ||w|| ||mu|| cos(angle) + b, angle in [0, pi].
 
     Args:
         x: (..., m), the samples; at least one.
@@ -118,8 +119,8 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     # The angle does not depend on the lengths. With the largest entry at 1, no square overflows and no sum vanishes.
     w, mu = _with_largest_1(weight.to(dtype)), _with_largest_1(mean_activation)
     w_length, mu_length = w.norm(dim=1, keepdim=True), mu.norm()
-    # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(w.mu) loses near 0 and pi. Scaled by both
-    # lengths, it needs no division.
+    # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(<w, mu>) loses near 0 and pi. Both
+    # arguments are scaled by both lengths, so no division is needed.
     angle = 2 * torch.atan2((w * mu_length - mu * w_length).norm(dim=1), (w * mu_length + mu * w_length).norm(dim=1))
     no_direction = (w_length * mu_length).squeeze(1) == 0
     return shift.to(x.dtype), angle.masked_fill(no_direction, math.pi / 2).to(x.dtype)

@@ -64,7 +64,7 @@ std::string answers_file() {
   }
   mkdir(folder.c_str(), 0777);
   const uint64_t version = aoti_torch_abi_version();
-  // Increase the first number when the kernels change: other kernels have other answers.
+  // Increase the number after "matmul" when the kernels change, because the old answers are then no longer right.
   return folder + "/matmul-1-" + processor() + "-torch-" + std::to_string(version >> 56) + "." +
       std::to_string(version >> 48 & 255) + ".txt";
 }

@@ -35,7 +35,7 @@ struct Question {
   bool operator<(const Question& other) const { return values() < other.values(); }
 };
 
-// The multiplier of that name: own or torch.
+// The multiplier with this name, own or torch; nothing for another name.
 std::optional<Multiplier> find_multiplier(const std::string& name);
 
 // Adds the file's answers to the known ones, which take precedence.

@@ -12,10 +12,10 @@ struct FewSamplesGradients {
   static constexpr bool is_narrow = !std::is_same_v<E, T>;
   int64_t samples, n, m;  // V is (n, m)
 
-  // out = A V, with A (samples, n) in T. Goes through V row by row while the result stays in cache.
+  // Computes out = A V, with A (samples, n) in T. Reads V row by row while the result stays in cache.
   void multiply_by_parameter(const T* a, const E* v, T* out, int64_t ldo) const {
-    // A tile reads a cache line or two of each of this many rows of V. More rows mean fewer visits to the result. But
-    // if V is not in any cache, each row is on another page of memory.
+    // The number of rows of V of which a tile reads a cache line or two each. With more rows, the result is visited
+    // less often. But if V is not in any cache, each row is on another page of memory, so fewer are better.
     const int64_t depth = n * m * int64_t(sizeof(E)) > int64_t(16) << 20 ? 32 : 128;
     constexpr int64_t width = 32;
     const int64_t strips = (m + width - 1) / width, grain = std::max<int64_t>(1, 16384 / (width * n));
@@ -38,12 +38,14 @@ struct FewSamplesGradients {
     });
   }
 
-  // out = G^T (X - shifts), with G (samples, n), X (samples, m) with rows `ldx` apart, and one shift per row, or
-  // nullptr. Calls finish(isa, first, last) for rows of `out` that are done and still in cache.
+  // Computes out = G^T (X - shifts). G is `grad` (samples, n) and X is (samples, m) with rows `ldx` apart; `shifts` has
+  // one number per row of X, or is nullptr. Calls finish(isa, first, last) for rows of `out` that are done and still in
+  // cache.
   template <class Finish>
   void grad_weight(const E* grad, const E* x, int64_t ldx, const T* shifts, T* out, const Finish& finish) const {
-    // Copy both operands into the order in which a tile reads them. Tiles are wide and low, to write the result once
-    // and in few streams. The lines of a high tile are a row apart and would share a few places of the nearest cache.
+    // Copy both operands into the order in which a tile reads them. Tiles are wide and low, so that the result is
+    // written once and in few streams. In a high tile, the cache lines of the result would be a row apart and would
+    // compete for a few places of the nearest cache.
     constexpr int64_t height = 3;
     constexpr int64_t widest = 4 * Vector<T, 64>::lanes;
     const int64_t blocks = (n + height - 1) / height;

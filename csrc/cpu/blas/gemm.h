@@ -32,8 +32,8 @@ struct Gemm {
   using Tiles = Products<Isa, T>;
   static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   static constexpr int64_t panel = 2 * lanes, tile_rows = Isa::accumulators / 2;
-  // 256 rows of a panel are 16 KB for AVX2, 192 are 24 KB for AVX-512: half or three quarters of 32 KB of
-  // nearest cache. 16 tiles with that many columns are about 96 KB, a fraction of the next cache.
+  // 256 rows of a panel are 16 KB for AVX2, and 192 rows are 24 KB for AVX-512: half or three quarters of a nearest
+  // cache of 32 KB. 16 tiles with that many columns are about 96 KB, a fraction of the next cache.
   static constexpr int64_t block_depth = Isa::vector_bytes > 32 ? 192 : 256, block_rows = 16 * tile_rows;
 
   // out[k * panel + c] = element (k, c) of B for c < `count` <= panel, and 0 for the other columns.
@@ -127,7 +127,7 @@ struct Gemm {
   }
 };
 
-// The same on all threads of torch's pool; compiled once, in gemm.cpp.
+// Gemm::multiply on all threads of torch's pool; compiled once, in gemm.cpp.
 template <typename E>
 void multiply_on_threads(
     const Operand<E>& a, const Operand<E>& b, int64_t rows, int64_t columns, int64_t depth, const Computed<E>* bias,

@@ -30,7 +30,7 @@ class Answers {
  public:
   Multiplier find(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
     if (const auto answer = known(question)) return *answer;
-    // One at a time: two threads that measure would disturb each other. Cached look-ups do not take this lock.
+    // Only one thread measures at a time: two would disturb each other. Cached look-ups do not take this lock.
     const std::lock_guard<std::mutex> lock(measuring_);
     read();
     if (const auto answer = known(question)) return *answer;
@@ -53,8 +53,8 @@ class Answers {
     read_cache_file(answers_);
   }
 
-  // Measures in turns and drops the first. The best turn is the one that nothing else disturbed. Our own product has to
-  // take a twentieth less time than torch's, because a smaller difference may be chance.
+  // Measures the two in turns, drops the first turn, and compares the fastest ones, which other programs disturbed
+  // least. Our own product has to take a twentieth less time than torch's, because a smaller difference may be chance.
   static Multiplier measure(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
     const Trial trial = prepare({question.samples, question.n, question.m});
     using Clock = std::chrono::steady_clock;
@@ -66,7 +66,7 @@ class Answers {
     constexpr double enough_seconds = 0.03;
     constexpr int fewest_turns = 3, most_turns = 20;
     double own = measure_one(Multiplier::own), torch = measure_one(Multiplier::torch);
-    // The extra work of a first turn does not take this long.
+    // The extra work of a first turn does not take this long, so the difference is real.
     if (std::max(own, torch) > enough_seconds && (own > 3 * torch || torch > 3 * own))
       return own < torch ? Multiplier::own : Multiplier::torch;
     own = torch = std::numeric_limits<double>::infinity();
@@ -83,7 +83,8 @@ class Answers {
   std::map<Question, Multiplier> answers_;
 };
 
-// The child of a fork starts with new answers: a thread that it does not have may have held a lock.
+// After a fork, the child starts with new answers: a thread of the parent, which the child does not have, may have held
+// a lock.
 std::atomic<Answers*> answers{[] {
   pthread_atfork(nullptr, nullptr, [] { answers = new Answers; });
   return new Answers;

@@ -11,18 +11,19 @@ namespace lcw_ops {
 
 enum class Multiplier { own, torch };
 
-// The products of `samples` rows with an n by m weight, or with the rows of its gradient. The first three include the
-// constraint of the LCW layer, the others are plain.
+// The three products of a layer with an n by m weight and `samples` samples. The first three passes include the
+// constraint of the LCW layer; the others are a plain layer's.
 enum class Pass { forward, grad_input, grad_weight, plain_forward, plain_grad_input, plain_grad_weight };
 struct LayerSize {
   int64_t samples, n, m;
 };
 
-// LCW_OPS_MATMUL=own or torch decides if it is set. If `deterministic`, the size decides, because a timing could choose
-// differently in the next process: up to 16 samples, where reading the weight takes most of the time, the product is
-// ours, otherwise torch's. Else the choice is measured, once per processor, number of threads, size of the weight and
-// power of two of samples: `prepare` makes such a product and returns a function that carries it out. The answer is
-// kept in memory and in a file, so that later runs give the same bits.
+// If LCW_OPS_MATMUL is set to own or torch, it decides. Otherwise, if `deterministic`, the size decides, because a
+// measurement could choose differently in the next process: our own kernels multiply up to 16 samples, where reading
+// the weight takes most of the time, and torch multiplies more. Otherwise the choice is measured, once for each
+// processor, number of threads, size of the weight and power of two of samples: `prepare` makes the operands of such a
+// product and returns a function that multiplies them. The answer is kept in memory and in a file, so that later runs
+// give the same bits.
 using Trial = std::function<void(Multiplier)>;
 Multiplier choose_multiplier(
     Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic,

@@ -1,9 +1,10 @@
 // GmP's linear layer: y = r act(X u^T + lambda), with the rows u given by their angles (rows.h).
 //
-// With few samples it takes a few units at a time. It makes their rows in the nearest caches, multiplies them with all
-// samples, and drops them. Backward makes the rows again and passes their gradient to the recurrence in the same
-// caches: the layer reads its angles twice and writes their gradient, 12 bytes in place of 32. With more samples it
-// makes the rows once and multiplies them with the faster of the multipliers (blas/matmul.h).
+// With few samples, the layer takes a few units at a time. It makes their rows in the nearest caches, multiplies them
+// with all samples, and drops them. Backward makes the rows again and passes their gradient to the recurrence of the
+// angles in the same caches. So the layer reads its angles twice and writes their gradient: 12 bytes per float32 angle
+// instead of 32. With more samples, it makes the rows once and multiplies them with the faster multiplier
+// (blas/matmul.h).
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -15,16 +16,17 @@
 namespace lcw_ops {
 namespace {
 
-// The most samples for which rows are made inside the product. With more, making them twice costs more than keeping
-// them, as large as the weight, from forward to backward.
+// The most samples for which rows are made inside the product. With more samples, making the rows twice costs more than
+// keeping them from forward to backward, although they are as large as the weight.
 constexpr int64_t few_samples = 32;
 
 // The caller reads it to decide whether to keep the direction.
 int64_t gmp_linear_few_samples() { return few_samples; }
 
-// Turns the gradients (n, m) of the rows into those of the angles (n, m-1), in the same memory: the system clears every
-// page of new memory, which costs more than the pass itself. A row moves towards the start. If it would overwrite
-// numbers that another thread has yet to read, it waits until all threads are done.
+// Turns the gradients (n, m) of the rows into the gradients (n, m-1) of the angles, in the same memory: the system
+// clears every page of new memory, which costs more than the pass itself. Each row's result lies nearer to the start of
+// the memory than its input. A result that would overwrite numbers that another thread has yet to read is kept until
+// all threads are done.
 template <typename T>
 void backward_in_place(AngleRows<T> rows, const Tensor& grad, int64_t n) {
   const int64_t m = rows.m, parts = std::max<int64_t>(1, std::min<int64_t>(n, stable::get_num_threads()));
@@ -60,7 +62,8 @@ void backward_in_place(AngleRows<T> rows, const Tensor& grad, int64_t n) {
           early[part].data() + (unit - first_of(part)) * (m - 1), unit * (m - 1), m - 1);
 }
 
-// The rest of the layer after q = x u^T: z = q + location, a = act(z), y = scale a + bias. nullptr leaves a part out.
+// The rest of the layer after q = x u^T: z = q + location, a = act(z), y = scale a + bias. `location` and `bias` may be
+// nullptr.
 template <typename T>
 struct Epilogue {
   const T *location, *scale, *bias;
@@ -95,7 +98,7 @@ struct FewSamples {
 
   // Writes y and, if it has a target, act(z), from x (samples, m).
   void forward(const T* x, const Epilogue<T>& epilogue, const Target<T>& y, const Target<T>& activated) const {
-    // The last of an odd number of samples takes eight rows at a time.
+    // `multiply_by_rows` multiplies samples by four rows at a time, but the last of an odd number of samples by eight.
     const int64_t units = samples % 2 ? 8 : 4;
     const int64_t blocks = (n + units - 1) / units;
     for_each_unit(blocks, units * m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -116,8 +119,8 @@ struct FewSamples {
     });
   }
 
-  // Given grad_product = dL/d(x u^T), and grad_rows with dL/du = grad_rows^T x, writes dX unless grad_x is nullptr, and
-  // the gradients of the angles unless grad_rows is nullptr.
+  // From grad_product = dL/d(x u^T) writes dX, unless grad_x is nullptr. From grad_rows, where dL/du = grad_rows^T x,
+  // writes the gradients of the angles, unless grad_rows is nullptr.
   void backward(const T* x, const T* grad_product, const T* grad_rows, T* grad_x) const {
     // Each thread sums its own dX. All sums together are no larger than the weight, and they are added in order.
     const int64_t most = std::max<int64_t>(1, n / samples), worthwhile = std::max<int64_t>(1, n * m / least_elements);
@@ -164,7 +167,7 @@ void check_gmp(const Tensor& x, const Tensor& angles, const Tensor& radius, cons
       "gmp_linear: x (M, m), angles (n, m-1), radius and location (n,) do not fit; call lcw_ops.functional.gmp_linear");
 }
 
-// y = r act(x u^T + lambda), act(x u^T + lambda) and u. The last two have no elements if they are not kept.
+// Returns y = r act(x u^T + lambda), act(x u^T + lambda) and u. The last two have no elements if they are not kept.
 std::tuple<Tensor, Tensor, Tensor> gmp_linear(
     Tensor x, Tensor angles, Tensor radius, Tensor location, bool relu, bool deterministic, bool keep_activated,
     bool keep_direction) {

@@ -7,8 +7,8 @@
 //
 // A vector of angles takes about 40 instructions for sine and cosine, 30 for the running product, and in backward 45
 // for the sum. An angle moves 8 bytes of memory forward, 12 backward: bound by arithmetic. Backward computes sine and
-// cosine again. Keeping both from forward takes a tenth off the two passes of 8 samples (1024 x 1024, one thread: 3.97
-// in place of 4.43 ms), for twice the memory of the weight.
+// cosine again. Keeping both from forward would make the two passes a tenth faster for 8 samples (1024 x 1024, one
+// thread: 3.97 instead of 4.43 ms), but takes twice the memory of the weight.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 
 namespace lcw_ops {
 
-// lane i <- value[0] * .. * value[i]
+// Lane i of the result is value[0] * .. * value[i].
 template <class L, int by = 1>
 LCW_INLINE typename L::Wide running_product(typename L::Wide value) {
   if constexpr (by < L::count) {
@@ -29,7 +29,7 @@ LCW_INLINE typename L::Wide running_product(typename L::Wide value) {
   return value;
 }
 
-// (s, a) o (s', a') = (s s', a + s a') over each lane and all above it.
+// Combines each lane's (factor, sum) with those of all lanes above it, by (s, a) o (s', a') = (s s', a + s a').
 template <class L, int by = 1>
 LCW_INLINE void running_recurrence(typename L::Wide& factor, typename L::Wide& sum) {
   if constexpr (by < L::count) {
@@ -126,7 +126,8 @@ LCW_INLINE void angles_backward(
   }
 }
 
-// Units given by their angles. `make` stores in `kept` the numbers that backward needs besides the row's gradient.
+// The rows of a layer whose units are given by their angles. `make` stores in `kept` the numbers that `backward` needs
+// besides the row's gradient.
 template <typename T>
 struct AngleRows {
   Source<T> angles;
@@ -144,7 +145,7 @@ struct AngleRows {
     compiled<Isa, make_direction<Isa, T>>(row, m, kept, cosine, products, vector_products(kept), out);
   }
 
-  // g: dL/d(row), 0 from m on; it is overwritten.
+  // `g` is the gradient dL/du of the row, 0 from m on; it is overwritten.
   template <class Isa>
   LCW_INLINE void backward(int64_t unit, T* kept, const T*, T* g) const {
     backward_in<Isa>(kept, g);

@@ -6,7 +6,8 @@
 
 namespace lcw_ops {
 
-// <G_l, O h_{l-1}> and <G_l, act(A_l)> of each row, in float64: the gradients of alpha and beta.
+// Computes <G_l, O h_{l-1}> and <G_l, act(A_l)> of each row, in float64. Their sums over the rows are the gradients of
+// alpha and beta.
 template <typename T>
 LCW_INLINE void scale_products(const Backward<T>& pass, const T* gradient, int64_t s, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
@@ -106,7 +107,7 @@ class Carrier {
     return true;
   }
 
-  // Carries G from the end of a segment to its start, given the slopes.
+  // Carries G from the end of a segment to its start. The slopes must be known.
   LCW_INLINE void carry_back(const Backward<T>& pass) {
     T *gradient = shared_.now.data(), *next = shared_.next.data();
     Buffer<T> grad_pre(size_);
@@ -124,7 +125,8 @@ class Carrier {
         layout_.permute(permutation_.inverse.data(), gradient, filtered_.data());
       else
         layout_.multiply_transposed(r_.filter_at(l), gradient, filtered_.data(), nullptr);
-      // Two sums: added to the far larger filter branch, the weight's terms would be rounded at its scale.
+      // The branches are summed apart: terms of the weight branch that were added to the far larger sum of the filter
+      // branch would be rounded at its scale.
       layout_.multiply_transposed(weights_.at(l), grad_pre.data(), pre_.data(), weights_.ahead(l - 1));
       const T alpha = r_.alpha_at(l);
       const T *filtered = filtered_.data(), *pre = pre_.data();
@@ -147,7 +149,7 @@ class Carrier {
     return layout_.units.end > 0;
   }
 
-  // This thread's rows of entry `index` of (L, M, N).
+  // This thread's rows of entry `index` of a buffer (L, M, N).
   template <typename Pointer>
   LCW_INLINE Pointer rows_of(Pointer buffer, int64_t index) const {
     return buffer + (index * r_.rows + begin_) * r_.width;

@@ -6,8 +6,8 @@
 
 namespace lcw_ops {
 
-// The slopes of samples begin..end-1 of a segment whose states are known. `packed` has the matrices that multiply by
-// W^T and O^T.
+// Computes the slopes of samples begin..end-1 of a segment whose states are known. `packed` holds the matrices in
+// panels, for products with W^T and O^T.
 template <class Tiles, typename T>
 LCW_INLINE void known_slopes(const Backward<T>& pass, const Recurrence<T>& packed, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
@@ -44,7 +44,7 @@ LCW_INLINE void known_slopes(const Backward<T>& pass, const Recurrence<T>& packe
   }
 }
 
-// dW_l = P_l^T h_{l-1} and db_l for some layers of the segment. Biases are summed in float64.
+// Computes dW_l = P_l^T h_{l-1} and db_l for layers begin..end-1 of the segment. db_l is summed in float64.
 template <class Tiles, typename T>
 LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
@@ -70,13 +70,15 @@ LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t
   }
 }
 
-// The same for a weight or bias that all steps share: output units begin..end-1, summed over the segment's samples.
+// Computes dW and db where all steps share the weight or the bias: for output units begin..end-1, the sums over all
+// samples of the segment.
 template <class Tiles, typename T>
 LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, samples = pass.count * r.rows;
   if (pass.weight_sum) {
-    // Short sums are in T, long ones in float64: otherwise terms of one sign err up to 80 times as much as eager's.
+    // Short sums are in T and long ones in float64: otherwise, the sum of terms of one sign errs up to 80 times as much
+    // as eager torch's.
     constexpr int64_t block_samples = 16 * sample_terms;
     Buffer<T> sum((end - begin) * n);
     for (int64_t first = 0; first < samples; first += block_samples) {

@@ -9,8 +9,8 @@
 
 namespace lcw_ops {
 
-// Terms of one partial sum. Products with a state are summed like a plain matrix product. Gradients of weights are sums
-// over all samples, whose number has no bound.
+// The number of terms of one partial sum. Products with a state are summed like a plain matrix product. Gradients of
+// weights are sums over all samples, whose number has no bound, so their partial sums are shorter.
 constexpr int64_t state_terms = 128, sample_terms = 32;
 
 // The product in partial sums of `terms` terms: rounding errors grow like sqrt(terms) + sqrt(depth / terms) instead of
@@ -43,7 +43,7 @@ class Weights {
     return wide_.data();
   }
 
-  // The matrix of another step if it is worth fetching early; nullptr if not, or if there is no such step.
+  // The matrix of step l if it is worth fetching early; nullptr if it is not, or if there is no such step.
   LCW_INLINE const T* ahead(int64_t l) const {
     return native_ && r_.weight_stride > 0 && l >= 0 && l < r_.steps ? r_.template weight_at<T>(l) : nullptr;
   }
@@ -55,7 +55,7 @@ class Weights {
   const uint16_t* last_ = nullptr;
 };
 
-// p with (O h)_i = h_{p_i}, and its inverse for O^T.
+// The permutation p, where (O h)_i = h_{p_i}, and its inverse, for O^T.
 struct Permutation {
   const int64_t* forward;
   std::vector<int64_t> inverse;
@@ -66,14 +66,14 @@ struct Permutation {
   }
 };
 
-// A slice of the units; all of them, except where threads share rows.
+// A slice of the units. It holds all units, except where threads share rows.
 struct Slice {
   int64_t begin, end;
 };
 
-// Two layouts for some rows of the state, with the same members. Many rows are stored as (units, rows) in panels of two
-// vectors of rows, so that a vector holds one unit of neighbouring rows, and W is read in place, number by number. Rows
-// are padded to whole vectors; the padding is never read back.
+// The three layouts below store some rows of the state and have the same members. In ManyRows, rows are stored as
+// (units, rows) in panels of two vectors of rows, so that a vector holds one unit of neighbouring rows, and W is read
+// in place, number by number. Rows are padded to whole vectors; the padding is never read back.
 template <class Tiles, typename T>
 struct ManyRows {
   static constexpr int64_t lanes = Tiles::lanes, widest = 2 * lanes;
@@ -86,7 +86,7 @@ struct ManyRows {
   LCW_INLINE static int64_t padded(int64_t rows) { return (rows + lanes - 1) / lanes * lanes; }
   LCW_INLINE static int64_t size(int64_t rows, int64_t width) { return padded(rows) * width; }
 
-  // Calls f(first row, rows, padded rows, offset of the panel).
+  // Calls f(first row, rows, padded rows, offset of the panel) for every panel.
   template <typename F>
   LCW_INLINE void for_each_panel(const F& f) const {
     for (int64_t first = 0; first < rows; first += widest) {
@@ -155,7 +155,7 @@ struct ManyRows {
   }
 };
 
-// Few rows are row-major. Tiles run along the rows of W, so that W is not transposed here either.
+// In FewRows, rows are row-major. Tiles run along the rows of W, so that W is not transposed here either.
 template <class Tiles, typename T>
 struct FewRows {
   static constexpr bool is_row_major = true;
@@ -210,23 +210,24 @@ struct FewRows {
   }
 };
 
-// Many rows and one matrix for all steps, as in a recurrence over time, are row-major too: the matrix is reordered
-// once, into panels of two vectors of columns (`pack`), and no step transposes states or inputs.
+// PackedRows is for many rows and one matrix for all steps, as in a recurrence over time. Rows are row-major too. The
+// matrix is reordered once, into panels of two vectors of columns (`pack`), and no step transposes states or inputs.
 template <class Tiles, typename T>
 struct PackedRows : FewRows<Tiles, T> {
-  static constexpr int64_t panel = 2 * Tiles::lanes;  // and the least width
+  static constexpr int64_t panel = 2 * Tiles::lanes;  // the width has to be at least this
   using FewRows<Tiles, T>::FewRows;
 
   LCW_INLINE static int64_t panels(int64_t width) { return (width + panel - 1) / panel; }
   LCW_INLINE static int64_t packed_size(int64_t width) { return panels(width) * panel * width; }
 
-  // Calls f(first column, offset of the panel). The last panel ends with the matrix.
+  // Calls f(first column, offset of the panel) for every panel. The last panel ends where the matrix ends, and may
+  // overlap the panel before it.
   template <typename F>
   LCW_INLINE static void for_each_panel(int64_t width, const F& f) {
     for (int64_t p = 0; p < panels(width); ++p) f(std::min(p * panel, width - panel), p * panel * width);
   }
 
-  // For products of a row with the matrix or, `transposed`, with its transpose.
+  // Packs the matrix for products of a row with it or, if `transposed`, with its transpose.
   LCW_INLINE static void pack(const T* matrix, int64_t width, bool transposed, T* packed) {
     for_each_panel(width, [&](int64_t column, int64_t offset) LCW_LAMBDA_INLINE {
       if (transposed) return Tiles::transpose(matrix + column * width, width, packed + offset, panel, panel, width);
@@ -252,7 +253,7 @@ struct PackedRows : FewRows<Tiles, T> {
   }
 };
 
-// The matrices that all steps share, in panels, for products with them or, `transposed`, with their transposes.
+// Packs the matrices that all steps share, for products with them or, if `transposed`, with their transposes.
 template <class Tiles, typename T>
 LCW_INLINE void pack_matrices(const Recurrence<T>& r, bool transposed, T* weight, T* filter) {
   using Rows = PackedRows<Tiles, T>;

@@ -6,7 +6,8 @@
 // A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
 //
 // Cost per step and row: forward takes 4 N^2 operations (2 N^2 with a permutation), and each thread reads W_l once.
-// Backward repeats this, then takes 4 N^2 for G and 2 N^2 for dW. From about 16 rows bound by arithmetic, else by W.
+// Backward repeats this, then takes 4 N^2 for G and 2 N^2 for dW. Bound by arithmetic from about 16 rows on, and by
+// reading W_l below that.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
 // Rows are independent, so each thread carries its slice of the batch through all layers. If there are fewer rows than
@@ -73,14 +74,15 @@ const Kernels<T>& kernels() {
 struct Cpu {
   static constexpr bool keeps_slopes = true;
 
-  // With fewer units than this, a thread waits for the others longer than the work that it saves.
+  // With fewer units than this, a thread spends more time waiting for the others than sharing the work saves.
   static constexpr int64_t least_units = 32;
   static constexpr int64_t least_packed_rows = 4;  // per thread
   static constexpr uintptr_t page = large_page, small_page = 4096;
 
   static void allocated(const Tensor& tensor) { prefer_large_pages(tensor); }
 
-  // Vectors of rows cost the same however many of their lanes are in use; single rows use all lanes along the units.
+  // Whether vectors of rows are faster than single rows. A vector of rows costs the same however many of its lanes are
+  // in use; a single row uses all lanes, because its vectors run along the units.
   static bool are_many(int64_t rows, int64_t lanes) {
     const int64_t threads = stable::get_num_threads();
     const int64_t vectors = (rows + lanes - 1) / lanes;
@@ -88,7 +90,7 @@ struct Cpu {
     return 2 * busiest(rows) > lanes * busiest(vectors);
   }
 
-  // Whether all steps share one matrix, so that reordering it is worthwhile, and it fills a panel.
+  // Whether all steps share the matrices, so that reordering them is worthwhile, and a matrix fills at least one panel.
   template <typename T>
   static bool packs(const Recurrence<T>& r) {
     return r.weight_stride == 0 && r.filter_stride == 0 && r.width >= 2 * kernels<T>().lanes;
@@ -97,7 +99,7 @@ struct Cpu {
   // Whether there are enough rows for packed matrices to be faster than rows one by one.
   static bool are_several(int64_t rows) { return rows >= least_packed_rows * stable::get_num_threads(); }
 
-  // The same recurrence with its matrices in panels, and the memory of the panels.
+  // A copy of a recurrence with its matrices in panels, and the memory of the panels.
   template <typename T>
   struct Packed {
     Buffer<T> memory;
@@ -122,7 +124,8 @@ struct Cpu {
     });
   }
 
-  // The same, with threads that share a row if there are fewer rows than threads.
+  // Calls rows(begin, end, shared, slots) for all rows, one by one. If there are fewer rows than threads, several
+  // threads share a row.
   template <typename T, typename Rows>
   static void share_rows(const Recurrence<T>& r, const Rows& rows) {
     const int64_t members = std::max<int64_t>(1, std::min(stable::get_num_threads() / r.rows, r.width / least_units));
@@ -137,9 +140,9 @@ struct Cpu {
     });
   }
 
-  // Maps fresh memory that all threads are about to write step by step, each page on one thread. Threads that meet in
-  // an unmapped page each clear 2 MB, of which all but one are thrown away, and stop the others at the end of the
-  // segment.
+  // Maps fresh memory that all threads are about to write step by step, each page on one thread. Otherwise, if several
+  // threads first touch a page together, each of them clears 2 MB, all but one of these pages are thrown away, and the
+  // other threads wait at the end of the segment.
   static void map(void* memory, int64_t bytes) {
 #ifdef __linux__
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes, first = begin / page * page;

@@ -9,14 +9,16 @@
 
 namespace lcw_ops {
 
-// Threads that carry the same rows and wait for each other after every step. A thread joins if it arrives within a
-// moment; the team does not wait for a thread that the pool may never start. If waiting stays slow, because another
-// program uses the processors, one member goes on alone. The results do not depend on how the work is shared.
+// Threads that carry the same rows and wait for each other after every step. A thread joins if it arrives within 200
+// microseconds of the first; the team does not wait longer, because the pool may never start it. If waiting stays slow,
+// because another program uses the processors, one member goes on alone. The results do not depend on how the work is
+// shared.
 class Team {
  public:
   explicit Team(int64_t expected) : expected_(expected) {}
 
-  // Returns this thread's number, or -1 if the others have begun. `slots` is the number of calls that it stands for.
+  // Returns this thread's number, or -1 if the others have begun. `slots` is the number of expected members that this
+  // thread stands for.
   int64_t join(int64_t slots) {
     const int64_t number = members_.fetch_add(1);
     if (number >= closed) return -1;
@@ -33,8 +35,8 @@ class Team {
 
   int64_t count() const { return count_.load(std::memory_order_relaxed); }
 
-  // Waits for all members. Their writes before it are visible to every member after it. From then on the members from
-  // count() on have nothing left to do.
+  // Waits for all members. Writes by any member before the call are visible to every member after it. After the call,
+  // members whose number is not below count() have nothing left to do.
   void wait() {
     const int64_t count = this->count();
     if (count == 1) return;
@@ -50,13 +52,14 @@ class Team {
     int64_t spins = 0;
     for (; round_.load(std::memory_order_acquire) == round; ++spins) spins < most ? pause() : std::this_thread::yield();
     if (spins >= most) slow_rounds_.fetch_add(1, std::memory_order_relaxed);
-    // An average over about eight rounds of all members.
+    // A running average over about eight rounds, of all members.
     usual_spins_.store(usual + (std::min(spins, most) - usual) / 8, std::memory_order_relaxed);
   }
 
  private:
   static constexpr int64_t closed = int64_t(1) << 32;
-  // About 50 microseconds at least, and many times the usual wait: then a processor was taken away.
+  // A wait is slow if it takes at least about 50 microseconds and many times the usual wait: then another program has
+  // taken a processor.
   static constexpr int64_t least_slow_spins = 2048, slow_rounds_at_first = 2, rounds_per_slow_one = 512;
 
   static void pause() {

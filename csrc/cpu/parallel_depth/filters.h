@@ -1,4 +1,4 @@
-// One row of a sweep: the two kinds of filters O, and the largest change of a state.
+// The inner loops of a sweep, for one row: a step with either kind of filter O, and the largest change of a state.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ LCW_INLINE void raise_to(double& largest, double value) {
   if (value > largest || value != value) largest = value;
 }
 
-// max |new - old| and max |new| of a row, taken in vectors of `count` lanes.
+// The largest |new - old| and the largest |new| of a row, found in vectors of `count` lanes.
 template <typename T, int count>
 class Largest {
   using Magnitude = typename Lanes<T, count>::Magnitude;
@@ -53,11 +53,13 @@ class Largest {
     }
   }
 
-  // Raises `largest` to the ratio of both: 0 if nothing changed, NaN if a new state is not finite.
+  // Raises `largest` to the largest |new - old| divided by the largest |new|. This ratio counts as 0 if nothing
+  // changed, and as NaN if a new state is not finite.
   LCW_INLINE void raise(double& largest) const {
     const double scale = number(std::max(last_scale_, largest_lane<count>(scale_)));
     const double change = number(std::max(last_change_, largest_lane<count>(change_)));
-    // Nearly always true, without a division. If a state is not finite, neither is its change, and this is false.
+    // This test is nearly always true and saves the division. If a state is not finite, neither is its change, and the
+    // test is false.
     if (change < largest * scale) return;
     if (!(scale <= std::numeric_limits<T>::max())) return raise_to(largest, std::numeric_limits<double>::quiet_NaN());
     raise_to(largest, change == 0 ? 0 : change / scale);
@@ -74,8 +76,9 @@ class Largest {
   Magnitude last_change_ = 0, last_scale_ = 0;
 };
 
-// Calls step(first element, lanes) for vectors of elements begin..end-1. Elements that do not fill a vector end one
-// more vector or, in a short range, go `few` at a time. So some elements are computed twice, to the same bits.
+// Calls step(first element, lanes) for vectors of elements begin..end-1. Elements left over, which do not fill a
+// vector, are the end of one more vector, whose other elements are computed twice, to the same bits. In a range shorter
+// than a vector, elements are taken `few` at a time.
 template <int count, int few, typename Step>
 LCW_INLINE void for_each_vector(int64_t begin, int64_t end, const Step& step) {
   int64_t i = begin;
@@ -85,7 +88,7 @@ LCW_INLINE void for_each_vector(int64_t begin, int64_t end, const Step& step) {
   for (; i < end; i += few) step(i, std::integral_constant<int, few>());
 }
 
-// Neighbouring elements that come from neighbouring ones: p_i = source + i - begin.
+// A range of elements that a permutation p takes from neighbouring elements: p_i = source + i - begin.
 struct Run {
   int64_t begin, end, source;
 };
@@ -96,7 +99,7 @@ struct Permutation {
   using Carried = T;
   template <class Isa>
   static constexpr int lanes = Isa::vector_bytes / sizeof(T);
-  // Shorter runs gain nothing over single elements.
+  // Runs shorter than this are no faster than single elements.
   static constexpr int64_t least_run = 8;
 
   const int64_t* index;
@@ -113,7 +116,8 @@ struct Permutation {
     has_long_runs = int64_t(runs.size()) * least_run <= width;
   }
 
-  // after = alpha O before + terms for a row. A final one is the state itself and replaces the old one.
+  // Computes after = alpha O before + terms for a row. If is_final, `after` is the memory of the state, and the new
+  // state replaces the old one.
   template <class Isa, bool is_final>
   LCW_INLINE void step(T alpha, const T* before, const T* terms, T* after, T*, Largest<T, lanes<Isa>>& largest) const {
     const auto finish = [&](int64_t i, auto count, const auto& filtered) LCW_LAMBDA_INLINE {
@@ -123,7 +127,7 @@ struct Permutation {
       L::store(value, after + i);
     };
     if (!has_long_runs) {
-      // Copied, because a member would be read again after every store.
+      // A copy, because the member would be read again after every store.
       const int64_t* from = index;
       return for_each_vector<lanes<Isa>, 1>(0, width, [&](int64_t i, auto count) LCW_LAMBDA_INLINE {
         finish(i, count, Lanes<T, count()>::gather(before, from + i));
@@ -137,7 +141,7 @@ struct Permutation {
     }
   }
 
-  // to += decay O^exponent from, for rows of both.
+  // Adds decay O^exponent `from` to `to`, row by row.
   void carry(int64_t exponent, double decay, int64_t rows, const T* from, T* to) const {
     std::vector<int64_t> power(width, -1), cycle;
     for (int64_t start = 0; start < width; ++start) {
@@ -165,7 +169,7 @@ struct Rotation {
   const double *cosine, *sine;
   int64_t width;
 
-  // after = alpha O before + terms for a row. A final one is also rounded into the state.
+  // Computes after = alpha O before + terms for a row. If is_final, the result is also rounded into `state`.
   template <class Isa, bool is_final>
   LCW_INLINE void step(
       double alpha, const double* before, const T* terms, double* after, T* state,
@@ -182,7 +186,7 @@ struct Rotation {
       }
       if constexpr (!is_final || !std::is_same_v<T, double>) L::store(value, after + i);
     };
-    // Copied, because members would be read again after every store.
+    // Copies, because the members would be read again after every store.
     const double *cosines = cosine, *sines = sine;
     const int64_t paired = width - width % 2;
     for_each_vector<lanes<Isa>, 2>(0, paired, [&](int64_t i, auto count) LCW_LAMBDA_INLINE {
@@ -196,8 +200,8 @@ struct Rotation {
     }
   }
 
-  // The 2 x 2 block of a pair, row by row. Every squaring doubles the error of a power. With the extra digits of long
-  // double, where it has any, 50,000 layers stay exact in float64.
+  // The 2 x 2 block of a pair, row by row. Every squaring doubles the error of a power. Where long double has more
+  // digits than double, these digits keep 50,000 layers exact in float64.
   using Block = std::array<long double, 4>;
 
   static Block multiply(const Block& a, const Block& b) {
@@ -214,7 +218,7 @@ struct Rotation {
     return power;
   }
 
-  // to += decay O^exponent from, for rows of both.
+  // Adds decay O^exponent `from` to `to`, row by row.
   void carry(int64_t exponent, double decay, int64_t rows, const double* from, double* to) const {
     for (int64_t i = 0; i < width; i += 2) {
       const Block power = block_power(i, exponent);

@@ -3,12 +3,12 @@
 //   h_l = alpha_l O h_{l-1} + beta_l act(product_l + bias_l + inputs_l)         l = 1..D
 //   g_{l-1} = alpha_l O g_l + product_l + outside_l,  scaled_l = slope_l g_l    l = D..1
 //
-// product_l is W_l h_{l-1} of the last sweep; for the adjoint it is the gradient through W_l, scaled_l W_l.
-// Each sweep replaces the last one's states or gradients and returns the largest relative change.
+// product_l is W_l h_{l-1} with the states of the last sweep; in the adjoint it is the gradient through W_l, scaled_l
+// W_l. Each sweep replaces the states or gradients of the last one and returns the largest relative change.
 // lcw_ops/reference/parallel_depth.py has the derivation.
 //
-// Bytes per float32 element: 12 (product and old state read, new state written), the adjoint 12, with outside 16, with
-// slope and scaled 20, with all of them 24. Instructions per float32 element in rows of 128, AVX2:
+// Bytes per float32 element: 12 (product and old state read, new state written). The adjoint moves 12 too, with outside
+// 16, with slope and scaled 20, with all three 24. Instructions per float32 element in rows of 128, AVX2:
 //
 //                                   tanh   ReLU   adjoint   with slope and scaled
 //   identity                         6.8    3.7     2.3        3.1
@@ -16,8 +16,8 @@
 //   any other permutation            8.8    5.6     4.3        5.1
 //   rotations                       10.3    7.2     5.8        6.9
 //
-// They include about 100 instructions per row, whatever its length. A core that copies 20 GB/s moves 12 bytes in about
-// 2 cycles: bound by memory beyond the cache, by arithmetic in it.
+// These counts include about 100 instructions per row, whatever its length. A core that copies 20 GB/s moves 12 bytes
+// in about 2 cycles: bound by memory if the data do not fit in the cache, by arithmetic if they do.
 
 #include <initializer_list>
 #include <optional>
@@ -35,7 +35,7 @@ std::string to_text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
   return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-// Checks an op's arguments, for memory safety. They must fit the first one, (D, M, N) or (D + 1, M, N).
+// Checks an op's arguments, for memory safety. They must fit the first one, whose shape is (D, M, N) or (D + 1, M, N).
 struct Arguments {
   const char* op;
   const char* name;
@@ -56,7 +56,7 @@ struct Arguments {
 
   using Shape = std::initializer_list<int64_t>;
 
-  // The tensor must have one shape or the other.
+  // Requires that the tensor has the shape `shape` or `other`.
   void check(const char* argument, const Tensor& tensor, Shape shape, std::optional<Shape> other = {}) const {
     STD_TORCH_CHECK(
         tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == first.scalar_type(), op, ": ", argument,

@@ -1,9 +1,10 @@
 // The scan over all layers, by rows or by chunks of layers on all threads.
 //
-// Rows are independent, and threads share them. If rows are too few, threads share the layers, in one chunk more than
-// there are threads. The first chunk is solved while the others, started from 0, are summed to their ends. Then
-// alpha^C O^C takes the carry from end to end, and all other chunks are solved at once. That computes every term of
-// inner chunks twice and takes 2 / (threads + 1) of one thread's time. Every sum has a fixed order.
+// Rows are independent, and threads share them. If there are too few rows, threads share the layers, cut into one chunk
+// more than there are threads. While the first chunk is solved, all others but the last are summed to their ends from a
+// state of 0. Then the state is carried from the end of each chunk to the end of the next, by alpha^C O^C for a chunk
+// of C layers, and all chunks but the first are solved at once. That computes every term of the inner chunks twice and
+// takes 2 / (threads + 1) of one thread's time. Every sum has a fixed order.
 #pragma once
 
 #include "../tensors.h"
@@ -34,17 +35,17 @@ struct Chain {
   }
 };
 
-// Some rows through some steps.
+// The work of one thread: some rows through some steps.
 template <typename Carried>
 struct Part {
   int64_t first_row, last_row, begin, end;
-  const Carried* carry;  // all rows before the first step
-  Carried* last;         // and after the last one, or nullptr
+  const Carried* carry;  // the states of all rows before the first step
+  Carried* last;         // the states after the last step, or nullptr
   bool is_final;         // whether states are written
-  double change = 0;     // the largest relative one
+  double change = 0;     // the largest relative change
 };
 
-// States of neighbouring rows go through the layers together, as many as the nearest cache holds twice.
+// Neighbouring rows go through the layers together: as many as the nearest cache can hold two states of.
 constexpr int64_t bytes_together = 8192;
 
 template <class Isa, typename T, class Filter, class Terms>
@@ -88,7 +89,7 @@ LCW_INLINE void scan_part(
   part.change = change;
 }
 
-// Threads that write to one cache line wait for each other.
+// With fewer bytes per thread, threads would write to the same cache lines and wait for each other.
 constexpr int64_t least_bytes_of_rows = 128;
 
 // Runs all steps on all threads and returns the largest relative change.

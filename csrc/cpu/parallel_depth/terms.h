@@ -1,12 +1,12 @@
-// The terms that are added in every layer of a sweep.
+// The terms that a sweep adds in every layer.
 #pragma once
 
 #include "../vector_math.h"
 
 namespace lcw_ops::parallel_depth {
 
-// out = beta act(product + bias + inputs), or beta act' of it, for rows with the same bias. `bias` and `inputs` may be
-// nullptr, and `out` may be the product.
+// Computes out = beta act(a) or, if is_derivative, beta act'(a), for rows of a = product + bias + inputs with the same
+// bias. `bias` and `inputs` may be nullptr, and `out` may be `product`.
 template <bool is_derivative, typename T>
 LCW_INLINE void activate_rows(
     Activation kind, T beta, const T* product, const T* bias, const T* inputs, int64_t rows, int64_t width, T* out) {
@@ -35,7 +35,7 @@ LCW_INLINE void activate_rows(
   });
 }
 
-// beta_l act(product_l + bias_l + inputs_l). A missing argument is nullptr.
+// The terms of a forward sweep: beta_l act(product_l + bias_l + inputs_l). A missing argument is nullptr.
 template <typename T>
 struct Activated {
   int64_t rows, width;
@@ -43,7 +43,8 @@ struct Activated {
   int64_t bias_stride, beta_stride;
   Activation activation;
 
-  // Returns the terms of neighbouring rows, in `out` or where they already are. Without any, returns `out`: zeros.
+  // Returns the terms of `count` rows from `first` on, which it computes in `out`. Without a product it returns `out`
+  // as it is: zeros.
   template <bool is_derivative = false>
   LCW_INLINE const T* at(int64_t layer, int64_t first, int64_t count, T* out) const {
     if (!product) return out;
@@ -58,13 +59,16 @@ struct Activated {
   LCW_INLINE void after_step(int64_t, int64_t, int64_t, const Carried*) const {}
 };
 
-// product_l + outside_l, and scaled_l from the gradients on the way.
+// The terms of an adjoint sweep: product_l + outside_l. If there is a slope, scaled_l = slope_l g_l is computed after
+// each step.
 template <typename T>
 struct Summed {
   int64_t rows, width;
   const T *product, *outside, *slope;
   T* scaled;
 
+  // Returns the terms of `count` rows from `first` on: in `out`, or where they are if there is only one term. Without
+  // terms it returns `out` as it is: zeros.
   LCW_INLINE const T* at(int64_t layer, int64_t first, int64_t count, T* out) const {
     const int64_t at = (layer * rows + first) * width;
     if (!product && !outside) return out;
@@ -74,7 +78,7 @@ struct Summed {
     return out;
   }
 
-  // `before` has the gradients that the layer carries back.
+  // `before` holds g_l, the gradients that the layer carries back.
   template <typename Carried>
   LCW_INLINE void after_step(int64_t layer, int64_t first, int64_t count, const Carried* before) const {
     if (!slope) return;

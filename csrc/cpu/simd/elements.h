@@ -1,5 +1,5 @@
-// Numbers as they are stored, and the type that they are computed in: 16-bit numbers become float32, exactly, and
-// results are rounded once.
+// The types in which numbers are stored, and the types in which they are computed: 16-bit numbers become float32,
+// exactly, and results are rounded once.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace lcw_ops {
 
-// 16-bit numbers become float32, exactly, in operations that every instruction set vectorises.
+// The conversions below are made of operations that every instruction set vectorises.
 LCW_INLINE float widen_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -19,10 +19,10 @@ LCW_INLINE float widen_bfloat16(uint16_t bits) {
 
 LCW_INLINE float widen_half(uint16_t bits) {
   const uint32_t magnitude = bits & 0x7fff;
-  // Move exponent and fraction into place, and correct the exponent's bias; twice for infinities and NaN.
+  // Move exponent and fraction into place, and correct the exponent's bias. For infinities and NaN, correct it twice.
   const uint32_t bias = 112u << 23;
   uint32_t wide = (magnitude << 13) + bias + (magnitude >= 0x7c00 ? bias : 0u);
-  // Denormal numbers are multiples of 2^-24: as integers they are exact in every rounding mode.
+  // Denormal numbers are multiples of 2^-24: computed as integers, they are exact in every rounding mode.
   const float multiple = float(int32_t(magnitude)) * 0x1p-24f;
   uint32_t denormal;
   std::memcpy(&denormal, &multiple, sizeof(denormal));
@@ -32,7 +32,7 @@ LCW_INLINE float widen_half(uint16_t bits) {
   return value;
 }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 LCW_INLINE uint16_t round_to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -45,16 +45,16 @@ LCW_INLINE uint16_t round_to_half(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  // From 2^-14 on: rebias by 112 and drop 13 bits.
+  // From 2^-14 on: reduce the exponent's bias by 112, and drop 13 bits.
   const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below: adding 1/2 leaves the fraction, rounded by the addition itself, in the low bits.
+  // Below 2^-14: adding 1/2 leaves the fraction in the low bits, rounded by the addition itself.
   float absolute;
   std::memcpy(&absolute, &magnitude, sizeof(absolute));
   const float shifted = absolute + 0.5f;
   uint32_t denormal;
   std::memcpy(&denormal, &shifted, sizeof(denormal));
   denormal -= 0x3f000000u;
-  // 65520 is half-way between the largest number and the one that would follow it.
+  // From 65520 on, the result is infinite: it is half-way between the largest number and the one that would follow it.
   const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
   return uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));

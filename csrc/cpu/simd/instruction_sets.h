@@ -9,7 +9,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LCW_X86_DISPATCH 1
 #define LCW_AVX2 __attribute__((target("avx2,fma")))
-// For tests on processors without AVX-512: its tiles, run as pairs of AVX2 instructions.
+// For tests on processors without AVX-512: the tiles of AVX-512, run as pairs of AVX2 instructions.
 #ifdef LCW_AVX512_BY_AVX2
 #define LCW_AVX512 LCW_AVX2
 #else
@@ -19,13 +19,14 @@
 
 namespace lcw_ops {
 
-// 16 accumulators of 32 registers: two multiply-adds per cycle with a latency of four need 8, the rest is slack.
+// 16 of the 32 registers are accumulators. Two multiply-adds per cycle with a latency of four cycles need 8 of them;
+// the others are slack.
 struct Avx512 {
   static constexpr int vector_bytes = 64, accumulators = 16, dot_rows = 4;
   static constexpr bool has_multiply_add = true;
 };
 
-// 12 accumulators, two vectors of b and one number of a make 15 of 16 registers.
+// 12 accumulators, two vectors of b and one number of a take 15 of the 16 registers.
 struct Avx2 {
   static constexpr int vector_bytes = 32, accumulators = 12, dot_rows = 2;
   static constexpr bool has_multiply_add = true;
@@ -36,8 +37,8 @@ struct Portable {
   static constexpr bool has_multiply_add = false;
 };
 
-// compiled<Isa, function>(arguments...) calls `function`, which is LCW_INLINE, as a function of its own compiled for
-// the instruction set. If they were inlined at every call, the kernels would take megabytes.
+// compiled<Isa, function>(arguments...) calls `function`, which is LCW_INLINE, as a separate function that is compiled
+// for the instruction set. If such functions were inlined at every call, the kernels would take megabytes.
 template <class Isa, auto function>
 struct Compiled;
 
@@ -58,7 +59,7 @@ constexpr auto compiled = &Compiled<Isa, function>::call;
 
 enum class InstructionSet { portable, avx2, avx512 };
 
-// The fastest set that this processor has. For tests LCW_OPS_CPU_CAPABILITY=avx2 or portable asks for less.
+// The fastest set that this processor has. For tests, LCW_OPS_CPU_CAPABILITY=avx2 or portable limits the choice.
 inline InstructionSet instruction_set() {
 #ifdef LCW_X86_DISPATCH
   static const InstructionSet fastest = [] {

@@ -1,4 +1,4 @@
-// The loops of tiles.h as functions of their own, compiled once for each instruction set. If they were inlined at every
+// The loops of tiles.h as separate functions, compiled once for each instruction set. If they were inlined at every
 // call, they would take megabytes.
 #pragma once
 
@@ -15,7 +15,7 @@ template <class Isa, typename T>
 struct ProductLoops {
   LCW_INLINE static void multiply(const Product<T>& product) { lcw_ops::multiply<Isa>(product); }
 
-  // One tile: two vectors, and as many rows as there are.
+  // Multiplies one tile: two vectors of columns, and all rows of the product.
   LCW_INLINE static void multiply_tile(const Product<T>& product) {
     lcw_ops::multiply_rest<Isa, Isa::accumulators / 2, 2>(product);
   }
@@ -79,8 +79,8 @@ struct Products {
   static constexpr auto round = compiled<Isa, Loops::round>;
 };
 
-// A whole product, in strips of columns that stay in the nearest cache for all rows. The last two tiles share their
-// rows evenly, because a tile of two rows takes as long as one of four.
+// Computes a whole product, in strips of columns that stay in the nearest cache for all rows. The last two tiles share
+// their rows evenly, because a tile of two rows takes as long as one of four.
 template <class Isa, typename T>
 LCW_INLINE void multiply_evenly(const Product<T>& product) {
   constexpr int64_t tile = Isa::accumulators / 2, width = 64;

@@ -1,7 +1,7 @@
 // Tiles of small matrix products on row-major data, the inner loops of every recurrence and of blas/.
 //
-// `Isa` says how wide vectors are and how many accumulators the register file holds. The sum over k runs in the same
-// order for every element, whatever tile it falls in.
+// `Isa` gives the width of vectors and the number of accumulators that the registers hold. The sum over k has the same
+// order for every element, whichever tile it is in.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +21,9 @@ struct Product {
   T* out;
   int64_t ldo, rows, columns, depth;
   bool accumulate = false;
-  const T* shift = nullptr;  // one number per row, added to every column at the end, or nullptr
-  const T* ahead = nullptr;  // the next `a`, of the same size, to be fetched along the way; nullptr if it is in cache
-  bool is_near = false;      // `a` is in the nearest cache already
+  const T* shift = nullptr;         // one number per row, added to every column at the end, or nullptr
+  const T* ahead = nullptr;         // the next `a`, of the same size, to be prefetched; nullptr if it is in cache
+  bool is_near = false;             // `a` is in the nearest cache already
   const T* column_shift = nullptr;  // like `shift`, one number per column; whole tiles only
 
   LCW_INLINE Product at(int64_t r, int64_t j) const {
@@ -70,7 +70,7 @@ LCW_INLINE void multiply_tile(const Product<T> p) {
     }
 }
 
-// The tile with as many rows as are left, at most `rows`.
+// Multiplies one tile, with the rows that are left, at most `rows`.
 template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_rest(const Product<T> p) {
   if (p.rows >= rows) return multiply_tile<Isa, rows, vectors>(p);
@@ -83,7 +83,7 @@ LCW_INLINE void prefetch(const T* begin, int64_t count) {
   for (int64_t i = 0; i < count; i += line) __builtin_prefetch(begin + i);
 }
 
-// All rows of `vectors` vectors of columns.
+// Multiplies all rows, for the first `vectors` vectors of columns.
 template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_columns(const Product<T> p) {
   int64_t r = 0;
@@ -99,7 +99,7 @@ LCW_INLINE void multiply_columns(const Product<T> p) {
     if (r < p.rows) multiply_rest<Isa, rows - 1, vectors>(p.at(r, 0));
 }
 
-// Fewer columns than one vector has lanes.
+// Multiplies if there are fewer columns than a vector has lanes.
 template <class Isa, typename T>
 LCW_INLINE void multiply_narrow(const Product<T> p) {
   for (int64_t r = 0; r < p.rows; ++r) {
@@ -114,7 +114,7 @@ LCW_INLINE void multiply_narrow(const Product<T> p) {
   }
 }
 
-// The columns left over: computes the vector of columns that ends with them, and keeps only these.
+// Multiplies the columns left over: computes the last vector of columns, and keeps only its last `kept` columns.
 template <class Isa, typename T>
 LCW_INLINE void multiply_last(const Product<T> p, int64_t kept) {
   constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
@@ -138,7 +138,7 @@ LCW_INLINE void multiply(Product<T> p) {
   constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   if (p.columns < lanes) return multiply_narrow<Isa>(p);
   int64_t j = 0;
-  // Fewer rows have wider tiles: a single row needs as many sums in flight as eight do.
+  // With fewer rows, tiles are wider: a single row needs as many sums in flight as eight rows do.
   if (p.rows == 1)
     for (; j + 8 * lanes <= p.columns; j += 8 * lanes) multiply_tile<Isa, 1, 8>(p.at(0, j));
   if (p.rows <= 2)
@@ -155,8 +155,9 @@ LCW_INLINE void multiply(Product<T> p) {
 }
 
 #if LCW_SHUFFLES
-// Replaces the rows first and second by the choices `low` and `high`. Indices below the number of lanes choose from the
-// first row, the others from the second. Every choice below is one instruction.
+// Replaces `first` by the elements of both rows that `low` chooses, and `second` by those that `high` chooses. An index
+// below the number of lanes chooses from the first row, any other from the second. Every choice below is one
+// instruction.
 template <typename Wide, typename Index>
 LCW_INLINE void shuffle_pair(Wide& first, Wide& second, Index low, Index high) {
   const Wide a = first, b = second;
@@ -169,11 +170,11 @@ LCW_INLINE void transpose_lanes(Vector<float, 32>::type (&row)[8]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2)
     shuffle_pair(row[i], row[i + 1], Index{0, 8, 1, 9, 4, 12, 5, 13}, Index{2, 10, 3, 11, 6, 14, 7, 15});
-  // Now pairs of rows: columns 0, 1, 4, 5 in the even ones, 2, 3, 6, 7 in the odd ones.
+  // Now a row holds columns of a pair of rows: columns 0, 1, 4, 5 in the even rows, and 2, 3, 6, 7 in the odd ones.
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i = i % 2 ? i + 3 : i + 1)
     shuffle_pair(row[i], row[i + 2], Index{0, 1, 8, 9, 4, 5, 12, 13}, Index{2, 3, 10, 11, 6, 7, 14, 15});
-  // Now fours of rows: columns 0 and 4, 2 and 6, 1 and 5, 3 and 7.
+  // Now a row holds two columns of four rows: columns 0 and 4, 2 and 6, 1 and 5, 3 and 7.
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
     shuffle_pair(row[i], row[i + 4], Index{0, 1, 2, 3, 8, 9, 10, 11}, Index{4, 5, 6, 7, 12, 13, 14, 15});
@@ -254,7 +255,7 @@ LCW_INLINE void sum_lanes(const typename Vector<T, Isa::vector_bytes>::type (&su
   }
 }
 
-// `rows` states times `units` rows of the matrix: both are contiguous along k, so nothing is transposed.
+// Multiplies `rows` states by `units` rows of the matrix. Both are contiguous along k, so nothing is transposed.
 template <class Isa, int rows, int units, typename T>
 LCW_INLINE void dot_tile(const T* state, const T* matrix, int64_t depth, T* out, int64_t ldo) {
   using L = WholeVector<Isa, T>;
@@ -300,7 +301,7 @@ LCW_INLINE void dot_rows(
     if (ahead) prefetch(ahead + o * depth, units * depth);
     dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);
   }
-  // The units left over share a tile with some that are already done.
+  // The units left over share a tile with some units that are computed a second time.
   if (o < all_units) {
     o = all_units - units;
     dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);

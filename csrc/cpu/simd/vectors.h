@@ -25,7 +25,8 @@ struct Vector {
   static constexpr int lanes = bytes / sizeof(T);
 };
 
-// The lanes of the widest vector of any instruction set. This many numbers after a row in a buffer may be overwritten.
+// The number of lanes of the widest vector of any instruction set. Up to this many numbers after a row in a buffer may
+// be overwritten.
 template <typename T>
 constexpr int64_t slack = 64 / sizeof(T);
 
@@ -85,9 +86,9 @@ struct Lanes {
     return choose(value, fill, [](int i) { return i + 1 < count ? i + 1 : count; }, Sequence());
   }
 
-  // For a running product or sum in steps of by = 1, 2, 4, ...: every lane takes a lane below it whose sum reaches down
-  // far enough, or `fill`. Within 16 bytes, where lanes move in one instruction, this is the lane `by` below; beyond,
-  // it is the last lane of the half below.
+  // For a running product or sum in steps of by = 1, 2, 4, ...: every lane takes the number of a lane below it whose
+  // sum reaches far enough down, or `fill` if there is none. Within 16 bytes, where lanes move in one instruction, this
+  // is the lane `by` below. For a larger step, it is the last lane of the half below.
   template <int by>
   LCW_INLINE static Wide from_below(Wide value, Wide fill) {
     constexpr auto source = [](int i) {

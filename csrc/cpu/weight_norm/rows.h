@@ -34,7 +34,8 @@ LCW_INLINE double sum_of_lanes(const T (&part)[vectors]) {
   return total;
 }
 
-// <a, b> and, unless c is nullptr, <a, c>: partial sums of 16 numbers each, side by side, added up in float64.
+// Returns <a, b> and, unless c is nullptr, <a, c>. Partial sums of 16 numbers each are computed side by side and added
+// up in float64.
 template <class Isa, typename T>
 LCW_INLINE std::pair<double, double> dots(const T* a, const T* b, const T* c, int64_t count) {
   using L = WholeVector<Isa, T>;
@@ -72,12 +73,12 @@ LCW_INLINE double dot(const T* a, const T* b, int64_t count) {
   return dots<Isa, T>(a, b, nullptr, count).first;
 }
 
-// Writes scale v / |v| to `out`, which may be the row, and returns |v|. A row of zeros stays zero and has length
-// infinity, because every derivative of a row without direction is zero.
+// Writes scale v / |v| to `out`, which may be `row` itself, and returns |v|. A zero row stays zero. It has no
+// direction, and its derivatives are taken as 0: it gets the length infinity, which makes them 0.
 template <class Isa, typename T>
 LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
   const double square = dot<Isa>(row, row, m);
-  // Within the limit no square that counts was rounded to 0 or infinity, and the factor has full accuracy.
+  // Within the limit, no square that matters for the sum was rounded to 0 or infinity; the factor has full accuracy.
   constexpr double limit = std::is_same_v<T, double> ? 0x1p900 : 0x1p90;
   const double length = std::sqrt(square), factor = double(scale) / length, size = std::abs(factor);
   if (square > 1 / limit && square < limit && (factor == 0 || (size > 0x1p-100 && size < 0x1p100))) {
@@ -110,7 +111,7 @@ LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
   return std::ldexp(scaled_length, exponent);
 }
 
-// g <- s (g - <g, v / |v|> v / |v|) / |v|, and returns the inner product.
+// Replaces g by s (g - <g, v / |v|> v / |v|) / |v| and returns the inner product.
 template <class Isa, typename T>
 LCW_INLINE double normalized_backward_row(const T* direction, double length, double scale, int64_t m, T* g) {
   const double along = dot<Isa>(g, direction, m), factor = scale / length;
@@ -128,19 +129,19 @@ LCW_INLINE double square(const T* row, int64_t m) {
   return dot<Isa>(row, row, m);
 }
 
-// <row, row> and <row, other>
+// Returns <row, row> and <row, other>.
 template <class Isa, typename T>
 LCW_INLINE std::pair<double, double> squares(const T* row, const T* other, int64_t m) {
   return dots<Isa>(row, row, other, m);
 }
 
-// out <- factor (g - share row), which may be g
+// Writes factor (g - share row) to `out`, which may be `g` itself.
 template <class Isa, typename T>
 LCW_INLINE void take_off(const T* row, T share, T factor, int64_t m, const T* g, T* out) {
   for (int64_t i = 0; i < m; ++i) out[i] = (g[i] - share * row[i]) * factor;
 }
 
-// Units given by any vector along their direction.
+// The rows of a layer whose units are given by vectors of any length.
 template <typename T>
 struct VectorRows {
   Source<T> weight;
@@ -157,7 +158,7 @@ struct VectorRows {
     std::memcpy(kept, &length, sizeof length);
   }
 
-  // g: dL/d(scale * row).
+  // `g` is dL/dw, the gradient with respect to w = s v / |v|; it is overwritten.
   template <class Isa>
   LCW_INLINE void backward(int64_t unit, T* kept, const T* direction, T* g) const {
     double length;

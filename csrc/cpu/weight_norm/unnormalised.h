@@ -1,9 +1,13 @@
-// The layer with normalised rows, by products with the rows as they are:
+// A linear layer whose weight has the rows w = s v / |v|, computed by products with the unnormalised rows v of V:
 //
 //   q = X v^T,  y = (s / |v|) q + b;    G = dY^T X,  ds = <G, v> / |v|,  dV = (s / |v|) (G - (ds / |v|) v),
-//   dX = (s / |v|) dY V
+//   dX = ((s / |v|) dY) V
 //
-// In addition to the plain layer's products, this reads the weight once for the norms, and once more for dV.
+// X is the input and Y the output; s and b are a unit's scale and bias. dY, the gradient of the loss, has one column
+// per unit, and s / |v| multiplies the unit's column. G is the gradient with respect to w.
+//
+// Besides the products of a plain layer, each pass reads the weight once more: the forward pass for the norms, the
+// backward pass for the norms and dV.
 #pragma once
 
 #include <atomic>
@@ -14,20 +18,20 @@
 
 namespace lcw_ops {
 
-// Every function returns false if a number was, or might have been, too large or too small. Then the rows must be
-// normalised first.
+// The functions of type bool return false if an intermediate number was, or might have been, too large or too small.
+// The caller must then start again, with products by normalised rows.
 template <typename T>
 struct UnnormalisedRows {
   Source<T> weight;
   int64_t samples, n, m;
   const T* scale;
 
-  // Lengths of rows, and factors above 1, take at most this much of the range of numbers. Small factors take nothing,
-  // because an overflow of q is noticed.
+  // The limit of |v|, of 1 / |v| and of |s| / |v|: each of them brings a number at most this much closer to overflow or
+  // underflow. A small |s| / |v| does no harm: q can overflow where y does not, but `finish` notices that.
   static constexpr double most = 0x1p16;
 
-  // Writes |v| to `length` and s / |v| to `factor`, or returns false. A non-finite entry affects its own row only: it
-  // makes the whole row NaN.
+  // Writes |v| to `length` and s / |v| to `factor`, or returns false. A non-finite entry of v is accepted: it makes the
+  // length and the factor of this row NaN, and affects no other row.
   template <class Isa>
   LCW_INLINE bool measure(const T* row, int64_t unit, double& length, T& factor) const {
     return measure(row, compiled<Isa, square<Isa, T>>(row, m), unit, length, factor);
@@ -39,7 +43,7 @@ struct UnnormalisedRows {
     if (found < most && found > 1 / most && (ratio == 0 || (size < most && size > 0x1p-64))) return true;
     constexpr T largest = std::numeric_limits<T>::max();
     if (found == 0 && std::all_of(row, row + m, [](T number) { return number == T(0); })) {
-      // The derivatives of a row without direction are 0.
+      // A zero row has no direction. Its derivatives are taken as 0, which an infinite length makes them.
       length = std::numeric_limits<double>::infinity(), factor = scale[unit] * T(0);
       return true;
     }
@@ -49,7 +53,8 @@ struct UnnormalisedRows {
     return true;
   }
 
-  // From g = dL/d(row) computes dL/dv in `out`, which may be g, ds and s / |v|, or returns false.
+  // From `g`, the gradient with respect to w, computes dv in `out`, ds in `grad_scale` and s / |v| in `factor`. Or
+  // returns false, and leaves `out` and `grad_scale` as they were. `row` is v; `out` may be `g`.
   template <class Isa>
   LCW_INLINE bool backward(
       const T* row, int64_t unit, const T* g, T* out, T& factor, const Target<T>& grad_scale) const {
@@ -82,7 +87,8 @@ struct UnnormalisedRows {
     return all;
   }
 
-  // Replaces q by y for the sample x and the units from `first` on. `factor` and `bias` begin with these units.
+  // Replaces q by y in `row`, for the sample x and `units` units. The first entries of `row`, `factor` and `bias`
+  // belong to unit `first`.
   LCW_INLINE void finish(const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
     int infinite = 0;
     for (int64_t u = 0; u < units; ++u) {
@@ -92,7 +98,8 @@ struct UnnormalisedRows {
     if (infinite) finish_infinite(x, first, units, factor, bias, row);
   }
 
-  // The same if q is infinite or NaN: y may still be finite.
+  // Computes y again where it came out infinite or NaN, in float64 and scaled by `small`, because only q may have
+  // overflowed. If x itself is not finite, `row` stays as it is.
   LCW_NOINLINE void finish_infinite(
       const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
     for (int64_t k = 0; k < m; ++k)
@@ -111,7 +118,7 @@ struct UnnormalisedRows {
   // Computes y from x (samples, m).
   bool forward_few(const T* x, const T* bias, const Target<T>& y) const {
     std::atomic<bool> all{true}, *found = &all;
-    // The last of an odd number of samples takes eight rows at a time.
+    // `multiply_by_rows` multiplies samples by four rows at a time, but the last of an odd number of samples by eight.
     const int64_t units = samples % 2 ? 8 : 4;
     const int64_t blocks = (n + units - 1) / units;
     for_each_unit(blocks, units * m, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -136,7 +143,7 @@ struct UnnormalisedRows {
     return all;
   }
 
-  // Replaces q by y.
+  // Replaces q, which `y` holds on entry, by y.
   void forward_many(const Source<T>& x, const T* factor, const T* bias, const Target<T>& y) const {
     for_each_part(samples, grain_of(n), [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       using Isa = decltype(isa);
@@ -150,7 +157,7 @@ struct UnnormalisedRows {
     });
   }
 
-  // Computes dV and ds from X and dY, and s / |v| of every row.
+  // From X and dY computes dV, ds, and s / |v| of every row.
   template <typename E>
   bool backward_few(const E* x, const E* grad, T* grad_weight, const Target<T>& grad_scale, T* factor) const {
     std::atomic<bool> all{true}, *found = &all;

@@ -1,6 +1,7 @@
 // The linear layer with normalised rows: y = X (s v / |v|)^T + b.
 //
-// If samples are few or, forward, few compared with a unit's inputs, it makes no normalised rows (unnormalised.h).
+// It multiplies by the unnormalised rows (unnormalised.h) if there are few samples or, in the forward pass, few samples
+// compared with the inputs of a unit. Backward also does so for more samples, except in float16.
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -11,11 +12,12 @@
 namespace lcw_ops {
 namespace {
 
-// The most samples for which our own products multiply the rows as they are.
+// The most samples for which our own products multiply by the unnormalised rows.
 constexpr int64_t few_unnormalised = 64;
 
-// Whether the product takes rows that are not normalised. The gradient of a row of one number must be exactly 0. Many
-// samples have products that are rounded to their dtype and then scaled; float16 does not have the range.
+// Whether the product takes unnormalised rows. It does not for m = 1, because the gradient of a row of one number must
+// be exactly 0. With more samples than few_unnormalised, the products are rounded to x's dtype and then scaled, for
+// which the range of float16 is too small.
 bool is_unnormalised(const Tensor& x) {
   const int64_t samples = x.size(0), m = x.size(1);
   return m > 1 && (samples <= few_unnormalised || (samples <= m / 4 && x.scalar_type() != ScalarType::Half));
@@ -66,8 +68,8 @@ Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<T
   return multiply(normalize_scale(weight, scale), bias);
 }
 
-// The gradients, in three ways. `few` and `many` multiply rows as they are. Each returns false if the numbers do not
-// allow that, and the next one starts again.
+// Computes the gradients in one of three ways: `few`, `many` or `normalised`. `few` and `many` multiply by the
+// unnormalised rows. Each of them returns false if the numbers do not allow that; the next one then starts again.
 template <typename T>
 struct LinearBackward {
   const Tensor &grad_output, &x, &weight, &scale;
@@ -108,7 +110,8 @@ struct LinearBackward {
     return is_ordinary;
   }
 
-  // Any number of samples, by the fastest products. float16 does not have the range for rows of other lengths.
+  // Any number of samples, by the fastest products. The range of float16 is too small for products with unnormalised
+  // rows.
   bool many() {
     if (x.scalar_type() == ScalarType::Half || m == 1) return false;
     if (needs_rows) {

@@ -2,8 +2,8 @@
 
     h <- alpha O h + beta act(W h + b + u)
 
-A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random; everything else
-is trained.
+A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and, by default, random.
+The weights and biases are trained; alpha and beta are trained only if each is given as an ``nn.Parameter``.
 """
 
 from lcw_ops import _old_names

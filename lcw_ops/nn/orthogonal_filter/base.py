@@ -1,4 +1,4 @@
-"""The base of both networks: the filter as a buffer that keeps its precision, and the two scales."""
+"""The base class of both networks: it holds the filter (a buffer that keeps its precision) and the two scales."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def _is_finite(scale: float | Tensor) -> bool:
 
 
 class _OrthogonalFilter(nn.Module):
-    """The base of both networks: the filter as a buffer that keeps its precision, and the two scales."""
+    """The base class of both networks: it holds the filter (a buffer that keeps its precision) and the two scales."""
 
     filter: Tensor
     alpha: float | Tensor | None
@@ -111,7 +111,7 @@ class _OrthogonalFilter(nn.Module):
         return {name: tensor for name, tensor in kept.items() if isinstance(tensor, Tensor)}
 
     def _check_scale(self, name: str, scale: float | Tensor, steps: int | None) -> None:
-        """TypeError or ValueError unless it is finite, and a number or a tensor with one element or one per step."""
+        """Raise TypeError or ValueError unless it is finite, and a number or a tensor of one or ``steps`` elements."""
         owner = type(self).__name__
         if not isinstance(scale, (int, float, Tensor)):
             raise TypeError(describe(owner, name, f"is a {type(scale).__name__}", "a number or a tensor"))
@@ -145,8 +145,8 @@ class _OrthogonalFilter(nn.Module):
         if isinstance(loaded, Tensor) and _torch.has_values(loaded):
             problem = self._problem_of(loaded, key)
             if problem is not None:
-                # As for a tensor of the wrong size: this filter stays, the model's other tensors are loaded, and
-                # load_state_dict raises one RuntimeError with every message.
+                # As with a tensor of the wrong size, this module's filter stays, the model's other tensors are loaded,
+                # and load_state_dict raises one RuntimeError with every message.
                 error_msgs.append(problem)
                 state_dict = {**state_dict, key: self.filter}
             else:
@@ -155,7 +155,8 @@ class _OrthogonalFilter(nn.Module):
                     or is_lost(self.filter)
                     or not torch.equal(loaded.to(self.filter), self.filter)
                 )
-        # Versions do not help: inference mode may not count them, and a refused filter is copied onto itself.
+        # Version counters cannot tell whether a tensor was loaded: inference mode may not count, and a refused filter
+        # is copied onto itself. So the values are compared after the call.
         lost = {name: given.get(f"{prefix}{name}") for name, tensor in self._kept_tensors().items() if is_lost(tensor)}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -185,14 +186,16 @@ class _OrthogonalFilter(nn.Module):
     def _apply_input_layer(self, x: Tensor) -> Tensor:
         """The first state, (*, width).
 
-        A layer that replaces the nn.Linear (quantized, with adapters) may take another dtype than its weight's, or have
-        no weight, so its own errors pass through. An nn.Linear's errors are explained in this module's terms, after
-        the call, because torch.fx and torch.jit.trace cannot record a check of x before it.
+        A layer that replaces the nn.Linear (a quantized one, one with adapters) may take another dtype than its
+        weight's, or have no weight, so its own errors pass through. The errors of an nn.Linear are explained in this
+        module's terms. That is done after the call, because torch.fx and torch.jit.trace cannot record a check of x
+        before it.
         """
         layer = self.input_layer
         if type(layer) is not nn.Linear:
             return layer(x)
-        # Dynamo raises the layer's errors while it compiles, outside this try, and a fake layer takes any dtype.
+        # While Dynamo compiles, the layer's errors are raised outside this try, and a fake layer takes any dtype. So x
+        # is checked before the call.
         if torch.compiler.is_compiling():
             self._check_input(x, layer.weight)
             return layer(x)
@@ -206,7 +209,7 @@ class _OrthogonalFilter(nn.Module):
             raise
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
-        """TypeError or ValueError if the input layer, an nn.Linear, does not take x."""
+        """Raise TypeError or ValueError if the input layer, an nn.Linear, does not take x."""
         owner = type(self).__name__
         if not isinstance(x, Tensor):
             raise TypeError(describe(owner, "input", f"is a {type(x).__name__}", "a tensor"))
@@ -217,11 +220,11 @@ class _OrthogonalFilter(nn.Module):
 
     @torch.no_grad()
     def _reset_fixed(self) -> None:
-        """Draw the filter again and set alpha and beta to their initial values, in place. ValueError if it cannot.
+        """Draw the filter again and set alpha and beta to their initial values, in place, or raise ValueError.
 
-        A filter that was given as a tensor stays. Everything is checked before anything is written. If a
-        parameter is sharded over ranks, this is a collective, because drawing the parts has left the ranks' generators
-        in different states.
+        A filter that was given as a tensor stays. Everything is checked before anything is written. If a parameter is
+        sharded over ranks, all of them have to call this, and they get the first rank's filter: drawing their parts of
+        the parameters has left their generators in different states.
         """
         if self._is_being_made:
             return
@@ -300,7 +303,7 @@ def dtype_message(owner: str, name: str, input: Tensor, weight: Tensor) -> str:
 
 
 def check_sizes(module: nn.Module, **sizes: int) -> None:
-    """TypeError or ValueError unless every size is an int of at least 1."""
+    """Raise TypeError or ValueError unless every size is an int of at least 1."""
     owner = type(module).__name__
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):

@@ -1,6 +1,6 @@
 """The fixed orthogonal filters O of the recurrence: drawn, or given and checked.
 
-The kinds are those of the author's sibling models; "permutation" is ours.
+The kinds are those of related models by the same author; "permutation" is ours.
 """
 
 import math
@@ -28,8 +28,8 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
         dtype: the layer's. The filter itself is at least float32.
         device: the device of the result, even for a given tensor. Default: torch's default device.
 
-    "haar" and "permutation" are random: ranks share a filter if they draw it with the same seed, or load it. Tensors
-    without values (on the meta device, or fake) are not checked.
+    "haar" and "permutation" are random: ranks share a filter only if all of them draw it with the same seed, or load
+    it. Tensors without values (on the meta device, or fake) are not checked.
 
     Returns:
         An int64 permutation (N,) for every kind but "haar", which gives (N, N). A given tensor is copied and converted.
@@ -69,7 +69,7 @@ def _rounding_of(dtype: torch.dtype) -> float:
 
 
 def check_filter(owner: str, argument: str, filter: Tensor, width: int, eps: float) -> None:
-    """ValueError or TypeError unless it is a permutation, or orthogonal up to rounding of relative size ``eps``."""
+    """Raise ValueError or TypeError unless it is a permutation or, up to rounding of relative size eps, orthogonal."""
     if filter.dtype == torch.int64:
         every = torch.arange(width, device=filter.device)
         if filter.shape != (width,) or (_torch.has_values(filter) and not torch.equal(filter.sort().values, every)):
@@ -110,7 +110,7 @@ def _deviation(filters: Tensor) -> float:
 
 
 def kind_of(filter: Tensor) -> str:
-    """The kind of a loaded filter. A matrix does not show the measure from which it was drawn."""
+    """The kind of a loaded filter. Every matrix is a "tensor": it does not show from which measure it was drawn."""
     if filter.dtype != torch.int64:
         return "tensor"
     for kind in ("identity", "cyclic"):

@@ -32,12 +32,12 @@ def allocates(fn: Callable[[Tensor], Tensor]) -> bool:
         return False
 
 
-# The attribute that marks a tensor whose values are uninitialised memory. It holds the state when they were lost.
+# The attribute that marks a tensor whose values are uninitialised memory. It holds the tensor's state at that time.
 _LOST_AT = "_lcw_ops_lost_at"
 
 
 def mark_lost(tensor: Tensor) -> None:
-    """Count the tensor as lost until autograd sees a write, it or its memory is replaced, or it is loaded."""
+    """Count the tensor as lost until autograd sees a write to it, its memory is replaced, or it is loaded."""
     setattr(tensor, _LOST_AT, _state_of(tensor))
 
 
@@ -71,7 +71,7 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. There is none until that module is imported, which would take a while."""
+    """Whether it is a DTensor. No tensor is one until that module is imported, which would take a while."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -2,8 +2,8 @@
 
     h_l = alpha O h_{l-1} + beta act(W_l h_{l-1} + b_l)
 
-A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random; everything else
-is trained.
+A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and, by default, random.
+The weights and biases are trained; alpha and beta are trained only if each is given as an ``nn.Parameter``.
 """
 
 import torch
@@ -15,7 +15,10 @@ from lcw_ops.nn.orthogonal_filter.base import _OrthogonalFilter, check_sizes
 
 
 class OrthogonalFilterMLP(_OrthogonalFilter):
-    """A deep network that trains at 50,000 layers: h_0 = W_in x + b_in, ``depth`` steps, y = W_out h + b_out.
+    """A deep network that can be trained with 50,000 layers.
+
+    h_0 = W_in x + b_in, then h_l = alpha O h_{l-1} + beta act(W_l h_{l-1} + b_l) for l = 1 to ``depth``, and
+    y = W_out h_depth + b_out.
 
     Shapes:
         input (*, in_features) -> output (*, out_features).
@@ -25,25 +28,27 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         width: N, units per layer.
         depth: L, number of layers.
         out_features: size of one output.
-        filter: O, see :func:`make_filter`; a buffer, never trained. "haar" and "permutation" are random: on several
-            ranks draw them with one seed, or broadcast the state dict. The ranks of a sharded module agree in
-            :meth:`reset_parameters`.
-        beta: weight of the nonlinear branch, a number or (depth,) tensor; default 1 / depth. With a constant beta the
-            gradient vanishes like (1 - beta)^depth.
+        filter: O, see :func:`make_filter`; a buffer, never trained. "haar" and "permutation" are random. If there are
+            several ranks, draw the filter with the same seed on each, or broadcast the state dict. For a sharded
+            module, :meth:`reset_parameters` gives every rank the same filter.
+        beta: weight of the nonlinear branch, a number or (depth,) tensor; default 1 / depth. If beta does not fall with
+            depth, the gradient vanishes like (1 - beta)^depth.
         alpha: weight of the filter branch; default 1 - beta.
         activation: "tanh", "relu", "sigmoid" or "identity".
         segment: every ``segment``-th state is kept for backward, see :func:`lcw_ops.functional.orthogonal_filter`.
-        solver, tolerance, window: "sequential", or "parallel" over depth; see the same function.
+        solver: "sequential", "parallel" over depth, or "auto"; see :func:`lcw_ops.functional.orthogonal_filter`.
+        tolerance, window: options of the parallel solver; see the same function.
 
     Attributes:
         input_layer, output_layer: ``nn.Linear``.
-        weight: (depth, width, width), with std 1/sqrt(width), for ReLU sqrt(2/width).
-        bias: (depth, width), zero.
+        weight: (depth, width, width), drawn with std 1/sqrt(width), for ReLU sqrt(2/width).
+        bias: (depth, width), initially zero.
         filter: buffer, in float32 at least.
 
     Gradients of weight carry the factor beta: use Adam with eps <= 1e-12, or SGD with a rate that grows with depth. The
-    module does not see its optimizer and cannot warn. At 50,000 layers of width 32 the entries' median is 5e-8 before
-    the first step (digits, batch 64) and falls with the loss: Adam's default eps of 1e-8 is not small beside them.
+    module does not see its optimizer and cannot warn. With 50,000 layers of width 32 (scikit-learn's digits, batch 64),
+    half of the entries of weight's gradient are below 5e-8 in size before the first step, and they shrink as the loss
+    falls. Adam's default eps of 1e-8 is not small beside them.
 
     Raises:
         ValueError, TypeError: a size below 1, a filter that is not orthogonal, non-finite alpha or beta.
@@ -90,19 +95,20 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         A filter that was given as a tensor stays. The constructor itself does not call this method.
 
         If a parameter is a ``DTensor`` (FSDP2, tensor parallelism), all ranks of its mesh have to call this, and the
-        filter is that of the mesh's first rank. Otherwise ranks share a filter only if they call this with one seed.
+        filter is that of the mesh's first rank. Otherwise ranks share a filter only if all of them set the same seed
+        before the call.
 
         Raises:
-            ValueError: a filter, alpha or beta that was given as a tensor is uninitialised memory since ``to_empty``;
-                load or set it first. Or input_layer or output_layer has no ``reset_parameters``. In both cases nothing
-                is written.
+            ValueError: ``to_empty`` has left a filter, alpha or beta that was given as a tensor uninitialised (load or
+                set it before the call); or a layer that replaces input_layer or output_layer has no
+                ``reset_parameters``. In both cases nothing is written.
         """
         for name in ("input_layer", "output_layer"):
             layer = getattr(self, name)
             if not callable(getattr(layer, "reset_parameters", None)):
-                came = f"is a {type(layer).__name__}, and reset_parameters cannot initialise {name}"
-                expected = "a layer with reset_parameters"
-                remedy = "Give it one, or call reset_parameters before the layer is replaced."
+                came = f"is a {type(layer).__name__}, which has no method reset_parameters"
+                expected = "a layer with this method"
+                remedy = "Add the method to the layer, or call the module's own before you replace the layer."
                 raise ValueError(describe(type(self).__name__, name, came, expected, remedy))
         self._reset_fixed()
         self.input_layer.reset_parameters()

@@ -2,8 +2,8 @@
 
     h_t = alpha O h_{t-1} + beta act(W h_{t-1} + U x_t + b)
 
-A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and random; everything else
-is trained.
+A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and, by default, random.
+The weights and biases are trained; alpha and beta are trained only if each is given as an ``nn.Parameter``.
 """
 
 import functools
@@ -21,7 +21,7 @@ from lcw_ops.nn.orthogonal_filter.sequence import _finish_sequence, _start_seque
 
 
 def _refuse_arguments_of_rnn(init: Callable) -> Callable:
-    """Wrap the constructor: its TypeError says what to use instead of arguments that only ``torch.nn.RNN`` has."""
+    """Wrap the constructor: if an argument is one of ``torch.nn.RNN`` only, its TypeError says what to use instead."""
 
     @functools.wraps(init)
     def checked(self, *args, **kwargs) -> None:
@@ -63,8 +63,8 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     Args:
         input_size: size of x_t.
         hidden_size: N.
-        bias: False to leave b out.
-        batch_first: input and output are (batch, time, features) instead of (time, batch, features).
+        bias: whether there is a b.
+        batch_first: whether input and output are (batch, time, features) instead of (time, batch, features).
         filter, alpha, activation, segment, solver, tolerance, window: as in :class:`OrthogonalFilterMLP`.
         beta: weight of the nonlinear branch. Give it, or give ``length``.
         length: number of steps to remember, which sets beta = 1 / length.
@@ -72,7 +72,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     Attributes:
         weight_ih (N, input_size), weight_hh (N, N), bias (N,) or None; filter: buffer.
 
-    Every step's gradient carries the factor beta. :class:`OrthogonalFilterMLP` says which eps Adam then needs.
+    The gradient of every step carries the factor beta. :class:`OrthogonalFilterMLP` says which eps Adam then needs.
 
     Raises:
         ValueError: neither or both of beta and length, or as in :class:`OrthogonalFilterMLP`. In a call: wrong
