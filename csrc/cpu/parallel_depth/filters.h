@@ -85,7 +85,7 @@ LCW_INLINE void for_each_vector(int64_t begin, int64_t end, const Step& step) {
   for (; i < end; i += few) step(i, std::integral_constant<int, few>());
 }
 
-// Neighbouring elements that come from neighbouring ones: p_i = source + i - begin.
+// Adjacent elements that come from adjacent elements: p_i = source + i - begin.
 struct Run {
   int64_t begin, end, source;
 };
@@ -113,7 +113,8 @@ struct Permutation {
     has_long_runs = int64_t(runs.size()) * least_run <= width;
   }
 
-  // after = alpha O before + terms for a row. A final one is the state itself and replaces the old one.
+  // after = alpha O before + terms for a row. If it is final, `after` is the state itself, whose old value is compared
+  // and overwritten.
   template <class Isa, bool is_final>
   LCW_INLINE void step(T alpha, const T* before, const T* terms, T* after, T*, Largest<T, lanes<Isa>>& largest) const {
     const auto finish = [&](int64_t i, auto count, const auto& filtered) LCW_LAMBDA_INLINE {
@@ -154,8 +155,8 @@ struct Permutation {
   }
 };
 
-// (O h)_i = cosine_i h_i + sine_i h_{i xor 1}, carried in float64: a cosine rounded to float32 drifts over 50,000
-// layers. The last of an odd number of elements has no partner, and its sine is not read.
+// (O h)_i = cosine_i h_i + sine_i h_{i xor 1}, carried in float64, because the error of a cosine in float32 would add
+// up over 50,000 layers. The last of an odd number of elements has no partner, and its sine is not read.
 template <typename T>
 struct Rotation {
   using Carried = double;
@@ -165,7 +166,7 @@ struct Rotation {
   const double *cosine, *sine;
   int64_t width;
 
-  // after = alpha O before + terms for a row. A final one is also rounded into the state.
+  // after = alpha O before + terms for a row. If it is final, it is also rounded into the state.
   template <class Isa, bool is_final>
   LCW_INLINE void step(
       double alpha, const double* before, const T* terms, double* after, T* state,

@@ -1,9 +1,11 @@
-// The scan over all layers, by rows or by chunks of layers on all threads.
+// The scan over all layers: all threads share the rows, or chunks of layers.
 //
-// Rows are independent, and threads share them. If rows are too few, threads share the layers, in one chunk more than
-// there are threads. The first chunk is solved while the others, started from 0, are summed to their ends. Then
-// alpha^C O^C takes the carry from end to end, and all other chunks are solved at once. That computes every term of
-// inner chunks twice and takes 2 / (threads + 1) of one thread's time. Every sum has a fixed order.
+// Rows are independent, so threads share them. If there are too few rows, threads share the layers instead, in one
+// chunk more than there are threads. First, one thread solves the first chunk. Meanwhile, every other thread computes
+// the state with which an inner chunk of C layers would end if it began with 0. From these ends and alpha^C O^C follow
+// the states with which the chunks begin, one chunk after another. Then all chunks but the first are solved at once. So
+// every term of the inner chunks is computed twice, and the scan takes 2 / (threads + 1) of one thread's time. Every
+// sum has a fixed order.
 #pragma once
 
 #include "../tensors.h"
@@ -11,7 +13,7 @@
 
 namespace lcw_ops::parallel_depth {
 
-// The states (D + 1, M, N) in the order of the steps 0..D-1: the order of the layers or, in the adjoint, the reverse.
+// The states (D + 1, M, N) in the order of the steps 0..D-1: that of the layers, or in the adjoint the reverse order.
 template <typename T>
 struct Chain {
   int64_t layers, rows, width;
@@ -34,17 +36,18 @@ struct Chain {
   }
 };
 
-// Some rows through some steps.
+// The task of one thread: some rows, which it takes through the steps begin..end-1.
 template <typename Carried>
 struct Part {
   int64_t first_row, last_row, begin, end;
-  const Carried* carry;  // all rows before the first step
-  Carried* last;         // and after the last one, or nullptr
-  bool is_final;         // whether states are written
-  double change = 0;     // the largest relative one
+  const Carried* carry;  // the states of all rows before the first step
+  Carried* last;         // receives the states of all rows after the last step, or is nullptr
+  bool is_final;         // whether the states are written
+  double change = 0;     // the largest relative change of a row
 };
 
-// States of neighbouring rows go through the layers together, as many as the nearest cache holds twice.
+// Adjacent rows go through the layers together. Their states take at most this many bytes, so that the nearest cache
+// holds two copies of them.
 constexpr int64_t bytes_together = 8192;
 
 template <class Isa, typename T, class Filter, class Terms>
