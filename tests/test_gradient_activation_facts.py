@@ -2,8 +2,8 @@
 
 With K = alpha beta, the slope of f at 0, and L the Lipschitz constant of the objective F's gradient: F falls for rates
 below 2 / (L K); a coordinate moves by at most the rate times the bound of f; near a stationary point it is plain
-descent at the rate times K. So the plain optimizer at that rate stands beside every figure here: an effect that it
-shares is not a merit of the activation. All facts are derived.
+descent at the rate times K. So every figure here is compared with that of the plain optimizer at that rate: an effect
+that it shares is not a merit of the activation. All facts are derived.
 """
 
 import functools

@@ -48,6 +48,7 @@ class Group:
 
     @contextmanager
     def _answered(self, what: str) -> Iterator[None]:
+        """Replace the RuntimeError of a collective that fails by one that names the call and the rank."""
         try:
             yield
         except RuntimeError as error:

@@ -2,7 +2,7 @@
 
     h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-O is the filter, u_l an input. Each sweep covers all layers at once; see solver.py beside this file.
+O is the filter, u_l an input. Each sweep covers all layers at once; see solver.py in this folder.
 lcw_ops/reference/parallel_depth.py has the functions of a sweep. All sweeps run inside one op; the host decides how
 many.
 """
@@ -292,7 +292,7 @@ def _make_forward(recurrence: Recurrence, options: Options, window: int) -> solv
 
 
 def _sequential_kernel(backend: str, like: Tensor) -> str:
-    """The layer-by-layer kernel beside sweeps on ``backend``; "reference" if no kernel takes this width."""
+    """The layer-by-layer kernel that goes with sweeps on ``backend``; "reference" if no kernel takes this width."""
     if backend == "reference":
         return "reference"
     try:

@@ -222,7 +222,7 @@ class _DirectScan:
         self.transposed = reference.transpose_filter(filter).contiguous()
 
     def begin(self, continues: bool) -> None:
-        """Begin a window. ``continues`` says whether it starts from the state with which the last one ended."""
+        """Begin a window. ``continues`` says whether it starts from the state with which the previous one ended."""
 
     def finish(self, states: Tensor) -> None:
         """End a window that has converged."""
