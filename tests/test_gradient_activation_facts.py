@@ -200,8 +200,8 @@ def test_small_gradients_are_plain_descent_at_the_rate_times_k(make, kind, order
     ours = descend(activated(make, kind), w, gradient, 100, lr=lr, momentum=momentum)[-1]
     plain = descend(torch.optim.SGD, w, gradient, 100, lr=lr * GAIN, momentum=momentum)[-1]
     same_rate = descend(torch.optim.SGD, w, gradient, 100, lr=lr, momentum=momentum)[-1]
-    # f(g) = K g (1 - (beta g)^2 / 3) for the bounded kinds, K g (1 - beta |g| / 2) for log, with beta |g| <= 1e-8 at
-    # the start and less than 10 times that under momentum, in each of 100 steps.
+    # The first terms of f(g) are K g (1 - (beta g)^2 / 3) for the bounded kinds and K g (1 - beta |g| / 2) for log. At
+    # the start beta |g| <= 1e-8. Under momentum it stays below 10 times that in each of the 100 steps.
     allowed = 100 * (1e-7**order + 8 * EPS) * w.abs().max()
     assert (ours - plain).abs().max() <= allowed
     assert (ours - same_rate).abs().max() > 5 * allowed
@@ -209,7 +209,7 @@ def test_small_gradients_are_plain_descent_at_the_rate_times_k(make, kind, order
 
 @pytest.mark.parametrize("make", WITH_PLACES.values(), ids=WITH_PLACES)
 @pytest.mark.parametrize(("place", "decay"), [("gradient", 0.01 / GAIN), ("momentum", 0.01)])
-def test_weight_decay_beside_a_rate_times_k(make, place, decay):
+def test_weight_decay_at_a_rate_times_k(make, place, decay):
     """Decay that f does not see is K times weaker than the plain optimizer's at the rate times K."""
     _, gradient, smoothness = quadratic()
     lr = 0.5 / (smoothness * GAIN)

@@ -71,7 +71,7 @@ LCW_INLINE void sincos(
     r = r - n * Traits::half_pi[1];
     r = r - n * Traits::half_pi[2];
   } else {
-    // A product is not exact in float32 here; float64 has the digits.
+    // Here a product is not exact in float32. Float64 has enough digits.
     using Double = typename Vector<double, 2 * Isa::vector_bytes>::type;
     using Parts = SincosTraits<double>;
     const Double long_n = __builtin_convertvector(n, Double);
@@ -81,13 +81,13 @@ LCW_INLINE void sincos(
   }
   const Wide square = r * r;
   const Wide sine_r = r + r * (square * evaluate(Traits::sine, square));
-  // Small terms are added up before they meet the 1: added to a rounded number they would be lost, always downwards.
+  // Add up the small terms before adding 1. Added to a rounded number near 1 they would be lost, always downwards.
   const Wide cosine_r = T(1) + square * (square * evaluate(Traits::cosine, square) - T(0.5));
   // The shift leaves n mod 4 in the low bits.
   Bits quadrant;
   std::memcpy(&quadrant, &shifted, sizeof quadrant);
   constexpr int to_sign = 8 * sizeof(T) - 2;
-  // In the sign bit, which a selection of AVX2 looks at.
+  // Move the bit to the sign bit, because a selection in AVX2 looks only at that one.
   const Bits is_odd = quadrant << (to_sign + 1) < 0;
   const Bits sine_sign = (quadrant & 2) << to_sign, cosine_sign = ((quadrant + 1) & 2) << to_sign;
   Bits sine_bits, cosine_bits;

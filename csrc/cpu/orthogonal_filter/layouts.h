@@ -79,7 +79,7 @@ struct ManyRows {
   static constexpr int64_t lanes = Tiles::lanes, widest = 2 * lanes;
   static constexpr bool is_row_major = false;
   int64_t rows, width;
-  Slice units;  // always all
+  Slice units;  // always all units: threads do not share rows in this layout
 
   ManyRows(int64_t rows_, int64_t width_, Slice units_) : rows(rows_), width(width_), units(units_) {}
 
@@ -214,7 +214,7 @@ struct FewRows {
 // once, into panels of two vectors of columns (`pack`), and no step transposes states or inputs.
 template <class Tiles, typename T>
 struct PackedRows : FewRows<Tiles, T> {
-  static constexpr int64_t panel = 2 * Tiles::lanes;  // and the least width
+  static constexpr int64_t panel = 2 * Tiles::lanes;  // columns of a panel, and the least width of this layout
   using FewRows<Tiles, T>::FewRows;
 
   LCW_INLINE static int64_t panels(int64_t width) { return (width + panel - 1) / panel; }

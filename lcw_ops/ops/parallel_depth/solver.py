@@ -556,7 +556,8 @@ class Backward(Windows):
             _add_inner_products(gradients.beta, adjoint[1:], spare)
 
 
-# The number of samples, of any layers, in one float32 sum, and the memory for the sums that are computed at a time.
+# The number of outer products in one float32 sum (samples of one or more layers), and the bytes of the sums that are
+# computed at a time.
 SUMMED_SAMPLES = 64
 SUMMED_BYTES = 64 * 2**20
 
