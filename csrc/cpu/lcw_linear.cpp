@@ -319,7 +319,7 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
   STD_TORCH_CHECK(
       !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
-      "lcw_linear: the bias does not fit; call lcw_ops.functional.lcw_linear");
+      "lcw_linear: the bias does not fit x and weight; call lcw_ops.functional.lcw_linear");
   const WithoutGradients guard;
   // An empty weight has nothing to constrain.
   const bool is_empty = samples == 0 || n == 0 || m == 0;
@@ -336,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
   STD_TORCH_CHECK(
       grad_output.dim() == 2 && grad_output.size(0) == samples && grad_output.size(1) == n && grad_output.is_cpu() &&
           grad_output.scalar_type() == x.scalar_type(),
-      "lcw_linear_backward: grad_output does not fit; call lcw_ops.functional.lcw_linear");
+      "lcw_linear_backward: grad_output does not fit x and weight; call lcw_ops.functional.lcw_linear");
   const WithoutGradients guard;
   grad_output = as_contiguous(grad_output);
   const auto nothing = [&](bool needed, const Tensor& like) {

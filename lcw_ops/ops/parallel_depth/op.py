@@ -265,7 +265,7 @@ def _check(recurrence: Recurrence, options: Options) -> None:
     """
     state, filter, tolerance, window = recurrence.h0, recurrence.filter, options.tolerance, options.window
     if state.dim() != 2 or filter.dim() == 3:
-        raise orthogonal_filter.refusal(NAME, "a state that is not (M, N), or one filter per layer")
+        raise orthogonal_filter.refusal(NAME, "a state that is not (samples, units), or one filter per layer")
     if not (0 <= tolerance < math.inf and window >= 0):
         raise orthogonal_filter.refusal(NAME, f"a tolerance of {tolerance} or a window of {window} out of range")
     orthogonal_filter.check_arguments("reference", *recurrence, options.steps, options.activation)
