@@ -94,9 +94,8 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
   return map_rows(basis ? Map::project : Map::centre, grad_output);
 }
 
-// The layer with our own products. They are made for few samples. They also serve any number of samples if no library
-// is faster, as for 16-bit numbers on processors without 16-bit instructions. Matrices are stored in type E and
-// computed in type T.
+// The layer with our own products. They are made for few samples, and serve any number if no library is faster, as in
+// 16 bits on processors without such instructions. Matrices are stored in type E and computed in type T.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
@@ -189,7 +188,7 @@ struct Layer {
         grad, x, in_features, shifts.data(), out, [](auto, int64_t, int64_t) LCW_LAMBDA_INLINE {});
   }
 
-  // The sums are in float64 and in parts, because the number of samples has no bound. Units are summed side by side.
+  // In float64 and in partial sums, because samples have no bound; units side by side.
   void grad_bias(const E* grad, E* out) const {
     constexpr int64_t width = 32, terms = 64;
     const int64_t grain = std::max(width, grain_of(samples));

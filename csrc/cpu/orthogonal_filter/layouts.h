@@ -214,7 +214,7 @@ struct FewRows {
 // once, into panels of two vectors of columns (`pack`), and no step transposes states or inputs.
 template <class Tiles, typename T>
 struct PackedRows : FewRows<Tiles, T> {
-  static constexpr int64_t panel = 2 * Tiles::lanes;  // columns of a panel, and the least width of this layout
+  static constexpr int64_t panel = 2 * Tiles::lanes;  // and the least width
   using FewRows<Tiles, T>::FewRows;
 
   LCW_INLINE static int64_t panels(int64_t width) { return (width + panel - 1) / panel; }

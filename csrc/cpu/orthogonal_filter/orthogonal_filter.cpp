@@ -6,8 +6,7 @@
 // A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
 //
 // Cost per step and row: forward takes 4 N^2 operations (2 N^2 with a permutation), and each thread reads W_l once.
-// Backward repeats this, then takes 4 N^2 for G and 2 N^2 for dW. From about 16 rows on, the passes are bound by
-// arithmetic. With fewer rows they are bound by reading W.
+// Backward repeats this, then takes 4 N^2 for G and 2 N^2 for dW. From about 16 rows bound by arithmetic, else by W.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
 // Rows are independent, so each thread carries its slice of the batch through all layers. If there are fewer rows than

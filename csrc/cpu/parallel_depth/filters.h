@@ -85,7 +85,7 @@ LCW_INLINE void for_each_vector(int64_t begin, int64_t end, const Step& step) {
   for (; i < end; i += few) step(i, std::integral_constant<int, few>());
 }
 
-// Adjacent elements that come from adjacent elements: p_i = source + i - begin.
+// Neighbouring elements that come from neighbouring ones: p_i = source + i - begin.
 struct Run {
   int64_t begin, end, source;
 };
@@ -113,8 +113,7 @@ struct Permutation {
     has_long_runs = int64_t(runs.size()) * least_run <= width;
   }
 
-  // after = alpha O before + terms for a row. If it is final, `after` is the state itself, whose old value is compared
-  // and overwritten.
+  // after = alpha O before + terms for a row. A final one is the state itself and replaces the old one.
   template <class Isa, bool is_final>
   LCW_INLINE void step(T alpha, const T* before, const T* terms, T* after, T*, Largest<T, lanes<Isa>>& largest) const {
     const auto finish = [&](int64_t i, auto count, const auto& filtered) LCW_LAMBDA_INLINE {
@@ -166,7 +165,7 @@ struct Rotation {
   const double *cosine, *sine;
   int64_t width;
 
-  // after = alpha O before + terms for a row. If it is final, it is also rounded into the state.
+  // after = alpha O before + terms for a row. A final one is also rounded into the state.
   template <class Isa, bool is_final>
   LCW_INLINE void step(
       double alpha, const double* before, const T* terms, double* after, T* state,

@@ -1,11 +1,9 @@
-// The scan over all layers: all threads share the rows, or chunks of layers.
+// The scan over all layers, by rows or by chunks of layers on all threads.
 //
-// Rows are independent, so threads share them. If there are too few rows, threads share the layers instead, in one
-// chunk more than there are threads. First, one thread solves the first chunk. Meanwhile, every other thread computes
-// the state with which an inner chunk of C layers would end if it began with 0. From these ends and alpha^C O^C follow
-// the states with which the chunks begin, one chunk after another. Then all chunks but the first are solved at once. So
-// every term of the inner chunks is computed twice, and the scan takes 2 / (threads + 1) of one thread's time. Every
-// sum has a fixed order.
+// Rows are independent, and threads share them. If rows are too few, threads share the layers, in one chunk more than
+// there are threads. The first chunk is solved while the others, started from 0, are summed to their ends. Then
+// alpha^C O^C takes the carry from end to end, and all other chunks are solved at once. That computes every term of
+// inner chunks twice and takes 2 / (threads + 1) of one thread's time. Every sum has a fixed order.
 #pragma once
 
 #include "../tensors.h"
@@ -13,7 +11,7 @@
 
 namespace lcw_ops::parallel_depth {
 
-// The states (D + 1, M, N) in the order of the steps 0..D-1: that of the layers, or in the adjoint the reverse order.
+// The states (D + 1, M, N) in the order of the steps 0..D-1: the order of the layers or, in the adjoint, the reverse.
 template <typename T>
 struct Chain {
   int64_t layers, rows, width;
@@ -36,18 +34,17 @@ struct Chain {
   }
 };
 
-// The task of one thread: some rows, which it takes through the steps begin..end-1.
+// Some rows through some steps.
 template <typename Carried>
 struct Part {
   int64_t first_row, last_row, begin, end;
-  const Carried* carry;  // the states of all rows before the first step
-  Carried* last;         // receives the states of all rows after the last step, or is nullptr
-  bool is_final;         // whether the states are written
-  double change = 0;     // the largest relative change of a row
+  const Carried* carry;  // all rows before the first step
+  Carried* last;         // and after the last one, or nullptr
+  bool is_final;         // whether states are written
+  double change = 0;     // the largest relative one
 };
 
-// Adjacent rows go through the layers together. Their states take at most this many bytes, so that the nearest cache
-// holds two copies of them.
+// States of neighbouring rows go through the layers together, as many as the nearest cache holds twice.
 constexpr int64_t bytes_together = 8192;
 
 template <class Isa, typename T, class Filter, class Terms>

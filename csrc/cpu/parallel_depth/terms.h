@@ -43,8 +43,7 @@ struct Activated {
   int64_t bias_stride, beta_stride;
   Activation activation;
 
-  // Returns the terms of adjacent rows, in `out` or where they already are. If there are none, it returns `out`, which
-  // holds zeros.
+  // Returns the terms of neighbouring rows, in `out` or where they already are. Without any, returns `out`: zeros.
   template <bool is_derivative = false>
   LCW_INLINE const T* at(int64_t layer, int64_t first, int64_t count, T* out) const {
     if (!product) return out;
@@ -59,7 +58,7 @@ struct Activated {
   LCW_INLINE void after_step(int64_t, int64_t, int64_t, const Carried*) const {}
 };
 
-// product_l + outside_l, and scaled_l = slope_l g_l, which is computed on the way.
+// product_l + outside_l, and scaled_l from the gradients on the way.
 template <typename T>
 struct Summed {
   int64_t rows, width;
@@ -75,7 +74,7 @@ struct Summed {
     return out;
   }
 
-  // `before` holds g_l, the gradients of the layer's results.
+  // `before` has the gradients that the layer carries back.
   template <typename Carried>
   LCW_INLINE void after_step(int64_t layer, int64_t first, int64_t count, const Carried* before) const {
     if (!slope) return;
