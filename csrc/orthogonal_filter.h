@@ -276,7 +276,7 @@ template <class Device>
 std::tuple<Tensor, Tensor> orthogonal_filter(
     Tensor h0, Tensor weight, std::optional<Tensor> bias, Tensor filter, Tensor alpha, Tensor beta,
     std::optional<Tensor> inputs, int64_t steps, std::string activation, int64_t segment, bool return_states) {
-  STD_TORCH_CHECK(h0.dim() == 2 && steps >= 0 && segment >= 0, "orthogonal_filter: h0 must be (M, N)");
+  STD_TORCH_CHECK(h0.dim() == 2 && steps >= 0 && segment >= 0, "orthogonal_filter: h0 must be (samples, units)");
   check_dtype(h0);
   h0 = stable::contiguous(h0);
   segment = std::min(segment, std::max<int64_t>(steps, 1));
@@ -294,14 +294,14 @@ Gradients orthogonal_filter_backward(
   const int64_t dim = grad_output.dim();
   STD_TORCH_CHECK(
       (dim == 2 || (dim == 3 && grad_output.size(0) == steps + 1)) && steps >= 0 && segment >= 1,
-      "orthogonal_filter_backward: grad_output must be (M, N) or (L + 1, M, N)");
+      "orthogonal_filter_backward: grad_output must be (samples, units) or (layers + 1, samples, units)");
   const int64_t state_size = grad_output.size(dim - 2) * grad_output.size(dim - 1);
   segment = std::min(segment, std::max<int64_t>(steps, 1));
   STD_TORCH_CHECK(
       (checkpoints.numel() == (steps + segment - 1) / segment * state_size ||
        checkpoints.numel() == steps * state_size) &&
           checkpoints.scalar_type() == grad_output.scalar_type() && (!needs_bias || bias) && (!needs_inputs || inputs),
-      "orthogonal_filter_backward: checkpoints do not fit");
+      "orthogonal_filter_backward: checkpoints do not fit the other arguments");
   check_dtype(grad_output);
   grad_output = stable::contiguous(grad_output);
   checkpoints = stable::contiguous(checkpoints);

@@ -20,8 +20,8 @@ LEAST_ELEMENTS = 1024
 GROUP = 8
 WARP_LANES = 32 * GROUP
 
-# A GmP or weight-norm layer of up to this many samples makes its weight inside the product. Beyond, the vendor's matmul
-# should win. It reads the weight from memory, in little time compared with its multiplications.
+# A GmP or weight-norm layer of up to this many samples makes its weight inside the product. For more samples, the
+# vendor's matmul should be faster: it reads the weight from memory, but the multiplications take much longer than that.
 FUSED_ROWS = 64
 # 32 units x 64 columns are 16 elements a thread of 4 warps. More would spill in the sine and the recurrence.
 TILE_UNITS = 32
@@ -81,7 +81,7 @@ def choose_row_launch(length: int, itemsize: int, most_lanes: int | None = None)
 def choose_fused_launch(rows: int, units: int, features: int, itemsize: int, device: Device) -> dict:
     """Tile, warps, stages and column parts of a product that makes its own GmP or weight-norm weight."""
     multiplies_add = itemsize == 4 and not device.matrix_units
-    # Tensor cores take 16 samples at once or pad to them; multiply-adds would compute the padding.
+    # Tensor cores take 16 samples at a time, so fewer are padded. Multiply-adds would compute the padding as well.
     block_m = max(4 if multiplies_add else 16, triton.next_power_of_2(rows))
     block_k = TILE_ROW_BYTES // max(itemsize, 4)
     blocks = triton.cdiv(units, TILE_UNITS)

@@ -6,19 +6,21 @@
     W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the backward without divisions is ours. g is the
     gradient of u; P_k and T_k are running products and sums. The notation is that of lcw_ops/reference.
 
-Cost of the direction: 2 * itemsize bytes an element; about 25 instructions for sine and cosine, a running product by an
-associative scan over one number per 8 columns, so that threads exchange little: 56 instructions an element in all.
-4096 x 4096 float32 on an H200: memory 31 us, instructions 32 us. Backward moves 3 * itemsize bytes, reads the angles of
-long rows twice (the second time from the second-level cache) and takes 85 instructions: memory 47 us, instructions 48
-us. At 69 registers and 16 warps a multiprocessor holds one program, which hides less latency.
+Cost of the direction per element: 2 * itemsize bytes and 56 instructions, of which sine and cosine take about 25. The
+running product is an associative scan over one number per 8 columns, so that threads exchange little. For 4096 x 4096
+float32 numbers on an H200, memory takes 31 us and the instructions take 32 us. Backward moves 3 * itemsize bytes, reads
+the angles of long rows twice (the second time from the second-level cache) and takes 85 instructions: memory takes 47
+us and the instructions take 48 us. At 69 registers and 16 warps, a multiprocessor holds one program of the backward
+kernel, which hides less latency.
 
-Cost of a layer of M <= FUSED_ROWS samples: the angles are read once and the directions exist in registers alone; the
-product takes 2 M n m operations. M = 32, 4096 x 4096 float32: instructions 32 us, memory 16 us (8 us for 16-bit
-angles). If there are too few units to fill the multiprocessors, the columns are split among programs. Each program
-computes as if the product of sines began with its columns; a second kernel multiplies every part by the product of
-sines before it and adds the parts in order, without atomics. Larger M: one direction pass, torch's matmul with the
-location, and a pass over its result for ReLU and scale, of 2 or 3 * itemsize bytes an output, because torch's matmul
-cannot apply a scale after a ReLU. All figures are predicted from compiled code, not measured: no GPU has run this yet.
+Cost of a layer of M <= FUSED_ROWS samples: the angles are read once, and the directions exist in registers only. The
+product takes 2 M n m operations. For M = 32 and 4096 x 4096 float32 angles, the instructions take 32 us and memory
+takes 16 us (8 us for 16-bit angles). If there are too few units to fill the multiprocessors, the columns are split
+among programs. Each program computes as if the product of sines began with its columns. A second kernel multiplies
+every part by the product of sines before it and adds the parts in order, without atomics. A layer of more samples takes
+one direction pass, torch's matmul with the location, and a pass over its result for ReLU and scale, because torch's
+matmul cannot apply a scale after a ReLU. The last pass moves 2 or 3 * itemsize bytes per output. All figures are
+predicted from compiled code, not measured: no GPU has run this yet.
 """
 
 import torch
@@ -532,7 +534,7 @@ def sum_gradients_kernel(
         tl.store(location_sums + at, total.to(location_sums.dtype.element_ty), mask=unit < units)
 
 
-# Weight normalization was in this file too.
+# The old address of weight normalization, which has moved from this file to one of its own.
 _old_names.keep(
     globals(),
     dict.fromkeys(

@@ -5,15 +5,16 @@
     T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; B is Householder's, S = sum(v), s = sqrt(m).
     The notation is that of lcw_ops/reference.
 
-Cost of the weight kernels: 2 * itemsize bytes an element (a row longer than BLOCK lanes is read twice, the second time
-from the second-level cache) and 4 operations: bound by memory.
+Cost of the weight kernels per element: 2 * itemsize bytes and 4 operations, so they are bound by memory. A row longer
+than BLOCK lanes is read twice, the second time from the second-level cache.
 
 Cost of the linear kernel, M samples: it reads W once from memory, itemsize * n m bytes, and x at most as much again,
 from the second-level cache. The product takes 2 M n m operations; every element of W takes 1 for its row sum and 1 to
-widen 16 bits or to shift wider numbers. An H200's 4.3 TB/s bring 2.2 T elements of 16 bits a second, 0.28 Pflop/s at
-M = 64: bound by memory. In float32 they bring 1.1 T elements, for 33 T multiply-adds a second: bound by memory up to
-about M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
-kernel adds their sums in order, without atomics. Predicted, not measured: no GPU has run this yet.
+widen 16 bits or to shift wider numbers. An H200 reads 4.3 TB/s, or 2.2 T 16-bit elements a second. At M = 64 their
+products are 0.28 Pflop/s, so the kernel is bound by memory. In float32 the H200 reads 1.1 T elements and does 33 T
+multiply-adds a second, so the kernel is bound by memory up to about M = 24. If there are too few units to fill the
+multiprocessors, the columns are split among programs, and a second kernel adds their sums in order, without atomics.
+These bounds are predicted, not measured: no GPU has run this yet.
 Rows of W whose length is not a multiple of 16 are loaded element by element. (With a basis they are one shorter than
 x's rows.) 16-bit elements are then not loaded ahead of their use: asynchronous copies have at least 4 bytes.
 
@@ -23,10 +24,10 @@ does not change if a constant is subtracted from a row of x or of V and q and S 
 sums: the cancellation costs 2^-24 of |x| |V|. Eager torch rounds the centred weight to 16 bits and loses 2^-9 (2^-12)
 of |x| |V| before anything cancels. Moreover, x minus a constant would no longer fit the tensor core's 16 bits.
 float32 and float64: eager's own rounding is as fine as ours. Centring W alone leaves mean(x) in every product, centring
-x alone leaves mean(W). Therefore both are centred: x by its mean, which a small kernel computes first (inside this
-kernel it would be known only at the end; it reads M rows, little beside W), and V by the mean of its first columns. The
-latter may be rough: beside an x of zero sum any constant in V cancels, and the rest of V is of the size of its spread,
-not of its mean.
+x alone leaves mean(W). Therefore both are centred. A small kernel first computes the mean of x: inside this kernel it
+would be known only at the end, and M rows are little to read in comparison with W. V is centred by the mean of its
+first columns. That mean may be rough: if the sum of x is zero, any constant in V cancels, and the rest of V is of the
+size of its spread, not of its mean.
 """
 
 import math
@@ -55,7 +56,8 @@ TILE_ROW_BYTES, TILE_ROW_BYTES_16_BIT = 128, 256
 # 32 units of 256 bytes and four steps in flight are 32 KB a multiprocessor, enough to cover a latency of 0.8 us.
 LEAST_UNITS = 32
 MOST_STAGES = 4
-# Columns whose mean is subtracted from V. The mean of 64 is within 1/8 of the row's spread of the mean of the row.
+# Columns whose mean is subtracted from V. The mean of 64 columns differs from the row's mean by about 1/8 of the row's
+# spread.
 _CENTRE_COLUMNS = tl.constexpr(64)
 
 
@@ -114,7 +116,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
 def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: int, device: Device) -> dict:
     """Tile, warps, stages and the parts that the columns are split into."""
     multiplies_add = itemsize == 4 and not device.matrix_units
-    # Tensor cores take 16 samples at once or pad to them; multiply-adds would compute the padding.
+    # Tensor cores take 16 samples at a time, so fewer are padded. Multiply-adds would compute the padding as well.
     block_m = max(4 if multiplies_add else 16, triton.next_power_of_2(rows))
     # At least BLOCK_M units, so that no more bytes of x are read than of W.
     block_n = max(LEAST_UNITS, block_m)
@@ -257,9 +259,9 @@ def lcw_means_kernel(
 def _row_sums(row, lane, present, length, BLOCK: tl.constexpr, FITS: tl.constexpr):
     """(the first BLOCK values, their mean, the row's sum of differences to that mean), the last two as columns.
 
-    The mean of a part is a good enough shift: it only has to be near the row's numbers if these are near each other.
-    Only the upper half of its digits is used: with digits below the last places of the row's numbers, all differences
-    would round in the same direction, an error that grows with their count.
+    The mean of a part is a good enough shift: it has to be near the row's numbers only if these are near each other.
+    Only the upper half of its digits is used. With digits below the last places of the row's numbers, all differences
+    would be rounded in the same direction, and the error would grow with their count.
     """
     dtype: tl.constexpr = computed_in(row.dtype.element_ty)
     inside = present & (lane < length)
@@ -454,7 +456,7 @@ def _store_output(
         q += last * outer
     y = product - weight_sum[:, None] * q[None, :]
     if BASIS and means is not None:
-        # The sum of B^T x is not 0, unlike the sum of a centred x: add the contribution of V's constant again.
+        # The constant that was subtracted from V does not cancel here, because the sum of B^T x is not 0. Add its part.
         centre = _first_mean(weight + unit[:, None] * columns, unit_present[:, None], columns)
         y += centre * (outer * (x_sum - columns * last))[None, :]
     if bias is not None:

@@ -9,16 +9,18 @@ Cost per layer in a program, which has a tile of R rows: it reads N^2 weights, t
 program does. It takes 4 R N^2 operations forward (2 R N^2 with a permutation), twice as many backward, and 2 R N^2 for
 dW. Layers run one after another, so one layer's time in one program sets the total: instructions first, then latency.
 Instructions per warp and layer, counted in the sm_90 code (backward: recomputing + gradient), for a dense O shared by
-all layers. A scheduler has one warp at N = 64, two at N = 128:
+all layers. A scheduler has one warp at N = 64 and two warps at N = 128:
     R = 4, N = 64: 453 forward, 491 + 438 backward        R = 4, N = 128: 804 forward, 852 + 829 backward
     R = 2, N = 128, over time (W shared, with inputs): 413 forward, 441 + 430 backward
-Predicted, not measured: an H200 at 1.8 GHz, with all of the issue time again for latency and barriers at one warp, half
-of it at two. M = 128 rows: 0.5 us a layer forward and 1.1 backward with dW at N = 64, 1.3 and 2.9 at N = 128. Over time
-with M = 64, N = 128: 0.7 us a step forward.
+Times on an H200 at 1.8 GHz are predicted, not measured. For latency and barriers they allow the time to issue the
+instructions once more if a scheduler has one warp, and half of it if it has two. With M = 128 rows a layer takes 0.5 us
+forward and 1.1 us backward with dW at N = 64, and 1.3 us and 2.9 us at N = 128. Over time, with M = 64 and N = 128, a
+step takes 0.7 us forward.
 
 Registers hold the state and G. Shared memory holds every matrix that all layers share, for the whole launch, and W_l
 and other arguments that change with l, copied asynchronously up to two layers ahead. On sm_90, without spills: 55
-registers and 50 KB forward, 67 and 52 KB backward at N = 64; 64 and 200 KB backward at N = 128. The tests print these.
+registers and 50 KB forward, 67 and 52 KB backward at N = 64; 64 and 200 KB backward at N = 128. The tests print these
+figures.
 
 float32 products are multiply-adds, not TF32: a tile would use 4 of a tensor core's 16 rows, and 3xTF32 takes 747
 instructions. 3xTF32 is used if tiles have 16 rows and the user lets torch's matmul use TF32.

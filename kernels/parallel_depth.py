@@ -1,24 +1,35 @@
-"""The recurrence in parallel over depth, in Triton: a Picard sweep, except for its batched matmul.
+"""The recurrence over depth, solved in parallel by Picard sweeps, in Triton: scans and activations.
 
-    h_l = alpha_l O h_{l-1} + beta_l act(P_l + b_l + u_l), with P_l = W_l h_{l-1} of the last sweep
+    h_l = alpha_l O h_{l-1} + beta_l act(P_l + b_l + u_l)    l = 1..D
 
-The adjoint has the same form, from the other end. A scan in chunks of C layers takes three launches. The first computes
-the end of every chunk as if it began with 0. The second carries through these ends: c_{k+1} = end_k + (alpha ... alpha)
-O^C c_k. The third runs every chunk again from its carry, stores the states and compares them with the old ones. The
-notation is that of lcw_ops/reference/parallel_depth.py; the chunked scan is a textbook method.
+P_l = W_l h_{l-1} comes from the states of the previous sweep, by a batched matmul outside this file
+(lcw_ops/ops/parallel_depth/solver.py). b is the bias and u are the inputs. O is the filter: a permutation of a row's N
+units, or rotations of pairs of them. There are M rows (samples) in each of the D layers.
 
-Cost per element in float32: 16 bytes forward (P twice, the old state, the new one), 8 more for u; adjoint 16, 8 more
-each for the gradient from outside and for slope with scaled; 32 / C for the ends. If the rows alone fill the GPU, there
-is one chunk, and P is read once. Instructions in the sm_90 code at N = 64, tanh, bias and u, per warp and layer of 4
-rows: 390 (first launch) and 527 (third) with a permutation, of which tanh takes 300 each. At L = 50,000, M = 128, N =
-64 on an H200 (4.3 TB/s, 0.92 T warp instructions a second) that is 1.5 ms of memory and 1.6 ms of instructions.
-Predicted, not measured: no GPU has run this yet.
+The adjoint is a recurrence of the same form from layer D to layer 1. A scan in chunks of C layers takes three launches.
+The first computes end_k, the state that chunk k would end with if it began with 0. The second goes from chunk to chunk
+and computes c_k, the state with which chunk k begins (its carry): c_{k+1} = end_k + (alpha ... alpha) O^C c_k, with the
+C alphas of chunk k. The third runs every chunk again from its carry, stores the states and compares them with the old
+ones. The notation is that of lcw_ops/reference/parallel_depth.py; the chunked scan is a textbook method.
 
-A warp holds 4 rows of 64 units and waits for no other warp. Its residual is one reduction over the warp, by the bits of
-the magnitudes. A permutation moves no numbers: a lane follows its unit through the table of the inverse, whose loads
-stay in the first-level cache, and reads and writes at that unit, inside the same cache lines. The scan with a
-permutation is in the states' dtype, with rotations in float64. Partners of a rotation are in one thread for even N and
-exchanged by shuffles for odd N. Every sum has a fixed order, without atomics.
+Memory traffic per float32 element: 16 bytes forward (P read twice, the old state read, the new one written), and 8 more
+with u. The adjoint takes 16 bytes, 8 more with a gradient from outside, and 8 more with slope (read) and scaled
+(written). The chunk ends add 32 / C bytes to both: per chunk, a float64 number is written twice and read twice. If the
+rows alone fill the GPU, there is one chunk, and P and u are read once.
+
+Instructions of the sm_90 code (Triton 3.7.1) per layer, for the 4 rows of a warp, with N = 64, a permutation, tanh,
+bias and u: 390 in the first launch and 512 in the third. In each of them tanh takes about 280. For D = 50,000, M = 128
+and N = 64 on an H200 (4.3 TB/s, 0.92 T warp instructions a second), the traffic takes 2.3 ms (1.5 ms without u) and the
+instructions take 1.6 ms. These times are predicted, not measured: no GPU has run this yet.
+
+At N = 64 a warp holds 4 rows and waits for no other warp. The residual, the largest relative change of a row, needs
+reductions within the warp only: maxima of the bits of magnitudes, compared as integers. A permutation moves no numbers
+between lanes (columns of the tile). Instead, a lane looks up in the table of the inverse to which unit its number
+belongs now, and reads and writes at that unit. Loads of the table stay in the first-level cache. A row's units stay in
+the same cache lines, whatever their order. With a permutation the scan computes in the states' dtype; with rotations it
+computes in float64. If N is even, a thread loads two adjacent units at a time, and these are the partners of a
+rotation. If N is odd, it loads one, and partners are exchanged by shuffles. Every sum has a fixed order. There are no
+atomics.
 """
 
 import math
@@ -37,9 +48,9 @@ MAX_WIDTH = 2048
 WARP_ELEMENTS = 256
 # Twice the number of one-warp blocks that a multiprocessor holds at a time.
 WARPS_PER_PROCESSOR = 64
-# Layers of one program of the pass in which layers do not depend on each other.
+# Layers that one program of activate_kernel computes. There, layers do not depend on each other.
 POINTWISE_LAYERS = 8
-# Chunk ends that are loaded while one is added.
+# Pipeline stages of carry_kernel's loop over the chunks: the next chunk ends are loaded while one is added.
 CARRY_STAGES = 3
 
 _ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
@@ -58,11 +69,11 @@ def sweep_(
     """One scan: states_l <- alpha_l O states_{l-1} + beta_l act(product_l + bias_l + inputs_l) for l = 1..D, in place.
 
     Shapes as for ``lcw_ops.reference.parallel_depth.sweep_``; float32 or float64, contiguous. ``filter`` is an int64
-    permutation (N,) or rotations (2 N,) in float64. A wrong permutation gives NaN: checking it on the host would make
-    the host wait for the device.
+    permutation (N,) or rotations (2 N,) in float64. Indices that are no permutation give NaN and no error, because a
+    check on the host would make the host wait for the device.
 
     Returns:
-        The relative change, (1,) in float64.
+        The largest relative change of a row in a layer, max_i |new_i - old_i| / max_i |new_i|; (1,) in float64.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit, or N > MAX_WIDTH.
@@ -87,7 +98,7 @@ def adjoint_sweep_(
     slope: Tensor | None,
     scaled: Tensor | None,
 ) -> Tensor:
-    """One scan from the other end: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, in place.
+    """One scan from layer D to 1: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, in place.
 
     With ``slope``, scaled_l <- slope_l gradients_l. Shapes as for
     ``lcw_ops.reference.parallel_depth.adjoint_sweep_``; the rest as for :func:`sweep_`.
@@ -98,7 +109,7 @@ def adjoint_sweep_(
     _check_filter(op, gradients, filter)
     if slope is not None and scaled is None:
         raise ValueError(
-            f"{op}: scaled is None; expected a tensor beside slope. Call lcw_ops.functional.orthogonal_filter"
+            f"{op}: scaled is None; expected a tensor, as slope is given. Call lcw_ops.functional.orthogonal_filter"
         )
     return _scan(gradients, product, None, outside, filter, alpha, None, "identity", slope, scaled, reverse=True)
 
@@ -137,7 +148,7 @@ def activate_(
 
 
 def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope, scaled, reverse) -> Tensor:
-    """Both sweeps. They differ in the end where they begin, in the activation, and in ``slope`` and ``scaled``."""
+    """Make a forward or an adjoint sweep. They differ in direction, activation, ``slope`` and ``scaled``."""
     steps, rows, width = states.shape[0] - 1, *states.shape[1:]
     if steps * rows * width == 0:
         return states.new_zeros(1, dtype=torch.float64)
@@ -202,7 +213,7 @@ def _check(op: str, states: Tensor, layers: int, per_layer: list, bias: Tensor |
         same = tensor.dtype == states.dtype and tensor.device == states.device
         if not (same and tuple(tensor.shape) in shapes and tensor.is_contiguous()):
             raise ValueError(
-                f"{op}: an argument is {_describe(tensor)}, which does not fit {_describe(states)}. "
+                f"{op}: an argument is {_describe(tensor)}, which does not fit the first, {_describe(states)}. "
                 "Call lcw_ops.functional.orthogonal_filter"
             )
 
@@ -213,7 +224,8 @@ def _check_filter(op: str, states: Tensor, filter: Tensor) -> None:
     fits |= filter.dtype == torch.float64 and filter.shape == (2 * width,)
     if states.shape[0] == 0 or not (fits and filter.is_contiguous() and filter.device == states.device):
         raise ValueError(
-            f"{op}: filter is {_describe(filter)}; expected a permutation or rotations for {_describe(states)}. "
+            f"{op}: filter is {_describe(filter)}; expected a contiguous int64 permutation ({width},) or float64 "
+            f"rotations ({2 * width},) to fit the first tensor, {_describe(states)}. "
             "Call lcw_ops.functional.orthogonal_filter"
         )
 
@@ -240,7 +252,11 @@ def _scale_stride(scale: Tensor | None) -> int:
 
 
 def _choose_tile(width: int, rows: int) -> dict:
-    """As many whole rows as one warp's tile holds. A longer row has warps of half a tile each, which do not spill."""
+    """As many whole rows as one warp's tile holds.
+
+    A row of more than WARP_ELEMENTS units is shared by several warps. Each then holds half as many elements as
+    WARP_ELEMENTS, so that registers do not spill.
+    """
     block_n = max(2, triton.next_power_of_2(width))
     block_m = max(1, min(WARP_ELEMENTS // block_n, triton.next_power_of_2(rows)))
     return {
@@ -253,8 +269,8 @@ def _choose_tile(width: int, rows: int) -> dict:
 def choose_chunk(steps: int, warps: int, processors: int) -> int:
     """Layers per chunk, if a layer takes ``warps`` warps.
 
-    There are enough chunks to fill the GPU, and no more than the root of the number of layers: carrying through more
-    chunks would take longer than scanning one.
+    There are as many chunks as fill the GPU, but at most the square root of the number of layers. With more chunks, the
+    pass that computes their carries one after another would take longer than the scan of one chunk.
     """
     chunks = min(processors * WARPS_PER_PROCESSOR // warps, math.isqrt(steps))
     return triton.cdiv(steps, max(chunks, 1))
@@ -283,9 +299,11 @@ def chunk_ends_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The end of chunk k if it begins with 0, stored at index k + 1 of ``carries``, and its product of alphas, at k.
+    """For every chunk k, the state that it would end with if it began with 0, and the product of its alphas.
 
-    ``power`` takes the permutation of a whole chunk. All chunks are as long as the first.
+    The state is stored at index k + 1 of ``carries`` and the product at index k of ``decays``. The permutation of a
+    whole chunk, the inverse applied once per layer, is stored in ``power``. All chunks in this launch have ``chunk``
+    layers: it leaves out the last one, which may be shorter.
     """
     number, block, base, unit, present, inside = _program(rows, WIDTH, BLOCK_M, BLOCK_N)
     dtype: tl.constexpr = _scanned_in(alpha.dtype.element_ty, filter.dtype.element_ty)
@@ -330,7 +348,10 @@ def carry_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The state that every chunk begins with. It replaces the end of the chunk before, which began with 0."""
+    """The state that every chunk begins with.
+
+    In ``carries`` it overwrites the end of the previous chunk, which chunk_ends_kernel computed from 0.
+    """
     _, _, base, unit, present, inside = _program(rows, WIDTH, BLOCK_M, BLOCK_N)
     row_offset = tl.arange(0, BLOCK_M)[:, None] * WIDTH
     state = tl.load(initial + base + unit + row_offset, mask=inside, other=0.0).to(tl.float64)
@@ -469,13 +490,16 @@ def activate_kernel(
 
 @triton.constexpr_function
 def _scanned_in(element, filter):
-    """The scan's type: float64 for rotations, because a cosine rounded to float32 drifts over 50,000 layers."""
+    """The scan's dtype: float64 for rotations, because the error of a cosine in float32 adds up over 50,000 layers."""
     return element if filter.is_int() else tl.float64
 
 
 @triton.jit
 def _program(rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(chunk, block of rows, offset of the rows in a layer, unit of every lane, which lanes exist, which elements)."""
+    """This program's chunk, block of rows, offset of the block in a layer, unit of every lane, and two masks.
+
+    A lane is a column of the tile. The masks say which lanes have a unit, and which elements have a row and a unit.
+    """
     blocks = tl.cdiv(rows, BLOCK_M)
     number = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -512,10 +536,11 @@ def _compose(cosine, sine, other_cosine, other_sine):
 
 @triton.jit
 def _first_units(filter, unit, WIDTH: tl.constexpr):
-    """The unit that every lane begins with. For a permutation these are not neighbours in order.
+    """The unit that every lane begins with. For a permutation, adjacent lanes do not begin with adjacent units.
 
-    If they were, the compiler would lay out the whole tile for wide loads of neighbours, and move every layer's numbers
-    between threads. For the same reason the table is loaded here in one dimension: loads of one shape share a layout.
+    If they did, the compiler would choose the layout of the whole tile for wide loads of adjacent units, and then move
+    the numbers between threads in every layer. For the same reason the table is loaded here in one dimension and not
+    in the tile's two: loads of one shape share a layout, and the layout of this load is for adjacent units.
     """
     if filter.dtype.element_ty.is_int():
         lane = tl.arange(0, unit.shape[1])
@@ -526,7 +551,10 @@ def _first_units(filter, unit, WIDTH: tl.constexpr):
 
 @triton.jit
 def _filtered(state, at, present, filter, cosine, sine):
-    """(O h, the unit of every lane). A permutation moves no numbers: unit i becomes unit inverse_i."""
+    """(O h, the unit of every lane). With a permutation only the units change: the number at unit i goes to inverse_i.
+
+    ``filter`` is then the table of the inverse.
+    """
     if cosine is None:
         at = tl.load(filter + at, mask=present, other=0).to(tl.int32)
     else:
@@ -583,8 +611,8 @@ def _magnitude(x):
 
 @triton.jit
 def _relative_change(new, old, inside):
-    """The magnitude of max_i |new_i - old_i| / max_i |new_i| for each row; NaN if a row is not finite."""
-    # The padding may hold numbers: sigmoid(0) is 1/2.
+    """For each row the bits (_magnitude) of max_i |new_i - old_i| / max_i |new_i|; of NaN if the row is not finite."""
+    # The padding may differ from 0: sigmoid(0) is 1/2.
     change = tl.max(tl.where(inside, _magnitude(new - old), 0), 1).to(new.dtype, bitcast=True)
     scale = tl.max(tl.where(inside, _magnitude(new), 0), 1).to(new.dtype, bitcast=True)
     ratio = change / tl.where(change == 0, 1.0, scale)

@@ -6,13 +6,13 @@
 
 Norms: a row is divided by a power of 2 near its largest element, so that no square overflows or underflows.
 
-Cost of normalising: 2 passes over a row (the second from registers if the row fits a program, else from the
-second-level cache), bound by memory: 2 * itemsize bytes an element, 3 * itemsize backward.
+Cost of normalising: 2 passes over a row. The second reads registers if the row fits a program, and otherwise the
+second-level cache. Both are bound by memory: 2 * itemsize bytes per element, 3 * itemsize backward.
 
 Cost of a layer of M <= FUSED_ROWS samples: the rows are read once, and the product's loop, of 2 M n m operations, sums
 their squares too. The division by the norm comes last. If there are too few units to fill the multiprocessors, the
 columns are split among programs, and a second kernel adds the partial sums in order, without atomics.
-Larger M: one normalising pass and torch's matmul. No GPU has run this yet.
+A layer of more samples takes one normalising pass and torch's matmul. No GPU has run this yet.
 """
 
 import torch

@@ -7,7 +7,7 @@ have a run of their own. pytest-xdist splits every run over processes:
     interpreter   the Triton kernels' tests, in Triton's interpreter
     avx2          the tests marked every_instruction_set; only on a CPU that has AVX-512 as well
     portable      the same, without vector instructions; eager torch does not fuse multiply-adds either
-    recurrence    test_orthogonal_filter.py's part of these, beside eager torch as it is
+    recurrence    test_orthogonal_filter.py's part of these, compared with eager torch as it is
 
 fast leaves out the tests marked slow; slow runs only those. Every run starts, even after a failure. The seconds of each
 are printed at the end. A run without tests has failed, except in the slow door's runs of the interpreter and of the

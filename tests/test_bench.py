@@ -537,8 +537,8 @@ def test_a_pass_is_tried_until_nothing_is_faster(monkeypatch):
     assert registry._best_seconds(lambda: None, CPU) == 0.3
 
 
-def test_parallel_windows_stand_beside_the_sequential_kernel_and_the_peers():
-    """The baseline comes first. A window of the whole depth needs states that leave room for everybody's gradients."""
+def test_parallel_windows_are_timed_with_the_sequential_kernel_and_the_peers():
+    """The baseline comes first. The whole depth is a window only if its states leave room for every gradient."""
     by_name = {}
     for case in registry.cases("parallel_depth", "cpu"):
         ours = [one.name.split(", ")[1] for one in case.competitors if one.ours]
@@ -686,7 +686,7 @@ def test_lines_for_the_crossover_are_python(tmp_path, capsys):
     assert "no measured size of sm_90" in capsys.readouterr().out
 
 
-def test_rows_go_beside_the_benchmarks_by_default():
+def test_rows_go_to_the_results_folder_of_the_benchmarks_by_default():
     """The folder is in the repository only if a file in it is."""
     assert (ROOT / "bench/results/README.md").is_file()
     # In a source tree lcw_ops/bench may be a link.

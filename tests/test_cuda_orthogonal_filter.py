@@ -65,7 +65,7 @@ def by_reference(tensors, grad_output, activation, return_states, dtype):
 
 
 def assert_right(tensors, depth, activation="tanh", segment=2, return_states=False):
-    """Allow a hundred roundings of the scale beside eager's error: a few steps of sums of at most 130 terms."""
+    """Allow eager's error plus a hundred roundings of the scale: a few steps of sums of at most 130 terms."""
     h0, weight = tensors[:2]
     grad_output = torch.randn((depth + 1, *h0.shape) if return_states else h0.shape, dtype=h0.dtype, device=DEVICE)
     actual = by_kernel(tensors, grad_output, depth, activation, segment, return_states)

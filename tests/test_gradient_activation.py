@@ -1,6 +1,8 @@
-"""Activated gradients against closed forms: bounds, slopes, gain thresholds, descent, and both places in a step.
+"""The activated gradient f(g) against closed forms: bounds, slopes, thresholds of enlargement, descent, and f at both
+places in an optimizer's step, the gradient and the momentum.
 
-M. Liu et al., TNNLS 2021. Float64 throughout, unless a dtype is the subject.
+f is that of M. Liu et al., "Activated Gradients for Deep Neural Networks", TNNLS 2021. The tests are in float64, unless
+a dtype is the subject.
 """
 
 import math
@@ -13,7 +15,8 @@ from lcw_ops.reference import adamw_step, gradient_activation, sgd_step
 KINDS = ["arctan", "tanh", "log"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float64).eps
-# With beta this small, (beta g)^2 / 3 is below 1e-16 and f(g) = alpha beta g = g: the plain optimizer.
+# With these, f(g) = g, and the optimizer is the plain one: alpha beta is 1, and the relative difference between f(g)
+# and the line alpha beta g is (beta g)^2 / 3, below 1e-16 for |g| < 17.
 PLAIN = {"alpha": 1e9, "beta": 1e-9}
 
 
@@ -77,7 +80,8 @@ def test_the_slope_at_zero_is_alpha_beta(kind, zero):
 @pytest.mark.parametrize(
     ("alpha", "beta", "threshold"), [(0.1, 20, 0.1166), (0.2, 10, 0.2331), (0.3, 4.5, 0.258)], ids=str
 )
-def test_gradients_below_the_threshold_of_the_table_are_enlarged(alpha, beta, threshold):
+def test_gradients_below_the_threshold_are_enlarged(alpha, beta, threshold):
+    # The threshold is the g > 0 with f(g) = g, given to 3 or 4 digits.
     digit = 1e-4 if threshold != 0.258 else 1e-3
     below, above = scalar(threshold - digit / 2), scalar(threshold + digit / 2)
     assert gradient_activation(below, "arctan", alpha, beta) > below
@@ -137,13 +141,17 @@ def test_a_step_moves_a_coordinate_by_at_most_lr_times_the_bound(kind, place):
 def test_near_a_stationary_point_it_is_plain_descent_at_lr_times_alpha_beta(kind, order):
     g = normal(50) * 1e-7
     activated, _ = sgd_step(torch.zeros_like(g), g, None, lr=0.1, kind=kind)
-    # f(g) = K g (1 - (beta g)^2 / 3) for the bounded kinds, K g (1 - beta |g| / 2) for log.
+    # The first terms of f(g), with K = alpha beta: K g (1 - (beta g)^2 / 3) for the bounded kinds, and
+    # K g (1 - beta |g| / 2) for log.
     first_error = (20 * g.abs()).pow(order) / (3 if order == 2 else 2)
     assert ((activated + 0.1 * 2 * g).abs() <= 0.2 * g.abs() * (first_error + 8 * EPS)).all()
 
 
 def steps_to_escape(mu, start, end, step):
-    """Count steps y <- y + 0.1 step(mu y) from start to end, in y alone, on the saddle F = (x^2 - mu y^2) / 2."""
+    """Count the steps y <- y + 0.1 step(mu y) that take y from start to end.
+
+    They are descent on the saddle F = (x^2 - mu y^2) / 2. Only y is followed.
+    """
     y, count = start, 0
     while y < end:
         y, count = y + 0.1 * step(mu * y), count + 1
@@ -151,8 +159,9 @@ def steps_to_escape(mu, start, end, step):
 
 
 @pytest.mark.parametrize(("mu", "plain", "activated"), [(1.0, 145, 76), (0.1, 1389, 698), (0.01, 13823, 6915)])
-def test_saddle_escape_takes_the_steps_of_the_table(mu, plain, activated):
-    # A growth by a million while the gradient is small: ln(1e6) / ln(1 + 0.1 mu) and ln(1e6) / ln(1 + 0.2 mu) steps.
+def test_saddle_escape_takes_the_predicted_steps(mu, plain, activated):
+    # y grows by a factor of a million while the gradient is small. That takes ln(1e6) / ln(1 + 0.1 mu) plain steps and
+    # ln(1e6) / ln(1 + 0.2 mu) activated ones.
     assert steps_to_escape(mu, 1e-8, 1e-2, lambda g: g) == plain
     assert steps_to_escape(mu, 1e-8, 1e-2, lambda g: gradient_activation(scalar(g)).item()) == activated
 
@@ -171,7 +180,7 @@ def test_sgd_with_f_the_identity_is_torchs_sgd(place):
         theirs.grad = normal(20, seed=step)
         optimizer.step()
         w, buffer = sgd_step(w, theirs.grad, buffer, 0.1, 0.9, 0.01, place, **PLAIN)
-    # 30 steps with a few roundings each; the numbers are between 1 and 10.
+    # The tolerance is 30 steps of a few roundings each, of weights and buffers of up to 10.
     torch.testing.assert_close(w, theirs.detach(), atol=30 * 10 * 4 * EPS, rtol=0)
 
 
@@ -238,7 +247,8 @@ def test_every_dtype_is_rounded_once_after_float32(dtype, kind):
     f = gradient_activation(g, kind)
     exact = gradient_activation(g.double(), kind)
     assert f.dtype == dtype
-    # float32: beta g, the function (a few ulp) and the product with alpha; then half an ulp of the result's dtype.
+    # In float32 (float64 for float64), beta g, the function (a few ulp) and the product with alpha are rounded. Then
+    # the rounding to the result's dtype adds half an ulp. Half of float16's smallest number is 2^-25.
     bound = (8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps + torch.finfo(dtype).eps) * exact.abs()
     assert ((f.double() - exact).abs() <= bound + 2**-25 * (dtype == torch.float16)).all()
 

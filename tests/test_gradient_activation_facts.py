@@ -2,8 +2,8 @@
 
 With K = alpha beta, the slope of f at 0, and L the Lipschitz constant of the objective F's gradient: F falls for rates
 below 2 / (L K); a coordinate moves by at most the rate times the bound of f; near a stationary point it is plain
-descent at the rate times K. So the plain optimizer at that rate stands beside every figure here: an effect that it
-shares is not a merit of the activation. All facts are derived.
+descent at the rate times K. So every figure here is compared with that of the plain optimizer at that rate: an effect
+that it shares is not a merit of the activation. All facts are derived.
 """
 
 import functools
@@ -200,8 +200,8 @@ def test_small_gradients_are_plain_descent_at_the_rate_times_k(make, kind, order
     ours = descend(activated(make, kind), w, gradient, 100, lr=lr, momentum=momentum)[-1]
     plain = descend(torch.optim.SGD, w, gradient, 100, lr=lr * GAIN, momentum=momentum)[-1]
     same_rate = descend(torch.optim.SGD, w, gradient, 100, lr=lr, momentum=momentum)[-1]
-    # f(g) = K g (1 - (beta g)^2 / 3) for the bounded kinds, K g (1 - beta |g| / 2) for log, with beta |g| <= 1e-8 at
-    # the start and less than 10 times that under momentum, in each of 100 steps.
+    # The first terms of f(g) are K g (1 - (beta g)^2 / 3) for the bounded kinds and K g (1 - beta |g| / 2) for log. At
+    # the start beta |g| <= 1e-8. Under momentum it stays below 10 times that in each of the 100 steps.
     allowed = 100 * (1e-7**order + 8 * EPS) * w.abs().max()
     assert (ours - plain).abs().max() <= allowed
     assert (ours - same_rate).abs().max() > 5 * allowed
@@ -209,7 +209,7 @@ def test_small_gradients_are_plain_descent_at_the_rate_times_k(make, kind, order
 
 @pytest.mark.parametrize("make", WITH_PLACES.values(), ids=WITH_PLACES)
 @pytest.mark.parametrize(("place", "decay"), [("gradient", 0.01 / GAIN), ("momentum", 0.01)])
-def test_weight_decay_beside_a_rate_times_k(make, place, decay):
+def test_weight_decay_at_a_rate_times_k(make, place, decay):
     """Decay that f does not see is K times weaker than the plain optimizer's at the rate times K."""
     _, gradient, smoothness = quadratic()
     lr = 0.5 / (smoothness * GAIN)
@@ -224,8 +224,9 @@ def test_weight_decay_beside_a_rate_times_k(make, place, decay):
 
 
 # The saddle F = (x^2 - mu y^2) / 2: steps until y is END, from START, at rate 0.1, for three mu at once. Plain descent
-# multiplies y by 1 + 0.1 mu, an activated one by 1 + 0.1 K mu as long as beta mu y is small. The six numbers of the
-# table hold together for a growth between 0.9996 and 1.0006 million, and for no other.
+# multiplies y by 1 + 0.1 mu, an activated one by 1 + 0.1 K mu as long as beta mu y is small. The six numbers below are
+# also in bench/results/reproduce-gradient-activation.csv. They hold together only if y grows by a factor between 0.9996
+# and 1.0006 million.
 MU = (1.0, 0.1, 0.01)
 START, END = 1e-8, 1e-2
 PLAIN_STEPS, ACTIVATED_STEPS = [145, 1389, 13823], [76, 698, 6915]
@@ -250,7 +251,7 @@ def steps_to_escape(make, lr, mu=MU, start=START, end=END):
 
 
 @way
-def test_saddle_escape_takes_the_steps_of_the_table_and_so_does_the_rate_times_k(make):
+def test_saddle_escape_takes_the_predicted_steps_and_so_does_the_rate_times_k(make):
     growth = math.log(END / START)
     assert [math.ceil(growth / math.log1p(0.1 * mu)) for mu in MU] == PLAIN_STEPS
     assert [math.ceil(growth / math.log1p(0.1 * GAIN * mu)) for mu in MU] == ACTIVATED_STEPS
@@ -264,7 +265,7 @@ def test_saddle_escape_of_plain_descent(lr, steps):
 
 
 @pytest.mark.parametrize("growth", [0.9995e6, 1.0007e6])
-def test_no_other_growth_gives_the_table(growth):
+def test_no_other_growth_gives_these_steps(growth):
     found = [[math.ceil(math.log(growth) / math.log1p(rate * mu)) for mu in MU] for rate in (0.1, 0.1 * GAIN)]
     assert found != [PLAIN_STEPS, ACTIVATED_STEPS]
 

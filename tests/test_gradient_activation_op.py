@@ -143,7 +143,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_views_that_are_negated_when_read(kind, device):
-    """Memory holds the opposite sign. The real parts beside the imaginary ones stay as they are."""
+    """Memory holds the opposite sign. The real parts between the imaginary ones stay as they are."""
     numbers = torch.complex(*(random_gradients((4, 6), torch.float32, device) for _ in range(2)))
     plain = torch.ones(3, device=device)
     for view in (lambda z: z.conj().imag, lambda z: z.conj().imag.t()[1:, ::2], lambda z: z.conj().imag[:0]):

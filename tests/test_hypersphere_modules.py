@@ -669,8 +669,8 @@ def test_layers_take_on_another_dtype(dtype):
         exact = copy.deepcopy(moved).double()(x.to(dtype).double())
         output = moved(x.to(dtype))
         assert output.dtype == dtype
-        # In 16 bits direction, radius times it, bias, pre-activation and output are rounded by half an ulp each, beside
-        # sums of 37 numbers in float32. In float64 only the order of those sums differs.
+        # In 16 bits direction, radius times it, bias, pre-activation and output are rounded by half an ulp each. The
+        # sums of 37 numbers in float32 add little. In float64 only the order of those sums differs.
         roundings = 2 * 37 if dtype == torch.float64 else 5 / 2 * (1 + 2**-6)
         assert_within(moved, x.to(dtype), output, exact, roundings, torch.finfo(dtype).eps)
 

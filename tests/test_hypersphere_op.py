@@ -372,7 +372,7 @@ def test_without_gradients_nothing_is_saved(mode, op):
 
 
 def test_what_is_kept_for_backward():
-    """For few samples, (M, n) numbers beside the arguments, and none of the weight's size."""
+    """For few samples, only (M, n) numbers besides the arguments are kept, and none of the weight's size."""
     n, m = 64, 100
     for rows, direction in ((FUSED, 0), (FUSED + 1, n * m)):
         for name in ("gmp", "gmp relu"):

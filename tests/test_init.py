@@ -14,7 +14,7 @@ from lcw_ops import init
 from lcw_ops.reference import gaussian_expectation, hypersphere_direction, lcw_weight
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# m sv^2 by activation and std of the pre-activations.
+# m times the variance of a weight, by activation and by standard deviation of the pre-activations.
 LCW_CONSTANTS = [
     ("sigmoid", 0.1, 16.08),
     ("sigmoid", 0.5, 17.91),
@@ -42,14 +42,14 @@ def empty(*shape, dtype=torch.float64):
 
 
 def check_variance(sample, expected, known_digits=0.0):
-    """The mean square of a normal sample, within 5 standard errors sqrt(2 / count) and the digits of a table."""
+    """Assert on the mean square of a normal sample: within 5 standard errors sqrt(2 / count), and the digits given."""
     relative = sample.double().square().mean().item() / expected - 1
     assert abs(relative) < 5 * math.sqrt(2 / sample.numel()) + known_digits
 
 
 @pytest.mark.parametrize(("activation", "std", "constant"), LCW_CONSTANTS)
 @pytest.mark.parametrize("basis", [False, True])
-def test_lcw_draws_with_the_variance_of_the_table(activation, std, constant, basis):
+def test_lcw_draws_with_the_listed_variance(activation, std, constant, basis):
     m = 50
     weight = init.lcw_(empty(4000, m - basis), activation, std, basis, generator())
     check_variance(weight, constant / m, known_digits=0.5e-2 / constant)
@@ -73,11 +73,11 @@ def test_lcw_keeps_the_spread_of_the_pre_activations(activation, basis):
 
 
 @pytest.mark.parametrize(("std", "lcw", "plain"), [(1, 1.034, 0.153), (0.5, 1.004, 0.053), (2, 1.178, 0.333)])
-def test_the_backward_factor_of_sigmoid_layers_is_the_table(std, lcw, plain):
+def test_the_backward_factor_of_sigmoid_layers_is_as_listed(std, lcw, plain):
     variance_of_lcw = init.lcw_(empty(1000, 1000), "sigmoid", std, generator=generator()).square().mean().item()
     slope = gaussian_expectation(lambda z: ((std * z).sigmoid() * (1 - (std * z).sigmoid())).square())
     second_moment = gaussian_expectation(lambda z: (std * z).sigmoid().square())
-    # A million draws: 5 standard errors are 0.7 %. The table has three digits.
+    # 5 standard errors of a million draws are 0.7 %. The listed factors have three digits.
     assert 1000 * variance_of_lcw * slope == pytest.approx(lcw, rel=0.008, abs=0.5e-3)
     assert std**2 / second_moment * slope == pytest.approx(plain, abs=0.5e-3)
 

@@ -1,4 +1,4 @@
-"""LCW against the facts of its definition: zero row sums, an orthonormal basis, and the variance table.
+"""LCW against the facts of its definition: zero row sums, an orthonormal basis, and the variances in closed form.
 
 T. Kutsuna, ECML PKDD 2019. Float64 tolerances are rounding counts; Monte-Carlo ones are 5 stated standard errors.
 """
@@ -151,7 +151,7 @@ UNITS = 200_000
 
 
 @pytest.mark.parametrize("form", ["plain", "centred", "basis"])
-def test_forward_variance_is_that_of_the_table(form):
+def test_forward_variance_is_that_of_the_formula(form):
     m, variance = 16, 0.3
     a = normal(m) * 2 + 1.5
     v = normal(UNITS, m - (form == "basis"), seed=1) * math.sqrt(variance)
@@ -163,7 +163,7 @@ def test_forward_variance_is_that_of_the_table(form):
 
 
 @pytest.mark.parametrize("form", ["plain", "centred", "basis"])
-def test_backward_variance_is_that_of_the_table(form):
+def test_backward_variance_is_that_of_the_formula(form):
     m, n, variance, draws = 8, 12, 0.3, 20_000
     d = normal(n)
     v = normal(draws * n, m - (form == "basis"), seed=1) * math.sqrt(variance)

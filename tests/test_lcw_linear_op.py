@@ -1,4 +1,4 @@
-"""F.lcw_weight, F.lcw_linear and F.activation_shift on the compiled CPU kernels, and the fingerprint beside them.
+"""F.lcw_weight, F.lcw_linear and F.activation_shift on the compiled CPU kernels, and the fingerprint of weights.
 
 The rule of all backends holds: the error against the exact result is at most twice that of plain eager torch in the
 same dtype, plus one ulp of the result's scale. The exact result is in float64, or in numpy's 80-bit long double for
@@ -176,8 +176,8 @@ def test_large_layers_in_float64(basis):
 def test_inputs_far_from_zero(dtype, basis):
     """For inputs of 100 +- 1, the layer's purpose, the mean must not take the digits of the rest.
 
-    A gradient of size 100 is rounded, then centred. An ulp of the rest is small beside these errors, and a result has
-    few of them, so more draws are needed.
+    A gradient of size 100 is rounded, then centred. The ulp that the rule adds is small compared with that error, and a
+    result has few such errors. So more draws are needed.
     """
     cases = pairwise(size=[(3, 5), (31, 64), (40, 257)], rows=[1, 8, 30, 100], bias=BIAS)
     assert_linear_of_every_size(cases, dtype, basis, mean=100.0, more=4)

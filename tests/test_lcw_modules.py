@@ -624,7 +624,7 @@ def deep_net(kind, features, width, depth, classes, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("std", "lcw", "plain"), [(0.5, 1.004, 0.053), (1, 1.034, 0.153), (2, 1.178, 0.333)])
-def test_variances_forward_and_backward_through_one_layer_are_the_table(std, lcw, plain):
+def test_variances_forward_and_backward_through_one_layer_are_as_listed(std, lcw, plain):
     rows = width = 1000
     z = (std * torch.randn(rows, width)).requires_grad_()
     error = torch.randn(rows, width)
@@ -637,7 +637,7 @@ def test_variances_forward_and_backward_through_one_layer_are_the_table(std, lcw
     for layer, expected in ((constrained, lcw), (ordinary, plain)):
         output = layer(z.sigmoid())
         gradient = torch.autograd.grad(output, z, error)[0]
-        # The table has three digits.
+        # The listed variances have three digits.
         assert gradient.var().item() == pytest.approx(expected, rel=5 * standard_error, abs=0.5e-3)
         # All units share the mean activation and its variance: 1000 units, each a sum over 1000 inputs.
         assert output.square().mean().item() == pytest.approx(std**2, rel=5 * math.sqrt(2 / width))

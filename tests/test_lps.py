@@ -1,4 +1,4 @@
-"""The LPS rules against closed forms: the table of q(f), unit second moments, and the dying-ReLU probabilities.
+"""The LPS rules against closed forms: moments q(f), pre-activations of second moment 1, and the share of dying ReLUs.
 
 Q. Chen, W. Hao, J. He, 2022; all constants are derived. Statistical tests are seeded, with 5 stated standard errors.
 """
@@ -20,6 +20,7 @@ from lcw_ops.reference import (
 
 RULES = {"joint": joint, "heavy_tail": heavy_tail}
 
+# q(f) of the Hermite approximations of degree 2, 3 and 4, and the exact one.
 SECOND_MOMENTS = {
     "relu": (0.48873, 0.48873, 0.49536, 0.5),
     "leaky_relu": (0.48901, 0.48901, 0.49551, 0.50005),
@@ -68,9 +69,9 @@ def test_variance_of_a_wide_law_is_that_of_a_step():
 
 
 @pytest.mark.parametrize("activation", SECOND_MOMENTS)
-def test_second_moments_by_degree_are_the_table(activation):
+def test_second_moments_by_degree_are_as_listed(activation):
     ours = [hermite_second_moment(activation, degree) for degree in (2, 3, 4, None)]
-    # The table has five digits.
+    # The listed moments have five digits.
     assert ours == pytest.approx(SECOND_MOMENTS[activation], abs=0.5e-5)
 
 
@@ -207,7 +208,7 @@ def test_a_layer_dies_at_one_input_with_the_closed_probability(width, depth):
         ("anchored", 5, 10, 0.0),
     ],
 )
-def test_networks_are_constant_as_often_as_in_the_table(rule, width, depth, table):
+def test_networks_are_constant_as_often_as_listed(rule, width, depth, table):
     nets = 600
     g = generator(1)
     grid = torch.linspace(-math.sqrt(3), math.sqrt(3), 65, dtype=torch.float64)[:, None]
@@ -223,7 +224,7 @@ def test_networks_are_constant_as_often_as_in_the_table(rule, width, depth, tabl
         return bool(((h - h[0]).abs() <= 1e-12 * h.abs().max()).all())
 
     share = sum(constant(list(deep_relu_nets(draw, width, depth, grid))[-1]) for _ in range(nets)) / nets
-    # Two binomial measurements of 600 nets, the table's and ours. A share of 0 counts as one net.
+    # Both shares are binomial measurements of 600 nets, the listed one and ours. A share of 0 counts as one net.
     standard_error = math.sqrt(2 * max(table * (1 - table), 1 / nets) / nets)
     assert abs(share - table) < 5 * standard_error
 

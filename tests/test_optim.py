@@ -1,7 +1,7 @@
 """optim.SGD and optim.AdamW: without activation torch's bits, with it every option against a float64 oracle.
 
-The oracle computes each element from the formulas of math/gradient_activation.md and torch's documentation. Run in a
-lower dtype it is eager torch, whose error is the measure of ours.
+The oracle computes each element from the formulas of lcw_ops/reference/gradient_activation.py and of torch's
+documentation. In a lower dtype it is eager torch, whose error is the yardstick for ours.
 """
 
 import copy

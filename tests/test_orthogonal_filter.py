@@ -641,11 +641,11 @@ print(peak() - before - weight.grad.nbytes)
 """
 
 
-def test_memory_beside_weights_and_gradients(device):
+def test_memory_besides_weights_and_gradients(device):
     """Only states at segment boundaries and one segment's other tensors are kept; all states would be 164 MB here."""
     if device.type != "cpu" or sys.platform != "linux":
         pytest.skip("measures the resident memory of a process on Linux")
     result = subprocess.run([sys.executable, "-c", PEAK_MEMORY], capture_output=True, text=True, check=True)
     extra = int(result.stdout)
-    print(f"{extra / 2**20:.1f} MB beside weights and gradients")
+    print(f"{extra / 2**20:.1f} MB besides weights and gradients")
     assert 0 < extra < 40 << 20

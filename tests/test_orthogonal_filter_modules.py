@@ -221,7 +221,7 @@ def changed(filter, index, value):
 )
 @pytest.mark.parametrize("assign", [False, True])
 def test_an_invalid_filter_is_refused_like_a_size_mismatch(made_with, change, message, assign):
-    """The filter is named beside the model's other errors and stays as it was, and everything else is loaded."""
+    """The filter is named among the model's other errors and stays as it was, and everything else is loaded."""
 
     def network():
         return torch.nn.Sequential(

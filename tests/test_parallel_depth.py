@@ -1,7 +1,7 @@
 """The parts of the parallel solver against loops and matrix powers in float64: scans, bases, stopping.
 
-The last part is the table of math/parallel_depth.md: the error of all states after each sweep, and the decisions of
-the stopping rule.
+The last part solves the nets of ``TABLE``, which has the error of all states after each sweep, and checks the decisions
+of the stopping rule.
 """
 
 import dataclasses
@@ -602,14 +602,14 @@ def test_the_default_window_fits_into_the_cache():
     assert solver.default_window(torch.empty(50_000, 64, 64, device="meta"), 8, 50_000) == 50_000
 
 
-# ---- The table of math/parallel_depth.md -----------------------------------------------------------------------------
+# ---- Errors by sweep, and the stopping rule --------------------------------------------------------------------------
 
 LAYERS, WIDTH, ROWS = 2000, 64, 8
 
 
 @dataclasses.dataclass
 class Row:
-    """One row of the table: a setting, the errors after sweeps 1, 2, ..., and the number of sweeps to 1e-6.
+    """One net of ``TABLE``: its settings, the errors after sweeps 1, 2, ..., and the number of sweeps to 1e-6.
 
     ``input_scale`` is set for an RNN, which starts from 0.
     """
@@ -717,7 +717,7 @@ def test_errors_fall_with_the_sweeps_as_in_the_table(name):
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_slow_rows_of_the_table_are_right_in_windows(name):
+def test_nets_that_converge_slowly_are_right_in_windows(name):
     row = SLOW[name]
     made = row.make()
     exact = F.orthogonal_filter(**made, return_states=True)

@@ -1,4 +1,4 @@
-"""The C++ kernels of the recurrence in parallel over depth: exactness, threads, memory, refusals.
+"""The C++ kernels of the recurrence solved in parallel over depth: exactness, threads, memory, refusals.
 
 The oracle is a loop over the layers in long double. It shares no code with the kernels or with their reference.
 """

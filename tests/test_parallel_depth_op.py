@@ -496,7 +496,7 @@ def test_only_the_gradients_asked_for(needed, window, backend):
 
 
 def kept_beside(arguments, filter, **options) -> tuple[Tensor, int]:
-    """The result, and how many numbers are saved beside those of the arguments."""
+    """The result, and how many numbers are saved besides those of the arguments."""
     output, saved = saved_tensors(lambda: in_parallel(arguments, filter, **options))
     given = {tensor.untyped_storage().data_ptr() for tensor in (*arguments.values(), filter)}
     return output, sum(tensor.numel() for tensor in saved if tensor.untyped_storage().data_ptr() not in given)

@@ -17,8 +17,9 @@
 //   SGD with momentum           20          45 / 49 / 55   43 / 46 / 51   53 / 55 / 58
 //   AdamW                       28          40 / 44 / 49   38 / 41 / 45   48 / 50 / 52
 //
-// bfloat16 takes 6 more instructions (AVX-512: 4) per array that is read and written, and float16 takes 42 more (34).
-// At 20 GB/s, a core has about 11 cycles for 8 float32 numbers in the activation, and 28 in SGD with momentum.
+// For each array that is read and written, bfloat16 takes 6 instructions more (4 in AVX-512), and float16 takes 42 more
+// (34 in AVX-512). At 20 GB/s a core has about 11 cycles for 8 float32 numbers in the activation, and 28 cycles in SGD
+// with momentum.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -76,8 +77,7 @@ class Tensors {
 
 // ---- Vectors of numbers from and to memory --------------------------------------------------------------------------
 
-// 16-bit numbers are loaded as two vectors at once: the low halves and the high halves of 32-bit words, which can be
-// separated without shuffles.
+// 16-bit numbers are loaded as two vectors at once, the halves of 32-bit words, which come apart without shuffles.
 template <class Isa, typename E>
 struct Memory {
   using T = Computed<E>;
@@ -119,8 +119,8 @@ struct Memory {
   LCW_INLINE static Bits join(Wide low, Wide high, BFloat16) {
     return (round(low) >> 16) | (round(high) & 0xffff0000u);
   }
-  // The result is in the upper half. A NaN stays NaN: it comes from a 16-bit NaN, or is the default NaN of the
-  // processor or of Python, so its lower bits, which could carry, are 0.
+  // The result is in the upper half. A NaN stays NaN: it comes from a NaN of 16 bits, or is the processor's or Python's
+  // own, so it has no lower bit set that could carry.
   LCW_INLINE static Bits round(Wide value) {
     const Bits bits = bits_of(value);
     return bits + 0x7fff + ((bits >> 16) & 1);
@@ -162,7 +162,7 @@ struct Activation {
   }
 };
 
-// The square root, lane by lane; the compiler vectorises the loop.
+// The square root lane by lane; the compiler makes vectors of it.
 template <class Isa, typename T>
 LCW_INLINE auto square_root(typename Vector<T, Isa::vector_bytes>::type value) {
   T lane[Vector<T, Isa::vector_bytes>::lanes];
@@ -172,8 +172,8 @@ LCW_INLINE auto square_root(typename Vector<T, Isa::vector_bytes>::type value) {
   return value;
 }
 
-// The larger of two averages of squares. Numbers that are not negative are ordered like their bits, and a NaN of either
-// sign is the largest.
+// The larger of two averages of squares. Numbers that are not negative have the order of their bits, and a NaN of
+// either sign comes last.
 template <class Isa, typename T>
 LCW_INLINE auto larger(typename Vector<T, Isa::vector_bytes>::type a, typename Vector<T, Isa::vector_bytes>::type b) {
   return GradientFunctions<Isa, T>::magnitude_bits(a) > GradientFunctions<Isa, T>::magnitude_bits(b) ? a : b;
@@ -216,7 +216,7 @@ LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t co
       for (int a = 0; a < written; ++a) M::store(parts[a], at[a] + i);
     }
     if (left == 0 || at[0] == rest[0]) break;
-    // Copy the rest into whole vectors, so that the same code runs and an element gets the same bits wherever it lies.
+    // Copy the rest into whole vectors: the same code gives an element the same bits wherever it lies.
     for (int a = 0; a < arrays; ++a) {
       std::copy(at[a] + whole, at[a] + count, rest[a]);
       at[a] = rest[a];
@@ -311,7 +311,7 @@ bool is_dense(AtenTensorHandle tensor) {
   return true;
 }
 
-// Whether both tensors have their elements in the same order in memory, if at least one of them is dense.
+// Whether both have their elements in the same order in memory, given that one of them is dense.
 bool lie_alike(AtenTensorHandle one, AtenTensorHandle other) {
   if (is_contiguous(one) && is_contiguous(other)) return numel(one) == numel(other);
   return steps(one) == steps(other);
@@ -431,8 +431,7 @@ Refusal sgd_step(
         using Wide = typename Memory<Isa, E>::Wide;
         const Activation<kind_type(), T> activation{T(alpha), T(signed_beta)};
         const T rate = T(lr), decay = T(weight_decay), keep = T(momentum), add = T(1 - dampening), turn = T(sign);
-        // Copies, which stay in registers: the compiler must assume that the loop's stores change the members in
-        // memory.
+        // Copied into registers, because the loop's stores could change what is in memory.
         const bool decays = weight_decay != 0, starts = is_first, looks_ahead = nesterov;
         step_through<Isa, E, arrays, gradient>(items[i], first, count, [&](auto* vectors) LCW_LAMBDA_INLINE {
           Wide d;
@@ -491,7 +490,7 @@ Refusal adamw_step(
   double previous = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const double count = to_count(state_steps[i]);
-    // Nearly always all tensors have the same count, and computing the powers takes longer than a small tensor's step.
+    // Nearly always all tensors have one count, and the powers take longer than a small tensor.
     if (i > 0 && count == previous)
       corrections.push_back(corrections.back());
     else
@@ -547,7 +546,7 @@ STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
   m.impl("activated_adamw_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::adamw_step>::raising));
 }
 
-// These ops are registered for every device, because they answer for a tensor that is not on the CPU too.
+// For every device, because a tensor that is not on the CPU gets an answer too.
 STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CompositeExplicitAutograd, m) {
   m.impl("try_gradient_activation_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::gradient_activation>::answering));
   m.impl("try_activated_sgd_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::sgd_step>::answering));

@@ -5,10 +5,10 @@
 //   log:   2^k m = 1 + |x| with m in [0.75, 1.5), f = m - 1 plus the rounding error of 1 + |x|;
 //          ln = k ln 2 + f - s (f - s^2 Q(s^2)), s = f / (2 + f)  (T. Sun's log1p, fdlibm, 1993).
 //
-// Each is computed from |x| and then given the sign of x: odd to the last bit, -0 stays -0. NaN stays NaN. Errors stay
-// below 2, 3 and 2 units in the last place over all numbers, denormal ones too (tested). The largest that were found
-// are 1.38, 2.52, 0.90 among all float32 from 2^-9 to 16 (without multiply-add 1.52, 2.56, 1.07), and 1.32, 2.49, 1.25
-// among millions of float64 (1.47, 2.49, 1.48).
+// Each is computed from |x| and then given the sign of x. So it is odd to the last bit, and -0 stays -0. NaN stays NaN.
+// Errors stay below 2, 3 and 2 units in the last place over all numbers, denormal ones too (tested). The largest errors
+// that were found are 1.38, 2.52, 0.90 among all float32 from 2^-9 to 16 (without multiply-add 1.52, 2.56, 1.07), and
+// 1.32, 2.49, 1.25 among millions of float64 (without multiply-add 1.47, 2.49, 1.48).
 #pragma once
 
 #include <limits>

@@ -5,14 +5,14 @@
 //             B^T g:      g_j - t,  j < m,                      t = sum_{j<m} g_j / (s (s+1)) + g_m / s
 //
 // T. Kutsuna, arXiv 2403.13833; B is Householder's, as in lcw_ops/reference/lcw_linear.py. A row is read twice, the
-// second time from cache, and written once: bound by memory. Sums are in float64, so that a row of large mean keeps its
-// digits when the mean is subtracted. Rows run in parallel; every sum has a fixed order.
+// second time from cache, and written once, so the kernels are bound by memory. Sums are in float64, so that a row of
+// large mean keeps its digits when the mean is subtracted. Rows run in parallel; every sum has a fixed order.
 //
 // The layer y = X w^T + b multiplies the parameter V itself, by X' = X B, because <B v, x> = <v, B^T x>. X' is X minus
-// one number per row. It is made while X is copied for the product; finding the numbers costs a pass over X.
+// one number per row. X' is made while X is copied for the product. To find the numbers costs a pass over X.
 //   Y = X' V^T + b        dX = (dY V) B^T        dV = dY^T X'        db = sum of dY's rows
-// Each takes 2 M m n operations, by the faster of the multipliers (blas/matmul.h). From a dozen samples on it is bound
-// by arithmetic, below that by reading V, or writing dV, once.
+// Each product takes 2 M m n operations, by the faster of the multipliers (blas/matmul.h). From a dozen samples on it
+// is bound by arithmetic. With fewer samples it is bound by reading V once, or by writing dV once.
 
 #include <array>
 #include <cmath>
@@ -321,7 +321,7 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
   STD_TORCH_CHECK(
       !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
-      "lcw_linear: the bias does not fit; call lcw_ops.functional.lcw_linear");
+      "lcw_linear: the bias does not fit x and weight; call lcw_ops.functional.lcw_linear");
   const WithoutGradients guard;
   // An empty weight has nothing to constrain.
   const bool is_empty = samples == 0 || n == 0 || m == 0;
@@ -338,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
   STD_TORCH_CHECK(
       grad_output.dim() == 2 && grad_output.size(0) == samples && grad_output.size(1) == n && grad_output.is_cpu() &&
           grad_output.scalar_type() == x.scalar_type(),
-      "lcw_linear_backward: grad_output does not fit; call lcw_ops.functional.lcw_linear");
+      "lcw_linear_backward: grad_output does not fit x and weight; call lcw_ops.functional.lcw_linear");
   const WithoutGradients guard;
   grad_output = as_contiguous(grad_output);
   const auto nothing = [&](bool needed, const Tensor& like) {

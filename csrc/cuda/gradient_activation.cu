@@ -11,8 +11,9 @@
 // Cost: every byte is read and written once. An element of 4 bytes moves 8 bytes for f, 20 for SGD with momentum, 28
 // for AdamW (36 with amsgrad). Counted in the sm_90a code, it takes 23 / 20 / 37 instructions for arctan / tanh / log,
 // and with arctan 70 for SGD (f stands in two places, one of which runs) and 82 for AdamW. An H200 issues 33 T
-// instructions a second and copies 4.3 TB/s, so it has time for 61, 153 and 215 per element: bound by memory. For
-// 16-bit numbers it has time for half as many, and f takes 27 / 23 / 41.
+// instructions a second and copies 4.3 TB/s. While the bytes of an element move, it has time for 61, 153 and 215
+// instructions, so all three are bound by memory. For 16-bit numbers it has time for half as many, and f takes
+// 27 / 23 / 41.
 //
 // A list is one index space, cut into blocks of equal work that find their tensor by bisection. Addresses and sizes are
 // in the launch's arguments, so nothing is copied to the GPU first and a CUDA graph can record it. As with any graph,

@@ -3,9 +3,9 @@
 //   dW_l = P_l^T h_{l-1}      db_l = sum_rows P_l      dalpha_l = <G_l, O h_{l-1}>      dbeta_l = <G_l, act(A_l)>
 //
 // All are sums over samples, and run in parallel. Cost per layer of M rows and width N: dW takes 2 M N^2 operations in
-// tiles of 64 x 64, reads P and h (M N numbers each) N / 64 times and writes N^2 numbers. Bound by arithmetic. A chunk
-// of 32 samples is summed in the state's type, the chunk sums are added in float64 (an addition for 32 multiply-adds),
-// and the total is rounded at the end. No atomics: every sum has a fixed order.
+// tiles of 64 x 64, reads P and h (M N numbers each) N / 64 times and writes N^2 numbers. It is bound by arithmetic. A
+// chunk of 32 samples is summed in the state's type, the chunk sums are added in float64 (an addition for 32
+// multiply-adds), and the total is rounded at the end. No atomics: every sum has a fixed order.
 #pragma once
 
 #include "orthogonal_filter_common.h"

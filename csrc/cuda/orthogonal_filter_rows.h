@@ -2,8 +2,9 @@
 // layers. They serve float64, GPUs without clusters, and nets that are too wide for clusters. The other kernels are
 // tested against them.
 //
-// Cost per forward step and row: 4 N^2 operations; each block reads O and W_l from the second-level cache. Bound by the
-// latency of one step (two reads of a matrix row, a reduction over a warp, two barriers), not by arithmetic.
+// Cost per forward step and row: 4 N^2 operations. Each block reads O and W_l from the second-level cache. The kernels
+// are bound by the latency of one step (two reads of a matrix row, a reduction over a warp, two barriers), not by
+// arithmetic.
 #pragma once
 
 #include "orthogonal_filter_common.h"

@@ -14,13 +14,14 @@ from lcw_ops.nn.orthogonal_filter import OrthogonalFilterMLP
 
 _OWNER = "DepthParallel"
 
-# The largest difference between ranks' sketches of one tensor. Rounding gives less, different samples about 1.
+# The largest difference that is allowed between the ranks' sketches of one tensor (see _sketch). Rounding causes
+# smaller differences. Different samples cause differences of about 1.
 _SKETCH_TOLERANCE = 1e-3
 _SKETCH_TOLERANCE_OF_16_BITS = 1e-2
 
 
 class Group:
-    """The collectives. The error of one that fails says what it was for."""
+    """The collectives. If one fails, its error says what the call was for."""
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         if not dist.is_available() or not dist.is_initialized():
@@ -37,7 +38,7 @@ class Group:
             raise ValueError(describe(_OWNER, "process_group", came, expected, "Make the module on members only."))
 
     def __deepcopy__(self, memo) -> "Group":
-        """A copied module has the same ranks."""
+        """Return self: a copied module uses the same process group, which cannot be copied."""
         return self
 
     def __reduce__(self):
@@ -47,6 +48,7 @@ class Group:
 
     @contextmanager
     def _answered(self, what: str) -> Iterator[None]:
+        """Replace the RuntimeError of a collective that fails by one that names the call and the rank."""
         try:
             yield
         except RuntimeError as error:
@@ -57,7 +59,7 @@ class Group:
             ) from error
 
     def check_alike(self, mlp: OrthogonalFilterMLP) -> None:
-        """ValueError or TypeError on every rank unless all of them have the same kind of module."""
+        """Raise ValueError or TypeError on every rank unless all ranks have modules of the same sizes and settings."""
         problem = _problem_of_module(mlp, self.size)
         described = [None] * self.size
         with self._answered("the all-gather of the modules' sizes at construction"):
@@ -84,7 +86,10 @@ class Group:
         error: Exception | None = None,
         wants: bool = False,
     ) -> bool:
-        """Whether any rank ``wants``. All ranks raise if one has an error, or if they differ in facts or numbers."""
+        """Return whether ``wants`` is true on any rank; in a forward pass, whether the rank needs a gradient.
+
+        All ranks raise if one has an ``error``, or if they differ in ``facts`` or in the numbers of ``sample``.
+        """
         failed = self.rank + 1 if error is not None else 0
         told = torch.tensor([failed, wants, *facts.values()], dtype=torch.float64, device=device)
         sketch = told.new_zeros(3) if sample is None else _sketch(sample)
@@ -105,18 +110,19 @@ class Group:
             if high != low:
                 came, expected = f"comes from ranks that differ in {name}", "the same call on every rank"
                 raise ValueError(describe(_OWNER, what, came, expected))
-        # Compare the norm relative to its size. The other two numbers are about 1.
+        # The tolerance of the norm is relative to the largest norm. The other two numbers are about 1 and have
+        # an absolute tolerance.
         *apart, norms_apart = (high - low for high, low in zip(most[-3:], least[-3:], strict=True))
         has_16_bits = sample is not None and sample.itemsize == 2
         tolerance = _SKETCH_TOLERANCE_OF_16_BITS if has_16_bits else _SKETCH_TOLERANCE
         if max(apart) > tolerance or norms_apart > tolerance * most[-1]:
             came, expected = "has numbers that differ between ranks", "the same samples and the same loss on every rank"
-            remedy = "Parts of a batch are for data parallelism, over another group."
+            remedy = "To split a batch between ranks, use data parallelism over another process group."
             raise ValueError(describe(_OWNER, what, came, expected, remedy))
         return bool(most[1])
 
     def gather(self, own: Tensor, what: str) -> Tensor:
-        """Every rank's (M, N), as (ranks, M, N)."""
+        """Gather ``own``, (samples, units), from every rank into one tensor (ranks, samples, units)."""
         gathered = own.new_empty((self.size, *own.shape))
         if own.numel():
             with self._answered(what):
@@ -158,7 +164,7 @@ def _problem_of_module(mlp, ranks: int) -> Exception | None:
     for name in ("alpha", "beta"):
         scale = getattr(mlp, name)
         if isinstance(scale, Tensor) and scale.requires_grad:
-            came, expected = "requires a gradient, which is not computed over ranks", "a fixed one"
+            came, expected = "requires a gradient, which is not computed over ranks", f"a fixed {name}"
             remedy = f"Call mlp.{name}.requires_grad_(False), or train it in the plain module."
             return ValueError(describe(_OWNER, name, came, expected, remedy))
     if mlp.window is not None:
@@ -184,7 +190,11 @@ def code(value: object) -> int:
 
 
 def _sketch(sample: Tensor) -> Tensor:
-    """Two numbers of about 1, and the norm. Different samples (M, N) rarely share them. 0 replaces non-finite ones."""
+    """Three numbers by which ranks compare samples (M, N): two weighted sums divided by the norm, and the norm.
+
+    The weights are cosines and sines, so the first two numbers are about 1. Different samples rarely have the same
+    three. A number that is not finite is set to 0.
+    """
     numbers = sample.detach().double()
     phases = [torch.arange(size, dtype=torch.float64, device=sample.device) for size in numbers.shape]
     rows, units = (torch.stack((phase.cos(), phase.sin())) for phase in phases)

@@ -31,8 +31,8 @@ class DepthParallel(_OrthogonalFilter):
 
     Every rank passes the same x, gets the same y and computes the same loss. A sweep costs one all-gather of (M, N)
     per rank and one all-reduce of a number. A pass costs one more all-reduce of a few numbers, by which ranks find out
-    whether they make the same call. There is no pipeline to fill, and there are no micro-batches. A sweep gives one
-    process's result to rounding. See docs/parallel_depth.md.
+    whether they make the same call. There is no pipeline to fill, and there are no micro-batches. The results are
+    those of one process up to rounding. See docs/parallel_depth.md.
 
     Shapes:
         input (*, in_features) -> output (*, out_features), as in the plain module.
@@ -79,7 +79,7 @@ class DepthParallel(_OrthogonalFilter):
             for second derivatives, which only the plain module has.
 
     Source:
-        Derived here, see recurrence.py beside this file and docs/parallel_depth.md.
+        Derived here, see lcw_ops/distributed/recurrence.py and docs/parallel_depth.md.
     """
 
     def __init__(self, mlp: OrthogonalFilterMLP, process_group: dist.ProcessGroup | None = None) -> None:
@@ -138,7 +138,7 @@ class DepthParallel(_OrthogonalFilter):
 
     def _refuse_same_group(self) -> None:
         """ValueError inside a DistributedDataParallel that has given these layers to other ranks of the group."""
-        # Only the wrapper tells, because equal layers on all ranks may be intended.
+        # Only the wrapper shows the mistake: equal layers on all ranks may be intended.
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is None or not any(
             tensor is self.weight and name not in wrapper.parameters_to_ignore

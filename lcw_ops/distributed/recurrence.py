@@ -2,13 +2,14 @@
 
     h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l)
 
-lcw_ops/ops/parallel_depth/solver.py explains the sweeps. Here a sweep is local except for the states between ranges: a
-rank scans its range from a zero state, all ranks gather the states at the ends (M x N of each), and because the linear
-part across D layers is alpha^D O^D, every rank can compute the state with which each range begins. Then a rank scans
-its range from there. The adjoint runs the same way from the other end. Derived here.
+lcw_ops/ops/parallel_depth/solver.py explains the sweeps. Here a sweep is local except for the states between ranges of
+layers. First, a rank scans its D layers from a zero state. All ranks gather the states at the ends of the ranges, M
+samples by N units each. The linear part across a range is alpha^D O^D, so every rank can compute the state with which
+each range begins. Then a rank scans its range from that state. The adjoint does the same from the last layer to the
+first. Derived here.
 
-Cost of a sweep: two scans and a batched matmul of the rank's own layers, one all-gather of (M, N) per rank, one
-all-reduce of a number. Small nets are bound by the latency of these two collectives.
+Cost of a sweep: two scans and a batched matmul of the rank's own layers, one all-gather of (M, N) per rank, and one
+all-reduce of a number. In small nets the latency of these two collectives takes most of the time.
 """
 
 import warnings

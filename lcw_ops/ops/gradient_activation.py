@@ -76,7 +76,7 @@ def find_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 
 def _address(tensor: Tensor) -> int:
-    """The address of the first element, or 0 for a tensor without memory: empty, meta, fake, or one of vmap's."""
+    """The address of the first element, or 0 for a tensor without memory: empty, meta, fake, or batched by vmap."""
     if _torch.is_fake(tensor):
         return 0
     try:

@@ -233,7 +233,7 @@ def is_fused() -> bool:
     return not _torch.in_functorch() and not _torch.in_forward_mode()
 
 
-# Weight normalization was in this file too.
+# The old address of weight normalization, which has moved from this file to one of its own.
 _old_names.keep(
     globals(),
     dict.fromkeys(

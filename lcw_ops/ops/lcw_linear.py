@@ -40,7 +40,7 @@ def _linear_fake(x, weight, bias, basis, deterministic):
     fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] + basis and x.dtype == weight.dtype
     torch._check(fits and x.is_floating_point(), lambda: "lcw_linear: x (M, m) and weight do not fit each other")
     fits = bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0] and bias.dtype == x.dtype)
-    torch._check(fits, lambda: "lcw_linear: the bias does not fit")
+    torch._check(fits, lambda: "lcw_linear: the bias does not fit x and weight")
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 

@@ -358,7 +358,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 )
 
     def _check_tensors(self, index: int, params: list[Tensor], grads: list[Tensor], gathered: Gathered) -> None:
-        """Raise unless gradients and states can be stepped beside their parameters, element by element."""
+        """Raise unless gradients and states fit their parameters, so that a step can go element by element."""
         for param, grad in zip(params, grads, strict=True):
             if grad.shape != param.shape:
                 raise ValueError(

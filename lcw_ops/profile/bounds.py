@@ -1,4 +1,4 @@
-"""Rigorous bounds for a matrix's norm, gradients, Jacobians and states, to stand beside the measured figures.
+"""Rigorous bounds for a matrix's norm, gradients, Jacobians and states, with which the measured figures are compared.
 
 One layer h -> alpha O h + beta act(W h + b) has singular values between |alpha| o_min - |beta| s and
 |alpha| o_max + |beta| s, with s = Lip(act) ||W||_2 and o_min, o_max bounds of O's singular values: 1 for a permutation,

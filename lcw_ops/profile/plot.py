@@ -239,7 +239,7 @@ def _log10(values: np.ndarray) -> np.ndarray:
         return np.log10(values)
 
 
-# The picture of a report, which belongs to a job, was drawn in this file too.
+# The old address of the picture of a report, which belongs to a job and has moved there.
 _old_names.keep(
     globals(),
     dict.fromkeys(("ACCURACY_COLOUR", "findings", "gradient_fate", "plot_report"), "lcw_ops.jobs.picture"),

@@ -95,7 +95,7 @@ class Solves:
     Attributes:
         windows: the number that converged. largest_window: layers of the largest of them.
         largest_sweeps, mean_sweeps: of these windows.
-        largest_contraction: change in the last sweep over that in the one before; NaN if no window took two sweeps.
+        largest_contraction: change in the last sweep, divided by that in the sweep before; NaN if no window took two.
         largest_residual: relative change of a state in a window's last sweep.
         largest_error: estimate of a window's relative error.
         given_up: windows that did not converge, and were solved again with half the layers.

@@ -20,7 +20,7 @@ def _rows(length: int, dtype: str, targets=EVERY_TARGET) -> list[dict]:
 
 
 def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> list[dict]:
-    """For each target the fused product, and the kernel that adds its partial sums if it has several."""
+    """For each target, the kernel of the fused product, and the kernel that adds its partial sums if it has several."""
     rows, units, features = shape
     variants = []
     for target in targets:

@@ -79,7 +79,7 @@ struct ManyRows {
   static constexpr int64_t lanes = Tiles::lanes, widest = 2 * lanes;
   static constexpr bool is_row_major = false;
   int64_t rows, width;
-  Slice units;  // always all
+  Slice units;  // always all units: threads do not share rows in this layout
 
   ManyRows(int64_t rows_, int64_t width_, Slice units_) : rows(rows_), width(width_), units(units_) {}
 

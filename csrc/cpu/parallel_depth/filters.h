@@ -158,8 +158,8 @@ struct Permutation {
   }
 };
 
-// (O h)_i = cosine_i h_i + sine_i h_{i xor 1}, carried in float64: a cosine rounded to float32 drifts over 50,000
-// layers. The last of an odd number of elements has no partner, and its sine is not read.
+// (O h)_i = cosine_i h_i + sine_i h_{i xor 1}, carried in float64, because the error of a cosine in float32 would add
+// up over 50,000 layers. The last of an odd number of elements has no partner, and its sine is not read.
 template <typename T>
 struct Rotation {
   using Carried = double;

@@ -1,23 +1,30 @@
-// The recurrence in parallel over depth on the CPU: one sweep over all layers, and one of its adjoint.
+// The recurrence solved in parallel over depth, on the CPU: a forward sweep over all layers, an adjoint sweep, and the
+// activations alone.
 //
 //   h_l = alpha_l O h_{l-1} + beta_l act(product_l + bias_l + inputs_l)         l = 1..D
 //   g_{l-1} = alpha_l O g_l + product_l + outside_l,  scaled_l = slope_l g_l    l = D..1
 //
-// product_l is W_l h_{l-1} with the states of the last sweep; in the adjoint it is the gradient through W_l, scaled_l
-// W_l. Each sweep replaces the states or gradients of the last one and returns the largest relative change.
-// lcw_ops/reference/parallel_depth.py has the derivation.
+// O is the filter: a permutation of a row's units, or rotations of pairs of them. In the forward sweep, product_l is
+// W_l h_{l-1}, computed from the states of the previous sweep. In the adjoint sweep it is the gradient that flows back
+// through W_l: scaled_l W_l, with the scaled_l of the previous sweep. outside_l is the gradient that h_{l-1} receives
+// from outside the recurrence, and slope_l is beta_l act'. Each sweep overwrites the states or gradients of the sweep
+// before it and returns the largest relative change. lcw_ops/reference/parallel_depth.py has the derivation.
 //
-// Bytes per float32 element: 12 (product and old state read, new state written). The adjoint moves 12 too, with outside
-// 16, with slope and scaled 20, with all three 24. Instructions per float32 element in rows of 128, AVX2:
+// Memory traffic per float32 element: a forward sweep takes 12 bytes (product and old state read, new state written),
+// or 16 with inputs. An adjoint sweep takes 12 bytes, or 16 with outside, 20 with slope and scaled, 24 with all three.
 //
-//                                   tanh   ReLU   adjoint   with slope and scaled
+// Instructions per float32 element in rows of 128 with AVX2, by filter. The first two columns are forward sweeps. The
+// last two are adjoint sweeps, without and with slope and scaled.
+//
+//   filter                          tanh   ReLU   without   with slope and scaled
 //   identity                         6.8    3.7     2.3        3.1
 //   cyclic shift                     7.1    4.0     2.6        3.4
 //   any other permutation            8.8    5.6     4.3        5.1
 //   rotations                       10.3    7.2     5.8        6.9
 //
-// These counts include about 100 instructions per row, whatever its length. A core that copies 20 GB/s moves 12 bytes
-// in about 2 cycles: bound by memory if the data do not fit in the cache, by arithmetic if they do.
+// The counts include about 100 instructions per row, whatever the row's length. A core that copies 20 GB/s moves 12
+// bytes in 0.6 ns, about 2 cycles. So a sweep is bound by memory if its tensors do not fit in the cache, and by
+// arithmetic if they do.
 
 #include <initializer_list>
 #include <optional>
@@ -35,7 +42,8 @@ std::string to_text(torch::headeronly::IntHeaderOnlyArrayRef shape) {
   return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-// Checks an op's arguments, for memory safety. They must fit the first one, whose shape is (D, M, N) or (D + 1, M, N).
+// Checks an op's arguments, for memory safety. They must fit the first one. Its shape is (D, M, N): D layers, M rows, N
+// units. If `given` is 1, it is (D + 1, M, N), because it also holds the state or gradient that the sweep begins with.
 struct Arguments {
   const char* op;
   const char* name;
@@ -50,7 +58,7 @@ struct Arguments {
         name, " must be a contiguous tensor of float32 or float64 on the CPU", advice);
     STD_TORCH_CHECK(
         first.dim() == 3 && first.size(0) >= given, op, ": ", name, " has shape ", to_text(first.sizes()),
-        ", expected ", given ? "(D + 1, M, N)" : "(D, M, N)", advice);
+        ", expected ", given ? "(layers + 1, samples, units)" : "(layers, samples, units)", advice);
     layers = first.size(0) - given, rows = first.size(1), width = first.size(2);
   }
 
@@ -88,8 +96,8 @@ struct Arguments {
         filter.is_cpu() && filter.is_contiguous() && filter.dim() == 1 &&
             (permutes ? filter.numel() == width
                       : filter.scalar_type() == ScalarType::Double && filter.numel() == 2 * width),
-        op, ": filter must be a contiguous int64 permutation of ", width, " units or ", 2 * width,
-        " cosines and sines of float64 on the CPU", advice);
+        op, ": filter must be contiguous and on the CPU: an int64 permutation of ", width, " units, or ", width,
+        " cosines followed by ", width, " sines in float64", advice);
     if (!permutes) {
       const double* cosine = data<double>(filter);
       return f(Rotation<T>{cosine, cosine + width, width});
@@ -172,7 +180,7 @@ Tensor adjoint_sweep(
   arguments.check_terms("scaled", scaled);
   arguments.check_scale("alpha", alpha);
   STD_TORCH_CHECK(
-      slope.has_value() == scaled.has_value(), arguments.op, ": slope and scaled belong together", Arguments::advice);
+      slope.has_value() == scaled.has_value(), arguments.op, ": give slope and scaled, or neither", Arguments::advice);
   Tensor change = stable::new_zeros(gradients, {1}, ScalarType::Double);
   with_type(gradients, [&](auto element) {
     using T = decltype(element);

@@ -11,7 +11,7 @@ other parts (slopes, dW, sums) are computed for all steps of a block at once. Th
 eight state-sized arrays per step. They are kept for the next call of the same shape, until ``clear()``. On a CPU, and
 while the caller captures a graph, the same code runs directly.
 
-The signatures are those of the op overloads in op.py beside this file.
+The signatures are those of the op overloads in op.py in this folder.
 """
 
 import threading

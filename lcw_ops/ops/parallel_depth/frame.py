@@ -23,9 +23,10 @@ MAX_RESIDUAL = 1e-12
 
 
 class Frame(NamedTuple):
-    """States h are B h' (rows: h = h' ``basis``^T and h' = h ``inverse``^T); (2 N,) ``rotation`` is R, in float64.
+    """A state h is B h' with h' in the frame: for rows, h = h' ``basis``^T and h' = h ``inverse``^T.
 
-    ``basis`` and ``inverse`` are in the filter's dtype, the exact ones in float64.
+    ``rotation`` (2 N,) is R in float64. ``basis`` and ``inverse`` are in the filter's dtype. ``exact_basis`` and
+    ``exact_inverse`` are the same in float64.
     """
 
     basis: Tensor

@@ -2,7 +2,7 @@
 
     h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-O is the filter, u_l an input. Each sweep covers all layers at once; see solver.py beside this file.
+O is the filter, u_l an input. Each sweep covers all layers at once; see solver.py in this folder.
 lcw_ops/reference/parallel_depth.py has the functions of a sweep. All sweeps run inside one op; the host decides how
 many.
 """
@@ -265,7 +265,7 @@ def _check(recurrence: Recurrence, options: Options) -> None:
     """
     state, filter, tolerance, window = recurrence.h0, recurrence.filter, options.tolerance, options.window
     if state.dim() != 2 or filter.dim() == 3:
-        raise orthogonal_filter.refusal(NAME, "a state that is not (M, N), or one filter per layer")
+        raise orthogonal_filter.refusal(NAME, "a state that is not (samples, units), or one filter per layer")
     if not (0 <= tolerance < math.inf and window >= 0):
         raise orthogonal_filter.refusal(NAME, f"a tolerance of {tolerance} or a window of {window} out of range")
     orthogonal_filter.check_arguments("reference", *recurrence, options.steps, options.activation)
@@ -292,7 +292,7 @@ def _make_forward(recurrence: Recurrence, options: Options, window: int) -> solv
 
 
 def _sequential_kernel(backend: str, like: Tensor) -> str:
-    """The layer-by-layer kernel beside sweeps on ``backend``; "reference" if no kernel takes this width."""
+    """The layer-by-layer kernel that goes with sweeps on ``backend``; "reference" if no kernel takes this width."""
     if backend == "reference":
         return "reference"
     try:

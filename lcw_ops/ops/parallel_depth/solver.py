@@ -222,7 +222,7 @@ class _DirectScan:
         self.transposed = reference.transpose_filter(filter).contiguous()
 
     def begin(self, continues: bool) -> None:
-        """Begin a window. ``continues`` says whether it starts from the state with which the last one ended."""
+        """Begin a window. ``continues`` says whether it starts from the state with which the previous one ended."""
 
     def finish(self, states: Tensor) -> None:
         """End a window that has converged."""
@@ -556,7 +556,8 @@ class Backward(Windows):
             _add_inner_products(gradients.beta, adjoint[1:], spare)
 
 
-# The number of samples, of any layers, in one float32 sum, and the memory for the sums that are computed at a time.
+# The number of outer products in one float32 sum (samples of one or more layers), and the bytes of the sums that are
+# computed at a time.
 SUMMED_SAMPLES = 64
 SUMMED_BYTES = 64 * 2**20
 
