@@ -108,7 +108,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     check_choice("gmp_linear", "activation", activation, (None, "relu"))
     check_rows("gmp_linear", "angles", angles, "(n, m-1)")
     fan_in = angles.shape[1] + 1
-    check_features("gmp_linear", x, fan_in, "one more than angles'")
+    check_features("gmp_linear", x, fan_in, "one more than the columns of angles")
     check_per_unit("gmp_linear", "radius", radius, angles.shape[0])
     check_per_unit("gmp_linear", "location", location, angles.shape[0])
     pre_activation = F.linear(x.to(dtype), hypersphere_direction(angles.to(dtype)), location.to(dtype))
