@@ -277,7 +277,7 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time one call. On a GPU, measure between two events of the stream, so that the launch is not counted twice."""
+    """Time one call. On a GPU, measure between two events of the stream: a host clock would add the synchronisation."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -94,8 +94,8 @@ def lps_(
 
     joint: iid N(0, s^2), s^2 = 1 / (m q + 1), where q = E a^2 over inputs a, so pre-activations z have E z^2 = 1.
     heavy_tail: the same group with a clipped Cauchy scale per unit.
-    anchored: every unit's zero set passes through an input. On real inputs this is the only rule that keeps far more
-    ReLUs alive than He's initialisation; on drawn inputs it keeps hardly more.
+    anchored: every unit's zero set (z = 0) passes through an input. On real inputs this is the only rule that keeps far
+    more ReLUs alive than He's initialisation; on drawn inputs it keeps hardly more.
 
     Args:
         weight: (n, m, *k), n units of m inputs.
