@@ -90,7 +90,7 @@ class Row:
 
 
 def levy(x: np.ndarray) -> np.ndarray:
-    """sin(pi w)^2 + (w - 1)^2 (1 + sin(2 pi w)^2), w = 1 + (x - 1) / 4: its minimum is 0, at x = 1."""
+    """The 1-D Levy function sin(pi w)^2 + (w - 1)^2 (1 + sin(2 pi w)^2), w = 1 + (x - 1) / 4; its minimum is 0 at 1."""
     w = 1 + (x - 1) / 4
     return np.sin(np.pi * w) ** 2 + (w - 1) ** 2 * (1 + np.sin(2 * np.pi * w) ** 2)
 

@@ -239,7 +239,7 @@ def _log10(values: np.ndarray) -> np.ndarray:
         return np.log10(values)
 
 
-# Names of the picture of a report, which was drawn in this file too before it moved to the jobs.
+# Names of the picture of a report, which moved from this file to lcw_ops/jobs/picture.py.
 _old_names.keep(
     globals(),
     dict.fromkeys(("ACCURACY_COLOUR", "findings", "gradient_fate", "plot_report"), "lcw_ops.jobs.picture"),
