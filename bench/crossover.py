@@ -1,7 +1,9 @@
-"""The fastest kernel of the orthogonal-filter recurrence for each range of widths: a CSV and a line of code.
+"""Measures which kernel of the orthogonal-filter recurrence is the fastest at each width.
 
-At every width, the available kernels take turns forward and backward over depth and over time, by the rules of the
-other benchmarks. A wrong kernel is not timed. The geometric mean of both cases decides.
+There are two cases at every width: forward and backward over depth, and the same over time. In each case the available
+kernels take turns, by the rules of bench/runner.py, and a wrong kernel is not timed. The fastest kernel is the one with
+the smallest geometric mean of its two times. The times go into a CSV. The result is printed as a line of code for
+lcw_ops/ops/orthogonal_filter/crossover.py.
 """
 
 import argparse
@@ -35,7 +37,7 @@ CUDA_KERNEL = "LCW_OPS_CUDA_KERNEL"
 
 @dataclass(frozen=True)
 class Kernel:
-    """Two functions with the signatures of the ops. The first word of ``name`` is the one that fastest_kernel uses."""
+    """Two functions with the signatures of the ops. The first word of ``name`` is the kernel's name in crossover.py."""
 
     name: str
     forward: Callable
@@ -56,7 +58,7 @@ def kernels(device_type: str) -> list[Kernel]:
 
 
 def _with_kernel(name: str, function: Callable) -> Callable:
-    """``function`` with "cuda cluster" or "cuda rows" chosen in the environment, where C++ reads it at every call."""
+    """``function``; for "cuda cluster" and "cuda rows", with CUDA_KERNEL set, which C++ reads at every call."""
     if not name.startswith("cuda "):
         return function
 
@@ -102,7 +104,8 @@ def case(over_time: bool, rows: int, width: int, steps: int, device_type: str) -
         competitors=(*competitors, registry.Competitor(registry.EAGER, functools.partial(_prepare, plain))),
         # Forward and backward each read everything, and every gradient is written.
         bytes=4 * 3 * (matrices + (states if over_time else 0)),
-        # O h and W h; backward G O, P W and P^T H.
+        # The products O h and W h forward, and G O, P W and P^T h backward: G and P are the gradients of a state h and
+        # of its pre-activation.
         operations=2 * rows * width**2 * steps * 5,
     )
 
@@ -163,7 +166,7 @@ def _reference_backward(grad_output, h0, weight, bias, filter, alpha, beta, inpu
 
 
 def table(path: Path) -> orthogonal_filter_crossover.Table:
-    """Read from a CSV the kernels in the order of width, each with the widest row for which it is the fastest."""
+    """Read from a CSV the fastest kernels in the order of width, each with the largest width at which it is fastest."""
     logs: dict[int, dict[str, list[float]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):

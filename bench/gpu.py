@@ -3,7 +3,8 @@
 Nothing is downloaded. A part (``make gpu PART=smoke``) takes under eight minutes; a process that still runs then is
 killed. Each test file has its own process and time limit, so that a crash or a hang costs one file, and a failure does
 not stop the rest. Every process writes its log in bench/results/<generation>-<date>-logs while it runs, and a line in
-summary.txt there says how it ended. Exit code 1: something failed, was cut off, was not reached or is not installed.
+summary.txt there says how it ended. The exit code is 1 if a process failed, was cut off, was not reached in time or
+needs a program that is not installed.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TESTS = ROOT / "tests"
 
 # A part stays below eight minutes, including the time to start and to end its processes.
 PART_SECONDS = 470
-# The limit of one test file, so that a hang leaves the others their time.
+# The time limit of one test file: if it hangs, the other files of the part still have time to run.
 FILE_SECONDS = 240
 SMOKE_SECONDS = 180
 
@@ -43,11 +44,12 @@ ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 
-# Under the sanitizer a launch takes a hundred times as long, and these tests launch the same kernels again.
+# Tests that memcheck leaves out, by words in their names: they launch kernels that other tests launch too, and under
+# the sanitizer a launch takes a hundred times as long.
 SAME_KERNELS_AGAIN = "thousand or gradcheck or compile or opcheck or more_elements"
 
-# The number of parts into which a stem's benchmarks are split. A case is measured for ten seconds, and torch.compile
-# takes as long again, or minutes for long lists of tensors.
+# The number of parts into which the benchmarks of a method (a stem) are split. A case is measured for ten seconds, and
+# torch.compile takes another ten, or minutes for long lists of tensors.
 BENCH_SHARES = {"gradient_activation": 6}
 USUAL_BENCH_SHARES = 3
 
@@ -92,7 +94,7 @@ def parts(csv: Path) -> dict[str, list[Step]]:
     chooses = [path for stem in _stems_with_a_choice() for path in of_stem[stem] if "triton" not in path.stem]
     plan = {"build": _build(), "smoke": [_smoke()]}
     plan |= {f"test-{stem}": [_test(path) for path in own] for stem, own in of_stem.items() if own}
-    # This part runs the kernels of csrc/cuda that carry one row each, instead of the fastest ones.
+    # This part runs the kernels of csrc/cuda in which a block handles one row, instead of the fastest ones.
     plan["test-rows"] = [_test(path, environment={"LCW_OPS_CUDA_KERNEL": "rows"}) for path in chooses]
     plan["memcheck"] = [_watched("memcheck", _smoke())]
     plan |= {
@@ -100,7 +102,8 @@ def parts(csv: Path) -> dict[str, list[Step]]:
         for stem, own in of_stem.items()
         if own
     }
-    # These tools check how threads share on-chip memory. CUDA kernels do that by hand; in Triton the compiler does it.
+    # These tools check how threads share on-chip memory. Our CUDA kernels synchronise by hand; Triton's compiler does
+    # it for Triton kernels.
     for tool in ("racecheck", "synccheck"):
         for path in files:
             if path.stem.startswith("test_cuda_"):
@@ -146,6 +149,7 @@ def _unknown_part(word: str, plan: dict[str, list[Step]]) -> str:
 
 
 def stems() -> list[str]:
+    """The methods that have a Triton kernel, by the names of their files in kernels/."""
     return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if path.stem not in ("angles", "common"))
 
 
@@ -155,7 +159,7 @@ def _stem(path: Path) -> str:
 
 
 def _stems_with_a_choice() -> list[str]:
-    """The stems that have several kernels in csrc/cuda; the environment chooses one."""
+    """The stems that have several kernels in csrc/cuda, one of which LCW_OPS_CUDA_KERNEL chooses."""
     return [
         stem
         for stem in stems()
@@ -250,9 +254,9 @@ def _is_fixture(function: ast.FunctionDef) -> bool:
 
 
 def imports(paths: Iterable[Path]) -> set[str]:
-    """The top-level imports of these files, and of the tests' own modules that they import, except for torch and ours.
+    """The packages that these files import at the top, directly or through the tests' own modules.
 
-    Triton is left out too: the tests of its kernels are skipped if it is not installed.
+    torch and lcw_ops are left out. So is Triton: the tests of Triton kernels are skipped if it is not installed.
     """
     waiting, seen, modules = {TESTS / "conftest.py", *paths}, set(), set()
     while waiting:
@@ -297,13 +301,16 @@ def main(arguments: list[str]) -> int:
         return 0
     missing = missing_modules(step for steps in selected.values() for step in steps)
     if missing:
-        return _refuse(f"{sys.executable} lacks {', '.join(missing)}; pip install {' '.join(missing)}, or PYTHON=...")
+        return _refuse(
+            f"{sys.executable} lacks {', '.join(missing)}; pip install {' '.join(missing)}, or choose another "
+            "interpreter: make gpu PYTHON=..."
+        )
     card = find_card()
     if "error" in card:
         return _refuse(card["error"])
     print(f"{card['name']}, sm_{card['generation']}, torch {card['torch']}", flush=True)
     name = f"sm_{card['generation']}-{today}"
-    # Build for this card alone. Hopper's own instructions need the "a".
+    # Build for this card alone. Some instructions of Hopper (sm_90) exist only under the name sm_90a.
     os.environ.setdefault("LCW_OPS_CUDA_ARCHS", card["generation"] + "a" * card["generation"].startswith("9"))
     return run(select(args.part, parts(RESULTS / f"{name}.csv")), RESULTS / f"{name}-logs")
 
@@ -361,7 +368,7 @@ def find_card() -> dict[str, str]:
         }
     version, *rest = found.stdout.splitlines()
     if not rest:
-        return {"error": f"torch {version} sees no NVIDIA card; this needs one, its driver and a CUDA torch"}
+        return {"error": f"torch {version} sees no NVIDIA card; expected a card, its driver and a CUDA build of torch"}
     return {"torch": version, "generation": rest[0], "name": rest[1]}
 
 

@@ -1,8 +1,9 @@
 """Activated gradients over the parameters of a model: in place over a list, and inside a step of SGD and AdamW.
 
-The cost is memory traffic. In place, every gradient is read and written once; a step reads parameter, gradient and
-state once and writes parameter and state once. The competitors are a loop over the parameters, foreach calls,
-torch.compile, a copy of the same bytes, and torch's own optimizers, after an activation and without any.
+An activated gradient is f(g) for the gradient g, f(g) = alpha atan(beta g) or a similar function. The cost is memory
+traffic. In place, every gradient is read and written once; a step reads parameter, gradient and state once and writes
+parameter and state once. The competitors are a loop over the parameters, foreach calls, torch.compile of these, a copy
+of the same bytes, and torch's own optimizers, with the gradients activated before the step or not at all.
 """
 
 import functools
@@ -22,10 +23,12 @@ ALPHA, BETA = 0.1, 20.0
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
-# The steps before the checked one: in the first step the momentum is the gradient, which hides its decay.
+# The number of steps before the one that is checked. The first step would not do: the momentum is still 0 there, so an
+# error in its decay would not show.
 STEPS_BEFORE = 9
 
-# torch.compile takes two minutes for three calls over 1000 tensors, and as long for a step over 100, each time twice.
+# The most tensors for which torch.compile competes. It takes two minutes for the three foreach calls over 1000 tensors,
+# or for a step over 100, and each case compiles twice: to check and to time.
 MOST_COMPILED, MOST_COMPILED_STEPS = 200, 100
 
 Shapes = list[tuple[int, ...]]
@@ -33,7 +36,8 @@ Shapes = list[tuple[int, ...]]
 
 def cases(device_type: str) -> list[Case]:
     if device_type == "cuda":
-        # 100 million elements: 400 and 200 MB, more than any second-level cache.
+        # The first list has 100 million elements, 400 MB in float32 and 200 MB in bfloat16. No second-level cache holds
+        # as much.
         lists = [("1000 of 100,000", [(100_000,)] * 1000), ("ResNet-50", resnet50()), ("transformer", transformer())]
     else:
         lists = [("1000 of 10,000", [(10_000,)] * 1000), ("ResNet-50", resnet50()), ("transformer", transformer())]
@@ -75,7 +79,7 @@ def resnet50() -> Shapes:
 
 
 def transformer(layers: int = 6, width: int = 512, hidden: int = 2048, vocabulary: int = 32_000) -> Shapes:
-    """Encoder layers as torch.nn's, a last norm, and one table of tokens: 75 tensors, 35.3 million elements."""
+    """Encoder layers like torch.nn's, a final norm and one embedding table: 75 tensors, 35.3 million elements."""
     attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
     feed_forward = [(hidden, width), (hidden,), (width, hidden), (width,)]
     norm = [(width,), (width,)]
@@ -141,7 +145,7 @@ def _shorten(inputs: dict) -> dict:
 
 
 def _own_copy(inputs: dict) -> list[Tensor]:
-    # Repeated calls in place take the values to where alpha atan(beta g) = g, which is 0.117 and not 0.
+    # Repeated calls in place do not shrink the values to 0: they converge to the g with alpha atan(beta g) = g, 0.117.
     return [gradient.clone() for gradient in inputs["gradients"]]
 
 
@@ -298,7 +302,7 @@ def _gradient_first(make: Callable, options: dict, shapes: Shapes) -> tuple[Comp
 
 
 def _without_activation(make: Callable, options: dict) -> tuple[Competitor, ...]:
-    """A step without activation. It is another function, for comparison."""
+    """A step without activation: another function, timed for comparison."""
     return tuple(
         Competitor(f"torch {form}, none", functools.partial(_optimizer, make, **options, **{form: True}), checked=False)
         for form in ("fused", "foreach")
@@ -306,7 +310,7 @@ def _without_activation(make: Callable, options: dict) -> tuple[Competitor, ...]
 
 
 def _primed(make: Callable, inputs: dict, own_gradients: bool = False, **options) -> tuple[torch.optim.Optimizer, list]:
-    """An optimizer in the middle of training, with its own parameters, and all tensors that a step writes."""
+    """(an optimizer in the middle of training, with copies of the parameters; all tensors that its step writes)."""
     params = [nn.Parameter(param.clone()) for param in inputs["params"]]
     for param, gradient in zip(params, inputs["grads"], strict=True):
         param.grad = gradient.clone() if own_gradients else gradient

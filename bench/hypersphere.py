@@ -1,7 +1,8 @@
-"""GmP, layers whose units are directions by angles: y = r relu(x u^T + lambda), u_k = cos t_k prod_{i<k} sin t_i.
+"""GmP layers: y = r relu(x u^T + lambda), with a radius r and a location lambda for each unit.
 
-The competitors are straightforward eager torch, torch.compile of it, and the plain layer. The directions are also
-measured alone.
+A row of u is a unit's direction. It has length 1 and is given by angles t: u_k = cos t_k prod_{i<k} sin t_i. The
+competitors are straightforward eager torch, torch.compile of it, and the plain layer. The directions are also measured
+alone.
 """
 
 import functools
@@ -102,7 +103,7 @@ def _gmp_layer(
     backward: bool,
     quick: bool,
 ) -> Case:
-    """A linear layer if ``x_size`` is (M, m), a 3x3 convolution if it is (samples, channels, height, width)."""
+    """A linear layer if ``x_size`` is (samples, inputs), a 3x3 convolution for (samples, channels, height, width)."""
     result = math.prod(x_size) // x_size[1] * units
 
     def draw(device: torch.device) -> list[Tensor]:
@@ -112,7 +113,8 @@ def _gmp_layer(
         return [torch.randn(x_size, device=device), angles, radius, location]
 
     def draw_cotangent(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor) -> Tensor:
-        # The cotangent is small where the pre-activation is: rounding decides there whether the relu passes a gradient.
+        # Near the relu's kink, rounding decides whether a gradient passes. So the cotangent is small where the
+        # pre-activation is small.
         pre_activation = _pre_activation(x, _eager_direction(angles), location)
         return torch.randn_like(pre_activation) * pre_activation
 
@@ -164,7 +166,7 @@ def _eager_direction(angles: Tensor) -> Tensor:
 
 
 def _exact_direction(angles: Tensor) -> Tensor:
-    """The float64 truth by a formula that no competitor uses: products as exponentials of sums."""
+    """The float64 truth by a formula that no competitor uses: products as exponentials of sums of logarithms."""
     sine = angles.sin()
     products = sine.sign().cumprod(1) * sine.abs().log().cumsum(1).exp()
     ones = torch.ones_like(angles[:, :1])

@@ -1,7 +1,8 @@
-"""The layer whose rows sum to zero, linear and convolutional: forward alone, and forward with backward.
+"""The layer whose weight rows sum to zero, linear and convolutional: forward alone, and forward with backward.
 
-y = x (w - mean(w))^T + b. The competitors are eager torch with a centred weight, eager torch with a matmul plus a
-rank-one term, torch.compile, and the plain layer, which is also the cost of a weight that was centred in advance.
+y = x (w - mean(w))^T + b, with the mean of each row of w. The competitors are eager torch with a centred weight, eager
+torch with a matmul plus a rank-one term, torch.compile, and the plain layer. The plain layer costs as much as a layer
+whose weight was centred in advance.
 """
 
 import functools
@@ -116,7 +117,7 @@ def _case(
         def draw(tensor: str) -> Tensor:
             return torch.randn(sizes[tensor], device=device)
 
-        # The constraint acts on activations whose mean is not 0: on others, its absence would not show.
+        # Draw inputs whose mean is not 0: otherwise a layer without the constraint would give nearly the same result.
         x = torch.sigmoid(draw("x")).to(dtype).requires_grad_()
         weight = (fan_in**-0.5 * draw("weight")).to(dtype)
         copies = ROTATED_BYTES[device.type] // weight.nbytes + 1
@@ -133,8 +134,8 @@ def _case(
     # writes the gradients of x, weight and bias. The constraint needs no other data, so it adds no traffic.
     x, weight, bias, result = (elements[tensor] for tensor in ("x", "weight", "bias", "cotangent"))
     moved = 3 * x + 3 * weight + 2 * bias + 2 * result if backward else x + weight + bias + result
-    # Two operations per multiplication: x times weight, and in backward one product of that size for each gradient. The
-    # constraint's own operations, of the order of x plus weight, are left out.
+    # Two operations per multiplication. Forward multiplies x by the weight. Backward makes one product of that size for
+    # the gradient of each. The operations of the constraint, a few per element of x or weight, are left out.
     operations = 2 * result * fan_in * (3 if backward else 1)
     return Case(
         stem="lcw_linear",
@@ -145,7 +146,7 @@ def _case(
         expected=functools.partial(_expected, exact),
         competitors=competitors,
         bytes=dtype.itemsize * moved,
-        # The measured rate is float32's. 16-bit products are faster, so only their bytes count towards the floor.
+        # registry.py measures float32's matmul rate. 16-bit products are faster, so only their bytes count.
         operations=operations if dtype == torch.float32 else 0,
         quick=quick,
     )

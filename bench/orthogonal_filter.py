@@ -1,7 +1,8 @@
 """The orthogonal-filter recurrence over depth and over time, forward alone and forward with backward.
 
-h <- alpha O h + beta tanh(W h + b + u), with a dense O. Competitors: eager torch, JAX's jitted lax.scan, torch.compile
-of one step, on a GPU a CUDA graph of eager torch, and over time torch.nn.RNN: no filter, so half the arithmetic.
+h <- alpha O h + beta tanh(W h + b + u). The filter O is a fixed dense matrix, and u is the input of a time step. The
+competitors are eager torch, JAX's jitted lax.scan, torch.compile of one step and, on a GPU, a CUDA graph of eager
+torch. Over time torch.nn.RNN competes too. It has no filter, and so half the arithmetic forward, and 3/5 with backward.
 """
 
 import functools
@@ -16,10 +17,11 @@ from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops.orthogonal_filter.op import NAME
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as reference
 
-# The steps of a backward pass that is checked in float64: many checkpoint segments, in a second, not half a minute.
+# A backward pass is checked against float64 over this many steps. They cover many segments between kept states, and
+# take a second; all steps would take half a minute.
 CHECKED_STEPS = 1000
 
-# The nodes of a CUDA graph are captured one by one. Beyond this the capture takes longer than the benchmark.
+# The nodes of a CUDA graph are captured one by one. With more steps the capture takes longer than the benchmark.
 GRAPH_STEPS = 10_000
 
 # The inputs that get a gradient, in this order; a case may lack some.
@@ -51,7 +53,7 @@ def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, 
     def make_inputs(device: torch.device) -> dict:
         inputs = {name: torch.randn(shape, device=device) for name, shape in tensors.items()}
         inputs["weight"] *= width**-0.5
-        # Both must be float32 numbers: otherwise the rounding of alpha would be the whole error against float64.
+        # alpha and beta must be exact in float32: otherwise alpha's rounding would be the whole error against float64.
         alpha = torch.tensor(1 - 1 / steps)
         return inputs | {
             "filter": make_filter("haar", width, device=device),
@@ -89,9 +91,11 @@ def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, 
         make_inputs=make_inputs,
         expected=_expected,
         competitors=tuple(competitors),
-        # Forward reads, and over time writes states. Backward reads everything again and writes every gradient.
+        # Forward reads every tensor, and over time writes all states. Backward reads everything again and writes every
+        # gradient.
         bytes=4 * elements * (3 if backward else 1),
-        # O h and W h; backward G O, P W and P^T H.
+        # The products O h and W h forward, and G O, P W and P^T h backward: G and P are the gradients of a state h and
+        # of its pre-activation.
         operations=2 * rows * width**2 * steps * (5 if backward else 2),
         quick=quick,
         shorten=shorten,

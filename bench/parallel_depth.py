@@ -1,8 +1,10 @@
-"""The recurrence in parallel over depth, in windows of several sizes, against our own kernel that goes layer by layer.
+"""The recurrence in parallel over depth, in windows of several sizes, against our sequential kernel.
 
-A sweep repeats the arithmetic of the sequential kernel, and the solver takes two or three sweeps: it saves waiting, not
-arithmetic. So the sizes are those of the recurrence's other benchmark, and those where a kernel waits the most: one
-sample, wide layers. ``python -m lcw_ops.bench.parallel_depth rows.csv`` turns rows of this benchmark into the lines for
+A window is the range of layers that the solver computes at once, by sweeps over all of them. A sweep does the same
+arithmetic as the sequential kernel, which goes layer by layer, and the solver needs two or three sweeps. So it cannot
+save arithmetic, only the time in which a processor waits for the layer before. The sizes are those of
+bench/orthogonal_filter.py, and those with the longest waits: one sample, wide layers.
+``python -m lcw_ops.bench.parallel_depth rows.csv`` turns rows of this benchmark into the lines for
 lcw_ops/ops/parallel_depth/crossover.py.
 """
 
@@ -28,7 +30,7 @@ from lcw_ops.ops.parallel_depth.op import SWEEP
 
 STEM = "parallel_depth"
 
-# A window to measure besides the whole depth and the default, which "auto" would use.
+# A window that is measured besides the whole depth and the default window, the one that solver="auto" would use.
 WINDOW = 1000
 
 # The solver needs eight times the memory of all states, and must leave room for weights and gradients.
@@ -37,8 +39,8 @@ MOST_STATES_BYTES = 2**29
 # beta = c / L in all cases.
 MEASURED_C = 1.0
 
-# A region must save this share of the sequential kernel's time on initial weights: trained nets take up to three times
-# the sweeps (docs/parallel_depth.md).
+# A region of sizes is listed only if the parallel solver saves this share of the sequential kernel's time with initial
+# weights. Trained nets take up to three times as many sweeps (docs/parallel_depth.md), and must not be slower.
 LEAST_GAIN = 2 / 3
 
 
@@ -88,7 +90,7 @@ def _case(
     permutes, saved = filter != "haar", 0
     if permutes:
         peers = [dataclasses.replace(peer, missing=lambda: "timed with the Haar filter") for peer in peers]
-        # These are O h and G O.
+        # A permutation takes no operations for O h and, in backward, G O, where G is the gradient of a state.
         saved = 2 * rows * width**2 * steps * (2 if backward else 1)
 
     def make_inputs(device: torch.device) -> dict:
@@ -134,8 +136,8 @@ Point = tuple[int, int, int]
 def regions(path: Path, key: str) -> list[Region]:
     """The entries of MEASURED that follow from a CSV of measurements on machines of that key (``device_key``).
 
-    The entries are cautious: they lie between measured points that won in the default window, forward as well as with
-    backward. A noisy row neither wins nor loses.
+    The entries are cautious: they lie between measured points at which the parallel solver won in its default window,
+    forward as well as with backward. A point with a noisy row does not count as won.
     """
     times: dict[tuple, dict[Point, dict[str, dict[str, float]]]] = {}
     with path.open(newline="") as file:
@@ -149,7 +151,7 @@ def regions(path: Path, key: str) -> list[Region]:
                 point = tuple(int(size.split("=")[1]) for size in row["shape"].split())
                 of_kind = times.setdefault((filter != "haar", over == "over time"), {})
                 median, spread = float(row["median_s"]), float(row["spread_s"])
-                # The last of several runs counts.
+                # If the CSV holds several runs of a case, the last one counts.
                 seconds = of_kind.setdefault(point, {}).setdefault(passes, {})
                 noisy = row.get("noisy") == "True" or is_noisy(median, spread)
                 seconds[row["competitor"]] = math.nan if noisy else median
@@ -212,7 +214,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     key = args.key or device_key(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found = regions(args.rows, key)
-    print("\n".join(map(line_of, found)) if found else f"no measured size of {key} is won by {LEAST_GAIN:.0%}")
+    print("\n".join(map(line_of, found)) if found else f"no measured size of {key} saves {LEAST_GAIN:.0%} of the time")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""A benchmark: one piece of work, the ways to do it, the float64 truth, and the least time that it can take.
+"""A benchmark: one piece of work, the ways to do it, the float64 truth, and the least time that the work can take.
 
-floor = max(bytes / memory rate, operations / matmul rate); both rates are measured on this machine beside the case. A
-kernel is timed only if its error against float64 is at most twice eager torch's plus one unit in the last place.
+This least time is floor = max(bytes / memory rate, operations / matmul rate). Both rates are measured on this machine,
+before and after the case. A kernel is timed only if its error against float64 is at most twice eager torch's plus one
+unit in the last place.
 """
 
 import importlib
@@ -21,10 +22,11 @@ from lcw_ops.profile.machine import matmul_rate
 
 EAGER = "eager torch"
 
-# Peers need only compute the same function: they do not promise eager's error.
+# The error that is allowed, in multiples of eager torch's: for our kernels, and for other competitors (peers). Peers
+# need only compute the same function: they do not promise eager's error.
 OURS_SLACK, PEER_SLACK = 2, 100
 
-# The most draws of a case before a competitor is refused.
+# The most draws (sets of random inputs) of a case before a competitor is refused.
 MOST_DRAWS = 4
 
 # A spread (interquartile range) above this share of the median is noise: the quartiles of such a row differ by a factor
@@ -43,12 +45,12 @@ MATMUL_SIZES = {"cpu": (512, 1024), "cuda": (8192,)}
 
 MATMUL_TRIES = 10
 
-# A pass over memory is repeated for at least SECONDS_PER_PASS, and until none of the last STABLE_TRIES has improved the
-# best time by LEAST_IMPROVEMENT.
+# A pass over memory is repeated for at least SECONDS_PER_PASS, and until none of the last STABLE_TRIES passes has
+# improved the best time by LEAST_IMPROVEMENT, a share of it.
 SECONDS_PER_PASS, STABLE_TRIES, LEAST_IMPROVEMENT = 0.05, 5, 0.05
 
-# If the ceilings before and after a case differ by more than this factor, the whole case is noisy: the machine changed
-# while the case was measured, so neither its floor nor its ratios hold.
+# If the machine's rates before and after a case differ by more than this factor, the whole case is noisy: the machine
+# changed while the case was measured, so neither the floor nor the ratios of the case hold.
 NOISY_RATES = 2
 
 Run = Callable[[], list]
@@ -62,9 +64,9 @@ class WrongResult(Exception):
 class Competitor:
     """One way to do the work. ``prepare(inputs)`` converts and compiles, and returns the function to time.
 
-    ``checked`` is False for another function of the same size (a copy, another kind of network), to which the floor may
-    not apply. ``missing()`` says why it cannot run here, or None. With ``slow_start`` it takes tens of seconds to
-    prepare, so --quick leaves it out.
+    ``checked`` is False for a competitor that computes another function of the same size (a copy, another kind of
+    network), to which the floor may not apply. ``missing()`` returns why the competitor cannot run here, or None. A
+    competitor with ``slow_start`` takes tens of seconds to prepare, so --quick leaves it out.
     """
 
     name: str
@@ -77,10 +79,11 @@ class Competitor:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table per competitor. Among the competitors are ours and one called ``EAGER``, the yardstick.
+    """One piece of work. Its competitors, a row of the table each, include ours and ``EAGER``, the yardstick.
 
     ``make_inputs(device)`` draws fresh random inputs, and ``expected(inputs)`` computes in float64. ``shorten(inputs)``
-    gives smaller inputs for the check if float64 would take too long on all of them.
+    gives smaller inputs for the check if float64 would take too long on all of them. ``bytes`` and ``operations`` are
+    the least that the work needs.
     """
 
     stem: str
@@ -103,7 +106,7 @@ class Case:
 class Rates:
     """The measured ceilings: bytes read and written per second, and float32 operations per second of a matmul.
 
-    ``matmul`` is infinite for a case without operations: it is not measured there.
+    ``matmul`` is infinite for a case without operations, where it is not measured.
     """
 
     memory: float
@@ -129,7 +132,7 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
     """Our op as a competitor, once per backend that can run here, on float32 rows of ``width`` elements.
 
     Plain torch competes only if there is no kernel. An explicit request (``use_backend``, ``LCW_OPS_BACKEND``)
-    selects one backend; BackendError if it cannot run here.
+    selects one backend. Raises BackendError if that backend cannot run here.
     """
     if backends.requested() is not None:
         names = [backends.choose(op, torch.device(device_type), width)]
@@ -158,10 +161,11 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
 
 
 def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:
-    """Each checked competitor's error on fresh inputs, over the result's scale, or why it must not be timed.
+    """Return each checked competitor's error on fresh inputs, or a WrongResult: why it must not be timed.
 
-    The errors of a gradient with a hundred numbers come from the same few roundings. The largest is a matter of luck,
-    eager torch's included, so a refused competitor is judged again by the largest errors of more draws.
+    The error is the largest one of any result, relative to that result's largest value. The errors of a gradient with a
+    hundred numbers come from the same few roundings, so the largest of them is a matter of luck, for eager torch too.
+    A competitor that would be refused is therefore judged again by the largest errors over more draws.
     """
     errors, eager_errors = {}, []
     for _ in range(MOST_DRAWS):
@@ -192,7 +196,7 @@ def _largest(before: list[float], now: list[float]) -> list[float]:
 
 
 def _relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """The largest error of each result over its largest value; infinity, not NaN, if the result is not finite."""
+    """Each result's largest error, divided by the largest exact value; infinity, not NaN, if the error is NaN."""
     if len(results) != len(expected):
         raise WrongResult(f"{len(results)} results, expected {len(expected)}")
     relative = []
@@ -210,7 +214,7 @@ def _judge(errors: list[float], eager_errors: list[float], slack: float, last_pl
         allowed = slack * eager_error + last_place
         if not error <= allowed:
             raise WrongResult(
-                f"result {index} is off by {error:.3g} of its scale from float64, allowed is {allowed:.3g} "
+                f"result {index} differs from float64 by {error:.3g} of its scale; expected at most {allowed:.3g} "
                 f"(eager torch: {eager_error:.3g})"
             )
     return max(errors, default=0.0)
@@ -231,8 +235,8 @@ def measure_rates(device: torch.device, case: Case) -> Rates:
 def _memory_rate(device: torch.device, case_bytes: float) -> float:
     """Bytes per second of the fastest pass: a copy, a negation in place, or a sum, which writes nothing.
 
-    On a CPU the passes run on all threads and on one. On a busy machine every pass on all threads waits for a thread
-    that is not running; for small sizes the wait is a thousand times as long as the pass itself.
+    On a CPU the passes run on all threads, and then on one. On a busy machine every pass on all threads waits for a
+    thread that is not running. For small sizes this wait is a thousand times as long as the pass itself.
     """
     most = MOST_BUFFER_BYTES[device.type]
     # Use half of the bytes that the case moves: it moves most of them more than once.
@@ -273,7 +277,7 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time one call. On a GPU, measure between two events of the stream, so that the launch is not counted twice."""
+    """Time one call. On a GPU, measure between two events of the stream: a host clock would add the synchronisation."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -1,8 +1,9 @@
 """Runs the benchmarks: check every competitor against float64, warm up, interleave, print, append CSV rows.
 
-Only ratios measured side by side are meaningful, so the competitors take turns (A B C, A B C, ...). The report has the
-median, the spread (the interquartile range) and the best of each. Losing rows are printed like the others. Noisy rows
-are marked and have no ratios. A row faster than its floor, which is measured beside it, is an error and not a result.
+Only ratios measured side by side are meaningful, so the competitors take turns (A B C, A B C, ...). The report has each
+competitor's median, spread (the interquartile range) and best time. Rows in which ours is slower are printed like the
+others. Noisy rows are marked and have no ratios. The floor is the least time that the work can take at the rates (the
+ceilings) measured before and after the case. A row faster than its floor is an error and not a result.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from lcw_ops.bench.arguments import add_arguments  # noqa: F401 - the arguments 
 from lcw_ops.bench.registry import Case, Competitor, Rates, WrongResult
 from lcw_ops.profile.machine import describe
 
-# The time for the rounds of one case, the fewest rounds of a slow case, and the most of a fast one.
+# The time for the rounds of one case, the fewest rounds of a slow case, and the most rounds of a fast one.
 SECONDS_PER_CASE, QUICK_SECONDS_PER_CASE = 10.0, 1.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
@@ -67,7 +68,7 @@ UNMARKED_COLUMNS = [name for name in COLUMNS if name != "noisy"]
 
 @dataclass(frozen=True)
 class Plan:
-    """The benchmarks that the arguments ask for. The arguments are checked: any later error is not the user's."""
+    """The benchmarks that the arguments ask for. They have been checked, so a later error is not the user's mistake."""
 
     device: torch.device
     cases: list[Case]
@@ -141,7 +142,7 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
     summaries = {name: (statistics.median(each), _spread(each), min(each)) for name, each in times.items()}
     noisy = {name for name, (median, spread, _) in summaries.items() if not steady or registry.is_noisy(median, spread)}
     ours = next((one.name for one in running if one.ours), None)
-    unsteady = "" if steady else f"; NOISY: they changed by more than {registry.NOISY_RATES}x meanwhile"
+    unsteady = "" if steady else f"; NOISY: the rates changed by more than {registry.NOISY_RATES}x meanwhile"
     print(f"  floor {_time(floor)} at {_ceilings(rates)}{unsteady}")
     print(f"  {'':26} {'median':>9} {'spread':>9} {'best':>9} {'vs ours':>8} {'of floor':>8} {'error':>8}")
     rows = []
@@ -174,7 +175,7 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
 def measure(
     case: Case, competitors: list[Competitor], device: torch.device, budget: float
 ) -> tuple[dict[str, list[float]], Rates, bool]:
-    """Seconds per call and competitor, the best ceilings, and whether the ceilings before and after agree.
+    """(competitor -> seconds of every call, the best ceilings, whether the ceilings before and after agree).
 
     The case is measured again if a competitor was faster than the floor: the machine may have been slow when the
     ceilings were measured.
@@ -202,7 +203,7 @@ def faster_than_floor(
 def interleave(
     competitors: list[Competitor], inputs: dict, device: torch.device, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds per call and competitor. They take turns; a first round warms up and decides how many rounds fit."""
+    """Competitor -> seconds of every call, taking turns. A first round warms up and decides how many rounds fit."""
     runs = {competitor.name: competitor.prepare(inputs) for competitor in competitors}
     warm_up = sum(registry.seconds(run, device) for run in runs.values())
     rounds = min(max(int(budget / max(warm_up, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
@@ -214,7 +215,7 @@ def interleave(
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:
-    """Append the rows. A new file first gets a header, and the rows of a file without marks are marked first."""
+    """Append the rows. First, a new file gets a header, and a file without the column ``noisy`` gets that column."""
     new = not path.exists()
     if not new:
         _mark_rows(path)
@@ -331,7 +332,7 @@ def _commit() -> str:
 
 def _ceilings(rates: Rates) -> str:
     matmul = f", float32 matmul {_giga(rates.matmul)}FLOP/s" if math.isfinite(rates.matmul) else ""
-    return f"memory {_giga(rates.memory)}B/s{matmul}, measured beside it"
+    return f"memory {_giga(rates.memory)}B/s{matmul}, measured beside the case"
 
 
 def _giga(rate: float) -> str:

@@ -1,9 +1,10 @@
-"""Run every GPU kernel once, small, against float64: ``make gpu PART=smoke``, or ``python -m lcw_ops.bench.smoke``.
+"""Run every GPU kernel once on small tensors, and compare the results with float64.
 
-It takes a minute and shows whether the other parts of ``make gpu`` are worth their time. The rule is that of the
-benchmarks: at most twice the error of plain torch in the same dtype, plus one unit in the last place. A kernel that
-does not compile, does not run, is wrong or is not built gets a line and exit code 1; the other kernels still run. On
-the CPU (``--device cpu``, with TRITON_INTERPRET=1) the same calls run the C++ kernels, and Triton's in its interpreter.
+The command is ``make gpu PART=smoke``, or ``python -m lcw_ops.bench.smoke``. It takes a minute and shows whether the
+other parts of ``make gpu`` are worth their time. The rule is that of the benchmarks: at most twice the error of plain
+torch in the same dtype, plus one unit in the last place. If a kernel is not built, does not compile, does not run or is
+wrong, a line says so and the exit code is 1; the other kernels still run. On the CPU (``--device cpu``, with
+TRITON_INTERPRET=1) the same calls run the C++ kernels, and the Triton kernels in Triton's interpreter.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from lcw_ops.ops.parallel_depth import op as parallel_depth
 # Device type -> the backends that must be available.
 EXPECTED = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp")}
 
-# With fewer tensors, each one gets a launch of its own.
+# Enough tensors to share launches: up to four tensors get a launch each.
 TENSORS = 6
 
 
@@ -95,7 +96,7 @@ def _with_gradients(function: Callable[..., Tensor], **options) -> Callable[[lis
 
 
 def _layers(filter: Tensor) -> Callable[..., Tensor]:
-    """The recurrence, scaled so that its layers neither grow nor vanish."""
+    """The recurrence, scaled so that its states neither grow nor vanish."""
 
     def run(h0, weight, bias, alpha, beta, inputs, **options) -> Tensor:
         given = filter.to(h0.device, h0.dtype if filter.is_floating_point() else filter.dtype)
@@ -167,7 +168,7 @@ def cases(device_type: str) -> list[registry.Case]:
 
 
 def missing(device_type: str) -> Iterator[str]:
-    """One line for each backend that has kernels of ours but cannot run here."""
+    """One line for each op and backend for which we have kernels that cannot run here."""
     for op, implemented in backends.IMPLEMENTED.items():
         for backend in EXPECTED[device_type]:
             reason = backends.missing_reason(op, backend, device_type) if backend in implemented else None

@@ -1,6 +1,7 @@
-"""The same registry under pytest-benchmark: ``pytest bench/ --benchmark-only``, quick sizes, one row per competitor.
+"""The cases of bench/registry.py under pytest-benchmark: ``pytest bench/ --benchmark-only``.
 
-LCW_OPS_TEST_DEVICE names the device. A competitor whose result is wrong fails before it is timed.
+It measures the quick sizes and prints one row per competitor. LCW_OPS_TEST_DEVICE names the device. A competitor whose
+result is wrong fails before it is timed.
 """
 
 import os

@@ -11,7 +11,7 @@ from lcw_ops.bench.lcw_linear import ROTATED_BYTES
 from lcw_ops.bench.registry import Case, Competitor, Run
 
 # A sine and a cosine of one angle in float32: four multiply-adds subtract the nearest multiple of pi/2, and two
-# polynomials of three coefficients take four each.
+# polynomials of three coefficients take four multiply-adds each. A multiply-add is two operations.
 SINCOS_OPERATIONS = 2 * (4 + 4 + 4)
 
 Layer = Callable[..., Tensor]
@@ -32,7 +32,11 @@ def make_case(
     backward: bool,
     quick: bool,
 ) -> Case:
-    """``draw`` makes the arguments of ``exact`` and of ``draw_cotangent``; ``sincos`` is the number of angles."""
+    """A case of a layer or of its rows.
+
+    ``draw`` makes the arguments of ``exact`` and of ``draw_cotangent``. ``elements`` is the number of elements that are
+    read and written, ``product`` the operations of matrix products, and ``sincos`` the number of angles.
+    """
 
     def make_inputs(device: torch.device) -> dict:
         arguments = [argument.to(dtype) for argument in draw(device)]
@@ -53,17 +57,16 @@ def make_case(
         expected=functools.partial(_expected, exact),
         competitors=competitors,
         bytes=dtype.itemsize * elements,
-        # The measured rate is float32's. 16-bit products are faster, so only their bytes count towards the floor. Sines
-        # and cosines are float32 for every dtype, and count once, because forward may keep them for backward. The few
-        # other operations per element of a row (products of sines, a recurrence in backward, sums of squares) are left
-        # out.
+        # registry.py measures float32's matmul rate. 16-bit products are faster, so only their bytes count. Sines and
+        # cosines are float32 for every dtype, and count once, because forward may keep them for backward. The few other
+        # operations per element of a row (products of sines, a recurrence in backward, sums of squares) are left out.
         operations=(product if dtype == torch.float32 else 0) + SINCOS_OPERATIONS * sincos,
         quick=quick,
     )
 
 
 def rows_case(units: int, fan_in: int, backward: bool, **rest) -> Case:
-    """A case whose result is the rows themselves."""
+    """A case whose result is the rows of the weight, without the layer's product."""
     return make_case(
         shape={"units": units, "fan_in": fan_in},
         dtype=torch.float32,
@@ -85,7 +88,7 @@ def count_moved(arguments: int, result: int, backward: bool) -> int:
 
 
 def count_product(result: int, fan_in: int, backward: bool) -> int:
-    """Two operations per multiplication: x times weight, and in backward one product of that size for each gradient."""
+    """The operations of x times weight, and in backward of one product of that size for the gradient of each."""
     return 2 * result * fan_in * (3 if backward else 1)
 
 

@@ -1,7 +1,7 @@
-"""Weight normalization: y = x (s v / ||v||)^T + b.
+"""Weight normalization: y = x (s v / ||v||)^T + b, with a row v of the weight and a scale s for each unit.
 
 The competitors are straightforward eager torch, torch.compile of it, torch's own weight norm, and the plain layer. The
-rows are also measured alone.
+normalised rows are also measured alone.
 """
 
 import functools

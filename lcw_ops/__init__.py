@@ -43,7 +43,7 @@ _DEFINED_IN = {
     "use_backend": "ops",
 }
 
-# Attributes that are submodules: the public ones, and two that the import has always provided.
+# Attributes that are submodules: the public ones, and two that ``import lcw_ops`` has always provided.
 _SUBMODULES = {*__all__, "gradient_hooks", "ops"} - _DEFINED_IN.keys()
 
 
@@ -52,7 +52,7 @@ def __getattr__(name: str):
         return _import(name)
     if name in _DEFINED_IN:
         value = getattr(_import(_DEFINED_IN[name]), name)
-        # Later look-ups find it without this function.
+        # Later look-ups find the value without calling this function.
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -67,9 +67,10 @@ def __dir__() -> list[str]:
 def _import(submodule: str):
     """Import the submodule as an import statement does, and return it.
 
-    While one thread imports torch, and so loads the ops, another may be importing one of their modules and wait for
-    torch. The statement then goes on with the unfinished module, as in a circular import within one thread, and the
-    other thread completes it. ``importlib.import_module`` raises a deadlock error instead.
+    While one thread imports torch, and so loads the ops, another thread may be importing a module of the ops and wait
+    for torch. An import statement in the first thread then goes on with the unfinished module, as in a circular import
+    within one thread, and the other thread completes the module. ``importlib.import_module`` raises a deadlock error
+    instead.
     """
     name = f"{__name__}.{submodule}"
     __import__(name)
@@ -84,5 +85,5 @@ def _register_flop_formulas() -> None:
 
 
 after_import("torch", lambda: _import("ops"))
-# Not at once: registering imports the counter, which ``import torch`` leaves out because it imports triton.
+# Wait for the FLOP counter: registering imports it, and ``import torch`` does not, because the counter imports triton.
 after_import("torch.utils.flop_counter", _register_flop_formulas)

@@ -1,4 +1,4 @@
-"""Calls a function once a module has been imported. ``lcw_ops`` uses it to be importable without torch."""
+"""Calls a function after the import of a module. With it, ``lcw_ops`` can be imported before, or without, torch."""
 
 import sys
 import warnings
@@ -10,9 +10,9 @@ from threading import get_ident
 def after_import(name: str, function: Callable[[], None]) -> None:
     """Call ``function()`` after every import or reload of module ``name``, and now if the module is loaded already.
 
-    Each module has one function. It runs inside the import statement that loads the module, and that statement must not
-    fail because of it: an exception there becomes a RuntimeWarning. An exception from the call made now reaches the
-    caller.
+    A module has only one such function, the last one given. It runs inside the import statement that loads the module.
+    That statement must not fail because of the function, so an exception becomes a RuntimeWarning. If the module is
+    loaded already, an exception reaches the caller of ``after_import``.
     """
     _finder.functions[name] = function
     if _finder not in sys.meta_path:
@@ -57,7 +57,7 @@ class _Loader:
         self._loader, self._function = loader, function
 
     def __getattr__(self, name: str):
-        # Copying looks up __setstate__ before the copy has a loader.
+        # The copy module looks up __setstate__ on a copy that has no _loader yet.
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._loader, name)
@@ -75,7 +75,7 @@ class _Loader:
 def _warn(message: str) -> None:
     """Give a RuntimeWarning, or write a line to stderr where warnings are errors.
 
-    An error here would undo the import of a module that has already run, and torch cannot run twice.
+    An error here would undo the import of a module that has already run, and torch's modules cannot run twice.
     """
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -20,7 +20,7 @@ LEAST_FLOAT32, LARGEST_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(to
 
 
 def describe(function: str, argument: str, came: str, expected: str, remedy: str = "") -> str:
-    """The message of every error about an argument: `came` and `expected` complete "is ..." and "expected ..."."""
+    """The message of every error about an argument. `came` has a verb ("is 0"); `expected` follows "expected"."""
     return f"{function}: {argument} {came}; expected {expected}. {remedy}".rstrip()
 
 
@@ -84,7 +84,7 @@ def check_rows(function: str, argument: str, rows: Tensor, expected: str = "(n, 
     right = rows.dim() == 2 and rows.shape[1] >= least_fan_in
     if least_fan_in:
         expected += f" with m >= {least_fan_in}"
-    check_shape(function, argument, rows, right, expected, "Flatten a filter to one row first.")
+    check_shape(function, argument, rows, right, expected, "Flatten a convolution's filter to one row first.")
 
 
 def check_features(function: str, x: Tensor, fan_in: int, which: str) -> None:
@@ -107,7 +107,7 @@ def check_positive(function: str, argument: str, value: float) -> None:
 
 
 def check_positive_float32(function: str, argument: str, value: float) -> None:
-    """As :func:`check_positive`, and in float32's normal range: kernels would otherwise compute with 0 or infinity."""
+    """As :func:`check_positive`, and ValueError outside float32's normal range: kernels would see 0 or infinity."""
     check_positive(function, argument, value)
     if not LEAST_FLOAT32 <= value <= LARGEST_FLOAT32:
         expected = "a number from 1.2e-38 to 3.4e38, as in float32"
@@ -138,7 +138,7 @@ def check_count(function: str, argument: str, count: int) -> None:
 
 
 def check_solver(function: str, solver: str, tolerance: float | None, window: int | None) -> None:
-    """Raise ValueError unless the solver is known and each option is valid and belongs to it."""
+    """ValueError unless the solver is known and each option is valid and belongs to that solver."""
     check_choice(function, "solver", solver, SOLVERS)
     for argument, value in (("tolerance", tolerance), ("window", window)):
         if value is not None and solver == "sequential":

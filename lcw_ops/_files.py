@@ -1,9 +1,9 @@
 """Files that are either complete or absent: each is written under a hidden name, then renamed.
 
-A reader never sees half a file: the old one stays until the new one is complete. An error or Ctrl-C leaves no other
-file behind. A process that is killed (SIGTERM, SIGKILL) leaves its hidden .part file, which the next write of the
-same file removes. The content is on the disk before the rename; after a power cut during it, the file
-system decides whether the old or the new file is there. All commands write their files with ``write_atomically``.
+A reader never sees half a file: the old file stays until the new one is complete. An error or Ctrl-C leaves no hidden
+file behind. A process that is killed (SIGTERM, SIGKILL) leaves its hidden .part file, which the next write of the same
+file removes. The content is on the disk before the rename. After a power cut during the rename, the file system decides
+whether the old or the new file is there. All commands write their files with ``write_atomically``.
 """
 
 import os
@@ -17,8 +17,8 @@ from typing import IO
 def write_atomically(path: str | Path, write: Callable[[IO], None], binary: bool = False) -> None:
     """Call ``write(file)`` on a hidden file beside ``path`` and rename it to ``path`` once it is on the disk.
 
-    If it raises, KeyboardInterrupt included, an existing ``path`` keeps its content and nothing is left beside it.
-    It raises OSError if the folder cannot be written to.
+    If ``write`` raises, KeyboardInterrupt included, an existing ``path`` keeps its content and nothing is left beside
+    it. Raises OSError if the folder cannot be written to.
     """
     path = Path(path)
     _sweep(path)
@@ -60,7 +60,7 @@ def _is_running(process: int) -> bool:
 def prepare_folder(folder: str | Path) -> Path:
     """Create ``folder`` with its parents and prove that a file can be written there, before hours of work rely on it.
 
-    Raises OSError, with a message that names the folder, if it cannot.
+    Raises OSError, with a message that names the folder, if this fails.
     """
     folder = Path(folder)
     try:

@@ -113,7 +113,7 @@ def _shared_errors(device: torch.device) -> dict[str, list[str]]:
 
 
 def _op_lines(op: str, device: torch.device, common: dict[str, str] | None = None) -> list[str]:
-    """The lines of :func:`info` about the op, without the reasons that are in ``common``."""
+    """The lines of :func:`info` about the op, without the reasons in ``common``, which are printed for all ops."""
     facts = _op_report(op, device)
     line = f"{op} on {device}: {facts['backend'] or 'none'}"
     for wider in facts["wider"]:
@@ -142,7 +142,7 @@ def _choose(op: str, device: torch.device, width: int) -> str:
 
 
 def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
-    """The backends for wider rows than the narrowest, one entry for each width at which the backend changes."""
+    """The backends of wider rows, one entry for each width at which the backend changes; ``narrowest`` is width 1's."""
     changes, before = [], narrowest
     for widest in _last_widths(op, device):
         try:
@@ -158,7 +158,7 @@ def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
 
 
 def _last_widths(op: str, device: torch.device) -> list[int]:
-    """The widths at which a backend or an entry of the crossover table ends, in float32."""
+    """The largest widths, in float32, that a backend or an entry of the crossover table serves."""
     widths = {limit // torch.float32.itemsize for (name, _), limit in backends.MAX_ROW_BYTES.items() if name == op}
     capability = backends.compute_capability(device)
     if op == orthogonal_filter.NAME and capability is not None:

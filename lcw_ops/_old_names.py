@@ -1,7 +1,7 @@
 """Names that have moved out of a module and can still be imported from it.
 
-The new module is imported when a name is asked for, not when the old module is. So a lower floor may name a higher one
-here, and nothing in the package needs these names.
+The new module is imported when a name is looked up, not when the old module is imported. So a module may list a name
+that has moved to a floor above its own (see docs/glossary.md). Nothing in the package needs the old names.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Every private name of torch that this package relies on, behind a plain one.
+"""Every private name of torch that this package relies on, behind a plain name.
 
-Most of them say what torch does with a call: exporters, tracers, transforms, modes, the ``__torch_function__``
-protocol. An alias of torch's own function costs no call. This file imports only what ``import torch`` has imported
-already. tests/test_torch_names.py checks each name; it runs on the oldest and the newest torch that the package
-supports.
+Most of these say what torch does with a call: exporters, tracers, transforms, modes, the ``__torch_function__``
+protocol. Where a plain name is an alias of torch's own function, using it costs no extra call. This file imports only
+modules that ``import torch`` has loaded already. tests/test_torch_names.py checks each name; it runs on the oldest and
+the newest torch that the package supports.
 
 Some names with an underscore are used directly elsewhere. ``torch._check`` is documented. ``torch._foreach_*`` and
 ``torch._amp_foreach_*`` are operators in torch's schema list, which torch keeps compatible.
@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 
-# Importing torch loads the ops, which use this decorator while this module may still be importing torch.
+# This stands above ``import torch``, because that statement loads the ops, which use the decorator at once.
 def constant_when_traced(function: Callable) -> Callable:
     """Let torch.compile take the function's result as a constant instead of tracing the function.
 
@@ -44,7 +44,7 @@ is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # () -> bool: whether a torch.overrides.TorchFunctionMode is active.
 is_function_mode_active = torch._C._is_torch_function_mode_enabled
 
-# (*arguments) -> bool: whether an argument or a function mode has a __torch_function__, even one not to be called.
+# (*arguments) -> bool: whether an argument or a function mode has a __torch_function__, even if is_overridden is False.
 may_be_overridden = has_torch_function_variadic
 
 # () -> int: how many modes of __torch_dispatch__ see every operator. Fake tensors and make_fx are such modes.
@@ -69,12 +69,12 @@ def in_forward_mode() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether it has a shape but no memory, like the tensors of FakeTensorMode."""
+    """Whether the tensor has a shape but no memory, as in FakeTensorMode."""
     return isinstance(tensor, FakeTensor)
 
 
 def is_traced() -> bool:
-    """Whether calls are recorded in a program, which cannot depend on a tensor's numbers or on where it lies."""
+    """Whether calls are recorded in a program, which cannot depend on a tensor's numbers or on its address."""
     return torch.compiler.is_compiling() or count_dispatch_modes() > 0 or torch.jit.is_tracing()
 
 
@@ -114,7 +114,7 @@ def unrecorded(function: Callable, *arguments):
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether its numbers can be read. A meta tensor has none, and in FakeTensorMode all results are fake."""
+    """Whether the tensor's numbers can be read. A meta tensor has none, nor has any result in FakeTensorMode."""
     return not tensor.is_meta and detect_fake_mode([tensor]) is None
 
 
@@ -135,8 +135,8 @@ def constant(value: float, **options) -> Tensor:
     return torch.full((1,), value, **options)
 
 
-# Before 2.13, scan from a state that requires no gradient drops the gradients that later steps pass back:
-# the result is silently wrong (https://github.com/pytorch/pytorch/issues/184528).
+# Before torch 2.13, a scan whose first state requires no gradient drops the gradients that later steps pass back. The
+# gradients are then silently wrong (https://github.com/pytorch/pytorch/issues/184528).
 _SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)  # type: ignore[operator]
 
 
@@ -153,7 +153,7 @@ def ready_for_scan(state: Tensor, *arguments) -> Tensor:
 def scan(
     step: Callable, state: Tensor, per_step: dict[str, Tensor], shared: dict[str, Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run ``state, outputs = step(state, arguments)`` for every step, as one node of a graph, whatever the length.
+    """Run ``state, outputs = step(state, arguments)`` for every step, as one node of a graph for any number of steps.
 
     The first state comes from :func:`ready_for_scan`. The arguments of a step are the tensors of ``shared`` and the
     slices of the tensors of ``per_step`` along dim 0; ``per_step`` holds at least one. ``outputs`` is a list of
@@ -164,7 +164,7 @@ def scan(
 
     if torch.compiler.is_dynamo_compiling():
         return scan(lambda state, slices: step(state, {**shared, **slices}), state, per_step)
-    # scan would call torch.compile, which confuses a batch size with an equal width. scan_op does not call it.
+    # scan would call torch.compile, which confuses the batch size with the width if they are equal. scan_op does not.
     names = [*per_step, *shared]
 
     def flat_step(state, *arguments):
@@ -176,7 +176,7 @@ def scan(
 
 
 def _without_data(tensor: Tensor) -> Tensor:
-    """``tensor`` as scan needs it. torch.export leaves a plain attribute of a module real, with its data."""
+    """A fake tensor, as scan needs it. torch.export does not replace a tensor that is a module's plain attribute."""
     return tensor if is_fake(tensor) else torch.ops.aten.alias.default(tensor)
 
 
@@ -186,9 +186,9 @@ def is_overridden(*arguments) -> bool:
     A public function calls this before anything else, and then :func:`hand_over`. torch.fx then records one call, and
     Tensor subclasses and function modes see the call as they see torch's own functions.
 
-    torch.compile traces into the function and cannot hand a call over, so it asks no subclass. While exporting, only
-    arguments are asked, not modes: torch.export's own mode is off while it carries out a function that was handed over,
-    so it would not record that the function switches autocast off.
+    torch.compile traces into the function and cannot hand a call over, so the answer is then always False. While
+    exporting, only arguments are asked, not modes. torch.export's own mode is off while it runs a function that was
+    handed over to it, and so it would not record that the function switches autocast off.
     """
     if torch.compiler.is_dynamo_compiling() or not may_be_overridden(*arguments):
         return False
@@ -214,8 +214,8 @@ _STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code_
 def running_steps() -> list[torch.optim.Optimizer]:
     """The optimizers whose steps are running in this thread, the innermost first.
 
-    A subclass whose step calls ``super().step()`` is listed twice: torch runs the hooks around the step of every class
-    that has had an instance. The list is read from the stack, because a step that raises leaves the stack too.
+    An optimizer whose step calls ``super().step()`` may be listed twice: torch runs the hooks around the step of every
+    class that has had an instance. The list is read from the stack, which a step leaves even if it raises.
     """
     frame: FrameType | None = sys._getframe(1)
     found: list[torch.optim.Optimizer] = []
@@ -231,22 +231,22 @@ def running_steps() -> list[torch.optim.Optimizer]:
 
 
 def runs_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch has wrapped the step of its class and the instance has a place for the hooks that the step runs."""
+    """Whether torch has wrapped the step of the optimizer's class, and the instance has a place for its own hooks."""
     return getattr(getattr(type(optimizer), "step", None), "hooked", False) and has_step_hooks(optimizer)
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the instance has a place for its own hooks: torch's constructor makes it."""
+    """Whether the instance has a place for its own hooks, which torch's constructor makes."""
     return "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
 def step_hooks(optimizer: torch.optim.Optimizer) -> dict:
-    """The hooks that run before its step, by key; {} if torch's constructor has not made a place for them."""
+    """The hooks that run before the optimizer's step, by key; {} if torch's constructor has made no place for them."""
     return getattr(optimizer, "_optimizer_step_pre_hooks", {})
 
 
 def wrap_step(optimizer: torch.optim.Optimizer) -> None:
-    """Let the step of its class run hooks. torch does so when it makes an optimizer of the class."""
+    """Let the step of the optimizer's class run hooks, as torch's constructor does."""
     optimizer._patch_step_function()
 
 
@@ -272,12 +272,12 @@ def state_of_optimizer_hooks(before_step: dict, before_load: dict) -> dict:
     }
 
 
-# By id, each function that has_torchs_init_group has found to be torch's: an id is looked up without a call.
+# The functions that has_torchs_init_group has found to be torch's, by id, so that a look-up can replace the call.
 torchs_init_groups: dict[int, Any] = {}
 
 
 def has_torchs_init_group(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch's own code fills the lists for a step: a subclass or a patch may replace it."""
+    """Whether torch's own ``_init_group`` fills the lists for a step: a subclass or a patch may have replaced it."""
     found: Any = getattr(optimizer._init_group, "__func__", None)  # type: ignore[attr-defined]
     function = found
     # The first call of torch.compile puts a wrapper around torch's own.
@@ -319,7 +319,7 @@ def gradient_hooks(param: Tensor) -> OrderedDict[int, Callable]:
 
 
 def relink_gradient_hooks(param: Tensor) -> None:
-    """Let autograd find the hooks: swap_tensors leaves their dictionary in place and moves autograd's entry."""
+    """Let autograd find the hooks again after swap_tensors, which moves autograd's entry but not their dictionary."""
     param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
 
 

@@ -24,7 +24,7 @@ class UsageError(ValueError):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # The help text says what None stands for. A switch is off by default.
+        # Leave out two defaults: None, which the help text explains, and False, because a switch is off by default.
         unsaid = action.default is None or action.default is False
         return action.help if unsaid else super()._get_help_string(action)
 
@@ -231,7 +231,7 @@ def _check_backend(command: str) -> None:
         )
 
 
-# name -> (help, add its arguments to a parser, run with the parsed ones)
+# name -> (help, function that adds the command's arguments to a parser, function that runs it with the parsed ones)
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "profile": ("train a very deep net on real images and show its layers", _add_profile_arguments, _run_profile),
     "train": ("train a very deep net, with checkpoints to resume from", _add_train_arguments, _run_train),

@@ -1,8 +1,10 @@
 """Initialisers in the manner of torch.nn.init: they fill tensors in place, under no_grad, and return them.
 
-lcw_: weights N(0, sv^2) with m sv^2 = s^2 / Var f(s Z), for fan-in m, activation f, deviation s and Z ~ N(0, 1)
-(Kutsuna 2019; scale derived). lps_, lps_model_: Chen, Hao, He 2022 (rules derived). gmp_: the angles of uniform weights
-(Chen, Ge 2024, the authors' code).
+lcw_ draws linearly constrained weights (Kutsuna 2019) from N(0, sv^2) with m sv^2 = s^2 / Var f(s Z). Here m is the
+fan-in, f the previous layer's activation, s the standard deviation of pre-activations, and Z ~ N(0, 1). lps_ and
+lps_model_ draw a unit's weights and bias as one group (linear product structure; Chen, Hao, He 2022). gmp_ gives a
+GmP layer the angles of uniform weights (Chen, Ge 2024, from the authors' code). The scale of lcw_ and the rules of lps_
+are derived here.
 """
 
 import math
@@ -46,7 +48,7 @@ def lcw_(
     basis: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill an LCW parameter with N(0, sv^2), so that the standard deviation s of pre-activations stays the same.
+    """Fill an LCW parameter with N(0, sv^2), so that pre-activations keep their standard deviation s over the layers.
 
     m sv^2 = s^2 / Var f(s Z), with the previous layer's activation f and Z ~ N(0, 1). The bias of an LCW layer starts
     at 0.
@@ -66,7 +68,8 @@ def lcw_(
         TypeError: a dtype that is not floating.
         ValueError: an unknown activation, a std outside [1e-4, 100], or a rank below 2 (basis: other than 2).
 
-    Source: derived here, not in the paper: for inputs a, E z^2 = m sv^2 Var(a) exactly in both parametrizations.
+    Source: derived here, not in the paper. For inputs a and a pre-activation z, E z^2 = m sv^2 Var(a) holds exactly in
+    both parametrizations.
     """
     accumulation_dtype("lcw_", weight=weight)
     right, expected = (weight.dim() == 2, "(n, m-1)") if basis else (weight.dim() >= 2, "(n, m, *k)")
@@ -91,17 +94,17 @@ def lps_(
 
     joint: iid N(0, s^2), s^2 = 1 / (m q + 1), where q = E a^2 over inputs a, so pre-activations z have E z^2 = 1.
     heavy_tail: the same group with a clipped Cauchy scale per unit.
-    anchored: every unit's zero set passes through an input. On real inputs this rule alone keeps far more ReLUs alive
-    than He's; on drawn inputs hardly more.
+    anchored: every unit's zero set (z = 0) passes through an input. On real inputs this is the only rule that keeps far
+    more ReLUs alive than He's initialisation; on drawn inputs it keeps hardly more.
 
     Args:
-        weight: (n, m, *k).
+        weight: (n, m, *k), n units of m inputs.
         bias: (n,), or None.
         activation: the previous layer's. None for the first layer, on standardised data.
         rule: "joint", "heavy_tail" or "anchored".
         degree: the degree of the polynomial that replaces the activation. None uses the activation itself.
-        samples: (S, m), inputs of a unit (convolution: patches), for the anchored rule. Without them f(Z) is drawn,
-            Z ~ N(0, 1).
+        samples: (S, m), inputs of a unit (convolution: patches), for the anchored rule. None draws them as f(Z), with
+            the previous layer's activation f and Z ~ N(0, 1).
         generator: a torch.Generator, or None for torch's default.
 
     Returns:
@@ -155,7 +158,7 @@ def lps_model_(
 ) -> nn.Module:
     """`lps_` on every nn.Linear and nn.Conv1d/2d/3d of an MLP or CNN, layer by layer.
 
-    The first layer is assumed to see standardised data (q = 1), all others the activation's output.
+    The first layer is assumed to see standardised data (q = 1 in `lps_`), every other layer the activation's output.
 
     Args:
         model: filled in place.
@@ -233,8 +236,9 @@ def gmp_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill angles, radius and location of a GmP layer.
 
-    W ~ U(+-sqrt(6 / (m + out_features))), angles from W, radius = ||W||, location = 0. With fan-in m = 1 there are no
-    angles and every direction is +1. (Angles drawn i.i.d. would shrink u_m like 2^-(m-1).)
+    A matrix W is drawn from U(+-sqrt(6 / (m + out_features))). Its rows give the angles, and their lengths the radius;
+    location = 0. With fan-in m = 1 there are no angles and every direction is +1. (If the angles were drawn
+    independently, the last component of a direction would shrink like 2^-(m-1).)
 
     Args:
         angles: (n, m-1).

@@ -363,7 +363,7 @@ def test_a_case_whose_ceilings_differ_is_noisy(monkeypatch, tmp_path, capsys):
     assert not failed
     assert [row.noisy for row in rows] == [True, True]
     printed = capsys.readouterr().out
-    assert "measured beside it; NOISY: they changed by more than 2x meanwhile" in printed
+    assert "measured beside the case; NOISY: the rates changed by more than 2x meanwhile" in printed
     assert printed.count(" noisy") == 4
     # A factor of two is within the limit.
     rows, _ = runner.run_case(Clock(monkeypatch, times, memory=[800.0, 400.0]).case(), CPU, quick=True)

@@ -1133,7 +1133,7 @@ WRONG_SHAPES = [
     (lambda: F.normalize_scale(ONES(3, 2), ONES(2)), r"scale has shape \(2,\); expected \(3,\), one value per unit"),
     (lambda: F.normalize_scale(ONES(3, 2), ONES(3, 1)), r"scale has shape \(3, 1\)"),
     (lambda: F.normalize_scale(ONES(1, 2), ONES(())), r"scale has shape \(\)"),
-    (lambda: gmp(x=(2, 3)), r"gmp_linear: x has shape \(2, 3\); expected \(\.\.\., 4\), one more than angles'"),
+    (lambda: gmp(x=(2, 3)), r"gmp_linear: x has shape \(2, 3\); expected \(\.\.\., 4\), one more than the columns"),
     (lambda: gmp(x=()), r"gmp_linear: x has shape \(\)"),
     (lambda: gmp(angles=(3, 3, 1)), "gmp_linear: angles has shape"),
     (lambda: gmp(angles=(3,)), "gmp_linear: angles has shape"),

@@ -1,1 +1,1 @@
-"""The papers' claims, one module per method: ``python -m lcw_ops.bench.reproduce.<stem>``."""
+"""Experiments on the papers' claims, one module per method: ``python -m lcw_ops.bench.reproduce.<module>``."""

@@ -1,10 +1,11 @@
-"""The effect of activated gradients on training, always beside the plain optimizer at the rate times K = alpha beta.
+"""The effect of activated gradients f(g) = alpha atan(beta g) on training, beside plain optimizers.
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, arXiv 2107.04228, report better accuracy of deep nets, and faster escape from
-saddle points. Near a stationary point an activated gradient is the gradient times K, so it has to beat a plain
-optimizer with the rate times K. The first experiment trains multilayer perceptrons on scikit-learn's digits, with the
-authors' CIFAR settings (SGD at 0.1, momentum 0.9, decay 5e-4, cosine schedule). We report the last accuracy, they the
-best of all epochs. The second is the saddle F = (x^2 - mu y^2) / 2, from y = 1e-8 to y = 1e-2 in float64.
+saddle points. Near a stationary point an activated gradient is K = alpha beta times the gradient, so it has to beat a
+plain optimizer with K times the learning rate. The first experiment trains multilayer perceptrons on scikit-learn's
+digits, with the authors' CIFAR settings (SGD at 0.1, momentum 0.9, decay 5e-4, cosine schedule). We report the accuracy
+after the last epoch; the authors report the best of all epochs. The second experiment counts the steps from y = 1e-8 to
+y = 1e-2 at the saddle F = (x^2 - mu y^2) / 2, in float64.
 """
 
 import argparse
@@ -39,7 +40,7 @@ SADDLE_METHODS = ("plain", "plain, rate K", "activated gradient")
 
 @dataclass(frozen=True)
 class Network:
-    """``layers`` hidden layers of WIDTH units, Glorot weights, zero biases."""
+    """A net of ``layers`` hidden layers of WIDTH units, with Glorot weights and zero biases."""
 
     name: str
     activation: Callable[[], nn.Module]
@@ -71,8 +72,8 @@ GAF = {"gradient_activation": "arctan", "alpha": ALPHA, "beta": BETA}
 PLAIN = {"gradient_activation": None}
 METHODS = {
     "plain": Method(1.0, 1.0, PLAIN),
-    # The plain counterparts of the activated momentum and of the activated gradient near a stationary point: f acts on
-    # the decay in the first, but not in the second.
+    # Near a stationary point, "plain, rate K" equals the activated momentum, in which f acts on the decay too. "plain,
+    # rate K, decay 1/K" equals the activated gradient, in which f does not act on the decay.
     "plain, rate K": Method(GAIN, 1.0, PLAIN),
     "plain, rate K, decay 1/K": Method(GAIN, 1 / GAIN, PLAIN),
     "activated momentum": Method(1.0, 1.0, GAF | {"activate": "momentum"}),

@@ -1,9 +1,10 @@
-"""The GmP paper's two small experiments, for which single figures are public: a 1-D Levy function, and two bananas.
+"""The GmP paper's two small experiments, a 1-D Levy function and two bananas: one figure per method is published.
 
-They compare GmP with a plain layer, weight norm and batch norm: one hidden layer of ReLUs, Adam. W. Chen, H. Ge,
-NeurIPS 2024, arXiv 2305.15912. The settings are those of the authors' notebooks (TensorFlow, float64), including the
-learning rates: 0.1 for GmP, 0.01 for the others. We add a plain layer with GmP's rate, and seeds (each draws data and
-initial weights). Our bananas are drawn; theirs are 1000 points of a benchmark's file (--banana-file).
+W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912. The experiments compare GmP, whose units are given by angles, with a
+plain layer, weight norm and batch norm. Every net has one hidden layer of ReLUs and is trained by Adam. The settings
+are those of the authors' notebooks (TensorFlow, float64), including the learning rates: 0.1 for GmP, 0.01 for the
+others. We add a plain layer with GmP's rate, and repeat everything with several seeds, each of which draws data and
+initial weights. Our banana points are drawn; the authors' are 1000 points of a benchmark's file (--banana-file).
 """
 
 import argparse
@@ -50,7 +51,8 @@ class Data:
 @dataclass(frozen=True)
 class Experiment:
     """``watch(training loss of the epoch, model, data)`` should fall. If it has not fallen for half of ``patience``
-    epochs, the learning rate drops to a tenth; after all of them the best weights are restored and training ends.
+    epochs, the learning rate drops to a tenth. After ``patience`` epochs without a fall, the best weights are restored
+    and training ends.
     """
 
     name: str
@@ -88,15 +90,15 @@ class Row:
 
 
 def levy(x: np.ndarray) -> np.ndarray:
-    """sin(pi w)^2 + (w - 1)^2 (1 + sin(2 pi w)^2), w = 1 + (x - 1) / 4: its minimum is 0, at x = 1."""
+    """The 1-D Levy function sin(pi w)^2 + (w - 1)^2 (1 + sin(2 pi w)^2), w = 1 + (x - 1) / 4; its minimum is 0 at 1."""
     w = 1 + (x - 1) / 4
     return np.sin(np.pi * w) ** 2 + (w - 1) ** 2 * (1 + np.sin(2 * np.pi * w) ** 2)
 
 
 def levy_data(seed: int) -> Data:
-    """50 noisy values at random places of [-10, 10]; the test is the function itself, on a grid.
+    """50 noisy values at random places of [-10, 10]. The test data are the function's own values on a grid.
 
-    numpy's old generator draws the notebook's numbers: seed 0 gives its data.
+    numpy's old generator draws the same numbers as the notebook: seed 0 gives the notebook's data.
     """
     generator = np.random.RandomState(seed)
     x_train = generator.uniform(-10, 10, (LEVY_SAMPLES, 1))
@@ -117,7 +119,7 @@ def banana_data(seed: int) -> Data:
 
 
 def banana_file_data(path: Path, seed: int) -> Data:
-    """1000 points of the benchmark's 5300, with columns At1, At2 and Class (-1 or 1). Seed 0 gives the notebook's."""
+    """1000 of the benchmark's 5300 points; columns At1, At2, Class (-1 or 1). Seed 0 gives the notebook's points."""
     table = np.genfromtxt(path, delimiter=",", names=True)
     chosen = np.random.RandomState(seed).choice(len(table), BANANA_SAMPLES, replace=False)
     x = np.stack([table["At1"], table["At2"]], axis=1)[chosen]
@@ -125,7 +127,7 @@ def banana_file_data(path: Path, seed: int) -> Data:
 
 
 def _split(x: np.ndarray, y: np.ndarray, seed: int) -> Data:
-    """The test samples are the first of a permutation, as in scikit-learn. The rest standardises all samples."""
+    """Split as scikit-learn does, the first of a permutation for the test; standardise all by the training samples."""
     order = np.random.RandomState(seed).permutation(len(x))
     test, train = order[:BANANA_TEST_SAMPLES], order[BANANA_TEST_SAMPLES:]
     x = (x - x[train].mean(0)) / x[train].std(0)
@@ -246,7 +248,8 @@ BANANA = Experiment(
     epochs=5000,
     patience=100,
     loss=nn.BCEWithLogitsLoss(),
-    # The notebook's choice is optimistic: the reported accuracy itself chooses learning rate and weights.
+    # As in the notebook, the test accuracy itself decides when the learning rate drops and which weights are kept. So
+    # the reported accuracy is optimistic.
     watch=lambda loss, model, data: -accuracy(model, data),
     figure=accuracy,
     published={"GmP": 0.885, "plain": 0.800, "weight norm": 0.810, "batch norm": 0.875},
@@ -255,7 +258,7 @@ EXPERIMENTS = {"levy": LEVY, "banana": BANANA}
 
 
 def run(experiment: Experiment, method: str, seed: int, epochs: int) -> tuple[float, int]:
-    """Train once: the figure, and the number of epochs. The seed alone decides data and weights."""
+    """Train once. Returns the figure and the number of epochs. The seed alone decides data and weights."""
     build, learning_rate = METHODS[method]
     data = experiment.draw(seed)
     with torch.random.fork_rng(devices=[]):
@@ -308,7 +311,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--experiment", choices=EXPERIMENTS, help="default: both")
     parser.add_argument("--seeds", type=_positive, default=5, help="trainings of each method (5)")
     parser.add_argument("--steps", type=_positive, help="most passes over the data (Levy 10000, banana 5000)")
-    parser.add_argument("--banana-file", type=Path, metavar="CSV", help="the benchmark's points: At1, At2, Class")
+    parser.add_argument("--banana-file", type=Path, metavar="CSV", help="the benchmark's file, with At1, At2, Class")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")
     args = parser.parse_args(arguments)
     rows = []

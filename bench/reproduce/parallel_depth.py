@@ -1,10 +1,11 @@
-"""Depth in parallel: the number of sweeps over the course of training, and the error against float64.
+"""Experiments on the solver that is parallel over depth: its sweeps as training goes on, its error against float64.
 
-The method and the experiments are ours. ``initial`` counts the sweeps of initial nets. ``sweeps`` trains the net of
-``lcw-ops train`` and, between steps, solves it at once and in windows. ``grid`` judges the result and every gradient by
-the rule for all kernels: at most twice the error of eager torch in float32, plus one unit in the last place of the
-scale. ``error`` compares the states of 50,000 layers with the sequential kernel's. Our sequential kernel, layer by
-layer, computes the float64 truth.
+The solver and the experiments are ours. A sweep is one iteration of the solver over all layers of a window.
+``initial`` counts the sweeps of nets at initialisation. ``sweeps`` trains the net of ``lcw-ops train`` and, between
+steps, solves all layers at once and in windows. ``grid`` judges the result and every gradient by the rule for all
+kernels: at most twice the error of eager torch in float32, plus one unit in the last place of the scale. ``error``
+compares the errors of the states of 50,000 layers with those of the sequential kernel. The float64 truth comes from our
+sequential kernel, which goes layer by layer.
 """
 
 import argparse
@@ -44,15 +45,15 @@ FILTERS = ("permutation", "haar")
 # The depths and values of c in the grid.
 DEPTHS, CS = (1, 2, 100, 5000, DEPTH), (0.5, 1.0, 3.0, 10.0)
 ROWS, WIDTHS = (1, 8, 128), (8, 64, 128)
-# Up to this depth all combinations are judged, beyond it an evenly spread selection.
+# Up to this depth all combinations are judged, and an evenly spread selection in deeper nets.
 MOST_COMPLETE = 100
-# Up to this depth eager torch is affordable. Beyond it the sequential kernel stands in.
+# Up to this depth eager torch is affordable. In deeper nets the sequential kernel's error replaces eager torch's.
 MOST_EAGER = 5000
 # The most draws of a combination before it is called wrong.
 MOST_DRAWS = 16
 
-# The least distance of a pre-activation from ReLU's kink in the grid, as a multiple of their rms: if rounding decides
-# the side, every method's gradient may be wrong.
+# The least distance of a pre-activation from ReLU's kink in the grid, as a share of the rms of the layer's
+# pre-activations: if rounding decides on which side one lies, every method's gradient may be wrong.
 KINK_MARGIN = 1e-4
 
 # The number of layers whose weights and gradients are in float64 at a time.
@@ -63,9 +64,9 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV. figure is the parallel solver's; sequential and eager are the other methods', if they ran.
+    """One line of the CSV. figure is the parallel solver's; sequential and eager are those of the others, if they ran.
 
-    Errors are relative to the largest value of the exact result, and those of "states" to the largest value of each
+    An error is relative to the largest value of the exact result; an error of "states", to the largest value of its own
     state. allowed is the rule's limit.
     """
 
@@ -85,9 +86,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
-    """A recurrence in float32 and the gradient at its end.
+    """A recurrence in float32, and ``cotangent``, the gradient of its last state.
 
-    h0, cotangent (M, N); weight (L, N, N); bias (L, N); alpha, beta (1,) or (L,).
+    For M samples, N units and L layers: h0, cotangent (M, N); weight (L, N, N); bias (L, N); alpha, beta (1,) or (L,).
     """
 
     h0: Tensor
@@ -108,7 +109,7 @@ class Problem:
         return solve(*tensors, activation=self.activation, **options)
 
     def exact(self, part: slice, h0: Tensor, cotangent: Tensor | None = None) -> "Problem":
-        """Some of the layers in float64, starting from another state."""
+        """The layers of ``part`` in float64, starting from the state ``h0``."""
         filter = self.filter.double() if self.filter.is_floating_point() else self.filter
         layers = self.weight[part].double(), self.bias[part].double()
         scales = ((scale if scale.numel() == 1 else scale[part]).double() for scale in (self.alpha, self.beta))
@@ -116,7 +117,7 @@ class Problem:
 
 
 def draw(depth: int, rows: int, width: int, filter: str, c: float, activation: str, seed: int) -> Problem:
-    """A net with initial weights and random biases. alpha and beta of every layer have their own gradients."""
+    """A net with initial weights and random biases. Every layer has its own alpha and beta, and so their gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -201,7 +202,7 @@ def exact_results(problem: Problem) -> Iterator[tuple[str, slice, Tensor]]:
 
 @dataclass
 class Errors:
-    """The largest element error of one result for each method, and the largest exact element."""
+    """For one result: the largest error of an element, by method, and the largest exact element."""
 
     absolute: dict[str, float]
     scale: float = 0.0
@@ -265,7 +266,7 @@ INITIAL, IMAGE = (2000, 8, 64), 28 * 28
 
 @dataclass(frozen=True)
 class Start:
-    """A net at initialisation. gain: std(W) sqrt(N). tied: one weight for all layers, and inputs."""
+    """A net at initialisation. gain: std(W) sqrt(N) for N units. tied: all layers share a weight and get an input."""
 
     filter: str = "haar"
     c: float = 1.0
@@ -381,10 +382,11 @@ Cell = tuple[int, float, str, int, int, str]
 
 
 def grid_cells(depth: int) -> list[Cell]:
-    """All 288 combinations up to MOST_COMPLETE, and a Latin square of them beyond.
+    """All 288 combinations for depths up to MOST_COMPLETE, and a Latin square of them for deeper nets.
 
-    The square has each c with each activation, at one of the widths, with the filters in turn: up to MOST_EAGER with
-    each number of rows (48), beyond with one (16). All nine pairs of rows and width occur.
+    The square has each c with each activation, at one of the widths, with the filters in turn. Up to MOST_EAGER each of
+    these comes with every number of rows (48 cells), and in deeper nets with one (16 cells). All nine pairs of rows and
+    width occur.
     """
     if depth <= MOST_COMPLETE:
         return [(depth, *rest) for rest in itertools.product(CS, ACTIVATIONS, ROWS, WIDTHS, FILTERS)]
@@ -401,7 +403,7 @@ def grid_figures(depths: tuple[int, ...] = DEPTHS) -> Figures:
     for number, cell in enumerate(itertools.chain.from_iterable(map(grid_cells, depths))):
         depth, c, activation, rows, width, filter = cell
         setting = f"L={depth} c={c:g} {activation} M={rows} N={width} {filter}"
-        # The weights and two gradients of them, and a chunk in float64.
+        # Memory for the weights, two of their gradients, and a chunk of layers in float64.
         needed = 4 * 3 * (depth + CHUNK) * width**2 + 2**30
         available = machine.available_memory_bytes("cpu")
         if available is not None and available < needed:
@@ -440,7 +442,7 @@ def judge(cell: Cell, number: int = 0) -> tuple[str, dict[str, float], float]:
 
 
 def error_figures(depth: int = DEPTH, rows: int = 32, width: int = 64) -> Figures:
-    """All states of initial nets: the parallel solver in its default window and at once, and the other methods."""
+    """Errors of all states at initialisation: in the default window, all layers at once, and by the other methods."""
     for filter, c in itertools.product(FILTERS, (1.0, 3.0)):
         problem = draw(depth, rows, width, filter, c, "tanh", seed=0)
         found = state_errors(problem, {None: parallel(None), depth: parallel(depth), "sequential": F.orthogonal_filter})
@@ -507,7 +509,9 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)}; default: all")
-    parser.add_argument("--depth", type=_positive, action="append", help="depth, several for grid; default: its own")
+    parser.add_argument(
+        "--depth", type=_positive, action="append", help="number of layers; grid takes several; default: each its own"
+    )
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps here")
     args = parser.parse_args(arguments)

@@ -1,4 +1,7 @@
-"""The picture of ``parallel_depth.py sweeps``: sweeps, contraction and errors over the course of training."""
+"""The picture of ``parallel_depth.py sweeps``: sweeps, contraction and errors over the course of training.
+
+The contraction is the change that a sweep makes, divided by the change of the sweep before.
+"""
 
 import itertools
 import math

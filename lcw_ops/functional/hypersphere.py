@@ -134,7 +134,7 @@ def _check_gmp_linear(x, angles, radius, location, activation) -> bool:
     _checks.check_choice(op, "activation", activation, (None, "relu"))
     _checks.check_rows(op, "angles", angles, "(n, m-1)")
     units, fan_in = angles.shape[0], angles.shape[1] + 1
-    _checks.check_features(op, x, fan_in, "one more than angles'")
+    _checks.check_features(op, x, fan_in, "one more than the columns of angles")
     _checks.check_per_unit(op, "radius", radius, units)
     _checks.check_per_unit(op, "location", location, units)
     return autocast

@@ -40,7 +40,7 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     _checks.accumulation_dtype("lcw_weight", weight=weight)
     _checks.check_dense("lcw_weight", weight=weight)
     if basis:
-        right, expected, remedy = weight.dim() == 2, "(n, m-1)", "Flatten a filter to one row first."
+        right, expected, remedy = weight.dim() == 2, "(n, m-1)", "Flatten a convolution's filter to one row first."
     else:
         right, expected, remedy = weight.dim() >= 2, "(n, m, *k)", "A unit is one row: add dim 0."
     _checks.check_shape("lcw_weight", "weight", weight, right, expected, remedy)

@@ -1,4 +1,4 @@
-"""Checks of device and memory, which need torch, before a network is trained; their messages name the flag."""
+"""Checks of device and memory before a network is trained. They need torch, and their messages name the flag."""
 
 import torch
 
@@ -18,16 +18,16 @@ def usable_device(name: str) -> torch.device:
 
 
 def filter_bytes(filter: str, width: int) -> int:
-    """The bytes needed to make a filter: random numbers, QR factors and matrix in float64; or a permutation."""
+    """The bytes needed to make a filter: random numbers, two QR factors and a matrix in float64; or int64 indices."""
     return 4 * 8 * width**2 if filter == "haar" else 8 * width
 
 
 def check_memory(settings: TrainingSettings, network: int, filter: int, device: torch.device) -> None:
     """Raise ValueError for a network that cannot fit, before the machine swaps or kills the process.
 
-    network: bytes of weights, gradients and Adam's two moments, on ``device``. filter: bytes needed to make it.
+    network: bytes of weights, gradients and Adam's two moments, on ``device``. filter: bytes needed to make the filter.
     """
-    # The network is made on the CPU before it moves.
+    # The network is made on the CPU, where it has only its weights (a quarter of the bytes), then moved to the device.
     on_cpu = max(filter, network if device.type == "cpu" else network // 4)
     for place, needed in (("cpu", on_cpu), (device, network)):
         available = machine.available_memory_bytes(place)

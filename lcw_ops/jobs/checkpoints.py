@@ -1,8 +1,9 @@
-"""Checkpoints that survive ``kill -9`` and a power cut: the two newest of a run, each a file of tensors alone.
+"""Checkpoints that survive ``kill -9`` and a power cut. The two newest of a run are kept, each a file of tensors only.
 
-A file is written under another name, synced to the disk and renamed; the rename is synced too. Under its own name a
-file is whole or absent. The digest at its end shows later damage (a bad disk, a copy that stopped half-way): then the
-checkpoint before it is used, and the damaged file is renamed. ``torch.load(path, weights_only=True)`` runs no code.
+A file is written under another name, synced to the disk and renamed; the rename is synced too. So under its own name a
+file is whole or absent. The digest at its end shows later damage (a bad disk, a copy that stopped half-way). The
+checkpoint before the damaged one is then used, and the damaged file is renamed. Files are loaded by
+``torch.load(path, weights_only=True)``, which runs no code from a file.
 """
 
 import errno
@@ -65,7 +66,8 @@ def steps_in(folder: str | Path) -> list[int]:
 def owned(folder: str | Path):
     """The folder, created and writable, for this process alone while the context lasts.
 
-    Raises OSError if it cannot be written or another process has it. The system releases a dead process's lock.
+    Raises OSError if the folder cannot be written to, or another process holds its lock. The system releases the lock
+    of a dead process.
     """
     created = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = prepare_folder(folder)
@@ -103,7 +105,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
 def newest(folder: Path) -> dict[str, Tensor] | None:
     """The newest undamaged checkpoint, or None if there is no checkpoint. Damaged ones are reported and renamed.
 
-    Raises ValueError if all of them are damaged; they keep their names then.
+    Raises ValueError if all checkpoints are damaged. In that case they keep their names.
     """
     damaged: list[Path] = []
     for step in reversed(steps_in(folder)):
@@ -115,7 +117,7 @@ def newest(folder: Path) -> dict[str, Tensor] | None:
             damaged.append(path)
             continue
         for bad in damaged:
-            # Under its own name it would count towards KEPT.
+            # Under its own name a damaged file would count towards KEPT.
             os.replace(bad, bad.with_suffix(".damaged"))
         return tensors
     if damaged:
@@ -142,7 +144,7 @@ def read(path: Path) -> dict[str, Tensor]:
             raise
         raise DamagedError(error.strerror) from error
     if end != sha256.digest():
-        raise DamagedError("its end is not the digest of the rest")
+        raise DamagedError("the SHA-256 digest at its end does not match its content")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

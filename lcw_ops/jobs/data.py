@@ -1,7 +1,7 @@
-"""Small real data for the main job: scikit-learn's bundled digits, or a user's ``.npz``; nothing is downloaded.
+"""Small real data for the commands that train: scikit-learn's bundled digits, or a user's ``.npz``.
 
-x is standardised with the training set's mean and standard deviation. The split is stratified and seeded: the same seed
-gives the same arrays on every machine.
+Nothing is downloaded. The inputs x are standardised with the training set's mean and standard deviation. The split into
+training and test set is stratified by class and seeded: the same seed gives the same arrays on every machine.
 """
 
 import stat
@@ -18,7 +18,7 @@ TEST_SHARE = 0.2
 SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
 WHOLE_KEYS = ("x", "y")
 
-# In float64, sums of squares of such values are far from overflow.
+# The largest magnitude that x may have. In float64, sums of squares of such values are far from overflow.
 LARGEST_VALUE = float(np.finfo(np.float32).max)
 
 
@@ -69,8 +69,9 @@ def load_digits(seed: int = 0) -> Dataset:
 def load_npz(path: str | Path, seed: int = 0) -> Dataset:
     """A ``.npz`` file with x_train, y_train, x_test, y_test, or with x, y, of which one fifth becomes the test set.
 
-    x is (samples, ...) of any real type, flattened to (samples, features), within the range of float32; y is (samples,)
-    of an integer type, class indices from 0, at least two classes. Pickled objects are never loaded.
+    x is (samples, ...), of any real type, with values in the range of float32; it is flattened to (samples, features).
+    y is (samples,), of an integer type: class indices from 0, with at least two classes. Pickled objects are never
+    loaded.
 
     Raises:
         ValueError: the file cannot be read, a key is missing, or an array has the wrong shape, type or values.
@@ -100,7 +101,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
     if not dataset.x_test.isfinite().all():
         raise ValueError(
             f"{path}: the test samples are too far from the training samples: standardised with the mean and deviation "
-            "of these, a feature exceeds the range of float32; remove outliers, or split the samples at random"
+            "of the latter, a feature exceeds the range of float32; remove outliers, or split the samples at random"
         )
     return dataset
 
@@ -150,7 +151,7 @@ def _read_array(archive, key: str) -> np.ndarray:
 
 
 def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, classes: int | None = None) -> None:
-    """Raise ValueError unless x and y are samples and labels. ``classes``: the training set's number, if known."""
+    """Raise ValueError unless x and y are samples and labels. ``classes``: the training set's number of classes."""
     if x.dtype.kind not in "fiu":
         raise ValueError(f"{path}: {x_name} is {x.dtype}, expected real numbers; convert it, to float32 for example")
     if x.ndim < 2 or x.size == 0:
@@ -197,9 +198,9 @@ def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, cl
 
 
 def _split(x: np.ndarray, y: np.ndarray, seed: int):
-    """Hold out a share of every class for the test set, drawn by ``seed``; a class of one sample stays in training.
+    """Hold out TEST_SHARE of every class for the test set, drawn by ``seed``.
 
-    If no class has enough samples for that, one sample of a class that has two is held out.
+    A class of one or two samples stays in training. If no class has three, one sample of a class of two is held out.
     """
     generator = np.random.default_rng(seed)
     held_out = np.zeros(len(x), dtype=bool)
@@ -216,12 +217,13 @@ def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
     x_train, x_test = (x.reshape(len(x), -1).astype(np.float64) for x in (x_train, x_test))
     # A value too large for float32 becomes inf, which load_npz refuses.
     with np.errstate(over="ignore"):
-        # Scale first, because the squares of deviations of 1e-200 would vanish. Powers of two do not round.
+        # Scale every feature first, because the squares of deviations of 1e-200 would vanish. A power of two as the
+        # factor causes no rounding.
         _, exponents = np.frexp(np.abs(x_train).max(0))
         x_train, x_test = np.ldexp(x_train, -exponents), np.ldexp(x_test, -exponents)
         mean, std = x_train.mean(0), x_train.std(0)
-        # A pixel that never changes carries no information. Its computed deviation is 0, or the rounding of its mean:
-        # dividing by it would give NaN or noise.
+        # A feature that never changes carries no information. Its computed deviation is 0, or the rounding of its mean.
+        # A division by this deviation would give NaN or noise.
         constant = (x_train.max(0) == x_train.min(0)) | (std <= len(x_train) * np.finfo(np.float64).eps * np.abs(mean))
         mean[constant], std[constant] = x_train[0, constant], 1.0
         x_train, x_test = (torch.from_numpy(((x - mean) / std).astype(np.float32)) for x in (x_train, x_test))

@@ -1,6 +1,7 @@
-"""One step of training and everything that the next one depends on: Adam on shuffled batches without replacement.
+"""One step of training, and the state on which the next step depends. Adam runs on shuffled batches.
 
-The state is a flat dictionary of tensors. A new process with as many threads continues from it bit for bit.
+No sample is drawn twice in an epoch. The state is a flat dictionary of tensors. A new process with the same number of
+threads continues from this state with the same bits.
 """
 
 import torch
@@ -9,15 +10,15 @@ from torch import Tensor, nn
 from lcw_ops.jobs.data import Dataset
 from lcw_ops.jobs.schedule import SCHEDULES
 
-# The gradients of all weights carry the factor beta = 1/L: Adam's usual 1e-8 would be larger than they are.
+# With L layers, the gradients of all weights have the factor beta = 1/L: Adam's usual eps of 1e-8 would exceed them.
 ADAM_EPS = 1e-12
 
-# How often the whole test set is classified: before the first step, after the last one, and in between.
+# How often the whole test set is classified: before the first step, after the last step, and in between.
 EVALUATIONS = 7
 
 
 class Training:
-    """``step()`` by ``step()``; ``state()`` and ``restore()`` in between.
+    """A training that is carried out step by step. ``state()`` and ``restore()`` may be called between two steps.
 
     Args:
         model: trained in place, on the device of the data.
@@ -26,8 +27,8 @@ class Training:
         seed: decides the order of samples.
         betas: Adam's.
         label_smoothing: of the cross entropy that is minimised.
-        schedule: a name in ``SCHEDULES``. "falling": the full rate for half of the steps, which then falls linearly to
-            0.
+        schedule: a name in ``SCHEDULES``. "falling": the full rate for half of the steps, then a rate that falls
+            linearly to 0.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Training:
             moments = self.optimizer.state[parameter]
             tensors |= {f"adam.{name}.{moment}": tensor for moment, tensor in moments.items()}
         tensors["done"] = torch.tensor(self.done)
-        # torch.save would write the whole epoch that this slice is part of.
+        # Copy this slice: torch.save would write the order of the whole epoch, of which it is a part.
         tensors["order"] = self.order.clone()
         tensors["order_generator"] = self.generator.get_state()
         tensors["generator"] = torch.get_rng_state()
@@ -82,7 +83,7 @@ class Training:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from where ``state()`` was taken. The optimizer's tensors are kept, not copied."""
+        """Continue from where ``state()`` was taken. The optimizer's tensors are used as they are, not copied."""
         self.model.load_state_dict(_below("model.", tensors))
         for name, parameter in self.model.named_parameters():
             moments = _below(f"adam.{name}.", tensors)

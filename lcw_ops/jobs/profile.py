@@ -1,7 +1,9 @@
 """The command ``lcw-ops profile``: train a very deep network on real images, then show its gradient layer by layer.
 
-One class makes three kinds: the orthogonal-filter net (convex, beta = 1/L), the residual net (h + act(W h + b)) and the
-plain one (act(W h + b)). All three are measured at initialisation, and the chosen one in full after training.
+One class makes three kinds of nets of L layers. From a state h, a layer of the orthogonal-filter net computes
+alpha O h + beta act(W h + b), with a fixed orthogonal O, beta = 1/L and alpha = 1 - beta. A layer of the residual net
+computes h + act(W h + b), and one of the plain net act(W h + b). All three nets are measured at initialisation. The
+chosen one is also trained, and measured in full afterwards.
 """
 
 import gc
@@ -35,7 +37,7 @@ from lcw_ops.profile.result import write_json
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
 
-# The memory of one layer in the report: its rows in four tables, as numbers and as CSV text.
+# The memory of one layer in the report, in bytes: its rows in four tables, as numbers and as CSV text.
 ROW_BYTES = 2000
 
 
@@ -196,7 +198,7 @@ def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> Histor
 
 
 def _write(report: Report, folder: Path, written: list[str]) -> None:
-    """Write the three files, each whole or not at all. Append a file's name to ``written`` once it is there."""
+    """Write the three files, each whole or not at all. Append the name of each to ``written`` once it is there."""
     from lcw_ops.jobs.picture import plot_report
 
     writers: dict[str, Callable[[Path], None]] = {

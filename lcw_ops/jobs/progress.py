@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The most lines that a run prints without a terminal, including the first and the last step.
+# About as many lines as a run prints without a terminal, the first and the last step included.
 PLAIN_LINES = 10
 
 
 class PlainProgress:
-    """``advance(text)`` once per step; about every tenth is printed."""
+    """Call ``advance(text)`` once per step. About PLAIN_LINES of the steps are printed."""
 
     def __init__(self, title: str, steps: int) -> None:
         self.title, self.steps, self.done = title, steps, 0

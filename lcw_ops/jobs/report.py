@@ -24,7 +24,7 @@ from lcw_ops.profile.result import (
     write_rows,
 )
 
-# The kinds in words. Residual networks that train at depth normalise; this one does not.
+# The kinds in words. Deep residual networks usually contain normalisation layers; ours has none.
 IN_WORDS = {"orthogonal-filter": "orthogonal-filter", "residual": "un-normalised residual", "plain": "plain"}
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
@@ -59,7 +59,7 @@ class Report:
     seconds: float
 
     def labels(self) -> dict[str, str]:
-        """Maps each kind to a description of the net that was profiled."""
+        """Kind -> a description of the net that was profiled."""
         trained = f"after {self.settings.steps} steps" if self.settings.steps else "at initialisation"
         return {
             kind: f"{IN_WORDS[kind]} net, {trained if kind == self.settings.kind else 'at initialisation'}"

@@ -13,17 +13,18 @@ class InputMeanNorm(nn.Module):
     the batch's, and gradients flow through it. In eval mode it is the running mean. Each process of a distributed run
     takes the mean of its own batch.
 
-    The input is (N, C, *), of rank 2 or more; the output has its shape, dtype and memory format. An empty batch gives
-    an empty output and does not change the statistics. In training, a batch with one value per channel gives zeros.
+    The input is (N, C, *), for N samples and C channels, of rank 2 or more. The output has the input's shape, dtype and
+    memory format. An empty batch comes back empty and changes no statistics. A batch with one value per channel gives
+    zeros.
 
     Args:
         num_features: C.
         momentum: the share of the new mean in the running mean, 0 to 1. None averages all batches, as in
             ``nn.BatchNorm2d``.
-        device, dtype: of the running mean. It is float32 at least: the small steps of a 16-bit mean would round to 0.
+        device, dtype: of the running mean. Its dtype is at least float32: a 16-bit mean's small steps would round to 0.
 
-    Buffers running_mean (C,) and num_batches_tracked (), as in ``nn.BatchNorm2d``. 16-bit inputs are averaged and
-    shifted in float32 and rounded once.
+    The buffers are running_mean (C,) and num_batches_tracked (), as in ``nn.BatchNorm2d``. 16-bit inputs are averaged
+    and shifted in float32, and the result is rounded once.
 
     Raises:
         ValueError: a momentum outside [0, 1]; an input of another shape.
@@ -46,7 +47,7 @@ class InputMeanNorm(nn.Module):
         if momentum is not None:
             check_non_negative("InputMeanNorm", "momentum", momentum)
             if momentum > 1:
-                expected = "0 to 1, or None for an average"
+                expected = "0 to 1, or None for the average of all batches"
                 raise ValueError(describe("InputMeanNorm", "momentum", f"is {momentum}", expected))
         self.num_features = num_features
         self.momentum = momentum
@@ -75,7 +76,7 @@ class InputMeanNorm(nn.Module):
         self.num_batches_tracked.add_(1)
         share: float | Tensor | None = self.momentum
         if share is None:
-            # The count stays on the device: if the host read it, it would have to wait.
+            # Divide on the device: reading the count would make the host wait.
             share = self.num_batches_tracked.to(mean.dtype).reciprocal()
         self.running_mean.add_((mean - self.running_mean) * share)
 

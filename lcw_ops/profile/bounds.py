@@ -1,12 +1,13 @@
 """Rigorous bounds for a matrix's norm, gradients, Jacobians and states, with which the measured figures are compared.
 
-One layer h -> alpha O h + beta act(W h + b) has singular values between |alpha| o_min - |beta| s and
-|alpha| o_max + |beta| s, with s = Lip(act) ||W||_2 and o_min, o_max bounds of O's singular values: 1 for a permutation,
-sqrt(1 -+ ||O^T O - I||_2) for a matrix that is orthogonal up to rounding. Over L layers this rounding counts L times.
-This project derived these bounds; the paper proves bounds of this kind.
+The Jacobian of one layer h -> alpha O h + beta act(W h + b) has singular values between |alpha| o_min - |beta| s and
+|alpha| o_max + |beta| s. Here s = Lip(act) ||W||_2, and o_min, o_max are bounds of the singular values of O, the fixed
+filter: 1 for a permutation, sqrt(1 -+ ||O^T O - I||_2) for a matrix that is orthogonal up to rounding. Over L layers
+this rounding counts L times. The bounds are derived here; the paper on such networks (A. Ceni, "Random Orthogonal
+Additive Filters") proves bounds of this kind.
 
-They hold for the stored network in exact arithmetic. They leave out the rounding of the measured pass: in float32 a few
-1e-8 per layer, of either sign.
+The bounds hold for the stored network in exact arithmetic. They leave out the rounding of the measured pass: in float32
+a few 1e-8 per layer, of either sign.
 """
 
 import math
@@ -15,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# With G^(2^SQUARINGS) the bound is at most N^(1 / 2^(SQUARINGS + 1)) times the norm: 3.3 % above it for N = 64.
+# The default of spectral_norm_bound. The bound is then at most N^(1 / 2^(SQUARINGS + 1)) times the norm of an N x N
+# matrix: 3.3 % above it for N = 64.
 SQUARINGS = 6
 
 # Up to this width, the exact spectral norm of a filter takes a fraction of a second.
 WIDEST_SPECTRAL = 512
 
-# Filters of all layers are checked in parts of this size.
+# The filters of all layers are checked in parts of this size, counted in float64.
 PART_BYTES = 64 * 2**20
 
 
@@ -35,12 +37,13 @@ def spectral_norm_bound(weight: Tensor, squarings: int = SQUARINGS) -> Tensor:
     and tr(G^p)^(1 / 2p) lies between ||W||_2 and N^(1 / 2p) ||W||_2. G^p comes from repeated squaring. The last
     squaring is not needed, because tr G^p = ||G^(p/2)||_F^2.
 
-    Rounding is part of the bound. Each power is divided by its Frobenius norm, so ||fl(X Y) - X Y||_F <= gamma, where
-    gamma = n u / (1 - n u) for inner products of n terms and unit roundoff u. From the last power back to the first,
+    Rounding is part of the bound. Each power is divided by its Frobenius norm, so a computed product fl(X Y) satisfies
+    ||fl(X Y) - X Y||_F <= gamma, where gamma = n u / (1 - n u) for inner products of n terms and unit roundoff u. With
+    G_k, the k-th power after this division, from the last power back to the first,
 
         ||G_k||_2 = sqrt(||G_k^T G_k||_2) <= sqrt(||fl(G_k^T G_k)||_2 + gamma)
 
-    and this raises the bound by about gamma times N at worst, 1e-4 in float32 at N = 64.
+    which raises the bound by about gamma times N at worst, 1e-4 in float32 at N = 64.
 
     Args:
         weight: (L, N, K) or (N, K), float32 or float64 (16-bit types are widened).
@@ -115,8 +118,8 @@ def layer_gain_bounds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(lower, upper) bounds of the singular values of every layer's Jacobian, (L,) each, at least 0.
 
-    ``alpha``, ``beta`` and ``deviation`` (of the filter, from :func:`filter_deviation`) are (1,) or (L,),
-    ``spectral_norm`` (L,) at least ||W_l||_2; ``lipschitz`` is Lip(act).
+    ``alpha``, ``beta`` and ``deviation`` (of the filter, from :func:`filter_deviation`) are (1,) or (L,).
+    ``spectral_norm`` (L,) is at least ||W_l||_2, and ``lipschitz`` is Lip(act).
     """
     alpha, branch = np.abs(alpha), np.abs(beta) * lipschitz * spectral_norm
     lower = alpha * np.sqrt(np.maximum(1 - deviation, 0.0)) - branch
@@ -126,11 +129,12 @@ def layer_gain_bounds(
 def gradient_norm_bounds(
     gain_lower: np.ndarray, gain_upper: np.ndarray, injected: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """log of the (lower, upper) bounds of ||g_l||, l = 0..L, from the gradient norms that enter from outside.
+    """log of the (lower, upper) bounds of ||g_l||, where g_l is the gradient of the state h_l, l = 0..L.
 
-    ||g_l|| <= upper_{l+1} ||g_{l+1}|| + ||e_l|| and ||g_l|| >= lower_{l+1} ||g_{l+1}|| - ||e_l||, with e_l the gradient
-    that reaches state l directly. A network that is read at its end has only e_L = g_L, so
-    lower^(L-l) ||g_L|| <= ||g_l|| <= upper^(L-l) ||g_L||. The bounds are logarithms, because 3^50000 overflows a float.
+    ||g_l|| <= upper_{l+1} ||g_{l+1}|| + ||e_l|| and ||g_l|| >= lower_{l+1} ||g_{l+1}|| - ||e_l||. Here lower_l, upper_l
+    are the layers' gains, and e_l is the gradient that reaches h_l directly, not through the next layer. A network that
+    is read at its end has only e_L = g_L. If its gains are all equal, lower^(L-l) ||g_L|| <= ||g_l|| <= upper^(L-l)
+    ||g_L||. The bounds are logarithms, because 3^50000 overflows a float.
 
     ``injected`` is (L+1,), the norms ||e_l||. Returns two arrays (L+1,) of natural logarithms, -inf for a bound of 0.
     """
@@ -159,8 +163,9 @@ def state_rms_bound(
 ) -> np.ndarray:
     """Upper bounds of rms(h_l), l = 1..L, if |act| <= 1: ||h_l|| <= |alpha| ||O||_2 ||h_{l-1}|| + |beta| sqrt(N).
 
-    In the convex case (alpha + beta = 1, ||O||_2 = 1) it never exceeds max(||h_0||, sqrt(N)). It is NaN for an
-    unbounded activation. ``h0`` is (M, N); the rms is over samples and units. ``deviation`` is the filter's.
+    In the convex case (alpha + beta = 1, ||O||_2 = 1), ||h_l|| never exceeds max(||h_0||, sqrt(N)). For an unbounded
+    activation the bounds are NaN. ``h0`` is (M, N); the rms is over M samples and N units. ``deviation`` is that of
+    :func:`filter_deviation`.
     """
     if activation not in ("tanh", "sigmoid"):
         return np.full(steps, math.nan)

@@ -1,7 +1,8 @@
-"""Extreme singular values of a Jacobian that is never formed: Golub-Kahan-Lanczos with products J v and J^T u.
+"""Extreme singular values of a Jacobian J that need not be formed: Golub-Kahan-Lanczos with products J v and J^T u.
 
 G. H. Golub, W. Kahan, "Calculating the singular values and pseudo-inverse of a matrix", SIAM J. Numer. Anal. 2 (1965).
-Unlike power iteration it keeps every vector, fully reorthogonalised, and so converges much faster.
+Unlike power iteration, the method keeps every vector, fully reorthogonalised, and so converges much faster. J v is
+called a JVP here, and J^T u a VJP. If there are few outputs, J is formed after all, which is exact.
 """
 
 import math
@@ -77,7 +78,7 @@ def function_spectrum(
         point: any shape.
         method: "exact" (one VJP per output), "lanczos", or "auto": exact for up to 64 outputs.
         iterations: the most Lanczos steps; min(outputs, inputs) of them give the exact result.
-        tolerance: relative, of both extreme values; Lanczos stops there.
+        tolerance: Lanczos stops when the relative errors of both extreme values are at most this.
         seed: for the start vector.
 
     Raises:
@@ -110,7 +111,8 @@ def lanczos_spectrum(
     """Golub-Kahan-Lanczos on the operator J of ``shape`` (outputs, inputs): jvp(v) = J v, vjp(u) = J^T u.
 
     Both functions take and return flat float64 vectors on the CPU. ``dtype`` is the precision in which they compute; it
-    decides when a vector is zero. The iteration is on the smaller side, A = J or J^T with A of size q x p, p <= q:
+    decides below which norm a vector counts as zero. The iteration starts on the smaller side: A, of size q x p with
+    p <= q, is J or J^T. U_k and V_k have orthonormal columns, the vectors found so far; e_k is the k-th unit vector:
 
         A V_k = U_k B_k      A^T U_k = V_k B_k^T + beta_k v_{k+1} e_k^T,      B_k upper bidiagonal
 
@@ -129,7 +131,8 @@ def lanczos_spectrum(
         diagonal.append(left.norm().item())
         scale = max(scale, diagonal[-1])
         negligible = _rounding(dtype, shape) * scale
-        # The space is exhausted. The start vector has a part in every singular direction, so all values are found.
+        # There is no new direction. The random start vector has a part in every singular direction, so all values are
+        # found.
         if diagonal[-1] <= negligible:
             complete = True
             break

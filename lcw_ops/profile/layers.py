@@ -1,4 +1,4 @@
-"""One watched forward and backward pass of any model: the output of every leaf module, and the gradient there.
+"""One watched forward and backward pass of any model: the output of every leaf module, and the gradient of that output.
 
 Forward hooks measure an output at once, so that a later in-place operation cannot change the figures. Tensor hooks
 measure the gradient. Orthogonal-filter networks are recorded as a ``Recurrence``, to be replayed layer by layer.
@@ -26,7 +26,7 @@ _UNITS_FIRST = (
 
 @dataclass
 class LayerCall:
-    """One call of one leaf module. The figures are of its first floating-point output; NaN if one does not apply."""
+    """One call of one leaf module. The figures describe its first floating-point output; NaN if one does not apply."""
 
     name: str
     module: nn.Module
@@ -102,7 +102,7 @@ def _describe_output(call: LayerCall, args: tuple, output: Tensor) -> None:
     if values.dim() >= 2:
         unit_mean = values.movedim(unit_dim, -1).flatten(0, -2).mean(0)
         call.activation_shift = root_mean_square(unit_mean).item()
-    # A subclass may compute with a weight other than the stored one. Only a plain layer is known to use its own.
+    # A subclass may compute with a weight other than the stored one. Only a plain nn.Linear is known to use its weight.
     if type(call.module) is nn.Linear and values.dim() >= 2:
         mean_input = args[0].detach().double().flatten(0, -2).mean(0)
         weight = call.module.weight.detach().double()

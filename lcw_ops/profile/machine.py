@@ -34,7 +34,7 @@ def now(device: torch.device) -> float:
 
 @torch.no_grad()
 def matmul_rate(device: torch.device | str = "cpu", size: int | None = None, repeats: int = 5) -> float:
-    """FLOP/s of the fastest float32 matmul of size^3 on this machine, with torch's own threads: best of ``repeats``.
+    """FLOP/s of the fastest float32 product of two size x size matrices, with torch's own threads: best of ``repeats``.
 
     On a CPU both torch.mm and oneDNN are tried: on some processors one is several times as fast as the other. ``size``
     defaults to ``MATMUL_SIZE``.

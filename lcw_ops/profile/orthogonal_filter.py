@@ -1,7 +1,8 @@
 """Every layer of an orthogonal-filter network as a row, though the network is one op.
 
-The recurrence is replayed in chunks of layers. The forward replay holds all states of one chunk, and keeps the last one
-of each. The backward replay runs from the last chunk, and holds the state gradients of one. Memory: one chunk.
+The recurrence h_l = alpha O h_{l-1} + beta act(W_l h_{l-1} + b_l + u_l) is replayed in chunks of layers. The forward
+replay holds all states of one chunk at a time, and keeps the state at which each chunk begins. The backward replay goes
+from the last chunk to the first, and holds the state gradients of one chunk at a time.
 """
 
 import math
@@ -20,10 +21,11 @@ from lcw_ops.ops.parallel_depth import op as parallel_depth
 from lcw_ops.profile import bounds, jacobian
 from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_tensors, state_dtype
 
-# Weights, weight gradients, states and state gradients of one chunk: 1000 layers of 64 x 64 with 64 samples.
+# The bytes of weights, weight gradients, states and state gradients of one chunk. They suffice for 1000 layers of 64
+# units with 64 samples.
 CHUNK_BYTES = 64 * 2**20
 
-# The exact N x N Jacobian is one backward pass of N rows. Beyond this width it costs more than the profiled run.
+# The exact N x N Jacobian takes one backward pass of N rows. Beyond this width it costs more than the profiled run.
 EXACT_WIDTH = 512
 
 
@@ -31,9 +33,10 @@ EXACT_WIDTH = 512
 class Recurrence:
     """One call of an orthogonal-filter module: everything needed to replay it.
 
-    weight is (L, N, N) or (N, N), inputs (T, M, N) or None, alpha and beta (1,) or (L,); h0 (M, N). grad_states holds
-    the gradients that reach the states from outside: (M, N) for the last one only, or (L+1, M, N) for all of them.
-    solver is the module's, "sequential" or "parallel". The replay is always sequential.
+    With M samples, N units and L layers or T = L time steps: h0 is (M, N), weight (L, N, N) or (N, N), inputs (T, M, N)
+    or None, alpha and beta (1,) or (L,). grad_states holds the gradients that reach states from outside the recurrence:
+    (M, N) if only the last state has one, or (L+1, M, N) for all states. solver is the module's, "sequential" or
+    "parallel". The replay is always sequential.
     """
 
     h0: Tensor
@@ -78,9 +81,10 @@ class Recurrence:
         return [slice(start, min(start + length, self.steps)) for start in range(0, self.steps, length)]
 
     def chunk(self, steps: slice) -> tuple:
-        """(weight, bias, filter, alpha, beta, inputs) of some steps; all but the filter have one entry per step.
+        """(weight, bias, filter, alpha, beta, inputs) of some steps, in the state's dtype.
 
-        Their dtype is the state's. A weight shared over time is repeated, so that every step has its own gradient.
+        A weight or bias that is shared over time is repeated, so that every step has its own gradient. A shared filter,
+        alpha or beta is not.
         """
         length, width = steps.stop - steps.start, self.h0.shape[1]
         dtype = self.h0.dtype
@@ -148,7 +152,7 @@ def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
 def signal_norms(recurrence: Recurrence, gradient_at_end: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
     """Only state_rms and gradient_norm of :func:`layer_columns`, in a tenth of its time.
 
-    The network must be read at its end: ``gradient_at_end(h_L)`` is dE/dh_L.
+    The loss E must depend on the last state h_L only: ``gradient_at_end(h_L)`` is dE/dh_L.
     """
     backend = recurrence.backend
     chunks, boundaries, parts = recurrence.chunks(), [recurrence.h0], []
@@ -180,9 +184,9 @@ def _norms(layers: Tensor) -> Tensor:
 def state_jacobian(recurrence: Recurrence) -> tuple[Tensor, int]:
     """The exact Jacobian of h_0 -> h_L at the first sample, as (J', e) with J = J' 2^e: (N, N), float32 or wider.
 
-    Rows are independent: N copies of one sample, with the identity as their gradients, give all rows of J in one
-    backward pass. It runs chunk by chunk from the states that :func:`layer_columns` kept. After each chunk the rows are
-    scaled by a power of two, because the Jacobian of a deep plain net is far below the smallest float32.
+    Samples are independent: N copies of one sample, with the identity as their gradients, give all rows of J in one
+    backward pass. The pass runs chunk by chunk from the states that :func:`layer_columns` kept. After each chunk the
+    rows are scaled by a power of two, because the Jacobian of a deep plain net is far below the smallest float32.
     """
     width = recurrence.h0.shape[1]
     rows, exponent = torch.eye(width, dtype=recurrence.h0.dtype, device=recurrence.h0.device), 0
@@ -245,10 +249,10 @@ def root_mean_square(values: Tensor) -> Tensor:
 
 
 def shift_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tensor:
-    """Degrees by which weight vectors miss 90 degrees to the mean input, rms over units; NaN for a zero input.
+    """By how many degrees the angle of a weight vector to the mean input differs from 90: rms over units.
 
-    This angle shifts the activation: T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833.
-    ``projection`` (..., N) = ``weight`` (..., N, K) times ``mean_input`` (..., K).
+    NaN if the mean input is zero. This difference shifts the activation: T. Kutsuna, "Linearly Constrained Weights",
+    ECML PKDD 2019, arXiv 2403.13833. ``projection`` (..., N) = ``weight`` (..., N, K) times ``mean_input`` (..., K).
     """
     cosine = projection / (weight.norm(dim=-1) * mean_input.norm(dim=-1, keepdim=True))
     return root_mean_square(torch.rad2deg(torch.asin(cosine.double().clamp(-1, 1))))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from lcw_ops import _old_names
 from lcw_ops._files import write_atomically
 
-# M. Okabe, K. Ito, "Color Universal Design", 2008: blue, vermillion, and a dark grey beside them.
+# Blue and vermillion of M. Okabe, K. Ito, "Color Universal Design", 2008, and a dark grey.
 COLOURS = {"orthogonal-filter": "#0072B2", "residual": "#D55E00", "plain": "#4D4D4D"}
 GRID_COLOUR = "#E3E3E3"
 NOTE_COLOUR = "#666666"
@@ -36,7 +36,7 @@ OFF_SCALE = 0.05
 # The opacity of the part of a line that is off the scale.
 FADED = 0.35
 
-# The number of points along a line where a label may lie: a net of two layers has too few of its own.
+# The number of points along a line where a label may lie: the points of a net of two layers would be too few.
 LABEL_POINTS = 200
 
 # The gap between a line and its label, as a share of the axis.
@@ -190,7 +190,7 @@ def _decade_ticks(axes: Axes, low: int, high: int, ceiling: float) -> None:
 
 
 def _label_lines(axes: Axes, x: np.ndarray, lines: list[tuple[str, np.ndarray, str]]) -> None:
-    """Place every (label, heights, colour) beside its line, where it does not cover a line and is not near another."""
+    """Place every label of (label, heights, colour) beside its line, away from other lines and labels."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -215,7 +215,7 @@ def _label_lines(axes: Axes, x: np.ndarray, lines: list[tuple[str, np.ndarray, s
                     continue
                 others = [logs[window] for j, (_, logs, _) in enumerate(lines) if j != i]
                 clearance = min((np.abs(logs - middle).min() for logs in others), default=top - bottom)
-                # Prefer flat parts of its own line a little: a label beside a steep line is far from most of it.
+                # Prefer flat parts of the label's own line a little: a label is far from most of a steep line.
                 score = min(clearance, (top - bottom) / 4) - 0.5 * np.ptp(own[window])
                 if clearance > half_height + gap and score > best_score:
                     best, best_score = (centre, middle, box), score
@@ -239,7 +239,7 @@ def _log10(values: np.ndarray) -> np.ndarray:
         return np.log10(values)
 
 
-# The old address of the picture of a report, which belongs to a job and has moved there.
+# Names of the picture of a report, which moved from this file to lcw_ops/jobs/picture.py.
 _old_names.keep(
     globals(),
     dict.fromkeys(("ACCURACY_COLOUR", "findings", "gradient_fate", "plot_report"), "lcw_ops.jobs.picture"),

@@ -25,7 +25,7 @@ from lcw_ops.profile import orthogonal_filter as replay
 from lcw_ops.profile.layers import LayerCall, RecurrenceCall, first_floating, observe
 from lcw_ops.profile.result import COLUMNS, Profile, Solves, Timing
 
-# Repeats stop after this time: a run of this length has averaged over the machine's noise.
+# Timed passes stop after this time: by then the machine's noise has been averaged over.
 TIMING_SECONDS = 10.0
 
 
@@ -43,10 +43,10 @@ def profile(
 ) -> Profile:
     """Measure one forward and backward pass of any model.
 
-    Every call of a leaf module is a row: rms of its output, norm of the gradient there, activation shift, norm of its
-    weight's gradient. In ``OrthogonalFilterMLP`` and ``OrthogonalFilterRNN``, every layer (or time step) is a row with
-    rigorous bounds, though the whole recurrence is one op. For recurrences that were solved in parallel over depth, the
-    profile reports sweeps and convergence.
+    Every call of a leaf module is a row: rms of the output, norm of the output's gradient, activation shift, norm of
+    the weight's gradient. In ``OrthogonalFilterMLP`` and ``OrthogonalFilterRNN``, every layer (or time step) is a row
+    with rigorous bounds, though the whole recurrence is one op. For recurrences that were solved in parallel over
+    depth, the profile reports sweeps and convergence.
 
     Args:
         model: used in its present mode (train or eval), on its device.
@@ -60,7 +60,7 @@ def profile(
             sample's first floating-point output with respect to its first input, with the other samples held fixed; it
             is left out for integer inputs, and for an RNN, where h_0 -> h_L matters.
         jacobian_method: for the model's Jacobian: "exact", "lanczos" or "auto", see ``jacobian.function_spectrum``.
-        repeats: the most timed passes; none begins after 10 s. The median is reported.
+        repeats: the most timed passes; after 10 s no further pass begins. The median is reported.
         matmul_rate: this machine's float32 FLOP/s, if it has been measured before (``machine.matmul_rate``).
         name: the model's name in tables and plots; default: its class.
 
@@ -121,7 +121,7 @@ class _Work:
 
     def forward(self) -> Tensor:
         """The loss, ready for backward."""
-        # torch's FLOP counter cannot follow a leaf that requires a gradient, so the model gets its clone.
+        # torch's FLOP counter cannot follow a leaf tensor that requires a gradient, so the model gets a clone of it.
         inputs = (
             argument.clone() if isinstance(argument, Tensor) and argument.requires_grad else argument
             for argument in self.inputs
@@ -271,7 +271,7 @@ def _timed_passes(work: _Work, repeats: int, watched: _Watched) -> Timing:
         gradients = work.backward(loss)
         forward.append(middle - start)
         backward.append(machine.now(work.device) - middle)
-        # Free them before the next pass allocates its own.
+        # Free these before the next pass allocates its own.
         del loss, gradients
     layers = sum(call.recurrence.steps if isinstance(call, RecurrenceCall) else 1 for call in watched.calls)
     return Timing(
@@ -339,7 +339,7 @@ def _model_jacobian(work: _Work, method: str, jacobians: dict) -> dict:
     if isinstance(work.model, OrthogonalFilterRNN) or not point.is_floating_point():
         return {}
     if isinstance(work.model, OrthogonalFilterMLP) and "h_0 -> h_L" in jacobians and _has_plain_ends(work.model):
-        # Use the chain rule with the exact factor, which has been computed.
+        # Use the chain rule: the Jacobian of h_0 -> h_L, which has been computed, and the two linear layers' weights.
         _, rows, exponent = jacobians["h_0 -> h_L"]
         read_in, read_out = (
             layer.weight.detach().double() for layer in (work.model.input_layer, work.model.output_layer)

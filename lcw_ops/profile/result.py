@@ -24,13 +24,13 @@ COLUMNS = {
     "state_rms": "rms of the output over samples and units",
     "gradient_norm": "norm of dE/d(output) over all samples",
     "activation_shift": "rms over units of the mean pre-activation (of other modules: output) over samples",
-    "shift_angle": "degrees by which weight vectors miss 90 degrees to the mean input, rms over units",
+    "shift_angle": "degrees by which the angle of a weight vector to the mean input differs from 90, rms over units",
     "weight_gradient_norm": "norm of dE/d(weight); of a weight shared over time, this step's share",
     "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
     "gain_lower": "lower bound of the singular values of this layer's Jacobian",
-    "gain_upper": "upper bound of them",
+    "gain_upper": "upper bound of the singular values of this layer's Jacobian",
     "gradient_lower": "lower bound of gradient_norm, given the gradient at the end",
-    "gradient_upper": "upper bound of it",
+    "gradient_upper": "upper bound of gradient_norm, given the gradient at the end",
     "state_rms_bound": "upper bound of state_rms, for |act| <= 1",
 }
 
@@ -93,9 +93,10 @@ class Solves:
     """The convergence of the parallel solver over the windows of one pass, forward or backward.
 
     Attributes:
-        windows: the number that converged. largest_window: layers of the largest of them.
-        largest_sweeps, mean_sweeps: of these windows.
-        largest_contraction: change in the last sweep, divided by that in the sweep before; NaN if no window took two.
+        windows: the number of windows that converged. largest_window: layers of the largest of these.
+        largest_sweeps, mean_sweeps: of the windows that converged, as are contraction, residual and error.
+        largest_contraction: change in the last sweep divided by the change in the sweep before; NaN if no window took
+            two sweeps.
         largest_residual: relative change of a state in a window's last sweep.
         largest_error: estimate of a window's relative error.
         given_up: windows that did not converge, and were solved again with half the layers.
@@ -138,8 +139,8 @@ class Profile:
     """The result of :func:`lcw_ops.profile.profile`.
 
     Attributes:
-        name: the model's. loss: its value. samples: their number in the batch. backend: the one that ran our ops.
-        columns: one array per entry of ``COLUMNS``, one element per layer, in the order of the calls.
+        name: the model's. loss: its value. samples: samples in the batch. backend: the backend that ran our ops.
+        columns: one array per entry of ``COLUMNS``, with one element per layer, in the order of the calls.
         jacobians: description of the map -> :class:`JacobianSpectrum`.
         timing: :class:`Timing`.
         peak_memory_bytes: of the process so far (CPU), or of torch on the GPU; None if it is not known.
@@ -284,7 +285,7 @@ def format_log(log_value: float) -> str:
 def format_table(header: list[str], rows: list[list[str]], title: str | None = None) -> str:
     """A table as text of the terminal's width: drawn by rich if it is installed, else with spaces between columns.
 
-    Numbers are aligned right, except in a table of two columns, figure and value, which reads like a sentence.
+    Numbers are aligned right, except in a table with the two columns figure and value, which reads like a sentence.
     """
     try:
         from rich import box
@@ -349,7 +350,7 @@ def json_ready(value):
 
 
 def _exact(value) -> str:
-    """Seven significant digits, as float32 holds; empty for NaN."""
+    """The value with seven significant digits, as many as float32 holds; empty for NaN."""
     if isinstance(value, str):
         return value
     return "" if math.isnan(value) else f"{value:.7g}"

@@ -1,4 +1,4 @@
-"""The methods in plain PyTorch: any floating dtype, twice differentiable. Every kernel's oracle and last fallback."""
+"""The methods in plain PyTorch, in any floating dtype and twice differentiable: every kernel's oracle and fallback."""
 
 # Import torch first: it loads the ops, which import the modules below. None of those may be half imported by then.
 import torch  # noqa: F401

@@ -1,6 +1,6 @@
-"""Activated gradients (GAF): an odd, increasing function that enlarges tiny gradients and restricts large ones.
+"""Activated gradients (GAF): an odd, increasing function f(g) that enlarges tiny gradients g and restricts large ones.
 
-arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|);  slope at 0 alpha beta.
+arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|).  f'(0) = alpha beta.
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
 """
 
@@ -23,8 +23,8 @@ PLACES = ("gradient", "momentum")
 def gradient_activation(gradient: Tensor, kind: str = "arctan", alpha: float = 0.1, beta: float = 20.0) -> Tensor:
     """f(gradient) by element, out of place. Differentiable, with slope alpha beta at 0 for every kind.
 
-    The limits are alpha pi/2 for arctan and alpha for tanh; log has none. NaN stays NaN; +-inf becomes +-limit (log:
-    +-inf), so check for overflow before the call (GradScaler unscales and checks first).
+    |f| stays below its limit, alpha pi/2 for arctan and alpha for tanh; log has no limit. NaN stays NaN; +-inf becomes
+    +-limit (log: +-inf), so check for overflow before the call, as GradScaler does.
 
     Args:
         gradient: any shape, any floating dtype; 16-bit gradients are computed in float32.
@@ -87,7 +87,7 @@ def sgd_step(
         TypeError: dtypes that are not floating or differ.
         ValueError: shapes that differ; names or numbers out of range.
 
-    Source: the authors' code activates at either place.
+    Source: the authors' code, which activates either the gradient or the momentum.
     """
     dtype = accumulation_dtype("sgd_step", param=param, gradient=gradient, momentum_buffer=momentum_buffer)
     _check_same_shape("sgd_step", param, gradient=gradient, momentum_buffer=momentum_buffer)
@@ -123,7 +123,7 @@ def adamw_step(
     The step activates the raw gradient, decays the parameter and then updates the moments:
         g' = f(g),  w <- (1 - lr weight_decay) w,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2,
         w <- w - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps).
-    alpha cancels, except relative to eps.
+    alpha cancels in m / sqrt(v): its only effect is on the size of sqrt(v) relative to eps.
 
     Args:
         param, gradient, exp_avg, exp_avg_sq: w, g, m and v; dtypes as in `sgd_step`. The moments start at zero.
@@ -137,7 +137,7 @@ def adamw_step(
     Raises:
         TypeError, ValueError: as `sgd_step`.
 
-    Source: the authors' code activates at this place; the cancellation of alpha is derived here.
+    Source: the authors' code also activates the raw gradient; the cancellation of alpha is derived here.
     """
     dtype = accumulation_dtype("adamw_step", param=param, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_same_shape("adamw_step", param, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)

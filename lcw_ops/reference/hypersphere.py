@@ -1,7 +1,7 @@
-"""Hyperspherical weights (GmP): a unit's direction u is given by angles t_1 .. t_{m-1}.
+"""Hyperspherical weights (GmP): the direction u of a unit with m inputs, as a function of m-1 angles t.
 
-u_k = cos t_k prod_{i<k} sin t_i (k < m),  u_m = prod_{i<m} sin t_i,  y = r act(<u, x> + lambda). W. Chen, H. Ge,
-NeurIPS 2024, arXiv 2305.15912; the division-free derivatives are lcw_ops' own.
+u_k = cos t_k prod_{i<k} sin t_i (k < m),  u_m = prod_{i<m} sin t_i,  y = r act(<u, x> + lambda) with a unit's radius r
+and location lambda. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the division-free derivatives are lcw_ops' own.
 """
 
 import torch
@@ -33,7 +33,7 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     differentiable any number of times, and its derivatives are finite and exact at the poles (sin t_k = 0) too.
 
     Args:
-        angles: (n, m-1), any floating dtype; 16-bit angles are computed in float32.
+        angles: (n, m-1) for n units of m inputs, any floating dtype; 16-bit angles are computed in float32.
 
     Returns:
         (n, m). With m = 1 there are no angles, so nothing can carry a sign: u = +1.
@@ -54,8 +54,8 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
     """The angles of the rows' directions. The sign of every component is kept.
 
     t_k = atan2(||w_{k+1:m}||, w_k) for k <= m-2,  t_{m-1} = atan2(w_m, w_{m-1}). This inverts `hypersphere_direction`
-    up to the row's length (m = 1: up to its sign too). A zero row has no direction: it gets angles 0, u = (1, 0, ..).
-    Where an angle has no derivative (zeros from k+1 on), the derivative is taken as 0.
+    up to the row's length (m = 1: up to its sign too). A zero row has no direction: it gets angles 0, as u = (1, 0, ..)
+    has. Where t_k has no derivative, because w_{k+1} .. w_m are 0, the derivative is taken as 0.
 
     Args:
         weight: (n, m), any floating dtype; 16-bit rows are computed in float32. Rows of any finite
@@ -108,7 +108,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     check_choice("gmp_linear", "activation", activation, (None, "relu"))
     check_rows("gmp_linear", "angles", angles, "(n, m-1)")
     fan_in = angles.shape[1] + 1
-    check_features("gmp_linear", x, fan_in, "one more than angles'")
+    check_features("gmp_linear", x, fan_in, "one more than the columns of angles")
     check_per_unit("gmp_linear", "radius", radius, angles.shape[0])
     check_per_unit("gmp_linear", "location", location, angles.shape[0])
     pre_activation = F.linear(x.to(dtype), hypersphere_direction(angles.to(dtype)), location.to(dtype))
@@ -119,8 +119,8 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
 def hypersphere_direction_backward(grad_direction: Tensor, angles: Tensor) -> Tensor:
     """The gradient of the angles, without a division and so exact at the poles. It is itself differentiable.
 
-    With g = dL/du:  T_m = g_m,  T_k = c_k g_k + s_k T_{k+1},  dL/dt_k = P_k (c_k T_{k+1} - s_k g_k).  |s_k| <= 1, so
-    nothing grows.
+    With g = dL/du, c_k = cos t_k, s_k = sin t_k and P_k as in `hypersphere_direction`:  T_m = g_m,
+    T_k = c_k g_k + s_k T_{k+1},  dL/dt_k = P_k (c_k T_{k+1} - s_k g_k).  |s_k| <= 1, so no term grows.
 
     Args:
         grad_direction: g (n, m), of the angles' dtype.
@@ -149,7 +149,8 @@ def hypersphere_direction_backward(grad_direction: Tensor, angles: Tensor) -> Te
 def hypersphere_direction_jvp(tangent_angles: Tensor, angles: Tensor) -> Tensor:
     """The derivative of the direction along a tangent, without a division.
 
-    q_1 = 0,  q_{k+1} = s_k q_k + c_k P_k dt_k,  du_k = c_k q_k - P_k s_k dt_k,  du_m = q_m.
+    With q_k, the derivative of P_k = prod_{i<k} sin t_i, c_k = cos t_k and s_k = sin t_k:  q_1 = 0,
+    q_{k+1} = s_k q_k + c_k P_k dt_k,  du_k = c_k q_k - P_k s_k dt_k,  du_m = q_m.
 
     Args:
         tangent_angles: dt (n, m-1), of the angles' dtype.
@@ -190,7 +191,10 @@ def _sine_products(angles: Tensor) -> Tensor:
 
 
 def _suffix_recurrence(decay: Tensor, term: Tensor) -> Tensor:
-    """T_k = term_k + decay_k T_{k+1}, with T = 0 beyond the end, by doubling: (s, a) o (s', a') = (s s', a + s a')."""
+    """T_k = term_k + decay_k T_{k+1}, with T = 0 beyond the end, by doubling.
+
+    Neighbouring pairs (decay, term) are composed: (s, a) o (s', a') = (s s', a + s a').
+    """
     shift = 1
     while shift < term.shape[1]:
         term = term + decay * F.pad(term[:, shift:], (0, shift))

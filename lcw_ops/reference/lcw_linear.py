@@ -1,8 +1,8 @@
-"""Linearly constrained weights (LCW): rows that sum to zero, so inputs of equal means cause no activation shift.
+"""Linearly constrained weights (LCW): rows w that sum to zero, so inputs of equal means cause no activation shift.
 
-A row is w = u - mean(u) in the centred form and w = B v in the basis form, where the columns of B are an orthonormal
-basis of the vectors that sum to zero. T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833; the
-centred form and the choice of B are lcw_ops' own.
+The form "centred" is w = u - mean(u), "basis" is w = B v, where u and v are unconstrained parameters and the columns of
+B are an orthonormal basis of the vectors that sum to zero. T. Kutsuna, "Linearly Constrained Weights", ECML PKDD 2019,
+arXiv 2403.13833; the centred form and the choice of B are lcw_ops' own.
 """
 
 import math
@@ -18,9 +18,9 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     """Rows that sum to zero, from an unconstrained parameter.
 
     centred (basis=False): weight (n, m, *k) -> (n, m, *k),  w = u - mean(u) over all dimensions but the first.
-    basis: weight (n, m-1) -> (n, m),  w = B v with the Householder basis of `lcw_basis`, never stored: with s =
-    sqrt(m), S = sum(v):  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s.
-    Fan-in 1 leaves only w = 0: centred (n, 1) and basis (n, 0) both give zeros (n, 1).
+    basis: weight (n, m-1) -> (n, m),  w = B v with the Householder basis B of `lcw_basis`, which is not formed: with
+    s = sqrt(m), S = sum(v):  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s.
+    With fan-in 1 only w = 0 sums to zero: centred (n, 1) and basis (n, 0) both give zeros (n, 1).
 
     Args:
         weight: any floating dtype; the sums of 16-bit rows are taken in float32.
@@ -49,9 +49,9 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
 
 
 def lcw_basis(m: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Tensor:
-    """The dense basis B (m, m-1) of the zero-sum vectors, for tests and reading: lcw_weight(v, basis=True) == v @ B.T.
+    """The dense basis B (m, m-1) of the vectors that sum to zero: lcw_weight(v, basis=True) == v @ B.T.
 
-    B^T B = I, 1^T B = 0, B B^T = I - 1 1^T / m.
+    It is for tests and reading. With the vector 1 of ones, B^T B = I, 1^T B = 0, B B^T = I - 1 1^T / m.
 
     Raises:
         ValueError: m < 1.
@@ -94,7 +94,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The activation shift of every unit: its mean pre-activation, and the angle between weight and mean activation.
 
-    With the mean sample mu:  shift = <w, mu> + b = ||w|| ||mu|| cos(angle) + b, angle in [0, pi].
+    With mu the mean sample:  shift = <w, mu> + b = ||w|| ||mu|| cos(angle) + b, angle in [0, pi].
 
     Args:
         x: (..., m), the samples; at least one.
@@ -119,8 +119,8 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     # The angle does not depend on the lengths. With the largest entry at 1, no square overflows and no sum vanishes.
     w, mu = _with_largest_1(weight.to(dtype)), _with_largest_1(mean_activation)
     w_length, mu_length = w.norm(dim=1, keepdim=True), mu.norm()
-    # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(<w, mu>) loses near 0 and pi. Both
-    # arguments are scaled by both lengths, so no division is needed.
+    # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(<w, mu>) loses near 0 and pi. Scaled by
+    # both lengths, the formula needs no division.
     angle = 2 * torch.atan2((w * mu_length - mu * w_length).norm(dim=1), (w * mu_length + mu * w_length).norm(dim=1))
     no_direction = (w_length * mu_length).squeeze(1) == 0
     return shift.to(x.dtype), angle.masked_fill(no_direction, math.pi / 2).to(x.dtype)

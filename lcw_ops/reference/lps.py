@@ -1,7 +1,9 @@
 """Linear product structure (LPS) initialisation: weights and bias of a unit are one group with one scale.
 
-A root of the start system, random linear factors, satisfies A_j [w_j; b_j] = r_j. Q. Chen, W. Hao, J. He, Applied Math.
-and Computation 415 (2022), arXiv 2109.00125. We do not know the paper's printed constants; all rules are derived.
+The method starts from a polynomial system whose equations are products of random linear factors. At a root of that
+system, the weights w_j and the bias b_j of unit j satisfy A_j [w_j; b_j] = r_j with random A_j. Q. Chen, W. Hao, J. He,
+Applied Math. and Computation 415 (2022), arXiv 2109.00125. We do not know the paper's printed constants; all rules are
+derived here.
 """
 
 import functools
@@ -32,8 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 TAIL = 12.0
 NODES_PER_SIDE = 256
 
-# Outside this range the variance would be wrong: f(sZ) is constant to rounding, or has its step before the first node
-# of the quadrature.
+# Outside this range of s, the computed variance of f(s Z) would be wrong: for a smaller s, f(s Z) is constant up to
+# rounding; for a larger s, f(s Z) has its step before the first node of the quadrature.
 LEAST_STD, LARGEST_STD = 1e-4, 1e2
 
 # The least |g0| by which the heavy-tailed rule divides (our choice). A unit's scale is at most 10 times a typical one.
@@ -65,7 +67,8 @@ def activation_variance(activation: str, std: float = 1.0) -> float:
 def hermite_second_moment(activation: str, degree: int | None = None) -> float:
     """q(f) = E P_d(Z)^2 for the degree-d Hermite approximation P_d of f; degree None: the exact E f(Z)^2.
 
-    With orthonormal Hermite polynomials h_k:  c_k = E f(Z) h_k(Z),  P_d = sum_{k<=d} c_k h_k,  q = sum_{k<=d} c_k^2.
+    With orthonormal Hermite polynomials h_k and Z ~ N(0, 1):  c_k = E f(Z) h_k(Z),  P_d = sum_{k<=d} c_k h_k,
+    q = sum_{k<=d} c_k^2.
 
     Raises:
         TypeError: a degree that is not an integer.
@@ -101,8 +104,9 @@ def joint(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight (out_features, fan_in) and bias (out_features,) iid N(0, s^2), s^2 = 1 / (fan_in q + 1), in float64.
 
-    E z^2 = s^2 (fan_in q + 1) = 1, where second_moment q is E a^2 of one input: 1 for standardised data, otherwise the
-    previous activation's `hermite_second_moment`. Without bias the group has one member fewer: s^2 = 1 / (fan_in q).
+    A pre-activation z then has E z^2 = s^2 (fan_in q + 1) = 1. q is second_moment, E a^2 of one input a: 1 for
+    standardised data, otherwise the previous activation's `hermite_second_moment`. Without bias the group has one
+    member fewer: s^2 = 1 / (fan_in q).
 
     Raises:
         ValueError: a second moment that is not finite and > 0.
@@ -125,8 +129,9 @@ def heavy_tail(
 ) -> tuple[Tensor, Tensor | None]:
     """[w; b] = scale g / max(|g0|, 0.1), one g0 for each unit and one scale for the layer, in float64.
 
-    For Gaussian coefficients A_j the root of A_j [w; b] = r is exactly multivariate Cauchy, g / |g0|. Its variance is
-    infinite, hence the clip and the scale, which makes the mean of q ||w||^2 + b^2 over the layer 1, as in `joint`.
+    g and g0 are N(0, 1). For Gaussian coefficients A_j the root of A_j [w; b] = r is exactly multivariate Cauchy, which
+    is the law of g / |g0|. Its variance is infinite. Therefore |g0| is clipped, and the scale makes the mean of
+    q ||w||^2 + b^2 over the layer's units 1, as in `joint`.
 
     Raises:
         ValueError: a second moment that is not finite and > 0.
@@ -144,16 +149,17 @@ def heavy_tail(
 def anchored(
     out_features: int, samples: Tensor, root: float = 0.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """w ~ N(0, 1/fan_in), b = root - w.h, h a random row of samples: zero sets through the data. In float64.
+    """w ~ N(0, 1/fan_in), b = root - <w, h> with an anchor h, a random row of samples for each unit. In float64.
 
-    Then weight and bias are scaled by one number, so that z over all units and samples has standard deviation 1.
-    If all samples are equal, the scale stays as drawn. With root 0 a unit is off (z <= 0) on all S samples with
-    probability exactly 1/S if they differ: only if its anchor has the largest w.h. That keeps ReLUs alive.
+    So a unit's zero set passes through the data. Then weights and biases of all units are scaled by one number, so that
+    the pre-activations z of all units and samples have the standard deviation 1. If all samples are equal, the scale
+    stays as drawn. With root 0 a unit is off (z <= 0) on all S samples only if its anchor has the largest <w, h>. If
+    the samples differ, this has the probability 1/S exactly. That keeps ReLUs alive.
 
     Args:
         out_features: the number of units.
         samples: (S, fan_in), real inputs of the layer, or draws from their law.
-        root: a root of P_d, or 0.
+        root: 0, or a root of the polynomial P_d that replaces the activation (see `hermite_second_moment`).
         generator: a torch.Generator, or None for torch's default.
 
     Returns:

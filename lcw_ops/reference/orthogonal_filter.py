@@ -2,9 +2,9 @@
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-O_l is the fixed filter, u_l an input. Rows are samples. A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025,
-arXiv 2210.01245. The forward formula and the convex choice alpha = 1 - beta are the paper's; the backward and tangent
-recurrences below are derived here.
+h_l is the state after layer or time step l, O_l the fixed filter, u_l an input. Rows are samples. A. Ceni, "Random
+Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. The forward formula and the convex choice
+alpha = 1 - beta are the paper's; the backward and tangent recurrences below are derived here.
 """
 
 from typing import NamedTuple
@@ -326,7 +326,7 @@ def _to_state(argument: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _per_step(steps, dtype, weight, bias, filter, alpha, beta, inputs):
-    """(W_l, b_l, O_l, alpha_l, beta_l, u_l) for every step. It unbinds: by indexing, autograd would take O(L^2)."""
+    """(W_l, b_l, O_l, alpha_l, beta_l, u_l) for every step, by unbind: autograd of L indexings would take O(L^2)."""
 
     def over_steps(argument, shared_dim):
         if argument is None:

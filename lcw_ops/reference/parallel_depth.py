@@ -5,8 +5,8 @@
 The first term is a linear recurrence, which a scan solves in parallel; F is small for beta = c/L. A sweep computes
 every F_l from the states of the sweep before, which takes one batched matmul, and scans once. The gradients G_l of h_l
 satisfy G_{l-1} = alpha_l O^T G_l + W_l^T (beta_l act'(A_l) * G_l), where A_l is the argument of act. This adjoint
-recurrence has the same structure from the other end. Derived here; the idea is that of Picard-Lindelof and of waveform
-relaxation. DEER and ELK are near relatives.
+recurrence has the same structure, and runs from layer D to 1. Derived here; the idea is that of Picard-Lindelof and of
+waveform relaxation. DEER and ELK are near relatives.
 
 A filter is a linear map of rows, in one of three forms: an int64 permutation p (N,) with (O h)_i = h_{p_i}; a matrix
 (N, N); or rotations (2 N,), N cosines and then N sines of (O h)_i = cosine_i h_i + sine_i h_{i xor 1}: the matrices
@@ -55,7 +55,7 @@ def transpose_filter(filter: Tensor) -> Tensor:
 
 
 def compose_filters(first: Tensor, second: Tensor) -> Tensor:
-    """``second`` after ``first``, in their form. Rotations must have the same blocks up to scale, like O's powers."""
+    """The map that applies ``first`` and then ``second``, in their common form."""
     if is_permutation(first):
         return first[second]
     if not is_rotation(first):
@@ -96,8 +96,9 @@ def identity_like(filter: Tensor) -> Tensor:
 def linear_scan(first: Tensor, source: Tensor, filter: Tensor, alpha: Tensor) -> Tensor:
     """x_0 = first, x_l = alpha_l O x_{l-1} + source_l: all of them, (D+1, M, N), in log2(D) passes.
 
-    ``first`` (M, N), ``source`` (D, M, N), ``alpha`` (1,) or (D,). A pass with the shift s adds, to every sum over the
-    last s terms, the sum over the s terms before them: x_l + (alpha_l ... alpha_{l-s+1}) O^s x_{l-s}.
+    ``first`` (M, N), ``source`` (D, M, N), ``alpha`` (1,) or (D,), for M samples and N units. Before the pass with the
+    shift s, x_l is a sum over the last s terms. The pass adds the sum over the s terms before these:
+    x_l <- x_l + (alpha_l ... alpha_{l-s+1}) O^s x_{l-s}.
     """
     steps = source.shape[0]
     sums = torch.cat((first.unsqueeze(0), source))
@@ -116,8 +117,8 @@ def linear_scan(first: Tensor, source: Tensor, filter: Tensor, alpha: Tensor) ->
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
     """max over layers and samples of max_i |new_i - old_i| / max_i |new_i|, (1,) in float64.
 
-    0 if nothing changed; NaN or inf if a new state is not finite. It compares largest elements instead of roots of
-    squares, because squares of small states underflow.
+    The result is 0 if nothing changed, and NaN or inf if a new state is not finite. Largest elements are compared, and
+    not roots of squares, because squares of small states underflow.
     """
     if new.numel() == 0:
         return new.new_zeros(1, dtype=torch.float64)
@@ -154,7 +155,7 @@ def sweep_(
 ) -> Tensor:
     """One scan: states_l <- alpha_l O states_{l-1} + beta_l act(product_l + bias_l + inputs_l) for l = 1..D, in place.
 
-    ``states`` (D+1, M, N) holds the last sweep's states. The first one, states_0, is given, not written. ``product``
+    ``states`` (D+1, M, N) holds the states of the sweep before. The first, states_0, is given, not written. ``product``
     is as in :func:`activate_`, but is not written; None leaves the second term out. ``alpha``, ``beta`` (1,) or (D,).
 
     Returns:
@@ -182,9 +183,10 @@ def adjoint_sweep_(
 ) -> Tensor:
     """One scan from the end: gradients_{l-1} <- alpha_l O gradients_l + product_l + outside_l, l = D..1, in place.
 
-    ``gradients`` (D+1, M, N): the last one is given, not written. ``product`` (D, M, N) holds P_l W_l, and ``outside``
-    (D, M, N) the gradient that state l-1 receives from outside; either may be None. ``filter`` is the transpose of the
-    layers' filter. With ``slope`` (D, M, N), scaled_l <- slope_l gradients_l with the new gradients.
+    ``gradients`` (D+1, M, N): the last one is given, not written. ``product`` (D, M, N) holds P_l W_l, where P_l is the
+    gradient of A_l. ``outside`` (D, M, N) holds the gradient that state l-1 receives from outside the recurrence.
+    Either may be None. ``filter``, O in this formula, is the transpose of the layers' filter. With ``slope`` (D, M, N),
+    scaled_l <- slope_l gradients_l with the new gradients.
 
     Returns:
         :func:`relative_change` of gradients_0..D-1.

@@ -1,6 +1,6 @@
-"""Weight normalization: rows of a given length.
+"""Weight normalization: a layer's weight has rows w = s v / ||v||, of the length |s|.
 
-w = s v / ||v||. T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868.
+Row v and scale s are parameters of a unit. T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868.
 """
 
 import torch
@@ -38,8 +38,8 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 def normalize_scale_backward(grad_output: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of weight and scale. They are themselves differentiable.
 
-    With v = weight / ||weight||, G = grad_output:  ds = <G, v>,  dweight = s (G - ds v) / ||weight||; zero for a zero
-    row.
+    For a row with v = weight / ||weight|| and G = grad_output:  ds = <G, v>,  dweight = s (G - ds v) / ||weight||. Both
+    are zero for a zero row.
 
     Args:
         grad_output: (n, m), of the weight's dtype.
@@ -70,7 +70,8 @@ def normalize_scale_backward(grad_output: Tensor, weight: Tensor, scale: Tensor)
 def normalize_scale_jvp(tangent_weight: Tensor, tangent_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The derivative of `normalize_scale` along a tangent.
 
-    With v = weight / ||weight||:  dscale v + scale (dweight - <dweight, v> v) / ||weight||; zero for a zero row.
+    For a row with v = weight / ||weight||:  dscale v + scale (dweight - <dweight, v> v) / ||weight||. It is zero for a
+    zero row.
 
     Args:
         tangent_weight: dweight (n, m), of the weight's dtype.
