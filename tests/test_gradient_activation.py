@@ -1,6 +1,7 @@
-"""Activated gradients against closed forms: bounds, slopes, gain thresholds, descent, and both places in a step.
+"""The reference of activated gradients, f(g) = alpha atan(beta g) or tanh or log, against closed forms.
 
-M. Liu et al., TNNLS 2021. Float64 throughout, unless a dtype is the subject.
+They are bounds, slopes, gain thresholds, descent, and steps that apply f to the gradient or to the momentum. f is from
+M. Liu et al., TNNLS 2021 (arXiv 2107.04228). The tests are in float64, unless a dtype is the subject.
 """
 
 import math
@@ -13,7 +14,8 @@ from lcw_ops.reference import adamw_step, gradient_activation, sgd_step
 KINDS = ["arctan", "tanh", "log"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float64).eps
-# With beta this small, (beta g)^2 / 3 is below 1e-16 and f(g) = alpha beta g = g: the plain optimizer.
+# With beta this small, f(g) = alpha beta g = g, and the optimizer is the plain one: the relative difference between f
+# and this line, (beta g)^2 / 3, is below 1e-16 for |g| < 17.
 PLAIN = {"alpha": 1e9, "beta": 1e-9}
 
 
@@ -77,7 +79,7 @@ def test_the_slope_at_zero_is_alpha_beta(kind, zero):
 @pytest.mark.parametrize(
     ("alpha", "beta", "threshold"), [(0.1, 20, 0.1166), (0.2, 10, 0.2331), (0.3, 4.5, 0.258)], ids=str
 )
-def test_gradients_below_the_threshold_of_the_table_are_enlarged(alpha, beta, threshold):
+def test_gradients_below_the_threshold_are_enlarged(alpha, beta, threshold):
     digit = 1e-4 if threshold != 0.258 else 1e-3
     below, above = scalar(threshold - digit / 2), scalar(threshold + digit / 2)
     assert gradient_activation(below, "arctan", alpha, beta) > below
@@ -137,13 +139,14 @@ def test_a_step_moves_a_coordinate_by_at_most_lr_times_the_bound(kind, place):
 def test_near_a_stationary_point_it_is_plain_descent_at_lr_times_alpha_beta(kind, order):
     g = normal(50) * 1e-7
     activated, _ = sgd_step(torch.zeros_like(g), g, None, lr=0.1, kind=kind)
-    # f(g) = K g (1 - (beta g)^2 / 3) for the bounded kinds, K g (1 - beta |g| / 2) for log.
+    # With K = alpha beta, the first terms of f(g) are K g (1 - (beta g)^2 / 3) for the bounded kinds and
+    # K g (1 - beta |g| / 2) for log.
     first_error = (20 * g.abs()).pow(order) / (3 if order == 2 else 2)
     assert ((activated + 0.1 * 2 * g).abs() <= 0.2 * g.abs() * (first_error + 8 * EPS)).all()
 
 
 def steps_to_escape(mu, start, end, step):
-    """Count steps y <- y + 0.1 step(mu y) from start to end, in y alone, on the saddle F = (x^2 - mu y^2) / 2."""
+    """Count the steps y <- y + 0.1 step(mu y) from start to end: descent in y on the saddle F = (x^2 - mu y^2) / 2."""
     y, count = start, 0
     while y < end:
         y, count = y + 0.1 * step(mu * y), count + 1
@@ -151,8 +154,9 @@ def steps_to_escape(mu, start, end, step):
 
 
 @pytest.mark.parametrize(("mu", "plain", "activated"), [(1.0, 145, 76), (0.1, 1389, 698), (0.01, 13823, 6915)])
-def test_saddle_escape_takes_the_steps_of_the_table(mu, plain, activated):
-    # A growth by a million while the gradient is small: ln(1e6) / ln(1 + 0.1 mu) and ln(1e6) / ln(1 + 0.2 mu) steps.
+def test_saddle_escape_takes_the_predicted_steps(mu, plain, activated):
+    # y grows by a factor of a million, and its gradient stays small. This takes ln(1e6) / ln(1 + 0.1 mu) plain steps,
+    # and ln(1e6) / ln(1 + 0.2 mu) activated ones.
     assert steps_to_escape(mu, 1e-8, 1e-2, lambda g: g) == plain
     assert steps_to_escape(mu, 1e-8, 1e-2, lambda g: gradient_activation(scalar(g)).item()) == activated
 
@@ -171,7 +175,7 @@ def test_sgd_with_f_the_identity_is_torchs_sgd(place):
         theirs.grad = normal(20, seed=step)
         optimizer.step()
         w, buffer = sgd_step(w, theirs.grad, buffer, 0.1, 0.9, 0.01, place, **PLAIN)
-    # 30 steps with a few roundings each; the numbers are between 1 and 10.
+    # 30 steps with up to 4 roundings each, of numbers of up to 10.
     torch.testing.assert_close(w, theirs.detach(), atol=30 * 10 * 4 * EPS, rtol=0)
 
 
@@ -238,7 +242,8 @@ def test_every_dtype_is_rounded_once_after_float32(dtype, kind):
     f = gradient_activation(g, kind)
     exact = gradient_activation(g.double(), kind)
     assert f.dtype == dtype
-    # float32: beta g, the function (a few ulp) and the product with alpha; then half an ulp of the result's dtype.
+    # In float32 (or float64), beta g, the function (a few ulp) and the product with alpha are rounded; the result is
+    # rounded to its dtype. In float16, 2^-25 is half the smallest number.
     bound = (8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps + torch.finfo(dtype).eps) * exact.abs()
     assert ((f.double() - exact).abs() <= bound + 2**-25 * (dtype == torch.float16)).all()
 
