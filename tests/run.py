@@ -6,9 +6,9 @@ have a run of their own. pytest-xdist splits every run over processes:
     native        every test, on the fastest instruction set of this CPU
     interpreter   the Triton kernels' tests, in Triton's interpreter
     avx2          the tests marked every_instruction_set, with AVX2; only on a CPU that also has AVX-512
-    portable      the tests marked every_instruction_set, without vector instructions; eager torch, to which they
+    portable      the tests marked every_instruction_set, without vector instructions; eager torch, with which they
                   compare, does not fuse multiply-adds either
-    recurrence    those of test_orthogonal_filter.py, which portable leaves out: here eager torch may fuse them
+    recurrence    the same for test_orthogonal_filter.py, which portable leaves out; here eager torch may fuse them
 
 "fast" is the first two runs without the tests marked slow. "slow" is these two with only the tests marked slow, and
 then the other three. Every run starts, even if one before it has failed, and the seconds of each are printed at the
@@ -30,6 +30,7 @@ from sanitize.harness import EAGER_WITHOUT_FMA
 TESTS = Path(__file__).parent
 # pytest's exit status for an empty selection.
 NO_TESTS = 5
+# The two doors, that is, ways to run the suite, and the tests that they select by their marks.
 DOORS = {"fast": "not slow", "slow": "slow"}
 
 

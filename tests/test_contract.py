@@ -10,8 +10,8 @@ from lcw_ops import reference
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
-# Sizes are (samples, units, inputs) for a layer and (units, inputs) for a weight. None is a multiple of a vector's
-# length in every dimension, and the layers have fewer samples than units, and more: LCW projects the smaller side.
+# Sizes are (samples, units, inputs) for a layer and (units, inputs) for a weight. The inputs do not fill whole vectors.
+# One layer has fewer samples than units, the other has more: LCW's constraint acts on the inputs or on the weight.
 LAYER = {"sizes": ((6, 16, 21), (33, 7, 13)), "one": (1, 1, 1), "empty": ((0, 5, 7), (4, 0, 7)), "double": (3, 4, 5)}
 ROWS = {"sizes": ((16, 21), (7, 33)), "one": (1, 1), "empty": ((0, 5),), "double": (3, 4)}
 

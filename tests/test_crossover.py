@@ -89,7 +89,10 @@ def test_a_kernel_that_cannot_run_is_left_out(quickly, tmp_path, monkeypatch, ca
 
 
 def test_the_fastest_at_every_width(tmp_path):
-    """The geometric mean of both cases decides. A kernel with one case does not count. The two CUDA kernels are one."""
+    """The geometric mean over both cases decides. A kernel that ran only one case does not count.
+
+    The table does not distinguish the two CUDA kernels.
+    """
     path = tmp_path / "crossover.csv"
     times = {("triton", 64): (1, 4), ("cuda cluster", 64): (3, 2), ("triton", 128): (1, 1), ("cuda rows", 128): (2, 2)}
     times |= {("cuda cluster", 256): (1, 1), ("graph", 256): (2, 2), ("triton", 256): (0.1,)}

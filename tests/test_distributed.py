@@ -34,7 +34,7 @@ GROUP_SIZES = (2, 4)
 TIMEOUT = 300
 # The timeout of the groups in which a rank fails, in seconds.
 PATIENCE = 5
-# That of the process which ends on purpose, in the middle of a forward pass.
+# The exit status of the process that ends on purpose, in the middle of a forward pass.
 EXIT_STATUS = 7
 
 SIZES = {"in_features": 5, "width": 6, "out_features": 3}
@@ -814,7 +814,7 @@ def end_in_the_group_of_all(rank, group, results, store):
 def run_process(rank, folder):
     import torch.distributed as dist
 
-    # Fill new memory with NaN, as tests/conftest.py does. torch's public function for it would import its compiler.
+    # Fill new memory with NaN, as tests/conftest.py does. The public function would import torch's compiler.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     store = dist.FileStore(f"{folder}/store", PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=TIMEOUT))

@@ -13,7 +13,7 @@ from lcw_ops import functional as F
 from lcw_ops import nn, use_backend
 from lcw_ops.ops import flops
 
-# Samples, units, layers, and the inputs and outputs of a net. PRODUCT: one product in each layer of the recurrence.
+# Samples, units, layers, and the inputs and outputs of a net. PRODUCT: the flops of one product in each of the layers.
 M, N, L, IN, OUT = 5, 8, 12, 3, 2
 PRODUCT = 2 * M * N * N * L
 
@@ -43,7 +43,7 @@ print(json.dumps(counts))
 
 # x needs no gradient: a layer has one product forward, for W x, and one backward, for the weight's gradient.
 LAYER = [2 * M * IN * 4] * 2
-# The input and the output layer of a net, forward and backward.
+# The flops of a net's input and output layers, forward and backward.
 ENDS = [2 * M * N * (IN + OUT), 2 * M * N * (IN + 2 * OUT)]
 MLP = [2 * PRODUCT + ENDS[0], 3 * PRODUCT + ENDS[1]]
 EXPECTED = {

@@ -146,7 +146,7 @@ def test_which_files_use_the_device(source, expected):
 
 
 def test_modules_that_the_tests_need():
-    """They are found in the sources, also through the tests' own modules and commands. So nobody has to keep a list."""
+    """The sources of tests, of the tests' own modules and of commands are searched, so nobody has to keep a list."""
     assert gpu.imports([ROOT / "tests/test_cuda_gradient_activation.py"]) == {"numpy", "pytest"}
     assert "hypothesis" in gpu.imports([ROOT / "tests/test_orthogonal_filter_proof.py"])
     for path in gpu.gpu_tests():

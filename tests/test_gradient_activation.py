@@ -1,7 +1,7 @@
 """The reference of activated gradients, f(g) = alpha atan(beta g) or tanh or log, against closed forms.
 
-They are bounds, slopes, gain thresholds, descent, and steps that apply f to the gradient or to the momentum. f is from
-M. Liu et al., TNNLS 2021 (arXiv 2107.04228). The tests are in float64, unless a dtype is the subject.
+The closed forms are bounds, slopes, gain thresholds, descent, and steps with f of the gradient or of the momentum. f is
+from M. Liu et al., TNNLS 2021 (arXiv 2107.04228). The tests are in float64, unless a dtype is the subject.
 """
 
 import math

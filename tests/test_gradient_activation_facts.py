@@ -115,9 +115,9 @@ def test_descent_is_guaranteed_below_two_over_lk(make, kind, problem, share):
 @way
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_on_the_rate_is_that_of_plain_descent_at_the_rate_times_k(make, kind):
-    """At curvature 1 and where f is linear, activated descent falls below the rate 2 / K, and rises above it.
+    """At curvature 1 and where f is linear, activated descent lowers F at rates below 2 / K, and raises F above.
 
-    So does plain descent at K times these rates.
+    Plain descent does the same at K times these rates.
     """
     w = torch.tensor([1e-9], dtype=torch.float64)
     for share, falls in ((1.98, True), (2.02, False)):

@@ -607,7 +607,7 @@ def test_conversion_keeps_mode_dtype_and_frozen_parameters():
 
 
 def test_the_plain_weight_of_a_trained_gmp_layer():
-    """effective_weight and radius * location are those of a plain layer: with ReLU if no radius is negative."""
+    """A plain layer of weight effective_weight and bias radius * location is the same; with ReLU, if all radii >= 0."""
     for layer, x in layers(dtype=torch.float64)[:6]:
         if layer.activation == "relu":
             layer.radius.data.abs_()

@@ -1205,7 +1205,7 @@ def test_wrong_types_and_dtypes(call, words):
 
 @pytest.mark.parametrize("op", OPS)
 def test_sparse_and_nested_tensors_and_other_devices(op):
-    """They are refused: for such a tensor, a fake kernel would return memory that was never written."""
+    """Such tensors are refused: a fake kernel would return memory that was never written."""
     arguments, _ = OPS[op].draw(3, 4, torch.float32, 5)
     nested = torch.nested.nested_tensor([ONES(2, 4), ONES(1, 4)], layout=torch.jagged)
     for name, tensor in arguments.items():

@@ -87,7 +87,7 @@ def test_the_ops_are_registered_once_torch_is_imported(imports):
 
 
 def test_every_way_to_a_part_of_the_package(tmp_path):
-    """They are attributes, `import *`, a reload, a pickle in a spawned process and help(), in one fresh interpreter."""
+    """The ways are attributes, `import *`, a reload, a pickle in a spawned process and help(), in one interpreter."""
     script = tmp_path / "user.py"
     script.write_text(
         "import importlib, json, multiprocessing, pickle, pydoc\n"

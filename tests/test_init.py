@@ -140,7 +140,7 @@ def test_degree_none_uses_the_activation_itself():
 def test_a_layer_without_bias_has_unit_second_moment_too(rule):
     weight, bias = init.lps_(empty(20_000, 8), None, None, rule, generator=generator())
     assert bias is None
-    # E z^2 = q ||w||^2 with q = 1. The mean over 20,000 units is one of chi-squares; heavy_tail scales it to 1.
+    # E z^2 = q ||w||^2 with q = 1. Over 20,000 units this is a mean of chi-squares; heavy_tail scales the mean to 1.
     assert weight.square().sum(1).mean().item() == pytest.approx(1, rel=5 * math.sqrt(2 / 8 / 20_000))
 
 

@@ -179,7 +179,7 @@ def test_gradients_still_to_be_summed_over_processes_are_not_activated_one_by_on
 
 
 def test_an_optimizer_that_is_divided_among_processes_trains_to_the_parameters_of_one(trained):
-    """Hooks run around its step, and around that of the optimizer inside, which has one process's parameters."""
+    """Hooks run around ZeRO's step and around that of the optimizer inside, which has one process's parameters."""
     model = make_model()
     train(model, train_sgd(model.parameters()))
     for of_process in trained:

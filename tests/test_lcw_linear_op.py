@@ -1100,7 +1100,7 @@ def test_activation_shift_is_not_rounded_by_autocast():
 
 @pytest.mark.parametrize("elsewhere", ["x", "weight", "bias"])
 def test_tensors_on_different_devices(elsewhere):
-    """They are refused: a fake kernel would return memory that was never written."""
+    """Such tensors are refused: a fake kernel would return memory that was never written."""
     arguments = {"x": torch.randn(5, 4), "weight": torch.randn(3, 4), "bias": torch.randn(3)}
     arguments[elsewhere] = arguments[elsewhere].to("meta")
     for call in (F.lcw_linear, F.activation_shift):
