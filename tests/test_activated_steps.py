@@ -156,7 +156,7 @@ def test_adamw_over_20_steps(dtype, kind, backend, device):
     needs_more_digits(dtype)
     for options in ADAMW_OPTIONS:
         params, m, v, largest = normal(dtype, device), *(zeros(dtype, device) for _ in range(3))
-        # Every parameter starts at another step count.
+        # The parameters have different step counts.
         counts = [torch.tensor(float(index), device=device) for index in range(len(SHAPES))]
         exact, eager = states(params, digits_of(dtype)), states(params, lambda tensor: tensor.cpu().clone())
         for _ in range(STEPS):

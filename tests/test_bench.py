@@ -627,7 +627,7 @@ def test_a_box_needs_all_its_corners(tmp_path):
     measured(path, corners)
     (region,) = parallel_depth.regions(path, TWO_THREADS)
     assert region[3:6] == ((100, 1000), (1, 4), (64, 64))
-    # A losing size inside the box splits it into its edges.
+    # A size inside the box at which the solver loses splits the box into its four edges.
     measured(path, {("depth", "haar", 500, 2, 64): False})
     assert len(parallel_depth.regions(path, TWO_THREADS)) == 4
 

@@ -295,7 +295,7 @@ def test_info_for_programs(capsys):
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help_and_version_import_no_torch(arguments):
-    """Help is instant; importing torch would take seconds. Tested for the installed command and for ``python -m``."""
+    """Help is instant; importing torch would take seconds. The installed command and ``python -m`` both call main()."""
     command = (
         "import sys\n"
         "from lcw_ops.cli import main\n"

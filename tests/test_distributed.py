@@ -705,7 +705,7 @@ class Process:
                 strong(samples)
 
         def replicate():
-            # Eight layers, so that every rank has as many: DistributedDataParallel itself refuses uneven parts.
+            # Eight layers give all ranks the same number of them: DistributedDataParallel itself refuses uneven parts.
             layers = self.distribute(make_mlp(depth=8))
             nn.parallel.DistributedDataParallel(layers, process_group=self.group)(samples)
 

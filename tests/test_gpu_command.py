@@ -369,7 +369,7 @@ def test_the_smoke_test_runs_every_triton_kernel():
 
 @pytest.fixture
 def one_call(monkeypatch):
-    """Reduce the smoke test to one op, with C++ alone."""
+    """Reduce the smoke test to one op, on the backend cpp alone."""
     monkeypatch.setattr(smoke, "cases", lambda device_type: [smoke.case(smoke.calls()[0], device_type)] * 2)
     monkeypatch.setitem(smoke.EXPECTED, "cpu", ("cpp",))
 

@@ -281,7 +281,7 @@ def test_relus_of_one_input_fire_to_both_sides():
             # 800 fair coins: five standard errors.
             assert (made.sign < 0).double().mean().item() == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 800))
             assert (made.radius > 0).all()
-    # Every boundary starts at 0, and then lies at -location * u.
+    # A boundary lies at -location * u. The initial location is 0.
     x = torch.tensor([[-1.0], [1.0]])
     assert torch.equal(layer(x) > 0, x * layer.sign > 0)
     torch.nn.init.normal_(layer.location)
@@ -571,7 +571,7 @@ class Doubled(torch.nn.Module):
 
 
 def test_the_weight_that_a_layer_applies_is_converted():
-    """The weight is converted after its constraint or parametrization, not as it is trained."""
+    """The converted weight is the result of the constraint or parametrization, not the trained parameter."""
     x = torch.randn(5, 6, dtype=torch.float64)
     constrained = [nn.LCWLinear(6, 5, basis=basis, dtype=torch.float64) for basis in (False, True)]
     parametrized = torch.nn.Linear(6, 5, dtype=torch.float64)

@@ -300,7 +300,7 @@ def test_any_call(rows, n, m, layer, dtype, layout, seed):
 
 
 def test_same_bits_twice_under_load():
-    """For every number of threads, also while another thread computes products."""
+    """The bits are the same for every number of threads, also while another thread computes products."""
     calls = [(op, op.draw(96, 300, torch.float32, rows)) for op in LAYERS.values() for rows in (20, 100)]
     calls += [(op, op.draw(300, 300, torch.float32)) for op in ROW_OPS.values()]
     busy = threading.Event()
@@ -566,12 +566,12 @@ def test_nan_and_infinity_stay_in_their_row(layer, bad):
             assert torch.equal(result["output"][:, units], clean["output"][:, units]), name
             for other in of_unit & set(arguments):
                 assert torch.equal(result[other][units], clean[other][units]), (name, other)
-        # The entry belongs to a sample for which the unit fires.
         result = spoilt("grad_output", (3, 4))
         assert torch.equal(result["output"], clean["output"])
         assert torch.equal(result["x"][samples], clean["x"][samples])
         for other in of_unit & set(arguments):
             assert torch.equal(result[other][units], clean[other][units]), other
+        # With relu the entry may have no effect, because the unit may not fire for this sample.
         if layer is not LAYERS["gmp relu"]:
             assert not result["x"][3].isfinite().any()
             for other in of_unit & set(arguments):
@@ -1241,7 +1241,7 @@ def test_meta_tensors_have_shapes_only(op):
 
 
 def raw_calls():
-    """Every op's name, tensors by name, and options, all of them valid."""
+    """Yield every op's name, its tensors by name and its options, all of them valid."""
     x, angles, per_unit = ONES(5, 4), ONES(3, 3), ONES(3)
     for many in (False, True):
         kept = {"activated": ONES(5, 3), "direction": ONES(3, 4) if many else ONES(0)}
@@ -1439,7 +1439,7 @@ def test_angles_get_the_same_gradient_in_the_rows_memory():
                 _, grad_angles, _, _ = torch.ops.lcw_ops.gmp_linear_backward.cpp(
                     grad_output, x, angles, radius, activated, direction, *rest
                 )
-            # The op makes dz in the same way, so that only the recurrence can differ.
+            # The op computes the rows' gradient in the same way, so that only the recurrence can differ.
             grad_rows = (radius * grad_output).T @ x
             expected = torch.ops.lcw_ops.hypersphere_direction_backward.cpp(grad_rows, angles)
             # The products may be added in another order.

@@ -124,7 +124,7 @@ def assert_linear(what, calls, basis, given=lambda arguments, grad_output: (argu
 
 
 def assert_linear_of_every_size(cases, dtype, basis, mean=0.0, more=1):
-    """``cases`` of a size (n, m), rows, and with or without a bias."""
+    """Each of the cases has a "size" (n, m), a number of "rows", and "bias", which is true or false."""
     needs_more_digits(dtype)
     for case in cases:
         (n, m), rows = case["size"], case["rows"]

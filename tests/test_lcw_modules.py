@@ -648,7 +648,7 @@ def test_variances_forward_and_backward_through_one_layer_are_the_derived_ones(s
 
 @pytest.mark.parametrize(("kind", "expected"), [("lcw", math.log10(13)), ("plain", math.log10(4e-82))])
 def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expected):
-    """Width 128, s = 1, in float64: float32 has no number as small as 4e-82."""
+    """Width 128 and pre-activations of deviation 1, in float64: float32 has no number as small as 4e-82."""
     width, depth, nets = 128, 100, 8
     logarithms = []
     for _ in range(nets):
@@ -662,7 +662,7 @@ def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expect
         logarithms.append(math.log10(first.var() / last.var()))
     # The factor of a layer is a mean of 128 squares, off by sqrt(2 / 128) = 0.125 in each of the forward and backward
     # passes: in 99 layers the logarithm has a deviation of 0.125 sqrt(2 x 99) / ln(10) = 0.76 decades. A finite
-    # width takes 1 / 128 from every factor and from the mean of a logarithm half its variance: 0.34 + 0.66 decades.
+    # width lowers every factor by 1 / 128, and the logarithm's mean by half its variance: by 0.34 and 0.66 decades.
     allowed = 0.34 + 0.66 + 5 * 0.76 / math.sqrt(nets)
     assert abs(sum(logarithms) / nets - expected) < allowed
     # The expected logarithm of the other kind is 83 decades away.
