@@ -1,4 +1,4 @@
-"""Fixtures of every test (seeds, uninitialised memory full of NaN, the device of LCW_OPS_TEST_DEVICE) and the marks."""
+"""Fixtures for all tests (seeds, NaN in uninitialised memory, the device of LCW_OPS_TEST_DEVICE), and their marks."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from support.marks import marks_of
 
 import lcw_ops
 
-# Measurements must neither outlive a test nor reach the processes that tests start.
+# Without a cache file, measured choices of a matmul neither outlive a test nor reach the processes that tests start.
 os.environ["LCW_OPS_CACHE_DIR"] = ""
 
 NODES = pytest.StashKey[list[str]]()
@@ -49,7 +49,7 @@ def device() -> torch.device:
 def kernel_under_test(device):
     """orthogonal_filter runs on the compiled kernel of ``device``, or raises instead of running the reference.
 
-    Until a GPU kernel has passed its tests on a generation, it runs there only on request. These are those tests.
+    Until a GPU kernel has passed its tests on a generation, it runs there only on request. So these tests request it.
     """
     with lcw_ops.use_backend("cuda" if device.type == "cuda" else "cpp"):
         yield
@@ -82,14 +82,14 @@ def _seeded_and_poisoned():
 
 @pytest.fixture(params=["own", "torch"])
 def every_multiplier(request, monkeypatch):
-    """Each implementation of a matrix product. Without this fixture, the sizes decide, as in deterministic mode."""
+    """Our matmul or torch's in the CPU layers. Without this fixture the sizes decide, since torch is deterministic."""
     monkeypatch.setenv("LCW_OPS_MATMUL", request.param)
     return request.param
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For files of small products, where waking a second thread takes longer than the work."""
+    """For files whose matmuls are so small that waking a second thread takes longer than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

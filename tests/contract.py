@@ -1,6 +1,6 @@
 """The contract of an op: what every public function must do on every backend.
 
-test_contract.py has the table of all functions, and a new one gets every check below by one entry of ``OPS`` there:
+test_contract.py has the table of all functions, ``OPS``. One entry there gives a new function every check below:
 
     "remove_row_mean": Op(
         ours=lambda x: F.remove_row_mean(x, 0.5),
@@ -9,17 +9,18 @@ test_contract.py has the table of all functions, and a new one gets every check 
         **ROWS,
     ),
 
-- ``ours``: the public function, of tensors by name. Options that are no tensors are fixed; a variant is another entry.
-- ``plain``: the same in eager torch, which the rule of support/numerics.py compares with.
-- ``exact``: the exact result and its gradients. Left out, it is ``plain`` in float64.
+- ``ours``: the public function, called with tensors by name. An entry fixes the options that are not tensors; other
+  options are another entry.
+- ``plain``: the same in eager torch. By the rule of support/numerics.py, ``ours`` may err twice as much.
+- ``exact``: the exact result and its gradients. If it is left out, it is ``plain`` in float64.
 - ``draw``: the arguments and a gradient of the result, for a size and a dtype. Draw inputs that the method is meant
   for.
 - ``sizes``, ``one``, ``empty``, ``double``: the sizes that ``draw`` takes. ``LAYER`` and ``ROWS`` of the table have
   them for layers and for functions of rows.
 
 The other fields of ``Op`` describe exceptions. The first word of the entry's key is the function's name, and a public
-function without an entry fails a test. An entry runs on "cpp" and "reference"; ``BACKENDS`` of the table has the
-exceptions. Other backends have tests of their own. A check is a function of (op, backend) whose name begins with
+function without an entry fails a test. An entry runs on "cpp" and "reference"; ``BACKENDS`` beside the table has
+the exceptions. Other backends have tests of their own. A check is a function of (op, backend) whose name begins with
 ``check_``, so a new check here applies to all entries.
 """
 
@@ -51,14 +52,14 @@ class Op(NamedTuple):
 
     Args:
         ours: the public function, called with arguments by name. It does not write to them.
-        plain: the formula in eager torch; in ``dtype`` it is the yardstick, in float64 the judge.
+        plain: the formula in eager torch. In the test's dtype its error is the yardstick; in float64 it is exact.
         draw: (size, dtype) -> the arguments by name, and a gradient for the result.
         sizes: ordinary sizes.
         one: the size in which every dimension is 1.
         empty: sizes in which a dimension is 0.
-        exact: (arguments, grad_output) -> "output" and every gradient in float64.
+        exact: (arguments, grad_output) -> the result as "output", and every gradient by name, in float64.
         constants: the arguments that have no gradient.
-        dtypes: the dtypes of the checks of values.
+        dtypes: the dtypes in which results and gradients are checked.
         differentiable: False for a function without a derivative.
         autocast: "narrow" for a function that autocast runs in 16 bits, "unchanged" for the others.
         graphs: the most graphs that torch.compile makes for ``sizes`` with dynamic shapes.
@@ -86,12 +87,13 @@ class Op(NamedTuple):
 def results(
     op: Op, function: Callable, arguments: Arguments, grad_output: Tensor, create_graph: bool = False
 ) -> Arguments:
-    """The function's result and every gradient, by name; ``create_graph`` takes gradients that have a derivative."""
+    """The function's result and every gradient, by name. ``create_graph`` makes the gradients differentiable too."""
     if not op.differentiable:
         return {"output": function(**arguments)}
     leaves = {n: t.detach().requires_grad_() for n, t in arguments.items() if n not in op.constants}
     output = function(**{**arguments, **leaves})
-    # Without steps, plain torch does not use every argument. A missing gradient becomes 0, and the rule judges it.
+    # In a recurrence without steps, plain torch does not use every argument. A missing gradient becomes 0, and the
+    # rule judges it.
     gradients = torch.autograd.grad(
         output, leaves.values(), grad_output, create_graph=create_graph, materialize_grads=True
     )
@@ -99,7 +101,7 @@ def results(
 
 
 def tangents(function: Callable, arguments: Arguments, directions: Arguments) -> Arguments:
-    """The derivative along ``directions``, which may leave arguments out, by both of torch's forward modes."""
+    """The derivative along ``directions`` by torch's two forward modes; arguments without a direction are constants."""
     constants = {name: tensor for name, tensor in arguments.items() if name not in directions}
 
     def of_the_moving(moving):
@@ -127,7 +129,7 @@ def in_float64(arguments: Arguments) -> Arguments:
 
 
 def draws(op: Op, size: tuple, dtype: torch.dtype, most: int = MOST_DRAWS) -> list[tuple[Arguments, Tensor]]:
-    """Enough calls that luck does not decide the verdict."""
+    """Draw the arguments of so many calls that luck does not decide the verdict."""
     first = op.draw(size, dtype)
     smallest = min(tensor.numel() for tensor in (*first[0].values(), first[1]))
     count = 1 if not smallest else min(most, 2 + POOLED // smallest)
@@ -135,7 +137,7 @@ def draws(op: Op, size: tuple, dtype: torch.dtype, most: int = MOST_DRAWS) -> li
 
 
 def assert_right(what: str, op: Op, calls: list, found: list[Arguments]) -> None:
-    """Judge the results ``found`` of these calls by the rule."""
+    """Judge the results ``found`` of these calls by the rule of support/numerics.py."""
     eager = [results(op, op.plain, *call) for call in calls]
     exact = [exact_results(op, *call) for call in calls]
     for name in exact[0]:
@@ -250,7 +252,7 @@ def check_same_bits(op: Op, backend: str) -> None:
 
 
 def check_vmap(op: Op, backend: str) -> None:
-    """vmap over each argument alone and over all at once, not along the first dimension, gives the loop's numbers."""
+    """vmap over each argument alone and over all at once gives a loop's numbers. The mapped dimension is the second."""
     calls = [op.draw(op.sizes[0], torch.float32)[0] for _ in range(3)]
     names = list(calls[0])
     for chosen in (*([name] for name in names), names):
@@ -295,7 +297,7 @@ def check_opcheck(op: Op, backend: str) -> None:
 
 
 def check_compile(op: Op, backend: str) -> None:
-    """torch.compile makes one graph without breaks for all sizes, forward and backward."""
+    """torch.compile makes at most ``op.graphs`` graphs for all sizes, forward and backward, without a graph break."""
     graphs = []
 
     def counted(graph, inputs):
@@ -313,7 +315,8 @@ def check_compile(op: Op, backend: str) -> None:
 def check_autocast(op: Op, backend: str) -> None:
     """The op runs in 16 bits, with float32 gradients of float32 arguments; or autocast does not change it.
 
-    Backward runs outside autocast, as torch advises: inside, the products of a backend in plain torch would be rounded.
+    Backward runs outside autocast, as torch advises. Inside, autocast would round the products of the backend
+    "reference", which is plain torch, to 16 bits.
     """
 
     def ours(**arguments):
@@ -327,7 +330,7 @@ def check_autocast(op: Op, backend: str) -> None:
             continue
         calls = [(arguments, grad_output.to(narrow)) for arguments, grad_output in calls]
         found = [results(op, ours, *call) for call in calls]
-        # Eager torch computes everything in 16 bits, so autocast would not round more.
+        # The yardstick is eager torch on 16-bit arguments. It computes in 16 bits, so autocast would not round more.
         eager = [results(op, in_dtype(op.plain, narrow), *call) for call in calls]
         exact = [exact_results(op, *call) for call in calls]
         for name in exact[0]:
@@ -354,10 +357,10 @@ def check_fake_tensors(op: Op, backend: str) -> None:
 
 
 def check_gradients_with_a_graph(op: Op, backend: str) -> None:
-    """grad(create_graph=True) is right by the rule of grad(), and equals it in float64.
+    """Gradients with create_graph=True obey the rule, and agree in float64 with gradients without it.
 
-    An op may compute such gradients in another way. check_double_backward compares them with their own derivatives
-    alone, and so cannot see that they are wrong.
+    With create_graph=True an op may compute its gradients in another way. check_double_backward only compares the
+    derivatives of these gradients with their finite differences, so it does not see if the gradients are wrong.
     """
     if not op.differentiable:
         return
@@ -376,7 +379,7 @@ def check_gradients_with_a_graph(op: Op, backend: str) -> None:
 
 
 def check_forward_mode(op: Op, backend: str) -> None:
-    """Derivatives along each argument alone and along all at once.
+    """Forward mode gives the derivatives along each argument alone and along all at once.
 
     A function that is not differentiable may raise an error, but may not give a wrong derivative.
     """
@@ -412,7 +415,7 @@ def check_double_backward(op: Op, backend: str) -> None:
         return op.ours(**dict(zip(arguments, tensors, strict=True)), **constants)
 
     assert torch.autograd.gradcheck(function, leaves)
-    # A function that is linear in each argument has a second derivative only when a nonlinear function follows.
+    # The second derivative with respect to an argument in which the function is linear is 0, unless sin follows.
     assert torch.autograd.gradgradcheck(lambda *tensors: function(*tensors).sin(), leaves)
 
 
@@ -426,7 +429,7 @@ def run(check: str, op: Op, backend: str) -> None:
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers, drawn in one dtype and rounded to ``dtype``: the same in every dtype."""
+    """Normal numbers, drawn in float64 and rounded to ``dtype``, so that every dtype has the same numbers."""
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 

@@ -5,13 +5,14 @@ have a run of their own. pytest-xdist splits every run over processes:
 
     native        every test, on the fastest instruction set of this CPU
     interpreter   the Triton kernels' tests, in Triton's interpreter
-    avx2          the tests marked every_instruction_set; only on a CPU that has AVX-512 as well
-    portable      the same, without vector instructions; eager torch does not fuse multiply-adds either
-    recurrence    test_orthogonal_filter.py's part of these, compared with eager torch as it is
+    avx2          the tests marked every_instruction_set, with AVX2; only on a CPU that also has AVX-512
+    portable      the tests marked every_instruction_set, without vector instructions; eager torch, with which they
+                  compare, does not fuse multiply-adds either
+    recurrence    the same for test_orthogonal_filter.py, which portable leaves out; here eager torch may fuse them
 
-fast leaves out the tests marked slow; slow runs only those. Every run starts, even after a failure. The seconds of each
-are printed at the end. A run without tests has failed, except in the slow door's runs of the interpreter and of the
-slower instruction sets.
+"fast" is the first two runs without the tests marked slow. "slow" is these two with only the tests marked slow, and
+then the other three. Every run starts, even if one before it has failed, and the seconds of each are printed at the
+end. A run that selects no test has failed, except for interpreter, avx2 and portable in "slow".
 """
 
 import argparse
@@ -29,6 +30,7 @@ from sanitize.harness import EAGER_WITHOUT_FMA
 TESTS = Path(__file__).parent
 # pytest's exit status for an empty selection.
 NO_TESTS = 5
+# The two doors, that is, ways to run the suite, and the tests that they select by their marks.
 DOORS = {"fast": "not slow", "slow": "slow"}
 
 
@@ -61,7 +63,7 @@ def runs(door: str) -> Iterator[Run]:
 
 
 def start(run: Run, more: list[str]) -> int:
-    """Run pytest, and return its exit status, or 0 for an empty selection where the run may have one.
+    """Run pytest, and return its exit status, or 0 if no test was selected and the run allows that.
 
     Processes that share the cores have one thread each, unless OMP_NUM_THREADS says otherwise: OpenMP's threads wait
     for each other in busy loops, and would block a core that another process needs. Tests that need several threads

@@ -1,7 +1,8 @@
-"""The SGD and AdamW steps with the activation inside, against numpy in higher precision, on every backend.
+"""SGD and AdamW steps that activate the gradient (f(g) = alpha atan(beta g), or tanh or log), on every backend.
 
-float32 and float64 run 20 steps, judged within twice eager's error (tests/support/numerics.py). In bfloat16 and
-float16 every step is judged alone: it writes the exact result of its inputs, rounded once.
+numpy computes the exact results, in float64 or, for float64, in long double. In float32 and float64, 20 steps may have
+twice eager torch's error (tests/support/numerics.py). In bfloat16 and float16 every step is judged alone: it writes the
+exact result of its inputs, rounded once.
 """
 
 import itertools
@@ -60,7 +61,7 @@ def in_torch(kind, x):
 
 
 def sgd(f, state, g, is_first, activate, kind, momentum, dampening, weight_decay, nesterov, maximize):
-    """The formula, for arrays or tensors. It changes ``state``."""
+    """One step by the formula, with numpy arrays or tensors. It changes ``state``."""
     g = -g if maximize else g
     d = f(kind, g) if activate == "gradient" else g
     d = d + weight_decay * state.w
@@ -101,7 +102,7 @@ def step_adamw(backend, params, grads, m, v, largest, counts, kind, weight_decay
 
 
 def gradients(dtype, device):
-    """Magnitudes from far below the bend of f to far above it."""
+    """Draw magnitudes from far below 1 / BETA, where f bends, to far above it."""
     return [
         (torch.randn(shape, dtype=torch.float64) * 10.0 ** torch.empty(shape).uniform_(-3, 0.5)).to(device, dtype)
         for shape in SHAPES
@@ -155,7 +156,7 @@ def test_adamw_over_20_steps(dtype, kind, backend, device):
     needs_more_digits(dtype)
     for options in ADAMW_OPTIONS:
         params, m, v, largest = normal(dtype, device), *(zeros(dtype, device) for _ in range(3))
-        # Every parameter starts at another step count.
+        # The parameters have different step counts.
         counts = [torch.tensor(float(index), device=device) for index in range(len(SHAPES))]
         exact, eager = states(params, digits_of(dtype)), states(params, lambda tensor: tensor.cpu().clone())
         for _ in range(STEPS):
@@ -178,7 +179,7 @@ def test_adamw_over_20_steps(dtype, kind, backend, device):
 
 
 def assert_rounded_once(name, results, exact, scale):
-    """Allow half an ulp of 16 bits, plus eight roundings in float32 of the terms of a sum."""
+    """Allow half an ulp of the 16-bit dtype, plus eight float32 roundings of ``scale``, the size of the sum's terms."""
     for result, wanted, terms in zip(results, exact, scale, strict=True):
         result = result.cpu()
         wanted = torch.from_numpy(np.asarray(wanted))
@@ -186,7 +187,7 @@ def assert_rounded_once(name, results, exact, scale):
         ulp = torch.nextafter(nearest, torch.full_like(nearest, torch.inf)).double() - nearest.double()
         allowed = 0.5 * ulp + 8 * torch.finfo(torch.float32).eps * torch.from_numpy(np.asarray(terms))
         error = (result.double() - wanted).abs()
-        assert (error <= allowed).all(), f"{name}: {(error - allowed).max()} more than a rounding"
+        assert (error <= allowed).all(), f"{name}: the error is {(error - allowed).max()} more than one rounding"
 
 
 @pytest.mark.parametrize("activate", PLACES)
@@ -208,7 +209,7 @@ def test_sgd_in_16_bits_rounds_once(dtype, kind, activate, backend, device):
                 carried = np.abs(state.v) if options["momentum"] and count else 0
                 terms.append(np.abs(g) + np.abs(in_numpy(kind, g)) + np.abs(state.w) + carried)
                 sgd(in_numpy, state, g, count == 0, activate, kind, **options)
-            # A steep f amplifies the rounding of its argument.
+            # f amplifies the rounding of its argument, by at most its slope at 0.
             slope = ALPHA * BETA if activate == "momentum" else 1
             weights = [w + LR * slope * term for w, term in zip(old, terms, strict=True)]
             assert_rounded_once("w", params, [state.w for state in before], weights)
@@ -276,7 +277,7 @@ def test_any_layout(layout, grad_layout, backend, device):
         results = []
         for lay, lay_grad in ((LAYOUTS["contiguous"],) * 2, (LAYOUTS[layout], LAYOUTS.get(grad_layout, lambda t: t))):
             params, grads = [others[0].clone(), lay(w)], [others[1], lay_grad(g)]
-            # Some states have a layout of neither the parameter nor the gradient.
+            # The states m and s have layouts of their own, whatever those of the parameter and the gradient are.
             moments = [
                 [others[0].clone(), lay_as(t)] for t, lay_as in ((v, lay), (m, LAYOUTS["transposed"]), (s, padded))
             ]

@@ -1,4 +1,4 @@
-"""The choice of backend: silent by default, an error if a request cannot be met; and info()'s report of it."""
+"""The choice of backend: silent by default, an error if the requested backend cannot run; and how info() reports it."""
 
 import json
 import os
@@ -119,6 +119,8 @@ def gpu_without_extension(proven_gpu, monkeypatch):
 
 
 def test_the_graph_needs_no_extension(gpu_without_extension, monkeypatch):
+    """The kernel "graph", CUDA graphs of torch's matmuls, belongs to the backend cuda but needs no shared library."""
+
     def choose(*widths):
         backends._resolve.cache_clear()
         return [orthogonal_filter.choose_kernel(gpu_without_extension, width, 4) for width in widths]
@@ -149,7 +151,7 @@ def test_the_graph_waits_for_its_own_proof(proven_gpu, monkeypatch):
 
 @pytest.mark.parametrize("widths", [(17, 20, 100), (130, 137, 200)])
 def test_one_program_for_all_widths_on_a_cpu(widths):
-    """The width limit of a backend that is not a candidate does not split the widths into two programs."""
+    """torch.compile does not split the widths at the width limit of a backend that cannot run on a CPU."""
     reason = backends.missing_reason(orthogonal_filter.NAME, "cpp", "cpu")
     if reason is not None:
         pytest.skip(reason)

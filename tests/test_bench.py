@@ -145,11 +145,11 @@ def test_the_real_registry_has_quick_and_full_cases_for_both_devices():
             assert {case.quick for case in registry.cases(stem, device_type)} == {True, False}
 
 
-def test_an_explicit_request_is_the_only_one_of_ours():
+def test_a_requested_backend_is_the_only_competitor_of_ours():
     with lcw_ops.use_backend("reference"):
         for stem in registry.STEMS:
             for case in registry.cases(stem, "cpu"):
-                # The choice of solver follows a comma.
+                # In a competitor's name the solver follows a comma.
                 assert {one.name.split(",")[0] for one in case.competitors if one.ours} == {"lcw_ops (reference)"}
 
 
@@ -202,7 +202,7 @@ def test_a_wrong_peer_is_left_out_but_is_not_our_failure(tiny, capsys):
     assert "REFUSED" in capsys.readouterr().out
 
 
-def test_a_refused_kernel_is_the_exit_code(tiny, monkeypatch, tmp_path):
+def test_a_refused_kernel_of_ours_makes_the_exit_code_1(tiny, monkeypatch, tmp_path):
     case = dataclasses.replace(doubling(competitor("wrong", lambda x: [3 * x], ours=True)), quick=True)
     monkeypatch.setattr(registry, "cases", lambda stem, device_type: [case])
     arguments = parse("--quick", "--device", "cpu", "--out", str(tmp_path / "rows.csv"))
@@ -265,7 +265,7 @@ def test_rows_of_another_kind_are_not_appended_to(tmp_path):
 
 
 class Clock:
-    """Scripted measurements: each competitor's seconds per call, in a cycle, and the ceilings in order."""
+    """Scripted measurements: every competitor's seconds per call, in a cycle; the ceilings (memory rates), in order."""
 
     def __init__(self, monkeypatch, times: dict[str, list[float]], memory: list[float]) -> None:
         self.called, self.measured, self.memory = None, [], list(memory)
@@ -288,7 +288,7 @@ class Clock:
         return registry.Rates(self.memory[min(len(self.measured), len(self.memory)) - 1], math.inf)
 
     def case(self, *others: registry.Competitor, **changes) -> registry.Case:
-        """A case of ours and eager torch. Its 800 bytes take 1 s at a ceiling of 800 bytes per second."""
+        """A case of our kernel and eager torch. Its 800 bytes take 1 s at a ceiling of 800 bytes per second."""
         case = doubling(self.competitor("ours", ours=True), *others)
         competitors = (*case.competitors[:-1], self.competitor(registry.EAGER))
         return dataclasses.replace(case, competitors=competitors, quick=True, **changes)
@@ -307,7 +307,7 @@ def test_a_noisy_row_is_marked_and_has_no_ratio(monkeypatch, tmp_path, capsys):
     assert not failed
     assert {row.competitor: row.noisy for row in rows} == {"ours": False, registry.EAGER: True, "calm": False}
     shown = printed_rows(capsys)
-    # Three columns follow the times and their units: ratio, share of the floor, error.
+    # The times and their units are followed by three columns: ratio, share of the floor, error.
     assert shown[registry.EAGER][-3:-1] == ["noisy", "noisy"]
     assert shown["calm"][-3:-1] == ["2.00x", "25.0%"]
     runner.append_rows(tmp_path / "rows.csv", rows)
@@ -342,7 +342,7 @@ def test_a_row_below_its_floor_is_an_error(monkeypatch, tmp_path, capsys):
     assert "900 ms, measured twice, is less than the floor: the ceiling or the case's bytes or operations" in error
     # An impossible time gets no ratio.
     assert "2 s      0 us       2 s        -    50.0%" in printed
-    # The row was measured twice, with the ceiling before, between and after.
+    # The row was measured twice; the ceiling was measured before, between and after.
     assert len(clock.measured) == 3
     assert clock.calls["ours"] == 2 * (1 + runner.MIN_ROUNDS)
 
@@ -492,7 +492,10 @@ def test_rates_come_from_the_one_place_that_measures_products(monkeypatch):
 
 
 def test_the_ceiling_of_memory_is_the_fastest_pass_over_as_many_bytes(monkeypatch):
-    """The buffer has half of the case's bytes. A copy and a sum move these bytes once, a negation twice."""
+    """The buffer has half of the case's bytes. A copy (half of it to the other half) and a sum move these bytes once.
+
+    A negation in place moves them twice.
+    """
     taken = iter(2 * [4.0, 4.0, 8.0])
     monkeypatch.setattr(registry, "_best_seconds", lambda run, device: next(taken))
     assert registry._memory_rate(CPU, 8000) == 2 * 4000 / 4
@@ -537,8 +540,11 @@ def test_a_pass_is_tried_until_nothing_is_faster(monkeypatch):
     assert registry._best_seconds(lambda: None, CPU) == 0.3
 
 
-def test_parallel_windows_are_timed_with_the_sequential_kernel_and_the_peers():
-    """The baseline comes first. The whole depth is a window only if its states leave room for every gradient."""
+def test_parallel_windows_stand_beside_the_sequential_kernel_and_the_peers():
+    """The sequential kernel, the baseline, comes first. One window for the whole depth is left out if it is too large.
+
+    Its states must leave room for the weights and gradients of all competitors.
+    """
     by_name = {}
     for case in registry.cases("parallel_depth", "cpu"):
         ours = [one.name.split(", ")[1] for one in case.competitors if one.ours]
@@ -562,7 +568,7 @@ def test_a_permutation_counts_as_no_arithmetic():
 
 
 def crossover_rows(path: Path, seconds: dict, **options) -> None:
-    """``seconds``: (over, filter, layers, rows, width, pass) -> (sequential, parallel)."""
+    """Append rows to the file. ``seconds``: (over, filter, layers, rows, width, pass) -> (sequential, parallel)."""
     names = [field.name for field in dataclasses.fields(runner.Row)]
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, names, restval="0")
@@ -581,7 +587,7 @@ TWO_THREADS = "cpu AVX2, 2 threads"
 
 
 def measured(path: Path, won: dict, **options) -> None:
-    """``won``: (over, filter, layers, rows, width) -> whether the parallel solver wins both passes."""
+    """Append rows for ``won``: (over, filter, layers, rows, width) -> whether the parallel solver wins both passes."""
     times = {(*point, passes): (1.0, 0.3 if wins else 0.6) for point, wins in won.items() for passes in PASSES}
     crossover_rows(path, times, **options)
 
@@ -593,9 +599,10 @@ def test_regions_lie_between_winning_sizes(tmp_path):
         {
             ("depth", "haar", 10_000, 1, 128): True,
             ("depth", "haar", 50_000, 1, 128): True,
-            # The parallel solver is faster, but would not be with three times the sweeps.
+            # Here the parallel solver takes 0.6 of the sequential kernel's time, but a trained net may need three
+            # times the sweeps.
             ("depth", "haar", 10_000, 32, 128): False,
-            # A box around this and the others has corners that were not measured.
+            # A box around this size and the others has corners that were not measured.
             ("depth", "haar", 2000, 1, 512): True,
             ("time", "cyclic", 784, 1, 64): True,
             ("time", "cyclic", 784, 8, 64): False,
@@ -620,7 +627,7 @@ def test_a_box_needs_all_its_corners(tmp_path):
     measured(path, corners)
     (region,) = parallel_depth.regions(path, TWO_THREADS)
     assert region[3:6] == ((100, 1000), (1, 4), (64, 64))
-    # A losing size inside the box splits it into its edges.
+    # A size inside the box at which the solver loses splits the box into its four edges.
     measured(path, {("depth", "haar", 500, 2, 64): False})
     assert len(parallel_depth.regions(path, TWO_THREADS)) == 4
 
@@ -686,8 +693,8 @@ def test_lines_for_the_crossover_are_python(tmp_path, capsys):
     assert "no measured size of sm_90" in capsys.readouterr().out
 
 
-def test_rows_go_to_the_results_folder_of_the_benchmarks_by_default():
-    """The folder is in the repository only if a file in it is."""
+def test_rows_go_beside_the_benchmarks_by_default():
+    """git keeps the folder only if it has a file."""
     assert (ROOT / "bench/results/README.md").is_file()
     # In a source tree lcw_ops/bench may be a link.
     assert runner._default_csv(CPU).parent.resolve() == ROOT / "bench/results"

@@ -1,4 +1,4 @@
-"""setup.py makes one abi3 wheel on the stable ABI, or a pure-Python one where there is no compiler."""
+"""setup.py makes one abi3 wheel on torch's stable ABI, or a pure-Python wheel where there is no compiler."""
 
 import importlib.metadata
 import os
@@ -27,7 +27,7 @@ def test_only_stable_symbols_are_needed(extension):
     ).stdout
     symbols = [line.split()[-1] for line in listing.splitlines() if line.split()[0] == "U"]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    # Versioned symbols belong to libc and the compiler. A few of the compiler's runtime carry no version.
+    # Symbols with a version belong to libc and the compiler's runtime. A few symbols of the runtime have no version.
     runtime = re.compile(
         r".+@(GLIBC|GLIBCXX|CXXABI|GCC)_|_ZN?K?S[tos]|_GLOBAL_OFFSET_TABLE_|__cpu_|_ITM_|__gmon_start__"
     )
@@ -121,7 +121,7 @@ def test_one_wheel_for_every_python_and_torch(source, tmp_path):
     assert "lcw_ops/bench/__init__.py" in names
     assert "lcw_ops/reference/orthogonal_filter.py" in names
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.startswith("lcw_ops")} == set(), "nothing but lcw_ops is installed"
+    assert {top for top in tops if not top.startswith("lcw_ops")} == set(), "the wheel installs more than lcw_ops"
     result = import_from_wheel(wheel, tmp_path / "installed")
     assert result.returncode == 0, result.stderr
     assert str(tmp_path) in result.stdout

@@ -1,4 +1,4 @@
-"""``lcw-ops`` as a user sees it: its files, every flag, one line for every mistake, no partial file after Ctrl-C."""
+"""``lcw-ops`` as a user sees it: its files, its flags, one line for every mistake, no partial file after Ctrl-C."""
 
 import csv
 import importlib
@@ -123,7 +123,7 @@ def test_flags_reach_the_run(tmp_path):
     ]  # fmt: skip
     network = content["networks"]["orthogonal-filter"]
     assert network["machine"]["threads"] == 1
-    # A permutation costs no arithmetic: the products are one per layer and those of the two ends.
+    # The filter, a permutation, costs no arithmetic: each layer has one product, and so have the net's two ends.
     assert network["timing"]["forward_flops"] == 2 * 16 * (30 * 8 * 8 + 64 * 8 + 8 * 10)
     with open(tmp_path / "a" / "layers.csv", newline="") as file:
         # ReLU is not bounded by 1.
@@ -220,7 +220,7 @@ def test_wrong_commands(arguments, capsys):
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (RuntimeError("no luck"), 1)])
 @pytest.mark.parametrize("written", range(3))
 def test_interrupted_or_failed_runs_name_the_written_files(error, code, written, tmp_path, monkeypatch, capsys):
-    """Ctrl-C during training (0), then with the second and the third file half written."""
+    """``written`` files are complete: none if training is interrupted. Otherwise the next file is half written."""
     (tmp_path / "layers.csv").write_text("an earlier run's")
 
     def fail(*args, **kwargs):
@@ -295,7 +295,7 @@ def test_info_for_programs(capsys):
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help_and_version_import_no_torch(arguments):
-    """Help is instant; importing torch would take seconds. Tested for the installed command and for ``python -m``."""
+    """Help is instant; importing torch would take seconds. The installed command and ``python -m`` both call main()."""
     command = (
         "import sys\n"
         "from lcw_ops.cli import main\n"

@@ -1,4 +1,4 @@
-"""Check every public function against contract.py. One entry in OPS gives a new op all of the checks."""
+"""Every public function against the checks of contract.py. One entry in OPS gives a new function all of them."""
 
 import contract
 import pytest
@@ -10,7 +10,8 @@ from lcw_ops import reference
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
-# (samples, units, inputs) of a layer, (units, inputs) of a weight: partial vectors, and both sides of rows <= n.
+# Sizes are (samples, units, inputs) for a layer and (units, inputs) for a weight. The inputs do not fill whole vectors.
+# One layer has fewer samples than units, the other has more: LCW's constraint acts on the inputs or on the weight.
 LAYER = {"sizes": ((6, 16, 21), (33, 7, 13)), "one": (1, 1, 1), "empty": ((0, 5, 7), (4, 0, 7)), "double": (3, 4, 5)}
 ROWS = {"sizes": ((16, 21), (7, 33)), "one": (1, 1), "empty": ((0, 5),), "double": (3, 4)}
 
@@ -36,7 +37,10 @@ def per_unit(n, dtype):
 
 
 def angles(n, m, dtype):
-    """Angles of Gaussian rows, uniform on the sphere. Sines of random angles would make late components vanish."""
+    """The angles of Gaussian rows, which are uniform on the sphere.
+
+    A direction's last components are products of all sines; with random angles they would vanish.
+    """
     return reference.hypersphere_angles(normal(n, m, dtype=torch.float64)).to(dtype)
 
 
@@ -116,7 +120,7 @@ def plain_recurrence(h0, weight, bias, alpha, beta, inputs, filter):
     state, states = h0, [h0]
     for l, pre in enumerate(inputs):
         branch = torch.tanh(state @ weight[l].mT + bias[l] + pre)
-        # The scales keep 16-bit states in float32.
+        # alpha and beta, which are float32 for 16-bit states, keep this sum in float32.
         state = alpha[l] * (state.to(filter.dtype) @ filter.mT) + beta[l] * branch
         states.append(state.to(h0.dtype))
         state = state.to(h0.dtype)
@@ -166,7 +170,7 @@ OPS = {
     "orthogonal_filter sequential": Op(recurrence("sequential"), **RECURRENCE),
     "orthogonal_filter parallel": Op(recurrence("parallel"), **RECURRENCE),
 }
-# Either the package or torch computes a layer's products, whichever is faster. The tests request both.
+# Our matmul or torch's computes a layer's products, whichever is faster (LCW_OPS_MATMUL). The tests run with each.
 PRODUCTS = {"cpp": "own", "cpp with torch's products": "torch"}
 BACKENDS = {
     name: [*PRODUCTS, "reference"] if op.autocast == "narrow" else ["cpp", "reference"] for name, op in OPS.items()
@@ -182,6 +186,6 @@ def test_contract(op, backend, check, monkeypatch):
 
 
 def test_every_public_function_is_in_the_table():
-    """The exception, activation_shift, measures and has two results: its tests are in test_lcw_linear_op.py."""
+    """Except activation_shift, a measurement with two results, which test_lcw_linear_op.py tests."""
     named = {name.split()[0] for name in OPS}
     assert named == set(F.__all__) - {"activation_shift"}

@@ -1,4 +1,7 @@
-"""``make gpu PART=crossover``: the measurement, as far as it runs without a card, and the use of its result."""
+"""``make gpu PART=crossover`` measures from which width on another kernel of the recurrence is the fastest.
+
+These tests run the measurement on the CPU's kernels, and use tables like those that it makes.
+"""
 
 import csv
 import dataclasses
@@ -86,7 +89,10 @@ def test_a_kernel_that_cannot_run_is_left_out(quickly, tmp_path, monkeypatch, ca
 
 
 def test_the_fastest_at_every_width(tmp_path):
-    """The geometric mean decides. A kernel that ran only one case does not count. Both CUDA kernels are one choice."""
+    """The geometric mean over both cases decides. A kernel that ran only one case does not count.
+
+    The table does not distinguish the two CUDA kernels.
+    """
     path = tmp_path / "crossover.csv"
     times = {("triton", 64): (1, 4), ("cuda cluster", 64): (3, 2), ("triton", 128): (1, 1), ("cuda rows", 128): (2, 2)}
     times |= {("cuda cluster", 256): (1, 1), ("graph", 256): (2, 2), ("triton", 256): (0.1,)}

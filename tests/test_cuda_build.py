@@ -1,7 +1,7 @@
-"""Every CUDA source compiles for every generation setup.py builds for; no GPU is needed, only nvcc.
+"""Every CUDA source compiles for every GPU generation that setup.py builds for. No GPU is needed, only nvcc.
 
-No kernel may spill more than a few registers. The command is setup.py's own, with ptxas's report; registers, spills and
-static shared memory of each kernel are printed (pytest -s, or -rP).
+No kernel may spill more than a few registers. The command is setup.py's own, with the option for ptxas's report. The
+registers, spills and static shared memory of each kernel are printed (pytest -s, or -rP).
 """
 
 import importlib.util
@@ -15,9 +15,9 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parent.parent
-# Bytes per thread: eight registers, which the first-level cache serves. ptxas spills a few at the edge of a launch
-# bound (on sm_90a 16 bytes in forward_rows<double>, lately 4 in backward_rows<float>). More means that a kernel's tile
-# has outgrown the register file.
+# In bytes per thread: eight registers, which stay in the first-level cache. ptxas spills a few if a kernel needs
+# slightly more registers than its launch bound leaves (on sm_90a 16 bytes in forward_rows<double> and 4 in
+# backward_rows<float>). More spills mean that a kernel's tile has outgrown the register file.
 MAX_SPILLED_BYTES = 32
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 

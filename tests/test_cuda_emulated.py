@@ -1,7 +1,7 @@
-"""csrc/cuda without a GPU: the kernels, compiled as C++ against an emulator of threads, barriers and clusters.
+"""csrc/cuda without a GPU: the kernels are compiled as C++ against an emulator of threads, barriers and clusters.
 
 cuda_emulator/ is to CUDA what the interpreter is to Triton: it shows wrong indices, wrong sums, missing barriers and
-deadlocks. ``make gpu`` tests on the GPU itself.
+deadlocks. ``make gpu`` runs the same tests on a GPU.
 """
 
 import os
@@ -23,13 +23,13 @@ SMALLER = {"block_threads": 64, "consumer_warps": 2, "chunk_columns": 32}
 
 
 def emulated_sources(folder: Path) -> None:
-    """csrc with the emulator's device.h, on the CPU's dispatch key, with smaller blocks."""
+    """Copy csrc with the emulator's device.h, the CPU's dispatch key, and smaller blocks."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copy(EMULATOR / "device.h", folder / "csrc/cuda/device.h")
     for path in (folder / "csrc/cuda").iterdir():
         source = path.read_text().replace("LIBRARY_IMPL(lcw_ops, CUDA, m)", "LIBRARY_IMPL(lcw_ops, CPU, m)")
         source = re.sub(r".*DeviceGuard guard.*\n", "", source)
-        # A test says through this variable that the step counters are on the GPU.
+        # Through this variable a test says that the step counters are on the GPU.
         source = source.replace("!steps[0].is_cpu()", 'emulated_number("LCW_OPS_EMULATED_STEPS_ON_GPU", 0) != 0')
         for constant, value in SMALLER.items():
             source = re.sub(rf"constexpr int {constant} = \d+;", f"constexpr int {constant} = {value};", source)
@@ -45,7 +45,8 @@ def test_kernels_under_the_emulator(stem, tmp_path):
     torch_folder = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     if stem == "gradient_activation":
-        # Tensors begin anywhere here. A GPU faults on a vector that is not aligned to its size; a CPU reads it.
+        # These tests have tensors that begin at any address. A GPU faults on a vector that is not aligned to its size;
+        # a CPU reads it, unless this sanitizer stops it.
         flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     includes = [f"-I{folder}" for folder in (EMULATOR, torch_folder / "include")]
     links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]

@@ -37,12 +37,13 @@ def counters_on_device(monkeypatch):
 
 class TestCuda(GradientActivationKernels):
     ops = OPS
-    # CUDA's own functions err by at most 2. Four roundings add half a unit each, a whole one below a power of 2.
+    # In ulp: CUDA's own functions err by at most 2. Four roundings add half an ulp each, or a whole one where the
+    # result is just below a power of 2.
     most_ulp = 4.0
 
 
 def test_more_tensors_than_a_launch_takes(device):
-    """f, SGD and AdamW each take several launches."""
+    """The function, SGD's step and AdamW's step each take several launches."""
     tensors = [torch.full((3,), float(i), device=device) for i in range(600)]
     OPS.activate(tensors, "log", 1.0, 1.0)
     for i, tensor in enumerate(tensors):
@@ -65,7 +66,7 @@ def test_any_order_of_dimensions(device):
 
 
 def arguments(device, **lists):
-    """AdamW's step with amsgrad and two parameters; ``lists`` replace those made here."""
+    """The lists of AdamW's step with amsgrad for two parameters. ``lists``: functions that change them, by name."""
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
     own = {name: [torch.ones(4, 3, device=device), torch.ones(5, device=device)] for name in names}
     own["state_steps"] = [torch.tensor(1.0), torch.tensor(1.0)]
@@ -91,7 +92,7 @@ BAD_LISTS = {
 }
 
 
-# If the caller can mend the tensors, the try_ ops return False. All other cases raise in both forms.
+# In these cases the caller can mend the tensors, and the try_ ops return False. In the others they raise an error too.
 ANSWERED = ("another dtype", "another shape", "other strides", "integers", "gaps", "overlapping")
 
 

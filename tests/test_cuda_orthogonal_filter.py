@@ -1,7 +1,7 @@
-"""The kernels of csrc/cuda, on a GPU or on the emulator that test_cuda_emulated.py starts.
+"""The recurrence's kernels in csrc/cuda, on a GPU or on the emulator that test_cuda_emulated.py starts.
 
-Small shapes reach every path: clusters of every size, tiles of the batch of every height, matrices that stay on chip
-and matrices that stream, rows that the copy engine takes and rows that it does not.
+Small shapes reach every path: clusters of blocks of every size, tiles of the batch of every height, matrices that stay
+in shared memory and matrices that are read in every step, rows that the copy engine takes and rows that it does not.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ def kernel(request, monkeypatch):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Request the cluster kernel, or an error."""
+    """Request the cluster kernel: if it cannot run, the op raises an error."""
     monkeypatch.setenv("LCW_OPS_CUDA_KERNEL", "cluster")
 
 
 def problem(rows, width, depth, shared=False, kind="matrix", dtype=torch.float32, weight_dtype=None, without=()):
-    """h0 and the ops' other tensors."""
+    """The op's tensors in the order of its arguments."""
     made = [tensor.detach() for tensor in make_arguments(rows, width, depth, shared, dtype, DEVICE)]
     h0, weight, bias, alpha, beta, inputs = (
         None if name in without else tensor for name, tensor in zip(NAMES, made, strict=True)
@@ -65,7 +65,7 @@ def by_reference(tensors, grad_output, activation, return_states, dtype):
 
 
 def assert_right(tensors, depth, activation="tanh", segment=2, return_states=False):
-    """Allow eager's error plus a hundred roundings of the scale: a few steps of sums of at most 130 terms."""
+    """Allow 100 ulp of the result's scale beside eager's error: a few steps, each a sum of up to 512 terms."""
     h0, weight = tensors[:2]
     grad_output = torch.randn((depth + 1, *h0.shape) if return_states else h0.shape, dtype=h0.dtype, device=DEVICE)
     actual = by_kernel(tensors, grad_output, depth, activation, segment, return_states)
@@ -83,7 +83,7 @@ def assert_right(tensors, depth, activation="tanh", segment=2, return_states=Fal
 
 
 def test_as_exact_as_eager(cluster):
-    """Within twice eager's error, over enough steps and rows to even out chance."""
+    """The error is within twice eager's. There are enough steps and rows for chance to even out."""
     tensors, grad_output = problem(12, 100, 40), torch.randn(12, 100, device=DEVICE)
     actual = by_kernel(tensors, grad_output, 40, "tanh", 8)
     eager = by_reference(tensors, grad_output, "tanh", False, torch.float32)
@@ -110,8 +110,8 @@ def test_every_size(rows, width, depth, segment, dtype):
         assert_right(problem(rows, width, depth, dtype=dtype), depth, "tanh", segment, return_states)
 
 
-# One, two, four and eight blocks; tiles of 4, 8 and 16 rows, full and partial; widths that the copy engine takes
-# (40, 100), takes in 32 bits only, or does not take.
+# The cases reach clusters of one, two, four and eight blocks; tiles of 4, 8 and 16 rows, full and partial; and widths
+# that the copy engine takes (40, 64), takes in 32 bits only (100), or does not take (31, 99, 130).
 @pytest.mark.parametrize(("width", "rows"), [(31, 17), (40, 5), (40, 9), (64, 21), (99, 3), (100, 5), (130, 1)])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_clusters_and_tiles(cluster, width, rows, weight_dtype):
@@ -193,7 +193,7 @@ def test_a_filter_that_is_not_a_permutation_ends_the_kernel(cluster, filter):
     if child == 0:
         zeros = torch.zeros(1, 2, 40)
         arguments = (zeros[0], zeros, weight, bias, filter, alpha, beta, None, 2, "tanh", 2)
-        with contextlib.suppress(RuntimeError):  # a C++ check is as good
+        with contextlib.suppress(RuntimeError):  # an error raised by a check in C++ is right too
             torch.ops.lcw_ops.orthogonal_filter_backward.cuda(*arguments, False, False, False, False, False)
             os._exit(0)
         os._exit(1)

@@ -1,7 +1,8 @@
-"""lcw_ops.distributed: split over ranks, the recurrence equals that of one process. No rank hangs if another fails.
+"""lcw_ops.distributed: a recurrence whose layers are split over ranks gives the results of a single process.
 
-Four processes on this machine (gloo) run every case, as a group of four and as two groups of two. Run as a script, this
-file is one of the processes: it stores what it computed, and the tests compare that with the plain module.
+If a rank fails, no other rank hangs. Four processes on this machine (gloo) run every case, as a group of four and as
+two groups of two. Run as a script, this file is one of the processes: it stores its results, and the tests compare them
+with those of the plain module.
 """
 
 import io
@@ -33,6 +34,7 @@ GROUP_SIZES = (2, 4)
 TIMEOUT = 300
 # The timeout of the groups in which a rank fails, in seconds.
 PATIENCE = 5
+# The exit status of the process that ends on purpose, in the middle of a forward pass.
 EXIT_STATUS = 7
 
 SIZES = {"in_features": 5, "width": 6, "out_features": 3}
@@ -74,6 +76,7 @@ def make_samples(mlp, rows=4, step=0):
     return samples.to(dtype), weights.to(dtype)
 
 
+# A frame is the basis in which a dense filter rotates pairs of units.
 CASES = {
     "tanh": {},
     "relu, dense": {"activation": "relu", "filter": "haar", "c": 3.0},
@@ -100,9 +103,9 @@ CASES = {
 }
 GIVEN_UP = [name for name in CASES if "too strong" in name]
 
-# Every rank finds another frame of the filter (the basis of its rotations), or none.
+# The ranks find different frames of the filter, or one finds none.
 FRAMES = {
-    # From this width on, torch's eigenvectors depend on the number of threads.
+    # From width 128 on, torch's eigenvectors depend on the number of threads.
     "dense, a number of threads per rank": {"filter": "haar", "width": 128, "depth": 11},
     "dense, a frame per rank": {"filter": "haar", "c": 3.0},
     "float32, dense, a frame on odd ranks only": {"dtype": torch.float32, "filter": "haar"},
@@ -208,7 +211,7 @@ def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
 
 
 def test_ranks_had_different_frames(found):
-    """The frames differ in fact. The case of two threads is not checked: its effect depends on the machine."""
+    """The frames do differ. The case of two threads is not checked, because its effect depends on the machine."""
     frames = [found[rank][2, "dense, a frame per rank", "frame"] for rank in range(2)]
     assert not torch.allclose(*frames)
     frames = [found[rank][2, "float32, dense, a frame on odd ranks only", "frame"] for rank in range(2)]
@@ -345,7 +348,7 @@ def test_a_group_of_one(found):
 
 
 def test_a_checkpoint_is_that_of_the_plain_module(found, size):
-    """The checkpoint of a new module has the shared parameters of rank 0, and every layer's from the layer's owner."""
+    """A new module's checkpoint has the shared parameters of rank 0, and each layer's from the rank that owns it."""
     for name in ("sigmoid, scales per layer", "bfloat16"):
         expected = make_mlp(**split_options(CASES[name])[2]).state_dict()
         for rank in range(PROCESSES):
@@ -484,7 +487,7 @@ def assert_stopped_answering(error, words):
 def test_a_rank_that_ends_in_a_forward_pass(found):
     for rank in range(PROCESSES - 1):
         words = f"the all-gather of the states between ranks in sweep 2 failed on rank {rank} of 4"
-        # A rank that waits only for a live rank learns of the failure through that one, at most a collective later.
+        # A rank whose partners are all alive learns of the failure from one of them, at most one collective later.
         _, message, *_ = error = found[rank]["ended"]
         assert_stopped_answering(error, words if words in message else f"failed on rank {rank} of 4")
         assert "sweep 2" in message
@@ -537,7 +540,7 @@ class Process:
         self.rank = torch.distributed.get_rank(group)
 
     def distribute(self, mlp):
-        """Spoil the shared part on all ranks but 0, whose values have to reach them; then distribute the module."""
+        """Spoil the shared parameters on all ranks but 0; then distribute the module, which takes those of rank 0."""
         if self.rank:
             with torch.no_grad():
                 for parameter in (*mlp.input_layer.parameters(), *mlp.output_layer.parameters()):
@@ -616,7 +619,7 @@ class Process:
             self.results[self.size, "trained", name, filter, dtype] = module.full_state_dict()
 
     def keep_checkpoints(self):
-        # Pieces so small that a rank's layers are sent in several.
+        # The pieces are so small that a rank's layers are sent in several of them.
         lcw_ops.distributed.module._PIECE_BYTES = 1000
         for name in ("sigmoid, scales per layer", "bfloat16"):
             module = self.distribute(make_mlp(**split_options(CASES[name])[2]))
@@ -702,7 +705,7 @@ class Process:
                 strong(samples)
 
         def replicate():
-            # Eight layers, so that every rank has as many: DistributedDataParallel itself refuses uneven parts.
+            # Eight layers give all ranks the same number of them: DistributedDataParallel itself refuses uneven parts.
             layers = self.distribute(make_mlp(depth=8))
             nn.parallel.DistributedDataParallel(layers, process_group=self.group)(samples)
 

@@ -1,4 +1,4 @@
-"""The floors of the package: an import points down or stays on its floor, and no two modules need each other.
+"""The package's floors (its layers): an import points down or stays on its floor, and no two modules need each other.
 
 The imports are read from the source, those inside functions too, so a lazy import counts like any other. An import
 under ``if TYPE_CHECKING`` counts as well, with one exception: ``lcw_ops/__init__.py`` imports every public name there,
@@ -41,7 +41,7 @@ def source_files() -> dict[str, Path]:
     for package, folder in (("lcw_ops", "lcw_ops"), ("lcw_ops.kernels", "kernels"), ("lcw_ops.bench", "bench")):
         for file in sorted((ROOT / folder).rglob("*.py")):
             parts = file.relative_to(ROOT / folder).with_suffix("").parts
-            # These two are links to the folders that are walked on their own.
+            # lcw_ops/kernels and lcw_ops/bench are links to folders that have their own turn in the loop.
             if package == "lcw_ops" and parts[0] in ("kernels", "bench"):
                 continue
             files[".".join((package, *parts)).removesuffix(".__init__")] = file
@@ -62,7 +62,7 @@ def imports_of(name: str, source: str, is_package: bool, modules) -> set[str]:
             around = parts[: len(parts) - node.level + is_package] if node.level else []
             base = ".".join([*around, *filter(None, [node.module])])
             members = {f"{base}.{alias.name}" for alias in node.names}
-            # `from package import module` is an import of the module; `from module import name`, of the module.
+            # `from a import b` imports the module a.b if there is one. Otherwise b is a name in the module a.
             found.update(members & modules.keys())
             if members - modules.keys():
                 found.add(base)

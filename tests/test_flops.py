@@ -1,4 +1,4 @@
-"""A user's own FlopCounterMode counts the products inside the ops, in every order of import."""
+"""A user's own FlopCounterMode counts the matrix products inside the ops, in every order of import."""
 
 import json
 import subprocess
@@ -13,6 +13,7 @@ from lcw_ops import functional as F
 from lcw_ops import nn, use_backend
 from lcw_ops.ops import flops
 
+# Samples, units, layers, and the inputs and outputs of a net. PRODUCT: the flops of one product in each of the layers.
 M, N, L, IN, OUT = 5, 8, 12, 3, 2
 PRODUCT = 2 * M * N * N * L
 
@@ -42,6 +43,7 @@ print(json.dumps(counts))
 
 # x needs no gradient: a layer has one product forward, for W x, and one backward, for the weight's gradient.
 LAYER = [2 * M * IN * 4] * 2
+# The flops of a net's input and output layers, forward and backward.
 ENDS = [2 * M * N * (IN + OUT), 2 * M * N * (IN + 2 * OUT)]
 MLP = [2 * PRODUCT + ENDS[0], 3 * PRODUCT + ENDS[1]]
 EXPECTED = {
@@ -72,7 +74,7 @@ def test_in_every_order_of_import(before):
 
 
 def count(function, *arguments):
-    """(flops of the forward pass, flops of the backward pass) of the sum of what the function returns."""
+    """The flops of the function, and those of the backward pass from the sum of its result."""
     with FlopCounterMode(display=False) as forward:
         result = function(*arguments)
     with FlopCounterMode(display=False) as backward:
@@ -140,7 +142,7 @@ def test_a_users_own_formula_stays(monkeypatch):
 
 
 def test_every_op_with_a_product_inside_has_a_formula():
-    """The other ops go element by element over weights, gradients or the states of one sweep."""
+    """The other ops go element by element over weights, gradients or the states of one sweep, or return a constant."""
     schemas = (schema.name for schema in torch._C._jit_get_all_schemas())
     ops = {name.removeprefix("lcw_ops::").split(".")[0] for name in schemas if name.startswith("lcw_ops::")}
     assert ops - flops.FORMULAS.keys() == {

@@ -1,4 +1,4 @@
-"""The command behind ``make gpu`` without a card: its plan, its runner, and its smoke test on the CPU's stand-ins."""
+"""The command behind ``make gpu``, without a GPU: its plan, its runner, and its smoke test, with kernels of the CPU."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def test_the_order_and_the_time_of_parts():
 
 
 def test_every_benchmark_is_measured_whole():
-    """The shares of a stem's benchmarks add up to all of them, and every stem of the registry has some."""
+    """The shares of a method's benchmarks add up to all of them, and every method of the registry has benchmarks."""
     shares = {}
     for part, step in STEPS:
         if part.startswith("bench-"):
@@ -146,7 +146,7 @@ def test_which_files_use_the_device(source, expected):
 
 
 def test_modules_that_the_tests_need():
-    """Imports of the tests' own modules and of the commands are found too, so no list has to be kept up to date."""
+    """The sources of tests, of the tests' own modules and of commands are searched, so nobody has to keep a list."""
     assert gpu.imports([ROOT / "tests/test_cuda_gradient_activation.py"]) == {"numpy", "pytest"}
     assert "hypothesis" in gpu.imports([ROOT / "tests/test_orthogonal_filter_proof.py"])
     for path in gpu.gpu_tests():
@@ -249,7 +249,7 @@ def test_a_time_limit_ends_what_a_process_started(tmp_path):
 
 
 def test_ended_from_outside(tmp_path):
-    """A time limit on the whole command sends this signal: the child is ended, its output and the summary are kept."""
+    """A time limit on the whole command sends SIGTERM: the child is ended; its output and the summary are kept."""
     code = (
         "from pathlib import Path; from lcw_ops.bench import gpu; import sys\n"
         f"steps = [gpu.Step(name, [sys.executable, '-c', {GRANDCHILD!r}]) for name in ('one', 'two')]\n"
@@ -369,7 +369,7 @@ def test_the_smoke_test_runs_every_triton_kernel():
 
 @pytest.fixture
 def one_call(monkeypatch):
-    """Reduce the smoke test to one op, with C++ alone."""
+    """Reduce the smoke test to one op, on the backend cpp alone."""
     monkeypatch.setattr(smoke, "cases", lambda device_type: [smoke.case(smoke.calls()[0], device_type)] * 2)
     monkeypatch.setitem(smoke.EXPECTED, "cpu", ("cpp",))
 

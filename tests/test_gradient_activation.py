@@ -1,8 +1,7 @@
-"""The activated gradient f(g) against closed forms: bounds, slopes, thresholds of enlargement, descent, and f at both
-places in an optimizer's step, the gradient and the momentum.
+"""The reference of activated gradients, f(g) = alpha atan(beta g) or tanh or log, against closed forms.
 
-f is that of M. Liu et al., "Activated Gradients for Deep Neural Networks", TNNLS 2021. The tests are in float64, unless
-a dtype is the subject.
+The closed forms are bounds, slopes, gain thresholds, descent, and steps with f of the gradient or of the momentum. f is
+from M. Liu et al., TNNLS 2021 (arXiv 2107.04228). The tests are in float64, unless a dtype is the subject.
 """
 
 import math
@@ -15,8 +14,8 @@ from lcw_ops.reference import adamw_step, gradient_activation, sgd_step
 KINDS = ["arctan", "tanh", "log"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float64).eps
-# With these, f(g) = g, and the optimizer is the plain one: alpha beta is 1, and the relative difference between f(g)
-# and the line alpha beta g is (beta g)^2 / 3, below 1e-16 for |g| < 17.
+# With beta this small, f(g) = alpha beta g = g, and the optimizer is the plain one: the relative difference between f
+# and this line, (beta g)^2 / 3, is below 1e-16 for |g| < 17.
 PLAIN = {"alpha": 1e9, "beta": 1e-9}
 
 
@@ -81,7 +80,6 @@ def test_the_slope_at_zero_is_alpha_beta(kind, zero):
     ("alpha", "beta", "threshold"), [(0.1, 20, 0.1166), (0.2, 10, 0.2331), (0.3, 4.5, 0.258)], ids=str
 )
 def test_gradients_below_the_threshold_are_enlarged(alpha, beta, threshold):
-    # The threshold is the g > 0 with f(g) = g, given to 3 or 4 digits.
     digit = 1e-4 if threshold != 0.258 else 1e-3
     below, above = scalar(threshold - digit / 2), scalar(threshold + digit / 2)
     assert gradient_activation(below, "arctan", alpha, beta) > below
@@ -141,17 +139,14 @@ def test_a_step_moves_a_coordinate_by_at_most_lr_times_the_bound(kind, place):
 def test_near_a_stationary_point_it_is_plain_descent_at_lr_times_alpha_beta(kind, order):
     g = normal(50) * 1e-7
     activated, _ = sgd_step(torch.zeros_like(g), g, None, lr=0.1, kind=kind)
-    # The first terms of f(g), with K = alpha beta: K g (1 - (beta g)^2 / 3) for the bounded kinds, and
+    # With K = alpha beta, the first terms of f(g) are K g (1 - (beta g)^2 / 3) for the bounded kinds and
     # K g (1 - beta |g| / 2) for log.
     first_error = (20 * g.abs()).pow(order) / (3 if order == 2 else 2)
     assert ((activated + 0.1 * 2 * g).abs() <= 0.2 * g.abs() * (first_error + 8 * EPS)).all()
 
 
 def steps_to_escape(mu, start, end, step):
-    """Count the steps y <- y + 0.1 step(mu y) that take y from start to end.
-
-    They are descent on the saddle F = (x^2 - mu y^2) / 2. Only y is followed.
-    """
+    """Count the steps y <- y + 0.1 step(mu y) from start to end: descent in y on the saddle F = (x^2 - mu y^2) / 2."""
     y, count = start, 0
     while y < end:
         y, count = y + 0.1 * step(mu * y), count + 1
@@ -160,8 +155,8 @@ def steps_to_escape(mu, start, end, step):
 
 @pytest.mark.parametrize(("mu", "plain", "activated"), [(1.0, 145, 76), (0.1, 1389, 698), (0.01, 13823, 6915)])
 def test_saddle_escape_takes_the_predicted_steps(mu, plain, activated):
-    # y grows by a factor of a million while the gradient is small. That takes ln(1e6) / ln(1 + 0.1 mu) plain steps and
-    # ln(1e6) / ln(1 + 0.2 mu) activated ones.
+    # y grows by a factor of a million, and its gradient stays small. This takes ln(1e6) / ln(1 + 0.1 mu) plain steps,
+    # and ln(1e6) / ln(1 + 0.2 mu) activated ones.
     assert steps_to_escape(mu, 1e-8, 1e-2, lambda g: g) == plain
     assert steps_to_escape(mu, 1e-8, 1e-2, lambda g: gradient_activation(scalar(g)).item()) == activated
 
@@ -180,7 +175,7 @@ def test_sgd_with_f_the_identity_is_torchs_sgd(place):
         theirs.grad = normal(20, seed=step)
         optimizer.step()
         w, buffer = sgd_step(w, theirs.grad, buffer, 0.1, 0.9, 0.01, place, **PLAIN)
-    # The tolerance is 30 steps of a few roundings each, of weights and buffers of up to 10.
+    # 30 steps with up to 4 roundings each, of numbers of up to 10.
     torch.testing.assert_close(w, theirs.detach(), atol=30 * 10 * 4 * EPS, rtol=0)
 
 
@@ -247,8 +242,8 @@ def test_every_dtype_is_rounded_once_after_float32(dtype, kind):
     f = gradient_activation(g, kind)
     exact = gradient_activation(g.double(), kind)
     assert f.dtype == dtype
-    # In float32 (float64 for float64), beta g, the function (a few ulp) and the product with alpha are rounded. Then
-    # the rounding to the result's dtype adds half an ulp. Half of float16's smallest number is 2^-25.
+    # In float32 (or float64), beta g, the function (a few ulp) and the product with alpha are rounded; the result is
+    # rounded to its dtype. In float16, 2^-25 is half the smallest number.
     bound = (8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps + torch.finfo(dtype).eps) * exact.abs()
     assert ((f.double() - exact).abs() <= bound + 2**-25 * (dtype == torch.float16)).all()
 

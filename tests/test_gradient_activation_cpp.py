@@ -1,4 +1,4 @@
-"""The C++ kernel of activated gradients: units in the last place over all numbers, memory, threads, refusals."""
+"""The C++ kernel of activated gradients: its error over all numbers, the memory it touches, threads, refusals."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def activate(tensor, kind, alpha=1.0, beta=1.0):
 
 
 def every_exponent(dtype, each):
-    """Random fractions for every exponent from the denormal numbers to the largest, and the first and last of each."""
+    """Every exponent, that of the denormal numbers too, with random fractions and with the smallest and the largest."""
     bits, count, integer = (23, 255, torch.int32) if dtype == torch.float32 else (52, 2047, torch.int64)
     exponents = torch.arange(count)[:, None]
     fractions = torch.randint(0, 2**bits, (len(exponents), each))
@@ -71,7 +71,7 @@ def test_units_in_the_last_place_over_all_numbers(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_16_bits_is_rounded_once(kind, dtype):
     x = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
-    # Every NaN, whatever its digits: rounding must not turn it into an infinity or a number.
+    # Every NaN, whatever its bits, stays one: rounding must not turn it into an infinity or a number.
     assert activate(x[x.isnan()], kind).isnan().all()
     x = x[x.isfinite()]
     exact = EXACT[kind](x.double().numpy())
@@ -120,7 +120,7 @@ def test_an_element_has_the_same_bits_wherever_it_lies(kind, dtype):
 
 
 def test_a_thousand_tensors_of_every_dtype():
-    """The threads divide a list as one range of elements. None is left out, and none is taken twice."""
+    """The threads divide a list as one range of elements. No element is left out, and none is activated twice."""
     every = list(itertools.product(range(250), DTYPES))
     gradients = [torch.randn(size, dtype=dtype) for size, dtype in (every[place] for place in torch.randperm(1000))]
     wanted = [activate(gradient, "tanh", 0.3, 4.5) for gradient in gradients]
@@ -131,7 +131,7 @@ def test_a_thousand_tensors_of_every_dtype():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_around_a_tensor_is_written(dtype):
-    """Starts and sizes vary around those of a vector. The neighbours hold bits that the kernel would change."""
+    """Starts and sizes vary around those of a vector. The elements around the tensor are 0.5, which f would change."""
     base = torch.full((200,), 0.5, dtype=dtype)
     inside = activate(base, "arctan")[0]
     for start in range(0, 40, 3):
@@ -253,7 +253,7 @@ def test_an_unknown_kind_is_refused_by_the_op():
 
 
 def test_tensors_of_two_devices():
-    """The meta device's kernel takes a list with a meta tensor, and does nothing. Other tensors must not be lost."""
+    """The meta device's kernel takes a list with a meta tensor and does nothing. Other tensors need activation too."""
     for order in (1, -1):
         x = torch.ones(3)
         F.gradient_activation_([x, torch.ones(2, device="meta")][::order])
@@ -355,5 +355,5 @@ def test_parameters_over_the_same_memory_are_stepped_one_after_another():
     ops.sgd_step_(
         "cpp", [p, other], grads, [], 0.5, 0.0, 0.0, 0.0, False, False, False, "gradient", "arctan", 0.1, 20.0
     )
-    # Two steps, each with two roundings and that of f.
+    # Two steps, each with two roundings and the error of f.
     assert (p.double() - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * expected.abs().max()

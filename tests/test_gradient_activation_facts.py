@@ -1,9 +1,9 @@
-"""Facts about descent with activated gradients: how far a step may go, where it leads, and its equivalents.
+"""Facts about descent on an objective F with activated gradients f(g): how far a step may go, and where it leads.
 
-With K = alpha beta, the slope of f at 0, and L the Lipschitz constant of the objective F's gradient: F falls for rates
-below 2 / (L K); a coordinate moves by at most the rate times the bound of f; near a stationary point it is plain
-descent at the rate times K. So every figure here is compared with that of the plain optimizer at that rate: an effect
-that it shares is not a merit of the activation. All facts are derived.
+K = alpha beta is the slope of f at 0, and L the Lipschitz constant of F's gradient. F falls for rates below 2 / (L K).
+A coordinate moves by at most the rate times the bound of f. Near a stationary point, activated descent is plain descent
+at K times the rate. So the tests also run the plain optimizer at that rate: an effect that both have is not a merit of
+the activation. All facts are derived.
 """
 
 import functools
@@ -27,7 +27,7 @@ BOUND = {"arctan": ALPHA * math.pi / 2, "tanh": ALPHA}
 
 
 class ReferenceSGD(torch.optim.SGD):
-    """The formulas of lcw_ops.reference under an optimizer's calling convention."""
+    """The formulas of lcw_ops.reference with an optimizer's methods."""
 
     def __init__(self, params, gradient_activation, alpha, beta, activate="gradient", **options):
         super().__init__(params, **options)
@@ -51,7 +51,7 @@ def hooked_sgd(params, gradient_activation, alpha, beta, **options):
     return optimizer
 
 
-# Three ways to the same step; only the hook cannot activate the momentum.
+# Three ways to make the same step. The hook cannot activate the momentum; the other two can.
 WAYS = {"optim.SGD": optim.SGD, "activate_gradients": hooked_sgd, "reference": ReferenceSGD}
 WITH_PLACES = {name: WAYS[name] for name in ("optim.SGD", "reference")}
 way = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
@@ -103,7 +103,7 @@ def test_descent_is_guaranteed_below_two_over_lk(make, kind, problem, share):
     function, gradient, smoothness = problem()
     lr = share / (smoothness * GAIN)
     for seed in range(5):
-        # Tiny gradients, where f has the slope K, and large ones, where f is far below that line.
+        # Tiny gradients, where f(g) = K g, and large ones, where f is far below this line.
         w = on_device(normal(6, seed=seed) * 10.0 ** (seed - 3))
         places = descend(activated(make, kind), w, gradient, 3, lr=lr)
         for before, after in itertools.pairwise(places):
@@ -115,7 +115,10 @@ def test_descent_is_guaranteed_below_two_over_lk(make, kind, problem, share):
 @way
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_on_the_rate_is_that_of_plain_descent_at_the_rate_times_k(make, kind):
-    """At curvature 1, where f is linear, both fall below the rate 2 / K and rise above it."""
+    """At curvature 1 and where f is linear, activated descent lowers F at rates below 2 / K, and raises F above.
+
+    Plain descent does the same at K times these rates.
+    """
     w = torch.tensor([1e-9], dtype=torch.float64)
     for share, falls in ((1.98, True), (2.02, False)):
         for optimizer, lr in ((activated(make, kind), share / GAIN), (torch.optim.SGD, share)):
@@ -137,11 +140,11 @@ def test_a_step_moves_a_coordinate_by_at_most_the_rate_times_the_bound(make, kin
     w = torch.linspace(-1, 1, len(HUGE), dtype=torch.float64)
     _, moved = descend(activated(make, kind), w, [g], 1, lr=0.5)
     limit = 0.5 * BOUND[kind]
-    # f errs by at most 4 ulp. The product and the difference are rounded.
+    # f errs by at most 4 ulp. The product with the rate and the difference are rounded.
     rounding = 8 * EPS * limit + EPS * w.abs().max()
     steps = (moved - w).abs()
     assert (steps <= limit + rounding).all()
-    # Large gradients reach the bound: beta 1e3 is 20000, where pi/2 - atan is 1 / 20000.
+    # Large gradients reach the bound. The smallest of them is 1e3: beta g is 20000, where pi/2 - atan is 1 / 20000.
     assert (steps[2:] >= limit - rounding).all()
     assert (steps[1:] >= limit * (1 - 1e-4)).all()
     # The plain optimizer at the rate times K has no such bound.
@@ -160,7 +163,7 @@ def test_log_has_no_bound_but_restricts(make):
 @pytest.mark.parametrize("make", WITH_PLACES.values(), ids=WITH_PLACES)
 @pytest.mark.parametrize("kind", BOUND)
 def test_activated_momentum_bounds_every_step(make, kind):
-    """The activation comes last: neither gathered momentum nor weight decay exceeds the bound."""
+    """The activation comes last: with any momentum and weight decay, a step stays within the bound."""
     gradients = [1e6 * on_device(normal(50, seed=seed).abs()) for seed in range(20)]
     w = on_device(normal(50))
     options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
@@ -200,8 +203,8 @@ def test_small_gradients_are_plain_descent_at_the_rate_times_k(make, kind, order
     ours = descend(activated(make, kind), w, gradient, 100, lr=lr, momentum=momentum)[-1]
     plain = descend(torch.optim.SGD, w, gradient, 100, lr=lr * GAIN, momentum=momentum)[-1]
     same_rate = descend(torch.optim.SGD, w, gradient, 100, lr=lr, momentum=momentum)[-1]
-    # The first terms of f(g) are K g (1 - (beta g)^2 / 3) for the bounded kinds and K g (1 - beta |g| / 2) for log. At
-    # the start beta |g| <= 1e-8. Under momentum it stays below 10 times that in each of the 100 steps.
+    # The first terms of f(g) are K g (1 - (beta g)^2 / 3) for the bounded kinds and K g (1 - beta |g| / 2) for log.
+    # beta |g| is at most 1e-8 at the start, and with momentum less than 10 times that in each of the 100 steps.
     allowed = 100 * (1e-7**order + 8 * EPS) * w.abs().max()
     assert (ours - plain).abs().max() <= allowed
     assert (ours - same_rate).abs().max() > 5 * allowed
@@ -209,8 +212,8 @@ def test_small_gradients_are_plain_descent_at_the_rate_times_k(make, kind, order
 
 @pytest.mark.parametrize("make", WITH_PLACES.values(), ids=WITH_PLACES)
 @pytest.mark.parametrize(("place", "decay"), [("gradient", 0.01 / GAIN), ("momentum", 0.01)])
-def test_weight_decay_at_a_rate_times_k(make, place, decay):
-    """Decay that f does not see is K times weaker than the plain optimizer's at the rate times K."""
+def test_weight_decay_beside_a_rate_times_k(make, place, decay):
+    """Weight decay that is added after f is K times weaker than that of the plain optimizer at the rate times K."""
     _, gradient, smoothness = quadratic()
     lr = 0.5 / (smoothness * GAIN)
     w = on_device(normal(6))
@@ -223,10 +226,9 @@ def test_weight_decay_at_a_rate_times_k(make, place, decay):
     assert (ours - other).abs().max() > 1e-6 * w.abs().max()
 
 
-# The saddle F = (x^2 - mu y^2) / 2: steps until y is END, from START, at rate 0.1, for three mu at once. Plain descent
-# multiplies y by 1 + 0.1 mu, an activated one by 1 + 0.1 K mu as long as beta mu y is small. The six numbers below are
-# also in bench/results/reproduce-gradient-activation.csv. They hold together only if y grows by a factor between 0.9996
-# and 1.0006 million.
+# The steps in which y grows from START to END on the saddle F = (x^2 - mu y^2) / 2, at the rate 0.1, for three mu. A
+# plain step multiplies y by 1 + 0.1 mu, an activated one by 1 + 0.1 K mu as long as beta mu y is small. These six
+# numbers of steps belong to a growth of y between 0.9996 and 1.0006 million, and to no other.
 MU = (1.0, 0.1, 0.01)
 START, END = 1e-8, 1e-2
 PLAIN_STEPS, ACTIVATED_STEPS = [145, 1389, 13823], [76, 698, 6915]
@@ -280,8 +282,11 @@ def test_far_from_the_saddle_the_bound_makes_it_slower_than_the_rate_times_k(mak
 
 @way
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_no_rate_does_a_steep_wall_and_a_flat_floor(make, kind):
-    """F = x^4 / 4 from x = 3: the plain optimizer diverges at the same rate and at the rate times K."""
+def test_a_steep_wall_and_a_flat_floor_where_no_rate_replaces_the_activation(make, kind):
+    """From x = 3, activated descent reaches the flat floor of F = x^4 / 4.
+
+    The plain optimizer diverges at the same rate, and at the rate times K.
+    """
     w = torch.tensor([3.0], dtype=torch.float64)
     places = torch.cat(descend(activated(make, kind), w, lambda w: w**3, 200, lr=0.5))
     assert (places.diff() < 0).all()

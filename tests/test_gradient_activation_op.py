@@ -1,4 +1,4 @@
-"""F.gradient_activation_ on every backend: values, hostile memory, errors that change nothing, and torch's machinery.
+"""F.gradient_activation_ on every backend: values, memory layouts, errors that change nothing, torch's transforms.
 
 The rule of all backends holds: the error against float64 is at most twice that of plain eager torch in the same dtype
 plus one unit in the last place of the result's scale. The relative error of every element has a bound too.
@@ -27,8 +27,8 @@ NAME = "gradient_activation_"
 KINDS = ("arctan", "tanh", "log")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# In units in the last place of f / alpha: the kernel's docstring has the bounds, plus two roundings by alpha and beta.
-# A CUDA card divides and exponentiates approximately in float32.
+# In ulp of f / alpha: the bounds in the kernel's docstring, plus the roundings of the products with alpha and beta. A
+# CUDA GPU errs more, because it divides and exponentiates approximately in float32.
 MAX_ULP = {"cpu": 4.0, "cuda": 6.0}
 
 
@@ -59,7 +59,7 @@ def assert_as_good_as_eager(result, gradient, kind, alpha, beta):
     wanted = exact(gradient, kind, alpha, beta)
     assert result.dtype == gradient.dtype
     if gradient.dtype == torch.float64:
-        # Eager float64 is the reference itself, so its error seems to be zero and is not.
+        # Here eager torch is the exact result itself, so its error would seem to be zero.
         torch.testing.assert_close(
             result, wanted, rtol=(MAX_ULP[DEVICE_TYPE] + 1) * torch.finfo(torch.float64).eps, atol=0
         )
@@ -68,7 +68,7 @@ def assert_as_good_as_eager(result, gradient, kind, alpha, beta):
 
 
 def random_gradients(shape, dtype, device):
-    """Ten powers of ten around the bend, with both signs."""
+    """Ten powers of ten around 1 / beta, where the function bends, with both signs."""
     magnitude = 10.0 ** torch.empty(shape, dtype=torch.float64).uniform_(-7, 3)
     return (magnitude * torch.randn(shape, dtype=torch.float64).sign()).to(device, dtype)
 
@@ -143,7 +143,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_views_that_are_negated_when_read(kind, device):
-    """Memory holds the opposite sign. The real parts between the imaginary ones stay as they are."""
+    """The memory of such a view has the opposite sign. The real parts beside the imaginary ones stay as they are."""
     numbers = torch.complex(*(random_gradients((4, 6), torch.float32, device) for _ in range(2)))
     plain = torch.ones(3, device=device)
     for view in (lambda z: z.conj().imag, lambda z: z.conj().imag.t()[1:, ::2], lambda z: z.conj().imag[:0]):
@@ -207,7 +207,7 @@ def test_zeros_without_memory_stay_zeros(kind, device):
 
 
 def test_calls_that_are_recorded_keep_the_op_that_raises(backend, device):
-    """A program may run again on other tensors. It must raise if the kernel does not take them."""
+    """A recorded program may run again on other tensors. It must raise if the kernel does not take them."""
     if backend == "reference":
         pytest.skip("plain torch, no op of ours")
 
@@ -360,7 +360,10 @@ def test_disjoint_views_of_the_same_memory(views, device):
 
 
 def test_sharing_is_found_among_random_views(device):
-    """Compared with a count of every element: sharing is always refused, and parts of a regular grid never are."""
+    """Views that share memory, as a count of the views of each element shows, are always found.
+
+    Disjoint views may be refused too; how many are is printed.
+    """
     generator = random.Random(0)
     refused = 0
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""activate_gradients and register_gradient_hook: once per gradient, with any optimizer, closure, copy or scaler."""
+"""activate_gradients and register_gradient_hook activate each gradient once, with any optimizer, closure or scaler."""
 
 import contextlib
 import copy
@@ -91,7 +91,7 @@ def test_once_per_step_on_the_sum_of_all_backward_passes():
     assert_gradients(params, [f(a + b) for a, b in zip(first, second, strict=True)])
 
 
-def test_remove_ends_it():
+def test_remove_ends_the_activation():
     params = make_params()
     optimizer = still(params)
     handle = lcw_ops.activate_gradients(optimizer)
@@ -105,7 +105,7 @@ def test_remove_ends_it():
     assert_gradients(params, map(f, gradients))
 
 
-def test_neither_hook_nor_handle_keeps_the_optimizer():
+def test_neither_hook_nor_handle_keeps_the_optimizer_alive():
     optimizer = still(make_params())
     handle = lcw_ops.activate_gradients(optimizer)
     alive = weakref.ref(optimizer)
@@ -128,7 +128,7 @@ def test_params_select_the_parameters_to_activate():
     assert_gradients(params, [gradients[0], f(gradients[1]), f(gradients[2], "tanh")])
 
 
-def test_settings_of_a_group_overrule():
+def test_settings_of_a_group_overrule_those_of_the_call():
     params = make_params((2,), (3,), (4,), (5,))
     overrides = [{}, {"activate_gradients": False}, {"activate_gradients": {"kind": "log"}}]
     groups = [{"params": [param], **one} for param, one in zip(params, overrides, strict=False)]
@@ -243,7 +243,7 @@ def test_gradients_that_share_memory_are_activated_once(settings):
 
 
 @pytest.mark.parametrize("left_out", ["by its group", "by params"])
-def test_a_gradient_shared_with_a_parameter_that_is_left_out_stays_as_it_is_there(left_out):
+def test_a_gradient_shared_with_a_parameter_that_is_left_out_stays_unchanged_there(left_out):
     params, gradient = make_params((4,), (4,), (3, 2)), torch.randn(4)
     params[0].grad = params[1].grad = gradient.clone()
     # A parameter that is left out may have a sparse gradient.
@@ -329,7 +329,7 @@ def make_subclass(base):
 
 @pytest.fixture(params=["torch's", "ours"])
 def base(request):
-    """A new class, whose step torch has not wrapped: torch wraps that of each class once in a process."""
+    """A new class, whose step torch has not wrapped yet: torch wraps the step of a class once in a process."""
 
     class Base(torch.optim.SGD if request.param == "torch's" else optim.SGD):
         def __init__(self, params, lr=0.0):
@@ -345,7 +345,7 @@ def base(request):
 @pytest.mark.parametrize("parent_first", [False, True])
 def test_a_step_within_a_step_activates_once(base, parent_first, closure):
     params, own = make_params(), make_subclass(base)
-    # A class runs the hooks around its step once it has had an optimizer.
+    # The first instance of a class makes the class run hooks around its step.
     if parent_first:
         base(make_params())
     optimizer = own(params)
@@ -438,7 +438,7 @@ class Forwarding:
 
 
 class OwnHooks(torch.optim.Optimizer):
-    """Has dictionaries for hooks that nothing runs, because it skips torch's constructor."""
+    """Has dictionaries of hooks, but nothing runs the hooks, because the class skips torch's constructor."""
 
     def __new__(cls, inner):
         # A new class: torch's zero_grad wraps the step of the class.
@@ -631,7 +631,7 @@ def test_a_wrapper_around_an_optimizer_that_activates_itself_is_refused(kind):
 
 
 @pytest.mark.parametrize("by", ["hooks", "ours"])
-def test_activation_twice_is_noticed_at_the_step_where_it_could_not_be_before(by):
+def test_activation_twice_is_noticed_at_the_step_if_it_was_hidden_before(by):
     params = make_params()
     inner = still(params)
 
@@ -793,7 +793,7 @@ def test_a_scheduler_that_replaces_step_changes_nothing(wrap, inside):
     params = make_params()
     inner = still(params)
     optimizer = wrap(inner)
-    # The scheduler puts a step that counts into the instance.
+    # The scheduler assigns a step that counts its calls to the instance.
     scheduler = torch.optim.lr_scheduler.StepLR(inner if inside else optimizer, 5)
     lcw_ops.activate_gradients(optimizer)
     for _ in range(2):
@@ -863,7 +863,7 @@ def test_copies_act_on_their_own_parameters(copied, order):
     originals = [nn.Linear(3, 2), None, None]
     originals[1] = still(originals[0].parameters(), torch.optim.SGD)
     originals[2] = lcw_ops.activate_gradients(originals[1], "tanh", params=[originals[0].weight])
-    # The order decides which object is rebuilt first, and with it the others.
+    # The order decides which object is rebuilt first; the others are rebuilt with it.
     found = dict(zip(order, copied([originals[index] for index in order]), strict=True))
     model, optimizer, handle = (found[index] for index in range(3))
     assert type(optimizer) is torch.optim.SGD
@@ -937,7 +937,7 @@ def test_removing_leaves_the_optimizer_as_it_was():
     assert set(optimizer.__dict__) == before
 
 
-def test_remove_ends_it_for_a_shallow_copy_too():
+def test_remove_ends_the_activation_of_a_shallow_copy_too():
     params = make_params()
     optimizer = still(params)
     handle = lcw_ops.activate_gradients(optimizer)
@@ -952,7 +952,7 @@ def test_remove_ends_it_for_a_shallow_copy_too():
     lcw_ops.activate_gradients(twin)
 
 
-def test_hooks_of_another_process_do_not_take_its_place():
+def test_hooks_of_another_process_do_not_take_the_place_of_ours():
     optimizer = pickle.loads(pickle.dumps(_with_activation()))
     for _ in range(3):
         optimizer.register_step_pre_hook(lambda *_: None)
@@ -1451,7 +1451,7 @@ def test_modules_that_convert_in_a_way_of_their_own(make, conversion):
 
 
 @with_conversions()
-def test_tied_parameters_stay_once_through_conversions(conversion):
+def test_tied_parameters_are_activated_once_after_conversions(conversion):
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight = module[0].weight
     lcw_ops.register_gradient_hook(module)
@@ -1563,7 +1563,7 @@ def test_parameters_of_a_functional_call_are_left_alone():
     assert torch.equal(other.weight.grad, x.sum(0).expand(2, 2))
 
 
-def test_no_hook_keeps_a_module():
+def test_no_hook_keeps_a_module_alive():
     module = nn.Sequential(nn.Linear(2, 2))
     handle = lcw_ops.register_gradient_hook(module)
     alive = weakref.ref(module[0])

@@ -1,6 +1,8 @@
 """GmP directions against the definition, the metric of the sphere, and finite differences, at the poles too.
 
-W. Chen, H. Ge, NeurIPS 2024. Float64 tolerances count roundings; random angles come from seeded Gaussian rows.
+W. Chen, H. Ge, NeurIPS 2024. A unit of m inputs has the angles t_1 .. t_(m-1) and the direction u, with
+P_k = sin t_1 ... sin t_(k-1), u_k = P_k cos t_k and u_m = P_m. Tolerances in float64 count roundings. Random angles are
+those of seeded Gaussian rows.
 """
 
 import itertools
@@ -52,7 +54,7 @@ def test_direction_is_the_definition(m):
 @pytest.mark.parametrize("m", [1, 2, 3, 1152])
 def test_directions_have_length_1(m):
     length = hypersphere_direction(hypersphere_angles(normal(20, m))).norm(dim=1)
-    # m relative errors of about eps in squares that sum to 1.
+    # The m squares sum to 1, and each has a relative error of about eps.
     torch.testing.assert_close(length, torch.ones(20, dtype=torch.float64), atol=math.sqrt(m) * 2 * EPS, rtol=0)
 
 
@@ -121,8 +123,8 @@ def test_a_sign_step_rotates_by_lr_times_root_of_half_the_fan_in():
     t = hypersphere_angles(normal(rows, m))
     step = lr * normal(rows, m - 1, seed=1).sign()
     turn = angles_between(hypersphere_direction(t), hypersphere_direction(t + step)) / lr
-    # E turn^2 = sum_k E P_k^2 = sum_k (m-k+1)/m = (m^2+m-2)/(2m) for uniform rows; a row's P_k^2 moves as one, with a
-    # relative deviation below sqrt(2/m), so 5 standard errors of the mean over the rows are below 2.5 %.
+    # For uniform rows, E turn^2 = sum_k E P_k^2 = sum_k (m-k+1)/m = (m^2+m-2)/(2m). A row's P_k^2 deviate together, by
+    # less than sqrt(2/m) of their size, so 5 standard errors of the mean over the rows are below 2.5 %.
     assert abs(turn.square().mean() / ((m * m + m - 2) / (2 * m)) - 1) < 5 * math.sqrt(2 / m / rows)
 
 
@@ -130,7 +132,7 @@ def test_uniform_iid_angles_shrink_the_last_component_like_powers_of_two():
     m, rows = 64, 2000
     t = 2 * math.pi * torch.rand(rows, m - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     log_last = hypersphere_direction(t)[:, -1].abs().log()
-    # E ln|sin t| = -ln 2 with variance pi^2 / 12, independently m - 1 times.
+    # ln|u_m| is a sum of m - 1 independent ln|sin t|, each of mean -ln 2 and variance pi^2 / 12.
     standard_error = math.pi / math.sqrt(12) * math.sqrt((m - 1) / rows)
     assert abs(log_last.mean() + (m - 1) * math.log(2)) < 5 * standard_error
 
@@ -155,7 +157,7 @@ def test_backward_recurrence_is_the_vector_jacobian_product(m):
     t = hypersphere_angles(normal(6, m)).requires_grad_()
     g = normal(6, m, seed=1)
     (autograd,) = torch.autograd.grad((hypersphere_direction(t) * g).sum(), t)
-    # Measured: 9e-16. T_1 = <g, u> is about 1, and the sums, about sqrt(m), have log2(m) roundings.
+    # Measured: 9e-16. The recurrence ends with <g, u>, about 1; its sums, of about sqrt(m), have log2(m) roundings.
     torch.testing.assert_close(hypersphere_direction_backward(g, t), autograd, atol=32 * EPS, rtol=0)
 
 

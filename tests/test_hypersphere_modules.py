@@ -43,7 +43,7 @@ def gmp(x, angles, radius, location, activation, multiply):
 
 
 def gmp_as_plain(x, angles, radius, location, activation, multiply):
-    """The same without activation: the plain layer of weight r u and bias r lambda."""
+    """The definition without activation: the plain layer of weight radius * u and bias radius * location."""
     return multiply(x, radius[:, None] * reference.hypersphere_direction(angles), radius * location)
 
 
@@ -281,7 +281,7 @@ def test_relus_of_one_input_fire_to_both_sides():
             # 800 fair coins: five standard errors.
             assert (made.sign < 0).double().mean().item() == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 800))
             assert (made.radius > 0).all()
-    # Every boundary starts at 0, and then lies at -location * u.
+    # A boundary lies at -location * u. The initial location is 0.
     x = torch.tensor([[-1.0], [1.0]])
     assert torch.equal(layer(x) > 0, x * layer.sign > 0)
     torch.nn.init.normal_(layer.location)
@@ -414,7 +414,7 @@ def test_gradients_of_every_sample():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_ensemble_by_vmap_and_never_stale(training):
+def test_an_ensemble_by_vmap_is_never_stale(training):
     for layer, x in layers():
         layer.train(training)
         stacked = {name: torch.randn(3, *p.shape) for name, p in layer.named_parameters()}
@@ -483,7 +483,7 @@ def test_a_trained_convolution_keeps_its_function(rank, options):
     x = torch.randn(2, 4, *(9, 8, 7)[:rank], dtype=torch.float64)
     expected = plain(x)
     fan_in = plain.weight[0].numel()
-    # Weights and biases below 1, inputs below 5; every row is off by 32 sqrt(m) of its length at most.
+    # Weights and biases are below 1, inputs below 5. Every row is off by at most 32 sqrt(m) eps of its length.
     tolerance = 2 * 32 * fan_in * 5 * EPS
     layer = GMP_CONVS[rank - 1].from_conv(plain)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=tolerance)
@@ -571,7 +571,7 @@ class Doubled(torch.nn.Module):
 
 
 def test_the_weight_that_a_layer_applies_is_converted():
-    """The weight is converted after its constraint or parametrization, not as it is trained."""
+    """The converted weight is the result of the constraint or parametrization, not the trained parameter."""
     x = torch.randn(5, 6, dtype=torch.float64)
     constrained = [nn.LCWLinear(6, 5, basis=basis, dtype=torch.float64) for basis in (False, True)]
     parametrized = torch.nn.Linear(6, 5, dtype=torch.float64)
@@ -607,7 +607,7 @@ def test_conversion_keeps_mode_dtype_and_frozen_parameters():
 
 
 def test_the_plain_weight_of_a_trained_gmp_layer():
-    """effective_weight and radius * location give the plain layer again; without activation, for any radius."""
+    """A plain layer of weight effective_weight and bias radius * location is the same; with ReLU, if all radii >= 0."""
     for layer, x in layers(dtype=torch.float64)[:6]:
         if layer.activation == "relu":
             layer.radius.data.abs_()
@@ -629,7 +629,7 @@ def test_layers_are_copied_and_come_back(how, used, tmp_path):
     for (layer, x), (other, _) in zip(layers(), layers(), strict=True):
         layer.eval()
         if used:
-            # The layer keeps its weight now.
+            # From now on the layer keeps its derived weight.
             with torch.inference_mode():
                 layer(x)
         if how == "state dict":
@@ -656,7 +656,7 @@ def test_without_bias_the_state_dict_has_the_same_keys():
         with_bias, without = kind(), kind(bias=False)
         assert list(with_bias.state_dict()) == list(without.state_dict())
         assert [name for name, _ in without.named_parameters()] == ["angles", "radius"]
-        # Even this does not make the bias trainable.
+        # requires_grad_ does not make the bias trainable either.
         without.requires_grad_(True)
         assert not without.location.requires_grad
 
@@ -665,12 +665,12 @@ def test_without_bias_the_state_dict_has_the_same_keys():
 def test_layers_take_on_another_dtype(dtype):
     for layer, x in layers():
         moved = copy.deepcopy(layer).to(dtype)
-        # The moved layer is the layer of the rounded parameters.
+        # The moved layer has rounded parameters, and is judged with them.
         exact = copy.deepcopy(moved).double()(x.to(dtype).double())
         output = moved(x.to(dtype))
         assert output.dtype == dtype
-        # In 16 bits direction, radius times it, bias, pre-activation and output are rounded by half an ulp each. The
-        # sums of 37 numbers in float32 add little. In float64 only the order of those sums differs.
+        # In 16 bits, direction, radius times direction, bias, pre-activation and output are rounded by half an ulp
+        # each, beside sums of 37 numbers in float32. In float64 only the order of the sums differs.
         roundings = 2 * 37 if dtype == torch.float64 else 5 / 2 * (1 + 2**-6)
         assert_within(moved, x.to(dtype), output, exact, roundings, torch.finfo(dtype).eps)
 
@@ -700,7 +700,10 @@ def test_skip_init():
 
 
 def test_initial_units_follow_the_law_of_the_authors():
-    """W ~ U(+-b), b^2 = 6 / (m + n): E ||w||^2 = m b^2 / 3 = 2 m / (m + n); every sign of u, and location 0."""
+    """Weights are uniform in +-b, b^2 = 6 / (m + n) for m inputs and n units, so E ||w||^2 = m b^2 / 3 = 2 m / (m + n).
+
+    The components of u have both signs, and the location is 0.
+    """
     for layer in (
         nn.GmPLinear(500, 800),
         nn.GmPConv1d(50, 800, 10),
@@ -722,7 +725,7 @@ def test_initial_units_follow_the_law_of_the_authors():
             assert not torch.equal(layer.angles, before)
 
 
-def test_initialisers_of_plain_layers_skip_these():
+def test_initialisers_of_plain_layers_skip_gmp_and_weight_norm():
     """An initialiser of nn.Linear or nn.ConvNd weights would not draw the weights that these layers apply."""
     model = torch.nn.Sequential(*(layer for layer, _ in layers()))
     before = copy.deepcopy(model.state_dict())
@@ -837,7 +840,7 @@ def test_inference_gives_the_result_of_training():
 
 @pytest.fixture
 def computations(monkeypatch):
-    """The shape of every parameter that directions or normalised rows are computed from."""
+    """A list of shapes: those of the parameters from which directions or normalised rows are computed."""
     shapes = []
 
     def counted(compute, first, *others):
@@ -850,7 +853,7 @@ def computations(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_an_unchanged_parameter_is_not_computed_again(mode, computations):
+def test_nothing_is_computed_again_from_an_unchanged_parameter(mode, computations):
     for layer, x in layers():
         layer.eval()
         computations.clear()
@@ -1041,7 +1044,10 @@ def test_shared_and_frozen_parameters():
 
 @pytest.mark.parametrize("fan_in", [2, 16, 300])
 def test_a_step_of_adam_moves_angles_by_lr_over_sqrt_of_the_fan_in(fan_in):
-    """Adam's first step is lr g / (|g| + 1e-8) for every element. So a unit turns by less than lr at every fan-in."""
+    """Adam's first step is rate g / (|g| + 1e-8) for every element g of a gradient.
+
+    The angles' rate is lr / sqrt(fan_in), so a unit turns by less than lr at every fan-in.
+    """
     lr = 0.05
     layer = nn.GmPLinear(fan_in, 20, dtype=torch.float64)
     optimizer = torch.optim.Adam(nn.gmp_parameter_groups(layer, lr))
@@ -1059,7 +1065,7 @@ def test_a_step_of_adam_moves_angles_by_lr_over_sqrt_of_the_fan_in(fan_in):
 
 
 def test_decoupled_decay_is_that_of_the_plain_layer():
-    """AdamW's decay w <- (1 - lr wd) w, b <- (1 - lr wd) b acts on the radius alone: w = r u, b = r lambda."""
+    """AdamW's decay, w <- (1 - lr wd) w and b <- (1 - lr wd) b, is one of the radius r: w = r u and b = r location."""
     plain = torch.nn.Linear(6, 5, dtype=torch.float64)
     layer = nn.GmPLinear.from_linear(plain)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.3)

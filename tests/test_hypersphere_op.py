@@ -3,7 +3,8 @@
 The rule of all backends holds: the error against the exact result is at most twice that of plain eager torch in the
 same dtype, plus one ulp of the result's scale. The exact result comes from the formulas in numpy: in float64, and for
 float64 in its 80-bit long double. Results of few numbers are judged over several draws, to leave less to luck. Angles
-are those of Gaussian rows, uniform on the sphere, unless a test says otherwise.
+are those of Gaussian rows, uniform on the sphere, unless a test says otherwise. M samples meet n units of m inputs; up
+to FUSED samples, a layer makes its weight inside the product.
 """
 
 import itertools
@@ -91,8 +92,8 @@ def test_layers(dtype, layer, every_multiplier):
     for n, m, rows in cases:
         if rows not in for_multiplier(every_multiplier, ROWS):
             continue
-        # Without samples there is nothing to judge. The worst element of one product may be three times that of
-        # another. In float64 no sum has more digits than the result, so more is left to luck.
+        # Without samples there is nothing to judge. The worst error of one product may be three times that of another,
+        # so several are judged together. In float64 no sum has more digits than the result: more is left to luck.
         draws = (6 + count_draws(min(n, m))) * (2 if dtype == torch.float64 and n * m < 100 else 1) if rows else 1
         assert_op(f"M={rows}, n={n}, m={m}", layer, [layer.draw(n, m, dtype, rows) for _ in range(draws)])
 
@@ -169,7 +170,7 @@ def test_no_units_and_no_samples(layer):
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fan_in_1(dtype):
-    """Without angles the direction is 1; a normalised number is its sign, and does not depend on its size."""
+    """A unit of one input has no angles and the direction 1. Its normalised weight is the weight's sign."""
     assert torch.equal(F.hypersphere_direction(torch.empty(3, 0, dtype=dtype)), torch.ones(3, 1, dtype=dtype))
     weight, scale = torch.tensor([[-3.0], [0.7], [0.0], [1.1]], dtype=dtype), normal(4, dtype=dtype)
     assert torch.equal(F.normalize_scale(weight, scale), weight.sign() * scale[:, None])
@@ -177,7 +178,8 @@ def test_fan_in_1(dtype):
         arguments, grad_output = draw_weight_norm(4, 1, dtype, rows)
         arguments |= {"weight": weight, "scale": scale}
         result = evaluate(F.weight_norm_linear, arguments, grad_output)
-        # G - <G, v> v for v = +-1 leaves a rounding of <G, v>, over the smallest weight's length.
+        # The gradient (G - <G, v> v) / |w|, with v = w / |w| = +-1 and G the gradient of v, is 0 but for a rounding of
+        # <G, v>. The smallest |w| is 0.7.
         size = (grad_output.double().T @ arguments["x"].double()).abs().max() * scale.abs().max() / 0.7
         assert result["weight"].double().abs().max() <= torch.finfo(dtype).eps * size
 
@@ -245,7 +247,7 @@ def test_expanded_rows(op):
         assert torch.equal(tensor, expected[name].expand_as(tensor)), name
 
 
-# The contract's table has the other functions.
+# tests/test_contract.py checks the other functions.
 @pytest.mark.parametrize("layer", ["gmp relu", "weight norm without bias"])
 def test_arguments_are_left_as_they_were(layer):
     arguments, grad_output = LAYERS[layer].draw(8, 6, torch.float32, 5)
@@ -291,14 +293,14 @@ def test_any_call(rows, n, m, layer, dtype, layout, seed):
             hostile_layouts(grad_output)[layout],
         )
 
-    # Where both sides multiply by one matmul, the worst element of one product may be three times that of another.
+    # If ours and eager both use torch's matmul, the worst error of one product may be three times that of another.
     draws = 3 + count_draws(min(n, m)) if rows else 1
     op = LAYERS[layer]
     assert_op("any call", op, [op.draw(n, m, dtype, rows) for _ in range(draws)], given)
 
 
 def test_same_bits_twice_under_load():
-    """Other threads compute products meanwhile, for every number of threads."""
+    """The bits are the same for every number of threads, also while another thread computes products."""
     calls = [(op, op.draw(96, 300, torch.float32, rows)) for op in LAYERS.values() for rows in (20, 100)]
     calls += [(op, op.draw(300, 300, torch.float32)) for op in ROW_OPS.values()]
     busy = threading.Event()
@@ -372,7 +374,7 @@ def test_without_gradients_nothing_is_saved(mode, op):
 
 
 def test_what_is_kept_for_backward():
-    """For few samples, only (M, n) numbers besides the arguments are kept, and none of the weight's size."""
+    """For few samples M, a layer of n units keeps M n numbers beside its arguments, and none of the weight's size."""
     n, m = 64, 100
     for rows, direction in ((FUSED, 0), (FUSED + 1, n * m)):
         for name in ("gmp", "gmp relu"):
@@ -409,7 +411,7 @@ WORST = {torch.float32: 16367173.0 * 2.0**72, torch.float64: 6381956970095103.0 
 
 
 def sine_and_cosine(angles):
-    """u = (cos t, sin t) of units with two inputs."""
+    """The sines and cosines of the angles t: the direction of a unit with two inputs is (cos t, sin t)."""
     direction = F.hypersphere_direction(torch.from_numpy(angles)[:, None])
     return direction[:, 1].numpy(), direction[:, 0].numpy()
 
@@ -447,7 +449,8 @@ def angles_beyond(dtype):
     return np.concatenate([angles, -angles])
 
 
-# Up to a million, the bounds of csrc/cpu/sincos.h. Beyond, libm's: at WORST its float64 cosine is off by 8.
+# In ulp. Up to a million, the bounds of csrc/cpu/sincos.h. Beyond, those of libm, whose float64 cosine is off by 8 at
+# WORST.
 ULPS = {"up to a million": {torch.float32: 2, torch.float64: 2.5}, "beyond": {torch.float32: 2, torch.float64: 8}}
 
 
@@ -464,7 +467,7 @@ def test_sines(dtype, span):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sines_have_the_same_bits_everywhere_in_a_row(dtype):
-    """pi / 2 in any of these dtypes has the sine 1, so only the other angle decides."""
+    """All angles of a row but one are pi / 2. In float32 and float64 their sine is 1, so only the one angle decides."""
     angles = torch.cat([normal(50, dtype=dtype), 1000 * normal(50, dtype=dtype), normal(50, dtype=dtype) / 1000])
     expected = F.hypersphere_direction(angles[:, None])
     for width in (3, 8, 19, 40):
@@ -563,12 +566,12 @@ def test_nan_and_infinity_stay_in_their_row(layer, bad):
             assert torch.equal(result["output"][:, units], clean["output"][:, units]), name
             for other in of_unit & set(arguments):
                 assert torch.equal(result[other][units], clean[other][units]), (name, other)
-        # The entry belongs to a sample for which the unit fires.
         result = spoilt("grad_output", (3, 4))
         assert torch.equal(result["output"], clean["output"])
         assert torch.equal(result["x"][samples], clean["x"][samples])
         for other in of_unit & set(arguments):
             assert torch.equal(result[other][units], clean[other][units]), other
+        # With relu the entry may have no effect, because the unit may not fire for this sample.
         if layer is not LAYERS["gmp relu"]:
             assert not result["x"][3].isfinite().any()
             for other in of_unit & set(arguments):
@@ -619,7 +622,10 @@ POLES = torch.tensor(
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_derivatives_at_the_poles(dtype):
-    """Zeros follow an exact zero of the sine exactly. Rounded multiples of pi are not poles, but nearly so."""
+    """After an angle of 0, whose sine is 0, components and derivatives are exactly 0.
+
+    Rounded multiples of pi are not poles, but near to them.
+    """
     needs_more_digits(dtype)
     nearly = torch.tensor([[math.pi, 1.0, -math.pi, 0.5], [2 * math.pi, math.pi, 0.3, 3 * math.pi]]).double()
     t = torch.cat([POLES, nearly, nearly * torch.tensor([1.0, 0, 1, 0])]).to(dtype)
@@ -715,7 +721,7 @@ def test_rows_of_any_length(op, dtype):
             arguments, grad_output = OPS[op].draw(30, 23, dtype, rows)
             arguments["weight"] = (entries * min(length, 1e306)).to(dtype)
             assert arguments["weight"].isfinite().all()
-            # Gradients are as large as lengths are small.
+            # The shorter a row, the larger the gradient of its weight.
             if length < 1:
                 grad_output = grad_output * max(length, torch.finfo(dtype).smallest_normal)
             result, eager = (evaluate(f, arguments, grad_output) for f in (OPS[op].ours, OPS[op].plain))
@@ -787,7 +793,7 @@ def test_a_step_of_the_angles_turns_the_direction_by_no_more(m, size):
 # ---- Autograd, vmap, compile, and autocast --------------------------------------------------------------------------
 
 EPS = torch.finfo(torch.float64).eps
-# Sums of at most 80 products below 20, with third derivatives below 100 and as many roundings, in two ways.
+# Two ways to compute sums of at most 80 products below 20, with third derivatives below 100 and as many roundings.
 CLOSE = {"rtol": 1e-12, "atol": 2 * 80 * 20 * EPS}
 
 
@@ -1039,7 +1045,8 @@ def test_autocast_makes_the_weight_in_float32(narrow, layer):
         grad_output = grad_output.to(narrow)
         with torch.autocast("cpu", narrow):
             actual = evaluate(layer.ours, arguments, grad_output)
-            # Samples come from autocast's products and parameters are float32; then parameters have two dtypes.
+            # The samples have 16 bits, as an earlier layer returns them under autocast, and the parameters 32. Then
+            # one of the parameters has 16 bits too.
             mixed = layer.ours(**{**arguments, "x": arguments["x"].to(narrow)})
             for name in {"bias", "location"} & set(arguments):
                 assert layer.ours(**{**arguments, name: arguments[name].to(narrow)}).dtype == narrow
@@ -1058,7 +1065,7 @@ def test_autocast_makes_the_weight_in_float32(narrow, layer):
             assert_by_the_rule(name, [actual[name].to(narrow)], [eager[name].to(narrow)], [expected])
 
 
-def test_autocast_keeps_directions_and_normalised_rows_in_their_own_digits():
+def test_autocast_keeps_the_precision_of_directions_and_normalised_rows():
     for op in ROW_OPS.values():
         arguments, grad_output = op.draw(5, 6, torch.float32)
         expected = evaluate(op.ours, arguments, grad_output)
@@ -1070,7 +1077,7 @@ def test_autocast_keeps_directions_and_normalised_rows_in_their_own_digits():
 
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_backward_under_autocast_is_in_the_digits_of_forward(layer):
+def test_backward_under_autocast_has_the_precision_of_forward(layer):
     for rows in (4, FUSED + 8):
         arguments, grad_output = layer.draw(30, 20, torch.float32, rows)
         expected = evaluate(layer.ours, arguments, grad_output)
@@ -1118,7 +1125,7 @@ def weight_norm(x=(2, 4), weight=(3, 4), scale=(3,), bias=(3,), **dtypes):
 
 
 def ones(shapes, dtypes):
-    """``dtypes``: by "x_dtype" and the like."""
+    """Tensors of ones by name; ``dtypes`` has keys like "x_dtype"."""
     return {name: ONES(shape, dtype=dtypes.get(f"{name}_dtype", torch.float32)) for name, shape in shapes.items()}
 
 
@@ -1191,14 +1198,14 @@ def test_shapes_that_do_not_fit(call, words):
         (lambda: weight_norm(bias_dtype=torch.float16), "bias is torch.float16; expected torch.float32"),
     ],
 )
-def test_no_numbers_of_this_kind(call, words):
+def test_wrong_types_and_dtypes(call, words):
     with pytest.raises(TypeError, match=words):
         call()
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_sparse_and_nested_tensors_and_other_devices(op):
-    """A fake kernel would return memory that was never written."""
+    """Such tensors are refused: a fake kernel would return memory that was never written."""
     arguments, _ = OPS[op].draw(3, 4, torch.float32, 5)
     nested = torch.nested.nested_tensor([ONES(2, 4), ONES(1, 4)], layout=torch.jagged)
     for name, tensor in arguments.items():
@@ -1234,7 +1241,7 @@ def test_meta_tensors_have_shapes_only(op):
 
 
 def raw_calls():
-    """Every op's name, tensors by name, and options, all of them valid."""
+    """Yield every op's name, its tensors by name and its options, all of them valid."""
     x, angles, per_unit = ONES(5, 4), ONES(3, 3), ONES(3)
     for many in (False, True):
         kept = {"activated": ONES(5, 3), "direction": ONES(3, 4) if many else ONES(0)}
@@ -1421,7 +1428,7 @@ def test_no_gradient_is_a_view():
 
 
 def test_angles_get_the_same_gradient_in_the_rows_memory():
-    """Beyond few samples the gradient overwrites that of the rows, on threads that pass each other."""
+    """With more samples the angles' gradient overwrites the rows' gradient, by threads that overtake each other."""
     for n, m in [(1, 64), (2, 64), (7, 64), (300, 64), (1000, 65), (50, 300)]:
         arguments, grad_output = draw_gmp(n, m, torch.float32, FUSED + 8)
         x, angles, radius, location = arguments.values()
@@ -1432,7 +1439,7 @@ def test_angles_get_the_same_gradient_in_the_rows_memory():
                 _, grad_angles, _, _ = torch.ops.lcw_ops.gmp_linear_backward.cpp(
                     grad_output, x, angles, radius, activated, direction, *rest
                 )
-            # The op makes dz in the same way, so that only the recurrence can differ.
+            # The op computes the rows' gradient in the same way, so that only the recurrence can differ.
             grad_rows = (radius * grad_output).T @ x
             expected = torch.ops.lcw_ops.hypersphere_direction_backward.cpp(grad_rows, angles)
             # The products may be added in another order.

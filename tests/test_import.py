@@ -25,11 +25,11 @@ PUBLIC = sorted(lcw_ops.__all__)
 
 
 def run(code, *options):
-    """Run code in a fresh interpreter, where a warning of ours is an error. The code prints JSON last."""
+    """Run code in a fresh interpreter, where our warnings are errors. The code's last line of output is JSON."""
     command = [sys.executable, "-W", "error::RuntimeWarning", *options, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    # Inside an import, such an error becomes a line on stderr.
+    # Inside an import, such a warning becomes a line on stderr instead of an error.
     assert "lcw_ops: not ready" not in result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -87,7 +87,7 @@ def test_the_ops_are_registered_once_torch_is_imported(imports):
 
 
 def test_every_way_to_a_part_of_the_package(tmp_path):
-    """Attribute, star, reload, pickle in a spawned process, help: in one fresh interpreter."""
+    """The ways are attributes, `import *`, a reload, a pickle in a spawned process and help(), in one interpreter."""
     script = tmp_path / "user.py"
     script.write_text(
         "import importlib, json, multiprocessing, pickle, pydoc\n"
@@ -165,7 +165,7 @@ print(json.dumps([failures, str(torch.ops.lcw_ops.lcw_linear.cpp), counted]))
 @pytest.mark.parametrize(
     ("use", "once"),
     [
-        # The second thread holds the module and waits for torch when the first one wants the module.
+        # The second thread holds the module's import lock and waits for torch when the first one wants this lock.
         ("lcw_ops.use_backend", "torch"),
         ("import lcw_ops.reference", "torch"),
         ("import lcw_ops._torch", "torch"),
@@ -381,7 +381,7 @@ def test_modules_that_have_moved_import_under_their_old_names():
 
 @pytest.mark.parametrize("old", [*MOVED, *OLD_PACKAGES])
 def test_tools_find_the_old_name_of_a_module(old):
-    """Import hooks would be invisible to them: an old name is a file, which names everything that the module has."""
+    """Tools do not see import hooks. So an old name is a file, which imports everything from the new module."""
     spec = importlib.util.find_spec(old)
     assert (ROOT / spec.origin).is_file()
     if old not in MOVED:
@@ -393,7 +393,7 @@ def test_tools_find_the_old_name_of_a_module(old):
 
 
 def test_old_modules_are_attributes_of_their_package():
-    """Importing the package was enough for these."""
+    """Before the move, `import lcw_ops` was enough to use these modules."""
     names = [
         "lcw_ops.ops._backends",
         "lcw_ops.ops._library",

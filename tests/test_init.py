@@ -1,4 +1,4 @@
-"""Initialisers: the constants of the LCW table, 100 sigmoid layers, LPS over whole models, and GmP's law of weights.
+"""Initialisers: the constants of LCW, 100 sigmoid layers, LPS over whole models, and GmP's distribution of weights.
 
 Statistical tests are seeded and allow 5 stated standard errors.
 """
@@ -14,7 +14,7 @@ from lcw_ops import init
 from lcw_ops.reference import gaussian_expectation, hypersphere_direction, lcw_weight
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# m times the variance of a weight, by activation and by standard deviation of the pre-activations.
+# m sv^2 by activation and std of the pre-activations, for fan-in m and weights of variance sv^2.
 LCW_CONSTANTS = [
     ("sigmoid", 0.1, 16.08),
     ("sigmoid", 0.5, 17.91),
@@ -42,14 +42,14 @@ def empty(*shape, dtype=torch.float64):
 
 
 def check_variance(sample, expected, known_digits=0.0):
-    """Assert on the mean square of a normal sample: within 5 standard errors sqrt(2 / count), and the digits given."""
+    """The mean square of a normal sample is within 5 standard errors sqrt(2 / count), plus the constant's rounding."""
     relative = sample.double().square().mean().item() / expected - 1
     assert abs(relative) < 5 * math.sqrt(2 / sample.numel()) + known_digits
 
 
 @pytest.mark.parametrize(("activation", "std", "constant"), LCW_CONSTANTS)
 @pytest.mark.parametrize("basis", [False, True])
-def test_lcw_draws_with_the_listed_variance(activation, std, constant, basis):
+def test_lcw_draws_with_the_derived_variance(activation, std, constant, basis):
     m = 50
     weight = init.lcw_(empty(4000, m - basis), activation, std, basis, generator())
     check_variance(weight, constant / m, known_digits=0.5e-2 / constant)
@@ -73,11 +73,11 @@ def test_lcw_keeps_the_spread_of_the_pre_activations(activation, basis):
 
 
 @pytest.mark.parametrize(("std", "lcw", "plain"), [(1, 1.034, 0.153), (0.5, 1.004, 0.053), (2, 1.178, 0.333)])
-def test_the_backward_factor_of_sigmoid_layers_is_as_listed(std, lcw, plain):
+def test_the_backward_factor_of_sigmoid_layers_is_the_derived_one(std, lcw, plain):
     variance_of_lcw = init.lcw_(empty(1000, 1000), "sigmoid", std, generator=generator()).square().mean().item()
     slope = gaussian_expectation(lambda z: ((std * z).sigmoid() * (1 - (std * z).sigmoid())).square())
     second_moment = gaussian_expectation(lambda z: (std * z).sigmoid().square())
-    # 5 standard errors of a million draws are 0.7 %. The listed factors have three digits.
+    # A million draws: 5 standard errors are 0.7 %. The expected factors have three decimals.
     assert 1000 * variance_of_lcw * slope == pytest.approx(lcw, rel=0.008, abs=0.5e-3)
     assert std**2 / second_moment * slope == pytest.approx(plain, abs=0.5e-3)
 
@@ -99,11 +99,11 @@ def log10_gradient_variance_ratio(weights, seed):
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        # Infinite width: 99 factors 1.0336.
+        # The factors of 99 layers of infinite width. f is the sigmoid and Z is standard normal.
         ("lcw", 99 * math.log10(1.0336)),
-        # 99 factors 0.15283.
         ("plain", 99 * math.log10(0.15283)),
-        # m sw^2 = 1: the variance of z settles at v = E f(sqrt(v) Z)^2 = 0.26469, the factor at E f'(sqrt(v) Z)^2.
+        # For weights of variance 1 / m, the variance of z settles at v = E f(sqrt(v) Z)^2 = 0.26469, and a layer's
+        # factor at E f'(sqrt(v) Z)^2.
         ("unit", 99 * math.log10(0.055721)),
     ],
 )
@@ -140,7 +140,7 @@ def test_degree_none_uses_the_activation_itself():
 def test_a_layer_without_bias_has_unit_second_moment_too(rule):
     weight, bias = init.lps_(empty(20_000, 8), None, None, rule, generator=generator())
     assert bias is None
-    # E z^2 = q ||w||^2 with q = 1: a mean of 20,000 chi-squares, heavy ones for the second rule, normalised by layer.
+    # E z^2 = q ||w||^2 with q = 1. Over 20,000 units this is a mean of chi-squares; heavy_tail scales the mean to 1.
     assert weight.square().sum(1).mean().item() == pytest.approx(1, rel=5 * math.sqrt(2 / 8 / 20_000))
 
 

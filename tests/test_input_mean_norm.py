@@ -215,5 +215,5 @@ def test_errors(call, error, words):
 
 
 def test_the_layer_keeps_its_old_address():
-    """Pickles name it by lcw_ops.nn.hypersphere."""
+    """Older pickles name the layer as lcw_ops.nn.hypersphere.InputMeanNorm."""
     assert hypersphere.InputMeanNorm is nn.InputMeanNorm

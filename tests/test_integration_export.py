@@ -49,7 +49,7 @@ def _quiet():
 
 
 class Recurrence(torch.nn.Module):
-    """F.orthogonal_filter; every floating-point argument but the filter and h0 is a parameter."""
+    """F.orthogonal_filter as a module: the filter is a buffer, every other tensor but the input h0 a parameter."""
 
     def __init__(self, arguments: dict, **options) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ FORMS = {
 
 
 def convert(arguments: dict, dtype: torch.dtype) -> dict:
-    """Convert to ``dtype``; filter and scales to the state's dtype."""
+    """Convert the arguments to ``dtype``, but filter and scales to the state's dtype."""
     state = torch.promote_types(dtype, torch.float32)
 
     def to(name, argument):
@@ -200,8 +200,8 @@ def test_every_dtype_exports_with_a_state_in_float32_at_least(form, dtype):
         assert_as_exact_as_eager(name, actual[name], eager[name], exact[name])
 
 
-def test_gradients_do_not_depend_on_whether_the_first_state_requires_one():
-    """Before torch 2.13, scan drops what later steps pass back to earlier ones if the first state requires none."""
+def test_gradients_do_not_depend_on_whether_the_first_state_requires_a_gradient():
+    """Before torch 2.13, scan drops the gradients that pass between steps if the first state requires no gradient."""
     module = nn.OrthogonalFilterMLP(3, WIDTH, 20, 2, dtype=torch.float64)
     module.input_layer.requires_grad_(False)
     x = double(ROWS, 3)
@@ -217,7 +217,7 @@ def test_gradients_do_not_depend_on_whether_the_first_state_requires_one():
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "filter": "permutation"}, {"bias": False}], ids=str)
 def test_an_rnn_exports_for_any_length_and_batch(options, strict):
     rnn = nn.OrthogonalFilterRNN(3, WIDTH, length=20, dtype=torch.float64, **options)
-    # The example has as many samples as units: sizes that are equal by chance must not become one.
+    # The example has as many samples as units: sizes that are equal by chance must not become one size.
     example, others = double(6, WIDTH, 3), (double(6, WIDTH, 3), double(9, 5, 3), double(30, 2, 3))
     program = torch.export.export(rnn, (example,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},), strict=strict)
     assert_plain(program, sizes_known=False)
@@ -448,7 +448,7 @@ def test_onnxruntime_gives_torchs_numbers(name, tmp_path):
             expected = module(x)
         results = run_onnx(tmp_path / "module.onnx", (x,))
         for actual, tensor in zip(results, expected if dims == 3 else (expected,), strict=True):
-            # First state and result are rounded; onnxruntime's tanh has float32's digits in float64 too.
+            # The first state and the result are rounded. onnxruntime's tanh has float32's precision in float64 too.
             digits = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
             scale = max(1.0, tensor.abs().max().item())
             torch.testing.assert_close(actual, tensor, rtol=0, atol=4 * digits * scale)
@@ -684,7 +684,8 @@ def test_a_dynamically_quantized_net_is_profiled():
     mlp, x = nn.OrthogonalFilterMLP(3, WIDTH, 10, 2).eval(), torch.randn(5, 3)
     quantized = torch.ao.quantization.quantize_dynamic(mlp, {torch.nn.Linear})
     plain, report = (lcw_ops.profile.profile(model, x, jacobian=False) for model in (mlp, quantized))
-    # The rows of the input and output layers come first and last. Quantized, they are not leaves. One layer has 8 bits.
+    # The plain net's first and last rows are its input and output layers. Quantized, these layers are not leaf modules
+    # and have no rows. The states of the quantized net depend on one layer of 8 bits.
     expected, actual = plain.columns["state_rms"][1:-1], report.columns["state_rms"]
     assert actual.shape == (10,)
     assert abs(actual - expected).max() <= 2**-7 * expected.max()
@@ -742,7 +743,7 @@ def test_the_profile_of_a_replaced_layer_uses_its_own_forward():
 
 
 def test_activated_gradients_are_traced_and_exported():
-    """A call that returns nothing would be dropped by torch.jit.trace: it records torch's own operators instead."""
+    """torch.jit.trace would drop a call that returns nothing, so it is given torch's own operators to record."""
 
     class Activated(torch.nn.Module):
         def forward(self, gradient):

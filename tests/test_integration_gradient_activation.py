@@ -1,7 +1,7 @@
 """Activated gradients in whole training loops: with GradScaler and clipping, under DDP and under FSDP2.
 
-Two processes on this machine (gloo) must train to the parameters of one, to rounding. Run as a script, this file is one
-of the processes.
+Two processes on this machine (gloo) must train to the same parameters as one process, up to rounding. Run as a script,
+this file is one of the processes.
 """
 
 import sys
@@ -37,7 +37,7 @@ OPTIMIZERS = {
 
 
 def make_model():
-    # 5 rows on 2 processes, and a last layer of one row: one process has no part of that layer's bias.
+    # The first layer has 5 rows for 2 processes, and the last layer 1: one process has no part of the last bias.
     generator = torch.Generator().manual_seed(7)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     with torch.no_grad():
@@ -65,7 +65,7 @@ def make_scaled(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_scaling_clipping_and_activation_in_that_order(name):
-    """The scaler equals the same steps by hand, without a scale. A step that overflows changes only the scale."""
+    """Steps with the scaler equal those by hand without a scale. A step that overflows changes only the scale."""
     model, optimizer = make_scaled(name)
     plain, by_hand = make_scaled(name)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=2)
@@ -179,7 +179,7 @@ def test_gradients_still_to_be_summed_over_processes_are_not_activated_one_by_on
 
 
 def test_an_optimizer_that_is_divided_among_processes_trains_to_the_parameters_of_one(trained):
-    """Its own step runs hooks, and so does that of the optimizer inside, which has one process's part."""
+    """Hooks run around ZeRO's step and around that of the optimizer inside, which has one process's parameters."""
     model = make_model()
     train(model, train_sgd(model.parameters()))
     for of_process in trained:

@@ -1,6 +1,7 @@
-"""LCW against the facts of its definition: zero row sums, an orthonormal basis, and the variances in closed form.
+"""LCW against the facts of its definition: zero row sums, an orthonormal basis, and variances forward and backward.
 
-T. Kutsuna, ECML PKDD 2019. Float64 tolerances are rounding counts; Monte-Carlo ones are 5 stated standard errors.
+A row of m weights is w = u - mean(u) (centred), or w = B v with m - 1 numbers v and the basis B. T. Kutsuna, ECML PKDD
+2019. Tolerances in float64 count roundings; those of random draws are 5 stated standard errors.
 """
 
 import math
@@ -38,7 +39,7 @@ def test_centred_rows_sum_to_zero_over_everything_but_dim_0(shape):
 def test_basis_rows_sum_to_zero_for_any_shape_and_shift(n, m, seed, shift):
     w = lcw_weight(normal(n, m - 1, seed=seed) + shift, basis=True)
     assert w.shape == (n, m)
-    # Each entry is rounded at the size of S / s <= sqrt(m) max|v|.
+    # Each entry is rounded at the size of sum(v) / sqrt(m), which is at most sqrt(m) max|v|.
     assert (w.sum(1).abs() <= m * EPS * math.sqrt(m) * (abs(shift) + 8)).all()
 
 
@@ -143,7 +144,7 @@ def test_both_forms_train_alike_under_sgd_but_not_under_adam(optimizer_class, op
     v = u @ lcw_basis(9)
     basis = train_50_steps(v, lambda v: lcw_weight(v, basis=True), optimizer_class, **options)
     difference = (centred - basis).abs().max()
-    # Each of 50 steps rounds weights of about 1 by eps: 7 eps in a random walk, 50 eps if all have one direction.
+    # 50 steps round weights of about 1 by eps each: by 7 eps in a random walk, by 50 eps if all have one direction.
     assert difference < 50 * EPS if equal else difference > 1e-2
 
 
@@ -191,7 +192,7 @@ def test_shift_angles_are_exact_near_0_and_pi():
 
 
 @pytest.mark.parametrize(("x", "w"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
-def test_the_angle_to_a_zero_vector_is_a_right_one(x, w):
+def test_the_angle_to_a_zero_vector_is_a_right_angle(x, w):
     assert activation_shift(torch.full((2, 3), x), torch.full((1, 3), w))[1].item() == pytest.approx(math.pi / 2)
 
 
@@ -218,7 +219,7 @@ def test_every_dtype_is_rounded_once_after_a_float32_sum(dtype, basis):
     w64 = lcw_weight(weight.double(), basis)
     exact = x.double() @ w64.T + bias.double()
     accumulate = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    # gamma_m bounds the sums (m roundings in the product, m in the row sum), half an ulp the final rounding.
+    # The sums have 2 m roundings (m in the product, m in the row sum). The final rounding adds half an ulp.
     size = x.double().abs() @ (w64.abs() + weight.double().abs().sum(1, keepdim=True) / m).T + bias.double().abs()
     bound = 2 * m * accumulate * size + torch.finfo(dtype).eps / 2 * exact.abs()
     assert y.dtype == dtype

@@ -1,4 +1,4 @@
-"""F.lcw_weight, F.lcw_linear and F.activation_shift on the compiled CPU kernels, and the fingerprint of weights.
+"""F.lcw_weight, F.lcw_linear and F.activation_shift on the compiled CPU kernels, and fingerprints of tensors.
 
 The rule of all backends holds: the error against the exact result is at most twice that of plain eager torch in the
 same dtype, plus one ulp of the result's scale. The exact result is in float64, or in numpy's 80-bit long double for
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("compiled_kernel", "one_thread")
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*NARROW, torch.float64]
 ROWS = [0, 1, 2, 7, 8, 33, 1000]
-# (n, m): one unit, one input, less than a vector, primes, a vector and its neighbours, whole vectors.
+# (n, m) for n units of m inputs: one unit, one input, less than a vector, primes, sizes around a vector, whole vectors.
 SMALL = [(1, 1), (1, 2), (2, 1), (7, 1), (3, 5), (13, 17), (31, 16), (64, 15), (5, 129)]
 LARGE = [(127, 257), (512, 256), (1024, 300), (256, 1024)]
 # Draws of a result are pooled until there are POOLED numbers, or MOST_DRAWS draws.
@@ -63,7 +63,7 @@ def plain_linear(x, weight, bias=None, basis=False):
 
 
 def exact_weight(weight, basis):
-    """B v, or u - mean(u); arrays of rows."""
+    """For arrays of rows: B v with the basis B, u - mean(u) without."""
     if basis:
         s, row_sum = np.sqrt(weight.dtype.type(weight.shape[1] + 1)), weight.sum(1, keepdims=True)
         return np.concatenate([weight - row_sum / (s * (s + 1)), -row_sum / s], axis=1)
@@ -71,7 +71,7 @@ def exact_weight(weight, basis):
 
 
 def exact_adjoint(rows, basis):
-    """B^T g, or g - mean(g)."""
+    """For arrays of rows: B^T g with the basis B, g - mean(g) without."""
     if basis:
         s = np.sqrt(rows.dtype.type(rows.shape[1]))
         return rows[:, :-1] - (rows[:, :-1].sum(1, keepdims=True) / (s * (s + 1)) + rows[:, -1:] / s)
@@ -124,12 +124,12 @@ def assert_linear(what, calls, basis, given=lambda arguments, grad_output: (argu
 
 
 def assert_linear_of_every_size(cases, dtype, basis, mean=0.0, more=1):
-    """``cases`` of a size (n, m), rows, and with or without a bias."""
+    """Each of the cases has a "size" (n, m), a number of "rows", and "bias", which is true or false."""
     needs_more_digits(dtype)
     for case in cases:
         (n, m), rows = case["size"], case["rows"]
         # The smallest results are the gradients of a few units or inputs. Without samples there is nothing to judge. In
-        # float64 no sum has more digits than the result, so more of the few numbers are left to luck.
+        # float64 no sum has more digits than the result, so more is left to luck.
         draws = more * count_draws(min(n, m)) * (3 if dtype == torch.float64 and n * m < 20 else 1) if rows else 1
         calls = [draw(rows, n, m, dtype, basis, with_bias=case["bias"], mean=mean) for _ in range(draws)]
         assert_linear(f"M={rows}, n={n}, m={m}, bias: {case['bias']}", calls, basis)
@@ -138,7 +138,7 @@ def assert_linear_of_every_size(cases, dtype, basis, mean=0.0, more=1):
 # ---- The result and every gradient ----------------------------------------------------------------------------------
 
 BIAS = [False, True]
-# Both sides of rows <= n.
+# Both sides of rows <= n: with fewer samples than units the constraint acts on x, otherwise on the weight.
 OF_LARGE_LAYERS = pairwise(size=LARGE, rows=[8, 600], bias=BIAS)
 
 
@@ -164,7 +164,7 @@ def test_large_layers(dtype, size, basis):
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("basis", [False, True])
 def test_large_layers_in_float64(basis):
-    # numpy multiplies long doubles without a library.
+    # The layers are small, because numpy multiplies long doubles slowly, without a library.
     sizes = [((37, 256), 2, True), ((37, 256), 33, False), ((37, 64), 300, True)]
     cases = [dict(zip(("size", "rows", "bias"), case, strict=True)) for case in sizes]
     assert_linear_of_every_size(cases, torch.float64, basis)
@@ -174,10 +174,10 @@ def test_large_layers_in_float64(basis):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_far_from_zero(dtype, basis):
-    """For inputs of 100 +- 1, the layer's purpose, the mean must not take the digits of the rest.
+    """LCW exists for inputs such as 100 +- 1: their mean must not cost the digits in which they differ.
 
-    A gradient of size 100 is rounded, then centred. The ulp that the rule adds is small compared with that error, and a
-    result has few such errors. So more draws are needed.
+    The weight's gradient is rounded at the size of 100, and then centred. An ulp of the centred gradient is small
+    beside these errors, and a result has few of them, so more draws are needed.
     """
     cases = pairwise(size=[(3, 5), (31, 64), (40, 257)], rows=[1, 8, 30, 100], bias=BIAS)
     assert_linear_of_every_size(cases, dtype, basis, mean=100.0, more=4)
@@ -198,7 +198,7 @@ def test_weights_far_from_zero_err_by_what_is_documented(rows, basis):
         mean = np.abs(exact_x).mean(1, keepdims=True)
         size = (np.abs(on_x) + mean) @ np.abs(exact_w).T
     else:
-        # The last entry of a basis row is a sum of m - 1, rounded with the others and relative to itself.
+        # The last entry of a row B v is a sum of m - 1 numbers, rounded like the others and relative to its own size.
         mean = np.abs(exact_w).mean(1, keepdims=True)
         size = np.abs(exact_x) @ (np.abs(on_weight) + mean).T
     error = np.abs(as_exact(F.lcw_linear(x, weight, basis=basis)) - exact_x @ on_weight.T)
@@ -252,7 +252,7 @@ def test_a_channels_last_weight_stays_one(shape, memory_format):
 
 
 def sums_allowed(weight, constrained, basis):
-    """The distance from 0 of a rounded row's sum: half an ulp of every entry, plus m times the shift's own."""
+    """How far a rounded row's sum may be from 0: half an ulp of every entry, plus m roundings of the shift (a mean)."""
     wide = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps / 2
     m, s = constrained.shape[1], math.sqrt(constrained.shape[1])
     shift = weight.double().sum(1).abs() / (s * (s + 1) if basis else m)
@@ -284,8 +284,8 @@ def test_a_constant_added_to_every_input_changes_nothing(basis):
     x = torch.randint(-512, 512, (80, m)) / 64
     weight, bias = normal(n, m - basis), normal(n)
     constrained = F.lcw_weight(weight, basis)
-    # The rows miss 0 by their rounding. With and without c, m products of size |x + c| |w| and their sum are rounded.
-    # If the constraint is on x, it rounds differences of size c.
+    # The sums of the rows miss 0 by rounding. With and without the constant c, m products of size |x + c| |w| and their
+    # sum are rounded. If the constraint acts on x, it rounds differences of size c.
     unit = torch.finfo(torch.float32).eps / 2
     products = (x.abs() + constant) @ constrained.abs().T + (8 + constant) * weight.abs().sum(1)
     slack = constant * sums_allowed(weight, constrained, basis) + 2 * (m + 2) * unit * products
@@ -353,7 +353,7 @@ def test_hostile_layouts(dtype, rows, basis):
                 assert name == "bias" or not everything[name].is_contiguous()
                 return everything, everything.pop("grad_output")
 
-            # A bias of 16 units is 16 numbers.
+            # The bias of 16 units has only 16 numbers, so it takes many draws.
             calls = [draw(rows, n, m, dtype, basis) for _ in range(MOST_DRAWS)]
             assert_linear(f"{name} {layout}", calls, basis, given)
 
@@ -449,7 +449,7 @@ def test_any_call(rows, n, m, basis, with_bias, dtype, layout, mean, seed):
             hostile_layouts(grad_output)[layout],
         )
 
-    # Where both sides multiply by one matmul, the worst element of one product may be three times that of another.
+    # If ours and eager both use torch's matmul, the worst error of one product may be three times that of another.
     draws = 3 + count_draws(min(n, m)) if rows else 1
     calls = [draw(rows, n, m, dtype, basis, with_bias, mean) for _ in range(draws)]
     assert_linear("any call", calls, basis, given)
@@ -574,7 +574,7 @@ def test_opcheck_of_the_layer(basis):
 
 
 def test_opcheck_of_the_fingerprint():
-    """The result is a number, so there is nothing to trace or to derive."""
+    """The result is a number, so there is nothing to trace or to differentiate."""
     torch.library.opcheck(torch.ops.lcw_ops.fingerprint.cpp, (normal(4, 6),), test_utils=("test_schema",))
 
 
@@ -665,7 +665,7 @@ def test_vmap_within_vmap_over_inner_dimensions(shape):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("n", [1, 6])
 def test_per_sample_gradients(n, basis):
-    """In vmap(grad) one sample is few samples, whatever the batch. Several per sample reach both sides of rows <= n."""
+    """In vmap(grad) a call has one sample, whatever the batch. Samples of three rows reach both sides of rows <= n."""
     weight, bias = normal(n, 7 - basis, dtype=torch.float64), normal(n, dtype=torch.float64)
 
     def loss(weight, bias, sample, linear):
@@ -717,7 +717,7 @@ def test_autocast_lays_the_constraint_on_the_float32_weight(narrow, rows, basis)
         actual, eager = (
             evaluate(function, arguments, grad_output, basis=basis) for function in (F.lcw_linear, plain_linear)
         )
-        # Samples come from autocast's products, and parameters are in float32.
+        # The samples have 16 bits, as an earlier layer returns them under autocast, and the parameters 32.
         mixed = F.lcw_linear(arguments["x"].to(narrow), arguments["weight"], arguments["bias"], basis)
     assert actual["output"].dtype == mixed.dtype == narrow
     assert all(actual[name].dtype == torch.float32 for name in arguments)
@@ -917,11 +917,11 @@ def test_no_product_reads_beyond_its_arguments(monkeypatch, flush, dtype):
 
 
 def test_the_number_is_the_same_on_every_instruction_set():
-    """The number is a constant, because files and other processes may hold the number of a tensor."""
+    """The fingerprint of given bytes is a constant, because files and other processes may hold it."""
     assert content.fingerprint(torch.arange(100_003, dtype=torch.int32)) == 0x7E11767DC59360FD
 
 
-# No bytes, less than a vector of lanes, and sizes around its 128 bytes and the blocks of 65,536.
+# The hash goes through vectors of 128 bytes in blocks of 65,536. No bytes, less than a vector, and sizes around both.
 BYTE_COUNTS = [0, 1, 7, 127, 128, 129, 65535, 65536, 65537, 200_001]
 
 
@@ -959,7 +959,7 @@ def test_every_byte_of_many_counts(count):
 
 
 def test_the_number_of_bytes_counts():
-    """Zeros fill up the last vector, so the number must depend on how many bytes there were."""
+    """Zeros fill up the last vector, so the fingerprint must depend on how many bytes there were."""
     found = {content.fingerprint(torch.zeros(count, dtype=torch.uint8)) for count in range(300)}
     found |= {content.fingerprint(torch.zeros(count, dtype=torch.uint8)) for count in BYTE_COUNTS if count >= 300}
     assert len(found) == 300 + sum(count >= 300 for count in BYTE_COUNTS)
@@ -978,7 +978,7 @@ EDITS = {
     "rows reversed": lambda w: w.flip(0),
     "rows rolled": lambda w: w.roll(1, 0),
     "columns rolled": lambda w: w.roll(1, 1),
-    # A vector of lanes is 32 floats, a block 16,384.
+    # A vector has 32 floats, one in each lane; a block has 16,384.
     "vectors rolled": lambda w: w.flatten().roll(32).view(w.shape),
     "blocks rolled": lambda w: w.flatten().roll(16384).view(w.shape),
     "two vectors swapped": lambda w: torch.cat([w.flatten()[32:64], w.flatten()[:32], w.flatten()[64:]]).view(w.shape),
@@ -1000,7 +1000,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (64, 96), (200, 257)], ids=str)
-def test_edits_of_the_whole_change_the_number(shape):
+def test_edits_of_the_whole_change_the_fingerprint(shape):
     weight = normal(*shape)
     found = {"as it was": content.fingerprint(weight)}
     contents = {"as it was": weight}
@@ -1016,7 +1016,7 @@ def test_edits_of_the_whole_change_the_number(shape):
     assert len(found) > 20
 
 
-def test_edits_of_two_words_change_the_number():
+def test_edits_of_two_words_change_the_fingerprint():
     """The pairs lie in one or two lanes and blocks. Each word changes by one bit, so that changes might cancel."""
     words = torch.randint(-(2**31), 2**31 - 1, (40_000,), dtype=torch.int32)
     found, edits = {content.fingerprint(words)}, 0
@@ -1033,7 +1033,7 @@ def test_edits_of_two_words_change_the_number():
     assert len(found) == 1 + edits
 
 
-def test_random_edits_change_the_number():
+def test_random_edits_change_the_fingerprint():
     data = random_bytes(5000)
     found = {content.fingerprint(data)}
     for _ in range(3000):
@@ -1044,8 +1044,8 @@ def test_random_edits_change_the_number():
 
 
 @pytest.mark.parametrize("count", [*BYTE_COUNTS, 1_000_003])
-def test_the_number_depends_on_the_bytes_only(count):
-    """Threads, address, and memory behind the last byte do not change the number."""
+def test_the_fingerprint_depends_on_the_bytes_only(count):
+    """Threads, address, and memory behind the last byte do not change the fingerprint."""
     data = random_bytes(count)
     expected = content.fingerprint(data)
     for thread_count in (1, 2, 3, 8):
@@ -1071,7 +1071,7 @@ def test_one_element_of_any_dtype_counts(dtype):
     assert content.fingerprint(zero) != content.fingerprint(-zero)
 
 
-def test_what_has_no_bytes_to_read_has_no_number():
+def test_a_tensor_without_bytes_to_read_has_no_fingerprint():
     class Labelled(torch.Tensor):
         pass
 
@@ -1100,7 +1100,7 @@ def test_activation_shift_is_not_rounded_by_autocast():
 
 @pytest.mark.parametrize("elsewhere", ["x", "weight", "bias"])
 def test_tensors_on_different_devices(elsewhere):
-    """A fake kernel would return memory that was never written."""
+    """Such tensors are refused: a fake kernel would return memory that was never written."""
     arguments = {"x": torch.randn(5, 4), "weight": torch.randn(3, 4), "bias": torch.randn(3)}
     arguments[elsewhere] = arguments[elsewhere].to("meta")
     for call in (F.lcw_linear, F.activation_shift):
@@ -1142,7 +1142,7 @@ def test_forward_over_reverse_without_a_graph():
 
 
 @pytest.mark.usefixtures("every_multiplier")
-def test_backward_under_autocast_is_in_the_digits_of_forward():
+def test_backward_under_autocast_has_the_precision_of_forward():
     arguments, grad_output = draw(40, 30, 20, torch.float32, False)
     expected = evaluate(F.lcw_linear, arguments, grad_output)
     leaves = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
@@ -1170,7 +1170,7 @@ def test_fake_tensors_are_checked_too(x, weight, bias):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3)])
-def test_no_numbers_of_other_kinds(shape, dtype):
+def test_other_dtypes_are_refused(shape, dtype):
     with pytest.raises(TypeError, match="expected float64, float32, bfloat16 or float16"):
         F.lcw_linear(torch.ones(shape, dtype=dtype), torch.ones(2, 3, dtype=dtype))
 

@@ -1,4 +1,7 @@
-"""LCWLinear and LCWConv1d/2d/3d: as torch.nn's own layers, with weights kept in inference; 100 sigmoid layers."""
+"""LCWLinear and LCWConv1d/2d/3d: torch.nn's arguments and state, weights kept in inference, nets of 100 sigmoid layers.
+
+In inference a layer keeps its constrained weight until the parameter changes.
+"""
 
 import copy
 import inspect
@@ -82,7 +85,7 @@ def test_convolutions_take_torchs_arguments(basis, ours, torchs, rank, options):
     gradients = [torch.autograd.grad(module(x), x, grad_output)[0] for module in (layer, plain)]
     assert torch.equal(*gradients)
     sums = layer.effective_weight().flatten(1).sum(1)
-    # 108 entries below 2 are off by half an ulp each, and by as much again for the mean.
+    # 108 entries below 2 are off by half an ulp each, and by as much again because the mean is rounded.
     assert sums.abs().max() <= 4 * 27 * 2**-23
     assert repr(layer) == repr(plain).replace(torchs.__name__, ours.__name__)[:-1] + f", basis={basis})"
 
@@ -130,7 +133,7 @@ def test_every_parameter_gets_the_gradient_of_the_formula(basis):
 
 @pytest.mark.parametrize("basis", [False, True])
 def test_a_fan_in_of_1_leaves_the_bias(basis):
-    """The only weight whose sum is zero is zero."""
+    """A single weight whose sum is zero is zero."""
     depthwise = partial(nn.LCWConv2d, 3, 3, 1, groups=3)
     for layer, x in [
         (nn.LCWLinear(1, 4, basis=basis), torch.randn(5, 1)),
@@ -217,7 +220,7 @@ def test_layers_are_copied_and_come_back(how, basis, used, tmp_path):
     for (layer, x), (other, _) in zip(layers(basis), layers(basis), strict=True):
         layer.eval()
         if used:
-            # The layer keeps its weight now.
+            # From now on the layer keeps its constrained weight.
             with torch.inference_mode():
                 layer(x)
         if how == "state dict":
@@ -495,7 +498,7 @@ def test_a_kept_weight_is_not_handed_out():
 
 
 def test_a_traced_layer_keeps_no_weight():
-    """A tracer would keep it as a constant of its program."""
+    """A tracer would make a kept weight a constant of its program."""
     layer, x = layers()[2]
     layer.eval()
     with torch.no_grad():
@@ -512,7 +515,7 @@ def test_a_traced_layer_keeps_no_weight():
 
 @pytest.fixture
 def computations(monkeypatch):
-    """The shape of every weight that a constrained weight is computed from."""
+    """A list of shapes: those of the parameters from which constrained weights are computed."""
     shapes, compute = [], F.lcw_weight
 
     def counted(weight, basis=False):
@@ -525,7 +528,7 @@ def computations(monkeypatch):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("basis", [False, True])
-def test_an_unchanged_parameter_is_not_computed_again(basis, mode, computations):
+def test_nothing_is_computed_again_from_an_unchanged_parameter(basis, mode, computations):
     for layer, x in layers(basis)[1:]:
         layer.eval()
         computations.clear()
@@ -555,7 +558,7 @@ def test_with_gradients_or_in_training_nothing_is_kept(computations):
         assert len(computations) == 4
 
 
-def test_every_layer_keeps_its_own(computations):
+def test_every_layer_keeps_its_own_weight(computations):
     model = torch.nn.Sequential(nn.LCWConv2d(3, 4, 3), nn.LCWConv2d(4, 5, 3)).eval()
     tied = nn.LCWConv2d(3, 4, 3).eval()
     tied.weight = model[0].weight
@@ -601,7 +604,7 @@ def gaussian_mean(function):
 
 
 def plain_scale_(weight, std=1.0):
-    """Plain weights that hold the variance of the pre-activations: m sw^2 = s^2 / E f(sZ)^2."""
+    """Fill m plain weights per unit so that pre-activations keep their deviation s: variance s^2 / (m E f(sZ)^2)."""
     second_moment = gaussian_mean(lambda z: (std * z).sigmoid().square())
     return torch.nn.init.normal_(weight, 0, std / math.sqrt(weight.shape[1] * second_moment))
 
@@ -624,7 +627,7 @@ def deep_net(kind, features, width, depth, classes, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("std", "lcw", "plain"), [(0.5, 1.004, 0.053), (1, 1.034, 0.153), (2, 1.178, 0.333)])
-def test_variances_forward_and_backward_through_one_layer_are_as_listed(std, lcw, plain):
+def test_variances_forward_and_backward_through_one_layer_are_the_derived_ones(std, lcw, plain):
     rows = width = 1000
     z = (std * torch.randn(rows, width)).requires_grad_()
     error = torch.randn(rows, width)
@@ -637,7 +640,7 @@ def test_variances_forward_and_backward_through_one_layer_are_as_listed(std, lcw
     for layer, expected in ((constrained, lcw), (ordinary, plain)):
         output = layer(z.sigmoid())
         gradient = torch.autograd.grad(output, z, error)[0]
-        # The listed variances have three digits.
+        # The expected factors have three decimals.
         assert gradient.var().item() == pytest.approx(expected, rel=5 * standard_error, abs=0.5e-3)
         # All units share the mean activation and its variance: 1000 units, each a sum over 1000 inputs.
         assert output.square().mean().item() == pytest.approx(std**2, rel=5 * math.sqrt(2 / width))
@@ -645,7 +648,7 @@ def test_variances_forward_and_backward_through_one_layer_are_as_listed(std, lcw
 
 @pytest.mark.parametrize(("kind", "expected"), [("lcw", math.log10(13)), ("plain", math.log10(4e-82))])
 def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expected):
-    """Width 128, s = 1, in float64: float32 has no number as small as 4e-82."""
+    """Width 128 and pre-activations of deviation 1, in float64: float32 has no number as small as 4e-82."""
     width, depth, nets = 128, 100, 8
     logarithms = []
     for _ in range(nets):
@@ -659,10 +662,10 @@ def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expect
         logarithms.append(math.log10(first.var() / last.var()))
     # The factor of a layer is a mean of 128 squares, off by sqrt(2 / 128) = 0.125 in each of the forward and backward
     # passes: in 99 layers the logarithm has a deviation of 0.125 sqrt(2 x 99) / ln(10) = 0.76 decades. A finite
-    # width takes 1 / 128 from every factor and from the mean of a logarithm half its variance: 0.34 + 0.66 decades.
+    # width lowers every factor by 1 / 128, and the logarithm's mean by half its variance: by 0.34 and 0.66 decades.
     allowed = 0.34 + 0.66 + 5 * 0.76 / math.sqrt(nets)
     assert abs(sum(logarithms) / nets - expected) < allowed
-    # The other figure is 83 decades away.
+    # The expected logarithm of the other kind is 83 decades away.
     assert allowed < 5
 
 
@@ -682,11 +685,11 @@ def accuracy_after_training(kind, seed):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_100_sigmoid_layers_learn_the_digits_with_lcw_only(seed):
-    """Same width, optimizer, batches and steps, eight passes over the images; these settings are ours."""
+    """Both nets have the same width, optimizer, batches and steps: eight passes over the images, in our settings."""
     lcw, plain = (accuracy_after_training(kind, seed) for kind in ("lcw", "plain"))
     print(f"seed {seed}: accuracy with LCW {lcw:.3f}, with plain weights {plain:.3f}")
-    # Ten classes of 35 to 37 among 360 test images: a constant answer is right for at most 0.103 of them. Guessing has
-    # a standard error of 0.016: 0.3 is twelve of them off.
+    # The ten classes have 35 to 37 of the 360 test images: a constant answer is right for at most 0.103 of them.
+    # Guessing has a standard error of 0.016, so 0.3 is twelve standard errors away.
     assert plain < 0.11
     assert lcw > 0.3
 

@@ -1,6 +1,7 @@
-"""The LPS rules against closed forms: moments q(f), pre-activations of second moment 1, and the share of dying ReLUs.
+"""The LPS rules against closed forms: q(f) = E f(Z)^2, unit second moments, and the probabilities of dying ReLUs.
 
-Q. Chen, W. Hao, J. He, 2022; all constants are derived. Statistical tests are seeded, with 5 stated standard errors.
+Z is standard normal. Q. Chen, W. Hao, J. He, 2022; all constants are derived here. Statistical tests are seeded, and
+allow 5 stated standard errors.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from lcw_ops.reference import (
 
 RULES = {"joint": joint, "heavy_tail": heavy_tail}
 
-# q(f) of the Hermite approximations of degree 2, 3 and 4, and the exact one.
+# q(f) of the Hermite series of f up to degree 2, 3 and 4, and of f itself.
 SECOND_MOMENTS = {
     "relu": (0.48873, 0.48873, 0.49536, 0.5),
     "leaky_relu": (0.48901, 0.48901, 0.49551, 0.50005),
@@ -69,14 +70,14 @@ def test_variance_of_a_wide_law_is_that_of_a_step():
 
 
 @pytest.mark.parametrize("activation", SECOND_MOMENTS)
-def test_second_moments_by_degree_are_as_listed(activation):
+def test_second_moments_by_degree(activation):
     ours = [hermite_second_moment(activation, degree) for degree in (2, 3, 4, None)]
-    # The listed moments have five digits.
+    # SECOND_MOMENTS has five decimals.
     assert ours == pytest.approx(SECOND_MOMENTS[activation], abs=0.5e-5)
 
 
 def test_relu_coefficients_have_closed_forms():
-    # c_0^2 = 1/(2 pi), c_1^2 = 1/4, c_2^2 = 1/(4 pi), c_3 = 0, c_4^2 = 1/(48 pi).
+    # The squares of the Hermite coefficients c_0 .. c_4 are 1/(2 pi), 1/4, 1/(4 pi), 0 and 1/(48 pi).
     expected = 1 / (2 * math.pi) + 1 / 4 + 1 / (4 * math.pi) + 1 / (48 * math.pi)
     assert hermite_second_moment("relu", 4) == pytest.approx(expected, rel=1e-13)
 
@@ -86,7 +87,7 @@ def test_second_moments_rise_with_the_degree_to_the_exact_one(activation):
     moments = [hermite_second_moment(activation, degree) for degree in range(1, 30)]
     exact = hermite_second_moment(activation)
     assert all(low <= high + 1e-15 for low, high in itertools.pairwise(moments))
-    # The slowest, ReLU, has c_k^2 ~ k^(-5/2): the rest from degree 29 is below 1e-3.
+    # ReLU's series converges the slowest: c_k^2 falls like k^(-5/2), and the rest from degree 29 on is below 1e-3.
     assert 0 <= exact - moments[-1] + 1e-14 < 1e-3
 
 
@@ -121,8 +122,9 @@ def test_heavy_tailed_layers_have_the_sum_of_squares_exactly():
 
 def test_heavy_tails_are_cauchy_up_to_the_clip():
     weight, _ = heavy_tail(200_000, 1, generator=generator())
-    # g / |g0| is Cauchy: P(|c| < 1/2) and P(|c| < 1) are 2/pi atan; the unknown layer scale drops out of the quartiles'
-    # ratio. |g0| < 0.1 alters 8 % of the draws, all far out, so that P(|c| < x) moves by less than E|g| 0.1 x^2.
+    # c = g / |g0| is Cauchy: P(|c| < x) = 2/pi atan(x), and the median of |c| is 1. The layer's unknown scale drops out
+    # if |c| is compared with the sample's median. The clip at |g0| < 0.1 alters 8 % of the draws, all far out, so that
+    # P(|c| < x) moves by less than E|g| 0.1 x^2.
     scaled = weight[:, 0].abs()
     median = scaled.median()
     assert abs((scaled < median / 2).double().mean() - 2 / math.pi * math.atan(0.5)) < 0.01
@@ -158,7 +160,8 @@ def test_an_anchored_unit_is_off_on_all_samples_with_probability_one_over_their_
     units = 40_000
     samples = normal(count, 3)
     weight, bias = anchored(units, samples, generator=generator(1))
-    # At its anchor a unit is 0 up to rounding; the other samples are 1e-5 away and more for all but 1e-5 of the units.
+    # At its anchor a unit is 0 up to rounding. At the other samples it is 1e-5 or more away from 0, for all but 1e-5 of
+    # the units.
     off = ((samples @ weight.T + bias) <= 1e-12).all(0).double().mean()
     p = 1 / count
     assert abs(off - p) < 5 * math.sqrt(p * (1 - p) / units)
@@ -208,7 +211,7 @@ def test_a_layer_dies_at_one_input_with_the_closed_probability(width, depth):
         ("anchored", 5, 10, 0.0),
     ],
 )
-def test_networks_are_constant_as_often_as_listed(rule, width, depth, table):
+def test_networks_are_constant_as_often_as_expected(rule, width, depth, table):
     nets = 600
     g = generator(1)
     grid = torch.linspace(-math.sqrt(3), math.sqrt(3), 65, dtype=torch.float64)[:, None]
@@ -224,7 +227,7 @@ def test_networks_are_constant_as_often_as_listed(rule, width, depth, table):
         return bool(((h - h[0]).abs() <= 1e-12 * h.abs().max()).all())
 
     share = sum(constant(list(deep_relu_nets(draw, width, depth, grid))[-1]) for _ in range(nets)) / nets
-    # Both shares are binomial measurements of 600 nets, the listed one and ours. A share of 0 counts as one net.
+    # Both shares, the expected one and ours, are binomial measurements of 600 nets. A share of 0 counts as one net.
     standard_error = math.sqrt(2 * max(table * (1 - table), 1 / nets) / nets)
     assert abs(share - table) < 5 * standard_error
 

@@ -77,9 +77,10 @@ def test_measurements_are_kept_in_the_file_and_trusted(tmp_path):
     folder = tmp_path / "cache"
     environments = [{"LCW_OPS_MATMUL": name} for name in MULTIPLIERS]
     first, *bits = run_all({"LCW_OPS_CACHE_DIR": str(folder)}, *environments)
-    assert len(set(bits)) > 1, "sums in different orders"
+    assert len(set(bits)) > 1, "both matmuls gave the same bits; expected sums in different orders"
     file, answers = read(folder)
-    # One line per pass: its name, the dtype, threads, samples as a power of two, the weight, the answer.
+    # One line per pass: its name, the dtype, the threads, the samples rounded up to a power of two, the weight's sizes,
+    # the answer.
     assert [answer[0] for answer in answers] == ["forward", "grad_input", "grad_weight"]
     for answer in answers:
         assert answer[2:6] == ["1", "32", str(UNITS), str(INPUTS)]
@@ -102,7 +103,7 @@ def test_measurements_are_kept_in_the_file_and_trusted(tmp_path):
 
 
 def test_location_of_the_file(tmp_path):
-    """In a folder that is created, in one of the usual places, or nowhere."""
+    """The file is in a folder that is created, in one of the usual places, or nowhere."""
     home, no_home, caches, blocked = (tmp_path / name for name in ("home", "no_home", "caches", "blocked"))
     home.mkdir(), no_home.mkdir(), blocked.touch()
     # Three samples need a measurement of their own. An empty batch needs none, and 30 samples share that of 24.
@@ -136,7 +137,7 @@ def test_in_deterministic_mode_nothing_is_measured(monkeypatch, samples, name):
     for multiplier in MULTIPLIERS:
         monkeypatch.setenv("LCW_OPS_MATMUL", multiplier)
         results[multiplier] = bits()
-    assert any(not torch.equal(*pair) for pair in zip(*results.values(), strict=True)), "sums in different orders"
+    assert any(not torch.equal(*pair) for pair in zip(*results.values(), strict=True)), "both gave the same bits"
     assert all(torch.equal(*pair) for pair in zip(by_rule, results[name], strict=True))
 
 
@@ -159,7 +160,10 @@ def test_threads_that_measure_at_the_same_time():
 
 
 def test_a_fork_while_another_thread_measures():
-    """The child inherits the lock that this thread holds, but not the thread. Otherwise the process has one thread."""
+    """The child inherits the lock that the measuring thread holds, but not that thread, and must not wait for it.
+
+    Apart from that thread, the process has one thread.
+    """
     program = """
 import os, threading, time, torch
 from lcw_ops import functional as F
