@@ -153,7 +153,7 @@ def test_every_form_of_the_scales(scale, shared, device):
 
 @pytest.mark.parametrize("shared_dim", [1, 2])
 def test_shared_parameters_are_summed_in_float64(shared_dim, device):
-    """In float32 a sum that only grows loses digits: each of 3000 segments would be rounded away in part."""
+    """A float32 sum that only grows loses accuracy: a part of each of 3000 segments would be rounded away."""
     parameter = torch.zeros((3,) * shared_dim, device=device)
     delta, states = torch.rand(2, 5, 3, device=device), torch.rand(2, 5, 3, device=device)
     gradient = kernels._ParameterGradient(parameter, shared_dim, rows=5)
@@ -205,7 +205,7 @@ def test_same_bits_every_time(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 def test_activation_error_in_ulps(activation, dtype, device):
-    """The whole range, with W = I and without the filter branch, so that the products are exact."""
+    """Arguments from the whole range, with W = I and alpha = 0, so that the products are exact."""
     exponents = torch.linspace(-30, 7, 64 * 48, dtype=torch.float64)
     values = torch.cat([-(2**exponents), 2**exponents]).to(device, dtype).reshape(-1, 64)
     eye = torch.eye(64, dtype=dtype, device=device).unsqueeze(0)
@@ -332,7 +332,8 @@ def test_second_order_and_forward_mode_in_sixteen_bits(device):
     ):
         assert narrow.dtype == torch.bfloat16
         error = (narrow.float() - exact).abs().max() / exact.abs().max()
-        # Output, first gradients, tangents and result each add half a unit of 2^-8, and squares double their input's.
+        # Output, first gradients, tangents and result each add a rounding error of half of 2^-8, and a square doubles
+        # the error of its argument.
         assert error < 8 * 2**-8, f"{name}: {error:.3g}"
 
 
