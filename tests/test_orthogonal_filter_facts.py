@@ -85,7 +85,7 @@ def test_singular_values_concentrate_at_exp_minus_c():
 
 
 def test_a_constant_beta_kills_the_gradient():
-    """beta must be O(1/L): with a fixed beta and W = 0, a factor of (1 - beta)^L of the gradient remains."""
+    """beta must be O(1/L): with a fixed beta and W = 0, only (1 - beta)^L of the gradient remains."""
     depth, width, beta = 3000, 8, 0.01
     _, _, rotation = net(1, width)
     silent = torch.zeros(depth, width, width, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_states_of_a_bounded_activation_stay_bounded(activation):
 
 
 def test_weight_gradients_obey_their_bound():
-    """For one sample and loss E, ||dE/dW_l||_F <= beta Lip(act) ||g_l|| ||h_{l-1}||; g_l = dE/dh_l has its bounds."""
+    """||dE/dW_l||_F <= beta Lip(act) ||g_l|| ||h_{l-1}|| for one sample with loss E. g_l = dE/dh_l is bounded too."""
     depth, width = 60, 10
     weight, bias, rotation = net(depth, width)
     beta = 1 / depth
@@ -131,7 +131,7 @@ def test_weight_gradients_obey_their_bound():
 
 
 def test_a_permutation_is_the_matrix_that_it_stands_for():
-    """(O h)_i = h_{p_i}: row i of O has its one in column p_i."""
+    """For a permutation p, (O h)_i = h_{p_i}: row i of O has its 1 in column p_i."""
     weight, bias, permutation = net(20, 9, "permutation")
     matrix = torch.eye(9, dtype=torch.float64)[permutation]
     h0 = torch.randn(4, 9, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_depth_with_shared_weights_is_time():
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "identity"])
 @pytest.mark.parametrize("filter", ["matrix", "permutation"])
 def test_the_reference_itself_against_finite_differences(activation, filter):
-    """Plain torch is twice differentiable, with forward mode too. It judges the kernels."""
+    """Plain torch, which judges the kernels, is twice differentiable, also in forward mode."""
     weight, bias, rotation = net(3, 3, filter)
     h0, inputs = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64)
     alpha, beta = torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)

@@ -146,7 +146,7 @@ def test_float32_means_float32(device, tf32):
 
 
 def test_settings_are_restored(monkeypatch, tf32):
-    """TF32 is off inside ``_exclusively``, then the user's choice again, even after an error. Needs no GPU."""
+    """TF32 is off inside ``_exclusively``. Even after an error the user's choice is restored. Needs no GPU."""
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     seen = []
 

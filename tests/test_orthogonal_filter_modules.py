@@ -221,7 +221,7 @@ def changed(filter, index, value):
 )
 @pytest.mark.parametrize("assign", [False, True])
 def test_an_invalid_filter_is_refused_like_a_size_mismatch(made_with, change, message, assign):
-    """The error names the filter beside the model's other mismatches. It stays as it was; everything else is loaded."""
+    """The error names the filter beside the other mismatches. The filter stays as it was; everything else is loaded."""
 
     def network():
         return torch.nn.Sequential(

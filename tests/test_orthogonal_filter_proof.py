@@ -619,7 +619,7 @@ def test_sixteen_bits_are_rounded_once(dtype, rows, shared, return_states):
         expected = exact[name]
         allowed_in_float32 = 2 * (eager[name].double() - expected).abs().max()
         allowed_in_float32 += torch.finfo(torch.float32).eps * expected.abs().max()
-        # Half of the spacing. Below the smallest normal number the spacing is the one at that number.
+        # Half of the spacing of the dtype's numbers, which below the smallest normal number is the spacing at that one.
         largest = (expected.abs() + allowed_in_float32).clamp(min=finfo.smallest_normal)
         rounding = 0.5 * finfo.eps * 2 ** largest.log2().floor()
         error = (actual[name].double() - expected).abs()

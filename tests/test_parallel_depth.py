@@ -282,7 +282,7 @@ def householder(width):
 
 
 def turned(blocks):
-    """The same map in a random basis."""
+    """The map ``blocks`` in a random orthonormal basis."""
     basis = haar(len(blocks))
     return basis @ blocks @ basis.mT
 

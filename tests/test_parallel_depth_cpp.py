@@ -51,7 +51,7 @@ def make_filter(kind, width):
     unit = torch.arange(width)
     if kind == "random":
         return torch.randperm(width)
-    if kind == "cycles":  # of three units, and the rest
+    if kind == "cycles":  # of three units each; the remaining units stay
         return torch.where(unit < width // 3 * 3, unit // 3 * 3 + (unit + 1) % 3, unit)
     return (unit - 1) % width if kind == "cyclic" and width else unit
 
@@ -300,7 +300,7 @@ def test_rows_have_the_same_bits_on_any_number_of_threads(kind):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_rotations_do_not_drift_over_50_000_layers(count):
-    """Chunks hand their states on in float64, so layer l has l times the angle to within float32's rounding."""
+    """Chunks hand their states on in float64, so layer l is turned by l times the angle to float32's rounding."""
     layers, width = 50_000, 8
     filter = make_filter("rotations", width)
     angle = torch.atan2(filter[width::2], filter[:width:2])

@@ -98,7 +98,7 @@ def redraw(arguments: dict) -> dict:
 
 
 def results_of_three(arguments, filter, grad_output=None, **options):
-    """Result and gradients in parallel, and in sequence with plain torch in the arguments' dtype and in float64."""
+    """Result and gradients of the parallel solver, and of sequential torch in the arguments' dtype and in float64."""
     sequential = {name: value for name, value in options.items() if name not in ("window", "tolerance")}
     if grad_output is None:
         shape = arguments["h0"].shape

@@ -119,7 +119,7 @@ def test_without_folders_nothing_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("kind", "reached"), [("mlp", 0.95), ("rnn", 0.95)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_defaults_learn_the_digits(kind, reached, seed, tmp_path):
-    """At 300 layers, which train like 50,000, since beta = c / depth; and over the 64 steps of an image."""
+    """At 300 layers, which train like 50,000 because beta = c / depth, and over the 64 steps of an image."""
     depth = ["--depth", "300"] if kind == "mlp" else []
     assert train("--kind", kind, *depth, "--seed", seed, "--threads", 1, "--out", tmp_path) == 0
     accuracy = float((tmp_path / "metrics.csv").read_text().split(",")[-1])

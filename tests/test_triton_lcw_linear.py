@@ -139,7 +139,7 @@ def test_rows_longer_than_a_program_holds(length, basis, mean, device, monkeypat
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 2, 3, 3), (2, 3, 2, 2, 3)])
 def test_weight_of_every_rank_and_layout(shape, device):
-    """A unit is the tensor behind dimension 0, flattened."""
+    """The weights of a unit are the entries behind dimension 0, flattened."""
     weight = normal(*shape, device=device)
     expected = F.lcw_weight(weight.flatten(1)).view(shape)
     layouts = hostile_layouts(weight)
@@ -148,7 +148,7 @@ def test_weight_of_every_rank_and_layout(shape, device):
         layouts["channels_last"] = weight.contiguous(memory_format=memory_format)
     layouts["contiguous"] = weight
     for name, layout in layouts.items():
-        # A layout that is kept changes the order of the sum.
+        # The kernel keeps some layouts, and then sums in another order.
         torch.testing.assert_close(F.lcw_weight(layout), expected, rtol=0, atol=4e-7, msg=name)
 
 

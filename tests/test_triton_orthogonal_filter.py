@@ -81,7 +81,7 @@ def test_every_kind_matches_the_reference(activation, filter_kind, shared, devic
     def draw():
         return make_arguments(5, 17, 4, shared, device=device), make_filter(filter_kind, 4, 17, device=device)
 
-    # Every pair of the other options meets one of the two values.
+    # Each pair of an activation and a value of ``shared`` is tested with one of the two values.
     return_states = (activation in ("tanh", "identity")) != shared
     assert_matches_reference(draw, 2, activation=activation, return_states=return_states, segment=3)
 

@@ -80,7 +80,7 @@ def weight_norm(x, weight, scale, bias, multiply):
 
 
 def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=None):
-    """Output and gradients in float64 agree with the formula; the output in ``dtype`` obeys the rule of Numerics.
+    """Output and gradients in float64 agree with the formula; the output in ``dtype`` obeys docs/numerics.md.
 
     draw(dtype) gives a layer and its input. eager_formula replaces the formula if plain torch would compute something
     else. The ops' own tests judge the gradients by the rule: with a few numbers the largest error is a matter of luck.
