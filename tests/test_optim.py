@@ -1,7 +1,7 @@
-"""optim.SGD and optim.AdamW: without activation torch's bits, with it every option against a float64 oracle.
+"""optim.SGD and optim.AdamW: torch's bits without activation; with activation, every option against a float64 oracle.
 
-The oracle computes each element from the formulas of lcw_ops/reference/gradient_activation.py and of torch's
-documentation. In a lower dtype it is eager torch, whose error is the yardstick for ours.
+The oracle (support/optimizers.py) computes each element from the formulas of activated gradients and from torch's
+documentation. In a lower dtype the oracle is eager torch, with whose error ours is compared.
 """
 
 import copy
@@ -75,7 +75,7 @@ def assert_by_the_oracle(name, actual, eager, exact):
     """Judge lists of tensors together: on a single number eager torch may be exact by chance."""
     actual, eager, exact = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (actual, eager, exact))
     if actual.dtype == torch.float64:
-        # Twenty steps of a dozen operations each, in units of the result's scale.
+        # Twenty steps of a dozen operations each, with one rounding of the result's scale per operation.
         tolerance = 240 * torch.finfo(torch.float64).eps * exact.abs().max().item()
         torch.testing.assert_close(actual, exact, rtol=0, atol=tolerance)
     else:
@@ -204,7 +204,7 @@ def test_adamw_over_20_steps(options, kind, backend):
 def test_other_dtypes_over_20_steps(dtype, backend):
     for activate in ("gradient", "momentum"):
         check_against_oracle(optim.SGD, SGDOracle, dtype, {"lr": 0.1, "activate": activate, **SGD_OPTIONS["dampening"]})
-    # Squares below float16's range are lost in the state, in ours as in torch's.
+    # eps is large, because squares of gradients below float16's range are lost in the state, ours and torch's.
     check_against_oracle(optim.AdamW, AdamWOracle, dtype, {"lr": 0.01, "eps": 1e-2, "amsgrad": True})
 
 
@@ -240,7 +240,7 @@ def test_gradients_that_are_views_expanded_or_shared_are_read_and_never_written(
     expanded = torch.tensor([0.3]).expand(4)
     gradients = [flat[:4], flat[2:], expanded, flat[:4], *hostile_layouts(torch.randn(4, 3)).values()]
     params = [nn.Parameter(torch.randn(gradient.shape)) for gradient in gradients]
-    # Parameter and gradient differ in strides, in both directions. One parameter has gaps.
+    # Above, the gradients are strided; here, the parameters are. The last parameter has gaps.
     params += [nn.Parameter(torch.randn(3, 4).mT), nn.Parameter(torch.randn(4, 6)[:, ::2])]
     gradients += [torch.randn(4, 3), torch.randn(4, 3)]
     others = [nn.Parameter(param.detach().contiguous().clone()) for param in params]
@@ -426,13 +426,13 @@ def test_options_are_validated_again_only_when_they_have_changed(pair, monkeypat
     optimizer.param_groups[1]["alpha"] = 0.2
     train(optimizer, params, 2)
     assert len(checked) == 4
-    # 1.0 is valid and equals True, which is not a number.
+    # 1.0 is a valid alpha. True equals 1.0, but is not accepted as a number.
     optimizer.param_groups[1]["alpha"] = 1.0
     train(optimizer, params, 1)
     set_gradients(params, make_gradients(params, 0))
     optimizer.param_groups[1]["alpha"] = True
     assert_refused(optimizer, params, TypeError, "alpha is a bool")
-    # It is refused at every attempt, and accepted once it is valid again, in a copy too.
+    # An invalid alpha is refused at every attempt, and a valid one is accepted again. A copy checks its options too.
     assert_refused(optimizer, params, TypeError, "alpha is a bool")
     optimizer.param_groups[1]["alpha"] = 0.3
     optimizer.step()
@@ -552,7 +552,7 @@ def test_a_run_may_pass_through_torchs_optimizer_in_the_middle(pair):
 
 @pytest.mark.parametrize("first", ["ours", "torchs"])
 def test_our_optimizer_and_torchs_on_activated_gradients_continue_each_other(first, pair):
-    """In float64: the two round differently, by a few units in the last place per step."""
+    """The test runs in float64, because the two round differently, by a few units in the last place per step."""
     straight, changed = make_params(torch.float64), make_params(torch.float64)
 
     def train_torchs(optimizer, params, steps, start=0):
@@ -708,7 +708,7 @@ def test_a_closure_is_called_once_with_gradients_on(activation, pair):
 
 @pytest.mark.parametrize("activations", [("arctan",), (None,), ("arctan", None)], ids=str)
 def test_step_hooks_run_once(activations, pair):
-    # The first optimizer of torch's class wraps that class's step in hooks, and our step calls it.
+    # When the first optimizer of a class is made, torch wraps the step of that class in hooks. Our step calls torch's.
     params = make_params(shapes=[(3,)] * len(activations))
     pair[1](params, lr=0.1)
     groups = [{"params": [p], "gradient_activation": a} for p, a in zip(params, activations, strict=True)]
@@ -771,7 +771,7 @@ def double(gradient):
     return 2 * gradient
 
 
-# With the first options of each, ``_init_group`` leaves a list of states empty; with the others it fills all lists.
+# With the first options of each class, ``_init_group`` leaves a list of states empty; with the others it fills all.
 INIT_GROUP_OPTIONS = {
     "SGD": ({}, {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}, {"momentum": 0.9, "fused": True}),
     "AdamW": ({}, {"amsgrad": True, "weight_decay": 0.1}, {"amsgrad": True, "fused": True}),
@@ -826,7 +826,7 @@ def test_an_init_group_of_a_subclass_decides_what_is_activated_and_stepped(kind,
 @pytest.mark.parametrize("activation", [None, "tanh"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_an_init_group_may_bring_states_and_options(name, activation):
-    """The states are the subclass's own, and lr is written into the group."""
+    """Here ``_init_group`` passes states that the subclass keeps itself, and writes lr into the group."""
 
     def bringing(kind, change):
         class Own(kind):
@@ -882,7 +882,7 @@ def test_an_init_group_may_leave_nothing_to_step(pair):
 @pytest.mark.parametrize("place", ["instance", "class", "torch's class"])
 def test_a_patched_init_group_is_called_at_every_step(place, compiled, pair, monkeypatch):
     if compiled:
-        # This puts a wrapper around torch's own.
+        # torch.compile puts a wrapper around torch's own ``_init_group``.
         torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
     params, others = make_params(), make_params()
     patched, calls = pair[0](params, lr=0.1), []
@@ -932,7 +932,7 @@ def test_a_step_within_a_step_is_one_step(pair):
             return super().step(closure)
 
     params, others = make_params(), make_params()
-    # torch wraps hooks around the step of every class that it makes an optimizer of.
+    # torch wraps the step of each class in hooks, so here one wrapped step calls another.
     plain, optimizer = pair[0](others, lr=0.1), Own(params, lr=0.1)
     for step in range(3):
         gradients = make_gradients(params, step)

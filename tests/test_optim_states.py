@@ -1,6 +1,7 @@
-"""optim.SGD and optim.AdamW where gradient, state and parameter differ: dtypes, counts, views, invalid states.
+"""optim.SGD and optim.AdamW with tensors of mixed dtypes, step counts of any dtype, negated views and invalid states.
 
-The oracle computes each element in float64 from the given numbers. The optimizer must write its result, rounded once.
+The oracle computes each element in float64 from the given numbers. The optimizer must write the oracle's result,
+rounded once.
 """
 
 import copy
@@ -58,7 +59,10 @@ def as_exact(state):
 
 
 def assert_rounded_once(name, result, exact, terms):
-    """Allow half a unit of the result's dtype, plus the rounding of the step's sums in the dtype of the computation."""
+    """Allow half an ulp of the result's dtype, plus 8 roundings in the dtype of the computation.
+
+    ``terms`` is the size of the numbers that the step adds.
+    """
     nearest = exact.abs().to(result.dtype)
     ulp = torch.nextafter(nearest, torch.full_like(nearest, torch.inf)).double() - nearest.double()
     computed = torch.finfo(torch.float64 if result.dtype is torch.float64 else torch.float32).eps
@@ -95,7 +99,7 @@ def test_sgd_activates_gradients_in_their_own_dtype(dtype, grad_dtype, kind, act
             exact.step(gradient, **options)
             assert torch.equal(param.grad, gradient)
             terms = sum(map(torch.abs, before)) + 2 * gradient.double().abs() + 2 * exact.param.abs()
-            # Where f is steep, it multiplies the errors of its argument.
+            # Where the activation is steep, it multiplies the errors of its argument.
             assert_rounded_once("parameter", param, exact.param, 2 * terms)
             for name, value in exact.state.items():
                 buffer = optimizer.state[param][name]
@@ -120,7 +124,7 @@ def test_adamw_activates_gradients_in_their_own_dtype(dtype, grad_dtype, kind):
             param.grad = gradient.clone()
             optimizer.step()
             exact.step(gradient, **options)
-            # The step is at most about lr / sqrt(1 - b2), which is 4.
+            # The step is at most about lr / sqrt(1 - beta_2) = 3.2, which 4 covers.
             assert_rounded_once("parameter", param, exact.param, before + 4)
             added = 0.1 * activated(gradient.double(), kind, 0.5, 3.0).abs()
             for name, value in exact.state.items():
@@ -130,7 +134,7 @@ def test_adamw_activates_gradients_in_their_own_dtype(dtype, grad_dtype, kind):
 
 @needs_grad_dtype
 def test_a_tiny_gradient_moves_a_parameter_of_16_bits(backend):
-    """If it were rounded to float16 first, it would be 0."""
+    """If the gradient were rounded to float16 first, it would be 0."""
     param = nn.Parameter(torch.zeros(1, dtype=torch.float16))
     param.grad_dtype = torch.float32
     optimizer = optim.SGD([param], lr=0.1, alpha=1.0, beta=1e6)
@@ -160,7 +164,7 @@ def test_gradients_beyond_float16_do_not_end_in_nan(form, kind):
 
 @needs_grad_dtype
 def test_only_parameters_of_two_dtypes_are_copied(pair, monkeypatch):
-    """The others are stepped in place and give the same bits as alone."""
+    """Parameters of one dtype are stepped in place, with the same bits as in an optimizer of their own."""
     options = {"momentum": 0.9} if pair[0] is optim.SGD else {"amsgrad": True}
     alone, together = make_params(torch.bfloat16), make_params(torch.bfloat16)
     mixed = [mixed_parameter(torch.bfloat16, torch.float32) for _ in range(70)]
@@ -275,7 +279,7 @@ def test_momentum_beyond_float16_goes_on_where_it_was(copied, activate):
 
 @needs_grad_dtype
 def test_a_buffer_is_loaded_in_the_parameters_dtype_where_its_gradients_are():
-    """Without activation it is cast in every case, as in torch. A user's hook decides what is loaded."""
+    """Without activation the buffer is always cast, as in torch. A user's hook decides what is loaded."""
     params = [nn.Parameter(torch.zeros(3, dtype=torch.float16)) for _ in range(3)]
     for param in params[1:]:
         param.grad_dtype = torch.float32
@@ -313,7 +317,7 @@ COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *DTYPE
 @pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("dtype", COUNTS, ids=str)
 def test_adamw_counts_in_any_dtype(dtype, loaded):
-    """Against torch's AdamW on the activated gradient, which counts in the same dtype."""
+    """The judge is torch's AdamW on the activated gradient, with a step count of the same dtype."""
     params, others = (make_params(torch.float64, shapes=[(4,), (2, 3)]) for _ in range(2))
     optimizer, torchs = optim.AdamW(params, lr=0.1), torch.optim.AdamW(others, lr=0.1, foreach=False)
     for step in range(3):
@@ -414,7 +418,7 @@ BAD_STATES = {
 @pytest.mark.parametrize("case", BAD_STATES)
 @pytest.mark.parametrize("name", ["momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
 def test_states_that_do_not_fit_change_nothing(name, case):
-    """The invalid state is in the second group: the first group would have been stepped already."""
+    """The invalid state is in the second group, so a check that came too late would find the first group stepped."""
     change, error, match = BAD_STATES[case]
     kind, options = (optim.SGD, {"momentum": 0.9}) if name == "momentum_buffer" else (optim.AdamW, {"amsgrad": True})
     params = make_params(shapes=[(4,), (3,)])

@@ -88,7 +88,7 @@ def test_every_segment_matches_the_reference(segment, return_states, device):
 
 
 def in_long_double(arguments, filter, grad_output):
-    """Result and gradients for tanh with 64-bit mantissas, in a second implementation: the judge of float64 itself."""
+    """Result and gradients for tanh with 64-bit mantissas, by a second implementation. They judge float64 itself."""
     h0, weight, bias, alpha, beta, inputs = (t.detach().cpu().numpy().astype(np.longdouble) for t in arguments)
     rotation = filter.cpu().numpy().astype(np.longdouble)
     states, slopes, branches = [h0], [], []
@@ -111,8 +111,8 @@ def in_long_double(arguments, filter, grad_output):
 def test_float64_against_long_double(device):
     """Our float64 is within twice eager's error, with both measured against 64-bit mantissas.
 
-    The errors of one draw hang together through 200 layers, and one draw's eager gradient of alpha may be luckily
-    exact. So the worst errors of four draws are compared.
+    The errors of one draw are correlated through 200 layers, and eager's gradient of alpha may be exact by chance. So
+    the worst errors of four draws are compared.
     """
     if np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps:
         pytest.skip("numpy's longdouble is no wider than float64 on this platform")
@@ -237,7 +237,7 @@ def test_non_finite_values_stay_in_their_row(bad, device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_keep_nan_and_saturate_at_infinity(activation, device):
-    """One step with W = I and without the filter branch: the activation alone, from -inf to inf."""
+    """One step with W = 1, alpha = 0 and beta = 1 is the activation alone. Its arguments run from -inf to inf."""
     values = torch.tensor([[-torch.inf, -1e30, -20.0, -1e-20, 0.0, 1e-20, 20.0, 1e30, torch.inf, torch.nan]]).mT
     values = values.to(device)
     one = torch.ones(1, 1, 1, device=device)
@@ -253,7 +253,7 @@ def test_activations_keep_nan_and_saturate_at_infinity(activation, device):
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_activation_error_in_ulps(activation, dtype, device):
-    """The whole range, small arguments included, against a wider or an independent evaluation."""
+    """Arguments from the whole range, small ones included, against torch's functions in float64."""
     exponents = torch.linspace(-30, 7, 20_001, dtype=torch.float64)
     values = torch.cat([-(2**exponents), 2**exponents]).to(dtype).to(device).unsqueeze(1)
     one = torch.ones(1, 1, 1, dtype=dtype, device=device)
@@ -331,7 +331,7 @@ def small_arguments(shared, device):
 @pytest.mark.parametrize("filter_kind", FILTERS)
 @pytest.mark.parametrize("return_states", [False, True])
 def test_gradcheck_and_gradgradcheck(activation, filter_kind, return_states, device):
-    """First and second order against finite differences, forward mode too."""
+    """First and second derivatives, forward mode included, against finite differences."""
     filter = make_filter(filter_kind, 3, 3, torch.float64, device)
     arguments = small_arguments(False, device)
 
@@ -532,7 +532,7 @@ def test_unknown_number_of_steps_says_what_to_do(device):
 
 
 def test_the_op_itself_never_reads_out_of_bounds():
-    """Called directly with arguments that do not fit, it raises instead of crashing."""
+    """An op that is called directly, with arguments that do not fit, raises an error instead of crashing."""
     forward = op.library.get_overload(op.NAME, "cpp")
     h0, weight, one = torch.randn(2, 4), torch.randn(3, 4, 4), torch.ones(1)
     eye = torch.eye(4)
@@ -572,7 +572,7 @@ def test_permutations_work_in_inference_mode_and_under_vmap(device):
 @pytest.mark.parametrize(("rows", "width", "steps"), [(1024, 8, 128), (4096, 4, 64), (256, 64, 128), (4096, 1, 32)])
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_shared_gradients_of_one_sign_over_many_samples(rows, width, steps, activation, device):
-    """float32 loses digits in sums that only grow: the weight of an RNN sums over every sample of every step."""
+    """An RNN's weight gradient sums over all samples and steps, and float32 loses accuracy in sums that only grow."""
     h0 = torch.rand(rows, width, device=device)
     weight, bias = torch.rand(width, width, device=device) / width, torch.rand(width, device=device)
     alpha, beta = torch.full((steps,), 0.99, device=device), torch.full((steps,), 0.01, device=device)

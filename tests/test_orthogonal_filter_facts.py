@@ -1,8 +1,8 @@
 """Facts about the recurrence in closed form: bounds on states, gradients and singular values.
 
-A. Ceni, arXiv 2210.01245, proves bounds of this kind. These constants are ours: with s = Lip(act) max ||W_l||_2, one
-layer's singular values lie in [alpha - beta s, alpha + beta s], and those of L layers between the L-th powers of these
-bounds.
+The net has L layers of N units, h_l = alpha O h_{l-1} + beta act(W_l h_{l-1} + b_l), and c = beta L. A. Ceni, arXiv
+2210.01245, proves bounds of this kind. These constants are ours. Let s = Lip(act) max ||W_l||_2. The singular values of
+one layer's Jacobian lie in [alpha - beta s, alpha + beta s], those of L layers between the L-th powers of these bounds.
 """
 
 import copy
@@ -34,7 +34,7 @@ def net(depth, width, filter="matrix", gain=1.0):
 
 
 def jacobian(h0, weight, bias, filter, **options):
-    """dh_L/dh_0 for one sample: rows are independent, so one backward pass over N copies of it gives the matrix."""
+    """dh_L/dh_0 for one sample. Rows are independent, so one backward pass over N copies of h_0 gives the matrix."""
     width = weight.shape[-1]
     copies = h0.expand(width, width).clone().requires_grad_()
     output = F.orthogonal_filter(copies, weight, bias, filter, **options)
@@ -78,14 +78,14 @@ def test_singular_values_of_many_layers_lie_in_the_powers(activation, c):
 
 
 def test_singular_values_concentrate_at_exp_minus_c():
-    """1000 layers, c = 1: the values lie in 0.355 to 0.38 for independent W_l, around exp(-1) = 0.368."""
+    """For 1000 independent W_l and c = 1 the values lie between 0.355 and 0.38, around exp(-1) = 0.368."""
     weight, bias, rotation = net(1000, 64)
     values = torch.linalg.svdvals(jacobian(torch.randn(64, dtype=torch.float64), weight, 0 * bias, rotation))
     assert 0.33 < values.min() < math.exp(-1) < values.max() < 0.41
 
 
 def test_a_constant_beta_kills_the_gradient():
-    """beta must be O(1/L): with a fixed beta and no slope in the branch, (1 - beta)^L of the gradient remains."""
+    """beta must be O(1/L): with a fixed beta and W = 0, only (1 - beta)^L of the gradient remains."""
     depth, width, beta = 3000, 8, 0.01
     _, _, rotation = net(1, width)
     silent = torch.zeros(depth, width, width, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_a_constant_beta_kills_the_gradient():
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 def test_states_of_a_bounded_activation_stay_bounded(activation):
-    """Convex and |act| <= 1: ||h_l|| <= max(||h_0||, sqrt(N)), for weights of any size."""
+    """If alpha + beta = 1 and |act| <= 1, then ||h_l|| <= max(||h_0||, sqrt(N)), for weights of any size."""
     depth, width = 200, 12
     weight, bias, rotation = net(depth, width, gain=30.0)
     h0 = 5 * torch.randn(20, width, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_states_of_a_bounded_activation_stay_bounded(activation):
 
 
 def test_weight_gradients_obey_their_bound():
-    """||dE/dW_l||_F <= beta Lip ||g_l|| ||h_{l-1}|| for one sample, and g_l obeys the layer bounds."""
+    """||dE/dW_l||_F <= beta Lip(act) ||g_l|| ||h_{l-1}|| for one sample with loss E. g_l = dE/dh_l is bounded too."""
     depth, width = 60, 10
     weight, bias, rotation = net(depth, width)
     beta = 1 / depth
@@ -131,7 +131,7 @@ def test_weight_gradients_obey_their_bound():
 
 
 def test_a_permutation_is_the_matrix_that_it_stands_for():
-    """(O h)_i = h_{p_i}: row i of O has its one in column p_i."""
+    """For a permutation p, (O h)_i = h_{p_i}: row i of O has its 1 in column p_i."""
     weight, bias, permutation = net(20, 9, "permutation")
     matrix = torch.eye(9, dtype=torch.float64)[permutation]
     h0 = torch.randn(4, 9, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_depth_with_shared_weights_is_time():
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "identity"])
 @pytest.mark.parametrize("filter", ["matrix", "permutation"])
 def test_the_reference_itself_against_finite_differences(activation, filter):
-    """Plain torch is twice differentiable, with forward mode too. It judges the kernels."""
+    """Plain torch, which judges the kernels, is twice differentiable, also in forward mode."""
     weight, bias, rotation = net(3, 3, filter)
     h0, inputs = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64)
     alpha, beta = torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_the_reference_itself_against_finite_differences(activation, filter):
 
 @dataclass
 class Trained:
-    """A network trained on the digits in float32, its copy in float64, and a pass over some samples."""
+    """A network trained on images of digits in float32, and in float64 its weights, and states for some samples."""
 
     losses: list[float]
     growth: float  # the largest relative change of ||W_l||_2 by training
@@ -185,7 +185,7 @@ class Trained:
     grad_weight: torch.Tensor
 
     def gain_bounds(self):
-        """Bounds of every layer, from the profiler's bound of ||W_l||_2 and the filter's own rounding."""
+        """Bounds of each layer's singular values, from the profiler's bound of ||W_l||_2 and the filter's rounding."""
         norms = bounds.spectral_norm_bound(self.weight).cpu().numpy()
         deviation = bounds.filter_deviation(self.filter)
         return bounds.layer_gain_bounds(self.alpha, self.beta, norms, LIPSCHITZ[self.activation], deviation)
@@ -235,7 +235,7 @@ STRETCH = 1 + 1e-9
 
 
 def assert_gradients_in_bounds(net):
-    """||g_l|| from the last layer down, over all samples; returns log ||g_1|| / ||g_L|| and its bounds."""
+    """Check ||g_l|| over all samples, from the last layer down. Return log(||g_1|| / ||g_L||) and its two bounds."""
     injected = np.zeros(len(net.weight) + 1)
     norms = net.grad_states.flatten(1).norm(dim=1).cpu().numpy()
     injected[-1] = norms[-1]
@@ -250,7 +250,7 @@ def assert_gradients_in_bounds(net):
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_bounds_hold_on_a_trained_net(activation):
-    """2000 layers, 20 steps on real images: every layer's Jacobian, the whole net's, gradients, weights' and states."""
+    """2000 layers, 20 steps on real images: bounds of each layer's Jacobian, the net's, gradients and states."""
     depth, width, samples = 2000, 24, 6
     net = train(activation, depth, width, steps=20, samples=samples)
     assert sum(net.losses[-3:]) < 0.7 * sum(net.losses[:3]), "this net has not learned anything"
@@ -274,7 +274,7 @@ def test_bounds_hold_on_a_trained_net(activation):
     assert whole[0].log().item() <= log_upper + 1e-9
 
     assert_gradients_in_bounds(net)
-    # Summed over the samples: dW_l = sum_m P_lm h_{l-1,m}^T.
+    # dW_l is a sum over the samples m, sum_m P_lm h_{l-1,m}^T, where P_lm is the gradient of the pre-activation.
     by_sample = net.grad_states[1:].norm(dim=2) * net.states[:-1].norm(dim=2)
     weight_bound = net.beta * LIPSCHITZ[activation] * by_sample.sum(1)
     assert (net.grad_weight.flatten(1).norm(dim=1) <= weight_bound * STRETCH).all()
@@ -286,7 +286,7 @@ def test_bounds_hold_on_a_trained_net(activation):
 
 
 def test_gradient_norm_across_fifty_thousand_trained_layers(capsys):
-    """From layer 50,000 to layer 1 the gradient stays within what exp(-c (1 + s)) and exp(c (s - 1)) allow, c = 1."""
+    """||g_1|| / ||g_L|| stays between the bounds, which are about exp(-c (1 + s)) and exp(c (s - 1)) with c = 1."""
     net = train("tanh", 50_000, 16, steps=3, samples=8, batch=32)
     measured, lower, upper = assert_gradients_in_bounds(net)
     with capsys.disabled():

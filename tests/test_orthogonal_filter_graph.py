@@ -1,4 +1,4 @@
-"""Computed in blocks of matmuls, the recurrence is right for every kind and block length; on a GPU, as graphs too."""
+"""The recurrence in blocks of matmuls, for every kind of filter and block length; on a GPU, as CUDA graphs too."""
 
 import contextlib
 
@@ -146,7 +146,7 @@ def test_float32_means_float32(device, tf32):
 
 
 def test_settings_are_restored(monkeypatch, tf32):
-    """TF32 is off inside ``_exclusively``, then the user's choice again, even after an error. Needs no GPU."""
+    """TF32 is off inside ``_exclusively``. Even after an error the user's choice is restored. Needs no GPU."""
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     seen = []
 
@@ -164,7 +164,7 @@ def test_settings_are_restored(monkeypatch, tf32):
 
 @pytest.fixture
 def cached_blocks(monkeypatch):
-    """On a CPU: cache blocks as on a GPU, filled with NaN that must not be read, and run them without a capture."""
+    """On a CPU, cache blocks as on a GPU, but run them without a capture. Their memory starts full of NaN."""
     cached, get = {}, graph._get_block
 
     def get_block(kind):
@@ -215,7 +215,7 @@ def test_arguments_shared_by_all_steps_are_copied_once(device, monkeypatch):
 
 
 def test_only_arguments_per_step_shorten_a_block(monkeypatch):
-    """With width 8 and 2 rows, a step holds 64 numbers for each matrix and 128 for eight arrays like the state."""
+    """With width 8 and 2 rows, a step holds 64 numbers for each matrix of its own and 128 for its eight states."""
     monkeypatch.setattr(graph, "MOST_STEPS", 10**6)
     monkeypatch.setattr(graph, "MOST_BYTES", 4 * 128 * 12)
 
@@ -229,7 +229,7 @@ def test_only_arguments_per_step_shorten_a_block(monkeypatch):
 
 
 def test_graphs_are_cached_and_the_least_recently_used_is_evicted(monkeypatch):
-    """Blocks are cached unless the caller captures. Needs no GPU."""
+    """Blocks are cached unless the caller is capturing a graph. Needs no GPU."""
     monkeypatch.setattr(graph, "_cached", graph.OrderedDict())
     monkeypatch.setattr(graph, "Block", lambda kind, capture: [kind, capture])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -251,7 +251,7 @@ def test_graphs_are_cached_and_the_least_recently_used_is_evicted(monkeypatch):
 
 
 def test_captured_once_and_replayed(monkeypatch):
-    """The first run warms the libraries up, captures, and replays, as a capture executes nothing. Needs no GPU."""
+    """The first run warms up the libraries, captures, and replays, because a capture executes nothing. Needs no GPU."""
     calls = []
 
     class Graph:
@@ -279,7 +279,7 @@ def test_captured_once_and_replayed(monkeypatch):
 
 
 def test_captured_by_the_caller(device):
-    """While the caller captures, the code makes no graph of its own and takes its memory from the caller's."""
+    """While the caller captures a graph, the code makes none of its own and takes memory from the caller's graph."""
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     tensors = problem(device, 5, 30, 7)
@@ -310,7 +310,7 @@ def test_the_registered_op(device, weight_dtype, without):
         torch.library.opcheck(library.get_overload(op.BACKWARD, op.GRAPH), (*arguments, *needs))
 
 
-def test_it_checks_its_arguments(device):
+def test_the_op_checks_its_arguments(device):
     h0, weight, bias, *rest = problem(device, 3, 5, 4)
     forward = library.get_overload(op.NAME, op.GRAPH)
     with pytest.raises(ValueError, match="shapes that do not fit"):

@@ -1,4 +1,4 @@
-"""OrthogonalFilterMLP and OrthogonalFilterRNN: the behaviour of torch.nn's own modules, and what only these need."""
+"""OrthogonalFilterMLP and OrthogonalFilterRNN: what they have in common with torch.nn's modules, and what is new."""
 
 import copy
 import math
@@ -31,9 +31,9 @@ def test_every_filter_is_orthogonal_to_its_rounding(kind, width):
 
 
 def test_haar_filter_has_no_preferred_sign():
-    """The QR alone fixes the sign of R's diagonal, so traces would be biased; Haar has E[trace] = 0."""
+    """A QR decomposition fixes the signs of R's diagonal, which would bias the trace. Haar has E[trace] = 0."""
     traces = torch.stack([make_filter("haar", 4, torch.float64).trace() for _ in range(2000)])
-    # Var[trace] = 1 for Haar on O(N), so the mean of 2000 has the standard error 0.022: the limit is five of them.
+    # Var[trace] = 1 for Haar on O(N), so the mean of 2000 has the standard error 0.022. The limit is five such errors.
     assert abs(traces.mean()) < 0.12
     assert traces.var().item() == pytest.approx(1.0, abs=0.2)
 
@@ -72,7 +72,7 @@ class LargestFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("layer", [0, 511, 512, 799])
 @pytest.mark.parametrize("value", [2.0, math.nan])
 def test_filters_of_many_layers_are_checked_part_by_part(layer, value):
-    """A wrong matrix is found in any part, without a float64 copy of all of them (8 GB for 50,000 of width 128)."""
+    """A wrong matrix is found in any part, without a float64 copy of all (6.6 GB for 50,000 matrices of width 128)."""
     filters = torch.linalg.qr(torch.randn(45, 45, dtype=torch.float64)).Q.float().repeat(800, 1, 1)
     with LargestFloat64() as largest:
         make_filter(filters, 45)
@@ -189,7 +189,7 @@ def test_mlp_state_dict_round_trip_includes_the_filter(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("filter", KINDS)
 def test_state_dicts_of_every_precision_come_back(filter, dtype):
-    """A float64 module holds a filter that was rounded to float32 once, and it is still orthogonal when loaded."""
+    """A float64 module's filter was once rounded to float32. Loading accepts such a filter as orthogonal."""
     model = nn.OrthogonalFilterRNN(3, 48, filter=filter, length=5).to(dtype)
     other = nn.OrthogonalFilterRNN(3, 48, filter=filter, length=5).to(dtype)
     other.load_state_dict(model.state_dict())
@@ -221,7 +221,7 @@ def changed(filter, index, value):
 )
 @pytest.mark.parametrize("assign", [False, True])
 def test_an_invalid_filter_is_refused_like_a_size_mismatch(made_with, change, message, assign):
-    """The filter is named among the model's other errors and stays as it was, and everything else is loaded."""
+    """The error names the filter beside the other mismatches. The filter stays as it was; everything else is loaded."""
 
     def network():
         return torch.nn.Sequential(
@@ -387,7 +387,7 @@ def test_double_modules_stay_orthogonal():
     assert model(torch.randn(4, 3).double()).dtype == torch.float64
 
 
-def test_modules_can_be_built_on_the_meta_device_only_without_a_check():
+def test_modules_with_a_named_filter_can_be_built_on_the_meta_device():
     """A named filter needs no check, and nothing is computed on meta."""
     model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter="cyclic", device="meta")
     assert model.weight.is_meta
@@ -500,7 +500,7 @@ def test_mlp_compiles_into_one_graph():
 
 
 def test_a_deep_net_keeps_its_gradient_and_a_plain_one_loses_it():
-    """The purpose of the method: over 2,000 layers, the gradient norm at the first divided by that at the last."""
+    """The method's purpose. ``ratio`` is the gradient norm at the first of 2,000 layers divided by that at the last."""
     depth, width = 2000, 32
 
     def ratio(**scales):
@@ -512,6 +512,7 @@ def test_a_deep_net_keeps_its_gradient_and_a_plain_one_loses_it():
 
     kept, lost = ratio(), ratio(filter="identity", alpha=0.0, beta=1.0)
     print(f"gradient at layer 1 over layer {depth}: orthogonal filter {kept:.3g}, plain {lost:.3g}")
-    # Singular values of the whole map lie in [exp(-c(1+s)), exp(c(s-1))] with c = 1 and s <= 2: [0.05, 2.8].
+    # The net's Jacobian has singular values in [exp(-c (1 + s)), exp(c (s - 1))], which is [0.05, 2.8] with
+    # c = beta depth = 1 and s = max ||W_l||_2 <= 2.
     assert 0.05 < kept < 2.8
     assert lost < 1e-6

@@ -1,11 +1,14 @@
 """The proof of the recurrence: every depth, width, batch, kind and thread count against float64, to 50,000 layers.
 
+h_l = alpha_l O h_{l-1} + beta_l act(A_l) with A_l = W_l h_{l-1} + b_l + u_l, for L layers, M rows (samples) and N
+units. In the time form all steps share one weight. G_l is the gradient of h_l.
+
 Rows are independent, so one net of 33 rows is traced once in float64 and once in float32 (eager torch). The traces
 judge the kernel for every number of rows M <= 33: row-wise results are compared with the first M rows, sums over the
-samples with the sum over these rows. The rule is that of tests/support/numerics.py. On a few numbers it would depend on
-chance (one weight has one rounding error, and eager torch's may be 0), so these are judged over several nets.
+samples with the sum over these rows. The rule is that of tests/support/numerics.py. On a few numbers the rule would
+depend on chance (one weight has one rounding error, and eager torch's may be 0), so small nets are judged together.
 
-The cost of a reference decides which cases run where:
+The references are costly, so not every case has every check:
 - L = 1, 2, 7: every N and M with 1, 2 and 3 threads, result and all gradients, last state or all states.
 - L = 1000: every N and M, result and all gradients; every number of threads with every N and with every M.
 - L = 50,000, forward: N = 3, 17 and 64 with a weight per layer and every M; N = 100, 128 and 256, whose weights would
@@ -80,7 +83,7 @@ class Net:
         return tensor[l] if tensor.dim() == per_step else tensor
 
     def __call__(self, rows, return_states, segment=None, with_gradients=True):
-        """The kernel's result and gradients for the first rows of the batch."""
+        """The kernel's result and gradients for the first ``rows`` rows of the batch."""
         narrowed = {"h0": self.arguments["h0"][:rows], "inputs": self.arguments["inputs"][:, :rows]}
         leaves = {
             name: narrowed.get(name, tensor).detach().requires_grad_(with_gradients)
@@ -162,7 +165,7 @@ def last_state(net, dtype):
 
 
 class Trace:
-    """All states of a net and their gradients, step by step in plain torch. The other gradients are sums of these."""
+    """All states of a net and their gradients, step by step in plain torch. Other gradients are computed from these."""
 
     def __init__(self, net, dtype, return_states):
         steps, *shape = net.arguments["inputs"].shape
@@ -193,14 +196,15 @@ class Trace:
         return {"output": output, "h0": self.grad_states[0], "inputs": self.grad_pre}
 
     def sums(self, rows, layers):
-        """The gradients of these layers' weights and biases that come from the first rows."""
+        """The gradients of these layers' weights and biases that come from the first ``rows`` rows."""
         grad_pre, states = self.grad_pre[layers, :rows], self.states[:-1][layers, :rows]
         return {"weight": grad_pre.mT @ states, "bias": grad_pre.sum(1)}
 
     def sums_over_time(self, batches):
-        """The gradients of a weight and a bias that all steps share, (N, N, batches) and (N, batches).
+        """The gradients of a weight and a bias that all steps share, (N, N, count) and (N, count).
 
-        Each column is the sum over a batch of rows, (33, batches): an error of a state stays in all states that follow.
+        Each column of ``batches`` (33, count) is one batch of rows. One batch would be too few to judge: an error of a
+        state stays in all states that follow, so the terms of a batch's sum do not err independently.
         """
         by_row = {
             "weight": self.grad_pre.permute(1, 2, 0) @ self.states[:-1].transpose(0, 1),
@@ -209,10 +213,10 @@ class Trace:
         return {name: torch.einsum("m...,mb->...b", sums.double(), batches) for name, sums in by_row.items()}
 
     def scale_sums(self, batches):
-        """The gradients of alpha and beta, (L, batches): each column from a batch of rows, (33, batches).
+        """The gradients of alpha and beta, (L, count). Each column of ``batches`` (33, count) is one batch of rows.
 
         <G_l, O h_{l-1}> hardly changes from layer to layer, and neither does its error. So the error of a batch counts
-        as one number, however many the layers. Further batches of the same net supply more numbers.
+        as one number, however many layers there are. Further batches of the same net supply more numbers.
         """
         gradient = self.grad_states[1:]
         return {
@@ -222,9 +226,9 @@ class Trace:
 
 
 def draw_batches(rows, of, count=32):
-    """(of, count): the first ``rows`` rows, then equally many rows at random, each with a random sign of its gradient.
+    """Batches of ``rows`` out of ``of`` rows, as columns (of, count): the first rows, then random ones.
 
-    The sign changes no rounding in a row, only how the rows add up.
+    The gradient of each random row gets a random sign. It changes no rounding in a row, only how the rows add up.
     """
     chosen = torch.rand(of, count).argsort(0) < rows
     batches = chosen * torch.where(torch.rand(of, count) < 0.5, 1.0, -1.0).double()
@@ -233,10 +237,10 @@ def draw_batches(rows, of, count=32):
 
 
 class Errors:
-    """Pool the largest errors, the kernel's per call and eager torch's, over nets and batch sizes, and judge them.
+    """Collect the largest errors of the kernel (for each call) and of eager torch over several nets, and judge them.
 
-    Eager torch's error is taken relative to the quantity's largest value, as the maximum over the nets and batch sizes
-    of the group: a sum over 5 samples is rounded no better than one over 33.
+    Eager torch's error is divided by the quantity's largest value. The largest of these ratios over all nets and batch
+    sizes counts, because a sum over 5 samples is not rounded better than one over 33.
     """
 
     def __init__(self):
@@ -269,7 +273,7 @@ class Errors:
 
 
 def assert_grid(nets, calls, return_states, what):
-    """Judge the result and all gradients of every net for each of ``calls``: (rows, threads, segment)."""
+    """Judge the result and all gradients of every net for each (rows, threads, segment) in ``calls``."""
     errors = Errors()
     for net in nets:
         eager, exact = (Trace(net, dtype, return_states) for dtype in (torch.float32, torch.float64))
@@ -306,7 +310,8 @@ def compare(errors, net, eager, exact, rows, calls, return_states, what):
         return
     # Take the layers in parts that fit into memory.
     part = max(1, 2**22 // width**2)
-    # If there are very many weights, take every 7th layer, with the first and the last of 50,000: all take a minute.
+    # If there are very many weights, take every 7th layer, among them the first and the last of 50,000. All layers
+    # would take a minute.
     stride = 7 if steps * width**2 > 2**27 else 1
     for first in range(0, steps, part):
         layers = slice(first, first + part, stride)
@@ -317,7 +322,7 @@ def compare(errors, net, eager, exact, rows, calls, return_states, what):
                 errors.add(name, rows, call, gradients[name][layers], expected)
 
 
-# Every width with every filter, activation and depth. All filters, activations and results together: test_every_kind.
+# Every pair of choices. test_every_kind combines all filters, activations and results with each other.
 GRID = pairwise(
     steps=[1, 2, 7, 1000], width=WIDTHS, filter=FILTERS, activation=ACTIVATIONS, return_states=[True, False]
 )
@@ -383,7 +388,7 @@ ALL_WIDTHS = pairwise(
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_width(shared):
-    """Every remainder of a vector, of a tile and of a panel, for few rows and for many."""
+    """Widths that leave every remainder of a vector, of a tile and of a panel, for few rows and for many."""
     for case in [case for case in ALL_WIDTHS if case["shared"] == shared]:
         net = make_net(12, case["width"], POOLED, filter=case["filter"], shared=shared)
         calls = [(*pair, None) for pair in itertools.product((1, 2, 12), THREADS)]
@@ -454,7 +459,7 @@ def test_fifty_thousand_steps_of_one_weight_backward():
 
 
 def tells_steps(arguments, filter):
-    """Whether an argument besides the inputs has one entry per step. One number of alpha or beta is for all steps."""
+    """Whether an argument besides the inputs has one entry per step. A single alpha or beta serves all steps."""
     ranks = {"weight": 3, "bias": 2}
     present = (name for name in ranks if arguments[name] is not None)
     return (
@@ -511,7 +516,7 @@ def in_layout(tensor, layout):
     return hostile_layouts(tensor).get(layout, tensor) if can_hold_nan and tensor.numel() else tensor
 
 
-# The fixtures only choose the backend and the seed, and every example does so itself.
+# The function's fixtures run once for all its examples: they choose the backend. Each example sets its own seed.
 PROPERTY = {
     "deadline": None,
     "derandomize": True,
@@ -576,8 +581,9 @@ def assert_any_call(case):
     if case["dtype"] == torch.float32:
         errors.judge()
     else:
-        # There is no wider judge here. Eager float64 has 2^-29 times the error of eager float32 (which also rounded its
-        # arguments), and the kernel at most twice that and one ulp: they differ by at most the sum.
+        # No wider dtype judges float64 here: eager float64 stands for the exact result. Its error is 2^-29 times that
+        # of eager float32, which also rounds its arguments. The kernel's error may be twice that plus one ulp. So the
+        # two differ by at most three times that plus one ulp.
         narrowing = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         errors.judge(torch.float64, times_eager=3 * narrowing)
 
@@ -613,7 +619,7 @@ def test_sixteen_bits_are_rounded_once(dtype, rows, shared, return_states):
         expected = exact[name]
         allowed_in_float32 = 2 * (eager[name].double() - expected).abs().max()
         allowed_in_float32 += torch.finfo(torch.float32).eps * expected.abs().max()
-        # Half of the spacing. Below the smallest normal number the spacing is the one at that number.
+        # Half of the spacing of the dtype's numbers, which below the smallest normal number is the spacing at that one.
         largest = (expected.abs() + allowed_in_float32).clamp(min=finfo.smallest_normal)
         rounding = 0.5 * finfo.eps * 2 ** largest.log2().floor()
         error = (actual[name].double() - expected).abs()
@@ -624,7 +630,7 @@ def test_sixteen_bits_are_rounded_once(dtype, rows, shared, return_states):
 @pytest.mark.parametrize("scale_shape", ["per_layer", "one", "no_dimension"])
 @pytest.mark.parametrize("over_time", [False, True])
 def test_gradients_of_the_scales(rows, scale_shape, over_time):
-    """The gradients of the scales, per layer and shared, alone and together, with no other gradient requested.
+    """The gradients of alpha and beta, requested alone and together and without any other gradient.
 
     Many nets are judged, because <G_l, O h_{l-1}> hardly changes from layer to layer, and neither does its error.
     """
@@ -657,7 +663,7 @@ def test_gradients_of_the_scales(rows, scale_shape, over_time):
 @pytest.mark.parametrize("width", [7, 64, 200])
 @pytest.mark.parametrize("over_time", [False, True])
 def test_same_bits_twice_however_the_rows_are_dealt_out(count, width, over_time):
-    """One net, with every way to share rows and units between threads, and threads that come late or not at all."""
+    """Repeated calls of one net, with every way to share rows and units between threads. Some threads may come late."""
     net = make_net(20, width, 40, shared=over_time)
     with threads(count):
         for rows in (1, 2, 3, 4, 20):
@@ -714,7 +720,7 @@ def every_float32(stride):
     return torch.from_numpy(np.concatenate([positive, positive | np.uint32(1 << 31)]).view(np.float32))
 
 
-# Where kernels clamp: exp(-x) and exp(-2 x) leave the normal numbers, or tanh becomes 1.
+# Arguments near which kernels clamp: exp(-x) and exp(-2 x) leave the normal numbers, or tanh becomes 1.
 SATURATIONS = np.array([[9.01], [43.5], [43.668], [87.0], [87.336], [88.0], [88.72], [103.97]], np.float32)
 
 
@@ -740,8 +746,8 @@ def test_activation_error_over_all_of_float32(activation, capsys):
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("rows", [1, 33])
-def test_nan_and_infinity_stay_in_their_row(activation, rows):
-    """A NaN in one sample makes that sample's result NaN and no other's; an infinite input saturates."""
+def test_a_nan_stays_in_its_row(activation, rows):
+    """A NaN in one sample makes that sample's whole result NaN. The other samples keep their bits."""
     net = make_net(rows, 19, 3, filter="permutation", activation=activation)
     expected = net(rows, False, with_gradients=False)
     net.arguments["h0"][rows // 2, 4] = torch.nan
@@ -781,7 +787,7 @@ GUARDED = pairwise(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("thread_count", [1, 3])
 def test_nothing_but_the_arguments_is_read_and_nothing_of_them_written(flush, dtype, thread_count):
-    """Memory that a vector too wide or a tile too high would touch is not mapped: the process would end here."""
+    """The pages beside each argument are unreadable, so a vector too wide or a tile too high would end the process."""
     with threads(thread_count):
         for case in GUARDED:
             call_between_guards(steps=3, dtype=dtype, flush=flush, **case)

@@ -1,6 +1,7 @@
 """The recurrent modules sharded over two ranks by FSDP2: reset_parameters gives all ranks one filter.
 
-Run as a script, this file is one of the two processes (gloo): it stores the values that it drew, and the tests compare.
+Run as a script, this file is one of the two processes (gloo). It stores the values that it drew, and the tests compare
+those of the two.
 """
 
 import os
@@ -120,7 +121,8 @@ def test_ranks_of_a_sharded_module_have_one_filter(found, name, kind, seed):
             assert torch.equal(filter.sort().values, torch.arange(7))
         else:
             product = filter.double() @ filter.double().T
-            # An orthogonal matrix rounded to float32: sqrt(7) products per element, twice.
+            # The filter was rounded to float32. An element of the product sums 7 terms, whose roundings add up to about
+            # sqrt(7) units. Twice that is allowed.
             torch.testing.assert_close(product, torch.eye(7, dtype=torch.float64), rtol=0, atol=2 * 7**0.5 * 2**-23)
     # The first filter is that of rank 0's seed.
     torch.manual_seed(SEEDS[seed](0))

@@ -210,7 +210,7 @@ def test_reset_parameters_keeps_a_given_filter_that_was_not_lost(filter, make, c
 @pytest.mark.parametrize("filter", FILTERS[-2:])
 def test_reset_parameters_refuses_a_given_filter_whose_memory_is_gone(filter, make, from_meta, clone):
     model = emptied(make_in_context(make, filter=filter) if from_meta else make(filter))
-    # Uninitialised memory may hold the old values by chance. They were not written, so they do not count.
+    # Uninitialised memory may hold the old values by chance. They do not count, because nothing has written them.
     model.filter.data.copy_(filter)
     model = clone(model)
     weight = next(model.parameters()).clone()
@@ -219,7 +219,7 @@ def test_reset_parameters_refuses_a_given_filter_whose_memory_is_gone(filter, ma
     ):
         model.reset_parameters()
     assert torch.equal(next(model.parameters()).nan_to_num(), weight.nan_to_num())
-    # A conversion to another device or dtype does not restore it.
+    # A conversion to another device or dtype does not restore the filter.
     with pytest.raises(ValueError, match="cannot restore filter"):
         model.double().float().reset_parameters()
 
@@ -418,7 +418,7 @@ def test_the_rnns_constructor_calls_reset_parameters_as_torchs_do():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [mlp, rnn])
 def test_the_constructor_draws_the_filter_once_and_first(make, kind):
-    """A seed still gives the same model."""
+    """The order of the random numbers is fixed, so that a seed gives the same model in every version."""
     torch.manual_seed(7)
     model = make(kind)
     torch.manual_seed(7)

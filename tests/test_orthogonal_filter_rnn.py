@@ -82,7 +82,7 @@ def test_h_n_may_be_edited_before_backward(shape, batch_first, make):
 
 
 def test_an_output_edited_before_backward_raises_and_its_clone_does_not():
-    """The class's table names this difference."""
+    """The table in the class's docstring names this difference from torch.nn.RNN."""
     rnn = make_ours()
     output, _ = rnn(torch.randn(7, 4, 3))
     loss = output.sum()
@@ -311,7 +311,7 @@ def test_another_device_is_named_in_the_rnns_words(name, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
 def test_under_autocast_the_states_stay_in_float32(packed, dtype, device):
-    """torch.nn.RNN rounds them on a CPU. Here a state that is carried on as hx keeps its small steps."""
+    """On a CPU torch.nn.RNN rounds its states. Here h_n, passed on as hx, loses none of its small steps."""
     rnn, x = make_ours(), torch.randn(7, 4, 3)
     with torch.autocast(device.type, torch.bfloat16):
         input = x.to(dtype)
@@ -402,7 +402,7 @@ def test_packed_results_are_their_own_memory():
 
 
 def test_padding_that_would_overflow_is_not_computed():
-    """The sequence of 1 step would reach infinity in 400 steps, and 0 * infinity is NaN in the weight's gradient."""
+    """In 400 steps the sequence of 1 step would reach infinity, and 0 * infinity is NaN in the weight's gradient."""
     rnn = nn.OrthogonalFilterRNN(3, 8, filter="identity", alpha=0.5, beta=0.5, activation="relu")
     with torch.no_grad():
         rnn.weight_ih.fill_(1.0)
@@ -443,7 +443,7 @@ def test_batch_sizes_that_contradict_the_data(batch_sizes):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_output_edited_by_dropout_in_place(packed):
-    """The most common edit of an output raises; that of a packed output is allowed."""
+    """Dropout, the most common edit in place, makes backward raise an error. A packed output may be edited."""
     rnn, x = make_ours(), torch.randn(7, 4, 3)
     output, _ = rnn(pack_padded_sequence(x, [7, 5, 5, 1]) if packed else x)
     edited = torch.nn.functional.dropout(output.data if packed else output, inplace=True)
@@ -496,7 +496,7 @@ EXPORTERS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_a_packed_sequence_is_not_exported(exporter):
-    """Its lengths would become constants, and the program would be silently wrong for other lengths."""
+    """The sequences' lengths would become constants, and the program would be silently wrong for other lengths."""
     arguments = torch.randn(5, 3), torch.tensor([3, 2], device="cpu")
     model = Packing().eval()
     assert model(*arguments).shape == (1, 3, 8)

@@ -1,7 +1,7 @@
-"""The parts of the parallel solver against loops and matrix powers in float64: scans, bases, stopping.
+"""The parts of the parallel solver against loops and matrix powers in float64: scans, bases of filters, stopping rule.
 
-The last part solves the nets of ``TABLE``, which has the error of all states after each sweep, and checks the decisions
-of the stopping rule.
+The last part checks the error of all states after each sweep, and the decisions of the stopping rule, for the nets in
+``TABLE``. L is the number of layers, c = beta L, and D is the number of layers that are solved at once (a window).
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ def test_scans_are_the_recurrence(form, width, steps):
         expected = scan_in_steps(first, source, filter, alpha)
         actual = reference.linear_scan(first, source, filter, alpha)
         assert actual.shape == expected.shape
-        # Either sum has D terms, each through powers of the filter whose error grows with the exponent.
+        # Both results sum D terms, each multiplied by a power of the filter, whose error grows with the exponent.
         scale = expected.abs().max() if expected.numel() else 0.0
         torch.testing.assert_close(actual, expected, rtol=0, atol=float(4 * (steps + 1) * (width + 1) * EPS * scale))
 
@@ -282,7 +282,7 @@ def householder(width):
 
 
 def turned(blocks):
-    """The same map in a random basis."""
+    """The map ``blocks`` in a random orthonormal basis."""
     basis = haar(len(blocks))
     return basis @ blocks @ basis.mT
 
@@ -308,7 +308,10 @@ EXACT_FILTERS = {
 @pytest.mark.parametrize("name", EXACT_FILTERS)
 @pytest.mark.parametrize("rounded", [False, True])
 def test_frames_hold_for_fifty_thousand_steps(name, rounded):
-    """The frame has the eigenvalues of the filter as given, rounded or not, not those of a nearby orthogonal matrix."""
+    """A frame is a basis in which the filter rotates pairs of units.
+
+    It has the eigenvalues of the filter as given, rounded or not, and not those of a nearby orthogonal matrix.
+    """
     matrix = EXACT_FILTERS[name]()
     matrix = matrix.float().double() if rounded else matrix
     width = len(matrix)
@@ -354,7 +357,7 @@ def test_filters_without_a_good_frame_have_none(matrix):
 
 @pytest.mark.parametrize("kind", ["not normal", "scaled", *EXACT_FILTERS])
 def test_filters_with_and_without_a_frame_are_solved(kind, backend):
-    """Matrices as users pass them, rounded to float32: forward and backward against the float64 sequence."""
+    """Forward and backward with filters rounded to float32, as users pass them, against the sequence in float64."""
     made = {"not normal": lambda: NOT_NORMAL * 0.5, "scaled": lambda: 0.7 * haar(5)} | EXACT_FILTERS
     filter = made[kind]().float()
     width = len(filter)
@@ -425,7 +428,8 @@ GOOD, BAD = True, False
 @pytest.mark.parametrize(
     ("changes", "options", "sweeps", "converged"),
     [
-        # rho / (1 - rho) d_k: 1e-3 / (1 - 1e-3) 1e-3 is a little over 1e-6, and the next a little over 1e-9.
+        # The estimated error is rho / (1 - rho) times the last change; rho is the ratio of the last two changes. After
+        # two sweeps it is 1e-3 / (1 - 1e-3) 1e-3, a little over 1e-6, and after three a little over 1e-9.
         ([1.0, 1e-3, 1e-6], {}, 3, GOOD),
         ([1.0, 1e-3, 1e-6], {"tolerance": 1.01e-6}, 2, GOOD),
         ([1e-2, 9e-5, 7e-7], {}, 2, GOOD),
@@ -446,7 +450,8 @@ GOOD, BAD = True, False
         ([1.0, 1.0, 1.0], {"tolerance": 1e-9}, 3, BAD),
         ([1.0, 0.5, 0.6], {"tolerance": 1e-9}, 3, BAD),
         ([1.0, 2.0, 4.0], {}, 3, BAD),
-        ([1.0, 0.9, 0.81], {"tolerance": 1e-9}, 3, BAD),  # 13 more sweeps, each change at best k / (k + 1) of the last
+        # 13 sweeps remain. The contraction of sweep k + 1 is at best k / (k + 1) of that of sweep k.
+        ([1.0, 0.9, 0.81], {"tolerance": 1e-9}, 3, BAD),
         ([1.0, 0.9, 0.81], {}, 3, None),
         ([1.0, 0.3, 0.09, 0.027], {}, 4, None),
         ([math.nan], {}, 1, BAD),
@@ -481,7 +486,7 @@ def test_the_estimate_of_a_steady_contraction_is_right(rho):
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 1.5])
 def test_a_contraction_that_gets_faster_is_not_given_up(scale):
-    """Errors fall as (c s)^k / k!, the law of such sweeps: slow after three sweeps, but done before the 16th."""
+    """The changes fall as scale^k / k!, the law of such sweeps: slowly at first, but far enough before the 16th."""
     changes = [scale**k / math.factorial(k) for k in range(1, 40)]
     convergence = follow(changes)
     assert convergence.has_converged
@@ -602,7 +607,7 @@ def test_the_default_window_fits_into_the_cache():
     assert solver.default_window(torch.empty(50_000, 64, 64, device="meta"), 8, 50_000) == 50_000
 
 
-# ---- Errors by sweep, and the stopping rule --------------------------------------------------------------------------
+# ---- The errors after each sweep -------------------------------------------------------------------------------------
 
 LAYERS, WIDTH, ROWS = 2000, 64, 8
 
@@ -666,7 +671,7 @@ SLOW = {
 
 
 class FixedSweeps(solver.Forward):
-    """A fixed number of sweeps over all layers, without the stopping rule. Keeps the changes and the errors of each."""
+    """A fixed number of sweeps over all layers, without the stopping rule. Keeps each sweep's change and error."""
 
     def __init__(self, made: dict, exact: Tensor, count: int) -> None:
         steps = len(exact) - 1
@@ -691,7 +696,7 @@ class FixedSweeps(solver.Forward):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_errors_fall_with_the_sweeps_as_in_the_table(name):
-    """The estimate is right too: below the tolerance the error is small as well, within an estimate's accuracy."""
+    """Besides, when the estimated error falls below the tolerance, the true error does so too, up to a factor of 2."""
     row = TABLE[name]
     made = row.make()
     exact = F.orthogonal_filter(**made, return_states=True)
@@ -699,7 +704,7 @@ def test_errors_fall_with_the_sweeps_as_in_the_table(name):
     print(name, *(f"{error:.1e}" for error in sweeps.errors))
     for error, expected in zip(sweeps.errors, row.errors, strict=False):
         assert error <= 10 * expected
-        # One W is a single draw and may do better; 2,000 of them average out.
+        # One W for all layers is a single draw, whose error may be smaller. The errors of 2,000 draws average out.
         assert row.tied or error >= expected / 10
     needed = next(k for k, error in enumerate(sweeps.errors, start=1) if error <= 1e-6)
     assert needed <= row.sweeps + 1
@@ -710,7 +715,7 @@ def test_errors_fall_with_the_sweeps_as_in_the_table(name):
         accepted = len(convergence.changes) - 1
         rounding = 100 * EPS
         assert sweeps.largest_errors[accepted] <= 10 * convergence.error + rounding
-        # The rule is at most one sweep late: the sweep before the last but one was not good enough.
+        # The rule stops at most one sweep late: two sweeps earlier the error was still too large.
         assert sweeps.errors[accepted] <= tolerance
         assert sweeps.largest_errors[accepted] <= 2 * tolerance
         assert accepted < 2 or sweeps.largest_errors[accepted - 2] > tolerance

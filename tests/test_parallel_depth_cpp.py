@@ -29,7 +29,8 @@ ACTIVATIONS = {
     "sigmoid": (lambda a: 1 / (1 + np.exp(-a)), lambda a: 1 / (1 + np.exp(-a)) * (1 - 1 / (1 + np.exp(-a)))),
     "identity": (lambda a: a, np.ones_like),
 }
-# (D, M, N): empty, one, primes, around every vector, more rows than pass through the layers together, long rows.
+# (layers D, rows M, units N): empty, one, primes, widths near those of vectors, more rows than pass through the layers
+# together, long rows.
 SHAPES = (
     *((0, 3, 5), (5, 0, 7), (7, 2, 0), (1, 1, 1), (7, 3, 1), (5, 3, 2), (3, 2, 3), (11, 4, 7), (3, 1, 8), (5, 3, 9)),
     *((4, 3, 13), (3, 2, 16), (2, 2, 17), (5, 1, 31), (2, 3, 33), (4, 3, 64), (3, 2, 131), (3, 47, 130), (2, 1, 5003)),
@@ -50,7 +51,7 @@ def make_filter(kind, width):
     unit = torch.arange(width)
     if kind == "random":
         return torch.randperm(width)
-    if kind == "cycles":  # of three units, and the rest
+    if kind == "cycles":  # of three units each; the remaining units stay
         return torch.where(unit < width // 3 * 3, unit // 3 * 3 + (unit + 1) % 3, unit)
     return (unit - 1) % width if kind == "cyclic" and width else unit
 
@@ -157,7 +158,7 @@ def adjoint_arguments(shape, dtype, kind, product=True, outside=True, slope=True
 
 
 def cases_of(activation, table):
-    """The table's cases of this activation, without it."""
+    """The table's cases of this activation, without the key "activation"."""
     for case in table:
         if case["activation"] == activation:
             yield {name: value for name, value in case.items() if name != "activation"}
@@ -249,7 +250,8 @@ def test_activations_of_every_size_by_the_rule(dtype, activation, derivative):
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
-# Few rows with many layers, which threads share in chunks: an odd width, chunks of different lengths, a short row.
+# (D, M, N) with few rows and many layers, which threads share in chunks: chunks of different lengths, an odd width, a
+# small width.
 LONG = ((1001, 1, 64), (600, 2, 97), (6007, 1, 8))
 
 
@@ -298,7 +300,7 @@ def test_rows_have_the_same_bits_on_any_number_of_threads(kind):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_rotations_do_not_drift_over_50_000_layers(count):
-    """States are float64 from chunk to chunk too, so the phase is l times the angle to within float32's rounding."""
+    """Chunks hand their states on in float64, so layer l is turned by l times the angle to float32's rounding."""
     layers, width = 50_000, 8
     filter = make_filter("rotations", width)
     angle = torch.atan2(filter[width::2], filter[:width:2])
@@ -311,7 +313,7 @@ def test_rotations_do_not_drift_over_50_000_layers(count):
     phase = torch.arange(layers + 1)[:, None] * -angle
     exact = torch.view_as_real(torch.polar(torch.ones_like(phase), phase) * start).reshape(states.shape)
     error = (states - exact).abs().max() / exact.abs().max()
-    # The limit is half a unit of rounding, once, and float64's drift: 50,000 times its own rounding.
+    # The limit is half an ulp of float32, once, plus the drift of float64, which is 50,000 times float64's rounding.
     assert error <= 0.5 * torch.finfo(torch.float32).eps + layers * torch.finfo(torch.float64).eps
 
 
@@ -331,7 +333,7 @@ def test_a_state_of_zero_stays_zero_however_the_others_grow(count):
 
 
 def change_of(old, new, count=1):
-    """The change of a sweep whose new states are ``new``: without the filter's part, product is the new states."""
+    """The change of a sweep from ``old`` to ``new``: with alpha = 0 and beta = 1 the new states are the product."""
     layers, _, width = new.shape
     states = torch.cat((torch.zeros_like(new[:1]), old))
     none, one = new.new_zeros(layers), new.new_ones(1)
@@ -343,7 +345,7 @@ def change_of(old, new, count=1):
 
 @pytest.mark.parametrize("width", [1, 5, 8, 19, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_relative_change_of_what_is_no_ordinary_number(dtype, width):
+def test_the_relative_change_of_zero_infinity_and_nan(dtype, width):
     new = torch.randn(3, 2, width, dtype=dtype) + 4
     assert change_of(new, new) == 0
     assert change_of(torch.zeros_like(new), torch.zeros_like(new)) == 0
@@ -483,7 +485,7 @@ GUARDED = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 3])
 def test_nothing_but_the_arguments_is_touched(count, dtype, flush):
-    """Memory that a vector too wide would touch is not mapped, and arguments that are only read are not writable."""
+    """The pages beside each argument are unreadable, and arguments that are only read cannot be written to."""
     for case in [*GUARDED, *([{"shape": LONG[1], "kind": "random"}] if count > 1 else [])]:
         shape, kind, alpha_shared = case["shape"], case["kind"], case.get("alpha_shared", True)
         calls = (

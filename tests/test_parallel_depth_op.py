@@ -56,7 +56,7 @@ def make_filter(kind: str, width: int, dtype: torch.dtype = torch.float32) -> Te
 def make_arguments(
     rows, width, steps, c=1.0, tied=False, bias="per layer", inputs=True, dtype=torch.float32
 ) -> dict[str, Tensor]:
-    """Scaled like a network in training: beta ~ c / L, alpha = 1 - beta. Arguments that are None are left out."""
+    """Scaled like a net in training: beta about c / steps, alpha = 1 - beta. An argument that is None is left out."""
     beta = c * (0.5 + torch.rand(steps, dtype=dtype)) / max(steps, 1)
     shapes = {"shared": (width,), "per layer": (steps, width)}
     arguments = {
@@ -98,7 +98,7 @@ def redraw(arguments: dict) -> dict:
 
 
 def results_of_three(arguments, filter, grad_output=None, **options):
-    """Result and gradients in parallel, and in sequence with plain torch in the arguments' dtype and in float64."""
+    """Result and gradients of the parallel solver, and of sequential torch in the arguments' dtype and in float64."""
     sequential = {name: value for name, value in options.items() if name not in ("window", "tolerance")}
     if grad_output is None:
         shape = arguments["h0"].shape
@@ -113,7 +113,7 @@ def results_of_three(arguments, filter, grad_output=None, **options):
 
 
 def assert_matches_the_sequence(arguments, filter, draws=1, **options):
-    """Within twice eager's error; on few numbers, over several draws of states and inputs together."""
+    """Errors are within twice eager's. Results of few numbers are judged over several draws of states and inputs."""
     draws = [results_of_three(arguments, filter, **options)] + [
         results_of_three({**arguments, **redraw(arguments)}, filter, **options) for _ in range(draws - 1)
     ]
@@ -154,7 +154,7 @@ def test_every_kind_matches_the_sequence(case, backend):
     arguments = make_arguments(rows, width, steps, c, case["tied"], case["bias"], case["inputs"])
     with warnings.catch_warnings():
         if c == 10.0 or (c == 3.0 and case["tied"]):
-            # Then 100 layers in one window may take too many sweeps; only the result is judged.
+            # With so large a c, 100 layers in one window may take too many sweeps. Only the result is judged.
             warnings.filterwarnings("ignore", f".*{DID_NOT_CONVERGE}")
         options = {"activation": activation, "return_states": case["return_states"]}
         assert_matches_the_sequence(arguments, make_filter(filter_kind, width), 4 if steps < 100 else 2, **options)
@@ -210,7 +210,7 @@ def test_fifty_thousand_layers_are_as_exact_as_one_after_the_other(filter_kind):
 
 @pytest.mark.parametrize("filter_kind", FILTERS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_float64_holds_its_digits(filter_kind, tied, backend):
+def test_float64_keeps_its_precision(filter_kind, tied, backend):
     filter = make_filter(filter_kind, 9, torch.float64)
     arguments = make_arguments(4, 9, 300, tied=tied, dtype=torch.float64)
     grad_output = torch.randn(301, 4, 9, dtype=torch.float64)
@@ -238,7 +238,7 @@ def test_the_result_is_as_good_as_was_asked_for(tolerance, backend):
 @pytest.mark.parametrize("filter_kind", ["dense", "permutation"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_sixteen_bits_have_float32_states(dtype, filter_kind, tied, backend):
-    """Right within the rounding of the result, as with the sequential op. Gradients have their arguments' dtype."""
+    """Results are right to within their rounding, as in the sequential op. Gradients have their arguments' dtype."""
     filter = make_filter(filter_kind, 16)
     arguments = make_arguments(4, 16, 100, tied=tied)
     arguments = {name: t if name in ("alpha", "beta") else t.to(dtype) for name, t in arguments.items()}
@@ -273,7 +273,7 @@ def test_many_windows_do_not_drift(window):
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 def test_shared_gradients_of_one_sign_over_many_samples(activation):
-    """float32 loses digits in sums that only grow: the weight of an RNN sums over every sample of every step."""
+    """An RNN's weight gradient sums over all samples and steps, and float32 loses accuracy in sums that only grow."""
     rows, width, steps = 1024, 8, 128
     arguments = {
         "h0": torch.rand(rows, width),
@@ -306,7 +306,7 @@ def test_same_bits_for_the_same_number_of_threads(count, backend):
 
 
 def tied_net(steps=120, scale=1.0):
-    """beta = 1 / sqrt(L) and one weight: every layer pulls in the same direction."""
+    """beta = 1 / sqrt(steps) and one weight: every layer pulls in the same direction."""
     arguments = make_arguments(4, 8, steps, tied=True, dtype=torch.float64)
     arguments["weight"] *= scale
     arguments["beta"] = torch.full((1,), steps**-0.5, dtype=torch.float64)
@@ -324,7 +324,7 @@ def warnings_of(function) -> tuple[object, list[str]]:
 @pytest.mark.parametrize("window", [None, 120])
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize("filter_kind", ["identity", "dense"])
-def test_what_does_not_converge_ends_right_and_says_so(window, scale, filter_kind, backend):
+def test_a_solve_that_does_not_converge_ends_right_and_warns(window, scale, filter_kind, backend):
     arguments, filter = tied_net(scale=scale), make_filter(filter_kind, 8, torch.float64)
     leaves = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
     with record_solves() as solves:
@@ -358,7 +358,7 @@ def test_each_pass_warns_once(window, backend):
 
 
 def test_a_warning_may_be_an_error(backend):
-    """It is raised as a RuntimeWarning, and what was computed before does not disturb the next call."""
+    """The RuntimeWarning is raised, and the results of the interrupted call do not disturb the next call."""
     arguments, filter = tied_net(scale=10.0), make_filter("identity", 8)
     with pytest.raises(RuntimeWarning, match=DID_NOT_CONVERGE):
         in_parallel(arguments, filter)
@@ -376,8 +376,8 @@ def test_a_warning_may_be_an_error(backend):
 @pytest.mark.parametrize(
     ("filter_kind", "activation"), [("dense", "tanh"), ("permutation", "tanh"), ("permutation", "identity")]
 )
-def test_what_is_not_finite_is_where_the_sequence_has_it(bad, where, filter_kind, activation, backend):
-    """It is in the same rows, layers and gradients. Rows that it does not reach stay as exact as ever."""
+def test_non_finite_values_are_where_the_sequence_has_them(bad, where, filter_kind, activation, backend):
+    """They are in the same rows, layers and gradients. Rows that they do not reach stay as exact as before."""
     arguments, filter = make_arguments(3, 5, 30, dtype=torch.float64), make_filter(filter_kind, 5, torch.float64)
     grad_output = torch.randn(31, 3, 5, dtype=torch.float64)
     indices = {"h0": (1, 2), "inputs": (11, 1, 2), "weight": (11, 2, 2), "beta": (11,), "grad_output": (20, 1, 2)}
@@ -388,7 +388,7 @@ def test_what_is_not_finite_is_where_the_sequence_has_it(bad, where, filter_kind
     )
     with lcw_ops.use_backend("cpp"):
         expected = with_gradients(run, arguments, filter, grad_output, **options)
-    # tanh maps an infinite input to 1.
+    # tanh maps an infinite input to 1, so an infinite argument may leave all results finite.
     assert bool(messages) == any(not tensor.isfinite().all() for tensor in expected.values())
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-11, atol=1e-12, equal_nan=True, msg=name)
@@ -582,7 +582,7 @@ def small(tied=False, bias="per layer", inputs=True):
     indirect=["backend"],
 )
 def test_gradcheck_and_gradgradcheck(backend, filter_kind, return_states, window):
-    """First and second order against finite differences, forward mode too."""
+    """First and second derivatives, forward mode included, against finite differences."""
     filter = make_filter(filter_kind, 3, torch.float64)
     arguments = {name: tensor.requires_grad_() for name, tensor in small(tied=return_states).items()}
 
@@ -646,7 +646,7 @@ def test_hessian_and_jacobians_through_torch_func(backend):
 
 @pytest.mark.usefixtures("on_cpp")
 def test_compiles_into_one_graph_with_dynamic_shapes():
-    """Forward and backward, and "auto" too, whose beta is not a number during tracing."""
+    """Forward and backward, also with solver="auto", for which the value of beta is unknown during tracing."""
     filter = make_filter("dense", 8)
 
     def loss(h0, weight, beta):
@@ -691,7 +691,7 @@ def test_opcheck(backend, return_states, window, filter_kind):
 
 
 def test_the_op_itself_checks_what_it_is_given(backend):
-    """Called directly with arguments that do not fit, it raises instead of guessing."""
+    """An op that is called directly, with arguments that do not fit, raises an error instead of guessing."""
     h0, weight, one, eye = torch.randn(2, 4), torch.randn(9, 4, 4), torch.ones(1), torch.eye(4)
     right = (h0, weight, None, eye, one, one / 900, None, 9, "tanh", 0.0, 0, False, False)
     forward, backward = get_overload(op.NAME, backend), get_overload(op.BACKWARD, backend)
@@ -708,7 +708,7 @@ def test_the_op_itself_checks_what_it_is_given(backend):
             backward(torch.randn(2, 4), checkpoints, *right[1:11], True, False, True, False)
 
 
-# ---- Devices and precisions around it --------------------------------------------------------------------------------
+# ---- Autocast, the meta device, anomaly mode -------------------------------------------------------------------------
 
 
 def test_autocast_computes_in_float32(backend):

@@ -74,7 +74,7 @@ def test_names_in_the_file_lead_to_the_class_of_today(path):
 def test_file_loads_with_an_allow_list_of_its_class(name):
     """torch compares the module and the name of the class with those in the file."""
     own = getattr(lcw_ops.nn, name.partition("-")[0])
-    # These a file may name too, and users allow them.
+    # A file may also name these classes, and users allow them.
     others = [set, torch.nn.Identity, torch.nn.Linear, torch.nn.Tanh, DerivedWeight]
     with torch.serialization.safe_globals([own, *others]):
         module = torch.load(make.HERE / f"{name}.pt", weights_only=True)
@@ -105,7 +105,7 @@ def test_module_can_be_saved_again(name, tmp_path):
 def test_optimizer_continues_from_its_state(name):
     parameters = make.next_step(load(name))
     for parameter, expected in zip(parameters, RESULTS[name]["parameters"], strict=True):
-        # A step rounds about 12 times, no number larger than the parameter, whose entries have similar sizes.
+        # A step has about 12 roundings, all of numbers no larger than the parameter, whose entries are of similar size.
         allowed = 12 * torch.finfo(torch.float32).eps * expected.abs().max()
         assert (parameter - expected).abs().max() <= allowed
 

@@ -1,4 +1,4 @@
-"""The profiler against independent float64 autograd, exact SVDs and its own bounds; files are written whole."""
+"""The profiler against independent float64 autograd, exact SVDs and its own bounds; no file is left half written."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ CLOSE = {"rtol": 2e-4, "atol": 1e-6}
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Even a net of a few layers then has several chunks, the last one shorter."""
+    """With this size even a net of a few layers has several chunks, the last of which is shorter."""
     monkeypatch.setattr(replay, "CHUNK_BYTES", 8 * 7 * (16 * 16 + 8 * 16))
 
 
@@ -80,7 +80,7 @@ def check_rows(columns, states, pre_activations, weights, first):
     for weight, state in zip(weights, states[:-1], strict=True):
         cosine = nn.functional.cosine_similarity(weight, state.mean(0), dim=1)
         angle = (90 - torch.rad2deg(cosine.acos())).square().mean().sqrt()
-        # A mean input of 0, which an RNN has first, has no angle.
+        # A mean input of 0, which an RNN has at its first step, has no angle.
         angles.append(angle if state.any() else torch.tensor(math.nan))
     expected["shift_angle"] = angles
     for name, values in expected.items():
@@ -310,7 +310,7 @@ def test_filter_deviation_is_an_upper_bound(stored, monkeypatch):
 
 
 def test_bounds_hold_where_only_the_filters_rounding_matters():
-    """O^20000 with an O that is orthogonal to 1e-7: without its deviation the bounds would not hold."""
+    """O^20000, where O is orthogonal only to within 1e-7. Bounds that ignored this deviation would not hold."""
     model = OrthogonalFilterMLP(6, 16, 20_000, 3, beta=1e-9)
     result = profile(model, torch.randn(4, 6), repeats=1, matmul_rate=1.0)
     columns = {name: column[1:-1] for name, column in result.columns.items() if name != "name"}
@@ -342,7 +342,7 @@ def test_schatten_bound_is_an_upper_bound_within_its_factor(dtype):
 
 
 def test_schatten_bound_where_rounding_could_lower_it():
-    """An orthogonal matrix, one of rank 1 and a scaled mixture: for these the bound is at its sharpest."""
+    """The bound is sharpest for an orthogonal matrix, a matrix of rank 1 and a scaled mixture of the two."""
     q = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
     u = torch.randn(64, 1, dtype=torch.float64)
     for matrix in (q, u @ u.T, q[:, :1] @ q[:1] * 1e3 + q):
@@ -369,7 +369,7 @@ def test_bounds_hold(options, convex, activation):
         assert (columns["state_rms"] <= columns["state_rms_bound"] * (1 + 1e-5)).all()
         if convex:
             highest = max(1.0, result.columns["state_rms"][0] * math.sqrt(8))
-            # The filter is orthogonal up to float32's rounding, 24 times.
+            # In each of the 24 layers the filter is orthogonal up to float32's rounding.
             assert (columns["state_rms_bound"] <= highest + 1e-5).all()
     else:
         assert np.isnan(columns["state_rms_bound"]).all()
@@ -380,7 +380,8 @@ def test_gradient_bounds_in_closed_form():
     assert upper[0] == pytest.approx(50_000 * math.log(3) + math.log(2))
     assert lower[0] == pytest.approx(50_000 * math.log(0.5) + math.log(2))
     assert format_log(upper[0]) == "10^23856"
-    # A gradient of 1 enters at each of the last two states: 1, then at most 3 + 1 and at least 1 - 0.5 from below.
+    # A gradient of 1 enters at the last state and one of 0.25 at the state before. There the sum is at most
+    # 3 x 1 + 0.25 and at least 0.5 x 1 - 0.25.
     lower, upper = bounds.gradient_norm_bounds(np.full(2, 0.5), np.full(2, 3.0), np.array([0.0, 0.25, 1.0]))
     np.testing.assert_allclose(np.exp(upper), [9.75, 3.25, 1.0])
     np.testing.assert_allclose(np.exp(lower), [0.125, 0.25, 1.0])
@@ -409,7 +410,7 @@ def test_lanczos_says_when_it_has_not_converged():
 
 
 def test_lanczos_finds_an_invariant_space():
-    """With two distinct singular values, one of them possibly 0, it is done after two steps, whatever the size."""
+    """With two distinct singular values, one possibly 0, Lanczos needs two or three steps, whatever the size."""
     for values in ((2.0, 0.5), (2.0, 0.0)):
         diagonal = torch.tensor(values, dtype=torch.float64).repeat(20)
         spectrum = jacobian.lanczos_spectrum(lambda v: diagonal * v, lambda u: diagonal * u, (40, 40))  # noqa: B023

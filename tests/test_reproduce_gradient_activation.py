@@ -1,6 +1,6 @@
 """The experiments with activated gradients: the command runs and compares the methods that it names.
 
-Their figures are in bench/results; test_gradient_activation_facts tests the counts of the saddle.
+The experiments' figures are in bench/results. test_gradient_activation_facts.py tests the numbers of steps on a saddle.
 """
 
 import csv
@@ -65,7 +65,7 @@ def test_near_a_stationary_point_each_activation_is_its_plain_method(plain, acti
             param.grad = gradient.clone()
             optimizer.step()
         ends.append(param.detach())
-    # beta |v| is below 1e-3, where f is linear up to the square of that.
+    # beta |v| is below 1e-3 for a gradient or momentum v. There the activation is linear up to a relative (beta v)^2.
     torch.testing.assert_close(*ends, rtol=0, atol=1e-5 * start.abs().max().item())
     assert (ends[0] - start).abs().max() > 0.1 * start.abs().max()
 

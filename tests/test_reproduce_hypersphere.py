@@ -18,7 +18,7 @@ def tensors(data) -> list[torch.Tensor]:
 
 def test_known_values_of_the_levy_function():
     assert hypersphere.levy(np.array([1.0, 5.0, -3.0])) == pytest.approx([0.0, 1.0, 1.0], abs=1e-15)
-    # w = 2.25 and -1.75: sin(pi w)^2 = 1/2 and sin(2 pi w)^2 = 1.
+    # w = 1 + (x - 1) / 4 is 2.25 and -1.75, where sin(pi w)^2 = 1/2 and sin(2 pi w)^2 = 1.
     assert hypersphere.levy(np.array([6.0, -10.0])) == pytest.approx([0.5 + 2 * 1.25**2, 0.5 + 2 * 2.75**2])
     grid = np.linspace(-10, 10, 2001)
     assert grid[hypersphere.levy(grid).argmin()] == pytest.approx(1.0)
@@ -44,7 +44,10 @@ def test_bananas_are_standardised_and_both_classes_occur():
 
 
 def test_learning_rate_and_weights_follow_the_watched_value():
-    """Half the patience without a fall divides the rate by 10; all of it restores the best weights and ends the run."""
+    """After half the patience without a fall the rate is divided by 10. After all of it the run ends.
+
+    The model then has its best weights.
+    """
     rates, weights = [], []
     model = hypersphere.plain(1, 3).double()
 

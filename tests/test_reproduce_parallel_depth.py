@@ -24,7 +24,7 @@ NAMES = ("h_L", "dh0", "dweight", "dbias", "dalpha", "dbeta")
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Even a net of a few layers then has several chunks, the last one shorter."""
+    """With this size even a net of a few layers has several chunks, the last of which is shorter."""
     monkeypatch.setattr(experiments, "CHUNK", 7)
 
 
@@ -53,7 +53,7 @@ def test_errors_are_those_of_plain_float64_autograd(filter, shared, small_chunks
     exact = experiments.results(in_float64(problem), layer_by_layer)
     found = experiments.results(problem, F.orthogonal_filter)
     assert tuple(found) == NAMES
-    # Make one element of each wrong by a known share of the largest exact value.
+    # Make one element of each result wrong by a known share of the largest exact value.
     wrong = {name: tensor.clone() for name, tensor in found.items()}
     for name, tensor in wrong.items():
         tensor.view(-1)[-1] = exact[name].reshape(-1)[-1] + 0.25 * exact[name].abs().max()
@@ -207,7 +207,8 @@ def test_the_command_writes_beside_other_experiments(monkeypatch, tmp_path, caps
     assert "L=5: 1 of 1 within the rule" in printed
     rows = read(path)
     assert list(rows[0]) == list(Row.__dataclass_fields__)
-    # Two filters and two c, in the default window and at once; then only the last grid.
+    # The errors are those of two filters with two values of c, in the default window and with all layers at once. Of
+    # the grids only the last one is kept.
     assert [row["experiment"] for row in rows] == ["error"] * 8 + ["grid"]
     for row in rows[:8]:
         assert 0 < float(row["figure"]) < 1e-5

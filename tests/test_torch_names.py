@@ -23,7 +23,7 @@ PRIVATE = re.compile(
 
 
 def seen(predicate):
-    """The predicate's results where torch.func runs the code."""
+    """An empty list, and a function that appends the predicate's result to the list wherever torch.func runs it."""
     found = []
 
     def function(x):

@@ -77,7 +77,7 @@ def test_hooks_on_a_parameter_are_seen():
 
 
 def test_conversions_are_wrapped(monkeypatch):
-    # monkeypatch restores it afterwards.
+    # monkeypatch restores the method afterwards.
     monkeypatch.setattr(nn.Module, "_apply", nn.Module._apply)
     calls = []
 

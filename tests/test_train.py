@@ -119,7 +119,7 @@ def test_without_folders_nothing_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("kind", "reached"), [("mlp", 0.95), ("rnn", 0.95)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_defaults_learn_the_digits(kind, reached, seed, tmp_path):
-    """At 300 layers, which train like 50,000, since beta = c / depth; and over the 64 steps of an image."""
+    """At 300 layers, which train like 50,000 because beta = c / depth, and over the 64 steps of an image."""
     depth = ["--depth", "300"] if kind == "mlp" else []
     assert train("--kind", kind, *depth, "--seed", seed, "--threads", 1, "--out", tmp_path) == 0
     accuracy = float((tmp_path / "metrics.csv").read_text().split(",")[-1])
@@ -249,7 +249,10 @@ def test_a_run_whose_rate_fell_continues_and_reports_what_changes(tmp_path, unin
 
 
 def test_a_rate_that_fell_once_is_remembered(tmp_path, monkeypatch, capsys):
-    """3 steps, 4 of 6, then 12: runs of 6 and of 12 share their first four rates, but the third step was one of 3."""
+    """A run of 3 steps is continued to 4 of 6, then to 12.
+
+    Runs of 6 and of 12 steps have the same first four rates, but the third step was made at the rate of a run of 3.
+    """
     folder = ["--checkpoint", tmp_path / "checkpoints"]
     assert train(*of_steps(3), *folder) == 0
     assert stop_after(5, monkeypatch, *of_steps(6), *folder, "--resume", "--every", "2") == 130
@@ -392,7 +395,9 @@ def run_and_hang(steps, *arguments):
 
 
 def run_and_die(place, last_write, *arguments):
-    """Kill this process during its ``last_write``-th checkpoint: "half" through, or "before" or "after the name"."""
+    """Kill this process during checkpoint number ``last_write``: with "half" of the file written, or "before the name"
+    of the checkpoint is given to the file, or "after the name".
+    """
     save, replace, writes = torch.save, os.replace, 0
 
     def counted_save(tensors, file):
@@ -834,7 +839,7 @@ def test_depth_of_an_rnn_is_at_least_the_features():
 def test_too_long_a_sequence_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(machine, "available_memory_bytes", lambda device: 10**9)
     assert train("--kind", "rnn", "--depth", "100000") == 2
-    # Drive, states and both gradients: 4 x 4 x 100000 x 64 x 64 bytes.
+    # The input's part U x of every step, the states, and the gradients of both: 4 x 4 x 100000 x 64 x 64 bytes.
     assert "need at least 6.6 GB of memory on cpu, 1.0 GB are available" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(lcw_ops.__file__).resolve().parent
 
 
 def count_trip(call) -> tuple[int, int]:
-    """(calls of this package's Python functions, calls whose file is not the file of the call before)."""
+    """The number of calls of this package's Python functions, and how many have another file than the call before."""
     files = []
 
     def note(frame, event, _):

@@ -23,7 +23,7 @@ PACKAGE = str(Path(lcw_ops.__file__).parent)
 
 
 def trip(function) -> tuple[int, int]:
-    """(calls, changes of file) of this package while ``function`` runs."""
+    """The numbers of calls and of changes of file in this package while ``function`` runs."""
     files = []
     calls = 0
 
@@ -49,7 +49,7 @@ def trip(function) -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def no_hooks(monkeypatch):
-    """No hooks of other tests are alive: a step would look through them for optimizers around it."""
+    """Hide hooks of other tests that are still alive. A step would look through them for optimizers around it."""
     monkeypatch.setattr(_activated, "attached_hooks", weakref.WeakSet())
 
 

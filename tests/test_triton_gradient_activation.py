@@ -33,7 +33,7 @@ class TestTriton(GradientActivationKernels):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Record the grid and the arguments of every launch of the activation's kernel."""
+    """The grid and the arguments of every launch of the activation's kernel."""
     made = []
     kernel = kernels.gradient_activation_kernel
 
@@ -60,7 +60,7 @@ def test_one_launch_for_a_flat_buffer(device, launches):
 
 
 def test_a_launch_for_tensors_of_like_size(device, launches):
-    """Tensors with gaps between them are passed in a table. Small ones get fewer programs than the large one needs."""
+    """Tensors with gaps between them are passed in a table. Small ones do not get as many programs as a large one."""
     sizes = [5] * 10 + [1025] * 10 + [20_000]
     storage = gradients(sum(sizes) + len(sizes)).to(device, torch.float32)
     starts = itertools.accumulate((size + 1 for size in sizes), initial=0)

@@ -52,7 +52,7 @@ def make_angles(units, fan_in, dtype=torch.float32, *, device):
 
 
 def assert_rows_match(units, fan_in, dtype, device):
-    """Check the direction and its backward op."""
+    """Judge both ops on rows, the directions and their backward."""
     angles = make_angles(units, fan_in, dtype, device=device)
     gradient = normal(units, fan_in, dtype=dtype, device=device)
     for name, function, plain, arguments in (
@@ -77,8 +77,7 @@ def assert_gmp_matches(rows, units, fan_in, dtype, device, relu=True):
 
     output, activated, u = gmp(*arguments, relu, True, True, rows > kernels.FUSED_ROWS)
     x, angles, radius, _ = arguments
-    # Backward gets the activated units of the kernel's own forward pass: where rounding decides whether a unit is
-    # active, another forward pass could decide differently.
+    # The backward takes the activated units from the forward, because a pre-activation near 0 may round to either sign.
     actual = gmp_backward(grad_output, x, angles, radius, activated, u, relu, True, True, True, True, True)
     exact = gradients(layer, wide(*arguments), grad_output.double())
     compare("gmp", (output, *actual), gradients(eager_gmp(relu), arguments, grad_output), exact, max(rows, fan_in))
@@ -169,7 +168,7 @@ def test_kept_directions_are_the_directions(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_poles(dtype, device):
-    """After an angle t with sin t = 0, the direction's components are 0. The gradients need no division there."""
+    """If sin t = 0 for an angle t, the direction ends in zeros. The gradients need no division by it."""
     angles = torch.tensor(
         [[0.0, 0.0, 0.0, 0.0], [0.7, 0.0, 1.1, -0.4], [0.0, 1.3, 0.0, 2.0], [math.pi, 2.0, -1.0, 0.0]],
         dtype=dtype,
@@ -185,7 +184,7 @@ def test_poles(dtype, device):
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e6), (torch.float64, 1e6), (torch.bfloat16, 1e4)])
 def test_angles_of_many_turns(dtype, largest, device):
-    """Angles on both sides of the limit (800 in float32) between the two reductions modulo pi/2, with either sign."""
+    """Both reductions of an angle to one turn, the angles near the limit between them, and either sign."""
     sizes = torch.logspace(-6, math.log10(largest), 40, dtype=torch.float64, device=device)
     edge = torch.tensor([799.9, 800.1, math.pi, 1e5, math.pi / 4], dtype=torch.float64, device=device)
     t = torch.cat([sizes, -sizes, edge]).to(dtype)[:, None]

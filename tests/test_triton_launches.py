@@ -1,4 +1,4 @@
-"""Compiles, without a GPU, the kernels that the launchers would compile on one, with the tiles that they would choose.
+"""Compile, without a GPU, the kernels that the launchers would compile on a GPU, with the tiles that these choose.
 
 test_triton_kernels.py compiles a list of variants in which registers and shared memory are scarcest. Here the launchers
 themselves run, on CPU tensors and with a driver that names a GPU and launches nothing. Their cases combine every dtype,
@@ -32,11 +32,11 @@ KERNELS = {stem: importlib.import_module(f"lcw_ops.kernels.{stem}") for stem in 
 activations, hypersphere, weight_norm = (KERNELS[s] for s in ("gradient_activation", "hypersphere", "weight_norm"))
 lcw_linear, recurrence, parallel = KERNELS["lcw_linear"], KERNELS["orthogonal_filter"], KERNELS["parallel_depth"]
 
-# The most bytes that a thread may spill: eight registers, which stay in the first-level cache, as for csrc/cuda
-# (test_cuda_build.py). Triton 3.6 and 3.7 differ by up to that many.
+# Bytes per thread. These are eight registers, which stay in the first-level cache; the limit for csrc/cuda is the same
+# (test_cuda_build.py). The spills of Triton 3.6 and 3.7 differ by up to as many bytes.
 MAX_SPILLED_BYTES = 32
 # From width 65 on, in tiles of few rows, a program holds two matrices of 128 x 128 and their transposes. With 16-bit
-# weights or a filter per layer both Tritons spill up to 280 bytes with eight warps, and 200 with sixteen.
+# weights or a filter per layer both versions of Triton spill up to 280 bytes with eight warps, and 200 with sixteen.
 KNOWN_SPILLS = {"orthogonal_filter_backward_kernel": 288}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,7 +85,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-# One function per launcher: the keyword arguments are the options, and ``OPTIONS`` has their values.
+# There is one function per launcher. Its arguments are the options, and ``OPTIONS`` has their values.
 def activate(dtype, kind, tensors, offset):
     """A few tensors get a launch each; many share launches. With an offset, no address is a multiple of 16."""
     memory = [empty(100 + offset, dtype=dtype)[offset:] for _ in range(tensors)]

@@ -65,7 +65,7 @@ def eager_adjoint(gradient, basis):
 
 
 def dense_basis(columns, basis):
-    """The projection (columns, features) in more than float64, so that the rule can judge float64 kernels too."""
+    """The constraint as a matrix (columns, features) in long double, which judges float64 kernels by the same rule."""
     m = columns + basis
     if not basis:
         return np.eye(m, dtype=np.longdouble) - np.longdouble(1) / m
@@ -84,7 +84,7 @@ def rounded(array, device):
 
 
 def assert_weight_matches(shape, basis, dtype, device, mean=0.0, draws=4):
-    """Check the weight and the adjoint over several draws: by chance, eager torch may be exact on a few numbers."""
+    """Judge the constrained weight and its adjoint over several draws: on few numbers eager may be exact by chance."""
     judged = {"weight": [], "adjoint": []}
     matrix = dense_basis(math.prod(shape[1:]), basis)
     for _ in range(draws):
@@ -139,7 +139,7 @@ def test_rows_longer_than_a_program_holds(length, basis, mean, device, monkeypat
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 2, 3, 3), (2, 3, 2, 2, 3)])
 def test_weight_of_every_rank_and_layout(shape, device):
-    """A unit's row is everything behind dimension 0, flattened."""
+    """The weights of a unit are the entries behind dimension 0, flattened."""
     weight = normal(*shape, device=device)
     expected = F.lcw_weight(weight.flatten(1)).view(shape)
     layouts = hostile_layouts(weight)
@@ -148,7 +148,7 @@ def test_weight_of_every_rank_and_layout(shape, device):
         layouts["channels_last"] = weight.contiguous(memory_format=memory_format)
     layouts["contiguous"] = weight
     for name, layout in layouts.items():
-        # Where the result keeps the layout, the sum has another order.
+        # The kernel keeps some layouts, and then sums in another order.
         torch.testing.assert_close(F.lcw_weight(layout), expected, rtol=0, atol=4e-7, msg=name)
 
 
@@ -163,7 +163,7 @@ def test_linear_in_every_dtype(dtype, basis, means, device):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("means", [(0.0, 0.0), (100.0, 100.0)], ids=str)
 def test_split_columns_in_every_dtype(dtype, basis, means, split, device):
-    # For each item size, the features that give two of the smallest parts and a remainder.
+    # For each size of dtype, the features are twice the smallest part of the columns and a remainder.
     features = {2: 520, 4: 270, 8: 140}[dtype.itemsize]
     launch = kernels.choose_launch(5, 35, features - basis, features, dtype.itemsize, kernels.device_facts(device))
     assert launch["splits"] > 1
@@ -259,7 +259,7 @@ def test_expanded_gradients(basis, device):
 @pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize(("dtype", "at"), [(torch.float32, 2), (torch.float32, 80), (torch.bfloat16, 2)], ids=str)
 def test_non_finite_values_stay_in_their_row(bad, basis, dtype, at, device):
-    """The bad value is in one of the first 64 columns, whose mean is subtracted from V, or behind them."""
+    """A bad value among the first 64 columns, whose mean is subtracted from the weight, or behind them."""
     x, weight = normal(3, 90, dtype=dtype, device=device), normal(4, 90 - basis, dtype=dtype, device=device)
     clean_output, clean_weight = F.lcw_linear(x, weight, None, basis), F.lcw_weight(weight, basis)
     dirty = weight.clone()
@@ -352,6 +352,6 @@ def test_launches_fill_the_gpu():
                     assert launch["BLOCK_M"] >= rows
                     blocks = -(-units // launch["BLOCK_N"])
                     assert launch["splits"] == 1 or columns > 2**30 or blocks * launch["splits"] <= 2 * 132
-    # In the largest usual layer one kernel keeps enough bytes of W in flight.
+    # In the largest usual layer one kernel keeps enough bytes of the weight in flight.
     assert kernels.choose_launch(32, 4096, 4096, 4096, 2, device)["splits"] == 1
     assert kernels.choose_launch(8, 1024, 1024, 1024, 4, device)["splits"] == 8

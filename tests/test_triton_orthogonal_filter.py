@@ -81,7 +81,7 @@ def test_every_kind_matches_the_reference(activation, filter_kind, shared, devic
     def draw():
         return make_arguments(5, 17, 4, shared, device=device), make_filter(filter_kind, 4, 17, device=device)
 
-    # Not every combination is tested: each pair of activation and `shared` gets one of the two values.
+    # Each pair of an activation and a value of ``shared`` is tested with one of the two values.
     return_states = (activation in ("tanh", "identity")) != shared
     assert_matches_reference(draw, 2, activation=activation, return_states=return_states, segment=3)
 
@@ -153,7 +153,7 @@ def test_every_form_of_the_scales(scale, shared, device):
 
 @pytest.mark.parametrize("shared_dim", [1, 2])
 def test_shared_parameters_are_summed_in_float64(shared_dim, device):
-    """In float32, a sum that only grows loses digits: a part of each of the 3000 segments would be rounded away."""
+    """A float32 sum that only grows loses accuracy: a part of each of 3000 segments would be rounded away."""
     parameter = torch.zeros((3,) * shared_dim, device=device)
     delta, states = torch.rand(2, 5, 3, device=device), torch.rand(2, 5, 3, device=device)
     gradient = kernels._ParameterGradient(parameter, shared_dim, rows=5)
@@ -205,7 +205,7 @@ def test_same_bits_every_time(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 def test_activation_error_in_ulps(activation, dtype, device):
-    """Arguments cover the whole range. W = I and alpha = 0, so the products are exact."""
+    """Arguments from the whole range, with W = I and alpha = 0, so that the products are exact."""
     exponents = torch.linspace(-30, 7, 64 * 48, dtype=torch.float64)
     values = torch.cat([-(2**exponents), 2**exponents]).to(device, dtype).reshape(-1, 64)
     eye = torch.eye(64, dtype=dtype, device=device).unsqueeze(0)
@@ -332,8 +332,8 @@ def test_second_order_and_forward_mode_in_sixteen_bits(device):
     ):
         assert narrow.dtype == torch.bfloat16
         error = (narrow.float() - exact).abs().max() / exact.abs().max()
-        # Output, first gradients, tangents and result add an error of half of 2^-8 each. A square doubles the error of
-        # its argument.
+        # Output, first gradients, tangents and result each add a rounding error of half of 2^-8, and a square doubles
+        # the error of its argument.
         assert error < 8 * 2**-8, f"{name}: {error:.3g}"
 
 

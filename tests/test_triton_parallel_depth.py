@@ -31,7 +31,7 @@ KINDS = [
     *itertools.product(("identity", "cyclic", "pairs"), DTYPES[:1]),
 ]
 CHUNK = 3
-# (layers, samples, units): one layer, one less than a chunk, a chunk, one more, and several chunks.
+# (layers, samples, units): one layer, one chunk, a layer less and a layer more, and several chunks.
 SHAPES = ((1, 1, 1), (CHUNK - 1, 1, 16), (CHUNK, 3, 33), (CHUNK + 1, 17, 7), (2 * CHUNK + 1, 3, 2))
 
 
@@ -63,12 +63,12 @@ def scale(steps, dtype, per_layer=True):
 
 
 def exact(tensor):
-    """The numbers in numpy's highest precision, which can judge float64 results."""
+    """The numbers in numpy's highest precision, in which float64 results are judged."""
     return tensor.cpu().double().numpy().astype(np.longdouble)
 
 
 def judge(name, results):
-    """Judge triples (the kernel's result, plain torch's result, the exact result)."""
+    """Judge triples of results: (the kernel's, plain torch's, the exact one)."""
     dtype = results[0][0].dtype
     digits = np.longdouble if dtype == torch.float64 else np.float64
     triples = [(actual.cpu(), eager.cpu(), exact.astype(digits)) for actual, eager, exact in results]
@@ -160,7 +160,7 @@ def test_sweep_matches_the_recurrence(kind, dtype, short_chunks):
 
 
 BIASES = (None, "shared", "per layer")
-# For any two of these options, every pair of values occurs. The forms of the two scales are one option.
+# Every pair of values. The scales are one option, so that each combination of theirs meets every other value.
 FORMS = pairwise(
     scales_per_layer=list(itertools.product((False, True), repeat=2)),
     bias=BIASES,
@@ -213,7 +213,7 @@ def test_adjoint_matches_the_recurrence(kind, dtype, short_chunks):
         assert_same_change(kernels.adjoint_sweep_(new, *arguments, slope, scaled), new[:-1], gradients[:-1])
         reference.adjoint_sweep_(eager, *arguments, None, None)
         assert torch.equal(new[-1], gradients[-1])
-        # scaled is the product of the slope and the stored gradients, with the same bits.
+        # ``scaled`` has the bits of slope times the stored gradients.
         assert torch.equal(scaled, before if slope is None else slope * new[1:])
         source = np.zeros((steps, rows, width), np.longdouble)
         for term in (product, outside):
@@ -259,7 +259,7 @@ def test_nothing_to_do(shape, kind):
 
 @pytest.mark.parametrize("kind", ["random", "rotations"])
 def test_nothing_drifts(kind):
-    """With the filter alone, 25 permutations are exact, and 25 rotations are rounded once."""
+    """If the states are only filtered, 25 permutations are exact, and 25 rotations are rounded once."""
     steps, width = 25, 6
     filter, first = make_filter(kind, width), torch.randn(1, width)
     states = torch.full((steps + 1, 1, width), torch.nan)

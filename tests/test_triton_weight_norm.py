@@ -47,7 +47,7 @@ def short_programs(monkeypatch):
 
 
 def assert_rows_match(units, features, dtype, device):
-    """Check the normalised rows and their backward op."""
+    """Judge both ops on rows, the normalisation and its backward."""
     weight, gradient = (normal(units, features, dtype=dtype, device=device) for _ in range(2))
     scale = normal(units, dtype=dtype, device=device)
     for name, function, plain, arguments in (
@@ -153,7 +153,7 @@ def test_zero_rows(dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("short", [False, True])
 def test_lengths_from_the_smallest_to_the_largest_float(dtype, short, device, request):
-    """The size of the numbers may change within a row too, so a sum that has begun must be rescaled."""
+    """Sizes may change within a row too, so that the sum of earlier squares must be rescaled."""
     if short:
         request.getfixturevalue("short_programs")
     info = torch.finfo(dtype)
@@ -163,7 +163,7 @@ def test_lengths_from_the_smallest_to_the_largest_float(dtype, short, device, re
     small, large = math.log2(info.smallest_normal) - below, math.log2(info.max) - 1.1
     steps = torch.linspace(small, large, 40, dtype=torch.float64, device=device)
     powers = torch.stack([small + 0 * steps, large + 0 * steps, steps, steps.flip(0), 0 * steps])
-    # In two factors, because 2 ** powers alone would overflow.
+    # As a single factor, 2 ** powers may be below float64's normal numbers.
     weight = (weight * 2 ** (powers / 2) * 2 ** (powers / 2)).to(dtype)
     scale, x = normal(5, dtype=dtype, device=device), normal(2, 40, dtype=dtype, device=device)
     exact = reference.normalize_scale(*wide(weight, scale))

@@ -35,7 +35,7 @@ def test_normalize_scale_is_differentiable_twice():
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
 def test_lengths_whose_squares_overflow_are_safe(scale):
     w = normal(3, 6)
-    # scale itself is rounded, so entries differ by half an ulp before anything is computed.
+    # scale * w is rounded, so entries differ by half an ulp before anything is computed.
     torch.testing.assert_close(normalize_scale(scale * w, torch.ones(3).double()), unit(w), atol=8 * EPS, rtol=0)
 
 

@@ -64,7 +64,7 @@ def test_weight_norm_starts_as_the_plain_layer():
             reset.reset_parameters()
         assert torch.equal(layer.weight, plain.weight)
         assert torch.equal(layer.bias, plain.bias)
-        # 36 products below 5, with a handful of roundings in every weight.
+        # A result sums at most 36 products below 5, and every weight has a handful of roundings.
         torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=36 * 5 * 8 * 2**-23)
 
 

@@ -45,7 +45,8 @@ def test_a_scale_far_from_the_rows_length_overflows_nothing(dtype, size, scale):
         assert error <= 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-# Samples for each way to compute a layer of 400 inputs: few, the most of these, up to a quarter of 400, and more.
+# Numbers of samples for each way to compute a layer of 400 inputs: few, the largest number that counts as few, one of
+# up to a quarter of the inputs, and one above that.
 WAYS = (2, 64, 65, 101)
 
 
@@ -58,7 +59,8 @@ def test_weight_norm_of_huge_inputs_overflows_only_where_its_result_does(dtype):
         weight = (100 * normal(6, m, dtype=torch.float64)).to(dtype)
         scale, bias = torch.ones(6, dtype=dtype), normal(6, dtype=dtype)
         x = normal(rows, m, dtype=torch.float64).to(dtype)
-        # y is about 0.3 of the largest number, and q is a thousand times that.
+        # The largest x is 0.3 of the largest number, and the output is of that size. A product with the row itself,
+        # whose length is about 2000, would overflow.
         x[1] *= 0.3 * torch.finfo(dtype).max / x[1].abs().max()
         output = F.weight_norm_linear(x, weight, scale, bias)
         assert output.isfinite().all(), rows
@@ -74,7 +76,7 @@ def test_weight_norm_of_huge_inputs_overflows_only_where_its_result_does(dtype):
 @pytest.mark.usefixtures("every_multiplier")
 @pytest.mark.parametrize("length", [1e-30, 1e-6, 1e6, 1e30])
 def test_one_row_of_another_length_changes_no_result_by_more_than_roundings(length):
-    """A row whose length is far from 1 makes the whole layer take another way to compute."""
+    """A row whose length is far from 1 makes the whole layer be computed in another way."""
     for rows in WAYS:
         arguments, grad_output = draw_weight_norm(5, 400, torch.float32, rows)
         changed = {**arguments, "weight": arguments["weight"].clone()}

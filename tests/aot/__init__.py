@@ -1,4 +1,4 @@
-"""The variants of the Triton kernels that are compiled ahead of time, in one file per stem of kernels/.
+"""The variants of the Triton kernels that are compiled ahead of time. Each kernels/<stem>.py has a file here.
 
 Each file lists its variants in ``VARIANTS``: dictionaries that `variant` makes. If the launcher would choose another
 tile on other GPUs, a variant names its ``targets``; other variants are compiled for all of `DEVICES`.

@@ -52,8 +52,8 @@ SOURCES = _hash_sources()
 def chosen_targets() -> tuple[str, ...]:
     """The targets of this run: EVERY_RUN, or all if the sources have changed or EVERY_TARGET is set.
 
-    The sources have changed if the cache has other sources but not these; so a new cache counts as unchanged. The
-    answer is cached with the sources: a target on which a variant fails in the first run is in the second one too.
+    The sources have changed if the cache has entries of other sources, but none of these. So a new cache counts as
+    unchanged. The answer is cached by sources: a second run does not leave out a target on which the first one failed.
     """
     if EVERY_TARGET:
         return tuple(TARGETS)

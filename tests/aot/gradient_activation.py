@@ -1,4 +1,4 @@
-"""Variants of kernels/gradient_activation.py: every kind of f in every dtype, and both optimizers' steps."""
+"""Variants of kernels/gradient_activation.py: every kind of activation in every dtype, and both optimizers' steps."""
 
 from aot import variant
 from lcw_ops.kernels import gradient_activation as kernels

@@ -8,7 +8,7 @@ from lcw_ops.kernels import hypersphere as kernels
 
 
 def _rows(length: int, dtype: str, count: int = 4096, targets=EVERY_TARGET) -> list[dict]:
-    """The two kernels of rows, forward and backward."""
+    """Variants of the two kernels on rows, forward and backward."""
     launch = common.choose_row_launch(length, ITEMSIZE[dtype])
     blocks = {"BLOCKS": triton.next_power_of_2(triton.cdiv(length, launch["LANES"]))}
     direction_launch = kernels._direction_launch(count, length, ITEMSIZE[dtype], DEVICES["sm_90"])
@@ -30,7 +30,7 @@ def _rows(length: int, dtype: str, count: int = 4096, targets=EVERY_TARGET) -> l
 
 
 def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> list[dict]:
-    """For each target the fused product, and the kernel that adds its partial sums if it has several."""
+    """For each target, the fused product and, if it makes partial sums, the kernel that adds them."""
     rows, units, features = shape
     variants = []
     for target in targets:
@@ -68,8 +68,8 @@ def _pointwise(dtype: str, relu: bool) -> list[dict]:
 VARIANTS = [
     *_rows(4096, "fp32"),
     *_rows(2048, "fp64", targets=("sm_90",)),
-    # Several steps, with the most warps that a row can have. Not for AMD: the masks of eight loads need more scalar
-    # registers than there are, and six of them go through vector registers.
+    # A row of several steps, with the most warps that a row can have. It is not compiled for AMD: there the masks of
+    # eight loads need more scalar registers than exist, and six masks go through vector registers.
     *_rows(16384, "bf16", count=64, targets=("sm_90",)),
     *_linear((32, 4096, 4096), "bf16"),
     *_linear((16, 4096, 4096), "fp32", targets=("sm_90",)),

@@ -1,4 +1,4 @@
-"""Variants of kernels/lcw_linear.py: row kernels of every kind, and the linear layer with and without partial sums."""
+"""Variants of kernels/lcw_linear.py: the kernels on rows, and the layer's product in one kernel or in partial sums."""
 
 from aot import DEVICES, ITEMSIZE, variant, wide
 from lcw_ops.kernels import lcw_linear as kernels
@@ -18,7 +18,7 @@ def _rows(kernel, id: str, length: int, dtype: str, constants: dict) -> dict:
 
 
 def _linear(id: str, shape: tuple[int, int, int], dtype: str, basis: bool = False, bias: bool = True) -> list[dict]:
-    """For each target, the kernel that writes the result, or the two kernels that write partial sums and add them."""
+    """For each target, the kernel that writes the result, or those that write partial sums and add them."""
     samples, units, features = shape
     columns = features - basis
     variants = []

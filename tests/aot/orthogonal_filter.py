@@ -19,7 +19,7 @@ def _variants(
     allow_tf32: bool = False,
     targets: tuple[str, ...] = EVERY_TARGET,
 ) -> list[dict]:
-    """One variant per target, because each target has its own tile. ``everything``: with all arguments."""
+    """One variant per target, because each target has its own tile. ``everything`` adds every optional argument."""
     permutes = filter == "permutation"
     optional = dtype if everything else None
     pointers = dict.fromkeys(("bias", "alpha", "beta"), dtype) | {

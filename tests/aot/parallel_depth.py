@@ -28,7 +28,7 @@ def _variants(width: int, filter: str, dtype: str = "fp32", targets: tuple[str, 
         ("both", kernels.activate_kernel, (), forward),
     ):
         if not permutes and kernel is kernels.activate_kernel and dtype == "fp32":
-            # This kernel is the same as with a permutation.
+            # This kernel does not depend on the filter, and is compiled with the permutation.
             continue
         own = set(kernel.arg_names)
         variants.append(

@@ -6,7 +6,7 @@ from lcw_ops.kernels import weight_norm as kernels
 
 
 def _rows(length: int, dtype: str, targets=EVERY_TARGET) -> list[dict]:
-    """The two kernels of rows, forward and backward."""
+    """Variants of the two kernels on rows, forward and backward."""
     launch = common.choose_row_launch(length, ITEMSIZE[dtype])
     launch["FITS"] = length <= launch["LANES"]
     lengths = {"count": 0, "length": length}
@@ -20,7 +20,7 @@ def _rows(length: int, dtype: str, targets=EVERY_TARGET) -> list[dict]:
 
 
 def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> list[dict]:
-    """For each target, the kernel of the fused product, and the kernel that adds its partial sums if it has several."""
+    """For each target, the fused product and, if it makes partial sums, the kernel that adds them."""
     rows, units, features = shape
     variants = []
     for target in targets:
@@ -44,8 +44,8 @@ def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> li
 
 VARIANTS = [
     *_rows(4096, "fp32"),
-    # Several steps, with the most warps that a row can have. Not for AMD: the masks of eight loads need more scalar
-    # registers than there are, and six of them go through vector registers.
+    # A row of several steps, with the most warps that a row can have. It is not compiled for AMD: there the masks of
+    # eight loads need more scalar registers than exist, and six masks go through vector registers.
     *_rows(16384, "bf16", targets=("sm_90",)),
     *_linear((32, 4096, 4096), "bf16", targets=("sm_90", "gfx942")),
 ]

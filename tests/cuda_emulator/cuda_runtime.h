@@ -113,7 +113,7 @@ struct EmulatedBlock {
   EmulatedBarrier all, first;
   std::vector<EmulatedBarrier> warps;
   std::vector<double> lanes;                     // wide enough for every type that is shuffled
-  std::vector<double> shared;                    // initially NaN; the strip behind it must stay NaN
+  std::vector<double> shared;                    // initially NaN; the strip at its end must stay NaN
   std::map<size_t, EmulatedMbarrier> mbarriers;  // by place in shared memory
 
   EmulatedBlock(dim3 index, unsigned rank, int count, size_t bytes)
@@ -134,11 +134,11 @@ struct EmulatedBlock {
 
 struct EmulatedThread {
   ucontext_t start;
-  jmp_buf place;  // where it waits; longjmp, unlike swapcontext, makes no system call
+  jmp_buf place;  // where the thread waits; longjmp, unlike swapcontext, makes no system call
   bool started = false;
   EmulatedBlock* block;
   int number;
-  std::function<bool()> goes_on;  // empty: it need not wait
+  std::function<bool()> goes_on;  // whether it can go on; empty if it does not wait
   bool ended = false;
 };
 

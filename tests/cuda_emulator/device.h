@@ -1,4 +1,5 @@
-// csrc/cuda/device.h for a CPU, based on cuda_runtime.h beside this file. Copies happen at once and are then counted.
+// csrc/cuda/device.h for a CPU, based on cuda_runtime.h beside this file. A copy is carried out at once, and then its
+// bytes are counted at its barrier.
 #pragma once
 
 #include <cstring>

@@ -7,7 +7,7 @@ prove nothing: a new class gets a new file.
 
 ``<name>.pt`` is written by torch.save, ``<name>.pkl`` by pickle.dump, ``exported.pt2`` by torch.export.save, ``train/``
 by the command lcw-ops train.
-results.pt holds what the objects gave when they were written.
+results.pt holds the results of the objects at the time when they were written.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from lcw_ops.cli import main as command
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.pt"
 
-# The command that wrote train/: it stops after the first number of steps, and a test goes on to the second.
+# The command that wrote train/. It stopped after the first number of steps, and a test continues to the second.
 TRAIN = ("train", "--depth", "3", "--width", "3", "--batch", "8", "--every", "2", "--threads", "1")
 TRAIN_STEPS = ("4", "6")
 
@@ -173,7 +173,7 @@ def apply(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def train(folder: Path, data: Path, steps: str, *more: str) -> int:
-    """Run lcw-ops train up to this number of steps; its exit code."""
+    """Run lcw-ops train up to this number of steps, and return its exit code."""
     before = torch.get_num_threads()
     where = ("--data", str(data), "--checkpoint", str(folder / "checkpoints"), "--out", str(folder / "out"))
     try:
@@ -226,7 +226,7 @@ def write() -> None:
     folder = HERE / "train"
     if not folder.exists():
         folder.mkdir()
-        # Whole numbers: how a machine adds them up makes no difference.
+        # The order in which a machine adds whole numbers makes no difference.
         x = (np.arange(300) * 37 % 101).reshape(60, 5) - 50
         np.savez(folder / "data.npz", x=x, y=np.arange(60) % 3)
         first, last = TRAIN_STEPS
@@ -234,7 +234,7 @@ def write() -> None:
         kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert train(folder, folder / "data.npz", last, "--resume") == 0
         results["train"] = {"losses": losses_of(folder)}
-        # As it was after the first number of steps.
+        # Restore the folder as it was after the first number of steps.
         for path in list(folder.rglob("*")):
             if path.is_file():
                 path.unlink()

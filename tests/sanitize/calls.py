@@ -1,6 +1,6 @@
-"""Calls every CPU op on sizes around every tile, for the sanitizers: ``python calls.py``, in their process.
+"""Call every CPU op on sizes around those of all tiles, in a process with a sanitizer: ``python calls.py``.
 
-It does not look at results: a read or write outside of the arguments ends the process.
+Results are not checked: a read or write outside of the arguments ends the process.
 """
 
 import itertools

@@ -2,8 +2,8 @@
 
 setup.py builds the package into a folder of its own, with the sanitizer's flags. The tests run on it with the
 sanitizer's runtime loaded first:
-- address and undefined behaviour, for every instruction set (on processors without AVX-512, AVX2 runs its tiles):
-  sizes, kinds, memory layouts, and every op on sizes near the size of every tile (calls.py);
+- address and undefined behaviour, for every instruction set (on a processor without AVX-512, pairs of AVX2 instructions
+  run the tiles of AVX-512): sizes, kinds, memory layouts, and every op on sizes near those of all tiles (calls.py);
 - threads: the barriers of threads that share rows. This sanitizer cannot see torch's OpenMP pool, so loops run on
   std::thread instead (threads.cpp).
 
@@ -40,8 +40,8 @@ OPTIONS = {
 # The mistakes of broken.cpp that each sanitizer must catch.
 MISTAKES = {MEMORY: range(1, 9), THREADS: (9,)}
 
-# Compare like with like. Portable kernels do not fuse multiply-adds, and no compiler fuses unless it optimizes: these
-# settings keep eager torch and its matrix products from fusing too.
+# Portable kernels do not fuse multiply-adds, and no compiler fuses them unless it optimizes. For a fair comparison,
+# these settings keep eager torch and its matrix products from fusing them too.
 EAGER_WITHOUT_FMA = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
 # Tests in PROOF: accesses outside the arguments, any options and layouts, every remainder of rows and units.

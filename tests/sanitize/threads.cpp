@@ -1,6 +1,6 @@
-// at::parallel_for on std::thread, for the thread sanitizer: it does not see how OpenMP's threads wait for each other,
-// and would call every loop a race. The linker finds this function before torch's function of the same name, because
-// it is in the same library.
+// at::parallel_for on std::thread, for the thread sanitizer. The sanitizer does not see how OpenMP's threads wait for
+// each other, and would report every loop as a race. The linker finds this function before torch's function of the same
+// name, because this one is in the same library.
 #include <algorithm>
 #include <thread>
 #include <vector>

@@ -4,15 +4,15 @@
     python tests/support/behaviour.py compare BEFORE AFTER [--expect PATTERN ...] [--expect-file FILE]
 
 This proves that a change of structure does not change behaviour: record on the commit before and on the commit after,
-on the same machine, and compare. The file uses public names only, so that it runs unchanged on both. It imports the
-lcw_ops that Python finds: set PYTHONPATH to choose the tree.
+on the same machine, and compare. This script uses public names only, so it runs unchanged on both commits. It imports
+the lcw_ops that Python finds: set PYTHONPATH to choose the tree.
 
-A tensor is recorded as dtype, shape, strides and a digest of its bytes, and with its values, of large tensors only
-some, so that a difference can be shown. An exception is recorded by the names of its classes, never by its words. Two
-recordings of one commit are equal, because nothing here depends on time: in torch's deterministic mode, or with
+A tensor is recorded with its dtype, shape and strides, a digest of its bytes, and its values (of a large tensor only
+some), which show the size of a difference. An exception is recorded by the names of its classes, never by its message.
+Two recordings of one commit are equal, because nothing here depends on time: in torch's deterministic mode, or with
 LCW_OPS_MATMUL, measurements do not choose kernels.
 
-A recording takes about five minutes on two idle cores. Its parts run in processes of their own, because instruction
+A recording takes about five minutes on two idle cores. Its parts run in processes of their own, because the instruction
 set, Triton's interpreter and the state right after ``import lcw_ops`` are fixed once per process. ``record`` adds parts
 to an existing file; delete the file to start again.
 """
@@ -787,7 +787,7 @@ def record_initial_laws() -> None:
 
 
 def part_triton() -> None:
-    """Triton's kernels in its interpreter. It takes a thousand times as long, so there are few cases, all tiny."""
+    """The Triton kernels in Triton's interpreter, which takes a thousand times as long. The few cases are tiny."""
     import lcw_ops
 
     sizes = ((1, 1), (3, 5))
@@ -1092,7 +1092,7 @@ def part_errors() -> None:
 
 
 def wrong_values(tensor) -> dict[str, object]:
-    """Values to replace an argument; for a tensor, its variants too."""
+    """Values that replace an argument. For a tensor argument, changed copies of it are among them."""
     import torch
 
     values: dict[str, object] = {
@@ -2528,7 +2528,7 @@ def record_commands(folder: Path, data: Path) -> None:
                 if content[-32:] == hashlib.sha256(content[:-32]).digest():
                     content = content[:-32]
                 tensors = torch.load(io.BytesIO(content), weights_only=True)
-                # The configuration has versions in it.
+                # The configuration holds the versions of lcw_ops and torch, which may differ.
                 found[path.name] = {key: tensor for key, tensor in tensors.items() if key != "configuration"}
             elif path.name == "metrics.csv":
                 found[path.name] = path.read_text()
@@ -2822,7 +2822,10 @@ def own_names(module) -> list[str]:
 
 
 def module_names(name: str) -> object:
-    """The names that a module defines, and all its public names. Names defined before must be available after."""
+    """The names that a module defines, and all its public names.
+
+    A name that a module defines in the first recording must be available there in the second.
+    """
     try:
         module = importlib.import_module(name)
     except Exception as error:
@@ -3015,13 +3018,13 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="record the behaviour of the lcw_ops that Python finds")
     recording.add_argument("file")
-    recording.add_argument("--part", action="append", choices=PARTS, help="this part alone; may be given several times")
-    recording.add_argument("--jobs", type=int, default=2, help="parts at a time")
-    comparing = commands.add_parser("compare", help="print what differs; exit with 1 where anything does")
+    recording.add_argument("--part", action="append", choices=PARTS, help="record only this part; may be repeated")
+    recording.add_argument("--jobs", type=int, default=2, help="the number of parts that run at a time")
+    comparing = commands.add_parser("compare", help="print the differences; exit with 1 if there are any")
     comparing.add_argument("before")
     comparing.add_argument("after")
-    comparing.add_argument("--expect", action="append", default=[], help="a pattern (as of file names) of wanted lines")
-    comparing.add_argument("--expect-file", help="such patterns, one a line; # begins a comment")
+    comparing.add_argument("--expect", action="append", default=[], help="a shell-style pattern of expected lines")
+    comparing.add_argument("--expect-file", help="a file of such patterns, one per line; # begins a comment")
     part = commands.add_parser("part")
     part.add_argument("name", choices=PARTS)
     part.add_argument("file")

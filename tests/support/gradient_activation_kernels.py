@@ -1,7 +1,8 @@
-"""The tests of activated gradients that every GPU backend runs in its own file: over lists, and inside a step.
+"""The tests of activated gradients that every GPU backend runs in its own file: on lists, and inside optimizer steps.
 
-Exact results are the same formulas in more digits. The allowed error is twice that of eager torch in the same dtype,
-plus one unit in the last place of the result's scale. f itself must be accurate in every element.
+f is the activation (``activated`` below). Exact results come from the same formulas in a wider dtype. The allowed error
+is twice that of eager torch in the same dtype, plus one ulp of the result's scale. f itself must be accurate in every
+element.
 """
 
 import itertools
@@ -83,7 +84,7 @@ def adamw(xp, param, gradient, first, second, most, step, options, activation):
     second = beta2 * second + (1 - beta2) * gradient * gradient
     most = xp.maximum(most, second) if options["amsgrad"] else most
     root = xp.sqrt(most if options["amsgrad"] else second)
-    # 1 - b^t loses digits, so the exact step computes it in a type with more.
+    # In 1 - beta^t digits cancel, so the exact step computes it in a wider dtype.
     bias1, bias2 = (1 - (np.longdouble(b) if xp is np else b) ** step for b in (beta1, beta2))
     denominator = root / bias2**0.5 + options["eps"]
     return param - options["lr"] / bias1 * (first / denominator), first, second, most
@@ -100,7 +101,7 @@ def assert_exact(name: str, actual: list[Tensor], eager: list[Tensor], exact: li
 
 
 class Carved:
-    """Tensors in one storage, each ``behind`` elements after a multiple of 16 bytes, with guards between them."""
+    """Tensors in one storage, each ``behind`` elements after a multiple of 16 bytes, with the number GUARD between."""
 
     def __init__(self, sizes, behind, dtype, device):
         unit = 16 // dtype.itemsize
@@ -125,7 +126,7 @@ class Carved:
 
 
 def gradients(size):
-    """Six powers of ten around the bend of f, with both signs."""
+    """Gradients over six powers of ten around 1 / beta, where f bends, with both signs."""
     magnitude = 10.0 ** torch.empty(size, dtype=torch.float64).uniform_(-5, 1)
     return magnitude * torch.randn(size, dtype=torch.float64).sign()
 
@@ -176,7 +177,7 @@ class SgdCase:
 
 
 class AdamWCase:
-    """The same for AdamW. The counters differ from tensor to tensor."""
+    """One step of AdamW over a list, in which the counts of steps differ from tensor to tensor."""
 
     def __init__(self, sizes, dtype, device, behind=(0,) * 5, activation=ACTIVATION, steps_device="cpu", **options):
         self.options, self.activation = {**ADAMW, **options}, activation
@@ -216,9 +217,9 @@ class GradientActivationKernels:
     """A test file derives its class from this, and sets ``ops`` and the numbers below."""
 
     ops: Ops
-    # In units in the last place of f / alpha: the kernel's own error, and two roundings each from alpha and beta.
+    # The largest error in ulp of f / alpha: the kernel's own error, and two roundings each from alpha and beta.
     most_ulp: float
-    # More tensors than one launch takes: for f in four dtypes, and for a step.
+    # Numbers of tensors that are too many for one launch: of f in four dtypes, and of an optimizer's step.
     many, many_steps = 300, 140
 
     @pytest.mark.parametrize("kind", KINDS)

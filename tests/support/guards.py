@@ -30,7 +30,7 @@ def between_guards(tensor: Tensor, flush: str) -> Tensor:
 
 
 def writable_between_guards(tensor: Tensor, flush: str) -> Tensor:
-    """The same for an argument to which the op writes."""
+    """As `between_guards`, but in writable memory, for an argument to which the op writes."""
     if not tensor.numel():
         return tensor
     guarded = _view(_guarded_memory(tensor, flush)[2], tensor)

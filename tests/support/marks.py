@@ -8,7 +8,7 @@ import re
 
 SLOW: dict[str, str] = {
     r"^test_sanitize\.py::": "builds the package with GCC's sanitizers",
-    r"^test_cuda_emulated\.py::": "compiles each CUDA source for an emulator that runs a thread per GPU thread",
+    r"^test_cuda_emulated\.py::": "compiles each CUDA source for an emulator that runs every GPU thread in turn",
     r"^test_cuda_build\.py::test_compiles_for_every_generation": "nvcc compiles each CUDA source three times",
     r"^test_build\.py::.*(wheel_for_every|without_a_compiler|editable_install)": "builds or installs the package",
     r"^test_packaging\.py::.*(wheel|distribution|editable)": "builds or installs the package",
@@ -18,15 +18,15 @@ SLOW: dict[str, str] = {
     ),
     r"^test_orthogonal_filter\.py::.*five_thousand": "a float64 recurrence of that depth",
     r"^test_orthogonal_filter_facts\.py::.*fifty_thousand": "trains a net of 50,000 layers",
-    r"^test_parallel_depth\w*\.py::.*(fifty_thousand|50_000)": "50,000 layers in sequence are the judge",
+    r"^test_parallel_depth\w*\.py::.*(fifty_thousand|50_000)": "the judge computes 50,000 layers in sequence",
     r"^test_integration_export\.py::": "torch's exporters and onnxruntime",
     r"^test_train\.py::.*(killed_process|defaults_learn)": "trains in processes that are killed and resumed",
     r"^test_lcw_modules\.py::.*100_sigmoid_layers": "trains networks",
-    r"^test_gradient_activation_facts\.py::.*saddle": "trains networks",
+    r"^test_gradient_activation_facts\.py::.*saddle": "counts the steps that optimizers take off a saddle",
     r"^test_cli\.py::.*a_net_of_a_few_layers_is_drawn\[(?!0-1\])": "draws a report each",
     r"^test_cli\.py::.*(a_seed_repeats_a_run|flags_reach_the_run)": "runs the command several times",
-    r"^test_flops\.py::.*order_of_import\[(?!import lcw_ops, torch;)": "a process each; the first order is quick",
-    r"^test_import\.py::.*a_thread_imports_torch.*warnings are errors": "the same processes once more",
+    r"^test_flops\.py::.*order_of_import\[(?!import lcw_ops, torch;)": "a process for each order; the first is quick",
+    r"^test_import\.py::.*a_thread_imports_torch.*warnings are errors": "starts the processes of the other case again",
     r"^test_matmul\.py::.*(kept_in_the_file|location_of_the_file)": "measures in processes of its own",
 }
 

@@ -1,4 +1,4 @@
-"""The rule that judges every backend (design: Numerics), and inputs with hostile memory layouts."""
+"""The rule that judges every backend (docs/numerics.md), and inputs with hostile memory layouts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def assert_as_exact_as_eager(name: str, actual: Tensor, eager: Tensor, exact: Te
 
 
 def assert_by_the_rule(name: str, actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence) -> None:
-    """The same over several draws of a result, and for float64 too: its exact values are numpy arrays, not tensors."""
+    """The same rule over several draws of a result, also in float64. The exact values are numpy arrays."""
     dtype = actual[0].dtype
     for tensor, expected in zip(actual, exact, strict=True):
         assert tensor.shape == expected.shape, f"{name}: shape {tuple(tensor.shape)}, expected {expected.shape}"
@@ -38,14 +38,14 @@ def assert_by_the_rule(name: str, actual: Sequence[Tensor], eager: Sequence[Tens
 
 
 def as_exact(tensor: Tensor) -> np.ndarray:
-    """The tensor as a numpy array in float64; float64 itself in a type with more digits."""
+    """The tensor as a numpy array in float64; a float64 tensor in long double."""
     array = tensor.detach().double().numpy()
     return array.astype(np.longdouble) if tensor.dtype == torch.float64 else array
 
 
 def needs_more_digits(dtype: torch.dtype) -> None:
     if dtype == torch.float64 and np.finfo(np.longdouble).eps > torch.finfo(dtype).eps / 1000:
-        pytest.skip("this processor's long double has no more digits than float64")
+        pytest.skip("this processor's long double is not wider than float64")
 
 
 def evaluate(function: Callable, arguments: dict[str, Tensor], grad_output: Tensor, **options) -> dict[str, Tensor]:

@@ -24,5 +24,5 @@ MOVED = {
     "lcw_ops.train.settings": "lcw_ops.jobs.settings",
 }
 
-# A package that stays for its modules alone: it is not lcw_ops.jobs under another name.
+# A package that only holds its old modules: it is not lcw_ops.jobs under another name.
 OLD_PACKAGES = ("lcw_ops.train",)

@@ -1,7 +1,7 @@
 """An oracle of activated SGD and AdamW, written element by element, and helpers for the tests of both optimizers.
 
-The oracle follows the method's formulas and torch's documentation. In float64 it gives the exact result; in a lower
-dtype it is eager torch, whose error is the yardstick for ours.
+The oracle follows the formulas of activated gradients (f(g) is ``activated`` below) and torch's documentation. In
+float64 it gives the exact result. In a lower dtype it is eager torch, whose error is the yardstick for ours.
 """
 
 import math

@@ -38,7 +38,8 @@ def pairwise(allowed: Callable[..., bool] | None = None, /, **options: Iterable[
     named = [(dict(zip(options, case, strict=True)), pairs) for case, pairs in combinations]
     named = [(case, pairs) for case, pairs in named if allowed is None or allowed(**case)]
     missing = functools.reduce(int.__or__, (pairs for _, pairs in named), 0)
-    # The number of new pairs of a combination only falls, so the first whose number is still the same is the best.
+    # The number of new pairs that a combination would add only falls. So the first in the queue is the best one if its
+    # number has not changed.
     queue = [(-pairs.bit_count(), index) for index, (_, pairs) in enumerate(named)]
     heapq.heapify(queue)
     cases = []

@@ -16,7 +16,7 @@ def make_filter(kind, depth, width, dtype=torch.float32, device="cpu") -> Tensor
 
 
 def make_arguments(rows, width, depth, shared=False, dtype=torch.float32, device="cpu") -> list[Tensor]:
-    """h0, weight, bias, alpha, beta, inputs; beta ~ 1/L, alpha = 1 - beta."""
+    """h0, weight, bias, alpha, beta, inputs; beta is about 1 / depth, alpha = 1 - beta."""
     options = {"dtype": dtype, "device": device}
     beta = (0.5 + torch.rand(depth, **options)) / max(depth, 1)
     tensors = [

@@ -26,7 +26,7 @@ def compare(name, actual, eager, exact, terms):
         actual, eager, exact = (actual,), (eager,), (exact,)
     for i, triple in enumerate(zip(actual, eager, exact, strict=True)):
         if triple[0].dtype == torch.float64:
-            # The reference is float64 too. It rounds otherwise, because it adds and multiplies in another order.
+            # The reference is float64 too. It rounds differently, because it adds and multiplies in another order.
             scale = max(1.0, triple[2].abs().max().item()) if triple[2].numel() else 1.0
             bound = 4 * math.sqrt(max(terms, 4)) * torch.finfo(torch.float64).eps * scale
             torch.testing.assert_close(triple[0], triple[2], rtol=0, atol=bound, msg=f"{name} {i}")
@@ -43,7 +43,7 @@ def gradients(function, arguments, grad_output):
 
 
 def assert_only_needed(backward, arguments):
-    """A gradient requested alone has the same bits as one of all four, and the other three are empty."""
+    """A gradient requested alone has the bits that it has if all four are requested. The other three are empty."""
     everything = backward(*arguments, True, True, True, True)
     for i in range(4):
         one = backward(*arguments, *(j == i for j in range(4)))

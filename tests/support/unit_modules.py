@@ -80,7 +80,7 @@ def weight_norm(x, weight, scale, bias, multiply):
 
 
 def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=None):
-    """Output and gradients in float64 agree with the formula; the output in ``dtype`` obeys the rule of Numerics.
+    """Output and gradients in float64 agree with the formula; the output in ``dtype`` obeys docs/numerics.md.
 
     draw(dtype) gives a layer and its input. eager_formula replaces the formula if plain torch would compute something
     else. The ops' own tests judge the gradients by the rule: with a few numbers the largest error is a matter of luck.
@@ -116,7 +116,7 @@ def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=N
 
 
 def torchs_product(rank, options):
-    """(torch's own convolution as a function of x, filters and bias; the layer that computes it)."""
+    """A function of x, filters and bias that is torch's own convolution, and the torch layer that computes it."""
     plain = PLAIN_CONVS[rank - 1](4, 8, 3, device="meta", **options)
 
     def multiply(x, filters, bias):
@@ -139,6 +139,6 @@ def trained_linear(in_features, out_features=40, bias=True):
 
 
 def assert_rows_close(actual, expected, fan_in, bias=None):
-    """Each angle is off by a few ulp of pi, so a direction by at most sqrt(m) of them, relative to its length."""
+    """Each angle is off by a few ulp of pi. A row is off by at most sqrt(fan_in) times that, relative to its length."""
     length = expected.abs().amax(-1, keepdim=True)
     assert ((actual - expected).abs() <= 32 * math.sqrt(fan_in) * EPS * length).all()

@@ -20,7 +20,7 @@ FUSED = hypersphere.few_samples("cpp") if library.is_implemented(hypersphere.GMP
 ROWS = [0, 1, 2, 7, 8, FUSED - 1, FUSED, FUSED + 1, 64, 65, 200]
 # (n, m): one unit, no angle or one, sizes around a vector, primes, filters of 128 and 512 channels.
 SIZES = [(1, 1), (5, 1), (1, 2), (6, 2), (1, 3), (7, 7), (3, 8), (2, 9), (13, 17), (31, 64), (5, 129), (67, 101)]
-# The errors of a row are one random walk: with few rows, luck decides.
+# The errors along a row are one random walk, so with fewer rows the largest error would be a matter of luck.
 WIDE = [(16, 1152), (16, 4608)]
 # Draws of a result are pooled until they have POOLED numbers, up to MOST_DRAWS draws.
 POOLED, MOST_DRAWS = 32, 8
