@@ -30,7 +30,7 @@ __device__ inline void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Waits for the first `threads` threads of the block. __syncthreads is barrier 0.
+// Waits for the first `threads` threads of the block. This is barrier 1, because __syncthreads is barrier 0.
 __device__ inline void barrier_of_first(int threads) { asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory"); }
 
 __device__ inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
@@ -62,7 +62,8 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
         : "memory");
 }
 
-// The copy engine copies from global memory and counts bytes at the barrier. Addresses and size are multiples of 16.
+// Lets the copy engine copy from global memory and count the bytes at the barrier. Addresses and size must be multiples
+// of 16.
 __device__ inline void copy_in_bulk(void* target, const void* source, unsigned bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(target)),

@@ -86,10 +86,9 @@ struct Lanes {
     return choose(value, fill, [](int i) { return i + 1 < count ? i + 1 : count; }, Sequence());
   }
 
-  // For a running product or sum in steps of by = 1, 2, 4, ...: before step `by`, a lane has the sum of itself and up
-  // to by - 1 lanes below it. It takes the sum of the lanes below these, or `fill` if there are none. Within 16 bytes,
-  // where lanes move in one instruction, that sum is in the lane `by` below. For a larger step, it is in the last lane
-  // of the half below.
+  // For a running product or sum in steps of by = 1, 2, 4, ...: every lane takes the number of a lane below it, or
+  // `fill`. Within 16 bytes, where lanes move in one instruction, this is the lane `by` below. For a larger step, a
+  // lane in the upper half of 2 by lanes takes the last lane of the lower half, which has the sum of that half.
   template <int by>
   LCW_INLINE static Wide from_below(Wide value, Wide fill) {
     constexpr auto source = [](int i) {
