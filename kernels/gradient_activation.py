@@ -1,14 +1,14 @@
 """Activated gradients (GAF) over a list of tensors, in place or inside the steps of SGD and AdamW, in Triton.
 
-arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|).  M. Liu, L. Chen, X. Du,
-L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228. The update rules are
-those of torch.optim. The polynomials for atan, tanh and log are our own.
+f(g) of a gradient g is alpha atan(beta g) (arctan), alpha tanh(beta g) (tanh) or alpha sign(g) ln(1 + beta |g|) (log).
+M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
+The update rules are those of torch.optim. The polynomials for atan, tanh and log are our own.
 
-Cost of one of these functions, f, per element: 2 * itemsize bytes (one read, one write), and 34 / 28 / 40 instructions
-for arctan / tanh / log in float32, 1.5 more for 16-bit numbers, 67 / 87 / 75 in float64 (counted in the sm_90 code). An
-H200 issues 33 T instructions/s and copies 4.3 TB/s, or 0.54 T 4-byte elements/s. So f is bound by memory in float32 and
-float64; for 16-bit numbers the two bounds meet. A whole step of SGD with momentum accesses memory 5 times per element
-(each array is read and written at most once), AdamW 7 times, 9 with amsgrad.
+Cost of f per element: 2 * itemsize bytes (one read, one write), and 34 / 28 / 40 instructions for arctan / tanh / log
+in float32, 1.5 more for 16-bit numbers, 67 / 87 / 75 in float64 (counted in the sm_90 code). An H200 issues 33 T
+instructions/s and copies 4.3 TB/s, or 0.54 T 4-byte elements/s. So f is bound by memory in float32 and float64; for
+16-bit numbers the two bounds meet. A whole step of SGD with momentum accesses memory 5 times per element (each array is
+read and written at most once), a step of AdamW 7 times, or 9 times with amsgrad.
 
 Launches: tensors that are neighbours in memory, as the views of one flat buffer are, form one run. If there are more
 than a few runs, their addresses go to the GPU in a table, and runs of similar size share a launch. A CUDA graph cannot

@@ -3,8 +3,9 @@
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
     P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
 
-The state h has M rows (samples) of N units. A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l;
-O_l is the filter. A segment has the layers from one checkpoint, a state that forward keeps, to the next.
+The state h has M rows (samples) of N units. O_l is the filter, and u_l the input of layer l, if there is one. A_l is
+the argument of act; G_l and P_l are the gradients of h_l and A_l. A segment has the layers from one checkpoint, a state
+that forward keeps, to the next.
 
 A program carries a tile of R rows through the layers. Cost per layer: like every other program, it reads N^2 weights,
 through the second-level cache. It takes 4 R N^2 operations forward (2 R N^2 with a permutation), twice as many

@@ -71,15 +71,15 @@ __device__ inline void copy_in_bulk(void* target, const void* source, unsigned b
                : "memory");
 }
 
-// The address in the block of that rank that corresponds to `pointer` in this block.
+// The address in block `rank` of the cluster that corresponds to `pointer` in this block.
 __device__ inline uint32_t address_in(unsigned rank, const void* pointer) {
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
   return address;
 }
 
-// Stores into the shared memory of the block of that rank, and counts the bytes at that block's barrier. Both pointers
-// are addresses in this block; in send_four, the four values start on a multiple of 16 bytes.
+// Stores into the shared memory of block `rank` of the cluster, and counts the bytes at that block's barrier. Both
+// pointers are addresses in this block; in send_four, the target starts on a multiple of 16 bytes.
 __device__ inline void send(unsigned rank, float* target, float value, uint64_t* barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
                    address_in(rank, target)),

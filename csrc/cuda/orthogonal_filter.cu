@@ -3,13 +3,13 @@
 //   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
 //   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
 //
-// The state h has M rows (samples) of N units. A_l is the argument of act; G_l and P_l are the gradients of h_l and
-// A_l; O_l is the filter.
+// The state h has M rows (samples) of N units. O_l is the filter, and u_l the input of step l, if there is one. A_l is
+// the argument of act; G_l and P_l are the gradients of h_l and A_l.
 //
 // orthogonal_filter_cluster.h has the kernels for float32 and N <= 512 on sm_90 and later, orthogonal_filter_rows.h
 // those for everything else. The sums that follow the backward pass of either are in orthogonal_filter_gradients.h.
-// Each file states its cost. A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as
-// lcw_ops/reference/orthogonal_filter.py.
+// Each file states its cost.
+// A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
 // float32 products are multiply-adds, never TF32. No atomics: every sum has a fixed order.
 

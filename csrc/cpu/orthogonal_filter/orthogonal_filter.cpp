@@ -3,8 +3,8 @@
 //   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
 //   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
 //
-// The state h has M rows (samples) of N units. A_l is the argument of act; G_l and P_l are the gradients of h_l and
-// A_l; O_l is the filter.
+// The state h has M rows (samples) of N units. O_l is the filter, and u_l the input of step l, if there is one. A_l is
+// the argument of act; G_l and P_l are the gradients of h_l and A_l.
 //
 // Cost per step and row: forward takes 4 N^2 operations (2 N^2 with a permutation), and each thread reads W_l once.
 // Backward repeats this, then takes 4 N^2 for G and 2 N^2 for dW. A step is bound by arithmetic from about 16 rows on,
@@ -153,7 +153,7 @@ struct Cpu {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes, first = begin / page * page;
     stable::parallel_for(0, (end - first + page - 1) / page, 1, [&](int64_t from, int64_t to) {
       const uintptr_t start = std::max(begin, first + from * page), stop = std::min(end, first + to * page);
-      // Write a byte of every small page. Its contents are about to be overwritten.
+      // Write a byte of every small page. The contents of the pages are about to be overwritten.
       for (uintptr_t at = start; at < stop; at = (at / small_page + 1) * small_page)
         *reinterpret_cast<volatile char*>(at) = 0;
     });

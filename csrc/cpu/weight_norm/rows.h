@@ -1,7 +1,7 @@
 // A normalised row and its gradients: w = s v / |v|,  ds = <G, v / |v|>,  dv = s (G - ds v / |v|) / |v|.
 //
-// T. Salimans, D. P. Kingma, 2016, arXiv 1602.07868. G is the gradient of w. A row is read twice, the second time from
-// cache, and written once: bound by memory.
+// T. Salimans, D. P. Kingma, 2016, arXiv 1602.07868. v is a row of the weight, s its scale, and G the gradient of w. A
+// row is read twice, the second time from cache, and written once, so the functions are bound by memory.
 #pragma once
 
 #include <algorithm>
