@@ -45,7 +45,8 @@ struct Part {
   double change = 0;     // the largest relative change
 };
 
-// Neighbouring rows go through the layers together: as many as the nearest cache can hold two states of.
+// Neighbouring rows go through the layers together: as many as have a state of at most this many bytes. Two such states
+// fit in the nearest cache.
 constexpr int64_t bytes_together = 8192;
 
 template <class Isa, typename T, class Filter, class Terms>
