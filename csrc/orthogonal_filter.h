@@ -1,6 +1,8 @@
-// Shared by the CPU and CUDA kernels of the orthogonal-filter recurrence: the arguments of the two ops, checked.
+// The two ops of the orthogonal-filter recurrence, up to their kernels for the CPU and for CUDA: they check the
+// arguments and allocate the results.
 //
-// Shapes are those of lcw_ops/ops/orthogonal_filter/op.py, which has the schemas.
+// Shapes are those of lcw_ops/ops/orthogonal_filter/op.py, which has the schemas: L steps (layers), M rows (samples), N
+// units. The other symbols are those of cpu/orthogonal_filter/orthogonal_filter.cpp.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace stable = torch::stable;
 
-// All data that a step needs. An argument that all steps share has stride 0.
+// All data that a step needs. An argument that all steps share has a stride of 0.
 template <typename T>
 struct Recurrence {
   int64_t rows, width, steps, segment;
@@ -31,7 +33,7 @@ struct Recurrence {
   const void* weight;  // of weight_type: the state's type, or 16 bits with a float32 state
   ScalarType weight_type;
   const T *bias, *filter, *alpha, *beta, *inputs;
-  const int64_t* permutation;  // instead of filter
+  const int64_t* permutation;  // instead of filter, which is then nullptr
   int64_t weight_stride, bias_stride, filter_stride, alpha_stride, beta_stride;
 
   template <typename W>
@@ -52,7 +54,7 @@ struct Forward {
   bool return_states;
 };
 
-// One segment of the backward pass: layers first..first+count-1. Buffers are (count, M, N).
+// One segment of the backward pass: layers first..first+count-1. Buffers without another shape are (count, M, N).
 template <typename T>
 struct Backward {
   Recurrence<T> recurrence;
@@ -63,14 +65,14 @@ struct Backward {
   int64_t first, count;
   T* states;               // h_{l-1}
   T* slopes;               // beta act'(A_l), or nullptr where Device::keeps_slopes is false
-  T* grad_pre;             // beta act'(A_l), then P_l
+  T* grad_pre;             // P_l; without slopes, beta act'(A_l) until P_l replaces it
   T* filtered;             // O h_{l-1}, or nullptr if alpha and beta need no gradient
-  T* activated;            // act(A_l), likewise
+  T* activated;            // act(A_l), or nullptr likewise
   T* gradient;             // (M, N): G at the end of the segment, then at its start
   void* grad_weight;       // (L, N, N) of weight_type, or nullptr
   T* grad_bias;            // (L, N), or nullptr
   double* weight_sum;      // (N, N): dW of a weight that all steps share, summed over samples and steps; or nullptr
-  double* bias_sum;        // (N), likewise
+  double* bias_sum;        // (N): db of a shared bias, summed likewise; or nullptr
   T* grad_inputs;          // (L, M, N), or nullptr
   T* grad_states;          // (L + 1, M, N), or nullptr
   double* alpha_products;  // (L, M): <G_l, O h_{l-1}> of each row
@@ -108,7 +110,7 @@ struct Arguments {
     for (const Tensor* tensor : {&weight, &filter, &alpha, &beta, bias ? &*bias : &weight, inputs ? &*inputs : &weight})
       STD_TORCH_CHECK(
           tensor->is_cpu() == state.is_cpu() && tensor->get_device_index() == state.get_device_index(),
-          "orthogonal_filter: the arguments are on different devices");
+          "orthogonal_filter: an argument is on another device than the state; expected one device for all arguments");
     STD_TORCH_CHECK(
         right, "orthogonal_filter: shapes do not fit each other; call lcw_ops.functional.orthogonal_filter");
     bool same = weight.scalar_type() == state.scalar_type() ||
@@ -123,7 +125,9 @@ struct Arguments {
       std::vector<bool> seen(n, false);
       for (int64_t i = 0; i < n; ++i) {
         const bool fresh = index[i] >= 0 && index[i] < n && !seen[index[i]];
-        STD_TORCH_CHECK(fresh, "orthogonal_filter: the filter is not a permutation");
+        STD_TORCH_CHECK(
+            fresh, "orthogonal_filter: filter is not a permutation: entry ", i, " is ", index[i],
+            ", which is out of range or occurs twice");
         seen[index[i]] = true;
       }
     }
@@ -159,13 +163,14 @@ inline void check_dtype(const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::Double,
-      "orthogonal_filter: the state is float32 or float64; call lcw_ops.functional.orthogonal_filter");
+      "orthogonal_filter: the state must be float32 or float64; call lcw_ops.functional.orthogonal_filter");
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Device::run does the forward pass, Device::run_segment one segment of the backward pass. The functions below allocate
-// for them and report every large result to Device::allocated. The last argument of both is a tensor on the device.
+// Device::run does the forward pass, Device::run_segment one segment of the backward pass. The last argument of either
+// is a tensor on the device. The functions below allocate their buffers and results, and report every large result to
+// Device::allocated.
 template <class Device, typename T>
 std::tuple<Tensor, Tensor> forward(
     const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
@@ -187,7 +192,8 @@ std::tuple<Tensor, Tensor> forward(
   return {output, checkpoints};
 }
 
-// Sums the products over the rows, and over the steps if they share the scale, in float64 until the last rounding.
+// The gradient of alpha or beta from the products of the rows: sums them over the rows, and over the steps if these
+// share the scale, in float64 until the last rounding.
 inline Tensor sum_products(const Tensor& products, const Tensor& like) {
   const bool shared = like.numel() == 1 && products.size(0) != 1;
   Tensor sum = stable::sum(products, shared ? std::vector<int64_t>{0, 1} : std::vector<int64_t>{1});

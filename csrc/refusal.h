@@ -11,16 +11,17 @@
 
 namespace lcw_ops {
 
-// The reason why a kernel does not take its tensors, or an empty text if it takes them. The kernel finds it before its
-// first write, so the caller can copy the tensors into another layout and call again. A mistake that no other layout
-// corrects raises an error instead.
+// The reason why a kernel does not take its tensors, or an empty text if it takes them. The kernel checks them before
+// its first write, so the caller can copy the tensors into another layout and call again. A mistake that no other
+// layout corrects raises an error instead.
 using Refusal = std::string;
 
 inline Refusal refuse_for(const char* op, const std::string& what, const char* caller) {
   return std::string(op) + ": " + what + "; call " + caller;
 }
 
-// The memory of tensors without gaps. Tensors must not overlap, because two threads could write to one place.
+// The ranges of memory that tensors without gaps take. They must not meet, because two threads could then write to the
+// same place.
 class AddressRanges {
  public:
   void reserve(size_t count) { ranges_.reserve(count); }
@@ -42,7 +43,7 @@ class AddressRanges {
 };
 
 // Two forms of an op: one raises a refusal as an error, the other returns whether the kernel took the tensors. A traced
-// program cannot look at this answer, so it needs the first form.
+// program cannot branch on the returned value, so it needs the form that raises.
 template <auto kernel>
 struct Forms;
 

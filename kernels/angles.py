@@ -1,7 +1,8 @@
 """Parts of the kernels on angles: sines and cosines of a tile, and products and recurrences along its rows.
 
-A tile has ROWS rows of LANES lanes. Neighbours in groups of 8 lie in one thread, so that threads exchange one number
-per group. Cost: about 25 instructions an element for sine and cosine; a scan over one number per group.
+A tile has ROWS rows of LANES columns (lanes). A thread holds groups of 8 neighbouring lanes, so that threads exchange
+only one number per group. Sine and cosine take about 25 instructions an element. A product or recurrence along a row is
+a scan over one number per group.
 """
 
 import triton
@@ -11,21 +12,22 @@ from lcw_ops.kernels.common import GROUP, computed_in, polynomial
 
 _GROUP = tl.constexpr(GROUP)
 
-# pi/2 as two parts whose products with up to 2^9 quarter turns (float64: 2^20) are exact, and a remainder.
+# pi/2 as two parts and a remainder. The products of these parts with up to 2^9 quarter turns (float64: 2^20) are exact.
 _QUARTER_32 = tl.constexpr((1.57073974609375, 5.657970905303955e-05, 9.920935184482005e-10))
 _QUARTER_64 = tl.constexpr((1.5707963267341256, 6.077100506303966e-11, 2.0222662487959506e-21))
 # pi/2 in three float64s, for fused multiply-adds.
 _QUARTER_FULL = tl.constexpr((1.5707963267948966, 6.123233995736766e-17, -1.4973849048591698e-33))
 _QUARTERS_PER_RADIAN = tl.constexpr(0.6366197723675814)
+# The largest angles with so few quarter turns.
 _MOST_FAST_32 = tl.constexpr(800.0)
 _MOST_FAST_64 = tl.constexpr(1.6e6)
-# Neighbouring floats of this size are whole turns apart.
+# From this size on, neighbouring floats are at least one radian apart.
 _MOST_ANGLE = tl.constexpr(2.0**52)
-# Adding and subtracting one of these rounds a float to the nearest integer, whose last bits are the last of the sum.
+# Adding one of these to a number rounds it to the nearest integer, which the low bits of the sum then hold.
 _ROUND_32 = tl.constexpr(1.5 * 2.0**23)
 _ROUND_64 = tl.constexpr(1.5 * 2.0**52)
 
-# Chebyshev interpolation of q, highest power first, for z = r^2 in [0, (pi/4)^2]:
+# The coefficients of q, highest power first, by Chebyshev interpolation for z = r^2 in [0, (pi/4)^2]:
 #   sin(r) = r + r z q(z), cos(r) = 1 - z / 2 + z^2 q(z).
 _SINE_32 = tl.constexpr((-0.000195873871, 0.00833274594, -0.166666647))
 _COSINE_32 = tl.constexpr((2.45474372e-5, -0.00138883007, 0.0416666646))
@@ -45,7 +47,7 @@ _COSINE_64 = tl.constexpr((
 def load_sine_cosine(row, present, count, ROWS: tl.constexpr, LANES: tl.constexpr):
     """Sine and cosine of the first min(``count``, LANES) angles of each row.
 
-    Beyond them both are 1, because a direction's last component is the product of all sines.
+    Beyond these angles both are 1, so that a direction's last component, the product of all sines, is no special case.
     """
     sine, cosine = _sine_cosine(load_groups(row, present, count, ROWS, LANES))
     return tl.where(tl.arange(0, LANES)[None, :] < count, sine, 1.0), cosine
@@ -53,10 +55,10 @@ def load_sine_cosine(row, present, count, ROWS: tl.constexpr, LANES: tl.constexp
 
 @triton.jit
 def load_groups(row, present, count, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The first ``count`` of LANES numbers, then zeros.
+    """LANES numbers of each row: the first ``count`` are loaded, and the others are 0.
 
-    A thread reads 8 neighbours one by one: rows of m - 1 numbers have no alignment that a wide load could use, and a
-    recurrence within one thread needs no exchange.
+    A thread reads 8 neighbours, so that a recurrence along them needs no exchange. It reads them one by one, because
+    rows of m - 1 numbers have no alignment that a wide load could use.
     """
     dtype: tl.constexpr = computed_in(row.dtype.element_ty)
     first = _GROUP * tl.arange(0, LANES // _GROUP)[None, :]
@@ -70,12 +72,12 @@ def load_groups(row, present, count, ROWS: tl.constexpr, LANES: tl.constexpr):
 def _sine_cosine(t):
     """(sin t, cos t) of a tile, from one reduction t = r + quarter * pi/2 with r in [-pi/4, pi/4].
 
-    libdevice's functions reduce the angle twice and keep a table for large angles on the stack.
+    libdevice's sin and cos would reduce the angle twice, and keep a table for large angles on the stack.
     """
     most: tl.constexpr = _MOST_FAST_64 if t.dtype == tl.float64 else _MOST_FAST_32
     turned = tl.zeros(t.shape, tl.int32)
     if tl.max(tl.abs(t)) > most:
-        # Only for the large angles, so that the digits of one angle do not depend on its neighbours.
+        # Use this reduction for large angles only, so that the result for an angle does not depend on its neighbours.
         is_large = tl.abs(t) > most
         reduced, turned = _reduce_large(t)
         t, turned = tl.where(is_large, reduced, t), tl.where(is_large, turned, 0)
@@ -103,7 +105,7 @@ def _sine_cosine(t):
 
 @triton.jit
 def _reduce_large(t):
-    """(r, quarter) of angles below 2^52, in float64; NaN for larger ones, whose last place is worth whole turns."""
+    """(r, quarter) of angles below 2^52, in float64. r is NaN for larger angles, whose last place is at least 1."""
     wide = t.to(tl.float64)
     turns = tl.floor(wide * _QUARTERS_PER_RADIAN + 0.5)
     r = tl.fma(turns, tl.full(t.shape, -_QUARTER_FULL[0], tl.float64), wide)
@@ -124,9 +126,10 @@ def prefix_products(sine, carry, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def recurrence(sine, term, carry, suffix, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """T_k = term_k + s_k T_{k+1}, with ``suffix`` beyond the last lane, and P_k, with ``carry`` before the first lane.
+    """Computes T_k = term_k + s_k T_{k+1}, and P_k, the product of all sines s_i before lane k, along each row.
 
-    Returns (P_k, T_{k+1}, T of the first lane).
+    ``suffix`` is T beyond the last lane, and ``carry`` the product of the sines before the first lane. Returns (P_k,
+    T_{k+1}, T of the first lane).
     """
     sines, terms = _split_groups(sine, ROWS, LANES), _split_groups(term, ROWS, LANES)
     product = _product(sines)
@@ -193,7 +196,7 @@ def _extend_product(product, before, next_product, next_before):
 def _extend_suffix(product, term, inner, following, next_product, next_term, next_inner, next_following):
     """Join two neighbouring parts of a scan from the last group to the first.
 
-    ``following`` is T beyond the foremost group of a part, and ``inner`` the product of all groups behind that one.
+    ``following`` is T beyond the first group of a part, and ``inner`` the product of the part's other groups.
     """
     return (
         next_product * product,
@@ -207,8 +210,8 @@ def _extend_suffix(product, term, inner, following, next_product, next_term, nex
 def _sum_rows(x):
     """The sum of each row, as a column, or as a scalar if there is one row.
 
-    A scalar has no layout. If a loop carries a column, Triton 3.6 gives it a layout in which every thread holds the
-    whole row, and then runs every step of the loop in that layout too.
+    A scalar has no layout. If a loop carries a column, Triton 3.6 gives the column a layout in which every thread holds
+    the whole row, and then runs every step of the loop in that layout too.
     """
     return tl.sum(x) if x.shape[0] == 1 else tl.sum(x, 1, keep_dims=True)
 

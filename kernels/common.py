@@ -12,57 +12,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Bytes of the accumulator that one program holds of a row: 16 warps x 32 threads x 8 lanes of 4 bytes.
+# The most bytes of a row that one program holds at a time: 16 warps x 32 threads x 8 lanes (columns) of 4 bytes.
 ROW_BYTES = 16384
-# Short rows share a program: 1024 elements are 8 per thread of 4 warps, a 16-byte load of 16-bit numbers.
+# Short rows share a program, up to this many elements: 8 for each thread of 4 warps, a 16-byte load of 16-bit numbers.
 LEAST_ELEMENTS = 1024
-# Neighbouring lanes of one thread, and the lanes of a warp.
+# The number of neighbouring lanes that a thread holds, and that a warp holds.
 GROUP = 8
 WARP_LANES = 32 * GROUP
 
 # A GmP or weight-norm layer of up to this many samples makes its weight inside the product. For more samples, the
-# vendor's matmul should be faster: it reads the weight from memory, but the multiplications take much longer than that.
+# vendor's matmul should be faster: its multiplications then take much longer than reading the weight from memory.
 FUSED_ROWS = 64
-# 32 units x 64 columns are 16 elements a thread of 4 warps. More would spill in the sine and the recurrence.
+# A tile of 32 units x 64 columns has 16 elements for each thread of 4 warps. With more, the computation of the sine and
+# of the recurrence would spill registers.
 TILE_UNITS = 32
 TILE_ROW_BYTES = 256
 MOST_STAGES = 3
-# A step waits for its loads, then for its own arithmetic: four programs on a multiprocessor do so at different times.
+# A step of a program waits for its loads, then for its own arithmetic. Four programs on a multiprocessor do so at
+# different times.
 PROGRAMS_PER_PROCESSOR = 4
-# A program with fewer steps would spend more time on starting than on its columns.
+# A program with fewer steps would take longer to start than to work on its columns.
 LEAST_STEPS = 4
-# A part of the columns is counted in 32 bits: 64 would take the registers that the tile needs.
+# A program counts its part of the columns in 32 bits, because 64 bits would take registers that the tile needs.
 MOST_COLUMNS = 2**30
-# Units per program of a kernel that adds parts. Its sums are short, so many small programs are best.
+# Units per program of a kernel that adds partial results. These sums are short, so many small programs are best.
 REDUCE_UNITS = 16
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# ln(2) in two parts: n times the first is exact for every n that occurs.
+# ln(2) in two parts. In `_exponential`, n times the first part is exact for every n that occurs.
 _LN_2_HIGH_32, _LN_2_LOW_32 = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
 _LN_2_HIGH_64, _LN_2_LOW_64 = tl.constexpr(6.93147180369123816490e-01), tl.constexpr(1.90821492927058770002e-10)
-# Adding 1.5 * 2^(bits of the mantissa) rounds to an integer and leaves it in the low bits of the sum.
+# Adding 1.5 * 2^(bits of the mantissa) to a number rounds it to an integer, which the low bits of the sum then hold.
 _ROUND_SHIFT_32, _ROUND_SHIFT_64 = tl.constexpr(12582912.0), tl.constexpr(6755399441055744.0)
 
 
 class Device(NamedTuple):
-    """The facts that the choice of tile and stages depends on."""
+    """The facts on which the choice of tile and stages depends."""
 
     processors: int
-    shared_memory: int  # bytes a block may have
-    matrix_units: bool  # they multiply float32 without rounding it: AMD's do, NVIDIA's do not
+    shared_memory: int  # bytes that a block may have
+    matrix_units: bool  # whether matrix units multiply float32 without rounding it: AMD's do, NVIDIA's do not
 
 
 @functools.cache
 def device_facts(device: torch.device) -> Device:
     if device.type != "cuda":
-        # The interpreter runs each program as a Python loop: launch few.
+        # Triton's interpreter runs the programs one after another in Python, so there should be few.
         return Device(1, 1 << 20, False)
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
     return Device(properties["multiprocessor_count"], properties["max_shared_mem"], torch.version.hip is not None)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums of ``dtype`` are kept in: float32, or float64."""
+    """The dtype of sums of numbers of ``dtype``: float64 for float64, and float32 for the others."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -71,7 +73,7 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def choose_row_launch(length: int, itemsize: int, most_lanes: int | None = None) -> dict:
-    """8 lanes a thread; one program for a row, or for several short ones."""
+    """Tile and warps, with 8 lanes per thread. A program takes one row, or several short rows."""
     lanes = min(triton.next_power_of_2(length), most_lanes or ROW_BYTES // max(itemsize, 4))
     lanes = max(lanes, GROUP)
     rows = LEAST_ELEMENTS // lanes if lanes < WARP_LANES else 1
@@ -79,9 +81,10 @@ def choose_row_launch(length: int, itemsize: int, most_lanes: int | None = None)
 
 
 def choose_fused_launch(rows: int, units: int, features: int, itemsize: int, device: Device) -> dict:
-    """Tile, warps, stages and column parts of a product that makes its own GmP or weight-norm weight."""
+    """Tile, warps, stages and parts of the columns for a product that makes its own GmP or weight-norm weight."""
     multiplies_add = itemsize == 4 and not device.matrix_units
-    # Tensor cores take 16 samples at a time, so fewer are padded. Multiply-adds would compute the padding as well.
+    # Tensor cores take 16 samples at a time, so fewer samples are padded to 16. With multiply-adds, 4 samples are
+    # enough, and more padding would only take time.
     block_m = max(4 if multiplies_add else 16, triton.next_power_of_2(rows))
     block_k = TILE_ROW_BYTES // max(itemsize, 4)
     blocks = triton.cdiv(units, TILE_UNITS)
@@ -94,20 +97,20 @@ def choose_fused_launch(rows: int, units: int, features: int, itemsize: int, dev
         "BLOCK_K": block_k,
         "STAGES": MOST_STAGES,
         "splits": triton.cdiv(features, chunk),
-        # 8 if a program's sums would not leave 4 warps enough registers for the rest of a step.
+        # 8 warps if a program's sums would leave 4 warps too few registers for the rest of a step.
         "num_warps": 8 if itemsize >= 4 and block_m >= 32 else 4,
     }
 
 
 @triton.constexpr_function
 def computed_in(element):
-    """The type that numbers of type ``element`` are computed in."""
+    """The type in which numbers of type ``element`` are computed."""
     return tl.float64 if element == tl.float64 else tl.float32
 
 
 @triton.jit
 def polynomial(z, coefficients: tl.constexpr):
-    """Horner's scheme, highest power first."""
+    """The polynomial at z, by Horner's scheme. ``coefficients`` begin with the highest power."""
     value = tl.full(z.shape, coefficients[0], z.dtype)
     for power in tl.static_range(1, len(coefficients.value)):
         value = value * z + coefficients[power]
@@ -116,7 +119,10 @@ def polynomial(z, coefficients: tl.constexpr):
 
 @triton.jit
 def is_permutation(permutation, inverse, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether p[inverse[i]] is i, by unit. ``inverse`` comes from sorting p, so its indices are valid whatever p is."""
+    """For each unit i, whether permutation[inverse[i]] is i.
+
+    ``inverse`` comes from ``argsort``, so its indices are valid even if ``permutation`` is not a permutation.
+    """
     unit = tl.arange(0, BLOCK_N)
     present = unit < WIDTH
     back = tl.load(permutation + tl.load(inverse + unit, mask=present, other=0), mask=present, other=0)
@@ -126,7 +132,7 @@ def is_permutation(permutation, inverse, WIDTH: tl.constexpr, BLOCK_N: tl.conste
 @triton.jit
 def activate(a, ACTIVATION: tl.constexpr):
     """The recurrence's activation, act(a)."""
-    # Up to this limit exp(x) and exp(-x) are normal numbers, and tanh(x / 2) has reached 1 long before it.
+    # Up to this limit, exp(x) and exp(-x) are normal numbers. tanh(x / 2) rounds to 1 long before it.
     limit: tl.constexpr = 708.0 if a.dtype == tl.float64 else 87.0
     if ACTIVATION == "tanh":
         twice = 2 * tl.abs(a)
@@ -135,7 +141,7 @@ def activate(a, ACTIVATION: tl.constexpr):
         y = e / (e + 2)
         return tl.where(a < 0, -y, y)
     elif ACTIVATION == "sigmoid":
-        # From the side where the exponential decays.
+        # Computed from exp(-|a|), which decays.
         magnitude = tl.abs(a)
         power, fraction = _exponential(-tl.where(magnitude > limit, limit, magnitude))
         e = power * fraction + power
@@ -161,13 +167,13 @@ def activation_slope(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _exponential(x):
-    """exp(x) = power + power * fraction, with power = 2^n and fraction = expm1(r), x = n ln(2) + r."""
+    """(power, fraction) of exp(x) = power + power * fraction: power = 2^n, fraction = expm1(r), x = n ln(2) + r."""
     if x.dtype == tl.float64:
         shift = tl.full((), _ROUND_SHIFT_64, x.dtype)
         shifted = x * tl.full((), _LOG2_E, x.dtype) + shift
         n = shifted - shift
         r = (x - n * tl.full((), _LN_2_HIGH_64, x.dtype)) - n * tl.full((), _LN_2_LOW_64, x.dtype)
-        # The shift by the bits of the mantissa drops those of _ROUND_SHIFT.
+        # The shift to the left drops the bits that come from _ROUND_SHIFT_64.
         power = ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
         return power, r * _expm1_series(r, 13)
     else:
@@ -181,7 +187,7 @@ def _exponential(x):
 
 @triton.jit
 def _expm1_series(r, DEGREE: tl.constexpr):
-    """expm1(r) / r by Taylor's series, nested, for |r| <= ln(2) / 2. The omitted terms are below the last place."""
+    """expm1(r) / r for |r| <= ln(2) / 2, by Taylor's series. The omitted terms are below the result's last place."""
     series = tl.full(r.shape, 1, r.dtype)
     for k in tl.static_range(DEGREE, 1, -1):
         series = 1 + series * (r * tl.full((), 1 / k, r.dtype))

@@ -1,18 +1,18 @@
 """Activated gradients (GAF) over a list of tensors, in place or inside the steps of SGD and AdamW, in Triton.
 
-arctan: alpha atan(beta g);  tanh: alpha tanh(beta g);  log: alpha sign(g) ln(1 + beta |g|).  M. Liu, L. Chen, X. Du,
-L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228. The update rules are
-those of torch.optim. The polynomials for atan, tanh and log are our own.
+f(g) of a gradient g is alpha atan(beta g) (arctan), alpha tanh(beta g) (tanh) or alpha sign(g) ln(1 + beta |g|) (log).
+M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
+The update rules are those of torch.optim. The polynomials for atan, tanh and log are our own.
 
-Cost of one of these functions, f, per element: 2 * itemsize bytes (one read, one write), and 34 / 28 / 40 instructions
-for arctan / tanh / log in float32, 1.5 more for 16-bit numbers, 67 / 87 / 75 in float64 (counted in the sm_90 code). An
-H200 issues 33 T instructions/s and copies 4.3 TB/s, or 0.54 T 4-byte elements/s. So f is bound by memory in float32 and
-float64; for 16-bit numbers the two bounds meet. A whole step of SGD with momentum accesses memory 5 times per element
-(each array is read and written at most once), AdamW 7 times, 9 with amsgrad.
+Cost of f per element: 2 * itemsize bytes (one read, one write), and 34 / 28 / 40 instructions for arctan / tanh / log
+in float32, 1.5 more for 16-bit numbers, 67 / 87 / 75 in float64 (counted in the sm_90 code). An H200 issues 33 T
+instructions/s and copies 4.3 TB/s, or 0.54 T 4-byte elements/s. So f is bound by memory in float32 and float64; for
+16-bit numbers the two bounds meet. A whole step of SGD with momentum accesses memory 5 times per element (each array is
+read and written at most once), a step of AdamW 7 times, or 9 times with amsgrad.
 
 Launches: tensors that are neighbours in memory, as the views of one flat buffer are, form one run. If there are more
 than a few runs, their addresses go to the GPU in a table, and runs of similar size share a launch. A CUDA graph cannot
-record the copy of the table; while a graph is recorded, every run has its own launch.
+record the copy of the table, so every run has its own launch while a graph is recorded.
 
 Accuracy: with correctly rounded basic operations, the error of f / alpha over all arguments is at most 1.4 (arctan),
 2.0 (tanh) and 1.1 (log) units in the last place in float32, and 1.4 each in float64. On CUDA the approximate float32
@@ -79,16 +79,17 @@ _LOG_64 = tl.constexpr((
 
 
 def gradient_activation(gradient: Tensor, kind: str, alpha: float, beta: float) -> None:
-    """Apply f to ``gradient`` in place. Any shape, dense in memory (no gaps, no overlap; any order of dimensions).
+    """Apply f to ``gradient`` in place. Does not check its arguments.
 
-    float32, bfloat16 and float16 are computed in float32, float64 in float64. NaN stays NaN, and +-inf becomes f's
-    limit (log: +-inf). Does not check its arguments.
+    ``gradient`` may have any shape, but must be dense in memory: no gaps and no overlap, with its dimensions in any
+    order. float64 is computed in float64, and float32, bfloat16 and float16 in float32. NaN stays NaN, and +-inf
+    becomes f's limit, which is +-inf for log.
     """
     gradient_activation_many([gradient], kind, alpha, beta)
 
 
 def gradient_activation_many(tensors: Sequence[Tensor], kind: str, alpha: float, beta: float) -> None:
-    """`gradient_activation` of each tensor. All are on one device; dtypes and sizes may differ."""
+    """Apply `gradient_activation` to each tensor. All are on one device; dtypes and sizes may differ."""
     _launch_over(gradient_activation_kernel, [tensors], (alpha, beta), {"KIND": kind})
 
 
@@ -154,7 +155,8 @@ def adamw_step(
     numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, alpha, beta)
     flags = {"KIND": kind, "AMSGRAD": amsgrad, "MAXIMIZE": maximize, "num_warps": ADAMW_WARPS}
     maxima = max_exp_avg_sqs if amsgrad else exp_avg_sqs
-    # Group the tensors by step count. Reading a counter on a GPU would wait for it, so its address replaces the count.
+    # Group the tensors by step count. Reading a counter on a GPU would wait for the GPU, so there the counter's address
+    # stands for the count.
     counts = [step.data_ptr() if step.is_cuda else step.item() for step in state_steps]
     corrections = _bias_corrections(state_steps, lr, beta1, beta2).to(params[0].device)
     lists = [params, grads, exp_avgs, exp_avg_sqs, maxima]
@@ -452,7 +454,7 @@ def _adamw_block(
         # A NaN stays NaN, as in torch.maximum.
         v = tl.where((most >= v) | (most != most), most, v)
         tl.store(max_exp_avg_sqs, v.to(element), mask=inside)
-    # The approximate root flushes subnormal numbers to 0.
+    # tl.sqrt is approximate in float32, and flushes subnormal numbers to 0.
     root = tl.sqrt(v) if dtype == tl.float64 else tl.sqrt_rn(v)
     tl.store(params, (kept * w - step_size * (m / (root * root_scale + eps))).to(element), mask=inside)
 
@@ -494,7 +496,7 @@ def _atan(x):
     else:
         inner = t + t * (z * polynomial(z, _ATAN_32))
         low = tl.full((), _PI_2_LOW_32, x.dtype)
-    # Evaluated for x > 0 and mirrored, so that the function is odd to the last bit.
+    # For |x| > 1 the result is computed for |x| and mirrored, so that the function is odd to the last bit.
     right = tl.full((), _PI_2, x.dtype) - (tl.abs(inner) - low)
     return tl.where(outer, tl.where(x > 0, right, -right), inner)
 
@@ -505,14 +507,14 @@ def _tanh(x):
     z = x * x
     q = polynomial(z, _TANH_64) if x.dtype == tl.float64 else polynomial(z, _TANH_32)
     series = x + x * (z * q)
-    # An exponential that overflows gives 1 - 2 / inf = 1, the limit.
+    # If the exponential overflows, this is 1 - 2 / inf = 1, the limit.
     right = 1 - 2 / (tl.exp(2 * magnitude) + 1)
     return tl.where(magnitude > _TANH_SERIES_END, tl.where(x > 0, right, -right), series)
 
 
 @triton.jit
 def _signed_log1p(x):
-    """With 2^k u = 1 + |x|, u in [0.75, 1.5), and f = u - 1: ln(1 + |x|) = k ln 2 + ln(1 + f).
+    """sign(x) ln(1 + |x|). With 2^k u = 1 + |x|, u in [0.75, 1.5), and f = u - 1: ln(1 + |x|) = k ln 2 + ln(1 + f).
 
     f is formed as |x| 2^-k + (2^-k - 1), whose terms are exact, so a tiny |x| is not lost in rounding 1 + |x|.
     """

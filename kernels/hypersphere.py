@@ -1,26 +1,27 @@
-"""Weights on the hypersphere (GmP): directions from angles, and a linear layer of them, in Triton.
+"""Weights on the hypersphere (GmP): directions from angles, and a linear layer of such directions, in Triton.
 
     direction:   u_k = P_k cos t_k (k < m),  u_m = P_m,  P_k = prod_{i<k} sin t_i
     backward:    T_m = g_m,  T_k = cos t_k g_k + sin t_k T_{k+1},  dL/dt_k = P_k (cos t_k T_{k+1} - sin t_k g_k)
     layer:       y = r act(x u^T + lambda)
-    W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the backward without divisions is ours. g is the
-    gradient of u; P_k and T_k are running products and sums. The notation is that of lcw_ops/reference.
+    W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the backward without divisions is ours. t are the angles and g is
+    the gradient of u; P_k and T_k are running products and sums. x has M rows (samples) of m features; each of n units
+    has a direction u, a radius r and a location lambda. The notation is that of lcw_ops/reference.
 
 Cost of the direction per element: 2 * itemsize bytes and 56 instructions, of which sine and cosine take about 25. The
 running product is an associative scan over one number per 8 columns, so that threads exchange little. For 4096 x 4096
-float32 numbers on an H200, memory takes 31 us and the instructions take 32 us. Backward moves 3 * itemsize bytes, reads
-the angles of long rows twice (the second time from the second-level cache) and takes 85 instructions: memory takes 47
-us and the instructions take 48 us. At 69 registers and 16 warps, a multiprocessor holds one program of the backward
-kernel, which hides less latency.
+float32 numbers on an H200, memory takes 31 us and the instructions take 32 us. Backward moves 3 * itemsize bytes and
+takes 85 instructions per element, and reads the angles of long rows twice, the second time from the second-level cache.
+For the same matrix, memory takes 47 us and the instructions take 48 us. With 69 registers per thread and 16 warps, only
+one program of the backward kernel fits a multiprocessor, so less latency is hidden.
 
 Cost of a layer of M <= FUSED_ROWS samples: the angles are read once, and the directions exist in registers only. The
 product takes 2 M n m operations. For M = 32 and 4096 x 4096 float32 angles, the instructions take 32 us and memory
 takes 16 us (8 us for 16-bit angles). If there are too few units to fill the multiprocessors, the columns are split
-among programs. Each program computes as if the product of sines began with its columns. A second kernel multiplies
-every part by the product of sines before it and adds the parts in order, without atomics. A layer of more samples takes
-one direction pass, torch's matmul with the location, and a pass over its result for ReLU and scale, because torch's
-matmul cannot apply a scale after a ReLU. The last pass moves 2 or 3 * itemsize bytes per output. All figures are
-predicted from compiled code, not measured: no GPU has run this yet.
+among programs. Each program begins the product of sines with its own columns. A second kernel multiplies every part by
+the product of the sines before it and adds the parts in order, without atomics.
+A layer of more samples takes one pass that makes the directions, torch's matmul with the location added, and a pass
+over the result for ReLU and radius, because torch's matmul cannot apply a scale after a ReLU. The last pass moves 2 or
+3 * itemsize bytes per output. All figures are predicted from compiled code, not measured: no GPU has run this yet.
 """
 
 import torch
@@ -44,11 +45,11 @@ from lcw_ops.kernels.common import (
     wide_dtype,
 )
 
-# Warps that hide each other's latency on a multiprocessor.
+# With this many warps on a multiprocessor, they hide each other's latency.
 WARPS_PER_PROCESSOR = 16
-# Elements per program of a pass over every output: 8 per thread of 4 warps.
+# Elements per program of a kernel that works on each output alone: 8 for each thread of 4 warps.
 POINTWISE_ELEMENTS = 1024
-# Rows that a program sums in the gradients of radius and location, before there are enough programs.
+# For the gradients of radius and location, the samples are split among programs, but not into parts of fewer than this.
 LEAST_SUMMED_ROWS = 64
 
 
@@ -94,9 +95,9 @@ def gmp_linear(
     keep_activated: bool,
     keep_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, m) -> (radius * act(x u^T + location) (M, n), act(..) or (0,), u (n, m) or (0,)).
+    """x (M, m) -> (y, a, u): y = radius * a (M, n), a = act(x u^T + location), u (n, m). Does not check its arguments.
 
-    Sums have a fixed order, whatever ``deterministic`` is. Does not check its arguments.
+    What is not kept, a or u, has the shape (0,). Sums have a fixed order, whatever ``deterministic`` is.
     """
     if x.shape[0] <= FUSED_ROWS:
         direction = hypersphere_direction(angles) if keep_direction else x.new_empty((0,))
@@ -145,7 +146,7 @@ def gmp_linear_backward(
 
 
 def _direction_launch(units: int, length: int, itemsize: int, device: Device) -> dict:
-    """A warp for every row, which then waits for no other warp; more warps for a row if there are few rows."""
+    """One warp for every row, so that it waits for no other warp; more warps per row if there are few rows."""
     lanes, most = WARP_LANES, ROW_BYTES // max(itemsize, 4)
     while lanes < most and units * lanes < WARPS_PER_PROCESSOR * device.processors * WARP_LANES:
         lanes *= 2
@@ -155,7 +156,7 @@ def _direction_launch(units: int, length: int, itemsize: int, device: Device) ->
 def _fused_linear(
     x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, relu: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The layer for M <= FUSED_ROWS: (output, act(..) or (0,))."""
+    """The layer for M <= FUSED_ROWS: (output, the activations or, unless ``keep``, (0,))."""
     rows, features = x.shape
     units, columns = angles.shape
     output = x.new_empty((rows, units))
@@ -194,7 +195,7 @@ def _fused_linear(
 
 
 def _scale(product: Tensor, scale: Tensor, relu: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    """(scale * act(product), act(product) or (0,)); overwrites ``product``."""
+    """(scale * act(product), act(product) or, unless ``keep``, (0,)). Overwrites ``product``."""
     rows, units = product.shape
     output = torch.empty_like(product) if keep else product
     if output.numel() > 0:
@@ -272,7 +273,7 @@ def _pointwise_launch(units: int) -> dict:
 
 @triton.jit(do_not_specialize=["count"])
 def direction_kernel(angles, output, count: tl.int64, columns: tl.int64, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """ROWS rows, LANES columns a step. Each step starts from the product of the sines before it."""
+    """Computes ROWS directions, LANES columns in a step. Each step starts from the product of the sines before it."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     present = row < count
@@ -299,9 +300,9 @@ def direction_backward_kernel(
     LANES: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """ROWS rows, from the last columns to the first.
+    """Computes the gradients of the angles of ROWS rows, from the last columns to the first.
 
-    Long rows take several steps. They first compute the product of sines before every step.
+    Long rows take several steps. For these, the product of the sines before every step is computed first.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     present = row < count
@@ -350,7 +351,7 @@ def _backward_step(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """dL/dt_k = P_k (c_k T_{k+1} - s_k g_k) for LANES columns. Returns T of the first column."""
+    """Stores dL/dt_k = P_k (cos t_k T_{k+1} - sin t_k g_k) for LANES columns. Returns T of the first column."""
     lane = tl.arange(0, LANES)[None, :]
     left = tl.cast(min(columns, LANES), tl.int32)
     sine, cosine = load_sine_cosine(angles, present, left, ROWS, LANES)
@@ -387,7 +388,7 @@ def gmp_linear_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_N units and ``chunk`` features for all samples, from a product of sines that begins with the chunk."""
+    """Multiplies BLOCK_N units by all samples, over ``chunk`` features. The product of sines begins with the chunk."""
     dtype: tl.constexpr = computed_in(angles.dtype.element_ty)
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
@@ -431,7 +432,10 @@ def gmp_linear_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Joins the partial results over the features, in order: (z, P) o (z', P') = (z + P z', P P')."""
+    """Joins the partial results over the features, in order: (z, P) o (z', P') = (z + P z', P P').
+
+    z is the partial sum of a part of the features, and P the product of its sines.
+    """
     dtype: tl.constexpr = products.dtype.element_ty
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     sample = tl.arange(0, BLOCK_M)[None, :]
@@ -451,7 +455,7 @@ def gmp_linear_reduce_kernel(
 
 @triton.jit
 def _store_output(product, radius, location, output, kept, unit, sample, inside, units, RELU: tl.constexpr):
-    """radius * act(product + location); act(..) goes to ``kept``."""
+    """Stores radius * act(product + location), and the activation itself in ``kept``."""
     dtype: tl.constexpr = product.dtype
     present = unit < units
     factor = tl.load(radius + unit, mask=present, other=0.0).to(dtype)
@@ -479,7 +483,7 @@ def scale_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """scale * act(product) after the vendor's matmul."""
+    """Computes scale * act(product), after the vendor's matmul."""
     dtype: tl.constexpr = computed_in(product.dtype.element_ty)
     sample = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     unit = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -503,7 +507,10 @@ def sum_gradients_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_N units and ``chunk`` samples: dz = radius dy where activated > 0, and the sums of dz and dy activated."""
+    """Computes dz = radius dy, with ReLU 0 where ``activated`` is 0, and the sums of dz and dy * activated.
+
+    A program takes BLOCK_N units and ``chunk`` samples. dy and dz are the gradients of y and of act's argument.
+    """
     dtype: tl.constexpr = computed_in(grad_output.dtype.element_ty)
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     part = tl.program_id(1).to(tl.int64)
@@ -534,7 +541,7 @@ def sum_gradients_kernel(
         tl.store(location_sums + at, total.to(location_sums.dtype.element_ty), mask=unit < units)
 
 
-# The old address of weight normalization, which has moved from this file to one of its own.
+# The functions of weight normalization have moved from this file to weight_norm.py. Here are their old names.
 _old_names.keep(
     globals(),
     dict.fromkeys(

@@ -1,33 +1,36 @@
-"""Linearly constrained weights (LCW), rows of zero sum, and a layer of such rows in one pass over W, in Triton.
+"""Linearly constrained weights (LCW: rows w of zero sum), and a layer that reads its parameter once, in Triton.
 
-    centred:  w = u - mean(u)                  basis:  w = B v:  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s
-    linear:   y = x V^T - q(x) S^T + b,  S the row sums of V;  q(x) = mean(x) or sum_{j<m} x_j / (s (s+1)) + x_m / s
-    T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; B is Householder's, S = sum(v), s = sqrt(m).
-    The notation is that of lcw_ops/reference.
+    centred:  w = v - mean(v)                  basis:  w = B v:  w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s
+    linear:   y = x V^T - q(x) S^T + b;  q(x) = mean(x) or, with a basis, sum_{j<m} x_j / (s (s+1)) + x_m / s
+    T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; B is Householder's; s = sqrt(m).
+    V is the parameter, of n rows v, and S are the sums of its rows. x has M rows (samples) of m columns; with a basis,
+    x V^T leaves out the last of them. The notation is that of lcw_ops/reference.
 
 Cost of the weight kernels per element: 2 * itemsize bytes and 4 operations, so they are bound by memory. A row longer
 than BLOCK lanes is read twice, the second time from the second-level cache.
 
-Cost of the linear kernel, M samples: it reads W once from memory, itemsize * n m bytes, and x at most as much again,
-from the second-level cache. The product takes 2 M n m operations; every element of W takes 1 for its row sum and 1 to
-widen 16 bits or to shift wider numbers. An H200 reads 4.3 TB/s, or 2.2 T 16-bit elements a second. At M = 64 their
-products are 0.28 Pflop/s, so the kernel is bound by memory. In float32 the H200 reads 1.1 T elements and does 33 T
-multiply-adds a second, so the kernel is bound by memory up to about M = 24. If there are too few units to fill the
-multiprocessors, the columns are split among programs, and a second kernel adds their sums in order, without atomics.
-These bounds are predicted, not measured: no GPU has run this yet.
-Rows of W whose length is not a multiple of 16 are loaded element by element. (With a basis they are one shorter than
-x's rows.) 16-bit elements are then not loaded ahead of their use: asynchronous copies have at least 4 bytes.
+Cost of the linear kernel: it reads V once from memory, itemsize * n m bytes. It reads x once for every block of units,
+from the second-level cache: at most as many bytes. The product takes 2 M n m operations. Every element of V takes one
+more for its row sum, and one to be widened (16 bits) or centred (float32 and float64). An H200 reads 4.3 TB/s, or 2.2 T
+16-bit elements a second. At M = 64, multiplying at that rate takes 0.28 Pflop/s, so the kernel is bound by memory. In
+float32 the H200 reads 1.1 T elements and does 33 T multiply-adds a second, so the kernel is bound by memory up to about
+M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
+kernel adds their sums in order, without atomics. These bounds are predicted, not measured: no GPU has run this yet.
+Rows of V whose length is not a multiple of 16 are loaded element by element. (With a basis they are one number shorter
+than the rows of x.) 16-bit elements are then not loaded ahead of their use: asynchronous copies have at least 4 bytes.
 
-The price of large means. <V, x> - q S is a difference of sums that grow with mean(x) mean(V). In exact arithmetic it
-does not change if a constant is subtracted from a row of x or of V and q and S are changed with it.
-16-bit numbers: no constant is subtracted. Their products are exact in float32, and so is nearly every bit of the
-sums: the cancellation costs 2^-24 of |x| |V|. Eager torch rounds the centred weight to 16 bits and loses 2^-9 (2^-12)
-of |x| |V| before anything cancels. Moreover, x minus a constant would no longer fit the tensor core's 16 bits.
-float32 and float64: eager's own rounding is as fine as ours. Centring W alone leaves mean(x) in every product, centring
-x alone leaves mean(W). Therefore both are centred. A small kernel first computes the mean of x: inside this kernel it
-would be known only at the end, and M rows are little to read in comparison with W. V is centred by the mean of its
-first columns. That mean may be rough: if the sum of x is zero, any constant in V cancels, and the rest of V is of the
-size of its spread, not of its mean.
+Rounding if means are large. <v, x> - q S is a difference of sums that grow with mean(x) mean(v). In exact arithmetic,
+the difference does not change if a constant is subtracted from a row of x or V, and q and S are those of the new row.
+(With a basis, a constant in V does not cancel; the kernel adds its part at the end.)
+From 16-bit numbers, no constant is subtracted. Their products are exact in float32, and so is nearly every bit of the
+sums: the cancellation costs an error of 2^-24 |x| |v|. Eager torch rounds the centred weight to 16 bits and so has an
+error of 2^-9 |x| |v| in bfloat16 (2^-12 in float16) before anything cancels. Moreover, x minus a constant would no
+longer fit the 16 bits of a tensor core's operand.
+In float32 and float64, eager torch's own rounding is as fine as ours. Centring V alone would leave mean(x) in every
+product, and centring x alone would leave mean(v). Therefore both are centred. A small kernel computes the means of x
+first: the linear kernel would know them only at the end, and M rows are little to read in comparison with V. A row of V
+is centred by the mean of its first columns. That mean may be rough: if the sum of x is zero, any constant in v cancels,
+and the rest of v has the size of its spread, not of its mean.
 """
 
 import math
@@ -50,24 +53,25 @@ from lcw_ops.kernels.common import (
     wide_dtype,
 )
 
-# Bytes of a row of W that one step takes: one line of the cache, the unit that memory is fetched in, or two lines in 16
-# bits if rows are aligned. Otherwise registers have to hold the operands, or an address and a mask for every element.
+# Bytes of a row of V that one step takes: two cache lines for aligned rows of 16-bit numbers, and otherwise one, the
+# unit in which memory is fetched. Two would take too many registers: for the operands in float32 and float64, and for
+# an address and a mask per element if 16-bit rows are not aligned.
 TILE_ROW_BYTES, TILE_ROW_BYTES_16_BIT = 128, 256
-# 32 units of 256 bytes and four steps in flight are 32 KB a multiprocessor, enough to cover a latency of 0.8 us.
+# 32 units of 256 bytes and four steps in flight are 32 KB per multiprocessor, enough to cover a latency of 0.8 us.
 LEAST_UNITS = 32
 MOST_STAGES = 4
-# Columns whose mean is subtracted from V. The mean of 64 columns differs from the row's mean by about 1/8 of the row's
-# spread.
+# How many of the first columns of V give the mean that is subtracted from a row. The mean of 64 columns differs from
+# the row's mean by about 1/8 of the row's spread.
 _CENTRE_COLUMNS = tl.constexpr(64)
 
 
 def lcw_weight(weight: Tensor, basis: bool) -> Tensor:
-    """(n, m, *k) -> the same shape, u - mean(u); basis: (n, m - 1) -> (n, m), B v. Does not check its arguments."""
+    """Rows v (n, m, *k) -> v - mean(v); with ``basis``, v (n, m - 1) -> B v (n, m). Does not check its arguments."""
     return _map_rows(weight, "embed" if basis else "centre", 1 if basis else 0)
 
 
 def lcw_weight_backward(grad_output: Tensor, basis: bool) -> Tensor:
-    """The adjoint: g - mean(g), or with ``basis`` (n, m) -> (n, m - 1), B^T g. Does not check its arguments."""
+    """The adjoint: rows g -> g - mean(g); with ``basis``, g (n, m) -> B^T g (n, m - 1). Does not check arguments."""
     return _map_rows(grad_output, "project" if basis else "centre", -1 if basis else 0)
 
 
@@ -77,7 +81,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
     units, columns = weight.shape
     output = x.new_empty((rows, units))
     if rows * units * columns == 0:
-        # The weight is 0 if there are no features, and with a basis of one feature.
+        # Without features the weight is empty, and with a basis of one feature it is 0.
         return output.zero_() if bias is None else output.copy_(bias)
     x, weight = x.contiguous(), weight.contiguous()
     launch = choose_launch(rows, units, columns, features, x.itemsize, device_facts(x.device))
@@ -114,17 +118,18 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
 
 
 def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: int, device: Device) -> dict:
-    """Tile, warps, stages and the parts that the columns are split into."""
+    """Tile, warps, stages and the parts into which the columns are split."""
     multiplies_add = itemsize == 4 and not device.matrix_units
-    # Tensor cores take 16 samples at a time, so fewer are padded. Multiply-adds would compute the padding as well.
+    # Tensor cores take 16 samples at a time, so fewer samples are padded to 16. With multiply-adds, 4 samples are
+    # enough, and more padding would only take time.
     block_m = max(4 if multiplies_add else 16, triton.next_power_of_2(rows))
-    # At least BLOCK_M units, so that no more bytes of x are read than of W.
+    # At least BLOCK_M units, so that no more bytes of x are read than of V.
     block_n = max(LEAST_UNITS, block_m)
     aligned = columns % 16 == 0 and features % 16 == 0
     row_bytes = TILE_ROW_BYTES_16_BIT if itemsize == 2 and aligned else TILE_ROW_BYTES
     block_k = row_bytes // itemsize
     stages = MOST_STAGES
-    # The tiles that are exchanged between threads take one more copy of a step.
+    # Besides the stages, shared memory holds one more copy of a step's tiles, for their exchange between threads.
     while stages > 2 and (stages + 1) * (block_n + block_m) * row_bytes > device.shared_memory:
         stages -= 1
     blocks = triton.cdiv(units, block_n)
@@ -139,8 +144,8 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
         "BLOCK_K": block_k,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
-        # 8 if a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. Unaligned rows of 16 bits
-        # fill them too, because every element has an address and a mask.
+        # 8 warps if a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. For aligned rows of
+        # 16-bit numbers 4 are enough, because their elements do not have an address and a mask each.
         "num_warps": 8 if block_m >= 32 and (itemsize >= 4 or not aligned) else 4,
     }
 
@@ -153,7 +158,7 @@ def _map_rows(tensor: Tensor, kind: str, grow: int) -> Tensor:
     if output.numel() == 0:
         return output
     if length == 0:
-        # B of one feature has no columns: its weight is 0.
+        # For one feature, B has no columns, and the weight is 0.
         return output.zero_()
     inner, outer = _projection(max(length, length + grow), bool(grow))
     launch = _row_launch(length, tensor.itemsize)
@@ -180,7 +185,7 @@ def _row_launch(length: int, itemsize: int) -> dict:
 
 
 def _projection(features: int, basis: bool) -> tuple[float, float]:
-    """q(x) = inner * sum(x) (of all but the last, with ``basis``) + outer * x_m."""
+    """(inner, outer) of q(x) = inner * sum(x) + outer * x_m. With ``basis``, the sum leaves out x_m."""
     s = math.sqrt(features)
     return (1 / (s * (s + 1)), 1 / s) if basis else (1 / features, 0.0)
 
@@ -198,7 +203,7 @@ def lcw_rows_kernel(
     BLOCK: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """ROWS rows: their sums, then the rows minus their projection."""
+    """Maps ROWS rows: sums each row, then subtracts a number from all its elements. ``KIND`` is the map."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     present = row < count
@@ -206,7 +211,7 @@ def lcw_rows_kernel(
     dtype: tl.constexpr = values.dtype
     inner = tl.full((), inner, dtype)
     outer = tl.full((), outer, dtype)
-    # sum(row) = length * centre + remainder. The large part is subtracted exactly, then the small part.
+    # sum(row) = length * centre + remainder. The large part, centre, is subtracted exactly; then rest, the small part.
     # ``kept`` lanes of a row are stored; ``stride`` is the length of a row of the output.
     kept = length - 1 if KIND == "project" else length
     stride = length + 1 if KIND == "embed" else kept
@@ -219,7 +224,7 @@ def lcw_rows_kernel(
         last = -(centre * length + remainder) * outer
         tl.store(output + length, last.to(output.dtype.element_ty), mask=present)
     else:
-        # B^T maps constants to 0: the centred row has the same image.
+        # B^T maps a constant row to 0, so it maps the centred row to the same result.
         last = tl.load(rows + row * length + kept, mask=present, other=0.0).to(dtype) - centre
         rest = (remainder - last) * inner + last * outer
     _store_shifted(output, values, centre, rest, lane, present, kept)
@@ -257,11 +262,11 @@ def lcw_means_kernel(
 
 @triton.jit
 def _row_sums(row, lane, present, length, BLOCK: tl.constexpr, FITS: tl.constexpr):
-    """(the first BLOCK values, their mean, the row's sum of differences to that mean), the last two as columns.
+    """(the first BLOCK values, their mean, the sum of the row's differences from that mean), the last two as columns.
 
-    The mean of a part is a good enough shift: it has to be near the row's numbers only if these are near each other.
-    Only the upper half of its digits is used. With digits below the last places of the row's numbers, all differences
-    would be rounded in the same direction, and the error would grow with their count.
+    The mean of a part of the row is good enough: it has to be near the row's numbers only if these are near each other.
+    Only the upper half of its bits is used. With bits below the last places of the row's numbers, all differences would
+    be rounded in the same direction, and the error would grow with their count.
     """
     dtype: tl.constexpr = computed_in(row.dtype.element_ty)
     inside = present & (lane < length)
@@ -307,7 +312,10 @@ def lcw_linear_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_N units and ``chunk`` columns for all samples. Units are the product's rows because wgmma takes 64 rows."""
+    """Multiplies BLOCK_N units by all samples, over ``chunk`` columns.
+
+    Units, not samples, are the rows of the product, because the instruction wgmma takes 64 rows.
+    """
     dtype: tl.constexpr = computed_in(weight.dtype.element_ty)
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
@@ -359,7 +367,7 @@ def lcw_linear_kernel(
         at = products + (split * units + unit[:, None]) * rows + sample[None, :]
         tl.store(at, product, mask=unit_present & (sample < rows)[None, :])
         tl.store(weight_sums + split * units + unit, weight_sum, mask=unit < units)
-        # Every block of units has the same sums of x: one block writes them.
+        # Every block of units has the same sums of x, so only one block writes them.
         tl.store(x_sums + split * rows + sample, x_sum, mask=(sample < rows) & (tl.program_id(0) == 0))
 
 
@@ -442,7 +450,7 @@ def _store_output(
     outer,
     BASIS: tl.constexpr,
 ):
-    """The constraint and the bias, from sums over all columns."""
+    """Stores y, with the constraint and the bias, from sums over all columns."""
     dtype: tl.constexpr = product.dtype
     inner = tl.full((), inner, dtype)
     outer = tl.full((), outer, dtype)
@@ -467,7 +475,7 @@ def _store_output(
 
 @triton.jit
 def _first_mean(weight_rows, present, columns):
-    """The mean of each row's first columns, as a column: the same number in every program that needs it."""
+    """The mean of each row's first columns, as a column. Every program that needs it gets the same numbers."""
     lane = tl.arange(0, _CENTRE_COLUMNS)[None, :]
     first = tl.load(weight_rows + lane, mask=present & (lane < columns), other=0.0)
     return tl.sum(first, 1, keep_dims=True) / min(columns, _CENTRE_COLUMNS)

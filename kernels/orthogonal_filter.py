@@ -1,33 +1,37 @@
-"""The orthogonal-filter recurrence: all layers in one launch, and the gradients in one launch per segment, in Triton.
+"""The orthogonal-filter recurrence in Triton: all layers in one launch, and the gradients in one launch per segment.
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
     P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
 
-A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
+The state h has M rows (samples) of N units. O_l is the filter, and u_l the input of layer l, if there is one. A_l is
+the argument of act; G_l and P_l are the gradients of h_l and A_l. A segment has the layers from one checkpoint, a state
+that forward keeps, to the next.
 
-Cost per layer in a program, which has a tile of R rows: it reads N^2 weights, through the second-level cache, as every
-program does. It takes 4 R N^2 operations forward (2 R N^2 with a permutation), twice as many backward, and 2 R N^2 for
-dW. Layers run one after another, so one layer's time in one program sets the total: instructions first, then latency.
+A program carries a tile of R rows through the layers. Cost per layer: like every other program, it reads N^2 weights,
+through the second-level cache. It takes 4 R N^2 operations forward (2 R N^2 with a permutation), twice as many
+backward, and 2 R N^2 for dW. Layers run one after another, so the total time is that of one layer in one program, times
+the number of layers. It consists of the time for issuing instructions, and of latency.
 Instructions per warp and layer, counted in the sm_90 code (backward: recomputing + gradient), for a dense O shared by
 all layers. A scheduler has one warp at N = 64 and two warps at N = 128:
     R = 4, N = 64: 453 forward, 491 + 438 backward        R = 4, N = 128: 804 forward, 852 + 829 backward
     R = 2, N = 128, over time (W shared, with inputs): 413 forward, 441 + 430 backward
-Times on an H200 at 1.8 GHz are predicted, not measured. For latency and barriers they allow the time to issue the
-instructions once more if a scheduler has one warp, and half of it if it has two. With M = 128 rows a layer takes 0.5 us
-forward and 1.1 us backward with dW at N = 64, and 1.3 us and 2.9 us at N = 128. Over time, with M = 64 and N = 128, a
-step takes 0.7 us forward.
+Times on an H200 at 1.8 GHz are predicted, not measured. To the time for issuing the instructions, latency and barriers
+are assumed to add as much again if a scheduler has one warp, and half as much if it has two. With M = 128 a layer takes
+0.5 us forward and 1.1 us backward with dW at N = 64, and 1.3 us and 2.9 us at N = 128. Over time, with M = 64 and
+N = 128, a step takes 0.7 us forward.
 
-Registers hold the state and G. Shared memory holds every matrix that all layers share, for the whole launch, and W_l
-and other arguments that change with l, copied asynchronously up to two layers ahead. On sm_90, without spills: 55
-registers and 50 KB forward, 67 and 52 KB backward at N = 64; 64 and 200 KB backward at N = 128. The tests print these
-figures.
+Registers hold the state and G. Shared memory holds every matrix that all layers share, for the whole launch. It also
+holds W_l and the other arguments that change with l, which are copied asynchronously up to two layers ahead. On sm_90 a
+thread has 55 registers and a program 50 KB of shared memory forward at N = 64; backward, these are 67 and 52 KB at
+N = 64, and 64 and 200 KB at N = 128, without spills. The tests print these figures.
 
-float32 products are multiply-adds, not TF32: a tile would use 4 of a tensor core's 16 rows, and 3xTF32 takes 747
-instructions. 3xTF32 is used if tiles have 16 rows and the user lets torch's matmul use TF32.
+float32 products are multiply-adds, not TF32: a tile would use only 4 of a tensor core's 16 rows, and 3xTF32 (three TF32
+products, nearly as exact as one of float32) takes 747 instructions. 3xTF32 is used if tiles have 16 rows and the user
+lets torch's matmul use TF32.
 A permutation is a gather inside the tile, by shuffles or through shared memory: at N = 64, 4 shuffles replace 128 of
 the 278 multiply-adds per thread and layer. A product with a 0/1 matrix would be exact too, but would cost all 128.
 Every sum has a fixed order, without atomics. tanh and sigmoid are computed as in csrc/cpu, with an error under 4 ulp if
-basic operations are correctly rounded, and up to 2 more on CUDA, whose float32 division is approximate.
+basic operations are correctly rounded. On CUDA, whose float32 division is approximate, it is up to 2 ulp larger.
 A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 """
 
@@ -112,7 +116,7 @@ def orthogonal_filter_backward(
     recurrence = _Recurrence(gradient, weight, bias, filter, alpha, beta, inputs, activation)
     product_shape = (steps if needs_scales else 0, *recurrence.grid)
     alpha_products, beta_products = (gradient.new_zeros(product_shape, dtype=torch.float64) for _ in range(2))
-    # One launch per segment, so that only its P_l and h_{l-1} are stored. dW_l is their batched product.
+    # One launch per segment, so that the P_l and h_{l-1} of only one segment are stored. dW_l is their product.
     for first in reversed(range(0, steps if gradient.numel() else 0, segment)):
         end = min(first + segment, steps)
         delta = grad_inputs[first:end] if needs_inputs else grad_pre[: end - first]
@@ -198,13 +202,14 @@ class _ParameterGradient:
         if self._shared:
             self._gradient = torch.zeros_like(parameter, dtype=torch.float64)
         else:
-            # `_add` fills a segment's entries after its launch. Without rows nothing is launched, and they stay 0.
+            # `_add` fills the entries of a segment after its launch. Without rows nothing is launched, and all are 0.
             self._gradient = parameter.new_empty(parameter.shape) if rows else parameter.new_zeros(parameter.shape)
 
     def add_products(self, first: int, delta: Tensor, states: Tensor) -> None:
         """dW_l = P_l^T h_{l-1}, in TF32 only if the user lets torch's matmul use it.
 
-        A shared W's gradient sums these in float64: one product over the rows of all layers has twice the error.
+        The gradient of a shared W is the sum of the dW_l, in float64: a single product over the rows of all layers
+        would have twice the error.
         """
         self._add(first, torch.bmm(delta.mT, states))
 
@@ -222,7 +227,10 @@ class _ParameterGradient:
 
 
 def _sum_products(products: Tensor, scale: Tensor) -> Tensor:
-    """The sum over the rows, and over the steps if they share the scale; in float64 until the last rounding."""
+    """The gradient of alpha or beta: products summed over the rows, and over the steps if they share ``scale``.
+
+    The sum is in float64 until the last rounding.
+    """
     shared = scale.numel() == 1
     return products.sum((0, 1) if shared else 1).reshape(scale.shape).to(scale.dtype)
 
@@ -232,23 +240,25 @@ def choose_launch(
 ) -> dict:
     """Tile, warps and stages if ``per_layer`` matrices are read in every layer and ``kept`` matrices stay on chip."""
     block_n = max(16, triton.next_power_of_2(width))
-    # The fewest rows with which every program has a multiprocessor of its own: a layer takes as long as one tile does.
-    # Below 4 rows, too many programs read W_l through the second-level cache.
+    # Take the fewest rows with which every program has a multiprocessor of its own, because a layer takes as long as
+    # one tile does. With fewer than 4 rows, too many programs would read W_l through the second-level cache. 2 rows are
+    # enough if no matrix is read in every layer.
     smallest = 16 if device.matrix_units else 4 if per_layer else 2
     largest = min(16, 1024 // block_n) if not device.matrix_units else 16
     block_m = smallest
     while block_m < largest and triton.cdiv(rows, block_m) > device.processors:
         block_m *= 2
     precision = "ieee"
-    # Two elements of the tile per thread; from 8 rows on, no more warps than the registers of a block allow.
+    # A thread has two elements of the tile, and more from 8 rows on: a block's registers are enough for no more warps.
     num_warps = min(block_n * max(block_m, 4) // 64, block_n // 8)
     if device.matrix_units:
         num_warps = block_n // 16
     elif block_m == 16 and itemsize == 4 and allow_tf32:
-        # If the user lets torch's matmul use TF32: three TF32 products, nearly float32, and fast for large batches.
+        # The user lets torch's matmul use TF32. Three TF32 products are nearly as exact as one in float32, and fast for
+        # large batches.
         precision, num_warps = "tf32x3", block_n // 16
     matrix, tile = block_n * block_n * itemsize, block_n * block_m * itemsize
-    # Without stages AMD's compiler holds one matrix at a time in shared memory, NVIDIA's holds all.
+    # Without pipeline stages, AMD's compiler holds one matrix at a time in shared memory, and NVIDIA's holds all.
     needed = matrix if device.matrix_units else (kept + per_layer) * matrix + 2 * tile
     if needed > device.shared_memory:
         raise ValueError(
@@ -257,8 +267,8 @@ def choose_launch(
             "Use lcw_ops.use_backend('cuda') or 'reference'"
         )
     stages = 3
-    # A pipelined matrix has stages - 1 copies. Three tiles per stage are allowed for pipelined tiles and for those that
-    # threads exchange.
+    # Shared memory holds stages - 1 copies of a pipelined matrix. Three tiles per stage are reserved for the pipelined
+    # tiles and for those that threads exchange.
     while stages > 1 and (kept + per_layer * (stages - 1)) * matrix + 3 * stages * tile > device.shared_memory:
         stages -= 1
     return {
@@ -299,7 +309,7 @@ def orthogonal_filter_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All layers for BLOCK_M rows. The pointers advance with every layer."""
+    """Carries BLOCK_M rows through all layers. The pointers advance with every layer."""
     tile, inside = _tile(rows, WIDTH, BLOCK_M, BLOCK_N)
     size = rows * WIDTH
     state = tl.load(h0 + tile, mask=inside, other=0.0)
@@ -435,7 +445,7 @@ def orthogonal_filter_backward_kernel(
         beta_products += count * tl.num_programs(0) + tl.program_id(0)
     grad_state = tl.load(gradient + tile, mask=inside, other=0.0)
     for _ in tl.range(0, count, num_stages=STAGES):
-        # Pointers to layer l, from the last layer of the segment to the first.
+        # Move the pointers back to layer l. The loop goes from the last layer of the segment to the first.
         weight -= WEIGHT_STRIDE
         filter -= FILTER_STRIDE
         alpha -= ALPHA_STRIDE
@@ -462,7 +472,8 @@ def orthogonal_filter_backward_kernel(
             tl.store(grad_states + tile, grad_state, mask=inside)
             grad_states -= size
         matrix = _matrix(weight, kept_weight, dtype, WIDTH, BLOCK_N)
-        # A sum of its own: terms added to the far larger `rotated` would be rounded at its scale.
+        # `branch` is a separate sum. If its terms were added to the far larger `rotated`, they would be rounded at the
+        # scale of `rotated`.
         branch = tl.dot(delta, matrix, input_precision=PRECISION, out_dtype=dtype)
         grad_state = tl.load(alpha) * rotated + branch
         if grad_output is not None:
@@ -490,7 +501,7 @@ def _load_index(index, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
 @triton.jit
 def _kept_matrix(matrix, STRIDE: tl.constexpr, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A matrix shared by all layers, on chip for the whole launch; None if every layer has its own."""
+    """A matrix that all layers share, on chip for the whole launch. None for a permutation, or a matrix per layer."""
     if matrix.dtype.element_ty.is_int() or STRIDE != 0:
         return
     else:
@@ -550,7 +561,8 @@ def _step(
     y = activate(pre_activation, ACTIVATION)
     state = tl.load(alpha) * filtered + tl.load(beta) * y
     if WIDTH != BLOCK_N:
-        # sigmoid(0) is 1/2: the padding would grow with the layers to inf, and inf times a weight's padding is NaN.
+        # Reset the padding. sigmoid(0) is 1/2, so it would grow with the layers to inf, and inf times a weight's
+        # padding is NaN.
         state = tl.where((unit < WIDTH)[None, :], state, 0.0)
     return y, state
 

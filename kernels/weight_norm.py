@@ -2,7 +2,8 @@
 
     normalised:  w = s v / ||v||        ds = <G, v / ||v||>,  dv = s (G - ds v / ||v||) / ||v||
     layer:       y = x w^T + b
-    T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. G is the gradient of w.
+    T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. v is a row of the parameter, s its scale, and G the
+    gradient of w. x has M rows (samples) of m features; there are n units.
 
 Norms: a row is divided by a power of 2 near its largest element, so that no square overflows or underflows.
 
@@ -254,7 +255,7 @@ def weight_norm_linear_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_N units and ``chunk`` features for all samples.
+    """Multiplies BLOCK_N units by all samples, over ``chunk`` features.
 
     The product is scaled by 2^-exponent, and the row's sum of squares by 2^-(2 exponent).
     """
@@ -306,7 +307,7 @@ def weight_norm_linear_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds the partial sums over the features, in order. Each addition rescales both to their larger exponent."""
+    """Adds the partial sums over the features, in order. Each addition rescales both terms to the larger exponent."""
     dtype: tl.constexpr = products.dtype.element_ty
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     sample = tl.arange(0, BLOCK_M)[None, :]
@@ -331,7 +332,7 @@ def weight_norm_linear_reduce_kernel(
 
 @triton.jit
 def _store_output(product, square, scale, bias, output, unit, sample, inside, units):
-    """scale * product / norm + bias."""
+    """Stores scale * product / norm + bias."""
     dtype: tl.constexpr = product.dtype
     product = product / _root(square)
     present = unit < units

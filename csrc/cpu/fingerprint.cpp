@@ -1,9 +1,10 @@
 // A 64-bit number that tells whether a tensor's bytes have changed, at the speed of reading them.
 //
-// It guards cached values that were computed from a parameter: edits through .data leave no other trace. Every vector
-// of words is mixed in by multiplying, rotating and multiplying, as in xxHash, in lanes that do not wait for each
-// other. One changed word always changes its lane. Other edits go unseen once in 2^32 if they touch one lane, at most
-// once in 2^64 if they touch several. Blocks have a fixed size, so that the number does not depend on the threads.
+// It shows whether values that were computed from a parameter and cached are still current: edits through .data leave
+// no other trace. Words of 32 bits are mixed into 32 lanes by multiplying, rotating and multiplying, as in xxHash; the
+// lanes do not wait for each other. One changed word always changes its lane. Other edits go unseen once in 2^32 if
+// they touch one lane, at most once in 2^64 if they touch several. Blocks have a fixed size, so that the number does
+// not depend on the threads.
 
 #include <algorithm>
 #include <cstring>
@@ -18,7 +19,8 @@
 namespace lcw_ops {
 namespace {
 
-// 4 vectors of 8 words, because a multiplication takes 10 cycles and two depend on each other.
+// A block is mixed into 4 vectors of 8 words each, because a multiplication takes 10 cycles and the two of a step
+// depend on each other.
 constexpr int64_t lanes = 32, block_bytes = 1 << 16;
 constexpr uint32_t odd_1 = 2246822519u, odd_2 = 2654435761u;
 
@@ -56,7 +58,7 @@ int64_t fingerprint(torch::stable::Tensor tensor) {
   const int64_t count = tensor.numel() * tensor.element_size();
   const int64_t blocks = (count + block_bytes - 1) / block_bytes;
   if (blocks == 0) return 0;
-  STD_TORCH_CHECK(tensor.is_contiguous(), "fingerprint: the tensor is not contiguous");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "fingerprint: tensor is not contiguous; expected a contiguous tensor");
   const auto* bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
   std::vector<uint64_t> hashes(blocks);
   for_each_part(blocks, 1, [&](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {

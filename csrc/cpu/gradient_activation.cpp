@@ -1,12 +1,14 @@
 // Activated gradients in place over a list of tensors, and the SGD and AdamW steps with the activation inside.
 //
 //   f(g) = alpha atan(beta g)  |  alpha tanh(beta g)  |  alpha sign(g) ln(1 + beta |g|)
-//   SGD:    d = f(g) + wd w (or g + wd w),  v = mu v + (1 - dampening) d,  w -= lr v (or lr f(v), or Nesterov's)
+//   SGD:    d = f(g) + wd w,  v = mu v + (1 - dampening) d,  w -= lr v        (activation on the gradient)
+//           d = g + wd w,     v = mu v + (1 - dampening) d,  w -= lr f(v)     (activation on the momentum)
 //   AdamW:  g = f(g),  w *= 1 - lr wd,  m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
 //           w -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 //
-// M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
-// 2107.04228.
+// g is the gradient of the parameter w, wd the weight decay, mu the momentum and t the number of steps; Nesterov's SGD
+// has d + mu v in place of the last v. f is from M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for
+// Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
 //
 // Every element of every tensor is read and written once, and f(g) stays in registers. Bytes of memory per element, and
 // instructions per vector (8 float32 numbers in AVX2, 16 in AVX-512) for arctan / tanh / log, loop included:
@@ -18,8 +20,8 @@
 //   AdamW                       28          40 / 44 / 49   38 / 41 / 45   48 / 50 / 52
 //
 // For each array that is read and written, bfloat16 takes 6 instructions more (4 in AVX-512), and float16 takes 42 more
-// (34 in AVX-512). At 20 GB/s a core has about 11 cycles for 8 float32 numbers in the activation, and 28 cycles in SGD
-// with momentum.
+// (34 in AVX-512). While a core moves the bytes of 8 float32 elements at 20 GB/s, it has time for about 11 cycles in
+// the activation, and for 28 cycles in SGD with momentum.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -36,8 +38,8 @@
 namespace lcw_ops {
 namespace {
 
-// All tensors of a call form one range of units, which threads share. A unit is a whole number of cache lines in every
-// dtype; the last unit of a tensor may be shorter.
+// The number of elements in a unit. All tensors of a call form one range of units, which threads share. A unit is a
+// whole number of cache lines in every dtype; the last unit of a tensor may be shorter.
 constexpr int64_t unit = 64;
 
 enum class Kind { arctan, tanh, log };
@@ -77,7 +79,8 @@ class Tensors {
 
 // ---- Vectors of numbers from and to memory --------------------------------------------------------------------------
 
-// 16-bit numbers are loaded as two vectors at once, the halves of 32-bit words, which come apart without shuffles.
+// Loads and stores of vectors. 16-bit numbers are loaded as 32-bit words: the lower halves of the words become one
+// vector and the upper halves another, which takes no shuffles.
 template <class Isa, typename E>
 struct Memory {
   using T = Computed<E>;
@@ -119,8 +122,8 @@ struct Memory {
   LCW_INLINE static Bits join(Wide low, Wide high, BFloat16) {
     return (round(low) >> 16) | (round(high) & 0xffff0000u);
   }
-  // The result is in the upper half. A NaN stays NaN: it comes from a NaN of 16 bits, or is the processor's or Python's
-  // own, so it has no lower bit set that could carry.
+  // The result is in the upper half of each word. A NaN stays NaN: it was widened from 16 bits, or is the default NaN
+  // of the processor or of Python, so it has no lower bit set that could carry.
   LCW_INLINE static Bits round(Wide value) {
     const Bits bits = bits_of(value);
     return bits + 0x7fff + ((bits >> 16) & 1);
@@ -162,7 +165,7 @@ struct Activation {
   }
 };
 
-// The square root lane by lane; the compiler makes vectors of it.
+// The square root of every lane; the compiler vectorises the loop.
 template <class Isa, typename T>
 LCW_INLINE auto square_root(typename Vector<T, Isa::vector_bytes>::type value) {
   T lane[Vector<T, Isa::vector_bytes>::lanes];
@@ -172,7 +175,7 @@ LCW_INLINE auto square_root(typename Vector<T, Isa::vector_bytes>::type value) {
   return value;
 }
 
-// The larger of two averages of squares. Numbers that are not negative have the order of their bits, and a NaN of
+// The larger of two averages of squares. Numbers that are not negative are in the order of their bits, and a NaN of
 // either sign comes last.
 template <class Isa, typename T>
 LCW_INLINE auto larger(typename Vector<T, Isa::vector_bytes>::type a, typename Vector<T, Isa::vector_bytes>::type b) {
@@ -181,7 +184,7 @@ LCW_INLINE auto larger(typename Vector<T, Isa::vector_bytes>::type a, typename V
 
 // ---- One tensor, or the tensors of one parameter --------------------------------------------------------------------
 
-// The arrays that are written come first; the others are only read.
+// The memory of the tensors. Those that will be written come first; the others are only read.
 template <int arrays>
 struct Item {
   void* at[arrays];
@@ -216,7 +219,8 @@ LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t co
       for (int a = 0; a < written; ++a) M::store(parts[a], at[a] + i);
     }
     if (left == 0 || at[0] == rest[0]) break;
-    // Copy the rest into whole vectors: the same code gives an element the same bits wherever it lies.
+    // Copy the rest into whole vectors, so that the same code computes every element and an element's bits do not
+    // depend on its place.
     for (int a = 0; a < arrays; ++a) {
       std::copy(at[a] + whole, at[a] + count, rest[a]);
       at[a] = rest[a];
@@ -227,7 +231,8 @@ LCW_INLINE void step_through(const Item<arrays>& item, int64_t first, int64_t co
     for (int a = 0; a < written; ++a) std::copy(rest[a], rest[a] + left, static_cast<E*>(item.at[a]) + first + whole);
 }
 
-// Calls task(Isa{}, item, first, count) for pieces of the items, on all threads.
+// Calls task(Isa{}, i, first, count) for pieces of the items, on all threads: `count` elements of item i, from `first`
+// on.
 template <int arrays, typename Task>
 void for_each_piece(const std::vector<Item<arrays>>& items, const Task& task) {
   std::vector<int64_t> ends(items.size());
@@ -311,13 +316,14 @@ bool is_dense(AtenTensorHandle tensor) {
   return true;
 }
 
-// Whether both have their elements in the same order in memory, given that one of them is dense.
+// Whether both tensors have their elements in the same order in memory, given that one of them is dense.
 bool lie_alike(AtenTensorHandle one, AtenTensorHandle other) {
   if (is_contiguous(one) && is_contiguous(other)) return numel(one) == numel(other);
   return steps(one) == steps(other);
 }
 
-// The type of a tensor, if the kernels take it. Its layout is checked first, because a sparse one has no strides.
+// The dtype of a tensor, if the kernels take the tensor. The layout is checked first, because a sparse tensor has no
+// strides.
 std::optional<ScalarType> taken_type(AtenTensorHandle tensor) {
   static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
                        bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
@@ -339,7 +345,7 @@ void* memory(AtenTensorHandle tensor, bool is_written) {
 
 int64_t size_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
-// Whether two of the tensors that will be changed, or two of the parameters, share memory.
+// Whether the first arrays of two items share memory: two tensors to be activated, or two parameters.
 template <int arrays>
 bool share_memory(const std::vector<Item<arrays>>& items) {
   AddressRanges ranges;
@@ -348,14 +354,15 @@ bool share_memory(const std::vector<Item<arrays>>& items) {
   return ranges.meet();
 }
 
-// Calls run(items) with the tensors of every parameter, the `written` ones first, unless it refuses them.
+// Calls run(items) with an item for every parameter. `lists` holds the parameters first, then the other lists; the
+// first `written` lists will be changed. If the kernels do not take a tensor, returns a refusal instead.
 template <int arrays, typename Run>
 Refusal with_items(const char* op, const std::array<const Tensors*, arrays>& lists, int written, const Run& run) {
   const Tensors& params = *lists[0];
   for (const Tensors* list : lists)
     STD_TORCH_CHECK(
-        list->size() == params.size(), op, ": ", list->size(), " tensors for ", params.size(),
-        " parameters; call lcw_ops.optim");
+        list->size() == params.size(), op, ": a list of gradients or states has ", list->size(), " tensors; expected ",
+        params.size(), ", one for each parameter. Call lcw_ops.optim");
   std::vector<Item<arrays>> items;
   items.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
@@ -370,7 +377,9 @@ Refusal with_items(const char* op, const std::array<const Tensors*, arrays>& lis
       const AtenTensorHandle other = (*lists[a])[i];
       if (!is_cpu(other) || dtype(other) != dtype(param) || !lie_alike(param, other))
         return refuse_for(
-            op, "a tensor of parameter " + std::to_string(i) + " differs from it in dtype, device, shape or strides",
+            op,
+            "the gradient or a state of parameter " + std::to_string(i) +
+                " differs from the parameter in dtype, device, shape or strides",
             "lcw_ops.optim");
     }
     for (int a = 0; a < arrays; ++a) item.at[a] = memory((*lists[a])[i], a < written);
@@ -419,7 +428,7 @@ Refusal sgd_step(
   const char* op = "activated_sgd_step_";
   const Kind kind = to_kind(op, kind_name);
   const double sign = maximize ? -1 : 1;
-  // The activation is odd, so beta can carry the sign of the argument.
+  // The activation is an odd function, so beta can carry the sign of the gradient.
   const double signed_beta = on_momentum ? beta : sign * beta;
   const auto run = [&](auto kind_type, auto at_momentum, const auto& items) {
     constexpr int arrays = sizeof(items[0].at) / sizeof(void*), gradient = arrays - 1;
@@ -431,7 +440,7 @@ Refusal sgd_step(
         using Wide = typename Memory<Isa, E>::Wide;
         const Activation<kind_type(), T> activation{T(alpha), T(signed_beta)};
         const T rate = T(lr), decay = T(weight_decay), keep = T(momentum), add = T(1 - dampening), turn = T(sign);
-        // Copied into registers, because the loop's stores could change what is in memory.
+        // Copies for the registers: the compiler has to assume that the loop's stores change numbers in memory.
         const bool decays = weight_decay != 0, starts = is_first, looks_ahead = nesterov;
         step_through<Isa, E, arrays, gradient>(items[i], first, count, [&](auto* vectors) LCW_LAMBDA_INLINE {
           Wide d;
@@ -458,7 +467,9 @@ Refusal sgd_step(
     });
   };
   if (momentum != 0) return with_items<3>(op, {&params, &momentum_buffers, &grads}, 2, run_all);
-  STD_TORCH_CHECK(momentum_buffers.size() == 0, op, ": momentum buffers without momentum; call lcw_ops.optim.SGD");
+  STD_TORCH_CHECK(
+      momentum_buffers.size() == 0, op, ": momentum_buffers has ", momentum_buffers.size(),
+      " tensors; expected none, because momentum is 0. Call lcw_ops.optim.SGD");
   return with_items<2>(op, {&params, &grads}, 1, run_all);
 }
 
@@ -471,7 +482,8 @@ double to_count(AtenTensorHandle step) {
   const std::optional<ScalarType> type = taken_type(step);
   STD_TORCH_CHECK(
       numel(step) == 1 && (type == ScalarType::Float || type == ScalarType::Double),
-      "activated_adamw_step_: a count of steps is not a float32 number on the CPU; call lcw_ops.optim.AdamW");
+      "activated_adamw_step_: a count of steps is not a single float32 or float64 number on the CPU; call "
+      "lcw_ops.optim.AdamW");
   const void* count = memory(step, false);
   return type == ScalarType::Float ? *static_cast<const float*>(count) : *static_cast<const double*>(count);
 }
@@ -483,14 +495,14 @@ Refusal adamw_step(
   const char* op = "activated_adamw_step_";
   const Kind kind = to_kind(op, kind_name);
   STD_TORCH_CHECK(
-      state_steps.size() == params.size(), op, ": ", state_steps.size(), " counts of steps for ", params.size(),
-      " parameters; call lcw_ops.optim.AdamW");
+      state_steps.size() == params.size(), op, ": state_steps has ", state_steps.size(), " tensors; expected ",
+      params.size(), ", one for each parameter. Call lcw_ops.optim.AdamW");
   std::vector<Correction> corrections;
   corrections.reserve(params.size());
   double previous = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const double count = to_count(state_steps[i]);
-    // Nearly always all tensors have one count, and the powers take longer than a small tensor.
+    // Nearly always all counts are equal, and computing the powers takes longer than the step of a small tensor.
     if (i > 0 && count == previous)
       corrections.push_back(corrections.back());
     else
@@ -525,7 +537,9 @@ Refusal adamw_step(
   };
   const auto run_all = [&](const auto& items) { with_kind(kind, [&](auto kind_type) { run(kind_type, items); }); };
   if (amsgrad) return with_items<5>(op, {&params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &grads}, 4, run_all);
-  STD_TORCH_CHECK(max_exp_avg_sqs.size() == 0, op, ": largest averages without amsgrad; call lcw_ops.optim.AdamW");
+  STD_TORCH_CHECK(
+      max_exp_avg_sqs.size() == 0, op, ": max_exp_avg_sqs has ", max_exp_avg_sqs.size(),
+      " tensors; expected none without amsgrad. Call lcw_ops.optim.AdamW");
   return with_items<4>(op, {&params, &exp_avgs, &exp_avg_sqs, &grads}, 3, run_all);
 }
 
@@ -546,7 +560,7 @@ STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CPU, m) {
   m.impl("activated_adamw_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::adamw_step>::raising));
 }
 
-// For every device, because a tensor that is not on the CPU gets an answer too.
+// Registered for every device, because these ops answer for a tensor that is not on the CPU, too.
 STABLE_TORCH_LIBRARY_IMPL(lcw_ops, CompositeExplicitAutograd, m) {
   m.impl("try_gradient_activation_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::gradient_activation>::answering));
   m.impl("try_activated_sgd_step_.cpp", TORCH_BOX(&lcw_ops::Forms<&lcw_ops::sgd_step>::answering));

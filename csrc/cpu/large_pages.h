@@ -1,4 +1,4 @@
-// Large results in large pages.
+// Puts large results into large pages of memory.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@ namespace lcw_ops {
 constexpr uintptr_t large_page = uintptr_t(2) << 20;
 
 // Fresh memory is mapped at the first touch, page by page. The gradient of 50,000 layers has 200,000 pages of 4 KB, and
-// mapping them took longer than the arithmetic of dW; it has 400 pages of 2 MB. This is only advice: pages stay small
-// if the system refuses it, and in memory too small for a large page.
+// mapping these took longer than computing dW. In pages of 2 MB it has 400. The call is only advice: pages stay small
+// if the system does not follow it, and where the memory does not fill a large page.
 inline void prefer_large_pages(const torch::stable::Tensor& tensor) {
 #ifdef __linux__
   const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr());

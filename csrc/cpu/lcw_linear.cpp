@@ -1,18 +1,21 @@
-// Linearly constrained weights: rows of zero sum, the derivative of making them, and the whole linear layer.
+// Linearly constrained weights (LCW): rows w of zero sum, their gradients, and the whole linear layer.
 //
-//   centred:  w = u - mean(u), which is its own derivative
+//   centred:  w = u - mean(u), a map that is its own adjoint
 //   basis:    w = B v:    w_j = v_j - S / (s (s+1)) for j < m,  w_m = -S / s,  S = sum(v),  s = sqrt(m)
 //             B^T g:      g_j - t,  j < m,                      t = sum_{j<m} g_j / (s (s+1)) + g_m / s
 //
-// T. Kutsuna, arXiv 2403.13833; B is Householder's, as in lcw_ops/reference/lcw_linear.py. A row is read twice, the
-// second time from cache, and written once, so the kernels are bound by memory. Sums are in float64, so that a row of
-// large mean keeps its digits when the mean is subtracted. Rows run in parallel; every sum has a fixed order.
+// u or v is a row of the parameter, and g the gradient of w. T. Kutsuna, arXiv 2403.13833; B is Householder's, as in
+// lcw_ops/reference/lcw_linear.py. A row is read twice, the second time from cache, and written once, so the kernels
+// are bound by memory. Sums are in float64, so that a row of large mean keeps its digits when the mean is subtracted.
+// Rows run in parallel; every sum has a fixed order.
 //
-// The layer y = X w^T + b multiplies the parameter V itself, by X' = X B, because <B v, x> = <v, B^T x>. X' is X minus
-// one number per row. X' is made while X is copied for the product. To find the numbers costs a pass over X.
+// The layer y = X w^T + b multiplies X' = X B by the parameter V itself (n, m), because <B v, x> = <v, B^T x>. In the
+// centred form, X' is X minus the mean of each row. In both forms, X' is X minus one number per row, made while X is
+// copied for the product. Finding these numbers takes one more pass over X.
 //   Y = X' V^T + b        dX = (dY V) B^T        dV = dY^T X'        db = sum of dY's rows
-// Each product takes 2 M m n operations, by the faster of the multipliers (blas/matmul.h). From a dozen samples on it
-// is bound by arithmetic. With fewer samples it is bound by reading V once, or by writing dV once.
+// Each product takes 2 M m n operations for M samples, by our own matmul or torch's, whichever is faster
+// (blas/matmul.h). From a dozen samples on it is bound by arithmetic. With fewer samples it is bound by reading V once,
+// or by writing dV once.
 
 #include <array>
 #include <cmath>
@@ -28,9 +31,9 @@
 namespace lcw_ops {
 namespace {
 
-enum class Map { centre, embed, project };  // embed: B v; project: B^T g
+enum class Map { centre, embed, project };  // centre: u - mean(u); embed: B v; project: B^T g
 
-// Partial sums side by side do not wait for each other. They are added at the end.
+// The sum of a row, from partial sums that do not wait for each other.
 template <typename E>
 LCW_INLINE double sum(const E* row, int64_t count) {
   constexpr int64_t lanes = 16;
@@ -44,7 +47,7 @@ LCW_INLINE double sum(const E* row, int64_t count) {
   return total;
 }
 
-// The number that is subtracted from every element of a row except the last one of B v.
+// The number that a map subtracts from every element of a row. The last element of B v is computed otherwise.
 template <typename E>
 LCW_INLINE double find_shift(Map map, const E* row, int64_t in_length) {
   if (map == Map::centre) return sum(row, in_length) / double(in_length);
@@ -53,7 +56,7 @@ LCW_INLINE double find_shift(Map map, const E* row, int64_t in_length) {
   return sum(row, in_length - 1) / (s * (s + 1)) + double(load(row[in_length - 1])) / s;
 }
 
-// Maps one row. `out` may be `in` if both have one type.
+// Maps one row. `out` may be `in` if both have the same type.
 template <typename In, typename Out>
 LCW_INLINE void map_row(Map map, const In* in, int64_t in_length, Out* out) {
   using T = Computed<In>;
@@ -61,7 +64,7 @@ LCW_INLINE void map_row(Map map, const In* in, int64_t in_length, Out* out) {
   const T narrow = T(shift);
   const int64_t count = map == Map::project ? in_length - 1 : in_length;
   for (int64_t i = 0; i < count; ++i) store(load(in[i]) - narrow, out[i]);
-  // S / s from S / (s (s+1)).
+  // The last element is -S / s, and shift is S / (s (s+1)).
   if (map == Map::embed) store(T(-shift * (std::sqrt(double(in_length + 1)) + 1)), out[in_length]);
 }
 
@@ -94,14 +97,14 @@ Tensor lcw_weight_backward(Tensor grad_output, bool basis) {
   return map_rows(basis ? Map::project : Map::centre, grad_output);
 }
 
-// The layer with our own products. They are designed for few samples, and serve any number if no library is faster: for
-// example, in 16 bits on processors without 16-bit instructions. Matrices are stored in type E, products are computed
-// in type T.
+// The layer with our own products. They are designed for few samples, but take any number where torch's matmul is not
+// faster: for example, in 16 bits on processors without 16-bit instructions. Matrices are stored in type E, products
+// are computed in type T.
 template <typename E>
 struct Layer {
   using T = Computed<E>;
   static constexpr bool is_narrow = !std::is_same_v<E, T>;
-  // The most samples for which copying the parameter would cost more than it saves.
+  // The most samples for which copying V into panels (blas/gemm.h) would cost more than it saves.
   static constexpr int64_t few_samples = is_narrow ? 16 : 64;
   int64_t samples, n, m;  // m: columns of the parameter
   int64_t in_features;
@@ -131,7 +134,7 @@ struct Layer {
     const std::vector<T> shifts = find_shifts(x);
     if (samples > few_samples)
       return multiply_on_threads<E>({x, in_features, 1, shifts.data()}, {v, 1, m}, samples, n, m, bias, y, n);
-    // Few samples and the rows of V are both contiguous along the dimension that is summed, so V is read in place.
+    // Few samples: V is read in place, because its rows and those of X' are both contiguous along the summed dimension.
     Buffer<T> projected(samples * m);
     copy_rows(x, &shifts, samples, m, in_features, projected.data());
     // A block of rows of V stays in the nearest cache for all samples. `multiply_by_rows` multiplies samples by four
@@ -160,7 +163,7 @@ struct Layer {
     });
   }
 
-  // dX, whose rows have a stride of in_features.
+  // Computes dX from dY. The rows of `out`, of m numbers until they are mapped, are in_features apart.
   void grad_input(const E* grad, const E* v, T* out) const {
     multiply_by_parameter(grad, v, out);
     const Map map = m == in_features ? Map::centre : Map::embed;
@@ -169,7 +172,7 @@ struct Layer {
     });
   }
 
-  // dY V
+  // Computes dY V, in rows that are in_features apart.
   void multiply_by_parameter(const E* grad, const E* v, T* out) const {
     if (samples > few_samples)
       return multiply_on_threads<E>({grad, n, 1}, {v, m, 1}, samples, m, n, nullptr, out, in_features);
@@ -190,8 +193,8 @@ struct Layer {
         grad, x, in_features, shifts.data(), out, [](auto, int64_t, int64_t) LCW_LAMBDA_INLINE {});
   }
 
-  // Sums in float64 and in partial sums, because the number of samples has no bound. Neighbouring units are summed side
-  // by side.
+  // Sums the rows of dY in float64 and in partial sums, because the number of samples has no bound. Neighbouring units
+  // are summed side by side.
   void grad_bias(const E* grad, E* out) const {
     constexpr int64_t width = 32, terms = 64;
     const int64_t grain = std::max(width, grain_of(samples));
@@ -220,7 +223,8 @@ void check_layer(const Tensor& x, const Tensor& weight, bool basis) {
   STD_TORCH_CHECK(
       x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) + int64_t(basis) && x.is_cpu() &&
           weight.is_cpu() && x.scalar_type() == weight.scalar_type(),
-      "lcw_linear: x (M, m) and weight do not fit each other; call lcw_ops.functional.lcw_linear");
+      "lcw_linear: x (M, m) and weight (n, m), or (n, m-1) with a basis, do not fit each other; call "
+      "lcw_ops.functional.lcw_linear");
 }
 
 Tensor centre_in_place(Tensor tensor) {
@@ -236,8 +240,8 @@ Tensor centre_in_place(Tensor tensor) {
   return tensor;
 }
 
-// Each of the three passes below runs our own kernels, or torch's matmul with the constraint applied to x or to the
-// weight, whichever is smaller. No size is 0.
+// Each of the three passes below runs our own kernels, or torch's matmul with the constraint applied to the smaller of
+// x and the weight. No size is 0.
 
 Tensor forward(Multiplier by, Tensor x, Tensor weight, std::optional<Tensor> bias, bool basis) {
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
@@ -323,7 +327,7 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
       !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
       "lcw_linear: the bias does not fit x and weight; call lcw_ops.functional.lcw_linear");
   const WithoutGradients guard;
-  // An empty weight has nothing to constrain.
+  // Without samples, units or columns of the parameter, there is nothing to constrain.
   const bool is_empty = samples == 0 || n == 0 || m == 0;
   if (is_empty) return linear(stable::new_zeros(x, {samples, m}), weight, bias);
   return forward(choose_for(Pass::forward, x.scalar_type(), {samples, n, m}, deterministic), x, weight, bias, basis);

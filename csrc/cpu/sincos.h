@@ -1,12 +1,12 @@
 // sin t and cos t of a vector of angles, with the compiler's vector types.
 //
-// t = n pi/2 + r, where n is rounded to the nearest and |r| is at most a little above pi/4. Then
-// sin r = r + r^3 S(r^2), cos r = 1 - r^2/2 + r^4 C(r^2), exchanged and negated by n mod 4. The polynomials are minimax
-// for the relative error, 7e-9 in float32 and 4e-18 in float64. n pi/2 is subtracted in three parts: either the parts
-// of pi/2 are so short that their products with n are exact, or a multiply-add does not round the products, so nothing
-// is rounded before the cancellation (W. J. Cody, W. Waite, "Software Manual for the Elementary Functions", 1980). The
-// error is under 2 ulp in float32 and 2.5 in float64 up to |t| = 1e6, near multiples of pi/2 too, and 0 at 0 (tested).
-// For larger |t|, libm takes over.
+// t = n pi/2 + r, where n is the nearest integer to 2 t / pi and |r| is at most a little above pi/4. Then
+// sin r = r + r^3 S(r^2) and cos r = 1 - r^2/2 + r^4 C(r^2). Depending on n mod 4, the two are exchanged and negated.
+// The polynomials are minimax for the relative error, 7e-9 in float32 and 4e-18 in float64. n pi/2 is subtracted in
+// three parts, and nothing is rounded before the cancellation: either the parts of pi/2 are so short that their
+// products with n are exact, or a multiply-add does not round the products (W. J. Cody, W. Waite, "Software Manual for
+// the Elementary Functions", 1980). The error is under 2 ulp in float32 and 2.5 in float64 up to |t| = 1e6, near
+// multiples of pi/2 too, and 0 at 0 (tested). For larger |t|, callers use libm.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ struct SincosTraits;
 template <>
 struct SincosTraits<float> {
   using Bits = int32_t;
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
+  // Adding 1.5 * 2^23 to a number rounds it to an integer, which the low bits of the sum then hold.
   static constexpr float round_shift = 12582912.0f;
   // With a multiply-add, n times a part is exact whatever its length.
   static constexpr float half_pi[] = {0x1.921fb6p+0f, -0x1.777a5cp-25f, -0x1.ee59dap-50f};
@@ -37,7 +37,7 @@ template <>
 struct SincosTraits<double> {
   using Bits = int64_t;
   static constexpr double round_shift = 6755399441055744.0;
-  // 33 bits each, so that n below 2^20 times a part is exact.
+  // The first two parts have 33 bits each, so that their products with n below 2^20 are exact.
   static constexpr double half_pi[] = {0x1.921fb544p+0, 0x1.0b4611a6p-34, 0x1.3198a2e037073p-69};
   static constexpr double sine[] = {1.5896197635833297633e-10, -2.5050747218202253177e-8, 2.7557313618017425746e-6,
                                     -0.0001984126982958016616, 0.0083333333333221073295,  -0.16666666666666630686};
@@ -45,7 +45,7 @@ struct SincosTraits<double> {
                                       0.000024801587288841375139, -0.001388888888887304033, 0.041666666666666592832};
 };
 
-// Beyond this limit n times a part of pi/2 is not exact.
+// The largest |t| for which n times a part of pi/2 is exact.
 template <typename T>
 constexpr T sincos_limit = T(1 << 20);
 
@@ -73,7 +73,7 @@ LCW_INLINE void sincos(
     r = r - n * Traits::half_pi[1];
     r = r - n * Traits::half_pi[2];
   } else {
-    // Without a multiply-add, the products are not exact in float32. float64 has enough digits for them.
+    // Without a multiply-add, the products are not exact in float32. float64 has enough bits for them.
     using Double = typename Vector<double, 2 * Isa::vector_bytes>::type;
     using Parts = SincosTraits<double>;
     const Double long_n = __builtin_convertvector(n, Double);
@@ -90,7 +90,7 @@ LCW_INLINE void sincos(
   Bits quadrant;
   std::memcpy(&quadrant, &shifted, sizeof quadrant);
   constexpr int to_sign = 8 * sizeof(T) - 2;
-  // The parity is moved to the sign bit, by which AVX2 selects.
+  // The lowest bit of n is moved to the sign bit, by which AVX2 selects.
   const Bits is_odd = quadrant << (to_sign + 1) < 0;
   const Bits sine_sign = (quadrant & 2) << to_sign, cosine_sign = ((quadrant + 1) & 2) << to_sign;
   Bits sine_bits, cosine_bits;

@@ -20,10 +20,10 @@ namespace stable = torch::stable;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Fewer elements than this take less time than waking a thread.
+// To work on fewer elements than this takes less time than to wake a thread.
 constexpr int64_t least_elements = 16384;
 
-// The least number of steps that a thread takes of a loop, if every step takes this many elements.
+// The least number of a loop's steps that are worth a thread, if a step works on `elements` elements.
 inline int64_t grain_of(int64_t elements) {
   return std::max<int64_t>(1, least_elements / std::max<int64_t>(elements, 1));
 }
@@ -61,7 +61,7 @@ inline Tensor zeros_if(bool needed, const Tensor& like) {
   return needed ? stable::new_zeros(like, like.sizes()) : no_elements(like);
 }
 
-// A result that may be as large as a weight.
+// A new tensor for a result that may be as large as a weight.
 inline Tensor new_large(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   Tensor tensor = stable::new_empty(like, sizes);
   prefer_large_pages(tensor);
@@ -91,7 +91,7 @@ const E* data(const Tensor& tensor) {
   return static_cast<const E*>(tensor.const_data_ptr());
 }
 
-// While this exists, autograd does not record the calls that an op makes.
+// While an object of this type exists, autograd does not record the calls that an op makes.
 struct WithoutGradients {
   bool was_enabled = aoti_torch_grad_mode_is_enabled();
   WithoutGradients() { aoti_torch_grad_mode_set_enabled(false); }
@@ -99,7 +99,7 @@ struct WithoutGradients {
   WithoutGradients(const WithoutGradients&) = delete;
 };
 
-// A matrix to measure with: numbers between -1 and 1 that use every digit.
+// A matrix for timing a product: numbers between -1 and 1 that use every bit of the mantissa.
 inline Tensor make_operand(ScalarType type, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   AtenTensorHandle handle;

@@ -1,4 +1,4 @@
-// The units of a layer in parallel: the gradients of their rows, and their sums over the samples.
+// Loops over the units of a layer, on all threads: the gradients of their rows, and sums over the samples.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace lcw_ops {
 
-// Calls work(isa, first, last) for ranges of units. A unit costs as much as `elements` elements.
+// Calls work(isa, first, last) for ranges of units. A unit takes as long as a loop over `elements` elements.
 template <typename Work>
 void for_each_unit(int64_t units, int64_t elements, const Work& work) {
   for_each_part(units, grain_of(elements), work);
@@ -39,10 +39,10 @@ void backward_rows(const Rows<T>& rows, const Source<T>& grad, int64_t n) {
 template <typename T>
 struct UnitGradients {
   int64_t samples, n;
-  Source<T> grad, activated;  // activated: without data if there is no activation and no sum needs it
+  Source<T> grad, activated;  // dL/dy and act(z); the latter has no data if neither act' nor a sum needs it
   const T* scale;
   bool relu;
-  std::atomic<bool>* overflowed = nullptr;  // set if finite numbers have an infinite product
+  std::atomic<bool>* overflowed = nullptr;  // set to true if scale dL/dy is not finite although dL/dy is
 
   void compute(
       const Target<T>& grad_product, const Target<T>& with_activated, const Target<T>& of_product,
@@ -57,7 +57,7 @@ struct UnitGradients {
       using Isa = decltype(isa);
       for (int64_t j = begin; j < end; j += width) {
         const int64_t count = std::min(width, end - j);
-        // Units beyond the last one are zeros, so that all loops have one length.
+        // A block at the end of the range is padded with units of 0, so that all loops run over `width` units.
         T factor[width] = {}, grad_buffer[width] = {}, activated_buffer[width] = {}, dz[width];
         std::copy(scale + j, scale + j + count, factor);
         const auto whole = [&](const T* row, T* buffer) LCW_LAMBDA_INLINE {

@@ -1,8 +1,8 @@
 // Activations written so that the compiler vectorises a loop over them: no branches, no calls, no tables.
 //
-// tanh(x) = e / (e + 2) with e = expm1(2|x|), so that small arguments keep their relative accuracy; sigmoid(x) =
-// 1 / (1 + exp(-x)) from the side where the exponential decays. Both compute expm1(r) = r + r^2 q(r) on
-// |r| <= ln(2)/2, after the usual reduction x = n ln(2) + r. The error is under 4 ulp in both precisions (tested).
+// tanh(|x|) = e / (e + 2) with e = expm1(2|x|), so that small arguments keep their relative accuracy. sigmoid(x) =
+// 1 / (1 + exp(-x)) is computed from exp(-|x|), which decays. Both compute expm1(r) = r + r^2 q(r) on |r| <= ln(2)/2,
+// after the usual reduction x = n ln(2) + r. The error is under 4 ulp in both precisions (tested).
 #pragma once
 
 #include <cmath>
@@ -21,13 +21,14 @@ template <>
 struct ExpTraits<float> {
   using Bits = uint32_t;
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
+  // Adding 1.5 * 2^23 to a number rounds it to an integer, which the low bits of the sum then hold.
   static constexpr float round_shift = 12582912.0f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  // Above the limit, exp(-x) is not a normal number, and tanh(x / 2) rounds to 1 long before. Up to it, 2^n is a normal
-  // number.
+  // For x above this limit, exp(-x) is not a normal number. Up to the limit, 2^n is one. tanh(x / 2) rounds to 1 long
+  // before it.
   static constexpr float limit = 87.5f;
-  // q, highest power first: minimax for the relative error of expm1, which is 1.3e-8, a quarter of an ulp.
+  // The coefficients of q, highest power first: minimax for the relative error of expm1, which is 1.3e-8, a quarter of
+  // an ulp.
   static constexpr float q[] = {0.00139464729f, 0.00836659782f, 0.0416662805f, 0.166665435f, 0.5f};
 };
 
@@ -61,14 +62,14 @@ LCW_INLINE Exponential<T> exponential(T x) {
   for (size_t k = 1; k < sizeof(Traits::q) / sizeof(T); ++k) polynomial = polynomial * r + Traits::q[k];
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof(T));
-  // The shift drops round_shift's own bits.
+  // The shift to the left drops the bits that come from round_shift.
   bits = (bits + Traits::exponent_bias) << Traits::mantissa_bits;
   T power;
   std::memcpy(&power, &bits, sizeof(T));
   return {power, r * r * polynomial + r};
 }
 
-// act(a), and act'(a) from a and y = act(a). A NaN stays a NaN in every selection.
+// The activations: value(a) is y = act(a), and slope(a, y) is act'(a). A NaN stays a NaN in every selection.
 struct Tanh {
   template <typename T>
   LCW_INLINE static T value(T a) {
@@ -121,7 +122,7 @@ struct Identity {
   }
 };
 
-// Calls a loop with the activation as a type, so that the choice is made once and not for every element.
+// Calls `loop` with the activation as a type, so that the choice is made once and not for every element.
 template <typename Loop>
 LCW_INLINE void with_activation(Activation kind, const Loop& loop) {
   switch (kind) {

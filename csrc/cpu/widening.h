@@ -1,4 +1,5 @@
-// Tensors of any floating dtype, read and written in the type that they are computed in: float32 for 16-bit ones.
+// Tensors of any floating dtype, read and written in the type that they are computed in, which is float32 for 16-bit
+// numbers.
 #pragma once
 
 #include <algorithm>

@@ -30,7 +30,7 @@ __device__ inline void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Waits for the first `threads` threads of the block. __syncthreads is barrier 0.
+// Waits for the first `threads` threads of the block. This is barrier 1, because __syncthreads is barrier 0.
 __device__ inline void barrier_of_first(int threads) { asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory"); }
 
 __device__ inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
@@ -62,7 +62,8 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
         : "memory");
 }
 
-// The copy engine copies from global memory and counts bytes at the barrier. Addresses and size are multiples of 16.
+// Lets the copy engine copy from global memory and count the bytes at the barrier. Addresses and size must be multiples
+// of 16.
 __device__ inline void copy_in_bulk(void* target, const void* source, unsigned bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(target)),
@@ -70,15 +71,15 @@ __device__ inline void copy_in_bulk(void* target, const void* source, unsigned b
                : "memory");
 }
 
-// The address in the block of that rank that corresponds to `pointer` in this block.
+// The address in block `rank` of the cluster that corresponds to `pointer` in this block.
 __device__ inline uint32_t address_in(unsigned rank, const void* pointer) {
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
   return address;
 }
 
-// Stores into the shared memory of the block of that rank, and counts the bytes at that block's barrier. Both pointers
-// are addresses in this block; in send_four, the four values start on a multiple of 16 bytes.
+// Stores into the shared memory of block `rank` of the cluster, and counts the bytes at that block's barrier. Both
+// pointers are addresses in this block; in send_four, the target starts on a multiple of 16 bytes.
 __device__ inline void send(unsigned rank, float* target, float value, uint64_t* barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
                    address_in(rank, target)),

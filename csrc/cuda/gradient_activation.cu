@@ -5,20 +5,21 @@
 //           d = g + wd w,     v <- mu v + (1 - damp) d,  w <- w - lr f(v)       (on the momentum)
 //   AdamW   g' = f(g),  w <- (1 - lr wd) w,  m <- m + (1 - b1) (g' - m),  v <- b2 v + (1 - b2) g'^2,
 //           w <- w - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+// g is the gradient of the parameter w, wd the weight decay, mu the momentum, damp the dampening, t the count of steps.
 // M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
 // 2107.04228; the update rules are those of torch.optim.
 //
-// Cost: every byte is read and written once. An element of 4 bytes moves 8 bytes for f, 20 for SGD with momentum, 28
-// for AdamW (36 with amsgrad). Counted in the sm_90a code, it takes 23 / 20 / 37 instructions for arctan / tanh / log,
-// and with arctan 70 for SGD (f stands in two places, one of which runs) and 82 for AdamW. An H200 issues 33 T
-// instructions a second and copies 4.3 TB/s. While the bytes of an element move, it has time for 61, 153 and 215
-// instructions, so all three are bound by memory. For 16-bit numbers it has time for half as many, and f takes
-// 27 / 23 / 41.
+// Cost: every number is read and written at most once. An element of 4 bytes moves 8 bytes for f, 20 for SGD with
+// momentum, 28 for AdamW (36 with amsgrad). Counted in the sm_90a code, an element takes 23 / 20 / 37 instructions for
+// f with arctan / tanh / log. With arctan it takes 70 for SGD (the code has f in two places, one of which runs) and 82
+// for AdamW. An H200 issues 33 T instructions a second and copies 4.3 TB/s. While the bytes of an element move, the GPU
+// has time for 61, 153 and 215 instructions, so all three ops are bound by memory. For 16-bit numbers it has time for
+// half as many instructions, and f takes 27 / 23 / 41.
 //
-// A list is one index space, cut into blocks of equal work that find their tensor by bisection. Addresses and sizes are
-// in the launch's arguments, so nothing is copied to the GPU first and a CUDA graph can record it. As with any graph,
-// the addresses stay those of the recording, and so do the values of step counters on the CPU. A launch takes 255
-// tensors for f, 126 for SGD, 72 for AdamW, in the 4 KB of arguments that every driver accepts.
+// A list of tensors is one index space, cut into blocks of equal work that find their tensor by bisection. Addresses
+// and sizes are in the launch's arguments, so nothing is copied to the GPU first, and a CUDA graph can record the
+// launch. As with any graph, the addresses stay those of the recording, and so do the values of step counters on the
+// CPU. A launch takes 255 tensors for f, 126 for SGD, 72 for AdamW, in the 4 KB of arguments that every driver accepts.
 //
 // f uses CUDA's own atan, tanh and log1p, whose errors are at most 2, 2 and 1 units in the last place in float32 (CUDA
 // C++ Programming Guide, mathematical functions) over the whole range. Multiplying by alpha and beta rounds too. NaN
@@ -54,8 +55,8 @@ using torch::stable::Tensor;
 constexpr int block_threads = 256;
 // The width of the widest load.
 constexpr int vector_bytes = 16;
-// A block takes 16 KB of each array: enough that finding the tensor takes only a tenth of the time, and little enough
-// that the last wave of blocks is short.
+// A block takes 16 KB of each array: so much that finding the tensor takes only a tenth of its time, and so little that
+// the last wave of blocks is short.
 constexpr int vectors_per_thread = 4;
 // The most bytes that the arguments of a launch may take.
 constexpr int argument_bytes = 4096;
@@ -79,15 +80,15 @@ struct Activation {
   }
 };
 
-// One word of a launch's data about a tensor.
+// One word of the arguments for a tensor: an address, or the count of steps.
 union Slot {
   void* memory;
   float number;
 };
 
-// An operation changes the numbers x[0], x[1], ... of one element, one number from each of `arrays` arrays. It reads
-// some of them and writes some, always the first. `together` is the number of vectors that a thread loads before it
-// computes, so that enough bytes are in flight.
+// The three operations. An operation changes the numbers x[0], x[1], ... of one element, which come from `arrays`
+// arrays. It reads some of the arrays and writes some, always the first. `together` is the number of vectors that a
+// thread loads before it computes, so that enough bytes are in flight.
 template <Kind kind, typename T>
 struct Activate {
   static constexpr int arrays = 1, slots = 1, together = 2;
@@ -166,8 +167,8 @@ constexpr int vector_width = vector_bytes / int(sizeof(E));
 template <typename E>
 constexpr int chunk = block_threads * vectors_per_thread * vector_width<E>;
 
-// The arguments of a launch. Chunks are counted from the multiple of 16 bytes before a tensor's first element, so that
-// only its first and its last chunk have elements outside whole vectors.
+// The arguments of a launch. A tensor's chunks are counted from the multiple of 16 bytes at or before its first
+// element, so that only its first and its last chunk have elements outside whole vectors.
 template <class Operation>
 struct Launch {
   static constexpr int slot_bytes = Operation::slots * sizeof(Slot);
@@ -296,7 +297,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// The tensors that belong to one parameter, on the host's side.
+// The tensors that belong to one parameter, as the host collects them for a launch.
 template <int slot_count>
 struct Entry {
   Slot slots[slot_count];
@@ -353,8 +354,8 @@ void with_kind(const std::string& kind, const F& f) {
   f(KindOf<Kind::log>());
 }
 
-// Runs the operation on all tensors. make(kind, T{}) returns it for numbers of type T. A launch has tensors of one
-// dtype.
+// Runs an operation on all tensors. make(kind, T{}) returns the operation for numbers of type T. A launch has tensors
+// of one dtype only.
 template <int slot_count, class Make>
 void run(const std::vector<Entry<slot_count>>& entries, const std::string& kind, const Tensor& like, const Make& make) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
@@ -388,7 +389,7 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-// Checks the lists of one op, so that no call reads or writes out of bounds, or writes anything before an error.
+// Checks the lists of one op, so that no call reads or writes out of bounds, and none writes before it raises an error.
 struct Lists {
   const char* op;
   const std::vector<Tensor>& first;
@@ -427,7 +428,7 @@ struct Lists {
         list.size() == first.size(), op, ": ", name, " has ", list.size(), " tensors; expected ", first.size());
   }
 
-  // Requires that every tensor has its elements in the same order in memory as its tensor in the first list.
+  // Requires that every tensor has the device, dtype, shape and strides of the tensor at its place in the first list.
   void check_like_first(const char* name, const std::vector<Tensor>& list) {
     check_length(name, list);
     for (size_t i = 0; i < list.size(); ++i) {

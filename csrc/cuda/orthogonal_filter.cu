@@ -3,10 +3,12 @@
 //   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
 //   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
 //
-// A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
+// The state h has M rows (samples) of N units. O_l is the filter, and u_l the input of step l, if there is one. A_l is
+// the argument of act; G_l and P_l are the gradients of h_l and A_l.
 //
-// _cluster.h: float32, N <= 512, sm_90 and later. _rows.h: everything else. _gradients.h: the sums that follow the
-// backward pass of both. Each file states its cost.
+// orthogonal_filter_cluster.h has the kernels for float32 and N <= 512 on sm_90 and later, orthogonal_filter_rows.h
+// those for everything else. The sums that follow the backward pass of either are in orthogonal_filter_gradients.h.
+// Each file states its cost.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
 // float32 products are multiply-adds, never TF32. No atomics: every sum has a fixed order.
@@ -34,7 +36,8 @@ void with_weight_type(const Recurrence<T>& r, Run run) {
   run(T());
 }
 
-// LCW_OPS_CUDA_KERNEL=rows or cluster, for tests and measurements. Without it the fastest possible kernel runs.
+// For tests and measurements, LCW_OPS_CUDA_KERNEL=rows or cluster requests a kernel. Without it, cluster runs where it
+// can, and rows elsewhere.
 bool runs_on_cluster(const char* requested) { return requested == nullptr || std::string_view(requested) != "rows"; }
 
 template <typename W, typename T, class Pass>

@@ -2,19 +2,22 @@
 // carries a tile of the batch through all layers. Each of its blocks owns up to 32 output units, one per lane of a
 // warp.
 //
-// Forward, a block multiplies its units' rows of O_l and W_l with the whole state. It sends the result to every block
-// of the cluster (distributed shared memory), which starts the next layer once all results have arrived. Backward, a
-// block multiplies the same rows with its units' G and P (see orthogonal_filter.cu). Every block receives a partial sum
-// for its units from each block and adds these in the order of the ranks. So both directions read the same slice of the
-// matrices, and no layer needs a barrier across the cluster.
+// The symbols are those of orthogonal_filter.cu. Forward, a block multiplies its units' rows of O_l and W_l with the
+// whole state. It sends the result to every block of the cluster (distributed shared memory). A block starts the next
+// layer once the results of all blocks have arrived. Backward, a block multiplies the same rows with its units' G and
+// P. Every block receives a partial sum for its units from each block and adds these in the order of the ranks. So both
+// directions read the same slice of the matrices, and no layer needs a barrier across the cluster.
+//
 // The copy engine brings the slices to shared memory in chunks of columns, ahead of the layer that uses them. A matrix
 // shared by all steps stays there for the whole sequence if it fits (N = 512: 64 KB of W and as much of O in each of 16
 // blocks). An extra warp does nothing but start the copies.
-// Cost per layer and tile of R rows, in each of C blocks with N / C units: 4 R N N/C operations on registers (both
-// products share their reads of the state), reads of 8 N N/C bytes of slices and up to R N bytes of state (or of G and
-// P) per warp from shared memory, and 4 R N bytes sent. At R = 8, arithmetic and shared memory take about equally long.
-// The latency of one exchange is added. float32 products are multiply-adds, not TF32. A sum has one part per warp
-// (forward) or per block (backward), so the number of rows in a tile does not change the order of the sum.
+//
+// Cost per layer and tile of R rows, in each of C blocks with N / C units: the products take 4 R N N/C operations on
+// registers, and share their reads of the state. From shared memory, a block reads 8 N N/C bytes of slices, and each of
+// its warps up to R N bytes of the state (or of G and P). A block sends 4 R N bytes. At R = 8, arithmetic and shared
+// memory take about equally long, and the latency of one exchange is added.
+// float32 products are multiply-adds, not TF32. A sum has one part per warp (forward) or per block (backward), so the
+// number of rows in a tile does not change the order of the sum.
 #pragma once
 
 #include <optional>
@@ -24,7 +27,8 @@
 
 namespace lcw_ops {
 
-// A thread's place in the block and the cluster, and both rings, whose slots every warp counts for itself.
+// A thread's place in the block and the cluster, and the rings of both matrices (orthogonal_filter_ring.h), whose slots
+// every warp counts for itself.
 template <typename W, int R>
 struct ClusterBlock {
   const Recurrence<float>& r;
@@ -75,10 +79,11 @@ struct ClusterBlock {
   }
 };
 
-// Step s of a pass waits for its inbox. Steps alternate between two inboxes, and step 0 needs none.
+// The parity to wait for at the inbox of step s: the barrier that counts the bytes which the blocks send for that step.
+// Steps alternate between two inboxes, and step 0 needs none.
 __device__ inline unsigned inbox_parity(int64_t s) { return (s - 1) / 2 % 2; }
 
-// Multiplies the warp's quads of one chunk of columns with R rows of the state.
+// Multiplies the warp's quads (groups of four columns) in one chunk of columns with R rows of the state.
 template <bool filters, typename W, int R>
 __device__ void multiply_chunk(
     const float* filter, const W* weight, const float* state, int pitch, int columns, int warp, float* filter_terms,
@@ -99,8 +104,8 @@ __device__ void multiply_chunk(
   }
 }
 
-// Multiplies the block's rows of both matrices with the state. Each warp writes the partial sums over its part of the
-// columns.
+// Multiplies the block's rows of both matrices with the state. Each warp sums over a part of the columns and writes its
+// partial sums.
 template <typename W, int R>
 __device__ void multiply_state(ClusterBlock<W, R>& block, const float* state, int pitch, float* partials) {
   const int n = int(block.r.width), row_of_lane = max(0, min(block.lane(), block.units - 1));
@@ -135,7 +140,7 @@ __device__ float sum_partials(const float* partials, int product, int row, int u
   return sum;
 }
 
-// An element of the tile that a thread computes, the same one for the whole pass.
+// An element of the tile that a thread computes. A thread has the same elements for the whole pass.
 struct Element {
   bool exists, in_batch;  // the last tile may have rows, of zeros, that are not in the batch
   int row, unit;
@@ -250,7 +255,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     if (!e.exists) continue;
     current[which] = memory.states[e.row * pitch + e.i];
     if (r.permutation) from[which] = r.permutation[e.i];
-    // The public function has checked the index. The op could not, without waiting for the device.
+    // The public function has checked the index. The op could not check it without waiting for the device.
     if (from[which] < 0 || from[which] >= n) __trap();
   }
   for (int64_t s = 0; s < carry.count; ++s) {
@@ -260,7 +265,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     float* next = memory.states + (s + 1) % 2 * R * pitch;
     uint64_t* next_inbox = memory.inbox + (s + 1) % 2;
     if (!last && threadIdx.x == 0) mbarrier_arrive_expecting(next_inbox, unsigned(R * n * sizeof(float)));
-    // Read these while the inbox fills. They are used after the products.
+    // Read these numbers while the inbox fills. They are used after the products.
     const float alpha = r.alpha_at(l), beta = r.beta_at(l);
     float shift[elements] = {};
     for (int which = 0; which < elements; ++which) {
@@ -291,7 +296,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     const Element e = forward_element(block, which);
     if (e.in_batch && carry.last) carry.last[e.m * n + e.i] = current[which];
   }
-  // No block may end while another still sends to it.
+  // No block may end while another block still sends to it.
   cluster_barrier();
 #endif
 }
@@ -326,15 +331,15 @@ __device__ void write_backward(
   pass.grad_pre[row * r.width + e.i] = grad_pre;
   if (pass.grad_inputs) pass.grad_inputs[(l * r.rows + e.m) * r.width + e.i] = grad_pre;
   if (pass.grad_states) pass.grad_states[((l + 1) * r.rows + e.m) * r.width + e.i] = gradient;
-  // scale_products sums these.
+  // scale_products sums these products later.
   if (pass.filtered) {
     pass.filtered[row * r.width + e.i] = gradient * read.filtered;
     pass.activated[row * r.width + e.i] = gradient * read.activated;
   }
 }
 
-// Computes the block's part of alpha G O + P W, summed over its own units, for the columns of all blocks. A warp takes
-// 32 columns at a time.
+// Computes the block's part of alpha G O + P W, which is the sum over the block's own units, and sends it to the blocks
+// that own the columns. A warp takes 32 columns at a time.
 template <typename W, int R>
 __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemory<R>& memory) {
   constexpr int groups = chunk_columns / warp_size;
@@ -364,7 +369,7 @@ __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemor
         }
       }
       if (i >= n) continue;
-      // Both sums have at most 32 terms, so adding them has the rounding error of a partial sum.
+      // Both sums have at most 32 terms, so the error of adding them here is that of a partial sum.
 #pragma unroll
       for (int row = 0; row < R; ++row) weight_terms[row] += filter_terms[row];
       const int owner = i / block.slot_units, unit = i % block.slot_units;
@@ -377,7 +382,7 @@ __device__ void multiply_gradient(ClusterBlock<W, R>& block, const BackwardMemor
   }
 }
 
-// A permutation that names an index twice would leave other blocks waiting forever.
+// Stops the kernel if r.permutation is not a permutation: a block would wait forever for an index that does not occur.
 __device__ inline void check_permutation(const Recurrence<float>& r, int* seen) {
   for (int64_t i = threadIdx.x; i < r.width; i += cluster_threads) seen[i] = 0;
   __syncthreads();
@@ -475,9 +480,9 @@ size_t shared_bytes(const ClusterShape& shape, const Recurrence<float>& r) {
   return pieces.bytes();
 }
 
-// Divides the remaining shared memory between the two matrices. A matrix that all steps share stays there if it fits;
-// any other gets slots for up to two layers. Each gets at least two chunks: one is read while the other is copied.
-// Returns nothing if these do not fit.
+// Divides the remaining shared memory between the two matrices, in slots of one chunk. A matrix that all steps share
+// stays there if it fits; any other gets slots for up to two layers. Each matrix gets at least two slots, if it has two
+// chunks: one is read while the other is copied. Returns nothing if these do not fit.
 template <typename W, class Memory>
 std::optional<ClusterShape> share_out_slots(ClusterShape shape, const Recurrence<float>& r, size_t most_bytes) {
   const int chunks = int((r.width + chunk_columns - 1) / chunk_columns), few = std::min(chunks, 2);
@@ -546,8 +551,8 @@ bool run_cluster_tiles(const Backward<float>& pass, const Tensor& like) {
   return true;
 }
 
-// Takes the smallest tiles that can all run at once or, if there are too many, the largest tiles, which read W least
-// often. Returns false if the kernels cannot run.
+// Runs the kernels with the smallest tiles that can all run at once or, if no tiles can, with the largest, which read W
+// least often. Returns false if the kernels cannot run.
 template <typename W, typename Pass>
 bool run_cluster(const Pass& pass, const Tensor& like) {
   const Recurrence<float>& r = pass.recurrence;

@@ -18,7 +18,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 constexpr int warp_size = 32;
-// Terms of a partial sum, which bounds the rounding, as on the CPU.
+// The number of terms of a partial sum. Partial sums bound the rounding error, as on the CPU.
 constexpr int chunk_terms = 32;
 // The most blocks that a grid may have along y and z.
 constexpr int64_t most_blocks = 65535;

@@ -1,11 +1,12 @@
-// Gradients of weight, bias and scales, from the gradients G_l of h_l and P_l of the pre-activation A_l in a segment.
+// Gradients of weight, bias and the scales alpha and beta, from the gradients G_l of h_l and P_l of the pre-activation
+// A_l in a segment.
 //
 //   dW_l = P_l^T h_{l-1}      db_l = sum_rows P_l      dalpha_l = <G_l, O h_{l-1}>      dbeta_l = <G_l, act(A_l)>
 //
-// All are sums over samples, and run in parallel. Cost per layer of M rows and width N: dW takes 2 M N^2 operations in
-// tiles of 64 x 64, reads P and h (M N numbers each) N / 64 times and writes N^2 numbers. It is bound by arithmetic. A
-// chunk of 32 samples is summed in the state's type, the chunk sums are added in float64 (an addition for 32
-// multiply-adds), and the total is rounded at the end. No atomics: every sum has a fixed order.
+// All of them are sums over samples, and run in parallel. Cost of dW per layer, for M rows of N units: 2 M N^2
+// operations in tiles of 64 x 64. P and h (M N numbers each) are read N / 64 times, and N^2 numbers are written. So dW
+// is bound by arithmetic. A chunk of 32 samples is summed in the state's type, the chunk sums are added in float64 (one
+// addition for 32 multiply-adds), and the total is rounded at the end. No atomics: every sum has a fixed order.
 #pragma once
 
 #include "orthogonal_filter_common.h"
@@ -13,13 +14,14 @@
 namespace lcw_ops {
 
 constexpr int tile_size = 64;
-// 16 x 16 threads, each with 4 x 4 of the tile: 16 multiply-adds read 8 numbers from shared memory.
+// 16 x 16 threads, each with 4 x 4 numbers of the tile: for 16 multiply-adds it reads 8 numbers from shared memory.
 constexpr int tile_side = 16, thread_tile = tile_size / tile_side;
 constexpr int tile_threads = tile_side * tile_side;
 constexpr int column_warps = 8;
 
-// Each blockIdx.z takes a slice of the segment's samples. If every layer has its own weight, a slice is one layer's
-// samples. If all layers share one, a slice is a part of all samples and gives a partial sum.
+// Computes a tile of dW. Each blockIdx.z takes a slice of the segment's samples. If every layer has its own weight, a
+// slice is one layer's samples. If all layers share a weight, a slice is a part of all samples, and its result is a
+// partial sum.
 template <typename T, typename W>
 __global__ void __launch_bounds__(tile_threads)
     weight_gradients(const Backward<T> pass, int64_t slices, double* partials) {
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(tile_threads)
   }
 }
 
-// One layer's db. Each lane takes a column; the warps divide the rows among them.
+// Computes db of one layer at a time. Each lane takes a column; the warps divide the rows among them.
 template <typename T>
 __global__ void __launch_bounds__(column_warps* warp_size) bias_gradients(const Backward<T> pass, double* partials) {
   const int64_t n = pass.recurrence.width, rows = pass.recurrence.rows;
@@ -85,7 +87,8 @@ __global__ void __launch_bounds__(column_warps* warp_size) bias_gradients(const 
   }
 }
 
-// Sums along each row of `filtered` and `activated`, which by now hold G_l * O h and G_l * act(A_l). A warp per row.
+// Sums each row of `filtered` and `activated`, in which the cluster kernel has replaced O h and act(A_l) by their
+// elementwise products with G_l. One warp sums a row.
 template <typename T>
 __global__ void scale_products(const Backward<T> pass) {
   const int64_t n = pass.recurrence.width, rows = pass.recurrence.rows;

@@ -12,7 +12,8 @@ constexpr int block_units = warp_size;
 constexpr int consumer_warps = 8;
 constexpr int consumer_threads = consumer_warps * warp_size;
 constexpr int cluster_threads = consumer_threads + warp_size;
-// 512 bytes of a float32 row: long enough for the copy engine, short enough that N = 512 has four chunks to stream.
+// The columns of a chunk, 512 bytes of a float32 row: long enough for the copy engine, and short enough that rows of
+// 512 columns have four chunks to stream.
 constexpr int chunk_columns = 128;
 constexpr int most_cluster_blocks = 16;
 constexpr int64_t most_cluster_width = most_cluster_blocks * block_units;
@@ -36,8 +37,8 @@ __device__ Quad<E> load_four(const E* source) {
 template <typename E>
 constexpr int chunk_pitch = chunk_columns + 16 / sizeof(E);
 
-// Cuts a block's shared memory into pieces that start on multiples of 16 bytes. On the host, it starts from nullptr and
-// only counts the bytes.
+// Cuts a block's shared memory into pieces that start on multiples of 16 bytes. On the host, the memory starts at
+// nullptr and its bytes are only counted.
 class SharedPieces {
  public:
   LCW_HOST_DEVICE explicit SharedPieces(unsigned char* start) : start_(start) {}
@@ -70,7 +71,8 @@ struct RingMemory {
 
 LCW_HOST_DEVICE inline int state_pitch(int64_t width) { return int(width + 3) / 4 * 4; }
 
-// The forward kernel's memory: the whole state, twice, and the warps' partial sums of both products.
+// The forward kernel's memory for a tile of R rows: the whole state, twice, and the warps' partial sums of both
+// products.
 template <int R>
 struct ForwardMemory {
   float *states, *partials;
@@ -82,9 +84,9 @@ struct ForwardMemory {
         inbox(pieces.take<uint64_t>(2)) {}
 };
 
-// The backward kernel's memory: alpha G and P of the block's units, and the partial sums from every block, with one
-// more place for permuted numbers. Each of them exists twice, because a warp may write those of the next step while
-// another warp still multiplies.
+// The backward kernel's memory for a tile of R rows: alpha G (`scaled`) and P of the block's units, and the partial
+// sums that every block sends (`received`), with one more place for permuted numbers. All of them exist twice, because
+// a warp may write the numbers of the next step while another warp still multiplies.
 template <int R>
 struct BackwardMemory {
   float *scaled, *grad_pre, *received;

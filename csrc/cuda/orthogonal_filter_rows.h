@@ -2,9 +2,9 @@
 // layers. They serve float64, GPUs without clusters, and nets that are too wide for clusters. The other kernels are
 // tested against them.
 //
-// Cost per forward step and row: 4 N^2 operations. Each block reads O and W_l from the second-level cache. The kernels
-// are bound by the latency of one step (two reads of a matrix row, a reduction over a warp, two barriers), not by
-// arithmetic.
+// Cost per forward step and row of N units: 4 N^2 operations. Each block reads O and W_l from the second-level cache.
+// The kernels are bound by the latency of one step (two reads of a matrix row, a reduction over a warp, two barriers),
+// not by arithmetic. The symbols are those of orthogonal_filter.cu.
 #pragma once
 
 #include "orthogonal_filter_common.h"
@@ -14,7 +14,7 @@ namespace lcw_ops {
 // Every scheduler of a multiprocessor gets two warps. With more, warps would idle in narrow nets.
 constexpr int block_threads = 256;
 
-// One warp computes <row, state>. It widens a 16-bit row as it reads. The result is valid in lane 0.
+// One warp computes <row, state>, and widens a 16-bit row as it reads the row. The result is valid in lane 0.
 template <typename W, typename T>
 __device__ T warp_dot(const W* row, const T* state, int64_t n) {
   T sum = 0;
@@ -38,7 +38,7 @@ __device__ void apply_matrices(const Recurrence<T>& r, int64_t l, const T* state
     }
     if (r.permutation) {
       const int64_t from = r.permutation[o];
-      // The public function has checked the index. The op could not, without waiting for the device.
+      // The public function has checked the index. The op could not check it without waiting for the device.
       if (from < 0 || from >= n) __trap();
       if (first_lane) filtered[o] = state[from];
     } else {
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T>
       __syncthreads();
     }
     for (int64_t i = threadIdx.x; i < n; i += block_threads) {
-      // The branches are summed apart: terms of the weight branch that were added to the far larger sum of the filter
-      // branch would be rounded at its scale.
+      // The filter branch and the weight branch have a sum each. If the terms of the weight branch were added to the
+      // sum of the filter branch, which is far larger, they would be rounded at its scale.
       T filter_branch = r.permutation ? gradient[i] : T(0), weight_branch = 0;
       for (int64_t chunk = 0; chunk < n; chunk += chunk_terms) {
         T filter_terms = 0, weight_terms = 0;
@@ -167,8 +167,9 @@ void launch_rows(Kernel kernel, const Pass& pass, const Tensor& like) {
   const size_t bytes = 3 * size_t(width) * like.element_size();
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, like.get_device_index());
   STD_TORCH_CHECK(
-      bytes <= size_t(most), "orthogonal_filter: width ", width, " needs ", bytes,
-      " bytes of shared memory, the GPU has ", most, " per block; use lcw_ops.use_backend(\"reference\")");
+      bytes <= size_t(most), "orthogonal_filter: width is ", width, ", which needs ", bytes,
+      " bytes of shared memory per block; expected at most ", most,
+      " on this GPU. Use lcw_ops.use_backend(\"reference\")");
   launch(launch_config(dim3(unsigned(pass.recurrence.rows)), dim3(block_threads), bytes, like), kernel, pass);
 }
 

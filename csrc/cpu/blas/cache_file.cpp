@@ -49,7 +49,8 @@ std::string processor() {
   return name;
 }
 
-// The file is in LCW_OPS_CACHE_DIR (if that is empty, there is none) or in lcw_ops/ in the user's cache folder.
+// The file is in LCW_OPS_CACHE_DIR or, if that is not set, in lcw_ops/ in the user's cache folder. If it is set to an
+// empty text, there is no file.
 std::string answers_file() {
   std::string folder = text("LCW_OPS_CACHE_DIR");
   if (folder.empty()) {
@@ -64,7 +65,7 @@ std::string answers_file() {
   }
   mkdir(folder.c_str(), 0777);
   const uint64_t version = aoti_torch_abi_version();
-  // Increase the number after "matmul" when the kernels change, because the old answers are then no longer right.
+  // Increase the number after "matmul" when the kernels change, because the old measurements then no longer hold.
   return folder + "/matmul-1-" + processor() + "-torch-" + std::to_string(version >> 56) + "." +
       std::to_string(version >> 48 & 255) + ".txt";
 }
@@ -94,7 +95,7 @@ void append_to_cache_file(const Question& question, Multiplier answer) {
   const std::string file = answers_file();
   const int out = file.empty() ? -1 : open(file.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
   if (out < 0) return;
-  // A process may have ended in the middle of a line.
+  // The last line has no end if a process was ended while it wrote.
   const off_t end = lseek(out, 0, SEEK_END);
   char last = '\n';
   const bool is_torn = end > 0 && pread(out, &last, 1, end - 1) == 1 && last != '\n';
@@ -103,7 +104,7 @@ void append_to_cache_file(const Question& question, Multiplier answer) {
   for (const int64_t value : {question.type, question.threads, question.samples, question.n, question.m})
     line << ' ' << value;
   line << ' ' << name_of(answer) << '\n';
-  // One call, so that lines of several processes do not mix.
+  // Write the line in one call, so that the lines of several processes do not mix.
   const std::string bytes = line.str();
   [[maybe_unused]] const ssize_t written = ::write(out, bytes.data(), bytes.size());
   close(out);

@@ -1,5 +1,5 @@
-// The file that keeps measured choices, one line each. Processes that measure at the same time may write two lines for
-// one question; the first line counts.
+// The file that keeps measured choices between our own matmul and torch's, one line each. Processes that measure at the
+// same time may write two lines for one question; the first line counts.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,9 @@
 
 namespace lcw_ops {
 
-// The facts that decide how long a product takes. Samples are rounded up to a power of two, because our kernels change
-// there. A larger product runs at the rate of the largest one that is measured.
+// The facts that decide how long a product takes. The number of samples is rounded up to a power of two, because our
+// kernels change at powers of two. All numbers have a limit, because larger products run at the rate of the largest one
+// that is measured.
 struct Question {
   int64_t pass, type, threads, samples, n, m;
 
@@ -38,10 +39,10 @@ struct Question {
 // The multiplier with this name, own or torch; nothing for another name.
 std::optional<Multiplier> find_multiplier(const std::string& name);
 
-// Adds the file's answers to the known ones, which take precedence.
+// Adds the file's answers to `answers`. Where both have one, that of `answers` stays.
 void read_cache_file(std::map<Question, Multiplier>& answers);
 
-// Ignores a file that cannot be written.
+// Does nothing if the file cannot be written.
 void append_to_cache_file(const Question& question, Multiplier answer);
 
 }  // namespace lcw_ops

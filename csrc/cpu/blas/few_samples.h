@@ -14,8 +14,9 @@ struct FewSamplesGradients {
 
   // Computes out = A V, with A (samples, n) in T. Reads V row by row while the result stays in cache.
   void multiply_by_parameter(const T* a, const E* v, T* out, int64_t ldo) const {
-    // The number of rows of V of which a tile reads a cache line or two each. With more rows, the result is visited
-    // less often. But if V is not in any cache, each row is on another page of memory, so fewer are better.
+    // The number of rows of V that a tile takes at a time; it reads one or two cache lines of each. With more rows, the
+    // result is visited less often. But if V is not in any cache, each row is on another page of memory, so fewer rows
+    // are better.
     const int64_t depth = n * m * int64_t(sizeof(E)) > int64_t(16) << 20 ? 32 : 128;
     constexpr int64_t width = 32;
     const int64_t strips = (m + width - 1) / width, grain = std::max<int64_t>(1, 16384 / (width * n));
@@ -44,8 +45,8 @@ struct FewSamplesGradients {
   template <class Finish>
   void grad_weight(const E* grad, const E* x, int64_t ldx, const T* shifts, T* out, const Finish& finish) const {
     // Copy both operands into the order in which a tile reads them. Tiles are wide and low, so that the result is
-    // written once and in few streams. In a high tile, the cache lines of the result would be a row apart and would
-    // compete for a few places of the nearest cache.
+    // written once and in few streams. In a high tile, the cache lines of the result would be a whole row apart and
+    // would compete for a few places of the nearest cache.
     constexpr int64_t height = 3;
     constexpr int64_t widest = 4 * Vector<T, 64>::lanes;
     const int64_t blocks = (n + height - 1) / height;
@@ -67,7 +68,7 @@ struct FewSamplesGradients {
     for_each_part(blocks, grain, [=, *this](auto isa, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
       using Isa = decltype(isa);
       constexpr int64_t width = 4 * Vector<T, Isa::vector_bytes>::lanes;
-      // This many blocks share a strip of the other operand while it is in the nearest cache.
+      // This many blocks of rows are multiplied by a strip of X while the strip is in the nearest cache.
       constexpr int64_t chunk = 8;
       for (int64_t block = begin; block < end; block += chunk) {
         const int64_t first = block * height, last = std::min(n, std::min(end, block + chunk) * height);

@@ -14,7 +14,7 @@ template <typename Part>
 void for_each_block(int64_t rows, int64_t columns, int64_t depth, const Part& part) {
   // About 50 microseconds of arithmetic on one thread.
   constexpr int64_t least_operations = 1 << 21;
-  // A whole panel of columns, for most instruction sets.
+  // The columns of a block are a multiple of this: whole panels, for most instruction sets and types.
   constexpr int64_t panel = 16;
   const int64_t worthwhile = std::max<int64_t>(1, 2 * rows * columns * depth / least_operations);
   const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);

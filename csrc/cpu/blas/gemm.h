@@ -2,8 +2,8 @@
 //
 // Both operands are copied, piece by piece, into the order in which the tile of simd/tiles.h reads them: B in panels of
 // two vectors of columns that stay in the nearest cache, A in blocks of rows that stay in the next one. The copy takes
-// about 1/rows + 1/columns of the work. It also widens 16-bit numbers and subtracts a number from each row of an
-// operand.
+// about 1/rows + 1/columns of the product's time. It also widens 16-bit numbers and subtracts a number from each row of
+// an operand.
 // K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace lcw_ops {
 
-// element (i, j) = data[i * row + j * column] - shift[i]
+// A matrix with element (i, j) = data[i * row + j * column] - shift[i]. Without a shift, nothing is subtracted.
 template <typename E>
 struct Operand {
   const E* data;
@@ -32,8 +32,9 @@ struct Gemm {
   using Tiles = Products<Isa, T>;
   static constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
   static constexpr int64_t panel = 2 * lanes, tile_rows = Isa::accumulators / 2;
-  // 256 rows of a panel are 16 KB for AVX2, and 192 rows are 24 KB for AVX-512: half or three quarters of a nearest
-  // cache of 32 KB. 16 tiles with that many columns are about 96 KB, a fraction of the next cache.
+  // The rows of a panel, and the rows of A in a block. 256 rows of a panel are 16 KB for AVX2, and 192 rows are 24 KB
+  // for AVX-512: half or three quarters of a nearest cache of 32 KB. The rows of 16 tiles, with as many columns as a
+  // panel has rows, are about 96 KB, a fraction of the next cache.
   static constexpr int64_t block_depth = Isa::vector_bytes > 32 ? 192 : 256, block_rows = 16 * tile_rows;
 
   // out[k * panel + c] = element (k, c) of B for c < `count` <= panel, and 0 for the other columns.
@@ -71,11 +72,12 @@ struct Gemm {
     return {1, rows};
   }
 
-  // C (rows, columns), row-major with stride ldc; bias, one number per column, may be nullptr.
+  // Computes C = A B + bias. C (rows, columns) is row-major, with rows ldc apart. `bias` has one number per column, or
+  // is nullptr.
   LCW_INLINE static void multiply(
       const Operand<E>& a, const Operand<E>& b, int64_t rows, int64_t columns, int64_t depth, const T* bias, T* c,
       int64_t ldc) {
-    // At least two partial sums, unless the product is short: one sum of 256 terms errs 2.5 times as much as MKL.
+    // Make at least two partial sums, unless the sums are short: one sum of 256 terms errs 2.5 times as much as MKL's.
     const int64_t deepest = std::min({depth, block_depth, std::max<int64_t>(128, (depth + 1) / 2)});
     const int64_t panels = (columns + panel - 1) / panel;
     Buffer<T> packed_b(panels * panel * deepest), packed_a(block_rows * deepest), last(tile_rows * panel);

@@ -1,4 +1,5 @@
-// The three products of a plain layer's step with a weight (n, m), by our own kernels or torch's. No size is 0.
+// The three products of a plain layer with a weight w (n, m), forward and backward, by our own kernels or torch's. dY
+// is the gradient of the layer's output. No size is 0.
 #pragma once
 
 #include "matmul.h"

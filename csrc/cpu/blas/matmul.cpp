@@ -1,8 +1,9 @@
-// torch multiplies with the BLAS that it was built with, mostly MKL. MKL reads a weight slowly for few samples, and
-// does not use the whole vectors of some processors. The best choice differs too much between processors for a table.
+// Why the choice exists, and why it is measured: torch multiplies with the BLAS that it was built with, mostly MKL. MKL
+// reads a weight slowly for few samples, and does not use the whole vectors of some processors. The best choice differs
+// too much between processors for a table.
 //
-// oneDNN, which also comes with torch, is not a choice: its sums of 1024 numbers err up to four times as much as
-// torch's, and it was slower in parts that were short enough to be as exact.
+// oneDNN, which also comes with torch, is not a choice. Its sums of 1024 numbers err up to four times as much as
+// torch's. Cut into parts short enough to be as exact, its products were slower.
 #include "matmul.h"
 
 #include <array>
@@ -30,7 +31,8 @@ class Answers {
  public:
   Multiplier find(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
     if (const auto answer = known(question)) return *answer;
-    // Only one thread measures at a time: two would disturb each other. Cached look-ups do not take this lock.
+    // Only one thread measures at a time: two would disturb each other. A thread that knows the answer does not take
+    // this lock.
     const std::lock_guard<std::mutex> lock(measuring_);
     read();
     if (const auto answer = known(question)) return *answer;
@@ -53,8 +55,9 @@ class Answers {
     read_cache_file(answers_);
   }
 
-  // Measures the two in turns, drops the first turn, and compares the fastest ones, which other programs disturbed
-  // least. Our own product has to take a twentieth less time than torch's, because a smaller difference may be chance.
+  // Measures the two multipliers in turns, drops the first turn, and compares their shortest times, which other
+  // programs disturbed least. Our own product has to take a twentieth less time than torch's, because a smaller
+  // difference may be chance.
   static Multiplier measure(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
     const Trial trial = prepare({question.samples, question.n, question.m});
     using Clock = std::chrono::steady_clock;
@@ -66,7 +69,7 @@ class Answers {
     constexpr double enough_seconds = 0.03;
     constexpr int fewest_turns = 3, most_turns = 20;
     double own = measure_one(Multiplier::own), torch = measure_one(Multiplier::torch);
-    // The extra work of a first turn does not take this long, so the difference is real.
+    // The extra work of a first turn does not take this long, so such a difference is real.
     if (std::max(own, torch) > enough_seconds && (own > 3 * torch || torch > 3 * own))
       return own < torch ? Multiplier::own : Multiplier::torch;
     own = torch = std::numeric_limits<double>::infinity();

@@ -18,12 +18,12 @@ struct LayerSize {
   int64_t samples, n, m;
 };
 
-// If LCW_OPS_MATMUL is set to own or torch, it decides. Otherwise, if `deterministic`, the size decides, because a
-// measurement could choose differently in the next process: our own kernels multiply up to 16 samples, where reading
-// the weight takes most of the time, and torch multiplies more. Otherwise the choice is measured, once for each
-// processor, number of threads, size of the weight and power of two of samples: `prepare` makes the operands of such a
-// product and returns a function that multiplies them. The answer is kept in memory and in a file, so that later runs
-// give the same bits.
+// Chooses the multiplier for a product. If LCW_OPS_MATMUL is set to own or torch, it decides. Otherwise, if
+// `deterministic`, the number of samples decides, because a measurement could decide differently in the next process:
+// our own kernels multiply up to 16 samples, where reading the weight takes most of the time, and torch's matmul
+// multiplies more. In all other cases the choice is measured, once for each processor, number of threads, size of the
+// weight and power of two of samples. For this, `prepare` makes the operands of a product of a given size and returns a
+// function that multiplies them. The answer is kept in memory and in a file, so that later runs give the same bits.
 using Trial = std::function<void(Multiplier)>;
 Multiplier choose_multiplier(
     Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic,

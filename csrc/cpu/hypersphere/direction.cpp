@@ -6,7 +6,8 @@ namespace lcw_ops {
 
 Tensor hypersphere_direction(Tensor angles) {
   STD_TORCH_CHECK(
-      angles.dim() == 2 && angles.is_cpu(), "hypersphere_direction: angles must be (n, m-1); call lcw_ops.functional");
+      angles.dim() == 2 && angles.is_cpu(),
+      "hypersphere_direction: angles must have two dimensions, (n, m-1), and be on the CPU; call lcw_ops.functional");
   angles = as_contiguous(angles);
   const int64_t n = angles.size(0), m = angles.size(1) + 1;
   Tensor result = new_large(angles, {n, m});

@@ -1,10 +1,11 @@
-// GmP's linear layer: y = r act(X u^T + lambda), with the rows u given by their angles (rows.h).
+// GmP's linear layer: y = r act(X u^T + lambda), with the rows u given by their angles (rows.h). X is the input of m
+// numbers for each of M samples; r and lambda are the radius and location of a unit.
 //
 // With few samples, the layer takes a few units at a time. It makes their rows in the nearest caches, multiplies them
 // with all samples, and drops them. Backward makes the rows again and passes their gradient to the recurrence of the
 // angles in the same caches. So the layer reads its angles twice and writes their gradient: 12 bytes per float32 angle
-// instead of 32. With more samples, it makes the rows once and multiplies them with the faster multiplier
-// (blas/matmul.h).
+// instead of 32. With more samples, it makes the rows once and multiplies them by our own matmul or torch's, whichever
+// is faster (blas/matmul.h).
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -119,8 +120,8 @@ struct FewSamples {
     });
   }
 
-  // From grad_product = dL/d(x u^T) writes dX, unless grad_x is nullptr. From grad_rows, where dL/du = grad_rows^T x,
-  // writes the gradients of the angles, unless grad_rows is nullptr.
+  // Computes dX from grad_product = dL/d(x u^T), unless grad_x is nullptr, and the gradients of the angles from
+  // dL/du = grad_rows^T x, unless grad_rows is nullptr.
   void backward(const T* x, const T* grad_product, const T* grad_rows, T* grad_x) const {
     // Each thread sums its own dX. All sums together are no larger than the weight, and they are added in order.
     const int64_t most = std::max<int64_t>(1, n / samples), worthwhile = std::max<int64_t>(1, n * m / least_elements);
@@ -141,7 +142,7 @@ struct FewSamples {
           if (grad_rows)
             multiply_evenly<Isa, T>(
                 {grad_rows + j, 1, n, x, m, g.data(), stride, count, m, samples, false, nullptr, nullptr, true});
-          // Row by row, so that backward finds the numbers of a row in the nearest cache.
+          // Make each row just before its backward, which then finds the row's numbers in the nearest cache.
           for (int64_t u = 0; u < count; ++u) {
             T *row = direction.data() + u * stride, *gradient = g.data() + u * stride;
             rows.template make<Isa>(j + u, kept.data(), row);
@@ -231,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
   activated = as_contiguous(activated), direction = as_contiguous(direction);
   const bool is_few = samples <= few_samples;
   Tensor grad_x = needs_x ? stable::new_empty(x, x.sizes()) : no_elements(x);
-  // With more samples the gradient of the angles takes the memory of the rows' gradient, which is one number per row
-  // too large. Short rows do not, because there one number is a large part.
+  // With more samples, the gradient of the angles takes the memory of the rows' gradient, which has one number per row
+  // more. With short rows, that number would waste a large part of the memory.
   const bool is_in_place = !is_few && m >= 64;
   Tensor grad_angles = needs_angles && !is_in_place ? new_large(angles, angles.sizes()) : no_elements(x);
   Tensor grad_radius = needs_radius ? stable::new_empty(radius, {n}) : no_elements(x);

@@ -1,14 +1,15 @@
-// A row of the hypersphere: its direction from its angles, and the gradient of the angles.
+// A unit row of m numbers, computed from its m - 1 angles, and the gradient of the angles.
 //
 //   direction:   u_k = P_k cos t_k (k < m),  u_m = P_m,  P_k = prod_{i<k} sin t_i
 //   backward:    T_m = g_m,  T_k = cos t_k g_k + sin t_k T_{k+1},  dL/dt_k = P_k (cos t_k T_{k+1} - sin t_k g_k)
 //
-// W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the division-free backward is ours.
+// u is the row, called a direction, t are its angles, and g is the gradient of u; P_k and T_k are a running product and
+// a running sum. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912; the division-free backward is ours.
 //
 // A vector of angles takes about 40 instructions for sine and cosine, 30 for the running product, and in backward 45
-// for the sum. An angle moves 8 bytes of memory forward, 12 backward: bound by arithmetic. Backward computes sine and
-// cosine again. Keeping both from forward would make the two passes a tenth faster for 8 samples (1024 x 1024, one
-// thread: 3.97 instead of 4.43 ms), but takes twice the memory of the weight.
+// for the running sum. A float32 angle moves 8 bytes of memory forward and 12 backward, so both passes are bound by
+// arithmetic. Backward computes sine and cosine again. Keeping both from forward would make the two passes a tenth
+// faster for 8 samples (1024 x 1024, one thread: 3.97 instead of 4.43 ms), but would take twice the weight's memory.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +40,7 @@ LCW_INLINE void running_recurrence(typename L::Wide& factor, typename L::Wide& s
   }
 }
 
-// The sines and cosines of a row, padded with angles of 0 by up to a whole vector.
+// Computes the sines and cosines of a row of angles, and of up to a whole vector of zeros after it.
 template <class Isa, typename T>
 LCW_INLINE void sincos_row(const T* angles, int64_t count, T* sine, T* cosine) {
   using L = WholeVector<Isa, T>;
@@ -88,9 +89,10 @@ LCW_INLINE double product_of_lanes(typename WholeVector<Isa, T>::Wide value) {
   }
 }
 
-// From the angles of a row computes P_k and u_k, for k < m and on to the end of a vector, and the product of each
-// vector's sines. These products are multiplied in float64: products of numbers just below 1 round downwards, because
-// the a b in (1 - a)(1 - b) = 1 - a - b + a b is lost, and thousands of these errors would add up.
+// Computes P_k and u_k from the angles of a row, for k < m and on to the end of the last vector, and in
+// `vector_products` the product of each vector's sines. These products, and P_k from vector to vector, are multiplied
+// in float64: a product of numbers just below 1 is rounded downwards, because the a b in (1 - a)(1 - b) = 1 - a - b + a
+// b is lost, and in float32 thousands of such errors would add up.
 template <class Isa, typename T>
 LCW_INLINE void make_direction(
     const T* angles, int64_t m, T* sine, T* cosine, T* products, double* vector_products, T* direction) {
@@ -134,7 +136,8 @@ struct AngleRows {
   int64_t m;
   Target<T> grad_angles = {};
 
-  // Sines, cosines and products, and one double per vector. A vector has at least two lanes.
+  // The size of `kept`: sines, cosines and products, and one double per vector. The doubles take no more room than a
+  // fourth array would, because a vector has at least two lanes.
   int64_t kept() const { return 4 * padded<T>(m); }
   LCW_INLINE double* vector_products(T* kept) const { return reinterpret_cast<double*>(kept + 3 * padded<T>(m)); }
 

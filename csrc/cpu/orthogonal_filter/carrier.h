@@ -1,4 +1,5 @@
-// One thread carries its rows through the steps: the state forward, the gradient backward.
+// One thread carries its rows through the steps: the state forward, the gradient backward. The symbols are those of
+// orthogonal_filter.cpp.
 #pragma once
 
 #include "../vector_math.h"
@@ -72,8 +73,8 @@ class Carrier {
     if (!pass.return_states) store(pass.output, 0);
   }
 
-  // Recomputes the states and slopes of a segment from the checkpoint at its start. Returns false if the other
-  // threads go on without this one.
+  // Recomputes the states and slopes (beta act'(A_l)) of a segment from the checkpoint at its start. Returns false if
+  // the other threads go on without this one.
   LCW_INLINE bool recompute(const Backward<T>& pass) {
     T *state = shared_.now.data(), *next = shared_.next.data();
     layout_.load(pass.checkpoint() + begin_ * r_.width, state);
@@ -125,8 +126,8 @@ class Carrier {
         layout_.permute(permutation_.inverse.data(), gradient, filtered_.data());
       else
         layout_.multiply_transposed(r_.filter_at(l), gradient, filtered_.data(), nullptr);
-      // The branches are summed apart: terms of the weight branch that were added to the far larger sum of the filter
-      // branch would be rounded at its scale.
+      // The filter branch and the weight branch have a sum each. If the terms of the weight branch were added to the
+      // sum of the filter branch, which is far larger, they would be rounded at its scale.
       layout_.multiply_transposed(weights_.at(l), grad_pre.data(), pre_.data(), weights_.ahead(l - 1));
       const T alpha = r_.alpha_at(l);
       const T *filtered = filtered_.data(), *pre = pre_.data();
@@ -142,7 +143,7 @@ class Carrier {
   }
 
  private:
-  // Returns false if the other threads go on without this one.
+  // Waits for the other threads that carry the same rows. Returns false if they go on without this one.
   LCW_INLINE bool meet() {
     shared_.team.wait();
     layout_.units = shared_.slice(number_, r_.width);

@@ -1,4 +1,5 @@
-// The parts of the backward pass that are parallel over steps: slopes of known states, gradients of parameters.
+// The parts of the backward pass that are parallel over steps: slopes of known states, gradients of parameters. The
+// symbols are those of orthogonal_filter.cpp.
 #pragma once
 
 #include "../vector_math.h"
@@ -6,8 +7,8 @@
 
 namespace lcw_ops {
 
-// Computes the slopes of samples begin..end-1 of a segment whose states are known. `packed` holds the matrices in
-// panels, for products with W^T and O^T.
+// Computes the slopes beta act'(A_l) of samples begin..end-1 of a segment whose states are known: a sample is a row at
+// one step. `packed` holds the matrices in panels, for products of a row with W^T and O^T.
 template <class Tiles, typename T>
 LCW_INLINE void known_slopes(const Backward<T>& pass, const Recurrence<T>& packed, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
@@ -70,15 +71,15 @@ LCW_INLINE void weight_gradients(const Backward<T>& pass, int64_t begin, int64_t
   }
 }
 
-// Computes dW and db where all steps share the weight or the bias: for output units begin..end-1, the sums over all
-// samples of the segment.
+// Computes dW and db if all steps share the weight or the bias: the sums over all samples of the segment, for output
+// units begin..end-1.
 template <class Tiles, typename T>
 LCW_INLINE void shared_weight_gradients(const Backward<T>& pass, int64_t begin, int64_t end) {
   const Recurrence<T>& r = pass.recurrence;
   const int64_t n = r.width, samples = pass.count * r.rows;
   if (pass.weight_sum) {
-    // Short sums are in T and long ones in float64: otherwise, the sum of terms of one sign errs up to 80 times as much
-    // as eager torch's.
+    // Short sums are in T, and they are added in float64: in T alone, the sum of terms of one sign errs up to 80 times
+    // as much as eager torch's.
     constexpr int64_t block_samples = 16 * sample_terms;
     Buffer<T> sum((end - begin) * n);
     for (int64_t first = 0; first < samples; first += block_samples) {

@@ -1,4 +1,5 @@
-// The layouts in which a thread holds rows of the state, multiplies them with a matrix and permutes their units.
+// The layouts in which a thread holds rows of the state, multiplies them with a matrix and permutes their units. The
+// symbols are those of orthogonal_filter.cpp.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +14,8 @@ namespace lcw_ops {
 // weights are sums over all samples, whose number has no bound, so their partial sums are shorter.
 constexpr int64_t state_terms = 128, sample_terms = 32;
 
-// The product in partial sums of `terms` terms: rounding errors grow like sqrt(terms) + sqrt(depth / terms) instead of
-// sqrt(depth).
+// Computes a product in partial sums of `terms` terms, so that rounding errors grow like sqrt(terms) + sqrt(depth /
+// terms) instead of sqrt(depth).
 template <class Tiles, typename T>
 void multiply_in_parts(Product<T> product, int64_t terms) {
   const int64_t depth = product.depth;
@@ -29,7 +30,7 @@ void multiply_in_parts(Product<T> product, int64_t terms) {
   }
 }
 
-// The weights in the state's type: in place, or widened from 16 bits into the thread's buffer.
+// The weights W_l in the state's type: in place, or widened from 16 bits into the thread's buffer.
 template <class Tiles, typename T>
 class Weights {
  public:
@@ -66,14 +67,14 @@ struct Permutation {
   }
 };
 
-// A slice of the units. It holds all units, except where threads share rows.
+// A range of units. It has all units, unless several threads share the rows.
 struct Slice {
   int64_t begin, end;
 };
 
-// The three layouts below store some rows of the state and have the same members. In ManyRows, rows are stored as
-// (units, rows) in panels of two vectors of rows, so that a vector holds one unit of neighbouring rows, and W is read
-// in place, number by number. Rows are padded to whole vectors; the padding is never read back.
+// The three layouts below store some rows of the state and have the same members. ManyRows stores them transposed, as
+// (units, rows), in panels that are two vectors wide. So a vector holds one unit of neighbouring rows, and W is read in
+// place, number by number. The number of rows is padded to whole vectors; the padding is never read back.
 template <class Tiles, typename T>
 struct ManyRows {
   static constexpr int64_t lanes = Tiles::lanes, widest = 2 * lanes;
@@ -115,7 +116,7 @@ struct ManyRows {
     });
   }
 
-  // out = W h + b. `bias` may be nullptr, and so may `ahead`, the matrix that comes next.
+  // out = W h + b. `ahead` is the matrix of the next step, to be prefetched. `bias` and `ahead` may be nullptr.
   LCW_INLINE void multiply(const T* matrix, const T* bias, const T* state, T* out, const T* ahead) const {
     product(matrix, width, 1, bias, state, out, ahead);
   }
@@ -210,8 +211,8 @@ struct FewRows {
   }
 };
 
-// PackedRows is for many rows and one matrix for all steps, as in a recurrence over time. Rows are row-major too. The
-// matrix is reordered once, into panels of two vectors of columns (`pack`), and no step transposes states or inputs.
+// PackedRows is for many rows and one matrix for all steps, as in a recurrence over time. Its rows are row-major too.
+// `pack` reorders the matrix once, into panels of two vectors of columns, so that no step transposes states or inputs.
 template <class Tiles, typename T>
 struct PackedRows : FewRows<Tiles, T> {
   static constexpr int64_t panel = 2 * Tiles::lanes;  // the width has to be at least this

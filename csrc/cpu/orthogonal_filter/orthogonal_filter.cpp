@@ -3,17 +3,19 @@
 //   h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
 //   P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
 //
-// A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l; O_l is the filter.
+// The state h has M rows (samples) of N units. O_l is the filter, and u_l the input of step l, if there is one. A_l is
+// the argument of act; G_l and P_l are the gradients of h_l and A_l.
 //
 // Cost per step and row: forward takes 4 N^2 operations (2 N^2 with a permutation), and each thread reads W_l once.
-// Backward repeats this, then takes 4 N^2 for G and 2 N^2 for dW. Bound by arithmetic from about 16 rows on, and by
-// reading W_l below that.
+// Backward repeats this, then takes 4 N^2 for G and 2 N^2 for dW. A step is bound by arithmetic from about 16 rows on,
+// and by reading W_l below that.
 // A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 //
-// Rows are independent, so each thread carries its slice of the batch through all layers. If there are fewer rows than
-// threads, several threads carry the same rows and share the units. Backward goes through the segments from the end. It
-// recomputes a segment's states and propagates G back (rows in parallel), then computes its weight gradients
-// (layers in parallel). Every sum has a fixed order.
+// Rows are independent, so each thread carries its slice of the batch through all steps. If there are fewer rows than
+// threads, several threads carry the same rows and share the units. Backward goes through the segments (the steps
+// between two checkpoints) from the last to the first. In each segment it recomputes the states and propagates G back,
+// with rows in parallel. Then it computes the segment's weight gradients, with steps in parallel. Every sum has a fixed
+// order.
 
 #include "../../orthogonal_filter.h"
 
@@ -28,7 +30,8 @@
 namespace lcw_ops {
 namespace {
 
-// The functions of one instruction set, for rows begin..end-1 in one of the layouts.
+// The functions of one instruction set. Most of them work on rows begin..end-1 in one of the layouts of layouts.h; the
+// last three work on samples, steps or units begin..end-1.
 template <typename T>
 struct Kernels {
   int64_t lanes;
@@ -76,7 +79,7 @@ struct Cpu {
 
   // With fewer units than this, a thread spends more time waiting for the others than sharing the work saves.
   static constexpr int64_t least_units = 32;
-  static constexpr int64_t least_packed_rows = 4;  // per thread
+  static constexpr int64_t least_packed_rows = 4;  // rows per thread from which on the matrices are packed
   static constexpr uintptr_t page = large_page, small_page = 4096;
 
   static void allocated(const Tensor& tensor) { prefer_large_pages(tensor); }
@@ -90,13 +93,14 @@ struct Cpu {
     return 2 * busiest(rows) > lanes * busiest(vectors);
   }
 
-  // Whether all steps share the matrices, so that reordering them is worthwhile, and a matrix fills at least one panel.
+  // Whether packing the matrices is possible, because they fill at least one panel, and worthwhile, because all steps
+  // share them.
   template <typename T>
   static bool packs(const Recurrence<T>& r) {
     return r.weight_stride == 0 && r.filter_stride == 0 && r.width >= 2 * kernels<T>().lanes;
   }
 
-  // Whether there are enough rows for packed matrices to be faster than rows one by one.
+  // Whether there are enough rows for packed matrices to be faster than rows that are carried one by one.
   static bool are_several(int64_t rows) { return rows >= least_packed_rows * stable::get_num_threads(); }
 
   // A copy of a recurrence with its matrices in panels, and the memory of the panels.
@@ -115,7 +119,8 @@ struct Cpu {
     static int64_t padded_size(int64_t width) { return (width + 2 * kernels<T>().lanes) * width; }
   };
 
-  // Calls rows(begin, end, shared, slots) for all rows, each on one thread, in groups of `together`.
+  // Calls rows(begin, end, shared, slots) for all rows, in groups of `together` that each stay on one thread. `slots`
+  // is explained at Team::join.
   template <typename T, typename Rows>
   static void split_rows(const Recurrence<T>& r, int64_t together, int64_t slope_count, const Rows& rows) {
     stable::parallel_for(0, (r.rows + together - 1) / together, 1, [&](int64_t first, int64_t last) {
@@ -140,22 +145,22 @@ struct Cpu {
     });
   }
 
-  // Maps fresh memory that all threads are about to write step by step, each page on one thread. Otherwise, if several
-  // threads first touch a page together, each of them clears 2 MB, all but one of these pages are thrown away, and the
-  // other threads wait at the end of the segment.
+  // Lets the system map fresh memory that all threads are about to write step by step. One thread touches each page. If
+  // several threads were the first to touch a page, each of them would clear 2 MB, all but one of these pages would be
+  // thrown away, and the other threads would wait at the end of the segment.
   static void map(void* memory, int64_t bytes) {
 #ifdef __linux__
     const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes, first = begin / page * page;
     stable::parallel_for(0, (end - first + page - 1) / page, 1, [&](int64_t from, int64_t to) {
       const uintptr_t start = std::max(begin, first + from * page), stop = std::min(end, first + to * page);
-      // Write a byte of every small page. Its contents are about to be overwritten.
+      // Write a byte of every small page. The contents of the pages are about to be overwritten.
       for (uintptr_t at = start; at < stop; at = (at / small_page + 1) * small_page)
         *reinterpret_cast<volatile char*>(at) = 0;
     });
 #endif
   }
 
-  // Binds a kernel to its pass.
+  // Returns the kernel with its first argument, the pass, filled in.
   template <typename Pass, typename Kernel>
   static auto bind(const Pass& pass, Kernel kernel) {
     return [&pass, kernel](int64_t begin, int64_t end, auto& shared, int64_t slots) {

@@ -10,9 +10,9 @@
 namespace lcw_ops {
 
 // Threads that carry the same rows and wait for each other after every step. A thread joins if it arrives within 200
-// microseconds of the first; the team does not wait longer, because the pool may never start it. If waiting stays slow,
-// because another program uses the processors, one member goes on alone. The results do not depend on how the work is
-// shared.
+// microseconds of the first one. The team does not wait longer, because the pool may never start the thread. If waiting
+// stays slow, because another program uses the processors, one member goes on alone. The results do not depend on how
+// the work is shared.
 class Team {
  public:
   explicit Team(int64_t expected) : expected_(expected) {}
@@ -52,7 +52,7 @@ class Team {
     int64_t spins = 0;
     for (; round_.load(std::memory_order_acquire) == round; ++spins) spins < most ? pause() : std::this_thread::yield();
     if (spins >= most) slow_rounds_.fetch_add(1, std::memory_order_relaxed);
-    // A running average over about eight rounds, of all members.
+    // A running average of the spins of all members, over about eight rounds.
     usual_spins_.store(usual + (std::min(spins, most) - usual) / 8, std::memory_order_relaxed);
   }
 
@@ -83,8 +83,8 @@ struct Shared {
   Shared(int64_t expected, int64_t size, int64_t slope_count)
       : team(expected), now(size), next(size), slopes(slope_count * size) {}
 
-  // The units of a member, or none if the team goes on without it. Slices begin with a whole vector, so that every unit
-  // gets the same instructions however many members there are.
+  // The units of a member, or none if the team goes on without that member. A slice begins with a whole vector, so that
+  // every unit gets the same instructions however many members there are.
   Slice slice(int64_t number, int64_t width) const {
     constexpr int64_t vector = 64 / sizeof(T);
     const int64_t count = team.count();

@@ -180,7 +180,8 @@ Tensor adjoint_sweep(
   arguments.check_terms("scaled", scaled);
   arguments.check_scale("alpha", alpha);
   STD_TORCH_CHECK(
-      slope.has_value() == scaled.has_value(), arguments.op, ": give slope and scaled, or neither", Arguments::advice);
+      slope.has_value() == scaled.has_value(), arguments.op,
+      ": only one of slope and scaled is given; expected both or neither", Arguments::advice);
   Tensor change = stable::new_zeros(gradients, {1}, ScalarType::Double);
   with_type(gradients, [&](auto element) {
     using T = decltype(element);

@@ -45,7 +45,8 @@ struct Part {
   double change = 0;     // the largest relative change
 };
 
-// Neighbouring rows go through the layers together: as many as the nearest cache can hold two states of.
+// Neighbouring rows go through the layers together: as many as have a state of at most this many bytes. Two such states
+// fit in the nearest cache.
 constexpr int64_t bytes_together = 8192;
 
 template <class Isa, typename T, class Filter, class Terms>
@@ -116,7 +117,8 @@ double scan(const Chain<T>& chain, const Filter& filter, const Terms& terms) {
   const int64_t worthwhile = layers * size / least_elements;
   const int64_t threads = std::clamp<int64_t>(worthwhile, 1, stable::get_num_threads());
   std::vector<Part<Carried>> parts;
-  // Sharing layers takes 2 / (threads + 1) of one thread's time, sharing rows 1 / rows.
+  // Threads that share the layers take 2 / (threads + 1) of one thread's time; with few rows, threads that share the
+  // rows take 1 / rows of it.
   const bool are_few = 2 * rows <= threads || size * int64_t(sizeof(T)) < threads * least_bytes_of_rows;
   if (!are_few || threads == 1 || layers <= threads) {
     const int64_t count = std::min(threads, rows);

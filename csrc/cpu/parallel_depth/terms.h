@@ -1,4 +1,4 @@
-// The terms that a sweep adds in every layer.
+// The terms that a sweep adds in every layer. The symbols are those of parallel_depth.cpp.
 #pragma once
 
 #include "../vector_math.h"

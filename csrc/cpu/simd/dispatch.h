@@ -12,8 +12,8 @@ LCW_INLINE void run_task(const Task& task, int64_t begin, int64_t end) {
   task(Isa{}, begin, end);
 }
 
-// task(isa, begin, end) on all threads of torch's pool, for 0..count-1 in parts of at least `grain`. It is compiled for
-// each instruction set: everything it calls must be inlined.
+// Calls task(isa, begin, end) on all threads of torch's pool, for parts of 0..count-1 of at least `grain` each. The
+// task is compiled for each instruction set, so everything that it calls must be inlined.
 template <class Task>
 void for_each_part(int64_t count, int64_t grain, const Task& task) {
   const auto run = with_instruction_set(

@@ -1,5 +1,5 @@
-// The types in which numbers are stored, and the types in which they are computed: 16-bit numbers become float32,
-// exactly, and results are rounded once.
+// The types in which numbers are stored, and the types in which they are computed: 16-bit numbers are converted to
+// float32, which is exact, and results are rounded once.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace lcw_ops {
 
-// The conversions below are made of operations that every instruction set vectorises.
+// The conversions below consist of operations that the compiler vectorises for every instruction set.
 LCW_INLINE float widen_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -22,7 +22,7 @@ LCW_INLINE float widen_half(uint16_t bits) {
   // Move exponent and fraction into place, and correct the exponent's bias. For infinities and NaN, correct it twice.
   const uint32_t bias = 112u << 23;
   uint32_t wide = (magnitude << 13) + bias + (magnitude >= 0x7c00 ? bias : 0u);
-  // Denormal numbers are multiples of 2^-24: computed as integers, they are exact in every rounding mode.
+  // Denormal numbers are multiples of 2^-24. Converted as integers, they are exact in every rounding mode.
   const float multiple = float(int32_t(magnitude)) * 0x1p-24f;
   uint32_t denormal;
   std::memcpy(&denormal, &multiple, sizeof(denormal));
@@ -37,7 +37,7 @@ LCW_INLINE uint16_t round_to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  // Rounding could clear a NaN's fraction.
+  // Rounding could clear a NaN's fraction, so a NaN is truncated and gets a bit of its fraction set.
   return uint16_t(value != value ? (bits >> 16) | 0x40 : rounded);
 }
 
@@ -47,7 +47,7 @@ LCW_INLINE uint16_t round_to_half(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   // From 2^-14 on: reduce the exponent's bias by 112, and drop 13 bits.
   const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below 2^-14: adding 1/2 leaves the fraction in the low bits, rounded by the addition itself.
+  // Below 2^-14: add 1/2. The low bits of the sum are then the fraction, rounded by the addition itself.
   float absolute;
   std::memcpy(&absolute, &magnitude, sizeof(absolute));
   const float shifted = absolute + 0.5f;

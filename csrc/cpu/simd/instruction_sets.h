@@ -19,14 +19,15 @@
 
 namespace lcw_ops {
 
-// 16 of the 32 registers are accumulators. Two multiply-adds per cycle with a latency of four cycles need 8 of them;
-// the others are slack.
+// `accumulators` is the number of vectors that a tile's sums take (tiles.h), and `dot_rows` the number of rows in a
+// tile of dot products. 16 of the 32 registers are accumulators. Two multiply-adds per cycle with a latency of four
+// cycles need 8 of them; the others are slack.
 struct Avx512 {
   static constexpr int vector_bytes = 64, accumulators = 16, dot_rows = 4;
   static constexpr bool has_multiply_add = true;
 };
 
-// 12 accumulators, two vectors of b and one number of a take 15 of the 16 registers.
+// 12 accumulators, two vectors of the second operand and one number of the first take 15 of the 16 registers.
 struct Avx2 {
   static constexpr int vector_bytes = 32, accumulators = 12, dot_rows = 2;
   static constexpr bool has_multiply_add = true;
@@ -38,7 +39,7 @@ struct Portable {
 };
 
 // compiled<Isa, function>(arguments...) calls `function`, which is LCW_INLINE, as a separate function that is compiled
-// for the instruction set. If such functions were inlined at every call, the kernels would take megabytes.
+// for the instruction set. If such functions were inlined at every call, the kernels would have megabytes of code.
 template <class Isa, auto function>
 struct Compiled;
 

@@ -1,5 +1,5 @@
 // The loops of tiles.h as separate functions, compiled once for each instruction set. If they were inlined at every
-// call, they would take megabytes.
+// call, the library would be megabytes larger.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -79,8 +79,8 @@ struct Products {
   static constexpr auto round = compiled<Isa, Loops::round>;
 };
 
-// Computes a whole product, in strips of columns that stay in the nearest cache for all rows. The last two tiles share
-// their rows evenly, because a tile of two rows takes as long as one of four.
+// Computes a whole product, in strips of columns that stay in the nearest cache for all rows. The last two tiles of a
+// strip share their rows evenly, because a tile of two rows takes as long as one of four.
 template <class Isa, typename T>
 LCW_INLINE void multiply_evenly(const Product<T>& product) {
   constexpr int64_t tile = Isa::accumulators / 2, width = 64;

@@ -1,7 +1,7 @@
 // Tiles of small matrix products on row-major data, the inner loops of every recurrence and of blas/.
 //
-// `Isa` gives the width of vectors and the number of accumulators that the registers hold. The sum over k has the same
-// order for every element, whichever tile it is in.
+// `Isa` gives the width of vectors and the number of accumulators that the registers hold. The terms of every element
+// of a product are added in the same order, whichever tile the element is in.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Product {
   int64_t ldo, rows, columns, depth;
   bool accumulate = false;
   const T* shift = nullptr;         // one number per row, added to every column at the end, or nullptr
-  const T* ahead = nullptr;         // the next `a`, of the same size, to be prefetched; nullptr if it is in cache
+  const T* ahead = nullptr;         // the `a` of the next product, of the same size, to be prefetched; or nullptr
   bool is_near = false;             // `a` is in the nearest cache already
   const T* column_shift = nullptr;  // like `shift`, one number per column; whole tiles only
 
@@ -70,7 +70,7 @@ LCW_INLINE void multiply_tile(const Product<T> p) {
     }
 }
 
-// Multiplies one tile, with the rows that are left, at most `rows`.
+// Multiplies one tile of all rows of the product, or of its first `rows` rows if it has more.
 template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_rest(const Product<T> p) {
   if (p.rows >= rows) return multiply_tile<Isa, rows, vectors>(p);
@@ -88,7 +88,7 @@ template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_columns(const Product<T> p) {
   int64_t r = 0;
   for (; r + rows <= p.rows; r += rows) {
-    // Fetch the next tile's rows: they are too short for the processor to see a pattern in time.
+    // Prefetch the next tile's rows of `a`: they are too short for the processor to see a pattern in time.
     if (p.a_k == 1 && !p.is_near)
       for (int64_t next = r + rows; next < std::min<int64_t>(r + 2 * rows, p.rows); ++next)
         prefetch(p.a + next * p.a_row, p.depth);
@@ -99,7 +99,7 @@ LCW_INLINE void multiply_columns(const Product<T> p) {
     if (r < p.rows) multiply_rest<Isa, rows - 1, vectors>(p.at(r, 0));
 }
 
-// Multiplies if there are fewer columns than a vector has lanes.
+// Multiplies a product that has fewer columns than a vector has lanes.
 template <class Isa, typename T>
 LCW_INLINE void multiply_narrow(const Product<T> p) {
   for (int64_t r = 0; r < p.rows; ++r) {
@@ -114,7 +114,8 @@ LCW_INLINE void multiply_narrow(const Product<T> p) {
   }
 }
 
-// Multiplies the columns left over: computes the last vector of columns, and keeps only its last `kept` columns.
+// Multiplies the columns that do not fill a vector: computes the last whole vector of columns, and stores only its last
+// `kept` columns.
 template <class Isa, typename T>
 LCW_INLINE void multiply_last(const Product<T> p, int64_t kept) {
   constexpr int64_t lanes = Vector<T, Isa::vector_bytes>::lanes;
@@ -155,8 +156,8 @@ LCW_INLINE void multiply(Product<T> p) {
 }
 
 #if LCW_SHUFFLES
-// Replaces `first` by the elements of both rows that `low` chooses, and `second` by those that `high` chooses. An index
-// below the number of lanes chooses from the first row, any other from the second. Every choice below is one
+// Replaces `first` by the elements of both vectors that `low` chooses, and `second` by those that `high` chooses. An
+// index below the number of lanes chooses from `first`, any other from `second`. Every choice below compiles to one
 // instruction.
 template <typename Wide, typename Index>
 LCW_INLINE void shuffle_pair(Wide& first, Wide& second, Index low, Index high) {
@@ -204,7 +205,7 @@ template <typename T, int lanes>
 LCW_INLINE void transpose_block(const T*, int64_t, T*, int64_t) {}
 #endif
 
-// AVX2 and AVX-512 both shuffle 32 bytes in registers.
+// Whether blocks are transposed in registers, as vectors of 32 bytes: AVX2 and AVX-512 have shuffles for them.
 template <class Isa>
 constexpr bool shuffles = LCW_SHUFFLES && Isa::vector_bytes >= 32;
 
@@ -301,7 +302,7 @@ LCW_INLINE void dot_rows(
     if (ahead) prefetch(ahead + o * depth, units * depth);
     dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);
   }
-  // The units left over share a tile with some units that are computed a second time.
+  // Units that do not fill a tile share their tile with some units that are computed a second time.
   if (o < all_units) {
     o = all_units - units;
     dot_tile<Isa, rows, units>(state, matrix + o * depth, depth, out + o, ldo);

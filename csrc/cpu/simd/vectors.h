@@ -35,7 +35,7 @@ int64_t padded(int64_t length) {
   return (length + slack<T> - 1) / slack<T> * slack<T>;
 }
 
-// Memory, not initialised, that begins with a cache line, so that no vector lies across two of them.
+// Uninitialised memory that begins with a cache line, so that whole vectors from its start on do not cross cache lines.
 template <typename T>
 class Buffer {
  public:
@@ -68,7 +68,7 @@ struct Lanes {
   }
   LCW_INLINE static void store(const Wide& value, T* to) { std::memcpy(to, &value, sizeof value); }
 
-  // Without the sign, floating-point numbers have the order of their bits, and a NaN comes last.
+  // The bits of |value| as integers: these are in the same order as |value|, with NaN above infinity.
   LCW_INLINE static Bits magnitude(const Wide& value) {
     Bits bits;
     std::memcpy(&bits, &value, sizeof value);
@@ -78,7 +78,7 @@ struct Lanes {
   LCW_INLINE static Wide gather(const T* from, const int64_t* index) { return gather(from, index, Sequence()); }
   LCW_INLINE static Wide swap_partners(const Wide& value) { return swap(value, Sequence()); }
 
-  // Every lane takes the one below it. The first takes `fill`, whose lanes are all equal.
+  // Every lane takes the number of the lane below it. The first takes `fill`, whose lanes are all equal.
   LCW_INLINE static Wide shift_up(Wide value, Wide fill) {
     return choose(value, fill, [](int i) { return i < 1 ? count : i - 1; }, Sequence());
   }
@@ -86,9 +86,9 @@ struct Lanes {
     return choose(value, fill, [](int i) { return i + 1 < count ? i + 1 : count; }, Sequence());
   }
 
-  // For a running product or sum in steps of by = 1, 2, 4, ...: every lane takes the number of a lane below it whose
-  // sum reaches far enough down, or `fill` if there is none. Within 16 bytes, where lanes move in one instruction, this
-  // is the lane `by` below. For a larger step, it is the last lane of the half below.
+  // For a running product or sum in steps of by = 1, 2, 4, ...: every lane takes the number of a lane below it, or
+  // `fill`. Within 16 bytes, where lanes move in one instruction, this is the lane `by` below. For a larger step, a
+  // lane in the upper half of 2 by lanes takes the last lane of the lower half, which has the sum of that half.
   template <int by>
   LCW_INLINE static Wide from_below(Wide value, Wide fill) {
     constexpr auto source = [](int i) {

@@ -1,7 +1,7 @@
 // A normalised row and its gradients: w = s v / |v|,  ds = <G, v / |v|>,  dv = s (G - ds v / |v|) / |v|.
 //
-// T. Salimans, D. P. Kingma, 2016, arXiv 1602.07868. G is the gradient of w. A row is read twice, the second time from
-// cache, and written once: bound by memory.
+// T. Salimans, D. P. Kingma, 2016, arXiv 1602.07868. v is a row of the weight, s its scale, and G the gradient of w. A
+// row is read twice, the second time from cache, and written once, so the functions are bound by memory.
 #pragma once
 
 #include <algorithm>
@@ -74,7 +74,7 @@ LCW_INLINE double dot(const T* a, const T* b, int64_t count) {
 }
 
 // Writes scale v / |v| to `out`, which may be `row` itself, and returns |v|. A zero row stays zero. It has no
-// direction, and its derivatives are taken as 0: it gets the length infinity, which makes them 0.
+// direction, and its derivatives are taken as 0: the returned length is infinity, which makes them 0.
 template <class Isa, typename T>
 LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
   const double square = dot<Isa>(row, row, m);
@@ -82,7 +82,7 @@ LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
   constexpr double limit = std::is_same_v<T, double> ? 0x1p900 : 0x1p90;
   const double length = std::sqrt(square), factor = double(scale) / length, size = std::abs(factor);
   if (square > 1 / limit && square < limit && (factor == 0 || (size > 0x1p-100 && size < 0x1p100))) {
-    // Divide, so that a row of one number is exactly 1 or -1 and has no gradient left.
+    // Divide, so that a row of one number becomes exactly 1 or -1, and the number's gradient exactly 0.
     if (scale == T(1))
       for (int64_t i = 0; i < m; ++i) out[i] = row[i] / T(length);
     else

@@ -26,8 +26,9 @@ struct UnnormalisedRows {
   int64_t samples, n, m;
   const T* scale;
 
-  // The limit of |v|, of 1 / |v| and of |s| / |v|: each of them brings a number at most this much closer to overflow or
-  // underflow. A small |s| / |v| does no harm: q can overflow where y does not, but `finish` notices that.
+  // The limit of |v|, of 1 / |v| and of |s| / |v|. Within it, each of these factors brings a number at most this much
+  // closer to overflow or underflow. A small |s| / |v| does no harm: q can overflow where y does not, but `finish`
+  // notices that.
   static constexpr double most = 0x1p16;
 
   // Writes |v| to `length` and s / |v| to `factor`, or returns false. A non-finite entry of v is accepted: it makes the
@@ -98,8 +99,8 @@ struct UnnormalisedRows {
     if (infinite) finish_infinite(x, first, units, factor, bias, row);
   }
 
-  // Computes y again where it came out infinite or NaN, in float64 and scaled by `small`, because only q may have
-  // overflowed. If x itself is not finite, `row` stays as it is.
+  // Where y came out infinite or NaN, computes it again in float64 and scaled by `small`: perhaps q overflowed, but y
+  // need not. If x itself is not finite, `row` stays as it is.
   LCW_NOINLINE void finish_infinite(
       const T* x, int64_t first, int64_t units, const T* factor, const T* bias, T* row) const {
     for (int64_t k = 0; k < m; ++k)
