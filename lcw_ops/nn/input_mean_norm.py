@@ -22,8 +22,8 @@ class InputMeanNorm(nn.Module):
             ``nn.BatchNorm2d``.
         device, dtype: of the running mean. It is float32 at least: the small steps of a 16-bit mean would round to 0.
 
-    Buffers running_mean (C,) and num_batches_tracked (), as in ``nn.BatchNorm2d``. 16-bit inputs are averaged and
-    shifted in float32 and rounded once.
+    The buffers are running_mean (C,) and num_batches_tracked (), as in ``nn.BatchNorm2d``. 16-bit inputs are averaged
+    and shifted in float32 and rounded once.
 
     Raises:
         ValueError: a momentum outside [0, 1]; an input of another shape.

@@ -246,7 +246,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             call()
 
     def _check_hooks_around(self) -> None:
-        """Raise ValueError if this step runs inside another one, before which a hook has activated the same gradients."""
+        """Raise ValueError if this step runs inside another, before which a hook has activated the same gradients."""
         for other in _torch.running_steps():
             hooks = () if other is self else _torch.step_hooks(other)
             for hook in attached_hooks.intersection(hooks):

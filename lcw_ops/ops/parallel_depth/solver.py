@@ -234,7 +234,7 @@ class _DirectScan:
 
     def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
         arguments = (product, layers.bias, layers.inputs, self.filter, layers.alpha, layers.beta, layers.activation)
-        # The reference's scan multiplies by a matrix.
+        # The reference's scan multiplies by a matrix, which must not happen in TF32.
         with full_float32(states.device):
             return self.kernels.sweep_(states, *arguments)
 
