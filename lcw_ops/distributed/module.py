@@ -39,8 +39,8 @@ class DepthParallel(_OrthogonalFilter):
 
     Args:
         mlp: the plain module, with the same arguments on every rank. It is left as it is. A rank copies its range of
-            layers from its own ``mlp``; everything else comes from rank 0's. The sweeps use
-            ``mlp.tolerance``, whatever ``mlp.solver`` is; ``mlp.segment`` is ignored.
+            layers from its own ``mlp``; everything else comes from rank 0's. The sweeps use ``mlp.tolerance``, whatever
+            ``mlp.solver`` is; ``mlp.segment`` is ignored.
         process_group: gloo or nccl; default: the default group.
 
     Attributes:
@@ -54,16 +54,16 @@ class DepthParallel(_OrthogonalFilter):
     states of a rank's range, (D + 1, samples, width), are kept for backward.
 
     Training:
-        Any torch optimizer on ``parameters()`` whose step does not depend on other layers' gradients. To clip by the
-        norm, use the group's norm: all-reduce the sum of the squares of ``weight.grad`` and ``bias.grad``, and add that
-        of the other gradients. A gradient scaler must skip a step on all ranks or none:
-        ``torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler``.
-        ``state_dict()`` has this rank's layers. :meth:`full_state_dict` and :meth:`load_full_state_dict` give and take
+        Use any torch optimizer on ``parameters()`` whose step does not depend on other layers' gradients. To clip by
+        the norm, use the group's norm: all-reduce the sum of the squares of ``weight.grad`` and ``bias.grad``, and add
+        that of the other gradients. A gradient scaler must skip a step on all ranks or none, as
+        ``torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler`` does.
+        ``state_dict()`` is this rank's part. :meth:`full_state_dict` and :meth:`load_full_state_dict` give and take
         the plain module's. The module itself cannot be pickled. It has no ``reset_parameters``: after ``to_empty`` call
         :meth:`load_full_state_dict`.
         Data parallelism: ``DistributedDataParallel(depth_parallel, process_group=other)``, where ``other`` has the
-        ranks with the same range of layers, one of each depth group. Over a group with two ranks of this one, such as
-        the default group, DistributedDataParallel overwrites one rank's layers with the other's when it is made, and
+        ranks with the same range of layers, one of each depth group. If ``other`` has two ranks of this group, as the
+        default group has, DistributedDataParallel overwrites one rank's layers with the other's when it is made, and
         its first call raises.
 
     Raises:
@@ -74,9 +74,9 @@ class DepthParallel(_OrthogonalFilter):
             gradient are compared by their norm and two projections, so differences below 1e-3 of the whole (1e-2 for
             16-bit tensors) are not noticed.
         TypeError: at construction: another kind of module. In a call: dtypes that do not match. On pickling: always.
-        RuntimeError: a rank stopped answering. With gloo the error comes within the group's timeout, raised from
-            gloo's own; with nccl torch's watchdog ends the process after the timeout instead. Also raised
-            for second derivatives, which only the plain module has.
+        RuntimeError: a rank stopped answering. With gloo the error comes within the group's timeout, and gloo's own is
+            its cause; with nccl torch's watchdog ends the process after the timeout instead. Also raised for second
+            derivatives, which only the plain module has.
 
     Source:
         Derived here, see lcw_ops/distributed/recurrence.py and docs/parallel_depth.md.

@@ -105,7 +105,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     Source: as :func:`hypersphere_direction`.
     """
     arguments = (x, angles, radius, location, activation)
-    # Compare only a string: under torch.fx it may be a proxy, and comparing that gives no truth value.
+    # Compare only a string: under torch.fx the activation may be a proxy, whose comparison gives no truth value.
     is_known = activation is None or (isinstance(activation, str) and activation == "relu")
     if is_known and not _torch.in_forward_mode():
         output = try_kernel_then_explain(

@@ -180,7 +180,7 @@ def _add_to_submodule(module: nn.Module, name: str, submodule: nn.Module | None)
 
 @_torch.never_traced
 def _find_hooked(module: nn.Module) -> list[tuple[GradientHooks, str]]:
-    # Names instead of parameters: torch does not swap a parameter that something else refers to.
+    # Return names, not parameters: torch does not swap a parameter that something else refers to.
     return [(hooks, name) for hooks in _followers.get(id(module), ()) for name in hooks.names_of_hooked(module)]
 
 
@@ -188,7 +188,7 @@ def _find_hooked(module: nn.Module) -> list[tuple[GradientHooks, str]]:
 def _add_to_own(module: nn.Module, hooked: list[tuple[GradientHooks, str]]) -> None:
     for hooks in _followers.get(id(module), ()):
         hooks.add_own(module)
-    # A parameter that has been frozen since keeps the hook, in case it is trained again. Its replacement gets it too.
+    # A hooked parameter keeps the hook when it is frozen, in case it is trained again. Its replacement gets it too.
     for hooks, name in hooked:
         if (param := module._parameters[name]) is not None:
             hooks.add_frozen(param)

@@ -1,4 +1,4 @@
-"""The frame of a dense orthogonal filter: its real eigenbasis, in which it rotates pairs of units independently.
+"""The frame of a dense orthogonal filter: its real eigenbasis, in which the filter rotates pairs of units.
 
     O = B R B^-1,    R with 2 x 2 blocks r [cos t, sin t; -sin t, cos t] and real numbers on its diagonal
 
@@ -45,7 +45,7 @@ _frames: list[tuple[Tensor, Frame | None]] = []
 
 
 def get_frame(filter: Tensor) -> Frame | None:
-    """The frame of a matrix (N, N), in its dtype. None if no well-conditioned one was found. Results are cached."""
+    """The frame of a matrix (N, N), or None if no well-conditioned frame was found. Results are cached."""
     kind = filter.dtype, filter.device, filter.shape
     for known, frame in _frames:
         if (known.dtype, known.device, known.shape) == kind and torch.equal(known, filter):

@@ -318,7 +318,7 @@ def sequential_forward(backend: str, filter: Tensor) -> solver.SequentialForward
 
 
 def _count_by_inputs(h0: Tensor, layers: solver.Layers, steps: int) -> Tensor:
-    """The inputs, or zeros, which tell the reference the number of steps. A scale of length 1 may be shared by all."""
+    """The inputs, or zeros, which tell the reference the number of steps. It does not count scales of length 1."""
     return h0.new_zeros((steps, *h0.shape)) if layers.inputs is None else layers.inputs
 
 

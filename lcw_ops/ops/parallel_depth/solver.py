@@ -327,7 +327,7 @@ def make_scan(kernels, reference_kernels, filter: Tensor):
 
 
 def default_window(weight: Tensor, rows: int, steps: int) -> int:
-    """Layers per window: on a GPU all of them, on a CPU as many as fit into the cache."""
+    """Layers per window: on a GPU all; on a CPU as many as fit into the cache, but at least LEAST_DEFAULT_WINDOW."""
     if not weight.is_cpu:
         return max(steps, 1)
     width = weight.shape[-1]
@@ -384,7 +384,7 @@ class Windows:
 
 
 def warn_of_given_up(*windows: Windows) -> None:
-    """Warn of the first of these that did not converge. The text names no layer, so that Python shows it only once."""
+    """Warn of the first pass that gave up a window. The text names no layer, so that Python shows it only once."""
     given_up = next((one for one in windows if one.given_up is not None), None)
     if given_up is None:
         return
