@@ -260,7 +260,7 @@ backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 def keeps_all_states(weight: Tensor, backend: str) -> bool:
     """Whether backward reads the states that forward has returned instead of checkpoints, and so recomputes nothing.
 
-    It concerns only calls that return all states. The C++ kernel reads them if all steps share one weight.
+    This concerns only calls that return all states. The C++ kernel reads the states if all steps share one weight.
     """
     return backend == "cpp" and weight.dim() == 2
 
@@ -436,7 +436,7 @@ OrthogonalFilterBackwardForwardMode = library.forward_mode_twin(OrthogonalFilter
 
 @torch.no_grad()
 def state_gradients(grad_output, h0, weight, bias, filter, alpha, beta, inputs, activation, segment, backend):
-    """The loss's gradients by all states, (L+1, M, N), which a profiler plots, and the other gradients.
+    """The gradients of the loss with respect to all states, (L+1, M, N), which a profiler plots, and the others.
 
     ``grad_output`` is (M, N), or (L+1, M, N) if every state receives a gradient from outside. alpha and beta are
     tensors, as :func:`lcw_ops.reference.orthogonal_filter.scale_tensors` makes them.
