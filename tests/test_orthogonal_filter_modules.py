@@ -211,12 +211,12 @@ def changed(filter, index, value):
         ("haar", lambda q: changed(q, (3, 4), torch.nan), "not orthogonal"),
         ("haar", lambda q: q.bfloat16(), "because a matrix in 16 bits"),
         ("haar", lambda q: q[:, :4], r"has shape \(8, 4\); expected \(8, 8\)"),
-        ("haar", lambda q: torch.arange(8), "Make it with the other kind"),
+        ("haar", lambda q: torch.arange(8), "a filter of the state dict's kind"),
         ("cyclic", lambda p: changed(p, 0, p[1]), r"expected a permutation of 0\.\.7"),
         ("cyclic", lambda p: p + 1, r"expected a permutation of 0\.\.7"),
         # Without the check torch would round these to integers.
-        ("cyclic", lambda p: p.float() + 0.5, "Make it with the other kind"),
-        ("cyclic", lambda p: torch.eye(8), "Make it with the other kind"),
+        ("cyclic", lambda p: p.float() + 0.5, "a filter of the state dict's kind"),
+        ("cyclic", lambda p: torch.eye(8), "a filter of the state dict's kind"),
     ],
 )
 @pytest.mark.parametrize("assign", [False, True])
@@ -249,7 +249,7 @@ def test_repr_names_the_filter_that_was_loaded(made_with, loaded):
     model = nn.OrthogonalFilterMLP(3, 8, 6, 2, filter=made_with)
     state = {**model.state_dict(), "filter": make_filter(loaded, 8)}
     if (made_with == "haar") != (loaded == "haar"):
-        with pytest.raises(RuntimeError, match="Make it with the other kind"):
+        with pytest.raises(RuntimeError, match="a filter of the state dict's kind"):
             model.load_state_dict(state)
         assert f"filter='{made_with}'" in repr(model)
         return

@@ -130,7 +130,7 @@ class Group:
         return gathered
 
     def largest(self, change: Tensor, what: str) -> Tensor:
-        """The largest of all ranks' values, on the host. Infinity stands for NaN, which a maximum may lose."""
+        """The largest of all ranks' values, on the host. NaN, which a maximum may lose, counts as infinity."""
         change = change.nan_to_num(nan=math.inf, posinf=math.inf)
         with self._answered(what):
             dist.all_reduce(change, dist.ReduceOp.MAX, group=self.process_group)
@@ -143,7 +143,7 @@ class Group:
                 dist.broadcast(tensor, group=self.process_group, group_src=source)
 
     def broadcast_object(self, value, what: str):
-        """Rank 0's value."""
+        """Return rank 0's value on every rank."""
         values = [value]
         with self._answered(what):
             dist.broadcast_object_list(values, group=self.process_group, group_src=0)

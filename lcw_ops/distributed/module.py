@@ -29,18 +29,18 @@ _PIECE_BYTES = 64 * 2**20
 class DepthParallel(_OrthogonalFilter):
     """An :class:`lcw_ops.nn.OrthogonalFilterMLP` over a process group: every rank owns a contiguous range of layers.
 
-    Every rank passes the same x, gets the same y and computes the same loss. A sweep costs one all-gather of (M, N)
-    per rank and one all-reduce of a number. A pass costs one more all-reduce of a few numbers, by which ranks find out
-    whether they make the same call. There is no pipeline to fill, and there are no micro-batches. The results are
-    those of one process up to rounding. See docs/parallel_depth.md.
+    Every rank passes the same x, gets the same y and computes the same loss. A sweep costs one all-gather of a state
+    (samples, width) per rank and one all-reduce of a number. A pass costs one more all-reduce of a few numbers, by
+    which ranks find out whether they make the same call. There is no pipeline to fill, and there are no micro-batches.
+    The results are those of one process up to rounding. See docs/parallel_depth.md.
 
     Shapes:
         input (*, in_features) -> output (*, out_features), as in the plain module.
 
     Args:
         mlp: the plain module, with the same arguments on every rank. It is left as it is. A rank copies its range of
-            layers from its own ``mlp``; everything else comes from rank 0's. ``tolerance`` is the parallel solver's,
-            whatever the module's ``solver``; ``segment`` does not matter.
+            layers from its own ``mlp``; everything else comes from rank 0's. The sweeps use ``mlp.tolerance``, whatever
+            ``mlp.solver`` is; ``mlp.segment`` is ignored.
         process_group: gloo or nccl; default: the default group.
 
     Attributes:
@@ -51,32 +51,32 @@ class DepthParallel(_OrthogonalFilter):
 
     All ranks give up together if the sweeps do not converge. Then the layers run in order, rank by rank, and rank 0
     issues one RuntimeWarning after the pass. If the user has made the warning an error, all ranks raise. Memory: all
-    states of a rank's range, (D + 1, M, N), are kept for backward.
+    states of a rank's range, (D + 1, samples, width), are kept for backward.
 
     Training:
-        Any torch optimizer on ``parameters()`` whose step does not depend on other layers' gradients. To clip by the
-        norm, use the group's norm: all-reduce the sum of the squares of ``weight.grad`` and ``bias.grad``, and add that
-        of the other gradients. A gradient scaler must skip a step on all ranks or none:
-        ``torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler``.
-        ``state_dict()`` is this rank's. :meth:`full_state_dict` and :meth:`load_full_state_dict` are the plain
-        module's. The module itself cannot be pickled. It has no ``reset_parameters``: after ``to_empty`` call
+        Use any torch optimizer on ``parameters()`` whose step does not depend on other layers' gradients. To clip by
+        the norm, use the group's norm: all-reduce the sum of the squares of ``weight.grad`` and ``bias.grad``, and add
+        that of the other gradients. A gradient scaler must skip a step on all ranks or none, as
+        ``torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler`` does.
+        ``state_dict()`` is this rank's part. :meth:`full_state_dict` and :meth:`load_full_state_dict` give and take
+        the plain module's. The module itself cannot be pickled. It has no ``reset_parameters``: after ``to_empty`` call
         :meth:`load_full_state_dict`.
         Data parallelism: ``DistributedDataParallel(depth_parallel, process_group=other)``, where ``other`` has the
-        ranks with the same range of layers, one of each depth group. Over a group with two ranks of this one, such as
-        the default group, DistributedDataParallel overwrites one rank's layers with the other's when it is made, and
+        ranks with the same range of layers, one of each depth group. If ``other`` has two ranks of this group, as the
+        default group has, DistributedDataParallel overwrites one rank's layers with the other's when it is made, and
         its first call raises.
 
     Raises:
         ValueError: at construction: no process group, more ranks than layers, modules that differ between ranks, one
             filter per layer, alpha or beta that require a gradient, a window. In a call, on every rank: a shape, dtype,
-            gradient mode, activation, tolerance or numbers that differ from the other ranks', anything that the plain
-            module refuses, and data parallelism over ranks of this group. The first state and the output's gradient are
-            compared by their norm and two projections, so differences below 1e-3 of the whole (1e-2 for 16-bit tensors)
-            are not noticed.
+            gradient mode, activation, tolerance or input values that differ from the other ranks', anything that the
+            plain module refuses, and data parallelism over ranks of this group. The first state and the output's
+            gradient are compared by their norm and two projections, so differences below 1e-3 of the whole (1e-2 for
+            16-bit tensors) are not noticed.
         TypeError: at construction: another kind of module. In a call: dtypes that do not match. On pickling: always.
-        RuntimeError: a rank stopped answering. With gloo the error comes within the group's timeout, raised from
-            gloo's own; with nccl torch's watchdog ends the process after the timeout instead. Also raised
-            for second derivatives, which only the plain module has.
+        RuntimeError: a rank stopped answering. With gloo the error comes within the group's timeout, and gloo's own is
+            its cause; with nccl torch's watchdog ends the process after the timeout instead. Also raised for second
+            derivatives, which only the plain module has.
 
     Source:
         Derived here, see lcw_ops/distributed/recurrence.py and docs/parallel_depth.md.
@@ -132,12 +132,12 @@ class DepthParallel(_OrthogonalFilter):
             # Other ranks will run a backward pass, and this rank has to take part in it.
             h0 = h0.detach().requires_grad_()
         h = DepthRecurrenceFunction.apply(h0.to(dtype), self.weight, self.bias.to(dtype), recurrence)
-        # As in the plain module: under autocast the dtype stays.
+        # As in the plain module, the result keeps the state's dtype under autocast.
         result_dtype = dtype if torch.is_autocast_enabled(h0.device.type) else h0.dtype
         return self.output_layer(h.to(result_dtype)).reshape(*x.shape[:-1], self.out_features)
 
     def _refuse_same_group(self) -> None:
-        """ValueError inside a DistributedDataParallel that has given these layers to other ranks of the group."""
+        """Raise ValueError inside a DistributedDataParallel that has given these layers to other ranks of the group."""
         # Only the wrapper shows the mistake: equal layers on all ranks may be intended.
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is None or not any(
@@ -162,7 +162,7 @@ class DepthParallel(_OrthogonalFilter):
         return h0
 
     def _agree_on_call(self, h0: Tensor | None, error: Exception | None) -> bool:
-        """Whether any rank needs a gradient. ValueError on all ranks unless they make the same call."""
+        """Whether any rank needs a gradient. Raises ValueError on all ranks unless they make the same call."""
         enabled = torch.is_grad_enabled()
         tensors = (self.weight, self.bias) if h0 is None else (h0, self.weight, self.bias)
         return self.group.agree(

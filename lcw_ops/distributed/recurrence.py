@@ -2,11 +2,11 @@
 
     h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l)
 
-lcw_ops/ops/parallel_depth/solver.py explains the sweeps. Here a sweep is local except for the states between ranges of
-layers. First, a rank scans its D layers from a zero state. All ranks gather the states at the ends of the ranges, M
-samples by N units each. The linear part across a range is alpha^D O^D, so every rank can compute the state with which
-each range begins. Then a rank scans its range from that state. The adjoint does the same from the last layer to the
-first. Derived here.
+h_l is the state after layer l, and O the filter. lcw_ops/ops/parallel_depth/solver.py explains the sweeps. Here a sweep
+is local except for the states between ranges of layers. First, a rank scans its D layers from a zero state. All ranks
+gather the states at the ends of the ranges, M samples by N units each. The linear part across a range is alpha^D O^D,
+so every rank can compute the state with which each range begins. Then a rank scans its range from that state. The
+adjoint does the same from the last layer to the first. Derived here.
 
 Cost of a sweep: two scans and a batched matmul of the rank's own layers, one all-gather of (M, N) per rank, and one
 all-reduce of a number. In small nets the latency of these two collectives takes most of the time.
@@ -51,7 +51,7 @@ class _Basis(NamedTuple):
         return cls(kernels, frame.rotation, frame)
 
     def scan(self, states: Tensor, source: Tensor | None, alpha: Tensor) -> Tensor:
-        # The plain scan multiplies by a matrix.
+        # The reference's scan multiplies by a matrix, which must not happen in TF32.
         with full_float32(states.device):
             one = alpha.new_ones(1)
             return self.kernels.sweep_(states, source, None, None, self.filter, alpha, one, "identity")
@@ -102,7 +102,10 @@ def _multiplied(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
 
 
 class _Carry:
-    """The linear part across whole ranges, in float64: x <- alpha^D O^D x + the range's own addition."""
+    """The step from one range of layers to the next, in float64: x <- alpha^D O^D x + the range's own addition.
+
+    x is the state, D the number of layers in the range. The addition is the range's last state if it starts from zero.
+    """
 
     def __init__(self, powers: list[Tensor], decays: list[Tensor]) -> None:
         self.powers, self.decays = powers, decays
@@ -116,11 +119,11 @@ class _Carry:
         return cls([powers[length] for length in lengths], decays)
 
     def adjoint(self) -> "_Carry":
-        """The ranges from the last one to the first."""
+        """The same for gradients, from the last range to the first."""
         return _Carry([reference.transpose_filter(power) for power in self.powers[::-1]], self.decays[::-1])
 
     def run(self, first: Tensor, added: Tensor | None = None) -> list[Tensor]:
-        """The states between ranges, from ``first`` to the one that leaves the last range."""
+        """The states between ranges, from ``first`` to the state that leaves the last range."""
         between = [first]
         for number, (power, decay) in enumerate(zip(self.powers, self.decays, strict=True)):
             state = decay * reference.apply_filter(between[-1], power)
@@ -129,7 +132,7 @@ class _Carry:
 
 
 class _Sweeps(solver.Windows):
-    """The stopping rule, for one window of all layers."""
+    """The stopping rule of the sweeps, for one window that has all layers."""
 
     def __init__(self, direction: str, tolerance: float, layers: int) -> None:
         super().__init__(None, tolerance, layers, layers)
@@ -178,7 +181,7 @@ class DepthRecurrence:
         states = h0.new_empty((self.stop - self.start + 1, *h0.shape))
         work, other = torch.empty_like(states), torch.empty_like(states)
         product = work[1:]
-        # In a frame the source is a copy, so the scan from zero may use the product's memory.
+        # In a frame the source is a copy of the product, so the scan from zero may use the product's memory.
         inside, from_zero = (states, other) if basis.frame is None else (torch.empty_like(states), work)
         first = basis.enter_chain(h0)
         between = self.carry.run(first)
@@ -288,7 +291,7 @@ class DepthRecurrence:
         error = None
         if self.group.rank == 0:
             try:
-                # The same text every time, so that Python shows it once.
+                # Use the same text every time, so that Python shows it only once.
                 warnings.warn(
                     f"DepthParallel: sweeps over {self.depth} layers did not converge ({direction}). The ranks "
                     "continued in order: the result is correct but took longer. A smaller beta converges "

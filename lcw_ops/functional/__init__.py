@@ -1,4 +1,4 @@
-"""The public functions, one file per stem: they check their arguments once, choose a backend and call the op."""
+"""The public functions, one file per method. They check their arguments once, choose a backend and call the op."""
 
 from lcw_ops.functional.gradient_activation import gradient_activation_
 from lcw_ops.functional.hypersphere import gmp_linear, hypersphere_angles, hypersphere_direction

@@ -14,7 +14,7 @@ def try_kernel_then_explain(
 ) -> Tensor | None:
     """Call the C++ kernel at once, and check the arguments only if it refuses them.
 
-    For a small layer the checks would take as long as the kernel, whose own guards are enough to be safe.
+    For a small layer the checks would take as long as the kernel. The kernel's own guards suffice for memory safety.
 
     Args:
         op: the name by which the backend is chosen.

@@ -136,12 +136,12 @@ def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
                     op,
                     f"tensors[{index}]",
                     f"has shape {tuple(tensor.shape)} and strides {tensor.stride()}, so elements share memory",
-                    "elements that do not, because each shared one would be activated more than once",
+                    "elements with memory of their own, because a shared one is activated more than once",
                     f"Copy it first: tensors[{index}].contiguous().",
                 )
             )
     if len(set(map(id, tensors))) != len(tensors):
-        came, expected = "has one tensor in the list twice", "each once, because it would be activated twice"
+        came, expected = "has one tensor in the list twice", "each tensor once, or it would be activated twice"
         raise ValueError(_checks.describe(op, "tensors", came, expected, "Leave one of the two out."))
     shared = None if traced else _gradient_activation.find_shared(tensors)
     if shared is not None:

@@ -17,9 +17,9 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     the poles (sin t_k = 0) too. At a pole, the later angles have no effect, and their gradients are 0.
 
     Args:
-        angles: (n, m - 1), in radians, one row per unit; a filter is flattened to one row. float32, float64, bfloat16
-            or float16; computed in float32 or wider and rounded once. Any size is valid, but in Triton angles of 2^52
-            and more give NaN, because neighbouring floats are whole turns apart.
+        angles: (n, m - 1) for n units of m inputs, in radians; a filter is flattened to one row. float32, float64,
+            bfloat16 or float16; computed in float32 or wider and rounded once. Any size is valid, but in Triton
+            angles of 2^52 and more give NaN, because neighbouring floats are whole turns apart.
 
     Returns:
         (n, m), of the angles' dtype. For m = 1 there are no angles to hold a sign: the result is (n, 1) ones.
@@ -48,11 +48,12 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
     """The angles of the rows' directions: the inverse of :func:`hypersphere_direction`, up to the rows' lengths.
 
     ``t_k = atan2(||w_{k+1:m}||, w_k)`` for k <= m - 2, ``t_{m-1} = atan2(w_m, w_{m-1})``. The sign of every component
-    is kept, except for m = 1, where no angle could hold it. A zero row gets angles 0, so the direction (1, 0, ..). The
-    function runs once, when a layer is initialised, so it is plain torch on every device.
+    is kept, except for m = 1, where no angle could hold it. A zero row gets angles 0, which give the direction
+    (1, 0, ..). The function runs once, when a layer is initialised, so it is plain torch on every device.
 
     Args:
-        weight: (n, m), m >= 1. float32, float64, bfloat16 or float16. Rows may have any finite length.
+        weight: (n, m) for n units of m >= 1 inputs. float32, float64, bfloat16 or float16. Rows may have any finite
+            length.
 
     Returns:
         (n, m - 1), in radians: in [0, pi], the last in [-pi, pi]. Where a derivative does not exist, it is taken as 0.
@@ -75,23 +76,24 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
 def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, activation: str | None = None) -> Tensor:
     """A layer of units on the hypersphere: ``radius * act(x @ u.T + location)``, u = hypersphere_direction(angles).
 
-    The unit's boundary, where it begins to fire, is at the point -location * u. A change of the angles turns its
-    direction by at most the change's norm. For radius > 0 this is the plain layer of weight radius * u and bias
+    A unit's boundary, where the unit begins to fire, is the plane through -location * u. A change of the unit's angles
+    turns u by at most the change's norm. For radius > 0 this is the plain layer of weight radius * u and bias
     radius * location, with as many parameters.
 
     On a CPU, a measurement decides which matmul runs, as in :func:`lcw_linear`. For few samples (up to 32 on a CPU, 64
     in Triton), directions are never written to memory.
 
     Args:
-        x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more samples than
-            these, directions and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers would do.
-        angles: (n, m - 1), in radians.
+        x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. With more than
+            these few samples, directions and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers
+            would do.
+        angles: (n, m - 1) for n units of m inputs, in radians.
         radius: (n,), of any sign; it multiplies the activation's result.
         location: (n,).
         activation: None or "relu".
 
         All tensors have x's dtype. Under autocast their dtypes may differ, but float64 does not mix with others;
-        directions are computed in the angles' own dtype, then rounded.
+        directions are then computed in the angles' own dtype and rounded.
 
     Returns:
         (..., n), in x's dtype or, under autocast, in autocast's.
@@ -103,7 +105,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     Source: as :func:`hypersphere_direction`.
     """
     arguments = (x, angles, radius, location, activation)
-    # Compare only a string: under torch.fx it may be a proxy, and comparing that gives no truth value.
+    # Compare only a string: under torch.fx the activation may be a proxy, whose comparison gives no truth value.
     is_known = activation is None or (isinstance(activation, str) and activation == "relu")
     if is_known and not _torch.in_forward_mode():
         output = try_kernel_then_explain(

@@ -13,15 +13,16 @@ from lcw_ops.ops import lcw_linear as _lcw_linear
 
 
 def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
-    """Rows that sum to zero, from an unconstrained parameter. Inputs of equal means then cause no activation shift.
+    """Rows that sum to zero, from an unconstrained parameter. Inputs with equal means then cause no activation shift.
 
     In the centred form, ``w = u - mean(u)`` for each row u of the parameter, with the mean over all dimensions but the
     first. In the basis form, ``w = B v`` for each row v: B is Householder's orthonormal basis of the zero-sum vectors
     and is never stored. With s = sqrt(m) and S = sum(v), ``w_j = v_j - S / (s (s + 1))`` for j < m, ``w_m = -S / s``.
 
     Args:
-        weight: (n, m, *k), or (n, m - 1) with ``basis``; one row, or filter, per unit. float32, float64, bfloat16 or
-            float16. Sums are taken in float32 or wider, and the result is rounded once. A channels-last layout is kept.
+        weight: (n, m, *k) for n units of m inputs (*k is a filter's size), or (n, m - 1) with ``basis``. float32,
+            float64, bfloat16 or float16. Sums are taken in float32 or wider, and the result is rounded once. A
+            channels-last layout is kept.
         basis: whether to use the paper's parametrization.
 
     Returns:

@@ -17,7 +17,7 @@ __all__ = ["choose_solver", "solve"]
 def solve(
     recurrence: Recurrence, activation: str, return_states: bool, tolerance: float | None, window: int | None
 ) -> Tensor:
-    """Solve all layers of a window at once, by Picard sweeps. Returns (M, N), or (L+1, M, N) with ``return_states``."""
+    """Solve all layers of a window at once, by Picard sweeps. Returns the last state, or all with ``return_states``."""
     h0 = recurrence.h0
     backend = backends.choose(_op.SWEEP, h0.device, h0.shape[1], state_dtype(h0.dtype).itemsize)
     recurrence, steps = recurrence.as_tensors()

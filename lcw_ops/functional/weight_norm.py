@@ -14,7 +14,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     """Weight normalization: ``scale * weight / ||weight||`` by rows.
 
     Args:
-        weight: (n, m), one row per unit; a filter is flattened to one row. float32, float64, bfloat16 or float16;
+        weight: (n, m) for n units of m inputs; a filter is flattened to one row. float32, float64, bfloat16 or float16;
             computed in float32 or wider and rounded once. Rows may have any finite length. A zero row, which has no
             direction, stays zero, with zero derivatives.
         scale: (n,), of any sign, of the weight's dtype.
@@ -47,16 +47,16 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer with weight normalization: ``x @ normalize_scale(weight, scale).T + bias``.
 
-    On a CPU, the normalised weight is not computed for up to 64 samples, nor for up to a quarter as many samples as
-    inputs: x is multiplied by the unnormalised rows, and the products are scaled. Exceptions are rows longer than
-    2**16, rows shorter than 2**-16 or than scale * 2**-16, a fan-in of one, and float16 with more than 64 samples.
-    Numbers near the smallest of x's dtype lose digits. A measurement decides which matmul runs, as in
+    On a CPU, the normalised weight is not computed if there are at most 64 samples, or at most a quarter as many
+    samples as inputs. Instead, x is multiplied by the unnormalised rows, and the products are scaled. Exceptions are
+    rows longer than 2**16, rows shorter than 2**-16 or than scale * 2**-16, a fan-in of one, and float16 with more than
+    64 samples. Numbers near the smallest of x's dtype lose digits. A measurement decides which matmul runs, as in
     :func:`lcw_linear`.
 
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more than 64 samples,
             the products or the normalised weight are rounded to x's dtype, as torch's own layers would round them.
-        weight: (n, m), m >= 1; a zero row is a unit of weight zero.
+        weight: (n, m) for n units of m >= 1 inputs; a zero row is a unit of weight zero.
         scale: (n,), of any sign.
         bias: (n,), or None.
 

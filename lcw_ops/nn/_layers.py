@@ -1,4 +1,4 @@
-"""The parts that the layers with reparametrized weights share.
+"""The parts that the GmP and the weight-norm layers share.
 
 None of these layers is a subclass of its namesake in torch.nn: code that finds an ``nn.Linear`` assumes that the layer
 applies its ``weight``.

@@ -286,12 +286,12 @@ class GmPConv3d(_GmPConv):
 
 
 def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:
-    """Parameter groups for ``torch.optim``: the angles of a GmP layer of fan-in m get the rate lr / sqrt(m), no decay.
+    """Parameter groups for ``torch.optim``: the angles of a GmP layer of fan-in m get the rate lr / sqrt(m).
 
     Adam moves every angle by about its rate, which turns a unit by sqrt(m / 2) times the rate. With these groups, the
-    turn is about the same at every fan-in. Decay of the radius is enough to decay w = r u and b = r lambda of the plain
-    layer. Locations are not decayed, because decay would draw every boundary to the origin. Angles are not decayed,
-    because the angle 0 is a pole.
+    turn is about the same at every fan-in. Decay of the radius r is enough to decay the plain layer's weight r u and
+    bias r lambda. Locations are not decayed, because decay would draw every boundary to the origin. Angles are not
+    decayed, because the angle 0 is a pole.
 
     Args:
         model: the model. Its GmP layers are found by type, wherever they are.

@@ -24,7 +24,7 @@ class InputMeanNorm(nn.Module):
         device, dtype: of the running mean. Its dtype is at least float32: a 16-bit mean's small steps would round to 0.
 
     The buffers are running_mean (C,) and num_batches_tracked (), as in ``nn.BatchNorm2d``. 16-bit inputs are averaged
-    and shifted in float32, and the result is rounded once.
+    and shifted in float32 and rounded once.
 
     Raises:
         ValueError: a momentum outside [0, 1]; an input of another shape.

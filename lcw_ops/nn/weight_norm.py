@@ -1,4 +1,4 @@
-"""Layers with weight normalization: w = s v / ||v|| by rows or filters.
+"""Layers with weight normalization: a row or filter of the weight is s v / ||v||, with trained s and v.
 
 T. Salimans, D. P. Kingma, "Weight Normalization", NeurIPS 2016, arXiv 1602.07868.
 """

@@ -19,11 +19,11 @@ CPU = torch.device("cpu")
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
-# Device type -> backends in the order of preference.
+# Device type -> backends and forms in the order of preference.
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda", "graph")}
 
-# Form -> the backend that it belongs to. Users cannot request a form; a request for its backend selects the form if the
-# op passes it as `first`.
+# Form -> its backend. A form is a kernel within a backend that users cannot request by name. A request for the backend
+# selects the form if the op passes the form as `first`.
 FORM_OF = {"graph": "cuda"}
 
 # (op, backend or form) -> the compute capabilities on which this kernel's tests have passed, with a log committed under
@@ -108,7 +108,10 @@ def _resolve(
     too_wide: tuple[str, ...] = (),
     first: str | None = None,
 ) -> str:
-    """Returns the requested kernel, or the most preferred that can run ``op`` and is not in ``too_wide``."""
+    """Returns the requested kernel, or else the most preferred one that can run ``op``.
+
+    Kernels in ``too_wide`` cannot, because the rows are too wide for them. ``first`` is preferred to all others.
+    """
     if requested is not None:
         _check_known(requested)
         kernel = first if FORM_OF.get(first) == requested else requested

@@ -1,4 +1,7 @@
-"""A number that changes with a tensor's content, for CPU tensors only: reading them does not wait for a device."""
+"""A 64-bit hash of a tensor's bytes, which shows whether a value computed from the tensor is still current.
+
+For CPU tensors only: to read a GPU tensor, the host would have to wait.
+"""
 
 import torch
 from torch import Tensor
@@ -12,7 +15,11 @@ library.declare(NAME, "(Tensor tensor) -> int", backends=("cpp",))
 
 
 def can_be_taken(tensor: Tensor) -> bool:
-    """Whether there are bytes to read: the tensor is contiguous, on a CPU, not of a subclass and not traced."""
+    """Whether :func:`fingerprint` can read the tensor.
+
+    The tensor is contiguous, on a CPU and not of a subclass, and the call is not traced, in forward mode or under
+    torch.func.
+    """
     return (
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)

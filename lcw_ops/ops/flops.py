@@ -1,8 +1,8 @@
 """Formulas of the ops' arithmetic for torch's FlopCounterMode, which cannot see the products inside an op.
 
-The formulas count the matrix products of the mathematics, whatever a kernel does. A constrained layer counts as a plain
-one, and a recurrence solved in parallel as one solved layer by layer. States that backward recomputes to save memory
-count once.
+The formulas count the matrix products in an op's mathematical definition, whatever a kernel does. A constrained layer
+counts as a plain layer, and a recurrence solved in parallel as a recurrence solved layer by layer. States that backward
+recomputes to save memory count once.
 """
 
 import torch
@@ -35,14 +35,17 @@ def _weight_norm_linear_backward(grad_shape, x_shape, weight_shape, *rest, out_s
 
 
 def _recurrence(h0_shape, weight_shape, bias, filter_shape, alpha, beta, inputs, steps, *_, out_shape=None) -> int:
-    """W h, and O h unless O is a permutation."""
+    """The products of the state h with the weight W and, unless it is a permutation, with the filter O."""
     return (1 + _is_matrix(filter_shape)) * _recurrence_product(h0_shape, steps)
 
 
 def _recurrence_backward(
     grad_shape, checkpoints, weight_shape, bias, filter_shape, alpha, beta, inputs, steps, needs_weight
 ) -> int:
-    """The products P W, G O (unless O is a permutation), and P^T h for the weight's gradient."""
+    """The products P W, G O (unless O is a permutation) and, for the weight's gradient, P^T h.
+
+    G is the gradient of the state h, and P that of the pre-activation.
+    """
     return (1 + _is_matrix(filter_shape) + needs_weight) * _recurrence_product(grad_shape[-2:], steps)
 
 
@@ -57,7 +60,7 @@ def _orthogonal_filter_parallel_backward(*arguments, out_shape=None) -> int:
 
 
 def _recurrence_product(state_shape, steps: int) -> int:
-    """(M, N) times (N, N) at every step."""
+    """A state (samples, units) times a matrix (units, units) at every step."""
     rows, width = state_shape
     return 2 * rows * width * width * steps
 
@@ -81,7 +84,7 @@ FORMULAS = {
 
 
 def register() -> None:
-    """Give torch's counter the formulas that it does not have yet. Call this once its module has been imported."""
+    """Give torch's counter the formulas that it lacks. Call this once torch.utils.flop_counter has been imported."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name, formula in FORMULAS.items():

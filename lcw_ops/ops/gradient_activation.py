@@ -1,6 +1,6 @@
 """Activated gradients (GAF) in place over a list of tensors, as a registered op.
 
-f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) ln(1 + beta |g|), by element. M. Liu, L. Chen, X. Du,
+f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) ln(1 + beta |g|), elementwise. M. Liu, L. Chen, X. Du,
 L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
 """
 
@@ -23,8 +23,8 @@ TRY = "try_"
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
-# The number of tensors in one foreach call, or copied into one dtype at a time. Many, because a foreach call costs
-# about as much as a call for one tensor; not all, because the copies take memory.
+# The number of tensors in one foreach call, or copied into one dtype at a time. It is large because a foreach call
+# costs about as much as a call for one tensor. It is limited because the copies take memory.
 FOREACH_TENSORS = 32
 
 
@@ -55,8 +55,8 @@ def may_overlap(tensor: Tensor) -> bool:
 def find_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The indices of two tensors that may share memory, or None if no two do.
 
-    Exact where no two ranges of addresses overlap, and for slices and interleaved views of one tensor (columns,
-    channels, every second element). Any other tensors with overlapping ranges count as shared.
+    The answer is exact if no two ranges of addresses overlap, and for slices and interleaved views of one tensor
+    (columns, channels, every second element). Any other tensors with overlapping ranges count as shared.
     """
     spans = []
     for index, tensor in enumerate(tensors):
@@ -86,7 +86,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _span(tensor: Tensor, period: int = 0) -> int:
-    """Bytes from the first element to the end of the last. ``period`` leaves out strides that are multiples of it."""
+    """Bytes from the first element to the end of the last. Strides that are multiples of ``period`` do not count."""
     if not period and tensor.is_contiguous():
         return tensor.nbytes
     itemsize = tensor.itemsize
@@ -95,7 +95,7 @@ def _span(tensor: Tensor, period: int = 0) -> int:
 
 
 def _clusters(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-    """Sorted spans, split wherever no span reaches across."""
+    """Split the sorted spans (start, end, index) into clusters. No span reaches into another cluster."""
     clusters, end = [], 0
     for span in spans:
         if span[0] >= end:
@@ -106,9 +106,10 @@ def _clusters(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, in
 
 
 def _find_shared_in_cluster(cluster: list[tuple[int, int, Tensor]]) -> tuple[int, int] | None:
-    """Two of the indices, or None if for some period their addresses modulo it lie in ranges that do not overlap.
+    """The indices of two tensors of the cluster, or None if a period shows that none of its tensors share memory.
 
-    The periods tried are the strides of the first two tensors.
+    A period shows this if the tensors' addresses modulo the period lie in ranges that do not overlap. The periods that
+    are tried are the strides of the first two tensors.
     """
     if len(cluster) == 1:
         return None
@@ -118,14 +119,14 @@ def _find_shared_in_cluster(cluster: list[tuple[int, int, Tensor]]) -> tuple[int
             (offset, offset + _span(tensor, period))
             for offset, tensor in (((start - origin) % period, tensor) for start, _, tensor in cluster)
         )
-        # The first range starts at 0, so a range that ends after the period overlaps it.
+        # The first range starts at 0 and again at the period, so a range that ends after the period would overlap it.
         if ranges[-1][1] <= period and all(left[1] <= right[0] for left, right in pairwise(ranges)):
             return None
     return first, second
 
 
 def _fake(tensors, kind, alpha, beta):
-    # If one tensor is a meta tensor, this runs instead of the kernels, and the real ones would silently stay unchanged.
+    # If one tensor is on meta, this runs instead of the kernels, and the other tensors would silently stay unchanged.
     if len({tensor.device for tensor in tensors}) > 1:
         raise ValueError(f"{NAME}: tensors on different devices; call lcw_ops.functional.{NAME}")
 
@@ -176,7 +177,7 @@ def activate_(backend: str, tensors: list[Tensor], kind: str, alpha: float, beta
 
 
 def activate_plain_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> bool:
-    """Call the C++ kernel on tensors checked only for their type. False if it refused them and wrote nothing."""
+    """Call the C++ kernel on tensors checked only for their type. False if the kernel refused and wrote nothing."""
     if _torch.is_traced() or not library.get_overload(TRY + NAME, "cpp")(tensors, kind, alpha, beta):
         return False
     _count_writes(tensors)
@@ -217,7 +218,7 @@ def _to_dense(tensor: Tensor) -> Tensor:
 
 
 def _is_virtual(tensor: Tensor) -> bool:
-    """Whether its values are not those in memory: a view that torch negates on reading, or zeros without memory.
+    """Whether memory does not hold the values: a view that torch negates on reading, or zeros without memory.
 
     Compilers resolve both themselves.
     """
@@ -257,7 +258,7 @@ def sgd_step_(
     alpha: float,
     beta: float,
 ) -> None:
-    """One step of SGD on ``backend``, with f of the gradient or of the momentum's result (``activate``).
+    """One step of SGD on ``backend``, with f applied to the gradient or to the result of momentum (``activate``).
 
     It computes ``lcw_ops.reference.sgd_step`` in place. The tensors are on one device, in any layout; grads are only
     read. A parameter, its gradient and its buffer may differ in dtype: the step is computed in float64 if one of them
@@ -294,7 +295,7 @@ def adamw_step_(
     alpha: float,
     beta: float,
 ) -> None:
-    """One step of AdamW on ``backend``, with f of the raw gradient.
+    """One step of AdamW on ``backend``, with f applied to the raw gradient.
 
     It computes ``lcw_ops.reference.adamw_step`` in place. Devices, layouts and dtypes are as in `sgd_step_`; grads are
     only read. ``max_exp_avg_sqs`` is empty without ``amsgrad``; ``state_steps`` are 0-dim float32 and already count
@@ -315,7 +316,7 @@ def adamw_step_(
 def _step_in_place(
     name: str, backend: str, step, written: list[list[Tensor]], grads: list[Tensor], state_steps: list[Tensor]
 ) -> None:
-    """``step(overload, *written, grads, state_steps)`` on tensors in any layout and of any dtypes."""
+    """Call ``step(overload, *written, grads, state_steps)``. Tensors that the op does not take are copied."""
     # With empty lists the dispatcher could not tell the device.
     if not grads:
         return
@@ -330,7 +331,10 @@ def _step_in_place(
 
 
 def _check_forms(name: str, written: list[list[Tensor]], grads: list[Tensor]) -> None:
-    """ValueError if shapes or devices differ: a copy would cross devices or broadcast, and not come back."""
+    """Raise ValueError if a gradient or a state has another shape or device than its parameter.
+
+    A copy in the parameter's form would hide it by crossing devices or by broadcasting, and could not be written back.
+    """
     if torch.compiler.is_compiling():
         return
     for own in zip(*(tensors for tensors in (*written, grads) if tensors), strict=True):
@@ -379,7 +383,7 @@ def _common_dtypes(written: list[list[Tensor]], grads: list[Tensor]) -> tuple[li
 
 
 def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, with copies of those whose layout or dtype is not the parameter's. [] stays []."""
+    """The tensors, with copies of those whose layout or dtype is not the parameter's. An empty list stays empty."""
     return [
         tensor
         if tensor.stride() == param.stride() and tensor.dtype is param.dtype and not _is_virtual(tensor)
@@ -390,7 +394,7 @@ def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
 
 def _reference_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
     if torch.compiler.is_compiling() or _torch.is_exporting() or _torch.in_functorch():
-        # The compiler fuses these itself, torch.jit.trace records no foreach calls, and foreach has no vmap rules.
+        # Compilers fuse by themselves, torch.jit.trace records no foreach calls, and foreach has no vmap rules.
         for tensor in tensors:
             tensor.copy_(reference.gradient_activation(tensor, kind, alpha, beta))
         return
@@ -408,7 +412,7 @@ def _reference_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: f
 
 
 def _foreach_activate_(tensors: list[Tensor], kind: str, alpha: float, beta: float) -> None:
-    """lcw_ops.reference.gradient_activation in place, in one call per operation."""
+    """lcw_ops.reference.gradient_activation in place, in one foreach call per operation."""
     if kind == "log":
         signs = torch._foreach_sign(tensors)
         torch._foreach_abs_(tensors)
@@ -437,7 +441,7 @@ def _round_into(tensors: list[Tensor], wide: list[Tensor]) -> None:
 
 
 def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -> None:
-    """Call ``step(*written, grads, counts, *options)`` on groups of parameters, in one dtype of at least float32."""
+    """Call ``step(*written, grads, counts, *options)`` on groups of parameters, each in one dtype, float32 or wider."""
     if not grads:
         return
     resolved = [_resolve_negations(tensors) for tensors in written]
@@ -445,7 +449,7 @@ def _by_dtype(step, written: list[list[Tensor]], grads, state_steps, *options) -
     by_dtype: dict[torch.dtype, list[int]] = {}
     for index, dtype in enumerate(dtypes):
         by_dtype.setdefault(dtype, []).append(index)
-    # Read together, they make the host wait for the device once.
+    # Read all counts together, so that the host waits for the device only once.
     counts = torch.stack(state_steps).reshape(len(grads)).tolist() if state_steps else []
     for own_dtype, indices in by_dtype.items():
         dtype = torch.promote_types(own_dtype, torch.float32)

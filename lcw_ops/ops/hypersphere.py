@@ -1,7 +1,10 @@
 """Hyperspherical weights (GmP) as registered ops: the directions of given angles, and the linear layer.
 
-y = r act(x u^T + lambda), u_k = cos t_k prod_{i<k} sin t_i. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912. The
-gradients of an op are another op. Second derivatives are those of the reference, in plain torch.
+y = r act(x u^T + lambda): each unit has a radius r, a location lambda, and angles t that give its unit row u, with
+u_k = cos t_k prod_{i<k} sin t_i for k < m and u_m = prod_{i<m} sin t_i. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912.
+The gradients of an op are another op. Second derivatives are those of the reference, in plain torch.
+
+In shapes, M is the number of samples, n of units and m of inputs.
 """
 
 import functools
@@ -16,7 +19,7 @@ from lcw_ops import _old_names, _torch, reference
 from lcw_ops.ops import backends, library
 
 DIRECTION = "hypersphere_direction"
-# The backend of both ops is chosen by this name.
+# The backend of the layer is chosen by this name too.
 NAME = DIRECTION
 DIRECTION_BACKWARD = "hypersphere_direction_backward"
 GMP_LINEAR = "gmp_linear"
@@ -97,8 +100,8 @@ library.declare(
     backends=("cpp", "triton"),
     fake=_gmp_linear_backward_fake,
 )
-# Up to this many samples a backend computes the directions inside the product, again in backward, and never keeps them.
-# With more samples that costs more than keeping them, as large as the weight, from forward to backward.
+# Up to this many samples, a backend computes the directions inside the product, in backward once more, and never stores
+# them. With more samples, it is cheaper to keep the directions, which are as large as the weight, for backward.
 library.declare(FEW_SAMPLES, "() -> int", backends=("cpp", "triton"))
 library.implement_in_triton("hypersphere", DIRECTION, DIRECTION_BACKWARD, GMP_LINEAR, GMP_LINEAR_BACKWARD)
 library.implement(FEW_SAMPLES, "triton", lambda: importlib.import_module("lcw_ops.kernels.hypersphere").FUSED_ROWS)
@@ -122,7 +125,7 @@ def _ask_few_samples(backend: str) -> int:
 
 
 class Direction(Function):
-    """(angles (n, m-1), backend) -> unit rows (n, m)."""
+    """(angles (n, m - 1), backend) -> unit rows (n, m)."""
 
     generate_vmap_rule = True
 
@@ -153,7 +156,7 @@ DirectionForwardMode = library.forward_mode_twin(Direction, _direction_jvp, save
 
 
 def direction(angles: Tensor, backend: str) -> Tensor:
-    """(n, m-1) -> (n, m)."""
+    """(n, m - 1) -> (n, m)."""
     return library.apply(Direction, DirectionForwardMode, angles, backend)
 
 
@@ -161,7 +164,7 @@ class GmPLinear(Function):
     """(x (M, m), angles, radius, location, relu, backend): the layer in one op, its gradients in another op.
 
     ``forward`` takes the context itself, because ``setup_context`` costs tens of microseconds. Only torch.func needs
-    it, and :func:`is_fused` keeps this function away from torch.func.
+    ``setup_context``, and :func:`is_fused` keeps this function away from torch.func.
     """
 
     @staticmethod
@@ -229,11 +232,11 @@ def gmp_linear(
 
 
 def is_fused() -> bool:
-    """Whether one op runs the layer. Not under torch.func or in forward mode, which have rules for its parts alone."""
+    """Whether one op runs the layer. torch.func and forward mode have rules only for the layer's parts."""
     return not _torch.in_functorch() and not _torch.in_forward_mode()
 
 
-# The old address of weight normalization, which has moved from this file to one of its own.
+# Weight normalization has moved from this file to one of its own; its names can still be imported from here.
 _old_names.keep(
     globals(),
     dict.fromkeys(

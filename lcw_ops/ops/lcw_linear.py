@@ -1,7 +1,12 @@
-"""Rows that sum to zero (LCW) as two registered ops, a linear map and its adjoint, each the other's derivative.
+"""Rows that sum to zero (linearly constrained weights, LCW) as registered ops.
 
-centred: w = u - mean(u), self-adjoint. basis: w = B v, adjoint B^T g. T. Kutsuna, "Linearly Constrained Weights",
-ECML PKDD 2019, arXiv 2403.13833. A third op is the whole linear layer, and a fourth computes its gradients.
+One op maps the rows of a parameter to rows w that sum to zero, and a second op is its adjoint. Each is the other's
+derivative. In the centred form, w = u - mean(u) for a row u, and the map is its own adjoint. In the basis form,
+w = B v for a row v, where the columns of B are an orthonormal basis of the zero-sum vectors, and the adjoint maps a
+gradient g to B^T g. A third op is the whole linear layer, and a fourth computes the layer's gradients. T. Kutsuna,
+"Linearly Constrained Weights", ECML PKDD 2019, arXiv 2403.13833.
+
+In shapes, M is the number of samples, n of units and m of inputs; k is the size of a convolution's kernel.
 """
 
 import math
@@ -18,7 +23,7 @@ ADJOINT = "lcw_weight_backward"
 LINEAR = "lcw_linear"
 LINEAR_BACKWARD = "lcw_linear_backward"
 
-# Up to this many samples the GPU kernel also does the product and reads the weight once. With more samples the
+# Up to this many samples, the GPU kernel also multiplies by x, and reads the weight only once. With more samples the
 # constraint is applied first, and the vendor's matmul follows. On a CPU the op itself chooses.
 FUSED_ROWS = 64
 
@@ -143,16 +148,16 @@ def embed_adjoint(rows: Tensor, basis: bool, backend: str) -> Tensor:
 
 
 def constrained_weight(weight: Tensor, basis: bool, backend: str) -> Tensor:
-    """(n, m, *k) -> the same shape; basis: (n, m - 1) -> (n, m). Keeps a channels-last layout."""
+    """(n, m, *k) -> (n, m, *k), or with ``basis`` (n, m - 1) -> (n, m). Keeps a channels-last layout."""
     if weight.dim() >= 4 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous():
         return embed(weight.movedim(1, -1), basis, backend).movedim(-1, 1)
     return embed(weight, basis, backend)
 
 
 def project(x: Tensor, basis: bool, backend: str) -> Tensor:
-    """(..., m) -> x - mean(x), or B^T x (..., m - 1): the input for the unconstrained parameter.
+    """Map x (..., m) to x - mean(x), or to B^T x (..., m - 1), which the unconstrained parameter then multiplies.
 
-    <w, x> = <B v, x> = <v, B^T x>: the constraint can be applied to the weight or to the input.
+    The constraint can be applied to the weight or to the input: <w, x> = <B v, x> = <v, B^T x>.
     """
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     projected = embed_adjoint(rows, basis, backend)
@@ -163,7 +168,7 @@ class FusedLinear(Function):
     """(x (M, m), weight, bias, basis, backend): the layer in one op, its gradients in another op or in matmuls.
 
     ``forward`` takes the context itself, because ``setup_context`` costs tens of microseconds. Only torch.func needs
-    it, and :func:`is_fused` keeps this function away from torch.func.
+    ``setup_context``, and :func:`is_fused` keeps this function away from torch.func.
     """
 
     @staticmethod

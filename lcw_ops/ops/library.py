@@ -1,4 +1,4 @@
-"""Declares every op: one schema, one fake kernel, one set of rules, and one overload per backend.
+"""Declares ops. Each has one schema, one fake kernel, one set of rules, and one overload per backend.
 
 ``lcw_ops::orthogonal_filter.cpp`` and ``lcw_ops::orthogonal_filter.cuda`` have the same schema, implemented by two
 backends. Python declares them. The C++ and CUDA extensions and the Triton launchers only add the implementations.
@@ -17,7 +17,7 @@ from lcw_ops import _torch
 
 library = torch.library.Library("lcw_ops", "DEF")
 
-# Each backend's dispatch key. A compiled implementation is for one device type, an implementation in Python for any.
+# Each backend's dispatch key. Compiled implementations are for one device type, implementations in Python for any.
 DISPATCH_KEY = {
     "cpp": "CPU",
     "cuda": "CUDA",
@@ -62,7 +62,7 @@ def implement(name: str, backend: str, function: Callable, key: str | None = Non
 
 
 def implement_in_triton(stem: str, *names: str) -> None:
-    """Register the launchers of ``kernels/<stem>.py`` that have an op's name.
+    """Implement each op in ``names`` by the launcher of the same name in ``kernels/<stem>.py``.
 
     The module is imported at the first call, so that lcw_ops does not need Triton.
     """

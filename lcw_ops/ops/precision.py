@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 import torch
 
-# The flag belongs to the process. Without the lock two threads could restore it in the wrong order.
+# torch's TF32 flag belongs to the process. Without the lock, two threads could restore it in the wrong order.
 _lock = threading.RLock()
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Switch TF32 off on CUDA inside the block. The flag is the process's, so it affects other threads' matmuls, too.
+    """Switch TF32 off on CUDA inside the block. The flag is the process's, so other threads lose TF32, too.
 
     On a CPU the user's torch.set_float32_matmul_precision applies.
     """

@@ -1,7 +1,10 @@
 """Weight normalization as registered ops: normalised and scaled rows, and the linear layer.
 
-y = x (s v / ||v||)^T + b. T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868. The gradients of an op
-are another op. Second derivatives are those of the reference, in plain torch.
+y = x w^T + b, where a unit's weight is w = s v / ||v||, with a trained row v, scale s and bias b. T. Salimans, D. P.
+Kingma, NeurIPS 2016, arXiv 1602.07868. The gradients of an op are another op. Second derivatives are those of the
+reference, in plain torch.
+
+In shapes, M is the number of samples, n of units and m of inputs.
 """
 
 import math
@@ -14,7 +17,7 @@ from lcw_ops import _torch, reference
 from lcw_ops.ops import backends, library
 
 NORMALIZE = "normalize_scale"
-# The backend of both ops is chosen by this name.
+# The backend of the layer is chosen by this name too.
 NAME = NORMALIZE
 NORMALIZE_BACKWARD = "normalize_scale_backward"
 WEIGHT_NORM_LINEAR = "weight_norm_linear"
@@ -128,7 +131,7 @@ class WeightNormLinear(Function):
     """(x (M, m), weight, scale, bias, backend): the layer in one op, its gradients in another op.
 
     ``forward`` takes the context itself, because ``setup_context`` costs tens of microseconds. Only torch.func needs
-    it, and :func:`is_fused` keeps this function away from torch.func.
+    ``setup_context``, and :func:`is_fused` keeps this function away from torch.func.
     """
 
     @staticmethod
@@ -178,5 +181,5 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 
 
 def is_fused() -> bool:
-    """Whether one op runs the layer. Not under torch.func or in forward mode, which have rules for its parts alone."""
+    """Whether one op runs the layer. torch.func and forward mode have rules only for the layer's parts."""
     return not _torch.in_functorch() and not _torch.in_forward_mode()

@@ -1,4 +1,4 @@
-"""The parts that SGD and AdamW with activated gradients share: options in the groups, checks, and one step over all.
+"""The parts that SGD and AdamW with activated gradients share: options of groups, checks, and the step over all groups.
 
 Groups without activation take torch's own step. Everything in the other groups is checked and gathered before any
 parameter changes.
@@ -60,7 +60,10 @@ def is_distributed(tensor: object) -> TypeGuard[Any]:
 
 
 def split(*keys: Sequence) -> dict[tuple, Callable[[list], list]]:
-    """Map each combination of keys to a function that takes its entries out of a list; [] stays []."""
+    """Map each combination of keys to a function that picks the entries with these keys from a list.
+
+    Each of ``keys`` has one key per entry. For an empty list the functions return an empty list.
+    """
     if list(map(len, map(set, keys))) == [1] * len(keys):
         return {tuple(map(operator.itemgetter(0), keys)): list}
     places: dict[tuple, list[int]] = {}
@@ -77,7 +80,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     """The base class, to be listed before torch's. A subclass names its options, and gathers states and op calls."""
 
     _torch_optimizer: type[torch.optim.Optimizer]
-    # The name of its op.
+    # The name of the op that makes the step.
     _op: str
     _options: tuple[str, ...] = ("gradient_activation", "alpha", "beta")
     # Reads from a group all options that `_check_options` checks.
@@ -104,15 +107,15 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
 
     def _forget_checks(self) -> None:
-        # Maps the index of a group to its options, and to the addresses of its parameters and states, as of the last
-        # check. Neither is saved.
+        # These map the index of a group to its options, and to the addresses of its parameters and states, as of the
+        # last check. Neither is saved.
         self._checked_options: dict[int, tuple] = {}
         self._checked_memory: dict[int, tuple | None] = {}
 
     def _check_changed_options(self, index: int, group: dict) -> None:
         """Check options that have changed: users and schedulers write into groups.
 
-        Values are compared by identity: True equals 1.0.
+        Values are compared by identity, because True equals 1.0 but is not a valid number.
         """
         try:
             values = self._watched(group)
@@ -145,7 +148,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _are_activated(self) -> list[bool]:
         """``is_activated`` of every group."""
         if getattr(self.is_activated, "__func__", None) is not _IS_ACTIVATED:
-            # A subclass or the instance has its own.
+            # A subclass or the instance has its own is_activated.
             return list(map(self.is_activated, range(len(self.param_groups))))
         try:
             return list(map(operator.is_not, map(_ACTIVATION, self.param_groups), repeat(None)))
@@ -182,7 +185,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tell GradScaler to leave the gradients scaled. Before an activated step it must unscale them."""
+        """Whether GradScaler may leave the gradients scaled. Before an activated step it must unscale them."""
         return self.__dict__.get("_fused_step_scales", False) and not any(self._are_activated())
 
     @_step_supports_amp_scaling.setter
@@ -203,7 +206,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 state is not a tensor, or its dtype is not one of these.
             ValueError: a group's options are missing or out of range; an activated parameter has no memory, or its
                 elements share memory; a state is missing, or its shape, device or layout is not its parameter's; the
-                step runs inside that of an optimizer whose hook has activated the same gradients.
+                step runs inside the step of an optimizer whose hook has activated the same gradients.
             RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
             After these errors no parameter has changed. (Without any activated group, the errors are torch's.)
         """
@@ -243,7 +246,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             call()
 
     def _check_hooks_around(self) -> None:
-        """ValueError if this step runs inside that of an optimizer whose hook has activated the same gradients."""
+        """Raise ValueError if this step runs inside another, before which a hook has activated the same gradients."""
         for other in _torch.running_steps():
             hooks = () if other is self else _torch.step_hooks(other)
             for hook in attached_hooks.intersection(hooks):
@@ -262,7 +265,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
                 )
 
     def _torch_step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """torch's step without its hooks, which have run already: torch wraps them around the step of its class."""
+        """torch's step without hooks. They have run already, because torch has wrapped them around this class' step."""
         return _torch.step_without_hooks(self._torch_optimizer)(self, closure)
 
     def _prepare(self, index: int, group: dict) -> list[Callable[[], None]]:
@@ -322,7 +325,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     def _params_and_gradients(self, index: int, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, each once, and their gradients. Checks both."""
         if len(set(map(id, params))) < len(params):
-            # If a group lists a parameter twice, two threads would write it at once.
+            # A parameter that is listed twice is stepped once: two threads would write to it at the same time.
             params = list({id(param): param for param in params}.values())
         grads = list(map(_GRAD, params))
         if any(map(operator.is_, grads, repeat(None))):
@@ -406,7 +409,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         return f"{self._name()}: {name} of a parameter in param_groups[{index}] of shape {tuple(param.shape)}"
 
 
-# A name of its own, so that a patch of the class counts as another method.
+# The method as it is defined here. `_are_activated` compares with it, so that it notices a patch of the class.
 _IS_ACTIVATED = ActivatedOptimizer.is_activated
 
 

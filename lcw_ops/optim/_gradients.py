@@ -98,7 +98,7 @@ def unscale(optimizer: torch.optim.Optimizer) -> None:
     by_kind: dict[tuple, list[Tensor]] = {}
     for grad in grads.values():
         by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
-    # GradScaler computes the inverse in the same way. It has looked for overflow: optimizer.found_inf stays as it is.
+    # GradScaler computes the inverse in the same way. It has looked for overflow, so optimizer.found_inf stays valid.
     inverse = scale.double().reciprocal().float()
     for (device, _), same in by_kind.items():
         _torch.divide_by_scale_(same, inverse.to(device))

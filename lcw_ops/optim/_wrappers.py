@@ -20,7 +20,7 @@ def find_stepping(name: str, optimizer: object) -> torch.optim.Optimizer:
         passed.append(optimizer)
         held = {path: other for path, other in _held(optimizer).items() if not contains(passed, other)}
         if not held and _torch.has_step_hooks(optimizer):
-            # torch wraps the class' step when it makes the optimizer; the class was given another step afterwards.
+            # torch wraps the step of the class when an optimizer is made. This class was given another step afterwards.
             _torch.wrap_step(optimizer)
             return optimizer
         if len(held) != 1 or _param_ids(*held.values()) != _param_ids(optimizer):
@@ -46,7 +46,7 @@ def contains(optimizers: list[torch.optim.Optimizer], optimizer: torch.optim.Opt
 
 
 def _held(holder: object) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers that are attributes of ``holder``, or in a list or dict that is one, by name; each once."""
+    """Optimizers that are attributes of ``holder``, or in a list or dict that is an attribute; each once, by name."""
     found: dict[int, tuple[str, torch.optim.Optimizer]] = {}
     for name, value in getattr(holder, "__dict__", {}).items():
         if isinstance(value, torch.optim.Optimizer):
@@ -62,8 +62,8 @@ def _held(holder: object) -> dict[str, torch.optim.Optimizer]:
 def _advice(held: dict[str, torch.optim.Optimizer]) -> str:
     if not held:
         return (
-            "Give the optimizer whose step() changes the parameters; a class of your own is one if its __init__ calls "
-            "torch.optim.Optimizer.__init__."
+            "Give the optimizer whose step() changes the parameters; a class of your own counts as an "
+            "optimizer if its __init__ calls torch.optim.Optimizer.__init__."
         )
     each = "" if len(held) == 1 else ", each in a call of its own"
     return f"Give {' and '.join(f'optimizer.{path}' for path in held)}{each}."

@@ -27,13 +27,13 @@ _COUNTING = (*checks.FLOATING, torch.int64, torch.int32, torch.int16, torch.int8
 
 
 class AdamW(ActivatedOptimizer, torch.optim.AdamW):
-    """``torch.optim.AdamW`` on f(gradient), inside its step: each tensor is read once.
+    """``torch.optim.AdamW`` that activates the gradient inside its step: each tensor is read once.
 
-    f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|). alpha cancels against the second
-    moment except for eps: a larger alpha acts as a smaller eps. 16-bit parameters are stepped in float32 and rounded
-    once. A gradient is activated in its own dtype. If it and the parameter differ in dtype, the step works on copies,
-    in float64 if one of them is float64, otherwise in float32. States have the parameter's dtype, as in torch, or the
-    gradient's; ``step`` may have any real dtype.
+    A gradient g becomes f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|). alpha cancels
+    against the second moment except for eps: a larger alpha acts as a smaller eps. 16-bit parameters are stepped in
+    float32 and rounded once. A gradient is activated in its own dtype. If it and the parameter differ in dtype, the
+    step works on copies, in float64 if one of them is float64, otherwise in float32. States have the parameter's dtype,
+    as in torch, or the gradient's; ``step`` may have any real dtype.
 
     All options may differ from group to group. The notes of :class:`lcw_ops.optim.SGD` on state_dicts, parameters given
     twice, DTensors, GradScaler and a tensor lr hold here too. The state_dict of a torch.optim.Adam is refused, because
@@ -101,7 +101,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
 
     def _check_options(self, group: dict) -> None:
         super()._check_options(group)
-        # torch's AdamW, given this, would be Adam: its decay is part of the gradient.
+        # With this option torch's AdamW is Adam, whose decay is part of the gradient.
         if group["gradient_activation"] is not None and not group.get("decoupled_weight_decay", True):
             raise ValueError(
                 f"{self._name()}: decoupled_weight_decay is False; expected True with an activated gradient. Use "
@@ -182,7 +182,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     def _check_dtypes(
         self, index: int, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
     ) -> None:
-        """Refuse a state with another dtype: torch's step raises, and here the lost digits would go unnoticed."""
+        """Refuse a state of another dtype. torch's step raises for it, too; here, lost digits would go unnoticed."""
         super()._check_dtypes(index, params, grads, states)
         dtypes = [param.dtype for param in params]
         for name, tensors in states.items():

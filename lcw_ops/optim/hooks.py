@@ -1,6 +1,6 @@
-"""Activated gradients for existing training loops: before the steps of any torch optimizer.
+"""Activated gradients for existing training loops: a hook activates them before each step of any torch optimizer.
 
-``lcw_ops/optim/parameter_hooks.py`` activates them after every backward pass instead.
+The hooks of ``lcw_ops/optim/parameter_hooks.py`` activate them after every backward pass instead.
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228.
 """
@@ -45,19 +45,19 @@ def activate_gradients(
     For SGD and AdamW, :mod:`lcw_ops.optim` does the same inside the step, without a pass over the gradients.
 
     A parameter group may have settings of its own under the key "activate_gradients": ``False`` leaves the group alone,
-    ``{"kind": "tanh", "alpha": 1.0}`` (any of kind, alpha, beta) overrides the call's. ``state_dict`` saves them. If a
-    checkpoint has none, the optimizer keeps its own.
+    ``{"kind": "tanh", "alpha": 1.0}`` (any of kind, alpha, beta) overrides the call's. ``state_dict`` saves these
+    settings. If a checkpoint has none, the optimizer keeps its own.
 
     - ``optimizer.step(closure)``: the gradients are activated after each call of the closure, which computes them.
       (LBFGS calls it many times; its line search then sees a slope that is not the loss'.)
-    - ``GradScaler`` first unscales and looks for overflow. If there is one, it skips the step and the gradients stay
-      untouched. For a fused optimizer that would unscale inside its step, the gradients are unscaled here. It skips the
-      step by itself then, and the gradients of that step must not be used. float16 gradients, which GradScaler
-      otherwise refuses, pass with a fused optimizer: they are unscaled in float16, where the smallest become 0.
-    - Clipping comes before ``step()``, hence before this. Step pre-hooks run in the order of their registration: a hook
-      that clips, or reads the gradients as they were, must be registered first.
-    - DDP and FSDP2: after the reduction, on the local shards.
-    - ``.grad`` itself is changed: a second step needs new gradients.
+    - ``GradScaler`` first unscales and looks for overflow. After an overflow it skips the step, and the gradients stay
+      untouched. For a fused optimizer, which would unscale inside its step, the hook unscales the gradients. After an
+      overflow such an optimizer skips the step itself, and the gradients must not be used. float16 gradients, which
+      GradScaler otherwise refuses, pass with a fused optimizer. They are unscaled in float16: the smallest become 0.
+    - Clipping comes before ``step()``, hence before the activation. Step pre-hooks run in the order of their
+      registration: a hook that clips, or reads the gradients as they were, must be registered first.
+    - With DDP and FSDP2, the gradients are activated after the reduction, on the local shards.
+    - ``.grad`` itself is changed, so a second step needs new gradients.
     - Gradients that share memory, with each other or within themselves, get memory of their own.
     - A step that calls ``super().step()`` counts as one step: the gradients are activated before the outer one.
       A subclass that changes gradients inside its own step, before it calls its parent's, changes them after the
@@ -75,7 +75,7 @@ def activate_gradients(
         optimizer: a ``torch.optim.Optimizer``, or a wrapper that acts as one and holds exactly one.
         kind, alpha, beta: "arctan", "tanh" or "log"; numbers > 0 that are normal in float32.
         params: the optimizer's parameters whose gradients are activated; by default all, including those of groups
-            added later. Several calls for one optimizer must name different ones.
+            added later. Several calls for one optimizer must name different parameters.
 
     Returns:
         A handle; ``handle.remove()`` ends the activation. Optimizer and handle can be copied by ``copy.deepcopy`` and
@@ -106,8 +106,8 @@ def activate_gradients(
         params = _check_params(name, optimizer, params)
     if any(other.overlaps(params) for other in _activations(optimizer)):
         raise ValueError(
-            f"{name}: these gradients are activated before every step already. Call remove() on the first handle, or "
-            "name other params in both calls."
+            f"{name}: an earlier call for this optimizer activates some of these gradients already. Call remove() on "
+            "its handle, or name different params in the two calls."
         )
     activation = ActivatedGradients(optimizer, kind, alpha, beta, params)
     for index, group in enumerate(optimizer.param_groups):
@@ -159,7 +159,7 @@ class ActivatedGradients:
         return ids if self.params is None else ids.intersection(map(id, self.params))
 
     def check_apart(self, optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
-        """ValueError if ``other``, which steps around ``optimizer`` or inside it, activates the same gradients."""
+        """Raise ValueError if ``other``, which steps around or inside ``optimizer``, activates the same gradients."""
         activated = {param for hook in _activations(other) if hook is not self for param in hook.acts_on(other)}
         if isinstance(other, ActivatedOptimizer):
             groups = [group for index, group in enumerate(other.param_groups) if other.is_activated(index)]

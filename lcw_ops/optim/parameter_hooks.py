@@ -20,8 +20,8 @@ def register_gradient_hook(
 ) -> "GradientHooks":
     """Activate each parameter's gradient in place after every backward pass; for loops without an optimizer.
 
-    The functions are those of :func:`lcw_ops.activate_gradients`. Prefer that one wherever a torch optimizer makes the
-    steps:
+    The activation functions are those of :func:`lcw_ops.activate_gradients`. Prefer that call wherever a torch
+    optimizer makes the steps, for these reasons:
 
     - A hook runs whenever a gradient has been added to ``.grad``. Two backward passes before a step give
       ``f(f(g1) + g2)`` and not ``f(g1 + g2)``: make one pass per step.
@@ -30,7 +30,8 @@ def register_gradient_hook(
       DistributedDataParallel is refused. ``ddp.module``, its other parts and a module that is wrapped afterwards are
       not noticed, and give wrong results. FSDP2 runs the hooks after the reduction if they are registered after
       ``fully_shard``.
-    - ``backward(create_graph=True)`` is refused where the gradient has a graph: the hook would not be part of it.
+    - ``backward(create_graph=True)`` is refused where the gradient has a graph, because the hook would not be part of
+      the graph.
     - New parameters of the module get the hook as well, if they require a gradient when they arrive. They may be
       assigned (``module.weight = ...``, ``module.head = ...``, ``load_state_dict(..., assign=True)``,
       parametrizations), or come from a conversion (``module.double()``, ``to_empty``) under
@@ -152,7 +153,7 @@ _followers: dict[int, list[GradientHooks]] = {}
 
 @functools.cache
 def _watch_replacements() -> None:
-    """torch runs hooks when a parameter or a module is assigned, but not when a conversion makes one."""
+    """Watch for new parameters. torch runs hooks when one is assigned; conversions, which run none, are wrapped."""
     nn.modules.module.register_module_parameter_registration_hook(_add_to_parameter)
     nn.modules.module.register_module_module_registration_hook(_add_to_submodule)
     _torch.wrap_conversions(_add_after)
@@ -179,7 +180,7 @@ def _add_to_submodule(module: nn.Module, name: str, submodule: nn.Module | None)
 
 @_torch.never_traced
 def _find_hooked(module: nn.Module) -> list[tuple[GradientHooks, str]]:
-    # Names instead of parameters: torch does not swap a parameter that something else refers to.
+    # Return names, not parameters: torch does not swap a parameter that something else refers to.
     return [(hooks, name) for hooks in _followers.get(id(module), ()) for name in hooks.names_of_hooked(module)]
 
 
@@ -187,7 +188,7 @@ def _find_hooked(module: nn.Module) -> list[tuple[GradientHooks, str]]:
 def _add_to_own(module: nn.Module, hooked: list[tuple[GradientHooks, str]]) -> None:
     for hooks in _followers.get(id(module), ()):
         hooks.add_own(module)
-    # A parameter that has been frozen since keeps the hook, in case it is trained again. Its replacement gets it too.
+    # A hooked parameter keeps the hook when it is frozen, in case it is trained again. Its replacement gets it too.
     for hooks, name in hooked:
         if (param := module._parameters[name]) is not None:
             hooks.add_frozen(param)

@@ -1,7 +1,7 @@
 """SGD with activated gradients, drop-in for torch.optim.SGD.
 
 M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv 2107.04228;
-the authors' code activates in either of the two places.
+the authors' code activates either the gradient or the step that momentum gives.
 """
 
 import functools
@@ -22,15 +22,18 @@ from lcw_ops.reference.gradient_activation import PLACES
 class SGD(ActivatedOptimizer, torch.optim.SGD):
     """``torch.optim.SGD`` that activates the gradient, or the momentum, inside its step: each tensor is read once.
 
-    With f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|):
+    With a parameter w, its gradient g and f(g) = alpha atan(beta g), alpha tanh(beta g) or
+    alpha sign(g) log1p(beta |g|):
 
     - activate="gradient": ``d = f(g) + weight_decay * w``, then momentum and step as in torch;
-    - activate="momentum": ``d = g + weight_decay * w``, momentum as in torch, ``w -= lr * f(step)``.
+    - activate="momentum": ``d = g + weight_decay * w``, then momentum as in torch, which gives a step s, and
+      ``w -= lr * f(s)``.
 
     Near a stationary point f(g) is about alpha * beta * g, so compare with plain SGD at ``lr * alpha * beta`` too.
     16-bit parameters are stepped in float32 and rounded once. A gradient is activated in its own dtype. If it, the
     parameter and the momentum buffer differ in dtype, the step works on copies, in float64 if one of them is float64,
-    otherwise in float32. The buffer has torch's dtype: the first gradient's, or what it and the decay promote to.
+    otherwise in float32. The buffer gets the dtype that torch gives it: the first gradient's or, with weight decay,
+    the one to which gradient and parameter promote.
 
     All options may differ from group to group. ``state_dict`` has torch's keys and loads into torch.optim.SGD; torch's
     loads into this one, and each group keeps its activation. A parameter that a group lists twice is stepped once.

@@ -24,7 +24,7 @@ from lcw_ops.nn.orthogonal_filter.memory import (
 )
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS
 
-# The gain g of the initial std g / sqrt(N): sqrt(2) keeps the second moment through ReLU, 1 suits the others.
+# The gain g of the initial std g / sqrt(width): sqrt(2) keeps the second moment through ReLU, 1 suits the others.
 _INIT_GAIN = {"relu": math.sqrt(2.0)}
 
 
@@ -111,7 +111,7 @@ class _OrthogonalFilter(nn.Module):
         return {name: tensor for name, tensor in kept.items() if isinstance(tensor, Tensor)}
 
     def _check_scale(self, name: str, scale: float | Tensor, steps: int | None) -> None:
-        """Raise TypeError or ValueError unless it is finite, and a number or a tensor of one or ``steps`` elements."""
+        """Raise TypeError or ValueError unless ``scale`` is a finite number, or a tensor of one or ``steps`` such."""
         owner = type(self).__name__
         if not isinstance(scale, (int, float, Tensor)):
             raise TypeError(describe(owner, name, f"is a {type(scale).__name__}", "a number or a tensor"))
@@ -122,7 +122,7 @@ class _OrthogonalFilter(nn.Module):
             raise ValueError(describe(owner, name, f"is {scale}", "finite numbers"))
 
     def _apply(self, fn, recurse=True):
-        # .to(bfloat16) must not convert these: the filter would not be orthogonal, and 1 - 2e-5 would become 1.
+        # .to(bfloat16) must not convert filter and scales: O would not be orthogonal, and alpha = 1 - 2e-5 would be 1.
         kept = self._kept_tensors()
         exact = {name: tensor.detach() for name, tensor in kept.items()}
         lost = {name for name, tensor in kept.items() if is_lost(tensor)}
@@ -172,7 +172,7 @@ class _OrthogonalFilter(nn.Module):
         owner = type(self).__name__
         if (filter.dtype == torch.int64) != (self.filter.dtype == torch.int64):
             expected = f"{self.filter.dtype}, as in this module"
-            remedy = "Make it with the other kind of filter: a permutation or a matrix."
+            remedy = "Make the module with a filter of the state dict's kind, a permutation or a matrix."
             return describe(owner, f"the state dict's {key}", f"is {filter.dtype}", expected, remedy)
         # A module converted to float64 saves a filter that was once rounded to float32.
         try:
@@ -243,7 +243,7 @@ class _OrthogonalFilter(nn.Module):
             remedy = (
                 f"Load a state dict instead, or set them first: {set_it}. A write that autograd does not see (a "
                 f"broadcast of torch.distributed, or through .data) does not count: if there was one, {keep_it} keeps "
-                "its values."
+                "the values written."
             )
             raise ValueError(describe(owner, name, came, expected, remedy))
         mesh = self._device_mesh()
@@ -252,7 +252,7 @@ class _OrthogonalFilter(nn.Module):
                 check_filter(owner, "filter", self.filter, self.filter.shape[-1], torch.finfo(torch.float32).eps)
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{error} reset_parameters cannot draw a filter that was given as a tensor, and it was changed."
+                    f"{error} reset_parameters cannot draw a filter that was given as a tensor, and its values changed."
                 ) from error
         else:
             drawn = make_filter(self._drawn_filter, self.filter.shape[-1], self.filter.dtype, self.filter.device)

@@ -1,6 +1,6 @@
 """The fixed orthogonal filters O of the recurrence: drawn, or given and checked.
 
-The kinds are those of related models by the same author; "permutation" is ours.
+The kinds are those of related models by A. Ceni, the author of the recurrence; "permutation" is ours.
 """
 
 import math
@@ -22,10 +22,10 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
 
     Args:
         filter: "haar", a (width, width) matrix drawn from the Haar measure; "cyclic", the shift by one; "permutation",
-            a random one; "identity", which makes the network a residual one; or a tensor: (width, width),
+            a random permutation; "identity", which makes the network a residual one; or a tensor: (width, width),
             (depth, width, width) or an int64 permutation (width,).
         width: N.
-        dtype: the layer's. The filter itself is at least float32.
+        dtype: that of the layer. The filter itself is at least float32.
         device: the device of the result, even for a given tensor. Default: torch's default device.
 
     "haar" and "permutation" are random: ranks share a filter only if all of them draw it with the same seed, or load
@@ -69,7 +69,7 @@ def _rounding_of(dtype: torch.dtype) -> float:
 
 
 def check_filter(owner: str, argument: str, filter: Tensor, width: int, eps: float) -> None:
-    """Raise ValueError or TypeError unless it is a permutation or, up to rounding of relative size eps, orthogonal."""
+    """Raise ValueError or TypeError unless the filter is a permutation or, up to rounding of size eps, orthogonal."""
     if filter.dtype == torch.int64:
         every = torch.arange(width, device=filter.device)
         if filter.shape != (width,) or (_torch.has_values(filter) and not torch.equal(filter.sort().values, every)):
@@ -110,7 +110,7 @@ def _deviation(filters: Tensor) -> float:
 
 
 def kind_of(filter: Tensor) -> str:
-    """The kind of a loaded filter. Every matrix is a "tensor": it does not show from which measure it was drawn."""
+    """The kind of a loaded filter. Every matrix is a "tensor": a matrix does not show how it was drawn."""
     if filter.dtype != torch.int64:
         return "tensor"
     for kind in ("identity", "cyclic"):

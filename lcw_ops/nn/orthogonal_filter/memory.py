@@ -51,7 +51,7 @@ def is_lost(tensor: Tensor) -> bool:
 
 
 def holds(tensor: Tensor, values: Tensor | None) -> bool:
-    """Whether the tensor holds a state dict's values. torch loads one element into a tensor without dimensions."""
+    """Whether the tensor holds a state dict's values. Shapes may differ: torch loads a value (1,) into a tensor ()."""
     if not isinstance(values, Tensor) or is_distributed(values) != is_distributed(tensor):
         return False
     if is_distributed(tensor):
@@ -71,7 +71,7 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. No tensor is one until that module is imported, which would take a while."""
+    """Whether the tensor is a DTensor. None exists before DTensor's module, which is slow to import, is imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

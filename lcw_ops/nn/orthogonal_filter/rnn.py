@@ -1,6 +1,6 @@
 """The recurrence over time: an Elman network with the interface of ``torch.nn.RNN``.
 
-    h_t = alpha O h_{t-1} + beta act(W h_{t-1} + U x_t + b)
+    h_t = alpha O h_{t-1} + beta act(W h_{t-1} + U x_t + b),    W = ``weight_hh``, U = ``weight_ih``
 
 A. Ceni, "Random Orthogonal Additive Filters", IEEE TNNLS 2025, arXiv 2210.01245. O is fixed and, by default, random.
 The weights and biases are trained; alpha and beta are trained only if each is given as an ``nn.Parameter``.
@@ -21,7 +21,7 @@ from lcw_ops.nn.orthogonal_filter.sequence import _finish_sequence, _start_seque
 
 
 def _refuse_arguments_of_rnn(init: Callable) -> Callable:
-    """Wrap the constructor: if an argument is one of ``torch.nn.RNN`` only, its TypeError says what to use instead."""
+    """Wrap the constructor: if an argument is one of ``torch.nn.RNN`` only, a TypeError says what to use instead."""
 
     @functools.wraps(init)
     def checked(self, *args, **kwargs) -> None:
@@ -63,7 +63,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     Args:
         input_size: size of x_t.
         hidden_size: N.
-        bias: whether there is a b.
+        bias: whether the recurrence has a bias b.
         batch_first: whether input and output are (batch, time, features) instead of (time, batch, features).
         filter, alpha, activation, segment, solver, tolerance, window: as in :class:`OrthogonalFilterMLP`.
         beta: weight of the nonlinear branch. Give it, or give ``length``.
@@ -91,7 +91,8 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
     ======================  ================================  ==========================================================
     arguments by position   all                               input_size and hidden_size
     num_layers              several in one module             TypeError: run several modules; the attribute is 1
-    bidirectional           both directions in one module     TypeError: run a second one on the flipped input; False
+    bidirectional           both directions in one module     TypeError: run a second module on the flipped input; the
+                                                              attribute is False
     dropout                 between layers                    TypeError: apply ``nn.Dropout``; the attribute is 0.0
     nonlinearity            "tanh", "relu"                    TypeError: ``activation=``, also "sigmoid" and "identity"
     proj_size               LSTM only                         TypeError: apply ``nn.Linear``; the attribute is 0

@@ -15,7 +15,10 @@ _RNN = "OrthogonalFilterRNN"
 
 # These functions branch on the input's sizes. By ``__torch_function__``, torch.fx records each of them as one call.
 def _start_sequence(input: Tensor, hx: Tensor | None, weight_ih: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """h_0 (B, N) and U x_t (T, B, N)."""
+    """The first state h_0 (B, N) and U x_t (T, B, N), the part of the pre-activations that the inputs contribute.
+
+    B is the batch, N the number of units, T the number of steps, and U is ``weight_ih``.
+    """
     arguments = (input, hx, weight_ih, batch_first)
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(_start_sequence, *arguments)
@@ -32,7 +35,7 @@ def _finish_sequence(states: Tensor, input: Tensor, batch_first: bool) -> tuple[
     arguments = (states, input, batch_first)
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(_finish_sequence, *arguments)
-    # A view would keep the memory of all states alive, and an edit of it would change the output.
+    # Clone h_n: a view would keep the memory of all states alive, and an edit of it would change the output.
     output, h_n = states[1:], states[-1:].clone()
     if input.dim() == 2:
         return output.squeeze(1), h_n.squeeze(1)
@@ -76,7 +79,7 @@ def run_packed(packed, hx, weight_ih, weight_hh, bias, filter, alpha, beta, **op
 
 
 def _first_state(hx: Tensor | None, like: Tensor, batch: int, weight_hh: Tensor) -> Tensor:
-    """(B, N), zeros by default; hx is (1, B, N), or (1, N) with a batch of one."""
+    """The first state (B, N), zeros by default. hx is (1, B, N), or (1, N) with a batch of one."""
     width = weight_hh.shape[0]
     return like.new_zeros(batch, width) if hx is None else hx.reshape(batch, width)
 

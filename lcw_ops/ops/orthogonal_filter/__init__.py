@@ -46,7 +46,7 @@ __all__ = [
     "state_gradients",
 ]
 
-# This package was one module, and had these names too.
+# This package was once one module, which had these names too.
 _old_names.keep(
     globals(),
     {

@@ -5,7 +5,8 @@
 """
 
 # (kernel, widest row for which it is the fastest), in the order of width. The last one has no limit. Until a generation
-# is measured, the design's limits apply: a layer fits one program's registers, a cluster's shared memory, or neither.
+# is measured, the limits of the design apply: a layer fits into one program's registers (triton), into a cluster's
+# shared memory (cuda), or into neither (graph).
 Table = tuple[tuple[str, int | None], ...]
 DEFAULT: Table = (("triton", 128), ("cuda", 512), ("graph", None))
 MEASURED: dict[tuple[int, int], Table] = {}

@@ -3,13 +3,14 @@
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)
     P_l = beta_l act'(A_l) * G_l      G_{l-1} = alpha_l G_l O_l + P_l W_l      dW_l = P_l^T h_{l-1}
 
-A_l is the argument of act; G_l and P_l are the gradients of h_l and A_l.
+O_l is the filter, u_l an input, A_l the argument of act. G_l, P_l and dW_l are the gradients of h_l, A_l and W_l. In
+the second line, states and their gradients are matrices with one row per sample.
 
-The sequential part of a block of steps is plain torch on static buffers, captured once and replayed for every block. A
-step runs two matmuls and four element-wise kernels forward, two and two backward. Python launches none of them. The
-other parts (slopes, dW, sums) are computed for all steps of a block at once. The buffers hold the block's weights and
-eight state-sized arrays per step. They are kept for the next call of the same shape, until ``clear()``. On a CPU, and
-while the caller captures a graph, the same code runs directly.
+The sequential part of a block of up to MOST_STEPS steps is plain torch on static buffers, captured once and replayed
+for every block. A step runs two matmuls and four element-wise kernels forward, and two of each backward, without a
+launch from Python. The other parts (slopes, dW, sums) are computed for all steps of a block at once. The buffers hold
+the block's weights and eight state-sized arrays per step. They are kept for the next call of the same shape, until
+``clear()``. On a CPU, and while the caller captures a graph, the same code runs directly.
 
 The signatures are those of the op overloads in op.py in this folder.
 """
@@ -27,7 +28,7 @@ from lcw_ops.ops.precision import full_float32
 
 # Steps per graph. Starting a graph costs about as much as one step of a wide net, so longer graphs gain little.
 MOST_STEPS = 64
-# The most bytes of a block's buffers. The per-step matrices and the state-sized arrays count.
+# The most bytes of a block's buffers. Only matrices that change from step to step, and state-sized arrays, count.
 MOST_BYTES = 512 << 20
 STATES_PER_STEP = 8
 # The number of blocks kept with their graphs: enough for forward and backward of two layers of different shapes.
@@ -54,7 +55,7 @@ class Kind:
 class Block:
     """Buffers for ``kind.steps`` steps, and the sequential part, captured at its first run if ``capture``."""
 
-    # Buffers made in inference mode could not be written outside it.
+    # Buffers made in inference mode could not be written to outside of it.
     @torch.inference_mode(False)
     def __init__(self, kind: Kind, capture: bool):
         self.kind = kind
@@ -174,7 +175,7 @@ _lock = threading.Lock()
 
 
 def _get_block(kind: Kind) -> Block:
-    """The cached block, made if necessary, or a new uncached one where nothing may be captured."""
+    """The cached block, made if necessary; or a new uncached one if it cannot be captured, as on a CPU."""
     if kind.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or kind.rows * kind.width == 0:
         return Block(kind, capture=False)
     if kind not in _cached:
@@ -300,7 +301,7 @@ def orthogonal_filter_backward(
         call = _Call(gradient, *arguments, min(steps, segment), activation, adds_outer=return_states)
         for first in reversed(range(0, steps, segment)):
             done = call.carry_forward(checkpoints[first // segment], first, min(first + segment, steps))
-            # The recomputed states, act(A) and O h of the whole segment. The next block overwrites the buffers.
+            # Copy the recomputed states, act(A) and O h of the segment: the next block overwrites the buffers.
             kept = [
                 (range_, *(buffer[: block.count].clone() for buffer in (block.states, block.activated, block.filtered)))
                 for range_, block in done

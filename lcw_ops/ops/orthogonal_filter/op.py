@@ -2,9 +2,10 @@
 
     h_l = alpha_l O_l h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-O_l is the filter, u_l an input. Forward returns the result and the states at segment boundaries; backward recomputes
-the states inside each segment. So the memory is L / segment + segment states, and backward computes every state a
-second time. Weight, bias, filter, alpha and beta may each be shared by all steps or have one entry per step.
+h_l (M, N) is the state of M samples and N units after step l, O_l the filter, u_l an input. Forward returns the result
+and the states at segment boundaries; backward recomputes the states inside each segment. So the memory is
+L / segment + segment states, and backward computes every state a second time. Weight, bias, filter, alpha and beta may
+each be shared by all steps or have one entry per step.
 
 The arguments travel as a :class:`Recurrence` (tensors) and :class:`Options` (everything else), and are
 unpacked only where an op or a Function is called.
@@ -37,8 +38,9 @@ GRAPH = "graph"
 
 BACKENDS = ("cpp", "cuda", "triton", GRAPH)
 
-# Backward keeps L / segment checkpoints and recomputes one segment, so sqrt(L) is best. 128 is best for 16,000 layers
-# and within a factor 1.2 of the best for 10,000 to 50,000. A constant keeps L symbolic under torch.compile.
+# Backward keeps L / segment checkpoints and recomputes one segment, so a segment of sqrt(L) takes the least memory. 128
+# takes the least for 16,000 layers, and at most 1.2 times the least for 10,000 to 50,000. A constant keeps L symbolic
+# under torch.compile.
 DEFAULT_SEGMENT = 128
 
 _ARGUMENTS = (
@@ -256,9 +258,9 @@ backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 
 
 def keeps_all_states(weight: Tensor, backend: str) -> bool:
-    """Whether backward reads the states that forward returns, if it returns them all, instead of checkpoints.
+    """Whether backward reads the states that forward has returned instead of checkpoints, and so recomputes nothing.
 
-    It does so if all steps share one weight. It then recomputes nothing.
+    This concerns only calls that return all states. The C++ kernel reads the states if all steps share one weight.
     """
     return backend == "cpp" and weight.dim() == 2
 
@@ -355,7 +357,7 @@ class OrthogonalFilterBackward(Function):
     ):
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs)
         shared = (weight, bias, filter, alpha, beta, inputs, steps, activation)
-        # Without checkpoints: under torch.func the forward pass could not know that a gradient would be needed.
+        # Forward has kept no checkpoints: under torch.func it could not know that a gradient would be needed.
         if not segment and not (return_states and keeps_all_states(weight, backend)):
             _, checkpoints = _forward[backend](h0, *shared, DEFAULT_SEGMENT, False)
         return _backward[backend](grad_output, checkpoints, *shared, segment or DEFAULT_SEGMENT, *needs, False)[:6]
@@ -395,7 +397,7 @@ def gradients_tangent(ctx, grad_output_tangent, _, *tangents):
     direction = tuple(
         torch.zeros_like(primal) if by_name[name] is None else by_name[name] for name, primal in primals.items()
     )
-    # J v as the transpose of w -> J^T w, because forward mode would have to nest in the caller's forward mode.
+    # The Jacobian J times v is the transpose of w -> J^T w, taken at v. Forward mode would have to nest in the user's.
     results, pullback = torch.func.vjp(gradients, *primals.values())
     zeros = {name: torch.zeros_like(result) for name, result in results.items()}
     _, transposed = torch.func.vjp(pullback, zeros)
@@ -408,7 +410,7 @@ def gradients_tangent(ctx, grad_output_tangent, _, *tangents):
 
 
 def _differentiable_gradients(ctx):
-    """The gradients in plain torch, by name, as a function of the arguments that are not None, and those arguments."""
+    """(function, primals): the gradients by name, in plain torch, as a function of the arguments that are not None."""
     grad_output, *tensors = ctx.saved_tensors
     recurrence, options = Recurrence(*tensors), ctx.options
     arguments = {"grad_output": grad_output, **{name: getattr(recurrence, name) for name in DIFFERENTIABLE}}
@@ -434,7 +436,7 @@ OrthogonalFilterBackwardForwardMode = library.forward_mode_twin(OrthogonalFilter
 
 @torch.no_grad()
 def state_gradients(grad_output, h0, weight, bias, filter, alpha, beta, inputs, activation, segment, backend):
-    """dE/dh_l for every l, (L+1, M, N), as a profiler plots it, with the other gradients.
+    """The gradients of the loss with respect to all states, (L+1, M, N), which a profiler plots, and the others.
 
     ``grad_output`` is (M, N), or (L+1, M, N) if every state receives a gradient from outside. alpha and beta are
     tensors, as :func:`lcw_ops.reference.orthogonal_filter.scale_tensors` makes them.

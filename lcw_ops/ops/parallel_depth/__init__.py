@@ -1,7 +1,7 @@
 """The recurrence solved for all layers at once, as an op.
 
-``op`` holds the schemas and the autograd functions; ``solver`` the Picard sweeps; ``frame`` the basis in which the
-filter's powers are cheap; ``crossover`` the measurements of where the sweeps are faster.
+``op`` holds the schemas and the autograd functions; ``solver`` holds the Picard sweeps; ``frame`` holds the basis in
+which the filter's powers are cheap; ``crossover`` holds the sizes at which the sweeps were measured to be faster.
 """
 
 from lcw_ops import _old_names
@@ -42,7 +42,7 @@ __all__ = [
     "solver",
 ]
 
-# This package was one module, and had these names too.
+# This package was once one module, which had these names too.
 _old_names.keep(
     globals(),
     {

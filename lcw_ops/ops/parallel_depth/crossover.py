@@ -11,7 +11,7 @@ from lcw_ops._torch import constant_when_traced
 
 
 class Call(NamedTuple):
-    """The properties on which the times depend, besides c = beta times the number of layers."""
+    """The properties on which the two solvers' times depend, besides c = beta times the number of layers."""
 
     device: str
     permutes: bool
@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Calls from the smallest to the largest measured size at which the parallel solver won, both included."""
+    """Calls for which the parallel solver was measured to be faster. Sizes are (smallest, largest), both included."""
 
     device: str
     permutes: bool

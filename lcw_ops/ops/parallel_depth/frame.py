@@ -1,12 +1,13 @@
-"""The basis in which a dense orthogonal filter is a row of independent rotations: its real eigenbasis.
+"""The frame of a dense orthogonal filter: its real eigenbasis, in which the filter rotates pairs of units.
 
     O = B R B^-1,    R with 2 x 2 blocks r [cos t, sin t; -sin t, cos t] and real numbers on its diagonal
 
-For an exactly orthogonal O this is the real Schur form, and B is orthogonal. A filter rounded to float32 is orthogonal
-only to 1e-7, which would show after 50,000 steps. So the frame uses the rounded filter's own eigenvalues and
-eigenvectors, in float64.
+O is the filter, a matrix (N, N) for N units, and the columns of B are the basis. For an exactly orthogonal O this is
+the real Schur form, and B is orthogonal. A filter rounded to float32 is orthogonal only to 1e-7, which would show after
+50,000 steps. So the frame uses the rounded filter's own eigenvalues and eigenvectors, in float64.
 
-Cost: one eigendecomposition, O(N^3), per filter, on the CPU. Then a power of O costs O(N) instead of a matmul.
+Cost: one eigendecomposition per filter, on the CPU, in a time that grows like N^3. A power of the filter then takes a
+number of operations that grows like N, instead of a matmul.
 """
 
 import math
@@ -15,18 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The largest condition number of B: the factor by which a state's rounding may grow on its way into the basis and back.
+# The largest condition number that B may have. Rounding errors of a state that is taken into the basis and back grow by
+# at most this factor.
 MAX_CONDITION = 4.0
 
-# The largest distance of B R B^-1 from O, whose norm is about 1. Over 50,000 steps it stays below float32's rounding.
+# The largest entry that B^-1 O B - R may have; the entries of R are at most about 1. Over 50,000 steps such an error
+# stays below float32's rounding.
 MAX_RESIDUAL = 1e-12
 
 
 class Frame(NamedTuple):
-    """A state h is B h' with h' in the frame: for rows, h = h' ``basis``^T and h' = h ``inverse``^T.
+    """The matrices B, B^-1 and R. A state h has the coordinates h' in the frame, with h = B h'.
 
-    ``rotation`` (2 N,) is R in float64. ``basis`` and ``inverse`` are in the filter's dtype. ``exact_basis`` and
-    ``exact_inverse`` are the same in float64.
+    States are rows: h = h' ``basis``^T and h' = h ``inverse``^T. ``rotation`` (2 N,) is R in float64: N cosines, then N
+    sines. ``basis`` and ``inverse`` are in the filter's dtype, ``exact_basis`` and ``exact_inverse`` in float64.
     """
 
     basis: Tensor
@@ -36,13 +39,13 @@ class Frame(NamedTuple):
     exact_inverse: Tensor
 
 
-# The last few filters, by value, and their frames. A training loop asks for the same filter in every call.
+# Copies of the last few filters, and their frames. A training loop asks for the same filter in every call.
 _REMEMBERED = 8
 _frames: list[tuple[Tensor, Frame | None]] = []
 
 
 def get_frame(filter: Tensor) -> Frame | None:
-    """The frame of a matrix (N, N), in its dtype. None if no well-conditioned one was found. Results are cached."""
+    """The frame of a matrix (N, N), or None if no well-conditioned frame was found. Results are cached."""
     kind = filter.dtype, filter.device, filter.shape
     for known, frame in _frames:
         if (known.dtype, known.device, known.shape) == kind and torch.equal(known, filter):
@@ -98,8 +101,8 @@ def _eigenbasis(matrix: Tensor) -> Tensor:
 def _eigenbasis_of_normal(matrix: Tensor) -> Tensor:
     """The eigenbasis of an exactly normal matrix (a permutation, a reflection), even if eigenvalues coincide.
 
-    O and O^T share their eigenvectors v, O v = l v, with the Hermitian (z O + (z O)^H) / 2, whose eigenvalue is
-    Re(z l). For a z at a generic angle two of these coincide only if two l do.
+    For a complex z of modulus 1, an eigenvector v with O v = l v is also an eigenvector of the Hermitian matrix
+    (z O + (z O)^H) / 2, to the eigenvalue Re(z l). At a generic angle of z, two of these coincide only if two l do.
     """
     angle = 1.0
     rotated = complex(math.cos(angle), math.sin(angle)) * matrix
@@ -107,7 +110,8 @@ def _eigenbasis_of_normal(matrix: Tensor) -> Tensor:
     values = ((vectors.conj() * (matrix.to(vectors.dtype) @ vectors)).sum(0)).imag
     is_real = values.abs() < 1e-8
     real = vectors[:, is_real]
-    # The space of the real eigenvalues contains the conjugates of its vectors. In a real basis O is symmetric there.
+    # The span of the eigenvectors with real eigenvalues contains their conjugates, so it has a real basis. On this
+    # space O is symmetric.
     space = torch.linalg.svd(torch.cat((real.real, real.imag), 1), full_matrices=False).U[:, : real.shape[1]]
     _, inner = torch.linalg.eigh(space.mT @ ((matrix + matrix.mT) / 2) @ space)
     return _real_basis(vectors[:, values > 1e-8], space @ inner)

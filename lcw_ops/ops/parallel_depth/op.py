@@ -2,9 +2,9 @@
 
     h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l),   l = 1..L
 
-O is the filter, u_l an input. Each sweep covers all layers at once; see solver.py in this folder.
-lcw_ops/reference/parallel_depth.py has the functions of a sweep. All sweeps run inside one op; the host decides how
-many.
+h_l (M, N) is the state of M samples and N units after layer l, O the filter, u_l an input. Each sweep covers all layers
+at once; see solver.py in this folder. lcw_ops/reference/parallel_depth.py has the functions of a sweep. All sweeps run
+inside one op, and the host decides when to stop.
 """
 
 import importlib
@@ -101,7 +101,10 @@ _BACKENDS = ("cpp", "triton", "reference")
 
 
 class Options(NamedTuple):
-    """The non-tensor arguments of the op, in the op's order, and the overload that runs it."""
+    """The non-tensor arguments of the op, in the op's order, and the overload that runs the op.
+
+    ``keeps`` says whether to keep checkpoints for a backward pass.
+    """
 
     steps: int
     activation: str
@@ -315,7 +318,7 @@ def sequential_forward(backend: str, filter: Tensor) -> solver.SequentialForward
 
 
 def _count_by_inputs(h0: Tensor, layers: solver.Layers, steps: int) -> Tensor:
-    """The inputs, or zeros, which tell the reference the number of steps. A scale of length 1 may be shared."""
+    """The inputs, or zeros, which tell the reference the number of steps. It does not count scales of length 1."""
     return h0.new_zeros((steps, *h0.shape)) if layers.inputs is None else layers.inputs
 
 

@@ -1,11 +1,13 @@
 """Picard sweeps over windows of layers until they have converged, forward and backward.
 
-With d_k the largest relative change of a state in sweep k and rho = d_k / d_{k-1} < 1, the remaining error is about
-rho / (1 - rho) d_k. A window has converged when that is below the tolerance. A window that does not converge is halved;
-once it cannot be halved any more, the sequential kernel continues, with one warning.
+A window is a range of D consecutive layers of N units; M is the number of samples. A sweep computes W_l h_{l-1} for all
+layers from the states of the sweep before, and then all states by one scan. With d_k the largest relative change of a
+state in sweep k and rho = d_k / d_{k-1} < 1, the remaining error is about rho / (1 - rho) d_k. A window has converged
+when that is below the tolerance. A window that does not converge is halved; once it cannot be halved any more, the
+sequential kernel continues, with one warning.
 
-Cost of a sweep over D layers: one batched matmul (2 D M N^2 operations, which read D N^2 weights) and one scan over
-(D, M, N). Small batches are bound by reading the weights.
+Cost of a sweep: one batched matmul (2 D M N^2 operations, which read D N^2 weights) and one scan over (D, M, N). The
+time for small batches is that of reading the weights.
 """
 
 import math
@@ -27,9 +29,9 @@ from lcw_ops.reference import parallel_depth as reference
 MAX_SWEEPS = 16
 LEAST_WINDOW = 8
 
-# The largest size of a window's weights and states on a CPU. Every sweep reads them again, from the cache if they fit.
+# The most bytes of the weights and states of a default window on a CPU, so that every sweep finds them in the cache.
 CACHED_BYTES = 8 * 2**20
-# In wide nets, fewer layers at a time would cost more in calls than in work.
+# The fewest layers of a default window. Wide nets would otherwise get so few that calls take longer than arithmetic.
 LEAST_DEFAULT_WINDOW = 64
 
 
@@ -77,12 +79,12 @@ def _record(solve: Solve) -> None:
 
 
 def default_tolerance(dtype: torch.dtype, steps: int) -> float:
-    """The size of rounding errors over the depth: an eighth of eps sqrt(L), and at least eps."""
+    """About the size of rounding errors after all steps: eps sqrt(steps) / 8, and at least eps."""
     return torch.finfo(dtype).eps * max(1.0, math.sqrt(steps) / 8)
 
 
 class Convergence:
-    """The changes of a window's sweeps so far, and the conclusions from them."""
+    """The largest relative change of a state in each sweep of a window so far, and the conclusions from them."""
 
     def __init__(self, layers: int, tolerance: float, dtype: torch.dtype) -> None:
         self.layers, self.tolerance = layers, tolerance
@@ -103,7 +105,7 @@ class Convergence:
     @property
     def error(self) -> float:
         """The estimated error; infinity until there is an estimate."""
-        # After as many sweeps as layers, every state is exact. After a sweep that changes nothing, no other would.
+        # After as many sweeps as layers, every state is exact. If a sweep changes nothing, later ones would not either.
         if len(self.changes) >= self.layers or self.changes[-1] == 0:
             return 0.0
         if self.is_rounding:
@@ -125,7 +127,8 @@ class Convergence:
     def is_hopeless(self) -> bool:
         """Whether the remaining sweeps would not suffice, even if the contraction falls as fast as it can.
 
-        The error of Picard's iteration falls like (c s)^k / k!, and its contraction like 1 / k.
+        After k sweeps, the error of Picard's iteration is about (c s)^k / k!, with c = beta times the number of layers
+        and s the norm of the derivative of act(W h). So the contraction falls like 1 / k.
         """
         sweeps, change, rho = len(self.changes), self.changes[-1], self.contraction
         if not math.isfinite(change) or sweeps >= MAX_SWEEPS:
@@ -186,14 +189,14 @@ class Layers(NamedTuple):
         return self._replace(weight=self.weight.to(dtype))
 
     def multiply(self, states: Tensor, out: Tensor) -> None:
-        """W_l h_{l-1} for all layers; ``states`` (D, M, N) begin at h_0."""
+        """Write W_l h_{l-1} for all layers l into ``out``; ``states`` (D, M, N) are h_0 to h_{D-1}."""
         if self.weight.dim() == 3:
             torch.bmm(states, self.weight.mT, out=out)
         else:
             torch.mm(states.flatten(0, 1), self.weight.mT, out=out.flatten(0, 1))
 
     def multiply_transposed(self, grad_pre: Tensor, out: Tensor) -> None:
-        """P_l W_l for all layers."""
+        """Write P_l W_l for all layers l into ``out``; P (D, M, N) is ``grad_pre``, the pre-activations' gradients."""
         if self.weight.dim() == 3:
             torch.bmm(grad_pre, self.weight, out=out)
         else:
@@ -231,7 +234,7 @@ class _DirectScan:
 
     def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
         arguments = (product, layers.bias, layers.inputs, self.filter, layers.alpha, layers.beta, layers.activation)
-        # The plain scan multiplies by a matrix.
+        # The reference's scan multiplies by a matrix, which must not happen in TF32.
         with full_float32(states.device):
             return self.kernels.sweep_(states, *arguments)
 
@@ -245,8 +248,8 @@ class _DirectScan:
 class _FrameScan:
     """Sweeps with a dense filter, in the basis in which it rotates pairs of units.
 
-    Single states enter and leave the basis through float64. From window to window they stay in it, because each way out
-    and in again would multiply them by the same rounding of the identity.
+    The state at the end of a window leaves the basis in float64. It is carried to the next window inside the basis,
+    because leaving and entering again would multiply it by a rounded identity, the same one for every window.
     """
 
     def __init__(self, kernels, frame: Frame) -> None:
@@ -309,7 +312,7 @@ class _FrameScan:
 
 
 def multiply_exactly(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """rows @ matrix, never in TF32: states keep all their digits from layer to layer."""
+    """rows @ matrix, never in TF32, so that states do not lose precision from layer to layer."""
     with full_float32(rows.device):
         torch.mm(rows.reshape(-1, rows.shape[-1]), matrix, out=out.view(-1, out.shape[-1]))
 
@@ -319,12 +322,12 @@ def make_scan(kernels, reference_kernels, filter: Tensor):
     if reference.is_permutation(filter):
         return _DirectScan(kernels, filter)
     frame = get_frame(filter)
-    # Without a basis, the plain scan multiplies by powers of the matrix.
+    # Without a frame, the reference's scan multiplies by powers of the matrix.
     return _DirectScan(reference_kernels, filter) if frame is None else _FrameScan(kernels, frame)
 
 
 def default_window(weight: Tensor, rows: int, steps: int) -> int:
-    """Layers per window: on a GPU all of them, on a CPU as many as fit into the cache."""
+    """Layers per window: on a GPU all; on a CPU as many as fit into the cache, but at least LEAST_DEFAULT_WINDOW."""
     if not weight.is_cpu:
         return max(steps, 1)
     width = weight.shape[-1]
@@ -341,7 +344,8 @@ SequentialForward = Callable[[Tensor, Layers, int], Tensor]
 class Windows:
     """The base of Forward and Backward: the size of the window, and the sweeps in one window.
 
-    Each window gets its share of the tolerance for all ``steps`` layers. Their errors add up like independent ones.
+    A window of D layers gets the share sqrt(D / steps) of the tolerance for all ``steps`` layers, because the errors of
+    windows add up like independent ones.
     """
 
     direction: str
@@ -352,7 +356,7 @@ class Windows:
         self.asked = window
         self.workspace = _Workspace()
         self.given_up: Convergence | None = None
-        # The layer at which the window after the last solved one would begin.
+        # The layer boundary at which the last solved window ended, in the direction of the pass.
         self.next_layer: int | None = None
 
     def converge(self, first_layer: int, layers: int, dtype: torch.dtype, sweep: Callable[[], Tensor]) -> bool:
@@ -380,7 +384,7 @@ class Windows:
 
 
 def warn_of_given_up(*windows: Windows) -> None:
-    """Warn of the first of these that did not converge. The text is fixed, so Python shows it once."""
+    """Warn of the first pass that gave up a window. The text names no layer, so that Python shows it only once."""
     given_up = next((one for one in windows if one.given_up is not None), None)
     if given_up is None:
         return
@@ -398,7 +402,7 @@ def warn_of_given_up(*windows: Windows) -> None:
 
 
 class Forward(Windows):
-    """States of consecutive layers from the first one, window by window."""
+    """Computes the states of consecutive layers from h_0, window by window."""
 
     direction = "forward"
 
@@ -470,7 +474,7 @@ SequentialBackward = Callable[[Tensor, Tensor, Layers, Tensor | None, Gradients,
 
 
 class Backward(Windows):
-    """Gradients of consecutive layers with known states, from the last state's gradient, window by window."""
+    """Computes the gradients of consecutive layers with known states, from the last state back, window by window."""
 
     direction = "backward"
 
@@ -483,7 +487,8 @@ class Backward(Windows):
     ) -> Tensor:
         """Return the gradient of states[0]; the arguments' gradients go into ``gradients``.
 
-        ``gradient`` (M, N) is the last state's; ``outside`` (D, M, N) reaches the states before it.
+        ``gradient`` (M, N) is the last state's. ``outside`` (D, M, N) are the gradients that the other states receive
+        from outside the recurrence.
         """
         stop = len(states) - 1
         while stop > 0:
@@ -556,14 +561,14 @@ class Backward(Windows):
             _add_inner_products(gradients.beta, adjoint[1:], spare)
 
 
-# The number of outer products in one float32 sum (samples of one or more layers), and the bytes of the sums that are
-# computed at a time.
+# The number of outer products in one float32 sum, one per sample and layer, and the most bytes of sums computed at a
+# time.
 SUMMED_SAMPLES = 64
 SUMMED_BYTES = 64 * 2**20
 
 
 def _add_outer_products(weight_gradient: Tensor, grad_pre: Tensor, before: Tensor) -> None:
-    """Add P_l^T h_{l-1} of all layers to their shared weight's float64 gradient. Only short sums are in float32."""
+    """Add grad_pre^T before, summed over layers, to the weight's float64 gradient. Only short sums are in float32."""
     rows = [tensor.flatten(0, 1) for tensor in (grad_pre, before)]
     sums_at_once = max(1, SUMMED_BYTES // max(weight_gradient.numel() * before.itemsize, 1))
     whole = len(rows[0]) // SUMMED_SAMPLES * SUMMED_SAMPLES
@@ -576,6 +581,6 @@ def _add_outer_products(weight_gradient: Tensor, grad_pre: Tensor, before: Tenso
 
 
 def _add_inner_products(scale_gradient: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add <left_l, right_l> for every layer, or the sum over all of them if they share one scale."""
+    """Add <left_l, right_l> of each layer l to its scale's gradient, or of all layers if they share one scale."""
     products = (left * right).sum((1, 2))
     scale_gradient.add_(products if scale_gradient.numel() == len(products) else products.sum())
