@@ -138,7 +138,7 @@ def check_count(function: str, argument: str, count: int) -> None:
 
 
 def check_solver(function: str, solver: str, tolerance: float | None, window: int | None) -> None:
-    """ValueError unless the solver is known and each option is valid and belongs to that solver."""
+    """Raise ValueError unless the solver is known and each option is valid and belongs to it."""
     check_choice(function, "solver", solver, SOLVERS)
     for argument, value in (("tolerance", tolerance), ("window", window)):
         if value is not None and solver == "sequential":
