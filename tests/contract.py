@@ -296,6 +296,14 @@ def check_opcheck(op: Op, backend: str) -> None:
         torch.library.opcheck(function, args, kwargs)
 
 
+def check_backend(op: Op, backend: str) -> None:
+    """Forward and backward run the requested backend's kernels and no others."""
+    with _Recorder() as recorder:
+        results(op, op.ours, *op.draw(op.sizes[0], torch.float32))
+    overloads = {function._overloadname for function, *_ in recorder.calls}
+    assert overloads == {backend} or (not overloads and backend == "reference")
+
+
 def check_compile(op: Op, backend: str) -> None:
     """torch.compile makes at most ``op.graphs`` graphs for all sizes, forward and backward, without a graph break."""
     graphs = []

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import lcw_ops
 from lcw_ops import _info
+from lcw_ops import functional as F
 from lcw_ops.ops import backends, library
 from lcw_ops.ops.orthogonal_filter import crossover
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
@@ -188,6 +189,24 @@ def test_a_request_that_is_too_wide_names_the_width(proven_gpu):
         assert (
             "above width 128 in float32 and 64 in float64: none" in _info._op_lines("orthogonal_filter", proven_gpu)[0]
         )
+
+
+@pytest.mark.parametrize(("solver", "op"), [("sequential", "orthogonal_filter"), ("parallel", "parallel_depth_sweep_")])
+@pytest.mark.parametrize(
+    ("dtype", "widest"), [(torch.float32, 16), (torch.float64, 8), (torch.bfloat16, 16), (torch.float16, 16)]
+)
+def test_the_width_limit_counts_the_bytes_of_the_state(dtype, widest, solver, op, monkeypatch):
+    """The state of a 16-bit recurrence is float32."""
+    monkeypatch.setitem(backends.MAX_ROW_BYTES, (op, "cpp"), 64)
+
+    def run(width):
+        h0, weight = torch.randn(2, width, dtype=dtype), torch.randn(9, width, width, dtype=dtype)
+        return F.orthogonal_filter(h0, weight, None, torch.arange(width), solver=solver)
+
+    with lcw_ops.use_backend("cpp"):
+        assert run(widest).shape == (2, widest)
+        with pytest.raises(lcw_ops.BackendError, match=f"width {widest + 1} > {widest}, the most cpp takes"):
+            run(widest + 1)
 
 
 def test_info_names_versions_devices_and_reasons():

@@ -7,6 +7,7 @@ from contract import Op, normal, scaled
 
 from lcw_ops import functional as F
 from lcw_ops import reference
+from lcw_ops.ops import backends
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
@@ -183,6 +184,12 @@ BACKENDS["hypersphere_angles"] = ["reference"]
 def test_contract(op, backend, check, monkeypatch):
     monkeypatch.setenv("LCW_OPS_MATMUL", PRODUCTS.get(backend, ""))
     contract.run(check, OPS[op], backend.split()[0])
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "cpp" in BACKENDS[op]])
+def test_without_a_request_the_compiled_kernels_run(op, monkeypatch):
+    monkeypatch.setattr(backends, "_requested", None)
+    contract.CHECKS["backend"](OPS[op], "cpp")
 
 
 def test_every_public_function_is_in_the_table():

@@ -73,6 +73,13 @@ def random_gradients(shape, dtype, device):
     return (magnitude * torch.randn(shape, dtype=torch.float64).sign()).to(device, dtype)
 
 
+def test_the_defaults_are_arctan_with_alpha_0_1_and_beta_20(device):
+    gradient = random_gradients(1000, torch.float32, device)
+    result = gradient.clone()
+    F.gradient_activation_([result])
+    assert_as_good_as_eager(result, gradient, "arctan", 0.1, 20.0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64(kind, dtype, device):

@@ -1128,6 +1128,10 @@ def test_parameters_of_another_kind_are_refused_in_every_mode(make, training):
         module.radius.data = radius.double()
         with pytest.raises(TypeError, match=r"radius is torch\.float64"):
             module(x)
+        module.location.data = module.location.double()
+        with pytest.raises(TypeError, match=r"radius is torch\.float64"):
+            module(x)
+        module.location.data = module.location.float()
         module.radius.data = radius[:1]
         with pytest.raises(ValueError, match=r"radius has shape \(1,\); expected \(4,\)"):
             module(x)

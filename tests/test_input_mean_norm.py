@@ -13,12 +13,12 @@ from lcw_ops.nn import hypersphere
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = 2**-52
-SHAPES = [(6, 4), (6, 4, 5), (3, 4, 2, 5), (2, 4, 2, 3, 2), (1, 4)]
+SHAPES = [(6, 4), (6, 4, 5), (3, 4, 2, 5), (2, 4, 2, 3, 2), (1, 4), (1, 1), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_input_mean_norm_is_its_formula(shape):
-    layer = nn.InputMeanNorm(4, momentum=0.25, dtype=torch.float64)
+    layer = nn.InputMeanNorm(shape[1], momentum=0.25, dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64) + 3
     dims = [0, *range(2, len(shape))]
     # 24 numbers below 8 are summed in two orders.
@@ -34,7 +34,7 @@ def test_input_mean_norm_is_its_formula(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_input_mean_norm_derivatives(training, shape):
-    layer = nn.InputMeanNorm(4, dtype=torch.float64).train(training)
+    layer = nn.InputMeanNorm(shape[1], dtype=torch.float64).train(training)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
@@ -107,6 +107,16 @@ def test_a_running_mean_of_a_16_bit_model_still_moves():
     # 0.25 x 0.99^700 = 2.2e-4, and 700 roundings.
     assert abs(model[0].running_mean.item() - 1.25) < 2.2e-4 + 700 * 2**-24
     assert model.double()[0].running_mean.dtype == torch.float64
+
+
+def test_a_submodule_of_a_subclass_is_converted_too():
+    class WithScale(nn.InputMeanNorm):
+        def __init__(self):
+            super().__init__(4)
+            self.scale = torch.nn.Linear(4, 4)
+
+    layer = WithScale().bfloat16()
+    assert (layer.scale.weight.dtype, layer.running_mean.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_input_mean_norm_keeps_the_memory_format():

@@ -501,6 +501,15 @@ def test_a_trace_has_the_values_and_gradients_of_the_module(steps, options):
                 torch.testing.assert_close(actual[name], expected[name])
 
 
+@pytest.mark.parametrize("kind", ["mlp", "rnn"])
+def test_a_trace_of_256_steps_has_the_values_of_the_module(kind):
+    module, x = {
+        "mlp": (nn.OrthogonalFilterMLP(3, WIDTH, 256, 2), torch.randn(5, 3)),
+        "rnn": (nn.OrthogonalFilterRNN(3, WIDTH, length=256), torch.randn(256, 2, 3)),
+    }[kind]
+    torch.testing.assert_close(torch.jit.trace(module, (x,), check_trace=False)(x), module(x))
+
+
 def test_a_trace_of_more_than_256_steps_is_refused():
     for module, x in (
         (nn.OrthogonalFilterMLP(3, WIDTH, 257, 2), torch.randn(5, 3)),
@@ -742,21 +751,27 @@ def test_the_profile_of_a_replaced_layer_uses_its_own_forward():
     torch.testing.assert_close(doubled, 2 * plain)
 
 
+class Activated(torch.nn.Module):
+    def forward(self, gradient):
+        activated = gradient.clone()
+        F.gradient_activation_([activated], "tanh", 0.5, 3.0)
+        return activated
+
+
 def test_activated_gradients_are_traced_and_exported():
     """torch.jit.trace would drop a call that returns nothing, so it is given torch's own operators to record."""
-
-    class Activated(torch.nn.Module):
-        def forward(self, gradient):
-            activated = gradient.clone()
-            F.gradient_activation_([activated], "tanh", 0.5, 3.0)
-            return activated
-
     gradient = torch.randn(4, 3)
     exported = torch.export.export(Activated(), (gradient,))
     assert not [node for node in exported.graph.nodes if "lcw_ops" in str(node.target)]
     for program in (torch.jit.trace(Activated(), gradient), exported.module()):
         other = torch.randn(4, 3)
         torch.testing.assert_close(program(other), 0.5 * torch.tanh(3.0 * other))
+
+
+def test_a_request_for_a_backend_holds_for_activated_gradients():
+    with lcw_ops.use_backend("cpp"):
+        exported = targets(torch.export.export(Activated(), (torch.randn(4, 3),)))
+    assert [name for name in exported if "lcw_ops" in name] == ["lcw_ops.gradient_activation_.cpp"]
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -24,6 +24,7 @@ from support.numerics import (
     saved_tensors,
     threads,
 )
+from support.op_calls import OpCalls
 from support.pairwise import pairwise
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -640,6 +641,18 @@ def test_vmap_is_a_loop(batched, rows, basis):
     for k in range(4):
         expected = plain_linear(*(t + k if n in chosen else t for n, t in arguments.items()), basis)
         torch.testing.assert_close(actual[k], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("basis", [False, True])
+@pytest.mark.parametrize(("rows", "constrained"), [(4, "x"), (6, "weight")])
+@pytest.mark.parametrize("features", [2, 7])
+def test_under_vmap_the_constraint_acts_on_the_smaller_of_input_and_weight(features, rows, constrained, basis):
+    """A projected input and a constrained weight have different rounding errors, see ``lcw_linear``."""
+    x, weight = normal(3, rows, features), normal(5, features - basis)
+    with OpCalls() as inside:
+        torch.vmap(lambda sample: F.lcw_linear(sample, weight, None, basis))(x)
+    ((op, _),) = inside.calls
+    assert str(op) == {"x": "lcw_ops.lcw_weight_backward.cpp", "weight": "lcw_ops.lcw_weight.cpp"}[constrained]
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2), (4, 3, 2, 2), (4, 3, 2, 2, 2), (0, 3)], ids=str)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.numerics import assert_as_exact_as_eager, hostile_layouts
+from support.op_calls import OpCalls
 from support.recurrence import NAMES, make_arguments, make_filter, run
 
 import lcw_ops
@@ -323,6 +324,16 @@ def test_inference_saves_nothing(device):
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_without_a_gradient_the_op_returns_the_result_alone(requires_grad, device):
+    arguments = [tensor.requires_grad_(requires_grad) for tensor in make_arguments(4, 8, 9, device=device)]
+    filter = make_filter("matrix", 9, 8, device=device)
+    with torch.set_grad_enabled(not requires_grad), OpCalls() as inside:
+        output = run(arguments, filter, segment=3)
+    ((_, returned),) = inside.calls
+    assert sum(tensor.numel() for tensor in returned) == output.numel()
+
+
 def small_arguments(shared, device):
     return make_arguments(2, 3, 3, shared, torch.float64, device)
 
@@ -503,6 +514,9 @@ def valid_call(device):
         ({"alpha": float("nan")}, ValueError, "alpha is nan; expected a finite number"),
         ({"beta": float("inf")}, ValueError, "beta is inf"),
         ({"beta": torch.randn(3, 1)}, ValueError, "beta is a torch.float32 tensor of shape"),
+        ({"beta": torch.ones(3, dtype=torch.int64)}, ValueError, "beta is a torch.int64 tensor of shape"),
+        ({"alpha": torch.ones((), dtype=torch.bool)}, ValueError, "alpha is a torch.bool tensor of shape"),
+        ({"alpha": torch.ones(3, device="meta")}, ValueError, r"alpha is .* on meta; expected .*, \(L,\), on"),
         ({"beta": torch.randn(2)}, ValueError, "disagree on the number of steps"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu'; expected one of 'tanh'"),
         ({"activation": ["tanh"]}, ValueError, "activation is \\['tanh'\\]; expected one of"),

@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 from support.numerics import assert_as_exact_as_eager, hostile_layouts, saved_tensors
+from support.op_calls import OpCalls
 from support.pairwise import name_of, pairwise
 from torch import Tensor
 
@@ -531,6 +532,17 @@ def test_nothing_is_kept_without_a_gradient(backend):
         output = in_parallel(leaves, filter.clone())
     assert output.is_inference()
     assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_without_a_gradient_the_op_returns_the_result_alone(window, requires_grad, backend):
+    arguments = {name: tensor.requires_grad_(requires_grad) for name, tensor in make_arguments(4, 6, 20).items()}
+    filter = make_filter("dense", 6)
+    with torch.set_grad_enabled(not requires_grad), OpCalls() as inside:
+        output = in_parallel(arguments, filter, window=window)
+    ((_, returned),) = inside.calls
+    assert sum(tensor.numel() for tensor in returned) == output.numel()
 
 
 def test_the_op_keeps_nothing_when_told_so(backend):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.unit_modules import (
     CONV_OPTIONS,
+    FUNCTIONAL_CONVS,
     RANKS,
     WEIGHT_NORM_CONVS,
     assert_exact,
@@ -76,6 +77,21 @@ def test_converting_a_trained_layer_keeps_its_function(length):
     assert torch.equal(layer.weight, plain.weight)
     assert torch.equal(layer.bias, plain.bias)
     assert_rows_close(layer.effective_weight(), plain.weight, 7)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_without_bias_multiplies_by_its_effective_weight(training, mode):
+    made = nn.WeightNormLinear(6, 5, bias=False), *(kind(4, 6, 3, bias=False) for kind in WEIGHT_NORM_CONVS)
+    inputs = torch.randn(3, 6), torch.randn(2, 4, 9), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8, 7)
+    plain = torch.nn.functional.linear, *FUNCTIONAL_CONVS
+    for layer, x, multiply in zip(made, inputs, plain, strict=True):
+        draw_per_unit_(layer).train(training)
+        with mode():
+            # 108 products below 5 x 5, summed in two orders.
+            torch.testing.assert_close(
+                layer(x), multiply(x, layer.effective_weight()), rtol=0, atol=2 * 108 * 25 * 2**-23
+            )
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -19,7 +19,9 @@ SLOW: dict[str, str] = {
     r"^test_orthogonal_filter\.py::.*five_thousand": "a float64 recurrence of that depth",
     r"^test_orthogonal_filter_facts\.py::.*fifty_thousand": "trains a net of 50,000 layers",
     r"^test_parallel_depth\w*\.py::.*(fifty_thousand|50_000)": "the judge computes 50,000 layers in sequence",
-    r"^test_integration_export\.py::": "torch's exporters and onnxruntime",
+    r"^test_integration_export\.py::(?!test_(a_request(?!.*True)|a_trace_of|a_wrong_call|\w+_one_call))": (
+        "torch's exporters and onnxruntime"
+    ),
     r"^test_train\.py::.*(killed_process|defaults_learn)": "trains in processes that are killed and resumed",
     r"^test_lcw_modules\.py::.*100_sigmoid_layers": "trains networks",
     r"^test_gradient_activation_facts\.py::.*saddle": "counts the steps that optimizers take off a saddle",
