@@ -609,13 +609,13 @@ def test_the_default_window_fits_into_the_cache():
 
 
 def test_a_shared_weights_gradient_is_summed_in_parts(monkeypatch):
-    """Four parts of three sums of 64 outer products each, and 40 outer products that remain."""
+    """Five parts of up to three sums of 64 outer products each, and 32 outer products that remain."""
     monkeypatch.setattr(solver, "SUMMED_BYTES", 3 * 4 * 5 * 5)
-    grad_pre, before = torch.randn(2, 16, 52, 5).unbind()
+    grad_pre, before = torch.randn(2, 16, 54, 5).unbind()
     gradient = torch.ones(5, 5, dtype=torch.float64)
     solver._add_outer_products(gradient, grad_pre, before)
     exact = 1 + torch.einsum("lmo,lmi->oi", grad_pre.double(), before.double())
-    torch.testing.assert_close(gradient, exact, rtol=0, atol=832 * torch.finfo().eps)
+    torch.testing.assert_close(gradient, exact, rtol=0, atol=864 * torch.finfo().eps)
 
 
 class LargestResult(TorchDispatchMode):
