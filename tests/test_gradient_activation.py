@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 
+from lcw_ops import optim
+from lcw_ops.functional import gradient_activation_
 from lcw_ops.reference import adamw_step, gradient_activation, sgd_step
 
 KINDS = ["arctan", "tanh", "log"]
@@ -209,6 +211,27 @@ def test_adamw_with_f_the_identity_is_torchs_adamw():
         theirs.grad = normal(20, seed=step)
         optimizer.step()
     torch.testing.assert_close(adamw_run(weight_decay=0.1, **PLAIN), theirs.detach(), atol=30 * 16 * EPS, rtol=0)
+
+
+def test_default_options_are_those_of_the_optimizers():
+    by_sgd, by_adamw = (normal(20).requires_grad_() for _ in range(2))
+    optimizers = optim.SGD([by_sgd], lr=0.1), optim.AdamW([by_adamw])
+    w, buffer = normal(20), None
+    state = normal(20), torch.zeros(20).double(), torch.zeros(20).double()
+    for step in range(1, 4):
+        g = by_sgd.grad = by_adamw.grad = normal(20, seed=step)
+        for optimizer in optimizers:
+            optimizer.step()
+        w, buffer = sgd_step(w, g, buffer, 0.1)
+        state = adamw_step(state[0], g, *state[1:], step)
+    for actual, expected in ((by_sgd, w), (by_adamw, state[0])):
+        torch.testing.assert_close(actual.detach(), expected, atol=3 * 16 * EPS, rtol=0)
+
+
+def test_the_default_function_is_that_of_the_op():
+    g, activated = normal(20), normal(20)
+    gradient_activation_([activated])
+    torch.testing.assert_close(activated, gradient_activation(g), atol=16 * EPS, rtol=0)
 
 
 def test_alpha_cancels_in_adamw_but_for_eps():

@@ -1,6 +1,7 @@
 """The recurrence in blocks of matmuls, for every kind of filter and block length; on a GPU, as CUDA graphs too."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -248,6 +249,18 @@ def test_graphs_are_cached_and_the_least_recently_used_is_evicted(monkeypatch):
     assert graph._get_block(kinds[0]) == [kinds[0], False]
     graph.clear()
     assert not graph._cached
+
+
+@pytest.mark.parametrize("empty", [{"rows": 0}, {"width": 0}, {"rows": 0, "width": 0}])
+def test_nothing_is_captured_for_empty_states(empty, monkeypatch):
+    """They need no graph, and do not evict one. Needs no GPU."""
+    monkeypatch.setattr(graph, "_cached", graph.OrderedDict())
+    monkeypatch.setattr(graph, "Block", lambda kind, capture: capture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kind = graph.Kind(3, 2, 4, torch.float32, torch.device("cuda"), 0, "tanh", True, "matrix", True, False)
+    assert graph._get_block(kind)
+    assert not graph._get_block(dataclasses.replace(kind, **empty))
+    assert list(graph._cached) == [kind]
 
 
 def test_captured_once_and_replayed(monkeypatch):

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lcw_ops
 from lcw_ops import functional as F
@@ -605,6 +606,37 @@ def test_the_default_window_fits_into_the_cache():
         assert window * per_layer <= solver.CACHED_BYTES or window == solver.LEAST_DEFAULT_WINDOW
     assert solver.default_window(torch.empty(50, 4, 4), 2, 50) == 50
     assert solver.default_window(torch.empty(50_000, 64, 64, device="meta"), 8, 50_000) == 50_000
+
+
+def test_a_shared_weights_gradient_is_summed_in_parts(monkeypatch):
+    """Five parts of up to three sums of 64 outer products each, and 32 outer products that remain."""
+    monkeypatch.setattr(solver, "SUMMED_BYTES", 3 * 4 * 5 * 5)
+    grad_pre, before = torch.randn(2, 16, 54, 5).unbind()
+    gradient = torch.ones(5, 5, dtype=torch.float64)
+    solver._add_outer_products(gradient, grad_pre, before)
+    exact = 1 + torch.einsum("lmo,lmi->oi", grad_pre.double(), before.double())
+    torch.testing.assert_close(gradient, exact, rtol=0, atol=864 * torch.finfo().eps)
+
+
+class LargestResult(TorchDispatchMode):
+    """The bytes of the largest tensor that any operator returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.bytes = max(self.bytes, *(tensor.nbytes for tensor in tensors), 0)
+        return result
+
+
+def test_the_sums_for_a_shared_weight_take_little_memory():
+    """At most 64 MiB; all sums at once would be 1 GiB. On the meta device nothing is computed."""
+    grad_pre, before = (torch.empty(32, 128, 2048, device="meta") for _ in range(2))
+    gradient = torch.empty(2048, 2048, dtype=torch.float64, device="meta")
+    with LargestResult() as largest:
+        solver._add_outer_products(gradient, grad_pre, before)
+    assert gradient.nbytes <= largest.bytes <= 64 * 2**20
 
 
 # ---- The errors after each sweep -------------------------------------------------------------------------------------

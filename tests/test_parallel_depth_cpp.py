@@ -385,6 +385,21 @@ def test_the_largest_change_is_found_wherever_it_is(count):
         assert np.isnan(change_of(old, new, count))
 
 
+# ---- As registered ops -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["sweep_", "adjoint_sweep_", "activate_"])
+@pytest.mark.parametrize("layers", [0, 4])
+def test_opcheck(op, layers):
+    shape = (layers, 3, 6)
+    arguments = {
+        "sweep_": sweep_arguments(shape, torch.float32, "random", "tanh"),
+        "adjoint_sweep_": adjoint_arguments(shape, torch.float32, "random"),
+        "activate_": [torch.randn(shape), None, None, torch.ones(1), "tanh", True],
+    }
+    torch.library.opcheck(getattr(kernels(), op), arguments[op], test_utils=("test_schema", "test_faketensor"))
+
+
 # ---- Arguments that the kernels refuse -------------------------------------------------------------------------------
 
 ADVICE = r"; call lcw_ops\.functional\.orthogonal_filter"

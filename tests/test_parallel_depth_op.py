@@ -303,6 +303,22 @@ def test_same_bits_for_the_same_number_of_threads(count, backend):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("window", [1, 20, None])
+def test_the_gradient_of_a_shared_sixteen_bit_weight_is_rounded_once(window, backend):
+    """The share of one layer in this gradient is too small for float16. The sum over all layers is not."""
+    arguments, filter = make_arguments(4, 8, 400, tied=True, inputs=False), make_filter("identity", 8)
+    arguments = {name: t if name in ("alpha", "beta") else t.half() for name, t in arguments.items()}
+    spacing = 2.0**-24  # of the smallest numbers in float16
+    wide, grad_output = in_float64(arguments, filter)[0], torch.full((4, 8), 32 * spacing)
+    with lcw_ops.use_backend("cpp"):
+        shares = with_gradients(run, {**wide, "weight": wide["weight"].expand(400, 8, 8)}, filter, grad_output)
+    exact = shares["weight"].sum(0)
+    assert shares["weight"].abs().max() < spacing / 2 < 16 * spacing < exact.abs().max()
+    actual = with_gradients(in_parallel, arguments, filter, grad_output, window=window)["weight"]
+    assert actual.dtype == torch.float16
+    torch.testing.assert_close(actual.double(), exact, rtol=2**-11, atol=0.51 * spacing)
+
+
 # ---- Solves that do not converge -------------------------------------------------------------------------------------
 
 
@@ -574,6 +590,20 @@ def test_backward_uses_the_backend_of_its_forward():
         output = in_parallel(arguments, filter)
     with lcw_ops.use_backend("triton"):
         assert torch.equal(torch.autograd.grad(output.sum(), weight)[0], expected[0])
+
+
+@pytest.mark.parametrize("window", [4, 20])
+def test_layers_left_to_the_sequence_run_on_the_backend_of_the_forward(window, backend):
+    """They are all layers in windows too small to sweep, and the last three in windows of 20."""
+    arguments, filter = make_arguments(4, 6, 23), make_filter("permutation", 6)
+    arguments["weight"].requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        output = in_parallel(arguments, filter, window=window)
+        with lcw_ops.use_backend("reference" if backend == "cpp" else "cpp"):
+            output.sum().backward()
+    compiled = {"lcw_ops::orthogonal_filter", "lcw_ops::orthogonal_filter_backward"}
+    called = {event.key for event in profile.key_averages()} & compiled
+    assert called == (compiled if backend == "cpp" else set())
 
 
 # ---- Derivatives of every kind ---------------------------------------------------------------------------------------

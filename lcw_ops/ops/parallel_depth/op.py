@@ -296,8 +296,9 @@ def _make_forward(recurrence: Recurrence, options: Options, window: int) -> solv
 
 def _sequential_kernel(backend: str, like: Tensor) -> str:
     """The layer-by-layer kernel that goes with sweeps on ``backend``; "reference" if no kernel takes this width."""
-    if backend == "reference":
-        return "reference"
+    # These two take any width. A backward pass uses the backend of its forward pass, even inside another request.
+    if backend in ("cpp", "reference"):
+        return backend
     try:
         return orthogonal_filter.choose_kernel(like.device, like.shape[-1], like.itemsize)
     except backends.BackendError:
@@ -312,7 +313,7 @@ def sequential_forward(backend: str, filter: Tensor) -> solver.SequentialForward
             inputs = _count_by_inputs(h0, layers, steps)
             return solve_sequentially(h0, *shared, inputs, layers.activation, return_states=True)
         overload = library.get_overload(orthogonal_filter.NAME, kernel)
-        return overload(h0.contiguous(), *shared, layers.inputs, steps, layers.activation, 0, True)[0]
+        return overload(h0, *shared, layers.inputs, steps, layers.activation, 0, True)[0]
 
     return run
 
@@ -340,7 +341,7 @@ def sequential_backward(backend: str, filter: Tensor) -> solver.SequentialBackwa
             )
         else:
             arguments = (*shared, layers.inputs, steps, layers.activation, orthogonal_filter.DEFAULT_SEGMENT)
-            _, checkpoints = library.get_overload(orthogonal_filter.NAME, kernel)(h0.contiguous(), *arguments, False)
+            _, checkpoints = library.get_overload(orthogonal_filter.NAME, kernel)(h0, *arguments, False)
             needs = Needs(
                 weight=gradients.weight is not None,
                 bias=gradients.bias is not None,
@@ -348,7 +349,7 @@ def sequential_backward(backend: str, filter: Tensor) -> solver.SequentialBackwa
                 inputs=gradients.inputs is not None,
             )
             grad_h0, *found, _ = library.get_overload(orthogonal_filter.BACKWARD, kernel)(
-                grad_output.contiguous(), checkpoints, *arguments, *needs, False
+                grad_output, checkpoints, *arguments, *needs, False
             )
         shares = (layers.weight.dim() == 2, layers.bias is not None and layers.bias.dim() == 1, True, True, False)
         for into, added, is_sum in zip(gradients, found, shares, strict=True):
