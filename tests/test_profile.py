@@ -236,6 +236,22 @@ def test_a_model_without_trainable_parameters_is_differentiated_by_its_input():
     assert result.columns["gradient_norm"][1] == pytest.approx(1.0, rel=1e-5)
 
 
+def test_a_model_without_trainable_parameters_may_take_integers_and_numbers_too():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x, index, scale):
+            return self.layer(x + scale * self.embedding(index))
+
+    model, x = Shifted().requires_grad_(False), torch.randn(3, 4)
+    result = profile(model, (x, torch.tensor([0, 3, 1]), 0.5), repeats=1, matmul_rate=1.0)
+    assert list(result.columns["name"]) == ["embedding", "layer"]
+    assert result.columns["gradient_norm"][1] == pytest.approx(1.0, rel=1e-5)
+    assert not x.requires_grad
+
+
 @pytest.mark.parametrize("filter", ["haar", "cyclic"])
 def test_flops_do_not_depend_on_the_backend(filter):
     model, inputs = make_mlp(filter=filter), torch.randn(8, 6)
@@ -341,6 +357,20 @@ def test_schatten_bound_is_an_upper_bound_within_its_factor(dtype):
             assert (bound <= exact * width ** (1 / 2 ** (squarings + 1)) * 1.001).all()
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_schatten_bound_is_computed_in_float64_where_torch_may_round_the_factors(precision):
+    weight = torch.randn(20, 64, 64)
+    in_float32 = spectral_norm_bound(weight)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        bound = spectral_norm_bound(weight)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(bound, spectral_norm_bound(weight.double()))
+    # The bound in float32 leaves room for the roundings of float32.
+    assert (in_float32 > bound).all()
+
+
 def test_schatten_bound_where_rounding_could_lower_it():
     """The bound is sharpest for an orthogonal matrix, a matrix of rank 1 and a scaled mixture of the two."""
     q = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
@@ -373,6 +403,15 @@ def test_bounds_hold(options, convex, activation):
             assert (columns["state_rms_bound"] <= highest + 1e-5).all()
     else:
         assert np.isnan(columns["state_rms_bound"]).all()
+
+
+def test_a_filter_without_a_stated_deviation_is_exactly_orthogonal():
+    lower, upper = bounds.layer_gain_bounds(np.array([0.8, 0.2]), np.array([-0.2, 0.8]), np.array([2.0, 1.0]), 0.5)
+    np.testing.assert_allclose((lower, upper), ([0.6, 0.0], [1.0, 0.6]), rtol=1e-15)
+    # All samples have rms 3, so rms(h_l) is at most 0.8^l 3 + (1 - 0.8^l).
+    rms = bounds.state_rms_bound(0.8, 0.2, torch.full((5, 4), 3.0), 30, "tanh")
+    carried = 0.8 ** np.arange(1, 31)
+    np.testing.assert_allclose(rms, 3 * carried + 1 - carried, rtol=1e-13)
 
 
 def test_gradient_bounds_in_closed_form():
@@ -508,6 +547,22 @@ def test_values_off_the_scale_are_drawn_faded_and_named():
     words = [label.get_text() for label in axes.get_yticklabels()]
     assert "overflow" in words
     assert "inf" not in words
+
+
+@pytest.mark.parametrize(
+    ("values", "lowest", "highest"), [([2e4, 3e6, 5e9], 4, 10), ([2e-9, 1e-8], -11, -7), ([], -2, 2)]
+)
+def test_the_picture_shows_the_decades_of_its_values(values, lowest, highest):
+    """It shows at least four decades, and those around 1 if there are no values."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axes = FigureCanvasAgg(Figure()).figure.subplots()
+    lines = [plot.Line("values", np.array(values), "k")] if values else []
+    plot.log_lines(axes, np.arange(1, max(len(values), 1) + 1), lines)
+    bottom, top = axes.get_ylim()
+    assert bottom == lowest
+    assert highest <= top < highest + 1
 
 
 @pytest.mark.parametrize("depth", range(1, 6))
@@ -866,6 +921,8 @@ def test_solves_in_words():
         ]
     )
     assert result_module._solves_in_words(gone) == "1 window given up, 1,000 layers sequentially"
+    assert (gone.windows, gone.largest_window, gone.largest_sweeps) == (0, 0, 0)
+    assert math.isnan(gone.mean_sweeps)
     assert math.isnan(gone.largest_error)
 
 
