@@ -1,6 +1,7 @@
 """The profiler against independent float64 autograd, exact SVDs and its own bounds; no file is left half written."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -248,6 +249,9 @@ def test_a_model_without_trainable_parameters_may_take_integers_and_numbers_too(
     model, x = Shifted().requires_grad_(False), torch.randn(3, 4)
     result = profile(model, (x, torch.tensor([0, 3, 1]), 0.5), repeats=1, matmul_rate=1.0)
     assert list(result.columns["name"]) == ["embedding", "layer"]
+    exact = torch.linalg.svdvals(model.layer.weight)
+    spectrum = result.jacobians["input -> output"]
+    assert (spectrum.largest, spectrum.smallest) == pytest.approx((exact[0].item(), exact[-1].item()), rel=1e-5)
     assert result.columns["gradient_norm"][1] == pytest.approx(1.0, rel=1e-5)
     assert not x.requires_grad
 
@@ -490,6 +494,25 @@ def test_state_jacobian_agrees_with_lanczos_and_autograd():
     assert (composed.largest, composed.smallest) == pytest.approx((values[0].item(), values[-1].item()), rel=1e-3)
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("case", ["a wide net", "an end that does more than its weight"])
+def test_jacobian_of_an_mlp_that_the_chain_rule_does_not_give(case, monkeypatch):
+    model, inputs = make_mlp(), torch.randn(8, 6)
+    if case == "a wide net":
+        monkeypatch.setattr(replay, "EXACT_WIDTH", 15)
+    else:
+        model.input_layer = Doubled(6, 16)
+    jacobians = profile(model, inputs, repeats=1, matmul_rate=1.0).jacobians
+    exact = torch.linalg.svdvals(torch.autograd.functional.jacobian(model, inputs[:1]).reshape(3, 6))
+    composed = jacobians.pop("input -> output")
+    assert (composed.largest, composed.smallest) == pytest.approx((exact[0].item(), exact[-1].item()), rel=1e-3)
+    assert list(jacobians) == ([] if case == "a wide net" else ["h_0 -> h_L"])
+
+
 def test_jacobian_of_one_sample_with_batch_norm():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     inputs = torch.randn(8, 6)
@@ -521,21 +544,29 @@ def test_a_plain_net_vanishes_and_is_reported(tmp_path):
 
 def test_fates_in_words():
     assert picture.gradient_fate(np.array([0.5, 1.0])) == "keeps 50% of its size"
+    assert picture.gradient_fate(np.array([0.11, 1.0])) == "keeps 11% of its size"
+    assert picture.gradient_fate(np.array([0.09, 1.0])) == "shrinks by a factor of 10^1.0"
     assert picture.gradient_fate(np.array([1.5, 1.0])) == "grows by 50%"
+    assert picture.gradient_fate(np.array([9.0, 1.0])) == "grows by 800%"
+    assert picture.gradient_fate(np.array([11.0, 1.0])) == "grows by a factor of 10^1.0"
     assert picture.gradient_fate(np.array([1e-5, 1.0])) == "shrinks by a factor of 10^5.0"
     assert picture.gradient_fate(np.array([1e5, 1.0])) == "grows by a factor of 10^5.0"
     assert picture.gradient_fate(np.array([math.nan, math.inf, 1e30, 1.0])) == "overflows at layer 2"
     assert picture.gradient_fate(np.array([0.0, 1e-42, 1e-30, 1.0])) == "underflows at layer 2"
 
 
-def test_values_off_the_scale_are_drawn_faded_and_named():
-    """Subnormal noise is not drawn as a curve, and NaN is reported as an overflow."""
+def axes_of_a_picture(**options):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    return FigureCanvasAgg(Figure(**options)).figure.subplots()
+
+
+def test_values_off_the_scale_are_drawn_faded_and_named():
+    """Subnormal noise is not drawn as a curve, and NaN is reported as an overflow."""
     values = np.array([1e-45, 3e-45, 0.0, 1e-42, 1e-30, 1.0])
     overflowing = np.array([math.nan, math.inf, 1e30, 1e20, 1e10, 1.0])
-    axes = FigureCanvasAgg(Figure()).figure.subplots()
+    axes = axes_of_a_picture()
     lines = [plot.Line("small", values, "k"), plot.Line("large", overflowing, "r")]
     plot.log_lines(axes, np.arange(1, 7), lines)
     small_faded, small, large_faded, large = (line.get_ydata() for line in axes.get_lines()[:4])
@@ -554,15 +585,42 @@ def test_values_off_the_scale_are_drawn_faded_and_named():
 )
 def test_the_picture_shows_the_decades_of_its_values(values, lowest, highest):
     """It shows at least four decades, and those around 1 if there are no values."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    axes = FigureCanvasAgg(Figure()).figure.subplots()
+    axes = axes_of_a_picture()
     lines = [plot.Line("values", np.array(values), "k")] if values else []
     plot.log_lines(axes, np.arange(1, max(len(values), 1) + 1), lines)
     bottom, top = axes.get_ylim()
     assert bottom == lowest
     assert highest <= top < highest + 1
+
+
+def test_a_label_stands_beside_its_own_line():
+    axes = axes_of_a_picture()
+    heights = {"low": -4.0, "middle": 0.0, "high": 4.0}
+    lines = [plot.Line(label, np.full(50, 10.0**height), "k") for label, height in heights.items()]
+    plot.log_lines(axes, np.arange(1, 51), lines)
+    assert axes.get_legend() is None
+    places = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert places.keys() == heights.keys()
+    for label, place in places.items():
+        assert 0 < abs(place - heights[label]) < 1
+
+
+def test_labels_without_room_beside_their_lines_are_in_a_legend():
+    """The note on underflow is then left out."""
+    axes = axes_of_a_picture(figsize=(1.5, 1))
+    plot.log_lines(axes, np.arange(1, 4), [plot.Line("a label longer than the axis", np.array([1e-42, 1.0, 1.0]), "k")])
+    assert not axes.texts
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a label longer than the axis"]
+
+
+@pytest.mark.parametrize("words", ["a few words", "many words " * 20])
+def test_a_line_of_text_is_as_wide_as_the_figure_at_most(words):
+    figure = axes_of_a_picture(figsize=(6, 2)).figure
+    plot.line_of_text(figure, 0.5, words, fontsize=14)
+    (text,) = figure.texts
+    share = text.get_window_extent(figure.canvas.get_renderer()).width / figure.bbox.width
+    assert share < 1 - plot.LEFT
+    assert text.get_fontsize() == 14 or share > 0.8
 
 
 @pytest.mark.parametrize("depth", range(1, 6))
@@ -589,18 +647,77 @@ def test_csv_json_table_and_plot(tmp_path):
     assert content["rows"] == len(content["columns"]["state_rms"]) == 26
     assert content["columns"]["gain_upper"][0] == "nan"
     assert content["timing"]["matmul_rate"] > 1e8
+    assert content["timing"]["layers"] == 26
     assert content["peak_memory_bytes"] > 1e7
 
     table = result.table()
     assert "a net: 12 of 26 rows" in table
     assert "layer[24]" not in table.splitlines()[3]
     assert "GFLOP/s" in table
-    for ending in ("png", "svg", "pdf"):
-        result.plot(tmp_path / f"picture.{ending}")
-        assert (tmp_path / f"picture.{ending}").stat().st_size > 5000
+    for name, start in (
+        ("picture.png", b"\x89PNG"), ("picture.svg", b"<?xml"), ("picture.pdf", b"%PDF"), ("picture", b"\x89PNG"),
+    ):  # fmt: skip
+        result.plot(tmp_path / name)
+        written = (tmp_path / name).read_bytes()
+        assert written.startswith(start)
+        assert len(written) > 5000
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "picture.pdf", "picture.png", "picture.svg", "profile.json", "rows.csv",
+        "picture", "picture.pdf", "picture.png", "picture.svg", "profile.json", "rows.csv",
     ]  # fmt: skip
+
+
+def test_rates_are_operations_by_seconds():
+    timing = result_module.Timing(0.5, 0.25, 3, 10, forward_flops=2 * 10**9, backward_flops=4 * 10**9, matmul_rate=8e9)
+    assert timing.summary() == {
+        "forward_seconds": 0.5,
+        "backward_seconds": 0.25,
+        "repeats": 3,
+        "layers": 10,
+        "forward_flops": 2 * 10**9,
+        "backward_flops": 4 * 10**9,
+        "matmul_rate": 8e9,
+        "microseconds_per_layer": 75_000.0,
+        "forward_gflops_per_second": 4.0,
+        "backward_gflops_per_second": 16.0,
+        "forward_share_of_matmul_rate": 0.5,
+        "backward_share_of_matmul_rate": 2.0,
+    }
+    table = SimpleNamespace(timing=timing, peak_memory_bytes=None, backend="cpp", machine={"threads": 2})
+    assert result_module.timing_rows(table) == [
+        ["forward", "500 ms (median of 3)"],
+        ["backward", "250 ms (median of 3)"],
+        ["forward + backward per layer", "7.5e+04 µs"],
+        ["forward rate", "4 GFLOP/s, 50.0% of this machine's matmul rate"],
+        ["backward rate", "16 GFLOP/s, 200.0% of this machine's matmul rate"],
+        ["matmul rate (float32)", "8 GFLOP/s"],
+        ["backend", "cpp, 2 threads"],
+    ]
+
+
+def test_no_pass_begins_after_ten_seconds(monkeypatch):
+    ticks = itertools.count()
+    # The clock is read before every pass, at its begin, between forward and backward, and at its end.
+    monkeypatch.setattr(machine, "now", lambda device: 1.25 * next(ticks))
+    timing = profile(nn.Linear(2, 2), torch.ones(3, 2), repeats=5, matmul_rate=1.0).timing
+    assert (timing.forward_seconds, timing.backward_seconds, timing.repeats) == (1.25, 1.25, 2)
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({}, "0.5 ... 2"),
+        ({"log_lower": -math.inf, "log_upper": math.log(3.0)}, "0.5 ... 2, bounds 0 ... 3"),
+        ({"converged": False}, "0.5 ... 2 (not converged after 7 steps)"),
+        ({"smallest": 1e-12, "smallest_resolved": False}, "1e-12 (below rounding) ... 2"),
+        ({"largest": math.inf}, "overflows"),
+    ],
+    ids=str,
+)
+def test_spectra_in_words(figures, words):
+    known = {"largest": 2.0, "smallest": 0.5, "shape": (3, 3), "method": "lanczos", "iterations": 7}
+    spectrum = jacobian.JacobianSpectrum(**{**known, "converged": True, "smallest_resolved": True, **figures})
+    rows = result_module.jacobian_rows(SimpleNamespace(jacobians={"x -> y": spectrum}))
+    assert rows == [["singular values x -> y", words]]
 
 
 def test_table_without_rich(monkeypatch):
