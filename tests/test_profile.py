@@ -452,6 +452,17 @@ def test_lanczos_says_when_it_has_not_converged():
     assert spectrum.largest == pytest.approx(1.0, rel=1e-3)
 
 
+def test_the_start_vector_of_lanczos_is_that_of_seed_0():
+    """Before it has converged, the result depends on the start vector. A user can choose another one."""
+    matrix = torch.randn(40, 40, dtype=torch.float64)
+    operator = lambda v: matrix @ v, lambda u: matrix.T @ u, (40, 40)
+    for found in (
+        lambda **seed: jacobian.lanczos_spectrum(*operator, iterations=5, **seed),
+        lambda **seed: jacobian.function_spectrum(lambda v: matrix @ v, matrix[0], "lanczos", iterations=5, **seed),
+    ):
+        assert found() == found(seed=0) != found(seed=1)
+
+
 def test_lanczos_finds_an_invariant_space():
     """With two distinct singular values, one possibly 0, Lanczos needs two or three steps, whatever the size."""
     for values in ((2.0, 0.5), (2.0, 0.0)):
@@ -898,6 +909,11 @@ def test_the_headline_compares_nets_at_initialisation():
         "All at initialisation: un-normalised residual grows by a factor of 10^30.0; plain shrinks by a factor of "
         "10^30.0.  After 3 steps (dashed): keeps 50% of its size, 50% test accuracy."
     )
+
+
+def test_a_machine_that_hides_its_processors_has_one(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert machine.describe()["cpu_count"] == 1
 
 
 def test_an_overflow_is_reported_in_words():
