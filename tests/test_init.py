@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from lcw_ops import init
 from lcw_ops.reference import anchored, gaussian_expectation, heavy_tail, hypersphere_direction, joint, lcw_weight
@@ -289,6 +290,29 @@ def test_patches_are_the_inputs_of_the_units_of_any_layer(layer, shape):
     nearest = model(x).detach().movedim(channel, 0).flatten(1).abs().amin(1)
     # float32 sums of at most 54 products of size about 1.
     assert nearest.max() < 54 * 2**-22
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        lambda layer: parametrize.register_parametrization(layer, "bias", nn.Tanh()),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    ],
+    ids=["weight norm", "a bias", "the older weight norm", "the older spectral norm", "pruned", "pruned bias"],
+)
+def test_layers_that_compute_their_weight_are_refused(change):
+    """A computed weight is a tensor that torch replaces at the next use, so that filling it would change nothing."""
+    model = mlp()
+    change(model[2])
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"lps_model_: model has layers whose weight or bias is computed .*\(2\)"):
+        init.lps_model_(model)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_layers_the_pass_does_not_reach_are_filled_as_well():
