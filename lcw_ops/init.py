@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from lcw_ops._checks import (
     accumulation_dtype,
@@ -172,8 +173,9 @@ def lps_model_(
         The model.
 
     Raises:
-        ValueError: an unknown rule or activation, a model without such layers, or anchored with a layer that has no
-            bias. An error of the forward pass is passed on. After an error the model is unchanged.
+        ValueError: an unknown rule or activation, a model without such layers, a layer whose weight or bias is computed
+            from other parameters (parametrized, pruned), or anchored with a layer that has no bias. An error of the
+            forward pass is passed on. After an error the model is unchanged.
 
     Source: derived here, not in the paper.
     """
@@ -183,6 +185,11 @@ def lps_model_(
     if not layers:
         came = "has no nn.Linear or nn.ConvNd layer"
         raise ValueError(describe("lps_model_", "model", came, "at least one", "Use lps_ on tensors."))
+    computed = [name for layer, name in layers.items() if _is_computed(layer)]
+    if computed:
+        came = f"has layers whose weight or bias is computed from other parameters ({', '.join(computed)})"
+        remedy = "Fill the model first, then parametrize or prune it."
+        raise ValueError(describe("lps_model_", "model", came, "layers that hold their parameters", remedy))
     without_bias = [name for layer, name in layers.items() if layer.bias is None]
     if rule == "anchored" and without_bias:
         came = f"has layers without bias ({', '.join(without_bias)})"
@@ -272,6 +279,14 @@ def gmp_(
 
 def _fan_in(weight: Tensor) -> int:
     return math.prod(weight.shape[1:])
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    """Whether torch computes weight or bias anew at every use, as parametrizations, pruning and the older norms do."""
+    own = dict(layer.named_parameters(recurse=False))
+    return parametrize.is_parametrized(layer) or any(
+        f"{name}_{part}" in own for name in ("weight", "bias") for part in ("orig", "g") if name not in own
+    )
 
 
 def _layer_samples(layer: Any, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:

@@ -71,6 +71,26 @@ def test_the_main_job_writes_its_report(tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in ("train 3/3", "test accuracy", "ms/step", "layers/s", "GFLOP/s", "peak memory", "written to"):
         assert words in printed
+    # The other two nets are not trained.
+    assert printed.count("same after 3 steps") == 1
+
+
+def test_the_panels_of_the_picture_stand_side_by_side(tmp_path, monkeypatch):
+    from lcw_ops.jobs import picture
+
+    figures = []
+    monkeypatch.setattr(picture, "save", lambda figure, path: figures.append(figure))
+    assert profile("--depth", 3, out=tmp_path) == 0
+    gradient, state, training, accuracy = figures[0].axes
+    left, above, below, over_it = (axes.get_position() for axes in figures[0].axes)
+    assert left.x1 < min(above.x0, below.x0)
+    assert below.y1 < above.y0
+    assert (left.y0, left.y1) == (below.y0, above.y1)
+    assert (over_it.bounds, accuracy.get_ylim()[0]) == (below.bounds, 0)
+    # The training curve begins at step 0 and loss 0, and every tick of a layer is a whole number.
+    assert (training.get_xlim(), training.get_ylim()[0]) == ((0, 3), 0)
+    for axes in (gradient, state):
+        assert [tick for tick in axes.get_xticks() if 1 <= tick <= 3] == [1, 2, 3]
 
 
 def test_the_picture_has_the_promised_size(tmp_path):
@@ -266,6 +286,24 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     assert "2/2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("steps", "printed"),
+    [
+        (1, [1]),
+        (10, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (25, [1, 3, 6, 9, 12, 15, 18, 21, 24, 25]),
+        (150, [1, 15, 30, 45, 60, 75, 90, 105, 120, 135, 150]),
+    ],
+)
+def test_progress_without_a_terminal_is_about_ten_lines(steps, printed, capsys):
+    from lcw_ops.jobs.progress import progress
+
+    with progress("train", steps) as bar:
+        for _ in range(steps):
+            bar.advance("loss 1.0")
+    assert capsys.readouterr().out.splitlines() == [f"train {step}/{steps}  loss 1.0" for step in printed]
+
+
 def test_info_prints_the_text_of_the_library(capsys):
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out == lcw_ops.info() + "\n"
@@ -393,6 +431,22 @@ def test_too_large_a_network_names_the_memory_it_needs(tmp_path, monkeypatch, ca
     # Weights, gradients and Adam's two moments are 4 x 100000 x 64 x 65 float32 numbers, 6.66 GB.
     assert "need at least 6.9 GB of memory on cpu, 1.0 GB are available" in capsys.readouterr().err
     assert profile("--width", "8", out=tmp_path / "out") == 0
+
+
+def test_a_batch_may_have_every_training_sample(tmp_path):
+    flags = ["--depth", "1", "--steps", "0", "--batch"]
+    assert profile(*flags, 1438, out=tmp_path) == 0
+    assert profile(*flags, 1439, out=tmp_path) == 2
+
+
+def test_the_ends_of_a_network_need_memory_too(tmp_path, monkeypatch, capsys):
+    settings = main_job.Settings(depth=1, width=8)
+    numbers = sum(parameter.numel() for parameter in main_job.make_network("plain", settings, 64, 10).parameters())
+    # Weights, gradients, two moments and the report's rows of one layer, less one byte.
+    available = 4 * 4 * numbers + main_job.ROW_BYTES - 1
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda device: available)
+    assert profile("--depth", 1, out=tmp_path / "out") == 2
+    assert "--depth 1 and --width 8 need at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def test_the_seed_decides_the_split():
     assert torch.equal(first.x_test, again.x_test)
     assert torch.equal(first.y_test, again.y_test)
     assert not torch.equal(first.x_test, other.x_test)
+    for default in (data.load("digits"), data.load_digits()):
+        assert torch.equal(default.x_test, data.load("digits", 0).x_test)
 
 
 def test_no_sample_is_in_both_parts(tmp_path):
@@ -302,6 +304,15 @@ def test_the_least_integer_is_within_range(tmp_path, arrays):
     x[::2] = 5
     loaded = data.load_npz(save(tmp_path / "a.npz", x=x, y=arrays["y"]))
     assert loaded.x_train.std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_float32_is_within_range(sign, tmp_path, arrays):
+    x = arrays["x"].reshape(50, 6).copy()
+    x[0, 0] = sign * float(np.finfo(np.float32).max)
+    parts = {"x_train": x, "y_train": arrays["y"], "x_test": arrays["x"].reshape(50, 6), "y_test": arrays["y"]}
+    loaded = data.load_npz(save(tmp_path / "a.npz", **parts))
+    assert loaded.x_train.std(0, correction=0) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 1], [2, 0, 1, 0, 2], [0, 0]])

@@ -17,6 +17,8 @@ from torch.nn.utils import parametrizations, parametrize
 import lcw_ops
 from lcw_ops import functional as F
 from lcw_ops import optim
+from lcw_ops.ops import backends
+from lcw_ops.ops import gradient_activation as ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -254,6 +256,31 @@ def test_a_gradient_shared_with_a_parameter_that_is_left_out_stays_unchanged_the
     lcw_ops.activate_gradients(optimizer, params=None if by_group else params[:1])
     optimizer.step()
     assert_gradients(params[:2], [f(gradient), gradient])
+
+
+@pytest.mark.skipif(backends.choose(ops.NAME, torch.device("cpu")) != "cpp", reason="no compiled kernels here")
+@pytest.mark.parametrize("form", ["plain", "of a subclass", "negated"])
+def test_only_plain_gradients_go_to_the_kernel_without_checks_in_python(form, monkeypatch):
+    """One call of the kernel then activates all of them; it checks the layouts itself."""
+
+    class Marked(torch.Tensor):
+        pass
+
+    params = make_params((3,), (2, 3))
+    gradients = set_gradients(params)
+    if form == "of a subclass":
+        params[1].grad = gradients[1].clone().as_subclass(Marked)
+    elif form == "negated":
+        params[1].grad = torch._neg_view(-gradients[1])
+    optimizer, lengths = still(params), []
+    lcw_ops.activate_gradients(optimizer)
+    plain = ops.activate_plain_
+    monkeypatch.setattr(
+        ops, "activate_plain_", lambda grads, *rest: (lengths.append(len(grads)), plain(grads, *rest))[1]
+    )
+    optimizer.step()
+    assert lengths == ([2] if form == "plain" else [])
+    assert_gradients(params, map(f, gradients))
 
 
 def test_disjoint_views_of_one_buffer_stay_views():

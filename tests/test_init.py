@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from lcw_ops import init
-from lcw_ops.reference import gaussian_expectation, hypersphere_direction, lcw_weight
+from lcw_ops.reference import anchored, gaussian_expectation, heavy_tail, hypersphere_direction, joint, lcw_weight
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # m sv^2 by activation and std of the pre-activations, for fan-in m and weights of variance sv^2.
@@ -58,6 +59,12 @@ def test_lcw_draws_with_the_derived_variance(activation, std, constant, basis):
 def test_lcw_on_the_first_layer_expects_standardised_data():
     weight = init.lcw_(empty(500, 4, 5, 5), None, 2.0, generator=generator())
     check_variance(weight, 2.0**2 / 100)
+
+
+@pytest.mark.parametrize(("basis", "fan_in"), [(False, 1), (False, 2), (True, 2)])
+def test_lcw_draws_with_the_derived_variance_for_one_and_two_inputs_too(basis, fan_in):
+    weight = init.lcw_(empty(20_000, fan_in - basis), None, basis=basis, generator=generator())
+    check_variance(weight, 1 / fan_in)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "softplus", "gelu"])
@@ -134,6 +141,35 @@ def test_joint_draws_weights_and_bias_of_a_filter_as_one_group(activation, q):
 def test_degree_none_uses_the_activation_itself():
     weight, _ = init.lps_(empty(20_000, 7), empty(20_000), "relu", degree=None, generator=generator())
     check_variance(weight, 2 / 9)
+
+
+def test_the_degree_is_4_unless_another_is_given():
+    # The series of tanh has a term of degree 5.
+    ours, degree_4, degree_5 = (
+        init.lps_(empty(20, 7), empty(20), "tanh", generator=generator(), **options)
+        for options in ({}, {"degree": 4}, {"degree": 5})
+    )
+    assert all(map(torch.equal, ours, degree_4))
+    assert not any(map(torch.equal, ours, degree_5))
+    ours, degree_4, degree_5 = (
+        init.lps_model_(mlp(), activation="tanh", generator=generator(), **options)[2]
+        for options in ({}, {"degree": 4}, {"degree": 5})
+    )
+    assert all(map(torch.equal, ours.parameters(), degree_4.parameters()))
+    assert not any(map(torch.equal, ours.parameters(), degree_5.parameters()))
+
+
+def test_each_rule_draws_from_its_own_law():
+    samples = torch.randn(30, 7, generator=generator(1), dtype=torch.float64)
+    laws = {
+        "joint": joint(50, 7, 0.5, generator=generator()),
+        "heavy_tail": heavy_tail(50, 7, 0.5, generator=generator()),
+        "anchored": anchored(50, samples, generator=generator()),
+    }
+    for rule, law in laws.items():
+        given = samples if rule == "anchored" else None
+        ours = init.lps_(empty(50, 7), empty(50), "relu", rule, None, given, generator())
+        torch.testing.assert_close(ours, law, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("rule", ["joint", "heavy_tail"])
@@ -256,6 +292,29 @@ def test_patches_are_the_inputs_of_the_units_of_any_layer(layer, shape):
     assert nearest.max() < 54 * 2**-22
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        lambda layer: parametrize.register_parametrization(layer, "bias", nn.Tanh()),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    ],
+    ids=["weight norm", "a bias", "the older weight norm", "the older spectral norm", "pruned", "pruned bias"],
+)
+def test_layers_that_compute_their_weight_are_refused(change):
+    """A computed weight is a tensor that torch replaces at the next use, so that filling it would change nothing."""
+    model = mlp()
+    change(model[2])
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"lps_model_: model has layers whose weight or bias is computed .*\(2\)"):
+        init.lps_model_(model)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
 def test_layers_the_pass_does_not_reach_are_filled_as_well():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
     model.unused = nn.Linear(500, 200).double()
@@ -292,8 +351,9 @@ def test_a_failing_pass_leaves_the_model_as_it_was(rule, inputs):
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
-def test_gmp_is_the_uniform_law_of_weights_in_polar_form():
-    n, m, n_out = 400, 50, 150
+@pytest.mark.parametrize("n_out", [1, 150])
+def test_gmp_is_the_uniform_law_of_weights_in_polar_form(n_out):
+    n, m = 400, 50
     angles, radius, location = init.gmp_(empty(n, m - 1), empty(n), empty(n), n_out, generator())
     weight = radius[:, None] * hypersphere_direction(angles)
     bound = math.sqrt(6 / (m + n_out))
@@ -388,6 +448,11 @@ W, B = torch.ones(3, 4), torch.ones(3)
             lambda: init.lps_model_(nn.Sequential(nn.Linear(2, 2, bias=False)), rule="anchored"),
             ValueError,
             r"layers without bias \(0\)",
+        ),
+        (
+            lambda: init.lps_model_(nn.Linear(4, 3), torch.ones(0, 4), rule="anchored"),
+            ValueError,
+            r"lps_model_: inputs has shape \(0, 4\); expected at least one sample",
         ),
         (lambda: init.gmp_(B, B, B), ValueError, "gmp_: angles has shape"),
         (lambda: init.gmp_(W, torch.ones(4), B), ValueError, "gmp_: radius has shape"),

@@ -587,6 +587,22 @@ def test_a_checkpoint_without_activation_keeps_that_of_each_group(pair):
     assert (second["gradient_activation"], second["alpha"], second["lr"]) == (None, 0.1, 0.3)
 
 
+def test_a_checkpoint_of_an_older_torch_has_fewer_options(pair):
+    params = make_params()
+    others = copies(params)
+    ours, straight = stateful(pair[0], params), stateful(pair[0], others)
+    train(ours, params, 2)
+    saved = ours.state_dict()
+    for group in saved["param_groups"]:
+        for name in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+            group.pop(name, None)
+    ours.load_state_dict(saved)
+    assert ours.param_groups[0]["differentiable"] is False
+    train(ours, params, 2, start=2)
+    train(straight, others, 4)
+    assert_same_bits(params, others)
+
+
 def test_a_checkpoint_with_activation_sets_it(pair):
     params = make_params()
     saved = pair[0](params, lr=0.1, gradient_activation="log", beta=3.0).state_dict()

@@ -1,6 +1,7 @@
 """The profiler against independent float64 autograd, exact SVDs and its own bounds; no file is left half written."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -236,6 +237,25 @@ def test_a_model_without_trainable_parameters_is_differentiated_by_its_input():
     assert result.columns["gradient_norm"][1] == pytest.approx(1.0, rel=1e-5)
 
 
+def test_a_model_without_trainable_parameters_may_take_integers_and_numbers_too():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x, index, scale):
+            return self.layer(x + scale * self.embedding(index))
+
+    model, x = Shifted().requires_grad_(False), torch.randn(3, 4)
+    result = profile(model, (x, torch.tensor([0, 3, 1]), 0.5), repeats=1, matmul_rate=1.0)
+    assert list(result.columns["name"]) == ["embedding", "layer"]
+    exact = torch.linalg.svdvals(model.layer.weight)
+    spectrum = result.jacobians["input -> output"]
+    assert (spectrum.largest, spectrum.smallest) == pytest.approx((exact[0].item(), exact[-1].item()), rel=1e-5)
+    assert result.columns["gradient_norm"][1] == pytest.approx(1.0, rel=1e-5)
+    assert not x.requires_grad
+
+
 @pytest.mark.parametrize("filter", ["haar", "cyclic"])
 def test_flops_do_not_depend_on_the_backend(filter):
     model, inputs = make_mlp(filter=filter), torch.randn(8, 6)
@@ -341,6 +361,20 @@ def test_schatten_bound_is_an_upper_bound_within_its_factor(dtype):
             assert (bound <= exact * width ** (1 / 2 ** (squarings + 1)) * 1.001).all()
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_schatten_bound_is_computed_in_float64_where_torch_may_round_the_factors(precision):
+    weight = torch.randn(20, 64, 64)
+    in_float32 = spectral_norm_bound(weight)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        bound = spectral_norm_bound(weight)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(bound, spectral_norm_bound(weight.double()))
+    # The bound in float32 leaves room for the roundings of float32.
+    assert (in_float32 > bound).all()
+
+
 def test_schatten_bound_where_rounding_could_lower_it():
     """The bound is sharpest for an orthogonal matrix, a matrix of rank 1 and a scaled mixture of the two."""
     q = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
@@ -375,6 +409,15 @@ def test_bounds_hold(options, convex, activation):
         assert np.isnan(columns["state_rms_bound"]).all()
 
 
+def test_a_filter_without_a_stated_deviation_is_exactly_orthogonal():
+    lower, upper = bounds.layer_gain_bounds(np.array([0.8, 0.2]), np.array([-0.2, 0.8]), np.array([2.0, 1.0]), 0.5)
+    np.testing.assert_allclose((lower, upper), ([0.6, 0.0], [1.0, 0.6]), rtol=1e-15)
+    # All samples have rms 3, so rms(h_l) is at most 0.8^l 3 + (1 - 0.8^l).
+    rms = bounds.state_rms_bound(0.8, 0.2, torch.full((5, 4), 3.0), 30, "tanh")
+    carried = 0.8 ** np.arange(1, 31)
+    np.testing.assert_allclose(rms, 3 * carried + 1 - carried, rtol=1e-13)
+
+
 def test_gradient_bounds_in_closed_form():
     lower, upper = bounds.gradient_norm_bounds(np.full(50_000, 0.5), np.full(50_000, 3.0), np.r_[np.zeros(50_000), 2.0])
     assert upper[0] == pytest.approx(50_000 * math.log(3) + math.log(2))
@@ -407,6 +450,17 @@ def test_lanczos_says_when_it_has_not_converged():
     assert not spectrum.converged
     assert spectrum.iterations == 12
     assert spectrum.largest == pytest.approx(1.0, rel=1e-3)
+
+
+def test_the_start_vector_of_lanczos_is_that_of_seed_0():
+    """Before it has converged, the result depends on the start vector. A user can choose another one."""
+    matrix = torch.randn(40, 40, dtype=torch.float64)
+    operator = lambda v: matrix @ v, lambda u: matrix.T @ u, (40, 40)
+    for found in (
+        lambda **seed: jacobian.lanczos_spectrum(*operator, iterations=5, **seed),
+        lambda **seed: jacobian.function_spectrum(lambda v: matrix @ v, matrix[0], "lanczos", iterations=5, **seed),
+    ):
+        assert found() == found(seed=0) != found(seed=1)
 
 
 def test_lanczos_finds_an_invariant_space():
@@ -451,6 +505,25 @@ def test_state_jacobian_agrees_with_lanczos_and_autograd():
     assert (composed.largest, composed.smallest) == pytest.approx((values[0].item(), values[-1].item()), rel=1e-3)
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("case", ["a wide net", "an end that does more than its weight"])
+def test_jacobian_of_an_mlp_that_the_chain_rule_does_not_give(case, monkeypatch):
+    model, inputs = make_mlp(), torch.randn(8, 6)
+    if case == "a wide net":
+        monkeypatch.setattr(replay, "EXACT_WIDTH", 15)
+    else:
+        model.input_layer = Doubled(6, 16)
+    jacobians = profile(model, inputs, repeats=1, matmul_rate=1.0).jacobians
+    exact = torch.linalg.svdvals(torch.autograd.functional.jacobian(model, inputs[:1]).reshape(3, 6))
+    composed = jacobians.pop("input -> output")
+    assert (composed.largest, composed.smallest) == pytest.approx((exact[0].item(), exact[-1].item()), rel=1e-3)
+    assert list(jacobians) == ([] if case == "a wide net" else ["h_0 -> h_L"])
+
+
 def test_jacobian_of_one_sample_with_batch_norm():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     inputs = torch.randn(8, 6)
@@ -482,21 +555,29 @@ def test_a_plain_net_vanishes_and_is_reported(tmp_path):
 
 def test_fates_in_words():
     assert picture.gradient_fate(np.array([0.5, 1.0])) == "keeps 50% of its size"
+    assert picture.gradient_fate(np.array([0.11, 1.0])) == "keeps 11% of its size"
+    assert picture.gradient_fate(np.array([0.09, 1.0])) == "shrinks by a factor of 10^1.0"
     assert picture.gradient_fate(np.array([1.5, 1.0])) == "grows by 50%"
+    assert picture.gradient_fate(np.array([9.0, 1.0])) == "grows by 800%"
+    assert picture.gradient_fate(np.array([11.0, 1.0])) == "grows by a factor of 10^1.0"
     assert picture.gradient_fate(np.array([1e-5, 1.0])) == "shrinks by a factor of 10^5.0"
     assert picture.gradient_fate(np.array([1e5, 1.0])) == "grows by a factor of 10^5.0"
     assert picture.gradient_fate(np.array([math.nan, math.inf, 1e30, 1.0])) == "overflows at layer 2"
     assert picture.gradient_fate(np.array([0.0, 1e-42, 1e-30, 1.0])) == "underflows at layer 2"
 
 
-def test_values_off_the_scale_are_drawn_faded_and_named():
-    """Subnormal noise is not drawn as a curve, and NaN is reported as an overflow."""
+def axes_of_a_picture(**options):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    return FigureCanvasAgg(Figure(**options)).figure.subplots()
+
+
+def test_values_off_the_scale_are_drawn_faded_and_named():
+    """Subnormal noise is not drawn as a curve, and NaN is reported as an overflow."""
     values = np.array([1e-45, 3e-45, 0.0, 1e-42, 1e-30, 1.0])
     overflowing = np.array([math.nan, math.inf, 1e30, 1e20, 1e10, 1.0])
-    axes = FigureCanvasAgg(Figure()).figure.subplots()
+    axes = axes_of_a_picture()
     lines = [plot.Line("small", values, "k"), plot.Line("large", overflowing, "r")]
     plot.log_lines(axes, np.arange(1, 7), lines)
     small_faded, small, large_faded, large = (line.get_ydata() for line in axes.get_lines()[:4])
@@ -508,6 +589,49 @@ def test_values_off_the_scale_are_drawn_faded_and_named():
     words = [label.get_text() for label in axes.get_yticklabels()]
     assert "overflow" in words
     assert "inf" not in words
+
+
+@pytest.mark.parametrize(
+    ("values", "lowest", "highest"), [([2e4, 3e6, 5e9], 4, 10), ([2e-9, 1e-8], -11, -7), ([], -2, 2)]
+)
+def test_the_picture_shows_the_decades_of_its_values(values, lowest, highest):
+    """It shows at least four decades, and those around 1 if there are no values."""
+    axes = axes_of_a_picture()
+    lines = [plot.Line("values", np.array(values), "k")] if values else []
+    plot.log_lines(axes, np.arange(1, max(len(values), 1) + 1), lines)
+    bottom, top = axes.get_ylim()
+    assert bottom == lowest
+    assert highest <= top < highest + 1
+
+
+def test_a_label_stands_beside_its_own_line():
+    axes = axes_of_a_picture()
+    heights = {"low": -4.0, "middle": 0.0, "high": 4.0}
+    lines = [plot.Line(label, np.full(50, 10.0**height), "k") for label, height in heights.items()]
+    plot.log_lines(axes, np.arange(1, 51), lines)
+    assert axes.get_legend() is None
+    places = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert places.keys() == heights.keys()
+    for label, place in places.items():
+        assert 0 < abs(place - heights[label]) < 1
+
+
+def test_labels_without_room_beside_their_lines_are_in_a_legend():
+    """The note on underflow is then left out."""
+    axes = axes_of_a_picture(figsize=(1.5, 1))
+    plot.log_lines(axes, np.arange(1, 4), [plot.Line("a label longer than the axis", np.array([1e-42, 1.0, 1.0]), "k")])
+    assert not axes.texts
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a label longer than the axis"]
+
+
+@pytest.mark.parametrize("words", ["a few words", "many words " * 20])
+def test_a_line_of_text_is_as_wide_as_the_figure_at_most(words):
+    figure = axes_of_a_picture(figsize=(6, 2)).figure
+    plot.line_of_text(figure, 0.5, words, fontsize=14)
+    (text,) = figure.texts
+    share = text.get_window_extent(figure.canvas.get_renderer()).width / figure.bbox.width
+    assert share < 1 - plot.LEFT
+    assert text.get_fontsize() == 14 or share > 0.8
 
 
 @pytest.mark.parametrize("depth", range(1, 6))
@@ -534,18 +658,77 @@ def test_csv_json_table_and_plot(tmp_path):
     assert content["rows"] == len(content["columns"]["state_rms"]) == 26
     assert content["columns"]["gain_upper"][0] == "nan"
     assert content["timing"]["matmul_rate"] > 1e8
+    assert content["timing"]["layers"] == 26
     assert content["peak_memory_bytes"] > 1e7
 
     table = result.table()
     assert "a net: 12 of 26 rows" in table
     assert "layer[24]" not in table.splitlines()[3]
     assert "GFLOP/s" in table
-    for ending in ("png", "svg", "pdf"):
-        result.plot(tmp_path / f"picture.{ending}")
-        assert (tmp_path / f"picture.{ending}").stat().st_size > 5000
+    for name, start in (
+        ("picture.png", b"\x89PNG"), ("picture.svg", b"<?xml"), ("picture.pdf", b"%PDF"), ("picture", b"\x89PNG"),
+    ):  # fmt: skip
+        result.plot(tmp_path / name)
+        written = (tmp_path / name).read_bytes()
+        assert written.startswith(start)
+        assert len(written) > 5000
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "picture.pdf", "picture.png", "picture.svg", "profile.json", "rows.csv",
+        "picture", "picture.pdf", "picture.png", "picture.svg", "profile.json", "rows.csv",
     ]  # fmt: skip
+
+
+def test_rates_are_operations_by_seconds():
+    timing = result_module.Timing(0.5, 0.25, 3, 10, forward_flops=2 * 10**9, backward_flops=4 * 10**9, matmul_rate=8e9)
+    assert timing.summary() == {
+        "forward_seconds": 0.5,
+        "backward_seconds": 0.25,
+        "repeats": 3,
+        "layers": 10,
+        "forward_flops": 2 * 10**9,
+        "backward_flops": 4 * 10**9,
+        "matmul_rate": 8e9,
+        "microseconds_per_layer": 75_000.0,
+        "forward_gflops_per_second": 4.0,
+        "backward_gflops_per_second": 16.0,
+        "forward_share_of_matmul_rate": 0.5,
+        "backward_share_of_matmul_rate": 2.0,
+    }
+    table = SimpleNamespace(timing=timing, peak_memory_bytes=None, backend="cpp", machine={"threads": 2})
+    assert result_module.timing_rows(table) == [
+        ["forward", "500 ms (median of 3)"],
+        ["backward", "250 ms (median of 3)"],
+        ["forward + backward per layer", "7.5e+04 µs"],
+        ["forward rate", "4 GFLOP/s, 50.0% of this machine's matmul rate"],
+        ["backward rate", "16 GFLOP/s, 200.0% of this machine's matmul rate"],
+        ["matmul rate (float32)", "8 GFLOP/s"],
+        ["backend", "cpp, 2 threads"],
+    ]
+
+
+def test_no_pass_begins_after_ten_seconds(monkeypatch):
+    ticks = itertools.count()
+    # The clock is read before every pass, at its begin, between forward and backward, and at its end.
+    monkeypatch.setattr(machine, "now", lambda device: 1.25 * next(ticks))
+    timing = profile(nn.Linear(2, 2), torch.ones(3, 2), repeats=5, matmul_rate=1.0).timing
+    assert (timing.forward_seconds, timing.backward_seconds, timing.repeats) == (1.25, 1.25, 2)
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({}, "0.5 ... 2"),
+        ({"log_lower": -math.inf, "log_upper": math.log(3.0)}, "0.5 ... 2, bounds 0 ... 3"),
+        ({"converged": False}, "0.5 ... 2 (not converged after 7 steps)"),
+        ({"smallest": 1e-12, "smallest_resolved": False}, "1e-12 (below rounding) ... 2"),
+        ({"largest": math.inf}, "overflows"),
+    ],
+    ids=str,
+)
+def test_spectra_in_words(figures, words):
+    known = {"largest": 2.0, "smallest": 0.5, "shape": (3, 3), "method": "lanczos", "iterations": 7}
+    spectrum = jacobian.JacobianSpectrum(**{**known, "converged": True, "smallest_resolved": True, **figures})
+    rows = result_module.jacobian_rows(SimpleNamespace(jacobians={"x -> y": spectrum}))
+    assert rows == [["singular values x -> y", words]]
 
 
 def test_table_without_rich(monkeypatch):
@@ -728,6 +911,11 @@ def test_the_headline_compares_nets_at_initialisation():
     )
 
 
+def test_a_machine_that_hides_its_processors_has_one(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert machine.describe()["cpu_count"] == 1
+
+
 def test_an_overflow_is_reported_in_words():
     assert ends(np.array([0.093, math.nan])) == "0.093 -> overflows"
 
@@ -866,6 +1054,8 @@ def test_solves_in_words():
         ]
     )
     assert result_module._solves_in_words(gone) == "1 window given up, 1,000 layers sequentially"
+    assert (gone.windows, gone.largest_window, gone.largest_sweeps) == (0, 0, 0)
+    assert math.isnan(gone.mean_sweeps)
     assert math.isnan(gone.largest_error)
 
 

@@ -110,6 +110,10 @@ def test_a_run_reports_its_figures_and_writes_its_files(tmp_path, capsys):
     assert loop.accuracy(model, data.load("digits")) == accuracy
 
 
+def test_a_run_without_a_seed_has_the_seed_0(uninterrupted):
+    assert_same_outcome(uninterrupted(SMALL), uninterrupted([*SMALL, "--seed", "0"]))
+
+
 def test_without_folders_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train(*SMALL) == 0
@@ -501,6 +505,17 @@ def test_the_order_of_a_write_survives_a_power_cut(tmp_path, monkeypatch):
     assert checkpoints.steps_in(tmp_path) == [2, 3]
 
 
+def test_new_folders_survive_a_power_cut(tmp_path, monkeypatch):
+    """The name of a new folder is in its parent, which is written to the disk as well."""
+    synced = []
+    monkeypatch.setattr(checkpoints, "_sync", synced.append)
+    with checkpoints.owned(tmp_path / "new" / "run"):
+        assert set(synced) == {tmp_path, tmp_path / "new", tmp_path / "new" / "run"}
+    synced.clear()
+    with checkpoints.owned(tmp_path / "new" / "run"):
+        assert synced == [tmp_path / "new" / "run"]
+
+
 def test_only_its_own_names_are_checkpoints(tmp_path):
     for name in ("step-40.pt", "step-0000000040.pt", "step-00000041.pt.bak", "step-x.pt", "a-step-00000042.pt"):
         (tmp_path / name).touch()
@@ -800,6 +815,24 @@ def test_epochs_are_steps():
     assert settings.steps == 42
 
 
+def test_settings_may_just_fit_the_data():
+    digits = data.load("digits")
+    assert job.complete(job.Settings(epochs=3, batch=len(digits.x_train)), digits).steps == 3
+    with pytest.raises(ValueError, match="--batch is 1439, expected at most the 1438 samples"):
+        job.complete(job.Settings(epochs=3, batch=1439), digits)
+    assert job.complete(job.Settings(depth=2, c=2.0), digits).c == 2.0
+    with pytest.raises(ValueError, match=r"--c is 2.1, expected at most the depth of 2"):
+        job.complete(job.Settings(depth=2, c=2.1), digits)
+
+
+@pytest.mark.parametrize(("processors", "most"), [(8, 32), (1, 4), (None, 4)])
+def test_threads_are_at_most_four_for_every_processor(processors, most, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    job.Settings(threads=most).check()
+    with pytest.raises(ValueError, match=f"--threads is {most + 1}, expected from 1 to {most}"):
+        job.Settings(threads=most + 1).check()
+
+
 @pytest.mark.parametrize("kind", job.KINDS)
 def test_parameters_are_counted_and_defaults_filled_in(kind):
     digits = data.load("digits")
@@ -841,6 +874,13 @@ def test_too_long_a_sequence_says_what_it_needs(monkeypatch, capsys):
     assert train("--kind", "rnn", "--depth", "100000") == 2
     # The input's part U x of every step, the states, and the gradients of both: 4 x 4 x 100000 x 64 x 64 bytes.
     assert "need at least 6.6 GB of memory on cpu, 1.0 GB are available" in capsys.readouterr().err
+
+
+def test_a_network_may_need_all_of_the_memory(monkeypatch):
+    # Weights, gradients and two moments of 2,050 parameters.
+    for missing, code in ((0, 0), (1, 2)):
+        monkeypatch.setattr(machine, "available_memory_bytes", lambda device, missing=missing: 4 * 4 * 2050 - missing)
+        assert train(*SMALL) == code
 
 
 def test_each_epoch_sees_every_sample_once():
