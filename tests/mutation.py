@@ -13,17 +13,18 @@ tree, so the checkout never changes. The outcomes of a line:
 A floor's share is killed / (killed + survived). The exit status is 1 if a floor's share is below 85 %, or if no line of
 a floor was judged.
 
-A line of C++, and a line that runs at import, have no record. For these the program runs the test files that are named
-after the module, its stem or its floor. csrc/ needs a compiler, since every line is compiled and linked anew. kernels/
-run in Triton's interpreter, without a GPU, so the check cannot see a fault that only compiled kernels have. csrc/cuda/
-is not drawn: it needs nvcc and a GPU.
+A line that runs at import has no record; the tests of the lines that use its name stand in, or those of the file. A
+line of C++ has none either: the program runs tests of all files of the source's stem. csrc/ needs a compiler, since
+every line is compiled and linked anew, for the fastest instruction set alone. kernels/ run in Triton's interpreter,
+without a GPU, so the check cannot see a fault that only compiled kernels have. csrc/cuda/ is not drawn: it needs nvcc
+and a GPU.
 
     --floor functional     this floor alone; may be repeated
     --skip csrc            every floor but this one; may be repeated
     --seed 1               other lines
     --jobs 2               processes side by side, each with a copy of the tree
     --dry-run              show the changes that would be made
-    --out mutants.csv      append a row for every line
+    --out mutants.csv      append a row for every line; lines that have a row are not judged again
     --map FOLDER           keep the record of tests in this folder, or use the one that is there
 """
 
@@ -52,46 +53,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # may be among these: the one comes from the copy, and the other reads TRITON_INTERPRET when it is imported.
 import hypothesis  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import torch
 from support.line_map import LineMap
 from support.mutants import FLOORS, ROOT, Mutant, draw
 
 STEMS = ("lcw_linear", "hypersphere", "weight_norm", "gradient_activation", "orthogonal_filter", "parallel_depth")
-# Modules that only one stem uses.
-PARTS_OF = {"kernels/angles.py": "hypersphere", "csrc/cpu/sincos.h": "hypersphere"}
-# The words in the names of a floor's test files, besides the stem. The dot ends a name.
-WORDS = {
-    "functional": ("contract", "_op."),
-    "ops": ("contract", "_op.", "_cpp.", "backends"),
-    "reference": ("contract",),
-    "nn": ("modules",),
-    "optim": ("optim", "activated_steps", "gradient_hooks"),
-    "init": ("test_init",),
-    "profile": ("profile",),
-    "jobs": ("train", "profile", "cli"),
-    "distributed": ("distributed", "ranks"),
-    # The callers' tests: these two modules have few of their own.
-    "_checks": ("_op.", "modules", "gradient_hooks", "test_init", "optim_states", "distributed", "lps"),
-    "_torch": ("contract", "_op.", "torch_", "backends", "gradient_hooks", "activated_steps", "export", "trips"),
-    "kernels": ("triton", "_op."),
-    "csrc": ("contract", "_op.", "_cpp.", "matmul", "proof"),
-}
+# The test files of csrc/, besides those that its stem begins.
+OF_EVERY_STEM = ("test_contract", "test_matmul")
+OF_A_STEM = ("_op", "_cpp", "_proof", "orthogonal_filter")
 # The least share of killed lines.
 LEAST_SHARE = 0.85
 OUTCOMES = ("killed", "survived", "unclear", "does not build")
-# The most test files to run for a line without a record. Those named after the module come first.
-MOST_FILES = 16
-# The most seconds of tests to run for a line, as recorded.
-MOST_SECONDS = 120.0
+# The most seconds of quick tests to run for a line, as recorded, and of the others.
+MOST_SECONDS = (30.0, 60.0)
 # A test that passes in s seconds has not ended after 10 s + 90 s: the line loops. Collecting takes its time too.
 SLOWER, SPARE = 10.0, 90.0
 # The environments of tests/run.py's runs.
 MODES = {"native": {}, "interpreter": {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}}
 # torch would take the result of an unchanged line from its caches of compiled graphs.
 NO_GRAPH_CACHE = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
-NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv*", "dist", "build", "demo", "__pycache__", ".*_cache", "results", "env.sh"
-)
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "dist", "build", "demo", "__pycache__", ".*_cache", "env.sh")
 
 
 def floor_of(path: str) -> str:
@@ -100,33 +81,15 @@ def floor_of(path: str) -> str:
 
 
 def tests_of(path: str) -> list[str]:
-    """The test files of a module, the likeliest first: those named after the module, its stem and floor, its stem, its
-    floor, and then all that import it.
-    """
-    module = Path(path).with_suffix("")
-    module = module.parent if module.stem == "__init__" else module
-    floor = floor_of(path)
-    stems = [stem for stem in STEMS if stem in PARTS_OF.get(path, path)]
-    dotted = ".".join(module.parts)
-    parent, _, name = dotted.rpartition(".")
-    imports = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(parent)} import [^\n]*\b{re.escape(name)}\b")
-    ranked = []
-    for file in sorted((ROOT / "tests").glob("test_*.py")):
-        of_stem = any(stem in file.stem for stem in stems)
-        of_any_stem = any(stem in file.stem for stem in STEMS)
-        of_floor = any(word in f"{file.stem}." for word in WORDS[floor])
-        if file.stem == f"test_{module.stem.strip('_')}" or (of_floor and (of_stem or not of_any_stem)):
-            rank = 0
-        elif of_stem or (of_floor and not stems):
-            rank = 1
-        elif imports.search(file.read_text()):
-            rank = 2
-        else:
-            continue
-        # Within a rank, files that compile or start processes come last, and those that other floors skip.
-        is_slow = "integration" in file.stem or ("triton" in file.stem) != (floor == "kernels")
-        ranked.append((rank, is_slow, file.name))
-    return [f"tests/{name}" for *_, name in sorted(ranked)][:MOST_FILES]
+    """The files that test a C++ source: those of its stem, or of every stem if it belongs to none."""
+    stems = [stem for stem in STEMS if stem in path] or STEMS
+    names = [file.stem for file in sorted((ROOT / "tests").glob("test_*.py"))]
+    return [
+        f"tests/{name}.py"
+        for name in names
+        if name in OF_EVERY_STEM
+        or (any(s in name for s in stems) and name.endswith(OF_A_STEM) and "triton" not in name)
+    ]
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------
@@ -182,6 +145,13 @@ class Tree:
     def __init__(self, folder: Path, maps: dict[str, LineMap]):
         self.root, self.maps = folder / "tree", maps
         shutil.copytree(ROOT, self.root, symlinks=True, ignore=NOT_COPIED)
+        self.sources = {
+            str(path.relative_to(ROOT)): path.read_text().splitlines()
+            for floor in FLOORS
+            if floor != "csrc"
+            for pattern in FLOORS[floor]
+            for path in ROOT.glob(pattern)
+        }
         self.trusted: dict[str, bool] = {}
         self.compiler: Compiler | None = None
         # Python reuses a compiled file if time and size agree, and a changed line often has the same size.
@@ -247,20 +217,35 @@ class Tree:
             return Found("passed", "")
         return Found("failed", failed or running)
 
+    def tests(self, mutant: Mutant, lines: LineMap) -> tuple[list[str], list[str]]:
+        """The quick tests that execute the line, and the others. C++ is judged by the files of its tests."""
+        if mutant.path.startswith("csrc"):
+            return lines.of_files(tests_of(mutant.path)), []
+        if mutant.body is None:
+            return lines.of((mutant.path, number) for number in mutant.lines)
+        # The line runs at import.
+        if mutant.body:
+            return lines.of((mutant.path, number) for number in mutant.body)
+        text = self.sources[mutant.path]
+        name = re.match(r"\s*(\w+)\b[^=]*=[^=]", text[mutant.lines.start - 1])
+        users = (
+            (path, number)
+            for path, source in self.sources.items()
+            for number, line in enumerate(source, 1)
+            if name and re.search(rf"\b{name[1]}\b", line)
+        )
+        found = lines.of(users)
+        return found if any(found) else lines.of((mutant.path, number) for number in range(1, len(text) + 1))
+
     def selections(self, mutant: Mutant) -> list[Selection]:
-        """The tests that execute the line, in every mode; without such a test, the files named after the module."""
+        """The tests of a line in every mode, as many as MOST_SECONDS allows: quick ones, then the others."""
         modes = ("interpreter", "native") if floor_of(mutant.path) == "kernels" else ("native",)
         found = []
         for mode in modes:
-            tests, seconds = [], 0.0
-            for test in self.maps[mode].of(mutant.path, mutant.lines):
-                seconds += self.maps[mode].seconds[test]
-                if tests and seconds > MOST_SECONDS:
-                    break
-                tests.append(test)
-            if tests:
-                found.append(Selection(mode, sorted({test.partition("::")[0] for test in tests}), tests))
-        return found or [Selection(modes[0], tests_of(mutant.path), [])]
+            for tests, seconds in zip(self.tests(mutant, self.maps[mode]), MOST_SECONDS, strict=True):
+                if tests := self.maps[mode].within(tests, seconds):
+                    found.append(Selection(mode, sorted({test.partition("::")[0] for test in tests}), tests))
+        return found
 
     def outcome(self, mutant: Mutant) -> tuple[str, str]:
         """(one of OUTCOMES, the test that decided it)."""
@@ -272,6 +257,7 @@ class Tree:
             self.write(path, original[: mutant.start] + mutant.text + original[mutant.end :])
             if is_cpp and not self.compiler.build(mutant.path):
                 return "does not build", ""
+            found = Found("passed", "")
             for selection in self.selections(mutant):
                 found = self.run(selection)
                 if found.result == "failed":
@@ -299,10 +285,16 @@ class Compiler:
         self.root, self.library = root, root / "lcw_ops/_C.abi3.so"
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
         environment = os.environ | {"LCW_OPS_CUDA_ARCHS": ""}
+        # Only the fastest instruction set runs, so the others need not be compiled.
+        fastest = {"AVX512": "Avx512", "AVX2": "Avx2"}.get(torch.backends.cpu.get_cpu_capability())
+        if fastest:
+            environment["CXXFLAGS"] = f"-DLCW_ONLY_ISA={fastest}"
         built = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
         # setup.py prints the commands that it runs.
         commands = [shlex.split(line) for line in built.stdout.splitlines() if " -o " in line]
         (self.link,) = (words for words in commands if "-shared" in words)
+        # setup.py links in its build folder and copies the library from there.
+        self.link[self.link.index("-o") + 1] = str(self.library)
         self.compile = [words for words in commands if "-c" in words]
         self.depends = [self._depends(words) for words in self.compile]
         self.kept = self.library.read_bytes()
@@ -372,7 +364,16 @@ def report(counts: dict[str, Counter]) -> int:
     return 1 if low else 0
 
 
+IDENTITY = ("floor", "path", "line", "kind", "before", "text")
 COLUMNS = ("floor", "outcome", "path", "line", "kind", "before", "text", "source", "test")
+
+
+def judged_before(table: Path | None) -> dict[tuple, str]:
+    """The outcomes in a table that --out made."""
+    if table is None or not table.exists():
+        return {}
+    with open(table, newline="") as file:
+        return {tuple(row[name] for name in IDENTITY): row["outcome"] for row in csv.DictReader(file)}
 
 
 def row_of(floor: str, outcome: str, mutant: Mutant, test: str) -> dict:
@@ -403,23 +404,31 @@ def main(arguments: list[str]) -> int:
         for floor, mutant in drawn:
             print(f"{floor}: {mutant}")
         return 0
+    before = judged_before(args.out)
     counts = {floor: Counter() for floor in floors}
+    left = []
+    for floor, mutant in drawn:
+        identity = (floor, mutant.path, str(mutant.line), mutant.kind, mutant.before, mutant.text)
+        if identity in before:
+            counts[floor][before[identity]] += 1
+        else:
+            left.append((floor, mutant))
     with tempfile.TemporaryDirectory() as folder:
         copies, lines = Path(folder), args.map or Path(folder) / "map"
         if not lines.exists():
             record(lines, args.jobs)
         context = multiprocessing.get_context("fork")
         mutants, results = context.Queue(), context.Queue()
-        for work in (*drawn, *[None] * args.jobs):
+        for work in (*left, *[None] * args.jobs):
             mutants.put(work)
         jobs = [context.Process(target=judge, args=(copies, lines, mutants, results)) for _ in range(args.jobs)]
         for job in jobs:
             job.start()
-        left = args.jobs
-        while left:
+        running = args.jobs
+        while running:
             result = results.get()
             if result is None:
-                left -= 1
+                running -= 1
                 continue
             floor, mutant, outcome, test, seconds = result
             counts[floor][outcome] += 1

@@ -9,6 +9,7 @@ their Python path still begins with the folder: a sitecustomize module there sta
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import coverage
@@ -28,7 +29,11 @@ else:
         include=json_include, context=os.environ.get("LCW_OPS_LINE_MAP_TEST", ""), messages=False,
     )
     tracer.start()
-    atexit.register(lambda: (tracer.stop(), tracer.save()))
+    save = lambda: (tracer.stop(), tracer.save())
+    atexit.register(save)
+    # Ranks of a process group leave this way.
+    leave = os._exit
+    os._exit = lambda status: (save(), leave(status))
 """
 INCLUDE = [f"{ROOT}/lcw_ops/*", f"{ROOT}/kernels/*"]
 
@@ -52,6 +57,10 @@ if FOLDER is not None:
 
     def pytest_runtest_logreport(report) -> None:
         _seconds[report.nodeid] += report.duration
+        # The first test of a file may run a fixture that another selection would run for another test.
+        file = report.nodeid.partition("::")[0]
+        if report.when == "setup":
+            _seconds[file] = max(_seconds[file], report.duration)
 
     def pytest_sessionfinish() -> None:
         _tracer.stop()
@@ -61,32 +70,74 @@ if FOLDER is not None:
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
+# Tests that take longer, or whose file has a fixture that does, and tests that start processes run only on lines that
+# the others did not notice.
+LONG_SECONDS = 3.0
+
 
 class LineMap:
     """The recorded tests of every line."""
 
     def __init__(self, folder: Path):
         self.seconds: dict[str, float] = {}
+        testers = set()
         for file in folder.glob("seconds-*.json"):
+            testers.add(file.stem.partition("-")[2])
             self.seconds |= json.loads(file.read_text())
-        self.tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        # Path and line, to the tests that execute it in their own process, and to the files of those that start a
+        # process for it: often a fixture starts it, for the first test of many.
+        self.inside: dict[tuple[str, int], set[str]] = defaultdict(set)
+        self.outside: dict[tuple[str, int], set[str]] = defaultdict(set)
         for file in folder.glob("lines.*"):
+            process = file.name.partition(".pid")[2].partition(".")[0]
+            is_inside = process in testers
             data = coverage.CoverageData(str(file))
             data.read()
             for name in data.measured_files():
-                path = name.partition("/tree/")[2]
                 # lcw_ops/kernels is a link.
-                path = path.replace("lcw_ops/kernels/", "kernels/")
+                path = name.partition("/tree/")[2].replace("lcw_ops/kernels/", "kernels/")
                 for line, contexts in data.contexts_by_lineno(name).items():
-                    self.tests[path][line].update(context for context in contexts if context in self.seconds)
+                    tests = {context for context in contexts if context in self.seconds}
+                    if is_inside:
+                        self.inside[path, line] |= tests
+                    else:
+                        self.outside[path, line] |= {test.partition("::")[0] for test in tests}
 
-    def of(self, path: str, lines: range) -> list[str]:
-        """The tests that execute one of these lines: first the quickest case of each function, then the second case."""
-        found = set().union(*(self.tests[path][line] for line in lines))
+    def with_fixtures(self, test: str) -> float:
+        return max(self.seconds[test], self.seconds.get(test.partition("::")[0], 0.0))
+
+    def of(self, lines: Iterable[tuple[str, int]]) -> tuple[list[str], list[str]]:
+        """The quick tests that execute one of these lines, and the others."""
+        lines = list(lines)
+        inside = set().union(*(self.inside.get(line, ()) for line in lines))
+        quick = {test for test in inside if self.with_fixtures(test) <= LONG_SECONDS}
+        files = set().union(*(self.outside.get(line, ()) for line in lines))
+        return self.ranked(quick), self.ranked((inside | set(self.of_files(files))) - quick)
+
+    def of_files(self, files: Iterable[str]) -> list[str]:
+        """All tests of these files."""
+        files = set(files)
+        return self.ranked({test for test in self.seconds if "::" in test and test.partition("::")[0] in files})
+
+    def ranked(self, tests: set[str]) -> list[str]:
+        """First the quickest case of each function, then the second case."""
         by_function = defaultdict(list)
-        for test in sorted(found, key=lambda test: (self.seconds[test], test)):
+        for test in sorted(tests, key=lambda test: (self.seconds[test], test)):
             by_function[test.partition("[")[0]].append(test)
-        ranked = [
-            (place, self.seconds[test], test) for cases in by_function.values() for place, test in enumerate(cases)
-        ]
+        ranked = []
+        for cases in by_function.values():
+            ranked += [(place, self.seconds[test], test) for place, test in enumerate(cases)]
         return [test for *_, test in sorted(ranked)]
+
+    def within(self, tests: list[str], seconds: float) -> list[str]:
+        """The first test, and of the others as many as take this long together. A file's fixtures run once."""
+        taken, files = [], set()
+        for test in tests:
+            file = test.partition("::")[0]
+            if taken:
+                seconds -= self.seconds[test] if file in files else self.with_fixtures(test)
+            if seconds < 0:
+                break
+            files.add(file)
+            taken.append(test)
+        return taken

@@ -18,7 +18,11 @@ FLOORS["csrc"] = ("csrc/*.h", "csrc/cpu/**/*.h", "csrc/cpu/**/*.cpp")
 
 
 class Mutant(NamedTuple):
-    """One change: ``source[start:end]`` of a file becomes ``text``. ``lines`` is the statement around it."""
+    """One change: ``source[start:end]`` of a file becomes ``text``.
+
+    ``lines`` is the statement around it. If the line runs only at import, ``body`` is the function whose default value
+    it is, or empty. Otherwise ``body`` is None.
+    """
 
     path: str
     line: int
@@ -28,6 +32,7 @@ class Mutant(NamedTuple):
     before: str
     text: str
     lines: range
+    body: range | None = None
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} {self.kind}: {self.before!r} -> {self.text!r}"
@@ -61,7 +66,7 @@ class _Collector(ast.NodeVisitor):
 
     def __init__(self, path: str, source: str):
         self.path, self.source, self.found = path, source, []
-        self.statement = range(0)
+        self.statement, self.body = range(0), range(0)
         # ast counts columns in bytes of UTF-8.
         self.lines = [line.encode() for line in source.splitlines(keepends=True)]
         self.starts = [0]
@@ -77,7 +82,7 @@ class _Collector(ast.NodeVisitor):
 
     def add(self, node: ast.AST, kind: str, start: int, end: int, text: str) -> None:
         self.found.append(
-            Mutant(self.path, node.lineno, kind, start, end, self.source[start:end], text, self.statement)
+            Mutant(self.path, node.lineno, kind, start, end, self.source[start:end], text, self.statement, self.body)
         )
 
     def visit(self, node):
@@ -164,10 +169,13 @@ class _Collector(ast.NodeVisitor):
             self.add(entry, "cache key", start, end, "None")
 
     def visit_FunctionDef(self, node):
+        outer, self.body = self.body, None
         for one in node.body:
             self.visit(one)
+        self.body = outer if outer is None else range(node.body[0].lineno, node.end_lineno + 1)
         for default in (*node.args.defaults, *(one for one in node.args.kw_defaults if one is not None)):
             self.visit(default)
+        self.body = outer
 
     visit_AsyncFunctionDef = visit_FunctionDef
 

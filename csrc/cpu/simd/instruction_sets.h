@@ -83,9 +83,13 @@ inline InstructionSet instruction_set() {
 #endif
 }
 
-// Calls f(Isa{}) for the instruction set of this processor.
+// Calls f(Isa{}) for the instruction set of this processor. A build with CXXFLAGS=-DLCW_ONLY_ISA=Avx512 has this one
+// alone: it takes a third of the time, and runs only on a processor that has it.
 template <typename F>
 auto with_instruction_set(const F& f) {
+#ifdef LCW_ONLY_ISA
+  return f(LCW_ONLY_ISA{});
+#else
   switch (instruction_set()) {
 #ifdef LCW_X86_DISPATCH
     case InstructionSet::avx512: return f(Avx512{});
@@ -93,6 +97,7 @@ auto with_instruction_set(const F& f) {
 #endif
     default: return f(Portable{});
   }
+#endif
 }
 
 }  // namespace lcw_ops
