@@ -126,13 +126,12 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def constant(value: float, **options) -> Tensor:
-    """The number as a tensor of shape (1,).
+    """The number as a tensor of shape (1,), for a program that torch.export records.
 
-    ONNX keeps a float64 tensor exactly, but rounds the number of ``torch.full`` to float32.
+    ONNX keeps a float64 tensor exactly, but rounds the number of ``torch.full`` to float32. Only ``torch.full`` takes a
+    number that depends on a dynamic size.
     """
-    if torch.compiler.is_exporting() and isinstance(value, (int, float)):
-        return torch.tensor([value], **options)
-    return torch.full((1,), value, **options)
+    return torch.tensor([value], **options) if isinstance(value, (int, float)) else torch.full((1,), value, **options)
 
 
 # Before torch 2.13, a scan whose first state requires no gradient drops the gradients that later steps pass back. The

@@ -2,10 +2,11 @@
 
 If a rank fails, no other rank hangs. Four processes on this machine (gloo) run every case, as a group of four and as
 two groups of two. Run as a script, this file is one of the processes: it stores its results, and the tests compare them
-with those of the plain module.
+with those of the plain module. The process of the tests runs the cases too, as a group of one.
 """
 
 import io
+import itertools
 import os
 import pickle
 import sys
@@ -36,6 +37,9 @@ TIMEOUT = 300
 PATIENCE = 5
 # The exit status of the process that ends on purpose, in the middle of a forward pass.
 EXIT_STATUS = 7
+
+# In bytes: a rank's layers are sent in several pieces.
+SMALL_PIECE = 1000
 
 SIZES = {"in_features": 5, "width": 6, "out_features": 3}
 
@@ -76,7 +80,8 @@ def make_samples(mlp, rows=4, step=0):
     return samples.to(dtype), weights.to(dtype)
 
 
-# A frame is the basis in which a dense filter rotates pairs of units.
+# A frame is the basis in which a dense filter rotates pairs of units. In "by columns" the first state and the gradient
+# of the last one are not contiguous.
 CASES = {
     "tanh": {},
     "relu, dense": {"activation": "relu", "filter": "haar", "c": 3.0},
@@ -98,6 +103,11 @@ CASES = {
     "float32, sigmoid, beta per layer": {"dtype": torch.float32, "activation": "sigmoid", "per_layer": ("beta",)},
     "bfloat16": {"dtype": torch.bfloat16, "filter": "haar", "c": 3.0},
     "autocast": {"dtype": torch.float32, "filter": "haar", "autocast": True},
+    "autocast without a frame": {"dtype": torch.float32, "filter": "haar", "autocast": True},
+    "autocast, too strong": {"dtype": torch.float32, "filter": "haar", "autocast": True, "c": 70.0, "alpha": 0.5},
+    "by columns": {"by_columns": True},
+    "by columns, dense": {"by_columns": True, "filter": "haar"},
+    "by columns, too strong": {"by_columns": True, "c": 70.0, "alpha": 0.5},
     "too strong": {"c": 70.0, "alpha": 0.5},
     "float32, dense, too strong": {"dtype": torch.float32, "filter": "haar", "c": 70.0, "alpha": 0.5},
 }
@@ -121,6 +131,24 @@ LOOSE = {
     "to 1e-9, relu, dense": {"tolerance": 1e-9, "filter": "haar", "activation": "relu", "depth": 41},
 }
 
+
+def by_columns(matrix):
+    """The same numbers, column by column in memory."""
+    return matrix.mT.contiguous().mT
+
+
+class ByColumns(torch.autograd.Function):
+    """The identity, whose output and gradient lie column by column in memory."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        return by_columns(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return by_columns(gradient)
+
+
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=3.0, momentum=0.9),
     # A small eps, because gradients carry the factor beta.
@@ -137,7 +165,7 @@ TRAINED = [
 
 def split_options(options):
     options = dict(options)
-    return options.pop("rows", 4), options.pop("autocast", False), options
+    return options.pop("rows", 4), options.pop("autocast", False), options.pop("by_columns", False), options
 
 
 def run(module, samples, weights, autocast=False):
@@ -174,14 +202,26 @@ def own_layers(depth, size, rank):
     return slice(depth * rank // size, depth * (rank + 1) // size)
 
 
+@pytest.fixture
+def alone():
+    """This process, as a group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield Process(None, 1, {})
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(params=GROUP_SIZES, ids="{} ranks".format)
 def size(request):
     return request.param
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
-    rows, autocast, options = split_options(CASES[name])
+def by_rank(found, *key):
+    return [results[key] for results in found]
+
+
+def assert_near_one_process(name, results, size):
+    """``results`` are those of every rank, in groups of this size."""
+    rows, autocast, _, options = split_options(CASES[name])
     mlp = make_mlp(**options)
     samples, weights = make_samples(mlp, rows)
     with warnings.catch_warnings():
@@ -191,8 +231,7 @@ def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
     sequential = run(plain, samples, weights, autocast)
     exact = run(deepcopy(plain).double(), samples.double(), weights.double())
     dtype = torch.bfloat16 if autocast else options.get("dtype", torch.float64)
-    for rank in range(PROCESSES):
-        result = found[rank][size, name]
+    for rank, result in enumerate(results):
         assert result.keys() == exact.keys()
         for key, right in exact.items():
             cut = own_layers(mlp.depth, size, rank) if key in ("weight", "bias") else slice(None)
@@ -208,6 +247,19 @@ def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
             allowed = 2 * max(errors) + (rounding + torch.finfo(dtype).eps) * exact[key].abs().max()
             error = (actual.double() - right).abs().max()
             assert error <= allowed, f"{key} on rank {rank}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_every_gradient_are_those_of_one_process(found, name, size):
+    assert_near_one_process(name, by_rank(found, size, name), size)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FRAMES])
+def test_output_and_every_gradient_of_a_group_of_one(alone, name):
+    alone.run_case(name)
+    assert_near_one_process(name, [alone.results[1, name]], 1)
+    messages, _ = alone.results[1, name, "solves"]
+    assert len(messages) == (name in GIVEN_UP)
 
 
 def test_ranks_had_different_frames(found):
@@ -227,8 +279,7 @@ def test_shared_results_are_the_same_to_the_last_bit_on_every_rank(found, name, 
                 assert torch.equal(value, found[0][size, name][key]), key
 
 
-@pytest.mark.parametrize("name", LOOSE)
-def test_every_sweep_equals_that_of_one_process(found, name, size):
+def assert_sweeps_of_one_process(name, results, size):
     mlp = make_mlp(**LOOSE[name])
     samples, weights = make_samples(mlp)
     with solver.record_solves() as solves:
@@ -236,8 +287,7 @@ def test_every_sweep_equals_that_of_one_process(found, name, size):
     exact = run(make_mlp(**{**LOOSE[name], "solver": "sequential", "tolerance": None}), samples, weights)
     assert len(solves) == 2
     assert (one["output"] - exact["output"]).abs().max() > 1e-13, "converged, so single sweeps are not tested"
-    for rank in range(PROCESSES):
-        result, theirs = found[rank][size, name]
+    for rank, (result, theirs) in enumerate(results):
         assert len(theirs) == len(solves)
         for actual, expected in zip(theirs, solves, strict=True):
             for field in ("direction", "first_layer", "layers", "sweeps", "converged"):
@@ -253,13 +303,22 @@ def test_every_sweep_equals_that_of_one_process(found, name, size):
             assert error <= 2 * mlp.depth * torch.finfo(torch.float64).eps * right.abs().max(), key
 
 
-@pytest.mark.parametrize("name", GIVEN_UP)
-def test_ranks_give_up_alike_with_one_warning(found, name, size):
-    for rank in range(PROCESSES):
-        messages, solves = found[rank][size, name, "solves"]
+@pytest.mark.parametrize("name", LOOSE)
+def test_every_sweep_equals_that_of_one_process(found, name, size):
+    assert_sweeps_of_one_process(name, by_rank(found, size, name), size)
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_every_sweep_of_a_group_of_one(alone, name):
+    alone.run_loosely(name)
+    assert_sweeps_of_one_process(name, [alone.results[1, name]], 1)
+
+
+def assert_given_up_with_one_warning(results, size):
+    for rank, (messages, solves) in enumerate(results):
         assert [solve["converged"] for solve in solves] == [False, True, True]
         assert [solve["direction"] for solve in solves] == ["forward", "forward", "backward"]
-        assert solves[0]["sweeps"] == found[0][size, name, "solves"][1][0]["sweeps"] > 0
+        assert solves[0]["sweeps"] == results[0][1][0]["sweeps"] > 0
         layers = own_layers(103, size, rank)
         for solve in solves[1:]:
             assert (solve["first_layer"], solve["layers"], solve["sweeps"]) == (
@@ -274,13 +333,23 @@ def test_ranks_give_up_alike_with_one_warning(found, name, size):
             assert not messages
 
 
-def test_a_backward_pass_that_does_not_converge_is_right_too(found, size):
+@pytest.mark.parametrize("name", GIVEN_UP)
+def test_ranks_give_up_alike_with_one_warning(found, name, size):
+    assert_given_up_with_one_warning(by_rank(found, size, name, "solves"), size)
+
+
+@pytest.mark.parametrize("name", GIVEN_UP)
+def test_a_group_of_one_gives_up_with_one_warning(alone, name):
+    alone.run_case(name)
+    assert_given_up_with_one_warning([alone.results[1, name, "solves"]], 1)
+
+
+def assert_backward_given_up(results, size):
     """Only the backward pass is given up: the forward states come from sweeps."""
     mlp = make_mlp(solver="sequential")
     samples, weights = make_samples(mlp)
     right = run(mlp, samples, weights)
-    for rank in range(PROCESSES):
-        result, messages, solves = found[rank][size, "backward given up"]
+    for rank, (result, messages, solves) in enumerate(results):
         assert [(solve["direction"], solve["converged"]) for solve in solves] == [
             ("forward", True),
             ("backward", False),
@@ -291,6 +360,15 @@ def test_a_backward_pass_that_does_not_converge_is_right_too(found, size):
             cut = own_layers(mlp.depth, size, rank) if key in ("weight", "bias") else slice(None)
             allowed = 2 * mlp.depth * torch.finfo(torch.float64).eps * expected.abs().max()
             assert (result[key] - expected[cut]).abs().max() <= allowed, key
+
+
+def test_a_backward_pass_that_does_not_converge_is_right_too(found, size):
+    assert_backward_given_up(by_rank(found, size, "backward given up"), size)
+
+
+def test_a_backward_pass_that_does_not_converge_is_right_in_a_group_of_one(alone):
+    alone.give_up_backward()
+    assert_backward_given_up([alone.results[1, "backward given up"]], 1)
 
 
 def test_a_nan_weight_on_one_rank_makes_every_rank_give_up(found, size):
@@ -350,7 +428,7 @@ def test_a_group_of_one(found):
 def test_a_checkpoint_is_that_of_the_plain_module(found, size):
     """A new module's checkpoint has the shared parameters of rank 0, and each layer's from the rank that owns it."""
     for name in ("sigmoid, scales per layer", "bfloat16"):
-        expected = make_mlp(**split_options(CASES[name])[2]).state_dict()
+        expected = make_mlp(**split_options(CASES[name])[-1]).state_dict()
         for rank in range(PROCESSES):
             full, on_first = found[rank][size, name, "checkpoint"]
             assert list(full) == list(expected)
@@ -361,6 +439,14 @@ def test_a_checkpoint_is_that_of_the_plain_module(found, size):
                 assert all(torch.equal(on_first[key], value) for key, value in expected.items())
             else:
                 assert not on_first
+
+
+def test_parameters_may_have_other_strides_on_every_rank(found, size):
+    expected = make_mlp().state_dict()
+    for made, loaded in by_rank(found, size, "by columns, checkpoint"):
+        for key, value in expected.items():
+            assert torch.equal(made[key], value), key
+            assert torch.equal(loaded[key], value), key
 
 
 def test_a_plain_checkpoint_is_loaded(found, size):
@@ -376,21 +462,60 @@ def test_a_plain_checkpoint_is_loaded(found, size):
             assert torch.equal(full[key], value)
 
 
-@pytest.mark.parametrize(
-    ("problem", "words"),
-    [
-        ("missing", ["bias is missing", "extra is unexpected"]),
-        ("depth", ["weight has shape (102, 6, 6); expected (103, 6, 6)"]),
-        ("filter", ["is not orthogonal"]),
-        ("None", ["bias is a NoneType; expected a tensor"]),
-        ("nothing", ["it is a NoneType"]),
-    ],
-)
+@pytest.mark.parametrize("name", ["sigmoid, scales per layer", "bfloat16"])
+def test_a_checkpoint_of_a_group_of_one_is_a_copy(alone, name, monkeypatch):
+    monkeypatch.setattr(lcw_ops.distributed.module, "_PIECE_BYTES", SMALL_PIECE)
+    mlp = make_mlp(**split_options(CASES[name])[-1])
+    expected = deepcopy(mlp.state_dict())
+    module = alone.distribute(mlp)
+    for full in (module.full_state_dict(), module.full_state_dict(rank0_only=True)):
+        with torch.no_grad():
+            for tensor in module.state_dict().values():
+                tensor.zero_()
+        assert list(full) == list(expected)
+        for key, value in expected.items():
+            assert full[key].dtype == value.dtype
+            assert torch.equal(full[key], value), key
+        module.load_full_state_dict(expected)
+
+
+def test_a_plain_checkpoint_is_loaded_by_a_group_of_one(alone, monkeypatch):
+    monkeypatch.setattr(lcw_ops.distributed.module, "_PIECE_BYTES", SMALL_PIECE)
+    plain, trained = make_mlp(filter="haar", per_layer=("beta",)), make_mlp(filter="haar", per_layer=("beta",))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(0.5)
+        trained.beta.mul_(0.5)
+    samples, _ = make_samples(plain)
+    module, expected = alone.distribute(plain), alone.distribute(trained)(samples)
+    module.load_full_state_dict(trained.state_dict())
+    assert torch.equal(module(samples), expected)
+
+
+MISFITS = [
+    ("missing", ["bias is missing", "extra is unexpected"]),
+    ("depth", ["weight has shape (102, 6, 6); expected (103, 6, 6)"]),
+    ("filter", ["is not orthogonal"]),
+    ("None", ["bias is a NoneType; expected a tensor"]),
+    ("meta", ["bias is a Tensor; expected a tensor with values"]),
+    ("nothing", ["it is a NoneType"]),
+]
+
+
+@pytest.mark.parametrize(("problem", "words"), MISFITS)
 def test_a_checkpoint_that_does_not_fit_changes_nothing_on_any_rank(found, problem, words, size):
-    for rank in range(PROCESSES):
-        message, unchanged = found[rank][size, "refused", problem]
+    for message, unchanged in by_rank(found, size, "refused", problem):
         assert all(word in message for word in words), message
         assert unchanged
+
+
+@pytest.mark.parametrize(("problem", "words"), MISFITS)
+def test_a_checkpoint_that_does_not_fit_changes_nothing_in_a_group_of_one(alone, problem, words):
+    plain = make_mlp(filter="haar", per_layer=("beta",))
+    alone.refuse_checkpoint(problem, alone.distribute(plain), plain.state_dict())
+    message, unchanged = alone.results[1, "refused", problem]
+    assert all(word in message for word in words), message
+    assert unchanged
 
 
 # ---- Errors
@@ -469,6 +594,68 @@ def test_after_these_errors_the_group_still_works(found, size):
             assert torch.equal(gradient, found[rank][size, "tanh"]["weight"])
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda x: torch.cat((x, x[:, :1]), 1), ValueError, r"input has shape \(4, 6\); expected \(\*, 5\)"),
+        (torch.Tensor.float, TypeError, "input is torch.float32"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_group_of_one_refuses_what_the_plain_module_refuses(alone, change, error, words):
+    module = alone.distribute(make_mlp())
+    with pytest.raises(error, match=words):
+        module(change(make_samples(module)[0]))
+
+
+def test_frozen_layers_pass_on_the_gradient_of_the_samples(alone):
+    mlp = make_mlp()
+    samples, weights = make_samples(mlp)
+    expected = run(mlp, samples, weights)
+    module = alone.distribute(make_mlp().requires_grad_(False))
+    result = run(module, samples, weights)
+    assert (result["x"] - expected["x"]).abs().max() <= 1e-12 * expected["x"].abs().max()
+    assert all(result[name] is None for name, _ in module.named_parameters())
+
+
+def test_data_parallelism_over_a_group_of_one(alone):
+    """The wrapper has one rank of the module's group, itself, and so has overwritten nothing."""
+    mlp = make_mlp()
+    samples, weights = make_samples(mlp)
+    expected = run(alone.distribute(mlp), samples, weights)
+    result = run(nn.parallel.DistributedDataParallel(alone.distribute(mlp)), samples, weights)
+    for key, right in expected.items():
+        assert torch.equal(result[key if key in result else f"module.{key}"], right), key
+
+
+@pytest.mark.parametrize(
+    ("collective", "call", "words"),
+    [
+        ("all_gather", 2, "the all-gather of the states between ranks in sweep 2"),
+        # Before the sweeps, the ranks agree on the call.
+        ("all_reduce", 3, "the all-reduce of the residual of sweep 2"),
+    ],
+)
+def test_an_error_names_the_sweep_in_which_a_collective_failed(alone, collective, call, words, monkeypatch):
+    module = alone.distribute(make_mlp())
+    samples, weights = make_samples(module)
+    output = module(samples)
+    collect, calls = getattr(torch.distributed, collective), itertools.count(1)
+
+    def collect_or_fail(*args, **kwargs):
+        if next(calls) == call:
+            raise RuntimeError("gone")
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(torch.distributed, collective, collect_or_fail)
+    with pytest.raises(RuntimeError, match=f"{words} failed on rank 0 of 1"):
+        module(samples)
+    calls = itertools.count(1)
+    words = words.replace("states", "gradients").replace("sweep", "adjoint sweep")
+    with pytest.raises(RuntimeError, match=f"{words} failed on rank 0 of 1"):
+        (output * weights).sum().backward()
+
+
 def test_without_a_process_group():
     with pytest.raises(ValueError, match=r"process_group is missing.*torch\.distributed\.init_process_group"):
         lcw_ops.distributed.DepthParallel(make_mlp())
@@ -513,12 +700,12 @@ def describe_solve(solve):
 
 @contextmanager
 def recorded():
-    """Yield two lists, which are filled at the end: the messages of RuntimeWarnings, and the solves."""
+    """Yield two lists, which are filled at the end: the messages of warnings, and the solves."""
     messages, solves = [], []
     with warnings.catch_warnings(record=True) as caught, solver.record_solves() as recording:
         warnings.simplefilter("always")
         yield messages, solves
-    messages += [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    messages += [str(warning.message) for warning in caught]
     solves += [describe_solve(solve) for solve in recording]
 
 
@@ -581,26 +768,44 @@ class Process:
         return frame
 
     def run_cases(self):
-        for name, options in CASES.items():
-            rows, autocast, options = split_options(options)
-            mlp = make_mlp(**options)
-            samples, weights = make_samples(mlp, rows)
-            self.results[self.size, name, "frame"] = None
-            lcw_ops.distributed.recurrence.get_frame = partial(self.get_frame, name)
+        for name in CASES:
+            self.run_case(name)
+        for name in LOOSE:
+            self.run_loosely(name)
+        self.run_with_nan()
+        self.give_up_backward()
+
+    def run_case(self, name):
+        rows, autocast, by_columns, options = split_options(CASES[name])
+        mlp = make_mlp(**options)
+        samples, weights = make_samples(mlp, rows)
+        self.results[self.size, name, "frame"] = None
+        lcw_ops.distributed.recurrence.get_frame = partial(self.get_frame, name)
+        try:
+            module = self.distribute(mlp)
+            if by_columns:
+                module.input_layer.register_forward_hook(lambda _, args, output: ByColumns.apply(output))
+                module.output_layer.register_forward_pre_hook(lambda _, args: ByColumns.apply(*args))
             with recorded() as self.results[self.size, name, "solves"]:
-                self.results[self.size, name] = run(self.distribute(mlp), samples, weights, autocast)
-        lcw_ops.distributed.recurrence.get_frame = get_frame
-        for name, options in LOOSE.items():
-            mlp = make_mlp(**options)
-            with recorded() as (_, solves):
-                result = run(self.distribute(mlp), *make_samples(mlp))
-            self.results[self.size, name] = result, solves
+                self.results[self.size, name] = run(module, samples, weights, autocast)
+        finally:
+            lcw_ops.distributed.recurrence.get_frame = get_frame
+
+    def run_loosely(self, name):
+        mlp = make_mlp(**LOOSE[name])
+        with recorded() as (_, solves):
+            result = run(self.distribute(mlp), *make_samples(mlp))
+        self.results[self.size, name] = result, solves
+
+    def run_with_nan(self):
         module = self.distribute(make_mlp())
         if self.rank == self.size - 1:
             nn.init.constant_(module.weight, torch.nan)
         with recorded() as (messages, solves), torch.no_grad():
             output = module(make_samples(module)[0])
         self.results[self.size, "not a number"] = output, messages, solves
+
+    def give_up_backward(self):
         # The adjoint converges whenever the states do. Force its failure: pretend that its changes never shrink.
         module = self.distribute(make_mlp())
         largest = module.group.largest
@@ -619,12 +824,24 @@ class Process:
             self.results[self.size, "trained", name, filter, dtype] = module.full_state_dict()
 
     def keep_checkpoints(self):
-        # The pieces are so small that a rank's layers are sent in several of them.
-        lcw_ops.distributed.module._PIECE_BYTES = 1000
+        lcw_ops.distributed.module._PIECE_BYTES = SMALL_PIECE
         for name in ("sigmoid, scales per layer", "bfloat16"):
-            module = self.distribute(make_mlp(**split_options(CASES[name])[2]))
+            module = self.distribute(make_mlp(**split_options(CASES[name])[-1]))
             full = module.full_state_dict(), module.full_state_dict(rank0_only=True)
             self.results[self.size, name, "checkpoint"] = full
+
+        mlp = make_mlp()
+        first = deepcopy(mlp.state_dict()) if self.rank == 0 else None
+        mlp.weight.data = by_columns(mlp.weight.data)
+        if self.rank == 0:
+            mlp.input_layer.weight.data = by_columns(mlp.input_layer.weight.data)
+        module = self.distribute(mlp)
+        made = module.full_state_dict()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        module.load_full_state_dict(first)
+        self.results[self.size, "by columns, checkpoint"] = made, module.full_state_dict()
 
         plain = make_mlp(filter="haar", per_layer=("beta",))
         full = plain.state_dict()
@@ -643,18 +860,22 @@ class Process:
         copied = deepcopy(restored)
         self.results[self.size, "loaded"] = before, after, module.full_state_dict(), copied(samples).detach()
 
+        for problem, _ in MISFITS:
+            self.refuse_checkpoint(problem, module, full)
+
+    def refuse_checkpoint(self, problem, module, full):
         kept = deepcopy(module.state_dict())
-        refused = {
+        broken = {
             "missing": {"extra": full["bias"], **{key: value for key, value in full.items() if key != "bias"}},
             "depth": {**full, "weight": full["weight"][1:]},
             "filter": {**full, "filter": 2 * full["filter"]},
             "None": {**full, "bias": None},
+            "meta": {**full, "bias": full["bias"].to("meta")},
             "nothing": None,
-        }
-        for problem, broken in refused.items():
-            error = error_of(lambda broken=broken: module.load_full_state_dict(broken))
-            unchanged = all(torch.equal(kept[key], value) for key, value in module.state_dict().items())
-            self.results[self.size, "refused", problem] = error[1], unchanged
+        }[problem]
+        error = error_of(lambda: module.load_full_state_dict(broken))
+        unchanged = all(torch.equal(kept[key], value) for key, value in module.state_dict().items())
+        self.results[self.size, "refused", problem] = error[1], unchanged
 
     def meet_errors(self):
         is_other = self.rank == 1
@@ -837,4 +1058,4 @@ def run_process(rank, folder):
 
 
 if __name__ == "__main__":
-    run_process(int(sys.argv[1]), sys.argv[2])
+    run_process(int(sys.argv[1]), sys.argv[-1])

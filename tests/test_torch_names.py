@@ -1,6 +1,7 @@
 """Every private name of torch that the package relies on exists and works, and stands in lcw_ops/_torch.py alone."""
 
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -92,6 +93,28 @@ def test_hand_over():
     assert not _torch.is_overridden(torch.ones(2), 1.0)
 
 
+def test_while_exporting_arguments_take_calls_over_and_modes_do_not():
+    class Subclass(Tensor):
+        pass
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.plain = torch.nn.Parameter(torch.ones(2)), torch.ones(2)
+
+        def forward(self, x):
+            arguments = ((x, self.weight, self.plain, 1.0, None), (x, own))
+            found.append([_torch.is_overridden(*given) for given in arguments])
+            with torch.overrides.BaseTorchFunctionMode():
+                found.append([_torch.is_overridden(*given) for given in arguments])
+            return x * 2
+
+    own, found = torch.ones(2).as_subclass(Subclass), []
+    torch.export.export(Module(), (torch.ones(2),), strict=False)
+    assert found
+    assert all(answers == [False, True] for answers in found)
+
+
 def test_views_and_zeros_without_memory():
     base = torch.ones(4)
     assert _torch.is_view(base[:2])
@@ -139,6 +162,16 @@ def test_is_exporting():
     assert traced(torch.ones(2)).tolist() == [2.0, 2.0]
     compiled = torch.compile(Module(), backend="eager", fullgraph=True)
     assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("loaded", ["exporter", "torchscript_exporter", None])
+def test_torchs_exporters_to_onnx_are_asked_only_if_one_is_loaded(loaded, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    for name in ("exporter", "torchscript_exporter"):
+        monkeypatch.delitem(sys.modules, f"torch.onnx._internal.{name}", raising=False)
+    if loaded is not None:
+        monkeypatch.setitem(sys.modules, f"torch.onnx._internal.{loaded}", torch)
+    assert _torch.is_in_onnx_export() == (loaded is not None)
 
 
 def test_unrecorded():
@@ -193,6 +226,19 @@ def test_cast_and_constant():
     x = torch.ones(2)
     assert _torch.cast(x, torch.float32) is x
     assert _torch.constant(0.5, dtype=torch.float64).tolist() == [0.5]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 3)], ids=str)
+def test_a_state_for_a_scan_requires_a_gradient_if_an_argument_does(shape, monkeypatch):
+    """With every torch that is older than 2.13."""
+    monkeypatch.setattr(_torch, "_SCAN_DROPS_GRADIENTS", True)
+    state, argument = torch.ones(2, 3), torch.full(shape, torch.inf)
+    ready = _torch.ready_for_scan(state, None, argument, 1.0)
+    assert torch.equal(ready, state)
+    assert not ready.requires_grad
+    ready = _torch.ready_for_scan(state, None, argument.requires_grad_(), 1.0)
+    assert torch.equal(ready, state)
+    assert ready.requires_grad
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

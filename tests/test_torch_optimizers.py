@@ -1,5 +1,7 @@
 """Each private name of torch that the optimizers and hooks rely on exists, and works behind its plain name."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -18,6 +20,17 @@ def test_a_running_step_is_found_from_inside():
     optimizer.step()
     assert seen == [[optimizer]]
     assert _torch.running_steps() == []
+
+
+def test_functions_around_a_step_are_not_taken_for_one():
+    """Not even one that has the name of torch's wrapper."""
+
+    def wrapper(*args):
+        return [_torch.running_steps(), optimizer.step(lambda: seen.append(_torch.running_steps()))]
+
+    optimizer, seen = make_optimizer(), []
+    assert wrapper("an argument") == [[], None]
+    assert seen == [[optimizer]]
 
 
 def test_hooks_are_added_under_a_key_and_removed():
@@ -59,6 +72,15 @@ def test_the_step_without_hooks_is_torchs_own():
 
 def test_outside_of_a_capture_every_optimizer_may_step():
     _torch.check_graph_capture(make_optimizer(torch.optim.AdamW))
+
+
+def test_the_newer_name_of_the_check_for_a_capture_is_preferred():
+    calls = []
+    older = {"_cuda_graph_capture_health_check": lambda: calls.append("older")}
+    _torch.check_graph_capture(SimpleNamespace(**older))
+    newer = {"_accelerator_graph_capture_health_check": lambda: calls.append("newer")}
+    _torch.check_graph_capture(SimpleNamespace(**older, **newer))
+    assert calls == ["older", "newer"]
 
 
 def test_gradients_are_divided_in_place():

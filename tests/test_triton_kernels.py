@@ -106,6 +106,11 @@ def test_tiles_of_the_recurrence():
         if width * itemsize <= 512:
             launch = orthogonal_filter.choose_launch(width, itemsize, rows, per_layer, 2 - per_layer, True, device)
             assert launch["BLOCK_N"] >= max(16, width)
+            assert isinstance(launch["num_warps"], int)
             assert launch["num_warps"] in (1, 2, 4, 8, 16)
+    # Shared memory for two matrices of 16 KB in turn, for one and a half, and for no copy.
+    memories = (64 * 1024, 48 * 1024, 36 * 1024)
+    launches = [orthogonal_filter.choose_launch(64, 4, 1, 1, 1, False, common.Device(84, m, False)) for m in memories]
+    assert [launch["STAGES"] for launch in launches] == [3, 2, 1]
     with pytest.raises(ValueError, match=r"width is 128, which needs 132 KB of shared memory.*at most 99 KB"):
         orthogonal_filter.choose_launch(128, 4, 32, 1, 1, False, common.Device(84, 99 * 1024, False))

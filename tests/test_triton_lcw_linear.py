@@ -355,3 +355,19 @@ def test_launches_fill_the_gpu():
     # In the largest usual layer one kernel keeps enough bytes of the weight in flight.
     assert kernels.choose_launch(32, 4096, 4096, 4096, 2, device)["splits"] == 1
     assert kernels.choose_launch(8, 1024, 1024, 1024, 4, device)["splits"] == 8
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "itemsize", "aligned"),
+    [
+        (4096, 4096, 2, True),
+        (4095, 4096, 2, False),
+        (4096, 4097, 2, False),
+        (4095, 4095, 2, False),
+        (4096, 4096, 4, False),
+    ],
+)
+def test_aligned_rows_of_16_bit_numbers_need_fewer_warps(columns, features, itemsize, aligned):
+    """Their elements do not have an address and a mask each. The rows of a basis have one column less than x."""
+    launch = kernels.choose_launch(32, 4096, columns, features, itemsize, kernels.Device(132, 227 * 1024, False))
+    assert launch["num_warps"] == (4 if aligned else 8)

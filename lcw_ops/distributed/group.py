@@ -139,8 +139,12 @@ class Group:
     def broadcast(self, tensor: Tensor, source: int, what: str) -> None:
         """Overwrite the tensor with that of rank ``source`` of this group."""
         if tensor.numel():
+            # gloo sends the memory, and strides may differ between ranks.
+            sent = tensor.contiguous()
             with self._answered(what):
-                dist.broadcast(tensor, group=self.process_group, group_src=source)
+                dist.broadcast(sent, group=self.process_group, group_src=source)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def broadcast_object(self, value, what: str):
         """Return rank 0's value on every rank."""

@@ -207,7 +207,7 @@ class DepthParallel(_OrthogonalFilter):
                 full[key] = torch.empty((self.depth, *tensor.shape[1:]), dtype=tensor.dtype, device="cpu")
             for owner, start, stop in self._pieces(tensor):
                 if owner == self.group.rank:
-                    piece = tensor[start - self.start : stop - self.start].contiguous()
+                    piece = tensor[start - self.start : stop - self.start]
                 else:
                     piece = tensor.new_empty((stop - start, *tensor.shape[1:]))
                 self.group.broadcast(piece, owner, f"the broadcast of {key} of layers {start}..{stop - 1}")

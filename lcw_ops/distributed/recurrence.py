@@ -170,7 +170,7 @@ class DepthRecurrence:
     def run_forward(self, h0: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """h_L, the same on every rank, and the states of this rank's layers, (D + 1, M, N)."""
         layers = self._own_layers(weight, bias)
-        found = self._sweep_forward(h0.contiguous(), layers.to_dtype(h0.dtype))
+        found = self._sweep_forward(h0, layers.to_dtype(h0.dtype))
         if found is None:
             found = self._run_in_order(h0, layers)
             self._warn("forward")
@@ -218,7 +218,7 @@ class DepthRecurrence:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The gradients of h_0, the same on every rank, and of this rank's weight and bias."""
         self.group.agree("the output's gradient", {}, gradient, gradient.device)
-        layers, gradient = self._own_layers(weight, bias), gradient.contiguous()
+        layers = self._own_layers(weight, bias)
         into = solver.Gradients(
             torch.zeros_like(weight) if needs_weight else None,
             torch.zeros_like(layers.bias) if needs_bias else None,
@@ -323,7 +323,7 @@ class DepthRecurrence:
 
         def run_own(gradient: Tensor) -> Tensor:
             _Sweeps("backward", self.tolerance, self.depth).record_sequential(self.start, self.stop - self.start)
-            return run(gradient, first, layers, None, into, self.stop - self.start).contiguous()
+            return run(gradient, first, layers, None, into, self.stop - self.start)
 
         return self._pass_on(gradient, range(self.group.size - 1, -1, -1), run_own, "gradient")
 
