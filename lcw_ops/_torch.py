@@ -134,6 +134,9 @@ def constant(value: float, **options) -> Tensor:
     return torch.tensor([value], **options) if isinstance(value, (int, float)) else torch.full((1,), value, **options)
 
 
+# Dynamo of torch 2.10 refuses id() of a tensor that was computed in the traced code; that of 2.13 does not.
+TRACES_NO_ID = torch.__version__ < (2, 13)  # type: ignore[operator]
+
 # Before torch 2.13, a scan whose first state requires no gradient drops the gradients that later steps pass back. The
 # gradients are then silently wrong (https://github.com/pytorch/pytorch/issues/184528).
 _SCAN_DROPS_GRADIENTS = torch.__version__ < (2, 13)  # type: ignore[operator]

@@ -140,7 +140,7 @@ def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
                     f"Copy it first: tensors[{index}].contiguous().",
                 )
             )
-    if len(set(map(id, tensors))) != len(tensors):
+    if not (traced and _torch.TRACES_NO_ID) and len(set(map(id, tensors))) != len(tensors):
         came, expected = "has one tensor in the list twice", "each tensor once, or it would be activated twice"
         raise ValueError(_checks.describe(op, "tensors", came, expected, "Leave one of the two out."))
     shared = None if traced else _gradient_activation.find_shared(tensors)

@@ -106,7 +106,7 @@ def _check_lcw_linear(x, weight, bias, basis) -> bool:
     if not isinstance(basis, int):
         raise TypeError(_checks.describe(op, "basis", f"is a {type(basis).__name__}", "True or False"))
     _checks.check_rows(op, "weight", weight, "(n, m-1)" if basis else "(n, m)")
-    units, fan_in = weight.shape[0], weight.shape[1] + bool(basis)
+    units, fan_in = weight.shape[0], weight.shape[1] + (1 if basis else 0)
     _checks.check_features(op, x, fan_in, "the weight's fan-in")
     if bias is not None:
         _checks.check_per_unit(op, "bias", bias, units)

@@ -226,7 +226,8 @@ def _is_virtual(tensor: Tensor) -> bool:
 
 
 def _write_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
-    if copies is not tensors:
+    # Dynamo of torch 2.10 cannot compare lists.
+    if torch.compiler.is_compiling() or copies is not tensors:
         for tensor, copy in zip(tensors, copies, strict=True):
             if copy is not tensor:
                 tensor.copy_(copy)
@@ -388,7 +389,7 @@ def _lay_out_as(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
         tensor
         if tensor.stride() == param.stride() and tensor.dtype is param.dtype and not _is_virtual(tensor)
         else torch.empty_like(param).copy_(tensor)
-        for param, tensor in zip(params, tensors, strict=bool(tensors))
+        for param, tensor in zip(params, tensors, strict=len(tensors) > 0)
     ]
 
 

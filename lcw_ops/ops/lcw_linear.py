@@ -41,8 +41,8 @@ def _adjoint_fake(grad_output, basis):
 
 
 def _linear_fake(x, weight, bias, basis, deterministic):
-    # Refuse on fake tensors what the kernel would refuse.
-    fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] + basis and x.dtype == weight.dtype
+    # Refuse on fake tensors what the kernel would refuse. Torch 2.10 cannot add a bool to a symbolic size.
+    fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] + int(basis) and x.dtype == weight.dtype
     torch._check(fits and x.is_floating_point(), lambda: "lcw_linear: x (M, m) and weight do not fit each other")
     fits = bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0] and bias.dtype == x.dtype)
     torch._check(fits, lambda: "lcw_linear: the bias does not fit x and weight")
