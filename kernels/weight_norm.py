@@ -216,7 +216,7 @@ def normalize_backward_kernel(
     root = _root(square)
     reciprocal = _divide(tl.full((ROWS, 1), 1.0, dtype), root)
     if FITS:
-        # A row of one number has the direction 1 or -1, without rounding, so that the number's gradient is exactly 0.
+        # A row with a single element has the direction 1 or -1, without rounding, so its gradient is exactly 0.
         direction = _divide(scaled, root)
         product = tl.sum(direction * gradient, 1, keep_dims=True)
     else:

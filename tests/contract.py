@@ -62,7 +62,7 @@ class Op(NamedTuple):
         dtypes: the dtypes in which results and gradients are checked.
         differentiable: False for a function without a derivative.
         autocast: "narrow" for a function that autocast runs in 16 bits, "unchanged" for the others.
-        graphs: the most graphs that torch.compile makes for ``sizes`` with dynamic shapes.
+        graphs: the largest number of graphs that torch.compile makes for ``sizes`` with dynamic shapes.
         double: the size for the check of the double backward.
     """
 

@@ -35,7 +35,7 @@ SEEDS = {"one seed": lambda rank: 3, "a seed per rank": lambda rank: 3 + rank}
 
 
 def scales():
-    """A parameter, which is sharded, and a buffer; both have the same values on every rank."""
+    """alpha is a parameter, which FSDP2 will shard, and beta a buffer. Every rank passes the same full values."""
     return {"alpha": torch.nn.Parameter(torch.linspace(0.5, 0.75, DEPTH)), "beta": torch.linspace(0.25, 0.5, DEPTH)}
 
 
@@ -58,7 +58,8 @@ def reset(model):
 
 
 def main(rank, folder):
-    # FSDP2 warns about the CPU and about views of parameters that it makes.
+    # torch warns about the random operators of DTensor on a CPU, and some versions about the views of parameters that
+    # FSDP2 makes.
     warnings.simplefilter("ignore")
     store = dist.FileStore(os.path.join(folder, "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT))
@@ -75,7 +76,8 @@ def main(rank, folder):
     model = two_modules(MAKE["mlp"], mesh, **scales())
     reset(model)
     found["scales"] = [{name: full(getattr(module, name)) for name in ("alpha", "beta")} for module in model]
-    # A module without first values is refused until a sharded state dict is loaded.
+    # alpha and beta are given as tensors on the meta device, so they have no first values to restore: reset_parameters
+    # refuses the module until a sharded state dict is loaded.
     with torch.device("meta"):
         model = two_modules(MAKE["mlp"], mesh, **scales())
     model.to_empty(device="cpu")
@@ -122,7 +124,7 @@ def test_ranks_of_a_sharded_module_have_one_filter(found, name, kind, seed):
         else:
             product = filter.double() @ filter.double().T
             # The filter was rounded to float32. An element of the product sums 7 terms, whose roundings add up to about
-            # sqrt(7) units. Twice that is allowed.
+            # sqrt(7) * 2**-23. Twice that is allowed.
             torch.testing.assert_close(product, torch.eye(7, dtype=torch.float64), rtol=0, atol=2 * 7**0.5 * 2**-23)
     # The first filter is that of rank 0's seed.
     torch.manual_seed(SEEDS[seed](0))

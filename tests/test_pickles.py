@@ -72,9 +72,9 @@ def test_names_in_the_file_lead_to_the_class_of_today(path):
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(("GraphModule", "Sequential"))])
 def test_file_loads_with_an_allow_list_of_its_class(name):
-    """torch compares the module and the name of the class with those in the file."""
+    """torch compares the Python module and the name of each allowed class with those in the file."""
     own = getattr(lcw_ops.nn, name.partition("-")[0])
-    # A file may also name these classes, and users allow them.
+    # A file may also name these classes. Those that torch does not allow by itself, a user has to allow as well.
     others = [set, torch.nn.Identity, torch.nn.Linear, torch.nn.Tanh, DerivedWeight]
     with torch.serialization.safe_globals([own, *others]):
         module = torch.load(make.HERE / f"{name}.pt", weights_only=True)
@@ -85,7 +85,7 @@ def test_file_loads_with_an_allow_list_of_its_class(name):
 def test_module_gives_the_stored_result(name):
     result, module = RESULTS[name], load(name)
     assert_as_exact_as_eager(name, make.apply(load(name), result["x"]), result["eager"], result["exact"])
-    # In float64 only the roundings of a forward pass may differ from the stored numbers.
+    # In float64 the result may differ from the stored numbers only by the roundings of a forward pass.
     exact = make.apply(module.double(), result["x"].double())
     allowed = ROUNDINGS * torch.finfo(torch.float64).eps * result["exact"].abs().max()
     assert (exact - result["exact"]).abs().max() <= allowed
@@ -105,7 +105,8 @@ def test_module_can_be_saved_again(name, tmp_path):
 def test_optimizer_continues_from_its_state(name):
     parameters = make.next_step(load(name))
     for parameter, expected in zip(parameters, RESULTS[name]["parameters"], strict=True):
-        # A step has about 12 roundings, all of numbers no larger than the parameter, whose entries are of similar size.
+        # A step has about 12 roundings, all of numbers no larger than an entry of the parameter. The entries of a
+        # parameter are of similar size, so the largest one stands for all.
         allowed = 12 * torch.finfo(torch.float32).eps * expected.abs().max()
         assert (parameter - expected).abs().max() <= allowed
 
@@ -178,8 +179,8 @@ def test_train_continues_from_the_checkpoint(tmp_path):
     assert make.train(tmp_path / "train", tmp_path / "train" / "data.npz", make.TRAIN_STEPS[1], "--resume") == 0
     losses = make.losses_of(tmp_path / "train")
     # Losses are about 1. The first new one depends on the restored weights, the second one on Adam's moments too. A
-    # rounding changes a step most where the gradient is small, and there the step matters least to the loss, so a
-    # hundred roundings are plenty.
+    # rounding changes a step of Adam most where the gradient is small, but there the step matters least to the loss.
+    # A tolerance of a hundred roundings is therefore plenty.
     expected = pytest.approx(RESULTS["train"]["losses"], rel=0, abs=100 * torch.finfo(torch.float32).eps)
     assert losses == expected
 

@@ -760,8 +760,15 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, error):
     ("arguments", "error", "message"),
     [
         (("no module", torch.ones(1)), TypeError, "expected a torch.nn.Module"),
-        ((nn.Linear(2, 2), [1.0]), TypeError, "expected a tensor"),
-        ((nn.Linear(2, 2), torch.ones(3, 2), None, lambda output: output), ValueError, "expected one number"),
+        ((nn.Linear(2, 2), [1.0]), TypeError, "inputs hold list, expected a tensor"),
+        ((nn.Linear(2, 2), (torch.ones(()), 1.0)), TypeError, "inputs hold a tensor of 0 dimensions, float, expected"),
+        ((nn.Linear(2, 2), ()), TypeError, "inputs hold nothing, expected"),
+        (
+            (nn.Linear(2, 2), torch.ones(3, 2), None, lambda output: output),
+            ValueError,
+            r"has shape \(3, 2\), expected a tensor with one element",
+        ),
+        ((nn.Linear(2, 2), torch.ones(3, 2), None, lambda output: output.sum().item()), ValueError, "loss is a float"),
         ((nn.Linear(2, 2), torch.ones(3, 2), None, lambda output: output.sum().detach()), ValueError, "depend"),
     ],
 )

@@ -32,8 +32,8 @@ KERNELS = {stem: importlib.import_module(f"lcw_ops.kernels.{stem}") for stem in 
 activations, hypersphere, weight_norm = (KERNELS[s] for s in ("gradient_activation", "hypersphere", "weight_norm"))
 lcw_linear, recurrence, parallel = KERNELS["lcw_linear"], KERNELS["orthogonal_filter"], KERNELS["parallel_depth"]
 
-# Bytes per thread. These are eight registers, which stay in the first-level cache; the limit for csrc/cuda is the same
-# (test_cuda_build.py). The spills of Triton 3.6 and 3.7 differ by up to as many bytes.
+# In bytes per thread. 32 bytes are eight registers, and spills of that size stay in the first-level cache. The limit
+# for csrc/cuda is the same (test_cuda_build.py). The spills of Triton 3.6 and 3.7 differ by up to as many bytes.
 MAX_SPILLED_BYTES = 32
 # From width 65 on, in tiles of few rows, a program holds two matrices of 128 x 128 and their transposes. With 16-bit
 # weights or a filter per layer both versions of Triton spill up to 280 bytes with eight warps, and 200 with sixteen.

@@ -1,10 +1,10 @@
-// A 64-bit number that tells whether a tensor's bytes have changed, at the speed of reading them.
+// A 64-bit hash of a tensor's bytes, computed as fast as they can be read. If it differs, the bytes have changed.
 //
 // It shows whether values that were computed from a parameter and cached are still current: edits through .data leave
 // no other trace. Words of 32 bits are mixed into 32 lanes by multiplying, rotating and multiplying, as in xxHash; the
-// lanes do not wait for each other. One changed word always changes its lane. Other edits go unseen once in 2^32 if
-// they touch one lane, at most once in 2^64 if they touch several. Blocks have a fixed size, so that the number does
-// not depend on the threads.
+// lanes do not wait for each other. A change of a single word always changes its lane. A change of several words goes
+// unseen with probability 2^-32 if all of them are in one lane, and with at most 2^-64 if they are in several. The
+// tensor is hashed in blocks of a fixed size, so that the hash does not depend on the number of threads.
 
 #include <algorithm>
 #include <cstring>
@@ -19,8 +19,8 @@
 namespace lcw_ops {
 namespace {
 
-// A block is mixed into 4 vectors of 8 words each, because a multiplication takes 10 cycles and the two of a step
-// depend on each other.
+// A block is mixed into 4 vectors of 8 words each. A multiplication takes 10 cycles, and the second multiplication of a
+// step has to wait for the first. Meanwhile the other vectors are multiplied.
 constexpr int64_t lanes = 32, block_bytes = 1 << 16;
 constexpr uint32_t odd_1 = 2246822519u, odd_2 = 2654435761u;
 

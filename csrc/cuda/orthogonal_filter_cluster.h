@@ -255,7 +255,8 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     if (!e.exists) continue;
     current[which] = memory.states[e.row * pitch + e.i];
     if (r.permutation) from[which] = r.permutation[e.i];
-    // The public function has checked the index. The op could not check it without waiting for the device.
+    // The public function has checked the index, unless torch.compile or torch.func kept it from reading the values.
+    // The op itself could not check it without waiting for the device.
     if (from[which] < 0 || from[which] >= n) __trap();
   }
   for (int64_t s = 0; s < carry.count; ++s) {

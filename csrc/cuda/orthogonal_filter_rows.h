@@ -38,7 +38,8 @@ __device__ void apply_matrices(const Recurrence<T>& r, int64_t l, const T* state
     }
     if (r.permutation) {
       const int64_t from = r.permutation[o];
-      // The public function has checked the index. The op could not check it without waiting for the device.
+      // The public function has checked the index, unless torch.compile or torch.func kept it from reading the values.
+      // The op itself could not check it without waiting for the device.
       if (from < 0 || from >= n) __trap();
       if (first_lane) filtered[o] = state[from];
     } else {
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(block_threads) forward_rows(const Forward<T> p
   for (int64_t i = threadIdx.x; i < n; i += block_threads) pass.output[m * n + i] = state[i];
 }
 
-// Recomputes one row's states and slopes in a segment, then propagates the row's G back.
+// Recomputes one row's states and slopes in a segment, then propagates the row's G, the gradient of its state, back
+// through the segment.
 template <typename T, typename W>
 __global__ void __launch_bounds__(block_threads) backward_rows(const Backward<T> pass) {
   const Recurrence<T>& r = pass.recurrence;

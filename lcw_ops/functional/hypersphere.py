@@ -45,7 +45,7 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
 
 
 def hypersphere_angles(weight: Tensor) -> Tensor:
-    """The angles of the rows' directions: the inverse of :func:`hypersphere_direction`, up to the rows' lengths.
+    """The angles of the rows' directions: the inverse of :func:`hypersphere_direction`, up to the rows' norms.
 
     ``t_k = atan2(||w_{k+1:m}||, w_k)`` for k <= m - 2, ``t_{m-1} = atan2(w_m, w_{m-1})``. The sign of every component
     is kept, except for m = 1, where no angle could hold it. A zero row gets angles 0, which give the direction
@@ -53,7 +53,7 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
 
     Args:
         weight: (n, m) for n units of m >= 1 inputs. float32, float64, bfloat16 or float16. Rows may have any finite
-            length.
+            norm.
 
     Returns:
         (n, m - 1), in radians: in [0, pi], the last in [-pi, pi]. Where a derivative does not exist, it is taken as 0.

@@ -15,7 +15,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         weight: (n, m) for n units of m inputs; a filter is flattened to one row. float32, float64, bfloat16 or float16;
-            computed in float32 or wider and rounded once. Rows may have any finite length. A zero row, which has no
+            computed in float32 or wider and rounded once. Rows may have any finite norm. A zero row, which has no
             direction, stays zero, with zero derivatives.
         scale: (n,), of any sign, of the weight's dtype.
 

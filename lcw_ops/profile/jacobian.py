@@ -77,7 +77,7 @@ def function_spectrum(
         function: tensor to tensor, differentiable.
         point: any shape.
         method: "exact" (one VJP per output), "lanczos", or "auto": exact for up to 64 outputs.
-        iterations: the most Lanczos steps; min(outputs, inputs) of them give the exact result.
+        iterations: the largest number of Lanczos steps; min(outputs, inputs) of them give the exact result.
         tolerance: Lanczos stops when the relative errors of both extreme values are at most this.
         seed: for the start vector.
 

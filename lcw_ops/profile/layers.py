@@ -1,4 +1,4 @@
-"""One watched forward and backward pass of any model: the output of every leaf module, and the gradient of that output.
+"""Hooks that observe a forward and backward pass of any model: every leaf module's output and the output's gradient.
 
 Forward hooks measure an output at once, so that a later in-place operation cannot change the figures. Tensor hooks
 measure the gradient. Orthogonal-filter networks are recorded as a ``Recurrence``, to be replayed layer by layer.

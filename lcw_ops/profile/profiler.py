@@ -1,7 +1,8 @@
 """``profile(model, inputs)``: a network's signal, gradient, time and memory, layer by layer.
 
-It makes one watched pass and a few timed ones, replays every orthogonal-filter recurrence, and finds the Jacobian's
-singular values. The model is left as it was: gradients, buffers, hooks, mode and random state.
+It observes one pass with hooks and times a few more. It replays every orthogonal-filter recurrence, which is a single
+op, by chunks of layers, to get a row for each layer. It finds the extreme singular values of the Jacobians of the
+recurrences and of the model. The model is left as it was: gradients, buffers, hooks, mode and random state.
 """
 
 import math
@@ -43,10 +44,11 @@ def profile(
 ) -> Profile:
     """Measure one forward and backward pass of any model.
 
-    Every call of a leaf module is a row: rms of the output, norm of the output's gradient, activation shift, norm of
-    the weight's gradient. In ``OrthogonalFilterMLP`` and ``OrthogonalFilterRNN``, every layer (or time step) is a row
-    with rigorous bounds, though the whole recurrence is one op. For recurrences that were solved in parallel over
-    depth, the profile reports sweeps and convergence.
+    Every call of a leaf module is a row: rms of the output, norm of the output's gradient, activation shift (rms over
+    units of the output's mean over samples), norm of the weight's gradient. The recurrence of ``OrthogonalFilterMLP``
+    or ``OrthogonalFilterRNN`` is a single op; still, each of its layers (or time steps) has its own row, with rigorous
+    bounds on the state, on the gradient and on the singular values of the layer's Jacobian. For recurrences that were
+    solved in parallel over depth, the profile reports sweeps and convergence.
 
     Args:
         model: used in its present mode (train or eval), on its device.
@@ -55,20 +57,22 @@ def profile(
         loss: ``loss(output, targets)``, or ``loss(output)`` without targets: one number. Default: cross entropy for
             integer targets, mean squared error for others; without targets the product with a fixed random direction of
             unit norm, so that the gradient at the output has norm 1.
-        jacobian: also find the extreme singular values of the Jacobian. For a recurrence, this is the exact Jacobian of
-            h_0 -> h_L at the first sample, up to a width of 512. For the model, it is the Jacobian of the first
-            sample's first floating-point output with respect to its first input, with the other samples held fixed; it
-            is left out for integer inputs, and for an RNN, where h_0 -> h_L matters.
+        jacobian: also find the extreme singular values of the Jacobians of the recurrences and of the model, at the
+            first sample. For a recurrence of width 512 or less, this is the exact Jacobian of its last state h_L with
+            respect to its first, h_0; wider recurrences are left out. For the model, it is the Jacobian of the first
+            floating-point tensor that it returns with respect to the first tensor that it is given, with the other
+            samples held fixed. The model's Jacobian is left out for integer inputs and for ``OrthogonalFilterRNN``,
+            where that of h_0 -> h_L matters.
         jacobian_method: for the model's Jacobian: "exact", "lanczos" or "auto", see ``jacobian.function_spectrum``.
-        repeats: the most timed passes; after 10 s no further pass begins. The median is reported.
+        repeats: the largest number of timed passes; after 10 s no further pass begins. The median is reported.
         matmul_rate: this machine's float32 FLOP/s, if it has been measured before (``machine.matmul_rate``).
         name: the model's name in tables and plots; default: its class.
 
     Raises:
-        TypeError: model is not a module, inputs hold no tensor, or repeats is not an int.
-        ValueError: inputs hold no sample, the loss is not a scalar, nothing requires a gradient, no module was called,
-            repeats < 1, inside torch.inference_mode(), or the model cannot be differentiated twice and "lanczos" was
-            needed. Errors of the model itself are passed on.
+        TypeError: model is not a module, inputs hold no tensor with a dimension, or repeats is not an int.
+        ValueError: inputs hold no sample, the loss is not a tensor with one element, nothing requires a gradient, no
+            module was called, repeats < 1, inside torch.inference_mode(), or the model cannot be differentiated twice
+            and "lanczos" was needed. Errors of the model itself are passed on.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("profile: no gradients in torch.inference_mode(); call profile outside of it")
@@ -121,15 +125,16 @@ class _Work:
 
     def forward(self) -> Tensor:
         """The loss, ready for backward."""
-        # torch's FLOP counter cannot follow a leaf tensor that requires a gradient, so the model gets a clone of it.
+        # torch's FLOP counter raises an error if an input is a leaf that autograd.grad differentiates by, so the model
+        # gets a clone of every input that requires a gradient.
         inputs = (
             argument.clone() if isinstance(argument, Tensor) and argument.requires_grad else argument
             for argument in self.inputs
         )
         loss = self.criterion(self.model(*inputs))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"profile: the loss has shape {shape}, expected one number; take its mean or sum")
+            came = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
+            raise ValueError(f"profile: the loss {came}, expected a tensor with one element; return its mean or sum")
         if not loss.requires_grad:
             raise ValueError("profile: the loss does not depend on anything that requires a gradient")
         return loss
@@ -157,8 +162,10 @@ def _prepared(model, inputs, targets, loss) -> _Work:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     first = _first_tensor(inputs)
     if first is None:
-        kinds = ", ".join(type(argument).__name__ for argument in inputs)
-        raise TypeError(f"profile: inputs hold {kinds}, expected a tensor, or a tuple with one, samples first")
+        kinds = ("a tensor of 0 dimensions" if isinstance(part, Tensor) else type(part).__name__ for part in inputs)
+        came = ", ".join(kinds) or "nothing"
+        expected = "a tensor with the samples along its first dimension, or a tuple that contains such a tensor"
+        raise TypeError(f"profile: inputs hold {came}, expected {expected}")
     if first.numel() == 0:
         raise ValueError(f"profile: the input has shape {tuple(first.shape)}, expected at least one sample")
     differentiated = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -246,7 +253,8 @@ def _watched_pass(work: _Work) -> _Watched:
 def _by_direction(solves: list[Solve], in_forward: int) -> dict[str, Solves]:
     """Summarise the solves by direction: the first ``in_forward`` of them are the forward pass's.
 
-    The backward pass may solve windows forward again, with the same result.
+    The backward pass may have to solve windows (ranges of layers) forward again. Such solves are left out: their result
+    is that of the forward pass.
     """
     parts = {
         "forward": solves[:in_forward],
@@ -291,7 +299,7 @@ def _backend(calls: list[LayerCall | RecurrenceCall], device: torch.device) -> s
 
 
 def _rows(watched: _Watched, jacobian: bool) -> tuple[dict[str, np.ndarray], dict]:
-    """The columns of the profile, one row per layer, and the Jacobians of all recurrences, as in _model_jacobian."""
+    """The profile's columns, one row per layer, and the recurrences' Jacobians, in the form of _model_jacobian."""
     parts, names, jacobians = [], [], {}
     for call in watched.calls:
         if isinstance(call, LayerCall):
@@ -305,7 +313,7 @@ def _rows(watched: _Watched, jacobian: bool) -> tuple[dict[str, np.ndarray], dic
             rows, exponent = replay.state_jacobian(call.recurrence)
             what = "h_0 -> h_L" if call.name == "layer" else f"{call.name}: h_0 -> h_L"
             jacobians[what] = (replay.state_spectrum(columns, rows, exponent), rows, exponent)
-        # The states of the chunks are no longer needed, and the next recurrence has its own.
+        # Free the states at which the chunks of layers begin: the replay of the next recurrence keeps its own.
         call.recurrence.boundaries.clear()
     table = {"name": np.array([name for part in names for name in part])}
     for column in COLUMNS:
@@ -334,7 +342,7 @@ def _has_plain_ends(mlp: OrthogonalFilterMLP) -> bool:
 
 
 def _model_jacobian(work: _Work, method: str, jacobians: dict) -> dict:
-    """{what: (spectrum, Jacobian or None, its exponent)} of the map from one input to its output."""
+    """{what: (spectrum, J' or None, e)} of the map from one input to its output; the Jacobian is J' 2^e."""
     point = work.first_input
     if isinstance(work.model, OrthogonalFilterRNN) or not point.is_floating_point():
         return {}

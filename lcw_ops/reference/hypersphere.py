@@ -54,12 +54,12 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
     """The angles of the rows' directions. The sign of every component is kept.
 
     t_k = atan2(||w_{k+1:m}||, w_k) for k <= m-2,  t_{m-1} = atan2(w_m, w_{m-1}). This inverts `hypersphere_direction`
-    up to the row's length (m = 1: up to its sign too). A zero row has no direction: it gets angles 0, as u = (1, 0, ..)
+    up to the row's norm (m = 1: up to its sign too). A zero row has no direction: it gets angles 0, as u = (1, 0, ..)
     has. Where t_k has no derivative, because w_{k+1} .. w_m are 0, the derivative is taken as 0.
 
     Args:
         weight: (n, m), any floating dtype; 16-bit rows are computed in float32. Rows of any finite
-            length are safe, the smallest and the largest included.
+            norm are safe, the smallest and the largest included.
 
     Returns:
         (n, m-1).

@@ -16,7 +16,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         weight: (n, m), m >= 1, any floating dtype; 16-bit rows are computed in float32. Rows of any
-            finite length are safe, the smallest and the largest included.
+            finite norm are safe, the smallest and the largest included.
         scale: (n,), of the weight's dtype.
 
     Returns:

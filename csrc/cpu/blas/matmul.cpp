@@ -1,9 +1,10 @@
-// Why the choice exists, and why it is measured: torch multiplies with the BLAS that it was built with, mostly MKL. MKL
-// reads a weight slowly for few samples, and does not use the whole vectors of some processors. The best choice differs
-// too much between processors for a table.
+// Chooses between our own matrix product and torch's, mostly by measuring both (matmul.h has the exceptions). torch
+// multiplies with the BLAS that it was built with, mostly MKL. For few samples, MKL reads a weight slowly, and on some
+// processors it does not use the full width of the vectors. Which product is faster differs too much between processors
+// to be written down in a table.
 //
-// oneDNN, which also comes with torch, is not a choice. Its sums of 1024 numbers err up to four times as much as
-// torch's. Cut into parts short enough to be as exact, its products were slower.
+// oneDNN, which also comes with torch, is not offered: its sums of 1024 numbers err up to four times as much as those
+// of torch's matmul. When the sums were cut into parts short enough to be as exact, oneDNN was slower.
 #include "matmul.h"
 
 #include <array>
@@ -26,7 +27,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The answers that this process knows.
+// What this process knows: for each question (cache_file.h), the faster multiplier. An answer comes from the cache
+// file, or is measured and then appended to the file.
 class Answers {
  public:
   Multiplier find(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
@@ -55,9 +57,9 @@ class Answers {
     read_cache_file(answers_);
   }
 
-  // Measures the two multipliers in turns, drops the first turn, and compares their shortest times, which other
-  // programs disturbed least. Our own product has to take a twentieth less time than torch's, because a smaller
-  // difference may be chance.
+  // Measures the two multipliers in turns and compares their shortest times, which other programs disturbed least. The
+  // first turn is dropped unless it decides clearly. Our own product has to take a twentieth less time than torch's,
+  // because a smaller difference may be chance.
   static Multiplier measure(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
     const Trial trial = prepare({question.samples, question.n, question.m});
     using Clock = std::chrono::steady_clock;
@@ -69,7 +71,8 @@ class Answers {
     constexpr double enough_seconds = 0.03;
     constexpr int fewest_turns = 3, most_turns = 20;
     double own = measure_one(Multiplier::own), torch = measure_one(Multiplier::torch);
-    // The extra work of a first turn does not take this long, so such a difference is real.
+    // If one product took longer than enough_seconds and three times as long as the other, the difference is real: the
+    // extra work of a first turn takes less time than that.
     if (std::max(own, torch) > enough_seconds && (own > 3 * torch || torch > 3 * own))
       return own < torch ? Multiplier::own : Multiplier::torch;
     own = torch = std::numeric_limits<double>::infinity();

@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
       if (!needs_products) return;
       const FewSamples<T> layer{rows, samples, n, m};
       const Wide<T> wide(x);
-      // Rows of one number have no angles.
+      // A row with a single element has no angles.
       const T* grad_rows = needs_angles && m > 1 ? dz : nullptr;
       return computed_in<T>(grad_x, [&](T* out) { layer.backward(wide.data(), dz, grad_rows, out); });
     }

@@ -21,7 +21,7 @@ namespace lcw_ops {
 
 // `accumulators` is the number of vectors that a tile's sums take (tiles.h), and `dot_rows` the number of rows in a
 // tile of dot products. 16 of the 32 registers are accumulators. Two multiply-adds per cycle with a latency of four
-// cycles need 8 of them; the others are slack.
+// cycles need 8 accumulators; the other 8 accumulators are slack.
 struct Avx512 {
   static constexpr int vector_bytes = 64, accumulators = 16, dot_rows = 4;
   static constexpr bool has_multiply_add = true;
@@ -83,8 +83,9 @@ inline InstructionSet instruction_set() {
 #endif
 }
 
-// Calls f(Isa{}) for the instruction set of this processor. A build with CXXFLAGS=-DLCW_ONLY_ISA=Avx512 has this one
-// alone: it takes a third of the time, and runs only on a processor that has it.
+// Calls f(Isa{}) for the instruction set of this processor. A build with CXXFLAGS=-DLCW_ONLY_ISA=Avx512 compiles the
+// kernels for AVX-512 alone. Such a build takes a third of the time, and its kernels run only on processors that have
+// AVX-512.
 template <typename F>
 auto with_instruction_set(const F& f) {
 #ifdef LCW_ONLY_ISA

@@ -78,11 +78,13 @@ LCW_INLINE double dot(const T* a, const T* b, int64_t count) {
 template <class Isa, typename T>
 LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
   const double square = dot<Isa>(row, row, m);
-  // Within the limit, no square that matters for the sum was rounded to 0 or infinity; the factor has full accuracy.
+  // If the sum is between 1 / limit and limit, no square that matters for it was rounded to 0 or infinity. If the
+  // factor is 0 or its size is between 2^-100 and 2^100, it keeps its full accuracy when it is converted to T.
   constexpr double limit = std::is_same_v<T, double> ? 0x1p900 : 0x1p90;
   const double length = std::sqrt(square), factor = double(scale) / length, size = std::abs(factor);
   if (square > 1 / limit && square < limit && (factor == 0 || (size > 0x1p-100 && size < 0x1p100))) {
-    // Divide, so that a row of one number becomes exactly 1 or -1, and the number's gradient exactly 0.
+    // With scale 1, divide: a row with a single element then becomes exactly 1 or -1, and the gradient of the element
+    // is exactly 0.
     if (scale == T(1))
       for (int64_t i = 0; i < m; ++i) out[i] = row[i] / T(length);
     else
@@ -91,7 +93,7 @@ LCW_INLINE double normalize_row(const T* row, int64_t m, T scale, T* out) {
   }
   T largest = 0;
   for (int64_t i = 0; i < m; ++i) largest = std::max(largest, std::abs(row[i]));
-  // A NaN makes the whole row NaN.
+  // A NaN or an infinity makes the whole row NaN.
   if (square != square || largest > std::numeric_limits<T>::max()) {
     std::fill(out, out + m, std::numeric_limits<T>::quiet_NaN());
     return std::numeric_limits<double>::quiet_NaN();
@@ -116,7 +118,7 @@ template <class Isa, typename T>
 LCW_INLINE double normalized_backward_row(const T* direction, double length, double scale, int64_t m, T* g) {
   const double along = dot<Isa>(g, direction, m), factor = scale / length;
   const T narrow = T(along);
-  // If the factor does not have full accuracy, every step is in float64.
+  // Beyond these limits, the factor would lose accuracy as a T, so every step is in float64.
   if (std::abs(factor) < 0x1p100 && std::abs(factor) > 0x1p-100)
     for (int64_t i = 0; i < m; ++i) g[i] = (g[i] - narrow * direction[i]) * T(factor);
   else
@@ -141,7 +143,8 @@ LCW_INLINE void take_off(const T* row, T share, T factor, int64_t m, const T* g,
   for (int64_t i = 0; i < m; ++i) out[i] = (g[i] - share * row[i]) * factor;
 }
 
-// The rows of a layer whose units are given by vectors of any length.
+// The rows of a layer in which every unit is given by a vector v of any norm (in hypersphere/rows.h, by its angles).
+// `make` writes v / |v| and stores |v| in `kept` for `backward`.
 template <typename T>
 struct VectorRows {
   Source<T> weight;

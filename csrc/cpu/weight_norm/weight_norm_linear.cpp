@@ -15,9 +15,9 @@ namespace {
 // The most samples for which our own products multiply by the unnormalised rows.
 constexpr int64_t few_unnormalised = 64;
 
-// Whether the product takes unnormalised rows. It does not for m = 1, because the gradient of a row of one number must
-// be exactly 0. With more samples than few_unnormalised, the products are rounded to x's dtype and then scaled, for
-// which the range of float16 is too small.
+// Whether the product takes unnormalised rows. It does not for m = 1, because the gradient of a row with a single
+// element must be exactly 0. With more samples than few_unnormalised, the products are rounded to x's dtype and then
+// scaled, for which the range of float16 is too small.
 bool is_unnormalised(const Tensor& x) {
   const int64_t samples = x.size(0), m = x.size(1);
   return m > 1 && (samples <= few_unnormalised || (samples <= m / 4 && x.scalar_type() != ScalarType::Half));

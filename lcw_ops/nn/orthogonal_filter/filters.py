@@ -1,6 +1,6 @@
-"""The fixed orthogonal filters O of the recurrence: drawn, or given and checked.
+"""The fixed orthogonal filter O of the orthogonal-filter recurrence: drawn, or given and then checked.
 
-The kinds are those of related models by A. Ceni, the author of the recurrence; "permutation" is ours.
+The kinds of filter are those in related models by A. Ceni, the author of the recurrence; only "permutation" is ours.
 """
 
 import math
@@ -13,12 +13,13 @@ from lcw_ops._checks import check_choice, check_shape, describe
 from lcw_ops._names import FILTERS
 from lcw_ops.reference.orthogonal_filter import state_dtype
 
-# The number of filter elements checked at a time. In float64, 50,000 layers of filters could take gigabytes.
+# The number of filter elements checked at a time. The check converts them to float64, in which the filters of 50,000
+# layers could take gigabytes if they were all converted at once.
 _CHECKED_AT_ONCE = 2**20
 
 
 def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = None, device=None) -> Tensor:
-    """An orthogonal filter of the given kind, checked once.
+    """An orthogonal filter of the given kind. A given tensor is checked to be orthogonal, here and not at every call.
 
     Args:
         filter: "haar", a (width, width) matrix drawn from the Haar measure; "cyclic", the shift by one; "permutation",
@@ -60,7 +61,7 @@ def make_filter(filter: str | Tensor, width: int, dtype: torch.dtype | None = No
 
 
 def resolve_device(device) -> torch.device:
-    """The device on which torch's factories put a tensor; ``Tensor.to(device=None)`` would not move it."""
+    """The given device; for None, torch's default, as in its factories (``Tensor.to(device=None)`` moves nothing)."""
     return torch.get_default_device() if device is None else torch.device(device)
 
 
@@ -87,7 +88,8 @@ def check_filter(owner: str, argument: str, filter: Tensor, width: int, eps: flo
     if not _torch.has_values(filter):
         return
     deviation = _deviation(filter.detach().reshape(-1, width, width))
-    # A QR in this precision leaves an error of at most about sqrt(N) roundings in an inner product of two rows.
+    # After a QR with roundings of size eps, the inner product of two rows is wrong by at most about sqrt(N) eps. Four
+    # times that is allowed.
     limit = 4 * math.sqrt(width) * eps
     if not deviation <= limit:
         came = f"is not orthogonal: |O O^T - I| reaches {deviation:.3g}"

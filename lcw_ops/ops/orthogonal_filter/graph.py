@@ -39,7 +39,7 @@ MOST_BLOCKS = 4
 class Kind:
     """The properties on which a captured block depends."""
 
-    steps: int  # the most steps of a block; its last graph may run fewer
+    steps: int  # the largest number of steps in a block; its last graph may run fewer
     rows: int
     width: int
     dtype: torch.dtype
