@@ -198,6 +198,21 @@ def test_a_large_weight_is_measured_by_a_smaller_one():
     assert torch.equal(output, torch.zeros(1, 10_000))
 
 
+def test_the_choice_for_a_slow_layer_rests_on_three_turns(monkeypatch, tmp_path):
+    """Three turns follow the first, unless one multiplier took more than three times as long there as the other.
+
+    Where a turn takes less than 30 ms, there are more of them anyway.
+    """
+    monkeypatch.setenv("LCW_OPS_CACHE_DIR", str(tmp_path))
+    x, weight = torch.randn(128, 2000, dtype=torch.float64), torch.randn(2000, 2000, dtype=torch.float64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        F.lcw_linear(x, weight)
+    _, [answer] = read(tmp_path)
+    products_by_torch = sum(event.name == "aten::linear" for event in profile.events())
+    turns = products_by_torch - (answer[-1] == "torch")
+    assert turns == 1 or turns >= 4
+
+
 @pytest.mark.parametrize("name", MULTIPLIERS)
 def test_the_ops_alone_are_not_differentiable(monkeypatch, name):
     """A direct call, past ``functional``, gives torch's warning instead of half a graph."""
