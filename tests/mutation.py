@@ -60,7 +60,9 @@ from support.mutants import FLOORS, ROOT, Mutant, draw
 STEMS = ("lcw_linear", "hypersphere", "weight_norm", "gradient_activation", "orthogonal_filter", "parallel_depth")
 # The test files of csrc/, besides those that its stem begins.
 OF_EVERY_STEM = ("test_contract", "test_matmul")
-OF_A_STEM = ("_op", "_cpp", "_proof", "orthogonal_filter")
+OF_A_STEM = ("_op", "_cpp", "_proof", "orthogonal_filter", "activated_steps")
+# Sources that files of another stem test too.
+ALSO = {"weight_norm": "hypersphere", "gradient_activation": "activated_steps"}
 # The least share of killed lines.
 LEAST_SHARE = 0.85
 OUTCOMES = ("killed", "survived", "unclear", "does not build")
@@ -82,7 +84,8 @@ def floor_of(path: str) -> str:
 
 def tests_of(path: str) -> list[str]:
     """The files that test a C++ source: those of its stem, or of every stem if it belongs to none."""
-    stems = [stem for stem in STEMS if stem in path] or STEMS
+    stems = [stem for stem in STEMS if stem in path] or list(STEMS)
+    stems += [ALSO[stem] for stem in stems if stem in ALSO]
     names = [file.stem for file in sorted((ROOT / "tests").glob("test_*.py"))]
     return [
         f"tests/{name}.py"
