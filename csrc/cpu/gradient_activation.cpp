@@ -362,7 +362,7 @@ Refusal with_items(const char* op, const std::array<const Tensors*, arrays>& lis
   for (const Tensors* list : lists)
     STD_TORCH_CHECK(
         list->size() == params.size(), op, ": a list of gradients or states has ", list->size(), " tensors; expected ",
-        params.size(), ", one for each parameter. Call lcw_ops.optim");
+        params.size(), ", one for each parameter; call lcw_ops.optim");
   std::vector<Item<arrays>> items;
   items.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
@@ -469,7 +469,7 @@ Refusal sgd_step(
   if (momentum != 0) return with_items<3>(op, {&params, &momentum_buffers, &grads}, 2, run_all);
   STD_TORCH_CHECK(
       momentum_buffers.size() == 0, op, ": momentum_buffers has ", momentum_buffers.size(),
-      " tensors; expected none, because momentum is 0. Call lcw_ops.optim.SGD");
+      " tensors; expected none, because momentum is 0; call lcw_ops.optim.SGD");
   return with_items<2>(op, {&params, &grads}, 1, run_all);
 }
 
@@ -496,7 +496,7 @@ Refusal adamw_step(
   const Kind kind = to_kind(op, kind_name);
   STD_TORCH_CHECK(
       state_steps.size() == params.size(), op, ": state_steps has ", state_steps.size(), " tensors; expected ",
-      params.size(), ", one for each parameter. Call lcw_ops.optim.AdamW");
+      params.size(), ", one for each parameter; call lcw_ops.optim.AdamW");
   std::vector<Correction> corrections;
   corrections.reserve(params.size());
   double previous = 0;
@@ -539,7 +539,7 @@ Refusal adamw_step(
   if (amsgrad) return with_items<5>(op, {&params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &grads}, 4, run_all);
   STD_TORCH_CHECK(
       max_exp_avg_sqs.size() == 0, op, ": max_exp_avg_sqs has ", max_exp_avg_sqs.size(),
-      " tensors; expected none without amsgrad. Call lcw_ops.optim.AdamW");
+      " tensors; expected none without amsgrad; call lcw_ops.optim.AdamW");
   return with_items<4>(op, {&params, &exp_avgs, &exp_avg_sqs, &grads}, 3, run_all);
 }
 
