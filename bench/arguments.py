@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-# What can be measured: the names of the methods (stems). Each is a module of this package with cases(device_type).
+# The names of the methods (stems). Each is a module of this package with cases(device_type).
 STEMS = ("gradient_activation", "hypersphere", "lcw_linear", "orthogonal_filter", "parallel_depth", "weight_norm")
 
 

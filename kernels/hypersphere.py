@@ -97,7 +97,7 @@ def gmp_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (M, m) -> (y, a, u): y = radius * a (M, n), a = act(x u^T + location), u (n, m). Does not check its arguments.
 
-    What is not kept, a or u, has the shape (0,). Sums have a fixed order, whatever ``deterministic`` is.
+    An output that is not kept, a or u, has the shape (0,). Sums have a fixed order, whatever ``deterministic`` is.
     """
     if x.shape[0] <= FUSED_ROWS:
         direction = hypersphere_direction(angles) if keep_direction else x.new_empty((0,))

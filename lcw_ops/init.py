@@ -282,7 +282,7 @@ def _fan_in(weight: Tensor) -> int:
 
 
 def _is_computed(layer: nn.Module) -> bool:
-    """Whether torch computes weight or bias anew at every use, as parametrizations, pruning and the older norms do."""
+    """Whether torch computes weight or bias again at every use, as parametrizations, pruning and the older norms do."""
     own = dict(layer.named_parameters(recurse=False))
     return parametrize.is_parametrized(layer) or any(
         f"{name}_{part}" in own for name in ("weight", "bias") for part in ("orig", "g") if name not in own

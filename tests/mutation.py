@@ -15,7 +15,7 @@ a floor was judged.
 
 A line that runs at import has no record; the tests of the lines that use its name stand in, or those of the file. A
 line of C++ has none either: the program runs tests of all files of the source's stem. csrc/ needs a compiler, since
-every line is compiled and linked anew, for the fastest instruction set alone. kernels/ run in Triton's interpreter,
+every line is compiled and linked again, for the fastest instruction set alone. kernels/ run in Triton's interpreter,
 without a GPU, so the check cannot see a fault that only compiled kernels have. csrc/cuda/ is not drawn: it needs nvcc
 and a GPU.
 
@@ -46,8 +46,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenMP's threads of two processes would wait for each other in busy loops.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if __name__ == "__main__":
+    # OpenMP's threads of two processes would wait for each other in busy loops.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The tests of each line run in a fork of this process, which has the slow imports behind it. Neither lcw_ops nor Triton
 # may be among these: the one comes from the copy, and the other reads TRITON_INTERPRET when it is imported.
@@ -74,7 +75,7 @@ SLOWER, SPARE = 10.0, 90.0
 MODES = {"native": {}, "interpreter": {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}}
 # torch would take the result of an unchanged line from its caches of compiled graphs.
 NO_GRAPH_CACHE = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "dist", "build", "demo", "__pycache__", ".*_cache", "env.sh")
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "dist", "build", "demo", "__pycache__", ".*_cache")
 
 
 def floor_of(path: str) -> str:
@@ -339,13 +340,20 @@ def record(folder: Path, jobs: int) -> None:
 
 
 def judge(copies: Path, folder: Path, mutants, results) -> None:
-    """A job: take mutants from one queue and put the results in another, until None comes."""
+    """A job: take mutants from one queue and put the results in another, until None comes. None is the last result."""
+    try:
+        _judge(copies, folder, mutants, results)
+    finally:
+        # Without it, a job that failed would be waited for.
+        results.put(None)
+
+
+def _judge(copies: Path, folder: Path, mutants, results) -> None:
     tree = Tree(copies / str(os.getpid()), {mode: LineMap(folder / mode) for mode in MODES})
     while (work := mutants.get()) is not None:
         floor, mutant = work
         begin = time.monotonic()
         results.put((floor, mutant, *tree.outcome(mutant), time.monotonic() - begin))
-    results.put(None)
 
 
 def share_of(found: Counter) -> float | None:
@@ -445,7 +453,10 @@ def main(arguments: list[str]) -> int:
                     writer.writerow(row_of(floor, outcome, mutant, test))
         for job in jobs:
             job.join()
-    return report(counts)
+    failed = [job for job in jobs if job.exitcode]
+    if failed:
+        print(f"{len(failed)} of {len(jobs)} jobs failed (above); the table lacks their lines")
+    return report(counts) or bool(failed)
 
 
 if __name__ == "__main__":

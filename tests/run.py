@@ -9,10 +9,11 @@ have a run of their own. pytest-xdist splits every run over processes:
     portable      the tests marked every_instruction_set, without vector instructions; eager torch, with which they
                   compare, does not fuse multiply-adds either
     recurrence    the same for test_orthogonal_filter.py, which portable leaves out; here eager torch may fuse them
+    targets       test_triton_kernels.py, which compiles ahead of time, for every generation of GPUs
 
 "fast" is the first two runs without the tests marked slow. "slow" is these two with only the tests marked slow, and
-then the other three. Every run starts, even if one before it has failed, and the seconds of each are printed at the
-end. A run that selects no test has failed, except for interpreter, avx2 and portable in "slow".
+then the other four. Every run starts, even if one before it has failed, and the seconds of each are printed at the
+end. A run that selects no test has failed, except for interpreter, targets, avx2 and portable in "slow".
 """
 
 import argparse
@@ -51,6 +52,9 @@ def runs(door: str) -> Iterator[Run]:
     yield Run("interpreter", ["-k", "triton", *interpreted], marks, interpreter, may_be_empty=door == "slow")
     if door == "fast":
         return
+    # The quick run compiles for two of the four generations of GPUs unless the kernels changed.
+    every = {"LCW_OPS_EVERY_TARGET": "1"}
+    yield Run("targets", [str(TESTS / "test_triton_kernels.py")], "not slow", every, may_be_empty=True)
     marks = "every_instruction_set"
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         yield Run("avx2", [str(TESTS)], marks, {"LCW_OPS_CPU_CAPABILITY": "avx2"}, may_be_empty=True)

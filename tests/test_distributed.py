@@ -24,6 +24,7 @@ from torch import nn
 
 import lcw_ops
 import lcw_ops.distributed
+from lcw_ops.distributed.group import Group
 from lcw_ops.ops.parallel_depth import solver
 from lcw_ops.ops.parallel_depth.frame import find_frame, get_frame
 
@@ -306,6 +307,14 @@ def assert_sweeps_of_one_process(name, results, size):
 @pytest.mark.parametrize("name", LOOSE)
 def test_every_sweep_equals_that_of_one_process(found, name, size):
     assert_sweeps_of_one_process(name, by_rank(found, size, name), size)
+
+
+def test_a_broadcast_does_not_write_to_the_source(alone):
+    """autograd may have saved the tensor, and a write in place would end the backward pass with an error."""
+    tensor = torch.arange(6.0).view(2, 3).T
+    version = tensor._version
+    Group(None).broadcast(tensor, 0, "a test")
+    assert tensor._version == version
 
 
 @pytest.mark.parametrize("name", LOOSE)

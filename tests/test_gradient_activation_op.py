@@ -305,6 +305,20 @@ def test_bad_options_change_nothing(options, error, device):
     assert torch.equal(good, torch.ones_like(good))
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_tensor_computed_in_compiled_code_is_refused_twice_in_a_list(backend):
+    """Torch 2.10 cannot compare the tensors by id() there."""
+
+    def activated(x):
+        gradient = x * 1
+        F.gradient_activation_([gradient, x * 2, gradient])
+        return gradient
+
+    torch._dynamo.reset()
+    with lcw_ops.use_backend(backend), pytest.raises(torch._dynamo.exc.Unsupported, match="in the list twice"):
+        torch.compile(activated, fullgraph=True, backend="eager")(torch.ones(3))
+
+
 def test_not_a_list(device):
     for tensors in (torch.ones(3, device=device), (tensor for tensor in [torch.ones(3)]), None):
         with pytest.raises(TypeError, match="expected a list of tensors"):

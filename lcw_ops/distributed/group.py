@@ -143,7 +143,8 @@ class Group:
             sent = tensor.contiguous()
             with self._answered(what):
                 dist.broadcast(sent, group=self.process_group, group_src=source)
-            if sent is not tensor:
+            # The source's own tensor stays untouched: autograd may have saved it.
+            if sent is not tensor and self.rank != source:
                 tensor.copy_(sent)
 
     def broadcast_object(self, value, what: str):

@@ -66,6 +66,13 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
         _gradient_activation.activate_(chosen[device], on_device, kind, alpha, beta)
 
 
+def _is_one_given_twice(tensors, traced: bool) -> bool:
+    if not (traced and _torch.TRACES_NO_ID):
+        return len(set(map(id, tensors))) != len(tensors)
+    # Dynamo takes seconds for the pairs of a longer list.
+    return len(tensors) <= 64 and any(one is other for place, one in enumerate(tensors) for other in tensors[:place])
+
+
 def _is_plain_list(tensors, kind, alpha, beta) -> bool:
     """Whether to call the CPU kernel, which takes the list or refuses it before the first write."""
     return (
@@ -140,7 +147,7 @@ def _check_gradient_activation(tensors, kind, alpha, beta) -> None:
                     f"Copy it first: tensors[{index}].contiguous().",
                 )
             )
-    if not (traced and _torch.TRACES_NO_ID) and len(set(map(id, tensors))) != len(tensors):
+    if _is_one_given_twice(tensors, traced):
         came, expected = "has one tensor in the list twice", "each tensor once, or it would be activated twice"
         raise ValueError(_checks.describe(op, "tensors", came, expected, "Leave one of the two out."))
     shared = None if traced else _gradient_activation.find_shared(tensors)

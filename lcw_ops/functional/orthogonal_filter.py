@@ -134,7 +134,7 @@ def _solve(recurrence: Recurrence, activation: str, return_states: bool, segment
         with _without_autocast(h0.device):
             return _reference.orthogonal_filter(*recurrence, activation, return_states)
     recurrence, steps = recurrence.as_tensors()
-    if not (torch.is_grad_enabled() and recurrence.requires_grad()):
+    if not (torch.is_grad_enabled() and recurrence.needs_gradient()):
         segment = 0
     elif segment is None:
         segment = _op.DEFAULT_SEGMENT
@@ -164,7 +164,7 @@ def _export(recurrence: Recurrence, activation: str, return_states: bool) -> Ten
 
 def _check_exported_request(recurrence: Recurrence, requested: str) -> None:
     """Raise ValueError if the exported program would lose gradients: an exported call of a kernel has none."""
-    if torch.is_grad_enabled() and recurrence.requires_grad():
+    if torch.is_grad_enabled() and recurrence.needs_gradient():
         came = f"{requested!r} was requested while exporting, and an exported call of its kernel has no gradients"
         remedy = (
             "Export without the request (use_backend or LCW_OPS_BACKEND), or, for inference only, under "

@@ -21,7 +21,7 @@ def solve(
     h0 = recurrence.h0
     backend = backends.choose(_op.SWEEP, h0.device, h0.shape[1], state_dtype(h0.dtype).itemsize)
     recurrence, steps = recurrence.as_tensors()
-    keeps = torch.is_grad_enabled() and recurrence.requires_grad()
+    keeps = torch.is_grad_enabled() and recurrence.needs_gradient()
     options = _op.Options(steps, activation, tolerance or 0.0, window or 0, return_states, keeps, backend)
     functions = _op.ParallelOrthogonalFilter, _op.ParallelOrthogonalFilterForwardMode
     output, _ = library.apply(*functions, *recurrence, *options)

@@ -39,8 +39,8 @@ class Recurrence(NamedTuple):
     beta: Tensor | float | None
     inputs: Tensor | None
 
-    def requires_grad(self) -> bool:
-        """A method, because Dynamo of torch 2.10 cannot read a property of a named tuple."""
+    def needs_gradient(self) -> bool:
+        """Whether a tensor requires a gradient. Dynamo of torch 2.10 cannot read a property of a named tuple."""
         # A loop, because any() over a generator takes twice as long.
         for argument in self:  # noqa: SIM110
             if isinstance(argument, Tensor) and argument.requires_grad:
