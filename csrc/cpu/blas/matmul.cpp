@@ -27,8 +27,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The answers that this process knows: for each question (cache_file.h), the faster multiplier. An answer comes from the
-// cache file, or is measured and then appended to the file.
+// The answers that this process knows: for each question (cache_file.h), the faster multiplier. An answer comes from
+// the cache file, or is measured and then appended to the file.
 class Answers {
  public:
   Multiplier find(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
