@@ -647,7 +647,7 @@ def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expect
         pre_activations, h = [], torch.randn(32, width, dtype=torch.float64)
         for module in model[:-1]:
             h = module(h)
-            if isinstance(module, torch.nn.Linear):
+            if is_linear(module):
                 pre_activations.append(h)
         first, last = torch.autograd.grad((h * torch.randn_like(h)).sum(), [pre_activations[0], pre_activations[-1]])
         logarithms.append(math.log10(first.var() / last.var()))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lcw_ops import _torch
 from lcw_ops._checks import accumulation_dtype, check_shape, describe
 from lcw_ops._layer_kinds import plain_kind
 
@@ -145,7 +146,8 @@ def rename_parameters(state: dict, names: dict[str, str]) -> None:
 def in_format_of(weight: Tensor, parameter: Tensor) -> Tensor:
     """The weight in the memory format of the parameter from which it was computed, if that is a channels-last one."""
     memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.dim())
-    if memory_format is None or not parameter.is_contiguous(memory_format=memory_format):
+    # vmap knows no memory formats.
+    if memory_format is None or _torch.in_functorch() or not parameter.is_contiguous(memory_format=memory_format):
         return weight
     # With filters of size 1, or one channel, both formats are contiguous. torch.nn goes by the strides then.
     is_channels_last = parameter.stride(1) == 1 and parameter.stride(-1) >= parameter.shape[1]
