@@ -236,7 +236,8 @@ def test_signs_are_state_but_not_trained(how):
         assert not layer.requires_grad_(True).sign.requires_grad
         layer(x).sum().backward()
         # An empty parameter would stop FSDP2 and some optimizers.
-        assert layer.angles.shape == (9, 0) and not layer.angles.requires_grad
+        assert layer.angles.shape == (9, 0)
+        assert not layer.angles.requires_grad
         assert all(parameter.grad is not None for parameter in layer.parameters())
         if how == "state dict":
             assert not torch.equal(other.sign, layer.sign)

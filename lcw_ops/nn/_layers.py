@@ -60,6 +60,10 @@ class ConstrainedLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def _trained(self) -> list[str]:
+        """The names in the layer's own state dict, apart from the bias."""
+        return [name for name in (*self._parameters, *self._buffers) if name != "bias"]
+
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a Parameter before it looked for a property.
         if name in ("weight", "bias") and isinstance(getattr(type(self), name, None), property):
@@ -81,7 +85,9 @@ class ConstrainedLayer(nn.Module):
     ) -> None:
         foreign = {name: state_dict[prefix + name] for name in self._FOREIGN if prefix + name in state_dict}
         own = {}
-        if any("weight" in name for name in foreign):
+        if any("weight" in name for name in foreign) and not any(
+            prefix + name in state_dict for name in self._trained()
+        ):
             try:
                 with torch.no_grad():
                     own = self._translate(foreign)
