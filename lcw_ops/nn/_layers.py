@@ -33,7 +33,7 @@ _ARGUMENTS = (
 class ConstrainedLayer(nn.Module):
     """A layer whose ``weight`` is what it applies, computed from tensors of other names, which it trains.
 
-    A subclass defines the property ``weight`` and ``_set_weight``. Every reading of ``weight`` gives a new tensor,
+    A subclass defines ``_weight`` and ``_set_weight``. Every reading of ``weight`` gives a new tensor,
     through which gradients flow to the trained tensors. An edit of that tensor in place changes no output.
     """
 
@@ -48,6 +48,22 @@ class ConstrainedLayer(nn.Module):
 
     # torch.jit.trace compiles the other properties of a module.
     __jit_unused_properties__ = ("weight", "bias")
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is applied, in the shape of the plain layer's."""
+        return self._weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._set_weight(value)
+
+    def effective_weight(self) -> Tensor:
+        """The same as ``weight``."""
+        return self.weight
+
+    def _weight(self) -> Tensor:
+        raise NotImplementedError
 
     def _set_weight(self, weight: Tensor) -> None:
         """Set the trained tensors so that the layer applies this weight, or the nearest one that it can express."""
@@ -151,9 +167,11 @@ def rename_parameters(state: dict, names: dict[str, str]) -> None:
 
 def in_format_of(weight: Tensor, parameter: Tensor) -> Tensor:
     """The weight in the memory format of the parameter from which it was computed, if that is a channels-last one."""
+    # A proxy of torch.fx has no layout yet, and vmap knows no memory formats.
+    if not isinstance(parameter, Tensor) or _torch.in_functorch():
+        return weight
     memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.dim())
-    # vmap knows no memory formats.
-    if memory_format is None or _torch.in_functorch() or not parameter.is_contiguous(memory_format=memory_format):
+    if memory_format is None or not parameter.is_contiguous(memory_format=memory_format):
         return weight
     # With filters of size 1, or one channel, both formats are contiguous. torch.nn goes by the strides then.
     is_channels_last = parameter.stride(1) == 1 and parameter.stride(-1) >= parameter.shape[1]
@@ -161,8 +179,13 @@ def in_format_of(weight: Tensor, parameter: Tensor) -> Tensor:
 
 
 def are_per_unit(rows: Tensor, *vectors: Tensor) -> bool:
-    """Whether each vector has one number per row, in the rows' dtype. torch would broadcast or cast other vectors."""
-    return all(vector.shape == rows.shape[:1] and vector.dtype == rows.dtype for vector in vectors)
+    """Whether each vector has one number per row, in the rows' dtype. torch would broadcast or cast other vectors.
+
+    True for the proxies of torch.fx, which have no shape yet.
+    """
+    return not isinstance(rows, Tensor) or all(
+        vector.shape == rows.shape[:1] and vector.dtype == rows.dtype for vector in vectors
+    )
 
 
 def check_fan_in(module: nn.Module, fan_in: int) -> None:

@@ -72,7 +72,7 @@ class _GmP(ConstrainedLayer):
         return self._signed(self._filters(self.angles))
 
     def effective_weight(self) -> Tensor:
-        """radius * u. Unlike ``weight``, it can be read of a ReLU layer with negative radii too."""
+        """radius * u, the same as ``weight``, but it can be read of a ReLU layer with negative radii too."""
         return self._scaled(self.direction())
 
     def _filters(self, angles: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class _GmP(ConstrainedLayer):
         return filters if self.sign is None else self.sign.view_as(filters) * filters
 
     def _scaled(self, filters: Tensor) -> Tensor:
-        return self.radius.view(-1, *(1,) * (filters.dim() - 1)) * filters
+        return self.radius.view(-1, *(1,) * (len(self._weight_shape()) - 1)) * filters
 
     def _weight_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
@@ -91,19 +91,10 @@ class _GmP(ConstrainedLayer):
         # A pruned or parametrized location is neither a parameter nor a buffer.
         return "location" not in self._buffers
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that is applied, radius * u, in the shape of the plain layer's.
-
-        Raises ValueError in a ReLU layer with a negative radius: no plain layer followed by a ReLU equals that unit.
-        """
+    def _weight(self) -> Tensor:
         self._check_radius("weight")
         kept = self._derived.kept(self._filters, self.training, self.angles)
         return self._scaled(self.direction() if kept is None else self._signed(kept))
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._set_weight(value)
 
     @property
     def bias(self) -> Tensor | None:

@@ -35,6 +35,8 @@ class _LCW(ConstrainedLayer):
 
     basis: bool
     bias: nn.Parameter | None
+    weight_u: nn.Parameter
+    weight_v: nn.Parameter
 
     @property
     def _trained_name(self) -> str:
@@ -63,10 +65,6 @@ class _LCW(ConstrainedLayer):
         init.lcw_(self._parameter, activation=None, basis=self.basis)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def effective_weight(self) -> Tensor:
-        """The same as ``weight``."""
-        return self.weight
 
     @torch.no_grad()
     def _set_weight(self, weight: Tensor) -> None:
@@ -192,14 +190,8 @@ class LCWLinear(_LCW):
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that is applied, (out_features, in_features): rows that sum to zero."""
+    def _weight(self) -> Tensor:
         return F.lcw_weight(self._parameter, self.basis)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._set_weight(value)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.lcw_linear(input, self._parameter, self.bias, self.basis)
@@ -247,15 +239,9 @@ class _LCWConv(_LCW, Convolution):
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, *self._filter_shape)
 
-    @property
-    def weight(self) -> Tensor:
-        """The filters that are applied, (out_channels, in_channels / groups, *kernel_size): each sums to zero."""
+    def _weight(self) -> Tensor:
         kept = self._derived.kept(self._constrain, self.training, self._parameter)
         return self._constrain(self._parameter) if kept is None else kept.clone()
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._set_weight(value)
 
     def _constrain(self, trained: Tensor) -> Tensor:
         constrained = F.lcw_weight(trained, self.basis)
