@@ -3,7 +3,9 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -31,13 +33,14 @@ CONV_OPTIONS = [
 
 def draw_per_unit_(layer):
     """Draw radii of both signs, and locations and scales that differ from their initial values."""
-    for name in ("radius", "location", "scale", "bias"):
-        if isinstance(getattr(layer, name, None), torch.nn.Parameter):
-            torch.nn.init.normal_(getattr(layer, name))
+    parameters = dict(layer.named_parameters())
+    for name in ("radius", "location", "weight_g", "bias"):
+        if name in parameters:
+            torch.nn.init.normal_(parameters[name])
     return layer
 
 
-def layers(**options):
+def gmp_layers(**options):
     """One layer of each kind, with its input."""
     image = (2, 4, 7, 8)
     made = [
@@ -47,12 +50,38 @@ def layers(**options):
         (nn.GmPConv2d(4, 6, 3, **options), image),
         (nn.GmPConv2d(4, 6, 3, activation="relu", groups=2, **options), image),
         (nn.GmPConv3d(4, 6, (1, 2, 3), **options), (2, 4, 3, 4, 5)),
+    ]
+    return with_inputs(made, options)
+
+
+def weight_norm_layers(**options):
+    """One layer of each kind, with its input."""
+    made = [
         (nn.WeightNormLinear(6, 5, **options), (4, 6)),
         (nn.WeightNormConv1d(4, 6, 3, **options), (2, 4, 9)),
-        (nn.WeightNormConv2d(4, 6, 3, groups=2, **options), image),
+        (nn.WeightNormConv2d(4, 6, 3, groups=2, **options), (2, 4, 7, 8)),
         (nn.WeightNormConv3d(4, 6, (1, 2, 3), **options), (2, 4, 3, 4, 5)),
     ]
+    return with_inputs(made, options)
+
+
+def with_inputs(made, options):
     return [(draw_per_unit_(layer), torch.randn(shape, dtype=options.get("dtype"))) for layer, shape in made]
+
+
+class Stem(NamedTuple):
+    """The layers of one method."""
+
+    # The function that a linear layer calls, which its messages name.
+    op: str
+    linear: type
+    convs: tuple[type, ...]
+    # options -> a layer of each kind, with its input
+    layers: Callable
+
+
+GMP = Stem("gmp_linear", nn.GmPLinear, GMP_CONVS, gmp_layers)
+WEIGHT_NORM = Stem("weight_norm_linear", nn.WeightNormLinear, WEIGHT_NORM_CONVS, weight_norm_layers)
 
 
 def magnitude(layer, x):
@@ -76,7 +105,7 @@ def assert_within(layer, x, actual, expected, roundings, unit):
 def weight_norm(x, weight, scale, bias, multiply):
     rows = weight.flatten(1)
     unit = rows / rows.norm(dim=1, keepdim=True)
-    return multiply(x, (scale[:, None] * unit).view(weight.shape), bias)
+    return multiply(x, (scale.view(-1, 1) * unit).view(weight.shape), bias)
 
 
 def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=None):
