@@ -33,6 +33,7 @@ from torch import Tensor  # noqa: E402
 from torch._guards import detect_fake_mode  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
+from torch.nn.utils import parametrize  # noqa: E402
 from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: E402
 
 # () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
@@ -328,3 +329,40 @@ def relink_gradient_hooks(param: Tensor) -> None:
 def wrap_conversions(wrap: Callable) -> None:
     """Replace ``apply``, which converts every module (``.to``, ``.half``, ``.to_empty``), by ``wrap(apply)``."""
     torch.nn.Module._apply = wrap(torch.nn.Module._apply)  # type: ignore[method-assign]
+
+
+# The rest of this file is about torch.nn.utils.parametrize, which gives a parametrized module a class of its own.
+
+
+def let_copies_stand_alone(module: torch.nn.Module) -> None:
+    """Let a deep copy of a parametrized module have a class of its own as well, and be made after a forward pass.
+
+    torch's copy has the class of the module that it is a copy of. Removing a parametrization from one then breaks the
+    other, and within ``parametrize.cached()`` the copy reads the tensors of the first. torch cannot copy an ``nn.LSTM``
+    or its kind once it has computed a parametrized tensor, because it keeps that in a list. Where the module has its
+    own way of being copied, nothing changes.
+    """
+    torchs_deepcopy = vars(type(module)).get("__deepcopy__")
+    if torchs_deepcopy is None or getattr(torchs_deepcopy, "makes_own_class", False):
+        return
+
+    def deepcopy(module: Any, memo: dict) -> torch.nn.Module:
+        if isinstance(module, torch.nn.RNNBase):
+            memo[id(module._flat_weights)] = []
+        copied = torchs_deepcopy(module, memo)
+        copied.__class__ = type(module).__bases__[0]
+        parametrize._inject_new_class(copied)
+        for name in copied.parametrizations:
+            parametrize._inject_property(copied, name)
+        let_copies_stand_alone(copied)
+        refresh_recurrent_weights(copied)
+        return copied
+
+    deepcopy.makes_own_class = True  # type: ignore[attr-defined]
+    type(module).__deepcopy__ = deepcopy  # type: ignore[attr-defined]
+
+
+def refresh_recurrent_weights(module: torch.nn.Module) -> None:
+    """Let an ``nn.LSTM`` or its kind list its tensors again, so that ``flatten_parameters`` takes the right ones."""
+    if isinstance(module, torch.nn.RNNBase):
+        module._init_flat_weights()
