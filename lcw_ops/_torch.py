@@ -334,32 +334,34 @@ def wrap_conversions(wrap: Callable) -> None:
 # The rest of this file is about torch.nn.utils.parametrize, which gives a parametrized module a class of its own.
 
 
-def let_copies_stand_alone(module: torch.nn.Module) -> None:
-    """Let a deep copy of a parametrized module have a class of its own as well, and be made after a forward pass.
+def give_own_class(module: torch.nn.Module) -> None:
+    """Let no other module have the class of this parametrized module, nor will a deep copy of it.
 
-    torch's copy has the class of the module that it is a copy of. Removing a parametrization from one then breaks the
-    other, and within ``parametrize.cached()`` the copy reads the tensors of the first. torch cannot copy an ``nn.LSTM``
-    or its kind once it has computed a parametrized tensor, because it keeps that in a list. Where the module has its
-    own way of being copied, nothing changes.
+    torch's deep copies have the class of the module that they are a copy of. A parametrization that is added to one of
+    them or removed from one then breaks the others, and within ``parametrize.cached()`` they read each other's tensors.
+    torch also cannot copy an ``nn.LSTM`` or its kind once it has computed a parametrized tensor, because it keeps the
+    tensor in a list. If the module's original class says how it is copied, torch's way of copying stays.
     """
+    plain = type(module).__bases__[0]
+    module.__class__ = plain
+    parametrize._inject_new_class(module)
+    for name in module.parametrizations:  # type: ignore[union-attr]
+        parametrize._inject_property(module, name)
     torchs_deepcopy = vars(type(module)).get("__deepcopy__")
-    if torchs_deepcopy is None or getattr(torchs_deepcopy, "makes_own_class", False):
-        return
+    if torchs_deepcopy is not None:
+        type(module).__deepcopy__ = _deepcopy_with_own_class(torchs_deepcopy)  # type: ignore[attr-defined]
 
+
+def _deepcopy_with_own_class(torchs_deepcopy: Callable) -> Callable:
     def deepcopy(module: Any, memo: dict) -> torch.nn.Module:
         if isinstance(module, torch.nn.RNNBase):
             memo[id(module._flat_weights)] = []
         copied = torchs_deepcopy(module, memo)
-        copied.__class__ = type(module).__bases__[0]
-        parametrize._inject_new_class(copied)
-        for name in copied.parametrizations:
-            parametrize._inject_property(copied, name)
-        let_copies_stand_alone(copied)
+        give_own_class(copied)
         refresh_recurrent_weights(copied)
         return copied
 
-    deepcopy.makes_own_class = True  # type: ignore[attr-defined]
-    type(module).__deepcopy__ = deepcopy  # type: ignore[attr-defined]
+    return deepcopy
 
 
 def refresh_recurrent_weights(module: torch.nn.Module) -> None:

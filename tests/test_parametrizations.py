@@ -562,6 +562,38 @@ def test_copies_of_a_model_with_several_parametrizations():
 
 
 @every_form
+def test_one_of_several_copies_is_constrained(constrain):
+    """torch's copies of a parametrized module have one class. A property in that class would be a property of all."""
+    module = torchs.weight_norm(torch.nn.LSTM(3, 4), "weight_ih_l0")
+    copies = [copy.deepcopy(module) for _ in range(3)]
+    assert type(copies[0]) is type(copies[1])
+    constrain(copies[0], "weight_hh_l0")
+    x = torch.randn(2, 1, 3)
+    for other in (module, *copies[1:]):
+        assert not parametrize.is_parametrized(other, "weight_hh_l0")
+        other(x)[0].sum().backward()
+    constrain(copies[1], "weight_hh_l0")
+    assert torch.equal(copies[0](x)[0], copies[1](x)[0])
+    assert isinstance(copies[0], torch.nn.LSTM)
+    assert parametrize.type_before_parametrizations(copies[0]) is torch.nn.LSTM
+
+
+def test_a_module_that_copies_itself_still_does():
+    class Layer(torch.nn.Linear):
+        def __deepcopy__(self, memo):
+            return "copied"
+
+    assert copy.deepcopy(zero_sum(Layer(3, 2))) == "copied"
+
+
+@every_form
+def test_parametrizations_can_be_transferred(constrain):
+    module, other = constrain(torch.nn.Linear(5, 4)), torch.nn.Linear(5, 4)
+    parametrize.transfer_parametrizations_and_params(module, other)
+    assert torch.equal(module.weight, other.weight)
+
+
+@every_form
 def test_conversions_of_a_module(constrain):
     for module, name in ((torch.nn.Linear(5, 4), "weight"), (torch.nn.LSTM(3, 4), "weight_hh_l0")):
         constrain(module, name)

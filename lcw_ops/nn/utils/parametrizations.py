@@ -51,7 +51,8 @@ def zero_sum(module: nn.Module, name: str = "weight", basis: bool = False) -> nn
     - Within ``parametrize.cached()``, the tensor is computed once. ``nn.LSTM`` and its kind read it twice per call.
     - ``parametrize.remove_parametrizations(module, name)`` leaves the constrained tensor as a plain parameter, and with
       ``leave_parametrized=False`` it leaves ``original``. With ``basis``, that is not a weight but v, of another shape.
-    - A module can be deep-copied. It can be saved through its state_dict only, as every parametrized module.
+    - A module can be deep-copied, and the copies stand alone. It can be saved through its state_dict only, as every
+      parametrized module. ``torch.func.functional_call`` takes the names of the originals.
     - The constraint may follow another parametrization: zero_sum after spectral norm gives rows that sum to zero and
       a spectral norm of at most 1. Another one may also follow it: rows that are scaled keep their zero sum.
 
@@ -275,7 +276,7 @@ class Hypersphere(_Constraint):
 
     def forward(self, radius: Tensor, angles: Tensor | None = None) -> Tensor:
         # 16-bit tensors are computed in float32 and rounded once.
-        dtype = torch.promote_types(radius.dtype, torch.float32)
+        dtype = torch.float64 if radius.dtype == torch.float64 else torch.float32
         if angles is None:
             assert self.sign is not None
             direction = _torch.cast(self.sign, dtype)[:, None]
@@ -416,8 +417,11 @@ def _check_tensor(function: str, module: nn.Module, name: str, tensor: Tensor) -
 
 
 def _register(module: nn.Module, name: str, constraint: _Constraint) -> nn.Module:
+    if parametrize.is_parametrized(module):
+        # It may be a copy, which has its class in common with others.
+        _torch.give_own_class(module)
     parametrize.register_parametrization(module, name, constraint)
     constraint.is_registered = True
-    _torch.let_copies_stand_alone(module)
+    _torch.give_own_class(module)
     _torch.refresh_recurrent_weights(module)
     return module
