@@ -314,8 +314,11 @@ def test_rounding_is_not_worth_a_warning(constrain, fan_in, dtype):
         target.weight = source.weight.detach()
         target.weight = torch.zeros(8, fan_in, dtype=dtype)
         target.weight = (source.weight.double() * 1e-3).to(dtype)
+        if fan_in > 2:
+            # The mean that is subtracted may be larger than what it leaves.
+            target.weight = F.lcw_weight(torch.randn(8, fan_in, dtype=dtype) + 10)
     changed = source.weight.detach().clone()
-    changed[3] += changed[3].abs().mean() / 4
+    changed[3] += changed[3].abs().mean() * 100 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     with pytest.warns(UserWarning, match="sum to up to"):
         target.weight = changed
 
@@ -337,6 +340,7 @@ def test_coarse_angles_are_worth_a_warning():
         module.weight = weight
         hypersphere(torch.nn.Linear(512, 64))
         hypersphere(torch.nn.Linear(1, 64, dtype=torch.bfloat16))
+        hypersphere(torch.nn.Linear(2, 64, dtype=torch.bfloat16))
         zero_sum(torch.nn.Linear(512, 64, dtype=torch.bfloat16))
 
 
@@ -394,6 +398,13 @@ def test_a_unit_of_one_input_keeps_its_sign_without_an_empty_parameter():
     assert torch.equal(hypersphere(depthwise).weight, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_tensors_of_16_bits_are_computed_in_float32(dtype):
+    module = hypersphere(torch.nn.Linear(4, 64, dtype=dtype))
+    radius, angles = (tensor.detach().float() for tensor in originals(module))
+    assert torch.equal(module.weight, (radius * F.hypersphere_direction(angles)).to(dtype))
+
+
 def test_zero_rows_and_rows_of_any_length():
     lengths = torch.tensor([0.0, 1e-300, 1e-160, 1.0, 1e160, 1e300], dtype=torch.float64)[:, None]
     weight = torch.randn(6, 5, dtype=torch.float64) * lengths
@@ -417,6 +428,12 @@ def test_a_norm_that_overflows_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"weight has rows whose norms overflow torch.float16: \[2\]; expected rows"):
         module.weight = weight
     assert torch.equal(module.weight, before)
+    plain = torch.nn.Linear(4, 3, dtype=torch.float16)
+    plain.weight = torch.nn.Parameter(weight)
+    with pytest.raises(ValueError, match="norms overflow"):
+        hypersphere(plain)
+    assert type(plain) is torch.nn.Linear
+    assert plain.weight[2, 0] == 4e4
 
 
 @every_form
