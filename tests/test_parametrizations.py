@@ -964,6 +964,22 @@ def test_two_modules_that_share_a_parameter():
             assert torch.equal(embedding.weight, before)
 
 
+@every_form
+def test_one_module_that_has_a_tensor_twice_and_two_that_share_a_buffer(constrain):
+    module = torch.nn.Module()
+    module.first = module.second = torch.nn.Parameter(torch.randn(4, 5))
+    constrain(module, "second")
+    if constrain is not hypersphere:
+        assert module.second.sum(1).abs().max() < 1e-6
+    assert module.first.shape == module.second.shape == (4, 5)
+    table = torch.randn(4, 5)
+    before = table.clone()
+    owner = with_tensor(table)
+    constrain(with_tensor(table))
+    expected = before - before.mean(1, keepdim=True) if constrain is zero_sum else before
+    torch.testing.assert_close(owner.weight, expected)
+
+
 # ---- Refusals --------------------------------------------------------------------------------------------------------
 
 

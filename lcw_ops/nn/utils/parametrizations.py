@@ -232,8 +232,6 @@ class ZeroSum(_Constraint):
     """``original - mean(original)``, by units. Its right inverse is the projection, and so the map itself."""
 
     def forward(self, original: Tensor) -> Tensor:
-        if self.groups is None:
-            return F.lcw_weight(original)
         return self.tensor_of(F.lcw_weight(self.units_of(original)))
 
     def right_inverse(self, value: Tensor) -> Tensor:
