@@ -671,6 +671,21 @@ def test_channels_last_is_kept(constrain, kind, groups):
     torch.testing.assert_close(left, constrained, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(4, 6, 1), (6, 6, 3), (6, 6, 1), (4, 1, 2), (1, 4, 2), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("depthwise", [False, True])
+@every_form
+def test_strides_are_those_of_the_plain_layer(constrain, depthwise, sizes):
+    """Filters of size 1, or of one channel, are contiguous in both layouts. torch.nn goes by their strides."""
+    groups = sizes[0] if depthwise and sizes[0] == sizes[1] else 1
+    for kind in (torch.nn.Conv2d, torch.nn.ConvTranspose2d):
+        plain = kind(*sizes, groups=groups)
+        constrained = constrain(copy.deepcopy(plain))
+        for memory_format in (torch.channels_last, torch.contiguous_format, torch.channels_last):
+            plain.to(memory_format=memory_format)
+            for made in (constrained.to(memory_format=memory_format), constrain(copy.deepcopy(plain))):
+                assert made.weight.stride() == plain.weight.stride()
+
+
 # ---- Recurrent layers ------------------------------------------------------------------------------------------------
 
 

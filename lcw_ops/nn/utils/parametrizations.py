@@ -199,8 +199,10 @@ class _Constraint(nn.Module):
     def _laid_out(self, tensor: Tensor) -> Tensor:
         if self.memory_format is torch.contiguous_format:
             return tensor.contiguous()
-        # Not contiguous(memory_format=...), for which vmap has no rule.
-        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+        if _memory_format(tensor) is self.memory_format:
+            return tensor
+        # Not contiguous(memory_format=...): vmap has no rule for it, and it leaves the strides of filters of size 1.
+        return tensor.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
     def _apply(self, fn: Callable, recurse: bool = True):
         """Follow ``module.to(memory_format=...)``, which torch applies to tensors: originals may have another rank."""
@@ -333,10 +335,15 @@ def _warn_unless_zero_sum(constraint: _Constraint, value: Tensor) -> None:
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    channels_last = _CHANNELS_LAST.get(tensor.dim())
-    if channels_last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=channels_last):
+    """The layout that torch's convolutions read off the strides. Filters of size 1 are contiguous in both layouts."""
+    if tensor.dim() not in _CHANNELS_LAST or tensor.numel() == 0:
         return torch.contiguous_format
-    return channels_last
+    least = 0
+    for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        if tensor.stride(dim) < least or (dim == 0 and least == tensor.stride(1)):
+            return torch.contiguous_format
+        least = tensor.stride(dim) * tensor.shape[dim]
+    return _CHANNELS_LAST[tensor.dim()]
 
 
 def _groups_of_transposed(module: nn.Module, name: str) -> int | None:
