@@ -236,6 +236,14 @@ def test_an_assigned_tensor_is_what_the_module_has(constrain, make, name):
     assert kept.isfinite().all()
 
 
+@every_zero_sum
+def test_a_tensor_of_another_name_has_its_units_along_dim_0(constrain):
+    """Only the weight of a transposed convolution is stored the other way round."""
+    module = torch.nn.ConvTranspose2d(4, 6, 3, groups=2)
+    module.adapter = torch.nn.Parameter(torch.randn(4, 6))
+    assert constrain(module, "adapter").adapter.sum(1).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("fan_in", [1, 2, 3, 17])
 def test_the_inverse_of_the_basis_form_is_its_transpose(fan_in):
     module = zero_sum(torch.nn.Linear(fan_in, 4, dtype=torch.float64), basis=True)
