@@ -342,7 +342,9 @@ def test_layers_that_cannot_apply_the_drawn_weight_are_refused(change, with_inpu
     applied = model[2].weight.detach().clone()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs = torch.randn(9, 6, dtype=torch.float64) if with_inputs else None
-    with pytest.raises(ValueError, match=rf"lps_model_: model has layers that cannot take a drawn weight: 2 \({reason}"):
+    with pytest.raises(
+        ValueError, match=rf"lps_model_: model has layers that cannot take a drawn weight: 2 \({reason}"
+    ):
         init.lps_model_(model, inputs)
     after = model.state_dict()
     assert list(before) == list(after)

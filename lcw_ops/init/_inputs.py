@@ -125,7 +125,8 @@ def _spread(layer: Any, x: Tensor) -> Tensor:
     """
     sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], layer.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, stride) for stride in layer.stride))] = x
+    steps: Any = (..., *(slice(None, None, stride) for stride in layer.stride))
+    spread[steps] = x
     around = []
     for size, dilation, padding, output_padding in zip(
         layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True
@@ -139,9 +140,11 @@ def _sums_over_kernel(layer: Any, x: Tensor) -> Tensor:
     """(N, groups, *positions): the sums of x (N, groups, *size) over the inputs of a unit, at each output position."""
     dims, groups = len(layer.kernel_size), x.shape[1]
     ones = x.new_ones(groups, 1, *layer.kernel_size)
+    convolve: Any
     if isinstance(layer, TRANSPOSED):
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        options = (layer.stride, layer.padding, layer.output_padding, groups, layer.dilation)
-        return convolve(x, ones, None, *options)
+        return convolve(
+            x, ones, None, layer.stride, layer.padding, layer.output_padding, groups, dilation=layer.dilation
+        )
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     return convolve(_padded(layer, x), ones, None, layer.stride, 0, layer.dilation, groups)

@@ -35,7 +35,9 @@ def find_layers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def is_uninitialised(layer: nn.Module) -> bool:
-    return any(is_lazy(parameter) for parameter in layer.parameters(recurse=False))
+    """Whether it is a lazy module that has not been called yet."""
+    tensors: Any = (*layer._parameters.values(), *layer._buffers.values())
+    return any(is_lazy(tensor) for tensor in tensors)
 
 
 def refusals(names: dict[str, str]) -> ValueError:
@@ -69,11 +71,16 @@ def has_bias(layer: Any) -> bool:
 
 
 def prepare(layer: nn.Module) -> bool:
-    """Overwrite the tensors that a constraint computes the weight from. Returns whether the rows then sum to zero.
+    """Overwrite the tensors that a property computes the weight from. Returns whether the rows then sum to zero.
 
     The numbers are arbitrary ones from 0.5 to 1.5. If all rows of the computed weight have the sum zero, the constraint
     is the reason. Nor can the earlier numbers, which may be uninitialised, spoil the drawn ones.
     """
+    for name in ("weight", "bias"):
+        hook = _weight_norm(layer, name)
+        if hook is not None:
+            # What is shown may be stale, even in another dtype: the hook computes it only before a forward pass.
+            setattr(layer, name, hook.compute_weight(layer))
     if not _is_property(layer, "weight"):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -82,8 +89,9 @@ def prepare(layer: nn.Module) -> bool:
         tensor.copy_(noise)
     weight: Any = layer.weight
     rows = rows_of(layer, weight).double()
-    # Each entry of a constrained row has been rounded once, and the mean of 16-bit rows is taken in float32.
-    tolerance = 2 * torch.finfo(weight.dtype).eps
+    # Each entry of a constrained row was rounded, and so were the sums for its mean, which are in float32 at least.
+    accumulated = torch.promote_types(weight.dtype, torch.float32)
+    tolerance = torch.finfo(weight.dtype).eps + 64 * torch.finfo(accumulated).eps
     return not weight.is_meta and bool((rows.sum(1).abs() <= tolerance * rows.abs().sum(1)).all())
 
 
@@ -134,20 +142,19 @@ def weight_of(layer: Any, rows: Tensor, like: Tensor) -> Tensor:
 
 
 class Snapshot:
-    """All tensors of some layers, and a way back to them."""
+    """All tensors of some layers of a model, and its lazy modules, and a way back to them."""
 
-    def __init__(self, layers: dict[nn.Module, str]) -> None:
+    def __init__(self, model: nn.Module, layers: dict[nn.Module, str]) -> None:
         modules = [module for layer in layers for module in layer.modules()]
         self._buffers = [(module, dict(module._buffers)) for module in modules]
         self._computed = [
             (layer, name, vars(layer)[name]) for layer in layers for name in ("weight", "bias") if name in vars(layer)
         ]
+        tensors = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
         self._values = [
-            (tensor, tensor.detach().clone())
-            for module in modules
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None and not is_lazy(tensor)
+            (tensor, tensor.detach().clone()) for tensor in tensors if tensor is not None and not is_lazy(tensor)
         ]
+        self._lazy = [_LazySnapshot(module) for module in model.modules() if is_uninitialised(module)]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -157,13 +164,39 @@ class Snapshot:
             setattr(layer, name, tensor)
         for tensor, value in self._values:
             tensor.copy_(value)
+        for snapshot in self._lazy:
+            snapshot.restore()
+
+
+class _LazySnapshot:
+    """A lazy module. Its first call makes tensors of what are none yet, removes hooks, and changes its class."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._class = module, type(module)
+        self._attributes = dict(vars(module))
+        # The handles of hooks refer to these dictionaries, so they are restored in place.
+        self._dictionaries = [(value, dict(value)) for value in self._attributes.values() if isinstance(value, dict)]
+        tensors: Any = (*module._parameters.values(), *module._buffers.values())
+        self._tensors: list[Any] = [(tensor, type(tensor)) for tensor in tensors if is_lazy(tensor)]
+
+    def restore(self) -> None:
+        self._module.__class__ = self._class
+        vars(self._module).clear()
+        vars(self._module).update(self._attributes)
+        for dictionary, content in self._dictionaries:
+            dictionary.clear()
+            dictionary.update(content)
+        for tensor, kind in self._tensors:
+            if not is_lazy(tensor):
+                tensor.data = tensor.data.new_empty(0)
+                tensor.__class__ = kind
 
 
 def _reason_against(layer: nn.Module, name: str) -> str | None:
     if name in layer._parameters:
         return None
     if parametrize.is_parametrized(layer, name):
-        constraints: Any = layer.parametrizations[name]  # type: ignore[union-attr, index]
+        constraints: Any = layer.parametrizations[name]  # type: ignore[index]
         for constraint in constraints:
             if not hasattr(constraint, "right_inverse"):
                 return f"its {name} has the parametrization {type(constraint).__name__}, which has no right_inverse"
@@ -197,10 +230,11 @@ def _reason_against_forward(layer: nn.Module) -> str | None:
         x = torch.randn(shape, generator=generator, dtype=torch.float64).to(weight)
         expected = forward(other, x)
         output = other.forward(x)
-        if isinstance(output, Tensor) and output.shape == expected.shape:
-            if weight.is_meta or _is_near(output.flatten().reshape(1, -1), expected.flatten().reshape(1, -1)):
-                return None
-    except Exception as error:  # noqa: BLE001 - the forward pass is the user's, and may fail in any way
+        same_shape = isinstance(output, Tensor) and output.shape == expected.shape
+        if same_shape and (weight.is_meta or _is_near(output.reshape(1, -1), expected.reshape(1, -1))):
+            return None
+    except Exception as error:
+        # The forward pass is the user's, and may fail in any way.
         return f"it has a forward pass of its own, which fails on a tensor alone: {error}"
     return "it has a forward pass of its own, which does not apply its weight and bias"
 
@@ -218,7 +252,7 @@ def _is_property(layer: nn.Module, name: str) -> bool:
 def _trained_tensors(layer: nn.Module, name: str) -> list[Tensor]:
     """The tensors that setting the property determines."""
     if parametrize.is_parametrized(layer, name):
-        owner: Any = layer.parametrizations[name]  # type: ignore[union-attr, index]
+        owner: Any = layer.parametrizations[name]  # type: ignore[index]
         tensors = {**owner._parameters, **owner._buffers}
     else:
         tensors = {own: tensor for own, tensor in layer._parameters.items() if own != "bias"}

@@ -80,35 +80,40 @@ def lps_(
     elif samples is not None:
         remedy = "Only rule='anchored' uses samples."
         raise ValueError(describe("lps_", "samples", f"is given with rule {rule!r}", "None", remedy))
-    drawn = draw_units(rule, units, inputs, second_moment, bias is not None, samples, roots, generator, weight.device)
-    weight.copy_(drawn[0].reshape(weight.shape))
-    if bias is not None and drawn[1] is not None:
-        bias.copy_(drawn[1])
+    rows, offset = draw_units(units, inputs, rule, second_moment, bias is not None, samples, generator, weight.device)
+    weight.copy_(rows.reshape(weight.shape))
+    if bias is not None and offset is not None:
+        bias.copy_(offset + draw_roots(roots, units, generator, weight.device))
     return weight, bias
 
 
 def draw_units(
-    rule: str,
     units: int,
     inputs: int,
+    rule: str,
     second_moment: float,
     has_bias: bool,
     samples: Tensor | None,
-    roots: list[float],
     generator: torch.Generator | None,
     device: torch.device,
     zero_sum: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight (units, inputs) and bias (units,) in float64, by the rule. Without samples, the rule is not anchored."""
-    if samples is None:
-        draw = joint if rule == "joint" else heavy_tail
-        return draw(units, inputs, second_moment, has_bias, generator, device, zero_sum)
+    """Weight (units, inputs) and bias (units,) in float64. The anchored rule needs samples, and its root is 0."""
+    if samples is not None:
+        return anchored(units, samples, 0.0, generator, zero_sum)
+    draw = joint if rule == "joint" else heavy_tail
+    return draw(units, inputs, second_moment, has_bias, generator, device, zero_sum)
+
+
+def draw_roots(
+    roots: list[float], units: int, generator: torch.Generator | None, device: torch.device
+) -> float | Tensor:
+    """One of the roots for each unit, (units,) in float64; if there is only one, the root itself."""
     if len(roots) == 1:
-        return anchored(units, samples, roots[0], generator, zero_sum)
+        return roots[0]
     where = device if generator is None else generator.device
-    chosen = torch.randint(len(roots), (units,), generator=generator, device=where).to(samples.device)
-    of_unit = torch.tensor(roots, dtype=torch.float64, device=samples.device)[chosen]
-    return anchored(units, samples, of_unit, generator, zero_sum)
+    chosen = torch.randint(len(roots), (units,), generator=generator, device=where)
+    return torch.tensor(roots, dtype=torch.float64, device=where)[chosen].to(device)
 
 
 def roots_to_draw(

@@ -1,6 +1,5 @@
 """The initialiser of whole models by the linear product structure."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from lcw_ops._checks import check_choice, describe
 from lcw_ops.init import _inputs, _layers
-from lcw_ops.init.lps import RULES, assumed_samples, draw_units, roots_to_draw
+from lcw_ops.init.lps import RULES, assumed_samples, draw_roots, draw_units, roots_to_draw
 from lcw_ops.reference import hermite_second_moment, hermite_variance
 from lcw_ops.reference.lps import Activation, check_activation
 
@@ -24,7 +23,7 @@ def lps_model_(
     generator: torch.Generator | None = None,
     root: float | str = 0.0,
 ) -> nn.Module:
-    """`lps_` on every linear and convolution layer of a model, layer by layer, so that pre-activations z have E z^2 = 1.
+    """`lps_` on every linear and convolution layer of a model, layer by layer, so that pre-activations have E z^2 = 1.
 
     The layers are nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, the lazy forms of these, and the layers of
     lcw_ops.nn in their place. In a layer whose rows sum to zero (LCW), rows of this kind are drawn, and the inputs'
@@ -32,13 +31,15 @@ def lps_model_(
 
     Without inputs, the first layer is assumed to see standardised data (q = 1 in `lps_`), and every other layer the
     output of ``activation`` for a standard normal input. That suits chains of layers and activations, with batch norm
-    or without. With residual branches or several activations, give inputs.
+    or without. With residual branches or several activations, give inputs. Give them too for heavy tails in LCW
+    layers: a ReLU has a larger variance there than on a normal input, by a factor of about 1.2 in each layer.
 
     With inputs, every rule takes the layer's real input instead, in one forward pass. The joint and the heavy-tailed
     rule measure what they assume otherwise: E of the sum over a unit's inputs a of a^2 (for zero-sum rows, of their
     squared deviations), over all samples and positions, in each group of a convolution by itself. So E z^2 = 1 in
     every layer, whatever precedes it, where the expectation is over the data and the draw; ``activation`` is not used.
-    The anchored rule takes its anchors and its scale from the input (convolutions: from up to 1024 patches of it).
+    The anchored rule takes its anchors and its scale from the input (convolutions: from up to 1024 patches of it). A
+    layer's pre-activations have the standard deviation 1 around their root, over all its units.
 
     Args:
         model: filled in place.
@@ -79,14 +80,9 @@ def lps_model_(
         names = ", ".join(layers[layer] for layer in lazy)
         came = f"has lazy layers that are not initialised ({names})"
         raise ValueError(describe("lps_model_", "model", came, "initialised layers", "Give inputs."))
-    if any(_layers.is_uninitialised(module) for module in model.modules()):
-        # A lazy module cannot be made lazy again, so an error must come before the model itself is touched.
-        arguments = (inputs, activation, rule, degree, _copied(generator), root)
-        with torch.random.fork_rng():
-            _Filling(copy.deepcopy(model), *arguments, roots).run()
-    snapshot = _layers.Snapshot(layers)
+    snapshot = _layers.Snapshot(model, layers)
     try:
-        _Filling(model, inputs, activation, rule, degree, generator, root, roots).run()
+        _Filling(model, layers, inputs, activation, rule, degree, generator, roots).run()
     except BaseException:
         snapshot.restore()
         raise
@@ -96,11 +92,10 @@ def lps_model_(
 class _Filling:
     """One call of `lps_model_`."""
 
-    def __init__(self, model, inputs, activation, rule, degree, generator, root, roots) -> None:
-        self.model, self.inputs, self.generator = model, inputs, generator
+    def __init__(self, model, layers, inputs, activation, rule, degree, generator, roots) -> None:
+        self.model, self.layers, self.inputs, self.generator = model, layers, inputs, generator
         self.activation, self.rule, self.roots = activation, rule, roots
-        self.layers = _layers.find_layers(model)
-        self.pending = dict(self.layers)
+        self.pending = dict(layers)
         # E a^2 and Var a of the activation's output, under its polynomial.
         self.moments = (1.0, 1.0)
         if activation is not None:
@@ -186,45 +181,47 @@ class _Filling:
         units, inputs = _layers.rows_of(layer, weight).shape
         second_moment, variance = (1.0, 1.0) if is_first else self.moments
         assumed = _inputs.assumed_moment(layer, inputs, second_moment, variance, zero_sum)
+        options = {"generator": self.generator, "device": weight.device, "zero_sum": zero_sum}
         has_bias = _layers.has_bias(layer)
-
-        def draw_some(units: int, moment: float, samples: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return draw_units(
-                self.rule,
-                units,
-                inputs,
-                moment,
-                has_bias,
-                samples,
-                self.roots,
-                self.generator,
-                weight.device,
-                zero_sum,
-            )
-
-        if self.rule == "anchored" and x is None:
-            samples = assumed_samples(None if is_first else self.activation, inputs, self.generator, weight.device)
-            return draw_some(units, assumed, _inputs.without_missed(layer, samples, self.generator))
-        if x is None:
-            return draw_some(units, assumed, None)
-        if not x.isfinite().all():
+        rows: Tensor
+        offset: Tensor | None
+        if x is None or x.is_meta:
+            samples = None
+            if self.rule == "anchored":
+                previous = None if is_first else self.activation
+                samples = assumed_samples(previous, inputs, self.generator, weight.device)
+                samples = _inputs.without_missed(layer, samples, self.generator)
+            rows, offset = draw_units(units, inputs, self.rule, assumed, has_bias, samples, **options)
+        elif not x.isfinite().all():
             came = f"give the layer {name or 'itself'} NaN or infinite numbers"
             raise ValueError(describe("lps_model_", "inputs", came, "finite inputs of every layer"))
-        of_group = _inputs.samples_of(layer, x, self.generator) if self.rule == "anchored" else None
-        # The number of weights that are free, among which the power is divided.
-        free = max(inputs - zero_sum, 1)
-        moments = [power / free or assumed for power in _inputs.measured_power(layer, x, zero_sum).tolist()]
-        parts = [
-            draw_some(units // len(moments), moment, None if of_group is None else of_group[group])
-            for group, moment in enumerate(moments)
-        ]
-        rows, offsets = zip(*parts, strict=True)
-        return torch.cat(rows), torch.cat(offsets) if has_bias else None
+        elif self.rule == "anchored":
+            rows, offset = _anchored_groups(units, _inputs.samples_of(layer, x, self.generator), options)
+        else:
+            # The power of a unit's inputs is divided among its free weights.
+            powers = _inputs.measured_power(layer, x, zero_sum) / max(inputs - zero_sum, 1)
+            moments = [power or assumed for power in powers.tolist()]
+            of_group = units // len(moments)
+            parts = [draw_units(of_group, inputs, self.rule, m, has_bias, None, **options) for m in moments]
+            rows = torch.cat([of_units for of_units, _ in parts])
+            offset = torch.cat([of_units for _, of_units in parts if of_units is not None]) if has_bias else None
+        if offset is not None:
+            offset += draw_roots(self.roots, units, self.generator, weight.device)
+        return rows, offset
 
 
-def _copied(generator: torch.Generator | None) -> torch.Generator | None:
-    if generator is None:
-        return None
-    copied = torch.Generator(generator.device)
-    copied.set_state(generator.get_state())
-    return copied
+def _anchored_groups(units: int, samples: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The anchored rule for every group by itself, then one scale, so that the whole layer has the deviation 1.
+
+    A group's own scale does not see that the means of its pre-activations differ from those of other groups. In a
+    depthwise convolution a group is one unit, and E z^2 would be 2.
+    """
+    inputs, of_group = samples[0].shape[1], units // len(samples)
+    parts = [draw_units(of_group, inputs, "anchored", 1.0, True, of_samples, **options) for of_samples in samples]
+    rows, offsets = (torch.cat(part) for part in zip(*parts, strict=True))
+    if len(samples) == 1:
+        return rows, offsets
+    z = torch.cat([x.double() @ w.T + b for x, (w, b) in zip(samples, parts, strict=True)])
+    spread = z.std(correction=0)
+    scale = torch.where(spread > 0, 1 / spread, 1.0)
+    return scale * rows, scale * offsets

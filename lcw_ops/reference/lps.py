@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcw_ops._checks import accumulation_dtype, check_choice, check_positive, check_shape, describe
+from lcw_ops._checks import accumulation_dtype, check_positive, check_shape, describe
 
 # The name of an activation, or any elementwise function of a tensor.
 Activation = str | Callable[[Tensor], Tensor]
@@ -287,7 +287,7 @@ def anchored(
     accumulation_dtype("anchored", samples=samples)
     right = samples.dim() == 2 and samples.shape[0] > 0
     check_shape("anchored", "samples", samples, right, "(S, fan_in) with S >= 1", "One row is one input of a unit.")
-    if not samples.isfinite().all():
+    if not samples.is_meta and not samples.isfinite().all():
         came = "has entries that are NaN or infinite"
         raise ValueError(describe("anchored", "samples", came, "finite layer inputs"))
     count, fan_in = samples.shape
@@ -342,9 +342,7 @@ def _checked_values(function: str, f: Callable[[Tensor], Tensor], points: Tensor
 
 def _adapted_rule(function: str, g: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """As `_rule_for`, with panels halved until E g and E g^2 have converged in each of them."""
-    points, point_weights = (
-        torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(NODES_PER_PANEL)
-    )
+    points, point_weights = (torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(NODES_PER_PANEL))
 
     def integrate(left: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         nodes = left[:, None] + width[:, None] * (points + 1) / 2
