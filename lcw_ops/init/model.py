@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lcw_ops._checks import check_choice, describe
 from lcw_ops.init import _inputs, _layers
 from lcw_ops.init.lps import RULES, assumed_samples, draw_roots, draw_units, roots_to_draw
-from lcw_ops.reference import hermite_second_moment, hermite_variance
+from lcw_ops.reference import anchored, hermite_second_moment, hermite_variance
 from lcw_ops.reference.lps import Activation, check_activation
 
 
@@ -181,7 +181,7 @@ class _Filling:
         units, inputs = _layers.rows_of(layer, weight).shape
         second_moment, variance = (1.0, 1.0) if is_first else self.moments
         assumed = _inputs.assumed_moment(layer, inputs, second_moment, variance, zero_sum)
-        options = {"generator": self.generator, "device": weight.device, "zero_sum": zero_sum}
+        options: Any = {"generator": self.generator, "device": weight.device, "zero_sum": zero_sum}
         has_bias = _layers.has_bias(layer)
         rows: Tensor
         offset: Tensor | None
@@ -196,7 +196,8 @@ class _Filling:
             came = f"give the layer {name or 'itself'} NaN or infinite numbers"
             raise ValueError(describe("lps_model_", "inputs", came, "finite inputs of every layer"))
         elif self.rule == "anchored":
-            rows, offset = _anchored_groups(units, _inputs.samples_of(layer, x, self.generator), options)
+            samples_of_group = _inputs.samples_of(layer, x, self.generator)
+            rows, offset = _anchored_groups(units, samples_of_group, self.generator, zero_sum)
         else:
             # The power of a unit's inputs is divided among its free weights.
             powers = _inputs.measured_power(layer, x, zero_sum) / max(inputs - zero_sum, 1)
@@ -210,14 +211,16 @@ class _Filling:
         return rows, offset
 
 
-def _anchored_groups(units: int, samples: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _anchored_groups(
+    units: int, samples: tuple[Tensor, ...], generator: torch.Generator | None, zero_sum: bool
+) -> tuple[Tensor, Tensor]:
     """The anchored rule for every group by itself, then one scale, so that the whole layer has the deviation 1.
 
     A group's own scale does not see that the means of its pre-activations differ from those of other groups. In a
     depthwise convolution a group is one unit, and E z^2 would be 2.
     """
-    inputs, of_group = samples[0].shape[1], units // len(samples)
-    parts = [draw_units(of_group, inputs, "anchored", 1.0, True, of_samples, **options) for of_samples in samples]
+    of_group = units // len(samples)
+    parts = [anchored(of_group, of_samples, generator=generator, zero_sum=zero_sum) for of_samples in samples]
     rows, offsets = (torch.cat(part) for part in zip(*parts, strict=True))
     if len(samples) == 1:
         return rows, offsets
