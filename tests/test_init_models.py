@@ -599,6 +599,28 @@ def test_a_layer_that_sees_only_zeros_is_filled_as_without_inputs():
     assert model[4].weight.abs().max() < 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rule", init.RULES)
+def test_narrow_nets_that_die_get_weights_of_ordinary_size(rule, dtype):
+    """Behind a dead layer an anchored unit sees only the rounding at an anchor; scaled to 1 it would need 1e16."""
+    x = torch.linspace(-1.7, 1.7, 65, dtype=dtype)[:, None]
+    dead = 0
+    for seed in range(20):
+        layers = [module for l in range(12) for module in (nn.Linear(2 if l else 1, 2), nn.ReLU())]
+        model = init.lps_model_(nn.Sequential(*layers).to(dtype), x, rule=rule, generator=generator(seed))
+        # Inputs below 64 roundings are not scaled to 1.
+        assert max(parameter.abs().max() for parameter in model.parameters()) < 1 / (4 * torch.finfo(dtype).eps)
+        dead += model(x).std() < 1e-4
+    assert dead > 0
+
+
+def test_small_inputs_that_are_not_those_of_a_dead_layer_are_scaled():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2000)).double()
+    model[0].register_forward_hook(lambda *_: 1e-12 * normal(30, 5))
+    init.lps_model_(model, normal(30, 4), rule="anchored", generator=generator())
+    assert model(normal(30, 4)).std(correction=0).item() == pytest.approx(1, rel=1e-12)
+
+
 # ---- Lazy layers ----------------------------------------------------------------------------------------------------
 
 

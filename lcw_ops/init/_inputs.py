@@ -43,6 +43,23 @@ def assumed_moment(layer: Any, inputs: int, second_moment: float, variance: floa
     return power / (inputs - 1)
 
 
+def is_dead(layer: Any, x: Tensor) -> bool:
+    """Whether a layer's input is that of a dead net: it is 0 or does not change, up to rounding.
+
+    The values of the layers before have the size 1. Where all units of a ReLU layer are off, those that are anchored at
+    the edge of the data are 0 there up to rounding, and where all inputs are equal, so are all anchored units. A scale
+    that made rounding as large as data would be useless, and huge. An input that is 0 nearly everywhere is doubtful
+    already if it has lost half of its digits.
+    """
+    if x.numel() == 0:
+        return False
+    largest, eps = x.abs().max().item(), torch.finfo(x.dtype).eps
+    if largest <= 64 * eps or (largest <= math.sqrt(eps) and torch.count_nonzero(x).item() <= x.numel() / 4):
+        return True
+    rows = x.reshape(-1, x.shape[-1]) if is_linear(layer) else _batched(layer, x).transpose(0, 1).flatten(1).T
+    return len(rows) > 1 and (rows - rows[0]).abs().max().item() <= 64 * eps * max(largest, 1.0)
+
+
 def measured_power(layer: Any, x: Tensor, zero_sum: bool) -> Tensor:
     """(groups,): the mean of sum a^2 over all inputs of a unit; with zero_sum, of sum (a - abar)^2. In float64."""
     check_shape("lps_model_", "inputs", x, x.numel() > 0, "at least one sample in every layer")

@@ -48,7 +48,8 @@ def lps_model_(
             input on. Each layer is filled just before it runs for the first time, on the output of the filled layers
             before it. Layers that the pass does not call are filled without data. They may be used all the same, as
             nn.MultiheadAttention uses out_proj, so the pass is then repeated with them, and the others are drawn again.
-            A layer whose inputs are all 0 is filled as without inputs. Lazy layers are initialised by the pass.
+            A layer after a dead one (its inputs are 0, or all equal, up to rounding) is filled as without inputs. Lazy
+            layers are initialised by the pass.
         activation: the activation in between: a name, or any elementwise function of a tensor.
         rule, degree, generator, root: as in `lps_`. For root="polynomial" the polynomial is that of ``activation``.
 
@@ -185,16 +186,16 @@ class _Filling:
         has_bias = _layers.has_bias(layer)
         rows: Tensor
         offset: Tensor | None
-        if x is None or x.is_meta:
+        if x is not None and not x.is_meta and not x.isfinite().all():
+            came = f"give the layer {name or 'itself'} NaN or infinite numbers"
+            raise ValueError(describe("lps_model_", "inputs", came, "finite inputs of every layer"))
+        if x is None or x.is_meta or (not is_first and _inputs.is_dead(layer, x)):
             samples = None
             if self.rule == "anchored":
                 previous = None if is_first else self.activation
                 samples = assumed_samples(previous, inputs, self.generator, weight.device)
                 samples = _inputs.without_missed(layer, samples, self.generator)
             rows, offset = draw_units(units, inputs, self.rule, assumed, has_bias, samples, **options)
-        elif not x.isfinite().all():
-            came = f"give the layer {name or 'itself'} NaN or infinite numbers"
-            raise ValueError(describe("lps_model_", "inputs", came, "finite inputs of every layer"))
         elif self.rule == "anchored":
             samples_of_group = _inputs.samples_of(layer, x, self.generator)
             rows, offset = _anchored_groups(units, samples_of_group, self.generator, zero_sum)
