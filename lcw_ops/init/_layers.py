@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -201,9 +201,10 @@ def _reason_against(layer: nn.Module, name: str) -> str | None:
             if not hasattr(constraint, "right_inverse"):
                 return f"its {name} has the parametrization {type(constraint).__name__}, which has no right_inverse"
         return None
+    # The tensors of torch.nn.utils.prune, which is not imported here because ``import torch`` does not need it.
+    if f"{name}_orig" in layer._parameters and f"{name}_mask" in layer._buffers:
+        return f"its {name} is pruned"
     for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
-            return f"its {name} is pruned"
         if isinstance(hook, SpectralNorm) and hook.name == name:
             return f"spectral norm divides its {name}"
     if _is_property(layer, name) or _weight_norm(layer, name) is not None:
