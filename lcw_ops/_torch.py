@@ -69,6 +69,11 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_computed(tensor: Tensor) -> bool:
+    """Whether autograd has computed the tensor, and it is not a view of a leaf: writing to it changes no leaf."""
+    return tensor.grad_fn is not None and (tensor._base is None or not tensor._base.is_leaf)
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether the tensor has a shape but no memory, as in FakeTensorMode."""
     return isinstance(tensor, FakeTensor)

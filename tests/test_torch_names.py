@@ -52,6 +52,12 @@ def test_is_functorch_wrapped():
     assert wrapped == [True]
 
 
+def test_is_computed():
+    leaf = torch.ones(2, 3, requires_grad=True)
+    assert not any(map(_torch.is_computed, (leaf, leaf[:1], leaf.T[1:].view(2, 2), leaf.detach(), torch.ones(2))))
+    assert all(map(_torch.is_computed, (leaf * 1, (leaf * 1)[:1], leaf.clone().T)))
+
+
 def test_in_forward_mode():
     assert not _torch.in_forward_mode()
     with forward_ad.dual_level():
