@@ -118,6 +118,14 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and detect_fake_mode([tensor]) is None
 
 
+def check_when_run(condition: Tensor, message: str) -> None:
+    """ValueError unless the condition, a boolean scalar, holds. In a traced program the check happens when it runs."""
+    if is_traced():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``, without the assertion on the tensor that torch.export records beside ``to``."""
     if tensor.dtype == dtype:

@@ -9,6 +9,9 @@ from support.marks import marks_of
 
 import lcw_ops
 
+# pytest explains a failed assert of these files as it does in a file of tests.
+pytest.register_assert_rewrite("support.unit_module_tests", "support.unit_op_tests")
+
 # Without a cache file, measured choices of a matmul neither outlive a test nor reach the processes that tests start.
 os.environ["LCW_OPS_CACHE_DIR"] = ""
 

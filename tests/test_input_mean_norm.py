@@ -156,6 +156,20 @@ def test_an_empty_batch_moves_no_statistics():
         assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
 
 
+def test_input_mean_norm_has_torchs_representation():
+    assert repr(nn.InputMeanNorm(3)) == "InputMeanNorm(3, momentum=0.01)"
+
+
+def test_skip_init():
+    before = torch.get_rng_state()
+    skipped = torch.nn.utils.skip_init(nn.InputMeanNorm, 3, dtype=torch.float64)
+    assert torch.equal(torch.get_rng_state(), before)
+    made = nn.InputMeanNorm(3, dtype=torch.float64)
+    assert {k: (v.shape, v.dtype, v.device) for k, v in skipped.state_dict().items()} == {
+        k: (v.shape, v.dtype, v.device) for k, v in made.state_dict().items()
+    }
+
+
 def test_input_mean_norm_has_state():
     layer, x = nn.InputMeanNorm(4), torch.randn(3, 4, 2)
     layer(x), layer(2 * x)

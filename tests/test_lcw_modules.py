@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import lcw_ops
 from lcw_ops import functional as F
 from lcw_ops import init, nn
+from lcw_ops._layer_kinds import is_conv, is_linear
 from lcw_ops.jobs import data
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel", "one_thread")
@@ -42,10 +43,19 @@ def layers(basis=False, **options):
     ]
 
 
+def trained_name(layer):
+    return "weight_v" if layer.basis else "weight_u"
+
+
+def trained(layer):
+    """The parameter from which the layer computes its weight."""
+    return getattr(layer, trained_name(layer))
+
+
 def plain_layer(layer, kind, *arguments, **options):
     """torch's layer with the weight that ours applies."""
     plain = kind(*arguments, **options)
-    plain.load_state_dict({**plain.state_dict(), "weight": layer.effective_weight().detach()}, strict=False)
+    plain.load_state_dict({**plain.state_dict(), "weight": layer.weight.detach()}, strict=False)
     if layer.bias is not None:
         plain.bias = layer.bias
     return plain
@@ -110,24 +120,25 @@ def test_linear_is_torchs_with_the_effective_weight(rows, bias, basis):
     # Seven products below 10 are summed in two orders.
     torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=2 * 7 * 10 * 2**-52)
     assert repr(layer) == f"LCWLinear(in_features=7, out_features=5, bias={bias}, basis={basis})"
-    assert isinstance(layer, torch.nn.Linear)
+    assert not isinstance(layer, torch.nn.Linear)
+    assert is_linear(layer) and is_linear(plain) and not is_conv(layer)
 
 
 @pytest.mark.parametrize("basis", [False, True])
 def test_every_parameter_gets_the_gradient_of_the_formula(basis):
     for layer, x in layers(basis):
-        weight = layer.weight.detach().requires_grad_()
+        weight = trained(layer).detach().requires_grad_()
         constrained = F.lcw_weight(weight, basis).view_as(layer.effective_weight())
         output = layer(x)
         grad_output = torch.randn_like(output)
         output.backward(grad_output)
-        if isinstance(layer, torch.nn.Linear):
+        if isinstance(layer, nn.LCWLinear):
             expected = torch.nn.functional.linear(x, constrained, layer.bias)
         else:
             expected = layer._conv_forward(x, constrained, layer.bias)
         gradient, bias_gradient = torch.autograd.grad(expected, [weight, layer.bias], grad_output)
         # Sums of at most 2 x 84 products below 10.
-        torch.testing.assert_close(layer.weight.grad, gradient, rtol=0, atol=168 * 10 * 2**-23)
+        torch.testing.assert_close(trained(layer).grad, gradient, rtol=0, atol=168 * 10 * 2**-23)
         torch.testing.assert_close(layer.bias.grad, bias_gradient, rtol=0, atol=168 * 10 * 2**-23)
 
 
@@ -146,7 +157,7 @@ def test_a_fan_in_of_1_leaves_the_bias(basis):
         output = layer(x)
         assert torch.equal(output, layer.bias.view(shape).expand_as(output))
         output.sum().backward()
-        assert layer.weight.grad is None or not layer.weight.grad.any()
+        assert trained(layer).grad is None or not trained(layer).grad.any()
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -171,12 +182,12 @@ def test_compiled_layers():
         for layer, x in layers(basis)[::2]:
             compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
             layer(x).sum().backward()
-            expected = layer.weight.grad.clone()
+            expected = trained(layer).grad.clone()
             layer.zero_grad()
             output = compiled(x)
             output.sum().backward()
             torch.testing.assert_close(output, layer(x), rtol=0, atol=36 * 10 * 2**-23)
-            torch.testing.assert_close(layer.weight.grad, expected, rtol=0, atol=168 * 10 * 2**-23)
+            torch.testing.assert_close(trained(layer).grad, expected, rtol=0, atol=168 * 10 * 2**-23)
 
 
 def test_compiled_inference_sees_every_edit():
@@ -186,31 +197,10 @@ def test_compiled_inference_sees_every_edit():
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=36 * 10 * 2**-23)
-            layer.weight.data.neg_()
+            trained(layer).data.neg_()
 
 
 # ---- State ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_state_dict_is_torchs_own(bias):
-    for layer, x in layers(bias=bias):
-        kind = type(layer).__mro__[1 if isinstance(layer, nn.LCWLinear) else 2]
-        assert kind.__module__.startswith("torch.nn")
-        arguments = (6, 5) if kind is torch.nn.Linear else (4, 6, layer.kernel_size)
-        plain = kind(*arguments, bias=bias)
-        assert {k: v.shape for k, v in layer.state_dict().items()} == {
-            k: v.shape for k, v in plain.state_dict().items()
-        }
-        assert list(layer.state_dict()) == list(plain.state_dict())
-        layer.load_state_dict(plain.state_dict())
-        assert torch.equal(layer.weight, plain.weight)
-        expected = copy.deepcopy(plain)
-        expected.weight.data = F.lcw_weight(plain.weight.data)
-        # 36 products below 10, summed twice.
-        torch.testing.assert_close(layer(x), expected(x), rtol=0, atol=36 * 10 * 2**-23)
-        plain.load_state_dict(layer.state_dict())
-        assert torch.equal(plain.weight, layer.weight)
 
 
 @pytest.mark.parametrize("basis", [False, True])
@@ -226,7 +216,7 @@ def test_layers_are_copied_and_come_back(how, basis, used, tmp_path):
         if how == "state dict":
             torch.save(layer.state_dict(), tmp_path / "layer.pt")
             other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
-            assert [*layer.state_dict()] == ["weight", "bias"]
+            assert [*layer.state_dict()] == [trained_name(layer), "bias"]
         elif how == "deepcopy":
             other = copy.deepcopy(layer)
         elif how == "pickle":
@@ -237,7 +227,7 @@ def test_layers_are_copied_and_come_back(how, basis, used, tmp_path):
         assert torch.equal(other(x), layer(x))
         assert repr(other) == repr(layer)
         with torch.no_grad():
-            other.weight.mul_(2)
+            trained(other).mul_(2)
             assert not torch.equal(other.eval()(x), layer(x))
 
 
@@ -251,7 +241,7 @@ def test_layers_take_on_another_dtype(dtype, basis):
             moved = layer.to(dtype)
             output = moved(x.to(dtype))
             assert output.dtype == made(x.to(dtype)).dtype == dtype
-            weight = F.lcw_weight(moved.weight, basis)
+            weight = F.lcw_weight(trained(moved), basis)
             assert torch.equal(moved.effective_weight(), weight.view_as(moved.effective_weight()))
         # Input, weight and constrained weight are rounded to dtype: three roundings in each of 36 products below 10.
         unit = max(torch.finfo(dtype).eps, 2**-23)
@@ -261,7 +251,7 @@ def test_layers_take_on_another_dtype(dtype, basis):
 @pytest.mark.parametrize("basis", [False, True])
 def test_layers_on_the_meta_device_are_filled_later(basis):
     for (layer, x), (source, _) in zip(layers(basis, device="meta"), layers(basis), strict=True):
-        assert layer.weight.is_meta
+        assert trained(layer).is_meta
         with lcw_ops.use_backend("reference"):
             assert layer(x.to("meta")).is_meta
         layer.to_empty(device="cpu")
@@ -280,13 +270,13 @@ def test_initial_weights_have_variance_1_over_the_fan_in(basis):
         fan_in = layer.effective_weight()[0].numel()
         for _ in range(2):
             # The variance of a sample variance of n normal numbers is 2 / n: five standard errors.
-            error = 5 * math.sqrt(2 / layer.weight.numel())
-            assert layer.weight.square().mean().item() * fan_in == pytest.approx(1, rel=error)
+            error = 5 * math.sqrt(2 / trained(layer).numel())
+            assert trained(layer).square().mean().item() * fan_in == pytest.approx(1, rel=error)
             assert not layer.bias.any()
-            before = layer.weight.detach().clone()
+            before = trained(layer).detach().clone()
             torch.nn.init.ones_(layer.bias)
             layer.reset_parameters()
-            assert not torch.equal(layer.weight, before)
+            assert not torch.equal(trained(layer), before)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -303,10 +293,8 @@ def test_both_parametrizations_train_alike(convolution, weight_decay, momentum):
         torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         # v = B^T w for the same effective weight at the start.
-        basis.weight.copy_(
-            centred.effective_weight().flatten(1) @ lcw_ops.reference.lcw_basis(basis.weight.shape[1] + 1)
-        )
-    start = centred.effective_weight().detach()
+        basis.weight = centred.weight
+    start = centred.weight.detach()
     target = torch.randn_like(centred(x))
     for layer in (centred, basis):
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
@@ -324,42 +312,42 @@ def test_both_parametrizations_train_alike(convolution, weight_decay, momentum):
 
 
 def optimizer_step(layer):
-    layer.weight.grad = torch.randn_like(layer.weight)
-    torch.optim.SGD([layer.weight], lr=0.1).step()
-    layer.weight.grad = None
+    trained(layer).grad = torch.randn_like(trained(layer))
+    torch.optim.SGD([trained(layer)], lr=0.1).step()
+    trained(layer).grad = None
 
 
 def edit_without_gradients(layer):
     with torch.no_grad():
-        layer.weight.add_(torch.randn_like(layer.weight))
+        trained(layer).add_(torch.randn_like(trained(layer)))
 
 
 def swap_two_elements(layer):
-    flat = layer.weight.data.view(-1)
+    flat = trained(layer).data.view(-1)
     flat[[0, 1]] = flat[[1, 0]]
 
 
 def edit_one_element(layer):
-    layer.weight.data.view(-1)[3] += 0.5
+    trained(layer).data.view(-1)[3] += 0.5
 
 
 def edit_through_numpy(layer):
-    layer.weight.detach().numpy()[...] *= 1.5
+    trained(layer).detach().numpy()[...] *= 1.5
 
 
 def set_data(layer):
-    layer.weight.data = torch.randn_like(layer.weight)
+    trained(layer).data = torch.randn_like(trained(layer))
 
 
 def set_parameter(layer):
-    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+    setattr(layer, trained_name(layer), torch.nn.Parameter(torch.randn_like(trained(layer))))
 
 
 def reuse_the_address(layer):
     """The allocator reuses the memory: the same address and the same version, but other content."""
-    shape = layer.weight.shape
-    del layer.weight
-    layer.weight = torch.nn.Parameter(torch.randn(shape))
+    name, shape = trained_name(layer), trained(layer).shape
+    delattr(layer, name)
+    setattr(layer, name, torch.nn.Parameter(torch.randn(shape)))
 
 
 def load_another(layer, **options):
@@ -379,13 +367,15 @@ EDITS = {
     "optimizer step": optimizer_step,
     "load_state_dict": load_another,
     "load_state_dict(assign=True)": partial(load_another, assign=True),
-    "data.mul_": lambda layer: layer.weight.data.mul_(2),
-    "data.neg_": lambda layer: layer.weight.data.neg_(),
+    "data.mul_": lambda layer: trained(layer).data.mul_(2),
+    "data.neg_": lambda layer: trained(layer).data.neg_(),
     "one element": edit_one_element,
     "two swapped": swap_two_elements,
     "data = other": set_data,
     "data = transposed": lambda layer: setattr(
-        layer.weight, "data", torch.randn(layer.weight.shape[::-1]).permute(*reversed(range(layer.weight.dim())))
+        trained(layer),
+        "data",
+        torch.randn(trained(layer).shape[::-1]).permute(*reversed(range(trained(layer).dim()))),
     ),
     "numpy": edit_through_numpy,
     "no_grad": edit_without_gradients,
@@ -393,18 +383,18 @@ EDITS = {
     "the same address": reuse_the_address,
     "to(float64) and back": to_and_back,
     "to(bfloat16)": lambda layer: layer.to(torch.bfloat16),
-    "channels last": lambda layer: layer.to(memory_format=torch.channels_last) if layer.weight.dim() == 4 else None,
+    "channels last": lambda layer: layer.to(memory_format=torch.channels_last) if trained(layer).dim() == 4 else None,
     "reset_parameters": lambda layer: layer.reset_parameters(),
-    "init.lcw_": lambda layer: init.lcw_(layer.weight, basis=layer.basis),
+    "init.lcw_": lambda layer: init.lcw_(trained(layer), basis=layer.basis),
     "vector_to_parameters": vector_to_parameters,
 }
 
 
 def fresh_output(layer, x):
     """The output of a layer with the same parameters and no kept weight."""
-    if isinstance(layer, torch.nn.Linear):
-        return F.lcw_linear(x, layer.weight, layer.bias, layer.basis)
-    weight = F.lcw_weight(layer.weight, layer.basis).view(-1, *layer._filter_shape)
+    if isinstance(layer, nn.LCWLinear):
+        return F.lcw_linear(x, trained(layer), layer.bias, layer.basis)
+    weight = F.lcw_weight(trained(layer), layer.basis).view(-1, *layer._filter_shape)
     return layer._conv_forward(x, weight, layer.bias)
 
 
@@ -418,7 +408,7 @@ def test_inference_is_never_stale(basis, edit, mode):
             before = layer(x)
         for _ in range(2):
             EDITS[edit](layer)
-            x = x.to(layer.weight.dtype)
+            x = x.to(trained(layer).dtype)
             with mode():
                 output = layer(x)
                 assert torch.equal(output, fresh_output(layer, x))
@@ -435,7 +425,7 @@ def test_inference_within_inference_mode_is_never_stale():
             layer.eval()
             for _ in range(3):
                 assert torch.equal(layer(x), fresh_output(layer, x))
-                layer.weight.mul_(1.5)
+                trained(layer).mul_(1.5)
 
 
 def test_a_weight_kept_in_one_mode_serves_in_the_others():
@@ -447,7 +437,7 @@ def test_a_weight_kept_in_one_mode_serves_in_the_others():
         assert torch.equal(layer(x), in_inference)
     # An inference tensor cannot be saved for backward, so a call with gradients must not use a kept one.
     layer(x).sum().backward()
-    assert layer.weight.grad.any()
+    assert trained(layer).grad.any()
     layer.train()(x).sum().backward()
 
 
@@ -461,14 +451,14 @@ def test_parametrized_weights_are_never_stale():
         layer.eval()
         with torch.no_grad():
             before = layer(x)
-            torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled(), unsafe=True)
+            torch.nn.utils.parametrize.register_parametrization(layer, trained_name(layer), Doubled(), unsafe=True)
             assert torch.equal(layer(x), fresh_output(layer, x))
             assert not torch.equal(layer(x), before)
-            layer.parametrizations.weight.original.mul_(3)
+            layer.parametrizations[trained_name(layer)].original.mul_(3)
             assert torch.equal(layer(x), fresh_output(layer, x))
             with torch.nn.utils.parametrize.cached():
                 assert torch.equal(layer(x), fresh_output(layer, x))
-            torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+            torch.nn.utils.parametrize.remove_parametrizations(layer, trained_name(layer))
             assert torch.equal(layer(x), fresh_output(layer, x))
 
 
@@ -488,12 +478,13 @@ def test_functional_call_and_vmap_are_never_stale():
 
 
 def test_a_kept_weight_is_not_handed_out():
-    """The result of effective_weight() is a copy: an edit of it leaves the kept weight alone."""
+    """Every reading of the weight gives a copy: an edit of it leaves the kept weight alone."""
     layer, x = layers()[2]
     layer.eval()
     with torch.no_grad():
         expected = layer(x)
         layer.effective_weight().mul_(2)
+        layer.weight.mul_(2)
         assert torch.equal(layer(x), expected)
 
 
@@ -507,7 +498,7 @@ def test_a_traced_layer_keeps_no_weight():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             programs.append(torch.jit.trace(layer, x))
-        layer.weight.data.mul_(2)
+        trained(layer).data.mul_(2)
         for program in programs:
             # 36 products below 20.
             torch.testing.assert_close(program(x), layer(x), rtol=0, atol=36 * 20 * 2**-23)
@@ -534,9 +525,9 @@ def test_nothing_is_computed_again_from_an_unchanged_parameter(basis, mode, comp
         computations.clear()
         with mode():
             outputs = [layer(x) for _ in range(5)]
-        assert computations == [layer.weight.shape]
+        assert computations == [trained(layer).shape]
         assert all(torch.equal(output, outputs[0]) for output in outputs)
-        layer.weight.data.mul_(2)
+        trained(layer).data.mul_(2)
         with mode():
             layer(x), layer(x)
         assert len(computations) == 2
@@ -561,13 +552,13 @@ def test_with_gradients_or_in_training_nothing_is_kept(computations):
 def test_every_layer_keeps_its_own_weight(computations):
     model = torch.nn.Sequential(nn.LCWConv2d(3, 4, 3), nn.LCWConv2d(4, 5, 3)).eval()
     tied = nn.LCWConv2d(3, 4, 3).eval()
-    tied.weight = model[0].weight
+    tied.weight_u = model[0].weight_u
     x = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         for _ in range(3):
             model(x), tied(x)
         assert len(computations) == 3
-        model[0].weight.neg_()
+        model[0].weight_u.neg_()
         model(x), tied(x)
     assert len(computations) == 5
     assert torch.equal(tied(x), fresh_output(tied, x))
@@ -582,7 +573,7 @@ def test_every_layer_keeps_its_own_weight(computations):
         (lambda: nn.LCWLinear(3, 4)(torch.randn(2, 5)), ValueError, r"lcw_linear: x has shape \(2, 5\)"),
         (lambda: nn.LCWLinear(3, 4)(torch.randn(2, 3).double()), TypeError, "weight is torch.float32"),
         (
-            lambda: nn.LCWLinear(3, 4, basis=True).load_state_dict(torch.nn.Linear(3, 4).state_dict()),
+            lambda: nn.LCWLinear(3, 4, basis=True).load_state_dict(torch.nn.Linear(5, 4).state_dict()),
             RuntimeError,
             "size mismatch",
         ),
@@ -616,9 +607,9 @@ def deep_net(kind, features, width, depth, classes, dtype=torch.float32):
     linears = [layer(m, n, dtype=dtype) for m, n in itertools.pairwise(sizes)]
     for l, linear in enumerate(linears):
         if l == 0:
-            torch.nn.init.normal_(linear.weight, 0, 1 / math.sqrt(features))
+            torch.nn.init.normal_(linear.weight_u if kind == "lcw" else linear.weight, 0, 1 / math.sqrt(features))
         elif kind == "lcw":
-            init.lcw_(linear.weight, "sigmoid")
+            init.lcw_(linear.weight_u, "sigmoid")
         else:
             plain_scale_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
@@ -632,7 +623,7 @@ def test_variances_forward_and_backward_through_one_layer_are_the_derived_ones(s
     z = (std * torch.randn(rows, width)).requires_grad_()
     error = torch.randn(rows, width)
     constrained, ordinary = nn.LCWLinear(width, width), torch.nn.Linear(width, width, bias=False)
-    init.lcw_(constrained.weight, "sigmoid", std)
+    init.lcw_(constrained.weight_u, "sigmoid", std)
     plain_scale_(ordinary.weight, std)
     # The weights are a million independent normal numbers, and so are the errors. The variance of a sample variance is
     # 2 / count. The slopes' own spread is below that of squares of normal numbers.
@@ -699,12 +690,12 @@ def test_100_sigmoid_layers_learn_the_digits_with_lcw_only(seed):
 
 def test_a_kept_weight_has_no_part_in_forward_mode():
     layer, x = nn.LCWConv1d(2, 3, 2).eval(), torch.randn(1, 2, 5)
-    weight, tangent = layer.weight.detach().clone(), torch.randn_like(layer.weight)
+    weight, tangent = layer.weight_u.detach().clone(), torch.randn_like(layer.weight_u)
     with torch.no_grad():
         layer(x)
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(weight, tangent)
-            output = torch.func.functional_call(layer, {"weight": dual}, (x,))
+            output = torch.func.functional_call(layer, {"weight_u": dual}, (x,))
             actual = forward_ad.unpack_dual(output).tangent
         expected = torch.nn.functional.conv1d(x, F.lcw_weight(tangent))
     torch.testing.assert_close(actual, expected)

@@ -1,26 +1,33 @@
-"""Layers with weight normalization. test_hypersphere_modules.py holds the tests that GmP's layers share with them."""
+"""Weight-norm layers: torch's arguments, conversions, float64 results, and the tests shared with GmP."""
 
+import inspect
 from functools import partial
 
 import pytest
 import torch
+from support.unit_module_tests import *  # noqa: F403
 from support.unit_modules import (
     CONV_OPTIONS,
+    EPS,
     FUNCTIONAL_CONVS,
+    PLAIN_CONVS,
     RANKS,
+    WEIGHT_NORM,
     WEIGHT_NORM_CONVS,
     assert_exact,
     assert_rows_close,
     draw_per_unit_,
-    layers,
     torchs_product,
     weight_norm,
+    weight_norm_layers,
 )
 
 from lcw_ops import nn
 from lcw_ops.nn import hypersphere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEM = WEIGHT_NORM
 
 
 @pytest.mark.parametrize("options", CONV_OPTIONS, ids=str)
@@ -49,9 +56,22 @@ def test_weight_norm_linear_is_the_formula(shape, bias, dtype):
     assert_exact(draw, formula, ("weight", "scale", "bias"), dtype)
 
 
+def test_signatures_are_torchs():
+    for rank in RANKS:
+        torchs = list(inspect.signature(PLAIN_CONVS[rank - 1]).parameters)
+        assert list(inspect.signature(WEIGHT_NORM_CONVS[rank - 1]).parameters) == torchs
+    assert list(inspect.signature(nn.WeightNormLinear).parameters) == list(
+        inspect.signature(torch.nn.Linear).parameters
+    )
+
+
+def test_representations():
+    assert repr(nn.WeightNormLinear(3, 4, False)) == "WeightNormLinear(in_features=3, out_features=4, bias=False)"
+
+
 def test_weight_norm_starts_as_the_plain_layer():
     for (layer, x), plain in zip(
-        layers()[6:],
+        weight_norm_layers(),
         [
             torch.nn.Linear(6, 5),
             torch.nn.Conv1d(4, 6, 3),
@@ -79,6 +99,45 @@ def test_converting_a_trained_layer_keeps_its_function(length):
     assert_rows_close(layer.effective_weight(), plain.weight, 7)
 
 
+@pytest.mark.parametrize("options", CONV_OPTIONS, ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_trained_convolution_keeps_its_function(rank, options):
+    plain = PLAIN_CONVS[rank - 1](4, 8, 3, dtype=torch.float64, **options).eval()
+    x = torch.randn(2, 4, *(9, 8, 7)[:rank], dtype=torch.float64)
+    expected = plain(x)
+    fan_in = plain.weight[0].numel()
+    # Weights and biases are below 1, inputs below 5. Every row is off by at most 32 sqrt(m) eps of its length.
+    tolerance = 2 * 32 * fan_in * 5 * EPS
+    normed = WEIGHT_NORM_CONVS[rank - 1].from_conv(plain)
+    torch.testing.assert_close(normed(x), expected, rtol=0, atol=tolerance)
+    assert not normed.training
+    assert plain.extra_repr() == normed.extra_repr()
+
+
+def test_zero_rows_of_a_trained_layer():
+    plain = torch.nn.Linear(3, 4)
+    with torch.no_grad():
+        plain.weight[1] = 0
+        plain.bias[1] = 0
+    x = torch.cat([torch.ones(1, 3), torch.randn(5, 3)])
+    normed = nn.WeightNormLinear.from_linear(plain)
+    assert normed.scale[1] == 0
+    assert not normed(x)[:, 1].any()
+    with torch.no_grad():
+        plain.bias[1] = -2
+    # 3 products below 4, each with a handful of roundings.
+    torch.testing.assert_close(nn.WeightNormLinear.from_linear(plain)(x), plain(x), rtol=0, atol=3 * 4 * 8 * 2**-23)
+
+
+def test_only_the_plain_layer_is_converted():
+    for call in (
+        lambda: nn.WeightNormLinear.from_linear(torch.nn.Conv2d(3, 4, 1)),
+        lambda: nn.WeightNormConv3d.from_conv(torch.nn.Conv2d(3, 4, 1)),
+    ):
+        with pytest.raises(TypeError, match=r"from_(linear|conv): layer is a \w+; expected a torch\.nn\.\w+"):
+            call()
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_without_bias_multiplies_by_its_effective_weight(training, mode):
@@ -100,6 +159,19 @@ def test_a_bias_that_would_be_broadcast_is_refused(training):
     module.bias = torch.nn.Parameter(torch.ones(1))
     with torch.no_grad(), pytest.raises(ValueError, match=r"bias has shape \(1,\); expected \(4,\)"):
         module(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: nn.WeightNormLinear(0, 4), ValueError, "WeightNormLinear: a unit has 0 inputs"),
+        (lambda: nn.WeightNormConv2d(3, 4, 3, padding="some"), ValueError, "padding"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
 
 
 def test_the_layers_keep_their_old_address():

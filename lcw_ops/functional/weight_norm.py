@@ -17,7 +17,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
         weight: (n, m) for n units of m inputs; a filter is flattened to one row. float32, float64, bfloat16 or float16;
             computed in float32 or wider and rounded once. Rows may have any finite norm. A zero row, which has no
             direction, stays zero, with zero derivatives.
-        scale: (n,), of any sign, of the weight's dtype.
+        scale: (n,), of any sign, of the weight's dtype. torch's shape (n, 1) is taken too.
 
     Returns:
         (n, m), of the weight's dtype.
@@ -37,6 +37,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     _checks.check_dense(op, weight=weight, scale=scale)
     _checks.check_devices(op, weight=weight, scale=scale)
     _checks.check_rows(op, "weight", weight, least_fan_in=1)
+    scale = _as_vector(scale)
     _checks.check_per_unit(op, "scale", scale, weight.shape[0])
     backend = backends.choose(_weight_norm.NAME, weight.device)
     if backend == "reference":
@@ -57,7 +58,7 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
         x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more than 64 samples,
             the products or the normalised weight are rounded to x's dtype, as torch's own layers would round them.
         weight: (n, m) for n units of m >= 1 inputs; a zero row is a unit of weight zero.
-        scale: (n,), of any sign.
+        scale: (n,), of any sign. torch's shape (n, 1) is taken too.
         bias: (n,), or None.
 
         All tensors have x's dtype. Under autocast their dtypes may differ, but float64 does not mix with others; the
@@ -75,9 +76,7 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     arguments = (x, weight, scale, bias)
     if not _torch.in_forward_mode():
         tensors = (x, weight, scale) if bias is None else arguments
-        output = try_kernel_then_explain(
-            _weight_norm.NAME, _weight_norm.weight_norm_linear, _check_weight_norm_linear, tensors, arguments
-        )
+        output = try_kernel_then_explain(_weight_norm.NAME, _kernel, _check_weight_norm_linear, tensors, arguments)
         if output is not None:
             return output
     if _torch.is_overridden(*arguments):
@@ -85,8 +84,17 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     autocast = _check_weight_norm_linear(*arguments)
     backend = backends.choose(_weight_norm.NAME, x.device)
     if not autocast and backend != "reference" and _weight_norm.is_fused():
-        return _weight_norm.weight_norm_linear(*arguments, backend)
+        return _kernel(*arguments, backend)
     return torch.nn.functional.linear(x, normalize_scale(weight, scale), bias)
+
+
+def _kernel(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return _weight_norm.weight_norm_linear(x, weight, _as_vector(scale), bias, backend)
+
+
+def _as_vector(scale: Tensor) -> Tensor:
+    """A scale in torch's shape (n, 1, ...) as (n,). A scale of another shape comes back as it is."""
+    return scale.reshape(-1) if scale.dim() > 1 and scale.shape[1:].numel() == 1 else scale
 
 
 def _check_weight_norm_linear(x, weight, scale, bias) -> bool:
@@ -99,7 +107,7 @@ def _check_weight_norm_linear(x, weight, scale, bias) -> bool:
     _checks.check_rows(op, "weight", weight, least_fan_in=1)
     units, fan_in = weight.shape
     _checks.check_features(op, x, fan_in, "the weight's fan-in")
-    _checks.check_per_unit(op, "scale", scale, units)
+    _checks.check_per_unit(op, "scale", _as_vector(scale), units)
     if bias is not None:
         _checks.check_per_unit(op, "bias", bias, units)
     return autocast

@@ -1,21 +1,23 @@
-"""The parts that the GmP and the weight-norm layers share.
+"""The parts that the constrained layers share: LCW, GmP and weight norm.
 
-None of these layers is a subclass of its namesake in torch.nn: code that finds an ``nn.Linear`` assumes that the layer
-applies its ``weight``.
+None of these layers is a subclass of its namesake in torch.nn: code that finds an ``nn.Linear`` writes into its
+``weight``, as initialisers and quantizers do. Here ``weight`` is computed, from tensors that have names of their own.
 """
 
+import types
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lcw_ops._checks import describe
+from lcw_ops._checks import accumulation_dtype, check_shape, describe
+from lcw_ops._layer_kinds import plain_kind
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-# A convolution's arguments, and the padding that its forward pass reads.
-_ATTRIBUTES = (
+# The constructor's arguments of a convolution, apart from the bias.
+_ARGUMENTS = (
     "in_channels",
     "out_channels",
     "kernel_size",
@@ -24,32 +26,130 @@ _ATTRIBUTES = (
     "dilation",
     "groups",
     "padding_mode",
-    "_reversed_padding_repeated_twice",
 )
 
 
-class Convolution(nn.Module):
-    """A convolution with torch's arguments and torch's forward pass, but without its weight."""
+class ConstrainedLayer(nn.Module):
+    """A layer whose ``weight`` is what it applies, computed from tensors of other names, which it trains.
 
-    # The classes for 1, 2 and 3 dimensions set these: torch's layer, and its function that pads and convolves.
-    _plain: Any
+    A subclass defines the property ``weight`` and ``_set_weight``. Every reading of ``weight`` gives a new tensor,
+    through which gradients flow to the trained tensors. An edit of that tensor in place changes no output.
+    """
+
+    # State dicts of version 1 had the trained tensors under the names "weight" and "scale".
+    _version = 2
+
+    # The class in torch.nn in whose place the layer stands.
+    _plain: ClassVar[Any]
+
+    # Keys of other layers' state dicts that `_translate` understands.
+    _FOREIGN: ClassVar[tuple[str, ...]] = ("weight",)
+
+    # torch.jit.trace compiles the other properties of a module.
+    __jit_unused_properties__ = ("weight", "bias")
+
+    def _set_weight(self, weight: Tensor) -> None:
+        """Set the trained tensors so that the layer applies this weight, or the nearest one that it can express."""
+        raise NotImplementedError
+
+    def _translate(self, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's own entries of a state dict, from another layer's (see ``_FOREIGN``).
+
+        Raises ValueError if the layer cannot express them.
+        """
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a Parameter before it looked for a property.
+        if name in ("weight", "bias") and isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _check_assigned(self, name: str, value: object, shape: tuple[int, ...]) -> Tensor:
+        """The assigned value, without its history."""
+        function = type(self).__name__
+        if not isinstance(value, Tensor):
+            raise TypeError(describe(function, name, f"is set to a {type(value).__name__}", "a tensor"))
+        accumulation_dtype(function, **{name: value})
+        check_shape(function, name, value, tuple(value.shape) == shape, str(shape))
+        return value.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        foreign = {name: state_dict[prefix + name] for name in self._FOREIGN if prefix + name in state_dict}
+        own = {}
+        if any("weight" in name for name in foreign):
+            try:
+                with torch.no_grad():
+                    own = self._translate(foreign)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}weight: {error}")
+        if own:
+            state_dict = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in foreign}
+            state_dict.update({prefix + name: value for name, value in own.items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __prepare_scriptable__(self) -> "ConstrainedLayer":
+        expected = "torch.compile or torch.export, or a plain layer made by lcw_ops.fold"
+        raise TypeError(describe("torch.jit.script", type(self).__name__, "calls a function in Python", expected))
+
+
+class Convolution(ConstrainedLayer):
+    """A constrained convolution with torch's arguments and torch's forward pass."""
+
+    # The function of the torch layer that pads and convolves; see also _plain.
     _conv_forward: Callable[..., Tensor]
 
     kernel_size: tuple[int, ...]
+    transposed = False
 
     def __init__(self, plain: Any) -> None:
         super().__init__()
-        for name in _ATTRIBUTES:
+        for name in (*_ARGUMENTS, "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(plain, name))
         self._filter_shape = tuple(plain.weight.shape[1:])
-        self._arguments = plain.extra_repr()
+
+    @property
+    def output_padding(self) -> tuple[int, ...]:
+        """(0, ...): only transposed convolutions have another value."""
+        return (0,) * len(self.kernel_size)
 
     @classmethod
     def _arguments_of(cls, layer: nn.Module) -> dict:
-        return {name: getattr(layer, name) for name in _ATTRIBUTES if not name.startswith("_")}
+        return {name: getattr(layer, name) for name in _ARGUMENTS}
+
+    def _has_bias(self) -> bool:
+        return self._parameters.get("bias") is not None
 
     def extra_repr(self) -> str:
-        return self._arguments
+        values = {name: getattr(self, name) for name in (*_ARGUMENTS, "output_padding")}
+        shown = types.SimpleNamespace(**values, bias=True if self._has_bias() else None)
+        return nn.modules.conv._ConvNd.extra_repr(cast(Any, shown))
+
+    def __setstate__(self, state: dict) -> None:
+        # Older versions kept these; they are computed now.
+        for name in ("_arguments", "transposed", "output_padding"):
+            state.pop(name, None)
+        super().__setstate__(state)
+
+
+def rename_parameters(state: dict, names: dict[str, str]) -> None:
+    """Give the parameters in a pickled module's state the names of today, in the same order."""
+    state["_parameters"] = {names.get(name, name): value for name, value in state["_parameters"].items()}
+
+
+def in_format_of(weight: Tensor, parameter: Tensor) -> Tensor:
+    """The weight in the memory format of the parameter from which it was computed, if that is a channels-last one."""
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.dim())
+    if memory_format is None or not parameter.is_contiguous(memory_format=memory_format):
+        return weight
+    # With filters of size 1, or one channel, both formats are contiguous. torch.nn goes by the strides then.
+    is_channels_last = parameter.stride(1) == 1 and parameter.stride(-1) >= parameter.shape[1]
+    return weight.to(memory_format=memory_format) if is_channels_last else weight
 
 
 def are_per_unit(rows: Tensor, *vectors: Tensor) -> bool:
@@ -65,12 +165,17 @@ def check_fan_in(module: nn.Module, fan_in: int) -> None:
 
 @torch.enable_grad()
 def applied_parameters(function: str, layer: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
-    """The weight that a plain layer applies, however it is parametrized, and its bias. Both keep requires_grad."""
-    if not isinstance(layer, kind):
+    """The weight that a layer applies, however it is parametrized, and its bias. Both keep requires_grad.
+
+    The layer is a plain one of this kind, or one of ours that stands in for it.
+    """
+    if not issubclass(plain_kind(layer), kind):
         raise TypeError(describe(function, "layer", f"is a {type(layer).__name__}", f"a torch.nn.{kind.__name__}"))
+    if getattr(layer, "activation", None) is not None and isinstance(layer, ConstrainedLayer):
+        came = f"is a {type(layer).__name__} with an activation"
+        raise ValueError(describe(function, "layer", came, "a layer without one, because the activation would be lost"))
     applied: Any = layer
-    is_constrained = hasattr(layer, "effective_weight")
-    return applied.effective_weight() if is_constrained else applied.weight, applied.bias
+    return applied.weight, applied.bias
 
 
 def make_empty(kind: type[Layer], *arguments, **options) -> Layer:

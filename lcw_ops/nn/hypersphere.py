@@ -6,22 +6,170 @@ Ge, "Neural Characteristic Activation Analysis and Geometric Parameterization fo
 """
 
 import math
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lcw_ops import _torch, init
 from lcw_ops import functional as F
-from lcw_ops import init
 from lcw_ops._checks import accumulation_dtype, check_choice, check_non_negative, check_shape, describe
 from lcw_ops.nn._derived import DerivedWeight
-from lcw_ops.nn._layers import Convolution, applied_parameters, are_per_unit, check_fan_in, make_empty
+from lcw_ops.nn._layers import (
+    ConstrainedLayer,
+    Convolution,
+    applied_parameters,
+    are_per_unit,
+    check_fan_in,
+    make_empty,
+)
 from lcw_ops.nn.input_mean_norm import InputMeanNorm
 from lcw_ops.nn.weight_norm import WeightNormConv1d, WeightNormConv2d, WeightNormConv3d, WeightNormLinear
 from lcw_ops.reference import hypersphere_angles, hypersphere_direction
 
 
-class GmPLinear(nn.Module):
+class _GmP(ConstrainedLayer):
+    """The code shared by all GmP layers."""
+
+    _FOREIGN = ("weight", "bias")
+
+    angles: Tensor
+    radius: nn.Parameter
+    location: Tensor
+    sign: Tensor | None
+    activation: str | None
+    _derived: DerivedWeight
+
+    def _make_parameters(self, units: int, fan_in: int, activation: str | None, bias: bool, device, dtype) -> None:
+        check_fan_in(self, fan_in)
+        check_choice(type(self).__name__, "activation", activation, (None, "relu"))
+        self.activation = activation
+        angles = torch.empty(units, fan_in - 1, device=device, dtype=dtype)
+        if fan_in == 1:
+            # FSDP2 and some optimizers fail on an empty parameter.
+            self.register_buffer("angles", angles)
+        else:
+            self.angles = nn.Parameter(angles)
+        self.radius = nn.Parameter(torch.empty(units, device=device, dtype=dtype))
+        location = torch.empty(units, device=device, dtype=dtype)
+        if bias:
+            self.location = nn.Parameter(location)
+        else:
+            self.register_buffer("location", location)
+        self.register_buffer("sign", torch.empty(units, device=device, dtype=dtype) if fan_in == 1 else None)
+        self._derived = DerivedWeight()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.gmp_(self.angles, self.radius, self.location)
+        if self.sign is not None:
+            # The sign of a uniformly drawn weight is independent of its absolute value, the radius.
+            self.sign.bernoulli_().mul_(2).sub_(1)
+
+    def direction(self) -> Tensor:
+        """u, in the shape of ``weight``: rows or filters of length 1."""
+        return self._signed(self._filters(self.angles))
+
+    def effective_weight(self) -> Tensor:
+        """radius * u. Unlike ``weight``, it can be read of a ReLU layer with negative radii too."""
+        return self._scaled(self.direction())
+
+    def _filters(self, angles: Tensor) -> Tensor:
+        return F.hypersphere_direction(angles).view(self._weight_shape())
+
+    def _signed(self, filters: Tensor) -> Tensor:
+        return filters if self.sign is None else self.sign.view_as(filters) * filters
+
+    def _scaled(self, filters: Tensor) -> Tensor:
+        return self.radius.view(-1, *(1,) * (filters.dim() - 1)) * filters
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _has_bias(self) -> bool:
+        # A pruned or parametrized location is neither a parameter nor a buffer.
+        return "location" not in self._buffers
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is applied, radius * u, in the shape of the plain layer's.
+
+        Raises ValueError in a ReLU layer with a negative radius: no plain layer followed by a ReLU equals that unit.
+        """
+        self._check_radius("weight")
+        kept = self._derived.kept(self._filters, self.training, self.angles)
+        return self._scaled(self.direction() if kept is None else self._signed(kept))
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._set_weight(value)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that is applied, radius * location, or None. Raises as ``weight`` does."""
+        if not self._has_bias():
+            return None
+        self._check_radius("bias")
+        return self.radius * self.location
+
+    @bias.setter
+    @torch.no_grad()
+    def bias(self, value: Tensor | None) -> None:
+        if value is None:
+            if self._has_bias():
+                zeros = torch.zeros_like(self.location)
+                del self.location
+                self.register_buffer("location", zeros)
+            return
+        value = self._check_assigned("bias", value, tuple(self.radius.shape))
+        location = _location(f"{type(self).__name__}.bias", self, self.radius, value)
+        if self._has_bias():
+            self.location.copy_(location)
+        else:
+            del self.location
+            self.location = nn.Parameter(location)
+
+    @torch.no_grad()
+    def _set_weight(self, weight: Tensor) -> None:
+        weight = self._check_assigned("weight", weight, self._weight_shape())
+        bias = self.radius.double() * self.location.double() if self._has_bias() else None
+        _fill(self, _coordinates(f"{type(self).__name__}.weight", self, weight, bias))
+
+    def _translate(self, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight, bias = foreign.get("weight"), foreign.get("bias")
+        if weight is None:
+            return {}
+        function = f"{type(self).__name__}.load_state_dict"
+        weight = self._check_assigned("weight", weight, self._weight_shape())
+        if bias is not None:
+            bias = self._check_assigned("bias", bias, tuple(weight.shape[:1]))
+        coordinates = _coordinates(function, self, weight, bias)._asdict()
+        if bias is None and self._has_bias():
+            # The key is reported as missing.
+            del coordinates["location"]
+        elif bias is not None and not self._has_bias():
+            raise ValueError(describe(function, "bias", "is given", "none for a layer with bias=False"))
+        return {name: value for name, value in coordinates.items() if value is not None}
+
+    def _check_radius(self, name: str) -> None:
+        if self.activation is None or not _torch.has_values(self.radius):
+            return
+        came = "does not exist: a unit has a negative radius after a ReLU"
+        expected = "radii of at least 0"
+        message = describe(type(self).__name__, name, came, expected, "Use effective_weight(), radius and location.")
+        _torch.check_when_run((self.radius >= 0).all() | self.radius.isnan().any(), message)
+
+    def __setstate__(self, state: dict) -> None:
+        angles = state["_parameters"].get("angles")
+        if angles is not None and angles.shape[1] == 0:
+            # Version 0.1.0 kept it as a parameter.
+            del state["_parameters"]["angles"]
+            state["_buffers"] = {"angles": angles.detach(), **state["_buffers"]}
+        super().__setstate__(state)
+
+
+class GmPLinear(_GmP):
     """``radius * act(x @ u.T + location)`` with unit rows u from ``angles``; see :func:`lcw_ops.functional.gmp_linear`.
 
     The characteristic activation boundary of a unit, where it begins to fire, is the plane through -location * u. A
@@ -33,7 +181,7 @@ class GmPLinear(nn.Module):
     :func:`gmp_parameter_groups` compensates for m. 16-bit angles are coarse, so keep float32 and use autocast. (Between
     2 and 4, the steps of bfloat16 are 1/64: if a layer of fan-in 512 is converted to it, the outputs are 4 % off.)
 
-    A unit of one input (m = 1) has no angles. Its direction is +1 or -1, drawn at initialisation as in the authors'
+    A unit of one input (m = 1) has no angles (the buffer ``angles`` is empty). Its direction is +1 or -1, drawn at initialisation as in the authors'
     code and never trained. Only such a layer has the buffer ``sign`` (n,), which holds these directions. A ReLU layer
     of one input therefore has units that fire to the right of their boundary and units that fire to the left.
 
@@ -49,6 +197,12 @@ class GmPLinear(nn.Module):
     :func:`lcw_ops.init.gmp_` fills them. In eval mode without gradients, on a CPU, directions are cached until the
     angles change.
 
+    ``weight`` (n, m) is radius * u and ``bias`` (n,) is radius * location. Both are computed at every reading, and
+    gradients flow through them. They describe the layer before its activation; a ReLU layer with a negative radius has
+    none, and reading raises ValueError. ``layer.weight = tensor`` sets angles and radius and keeps the bias;
+    ``layer.bias = tensor`` sets the location. An edit of either in place changes nothing. State dicts of ``nn.Linear``
+    and of version 0.1.0 load.
+
     Raises:
         ValueError: in_features below 1, or an unknown activation; in a forward pass, an input of the wrong shape.
         TypeError: in a forward pass, dtypes or devices that differ.
@@ -56,12 +210,7 @@ class GmPLinear(nn.Module):
     Source: W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912, and the authors' code.
     """
 
-    angles: nn.Parameter
-    radius: nn.Parameter
-    location: Tensor
-    sign: Tensor | None
-    activation: str | None
-    _derived: DerivedWeight
+    _plain = nn.Linear
 
     def __init__(
         self,
@@ -76,11 +225,11 @@ class GmPLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        _make_gmp(self, out_features, in_features, activation, bias, device, dtype)
+        self._make_parameters(out_features, in_features, activation, bias, device, dtype)
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear, activation: str | None = None) -> "GmPLinear":
-        """A layer with the outputs of a trained plain layer or, with "relu", of that layer followed by a ReLU.
+    def from_linear(cls, layer: nn.Module, activation: str | None = None) -> "GmPLinear":
+        """A layer with the outputs of a trained layer or, with "relu", of that layer followed by a ReLU.
 
         A row w and its bias b become r = ||w||, u = w / r and lambda = b / r: the outputs are the same up to rounding,
         signs included. A zero row with bias 0 becomes radius 0, angles 0, location 0. With "relu", so does a zero row
@@ -88,13 +237,13 @@ class GmPLinear(nn.Module):
 
         Args:
             layer: its device, dtype and training mode are kept, its frozen parameters stay frozen, and if it has no
-                bias, the new layer has none. The weight that it applies is converted, so it may be an
-                :class:`~lcw_ops.nn.LCWLinear` or a parametrized layer.
+                bias, the new layer has none. The weight that it applies is converted, so it may be parametrized, or
+                one of ours.
             activation: None or "relu".
 
         Raises:
-            TypeError: not an ``nn.Linear``.
-            ValueError: GmP cannot express a unit: it has a zero row and a constant nonzero output, or its weight or its
+            TypeError: not a linear layer.
+            ValueError: the layer applies an activation, which would be lost; GmP cannot express a unit: it has a zero row and a constant nonzero output, or its weight or its
                 location b / r is not finite.
 
         Source: derived by us.
@@ -103,8 +252,8 @@ class GmPLinear(nn.Module):
         weight, bias = applied_parameters(function, layer, nn.Linear)
         made = make_empty(
             cls,
-            layer.in_features,
-            layer.out_features,
+            weight.shape[1],
+            weight.shape[0],
             activation,
             device=weight.device,
             dtype=weight.dtype,
@@ -112,21 +261,8 @@ class GmPLinear(nn.Module):
         )
         return _fill_gmp(function, made.train(layer.training), weight, bias)
 
-    def reset_parameters(self) -> None:
-        _reset_gmp(self)
-
-    def direction(self) -> Tensor:
-        """u, (out_features, in_features): unit rows."""
-        direction = F.hypersphere_direction(self.angles)
-        return direction if self.sign is None else self.sign[:, None] * direction
-
-    def effective_weight(self) -> Tensor:
-        """radius * u, (out_features, in_features): the plain layer's weight; its bias is ``radius * location``.
-
-        Without an activation, the plain layer equals this one. With "relu", it does so only for units of radius > 0: no
-        plain unit equals a ReLU unit of negative radius.
-        """
-        return self.radius[:, None] * self.direction()
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.sign is not None:
@@ -154,19 +290,12 @@ class GmPLinear(nn.Module):
         return self.radius.to(activated.dtype) * activated
 
     def extra_repr(self) -> str:
-        bias = "" if isinstance(self.location, nn.Parameter) else ", bias=False"
+        bias = "" if self._has_bias() else ", bias=False"
         return f"in_features={self.in_features}, out_features={self.out_features}{bias}, activation={self.activation}"
 
 
-class _GmPConv(Convolution):
+class _GmPConv(_GmP, Convolution):
     """The code shared by the 1d, 2d and 3d layers."""
-
-    angles: nn.Parameter
-    radius: nn.Parameter
-    location: Tensor
-    sign: Tensor | None
-    activation: str | None
-    _derived: DerivedWeight
 
     def __init__(
         self,
@@ -186,11 +315,11 @@ class _GmPConv(Convolution):
     ) -> None:
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(self._plain(*arguments, device="meta", dtype=dtype))
-        _make_gmp(self, out_channels, math.prod(self._filter_shape), activation, bias, device, dtype)
+        self._make_parameters(out_channels, math.prod(self._filter_shape), activation, bias, device, dtype)
 
     @classmethod
     def from_conv(cls, layer: nn.Module, activation: str | None = None) -> "_GmPConv":
-        """A layer with the outputs of a trained plain layer or, with "relu", of that layer followed by a ReLU.
+        """A layer with the outputs of a trained layer or, with "relu", of that layer followed by a ReLU.
 
         A unit is a filter. Everything else is as in :meth:`GmPLinear.from_linear`.
         """
@@ -206,23 +335,8 @@ class _GmPConv(Convolution):
         )
         return _fill_gmp(function, made.train(layer.training), weight, bias)
 
-    def reset_parameters(self) -> None:
-        _reset_gmp(self)
-
-    def direction(self) -> Tensor:
-        """u, (out_channels, in_channels / groups, *kernel_size): filters of length 1."""
-        filters = self._filters(self.angles)
-        return filters if self.sign is None else self.sign.view_as(filters) * filters
-
-    def effective_weight(self) -> Tensor:
-        """radius * u, (out_channels, in_channels / groups, *kernel_size): as :meth:`GmPLinear.effective_weight`."""
-        return self._scaled(self.direction())
-
-    def _filters(self, angles: Tensor) -> Tensor:
-        return F.hypersphere_direction(angles).view(-1, *self._filter_shape)
-
-    def _scaled(self, filters: Tensor) -> Tensor:
-        return self.radius.view(-1, *(1,) * len(self._filter_shape)) * filters
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, *self._filter_shape)
 
     def forward(self, input: Tensor) -> Tensor:
         if not are_per_unit(self.angles, self.radius, self.location):
@@ -230,10 +344,7 @@ class _GmPConv(Convolution):
             accumulation_dtype(name, angles=self.angles, radius=self.radius, location=self.location)
             for argument, values in (("radius", self.radius), ("location", self.location)):
                 check_shape(name, argument, values, values.shape == units, f"({units[0]},), one value per filter")
-        if self.sign is None:
-            filters = self._derived.get(self.angles, self._filters, self.training)
-        else:
-            filters = self.direction()
+        filters = self._signed(self._derived.get(self.angles, self._filters, self.training))
         if self.activation is None:
             # Scale the filters, because they have fewer entries than the output.
             return self._conv_forward(input, self._scaled(filters), self.radius * self.location)
@@ -315,7 +426,7 @@ def gmp_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0)
     fan_ins: dict[nn.Parameter, int] = {}
     locations: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, (GmPLinear, _GmPConv)):
+        if isinstance(module, _GmP):
             fan_in = module.angles.shape[1] + 1
             fan_ins.update(dict.fromkeys(_parameters_of(module, "angles"), fan_in))
             locations.update(_parameters_of(module, "location"))
@@ -343,60 +454,59 @@ def _parameters_of(module: Any, name: str) -> list[nn.Parameter]:
     return [value] if isinstance(value, nn.Parameter) else []
 
 
-def _make_gmp(
-    module: GmPLinear | _GmPConv, units: int, fan_in: int, activation: str | None, bias: bool, device, dtype
-) -> None:
-    check_fan_in(module, fan_in)
-    check_choice(type(module).__name__, "activation", activation, (None, "relu"))
-    module.activation = activation
-    module.angles = nn.Parameter(torch.empty(units, fan_in - 1, device=device, dtype=dtype))
-    module.radius = nn.Parameter(torch.empty(units, device=device, dtype=dtype))
-    location = torch.empty(units, device=device, dtype=dtype)
-    if bias:
-        module.location = nn.Parameter(location)
-    else:
-        module.register_buffer("location", location)
-    module.register_buffer("sign", torch.empty(units, device=device, dtype=dtype) if fan_in == 1 else None)
-    module._derived = DerivedWeight()
-    module.reset_parameters()
+class _Coordinates(NamedTuple):
+    """Tensors of a GmP layer, in float64 or already in the layer's dtype."""
+
+    angles: Tensor
+    radius: Tensor
+    location: Tensor
+    sign: Tensor | None
 
 
-@torch.no_grad()
-def _reset_gmp(module: GmPLinear | _GmPConv) -> None:
-    init.gmp_(module.angles, module.radius, module.location)
-    if module.sign is not None:
-        # The sign of a uniformly drawn weight is independent of its absolute value, the radius.
-        module.sign.bernoulli_().mul_(2).sub_(1)
-
-
-GmPLayer = TypeVar("GmPLayer", GmPLinear, _GmPConv)
-
-
-@torch.no_grad()
-def _fill_gmp(function: str, module: GmPLayer, weight: Tensor, bias: Tensor | None) -> GmPLayer:
-    """Fill angles, sign, radius and location so that radius * u is the weight and radius * location the bias."""
+def _coordinates(function: str, module: Any, weight: Tensor, bias: Tensor | None) -> _Coordinates:
+    """The tensors for which radius * u is the weight and radius * location the bias; of a bias None, location 0."""
+    dtype = module.angles.dtype
     rows = weight.flatten(1).double()
-    module.angles.copy_(hypersphere_angles(rows))
-    direction = hypersphere_direction(module.angles.double())
+    angles = hypersphere_angles(rows).to(dtype)
+    direction = hypersphere_direction(angles.double())
+    sign = None
     if module.sign is not None:
         # A weight of 0 gets direction +1.
         direction = torch.where(rows < 0, -direction, direction)
-        module.sign.copy_(direction.squeeze(1))
+        sign = direction.squeeze(1).to(dtype)
     # <w, u> is ||w||.
-    module.radius.copy_((rows * direction).sum(1))
-    radius = module.radius.double()
-    plain_bias = torch.zeros_like(radius) if bias is None else bias.double()
-    is_zero = torch.eq(radius, 0)
-    module.location.copy_((plain_bias / radius).masked_fill(is_zero, 0.0))
+    radius = (rows * direction).sum(1).to(dtype)
+    return _Coordinates(angles, radius, _location(function, module, radius, bias), sign)
+
+
+def _location(function: str, module: Any, radius: Tensor, bias: Tensor | None) -> Tensor:
+    """bias / radius, in the radius's dtype; 0 for a unit that is always 0."""
+    wide = radius.double()
+    plain_bias = torch.zeros_like(wide) if bias is None else bias.double()
+    is_zero = torch.eq(wide, 0)
+    location = (plain_bias / wide).masked_fill(is_zero, 0.0).to(radius.dtype)
     # A layer on the meta device has no numbers to check.
-    if not weight.is_meta:
+    if _torch.has_values(radius):
         is_relu = module.activation == "relu"
-        is_finite = radius.isfinite() & module.location.isfinite()
+        is_finite = wide.isfinite() & location.isfinite()
         is_constant = is_zero & torch.ne(plain_bias.relu() if is_relu else plain_bias, 0)
         _check_units(function, is_finite, "have a weight or a location (bias / weight's norm) that is not finite")
         _check_units(function, ~is_constant, "are constant: their weight is 0 and their bias is not")
-    for parameter in (module.angles, module.radius):
-        parameter.requires_grad_(weight.requires_grad)
+    return location
+
+
+def _fill(module: Any, coordinates: _Coordinates) -> None:
+    for name, value in coordinates._asdict().items():
+        if value is not None:
+            getattr(module, name).copy_(value)
+
+
+@torch.no_grad()
+def _fill_gmp(function: str, module: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    _fill(module, _coordinates(function, module, weight, bias))
+    module.radius.requires_grad_(weight.requires_grad)
+    if module.sign is None:
+        module.angles.requires_grad_(weight.requires_grad)
     if bias is not None:
         module.location.requires_grad_(bias.requires_grad)
     return module

@@ -6,9 +6,8 @@ ECML PKDD 2019, arXiv 2403.13833. The layers train an unconstrained parameter an
 each filter is a unit.
 """
 
-import inspect
 import math
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import torch
@@ -18,24 +17,118 @@ from lcw_ops import functional as F
 from lcw_ops import init
 from lcw_ops._checks import describe
 from lcw_ops.nn._derived import DerivedWeight
+from lcw_ops.nn._layers import ConstrainedLayer, Convolution, applied_parameters, make_empty, rename_parameters
+from lcw_ops.reference import lcw_coordinates, lcw_weight
 
 
-class LCWLinear(nn.Linear):
-    """``nn.Linear`` whose effective weight has rows that sum to zero; see :func:`lcw_ops.functional.lcw_linear`.
+class _LCW(ConstrainedLayer):
+    """The code shared by all LCW layers: two parametrizations of rows that sum to zero."""
 
-    Input (..., in_features), output (..., out_features). ``effective_weight()`` is the weight that is applied.
-    A unit's weights are w = P v, with a fixed matrix P and a row v of the parameter, and <w, x> = <v, P^T x>. So each
-    call can project the weight or the input, and projects the smaller one. Nothing is cached, so nothing can be stale.
+    _warned = False
+
+    basis: bool
+    bias: nn.Parameter | None
+
+    @property
+    def _trained_name(self) -> str:
+        return "weight_v" if self.basis else "weight_u"
+
+    @property
+    def _trained(self) -> Tensor:
+        return self.weight_v if self.basis else self.weight_u
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _make_parameters(self, bias: bool, device, dtype) -> None:
+        shape = self._weight_shape()
+        fan_in = math.prod(shape[1:])
+        if self.basis and fan_in == 0:
+            raise ValueError(describe(type(self).__name__, "a unit", "has no inputs", "at least one for basis=True"))
+        trained = (shape[0], fan_in - 1) if self.basis else shape
+        self.register_parameter(self._trained_name, nn.Parameter(torch.empty(trained, device=device, dtype=dtype)))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.lcw_(self._trained, activation=None, basis=self.basis)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def effective_weight(self) -> Tensor:
+        """The same as ``weight``."""
+        return self.weight
+
+    @torch.no_grad()
+    def _set_weight(self, weight: Tensor) -> None:
+        weight = self._check_assigned("weight", weight, self._weight_shape())
+        self._warn_of_projection(weight, "weight is set to")
+        self._trained.copy_(self._coordinates(weight))
+
+    def _coordinates(self, weight: Tensor) -> Tensor:
+        """The trained tensor from which the layer computes this weight, or its projection."""
+        rows = weight.flatten(1).double()
+        if self.basis:
+            return lcw_coordinates(rows).to(weight.dtype)
+        return lcw_weight(rows).view(weight.shape).to(weight.dtype)
+
+    def _translate(self, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = foreign["weight"]
+        if not self.basis:
+            # Version 0.1.0 called the trained tensor "weight". A plain weight goes to the same place: it is projected.
+            exception = ". That is another function, unless an LCW layer of lcw_ops 0.1.0 wrote the state dict"
+            self._warn_of_projection(weight, "the state dict's weight has", exception)
+            return {"weight_u": weight}
+        if weight.shape == self.weight_v.shape:
+            return {"weight_v": weight}
+        weight = self._check_assigned("weight", weight, self._weight_shape())
+        self._warn_of_projection(weight, "the state dict's weight has", ". That is another function")
+        return {"weight_v": self._coordinates(weight)}
+
+    def _warn_of_projection(self, weight: Tensor, came: str, exception: str = "") -> None:
+        if self._warned or weight.is_meta or weight.dim() < 2 or not weight.is_floating_point():
+            return
+        rows = weight.detach().flatten(1).double()
+        # The roundings of a constrained weight: one in each entry, and those of the mean, which is taken in float32.
+        eps = torch.finfo(weight.dtype).eps + 64 * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
+        if (rows.sum(1).abs() > eps * rows.abs().sum(1)).any():
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: {came} rows that do not sum to zero. The layer applies the projection, the "
+                f"rows minus their means{exception}.",
+                stacklevel=6,
+            )
+
+    def __setstate__(self, state: dict) -> None:
+        rename_parameters(state, {"weight": "weight_v" if state["basis"] else "weight_u"})
+        super().__setstate__(state)
+
+
+class LCWLinear(_LCW):
+    """``nn.Linear`` whose weight has rows that sum to zero; see :func:`lcw_ops.functional.lcw_linear`.
+
+    Input (..., in_features), output (..., out_features). A unit's weights are w = P v, with a fixed matrix P and a row
+    v of the trained parameter, and <w, x> = <v, P^T x>. So each call can project the weight or the input, and projects
+    the smaller one. Nothing is cached, so nothing can be stale.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         basis: whether to use the paper's parametrization, w = B v, where the columns of B are an orthonormal basis of
-            the vectors that sum to zero, and ``weight`` is (out_features, in_features - 1). False is the centred form,
-            w = v - mean(v). Its state_dict has the keys and shapes of ``nn.Linear``'s. Under SGD with momentum and
-            weight decay, w takes the same steps in both forms.
+            the vectors that sum to zero. False is the centred form, w = u - mean(u). Under SGD with momentum and weight
+            decay, w takes the same steps in both forms.
+
+    ``weight`` (out_features, in_features) is computed at every reading, and gradients flow through it. ``layer.weight =
+    tensor`` sets the trained parameter, which is ``weight_u`` (out_features, in_features) in the centred form and
+    ``weight_v`` (out_features, in_features - 1) with ``basis``. A tensor whose rows do not sum to zero is projected,
+    with one warning per layer. An edit of ``weight`` in place changes nothing.
 
     :func:`lcw_ops.init.lcw_` draws the initial weights from N(0, 1 / in_features), which suits standardised inputs. In
-    a deep net, call it again and name the previous layer's activation function. The bias starts at 0.
+    a deep net, call it again on the trained parameter and name the previous layer's activation function. The bias
+    starts at 0.
+
+    State dicts of ``nn.Linear`` and of version 0.1.0 load.
 
     Raises:
         ValueError: in a forward pass, an input of the wrong shape.
@@ -43,6 +136,8 @@ class LCWLinear(nn.Linear):
 
     Source: T. Kutsuna, ECML PKDD 2019, arXiv 2403.13833; the centred form is ours.
     """
+
+    _plain = nn.Linear
 
     def __init__(
         self,
@@ -53,75 +148,128 @@ class LCWLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
         self.basis = basis
-        super().__init__(in_features, out_features, bias, device, dtype)
-        _make_parameters(self)
+        self._make_parameters(bias, device, dtype)
 
-    def reset_parameters(self) -> None:
-        _reset_parameters(self)
+    @classmethod
+    def from_linear(cls, layer: nn.Module, basis: bool = False) -> "LCWLinear":
+        """A layer with the weight of a trained layer, projected: minus its row means. Its outputs are others.
 
-    def effective_weight(self) -> Tensor:
-        """(out_features, in_features), rows that sum to zero."""
-        return F.lcw_weight(self.weight, self.basis)
+        For inputs x, the outputs change by -mean(w) * sum(x) per unit. :func:`lcw_ops.convert` can let the bias take up
+        the mean of that.
+
+        Args:
+            layer: a linear layer, plain, parametrized or ours. Its device, dtype and training mode are kept, its frozen
+                parameters stay frozen, and if it has no bias, the new layer has none.
+            basis: as in the constructor.
+
+        Raises:
+            TypeError: not a linear layer.
+            ValueError: the layer applies an activation, which would be lost.
+        """
+        weight, bias = applied_parameters(f"{cls.__name__}.from_linear", layer, nn.Linear)
+        made = make_empty(
+            cls,
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
+            basis,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        return _fill_lcw(made.train(layer.training), weight, bias)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is applied, (out_features, in_features): rows that sum to zero."""
+        return F.lcw_weight(self._trained, self.basis)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._set_weight(value)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.lcw_linear(input, self.weight, self.bias, self.basis)
+        return F.lcw_linear(input, self._trained, self.bias, self.basis)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, basis={self.basis}"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, basis={self.basis}"
 
 
-def _takes_arguments_of(plain: type[nn.Module]) -> Callable[[Callable], Callable]:
-    """Give ``__init__`` the signature of ``plain.__init__`` plus ``basis``, for help() and torch.nn.utils.skip_init."""
+class _LCWConv(_LCW, Convolution):
+    """The code shared by the 1d, 2d and 3d layers."""
 
-    def decorate(init: Callable) -> Callable:
-        arguments = inspect.signature(plain.__init__)
-        basis = inspect.signature(init).parameters["basis"]
-        together = arguments.replace(parameters=[*arguments.parameters.values(), basis])
-        init.__signature__ = together  # type: ignore[attr-defined]
-        return init
+    _derived: DerivedWeight
 
-    return decorate
-
-
-class _LCWConv(nn.modules.conv._ConvNd):
-    """The code shared by the 1d, 2d and 3d layers. torch's classes do the rest."""
-
-    def __init__(self, *args, basis: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        basis: bool = False,
+    ) -> None:
+        arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(self._plain(*arguments, device="meta", dtype=dtype))
         self.basis = basis
-        super().__init__(*args, **kwargs)
-        self._filter_shape = tuple(self.weight.shape[1:])
         self._derived = DerivedWeight()
-        _make_parameters(self)
+        self._make_parameters(bias, device, dtype)
 
-    def reset_parameters(self) -> None:
-        _reset_parameters(self)
+    @classmethod
+    def from_conv(cls, layer: nn.Module, basis: bool = False) -> "_LCWConv":
+        """A layer with the filters of a trained convolution, projected, as in :meth:`LCWLinear.from_linear`."""
+        weight, bias = applied_parameters(f"{cls.__name__}.from_conv", layer, cls._plain)
+        options = cls._arguments_of(layer)
+        made = make_empty(cls, **options, bias=bias is not None, basis=basis, device=weight.device, dtype=weight.dtype)
+        return _fill_lcw(made.train(layer.training), weight, bias)
 
-    def effective_weight(self) -> Tensor:
-        """(out_channels, in_channels / groups, *kernel_size); every filter sums to zero."""
-        return self._constrain(self.weight)
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, *self._filter_shape)
 
-    def _constrain(self, weight: Tensor) -> Tensor:
-        constrained = F.lcw_weight(weight, self.basis)
+    @property
+    def weight(self) -> Tensor:
+        """The filters that are applied, (out_channels, in_channels / groups, *kernel_size): each sums to zero."""
+        kept = self._derived.kept(self._constrain, self.training, self._trained)
+        return self._constrain(self._trained) if kept is None else kept.clone()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._set_weight(value)
+
+    def _constrain(self, trained: Tensor) -> Tensor:
+        constrained = F.lcw_weight(trained, self.basis)
         return constrained.view(-1, *self._filter_shape) if self.basis else constrained
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self._derived.get(self.weight, self._constrain, self.training)
+        weight = self._derived.get(self._trained, self._constrain, self.training)
         return self._conv_forward(input, weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, basis={self.basis}"
 
 
-class LCWConv1d(_LCWConv, nn.Conv1d):
+class LCWConv1d(_LCWConv):
     """``nn.Conv1d`` whose filters sum to zero. It takes ``basis`` as well; see :class:`LCWConv2d`."""
 
-    @_takes_arguments_of(nn.Conv1d)
-    def __init__(self, *args, basis: bool = False, **kwargs) -> None:
-        super().__init__(*args, basis=basis, **kwargs)
+    _plain = nn.Conv1d
+    _conv_forward = nn.Conv1d._conv_forward
 
 
-class LCWConv2d(_LCWConv, nn.Conv2d):
+class LCWConv2d(_LCWConv):
     """``nn.Conv2d`` whose filters sum to zero, each over the kernel and the input channels of its group.
 
     Input (N, C_in, H, W) or (C_in, H, W), output as ``nn.Conv2d``'s. Zero padding differs from the inputs' mean, so an
@@ -131,10 +279,11 @@ class LCWConv2d(_LCWConv, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in ``nn.Conv2d``.
-        basis: whether to use the paper's parametrization, ``weight`` (C_out, m - 1) with m = C_in / groups * kH * kW.
-            False is the centred form, whose state_dict has the keys and shapes of ``nn.Conv2d``'s.
+        basis: whether to use the paper's parametrization, which trains ``weight_v`` (C_out, m - 1) with m = C_in /
+            groups * kH * kW. False is the centred form, which trains ``weight_u`` in the shape of ``nn.Conv2d``'s
+            weight.
 
-    Weights and bias start as in :class:`LCWLinear`.
+    The notes of :class:`LCWLinear` on initial values, on ``weight`` and on state dicts hold here too.
 
     Raises:
         ValueError: ``basis=True`` with empty filters, and the errors of ``nn.Conv2d``.
@@ -142,31 +291,21 @@ class LCWConv2d(_LCWConv, nn.Conv2d):
     Source: as :class:`LCWLinear`; taking a filter as the unit is ours.
     """
 
-    @_takes_arguments_of(nn.Conv2d)
-    def __init__(self, *args, basis: bool = False, **kwargs) -> None:
-        super().__init__(*args, basis=basis, **kwargs)
+    _plain = nn.Conv2d
+    _conv_forward = nn.Conv2d._conv_forward
 
 
-class LCWConv3d(_LCWConv, nn.Conv3d):
+class LCWConv3d(_LCWConv):
     """``nn.Conv3d`` whose filters sum to zero. It takes ``basis`` as well; see :class:`LCWConv2d`."""
 
-    @_takes_arguments_of(nn.Conv3d)
-    def __init__(self, *args, basis: bool = False, **kwargs) -> None:
-        super().__init__(*args, basis=basis, **kwargs)
+    _plain = nn.Conv3d
+    _conv_forward = nn.Conv3d._conv_forward
 
 
-def _make_parameters(module: Any) -> None:
-    """In the basis form, make ``weight`` (units, m - 1), where m is the number of a unit's (flattened) inputs."""
-    if module.basis:
-        weight = module.weight
-        if math.prod(weight.shape[1:]) == 0:
-            raise ValueError(describe(type(module).__name__, "a unit", "has no inputs", "at least one for basis=True"))
-        module.weight = nn.Parameter(weight.new_empty(weight.shape[0], math.prod(weight.shape[1:]) - 1))
-        module.reset_parameters()
-
-
-def _reset_parameters(module: Any) -> None:
-    # torch's constructor calls this too, before the parameter of the basis form exists.
-    init.lcw_(module.weight, activation=None, basis=module.basis and module.weight.dim() == 2)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+@torch.no_grad()
+def _fill_lcw(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    module._trained.copy_(module._coordinates(weight))
+    module._trained.requires_grad_(weight.requires_grad)
+    if bias is not None:
+        module.bias.copy_(bias).requires_grad_(bias.requires_grad)
+    return module

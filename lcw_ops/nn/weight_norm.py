@@ -4,22 +4,103 @@ T. Salimans, D. P. Kingma, "Weight Normalization", NeurIPS 2016, arXiv 1602.0786
 """
 
 import math
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
 from lcw_ops.nn._derived import DerivedWeight
-from lcw_ops.nn._layers import Convolution, applied_parameters, are_per_unit, check_fan_in, make_empty
+from lcw_ops.nn._layers import (
+    ConstrainedLayer,
+    Convolution,
+    applied_parameters,
+    are_per_unit,
+    check_fan_in,
+    in_format_of,
+    make_empty,
+    rename_parameters,
+)
 from lcw_ops.reference import normalize_scale
 
 
-class WeightNormLinear(nn.Module):
-    """``nn.Linear`` with weight ``scale * weight / ||weight||``; see :func:`lcw_ops.functional.weight_norm_linear`.
+class _WeightNorm(ConstrainedLayer):
+    """The code shared by all weight-norm layers."""
 
-    The layer starts with the initial weights of ``nn.Linear``, and with scale = ||weight||. A zero row is a unit of
-    weight zero, and its weight and scale get zero gradients.
+    _FOREIGN = ("weight", "scale", "parametrizations.weight.original0", "parametrizations.weight.original1")
+
+    weight_v: nn.Parameter
+    weight_g: nn.Parameter
+    bias: nn.Parameter | None
+    _derived: DerivedWeight
+
+    def _make_parameters(self, shape: tuple[int, ...], bias: bool, device, dtype) -> None:
+        check_fan_in(self, math.prod(shape[1:]))
+        ones = (1,) * (len(shape) - 1)
+        self.weight_v = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight_g = nn.Parameter(torch.empty(shape[0], *ones, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        )
+        self._derived = DerivedWeight()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        # As torch's layers do: weights and bias from U(+-1 / sqrt(fan-in)).
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(math.prod(self.weight_v.shape[1:]))
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.weight_g.copy_(_lengths(self.weight_v))
+
+    def effective_weight(self) -> Tensor:
+        """The same as ``weight``."""
+        return self.weight
+
+    def _weight(self) -> Tensor:
+        kept = self._derived.kept(self._normalise, self.training, self.weight_v, self.weight_g)
+        return self._normalise(self.weight_v, self.weight_g) if kept is None else kept.clone()
+
+    @staticmethod
+    def _normalise(weight_v: Tensor, weight_g: Tensor) -> Tensor:
+        if weight_v.dim() == 2:
+            return F.normalize_scale(weight_v, weight_g)
+        filters = F.normalize_scale(weight_v.flatten(1), weight_g).view(weight_v.shape)
+        return in_format_of(filters, weight_v)
+
+    @torch.no_grad()
+    def _set_weight(self, weight: Tensor) -> None:
+        weight = self._check_assigned("weight", weight, tuple(self.weight_v.shape))
+        self.weight_v.copy_(weight)
+        self.weight_g.copy_(_lengths(weight))
+
+    def _translate(self, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
+        originals = [foreign.get(f"parametrizations.weight.original{index}") for index in (0, 1)]
+        if originals[0] is not None and originals[1] is not None:
+            return {"weight_g": originals[0], "weight_v": originals[1]}
+        weight, scale = foreign.get("weight"), foreign.get("scale")
+        if weight is None:
+            return {}
+        if scale is None:
+            return {"weight_g": _lengths(weight), "weight_v": weight}
+        # Version 0.1.0: the scale was a vector.
+        return {"weight_g": scale.reshape(-1, *(1,) * (weight.dim() - 1)), "weight_v": weight}
+
+    def __setstate__(self, state: dict) -> None:
+        rename_parameters(state, {"weight": "weight_v", "scale": "weight_g"})
+        weight_v, weight_g = (state["_parameters"].get(name) for name in ("weight_v", "weight_g"))
+        if weight_v is not None and weight_g is not None and weight_g.dim() == 1:
+            column = weight_g.detach().view(-1, *(1,) * (weight_v.dim() - 1))
+            state["_parameters"]["weight_g"] = nn.Parameter(column, weight_g.requires_grad)
+        super().__setstate__(state)
+
+
+class WeightNormLinear(_WeightNorm):
+    """``nn.Linear`` with weight ``g v / ||v||``; see :func:`lcw_ops.functional.weight_norm_linear`.
+
+    The layer starts with the initial weights of ``nn.Linear``, and with g = ||v||. A zero row is a unit of weight zero,
+    and its v and g get zero gradients.
 
     Input (..., m = in_features) and output (..., n = out_features) have the parameters' dtype, or autocast's.
 
@@ -27,8 +108,12 @@ class WeightNormLinear(nn.Module):
         in_features: at least 1.
         out_features, bias, device, dtype: as in ``nn.Linear``.
 
-    The parameters are weight (n, m), scale (n,), of any sign, and bias (n,) or None. In eval mode without gradients, on
-    a CPU, the normalised weight is cached until weight or scale changes.
+    The parameters are weight_v (n, m), weight_g (n, 1), of any sign, and bias (n,) or None, as with
+    ``torch.nn.utils.weight_norm``. ``weight`` (n, m) is computed at every reading, and gradients flow through it.
+    ``layer.weight = tensor`` sets v to the tensor and g to its lengths; an edit of ``weight`` in place changes nothing.
+    In eval mode without gradients, on a CPU, the normalised weight is cached until v or g changes.
+
+    State dicts of ``nn.Linear``, of torch's weight norm in both forms, and of version 0.1.0 load.
 
     Raises:
         ValueError: in_features below 1; in a forward pass, an input of the wrong shape.
@@ -37,10 +122,7 @@ class WeightNormLinear(nn.Module):
     Source: T. Salimans, D. P. Kingma, NeurIPS 2016, arXiv 1602.07868.
     """
 
-    weight: nn.Parameter
-    scale: nn.Parameter
-    bias: nn.Parameter | None
-    _derived: DerivedWeight
+    _plain = nn.Linear
 
     def __init__(
         self,
@@ -53,54 +135,50 @@ class WeightNormLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        _make_weight_norm(self, (out_features, in_features), bias, device, dtype)
+        self._make_parameters((out_features, in_features), bias, device, dtype)
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear) -> "WeightNormLinear":
-        """A layer with the outputs of a trained plain layer, up to rounding: its weight, and scale = ||weight||.
+    def from_linear(cls, layer: nn.Module) -> "WeightNormLinear":
+        """A layer with the outputs of a trained layer, up to rounding: v is its weight, and g = ||v||.
 
         Args:
-            layer: its device, dtype and training mode are kept, and its frozen parameters stay frozen. The weight that
-                it applies is converted, so it may be an :class:`~lcw_ops.nn.LCWLinear` or a parametrized layer.
+            layer: a linear layer, plain, parametrized or ours. Its device, dtype and training mode are kept, and its
+                frozen parameters stay frozen.
 
         Raises:
-            TypeError: not an ``nn.Linear``.
+            TypeError: not a linear layer.
+            ValueError: the layer applies an activation, which would be lost.
         """
         weight, bias = applied_parameters(f"{cls.__name__}.from_linear", layer, nn.Linear)
-        made = make_empty(
-            cls, layer.in_features, layer.out_features, bias is not None, device=weight.device, dtype=weight.dtype
-        )
+        units, fan_in = weight.shape
+        made = make_empty(cls, fan_in, units, bias is not None, device=weight.device, dtype=weight.dtype)
         return _fill_weight_norm(made.train(layer.training), weight, bias)
 
-    def reset_parameters(self) -> None:
-        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
-        _reset_scale(self)
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is applied, (out_features, in_features): rows of length |g|."""
+        return self._weight()
 
-    def effective_weight(self) -> Tensor:
-        """(out_features, in_features), rows of length |scale|."""
-        return F.normalize_scale(self.weight, self.scale)
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._set_weight(value)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self._derived.kept(F.normalize_scale, self.training, self.weight, self.scale)
+        weight = self._derived.kept(self._normalise, self.training, self.weight_v, self.weight_g)
         if weight is not None and (self.bias is None or are_per_unit(weight, self.bias)):
             try:
                 return nn.functional.linear(input, weight, self.bias)
             except (RuntimeError, TypeError):
                 # F.weight_norm_linear below raises the error for the argument that does not fit.
                 pass
-        return F.weight_norm_linear(input, self.weight, self.scale, self.bias)
+        return F.weight_norm_linear(input, self.weight_v, self.weight_g, self.bias)
 
     def extra_repr(self) -> str:
         return nn.Linear.extra_repr(self)  # type: ignore[arg-type]
 
 
-class _WeightNormConv(Convolution):
+class _WeightNormConv(_WeightNorm, Convolution):
     """The code shared by the 1d, 2d and 3d layers."""
-
-    weight: nn.Parameter
-    scale: nn.Parameter
-    bias: nn.Parameter | None
-    _derived: DerivedWeight
 
     def __init__(
         self,
@@ -118,32 +196,31 @@ class _WeightNormConv(Convolution):
     ) -> None:
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(self._plain(*arguments, device="meta", dtype=dtype))
-        _make_weight_norm(self, (out_channels, *self._filter_shape), bias, device, dtype)
+        self._make_parameters((out_channels, *self._filter_shape), bias, device, dtype)
 
     @classmethod
     def from_conv(cls, layer: nn.Module) -> "_WeightNormConv":
-        """A layer with the outputs of a trained plain layer, as in :meth:`WeightNormLinear.from_linear`."""
+        """A layer with the outputs of a trained convolution, as in :meth:`WeightNormLinear.from_linear`."""
         weight, bias = applied_parameters(f"{cls.__name__}.from_conv", layer, cls._plain)
         made = make_empty(
             cls, **cls._arguments_of(layer), bias=bias is not None, device=weight.device, dtype=weight.dtype
         )
         return _fill_weight_norm(made.train(layer.training), weight, bias)
 
-    def reset_parameters(self) -> None:
-        self._plain.reset_parameters(self)
-        _reset_scale(self)
+    @property
+    def weight(self) -> Tensor:
+        """The filters that are applied, (out_channels, in_channels / groups, *kernel_size), of length |g|."""
+        return self._weight()
 
-    def effective_weight(self) -> Tensor:
-        """(out_channels, in_channels / groups, *kernel_size), filters of length |scale|."""
-        return self._filters(self.weight, self.scale)
-
-    @staticmethod
-    def _filters(weight: Tensor, scale: Tensor) -> Tensor:
-        return F.normalize_scale(weight.flatten(1), scale).view(weight.shape)
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._set_weight(value)
 
     def forward(self, input: Tensor) -> Tensor:
-        filters = self._derived.kept(self._filters, self.training, self.weight, self.scale)
-        return self._conv_forward(input, self.effective_weight() if filters is None else filters, self.bias)
+        filters = self._derived.kept(self._normalise, self.training, self.weight_v, self.weight_g)
+        if filters is None:
+            filters = self._normalise(self.weight_v, self.weight_g)
+        return self._conv_forward(input, filters, self.bias)
 
 
 class WeightNormConv1d(_WeightNormConv):
@@ -154,16 +231,16 @@ class WeightNormConv1d(_WeightNormConv):
 
 
 class WeightNormConv2d(_WeightNormConv):
-    """``nn.Conv2d`` whose filters are ``scale * weight / ||weight||``, with the norm of each whole filter.
+    """``nn.Conv2d`` whose filters are ``g v / ||v||``, with the norm of each whole filter.
 
     Input (N, C_in, H, W) or (C_in, H, W), output as ``nn.Conv2d``'s. The notes of :class:`WeightNormLinear` on
-    initialisation, on zero rows and on inference hold here too.
+    initialisation, on zero rows, on ``weight``, on state dicts and on inference hold here too.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in ``nn.Conv2d``.
 
-    The parameters are weight and bias, in the shapes of ``nn.Conv2d``'s, and scale (C_out,).
+    The parameters are weight_v and bias, in the shapes of ``nn.Conv2d``'s, and weight_g (C_out, 1, 1, 1).
 
     Raises:
         ValueError: empty filters, and the errors of ``nn.Conv2d``.
@@ -182,33 +259,20 @@ class WeightNormConv3d(_WeightNormConv):
     _conv_forward = nn.Conv3d._conv_forward
 
 
-def _make_weight_norm(
-    module: WeightNormLinear | _WeightNormConv, shape: tuple[int, ...], bias: bool, device, dtype
-) -> None:
-    check_fan_in(module, math.prod(shape[1:]))
-    module.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-    module.scale = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
-    module.register_parameter("bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None)
-    module._derived = DerivedWeight()
-    module.reset_parameters()
-
-
-@torch.no_grad()
-def _reset_scale(module: WeightNormLinear | _WeightNormConv) -> None:
-    rows = module.weight.flatten(1).to(torch.promote_types(module.weight.dtype, torch.float32))
+def _lengths(weight: Tensor) -> Tensor:
+    """The length of every row or filter, in torch's shape (n, 1, ...)."""
+    rows = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     # The length as <w, w / ||w||>: no entry is squared, so no length overflows or underflows.
-    module.scale.copy_((rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1))
-
-
-WeightNormLayer = TypeVar("WeightNormLayer", WeightNormLinear, _WeightNormConv)
+    lengths = (rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1)
+    return lengths.view(-1, *(1,) * (weight.dim() - 1)).to(weight.dtype)
 
 
 @torch.no_grad()
-def _fill_weight_norm(module: WeightNormLayer, weight: Tensor, bias: Tensor | None) -> WeightNormLayer:
-    module.weight.copy_(weight)
-    _reset_scale(module)
-    for parameter in (module.weight, module.scale):
+def _fill_weight_norm(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    module.weight_v.copy_(weight)
+    module.weight_g.copy_(_lengths(weight))
+    for parameter in (module.weight_v, module.weight_g):
         parameter.requires_grad_(weight.requires_grad)
-    if bias is not None and module.bias is not None:
+    if bias is not None:
         module.bias.copy_(bias).requires_grad_(bias.requires_grad)
     return module

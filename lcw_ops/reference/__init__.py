@@ -12,7 +12,7 @@ from lcw_ops.reference.hypersphere import (
     hypersphere_direction_backward,
     hypersphere_direction_jvp,
 )
-from lcw_ops.reference.lcw_linear import activation_shift, lcw_basis, lcw_linear, lcw_weight
+from lcw_ops.reference.lcw_linear import activation_shift, lcw_basis, lcw_coordinates, lcw_linear, lcw_weight
 from lcw_ops.reference.lps import (
     activation_variance,
     anchored,
@@ -45,6 +45,7 @@ __all__ = [
     "hypersphere_direction_jvp",
     "joint",
     "lcw_basis",
+    "lcw_coordinates",
     "lcw_linear",
     "lcw_weight",
     "normalize_scale",

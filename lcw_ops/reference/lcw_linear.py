@@ -48,6 +48,32 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     return (u - u.mean(dim=tuple(range(1, u.dim())), keepdim=True)).to(weight.dtype)
 
 
+def lcw_coordinates(weight: Tensor) -> Tensor:
+    """Rows v with lcw_weight(v, basis=True) equal to the rows w of ``weight``, if these sum to zero.
+
+    v = B^T w for the Householder basis B: with s = sqrt(m) and S the sum of the first m - 1 entries of w,
+    v_j = w_j - (S / (s + 1) + w_m) / s. For other rows w, the result belongs to w - mean(w), the nearest zero-sum row.
+
+    Args:
+        weight: (n, m), m >= 1, any floating dtype; 16-bit rows are computed in float32.
+
+    Returns:
+        (n, m-1), of the weight's dtype.
+
+    Raises:
+        TypeError: a dtype that is not floating.
+        ValueError: a rank other than 2, or m = 0.
+
+    Source: derived here.
+    """
+    dtype = accumulation_dtype("lcw_coordinates", weight=weight)
+    check_rows("lcw_coordinates", "weight", weight, least_fan_in=1)
+    w = weight.to(dtype)
+    s = math.sqrt(w.shape[1])
+    first, last = w[:, :-1], w[:, -1:]
+    return (first - (first.sum(dim=1, keepdim=True) / (s + 1) + last) / s).to(weight.dtype)
+
+
 def lcw_basis(m: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Tensor:
     """The dense basis B (m, m-1) of the vectors that sum to zero: lcw_weight(v, basis=True) == v @ B.T.
 

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +39,7 @@ def draw_per_unit_(layer):
     return layer
 
 
-def layers(**options):
+def gmp_layers(**options):
     """One layer of each kind, with its input."""
     image = (2, 4, 7, 8)
     made = [
@@ -47,12 +49,38 @@ def layers(**options):
         (nn.GmPConv2d(4, 6, 3, **options), image),
         (nn.GmPConv2d(4, 6, 3, activation="relu", groups=2, **options), image),
         (nn.GmPConv3d(4, 6, (1, 2, 3), **options), (2, 4, 3, 4, 5)),
+    ]
+    return with_inputs(made, options)
+
+
+def weight_norm_layers(**options):
+    """One layer of each kind, with its input."""
+    made = [
         (nn.WeightNormLinear(6, 5, **options), (4, 6)),
         (nn.WeightNormConv1d(4, 6, 3, **options), (2, 4, 9)),
-        (nn.WeightNormConv2d(4, 6, 3, groups=2, **options), image),
+        (nn.WeightNormConv2d(4, 6, 3, groups=2, **options), (2, 4, 7, 8)),
         (nn.WeightNormConv3d(4, 6, (1, 2, 3), **options), (2, 4, 3, 4, 5)),
     ]
+    return with_inputs(made, options)
+
+
+def with_inputs(made, options):
     return [(draw_per_unit_(layer), torch.randn(shape, dtype=options.get("dtype"))) for layer, shape in made]
+
+
+class Stem(NamedTuple):
+    """The layers of one method."""
+
+    # The function that a linear layer calls, which its messages name.
+    op: str
+    linear: type
+    convs: tuple[type, ...]
+    # options -> a layer of each kind, with its input
+    layers: Callable
+
+
+GMP = Stem("gmp_linear", nn.GmPLinear, GMP_CONVS, gmp_layers)
+WEIGHT_NORM = Stem("weight_norm_linear", nn.WeightNormLinear, WEIGHT_NORM_CONVS, weight_norm_layers)
 
 
 def magnitude(layer, x):
