@@ -338,7 +338,13 @@ def wrap_conversions(wrap: Callable) -> None:
     torch.nn.Module._apply = wrap(torch.nn.Module._apply)  # type: ignore[method-assign]
 
 
-# The rest of this file is about the hooks of modules.
+# The rest of this file is about modules.
+
+# The parametrization of torch.nn.utils.parametrizations.weight_norm. Its ``dim`` is -1 for a norm over all entries.
+WeightNormParametrization = torch.nn.utils.parametrizations._WeightNorm
+
+# The base class of the transposed convolutions.
+ConvTranspose = torch.nn.modules.conv._ConvTransposeNd
 
 _HOOKS_OF_MODULES = (
     "_backward_pre_hooks",
@@ -358,7 +364,8 @@ _HOOKS_OF_MODULES = (
 
 def hooks_of_module(module: torch.nn.Module) -> dict[str, Any]:
     """The dictionaries of the module's hooks by attribute, and the flag that says of which kind backward hooks are."""
-    return {name: getattr(module, name) for name in _HOOKS_OF_MODULES}
+    attributes = vars(module)
+    return {name: attributes[name] for name in _HOOKS_OF_MODULES}
 
 
 def bind_hook(hook: Callable, module: torch.nn.Module) -> Callable:

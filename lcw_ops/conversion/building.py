@@ -1,5 +1,8 @@
 """New layers from old ones. Where both train a tensor of the same kind, the new layer takes the very parameter."""
 
+import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +10,10 @@ from torch import Tensor, nn
 
 from lcw_ops import _torch
 from lcw_ops import nn as ours
-from lcw_ops.nn._refusals import applied_weight, plain_type, weight_norm_tensors
+from lcw_ops._checks import describe
+from lcw_ops._layer_kinds import is_linear
+from lcw_ops.nn._refusals import applied_weight, weight_norm_tensors
+from lcw_ops.nn.hypersphere import _coordinates as coordinates
 from lcw_ops.reference import normalize_scale
 
 _LCW = (ours.LCWLinear, ours.LCWConv1d, ours.LCWConv2d, ours.LCWConv3d)
@@ -30,41 +36,44 @@ def is_weight_norm(layer: nn.Module) -> bool:
     return isinstance(layer, _WEIGHT_NORM)
 
 
-def namesake(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of torch.nn whose place a layer class of this package takes."""
-    for group in (_LCW, _GMP, _WEIGHT_NORM):
-        for own, plain in zip(group, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), strict=True):
-            if issubclass(kind, own):
-                return plain
-    return None
+def trained_tensors(layer: Any) -> list[Tensor]:
+    """The tensors from which a layer of this package computes its weight."""
+    if is_lcw(layer):
+        return [layer.weight_v if layer.basis else layer.weight_u]
+    return [layer.angles, layer.radius] if is_gmp(layer) else [layer.weight_v, layer.weight_g]
 
 
 def fits(new: type[nn.Module], old: type[nn.Module]) -> bool:
-    """Whether the new class can take the place of layers of the old class."""
-    plain = namesake(old) or next((p for p in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if issubclass(old, p)), None)
-    return plain is not None and namesake(new) is plain
+    """Whether the new class, one of ours, can take the place of layers of the old class."""
+    return issubclass(getattr(old, "_plain", old), new._plain)  # type: ignore[attr-defined]
 
 
-def build(old: nn.Module, target: Any) -> nn.Module | str:
-    """The new layer, or the reason why the old one stays."""
-    if not isinstance(target, type):
-        made = target(old)
-        if not isinstance(made, nn.Module):
-            raise TypeError(f"convert: the function for {type(old).__name__} returned a {type(made).__name__}; "
-                            "expected a module.")
-        return made
-    if issubclass(target, _GMP):
-        return _build_gmp(old, target)
-    if issubclass(target, _LCW):
-        return _build_lcw(old, target)
-    return _build_weight_norm(old, target)
+def build(pairs: list[tuple[nn.Module, Any]]) -> list[nn.Module | str]:
+    """For each old layer and what it is to become, the new layer, or the reason why the old one stays."""
+    results: dict[int, nn.Module | str] = {}
+    together: dict[tuple, list[int]] = {}
+    for index, (old, target) in enumerate(pairs):
+        if not isinstance(target, type):
+            results[index] = _call(target, old)
+        elif issubclass(target, _GMP):
+            weight = applied_weight(old)
+            key = (weight.shape[1:].numel(), weight.dtype, weight.device)
+            together.setdefault(key, []).append(index)
+        elif issubclass(target, _LCW):
+            results[index] = _build_lcw(old, target)
+        else:
+            results[index] = _build_weight_norm(old, target)
+    for indices in together.values():
+        results.update(zip(indices, _build_gmp([pairs[index] for index in indices]), strict=True))
+    return [results[index] for index in range(len(pairs))]
 
 
-def plain_weight(layer: nn.Module) -> Tensor:
-    """The weight that a layer applies, plain or one of this package's."""
-    if plain_type(layer) is not None and not isinstance(layer, OURS):
-        return applied_weight(layer)
-    return layer.effective_weight() if hasattr(layer, "effective_weight") else layer.weight  # type: ignore
+def _call(function: Callable, old: nn.Module) -> nn.Module:
+    made = function(old)
+    if not isinstance(made, nn.Module):
+        came = f"has a function for {type(old).__name__} that returns a {type(made).__name__}"
+        raise TypeError(describe("convert", "layers", came, "a function that returns the new layer"))
+    return made
 
 
 def has_hooks(parameter: nn.Parameter) -> bool:
@@ -78,7 +87,7 @@ def successors(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[str]]:
     staying = {parameter: [by_id[id(parameter)]] for parameter in old.parameters() if id(parameter) in by_id}
     bias = old._parameters.get("bias")
     others = [parameter for parameter in old.parameters() if parameter is not bias]
-    of_bias = [name for name in ("bias", "location") if name in names]
+    of_bias: list[str] = [name for name in ("bias", "location") if name in names]
     of_weight = [name for name in names if name not in of_bias]
     result: dict[nn.Parameter, list[str]] = {}
     if others:
@@ -91,57 +100,118 @@ def successors(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[str]]:
     return result
 
 
-def _empty(old: Any, kind: type[nn.Module], weight: Tensor) -> Any:
-    """A layer of the class in the old one's sizes, without values."""
-    options = {"bias": old.bias is not None, "device": "meta", "dtype": weight.dtype}
-    if isinstance(old, nn.Linear) or hasattr(old, "in_features"):
-        return kind(old.in_features, old.out_features, **options)
-    return kind(**{name: getattr(old, name) for name in _CONVOLUTION}, **options)
+def empty(old: Any, kind: Any, dtype: torch.dtype, has_bias: bool) -> Any:
+    """A layer of the class in the old one's sizes, on the meta device: its tensors are still to be given."""
+    if is_linear(old):
+        arguments: tuple = (("in_features", old.in_features), ("out_features", old.out_features))
+    else:
+        arguments = tuple((name, getattr(old, name)) for name in _CONVOLUTION)
+    template = _template(kind, arguments, dtype, has_bias)
+    made = kind.__new__(kind)
+    for name, value in vars(template).items():
+        vars(made)[name] = value.copy() if isinstance(value, (dict, set)) else copy.deepcopy(value)
+    return made
 
 
-def _build_gmp(old: nn.Module, kind: Any) -> nn.Module | str:
-    weight = plain_weight(old)
-    if weight.dtype in (torch.bfloat16, torch.float16):
-        return f"angles in {str(weight.dtype).removeprefix('torch.')} are too coarse; convert in float32 and use autocast"
+@functools.lru_cache(maxsize=64)
+def _template(kind: Any, arguments: tuple, dtype: torch.dtype, has_bias: bool) -> nn.Module:
+    """Layers of one size are made once: a constructor draws initial values, also on the meta device."""
+    return kind(**dict(arguments), bias=has_bias, device="meta", dtype=dtype)
+
+
+# Rows are turned into angles together, up to this many numbers at a time.
+_ROWS_AT_ONCE = 2**22
+
+
+def _build_gmp(pairs: list[tuple[nn.Module, Any]]) -> list[nn.Module | str]:
+    """GmP layers of one fan-in, dtype and device. Thousands of small layers are computed in a few calls."""
+    results: list[nn.Module | str] = []
+    start = 0
+    while start < len(pairs):
+        stop, numbers = start, 0
+        while stop < len(pairs) and (stop == start or numbers < _ROWS_AT_ONCE):
+            numbers += applied_weight(pairs[stop][0]).numel()
+            stop += 1
+        results += _build_some_gmp(pairs[start:stop])
+        start = stop
+    return results
+
+
+@torch.no_grad()
+def _build_some_gmp(pairs: list[tuple[Any, Any]]) -> list[nn.Module | str]:
+    weights = [applied_weight(old) for old, _ in pairs]
+    dtype = weights[0].dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        reason = f"angles in {name} are too coarse to keep its function; convert in float32, and use autocast"
+        return [reason] * len(pairs)
+    made = [empty(old, kind, dtype, old.bias is not None) for old, kind in pairs]
+    rows = torch.cat([weight.flatten(1) for weight in weights])
+    biases = [old.bias for old, _ in pairs]
+    filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
     try:
-        return (kind.from_linear if hasattr(kind, "from_linear") else kind.from_conv)(old)
+        together = coordinates("convert", made[0], rows, torch.cat(filled))
     except ValueError as error:
-        return f"GmP cannot express it: {error}"
+        if len(pairs) == 1:
+            return [f"GmP cannot express it: {error}"]
+        return [result for pair in pairs for result in _build_some_gmp([pair])]
+    units = [len(weight) for weight in weights]
+    per_layer = {name: value.split(units) for name, value in together._asdict().items() if value is not None}
+    for index, ((old, _), new) in enumerate(zip(pairs, made, strict=True)):
+        for name, values in per_layer.items():
+            value = values[index].clone()
+            if name in new._buffers:
+                new._buffers[name] = value
+            else:
+                source = old.bias if name == "location" else weights[index]
+                new._parameters[name] = nn.Parameter(value, source.requires_grad)
+    return list(made)
 
 
 def _build_lcw(old: Any, kind: Any) -> nn.Module:
-    weight = plain_weight(old)
-    made = _empty(old, kind, weight)
-    trained = "weight_u" if "weight_u" in made._parameters else "weight"
-    # A weight norm is given up: its product becomes the parameter.
-    is_parameter = isinstance(old._parameters.get("weight"), nn.Parameter)
-    made._parameters[trained] = old.weight if is_parameter else nn.Parameter(weight.detach().clone(), weight.requires_grad)
-    made._parameters["bias"] = old._parameters.get("bias")
+    weight = _trained_weight(old)
+    made = empty(old, kind, weight.dtype, old.bias is not None)
+    made.weight_u = weight
+    _give_bias(made, old)
     return made
 
 
 def _build_weight_norm(old: Any, kind: Any) -> nn.Module:
     normed = weight_norm_tensors(old)
-    weight = plain_weight(old)
-    made = _empty(old, kind, weight)
-    v, g = ("weight_v", "weight_g") if "weight_v" in made._parameters else ("weight", "scale")
-    if normed is not None:
-        made._parameters[v] = normed.v
-        made._parameters[g] = normed.g if g == "weight_g" else nn.Parameter(normed.g.detach().flatten())
-    else:
-        is_parameter = isinstance(old._parameters.get("weight"), nn.Parameter)
-        parameter = old.weight if is_parameter else nn.Parameter(weight.detach().clone(), weight.requires_grad)
-        made._parameters[v] = parameter
-        lengths = _lengths(weight).view(made._parameters[g].shape)
-        made._parameters[g] = nn.Parameter(lengths, weight.requires_grad)
-    made._parameters["bias"] = old._parameters.get("bias")
+    v = _trained_weight(old) if normed is None else normed.v
+    made = empty(old, kind, v.dtype, old.bias is not None)
+    made.weight_v = v
+    made.weight_g = nn.Parameter(_lengths(v), v.requires_grad) if normed is None else normed.g
+    _give_bias(made, old)
     return made
+
+
+def _trained_weight(old: Any) -> nn.Parameter:
+    """The weight of a plain layer itself. For another layer, what it applies."""
+    weight = old._parameters.get("weight")
+    if weight is None:
+        applied = applied_weight(old)
+        weight = nn.Parameter(applied.detach().clone(), applied.requires_grad)
+    return weight
+
+
+def _give_bias(made: nn.Module, old: Any) -> None:
+    bias = old.bias
+    if bias is None or isinstance(bias, nn.Parameter):
+        made._parameters["bias"] = bias
+    else:
+        # A GmP layer computes it.
+        made._parameters["bias"] = nn.Parameter(bias.detach().clone(), bias.requires_grad)
 
 
 @torch.no_grad()
 def _lengths(weight: Tensor) -> Tensor:
-    """||w|| of each unit, as <w, w / ||w||>: no entry is squared, so no length overflows or underflows."""
-    rows = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    return (rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1).to(weight.dtype)
-
-
+    """The length of every row or filter, in torch's shape (n, 1, ...)."""
+    rows = weight.detach().flatten(1)
+    if weight.dtype == torch.float64:
+        # <w, w / ||w||>: no entry is squared, so no length overflows or underflows.
+        lengths = (rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1)
+    else:
+        # In float64, no square of a number of fewer bits overflows or underflows.
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return lengths.view(-1, *(1,) * (weight.dim() - 1)).to(weight.dtype)

@@ -1,6 +1,7 @@
 """Put new layers in the places of old ones, with all that belongs to a layer beside its tensors; and take it back."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,13 +35,23 @@ class Exchange:
     def name(self) -> str:
         return self.site.name
 
+    def parameter_name(self, own: str) -> str:
+        """The name in the model of a parameter of the new layer."""
+        return f"{self.name}.{own}" if self.name else own
 
-def prepare(exchange: Exchange) -> None:
-    """Give the new layer the old one's hooks, training flag and extra attributes. The old layer is only read."""
+
+def prepare(exchange: Exchange, own_attributes: frozenset[str] = frozenset()) -> None:
+    """Give the new layer the old one's hooks, training flag and extra attributes. The old layer is only read.
+
+    ``own_attributes`` belong to the old layer's class, and mean nothing to the new layer.
+    """
     old, new = exchange.old, exchange.new
-    exchange.replaced_hooks = tuple(key for key, _ in weight_norm_hooks(old))
+    if old._forward_pre_hooks:
+        exchange.replaced_hooks = tuple(key for key, _ in weight_norm_hooks(old))
     for name, hooks in _torch.hooks_of_module(old).items():
         if isinstance(hooks, dict):
+            if not hooks:
+                continue
             kept = {key: hook for key, hook in hooks.items() if not _is_replaced(name, key, exchange)}
             vars(new)[name] = type(hooks)(_merge(name, kept, getattr(new, name), new))
         elif hooks is not None:
@@ -49,8 +60,9 @@ def prepare(exchange: Exchange) -> None:
     for module in new.modules():
         module.training = old.training
     for name, value in vars(old).items():
-        # torch's older weight norm and the like keep a tensor there, which the new layer computes.
-        if name not in vars(new) and not hasattr(type(new), name) and not isinstance(value, Tensor):
+        # torch's older weight norm keeps a tensor there, which the new layer computes.
+        is_extra = name not in own_attributes and name not in vars(new) and not hasattr(type(new), name)
+        if is_extra and not isinstance(value, Tensor):
             vars(new)[name] = value
 
 
@@ -114,19 +126,23 @@ def _hand_over_hooks(exchange: Exchange) -> Callable[[], None]:
     old, new = exchange.old, exchange.new
     undo: list[Callable[[], None]] = []
     for name, hooks in _torch.hooks_of_module(old).items():
-        if not isinstance(hooks, dict) or not (hooks or vars(new)[name]):
+        if not isinstance(hooks, dict) or not hooks:
             continue
         before, merged = hooks.copy(), vars(new)[name].copy()
-        hooks.clear()
-        hooks.update(merged)
+        _fill(hooks, merged)
         vars(new)[name] = hooks
-        undo.append(lambda hooks=hooks, before=before: (hooks.clear(), hooks.update(before)))  # type: ignore[misc]
+        undo.append(functools.partial(_fill, hooks, before))
 
     def take_back_hooks() -> None:
         for function in undo:
             function()
 
     return take_back_hooks
+
+
+def _fill(hooks: dict, values: dict) -> None:
+    hooks.clear()
+    hooks.update(values)
 
 
 def _is_replaced(name: str, key: int, exchange: Exchange) -> bool:
@@ -151,5 +167,3 @@ def copy_of(model: nn.Module) -> nn.Module:
                 # torch copies no tensor in the middle of a graph. The hook renews this one in the next call.
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
-
-

@@ -1,5 +1,6 @@
 """``fold``: the way back. Every layer of this package becomes what it computes, in layers of torch.nn."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from lcw_ops import nn as ours
 from lcw_ops._checks import describe
+from lcw_ops._layer_kinds import is_linear, plain_kind
 from lcw_ops.conversion import building, exchange, measure
 from lcw_ops.conversion.exchange import Exchange
 from lcw_ops.conversion.measure import Inputs
@@ -61,7 +63,8 @@ def fold(model: nn.Module, inputs: Any = None, inplace: bool = False, dry_run: b
         elif reason := _reason_to_stay(site.module):
             report.left.append(Left(site.name, _name_of(site.module), reason))
     for one in exchanges:
-        exchange.prepare(one, _attributes_of(type(one.old)))
+        kind: Any = type(one.old)
+        exchange.prepare(one, _attributes_of(kind))
     report.changed += [Changed(one.name, _name_of(one.old), _description(one.new), one.note) for one in exchanges]
     report.changed += [
         Changed(site.name, f"{_name_of(site.module)}, {name} parametrized", _name_of(site.module))
@@ -103,22 +106,22 @@ def _reason_to_stay(layer: nn.Module) -> str | None:
 def _plain_layer(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module, str]:
     layer: Any = site.module
     weight, bias, scale = _exact(layer)
-    kind = building.namesake(type(layer))
-    assert kind is not None
+    kind = plain_kind(layer)
     if kind is nn.Linear and any(isinstance(parent, nn.MultiheadAttention) for parent, _ in site.places):
         # torch's own class there tells quantizers that the layer's owner reads its weight and does not call it.
         kind = nn.modules.linear.NonDynamicallyQuantizableLinear
-    plain = building.empty(layer, kind, building.dtype_of(layer))
     trained = building.trained_tensors(layer)
     like = trained[0]
+    own_bias = layer._parameters.get("bias")
+    plain = building.empty(layer, kind, like.dtype, bias is not None or own_bias is not None)
     rounded = weight.to(like.dtype).view(plain.weight.shape)
-    if building.is_channels_last(trained, layer):
-        rounded = rounded.contiguous(memory_format=building.is_channels_last(trained, layer))
+    if like.shape == rounded.shape:
+        # In the memory format of the trained tensor.
+        rounded = torch.empty_like(like).copy_(rounded)
     key = (type(layer), scale is None, *map(id, trained))
     requires_grad = any(tensor.requires_grad for tensor in trained)
     # Layers that share what they train go on sharing their weight.
     plain._parameters["weight"] = tied.setdefault(key, nn.Parameter(rounded, requires_grad))
-    own_bias = layer._parameters.get("bias")
     if own_bias is not None:
         plain._parameters["bias"] = own_bias
     elif bias is not None:
@@ -128,8 +131,7 @@ def _plain_layer(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module
     if scale is None:
         return nn.Sequential(plain, nn.ReLU()), ""
     radius = nn.Parameter(scale.to(like.dtype), layer.radius.requires_grad)
-    after = UnitScale(radius, -1 if kind is nn.Linear else -1 - len(layer.kernel_size))
-    after.scale = radius
+    after = UnitScale(radius, -1 if is_linear(layer) else -1 - len(layer.kernel_size))
     return nn.Sequential(plain, nn.ReLU(), after), "a radius is negative: it is applied after the ReLU"
 
 
@@ -203,13 +205,14 @@ def _description(layer: nn.Module) -> str:
     return _name_of(layer)
 
 
-def _attributes_of(kind: type[nn.Module]) -> frozenset[str]:
+@functools.lru_cache(maxsize=64)
+def _attributes_of(kind: Any) -> frozenset[str]:
     """The attributes that a layer of this class has by itself; a user may have set others."""
     if issubclass(kind, ours.OrthogonalFilterMLP):
         made: nn.Module = kind(1, 1, 1, 1, "identity", device="meta")
     elif issubclass(kind, ours.OrthogonalFilterRNN):
         made = kind(1, 1, length=1, filter="identity", device="meta")
-    elif building.namesake(kind) is nn.Linear:
+    elif kind._plain is nn.Linear:
         made = kind(2, 2, device="meta")
     else:
         made = kind(2, 2, 1, device="meta")

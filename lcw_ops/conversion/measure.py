@@ -66,7 +66,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, key, buffer, values in places:
                 module._buffers[key] = buffer
-                if not buffer.is_meta and not _same_bits(buffer, values):
+                if not buffer.is_meta and (buffer.layout is not torch.strided or not _same_bits(buffer, values)):
                     buffer.copy_(values)
 
 
@@ -184,7 +184,7 @@ def new_root(model: nn.Module, exchanges: list[Exchange]) -> nn.Module:
 def _without(exchanges: list[Exchange], corrections: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     """The new layers without the correction of their bias, which is a tensor of their own until they are committed."""
     corrected = [(exchange.new, corrections[exchange.old]) for exchange in exchanges if exchange.old in corrections]
-    kept = [new._parameters["bias"] for new, _ in corrected]
+    kept: list[Any] = [new._parameters["bias"] for new, _ in corrected]
     try:
         for (new, correction), bias in zip(corrected, kept, strict=True):
             new._parameters["bias"] = nn.Parameter(bias.detach() - correction.to(bias))
@@ -264,5 +264,4 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)) \
-        if a.numel() and a.layout is torch.strided else False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))

@@ -49,8 +49,10 @@ class Remapping:
 
     def apply(self) -> Callable[[], None]:
         """Change the groups and the state; the result undoes it."""
-        groups = [(group, {k: list(group[k]) for k in ("params", "param_names") if k in group})
-                  for group in self.optimizer.param_groups]
+        groups = [
+            (group, {k: list(group[k]) for k in ("params", "param_names") if k in group})
+            for group in self.optimizer.param_groups
+        ]
         state = dict(self.optimizer.state)
 
         def undo() -> None:
@@ -64,12 +66,10 @@ class Remapping:
             names = before.get("param_names", [""] * len(before["params"]))
             pairs = []
             for name, parameter in zip(names, before["params"], strict=True):
-                prefix = name.rpartition(".")[0]
                 if id(parameter) not in self.successors:
                     pairs.append((name, parameter))
                     continue
-                for key, new in self.successors[id(parameter)]:
-                    pairs.append((f"{prefix}.{key}" if prefix else key, new))
+                pairs += self.successors[id(parameter)]
                 if not self._stays(parameter):
                     self.optimizer.state.pop(parameter, None)
             # In place: an optimizer may have kept the list.

@@ -15,14 +15,14 @@ class UnitScale(nn.Module):
     """Multiply every unit by its own number: the radii of a GmP layer, after its ReLU.
 
     Args:
-        scale: (n,), one number per unit.
+        scale: a parameter (n,), one number per unit.
         dim: the units' dimension, counted from the end: -1 after a linear layer, -3 after a 2d convolution.
     """
 
-    def __init__(self, scale: Tensor, dim: int = -1) -> None:
+    def __init__(self, scale: nn.Parameter, dim: int = -1) -> None:
         super().__init__()
         self.dim = dim
-        self.scale = nn.Parameter(scale)
+        self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
         scale = self.scale if self.dim == -1 else self.scale.view(-1, *(1,) * (-1 - self.dim))
@@ -43,6 +43,7 @@ class _PlainOrthogonalFilter(nn.Module):
     alpha: float | Tensor | None
     beta: float | Tensor | None
     bias: nn.Parameter | None
+    activation: str
 
     def _take(self, source: Any, *names: str) -> None:
         """Take parameters, buffers, children and plain attributes of the fused module as they are."""
@@ -66,7 +67,7 @@ class _PlainOrthogonalFilter(nn.Module):
         return self
 
     def _states(self, h0: Tensor, weight: Tensor, inputs: Tensor | None, return_states: bool) -> Tensor:
-        tensors = [h0, weight, self.bias, inputs]
+        tensors: list[Any] = [h0, weight, self.bias, inputs]
         is_autocast = not h0.is_meta and torch.is_autocast_enabled(h0.device.type)
         if is_autocast:
             # The state in 16 bits would lose steps of size beta.
@@ -90,6 +91,12 @@ class PlainOrthogonalFilterMLP(_PlainOrthogonalFilter):
         input (*, in_features) -> output (*, out_features).
     """
 
+    input_layer: nn.Module
+    output_layer: nn.Module
+    weight: nn.Parameter
+    width: int
+    out_features: int
+
     def __init__(self, source: Any) -> None:
         super().__init__()
         self._take(source, "in_features", "width", "depth", "out_features", "activation", "input_layer", "weight")
@@ -108,6 +115,11 @@ class PlainOrthogonalFilterRNN(_PlainOrthogonalFilter):
         input (T, B, input_size), with ``batch_first`` (B, T, input_size), or (T, input_size), or a ``PackedSequence``;
         hx (1, B, N) or (1, N), default zero -> output in the input's layout, h_n (1, B, N) or (1, N).
     """
+
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    hidden_size: int
+    batch_first: bool
 
     def __init__(self, source: Any) -> None:
         super().__init__()
@@ -152,5 +164,3 @@ class PlainOrthogonalFilterRNN(_PlainOrthogonalFilter):
             h_n = h_n.index_select(0, unsorted_indices)
         output = PackedSequence(torch.cat(outputs).to(result_dtype), batch_sizes, sorted_indices, unsorted_indices)
         return output, h_n.unsqueeze(0)
-
-

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lcw_ops import _torch
 from lcw_ops import nn as ours
 from lcw_ops._checks import check_choice, describe
 from lcw_ops.conversion import building, exchange, measure
@@ -17,7 +19,7 @@ from lcw_ops.conversion.measure import Inputs
 from lcw_ops.conversion.optimizers import Remapping
 from lcw_ops.conversion.report import Changed, Left, Report
 from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, owners_of_parameters
-from lcw_ops.nn._refusals import PLAIN, refusal, weight_norm_tensors
+from lcw_ops.nn._refusals import PLAIN, applied_weight, refusal, weight_norm_tensors
 
 _LAYERS: dict[str, dict[type[nn.Module], Any]] = {
     "lcw": dict(zip(PLAIN, (ours.LCWLinear, ours.LCWConv1d, ours.LCWConv2d, ours.LCWConv3d), strict=True)),
@@ -102,13 +104,13 @@ def convert(
     chosen = _choose(sites, targets, filter, report)
     called = None
     if given is not None:
+        _check_values(model)
         called = measure.called_layers(model, given, [site.module for site, _ in chosen])
     if layers == "gmp" and chosen:
         chosen = _without_output_layer(chosen, filter, called, report)
     exchanges = _build(chosen, sites, called, report)
     corrections: dict[nn.Module, Tensor] = {}
     if given is not None:
-        _check_values(exchanges)
         corrections = _correct_biases(model, given, exchanges)
     for one in exchanges:
         exchange.prepare(one)
@@ -116,9 +118,7 @@ def convert(
     if optimizer is not None:
         remapping = Remapping("convert", optimizer, model, _successors(exchanges))
         _note_lost_states(remapping, report)
-    report.changed = [
-        Changed(one.name, _name_of(one.old), _name_of(one.new), _note(one)) for one in exchanges
-    ]
+    report.changed = [Changed(one.name, _name_of(one.old), _name_of(one.new), _note(one)) for one in exchanges]
     if given is not None:
         _measure(model, given, exchanges, corrections, report)
     if not dry_run:
@@ -163,11 +163,11 @@ def _check_model(model: object, copy: bool, optimizer: object) -> None:
         raise ValueError(describe("convert", "optimizer", came, "None, because the copy has other parameters", remedy))
 
 
-def _check_values(exchanges: list[Exchange]) -> None:
-    for one in exchanges:
-        if any(parameter.is_meta for parameter in one.old.parameters()):
-            came = f"are given, but {one.name} is on the meta device"
-            raise ValueError(describe("convert", "inputs", came, "None for a model without values"))
+def _check_values(model: nn.Module) -> None:
+    on_meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if on_meta is not None:
+        came = f"are given, but {on_meta} is on the meta device"
+        raise ValueError(describe("convert", "inputs", came, "None for a model without values"))
 
 
 # ---- Which layers ----------------------------------------------------------------------------------------------------
@@ -235,7 +235,9 @@ def _tie(layer: nn.Module, owners: dict[int, list[str]]) -> str | None:
 
 def _parametrizations(sites: dict[int, Site]) -> set[int]:
     """Everything inside a module's ``parametrizations``, which belongs to that module."""
-    lists = [site.module for site in sites.values() if isinstance(site.module, nn.utils.parametrize.ParametrizationList)]
+    lists = [
+        site.module for site in sites.values() if isinstance(site.module, nn.utils.parametrize.ParametrizationList)
+    ]
     return {id(inside) for constraints in lists for inside in constraints.modules()}
 
 
@@ -244,14 +246,14 @@ def _reason_of_other(layer: nn.Module) -> str | None:
     kind = nn.utils.parametrize.type_before_parametrizations(layer)
     if kind.__module__.partition(".")[0] == "lcw_ops":
         return None
-    tensors = [*layer._parameters.values(), *(vars(layer).get(name) for name in ("weight",))]
-    is_lazy = any(tensor is not None and nn.parameter.is_lazy(tensor) for tensor in tensors)
-    if not is_lazy and not any(isinstance(tensor, Tensor) and tensor.dim() >= 2 for tensor in tensors):
-        if not nn.utils.parametrize.is_parametrized(layer):
-            return None
+    # A hook or pruning leaves the weight as a plain attribute.
+    tensors = [*layer._parameters.values(), vars(layer).get("weight")]
+    holds_weight = any(isinstance(tensor, Tensor) and (is_lazy(tensor) or tensor.dim() >= 2) for tensor in tensors)
+    if not holds_weight and not nn.utils.parametrize.is_parametrized(layer):
+        return None
     if isinstance(layer, nn.RNNBase):
         return "its weights are parameters, not layers"
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+    if isinstance(layer, _torch.ConvTranspose):
         return "the units of a transposed convolution are along dim 1 of its weight"
     return _NO_LAYERS.get(f"{kind.__module__}.{kind.__qualname__}", "its type is not one of those to replace")
 
@@ -278,8 +280,8 @@ def _build(
 ) -> list[Exchange]:
     exchanges = []
     was_called = None if called is None else set(called)
-    for site, target in chosen:
-        made = building.build(site.module, target)
+    built = building.build([(site.module, target) for site, target in chosen])
+    for (site, _), made in zip(chosen, built, strict=True):
         if isinstance(made, nn.Module):
             reason = _reason_after_building(site, made, was_called)
             if reason is None:
@@ -316,7 +318,7 @@ def _correct_biases(model: nn.Module, inputs: Inputs, exchanges: list[Exchange])
         elif bias is None:
             one.note = "without a bias to take up the mean"
         else:
-            means = building.plain_weight(one.old).flatten(1).double().mean(1)
+            means = applied_weight(one.old).flatten(1).double().mean(1)
             groups = sums[one.old]
             correction = means * groups.repeat_interleave(len(means) // len(groups)).to(means)
             corrections[one.old] = correction
@@ -327,13 +329,11 @@ def _correct_biases(model: nn.Module, inputs: Inputs, exchanges: list[Exchange])
 
 
 def _successors(exchanges: list[Exchange]) -> dict[int, list[tuple[str, nn.Parameter]]]:
-    successors: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for one in exchanges:
-        for parameter, names in building.successors(one.old, one.new).items():
-            prefix = f"{one.name}." if one.name else ""
-            new = [(prefix + name, one.parameter(name)) for name in names]
-            successors[id(parameter)] = new
-    return successors
+    return {
+        id(parameter): [(one.parameter_name(name), getattr(one.new, name)) for name in names]
+        for one in exchanges
+        for parameter, names in building.successors(one.old, one.new).items()
+    }
 
 
 def _note_lost_states(remapping: Remapping, report: Report) -> None:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lcw_ops import _torch
 from lcw_ops._checks import FLOATING
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,7 +64,7 @@ def refusal(layer: nn.Module) -> str | None:
     plain = plain_type(layer)
     if plain is None:
         return "its type is neither nn.Linear nor nn.Conv1d, nn.Conv2d or nn.Conv3d"
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) or any(is_lazy(p) for p in layer._parameters.values()):
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) or any(map(is_lazy, layer.parameters(recurse=False))):
         return "it is lazy and has no weight yet; run the model once"
     return _refusal_of_class(layer, plain) or _refusal_of_constraints(layer) or _refusal_of_tensors(layer)
 
@@ -71,7 +72,7 @@ def refusal(layer: nn.Module) -> str | None:
 def weight_norm_tensors(layer: nn.Module) -> WeightNormTensors | None:
     """g and v of a layer with torch's weight norm along dim 0, as a parametrization or as a hook; None for another."""
     if parametrize.is_parametrized(layer, "weight"):
-        constraints: Any = layer.parametrizations["weight"]  # type: ignore[index, union-attr]
+        constraints: Any = layer.parametrizations["weight"]  # type: ignore[index]
         if len(constraints) == 1 and _is_weight_norm(constraints[0]) and constraints[0].dim == 0:
             return WeightNormTensors(constraints.original0, constraints.original1)
         return None
@@ -150,7 +151,8 @@ def _refusal_of_tensors(layer: nn.Module) -> str | None:
     for tensor in tensors:
         if isinstance(tensor, Tensor) and (reason := _refusal_of_tensor(tensor)):
             return reason
-    shape = tuple((tensors[0] if normed is None else normed.v).shape)  # type: ignore[union-attr]
+    weight: Any = layer.weight if normed is None else normed.v
+    shape = tuple(weight.shape)
     if shape != _shape_by_attributes(layer):
         return f"its weight has shape {shape}, but its sizes say {_shape_by_attributes(layer)}"
     if 0 in shape[1:]:
@@ -182,4 +184,4 @@ def _pruning_methods() -> tuple[type, ...]:
 
 
 def _is_weight_norm(constraint: object) -> bool:
-    return isinstance(constraint, parametrizations._WeightNorm)
+    return isinstance(constraint, _torch.WeightNormParametrization)
