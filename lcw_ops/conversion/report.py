@@ -101,7 +101,7 @@ class Report:
             row = [layers[0].name if len(layers) == 1 else name, _times(layers), before, after]
             if self.errors:
                 errors = [self.errors[layer.name] for layer in layers if layer.name in self.errors]
-                row.append(_percent(max(errors)) if errors else "not called")
+                row.append(_percent(max(errors, key=lambda error: error.value)) if errors else "not called")
             table.append([*row, note])
         return _align(table)
 
@@ -128,9 +128,15 @@ def _times(layers: list) -> str:
 
 
 def _percent(change: Change) -> str:
-    """As a share, and in percent where that can be read."""
-    value, without = (f"{x:.1e}" if x < 1e-3 else f"{100 * x:.3g} %" for x in (change.value, change.without or 0.0))
-    return value if change.without is None else f"{value} ({without} without the bias' correction)"
+    """In percent where that can be read. A correction that is lost in rounding is not mentioned."""
+    value, without = change
+    if without is None or abs(without - value) <= max(0.01 * value, 1e-6):
+        return _share(value)
+    return f"{_share(value)} ({_share(without)} without the bias' correction)"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1e}" if value < 1e-3 else f"{100 * value:.3g} %"
 
 
 def _align(table: list[list[str]]) -> list[str]:
