@@ -63,7 +63,7 @@ STEMS = ("lcw_linear", "hypersphere", "weight_norm", "gradient_activation", "ort
 OF_EVERY_STEM = ("test_contract", "test_matmul")
 OF_A_STEM = ("_op", "_cpp", "_proof", "orthogonal_filter", "activated_steps")
 # Sources that files of another stem test too.
-ALSO = {"weight_norm": "hypersphere", "gradient_activation": "activated_steps"}
+ALSO = {"gradient_activation": "activated_steps"}
 # The least share of killed lines.
 LEAST_SHARE = 0.85
 OUTCOMES = ("killed", "survived", "unclear", "does not build")

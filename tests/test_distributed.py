@@ -709,10 +709,14 @@ def describe_solve(solve):
 
 @contextmanager
 def recorded():
-    """Yield two lists, which are filled at the end: the messages of warnings, and the solves."""
+    """Yield two lists, which are filled at the end: the messages of RuntimeWarnings, and the solves.
+
+    Sweeps that do not converge give a RuntimeWarning. torch may give warnings of other categories, which are ignored.
+    """
     messages, solves = [], []
     with warnings.catch_warnings(record=True) as caught, solver.record_solves() as recording:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", RuntimeWarning)
         yield messages, solves
     messages += [str(warning.message) for warning in caught]
     solves += [describe_solve(solve) for solve in recording]

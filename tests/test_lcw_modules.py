@@ -121,7 +121,8 @@ def test_linear_is_torchs_with_the_effective_weight(rows, bias, basis):
     torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=2 * 7 * 10 * 2**-52)
     assert repr(layer) == f"LCWLinear(in_features=7, out_features=5, bias={bias}, basis={basis})"
     assert not isinstance(layer, torch.nn.Linear)
-    assert is_linear(layer) and is_linear(plain) and not is_conv(layer)
+    assert is_linear(layer)
+    assert not is_conv(layer)
 
 
 @pytest.mark.parametrize("basis", [False, True])
@@ -575,7 +576,7 @@ def test_every_layer_keeps_its_own_weight(computations):
         (
             lambda: nn.LCWLinear(3, 4, basis=True).load_state_dict(torch.nn.Linear(5, 4).state_dict()),
             RuntimeError,
-            "size mismatch",
+            r"weight has shape \(4, 5\); expected \(4, 3\)",
         ),
     ],
 )
@@ -647,7 +648,7 @@ def test_the_gradient_reaches_the_first_of_100_layers_with_lcw_only(kind, expect
         pre_activations, h = [], torch.randn(32, width, dtype=torch.float64)
         for module in model[:-1]:
             h = module(h)
-            if isinstance(module, torch.nn.Linear):
+            if is_linear(module):
                 pre_activations.append(h)
         first, last = torch.autograd.grad((h * torch.randn_like(h)).sum(), [pre_activations[0], pre_activations[-1]])
         logarithms.append(math.log10(first.var() / last.var()))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -198,19 +199,40 @@ def test_a_large_weight_is_measured_by_a_smaller_one():
     assert torch.equal(output, torch.zeros(1, 10_000))
 
 
-def test_the_choice_for_a_slow_layer_rests_on_three_turns(monkeypatch, tmp_path):
-    """Three turns follow the first, unless one multiplier took more than three times as long there as the other.
-
-    Where a turn takes less than 30 ms, there are more of them anyway.
-    """
+# Our product of so small a layer takes microseconds, so the delay of torch's product decides. Turns follow the first
+# until there are three and 30 ms are over, or until there are 20.
+@pytest.mark.parametrize(
+    ("units", "delays", "fewest", "most"),
+    [
+        # More than three times our time and more than 30 ms: the first turn decides.
+        (53, [0.3], 1, 1),
+        # The first turn decides nothing, and the next three take more than 30 ms.
+        (54, [0, 0.02], 4, 4),
+        (55, [0], 4, 21),
+    ],
+    ids=["clear", "slow", "fast"],
+)
+def test_a_choice_rests_on_one_clear_turn_or_on_three_more(monkeypatch, tmp_path, units, delays, fewest, most):
+    """The first of torch's products takes ``delays[0]`` seconds longer, and the others ``delays[-1]``."""
     monkeypatch.setenv("LCW_OPS_CACHE_DIR", str(tmp_path))
-    x, weight = torch.randn(128, 2000, dtype=torch.float64), torch.randn(2000, 2000, dtype=torch.float64)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        F.lcw_linear(x, weight)
+    calls = []
+
+    def linear(x, weight, bias=None):
+        calls.append(x.shape)
+        time.sleep(delays[0] if len(calls) == 1 else delays[-1])
+        return x @ weight.mT
+
+    x, weight = torch.randn(SAMPLES, INPUTS), torch.randn(units, INPUTS)
+    expected = torch.nn.functional.linear(x, weight - weight.mean(1, keepdim=True))
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("linear", linear, "CPU")
+        output = F.lcw_linear(x, weight)
+    # 61 products below 16.
+    torch.testing.assert_close(output, expected, rtol=0, atol=61 * 16 * 2**-23)
     _, [answer] = read(tmp_path)
-    products_by_torch = sum(event.name == "aten::linear" for event in profile.events())
-    turns = products_by_torch - (answer[-1] == "torch")
-    assert turns == 1 or turns >= 4
+    if delays[-1]:
+        assert answer[-1] == "own"
+    assert fewest <= len(calls) - (answer[-1] == "torch") <= most
 
 
 @pytest.mark.parametrize("name", MULTIPLIERS)

@@ -1,4 +1,4 @@
-"""The suite itself: every pattern of support/marks.py finds a test, and test modules import from support/ alone."""
+"""The suite itself: the patterns of support/marks.py find tests in every choice; test modules import from support/."""
 
 import ast
 import itertools
@@ -19,16 +19,41 @@ TESTS = Path(__file__).parent
 FILES = sorted(path.name for path in TESTS.glob("test_*.py"))
 
 
-@pytest.mark.parametrize("pattern", [pattern for patterns in marks.MARKS.values() for pattern in patterns])
-def test_every_pattern_finds_a_test(pattern, request, collected):
-    """Checked only if a file that the pattern may mean was collected whole."""
+CHOICES = [choice for patterns in marks.MARKS.values() for pattern in patterns for choice in marks.choices(pattern)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_in_a_pattern_finds_a_test(choice, request, collected):
+    """Checked only if all files that the pattern may mean were collected whole."""
     if any("::" in argument for argument in request.config.args):
         pytest.skip("a selection of tests was collected")
-    file, _, _ = pattern.partition("::")
-    nodes = [node for node in collected if re.search(f"{file}$", node.partition("::")[0])]
-    if not nodes:
-        pytest.skip("no file of this pattern was collected")
-    assert any(re.search(pattern, node) for node in nodes)
+    file, _, _ = choice.partition("::")
+    files = {name for name in FILES if re.search(f"{file}$", name)}
+    assert files
+    if not files <= {node.partition("::")[0] for node in collected}:
+        pytest.skip("not all files of this pattern were collected")
+    assert any(re.search(choice, node) for node in collected)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("ab", {"ab"}),
+        ("a(b|c)", {"a(b)", "a(c)"}),
+        ("a(b|c(d|e))f", {"a(b)f", "a(c(d))f", "a(c(e))f"}),
+        ("(a|b)(?=c|d)", {"(a)(?=c)", "(a)(?=d)", "(b)(?=c)", "(b)(?=d)"}),
+        ("a(?!b|c)", {"a(?!b|c)", "a(?=b)", "a(?=c)"}),
+        (r"a\(b(?:c|\|)\)", {r"a\(b(?:c)\)", r"a\(b(?:\|)\)"}),
+    ],
+)
+def test_the_choices_of_a_pattern(pattern, expected):
+    assert set(marks.choices(pattern)) == expected
+    assert len(marks.choices(pattern)) == len(expected)
+
+
+def test_a_pattern_with_an_open_parenthesis_is_refused():
+    with pytest.raises(ValueError, match="not closed"):
+        marks.choices("a(b")
 
 
 @pytest.mark.parametrize("file", FILES)

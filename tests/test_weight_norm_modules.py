@@ -39,7 +39,7 @@ def test_weight_norm_convolutions_take_torchs_arguments(rank, options):
         layer = draw_per_unit_(WEIGHT_NORM_CONVS[rank - 1](4, 8, 3, dtype=dtype, **options))
         return layer, torch.randn(2, 4, *(9, 8, 7)[:rank], dtype=dtype)
 
-    assert_exact(draw, partial(weight_norm, multiply=multiply), ("weight", "scale", "bias"))
+    assert_exact(draw, partial(weight_norm, multiply=multiply), ("weight_v", "weight_g", "bias"))
     layer, _ = draw(torch.float32)
     assert layer.extra_repr() == plain.extra_repr()
     assert layer.weight.shape == layer.effective_weight().shape == plain.weight.shape
@@ -53,7 +53,7 @@ def test_weight_norm_linear_is_the_formula(shape, bias, dtype):
         return draw_per_unit_(nn.WeightNormLinear(6, 5, bias, "cpu", dtype)), torch.randn(shape, dtype=dtype)
 
     formula = partial(weight_norm, multiply=torch.nn.functional.linear)
-    assert_exact(draw, formula, ("weight", "scale", "bias"), dtype)
+    assert_exact(draw, formula, ("weight_v", "weight_g", "bias"), dtype)
 
 
 def test_signatures_are_torchs():
@@ -83,7 +83,7 @@ def test_weight_norm_starts_as_the_plain_layer():
         for reset in (layer, plain):
             torch.manual_seed(7)
             reset.reset_parameters()
-        assert torch.equal(layer.weight, plain.weight)
+        assert torch.equal(layer.weight_v, plain.weight)
         assert torch.equal(layer.bias, plain.bias)
         # A result sums at most 36 products below 5, and every weight has a handful of roundings.
         torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=36 * 5 * 8 * 2**-23)
@@ -94,7 +94,7 @@ def test_converting_a_trained_layer_keeps_its_function(length):
     plain = torch.nn.Linear(7, 5, dtype=torch.float64)
     torch.nn.init.normal_(plain.weight, 0, length)
     layer = nn.WeightNormLinear.from_linear(plain)
-    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(layer.weight_v, plain.weight)
     assert torch.equal(layer.bias, plain.bias)
     assert_rows_close(layer.effective_weight(), plain.weight, 7)
 
@@ -121,7 +121,7 @@ def test_zero_rows_of_a_trained_layer():
         plain.bias[1] = 0
     x = torch.cat([torch.ones(1, 3), torch.randn(5, 3)])
     normed = nn.WeightNormLinear.from_linear(plain)
-    assert normed.scale[1] == 0
+    assert normed.weight_g[1] == 0
     assert not normed(x)[:, 1].any()
     with torch.no_grad():
         plain.bias[1] = -2

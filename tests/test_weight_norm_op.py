@@ -1,13 +1,28 @@
-"""Tests of weight norm's op beyond those that it shares with GmP's, which are in test_hypersphere_op.py."""
+"""Weight norm's ops on the compiled CPU kernels: rows and their layer. support/unit_op_tests.py has the rule."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
-from support.numerics import as_exact, assert_by_the_rule, evaluate
+from support.numerics import as_exact, assert_by_the_rule, evaluate, needs_more_digits, saved_tensors
+from support.unit_op_tests import *  # noqa: F403
+from support.unit_op_tests import (
+    ONES,
+    assert_arguments_are_left_as_they_were,
+    assert_arguments_may_depend_on_each_other,
+    assert_bad_values_stay_in_their_row,
+    assert_refused_in_every_mode,
+    assert_wrong_arguments_are_refused,
+    ones,
+)
 from support.unit_ops import (
+    DTYPES,
     FUSED,
+    OPS,
+    WEIGHT_NORM,
+    draw_normalize,
     draw_weight_norm,
     exact_weight_norm,
     normal,
@@ -21,11 +36,109 @@ from lcw_ops.ops import backends, weight_norm
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel", "one_thread")
 
+STEM = WEIGHT_NORM
 
-@pytest.fixture
-def compiled_kernel():
-    with lcw_ops.use_backend("cpp"):
-        yield
+
+@pytest.mark.usefixtures("every_multiplier")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fan_in_1(dtype):
+    """The normalised weight of a unit of one input is the weight's sign."""
+    weight, scale = torch.tensor([[-3.0], [0.7], [0.0], [1.1]], dtype=dtype), normal(4, dtype=dtype)
+    assert torch.equal(F.normalize_scale(weight, scale), weight.sign() * scale[:, None])
+    for rows in (2, FUSED + 1):
+        arguments, grad_output = draw_weight_norm(4, 1, dtype, rows)
+        arguments |= {"weight": weight, "scale": scale}
+        result = evaluate(F.weight_norm_linear, arguments, grad_output)
+        # The gradient (G - <G, v> v) / |w|, with v = w / |w| = +-1 and G the gradient of v, is 0 but for a rounding of
+        # <G, v>. The smallest |w| is 0.7.
+        size = (grad_output.double().T @ arguments["x"].double()).abs().max() * scale.abs().max() / 0.7
+        assert result["weight"].double().abs().max() <= torch.finfo(dtype).eps * size
+
+
+def test_arguments_are_left_as_they_were_without_bias():
+    assert_arguments_are_left_as_they_were(OPS["weight norm without bias"])
+
+
+def test_only_arguments_are_kept_for_backward():
+    for rows in (FUSED, FUSED + 1):
+        arguments, _ = draw_weight_norm(64, 100, torch.float32, rows)
+        leaves = {key: tensor.detach().requires_grad_() for key, tensor in arguments.items()}
+        _, saved = saved_tensors(lambda leaves=leaves: F.weight_norm_linear(**leaves))
+        assert {tensor.data_ptr() for tensor in saved} <= {leaf.data_ptr() for leaf in leaves.values()}
+
+
+# ---- Rows of zeros, of NaN and infinity, and of any length -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_rows_stay_zero_with_zero_derivatives(op, dtype):
+    for rows in (5, FUSED + 1):
+        for m in (1, 7, 40):
+            arguments, grad_output = op.draw(6, m, dtype, rows)
+            arguments["weight"][[1, 5]] = 0.0
+            result = evaluate(op.ours, arguments, grad_output)
+            output = result["output"] if op is OPS["normalize"] else result["output"].T
+            constant = 0 if "bias" not in arguments else arguments["bias"][[1, 5], None]
+            assert torch.equal(output[[1, 5]] - constant, torch.zeros_like(output[[1, 5]]))
+            for name in ("weight", "scale"):
+                assert torch.equal(result[name][[1, 5]], torch.zeros_like(result[name][[1, 5]])), name
+                assert result[name].isfinite().all()
+
+
+LENGTHS = {
+    torch.float32: [1e-45, 1e-40, 1e-38, 1e-30, 1e-20, 1e18, 1e30, 1e38],
+    torch.float64: [1e-300, 1e-160, 1e160, 1e300],
+    torch.bfloat16: [1e-40, 1e-38, 1e30, 1e38],
+    torch.float16: [6e-8, 1e-6, 1e4],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_any_length(op, dtype):
+    """Squares of such numbers are 0 or infinite in their dtype; entries may be the smallest and the largest floats."""
+    needs_more_digits(dtype)
+    entries = torch.linspace(-3, 3, 30 * 23, dtype=torch.float64).view(30, 23).flip(0)
+    for length in LENGTHS[dtype]:
+        for rows in (3, FUSED + 1):
+            arguments, grad_output = op.draw(30, 23, dtype, rows)
+            arguments["weight"] = (entries * min(length, 1e306)).to(dtype)
+            assert arguments["weight"].isfinite().all()
+            # The shorter a row, the larger the gradient of its weight.
+            if length < 1:
+                grad_output = grad_output * max(length, torch.finfo(dtype).smallest_normal)
+            result, eager = (evaluate(f, arguments, grad_output) for f in (op.ours, op.plain))
+            exact = op.exact(arguments, grad_output)
+            largest = torch.finfo(dtype).max
+            for name, value in exact.items():
+                # A gradient may be too large for the dtype: then it is infinite in both.
+                if name == "weight" and np.abs(value).max() > largest / 4:
+                    continue
+                # A gradient may be so small that its last digits are lost.
+                lost = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+                error = np.abs(as_exact(result[name]) - value).max()
+                allowed = 2 * np.abs(as_exact(eager[name]) - value).max() + 2 * lost
+                assert error <= allowed + torch.finfo(dtype).eps * np.abs(value).max(), (length, rows, name)
+
+
+@pytest.mark.usefixtures("every_multiplier")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", WEIGHT_NORM.layers)
+def test_nan_and_infinity_stay_in_their_row(name, bad):
+    assert_bad_values_stay_in_their_row(OPS[name], bad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bad_entry_spoils_its_own_row_only(dtype, bad):
+    others = [0, 2]
+    for width, place in [(1, 0), (4, 2), (20, 0), (20, 13), (40, 39)]:
+        arguments, grad_output = draw_normalize(3, width + 1, dtype)
+        clean = evaluate(F.normalize_scale, arguments, grad_output)
+        arguments["weight"][1, place] = bad
+        spoilt = evaluate(F.normalize_scale, arguments, grad_output)
+        assert not spoilt["output"][1, place].isfinite()
+        for name in clean:
+            assert torch.equal(spoilt[name][others], clean[name][others]), name
 
 
 @pytest.mark.parametrize(
@@ -124,6 +237,117 @@ def test_pruned_units_do_not_change_how_others_are_computed():
         for name in ("weight", "scale"):
             assert torch.equal(result[name][others], clean[name][others]), (name, rows)
             assert not result[name][1].any()
+
+
+# ---- Direct calls, autograd, and errors ------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    ops = torch.ops.lcw_ops
+    checked = set()
+
+    def check(overload, *arguments):
+        checked.add(str(overload))
+        torch.library.opcheck(overload, arguments)
+
+    for n, m, rows, dtype in [(4, 6, 3, torch.float32), (2, 1, FUSED + 8, torch.bfloat16)]:
+        arguments, grad_output = draw_normalize(n, m, dtype)
+        check(ops.normalize_scale.cpp, *arguments.values())
+        check(ops.normalize_scale_backward.cpp, grad_output, *arguments.values())
+        arguments, grad_output = draw_weight_norm(n, m, dtype, rows)
+        x, weight, scale, some_bias = arguments.values()
+        for bias in (some_bias, None):
+            check(ops.weight_norm_linear.cpp, x, weight, scale, bias, False)
+            needs = (True, bias is None, True, bias is not None)
+            check(ops.weight_norm_linear_backward.cpp, grad_output, x, weight, scale, False, *needs)
+    assert len(checked) == 4
+
+
+def test_arguments_that_depend_on_each_other():
+    def norm_twice(x, weight):
+        once = F.weight_norm_linear(x, weight, weight.norm(dim=1))
+        return F.weight_norm_linear(once, weight, weight[0], weight[0])
+
+    x, square = normal(5, 4, dtype=torch.float64), normal(4, 4, dtype=torch.float64)
+    assert_arguments_may_depend_on_each_other(norm_twice, x, square)
+
+
+def layer_of_ones(x=(2, 4), weight=(3, 4), scale=(3,), bias=(3,), **dtypes):
+    return F.weight_norm_linear(**ones({"x": x, "weight": weight, "scale": scale, "bias": bias}, dtypes))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: F.normalize_scale(ONES(3), ONES(3)), "normalize_scale: weight has shape"),
+        (lambda: F.normalize_scale(ONES(3, 0), ONES(3)), r"weight has shape \(3, 0\); expected \(n, m\) with m >= 1"),
+        (
+            lambda: F.normalize_scale(ONES(3, 2), ONES(2)),
+            r"scale has shape \(2,\); expected \(3,\), one value per unit",
+        ),
+        (lambda: F.normalize_scale(ONES(3, 2), ONES(3, 1)), r"scale has shape \(3, 1\)"),
+        (lambda: F.normalize_scale(ONES(1, 2), ONES(())), r"scale has shape \(\)"),
+        (lambda: layer_of_ones(x=(2, 3)), r"weight_norm_linear: x has shape \(2, 3\); expected \(\.\.\., 4\)"),
+        (lambda: layer_of_ones(x=()), r"weight_norm_linear: x has shape \(\)"),
+        (lambda: layer_of_ones(weight=(3, 4, 1)), "weight_norm_linear: weight has shape"),
+        (lambda: layer_of_ones(x=(2, 0), weight=(3, 0)), "weight_norm_linear: weight has shape"),
+        (lambda: layer_of_ones(scale=(4,)), "weight_norm_linear: scale has shape"),
+        (lambda: layer_of_ones(bias=(1,)), "weight_norm_linear: bias has shape"),
+    ],
+)
+def test_shapes_that_do_not_fit(call, words):
+    assert_refused_in_every_mode(call, words)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: F.normalize_scale(None, ONES(3)), "normalize_scale: weight is a NoneType"),
+        (lambda: F.normalize_scale(ONES(3, 2), None), "normalize_scale: scale is a NoneType"),
+        (lambda: F.normalize_scale(ONES(3, 2), 1.0), "normalize_scale: scale is a float"),
+        (lambda: F.normalize_scale(ONES(3, 2), ONES(3).half()), "scale is torch.float16; expected torch.float32"),
+        (lambda: F.weight_norm_linear(None, ONES(3, 4), ONES(3)), "weight_norm_linear: x is a NoneType"),
+        (lambda: F.weight_norm_linear(ONES(2, 4), None, ONES(3)), "weight_norm_linear: weight is a NoneType"),
+        (lambda: F.weight_norm_linear(ONES(2, 4), ONES(3, 4), None), "weight_norm_linear: scale is a NoneType"),
+        (lambda: F.weight_norm_linear(ONES(2, 4), ONES(3, 4), ONES(3), [1.0]), "bias is a list"),
+        (lambda: layer_of_ones(weight_dtype=torch.float64), "weight is torch.float64; expected torch.float32"),
+        (lambda: layer_of_ones(scale_dtype=torch.float16), "scale is torch.float16; expected torch.float32"),
+        (lambda: layer_of_ones(bias_dtype=torch.float16), "bias is torch.float16; expected torch.float32"),
+    ],
+)
+def test_wrong_types_and_dtypes(call, words):
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+def test_float64_does_not_mix_under_autocast():
+    x, weight, vector = normal(2, 4), normal(3, 4), normal(3)
+    words = r"weight_norm_linear: weight is torch\.float32; expected torch\.float64"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=words):
+        F.weight_norm_linear(x.double(), weight, vector)
+
+
+def raw_calls():
+    """Yield every op's name, its tensors by name and its options, all of them valid."""
+    x, weight, per_unit = ONES(5, 4), ONES(3, 4), ONES(3)
+    for bias in (None, per_unit):
+        yield "weight_norm_linear", {"x": x, "weight": weight, "scale": per_unit, "bias": bias}, (False,)
+    yield (
+        "weight_norm_linear_backward",
+        {"grad_output": ONES(5, 3), "x": x, "weight": weight, "scale": per_unit},
+        (False, True, True, True, True),
+    )
+    yield "normalize_scale", {"weight": weight, "scale": per_unit}, ()
+    yield "normalize_scale_backward", {"grad_output": ONES(3, 4), "weight": weight, "scale": per_unit}, ()
+
+
+def test_ops_called_by_themselves_refuse_what_does_not_fit():
+    """Direct calls must not read beyond an argument either."""
+    free = {
+        ("normalize_scale", "weight"): ("longer", "shorter"),
+        ("weight_norm_linear", "x"): ("fewer rows", "more rows"),
+    }
+    assert_wrong_arguments_are_refused(raw_calls(), free)
 
 
 def test_the_backend_is_chosen_under_the_stems_own_name():

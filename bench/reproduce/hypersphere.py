@@ -173,13 +173,8 @@ def _linear(features: int, units: int) -> nn.Linear:
     return layer
 
 
-@torch.no_grad()
 def _weight_norm_linear(features: int, units: int) -> nn.Module:
-    layer = WeightNormLinear(features, units)
-    nn.init.xavier_uniform_(layer.weight)
-    layer.scale.copy_(layer.weight.norm(dim=1))
-    nn.init.zeros_(layer.bias)
-    return layer
+    return WeightNormLinear.from_linear(_linear(features, units))
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------

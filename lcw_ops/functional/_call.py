@@ -25,9 +25,12 @@ def try_kernel_then_explain(
 
     Returns:
         The kernel's result. Or None, without calling the kernel, if something else has to handle the call: a tensor
-        subclass or a function mode, torch.compile, a torch.func transform, autocast, another device or another backend.
+        subclass or a function mode, torch.compile, an export, a torch.func transform, autocast, another device or
+        another backend.
     """
-    if torch.compiler.is_compiling() or _torch.may_be_overridden(*arguments) or _torch.in_functorch():
+    if torch.compiler.is_compiling() or _torch.is_exporting():
+        return None
+    if _torch.may_be_overridden(*arguments) or _torch.in_functorch():
         return None
     for tensor in tensors:
         if not (isinstance(tensor, Tensor) and tensor.is_cpu):
@@ -39,6 +42,14 @@ def try_kernel_then_explain(
     except (RuntimeError, TypeError, AttributeError, IndexError):
         check(*arguments)
         raise
+
+
+def choose_backend(op: str, device: torch.device) -> str:
+    """The backend that runs the op. An exported program gets the reference, unless a backend was asked for.
+
+    The reference consists of torch's own operators, so the program runs in a process without this package.
+    """
+    return "reference" if _torch.is_exporting() and backends.requested() is None else backends.choose(op, device)
 
 
 def check_layer(function: str, **tensors: Tensor) -> bool:

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from lcw_ops import _checks, _torch
 from lcw_ops import reference as _reference
-from lcw_ops.functional._call import check_float64_alone, check_layer, try_kernel_then_explain
-from lcw_ops.ops import backends
+from lcw_ops.functional._call import check_float64_alone, check_layer, choose_backend, try_kernel_then_explain
 from lcw_ops.ops import hypersphere as _hypersphere
 
 
@@ -38,7 +37,7 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     _checks.accumulation_dtype(op, angles=angles)
     _checks.check_dense(op, angles=angles)
     _checks.check_rows(op, "angles", angles, "(n, m-1)")
-    backend = backends.choose(_hypersphere.NAME, angles.device)
+    backend = choose_backend(_hypersphere.NAME, angles.device)
     if backend == "reference":
         return _reference.hypersphere_direction(angles)
     return _hypersphere.direction(angles, backend)
@@ -116,7 +115,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(gmp_linear, *arguments)
     autocast = _check_gmp_linear(*arguments)
-    backend = backends.choose(_hypersphere.NAME, x.device)
+    backend = choose_backend(_hypersphere.NAME, x.device)
     if not autocast and backend == "reference":
         return _reference.gmp_linear(*arguments)
     if not autocast and _hypersphere.is_fused():

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from lcw_ops import _checks, _torch
 from lcw_ops import reference as _reference
-from lcw_ops.functional._call import check_layer, try_kernel_then_explain, without_none
-from lcw_ops.ops import backends
+from lcw_ops.functional._call import check_layer, choose_backend, try_kernel_then_explain, without_none
 from lcw_ops.ops import lcw_linear as _lcw_linear
 
 
@@ -45,7 +44,7 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     else:
         right, expected, remedy = weight.dim() >= 2, "(n, m, *k)", "A unit is one row: add dim 0."
     _checks.check_shape("lcw_weight", "weight", weight, right, expected, remedy)
-    backend = backends.choose(_lcw_linear.NAME, weight.device)
+    backend = choose_backend(_lcw_linear.NAME, weight.device)
     if backend == "reference":
         return _reference.lcw_weight(weight, basis)
     return _lcw_linear.constrained_weight(weight, basis, backend)
@@ -88,7 +87,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(lcw_linear, *arguments)
     autocast = _check_lcw_linear(*arguments)
-    backend = backends.choose(_lcw_linear.NAME, x.device)
+    backend = choose_backend(_lcw_linear.NAME, x.device)
     if backend == "reference" and not autocast:
         return _reference.lcw_linear(x, weight, bias, basis)
     if not autocast and _lcw_linear.is_fused(x, backend):

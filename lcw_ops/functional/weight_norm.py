@@ -5,8 +5,13 @@ from torch import Tensor
 
 from lcw_ops import _checks, _torch
 from lcw_ops import reference as _reference
-from lcw_ops.functional._call import check_float64_alone, check_layer, try_kernel_then_explain, without_none
-from lcw_ops.ops import backends
+from lcw_ops.functional._call import (
+    check_float64_alone,
+    check_layer,
+    choose_backend,
+    try_kernel_then_explain,
+    without_none,
+)
 from lcw_ops.ops import weight_norm as _weight_norm
 
 
@@ -39,7 +44,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     _checks.check_rows(op, "weight", weight, least_fan_in=1)
     scale = _as_vector(scale)
     _checks.check_per_unit(op, "scale", scale, weight.shape[0])
-    backend = backends.choose(_weight_norm.NAME, weight.device)
+    backend = choose_backend(_weight_norm.NAME, weight.device)
     if backend == "reference":
         return _reference.normalize_scale(weight, scale)
     return _weight_norm.normalize_scale(weight, scale, backend)
@@ -82,7 +87,7 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(weight_norm_linear, *arguments)
     autocast = _check_weight_norm_linear(*arguments)
-    backend = backends.choose(_weight_norm.NAME, x.device)
+    backend = choose_backend(_weight_norm.NAME, x.device)
     if not autocast and backend != "reference" and _weight_norm.is_fused():
         return _kernel(*arguments, backend)
     return torch.nn.functional.linear(x, normalize_scale(weight, scale), bias)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lcw_ops import _torch
 from lcw_ops._checks import accumulation_dtype, check_shape, describe
 from lcw_ops._layer_kinds import plain_kind
 
@@ -32,7 +33,7 @@ _ARGUMENTS = (
 class ConstrainedLayer(nn.Module):
     """A layer whose ``weight`` is what it applies, computed from tensors of other names, which it trains.
 
-    A subclass defines the property ``weight`` and ``_set_weight``. Every reading of ``weight`` gives a new tensor,
+    A subclass defines ``_weight`` and ``_set_weight``. Every reading of ``weight`` gives a new tensor,
     through which gradients flow to the trained tensors. An edit of that tensor in place changes no output.
     """
 
@@ -48,6 +49,22 @@ class ConstrainedLayer(nn.Module):
     # torch.jit.trace compiles the other properties of a module.
     __jit_unused_properties__ = ("weight", "bias")
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is applied, in the shape of the plain layer's."""
+        return self._weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._set_weight(value)
+
+    def effective_weight(self) -> Tensor:
+        """The same as ``weight``."""
+        return self.weight
+
+    def _weight(self) -> Tensor:
+        raise NotImplementedError
+
     def _set_weight(self, weight: Tensor) -> None:
         """Set the trained tensors so that the layer applies this weight, or the nearest one that it can express."""
         raise NotImplementedError
@@ -58,6 +75,10 @@ class ConstrainedLayer(nn.Module):
         Raises ValueError if the layer cannot express them.
         """
         raise NotImplementedError
+
+    def _trained(self) -> list[str]:
+        """The names in the layer's own state dict, apart from the bias."""
+        return [name for name in (*self._parameters, *self._buffers) if name != "bias"]
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a Parameter before it looked for a property.
@@ -80,7 +101,9 @@ class ConstrainedLayer(nn.Module):
     ) -> None:
         foreign = {name: state_dict[prefix + name] for name in self._FOREIGN if prefix + name in state_dict}
         own = {}
-        if any("weight" in name for name in foreign):
+        if any("weight" in name for name in foreign) and not any(
+            prefix + name in state_dict for name in self._trained()
+        ):
             try:
                 with torch.no_grad():
                     own = self._translate(foreign)
@@ -144,6 +167,9 @@ def rename_parameters(state: dict, names: dict[str, str]) -> None:
 
 def in_format_of(weight: Tensor, parameter: Tensor) -> Tensor:
     """The weight in the memory format of the parameter from which it was computed, if that is a channels-last one."""
+    # A proxy of torch.fx has no layout yet, and vmap knows no memory formats.
+    if not isinstance(parameter, Tensor) or _torch.in_functorch():
+        return weight
     memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.dim())
     if memory_format is None or not parameter.is_contiguous(memory_format=memory_format):
         return weight
@@ -153,8 +179,13 @@ def in_format_of(weight: Tensor, parameter: Tensor) -> Tensor:
 
 
 def are_per_unit(rows: Tensor, *vectors: Tensor) -> bool:
-    """Whether each vector has one number per row, in the rows' dtype. torch would broadcast or cast other vectors."""
-    return all(vector.shape == rows.shape[:1] and vector.dtype == rows.dtype for vector in vectors)
+    """Whether each vector has one number per row, in the rows' dtype. torch would broadcast or cast other vectors.
+
+    True for the proxies of torch.fx, which have no shape yet.
+    """
+    return not isinstance(rows, Tensor) or all(
+        vector.shape == rows.shape[:1] and vector.dtype == rows.dtype for vector in vectors
+    )
 
 
 def check_fan_in(module: nn.Module, fan_in: int) -> None:

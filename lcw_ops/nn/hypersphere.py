@@ -72,7 +72,7 @@ class _GmP(ConstrainedLayer):
         return self._signed(self._filters(self.angles))
 
     def effective_weight(self) -> Tensor:
-        """radius * u. Unlike ``weight``, it can be read of a ReLU layer with negative radii too."""
+        """radius * u, the same as ``weight``, but it can be read of a ReLU layer with negative radii too."""
         return self._scaled(self.direction())
 
     def _filters(self, angles: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class _GmP(ConstrainedLayer):
         return filters if self.sign is None else self.sign.view_as(filters) * filters
 
     def _scaled(self, filters: Tensor) -> Tensor:
-        return self.radius.view(-1, *(1,) * (filters.dim() - 1)) * filters
+        return self.radius.view(-1, *(1,) * (len(self._weight_shape()) - 1)) * filters
 
     def _weight_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
@@ -91,19 +91,10 @@ class _GmP(ConstrainedLayer):
         # A pruned or parametrized location is neither a parameter nor a buffer.
         return "location" not in self._buffers
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that is applied, radius * u, in the shape of the plain layer's.
-
-        Raises ValueError in a ReLU layer with a negative radius: no plain layer followed by a ReLU equals that unit.
-        """
+    def _weight(self) -> Tensor:
         self._check_radius("weight")
         kept = self._derived.kept(self._filters, self.training, self.angles)
         return self._scaled(self.direction() if kept is None else self._signed(kept))
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._set_weight(value)
 
     @property
     def bias(self) -> Tensor | None:
@@ -153,7 +144,7 @@ class _GmP(ConstrainedLayer):
         return {name: value for name, value in coordinates.items() if value is not None}
 
     def _check_radius(self, name: str) -> None:
-        if self.activation is None or not _torch.has_values(self.radius):
+        if self.activation is None or not (_torch.is_traced() or _torch.has_values(self.radius)):
             return
         came = "does not exist: a unit has a negative radius after a ReLU"
         expected = "radii of at least 0"
@@ -181,9 +172,10 @@ class GmPLinear(_GmP):
     :func:`gmp_parameter_groups` compensates for m. 16-bit angles are coarse, so keep float32 and use autocast. (Between
     2 and 4, the steps of bfloat16 are 1/64: if a layer of fan-in 512 is converted to it, the outputs are 4 % off.)
 
-    A unit of one input (m = 1) has no angles (the buffer ``angles`` is empty). Its direction is +1 or -1, drawn at initialisation as in the authors'
-    code and never trained. Only such a layer has the buffer ``sign`` (n,), which holds these directions. A ReLU layer
-    of one input therefore has units that fire to the right of their boundary and units that fire to the left.
+    A unit of one input (m = 1) has no angles; the buffer ``angles`` is empty. Its direction is +1 or -1, drawn at
+    initialisation as in the authors' code and never trained. Only such a layer has the buffer ``sign`` (n,), which
+    holds these directions. A ReLU layer of one input therefore has units that fire to the right of their boundary and
+    units that fire to the left.
 
     Input (..., m = in_features) and output (..., n = out_features) have the parameters' dtype, or autocast's.
 
@@ -243,8 +235,8 @@ class GmPLinear(_GmP):
 
         Raises:
             TypeError: not a linear layer.
-            ValueError: the layer applies an activation, which would be lost; GmP cannot express a unit: it has a zero row and a constant nonzero output, or its weight or its
-                location b / r is not finite.
+            ValueError: the layer applies an activation, which would be lost; or GmP cannot express a unit: it has a
+                zero row and a constant nonzero output, or its weight or its location b / r is not finite.
 
         Source: derived by us.
         """

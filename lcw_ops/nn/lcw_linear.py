@@ -17,7 +17,14 @@ from lcw_ops import functional as F
 from lcw_ops import init
 from lcw_ops._checks import describe
 from lcw_ops.nn._derived import DerivedWeight
-from lcw_ops.nn._layers import ConstrainedLayer, Convolution, applied_parameters, make_empty, rename_parameters
+from lcw_ops.nn._layers import (
+    ConstrainedLayer,
+    Convolution,
+    applied_parameters,
+    in_format_of,
+    make_empty,
+    rename_parameters,
+)
 from lcw_ops.reference import lcw_coordinates, lcw_weight
 
 
@@ -28,13 +35,15 @@ class _LCW(ConstrainedLayer):
 
     basis: bool
     bias: nn.Parameter | None
+    weight_u: nn.Parameter
+    weight_v: nn.Parameter
 
     @property
     def _trained_name(self) -> str:
         return "weight_v" if self.basis else "weight_u"
 
     @property
-    def _trained(self) -> Tensor:
+    def _parameter(self) -> Tensor:
         return self.weight_v if self.basis else self.weight_u
 
     def _weight_shape(self) -> tuple[int, ...]:
@@ -53,19 +62,15 @@ class _LCW(ConstrainedLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.lcw_(self._trained, activation=None, basis=self.basis)
+        init.lcw_(self._parameter, activation=None, basis=self.basis)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def effective_weight(self) -> Tensor:
-        """The same as ``weight``."""
-        return self.weight
 
     @torch.no_grad()
     def _set_weight(self, weight: Tensor) -> None:
         weight = self._check_assigned("weight", weight, self._weight_shape())
         self._warn_of_projection(weight, "weight is set to")
-        self._trained.copy_(self._coordinates(weight))
+        self._parameter.copy_(self._coordinates(weight))
 
     def _coordinates(self, weight: Tensor) -> Tensor:
         """The trained tensor from which the layer computes this weight, or its projection."""
@@ -185,17 +190,11 @@ class LCWLinear(_LCW):
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that is applied, (out_features, in_features): rows that sum to zero."""
-        return F.lcw_weight(self._trained, self.basis)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._set_weight(value)
+    def _weight(self) -> Tensor:
+        return F.lcw_weight(self._parameter, self.basis)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.lcw_linear(input, self._trained, self.bias, self.basis)
+        return F.lcw_linear(input, self._parameter, self.bias, self.basis)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -240,22 +239,16 @@ class _LCWConv(_LCW, Convolution):
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, *self._filter_shape)
 
-    @property
-    def weight(self) -> Tensor:
-        """The filters that are applied, (out_channels, in_channels / groups, *kernel_size): each sums to zero."""
-        kept = self._derived.kept(self._constrain, self.training, self._trained)
-        return self._constrain(self._trained) if kept is None else kept.clone()
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._set_weight(value)
+    def _weight(self) -> Tensor:
+        kept = self._derived.kept(self._constrain, self.training, self._parameter)
+        return self._constrain(self._parameter) if kept is None else kept.clone()
 
     def _constrain(self, trained: Tensor) -> Tensor:
         constrained = F.lcw_weight(trained, self.basis)
-        return constrained.view(-1, *self._filter_shape) if self.basis else constrained
+        return constrained.view(-1, *self._filter_shape) if self.basis else in_format_of(constrained, trained)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self._derived.get(self._trained, self._constrain, self.training)
+        weight = self._derived.get(self._parameter, self._constrain, self.training)
         return self._conv_forward(input, weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -304,8 +297,8 @@ class LCWConv3d(_LCWConv):
 
 @torch.no_grad()
 def _fill_lcw(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    module._trained.copy_(module._coordinates(weight))
-    module._trained.requires_grad_(weight.requires_grad)
+    module._parameter.copy_(module._coordinates(weight))
+    module._parameter.requires_grad_(weight.requires_grad)
     if bias is not None:
         module.bias.copy_(bias).requires_grad_(bias.requires_grad)
     return module

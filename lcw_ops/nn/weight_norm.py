@@ -54,20 +54,13 @@ class _WeightNorm(ConstrainedLayer):
             nn.init.uniform_(self.bias, -bound, bound)
         self.weight_g.copy_(_lengths(self.weight_v))
 
-    def effective_weight(self) -> Tensor:
-        """The same as ``weight``."""
-        return self.weight
-
     def _weight(self) -> Tensor:
         kept = self._derived.kept(self._normalise, self.training, self.weight_v, self.weight_g)
         return self._normalise(self.weight_v, self.weight_g) if kept is None else kept.clone()
 
     @staticmethod
     def _normalise(weight_v: Tensor, weight_g: Tensor) -> Tensor:
-        if weight_v.dim() == 2:
-            return F.normalize_scale(weight_v, weight_g)
-        filters = F.normalize_scale(weight_v.flatten(1), weight_g).view(weight_v.shape)
-        return in_format_of(filters, weight_v)
+        return F.normalize_scale(weight_v, weight_g)
 
     @torch.no_grad()
     def _set_weight(self, weight: Tensor) -> None:
@@ -154,15 +147,6 @@ class WeightNormLinear(_WeightNorm):
         made = make_empty(cls, fan_in, units, bias is not None, device=weight.device, dtype=weight.dtype)
         return _fill_weight_norm(made.train(layer.training), weight, bias)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that is applied, (out_features, in_features): rows of length |g|."""
-        return self._weight()
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._set_weight(value)
-
     def forward(self, input: Tensor) -> Tensor:
         weight = self._derived.kept(self._normalise, self.training, self.weight_v, self.weight_g)
         if weight is not None and (self.bias is None or are_per_unit(weight, self.bias)):
@@ -207,14 +191,10 @@ class _WeightNormConv(_WeightNorm, Convolution):
         )
         return _fill_weight_norm(made.train(layer.training), weight, bias)
 
-    @property
-    def weight(self) -> Tensor:
-        """The filters that are applied, (out_channels, in_channels / groups, *kernel_size), of length |g|."""
-        return self._weight()
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._set_weight(value)
+    @staticmethod
+    def _normalise(weight_v: Tensor, weight_g: Tensor) -> Tensor:
+        filters = F.normalize_scale(weight_v.flatten(1), weight_g).view(weight_v.shape)
+        return in_format_of(filters, weight_v)
 
     def forward(self, input: Tensor) -> Tensor:
         filters = self._derived.kept(self._normalise, self.training, self.weight_v, self.weight_g)

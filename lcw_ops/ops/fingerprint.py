@@ -21,8 +21,8 @@ def can_be_taken(tensor: Tensor) -> bool:
     torch.func.
     """
     return (
-        tensor.device.type == "cpu"
-        and type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
         and not _torch.is_traced()
         and not _torch.in_forward_mode()
         and not _torch.in_functorch()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lcw_ops import _torch
 from lcw_ops._checks import (
     accumulation_dtype,
     check_choice,
@@ -46,8 +47,8 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype("hypersphere_direction", angles=angles)
     check_rows("hypersphere_direction", "angles", angles, "(n, m-1)")
-    t = angles.to(dtype)
-    return (F.pad(t.cos(), (0, 1), value=1.0) * _sine_products(t)).to(angles.dtype)
+    t = _torch.cast(angles, dtype)
+    return _torch.cast(F.pad(t.cos(), (0, 1), value=1.0) * _sine_products(t), angles.dtype)
 
 
 def hypersphere_angles(weight: Tensor) -> Tensor:
@@ -72,14 +73,14 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype("hypersphere_angles", weight=weight)
     check_rows("hypersphere_angles", "weight", weight, least_fan_in=1)
-    x = _scaled_rows(weight.to(dtype))
+    x = _scaled_rows(_torch.cast(weight, dtype))
     tail_square = x.square().flip(1).cumsum(dim=1).flip(1)[:, 1:]
     opposite = torch.cat([square_root(tail_square[:, :-1]), x[:, 1:][:, -1:]], dim=1)
     adjacent = x[:, :-1]
     # atan2(0, 0) is 0, but its derivative is 0/0. Such elements become the constant atan2(0, 1), the same angle.
     undefined = (opposite == 0) & (adjacent == 0)
     angles = torch.atan2(opposite.masked_fill(undefined, 0.0), adjacent.masked_fill(undefined, 1.0))
-    return angles.to(weight.dtype)
+    return _torch.cast(angles, weight.dtype)
 
 
 def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, activation: str | None = None) -> Tensor:
@@ -111,9 +112,11 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     check_features("gmp_linear", x, fan_in, "one more than the columns of angles")
     check_per_unit("gmp_linear", "radius", radius, angles.shape[0])
     check_per_unit("gmp_linear", "location", location, angles.shape[0])
-    pre_activation = F.linear(x.to(dtype), hypersphere_direction(angles.to(dtype)), location.to(dtype))
+    pre_activation = F.linear(
+        _torch.cast(x, dtype), hypersphere_direction(_torch.cast(angles, dtype)), _torch.cast(location, dtype)
+    )
     activated = pre_activation.relu() if activation == "relu" else pre_activation
-    return (radius.to(dtype) * activated).to(x.dtype)
+    return _torch.cast(_torch.cast(radius, dtype) * activated, x.dtype)
 
 
 def hypersphere_direction_backward(grad_direction: Tensor, angles: Tensor) -> Tensor:
@@ -139,11 +142,11 @@ def hypersphere_direction_backward(grad_direction: Tensor, angles: Tensor) -> Te
     check_rows(name, "angles", angles, "(n, m-1)")
     direction_shape = (angles.shape[0], angles.shape[1] + 1)
     check_shape(name, "grad_direction", grad_direction, grad_direction.shape == direction_shape, f"{direction_shape}")
-    g, t = grad_direction.to(dtype), angles.to(dtype)
+    g, t = _torch.cast(grad_direction, dtype), _torch.cast(angles, dtype)
     sine, cosine = t.sin(), t.cos()
     suffix = _suffix_recurrence(F.pad(sine, (0, 1)), F.pad(cosine, (0, 1), value=1.0) * g)
     grad_angles = _sine_products(t)[:, :-1] * (cosine * suffix[:, 1:] - sine * g[:, :-1])
-    return grad_angles.to(angles.dtype)
+    return _torch.cast(grad_angles, angles.dtype)
 
 
 def hypersphere_direction_jvp(tangent_angles: Tensor, angles: Tensor) -> Tensor:
@@ -169,11 +172,11 @@ def hypersphere_direction_jvp(tangent_angles: Tensor, angles: Tensor) -> Tensor:
     check_rows(name, "angles", angles, "(n, m-1)")
     angles_shape = tuple(angles.shape)
     check_shape(name, "tangent_angles", tangent_angles, tangent_angles.shape == angles_shape, f"angles' {angles_shape}")
-    dt, t = tangent_angles.to(dtype), angles.to(dtype)
+    dt, t = _torch.cast(tangent_angles, dtype), _torch.cast(angles, dtype)
     sine, cosine = t.sin(), t.cos()
     moved = _sine_products(t)[:, :-1] * dt
     q = F.pad(_suffix_recurrence(sine.flip(1), (cosine * moved).flip(1)).flip(1), (1, 0))
-    return (F.pad(cosine, (0, 1), value=1.0) * q - F.pad(sine * moved, (0, 1))).to(angles.dtype)
+    return _torch.cast(F.pad(cosine, (0, 1), value=1.0) * q - F.pad(sine * moved, (0, 1)), angles.dtype)
 
 
 def _sine_products(angles: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lcw_ops import _torch
 from lcw_ops._checks import accumulation_dtype, check_features, check_per_unit, check_rows, check_shape, describe
 
 
@@ -39,13 +40,13 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     dtype = accumulation_dtype("lcw_weight", weight=weight)
     if basis:
         check_rows("lcw_weight", "weight", weight, "(n, m-1)")
-        v = weight.to(dtype)
+        v = _torch.cast(weight, dtype)
         row_sum = v.sum(dim=1, keepdim=True)
         s = math.sqrt(v.shape[1] + 1)
-        return torch.cat([v - row_sum / (s * (s + 1)), -row_sum / s], dim=1).to(weight.dtype)
+        return _torch.cast(torch.cat([v - row_sum / (s * (s + 1)), -row_sum / s], dim=1), weight.dtype)
     check_shape("lcw_weight", "weight", weight, weight.dim() >= 2, "(n, m, *k)", "A unit is one row: add dim 0.")
-    u = weight.to(dtype)
-    return (u - u.mean(dim=tuple(range(1, u.dim())), keepdim=True)).to(weight.dtype)
+    u = _torch.cast(weight, dtype)
+    return _torch.cast(u - u.mean(dim=tuple(range(1, u.dim())), keepdim=True), weight.dtype)
 
 
 def lcw_coordinates(weight: Tensor) -> Tensor:
@@ -68,10 +69,10 @@ def lcw_coordinates(weight: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype("lcw_coordinates", weight=weight)
     check_rows("lcw_coordinates", "weight", weight, least_fan_in=1)
-    w = weight.to(dtype)
+    w = _torch.cast(weight, dtype)
     s = math.sqrt(w.shape[1])
     first, last = w[:, :-1], w[:, -1:]
-    return (first - (first.sum(dim=1, keepdim=True) / (s + 1) + last) / s).to(weight.dtype)
+    return _torch.cast(first - (first.sum(dim=1, keepdim=True) / (s + 1) + last) / s, weight.dtype)
 
 
 def lcw_basis(m: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Tensor:
@@ -112,9 +113,11 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     Source: the paper; y = b is its proposition.
     """
     dtype = accumulation_dtype("lcw_linear", x=x, weight=weight, bias=bias)
-    constrained = lcw_weight(weight.to(dtype), basis)
+    constrained = lcw_weight(_torch.cast(weight, dtype), basis)
     _check_linear_shapes("lcw_linear", x, constrained, bias)
-    return F.linear(x.to(dtype), constrained, None if bias is None else bias.to(dtype)).to(x.dtype)
+    return _torch.cast(
+        F.linear(_torch.cast(x, dtype), constrained, None if bias is None else _torch.cast(bias, dtype)), x.dtype
+    )
 
 
 def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -140,16 +143,16 @@ def activation_shift(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     check_rows("activation_shift", "weight", weight)
     _check_linear_shapes("activation_shift", x, weight, bias)
     check_shape("activation_shift", "x", x, x.numel() > 0, "at least one sample and feature")
-    mean_activation = x.to(dtype).reshape(-1, x.shape[-1]).mean(dim=0)
-    shift = F.linear(mean_activation, weight.to(dtype), None if bias is None else bias.to(dtype))
+    mean_activation = _torch.cast(x, dtype).reshape(-1, x.shape[-1]).mean(dim=0)
+    shift = F.linear(mean_activation, _torch.cast(weight, dtype), None if bias is None else _torch.cast(bias, dtype))
     # The angle does not depend on the lengths. With the largest entry at 1, no square overflows and no sum vanishes.
-    w, mu = _with_largest_1(weight.to(dtype)), _with_largest_1(mean_activation)
+    w, mu = _with_largest_1(_torch.cast(weight, dtype)), _with_largest_1(mean_activation)
     w_length, mu_length = w.norm(dim=1, keepdim=True), mu.norm()
     # 2 atan2(|w - mu|, |w + mu|) of unit vectors keeps the digits that arccos(<w, mu>) loses near 0 and pi. Scaled by
     # both lengths, the formula needs no division.
     angle = 2 * torch.atan2((w * mu_length - mu * w_length).norm(dim=1), (w * mu_length + mu * w_length).norm(dim=1))
     no_direction = (w_length * mu_length).squeeze(1) == 0
-    return shift.to(x.dtype), angle.masked_fill(no_direction, math.pi / 2).to(x.dtype)
+    return _torch.cast(shift, x.dtype), _torch.cast(angle.masked_fill(no_direction, math.pi / 2), x.dtype)
 
 
 def _with_largest_1(vectors: Tensor) -> Tensor:

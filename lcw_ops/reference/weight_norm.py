@@ -6,6 +6,7 @@ Row v and scale s are parameters of a unit. T. Salimans, D. P. Kingma, NeurIPS 2
 import torch
 from torch import Tensor
 
+from lcw_ops import _torch
 from lcw_ops._checks import accumulation_dtype, check_per_unit, check_rows, check_shape
 
 
@@ -31,8 +32,8 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     dtype = accumulation_dtype("normalize_scale", weight=weight, scale=scale)
     check_rows("normalize_scale", "weight", weight, least_fan_in=1)
     check_per_unit("normalize_scale", "scale", scale, weight.shape[0])
-    direction, _ = _unit_rows(weight.to(dtype))
-    return (scale.to(dtype)[:, None] * direction).to(weight.dtype)
+    direction, _ = _unit_rows(_torch.cast(weight, dtype))
+    return _torch.cast(_torch.cast(scale, dtype)[:, None] * direction, weight.dtype)
 
 
 def normalize_scale_backward(grad_output: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,11 +61,11 @@ def normalize_scale_backward(grad_output: Tensor, weight: Tensor, scale: Tensor)
     weight_shape = tuple(weight.shape)
     check_shape(name, "grad_output", grad_output, grad_output.shape == weight_shape, f"weight's {weight_shape}")
     check_per_unit(name, "scale", scale, weight.shape[0])
-    g = grad_output.to(dtype)
-    direction, length = _unit_rows(weight.to(dtype))
+    g = _torch.cast(grad_output, dtype)
+    direction, length = _unit_rows(_torch.cast(weight, dtype))
     grad_scale = (g * direction).sum(dim=1, keepdim=True)
-    grad_weight = scale.to(dtype)[:, None] * ((g - grad_scale * direction) / length)
-    return grad_weight.to(weight.dtype), grad_scale.squeeze(1).to(scale.dtype)
+    grad_weight = _torch.cast(scale, dtype)[:, None] * ((g - grad_scale * direction) / length)
+    return _torch.cast(grad_weight, weight.dtype), _torch.cast(grad_scale.squeeze(1), scale.dtype)
 
 
 def normalize_scale_jvp(tangent_weight: Tensor, tangent_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -96,10 +97,13 @@ def normalize_scale_jvp(tangent_weight: Tensor, tangent_scale: Tensor, weight: T
     right = tangent_weight.shape == weight_shape
     check_shape(name, "tangent_weight", tangent_weight, right, f"weight's {weight_shape}")
     check_per_unit(name, "tangent_scale", tangent_scale, weight.shape[0])
-    dw = tangent_weight.to(dtype)
-    direction, length = _unit_rows(weight.to(dtype))
+    dw = _torch.cast(tangent_weight, dtype)
+    direction, length = _unit_rows(_torch.cast(weight, dtype))
     turned = (dw - (dw * direction).sum(dim=1, keepdim=True) * direction) / length
-    return (tangent_scale.to(dtype)[:, None] * direction + scale.to(dtype)[:, None] * turned).to(weight.dtype)
+    return _torch.cast(
+        _torch.cast(tangent_scale, dtype)[:, None] * direction + _torch.cast(scale, dtype)[:, None] * turned,
+        weight.dtype,
+    )
 
 
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,10 @@ CONV_OPTIONS = [
 
 def draw_per_unit_(layer):
     """Draw radii of both signs, and locations and scales that differ from their initial values."""
-    for name in ("radius", "location", "scale", "bias"):
-        if isinstance(getattr(layer, name, None), torch.nn.Parameter):
-            torch.nn.init.normal_(getattr(layer, name))
+    parameters = dict(layer.named_parameters())
+    for name in ("radius", "location", "weight_g", "bias"):
+        if name in parameters:
+            torch.nn.init.normal_(parameters[name])
     return layer
 
 
@@ -104,7 +105,7 @@ def assert_within(layer, x, actual, expected, roundings, unit):
 def weight_norm(x, weight, scale, bias, multiply):
     rows = weight.flatten(1)
     unit = rows / rows.norm(dim=1, keepdim=True)
-    return multiply(x, (scale[:, None] * unit).view(weight.shape), bias)
+    return multiply(x, (scale.view(-1, 1) * unit).view(weight.shape), bias)
 
 
 def assert_exact(draw, formula, parameters, dtype=torch.float32, eager_formula=None):

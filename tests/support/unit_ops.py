@@ -10,11 +10,12 @@ import torch
 
 from lcw_ops import functional as F
 from lcw_ops import reference
-from lcw_ops.ops import hypersphere, library
+from lcw_ops.ops import hypersphere, library, weight_norm
 from support.numerics import as_exact, assert_by_the_rule, evaluate
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*NARROW, torch.float64]
+EPS = torch.finfo(torch.float64).eps
 # Up to this number of samples, directions are computed inside the product. Without the kernel the number is arbitrary.
 FUSED = hypersphere.few_samples("cpp") if library.is_implemented(hypersphere.GMP_LINEAR, "cpp") else 32
 ROWS = [0, 1, 2, 7, 8, FUSED - 1, FUSED, FUSED + 1, 64, 65, 200]
@@ -195,6 +196,23 @@ LAYERS = {
     ),
 }
 OPS = ROW_OPS | LAYERS
+
+
+class Stem(NamedTuple):
+    """The functions of one method."""
+
+    # The name under which the backend is chosen.
+    name: str
+    row_ops: dict[str, Op]
+    layers: dict[str, Op]
+
+
+GMP = Stem(hypersphere.NAME, {"direction": ROW_OPS["direction"]}, {name: LAYERS[name] for name in ("gmp", "gmp relu")})
+WEIGHT_NORM = Stem(
+    weight_norm.NAME,
+    {"normalize": ROW_OPS["normalize"]},
+    {name: LAYERS[name] for name in ("weight norm", "weight norm without bias")},
+)
 
 
 def assert_op(what, op, calls, given=lambda arguments, grad_output: (arguments, grad_output)):
