@@ -1,7 +1,7 @@
 """``fold``: the way back. Every layer of this package becomes what it computes, in layers of torch.nn."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,13 @@ from lcw_ops.conversion.measure import Inputs
 from lcw_ops.conversion.plain import PlainOrthogonalFilterMLP, PlainOrthogonalFilterRNN, UnitScale
 from lcw_ops.conversion.report import Changed, Left, Report
 from lcw_ops.conversion.sites import Site, find_sites
+from lcw_ops.nn._refusals import refusal
 from lcw_ops.reference import hypersphere_direction, lcw_weight, normalize_scale
 
+_RECURRENCES: dict[type, Any] = {
+    ours.OrthogonalFilterMLP: PlainOrthogonalFilterMLP,
+    ours.OrthogonalFilterRNN: PlainOrthogonalFilterRNN,
+}
 _FOLDED = (PlainOrthogonalFilterMLP, PlainOrthogonalFilterRNN, UnitScale)
 
 
@@ -54,16 +59,18 @@ def fold(model: nn.Module, inputs: Any = None, inplace: bool = False, dry_run: b
     report = Report(model, dry_run=dry_run)
     exchanges, parametrized = [], []
     tied: dict[tuple, nn.Parameter] = {}
-    for site in find_sites(model).values():
+    sites = find_sites(model).values()
+    constraints = {inside for site in sites for inside in _inside_parametrizations(site.module)}
+    for site in sites:
         if parametrize.is_parametrized(site.module):
             parametrized += _parametrizations_to_remove(site, report)
         plain, note = _plain_of(site, tied)
         if plain is not None:
             exchanges.append(Exchange(site, plain, note))
-        elif reason := _reason_to_stay(site.module):
-            report.left.append(Left(site.name, _name_of(site.module), reason))
+        elif note and site.module not in constraints:
+            report.left.append(Left(site.name, _name_of(site.module), note))
     for one in exchanges:
-        kind: Any = type(one.old)
+        kind: Any = parametrize.type_before_parametrizations(one.old)
         exchange.prepare(one, _attributes_of(kind))
     report.changed += [Changed(one.name, _name_of(one.old), _description(one.new), one.note) for one in exchanges]
     report.changed += [
@@ -80,23 +87,22 @@ def fold(model: nn.Module, inputs: Any = None, inplace: bool = False, dry_run: b
 
 
 def _plain_of(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module | None, str]:
+    """The plain module and a note about it. None if the module stays: the note is then the reason, if it needs one."""
     layer = site.module
     if isinstance(layer, building.OURS):
-        return _plain_layer(site, tied)
-    if type(layer) is ours.OrthogonalFilterMLP:
-        return PlainOrthogonalFilterMLP(layer), "a loop in plain torch"
-    if type(layer) is ours.OrthogonalFilterRNN:
-        return PlainOrthogonalFilterRNN(layer), "a loop in plain torch"
-    return None, ""
-
-
-def _reason_to_stay(layer: nn.Module) -> str | None:
+        reason = refusal(layer)
+        return _plain_layer(site, tied) if reason is None else (None, reason)
     kind = parametrize.type_before_parametrizations(layer)
+    if isinstance(layer, (ours.OrthogonalFilterMLP, ours.OrthogonalFilterRNN)):
+        has_own = kind not in _RECURRENCES or "forward" in vars(layer)
+        if has_own or parametrize.is_parametrized(layer):
+            return None, "its class or its tensors are not the module's own"
+        return _RECURRENCES[kind](layer), "a loop in plain torch"
     if kind.__module__.partition(".")[0] != "lcw_ops" or isinstance(layer, _FOLDED):
-        return None
+        return None, ""
     if isinstance(layer, ours.InputMeanNorm):
-        return "it uses no op of ours, and no layer of torch.nn subtracts a batch's mean in training"
-    return "torch.nn has no layer for it"
+        return None, "it uses no op of ours, and no layer of torch.nn subtracts a batch's mean in training"
+    return None, "torch.nn has no layer for it"
 
 
 # ---- Layers ----------------------------------------------------------------------------------------------------------
@@ -112,7 +118,7 @@ def _plain_layer(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module
         kind = nn.modules.linear.NonDynamicallyQuantizableLinear
     trained = building.trained_tensors(layer)
     like = trained[0]
-    own_bias = layer._parameters.get("bias")
+    own_bias = None if building.is_gmp(layer) else layer.bias
     plain = building.empty(layer, kind, like.dtype, bias is not None or own_bias is not None)
     rounded = weight.to(like.dtype).view(plain.weight.shape)
     if like.shape == rounded.shape:
@@ -123,7 +129,8 @@ def _plain_layer(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module
     # Layers that share what they train go on sharing their weight.
     plain._parameters["weight"] = tied.setdefault(key, nn.Parameter(rounded, requires_grad))
     if own_bias is not None:
-        plain._parameters["bias"] = own_bias
+        is_parameter = isinstance(own_bias, nn.Parameter)
+        plain._parameters["bias"] = own_bias if is_parameter else nn.Parameter(own_bias.detach().clone())
     elif bias is not None:
         plain._parameters["bias"] = nn.Parameter(bias.to(like.dtype), layer.location.requires_grad)
     if getattr(layer, "activation", None) is None:
@@ -168,6 +175,11 @@ def _parametrizations_to_remove(site: Site, report: Report) -> list[tuple[Site, 
             reason = f"{name} has a parametrization of torch beside ours, and they cannot be removed one by one"
             report.left.append(Left(site.name, _name_of(site.module), reason))
     return found
+
+
+def _inside_parametrizations(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, parametrize.ParametrizationList):
+        yield from module.modules()
 
 
 def _remover(module: Any, name: str) -> Callable[[], Callable[[], None]]:

@@ -131,8 +131,8 @@ def layer_changes(
 
         def compare(layer, args, kwargs, output) -> None:
             # In eval mode a layer would keep its weight, which nobody needs here.
-            exchange.new.training = True
-            new = exchange.new.forward(*args, **kwargs)
+            with _training(exchange.new):
+                new = exchange.new.forward(*args, **kwargs)
             without = None
             if correction is not None:
                 without = new - _along_channels(correction.to(new), exchange.old)
@@ -146,6 +146,15 @@ def layer_changes(
     output = run(model, inputs, {exchange.old: hook_of(exchange) for exchange in exchanges})
     has_correction = {exchange.name: exchange.old in corrections for exchange in exchanges}
     return {name: total.change(has_correction[name]) for name, total in norms.items()}, output
+
+
+@contextmanager
+def _training(layer: nn.Module) -> Iterator[None]:
+    flag, layer.training = layer.training, True
+    try:
+        yield
+    finally:
+        layer.training = flag
 
 
 def output_change(

@@ -18,7 +18,7 @@ from lcw_ops.conversion.exchange import Exchange
 from lcw_ops.conversion.measure import Inputs
 from lcw_ops.conversion.optimizers import Remapping
 from lcw_ops.conversion.report import Changed, Left, Report
-from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, owners_of_parameters
+from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, key_of_memory, owners_of_parameters
 from lcw_ops.nn._refusals import PLAIN, applied_weight, refusal, weight_norm_tensors
 
 _LAYERS: dict[str, dict[type[nn.Module], Any]] = {
@@ -192,9 +192,10 @@ def _choose(
             report.left.append(Left(site.name, _name_of(layer), "the filter leaves it out"))
             continue
         accepted += 1
-        reason = refusal(layer) or _tie(layer, owners)
-        if reason is None and key in elsewhere:
-            reason = f"{elsewhere[key]} holds it too, where a replacement would not arrive"
+        reason = refusal(layer) or _activation(layer) or _tie(layer, owners)
+        holder = next((elsewhere[i] for i in (key, *map(id, layer.parameters())) if i in elsewhere), None)
+        if reason is None and holder is not None:
+            reason = f"{holder} holds it too, where a replacement would not arrive"
         if reason is not None:
             report.left.append(Left(site.name, _name_of(layer), reason))
         else:
@@ -225,9 +226,15 @@ def _raise_no_match(sites: dict[int, Site], targets: Mapping[type[nn.Module], An
     raise ValueError(describe("convert", "model", came, expected, remedy))
 
 
+def _activation(layer: nn.Module) -> str | None:
+    """Only our own layers have one, and only a function that the user gives could keep it."""
+    has_one = isinstance(layer, building.OURS) and getattr(layer, "activation", None) is not None
+    return "it applies an activation, which would be lost" if has_one else None
+
+
 def _tie(layer: nn.Module, owners: dict[int, list[str]]) -> str | None:
     for parameter in layer.parameters():
-        names = owners[id(parameter)]
+        names = owners[key_of_memory(parameter)]
         if len(names) > 1:
             return f"a parameter of it is tied: {' and '.join(names[:3])} are one"
     return None

@@ -41,6 +41,8 @@ _HARMLESS = {
     "weight",
 }
 
+_PRUNED = "it is pruned; make the pruning permanent first, with torch.nn.utils.prune.remove"
+
 
 class WeightNormTensors(NamedTuple):
     """The two parameters of torch's weight norm: g, one length per unit, and v, in the weight's shape."""
@@ -55,12 +57,12 @@ def plain_type(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def refusal(layer: nn.Module) -> str | None:
-    """The reason why a plain layer cannot be replaced, as the end of a sentence about it; None if it can.
+    """The reason why a layer, plain or of this package, cannot be replaced; None if it can.
 
-    The layers of this package are not plain. Their weight is what they apply, and the answer for them is None.
+    The reason is a clause about the layer ("it is pruned").
     """
-    if hasattr(type(layer), "_plain") or hasattr(layer, "effective_weight"):
-        return None
+    if hasattr(type(layer), "_plain"):
+        return _refusal_of_ours(layer)
     plain = plain_type(layer)
     if plain is None:
         return "its type is neither nn.Linear nor nn.Conv1d, nn.Conv2d or nn.Conv3d"
@@ -100,6 +102,15 @@ def applied_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
+def _refusal_of_ours(layer: Any) -> str | None:
+    kind: Any = next(base for base in type(layer).__mro__ if base.__module__.startswith("lcw_ops."))
+    if type(layer).forward is not kind.forward or "forward" in vars(layer):
+        return "it has a forward of its own"
+    if any(isinstance(hook, _pruning_methods()) for hook in layer._forward_pre_hooks.values()):
+        return _PRUNED
+    return None
+
+
 def _refusal_of_class(layer: nn.Module, plain: type[nn.Module]) -> str | None:
     kind: type = parametrize.type_before_parametrizations(layer)
     for name in _COMPUTING:
@@ -129,7 +140,7 @@ def _refusal_of_constraints(layer: nn.Module) -> str | None:
         if isinstance(hook, SpectralNorm):
             return "it has spectral norm, which a replacement would drop"
         if isinstance(hook, _pruning_methods()):
-            return "it is pruned; make the pruning permanent first, with torch.nn.utils.prune.remove"
+            return _PRUNED
         if isinstance(hook, WeightNorm) and (hook.name != "weight" or hook.dim != 0):
             return "its weight norm is not of its weight along dim 0"
     return None
