@@ -940,6 +940,69 @@ def test_our_parametrizations_are_removed(name):
     assert torch.equal(report.model[1].weight, exact.float())
 
 
+class OwnForwardOfOurs(ours.LCWLinear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+class OwnRecurrence(ours.OrthogonalFilterMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_subclasses_of_ours_with_a_forward_of_their_own():
+    model = nn.ModuleList([OwnForwardOfOurs(4, 4), OwnRecurrence(4, 4, 3, 2), ours.LCWLinear(4, 4)])
+    model[2].forward = lambda x: x
+    report = lcw_ops.fold(model)
+    assert not report.changed
+    assert reasons(report)["0"] == reasons(report)["2"] == "it has a forward of its own"
+    assert "not the module's own" in reasons(report)["1"]
+    converted = lcw_ops.convert(model, {ours.LCWLinear: ours.GmPLinear})
+    assert not converted.changed
+
+
+def test_our_layers_that_are_pruned_or_parametrized():
+    model = nn.Sequential(ours.LCWLinear(4, 3), ours.LCWLinear(4, 3), ours.WeightNormLinear(4, 3))
+    prune.l1_unstructured(model[0], "weight_u", amount=3)
+    parametrize.register_parametrization(model[1], "weight_u", nn.Tanh(), unsafe=True)
+    parametrize.register_parametrization(model[2], "bias", nn.Tanh(), unsafe=True)
+    x = torch.randn(5, 4)
+    report = lcw_ops.fold(model)
+    assert "it is pruned" in reasons(report)["0"]
+    assert [type(layer) for layer in report.model] == [ours.LCWLinear, nn.Linear, nn.Linear]
+    for folded, layer in zip(report.model[1:], model[1:], strict=True):
+        exact = copy.deepcopy(layer).double()(x.double()).detach()
+        assert_as_exact_as_eager("folded", folded(x).detach(), layer(x).detach(), exact)
+
+
+def test_our_layers_become_other_layers_of_ours():
+    model = nn.Sequential(
+        ours.LCWLinear(4, 4, basis=True), ours.GmPLinear(4, 4, activation="relu"), ours.GmPLinear(4, 4)
+    )
+    x = torch.randn(5, 4)
+    before = model(x)
+    report = lcw_ops.convert(model, {ours.LCWLinear: ours.GmPLinear, ours.GmPLinear: ours.WeightNormLinear}, inputs=x)
+    assert [type(layer) for layer in model] == [ours.GmPLinear, ours.GmPLinear, ours.WeightNormLinear]
+    assert reasons(report) == {"1": "it applies an activation, which would be lost"}
+    torch.testing.assert_close(model(x), before)
+
+
+def test_eval_mode_survives_measuring():
+    model = small_model().eval()
+    lcw_ops.convert(model, "lcw", inputs=torch.randn(3, 8))
+    assert not any(module.training for module in model.modules())
+
+
+def test_parameters_on_one_memory_or_in_a_list_are_left():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    model.penalised = [model[2].weight]
+    report = lcw_ops.convert(model, "lcw")
+    assert [changed.name for changed in report.changed] == ["3"]
+    assert reasons(report)["0"] == "a parameter of it is tied: 0.weight and 1.weight are one"
+    assert "penalised holds it too" in reasons(report)["2"]
+
+
 # ---- Hosts of torch --------------------------------------------------------------------------------------------------
 
 
