@@ -815,7 +815,7 @@ def test_the_report_in_words():
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(12)], nn.Embedding(2, 2))
     model.forward = lambda x: nn.Sequential(*list(model)[:12])(x)
     report = lcw_ops.convert(model, "weight_norm", inputs=torch.randn(3, 4))
-    assert repr(report).startswith("Report(Sequential: 12 layers changed, 1 left, outputs off by at most ")
+    assert repr(report).startswith("Report(Sequential: 12 layers changed, 1 left, outputs change by at most ")
     table = report.table().splitlines()
     assert any(line.startswith("*      x 12  Linear  WeightNormLinear") for line in table)
     assert any(line.startswith("12") and "Embedding" in line for line in table)

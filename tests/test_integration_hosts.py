@@ -331,6 +331,34 @@ def test_export_after_fold_runs_without_this_package(host, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+class Recurrences(nn.Module):
+    """Both recurrences, of 300 steps: more than torch.jit.trace would unroll."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = lcw_ops.nn.OrthogonalFilterMLP(4, 6, 300, 3)
+        self.rnn = lcw_ops.nn.OrthogonalFilterRNN(3, 5, length=300, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.deep(x))[0]
+
+
+def test_folded_recurrences_export_as_scans(tmp_path):
+    model = Recurrences().eval()
+    x = torch.randn(2, 300, 4)
+    folded = lcw_ops.fold(model).model
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        program = torch.export.export(folded, (x,))
+        assert_as_exact_as_eager("exported", program.module()(x), folded(x), exact)
+        assert len(program.graph.nodes) < 100
+        torch.export.save(program, tmp_path / "model.pt2")
+        torch.save(((x,), folded(x)), tmp_path / "case.pt")
+    command = [sys.executable, "-c", _LOAD, str(tmp_path / "model.pt2"), str(tmp_path / "case.pt")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @needs_onnx
 @pytest.mark.parametrize("host", HOSTS)
 def test_onnx_after_fold(host, tmp_path):

@@ -69,7 +69,7 @@ class Report:
         verb = "to be changed" if self.dry_run else "changed"
         counts = f"{_layers(len(self.changed))} {verb}, {len(self.left)} left"
         if self.errors:
-            counts += f", outputs off by at most {max(error.value for error in self.errors.values()):.1e}"
+            counts += f", outputs change by at most {max(error.value for error in self.errors.values()):.1e}"
         return f"Report({type(self.model).__name__}: {counts})"
 
     def table(self, every: bool = False) -> str:
