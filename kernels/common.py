@@ -90,6 +90,9 @@ def choose_fused_launch(rows: int, units: int, features: int, itemsize: int, dev
     blocks = triton.cdiv(units, TILE_UNITS)
     splits = max(1, min(PROGRAMS_PER_PROCESSOR * device.processors // blocks, features // (LEAST_STEPS * block_k)))
     chunk = min(triton.cdiv(triton.cdiv(features, splits), block_k) * block_k, MOST_COLUMNS)
+    # Whether a program's sums would leave 4 warps too few registers for the rest of a step. In 16 bits they would if
+    # rows are not aligned, because then each element has an address and a mask.
+    is_crowded = block_m >= 32 if itemsize >= 4 else block_m >= 64 and features % 16 != 0
     return {
         "chunk": chunk,
         "BLOCK_M": block_m,
@@ -97,8 +100,7 @@ def choose_fused_launch(rows: int, units: int, features: int, itemsize: int, dev
         "BLOCK_K": block_k,
         "STAGES": MOST_STAGES,
         "splits": triton.cdiv(features, chunk),
-        # 8 warps if a program's sums would leave 4 warps too few registers for the rest of a step.
-        "num_warps": 8 if itemsize >= 4 and block_m >= 32 else 4,
+        "num_warps": 8 if is_crowded else 4,
     }
 
 

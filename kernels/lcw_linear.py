@@ -76,7 +76,10 @@ def lcw_weight_backward(grad_output: Tensor, basis: bool) -> Tensor:
 
 
 def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> Tensor:
-    """x (M, m), M <= 64 -> x @ lcw_weight(weight, basis).T + bias, (M, n). Does not check its arguments."""
+    """x (M, m) -> x @ lcw_weight(weight, basis).T + bias, (M, n). Does not check its arguments.
+
+    One tile holds all samples, so there should be few of them: lcw_ops/ops/lcw_linear.py says how many.
+    """
     rows, features = x.shape
     units, columns = weight.shape
     output = x.new_empty((rows, units))

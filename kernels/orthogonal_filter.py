@@ -180,7 +180,9 @@ class _Recurrence:
         per_layer = (weight.dim() == 3) + (filter.dim() == 3)
         kept = 2 - permutes - per_layer
         allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        launch = choose_launch(width, state.itemsize, rows, per_layer, kept, allow_tf32, device_facts(state.device))
+        widens = weight.dim() == 3 and weight.dtype != state.dtype
+        device = device_facts(state.device)
+        launch = choose_launch(width, state.itemsize, rows, per_layer, kept, allow_tf32, device, widens)
         self.options = strides | launch | {"PERMUTES": permutes, "ACTIVATION": activation, "WIDTH": width}
         self.grid = (triton.cdiv(rows, launch["BLOCK_M"]),)
 
@@ -236,15 +238,29 @@ def _sum_products(products: Tensor, scale: Tensor) -> Tensor:
 
 
 def choose_launch(
-    width: int, itemsize: int, rows: int, per_layer: int, kept: int, allow_tf32: bool, device: Device
+    width: int,
+    itemsize: int,
+    rows: int,
+    per_layer: int,
+    kept: int,
+    allow_tf32: bool,
+    device: Device,
+    widens: bool = False,
 ) -> dict:
-    """Tile, warps and stages if ``per_layer`` matrices are read in every layer and ``kept`` matrices stay on chip."""
+    """Tile, warps and stages if ``per_layer`` matrices are read in every layer and ``kept`` matrices stay on chip.
+
+    ``widens``: W_l is read in every layer, in 16 bits, and shared memory also holds it in the state's float32.
+    """
     block_n = max(16, triton.next_power_of_2(width))
+    # Widening W_l takes registers. Beside another matrix of 128 x 128, a thread would spill 640 to 1,200 bytes backward
+    # in tiles of 8 rows. It spills up to 256 in tiles of 4 rows, and up to 32 in tiles of 2. Per row, a tile of 2 rows
+    # reads as many bytes of a 16-bit W_l as a tile of 4 rows reads in float32.
+    is_crowded = widens and kept + per_layer == 2 and block_n > 64 and not device.matrix_units
     # Take the fewest rows with which every program has a multiprocessor of its own, because a layer takes as long as
     # one tile does. With fewer than 4 rows, too many programs would read W_l through the second-level cache. 2 rows are
     # enough if no matrix is read in every layer.
-    smallest = 16 if device.matrix_units else 4 if per_layer else 2
-    largest = min(16, 1024 // block_n) if not device.matrix_units else 16
+    smallest = 16 if device.matrix_units else 4 if per_layer and not is_crowded else 2
+    largest = 16 if device.matrix_units else 4 if is_crowded else min(16, 1024 // block_n)
     block_m = smallest
     while block_m < largest and triton.cdiv(rows, block_m) > device.processors:
         block_m *= 2
@@ -267,10 +283,17 @@ def choose_launch(
             "Use lcw_ops.use_backend('cuda') or 'reference'"
         )
     stages = 3
-    # Shared memory holds stages - 1 copies of a pipelined matrix. Three tiles per stage are reserved for the pipelined
-    # tiles and for those that threads exchange.
-    while stages > 1 and (kept + per_layer * (stages - 1)) * matrix + 3 * stages * tile > device.shared_memory:
+    # Shared memory holds stages - 1 copies of a pipelined matrix. Those of a 16-bit W_l are half as large, and the
+    # float32 copy comes on top. Three tiles per stage are reserved for the pipelined tiles and for those that threads
+    # exchange.
+    while stages > 1:
+        halves = 2 * kept + 2 * per_layer * (stages - 1) + widens * (3 - stages)
+        if halves * (matrix // 2) + 3 * stages * tile <= device.shared_memory:
+            break
         stages -= 1
+    if is_crowded and stages == 1 and block_m == 4:
+        # Without pipeline stages, a thread would spill 96 to 120 bytes forward with 8 warps. It spills up to 8 with 16.
+        num_warps = 16
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

@@ -39,6 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcw_ops._checks import describe
+from lcw_ops._names import ACTIVATIONS
 from lcw_ops.kernels.common import activate, activation_slope, device_facts, is_permutation
 
 # All units of a row are in one program, because the residual is relative to the largest of them.
@@ -52,8 +54,6 @@ WARPS_PER_PROCESSOR = 64
 POINTWISE_LAYERS = 8
 # Pipeline stages of carry_kernel's loop over the chunks: the next chunk ends are loaded while one is added.
 CARRY_STAGES = 3
-
-_ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
 
 
 def sweep_(
@@ -108,9 +108,7 @@ def adjoint_sweep_(
     _check(op, gradients, steps, [product, outside, slope, scaled], None, [alpha])
     _check_filter(op, gradients, filter)
     if slope is not None and scaled is None:
-        raise ValueError(
-            f"{op}: scaled is None; expected a tensor, as slope is given. Call lcw_ops.functional.orthogonal_filter"
-        )
+        raise _refusal(op, "scaled", "is None", "a tensor, as slope is given")
     return _scan(gradients, product, None, outside, filter, alpha, None, "identity", slope, scaled, reverse=True)
 
 
@@ -189,15 +187,9 @@ def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope,
 
 def _check_layers(op: str, states: Tensor) -> int:
     if states.dim() != 3 or states.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{op}: the first tensor is {_describe(states)}; expected float32 or float64 (layers, samples, units). "
-            "Call lcw_ops.functional.orthogonal_filter"
-        )
+        raise _refusal(op, "the first tensor", _is(states), "float32 or float64 (layers, samples, units)")
     if states.shape[2] > MAX_WIDTH:
-        raise ValueError(
-            f"{op}: width is {states.shape[2]}; expected at most {MAX_WIDTH} in triton. "
-            "Call lcw_ops.functional.orthogonal_filter"
-        )
+        raise _refusal(op, "width", f"is {states.shape[2]}", f"at most {MAX_WIDTH} in triton")
     return states.shape[0]
 
 
@@ -212,10 +204,9 @@ def _check(op: str, states: Tensor, layers: int, per_layer: list, bias: Tensor |
             continue
         same = tensor.dtype == states.dtype and tensor.device == states.device
         if not (same and tuple(tensor.shape) in shapes and tensor.is_contiguous()):
-            raise ValueError(
-                f"{op}: an argument is {_describe(tensor)}, which does not fit the first, {_describe(states)}. "
-                "Call lcw_ops.functional.orthogonal_filter"
-            )
+            shape = " or ".join(map(str, shapes))
+            fitting = f"contiguous {states.dtype} {shape} on {states.device}, to fit the first tensor"
+            raise _refusal(op, "an argument", _is(tensor), fitting)
 
 
 def _check_filter(op: str, states: Tensor, filter: Tensor) -> None:
@@ -223,24 +214,22 @@ def _check_filter(op: str, states: Tensor, filter: Tensor) -> None:
     fits = filter.dtype == torch.int64 and filter.shape == (width,)
     fits |= filter.dtype == torch.float64 and filter.shape == (2 * width,)
     if states.shape[0] == 0 or not (fits and filter.is_contiguous() and filter.device == states.device):
-        raise ValueError(
-            f"{op}: filter is {_describe(filter)}; expected a contiguous int64 permutation ({width},) or float64 "
-            f"rotations ({2 * width},) to fit the first tensor, {_describe(states)}. "
-            "Call lcw_ops.functional.orthogonal_filter"
-        )
+        forms = f"a contiguous int64 permutation ({width},) or float64 rotations ({2 * width},)"
+        raise _refusal(op, "filter", _is(filter), f"{forms} to fit the first tensor, which {_is(states)}")
 
 
 def _check_activation(op: str, activation: str) -> None:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation is {activation!r}; expected tanh, relu, sigmoid or identity. "
-            "Call lcw_ops.functional.orthogonal_filter"
-        )
+    if activation not in ACTIVATIONS:
+        raise _refusal(op, "activation", f"is {activation!r}", f"one of {', '.join(ACTIVATIONS)}")
 
 
-def _describe(tensor: Tensor) -> str:
+def _refusal(op: str, argument: str, came: str, expected: str) -> ValueError:
+    return ValueError(describe(op, argument, came, expected, "Call lcw_ops.functional.orthogonal_filter"))
+
+
+def _is(tensor: Tensor) -> str:
     strides = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{strides}"
+    return f"is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{strides}"
 
 
 def _bias_stride(bias: Tensor | None) -> int:
@@ -433,20 +422,9 @@ def sweep_kernel(
         here = layer * size + base
         if product is not None or inputs is not None:
             state += _source(
-                product,
-                bias,
-                inputs,
-                beta,
-                layer,
-                here,
-                row_offset,
-                at,
-                present,
-                inside,
-                BIAS_STRIDE,
-                BETA_STRIDE,
-                ACTIVATION,
-            ).to(dtype)
+                product, bias, inputs, beta, layer, here, row_offset, at, present, inside,
+                BIAS_STRIDE, BETA_STRIDE, ACTIVATION,
+            ).to(dtype)  # fmt: skip
         place = states + (here if REVERSE else here + size) + at + row_offset
         new = state.to(element)
         worst = tl.maximum(worst, _relative_change(new, tl.load(place, mask=inside, other=0.0), inside))

@@ -21,7 +21,12 @@ LEAST_FLOAT32, LARGEST_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(to
 
 def describe(function: str, argument: str, came: str, expected: str, remedy: str = "") -> str:
     """The message of every error about an argument. `came` has a verb ("is 0"); `expected` follows "expected"."""
-    return f"{function}: {argument} {came}; expected {expected}. {remedy}".rstrip()
+    return f"{function}: {describe_argument(argument, came, expected, remedy)}"
+
+
+def describe_argument(argument: str, came: str, expected: str, remedy: str = "") -> str:
+    """The message without the function: the command line puts the command's name before an error about a flag."""
+    return f"{argument} {came}; expected {expected}. {remedy}".rstrip()
 
 
 def accumulation_dtype(function: str, **tensors: Any) -> torch.dtype:

@@ -33,6 +33,7 @@ from torch import Tensor  # noqa: E402
 from torch._guards import detect_fake_mode  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
+from torch.nn.utils import parametrize  # noqa: E402
 from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: E402
 
 # () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
@@ -373,3 +374,42 @@ def bind_hook(hook: Callable, module: torch.nn.Module) -> Callable:
     if isinstance(hook, torch.nn.modules.module._WrappedHook) and hook.with_module:
         return torch.nn.modules.module._WrappedHook(hook.hook, module)
     return hook
+
+
+# The rest of this file is about torch.nn.utils.parametrize, which gives a parametrized module a class of its own.
+
+
+def give_own_class(module: torch.nn.Module) -> None:
+    """Let no other module have the class of this parametrized module, nor will a deep copy of it.
+
+    torch's deep copies have the class of the module that they are a copy of. A parametrization that is added to one of
+    them or removed from one then breaks the others, and within ``parametrize.cached()`` they read each other's tensors.
+    torch also cannot copy an ``nn.LSTM`` or its kind once it has computed a parametrized tensor, because it keeps the
+    tensor in a list. If the module's original class says how it is copied, torch's way of copying stays.
+    """
+    plain = type(module).__bases__[0]
+    module.__class__ = plain
+    parametrize._inject_new_class(module)
+    for name in module.parametrizations:  # type: ignore[union-attr]
+        parametrize._inject_property(module, name)
+    torchs_deepcopy = vars(type(module)).get("__deepcopy__")
+    if torchs_deepcopy is not None:
+        type(module).__deepcopy__ = _deepcopy_with_own_class(torchs_deepcopy)  # type: ignore[attr-defined]
+
+
+def _deepcopy_with_own_class(torchs_deepcopy: Callable) -> Callable:
+    def deepcopy(module: Any, memo: dict) -> torch.nn.Module:
+        if isinstance(module, torch.nn.RNNBase):
+            memo[id(module._flat_weights)] = []
+        copied = torchs_deepcopy(module, memo)
+        give_own_class(copied)
+        refresh_recurrent_weights(copied)
+        return copied
+
+    return deepcopy
+
+
+def refresh_recurrent_weights(module: torch.nn.Module) -> None:
+    """Let an ``nn.LSTM`` or its kind list its tensors again, so that ``flatten_parameters`` takes the right ones."""
+    if isinstance(module, torch.nn.RNNBase):
+        module._init_flat_weights()

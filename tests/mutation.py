@@ -25,11 +25,14 @@ and a GPU.
     --jobs 2               processes side by side, each with a copy of the tree
     --dry-run              show the changes that would be made
     --out mutants.csv      append a row for every line; lines that have a row are not judged again
-    --map FOLDER           keep the record of tests in this folder, or use the one that is there
+    --map FOLDER           keep the record of tests in this folder, or use the one that is there; a record of other
+                           sources is refused
 """
 
 import argparse
 import csv
+import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -75,6 +78,8 @@ SLOWER, SPARE = 10.0, 90.0
 MODES = {"native": {}, "interpreter": {"TRITON_INTERPRET": "1", "LCW_OPS_TEST_DEVICE": "cpu"}}
 # torch would take the result of an unchanged line from its caches of compiled graphs.
 NO_GRAPH_CACHE = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+# The file of a record that holds the digest of its sources.
+FINGERPRINT = "sources.sha256"
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "dist", "build", "demo", "__pycache__", ".*_cache")
 
 
@@ -142,6 +147,9 @@ class Reporter:
         if report.failed:
             self.tell("failed", report.nodeid)
 
+    def pytest_sessionfinish(self) -> None:
+        self.tell("end", "")
+
 
 class Tree:
     """A copy of the checkout in which one line at a time is wrong."""
@@ -182,6 +190,8 @@ class Tree:
     def _run_as_child(self, selection: Selection, pipe: int) -> None:
         status = 70
         try:
+            # pytest collects garbage at its end. Among the objects of torch's import that took a second (measured).
+            gc.freeze()
             os.setsid()
             os.chdir(self.root)
             nothing = os.open(os.devnull, os.O_RDWR)
@@ -198,7 +208,7 @@ class Tree:
 
     def _follow(self, child: int, reader: int, seconds: dict[str, float]) -> Found:
         """Read what the child tells, and end it if a test takes too long."""
-        running, failed, rest = "", "", b""
+        running, failed, has_ended, rest = "", "", False, b""
         while True:
             limit = SPARE + SLOWER * seconds.get(running, 30.0)
             if not select.select([reader], [], [], limit)[0]:
@@ -213,11 +223,13 @@ class Tree:
                 word, _, test = line.decode().partition(" ")
                 if word == "start":
                     running = test
-                else:
+                elif word == "failed":
                     failed = failed or test
+                else:
+                    has_ended = True
         _, status = os.waitpid(child, 0)
-        # 5 means that no test was selected. Every other status but 0 is a failure.
-        if os.waitstatus_to_exitcode(status) in (0, 5):
+        # 5 means that no test was selected. Every other status but 0 is a failure, and so is an exit before the end.
+        if has_ended and os.waitstatus_to_exitcode(status) in (0, 5):
             return Found("passed", "")
         return Found("failed", failed or running)
 
@@ -325,8 +337,24 @@ class Compiler:
         self.library.write_bytes(self.kept)
 
 
+def fingerprint() -> str:
+    """A digest of the sources and the tests. If one of them changes, the lines of a record are other lines."""
+    patterns = [pattern for floor in FLOORS.values() for pattern in floor] + ["tests/**/*.py"]
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
+        digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def is_record(folder: Path) -> bool:
+    """Whether the folder has a whole record of these sources."""
+    kept = folder / FINGERPRINT
+    return kept.exists() and kept.read_text() == fingerprint()
+
+
 def record(folder: Path, jobs: int) -> None:
     """Run the quick suite under coverage.py, with tests/run.py, in a copy of the tree."""
+    sources = fingerprint()
     with tempfile.TemporaryDirectory() as copies:
         root = Path(copies) / "tree"
         shutil.copytree(ROOT, root, symlinks=True, ignore=NOT_COPIED)
@@ -337,6 +365,8 @@ def record(folder: Path, jobs: int) -> None:
             print(f"recording the tests of every line: {mode}", flush=True)
             # Tests that count calls or measure times may fail under a tracer, which does not matter here.
             subprocess.run([*command, "-p", "support.line_map"], cwd=root, env=environment, stdout=subprocess.DEVNULL)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINGERPRINT).write_text(sources)
 
 
 def judge(copies: Path, folder: Path, mutants, results) -> None:
@@ -415,6 +445,9 @@ def main(arguments: list[str]) -> int:
         for floor, mutant in drawn:
             print(f"{floor}: {mutant}")
         return 0
+    if args.map and args.map.exists() and not is_record(args.map):
+        came = f"is {args.map}, which has no whole record of these sources"
+        parser.error(f"--map {came}; expected such a record, or a folder that does not exist yet")
     before = judged_before(args.out)
     counts = {floor: Counter() for floor in floors}
     left = []

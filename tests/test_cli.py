@@ -207,7 +207,7 @@ def test_every_mistake_is_one_line_and_code_2(flags, tmp_path, capsys):
 def test_an_empty_path_of_data_is_named(command, capsys):
     assert cli.main([command, "--data", ""]) == 2
     assert capsys.readouterr().err == (
-        f"lcw-ops {command}: --data is '', expected digits, or the path of an .npz file\n"
+        f"lcw-ops {command}: --data is ''; expected digits, or the path of an .npz file.\n"
     )
 
 
@@ -429,7 +429,7 @@ def test_too_large_a_network_names_the_memory_it_needs(tmp_path, monkeypatch, ca
     flags = ["--depth", "100000", "--width", "64"]
     assert profile(*flags, out=tmp_path / "out") == 2
     # Weights, gradients and Adam's two moments are 4 x 100000 x 64 x 65 float32 numbers, 6.66 GB.
-    assert "need at least 6.9 GB of memory on cpu, 1.0 GB are available" in capsys.readouterr().err
+    assert "need at least 6.9 GB of memory on cpu; expected at most the 1.0 GB that" in capsys.readouterr().err
     assert profile("--width", "8", out=tmp_path / "out") == 0
 
 
@@ -446,7 +446,7 @@ def test_the_ends_of_a_network_need_memory_too(tmp_path, monkeypatch, capsys):
     available = 4 * 4 * numbers + main_job.ROW_BYTES - 1
     monkeypatch.setattr(machine, "available_memory_bytes", lambda device: available)
     assert profile("--depth", 1, out=tmp_path / "out") == 2
-    assert "--depth 1 and --width 8 need at least" in capsys.readouterr().err
+    assert "--depth and --width are 1 and 8, which need at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -505,4 +505,4 @@ def test_as_a_module():
         [sys.executable, "-m", "lcw_ops.cli", "profile", "--depth", "0"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    assert result.stderr.strip() == "lcw-ops profile: --depth is 0, expected at least 1"
+    assert result.stderr.strip() == "lcw-ops profile: --depth is 0; expected at least 1."

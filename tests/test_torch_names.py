@@ -1,5 +1,7 @@
 """Every private name of torch that the package relies on exists and works, and stands in lcw_ops/_torch.py alone."""
 
+import copy
+import pickle
 import re
 import sys
 import warnings
@@ -239,6 +241,30 @@ def test_a_state_for_a_scan_requires_a_gradient_if_an_argument_does(shape, monke
     ready = _torch.ready_for_scan(state, None, argument.requires_grad_(), 1.0)
     assert torch.equal(ready, state)
     assert ready.requires_grad
+
+
+def test_give_own_class():
+    """torch's properties, its refusal to pickle and its deep copy are there again, in a new class."""
+    module = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 3))
+    shared, weight = copy.deepcopy(module), module.weight
+    assert type(shared) is type(module)
+    _torch.give_own_class(module)
+    copied = copy.deepcopy(module)
+    assert len({type(module), type(shared), type(copied)}) == 3
+    for each in (module, shared, copied):
+        assert torch.nn.utils.parametrize.type_before_parametrizations(each) is torch.nn.Linear
+        assert type(each).__name__ == "ParametrizedLinear"
+        assert torch.equal(each.weight, weight)
+        with pytest.raises(RuntimeError, match="state_dict"):
+            pickle.dumps(each)
+
+
+def test_refresh_recurrent_weights():
+    layer = torch.nn.GRU(3, 4)
+    layer._parameters["weight_hh_l0"] = torch.nn.Parameter(torch.ones(12, 4))
+    _torch.refresh_recurrent_weights(layer)
+    assert layer._flat_weights[1] is layer.weight_hh_l0
+    _torch.refresh_recurrent_weights(torch.nn.Linear(3, 4))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

@@ -322,18 +322,21 @@ def test_flags_that_may_change_on_resume(stopped, tmp_path, uninterrupted):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--kind", "rnn", "--depth", "64"], "--kind is rnn, the checkpoint has mlp; give --kind mlp"),
-        (["--depth", "21"], "--depth is 21, the checkpoint has 20"),
-        (["--width", "9"], "--width is 9, the checkpoint has 8"),
+        (["--kind", "rnn", "--depth", "64"], "--kind is rnn; expected mlp, as in the checkpoint. Give --kind mlp"),
+        (["--depth", "21"], "--depth is 21; expected 20, as in the checkpoint"),
+        (["--width", "9"], "--width is 9; expected 8, as in the checkpoint"),
         (["--batch", "17"], "--batch is 17"),
-        (["--steps", "8"], "--steps is 8, the checkpoint has done 9; give at least 9"),
-        (["--lr", "0.05"], "--lr is 0.05, the checkpoint has 0.04"),
-        (["--schedule", "constant"], "--schedule is constant, the checkpoint has falling; give --schedule falling"),
-        (["--c", "1.5"], "--c is 1.5, the checkpoint has 1.0"),
+        (["--steps", "8"], "--steps is 8; expected at least the 9 that the checkpoint has done"),
+        (["--lr", "0.05"], "--lr is 0.05; expected 0.04, as in the checkpoint"),
+        (
+            ["--schedule", "constant"],
+            "--schedule is constant; expected falling, as in the checkpoint. Give --schedule falling",
+        ),
+        (["--c", "1.5"], "--c is 1.5; expected 1.0, as in the checkpoint"),
         (["--filter", "cyclic"], "--filter is cyclic"),
         (["--activation", "relu"], "--activation is relu"),
         (["--seed", "1"], "--seed is 1"),
-        (["--threads", "2"], "--threads is 2, the checkpoint has 1; give --threads 1"),
+        (["--threads", "2"], "--threads is 2; expected 1, as in the checkpoint. Give --threads 1"),
     ],
 )
 def test_another_configuration_is_refused_and_named(flags, message, stopped, capsys):
@@ -356,7 +359,7 @@ def test_data_is_identified_by_its_content(tmp_path, monkeypatch, capsys):
     assert stop_after(7, monkeypatch, *flags, "--data", tmp_path / "a.npz") == 130
     np.savez(tmp_path / "b.npz", **{**arrays, "x": arrays["x"] + np.eye(60, 5)})
     assert train(*flags, "--resume", "--data", tmp_path / "b.npz") == 2
-    assert "--data: its content is not the checkpoint's training data; give the same" in capsys.readouterr().err
+    assert "--data has other content than the checkpoint's training data; expected the same" in capsys.readouterr().err
     os.replace(tmp_path / "a.npz", tmp_path / "moved.npz")
     assert train(*flags, "--resume", "--data", tmp_path / "moved.npz") == 0
 
@@ -377,7 +380,7 @@ def test_other_instruction_sets_are_reported(stopped, monkeypatch, capsys):
 def test_a_format_of_later_versions_is_refused(stopped, monkeypatch, capsys):
     monkeypatch.setattr(job, "FORMAT", 2)
     assert train(*SMALL, "--checkpoint", stopped, "--resume") == 2
-    assert "format 1, this version reads 2" in capsys.readouterr().err
+    assert "have format 1; expected format 2, which this version reads" in capsys.readouterr().err
 
 
 # --- kill -9
@@ -644,7 +647,7 @@ def test_with_every_checkpoint_damaged_nothing_is_lost(damage, stopped, capsys):
     for _ in range(2):
         assert train(*SMALL, "--checkpoint", stopped, "--resume") == 2
         error = capsys.readouterr().err
-        assert "every checkpoint is damaged; give another folder to start afresh" in error
+        assert "every checkpoint is damaged; expected a checkpoint that can be read. Give another" in error
         assert "Traceback" not in error
         assert names(stopped) == [STEP_6, STEP_9]
 
@@ -682,13 +685,13 @@ def test_without_resume_a_folder_must_be_empty(stopped, tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter-1.tex").write_text("precious")
     for folder, message in (
-        (stopped, "checkpoints up to step 9: add --resume to continue"),
+        (stopped, "checkpoints up to step 9; expected an empty folder. Add --resume to continue"),
         (tmp_path / "thesis", "files"),
     ):
         before = names(folder)
         assert train(*SMALL, "--checkpoint", folder) == 2
         error = capsys.readouterr().err
-        assert f"--checkpoint {folder} holds {message}" in error
+        assert f"--checkpoint is {folder}, which holds {message}" in error
         assert len(error.strip().splitlines()) == 1
         assert names(folder) == before
 
@@ -698,7 +701,9 @@ def test_a_full_disk_is_reported_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(job.shutil, "disk_usage", lambda folder: usage)
     # 50,000 layers of width 32: the weights and two moments are 3 x 4 x 52.8 million bytes.
     assert train("--checkpoint", tmp_path / "a") == 2
-    assert "checkpoints of 0.6 GB need 1.9 GB more on this disk, 0.0 GB are free" in capsys.readouterr().err
+    assert (
+        "checkpoints of 0.6 GB need 1.9 GB more; expected at most the 0.0 GB that are free" in capsys.readouterr().err
+    )
     assert train(*SMALL, "--checkpoint", tmp_path / "b") == 0
 
 
@@ -795,7 +800,10 @@ def test_every_mistake_is_one_line_and_code_2(flags, tmp_path, capsys):
 
 def test_resume_needs_a_folder(capsys):
     assert train(*SMALL, "--resume") == 2
-    assert capsys.readouterr().err == "lcw-ops train: --resume needs --checkpoint DIR, the folder to continue from\n"
+    assert (
+        capsys.readouterr().err
+        == "lcw-ops train: --checkpoint is not given; expected the folder that --resume continues from.\n"
+    )
 
 
 def test_a_failure_without_checkpoints_says_what_is_lost(monkeypatch, capsys):
@@ -818,10 +826,10 @@ def test_epochs_are_steps():
 def test_settings_may_just_fit_the_data():
     digits = data.load("digits")
     assert job.complete(job.Settings(epochs=3, batch=len(digits.x_train)), digits).steps == 3
-    with pytest.raises(ValueError, match="--batch is 1439, expected at most the 1438 samples"):
+    with pytest.raises(ValueError, match="--batch is 1439; expected at most the 1438 samples"):
         job.complete(job.Settings(epochs=3, batch=1439), digits)
     assert job.complete(job.Settings(depth=2, c=2.0), digits).c == 2.0
-    with pytest.raises(ValueError, match=r"--c is 2.1, expected at most the depth of 2"):
+    with pytest.raises(ValueError, match=r"--c is 2.1; expected at most the depth of 2"):
         job.complete(job.Settings(depth=2, c=2.1), digits)
 
 
@@ -829,7 +837,7 @@ def test_settings_may_just_fit_the_data():
 def test_threads_are_at_most_four_for_every_processor(processors, most, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: processors)
     job.Settings(threads=most).check()
-    with pytest.raises(ValueError, match=f"--threads is {most + 1}, expected from 1 to {most}"):
+    with pytest.raises(ValueError, match=f"--threads is {most + 1}; expected from 1 to {most}"):
         job.Settings(threads=most + 1).check()
 
 
@@ -865,7 +873,7 @@ def test_an_rnn_reads_pixel_by_pixel_and_then_nothing():
 def test_depth_of_an_rnn_is_at_least_the_features():
     digits = data.load("digits")
     assert job.complete(job.Settings(kind="rnn"), digits).depth == 64
-    with pytest.raises(ValueError, match="--depth is 63, expected at least 64 time steps"):
+    with pytest.raises(ValueError, match="--depth is 63; expected at least 64 time steps"):
         job.complete(job.Settings(kind="rnn", depth=63), digits)
 
 
@@ -873,7 +881,10 @@ def test_too_long_a_sequence_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(machine, "available_memory_bytes", lambda device: 10**9)
     assert train("--kind", "rnn", "--depth", "100000") == 2
     # The input's part U x of every step, the states, and the gradients of both: 4 x 4 x 100000 x 64 x 64 bytes.
-    assert "need at least 6.6 GB of memory on cpu, 1.0 GB are available" in capsys.readouterr().err
+    assert (
+        "need at least 6.6 GB of memory on cpu; expected at most the 1.0 GB that are available"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_network_may_need_all_of_the_memory(monkeypatch):
@@ -932,5 +943,5 @@ def test_accuracy_does_not_depend_on_the_batch_size():
 
 
 def test_an_unusable_device_is_refused():
-    with pytest.raises(ValueError, match="--device meta cannot be used"):
+    with pytest.raises(ValueError, match="--device is meta, which cannot be used"):
         usable_device("meta")

@@ -2,6 +2,7 @@
 
 import torch
 
+from lcw_ops._checks import describe_argument
 from lcw_ops.jobs.settings import TrainingSettings
 from lcw_ops.profile import machine
 
@@ -13,7 +14,8 @@ def usable_device(name: str) -> torch.device:
         # Copy a value there and back: a meta tensor has no values to train with.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        came = f"is {name}, which cannot be used ({str(error).splitlines()[0]})"
+        raise ValueError(describe_argument("--device", came, "a device that torch computes on")) from error
     return device
 
 
@@ -32,7 +34,8 @@ def check_memory(settings: TrainingSettings, network: int, filter: int, device: 
     for place, needed in (("cpu", on_cpu), (device, network)):
         available = machine.available_memory_bytes(place)
         if available is not None and needed > available:
-            raise ValueError(
-                f"--depth {settings.depth} and --width {settings.width} need at least {needed / 1e9:,.1f} GB of memory "
-                f"on {place}, {available / 1e9:,.1f} GB are available; make the network smaller"
-            )
+            need = f"need at least {needed / 1e9:,.1f} GB of memory on {place}"
+            came = f"are {settings.depth} and {settings.width}, which {need}"
+            expected = f"at most the {available / 1e9:,.1f} GB that are available"
+            remedy = "Make the network smaller."
+            raise ValueError(describe_argument("--depth and --width", came, expected, remedy))

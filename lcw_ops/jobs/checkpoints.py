@@ -18,6 +18,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from lcw_ops._checks import describe_argument
 from lcw_ops._files import prepare_folder, write_atomically
 
 # The newest may be damaged, so keep one more.
@@ -121,7 +122,8 @@ def newest(folder: Path) -> dict[str, Tensor] | None:
             os.replace(bad, bad.with_suffix(".damaged"))
         return tensors
     if damaged:
-        raise ValueError(f"--checkpoint {folder}: every checkpoint is damaged; give another folder to start afresh")
+        came, expected = f"is {folder}, where every checkpoint is damaged", "a checkpoint that can be read"
+        raise ValueError(describe_argument("--checkpoint", came, expected, "Give another folder to start afresh."))
     return None
 
 

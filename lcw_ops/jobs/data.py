@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lcw_ops._checks import describe
+
 # One sample in five of every class is held out.
 TEST_SHARE = 0.2
 
@@ -82,27 +84,22 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
         _check_pair(path, "x_train", x_train, "y_train", y_train)
         _check_pair(path, "x_test", x_test, "y_test", y_test, classes=int(y_train.max()) + 1)
         if x_train.shape[1:] != x_test.shape[1:]:
-            raise ValueError(
-                f"{path}: a sample has shape {x_train.shape[1:]} in x_train and {x_test.shape[1:]} in x_test; "
-                "give both the same"
-            )
+            came = f"has samples of shape {x_test.shape[1:]}"
+            raise ValueError(describe(path, "x_test", came, f"{x_train.shape[1:]}, as in x_train"))
     else:
         _check_pair(path, "x", arrays["x"], "y", arrays["y"])
         if len(np.unique(arrays["y"])) == len(arrays["y"]):
-            raise ValueError(
-                f"{path}: no class in y has two samples, expected one for training and one for testing; add samples"
-            )
+            expected = "one for training and one for testing"
+            raise ValueError(describe(path, "y", "has no class of two samples", expected, "Add samples."))
         x_train, y_train, x_test, y_test = _split(arrays["x"], arrays["y"], seed)
     dataset = _dataset(Path(path).name, x_train, y_train, x_test, y_test)
     if not dataset.x_train.any():
-        raise ValueError(
-            f"{path}: every feature is the same in all training samples, expected one that tells them apart"
-        )
+        came = "is the same in all training samples"
+        raise ValueError(describe(path, "every feature", came, "one that tells them apart"))
     if not dataset.x_test.isfinite().all():
-        raise ValueError(
-            f"{path}: the test samples are too far from the training samples: standardised with the mean and deviation "
-            "of the latter, a feature exceeds the range of float32; remove outliers, or split the samples at random"
-        )
+        came = "exceeds the range of float32 when standardised with the mean and deviation of the training samples"
+        remedy = "Remove outliers, or split the samples at random."
+        raise ValueError(describe(path, "a feature of the test samples", came, "a number nearer to them", remedy))
     return dataset
 
 
@@ -128,13 +125,11 @@ def _read_npz(path) -> dict[str, np.ndarray]:
     # A damaged archive raises almost anything, depending on which byte is wrong.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(
-            f"{path}: cannot be read as an .npz file: {reason.splitlines()[0]}; expected a file from "
-            "numpy.savez(path, x=..., y=...)"
-        ) from error
-    raise ValueError(
-        f"{path}: has the arrays {found}, expected {', '.join(SPLIT_KEYS)}, or {' and '.join(WHOLE_KEYS)}; name them so"
-    )
+        came = f"cannot be read as an .npz file ({reason.splitlines()[0]})"
+        expected = "one that numpy.savez(path, x=..., y=...) wrote"
+        raise ValueError(describe(path, "the file", came, expected)) from error
+    expected = f"{', '.join(SPLIT_KEYS)}, or {' and '.join(WHOLE_KEYS)}"
+    raise ValueError(describe(path, "the file", f"has the arrays {found}", expected, "Name them so."))
 
 
 def _read_array(archive, key: str) -> np.ndarray:
@@ -153,48 +148,41 @@ def _read_array(archive, key: str) -> np.ndarray:
 def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, classes: int | None = None) -> None:
     """Raise ValueError unless x and y are samples and labels. ``classes``: the training set's number of classes."""
     if x.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: {x_name} is {x.dtype}, expected real numbers; convert it, to float32 for example")
+        remedy = "Convert it, to float32 for example."
+        raise ValueError(describe(path, x_name, f"is {x.dtype}", "real numbers", remedy))
     if x.ndim < 2 or x.size == 0:
-        raise ValueError(
-            f"{path}: {x_name} has shape {x.shape}, expected (samples, features), none of them 0; reshape or refill it"
-        )
+        expected = "(samples, features), none of them 0"
+        raise ValueError(describe(path, x_name, f"has shape {x.shape}", expected, "Reshape or refill it."))
     unusable = len(x) - int(np.isfinite(x).reshape(len(x), -1).all(1).sum())
     if unusable:
-        raise ValueError(
-            f"{path}: {x_name} contains NaN or inf, in {unusable} of {len(x)} samples; remove or fill these first"
-        )
+        came = f"has NaN or inf in {unusable} of {len(x)} samples"
+        raise ValueError(describe(path, x_name, came, "finite numbers", "Remove or fill these samples first."))
     # The maximum of abs would be wrong: the abs of the least int64 is negative.
     largest = max(float(x.max()), -float(x.min()))
     if largest > LARGEST_VALUE:
-        raise ValueError(
-            f"{path}: {x_name} has a value of size {largest:.3g}, expected at most {LARGEST_VALUE:.3g}, float32's "
-            "largest; scale the feature, or remove the sample"
-        )
+        came, expected = f"has a value of size {largest:.3g}", f"at most {LARGEST_VALUE:.3g}, float32's largest"
+        raise ValueError(describe(path, x_name, came, expected, "Scale the feature, or remove the sample."))
     if y.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: {y_name} is {y.dtype}, expected integers: class indices from 0; convert it, to int64 for example"
-        )
+        remedy = "Convert it, to int64 for example."
+        raise ValueError(describe(path, y_name, f"is {y.dtype}", "integers, class indices from 0", remedy))
     if y.shape != (len(x),):
-        raise ValueError(
-            f"{path}: {y_name} has shape {y.shape}, expected ({len(x)},), one label per sample of {x_name}; reshape it"
-        )
+        expected = f"({len(x)},), one label per sample of {x_name}"
+        raise ValueError(describe(path, y_name, f"has shape {y.shape}", expected, "Reshape it."))
     if classes is not None:
         # The network has outputs only for the classes that it is trained on.
         if y.min() < 0 or y.max() >= classes:
-            raise ValueError(
-                f"{path}: {y_name} runs from {y.min()} to {y.max()}, expected classes of the training set, which has 0 "
-                f"to {classes - 1}; remove the other samples"
-            )
+            expected = f"classes of the training set, which has 0 to {classes - 1}"
+            came = f"runs from {y.min()} to {y.max()}"
+            raise ValueError(describe(path, y_name, came, expected, "Remove the other samples."))
     # With more classes than samples, y is a column of identifiers, and would need an output layer of that size.
     elif y.min() < 0 or y.max() >= len(x):
-        raise ValueError(
-            f"{path}: {y_name} runs from {y.min()} to {y.max()}, expected class indices from 0 and fewer classes than "
-            f"the {len(x)} samples; number the classes, as numpy.unique(y, return_inverse=True) does"
-        )
+        came = f"runs from {y.min()} to {y.max()}"
+        expected = f"class indices from 0 and fewer classes than the {len(x)} samples"
+        remedy = "Number the classes, as numpy.unique(y, return_inverse=True) does."
+        raise ValueError(describe(path, y_name, came, expected, remedy))
     elif y.min() == y.max():
-        raise ValueError(
-            f"{path}: {y_name} has the class {y.min()} alone, expected at least 2 classes; add samples of another one"
-        )
+        came, remedy = f"has the class {y.min()} alone", "Add samples of another one."
+        raise ValueError(describe(path, y_name, came, "at least 2 classes", remedy))
 
 
 def _split(x: np.ndarray, y: np.ndarray, seed: int):

@@ -30,7 +30,14 @@ TRAIN_KINDS = tuple(DEFAULTS)
 def expect(holds: bool, name: str, value, expected: str) -> None:
     """Raise a ValueError that names the flag, unless ``holds``."""
     if not holds:
-        raise ValueError(f"--{name} is {value}, expected {expected}")
+        raise ValueError(_describe(f"--{name}", f"is {value}", expected))
+
+
+def _describe(argument: str, came: str, expected: str) -> str:
+    # This module imports torch, which the help of the command must not need.
+    from lcw_ops._checks import describe_argument
+
+    return describe_argument(argument, came, expected)
 
 
 def expect_at_least(least: int, name: str, value: int | None) -> None:
@@ -129,8 +136,8 @@ class TrainSettings(TrainingSettings):
             expect_at_least(1, name, getattr(self, name))
         expect(self.c is None or (math.isfinite(self.c) and self.c > 0), "c", self.c, "a finite number above 0")
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("--steps and --epochs are both given, expected one of them")
+            raise ValueError(_describe("--steps and --epochs", "are both given", "one of them"))
         for name in ("checkpoint", "out"):
             expect(getattr(self, name) != "", name, "empty", "a folder")
         if self.resume and self.checkpoint is None:
-            raise ValueError("--resume needs --checkpoint DIR, the folder to continue from")
+            raise ValueError(_describe("--checkpoint", "is not given", "the folder that --resume continues from"))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import lcw_ops
+from lcw_ops._checks import describe_argument
 from lcw_ops._files import prepare_folder, write_atomically
 from lcw_ops.jobs import checkpoints, data
 from lcw_ops.jobs.arguments import check_memory, filter_bytes, usable_device
@@ -186,18 +187,16 @@ def check_same(saved: dict, current: dict, folder: Path) -> None:
     For versions that differ, print a line instead: they may change the last bits.
     """
     if saved["format"] != FORMAT:
-        raise ValueError(f"--checkpoint {folder}: format {saved['format']}, this version reads {FORMAT}")
+        came = f"is {folder}, whose checkpoints have format {saved['format']}"
+        raise ValueError(describe_argument("--checkpoint", came, f"format {FORMAT}, which this version reads"))
     if saved["data"] != current["data"]:
-        raise ValueError(
-            "--data: its content is not the checkpoint's training data; give the same data, or another "
-            "--checkpoint folder"
-        )
+        came, expected = "has other content than the checkpoint's training data", "the same data"
+        raise ValueError(describe_argument("--data", came, expected, "Give it, or another --checkpoint folder."))
     for name in (*DECISIVE, "device", "threads"):
         if saved[name] != current[name]:
-            raise ValueError(
-                f"--{name} is {current[name]}, the checkpoint has {saved[name]}; give --{name} {saved[name]}, or "
-                "another --checkpoint folder"
-            )
+            expected = f"{saved[name]}, as in the checkpoint"
+            remedy = f"Give --{name} {saved[name]}, or another --checkpoint folder."
+            raise ValueError(describe_argument(f"--{name}", f"is {current[name]}", expected, remedy))
     for name, made_with in saved["made_with"].items():
         if made_with != current["made_with"][name]:
             now = current["made_with"][name]
@@ -272,8 +271,9 @@ def _expect_empty(folder: Path) -> None:
     if all(entry.name.startswith(".") for entry in folder.iterdir()):
         return
     steps = checkpoints.steps_in(folder)
-    held = f"checkpoints up to step {steps[-1]}: add --resume to continue, or" if steps else "files already:"
-    raise ValueError(f"--checkpoint {folder} holds {held} give an empty folder")
+    held = f"checkpoints up to step {steps[-1]}" if steps else "files already"
+    remedy = "Add --resume to continue, or give another folder." if steps else "Give another folder."
+    raise ValueError(describe_argument("--checkpoint", f"is {folder}, which holds {held}", "an empty folder", remedy))
 
 
 def _check_disk(settings: Settings, dataset: data.Dataset, folder: Path) -> None:
@@ -282,10 +282,9 @@ def _check_disk(settings: Settings, dataset: data.Dataset, folder: Path) -> None
     needed = one * max(1, checkpoints.KEPT + 1 - len(checkpoints.steps_in(folder)))
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
-            f"--checkpoint {folder}: checkpoints of {one / 1e9:,.1f} GB need {needed / 1e9:,.1f} GB more on this disk, "
-            f"{free / 1e9:,.1f} GB are free"
-        )
+        came = f"is {folder}, where checkpoints of {one / 1e9:,.1f} GB need {needed / 1e9:,.1f} GB more"
+        expected = f"at most the {free / 1e9:,.1f} GB that are free on this disk"
+        raise ValueError(describe_argument("--checkpoint", came, expected))
 
 
 def _saved(folder: Path, current: dict) -> dict[str, Tensor] | None:
@@ -309,9 +308,9 @@ def going_on(saved: dict, current: dict, done: int, steps: int | None) -> dict:
     """
     before, steps = saved["steps"], saved["steps"] if steps is None else steps
     if steps < done:
-        raise ValueError(
-            f"--steps is {steps}, the checkpoint has done {done}; give at least {done}, or another --checkpoint folder"
-        )
+        expected = f"at least the {done} that the checkpoint has done"
+        remedy = "Give more, or another --checkpoint folder."
+        raise ValueError(describe_argument("--steps", f"is {steps}", expected, remedy))
     rate = SCHEDULES[current["schedule"]]
     as_at_once = saved["as_at_once"] and all(rate(step, before) == rate(step, steps) for step in range(done))
     if steps != before:

@@ -1,5 +1,6 @@
 """Drop-in modules with the constructor arguments of their ``torch.nn`` namesakes."""
 
+from lcw_ops.nn import utils
 from lcw_ops.nn.hypersphere import GmPConv1d, GmPConv2d, GmPConv3d, GmPLinear, gmp_parameter_groups
 from lcw_ops.nn.input_mean_norm import InputMeanNorm
 from lcw_ops.nn.lcw_linear import LCWConv1d, LCWConv2d, LCWConv3d, LCWLinear
@@ -23,4 +24,5 @@ __all__ = [
     "WeightNormConv3d",
     "WeightNormLinear",
     "gmp_parameter_groups",
+    "utils",
 ]

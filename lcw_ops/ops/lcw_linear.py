@@ -25,7 +25,7 @@ LINEAR_BACKWARD = "lcw_linear_backward"
 
 # Up to this many samples, the GPU kernel also multiplies by x, and reads the weight only once. With more samples the
 # constraint is applied first, and the vendor's matmul follows. On a CPU the op itself chooses.
-FUSED_ROWS = 64
+MOST_FUSED_SAMPLES = 64
 
 
 def _out_shape(tensor: Tensor, grow: int) -> tuple:
@@ -230,4 +230,4 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, ba
 
 def is_fused(x: Tensor, backend: str) -> bool:
     """Whether one op runs the whole layer. Under torch.func it does not: the transforms have rules for matmuls only."""
-    return not _torch.in_functorch() and (backend == "cpp" or x.numel() <= FUSED_ROWS * x.shape[-1])
+    return not _torch.in_functorch() and (backend == "cpp" or x.numel() <= MOST_FUSED_SAMPLES * x.shape[-1])

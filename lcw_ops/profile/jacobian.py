@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcw_ops._checks import check_choice, describe
+
 # Up to this many outputs, one VJP per output gives the exact Jacobian and needs no second derivative of the model.
 EXACT_OUTPUTS = 64
 
-_INDEPENDENT = "jacobian: the output does not depend on the input through differentiable operations"
+_INDEPENDENT = describe(
+    "jacobian", "the output", "does not depend on the input", "a result of differentiable operations on the input"
+)
 
 
 @dataclass
@@ -85,8 +89,7 @@ def function_spectrum(
         ValueError: unknown method; an output that does not depend on the input; Lanczos of a function that cannot be
             differentiated twice.
     """
-    if method not in ("auto", "exact", "lanczos"):
-        raise ValueError(f"jacobian: method is {method!r}, expected 'auto', 'exact' or 'lanczos'")
+    check_choice("jacobian", "method", method, ("auto", "exact", "lanczos"))
     with torch.enable_grad():
         point = point.detach().clone().requires_grad_()
         output = function(point)
@@ -211,9 +214,10 @@ def _second_derivative() -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
+        came = f"has no second derivative ({reason})"
+        remedy = "Use the method 'exact', or leave the Jacobian out (profile: jacobian=False)."
         raise ValueError(
-            f"jacobian: no second derivative of this model, which Lanczos' J v needs ({reason}); "
-            "use the method 'exact', or leave the Jacobian out (profile: jacobian=False)"
+            describe("jacobian", "the model", came, "a second derivative, which Lanczos' J v needs", remedy)
         ) from error
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lcw_ops._checks import describe
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_rnn, root_mean_square, shift_angle, time_first
 
@@ -149,9 +150,10 @@ def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN)
     def after_forward(_, args, kwargs, result):
         bound = dict(zip(("input", "hx"), args, strict=False), **kwargs)
         if isinstance(bound["input"], PackedSequence):
+            argument = f"the input of {name or 'OrthogonalFilterRNN'}"
+            came = "is a PackedSequence, whose sequences end at different steps"
             raise TypeError(
-                f"profile: the input of {name or 'OrthogonalFilterRNN'} is a PackedSequence, whose sequences end at "
-                "different steps, expected a tensor; profile a batch of sequences of one length"
+                describe("profile", argument, came, "a tensor", "Profile a batch of sequences of one length.")
             )
         recurrence = from_rnn(module, bound["input"].detach(), bound.get("hx"))
         observation.own_flops += 2 * bound["input"].numel() * module.hidden_size

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lcw_ops._checks import describe
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.ops import backends
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
@@ -75,11 +76,12 @@ def profile(
             and "lanczos" was needed. Errors of the model itself are passed on.
     """
     if torch.is_inference_mode_enabled():
-        raise ValueError("profile: no gradients in torch.inference_mode(); call profile outside of it")
+        remedy = "Call profile outside of it."
+        raise ValueError(describe("profile", "the mode", "is torch.inference_mode()", "a mode with gradients", remedy))
     if isinstance(repeats, bool) or not isinstance(repeats, int):
-        raise TypeError(f"profile: repeats is {type(repeats).__name__}, expected int")
+        raise TypeError(describe("profile", "repeats", f"is a {type(repeats).__name__}", "an int"))
     if repeats < 1:
-        raise ValueError(f"profile: repeats is {repeats}, expected at least 1")
+        raise ValueError(describe("profile", "repeats", f"is {repeats}", "at least 1"))
     work = _prepared(model, inputs, targets, loss)
     with _left_as_it_was(model, work.device):
         watched = _watched_pass(work)
@@ -134,9 +136,11 @@ class _Work:
         loss = self.criterion(self.model(*inputs))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             came = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
-            raise ValueError(f"profile: the loss {came}, expected a tensor with one element; return its mean or sum")
+            remedy = "Return its mean or sum."
+            raise ValueError(describe("profile", "the loss", came, "a tensor with one element", remedy))
         if not loss.requires_grad:
-            raise ValueError("profile: the loss does not depend on anything that requires a gradient")
+            expected = "a result of parameters or inputs that require one"
+            raise ValueError(describe("profile", "the loss", "does not require a gradient", expected))
         return loss
 
     def backward(self, loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,16 +162,16 @@ class _Watched:
 
 def _prepared(model, inputs, targets, loss) -> _Work:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"profile: model is {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(describe("profile", "model", f"is a {type(model).__name__}", "a torch.nn.Module"))
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     first = _first_tensor(inputs)
     if first is None:
         kinds = ("a tensor of 0 dimensions" if isinstance(part, Tensor) else type(part).__name__ for part in inputs)
         came = ", ".join(kinds) or "nothing"
         expected = "a tensor with the samples along its first dimension, or a tuple that contains such a tensor"
-        raise TypeError(f"profile: inputs hold {came}, expected {expected}")
+        raise TypeError(describe("profile", "inputs", f"hold {came}", expected))
     if first.numel() == 0:
-        raise ValueError(f"profile: the input has shape {tuple(first.shape)}, expected at least one sample")
+        raise ValueError(describe("profile", "the input", f"has shape {tuple(first.shape)}", "at least one sample"))
     differentiated = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not differentiated:
         inputs = tuple(
@@ -198,7 +202,8 @@ def _fixed_direction(output) -> Tensor:
     """The inner product of the output with a random direction of norm 1, which is the same at every call."""
     output = first_floating(output)
     if output is None:
-        raise ValueError("profile: the model returns no floating-point tensor; pass a loss")
+        came, expected = "holds no floating-point tensor", "one to take the gradient of"
+        raise ValueError(describe("profile", "the model's output", came, expected, "Pass a loss."))
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(output.shape, generator=generator).to(output)
     return (output * (direction / direction.norm())).sum()
@@ -236,7 +241,8 @@ def _watched_pass(work: _Work) -> _Watched:
         observation.remove()
     calls = observation.calls
     if not calls:
-        raise ValueError("profile: no module of the model was called, so there is nothing to show layer by layer")
+        expected = "calls of its modules, which are the rows of the result"
+        raise ValueError(describe("profile", "the model", "called none of its modules", expected))
     recurrences = [call.recurrence for call in calls if isinstance(call, RecurrenceCall)]
     for recurrence in recurrences:
         if recurrence.grad_states is None:

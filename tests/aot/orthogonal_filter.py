@@ -51,7 +51,8 @@ def _variants(
     variants = []
     for target in targets:
         device, kept = DEVICES[target], 2 - permutes - read
-        launch = kernels.choose_launch(width, ITEMSIZE[dtype], rows, read, kept, allow_tf32, device)
+        widens = per_layer and weight_dtype is not None
+        launch = kernels.choose_launch(width, ITEMSIZE[dtype], rows, read, kept, allow_tf32, device, widens)
         others = {"targets": (target,), "shared_memory": device.shared_memory}
         variants.append(variant(kernel, id, pointers, lengths, (), flags | launch, **others))
     return variants

@@ -48,4 +48,6 @@ VARIANTS = [
     # eight loads need more scalar registers than exist, and six masks go through vector registers.
     *_rows(16384, "bf16", targets=("sm_90",)),
     *_linear((32, 4096, 4096), "bf16", targets=("sm_90", "gfx942")),
+    # Rows that are not aligned: each element has an address and a mask.
+    *_linear((64, 4096, 1001), "bf16"),
 ]

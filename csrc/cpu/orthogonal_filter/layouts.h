@@ -219,7 +219,6 @@ struct PackedRows : FewRows<Tiles, T> {
   using FewRows<Tiles, T>::FewRows;
 
   LCW_INLINE static int64_t panels(int64_t width) { return (width + panel - 1) / panel; }
-  LCW_INLINE static int64_t packed_size(int64_t width) { return panels(width) * panel * width; }
 
   // Calls f(first column, offset of the panel) for every panel. The last panel ends where the matrix ends, and may
   // overlap the panel before it.
