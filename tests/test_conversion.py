@@ -167,13 +167,47 @@ def test_lcw_without_inputs_leaves_the_bias():
     assert all(torch.equal(layer.bias, bias) for layer, bias in zip(layers, biases, strict=True))
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_do_not_reach_a_bias(number):
+    model = small_model()
+    before = bytes_of(model)
+    x = torch.randn(4, 8)
+    x[1, 2] = number
+    with pytest.raises(ValueError, match="inputs reach 0 with a mean that is not finite"):
+        lcw_ops.convert(model, "lcw", inputs=x)
+    assert bytes_of(model) == before
+    assert type(model[0]) is nn.Linear
+    # The other kinds write nothing that depends on the inputs.
+    report = lcw_ops.convert(model, "weight_norm", inputs=x)
+    assert "Some changes are not finite" in report.table()
+
+
+def test_an_empty_batch_corrects_nothing():
+    model = small_model()
+    bias = model[0].bias.clone()
+    report = lcw_ops.convert(model, "lcw", inputs=torch.randn(0, 8))
+    assert torch.equal(model[0].bias, bias)
+    assert {changed.note for changed in report.changed} == {"no input reached it, so its bias is as it was"}
+
+
+def test_a_compiled_model_computes_with_the_new_layers():
+    model = small_model()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(3, 8)
+    compiled(x)
+    lcw_ops.convert(compiled, "lcw")
+    assert isinstance(model[0], ours.LCWLinear)
+    torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(lcw_ops.fold(compiled).model(x), model(x))
+
+
 def test_a_layer_without_calls_keeps_its_bias_and_says_so():
     model = small_model()
     model.spare = nn.Linear(3, 3)
     model.forward = lambda x: model[4](model[3](model[2](model[1](model[0](x)))))
     report = lcw_ops.convert(model, "lcw", inputs=torch.randn(4, 8))
     notes = {changed.name: changed.note for changed in report.changed}
-    assert notes["spare"] == "not called on the inputs, so its bias is as it was"
+    assert notes["spare"] == "no input reached it, so its bias is as it was"
     assert "spare" not in report.errors
     assert "not called" in report.table()
 
@@ -938,6 +972,13 @@ def test_our_parametrizations_are_removed(name):
     torch.testing.assert_close(report.model[1](y), model[1](y))
     exact = copy.deepcopy(model[1]).double().weight
     assert torch.equal(report.model[1].weight, exact.float())
+    # torch's LSTM reads a list of its weights, which must hold the new parameter.
+    lstm = report.model[0]
+    assert any(weight is lstm.weight_hh_l0 for weight in lstm._flat_weights)
+    before = lstm(x)[0]
+    with torch.no_grad():
+        lstm.weight_hh_l0.zero_()
+    assert not torch.equal(lstm(x)[0], before)
 
 
 class OwnForwardOfOurs(ours.LCWLinear):

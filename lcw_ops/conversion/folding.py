@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lcw_ops import _torch
 from lcw_ops import nn as ours
 from lcw_ops._checks import describe
 from lcw_ops._layer_kinds import is_linear, plain_kind
@@ -188,6 +189,7 @@ def _remover(module: Any, name: str) -> Callable[[], Callable[[], None]]:
         exact = _exact_parametrized(module.parametrizations[name])
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         getattr(module, name).copy_(exact)
+        _torch.refresh_recurrent_weights(module)
         return lambda: None
 
     return remove

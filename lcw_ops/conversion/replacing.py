@@ -88,8 +88,9 @@ def convert(
 
     Raises:
         ValueError: no layer has one of the types, or ``filter`` accepts none; an unknown name; the model is wrapped in
-            DistributedDataParallel; an optimizer that holds no parameter of the model, that has state over all
-            parameters together (LBFGS), or that is given together with ``copy``.
+            DistributedDataParallel; inputs that are not finite, where LCW's biases take up their mean; an optimizer
+            that holds no parameter of the model, that has state over all parameters together (LBFGS), or that is given
+            together with ``copy``.
         TypeError: an argument of another type.
 
     Source: derived by us.
@@ -321,13 +322,16 @@ def _correct_biases(model: nn.Module, inputs: Inputs, exchanges: list[Exchange])
     for one in projected:
         bias = one.new._parameters.get("bias")
         if one.old not in sums:
-            one.note = "not called on the inputs, so its bias is as it was"
+            one.note = "no input reached it, so its bias is as it was"
         elif bias is None:
             one.note = "without a bias to take up the mean"
         else:
             means = applied_weight(one.old).flatten(1).double().mean(1)
             groups = sums[one.old]
             correction = means * groups.repeat_interleave(len(means) // len(groups)).to(means)
+            if not correction.isfinite().all():
+                came = f"reach {one.name or 'the model'} with a mean that is not finite, or its weight is not finite"
+                raise ValueError(describe("convert", "inputs", came, "finite numbers, because biases take up the mean"))
             corrections[one.old] = correction
             corrected = (bias.double() + correction).to(bias.dtype)
             one.updates.append((bias, corrected))
