@@ -608,6 +608,12 @@ def test_gmp_leaves_the_output_layer():
     assert [changed.name for changed in report.changed] == ["body"]
     report = lcw_ops.convert(Reversed(), "gmp")
     assert "it is registered last" in reasons(report)["body"]
+    # An output layer that stays for another reason is the output layer nevertheless.
+    tied = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[2].weight = tied[0].weight
+    for inputs in (None, torch.tensor([1, 2])):
+        report = lcw_ops.convert(tied, "gmp", inputs=inputs, dry_run=True)
+        assert [changed.name for changed in report.changed] == ["1"]
     report = lcw_ops.convert(Reversed(), "gmp", filter=take_all, inputs=torch.randn(3, 4))
     assert len(report.changed) == 2
     assert "head counts as the output layer" in report.table()
@@ -651,6 +657,21 @@ def test_an_optimizer_goes_on(kind, make):
     before = bytes_of(model)
     step(model, optimizer)
     assert all(before[name] != after for name, after in bytes_of(model).items())
+
+
+def test_a_corrected_bias_stays_in_its_optimizer():
+    model = small_model()
+    biases = [layer.bias for layer in model if isinstance(layer, nn.Linear)]
+    optimizer = torch.optim.Adam(model.parameters())
+    step(model, optimizer)
+    states, values = dict(optimizer.state), [bias.detach().clone() for bias in biases]
+    report = lcw_ops.convert(model, "lcw", inputs=torch.randn(4, 8) + 1, optimizer=optimizer)
+    assert not report.notes
+    layers = [layer for layer in model if isinstance(layer, ours.LCWLinear)]
+    assert all(layer.bias is bias for layer, bias in zip(layers, biases, strict=True))
+    assert all(not torch.equal(bias, value) for bias, value in zip(biases, values, strict=True))
+    assert dict(optimizer.state) == states
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
 
 
 def test_the_names_of_an_optimizers_parameters():
@@ -699,6 +720,7 @@ def test_no_match_names_the_closest_types():
         ((torch.zeros(2), "lcw"), TypeError, "model is a Tensor"),
         ((nn.Linear(2, 2), "lcw", None, 3), TypeError, "inputs is a int"),
         ((nn.Linear(2, 2, device="meta"), "lcw", None, torch.zeros(2)), ValueError, "is on the meta device"),
+        ((nn.LazyLinear(2), "lcw", None, torch.zeros(2)), ValueError, "is not initialised"),
     ],
 )
 def test_wrong_arguments(arguments, error, message):
@@ -843,6 +865,17 @@ def test_inputs_by_keyword_and_outputs_of_any_structure(kind):
     assert model.norm.num_batches_tracked == 0
     with pytest.raises(TypeError):
         lcw_ops.fold(model, inputs=(torch.randn(6, 4), torch.tensor(2.0)))
+
+
+def test_no_submodule_has_the_name_of_a_function():
+    import pkgutil
+
+    import lcw_ops.conversion
+
+    names = {module.name for module in pkgutil.iter_modules(lcw_ops.conversion.__path__)}
+    assert not names & {"convert", "fold"}
+    assert lcw_ops.convert is lcw_ops.conversion.convert
+    assert lcw_ops.fold is lcw_ops.conversion.fold
 
 
 def test_the_report_in_words():

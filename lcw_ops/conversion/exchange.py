@@ -4,7 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ class Exchange:
     note: str = ""
     # Hooks of the old layer that the new layer replaces, by key.
     replaced_hooks: tuple[int, ...] = ()
-    # Parameters of the old layer that the new one shares, and the values to write into them at the end.
-    updates: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    # The parameter that the new layer is to have as its bias, and the values to write into it at the end. Until then
+    # the new layer has a bias of its own.
+    bias: tuple[nn.Parameter, Tensor] | None = None
 
     @property
     def old(self) -> nn.Module:
@@ -101,8 +102,10 @@ def commit(exchanges: list[Exchange], *more: Callable[[], Callable[[], None]]) -
             undo.append(change())
         for exchange in exchanges:
             undo.append(_hand_over_hooks(exchange))
-            for parameter, value in exchange.updates:
+            if exchange.bias is not None:
+                parameter, value = exchange.bias
                 undo.append(_write(parameter, value))
+                exchange.new._parameters["bias"] = parameter
         place(exchanges)
     except BaseException:
         for function in reversed(undo):

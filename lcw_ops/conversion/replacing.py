@@ -102,23 +102,23 @@ def convert(
         model = exchange.copy_of(model)
     sites = find_sites(model)
     report = Report(model, dry_run=dry_run)
-    chosen = _choose(sites, targets, filter, report)
+    matches, chosen = _choose(sites, targets, filter, report)
     called = None
     if given is not None:
         _check_values(model)
-        called = measure.called_layers(model, given, [site.module for site, _ in chosen])
-    if layers == "gmp" and chosen:
-        chosen = _without_output_layer(chosen, filter, called, report)
-    exchanges = _build(chosen, sites, called, report)
+        called = measure.called_layers(model, given, matches)
+    if layers == "gmp":
+        chosen = _without_output_layer(called or matches, called is not None, chosen, filter, report)
+    exchanges = _build(chosen, called, report)
+    remapping = None
+    if optimizer is not None:
+        remapping = Remapping("convert", optimizer, model, _successors(exchanges))
+        _note_lost_states(remapping, report)
     corrections: dict[nn.Module, Tensor] = {}
     if given is not None:
         corrections = _correct_biases(model, given, exchanges)
     for one in exchanges:
         exchange.prepare(one)
-    remapping = None
-    if optimizer is not None:
-        remapping = Remapping("convert", optimizer, model, _successors(exchanges))
-        _note_lost_states(remapping, report)
     report.changed = [Changed(one.name, _name_of(one.old), _name_of(one.new), _note(one)) for one in exchanges]
     if given is not None:
         _measure(model, given, exchanges, corrections, report)
@@ -165,10 +165,11 @@ def _check_model(model: object, copy: bool, optimizer: object) -> None:
 
 
 def _check_values(model: nn.Module) -> None:
-    on_meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if on_meta is not None:
-        came = f"are given, but {on_meta} is on the meta device"
-        raise ValueError(describe("convert", "inputs", came, "None for a model without values"))
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or is_lazy(parameter):
+            came = f"are given, but {name} is " + ("not initialised" if is_lazy(parameter) else "on the meta device")
+            remedy = "Run the model once before." if is_lazy(parameter) else ""
+            raise ValueError(describe("convert", "inputs", came, "None for a model without values", remedy))
 
 
 # ---- Which layers ----------------------------------------------------------------------------------------------------
@@ -176,11 +177,11 @@ def _check_values(model: nn.Module) -> None:
 
 def _choose(
     sites: dict[int, Site], targets: Mapping[type[nn.Module], Any], filter, report: Report
-) -> list[tuple[Site, Any]]:
-    """The layers to replace, each with the new class; the report gets those that stay."""
+) -> tuple[list[nn.Module], list[tuple[Site, Any]]]:
+    """All layers of the types, and those to replace, each with the new class; the report gets those that stay."""
     owners, elsewhere = owners_of_parameters(sites), held_elsewhere(sites)
     inside_constraints = _parametrizations(sites)
-    chosen, matches, accepted = [], 0, 0
+    matches, chosen, accepted = [], [], 0
     for key, site in sites.items():
         layer = site.module
         kind = next((base for base in type(layer).__mro__ if base in targets), None)
@@ -188,7 +189,7 @@ def _choose(
             if key not in inside_constraints and (reason := _reason_of_other(layer)):
                 report.left.append(Left(site.name, _name_of(layer), reason))
             continue
-        matches += 1
+        matches.append(layer)
         if filter is not None and not filter(site.name, layer):
             report.left.append(Left(site.name, _name_of(layer), "the filter leaves it out"))
             continue
@@ -202,8 +203,8 @@ def _choose(
         else:
             chosen.append((site, targets[kind]))
     if not accepted:
-        _raise_no_match(sites, targets, matches)
-    return chosen
+        _raise_no_match(sites, targets, len(matches))
+    return matches, chosen
 
 
 def _is_already(layer: nn.Module, target: Any) -> bool:
@@ -267,25 +268,25 @@ def _reason_of_other(layer: nn.Module) -> str | None:
 
 
 def _without_output_layer(
-    chosen: list[tuple[Site, Any]], filter, called: list[nn.Module] | None, report: Report
+    layers: list[nn.Module], were_called: bool, chosen: list[tuple[Site, Any]], filter, report: Report
 ) -> list[tuple[Site, Any]]:
-    last = called[-1] if called else chosen[-1][0].module
-    how = "it is called last on the inputs" if called else "it is registered last"
-    site = next(site for site, _ in chosen if site.module is last)
+    """``layers`` are all of the types, in the order of their calls or registration, also those that stay anyway."""
+    how = "it is called last on the inputs" if were_called else "it is registered last"
+    site = next((site for site, _ in chosen if site.module is layers[-1]), None)
+    if site is None:
+        return chosen
     if filter is not None:
         report.notes.append(f"{site.name or 'The model'} counts as the output layer ({how}); the filter accepts it.")
         return chosen
     reason = f"it is the output layer ({how}), which suits GmP best if plain; a filter that accepts it converts it"
-    report.left.append(Left(site.name, _name_of(last), reason))
+    report.left.append(Left(site.name, _name_of(site.module), reason))
     return [(other, target) for other, target in chosen if other is not site]
 
 
 # ---- New layers ------------------------------------------------------------------------------------------------------
 
 
-def _build(
-    chosen: list[tuple[Site, Any]], sites: dict[int, Site], called: list[nn.Module] | None, report: Report
-) -> list[Exchange]:
+def _build(chosen: list[tuple[Site, Any]], called: list[nn.Module] | None, report: Report) -> list[Exchange]:
     exchanges = []
     was_called = None if called is None else set(called)
     built = building.build([(site.module, target) for site, target in chosen])
@@ -334,7 +335,7 @@ def _correct_biases(model: nn.Module, inputs: Inputs, exchanges: list[Exchange])
                 raise ValueError(describe("convert", "inputs", came, "finite numbers, because biases take up the mean"))
             corrections[one.old] = correction
             corrected = (bias.double() + correction).to(bias.dtype)
-            one.updates.append((bias, corrected))
+            one.bias = bias, corrected
             one.new._parameters["bias"] = nn.Parameter(corrected, bias.requires_grad)
     return corrections
 
