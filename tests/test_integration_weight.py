@@ -509,6 +509,78 @@ def test_layers_on_the_meta_device_are_set_and_loaded():
         assert torch.equal(empty.weight, layer.weight)
 
 
+# ---- Training wrappers ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def layers_for_wrappers():
+    of_one_input = [(nn.GmPLinear(1, 4), torch.randn(3, 1)), (nn.GmPConv2d(1, 4, 1), torch.randn(2, 1, 3, 3))]
+    return [*every_layer(), *of_one_input]
+
+
+def train(module, x, steps=2):
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("wrapper", ["FSDP2", "DDP"])
+def test_sharded_and_replicated_layers_train_as_the_layer_alone(wrapper, one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for layer, x in layers_for_wrappers():
+        alone, module = copy.deepcopy(layer), torch.nn.Sequential(layer)
+        if wrapper == "FSDP2":
+            fully_shard(module, mesh=mesh)
+        else:
+            module = torch.nn.parallel.DistributedDataParallel(module)
+        train(module, x)
+        train(alone, x)
+        assert torch.equal(module(x), alone(x))
+        with torch.no_grad():
+            assert torch.equal(module.eval()(x), alone.eval()(x))
+
+
+def test_averaged_models_average_the_trained_tensors():
+    for layer, x in layers_for_wrappers():
+        average = torch.optim.swa_utils.AveragedModel(layer)
+        before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+        average.update_parameters(layer)
+        train(layer, x)
+        average.update_parameters(layer)
+        for name, parameter in average.module.named_parameters():
+            expected = (before[name] + dict(layer.named_parameters())[name]) / 2
+            torch.testing.assert_close(parameter.detach(), expected.detach(), rtol=4 * EPS, atol=4 * EPS)
+
+
+def test_trained_tensors_are_pruned_and_the_weight_is_not():
+    from torch.nn.utils import prune
+
+    for layer, x in every_layer():
+        name = next(name for name, _ in layer.named_parameters())
+        prune.l1_unstructured(layer, name, amount=0.5)
+        assert (getattr(layer, name) == 0).sum() == round(0.5 * getattr(layer, name).numel())
+        expected = apply_plain(layer, x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=2 * 18 * 50 * EPS)
+        prune.remove(layer, name)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=2 * 18 * 50 * EPS)
+        with pytest.raises(TypeError, match="weight_orig"):
+            prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
 # ---- The small ones -------------------------------------------------------------------------------------------------
 
 

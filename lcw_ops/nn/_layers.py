@@ -18,6 +18,8 @@ from lcw_ops.nn._refusals import applied_weight, refusal
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 # The constructor's arguments of a convolution, apart from the bias.
 _ARGUMENTS = (
     "in_channels",
@@ -166,17 +168,46 @@ def rename_parameters(state: dict, names: dict[str, str]) -> None:
     state["_parameters"] = {names.get(name, name): value for name, value in state["_parameters"].items()}
 
 
+def sums_to_zero(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether each row (n, m), in float64, sums to zero up to the roundings of a constrained weight of this dtype.
+
+    These are one rounding in each entry, and that of the mean, which is taken in float32. A mean that was many times
+    larger than what it left makes an error of many units in the last place.
+    """
+    accumulated_in = torch.promote_types(dtype, torch.float32)
+    tolerance = torch.finfo(dtype).eps + 64 * torch.finfo(accumulated_in).eps
+    return not (rows.sum(1).abs() > tolerance * rows.abs().sum(1)).any()
+
+
 def in_format_of(weight: Tensor, parameter: Tensor) -> Tensor:
-    """The weight in the memory format of the parameter from which it was computed, if that is a channels-last one."""
-    # A proxy of torch.fx has no layout yet, and vmap knows no memory formats.
-    if not isinstance(parameter, Tensor) or _torch.in_functorch():
+    """The weight in the memory format of the parameter from which it was computed."""
+    # A proxy of torch.fx has no layout yet, and an exported program cannot depend on one.
+    if not isinstance(parameter, Tensor) or _torch.is_exporting():
         return weight
-    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.dim())
-    if memory_format is None or not parameter.is_contiguous(memory_format=memory_format):
-        return weight
-    # With filters of size 1, or one channel, both formats are contiguous. torch.nn goes by the strides then.
-    is_channels_last = parameter.stride(1) == 1 and parameter.stride(-1) >= parameter.shape[1]
-    return weight.to(memory_format=memory_format) if is_channels_last else weight
+    memory_format = memory_format_of(parameter)
+    return weight if memory_format is torch.contiguous_format else laid_out(weight, memory_format)
+
+
+def laid_out(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The tensor in this memory format, with the strides that torch's own conversion gives it."""
+    if memory_format is torch.contiguous_format:
+        return tensor.contiguous()
+    if memory_format_of(tensor) is memory_format:
+        return tensor
+    # Not contiguous(memory_format=...): vmap has no rule for it, and it leaves the strides of filters of size 1.
+    return tensor.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """The layout that torch's convolutions read off the strides. Filters of size 1 are contiguous in both layouts."""
+    if tensor.dim() not in CHANNELS_LAST or tensor.numel() == 0:
+        return torch.contiguous_format
+    least = 0
+    for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        if tensor.stride(dim) < least or (dim == 0 and least == tensor.stride(1)):
+            return torch.contiguous_format
+        least = tensor.stride(dim) * tensor.shape[dim]
+    return CHANNELS_LAST[tensor.dim()]
 
 
 def are_per_unit(rows: Tensor, *vectors: Tensor) -> bool:

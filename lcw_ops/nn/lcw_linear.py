@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcw_ops import _torch, init
 from lcw_ops import functional as F
-from lcw_ops import init
 from lcw_ops._checks import describe
 from lcw_ops.nn._derived import DerivedWeight
 from lcw_ops.nn._layers import (
@@ -24,6 +24,7 @@ from lcw_ops.nn._layers import (
     in_format_of,
     make_empty,
     rename_parameters,
+    sums_to_zero,
 )
 from lcw_ops.reference import lcw_coordinates, lcw_weight
 
@@ -93,12 +94,9 @@ class _LCW(ConstrainedLayer):
         return {"weight_v": self._coordinates(weight)}
 
     def _warn_of_projection(self, weight: Tensor, came: str, exception: str = "") -> None:
-        if self._warned or weight.is_meta or weight.dim() < 2 or not weight.is_floating_point():
+        if self._warned or not _torch.has_values(weight) or weight.dim() < 2 or not weight.is_floating_point():
             return
-        rows = weight.detach().flatten(1).double()
-        # The roundings of a constrained weight: one in each entry, and those of the mean, which is taken in float32.
-        eps = torch.finfo(weight.dtype).eps + 64 * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
-        if (rows.sum(1).abs() > eps * rows.abs().sum(1)).any():
+        if not sums_to_zero(weight.detach().flatten(1).double(), weight.dtype):
             self._warned = True
             warnings.warn(
                 f"{type(self).__name__}: {came} rows that do not sum to zero. The layer applies the projection, the "

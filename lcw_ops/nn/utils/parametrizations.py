@@ -19,12 +19,12 @@ from torch.nn.utils import parametrize
 from lcw_ops import _torch
 from lcw_ops import functional as F
 from lcw_ops._checks import FLOATING, accumulation_dtype, check_dense, check_shape, describe
-from lcw_ops.reference import hypersphere_angles, hypersphere_direction, lcw_weight
+from lcw_ops.nn._layers import CHANNELS_LAST, laid_out, memory_format_of, sums_to_zero
+from lcw_ops.reference import hypersphere_angles, hypersphere_direction, lcw_coordinates, lcw_weight
 
 __all__ = ["hypersphere", "zero_sum"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _NOT_THE_CALLERS = (__file__, os.path.dirname(torch.__file__))
 
 
@@ -159,7 +159,7 @@ class _Constraint(nn.Module):
         self.tensor_name = name
         self.shape = tuple(tensor.shape)
         self.groups = _groups_of_transposed(module, name)
-        self.memory_format = _memory_format(tensor)
+        self.memory_format = memory_format_of(tensor)
         # Whether torch has the originals: before that, a projection is what the user has asked for.
         self.is_registered = False
         self._has_warned = False
@@ -194,22 +194,14 @@ class _Constraint(nn.Module):
         tensor = units.reshape(self.units, *self.unit_shape)
         if self.groups is not None:
             tensor = tensor.unflatten(0, (self.groups, self.shape[1])).transpose(1, 2).flatten(0, 1)
-        return self._laid_out(tensor)
-
-    def _laid_out(self, tensor: Tensor) -> Tensor:
-        if self.memory_format is torch.contiguous_format:
-            return tensor.contiguous()
-        if _memory_format(tensor) is self.memory_format:
-            return tensor
-        # Not contiguous(memory_format=...): vmap has no rule for it, and it leaves the strides of filters of size 1.
-        return tensor.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+        return laid_out(tensor, self.memory_format)
 
     def _apply(self, fn: Callable, recurse: bool = True):
         """Follow ``module.to(memory_format=...)``, which torch applies to tensors: originals may have another rank."""
         super()._apply(fn, recurse)
-        if len(self.shape) in _CHANNELS_LAST:
+        if len(self.shape) in CHANNELS_LAST:
             sizes = (1, *(2,) * (len(self.shape) - 1))
-            self.memory_format = _memory_format(fn(torch.empty(sizes).contiguous(memory_format=self.memory_format)))
+            self.memory_format = memory_format_of(fn(torch.empty(sizes).contiguous(memory_format=self.memory_format)))
         return self
 
     def _check_assigned(self, value: Tensor) -> None:
@@ -249,16 +241,9 @@ class ZeroSumBasis(_Constraint):
         return self.tensor_of(F.lcw_weight(original, basis=True))
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """v = B^T w, of Householder's basis in :func:`lcw_ops.reference.lcw_basis`, which is not formed.
-
-        With s = sqrt(m) and S = sum of w_j for j < m:  v_j = w_j - S / (s (s + 1)) - w_m / s.
-        """
         self._check_assigned(value)
         _warn_unless_zero_sum(self, value)
-        rows = self.rows_of(value)
-        s = math.sqrt(self.fan_in)
-        first, last = rows[:, :-1], rows[:, -1:]
-        return (first - (first.sum(1, keepdim=True) / (s * (s + 1)) + last / s)).to(value.dtype)
+        return lcw_coordinates(self.rows_of(value)).to(value.dtype)
 
     def extra_repr(self) -> str:
         return "basis=True"
@@ -323,27 +308,10 @@ def _warn_unless_zero_sum(constraint: _Constraint, value: Tensor) -> None:
     if not constraint.is_registered or not _torch.has_values(value):
         return
     rows = constraint.rows_of(value)
-    row_sum = rows.sum(1).abs()
-    # Constrained rows were rounded once per entry, after their mean was subtracted, which was taken in float32. A mean
-    # that was many times larger than what it left made an error of many units in the last place.
-    accumulated_in = torch.promote_types(value.dtype, torch.float32)
-    tolerance = torch.finfo(value.dtype).eps + 64 * torch.finfo(accumulated_in).eps
-    if (row_sum > tolerance * rows.abs().sum(1)).any():
-        came = f"is assigned rows that sum to up to {row_sum.max().item():.3g}"
+    if not sums_to_zero(rows, value.dtype):
+        came = f"is assigned rows that sum to up to {rows.sum(1).abs().max().item():.3g}"
         remedy = "The mean of each row is subtracted."
         constraint._warn_once(came, "rows that sum to zero", remedy)
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """The layout that torch's convolutions read off the strides. Filters of size 1 are contiguous in both layouts."""
-    if tensor.dim() not in _CHANNELS_LAST or tensor.numel() == 0:
-        return torch.contiguous_format
-    least = 0
-    for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
-        if tensor.stride(dim) < least or (dim == 0 and least == tensor.stride(1)):
-            return torch.contiguous_format
-        least = tensor.stride(dim) * tensor.shape[dim]
-    return _CHANNELS_LAST[tensor.dim()]
 
 
 def _groups_of_transposed(module: nn.Module, name: str) -> int | None:
