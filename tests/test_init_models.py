@@ -33,8 +33,6 @@ def normal(*shape, seed=0, dtype=torch.float64):
 @pytest.fixture(scope="module")
 def applied():
     """Our layers, whose ``weight`` is the one that they apply."""
-    if not isinstance(getattr(lcw_ops.nn.LCWLinear, "weight", None), property):
-        pytest.skip("layer.weight of our layers is not the weight that they apply in this tree")
     return lcw_ops.nn
 
 
@@ -351,17 +349,11 @@ ZERO_SUM = [LCW, LCW_BASIS, "zero_sum"]
 FREE = ["GmPLinear", "WeightNormLinear", "hypersphere"]
 
 
-def skip_without(nn_ours, kind):
-    if kind in ("zero_sum", "hypersphere") and not hasattr(nn_ours, "utils"):
-        pytest.skip("nn.utils.parametrizations is not in this tree")
-
-
 @pytest.mark.filterwarnings("error:.*do not sum to zero")
 @pytest.mark.parametrize("with_inputs", [False, True])
 @pytest.mark.parametrize("kind", ZERO_SUM)
 def test_twenty_zero_sum_layers_keep_their_variance(applied, kind, with_inputs):
     """With E a^2 in place of Var a, 98 % of it would be lost. The last layers of several nets are judged together."""
-    skip_without(applied, kind)
     width, depth, nets = 128, 20, 8
     x = normal(200, width, dtype=torch.float32)
     last = []
@@ -381,7 +373,6 @@ def test_twenty_zero_sum_layers_keep_their_variance(applied, kind, with_inputs):
 
 @pytest.mark.parametrize("kind", ZERO_SUM)
 def test_joint_draws_the_coordinates_of_a_zero_sum_row_and_its_bias_with_one_scale(applied, kind):
-    skip_without(applied, kind)
     model = nn.Sequential(ours(applied, kind, 6, 20_000)).double()
     init.lps_model_(model, generator=generator())
     # Standardised data: s^2 = 1 / ((6 - 1) 1 + 1). A row has 5 coordinates, so its square sums to 5 s^2.
@@ -392,7 +383,6 @@ def test_joint_draws_the_coordinates_of_a_zero_sum_row_and_its_bias_with_one_sca
 
 @pytest.mark.parametrize("kind", [*ZERO_SUM, *FREE])
 def test_anchored_units_of_constrained_layers_vanish_at_a_real_input(applied, kind):
-    skip_without(applied, kind)
     model = nn.Sequential(ours(applied, kind, 6, 30), nn.ReLU(), ours(applied, kind, 30, 20)).double()
     x = normal(40, 6)
     init.lps_model_(model, x, rule="anchored", generator=generator())
@@ -406,7 +396,6 @@ def test_anchored_units_of_constrained_layers_vanish_at_a_real_input(applied, ki
 @pytest.mark.parametrize("kind", FREE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_free_constraints_apply_the_weight_of_a_plain_layer(applied, kind, dtype):
-    skip_without(applied, kind)
     model = nn.Sequential(ours(applied, kind, 16, 12), nn.ReLU(), ours(applied, kind, 12, 5)).to(dtype)
     plain = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5)).to(dtype)
     for one in (model, plain):
