@@ -1077,6 +1077,33 @@ def test_parameters_on_one_memory_or_in_a_list_are_left():
     assert "penalised holds it too" in reasons(report)["2"]
 
 
+def test_an_adapter_is_merged_after_fold():
+    """docs/convert.md: an LCW layer cannot hold the sum of its weight and a low-rank update."""
+    layer = ours.LCWLinear(6, 5)
+    update = torch.randn(5, 2) @ torch.randn(2, 6)
+    x = torch.randn(4, 6)
+    expected = layer(x) + x @ update.T
+    folded = lcw_ops.fold(layer).model
+    with torch.no_grad():
+        folded.weight += update
+    torch.testing.assert_close(folded(x), expected)
+    with pytest.warns(UserWarning, match="do not sum to zero"):
+        layer.weight = layer.weight + update
+    assert (layer(x) - expected).abs().max() > 0.1
+
+
+def test_sparsity_of_what_lcw_trains_is_not_sparsity_of_its_weight():
+    layer = ours.LCWLinear(6, 5)
+    prune.l1_unstructured(layer, "weight_u", amount=0.5)
+    prune.remove(layer, "weight_u")
+    assert int((layer.weight_u == 0).sum()) == 15
+    assert int((layer.weight == 0).sum()) == 0
+    normed = ours.WeightNormLinear(6, 5)
+    prune.l1_unstructured(normed, "weight_v", amount=0.5)
+    prune.remove(normed, "weight_v")
+    assert int((normed.weight == 0).sum()) == 15
+
+
 # ---- Hosts of torch --------------------------------------------------------------------------------------------------
 
 
