@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lcw_ops import gradient_hooks as gradient_hooks
     from lcw_ops import ops as ops
     from lcw_ops._info import info
+    from lcw_ops.conversion import convert, fold
     from lcw_ops.ops import BackendError, use_backend
     from lcw_ops.optim.hooks import activate_gradients, register_gradient_hook
 
@@ -22,7 +23,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "activate_gradients",
+    "convert",
     "distributed",
+    "fold",
     "functional",
     "info",
     "init",
@@ -38,6 +41,8 @@ __all__ = [
 _DEFINED_IN = {
     "BackendError": "ops",
     "activate_gradients": "optim.hooks",
+    "convert": "conversion",
+    "fold": "conversion",
     "info": "_info",
     "register_gradient_hook": "optim.hooks",
     "use_backend": "ops",

@@ -69,6 +69,11 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_computed(tensor: Tensor) -> bool:
+    """Whether autograd has computed the tensor, and it is not a view of a leaf: writing to it changes no leaf."""
+    return tensor.grad_fn is not None and (tensor._base is None or not tensor._base.is_leaf)
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether the tensor has a shape but no memory, as in FakeTensorMode."""
     return isinstance(tensor, FakeTensor)
@@ -337,6 +342,43 @@ def relink_gradient_hooks(param: Tensor) -> None:
 def wrap_conversions(wrap: Callable) -> None:
     """Replace ``apply``, which converts every module (``.to``, ``.half``, ``.to_empty``), by ``wrap(apply)``."""
     torch.nn.Module._apply = wrap(torch.nn.Module._apply)  # type: ignore[method-assign]
+
+
+# The rest of this file is about modules.
+
+# The parametrization of torch.nn.utils.parametrizations.weight_norm. Its ``dim`` is -1 for a norm over all entries.
+WeightNormParametrization = torch.nn.utils.parametrizations._WeightNorm
+
+# The base class of the transposed convolutions.
+ConvTranspose = torch.nn.modules.conv._ConvTransposeNd
+
+_HOOKS_OF_MODULES = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def hooks_of_module(module: torch.nn.Module) -> dict[str, Any]:
+    """The dictionaries of the module's hooks by attribute, and the flag that says of which kind backward hooks are."""
+    attributes = vars(module)
+    return {name: attributes[name] for name in _HOOKS_OF_MODULES}
+
+
+def bind_hook(hook: Callable, module: torch.nn.Module) -> Callable:
+    """The hook, bound to another module if it is bound to one, as ``register_load_state_dict_pre_hook`` binds it."""
+    if isinstance(hook, torch.nn.modules.module._WrappedHook) and hook.with_module:
+        return torch.nn.modules.module._WrappedHook(hook.hook, module)
+    return hook
 
 
 # The rest of this file is about torch.nn.utils.parametrize, which gives a parametrized module a class of its own.

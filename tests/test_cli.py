@@ -415,6 +415,7 @@ def test_an_unknown_flag_is_named_with_the_nearest_one(arguments, message, capsy
         ("crossover", ["rows.csv", "--row", "3"]),
         ("reproduce.gradient_activation", ["--seed", "3"]),
         ("reproduce.hypersphere", ["--seed", "3"]),
+        ("reproduce.lps", ["--seed", "3"]),
         ("reproduce.parallel_depth", ["--dept", "3"]),
     ],
 )

@@ -24,7 +24,7 @@ FLOORS = (
     ("cli",),
     ("bench",),
     ("jobs",),
-    ("profile", "distributed", "_info"),
+    ("profile", "distributed", "conversion", "_info"),
     ("lcw_ops",),
     ("nn", "optim", "init"),
     ("functional",),

@@ -218,9 +218,11 @@ def test_the_forward_pass_gives_the_order_of_execution():
         def forward(self, x):
             return self.second(self.first(x).relu())
 
-    model = init.lps_model_(Swapped(), torch.randn(3, 100, generator=generator(1)), generator=generator())
-    check_variance(model.first.weight, 1 / (100 + 1))
-    check_variance(model.second.weight, 1 / (100 * 0.49536 + 1))
+    x = torch.randn(3, 100, generator=generator(1)) + 2
+    model = init.lps_model_(Swapped(), x, generator=generator())
+    check_variance(model.first.weight, 1 / (x.square().sum(1).mean() + 1))
+    h = model.first(x).relu().detach()
+    check_variance(model.second.weight, 1 / (h.square().sum(1).mean() + 1))
 
 
 def cnn():
@@ -292,27 +294,62 @@ def test_patches_are_the_inputs_of_the_units_of_any_layer(layer, shape):
     assert nearest.max() < 54 * 2**-22
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize(
-    "change",
-    [
-        parametrizations.weight_norm,
+class Halved(nn.Module):
+    """A parametrization that right_inverse does not invert."""
+
+    def forward(self, x):
+        return x / 2
+
+    def right_inverse(self, x):
+        return x
+
+
+# How a layer is changed, and the reason for which it is refused.
+CANNOT_EXPRESS = {
+    "a bias": (
         lambda layer: parametrize.register_parametrization(layer, "bias", nn.Tanh()),
-        nn.utils.weight_norm,
-        nn.utils.spectral_norm,
-        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
-        lambda layer: prune.random_unstructured(layer, "bias", 0.5),
-    ],
-    ids=["weight norm", "a bias", "the older weight norm", "the older spectral norm", "pruned", "pruned bias"],
-)
-def test_layers_that_compute_their_weight_are_refused(change):
-    """A computed weight is a tensor that torch replaces at the next use, so that filling it would change nothing."""
+        "its bias has the parametrization Tanh, which has no right_inverse",
+    ),
+    "spectral norm": (parametrizations.spectral_norm, "its weight becomes another one"),
+    "orthogonal": (parametrizations.orthogonal, "its weight becomes another one"),
+    "half": (
+        lambda layer: parametrize.register_parametrization(layer, "weight", Halved()),
+        "its weight becomes another one",
+    ),
+    "half a bias": (
+        lambda layer: parametrize.register_parametrization(layer, "bias", Halved()),
+        "its bias becomes another one",
+    ),
+    "orthogonal by exp": (
+        lambda layer: parametrizations.orthogonal(layer, use_trivialization=False, orthogonal_map="matrix_exp"),
+        "its weight cannot be set: ",
+    ),
+    "the older spectral norm": (nn.utils.spectral_norm, "spectral norm divides its weight"),
+    "pruned": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "its weight is pruned"),
+    "pruned bias": (lambda layer: prune.random_unstructured(layer, "bias", 0.5), "its bias is pruned"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.parametrize("change", CANNOT_EXPRESS)
+def test_layers_that_cannot_apply_the_drawn_weight_are_refused(change, with_inputs):
+    """Their weight is computed from other tensors, so filling it, or setting these, would give another one."""
     model = mlp()
-    change(model[2])
-    before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(ValueError, match=r"lps_model_: model has layers whose weight or bias is computed .*\(2\)"):
-        init.lps_model_(model)
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    reason = CANNOT_EXPRESS[change][1]
+    CANNOT_EXPRESS[change][0](model[2])
+    # Reading the weight in train mode lets spectral norm go on with its iteration.
+    applied = model[2].weight.detach().clone()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = torch.randn(9, 6, dtype=torch.float64) if with_inputs else None
+    with pytest.raises(
+        ValueError, match=rf"lps_model_: model has layers that cannot take a drawn weight: 2 \({reason}"
+    ):
+        init.lps_model_(model, inputs)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(model.eval()[2].weight, applied)
 
 
 def test_layers_the_pass_does_not_reach_are_filled_as_well():

@@ -241,3 +241,165 @@ def test_errors(call, error, words):
 def test_the_layer_keeps_its_old_address():
     """Older pickles name the layer as lcw_ops.nn.hypersphere.InputMeanNorm."""
     assert hypersphere.InputMeanNorm is nn.InputMeanNorm
+
+
+# ---- update_means ---------------------------------------------------------------------------------------------------
+
+
+def mean_nets(dtype=torch.float64, momentum=0.01):
+    return torch.nn.Sequential(
+        nn.InputMeanNorm(4, momentum, dtype=dtype),
+        torch.nn.Conv1d(4, 3, 2),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.5),
+        torch.nn.BatchNorm1d(3),
+        nn.InputMeanNorm(3, None, dtype=dtype),
+        torch.nn.Flatten(),
+        torch.nn.Linear(12, 2),
+    ).to(dtype)
+
+
+def batches_of(sizes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(size, 4, 5, generator=generator, dtype=torch.float64).to(dtype) * 2 + 3 for size in sizes]
+
+
+def expected_means(model, batches):
+    """The means of the inputs of both layers over all samples, written out, with a batch's mean subtracted."""
+    first, second = [], []
+    for x in batches:
+        first.append(x.double().transpose(1, 2).flatten(0, 1))
+        h = torch.nn.functional.conv1d(x - x.mean((0, 2), keepdim=True), model[1].weight, model[1].bias).relu()
+        norm = model[4]
+        h = (h - norm.running_mean[:, None]) / (norm.running_var[:, None] + norm.eps).sqrt()
+        second.append((h * norm.weight[:, None] + norm.bias[:, None]).transpose(1, 2).flatten(0, 1))
+    return torch.cat(first).mean(0), torch.cat(second).detach().mean(0)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (5, 1, 9), (3, 0, 4)], ids=str)
+def test_update_means_gives_the_means_over_all_samples(sizes):
+    """swa_utils.update_bn passes these layers by, and their momentum weighs the last batches more."""
+    model, batches = mean_nets(), batches_of(sizes)
+    for layer in (model[0], model[5]):
+        layer.running_mean.fill_(7.0)
+    torch.optim.swa_utils.update_bn([batch for batch in batches if len(batch) > 1], model)
+    expected = expected_means(model, batches)
+    statistics = copy.deepcopy(model[4].state_dict())
+    state = torch.get_rng_state()
+    assert nn.update_means(batches, model) is None
+    # Dropout would draw, and batch norm would move its own statistics.
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(statistics[key], value) for key, value in model[4].state_dict().items())
+    for layer, mean in zip((model[0], model[5]), expected, strict=True):
+        # Sums of at most 75 numbers below 16.
+        torch.testing.assert_close(layer.running_mean, mean, rtol=0, atol=2 * 75 * 16 * EPS)
+        assert layer.num_batches_tracked == sum(size > 0 for size in sizes)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "lists", "tuples", "one-shot", "device"])
+def test_update_means_takes_the_loaders_of_update_bn(kind):
+    model, batches = mean_nets(), batches_of((5, 3))
+    nn.update_means(batches, model)
+    expected = [model[0].running_mean.clone(), model[5].running_mean.clone()]
+    model[0].reset_running_stats()
+    targets = torch.zeros(3)
+    loader = {
+        "tensors": batches,
+        "lists": [[batch, targets] for batch in batches],
+        "tuples": [(batch, targets) for batch in batches],
+        "one-shot": iter(batches),
+        "device": batches,
+    }[kind]
+    nn.update_means(loader, model, *(["cpu"] if kind == "device" else []))
+    assert torch.equal(model[0].running_mean, expected[0])
+    assert torch.equal(model[5].running_mean, expected[1])
+    dataset = torch.utils.data.TensorDataset(torch.cat(batches), torch.zeros(8))
+    nn.update_means(torch.utils.data.DataLoader(dataset, batch_size=3), model)
+    torch.testing.assert_close(model[0].running_mean, expected[0], rtol=0, atol=2 * 40 * 16 * EPS)
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_update_means_restores_flags_momenta_and_hooks(error):
+    model = mean_nets(momentum=0.3)
+    model[1].eval()
+    model[5].eval()
+    flags = [module.training for module in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    batches = batches_of((5, 3))
+    if error:
+        with pytest.raises(RuntimeError):
+            nn.update_means([*batches, torch.randn(2, 4, 9, dtype=torch.float64)], model)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    else:
+        nn.update_means(batches, model)
+        assert not torch.equal(before["0.running_mean"], model[0].running_mean)
+    assert [module.training for module in model.modules()] == flags
+    assert (model[0].momentum, model[5].momentum) == (0.3, None)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_update_means_after_averaging_weights():
+    """The averaged model's own means, where the training's are those of other weights."""
+    model, batches = mean_nets(torch.float32), batches_of((16, 16), torch.float32)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for batch in batches:
+            model(batch * 3 - 10)
+            model[1].weight.add_(1.0)
+            averaged.update_parameters(model)
+    nn.update_means(batches, averaged)
+    ours = averaged.module
+    expected = expected_means(copy.deepcopy(ours).double(), [batch.double() for batch in batches])
+    for layer, mean in zip((ours[0], ours[5]), expected, strict=True):
+        assert layer.running_mean.dtype == torch.float32
+        # Each input has been rounded by a few layers of float32, from numbers below 64.
+        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=0, atol=20 * 64 * 2**-24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_update_means_sums_16_bits_without_loss(dtype):
+    layer = torch.nn.Sequential(nn.InputMeanNorm(2, dtype=dtype))
+    x = torch.full((3000, 2), 1.0078125, dtype=dtype)
+    nn.update_means([x, x, -x[:1]], layer)
+    expected = 1.0078125 * 5999 / 6001
+    torch.testing.assert_close(layer[0].running_mean, torch.full((2,), expected), rtol=2**-23, atol=0)
+
+
+def test_update_means_of_a_layer_that_is_called_twice_or_never():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.unused = nn.InputMeanNorm(2), nn.InputMeanNorm(2)
+
+        def forward(self, x):
+            self.norm(input=x + 2)
+            return self.norm(x)
+
+    model = Twice()
+    model.unused.running_mean.fill_(5.0)
+    nn.update_means([torch.zeros(3, 2), torch.ones(5, 2)], model)
+    torch.testing.assert_close(model.norm.running_mean, torch.full((2,), 1 + 5 / 8))
+    assert model.norm.num_batches_tracked == 4
+    assert torch.equal(model.unused.running_mean, torch.full((2,), 5.0))
+    plain = torch.nn.Linear(2, 2)
+    nn.update_means(iter(()), plain)
+    assert plain.training
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([], "update_means: loader has given no sample to an InputMeanNorm"),
+        ([torch.zeros(0, 4, 5, dtype=torch.float64)], "no sample"),
+        ([torch.full((2, 4, 5), float("nan"), dtype=torch.float64)], "NaN or infinite"),
+        ([torch.full((2, 4, 5), float("inf"), dtype=torch.float64)], "NaN or infinite"),
+        ([torch.zeros(4, dtype=torch.float64)], "InputMeanNorm: input has shape"),
+    ],
+)
+def test_update_means_refuses(batches, words):
+    model = mean_nets()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        nn.update_means(batches, model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training

@@ -15,9 +15,13 @@ from lcw_ops.reference import (
     anchored,
     gaussian_expectation,
     heavy_tail,
+    hermite_coefficients,
+    hermite_roots,
     hermite_second_moment,
+    hermite_variance,
     joint,
 )
+from lcw_ops.reference.lps import ACTIVATIONS
 
 RULES = {"joint": joint, "heavy_tail": heavy_tail}
 
@@ -89,6 +93,173 @@ def test_second_moments_rise_with_the_degree_to_the_exact_one(activation):
     assert all(low <= high + 1e-15 for low, high in itertools.pairwise(moments))
     # ReLU's series converges the slowest: c_k^2 falls like k^(-5/2), and the rest from degree 29 on is below 1e-3.
     assert 0 <= exact - moments[-1] + 1e-14 < 1e-3
+
+
+def step(z):
+    return (z > 0.3).to(z.dtype)
+
+
+def ramp(z):
+    return (z - 0.7).clamp(0, 1.1)
+
+
+def normal_integrals(low, high):
+    """E Z^k over [low, high], k = 0, 1, 2, in closed form."""
+    density = [math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) for z in (low, high)]
+    probability = (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
+    return probability, density[0] - density[1], probability + low * density[0] - high * density[1]
+
+
+@pytest.mark.parametrize("std", [1.0, 0.6, 3.0])
+def test_kinks_and_steps_of_a_function_may_be_anywhere(std):
+    # Var 1[sZ > 0.3] = p (1 - p).
+    p = math.erfc(0.3 / std / math.sqrt(2)) / 2
+    assert activation_variance(step, std) == pytest.approx(p * (1 - p), rel=1e-13)
+    # ramp(sz) = s z - 0.7 between 0.7 and 1.8, and 1.1 above.
+    p, first, second = normal_integrals(0.7 / std, 1.8 / std)
+    above = math.erfc(1.8 / std / math.sqrt(2)) / 2
+    mean = std * first - 0.7 * p + 1.1 * above
+    square = std**2 * second - 1.4 * std * first + 0.49 * p + 1.21 * above
+    assert activation_variance(ramp, std) == pytest.approx(square - mean**2, rel=1e-13)
+    if std == 1:
+        assert hermite_second_moment(ramp) == pytest.approx(square, rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("function", "second_moment"),
+    [
+        (torch.sign, 1.0),
+        (lambda z: z**3, 15.0),
+        (lambda z: z.exp(), math.exp(2)),
+        (lambda z: torch.full_like(z, 2.0), 4.0),
+        (lambda z: (50 * z).cos(), 0.5),
+        (torch.zeros_like, 0.0),
+    ],
+)
+def test_second_moments_of_functions_in_closed_form(function, second_moment):
+    assert hermite_second_moment(function) == pytest.approx(second_moment, rel=1e-12)
+
+
+def test_a_function_in_float32_is_as_exact_as_float32():
+    assert hermite_second_moment(lambda z: z.float().sigmoid()) == pytest.approx(
+        hermite_second_moment("sigmoid"), rel=8 * 2**-23
+    )
+
+
+@pytest.mark.parametrize("name", SECOND_MOMENTS)
+@pytest.mark.parametrize("degree", [1, 4, 12])
+def test_a_function_has_the_coefficients_of_its_name(name, degree):
+    ours = hermite_coefficients(ACTIVATIONS[name], degree)
+    assert ours == pytest.approx(hermite_coefficients(name, degree), rel=0, abs=1e-13)
+
+
+def test_a_module_is_copied_and_left_as_it_was():
+    module = torch.nn.Sequential(torch.nn.PReLU(init=0.01), torch.nn.Dropout(0.5)).train()
+    slope = module[0].weight
+    # The slope is a float32 number.
+    expected = 0.5 + 0.5 * slope.item() ** 2
+    assert hermite_second_moment(module) == pytest.approx(expected, rel=1e-13)
+    assert module.training
+    assert module[0].weight is slope
+    assert slope.dtype == torch.float32
+
+
+def test_the_variance_is_the_second_moment_without_the_mean():
+    # ReLU: c_0^2 = 1 / (2 pi).
+    assert hermite_variance("relu") == pytest.approx(0.5 - 1 / (2 * math.pi), rel=1e-13)
+    for degree in (1, 4):
+        expected = hermite_second_moment("relu", degree) - 1 / (2 * math.pi)
+        assert hermite_variance("relu", degree) == pytest.approx(expected, rel=1e-13)
+
+
+def test_roots_have_closed_forms():
+    # P_2 of a ReLU is (z^2 + sqrt(2 pi) z + 1) / (2 sqrt(2 pi)).
+    half = math.sqrt(2 * math.pi) / 2
+    expected = [-half - math.sqrt(half**2 - 1), -half + math.sqrt(half**2 - 1)]
+    assert hermite_roots("relu", 2) == pytest.approx(expected, rel=1e-12)
+    # c_3 of a ReLU is 0 up to rounding, which must not give a root far away.
+    assert hermite_roots("relu", 3) == pytest.approx(expected, rel=1e-12)
+    # tanh is odd: 0 and two opposite roots. P_1 has the root 0.
+    low, middle, high = hermite_roots("tanh", 3)
+    assert low == pytest.approx(-high, rel=1e-12)
+    assert abs(middle) < 1e-14
+    c1, c3 = (hermite_coefficients("tanh", 3)[k] for k in (1, 3))
+    # c_1 z + c_3 (z^3 - 3 z) / sqrt(6) = 0.
+    assert high == pytest.approx(math.sqrt(3 - math.sqrt(6) * c1 / c3), rel=1e-12)
+    assert hermite_roots("identity", 5) == pytest.approx([0.0], abs=1e-14)
+    assert hermite_roots("softplus", 2) == []
+
+
+@pytest.mark.parametrize("activation", SECOND_MOMENTS)
+@pytest.mark.parametrize("degree", [1, 2, 3, 4, 7])
+def test_the_polynomial_vanishes_at_its_roots_and_changes_sign_as_often(activation, degree):
+    coefficients = torch.tensor(hermite_coefficients(activation, degree), dtype=torch.float64)
+
+    def polynomial(z):
+        h = [torch.ones_like(z), z]
+        for k in range(1, degree):
+            h.append((z * h[-1] - math.sqrt(k) * h[-2]) / math.sqrt(k + 1))
+        return sum(c * values for c, values in zip(coefficients, h, strict=False))
+
+    roots = hermite_roots(activation, degree)
+    assert roots == sorted(roots)
+    values = polynomial(torch.tensor(roots, dtype=torch.float64))
+    assert values.abs().max().item() < 1e-10 if roots else True
+    # A grid over all roots that are not far away: those of odd order change the sign.
+    edge = 2 + max(map(abs, roots), default=0)
+    grid = polynomial(torch.linspace(-edge, edge, 200_001, dtype=torch.float64)).sign()
+    assert (grid[1:] * grid[:-1] < 0).sum() == len(roots)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_sum_rows_have_second_moment_1_whatever_the_mean_of_the_inputs(rule, bias):
+    units, fan_in, variance = 100_000, 6, 0.4
+    weight, offset = RULES[rule](units, fan_in, variance, bias, generator(), zero_sum=True)
+    assert weight.sum(1).abs().max() < 1e-11
+    a = normal(fan_in, seed=1)
+    a = (a - a.mean()) * math.sqrt((fan_in - 1) * variance) / (a - a.mean()).norm()
+    for mean in (0.0, 5.0):
+        z = weight @ (a + mean) + (offset if bias else 0)
+        standard_error = z.square().std() / math.sqrt(units)
+        assert standard_error < 0.05
+        assert abs(z.square().mean() - 1) < 5 * standard_error
+
+
+def test_zero_sum_joint_has_one_scale_for_the_coordinates_and_the_bias():
+    weight, bias = joint(50_000, 7, 0.5, generator=generator(), zero_sum=True)
+    variance = 1 / (6 * 0.5 + 1)
+    assert abs(weight.square().sum(1).mean() / (6 * variance) - 1) < 5 * math.sqrt(2 / 6 / 50_000)
+    assert abs(bias.square().mean() / variance - 1) < 5 * math.sqrt(2 / 50_000)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_zero_sum_row_of_one_input_is_zero(rule, bias):
+    weight, offset = RULES[rule](50, 1, 0.5, bias, generator(), zero_sum=True)
+    assert torch.equal(weight, torch.zeros(50, 1).double())
+    if bias:
+        assert abs(offset.square().mean() - 1) < 5 * math.sqrt(2 / 50)
+
+
+def test_anchored_zero_sum_rows_vanish_at_a_sample_and_are_off_as_rarely():
+    count, units = 5, 40_000
+    samples = normal(count, 4) + 7
+    weight, bias = anchored(units, samples, generator=generator(), zero_sum=True)
+    assert weight.sum(1).abs().max() < 1e-13
+    z = samples @ weight.T + bias
+    assert z.abs().amin(0).max() < 1e-12
+    assert z.std(correction=0).item() == pytest.approx(1, rel=1e-12)
+    off = (z <= 1e-11).all(0).double().mean()
+    assert abs(off - 1 / count) < 5 * math.sqrt(0.2 * 0.8 / units)
+
+
+def test_anchored_takes_one_root_for_each_unit():
+    samples, roots = normal(20, 5), normal(50, seed=3)
+    weight, bias = anchored(50, samples, roots, generator=generator())
+    z = samples @ weight.T + bias
+    assert (z - roots).abs().amin(0).max() < 1e-13
+    assert (z - roots).std(correction=0).item() == pytest.approx(1, rel=1e-12)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -190,14 +361,14 @@ def deep_relu_nets(draw, width, depth, samples):
 def test_a_layer_dies_at_one_input_with_the_closed_probability(width, depth):
     nets = 3000
     g = generator(width * depth)
-
-    def draw(_, fan_in, l):
-        return joint(width, fan_in, 1.0 if l == 0 else 0.5, generator=g)
-
-    x = torch.ones(1, 4, dtype=torch.float64)
-    dead = sum(any((h == 0).all() for h in deep_relu_nets(draw, width, depth, x)) for _ in range(nets)) / nets
+    h, dead = torch.ones(nets, 4, 1, dtype=torch.float64), torch.zeros(nets, dtype=torch.bool)
+    for l in range(depth):
+        # The layers of all nets are drawn at once: joint draws every entry independently.
+        weight, bias = joint(nets * width, h.shape[1], 1.0 if l == 0 else 0.5, generator=g)
+        h = (weight.view(nets, width, -1) @ h + bias.view(nets, width, 1)).relu()
+        dead |= (h == 0).all(1).squeeze(1)
     p = 1 - (1 - 2.0**-width) ** depth
-    assert abs(dead - p) < 5 * math.sqrt(p * (1 - p) / nets)
+    assert abs(dead.double().mean() - p) < 5 * math.sqrt(p * (1 - p) / nets)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +431,13 @@ def test_empty_and_single_layers(units, fan_in):
         (lambda: hermite_second_moment("selu"), ValueError, "activation is 'selu'; expected one of 'identity', 'relu'"),
         (lambda: hermite_second_moment("relu", -1), ValueError, "degree is -1"),
         (lambda: hermite_second_moment("relu", 2.5), TypeError, "degree is a float; expected an int, or None"),
+        (lambda: hermite_second_moment("relu", True), TypeError, "degree is a bool"),
+        (lambda: hermite_roots("relu", None), TypeError, "degree is a NoneType"),
+        (lambda: hermite_second_moment(torch.log), ValueError, "function with values that are NaN or infinite"),
+        (lambda: hermite_second_moment(lambda z: z.tolist()), TypeError, "a function that returns a list"),
+        (lambda: hermite_second_moment(lambda z: z[:1]), ValueError, "expected an elementwise function"),
+        (lambda: hermite_second_moment(lambda z: (z * z / 4).exp()), ValueError, "grows too fast"),
+        (lambda: activation_variance(torch.rand_like), ValueError, "do not converge"),
         (lambda: activation_variance("relu", math.nan), ValueError, "std is nan"),
         (lambda: activation_variance("relu", 1e9), ValueError, "std is 1000000000.0; expected between 0.0001 and 100"),
         (lambda: joint(3, 4, -1.0), ValueError, "joint: second_moment is -1.0"),

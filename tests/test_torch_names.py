@@ -52,6 +52,12 @@ def test_is_functorch_wrapped():
     assert wrapped == [True]
 
 
+def test_is_computed():
+    leaf = torch.ones(2, 3, requires_grad=True)
+    assert not any(map(_torch.is_computed, (leaf, leaf[:1], leaf.T[1:].view(2, 2), leaf.detach(), torch.ones(2))))
+    assert all(map(_torch.is_computed, (leaf * 1, (leaf * 1)[:1], leaf.clone().T)))
+
+
 def test_in_forward_mode():
     assert not _torch.in_forward_mode()
     with forward_ad.dual_level():
@@ -301,3 +307,38 @@ def test_private_names_of_torch_stand_in_one_file(path):
     code = "\n".join(line.split("#")[0] for line in path.read_text().splitlines())
     found = [match.group() for match in PRIVATE.finditer(code) if not EXEMPT.match(match.group())]
     assert not found, f"{path.name} uses {found}; give them a plain name in lcw_ops/_torch.py"
+
+
+def test_the_hooks_of_a_module():
+    layer = torch.nn.Linear(2, 2)
+    kinds = _torch.hooks_of_module(layer)
+    assert all(not hooks for hooks in kinds.values())
+    # Every attribute of a module that holds hooks is known.
+    assert {name for name in vars(layer) if "hook" in name} == set(kinds)
+    layer.register_forward_hook(lambda *_: None, with_kwargs=True, always_call=True)
+    filled = {name for name, hooks in _torch.hooks_of_module(layer).items() if hooks}
+    assert filled == {"_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"}
+
+
+def test_a_hook_is_bound_to_another_module():
+    seen, first, second = [], torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    first.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    (key,) = first._load_state_dict_pre_hooks
+    bound = _torch.bind_hook(first._load_state_dict_pre_hooks[key], second)
+    second._load_state_dict_pre_hooks[key] = bound
+    second.load_state_dict(first.state_dict())
+    assert seen == [second]
+
+    def plain(*_) -> None:
+        pass
+
+    assert _torch.bind_hook(plain, second) is plain
+
+
+def test_the_classes_of_layers():
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2), dim=None)
+    assert isinstance(normed.parametrizations.weight[0], _torch.WeightNormParametrization)
+    assert normed.parametrizations.weight[0].dim == -1
+    for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d):
+        assert issubclass(kind, _torch.ConvTranspose)
+    assert not issubclass(torch.nn.Conv1d, _torch.ConvTranspose)

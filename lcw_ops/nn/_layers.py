@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lcw_ops import _torch
 from lcw_ops._checks import accumulation_dtype, check_shape, describe
 from lcw_ops._layer_kinds import plain_kind
+from lcw_ops.nn._refusals import applied_weight, refusal
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -227,17 +228,23 @@ def check_fan_in(module: nn.Module, fan_in: int) -> None:
 
 @torch.enable_grad()
 def applied_parameters(function: str, layer: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
-    """The weight that a layer applies, however it is parametrized, and its bias. Both keep requires_grad.
+    """The weight that a layer applies and its bias. Both keep requires_grad.
 
-    The layer is a plain one of this kind, or one of ours that stands in for it.
+    The layer is a plain one of this kind, or one of ours that stands in for it. ValueError if its output does not
+    follow from weight and bias alone.
     """
     if not issubclass(plain_kind(layer), kind):
         raise TypeError(describe(function, "layer", f"is a {type(layer).__name__}", f"a torch.nn.{kind.__name__}"))
     if getattr(layer, "activation", None) is not None and isinstance(layer, ConstrainedLayer):
         came = f"is a {type(layer).__name__} with an activation"
         raise ValueError(describe(function, "layer", came, "a layer without one, because the activation would be lost"))
+    reason = refusal(layer)
+    if reason is not None:
+        raise ValueError(
+            describe(function, "layer", f"cannot be replaced: {reason}", "a layer that applies its weight")
+        )
     applied: Any = layer
-    return applied.weight, applied.bias
+    return applied_weight(layer), applied.bias
 
 
 def make_empty(kind: type[Layer], *arguments, **options) -> Layer:

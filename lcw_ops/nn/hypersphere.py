@@ -229,14 +229,16 @@ class GmPLinear(_GmP):
 
         Args:
             layer: its device, dtype and training mode are kept, its frozen parameters stay frozen, and if it has no
-                bias, the new layer has none. The weight that it applies is converted, so it may be parametrized, or
-                one of ours.
+                bias, the new layer has none. The weight that it applies is converted, so it may have torch's weight
+                norm, or be one of ours.
             activation: None or "relu".
 
         Raises:
             TypeError: not a linear layer.
-            ValueError: the layer applies an activation, which would be lost; or GmP cannot express a unit: it has a
-                zero row and a constant nonzero output, or its weight or its location b / r is not finite.
+            ValueError: the layer applies an activation, which would be lost; its output does not follow from its
+                weight and bias alone, because of a ``forward`` of its own, another constraint, or pruning; or GmP
+                cannot express a unit: it has a zero row and a constant nonzero output, or its weight or its location
+                b / r is not finite.
 
         Source: derived by us.
         """

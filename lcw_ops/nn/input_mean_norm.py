@@ -1,5 +1,8 @@
 """Input mean normalization, which deep nets with GmP layers need. W. Chen, H. Ge, NeurIPS 2024, arXiv 2305.15912."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -100,3 +103,80 @@ class InputMeanNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, momentum={self.momentum}"
+
+
+@torch.no_grad()
+def update_means(loader: Iterable[Any], model: nn.Module, device: torch.device | str | int | None = None) -> None:
+    """Compute the running mean of every :class:`InputMeanNorm` of a model again, from one pass over some data.
+
+    ``torch.optim.swa_utils.update_bn`` does this for batch norm and passes these layers by. So call this too after
+    averaging weights, or whenever the weights were changed outside of training. If the model also has batch norm, call
+    ``update_bn`` first.
+
+    Each layer's mean becomes the mean of its input over all samples and positions of the loader, whatever the sizes of
+    the batches. As in training, a layer subtracts the mean of the batch at hand, and the next layers see the result;
+    so batches of the size used in training are right. All other modules run in eval mode: no dropout, and no other
+    statistics change.
+
+    Args:
+        loader: gives batches, each a tensor or a list or tuple that begins with one. It is the model's only argument.
+        model: its training flags are restored at the end. A model without InputMeanNorm is left alone. A layer that the
+            model does not call keeps its statistics.
+        device: where to move each batch first. None leaves it where it is.
+
+    The sums are in float64, in float32 on a device without it. ``num_batches_tracked`` becomes the number of batches.
+
+    Raises:
+        ValueError: no samples reach any of the layers, as with an empty loader; or a mean is not finite. An error of
+            the loader or of the model is passed on. After an error the model is as it was.
+    """
+    layers = [module for module in model.modules() if isinstance(module, InputMeanNorm)]
+    if not layers:
+        return
+    before = [(layer, layer.running_mean.clone(), layer.num_batches_tracked.clone()) for layer in layers]
+    training = [(module, module.training) for module in model.modules()]
+    sums: dict[nn.Module, Tensor] = {}
+    values: dict[nn.Module, int] = {}
+    batches: dict[nn.Module, int] = {}
+
+    def add(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x: Tensor = arguments[0] if arguments else keywords["input"]
+        if x.dim() < 2 or x.numel() == 0:
+            return
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        batch_sum = x.sum([dim for dim in range(x.dim()) if dim != 1], dtype=dtype)
+        sums[layer] = sums[layer] + batch_sum if layer in sums else batch_sum
+        values[layer] = values.get(layer, 0) + x.numel() // x.shape[1]
+        batches[layer] = batches.get(layer, 0) + 1
+
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.training = True
+        for batch in loader:
+            x = batch[0] if isinstance(batch, (list, tuple)) else batch
+            model(x if device is None else x.to(device))
+        if not sums:
+            came = "has given no sample to an InputMeanNorm of the model"
+            remedy = "Compile the model after the call, if it is compiled."
+            raise ValueError(describe("update_means", "loader", came, "at least one batch with samples", remedy))
+        means = {layer: total / values[layer] for layer, total in sums.items()}
+        if not all(mean.isfinite().all() for mean in means.values()):
+            came = "has given an InputMeanNorm of the model inputs whose mean is NaN or infinite"
+            raise ValueError(describe("update_means", "loader", came, "batches on which the model's values are finite"))
+    except BaseException:
+        for layer, running_mean, tracked in before:
+            layer.running_mean.copy_(running_mean)
+            layer.num_batches_tracked.copy_(tracked)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training:
+            module.training = mode
+    for layer, running_mean, tracked in before:
+        layer.running_mean.copy_(means.get(layer, running_mean))
+        layer.num_batches_tracked.copy_(tracked)
+        if layer in batches:
+            layer.num_batches_tracked.fill_(batches[layer])

@@ -165,13 +165,14 @@ class LCWLinear(_LCW):
         the mean of that.
 
         Args:
-            layer: a linear layer, plain, parametrized or ours. Its device, dtype and training mode are kept, its frozen
-                parameters stay frozen, and if it has no bias, the new layer has none.
+            layer: a linear layer, plain, with torch's weight norm, or ours. Its device, dtype and training mode are
+                kept, its frozen parameters stay frozen, and if it has no bias, the new layer has none.
             basis: as in the constructor.
 
         Raises:
             TypeError: not a linear layer.
-            ValueError: the layer applies an activation, which would be lost.
+            ValueError: the layer applies an activation, which would be lost; or its output does not follow from its
+                weight and bias alone, because of a ``forward`` of its own, another constraint, or pruning.
         """
         weight, bias = applied_parameters(f"{cls.__name__}.from_linear", layer, nn.Linear)
         made = make_empty(

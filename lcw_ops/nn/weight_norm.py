@@ -135,12 +135,13 @@ class WeightNormLinear(_WeightNorm):
         """A layer with the outputs of a trained layer, up to rounding: v is its weight, and g = ||v||.
 
         Args:
-            layer: a linear layer, plain, parametrized or ours. Its device, dtype and training mode are kept, and its
-                frozen parameters stay frozen.
+            layer: a linear layer, plain, with torch's weight norm, or ours. Its device, dtype and training mode are
+                kept, and its frozen parameters stay frozen.
 
         Raises:
             TypeError: not a linear layer.
-            ValueError: the layer applies an activation, which would be lost.
+            ValueError: the layer applies an activation, which would be lost; or its output does not follow from its
+                weight and bias alone, because of a ``forward`` of its own, another constraint, or pruning.
         """
         weight, bias = applied_parameters(f"{cls.__name__}.from_linear", layer, nn.Linear)
         units, fan_in = weight.shape

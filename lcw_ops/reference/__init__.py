@@ -18,7 +18,10 @@ from lcw_ops.reference.lps import (
     anchored,
     gaussian_expectation,
     heavy_tail,
+    hermite_coefficients,
+    hermite_roots,
     hermite_second_moment,
+    hermite_variance,
     joint,
 )
 from lcw_ops.reference.orthogonal_filter import (
@@ -38,7 +41,10 @@ __all__ = [
     "gmp_linear",
     "gradient_activation",
     "heavy_tail",
+    "hermite_coefficients",
+    "hermite_roots",
     "hermite_second_moment",
+    "hermite_variance",
     "hypersphere_angles",
     "hypersphere_direction",
     "hypersphere_direction_backward",

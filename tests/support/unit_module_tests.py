@@ -5,10 +5,12 @@
 
 import copy
 import pickle
+import warnings
 from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
@@ -164,12 +166,13 @@ class Doubled(torch.nn.Module):
 
 
 def test_the_weight_that_a_layer_applies_is_converted(stem):
-    """The converted weight is the result of the constraint or parametrization, not the trained parameter."""
+    """The converted weight is the result of the constraint or of torch's weight norm, not the trained parameter."""
     x = torch.randn(5, 6, dtype=torch.float64)
     constrained = [nn.LCWLinear(6, 5, basis=basis, dtype=torch.float64) for basis in (False, True)]
-    parametrized = torch.nn.Linear(6, 5, dtype=torch.float64)
-    parametrize.register_parametrization(parametrized, "weight", Doubled())
-    for plain in (*constrained, parametrized):
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(6, 5, dtype=torch.float64))
+    with torch.no_grad():
+        normed.parametrizations.weight.original0.mul_(2)
+    for plain in (*constrained, normed):
         made = stem.linear.from_linear(plain)
         torch.testing.assert_close(made(x), plain(x), rtol=0, atol=32 * 6 * 5 * EPS)
         assert all(p.requires_grad and p.is_leaf for p in made.parameters())
@@ -177,6 +180,29 @@ def test_the_weight_that_a_layer_applies_is_converted(stem):
     images = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     made = stem.convs[1].from_conv(convolution)
     torch.testing.assert_close(made(images), convolution(images), rtol=0, atol=32 * 8 * 5 * EPS)
+
+
+def test_what_a_model_conversion_would_leave_alone_is_refused(stem):
+    class Standardised(torch.nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return self._conv_forward(input, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+    parametrized = torch.nn.Linear(6, 5)
+    parametrize.register_parametrization(parametrized, "weight", Doubled())
+    with pytest.raises(ValueError, match=r"from_linear: layer cannot be replaced: .* the parametrization Doubled"):
+        stem.linear.from_linear(parametrized)
+    with pytest.raises(ValueError, match=r"from_conv: layer cannot be replaced: .* forward of its own"):
+        stem.convs[1].from_conv(Standardised(2, 3, 2))
+
+
+def test_a_stale_weight_of_torchs_older_weight_norm_is_computed_again(stem):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layers = [torch.nn.utils.weight_norm(torch.nn.Linear(6, 5, dtype=torch.float64)) for _ in range(2)]
+    layers[0].load_state_dict(layers[1].state_dict())
+    x = torch.randn(5, 6, dtype=torch.float64)
+    made = stem.linear.from_linear(layers[0])
+    torch.testing.assert_close(made(x), layers[1](x), rtol=0, atol=32 * 6 * 5 * EPS)
 
 
 def test_conversion_keeps_mode_dtype_and_frozen_parameters(stem):

@@ -1,0 +1,233 @@
+"""``fold``: the way back. Every layer of this package becomes what it computes, in layers of torch.nn."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lcw_ops import _torch
+from lcw_ops import nn as ours
+from lcw_ops._checks import describe
+from lcw_ops._layer_kinds import is_linear, plain_kind
+from lcw_ops.conversion import building, exchange, measure
+from lcw_ops.conversion.exchange import Exchange
+from lcw_ops.conversion.measure import Inputs
+from lcw_ops.conversion.plain import PlainOrthogonalFilterMLP, PlainOrthogonalFilterRNN, UnitScale
+from lcw_ops.conversion.report import Changed, Left, Report
+from lcw_ops.conversion.sites import Site, find_sites
+from lcw_ops.nn._refusals import refusal
+from lcw_ops.reference import hypersphere_direction, lcw_weight, normalize_scale
+
+_RECURRENCES: dict[type, Any] = {
+    ours.OrthogonalFilterMLP: PlainOrthogonalFilterMLP,
+    ours.OrthogonalFilterRNN: PlainOrthogonalFilterRNN,
+}
+_FOLDED = (PlainOrthogonalFilterMLP, PlainOrthogonalFilterRNN, UnitScale)
+
+
+def fold(model: nn.Module, inputs: Any = None, inplace: bool = False, dry_run: bool = False) -> Report:
+    """Replace every layer of this package by a plain layer of torch.nn that computes the same.
+
+    The result needs none of our ops: it can be saved with its plain keys, exported, quantized, or converted again. The
+    weight is computed in float64 and rounded once. A GmP layer with ReLU becomes ``Sequential(Linear, ReLU)``. If one
+    of its radii is negative, no plain layer computes it, and a module of plain torch multiplies by the radii after the
+    ReLU. :class:`~lcw_ops.nn.OrthogonalFilterMLP` and ``RNN`` become modules of plain torch. The parametrizations
+    ``zero_sum`` and ``hypersphere`` are removed; those of torch stay.
+
+    Args:
+        model: any module. Without layers of ours, the result has nothing changed.
+        inputs: as in :func:`lcw_ops.convert`: the report then has each layer's difference.
+        inplace: change the model itself. The default is a deep copy, because one folds in the middle of training.
+        dry_run: change nothing, and report what would be done.
+
+    Returns:
+        A :class:`~lcw_ops.conversion.Report`. Its ``model`` is the folded model, a new root if the root itself is such
+        a layer. ``left`` has what stays although this package defines it.
+
+    Raises:
+        TypeError: model or inputs of another type.
+
+    Source: derived by us.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(describe("fold", "model", f"is a {type(model).__name__}", "a torch.nn.Module"))
+    given = None if inputs is None else Inputs("fold", inputs)
+    if not inplace and not dry_run:
+        model = exchange.copy_of(model)
+    report = Report(model, dry_run=dry_run)
+    exchanges, parametrized = [], []
+    tied: dict[tuple, nn.Parameter] = {}
+    sites = find_sites(model).values()
+    constraints = {inside for site in sites for inside in _inside_parametrizations(site.module)}
+    for site in sites:
+        if parametrize.is_parametrized(site.module):
+            parametrized += _parametrizations_to_remove(site, report)
+        plain, note = _plain_of(site, tied)
+        if plain is not None:
+            exchanges.append(Exchange(site, plain, note))
+        elif note and site.module not in constraints:
+            report.left.append(Left(site.name, _name_of(site.module), note))
+    for one in exchanges:
+        kind: Any = parametrize.type_before_parametrizations(one.old)
+        exchange.prepare(one, _attributes_of(kind))
+    report.changed += [Changed(one.name, _name_of(one.old), _description(one.new), one.note) for one in exchanges]
+    report.changed += [
+        Changed(site.name, f"{_name_of(site.module)}, {name} parametrized", _name_of(site.module))
+        for site, name in parametrized
+    ]
+    if given is not None and exchanges:
+        report.errors, output = measure.layer_changes(model, given, exchanges, {})
+        report.output_change = measure.output_change(given, output, model, exchanges, {})
+    if not dry_run:
+        exchange.commit(exchanges, *[_remover(site.module, name) for site, name in parametrized])
+        report.model = measure.new_root(model, exchanges)
+    return report
+
+
+def _plain_of(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module | None, str]:
+    """The plain module and a note about it. None if the module stays: the note is then the reason, if it needs one."""
+    layer = site.module
+    if isinstance(layer, building.OURS):
+        reason = refusal(layer)
+        return _plain_layer(site, tied) if reason is None else (None, reason)
+    kind = parametrize.type_before_parametrizations(layer)
+    if isinstance(layer, (ours.OrthogonalFilterMLP, ours.OrthogonalFilterRNN)):
+        has_own = kind not in _RECURRENCES or "forward" in vars(layer)
+        if has_own or parametrize.is_parametrized(layer):
+            return None, "its class or its tensors are not the module's own"
+        return _RECURRENCES[kind](layer), "a loop in plain torch"
+    if kind.__module__.partition(".")[0] != "lcw_ops" or isinstance(layer, _FOLDED):
+        return None, ""
+    if isinstance(layer, ours.InputMeanNorm):
+        return None, "it uses no op of ours, and no layer of torch.nn subtracts a batch's mean in training"
+    return None, "torch.nn has no layer for it"
+
+
+# ---- Layers ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _plain_layer(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module, str]:
+    layer: Any = site.module
+    weight, bias, scale = _exact(layer)
+    kind = plain_kind(layer)
+    if kind is nn.Linear and any(isinstance(parent, nn.MultiheadAttention) for parent, _ in site.places):
+        # torch's own class there tells quantizers that the layer's owner reads its weight and does not call it.
+        kind = nn.modules.linear.NonDynamicallyQuantizableLinear
+    trained = building.trained_tensors(layer)
+    like = trained[0]
+    own_bias = None if building.is_gmp(layer) else layer.bias
+    plain = building.empty(layer, kind, like.dtype, bias is not None or own_bias is not None)
+    rounded = weight.to(like.dtype).view(plain.weight.shape)
+    if like.shape == rounded.shape:
+        # In the memory format of the trained tensor.
+        rounded = torch.empty_like(like).copy_(rounded)
+    key = (type(layer), scale is None, *map(id, trained))
+    requires_grad = any(tensor.requires_grad for tensor in trained)
+    # Layers that share what they train go on sharing their weight.
+    plain._parameters["weight"] = tied.setdefault(key, nn.Parameter(rounded, requires_grad))
+    if own_bias is not None:
+        is_parameter = isinstance(own_bias, nn.Parameter)
+        plain._parameters["bias"] = own_bias if is_parameter else nn.Parameter(own_bias.detach().clone())
+    elif bias is not None:
+        plain._parameters["bias"] = nn.Parameter(bias.to(like.dtype), layer.location.requires_grad)
+    if getattr(layer, "activation", None) is None:
+        return plain, ""
+    if scale is None:
+        return nn.Sequential(plain, nn.ReLU()), ""
+    radius = nn.Parameter(scale.to(like.dtype), layer.radius.requires_grad)
+    after = UnitScale(radius, -1 if is_linear(layer) else -1 - len(layer.kernel_size))
+    return nn.Sequential(plain, nn.ReLU(), after), "a radius is negative: it is applied after the ReLU"
+
+
+def _exact(layer: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight (n, m), the bias that is not a parameter of the layer, and radii to apply later; in float64."""
+    trained = [tensor.detach().double() for tensor in building.trained_tensors(layer)]
+    if building.is_lcw(layer):
+        return lcw_weight(trained[0], layer.basis).flatten(1), None, None
+    if building.is_weight_norm(layer):
+        v, g = trained
+        return normalize_scale(v.flatten(1), g.flatten()), None, None
+    angles, radius = trained
+    direction = hypersphere_direction(angles)
+    if layer.sign is not None:
+        direction = layer.sign.double()[:, None] * direction
+    location = layer.location.detach().double()
+    has_bias = isinstance(layer.location, nn.Parameter) or "location" not in layer._buffers
+    if layer.activation is not None and not bool((radius >= 0).all()):
+        return direction, location if has_bias else None, radius
+    return radius[:, None] * direction, radius * location if has_bias else None, None
+
+
+# ---- Parametrizations ------------------------------------------------------------------------------------------------
+
+
+def _parametrizations_to_remove(site: Site, report: Report) -> list[tuple[Site, str]]:
+    """The tensors of the module that only parametrizations of this package compute."""
+    found = []
+    for name, constraints in site.module.parametrizations.items():  # type: ignore[union-attr, operator]
+        are_ours = [type(constraint).__module__.partition(".")[0] == "lcw_ops" for constraint in constraints]
+        if all(are_ours):
+            found.append((site, name))
+        elif any(are_ours):
+            reason = f"{name} has a parametrization of torch beside ours, and they cannot be removed one by one"
+            report.left.append(Left(site.name, _name_of(site.module), reason))
+    return found
+
+
+def _inside_parametrizations(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, parametrize.ParametrizationList):
+        yield from module.modules()
+
+
+def _remover(module: Any, name: str) -> Callable[[], Callable[[], None]]:
+    @torch.no_grad()
+    def remove() -> Callable[[], None]:
+        exact = _exact_parametrized(module.parametrizations[name])
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        getattr(module, name).copy_(exact)
+        _torch.refresh_recurrent_weights(module)
+        return lambda: None
+
+    return remove
+
+
+def _exact_parametrized(constraints: Any) -> Tensor:
+    """The parametrized tensor, computed in float64."""
+    if constraints.is_tensor:
+        value = constraints[0](constraints.original.double())
+    else:
+        value = constraints[0](*(getattr(constraints, f"original{i}").double() for i in range(constraints.ntensors)))
+    for constraint in list(constraints)[1:]:
+        value = constraint(value)
+    return value
+
+
+# ---- Names -----------------------------------------------------------------------------------------------------------
+
+
+def _name_of(layer: nn.Module) -> str:
+    return parametrize.type_before_parametrizations(layer).__name__
+
+
+def _description(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Sequential):
+        return f"Sequential({', '.join(_name_of(child) for child in layer)})"
+    return _name_of(layer)
+
+
+@functools.lru_cache(maxsize=64)
+def _attributes_of(kind: Any) -> frozenset[str]:
+    """The attributes that a layer of this class has by itself; a user may have set others."""
+    if issubclass(kind, ours.OrthogonalFilterMLP):
+        made: nn.Module = kind(1, 1, 1, 1, "identity", device="meta")
+    elif issubclass(kind, ours.OrthogonalFilterRNN):
+        made = kind(1, 1, length=1, filter="identity", device="meta")
+    elif kind._plain is nn.Linear:
+        made = kind(2, 2, device="meta")
+    else:
+        made = kind(2, 2, 1, device="meta")
+    return frozenset(vars(made))
