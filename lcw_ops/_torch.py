@@ -98,6 +98,21 @@ def is_in_onnx_export() -> bool:
     return exporter_is_there and torch.onnx.is_in_onnx_export()
 
 
+@constant_when_traced
+def is_dtensor_loaded() -> bool:
+    """Whether torch.distributed.tensor has been imported, which takes half as long as torch. If not, no DTensor exists."""
+    # Python sets the attribute at the end of the import, so that it is never a module that is half loaded.
+    return hasattr(torch.distributed, "tensor")
+
+
+def has_dtensor(*arguments) -> bool:
+    """Whether an argument is a DTensor, a tensor that is spread over processes."""
+    if not is_dtensor_loaded():
+        return False
+    dtensor = torch.distributed.tensor.DTensor
+    return any(isinstance(argument, dtensor) for argument in arguments)
+
+
 def unrecorded(function: Callable, *arguments):
     """Return ``function(*arguments)`` without letting torch.jit.trace record it.
 

@@ -24,8 +24,8 @@ def try_kernel_then_explain(
         arguments: all arguments.
 
     Returns:
-        The kernel's result. Or None, without calling the kernel, if something else has to handle the call: a tensor
-        subclass or a function mode, torch.compile, an export, a torch.func transform, autocast, another device or
+        The kernel's result. Or None, without calling the kernel, if something else has to handle the call: a DTensor or
+        another tensor subclass, a function mode, torch.compile, an export, a torch.func transform, autocast, another device or
         another backend.
     """
     if torch.compiler.is_compiling() or _torch.is_exporting():
@@ -35,7 +35,7 @@ def try_kernel_then_explain(
     for tensor in tensors:
         if not (isinstance(tensor, Tensor) and tensor.is_cpu):
             return None
-    if torch.is_autocast_enabled("cpu") or not backends.is_cpp_chosen(op):
+    if torch.is_autocast_enabled("cpu") or not backends.is_cpp_chosen(op) or _torch.has_dtensor(*tensors):
         return None
     try:
         return kernel(*arguments, "cpp")
