@@ -4,6 +4,7 @@ A stage is a range of layers h_l = alpha O h_{l-1} + beta act(W_l h_{l-1} + b_l)
 tensors are views of the whole's, so nothing is copied.
 """
 
+import copy
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,9 @@ class OrthogonalFilterStage(_OrthogonalFilter):
         for tensor in (*self._parameters.values(), *self._buffers.values()):
             if tensor is not None and id(tensor) not in memo and _is_part(tensor):
                 memo[id(tensor)] = _copy(tensor)
-        return super().__deepcopy__(memo)  # type: ignore[return-value]
+        replica = memo[id(self)] = self.__new__(type(self))
+        replica.__setstate__(copy.deepcopy(super().__getstate__(), memo))
+        return replica
 
     def __getstate__(self) -> dict:
         # As for a copy: a pickle of a stage holds its own layers alone.
