@@ -106,7 +106,7 @@ def test_stages_are_together_the_whole_net_to_the_last_bit(name, n):
 
 
 def per_layer(mlp, name):
-    """The net with a parameter of one value per layer in place of a shared one: its gradient has the shared one's terms."""
+    """The net with one value per layer in place of a shared scale: the gradient has the terms of the shared one's."""
     values = getattr(mlp, name).detach().reshape(-1).expand(mlp.depth).clone()
     setattr(mlp, name, nn.Parameter(values))
     return mlp

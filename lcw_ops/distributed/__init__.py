@@ -1,4 +1,4 @@
-"""Layers over the ranks of a process group: a deep recurrence split by depth, and linear layers split by units or inputs.
+"""Layers over the ranks of a process group: a recurrence split by depth, linear layers split by units or by inputs.
 
 ``module`` holds :class:`DepthParallel` and its state dict; ``group`` the collectives and the agreement between ranks;
 ``recurrence`` the sweeps over all ranks; ``tensor_parallel`` the styles for ``parallelize_module``.

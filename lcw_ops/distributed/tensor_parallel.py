@@ -112,8 +112,9 @@ class ColwiseParallel(_Style):
     is given a DTensor (``use_local_output=False``).
 
     Outputs and gradients are those of one process up to rounding. ``layer.weight``, ``layer.bias`` and the entries of
-    ``state_dict()`` are DTensors; ``full_tensor()`` gives the whole. Second derivatives through DTensors are not
-    supported.
+    ``state_dict()`` are DTensors; ``full_tensor()`` gives the whole. All ranks have to read ``weight`` or ``bias`` of a
+    GmP layer with ReLU together, because its radii are checked over all ranks. Second derivatives through DTensors are
+    not supported.
 
     Raises:
         TypeError: in ``parallelize_module``, another kind of module, a convolution included.
@@ -153,7 +154,8 @@ class RowwiseParallel(_Style):
     replicated. A plain tensor as input is taken as an equal part of the features on every rank. If the fan-in is not a
     multiple of the number of ranks, give a DTensor.
 
-    Results, ``layer.weight`` and state dicts are as with :class:`ColwiseParallel`. With 16-bit tensors every rank's
+    Results, ``layer.weight`` and state dicts are as with :class:`ColwiseParallel`; all ranks have to read ``weight``
+    together, because it needs their sums. With 16-bit tensors every rank's
     part of the output is rounded before the sum, as in torch's style.
 
     Raises:

@@ -25,8 +25,8 @@ def try_kernel_then_explain(
 
     Returns:
         The kernel's result. Or None, without calling the kernel, if something else has to handle the call: a DTensor or
-        another tensor subclass, a function mode, torch.compile, an export, a torch.func transform, autocast, another device or
-        another backend.
+        another tensor subclass, a function mode, torch.compile, an export, a torch.func transform, autocast, another
+        device or another backend.
     """
     if torch.compiler.is_compiling() or _torch.is_exporting():
         return None

@@ -177,8 +177,9 @@ class _PartOfProduct:
         if torch.is_autocast_enabled(x.device.type):
             return torch.nn.functional.linear(x, weight, bias)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        given = (None if tensor is None else _torch.cast(tensor, dtype) for tensor in (x, weight, bias))
-        return _torch.cast(torch.nn.functional.linear(*given), x.dtype)
+        bias = None if bias is None else _torch.cast(bias, dtype)
+        product = torch.nn.functional.linear(_torch.cast(x, dtype), _torch.cast(weight, dtype), bias)
+        return _torch.cast(product, x.dtype)
 
 
 class _Once(torch.autograd.Function):

@@ -149,8 +149,8 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
             and the last gives (*, out_features). States of a 16-bit net are float32 between stages. With the sequential
             solver the results are the whole net's to the last bit.
 
-        The stages share memory with the net. Their parameters ``weight`` and ``bias``, and alpha and beta per layer, are
-        views of the net's, so an optimizer's step on the stages changes the net, and the other way round. ``.grad``
+        The stages share memory with the net. Their parameters ``weight`` and ``bias``, and alpha and beta per layer,
+        are views of the net's, so an optimizer's step on the stages changes the net, and the other way round. ``.grad``
         belongs to the stage's own parameter: a backward pass through the stages leaves the net's ``.grad`` as it is.
         The layers input_layer and output_layer are the same modules in both. So is a trained alpha or beta that all
         layers share: every stage has the same parameter object. Within a process its gradient is the sum over its

@@ -42,6 +42,8 @@ class OrthogonalFilterStage(_OrthogonalFilter):
         ValueError, TypeError: in a forward pass, an input of the wrong shape or dtype.
     """
 
+    weight: nn.Parameter
+
     def __init__(self, whole: "OrthogonalFilterMLP", start: int, stop: int) -> None:
         scales = {name: _part(getattr(whole, name), whole.depth, start, stop) for name in ("alpha", "beta")}
         super().__init__(
@@ -78,7 +80,8 @@ class OrthogonalFilterStage(_OrthogonalFilter):
 
     def forward(self, x: Tensor) -> Tensor:
         state = x if self.input_layer is None else self._apply_input_layer(x)
-        weight, bias = self.weight, self.bias
+        weight: Any = self.weight
+        bias: Any = self.bias
         if weight.dtype in (torch.bfloat16, torch.float16):
             # The whole net rounds its state once, after the last layer. So must the stages together.
             dtype = state_dtype(weight.dtype)
