@@ -101,7 +101,8 @@ def is_in_onnx_export() -> bool:
 @constant_when_traced
 def is_dtensor_loaded() -> bool:
     """Whether torch.distributed.tensor has been imported. If not, no DTensor exists."""
-    # Importing it here would take half as long as importing torch. Python sets the attribute at the end of the import, so that it is never a module that is half loaded.
+    # An import would take half as long as that of torch. Python sets the attribute when the import ends, so the module
+    # is not half loaded.
     return hasattr(torch.distributed, "tensor")
 
 

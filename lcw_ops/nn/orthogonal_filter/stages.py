@@ -6,7 +6,7 @@ tensors are views of the whole's, so nothing is copied.
 
 import copy
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from lcw_ops._checks import check_count, describe
 from lcw_ops.nn.orthogonal_filter.base import _OrthogonalFilter
 from lcw_ops.nn.orthogonal_filter.memory import is_distributed, is_lost, mark_lost
 from lcw_ops.reference.orthogonal_filter import state_dtype
-
-if TYPE_CHECKING:
-    from lcw_ops.nn.orthogonal_filter.mlp import OrthogonalFilterMLP
 
 _FUNCTION = "OrthogonalFilterMLP.stages"
 
@@ -44,7 +41,7 @@ class OrthogonalFilterStage(_OrthogonalFilter):
 
     weight: nn.Parameter
 
-    def __init__(self, whole: "OrthogonalFilterMLP", start: int, stop: int) -> None:
+    def __init__(self, whole: Any, start: int, stop: int) -> None:
         scales = {name: _part(getattr(whole, name), whole.depth, start, stop) for name in ("alpha", "beta")}
         super().__init__(
             whole.width,
@@ -129,8 +126,8 @@ class OrthogonalFilterStage(_OrthogonalFilter):
         return f"width={self.width}, layers {self.start}..{self.stop - 1}, {self._scales_repr()}"
 
 
-def make_stages(whole: "OrthogonalFilterMLP", n: int) -> list[nn.Module]:
-    """The list that :meth:`lcw_ops.nn.OrthogonalFilterMLP.stages` returns."""
+def make_stages(whole: Any, n: int) -> list[nn.Module]:
+    """The list that :meth:`lcw_ops.nn.OrthogonalFilterMLP.stages` returns; ``whole`` is the net."""
     check_count(_FUNCTION, "n", n)
     if n > whole.depth:
         expected = f"at most {whole.depth}, the number of layers, because every stage has at least one"
