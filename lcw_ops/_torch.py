@@ -103,7 +103,7 @@ def is_dtensor_loaded() -> bool:
     """Whether torch.distributed.tensor has been imported. If not, no DTensor exists."""
     # An import would take half as long as that of torch. Python sets the attribute when the import ends, so the module
     # is not half loaded.
-    return hasattr(torch.distributed, "tensor")
+    return "tensor" in vars(torch.distributed)
 
 
 def has_dtensor(*arguments) -> bool:

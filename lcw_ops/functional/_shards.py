@@ -136,7 +136,7 @@ class _Split:
             own, self._mesh, before, run_check=False, shape=torch.Size(self._shape), stride=(1,) * len(self._shape)
         )
         # The second redistribution does nothing in the forward pass. In the backward pass it adds up the ranks'
-        # gradients, which before torch 2.12 no other step would do.
+        # gradients. Without it, torch keeps them as Partial, and only its newer versions add them up in from_local.
         whole = whole.redistribute(placements=after).redistribute(placements=after)
         return whole.to_local(grad_placements=self._placed(_partial()))
 

@@ -87,6 +87,9 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     On a CPU, a measurement decides which matmul runs, as in :func:`lcw_linear`. For few samples (up to 32 on a CPU, 64
     in Triton), directions are never written to memory.
 
+    x and the parameters may be DTensors, split by units or by samples, as :class:`lcw_ops.distributed.ColwiseParallel`
+    splits them. The result is then a DTensor too.
+
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. With more than
             these few samples, directions and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers
@@ -104,7 +107,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: an unknown activation, or shapes other than those above.
+        ValueError: an unknown activation, shapes other than those above, or DTensors that are placed in another way.
 
     Source: as :func:`hypersphere_direction`.
     """

@@ -70,6 +70,9 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     ``torch.use_deterministic_algorithms`` nothing is measured: our kernels multiply up to 16 samples, torch's matmul
     multiplies more.
 
+    x and the parameters may be DTensors, split by units or by samples, as :class:`lcw_ops.distributed.ColwiseParallel`
+    splits them (centred form: or by inputs). The result is then a DTensor too.
+
     Args:
         x: (..., m). float32, float64, bfloat16 or float16.
         weight: (n, m), or (n, m - 1) with ``basis``; of x's dtype, or of any dtype under autocast.
@@ -81,7 +84,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: shapes other than those above.
+        ValueError: shapes other than those above, or DTensors that are placed in another way.
 
     Source: as :func:`lcw_weight`.
     """

@@ -64,6 +64,9 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     64 samples. Numbers near the smallest of x's dtype lose digits. A measurement decides which matmul runs, as in
     :func:`lcw_linear`.
 
+    x and the parameters may be DTensors, split by units or by samples, as :class:`lcw_ops.distributed.ColwiseParallel`
+    splits them, or by inputs. The result is then a DTensor too.
+
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more than 64 samples,
             the products or the normalised weight are rounded to x's dtype, as torch's own layers would round them.
@@ -79,7 +82,7 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: shapes other than those above, or m = 0.
+        ValueError: shapes other than those above, m = 0, or DTensors that are placed in another way.
 
     Source: as :func:`normalize_scale`.
     """
