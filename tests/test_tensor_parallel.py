@@ -451,6 +451,33 @@ def test_tensors_on_different_meshes_are_refused(mesh):
         F.lcw_linear(x, DTensor.from_local(torch.ones(3, 4), mesh, [Replicate()]))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in UP if kind != "plain"])
+def test_an_assigned_weight_is_applied(mesh, kind):
+    layer = parallelize_module(UP[kind](), mesh, ColwiseParallel())
+    weight = torch.randn(HIDDEN, INPUTS)
+    weight -= weight.mean(1, keepdim=True)
+    layer.weight = distribute_tensor(weight, mesh, [Shard(0)])
+    if kind == "gmp relu, no bias":
+        assert (layer.radius.full_tensor() >= 0).all()
+    # The constraint rounds a few sums of six numbers.
+    assert (layer.weight.full_tensor() - weight).abs().max() <= 6 * 6 * torch.finfo(torch.float32).eps
+    with pytest.raises((RuntimeError, TypeError), match="DTensor"):
+        layer.weight = weight
+
+
+def test_clipping_and_adamw(mesh):
+    for kind in ("lcw", "weight norm", "gmp"):
+        layer = UP[kind]()
+        twin = parallelize_module(copy.deepcopy(layer), mesh, ColwiseParallel())
+        for net in (layer, twin):
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+            net(torch.ones(3, INPUTS)).square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+        for one, other in zip(layer.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(one, whole(other))
+
+
 def test_autocast(mesh):
     for layer, style in ((lcw.LCWLinear(4, 3), RowwiseParallel), (lcw.WeightNormLinear(4, 3), ColwiseParallel)):
         x = torch.randn(2, 4)

@@ -112,9 +112,10 @@ class ColwiseParallel(_Style):
     is given a DTensor (``use_local_output=False``).
 
     Outputs and gradients are those of one process up to rounding. ``layer.weight``, ``layer.bias`` and the entries of
-    ``state_dict()`` are DTensors; ``full_tensor()`` gives the whole. All ranks have to read ``weight`` or ``bias`` of a
-    GmP layer with ReLU together, because its radii are checked over all ranks. Second derivatives through DTensors are
-    not supported.
+    ``state_dict()`` are DTensors; ``full_tensor()`` gives the whole, and ``layer.weight = tensor`` takes a DTensor.
+    Draw initial values before the split: not every layer's ``reset_parameters`` works on DTensors. All ranks have to
+    read ``weight`` or ``bias`` of a GmP layer with ReLU together, because its radii are checked over all ranks. Second
+    derivatives through DTensors are not supported.
 
     Raises:
         TypeError: in ``parallelize_module``, another kind of module, a convolution included.
