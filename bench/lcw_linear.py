@@ -90,9 +90,11 @@ def _convolution(
         },
         exact=_centred_convolution,
         competitors=(
-            *ours(NAME, device_type, functools.partial(_convolution_module, LCWConv2d)),
+            *ours(NAME, device_type, functools.partial(_convolution_module, LCWConv2d, "weight_u")),
             Competitor(EAGER, functools.partial(_torch, _centred_convolution)),
-            Competitor("nn.Conv2d (unconstrained)", functools.partial(_convolution_module, nn.Conv2d), checked=False),
+            Competitor(
+                "nn.Conv2d (unconstrained)", functools.partial(_convolution_module, nn.Conv2d, "weight"), checked=False
+            ),
         ),
         backward=True,
         quick=quick,
@@ -194,12 +196,13 @@ def _centred_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return nn.functional.conv2d(x, centred, bias, padding=1)
 
 
-def _convolution_module(module_class: type[nn.Conv2d], inputs: dict) -> Run:
+def _convolution_module(module_class: type[nn.Module], trained: str, inputs: dict) -> Run:
+    """``trained`` is the name of the tensor that the module trains."""
     module = module_class(inputs["x"].shape[1], len(inputs["bias"]), 3, padding=1)
     module.bias = inputs["bias"]
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        module.weight = weight
+        setattr(module, trained, weight)
         return module(x)
 
     return _torch(layer, inputs)

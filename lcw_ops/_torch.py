@@ -104,6 +104,22 @@ def is_in_onnx_export() -> bool:
     return exporter_is_there and torch.onnx.is_in_onnx_export()
 
 
+@constant_when_traced
+def is_dtensor_loaded() -> bool:
+    """Whether torch.distributed.tensor has been imported. If not, no DTensor exists."""
+    # An import would take half as long as that of torch. Python sets the attribute when the import ends, so the module
+    # is not half loaded.
+    return "tensor" in vars(torch.distributed)
+
+
+def has_dtensor(*arguments) -> bool:
+    """Whether an argument is a DTensor, a tensor that is spread over processes."""
+    if not is_dtensor_loaded():
+        return False
+    dtensor = torch.distributed.tensor.DTensor
+    return any(isinstance(argument, dtensor) for argument in arguments)
+
+
 def unrecorded(function: Callable, *arguments):
     """Return ``function(*arguments)`` without letting torch.jit.trace record it.
 

@@ -354,3 +354,19 @@ def test_import_needs_no_extension():
 def test_every_implemented_backend_is_declared(op):
     for backend in backends.IMPLEMENTED[op]:
         assert library.get_overload(op, backend) is not None
+
+
+@pytest.mark.parametrize("requested", ["reference", "cpp"])
+def test_small_layers_run_on_the_requested_backend(requested):
+    """The quick way into the C++ kernels must not be taken for another backend."""
+    x, weight, column = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    calls = (
+        lambda: F.lcw_linear(x, weight),
+        lambda: F.weight_norm_linear(x, weight, column),
+        lambda: F.gmp_linear(x, weight[:, :2], column, column),
+    )
+    for call in calls:
+        with lcw_ops.use_backend(requested), torch.profiler.profile(acc_events=True) as profile:
+            call()
+        names = {event.name for event in profile.events()}
+        assert any(name.startswith("lcw_ops::") for name in names) == (requested == "cpp"), names

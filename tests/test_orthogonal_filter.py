@@ -1,5 +1,6 @@
 """The recurrence op against the float64 reference, in every way a user of PyTorch can call it."""
 
+import math
 import subprocess
 import sys
 
@@ -525,6 +526,9 @@ def valid_call(device):
         ({"segment": 1.5}, TypeError, "segment is 1.5; expected an int"),
         ({"bias": [0.0]}, TypeError, "bias is a list; expected a torch.Tensor"),
         ({"inputs": [0.0]}, TypeError, "inputs is a list; expected a torch.Tensor"),
+        ({"inputs": torch.randn(3, 2, 4, dtype=torch.float16)}, TypeError, "inputs is .*float16.*, as h0 is"),
+        ({"alpha": math.inf}, ValueError, "alpha is inf; expected a finite number"),
+        ({"beta": -math.inf}, ValueError, "beta is -inf; expected a finite number"),
         ({"solver": "magic"}, ValueError, "solver is 'magic'"),
         ({"tolerance": 1e-6}, ValueError, "tolerance is 1e-06"),
         ({"weight": torch.randn(3, 4, 4, device="meta")}, TypeError, "weight is on meta; expected .*, as h0 is"),

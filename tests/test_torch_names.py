@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_in_forward_mode():
     found, function = seen(_torch.in_forward_mode)
     torch.func.jvp(function, (torch.ones(2),), (torch.ones(2),))
     assert found == [True]
+
+
+def test_has_dtensor_without_importing_its_module():
+    source = (
+        "import torch, lcw_ops; from lcw_ops import _torch; x = torch.ones(2, 3)\n"
+        "lcw_ops.functional.lcw_linear(x, x); assert not _torch.is_dtensor_loaded() and not _torch.has_dtensor(x)\n"
+        "import torch.distributed.tensor, torch.distributed as dist\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "mesh = dist.device_mesh.init_device_mesh('cpu', (1,)); spread = dist.tensor.distribute_tensor(x, mesh)\n"
+        "assert _torch.is_dtensor_loaded() and not _torch.has_dtensor(x, None, 1) and _torch.has_dtensor(x, spread)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", source], timeout=120).returncode == 0
 
 
 def test_modes_and_overrides_are_seen():

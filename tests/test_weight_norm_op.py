@@ -285,7 +285,7 @@ def layer_of_ones(x=(2, 4), weight=(3, 4), scale=(3,), bias=(3,), **dtypes):
             lambda: F.normalize_scale(ONES(3, 2), ONES(2)),
             r"scale has shape \(2,\); expected \(3,\), one value per unit",
         ),
-        (lambda: F.normalize_scale(ONES(3, 2), ONES(3, 1)), r"scale has shape \(3, 1\)"),
+        (lambda: F.normalize_scale(ONES(3, 2), ONES(3, 2)), r"scale has shape \(3, 2\)"),
         (lambda: F.normalize_scale(ONES(1, 2), ONES(())), r"scale has shape \(\)"),
         (lambda: layer_of_ones(x=(2, 3)), r"weight_norm_linear: x has shape \(2, 3\); expected \(\.\.\., 4\)"),
         (lambda: layer_of_ones(x=()), r"weight_norm_linear: x has shape \(\)"),

@@ -1,10 +1,13 @@
 """Hyperspherical weights (GmP): the direction of given angles, its inverse, and the layer."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lcw_ops import _checks, _torch
 from lcw_ops import reference as _reference
+from lcw_ops.functional import _shards
 from lcw_ops.functional._call import check_float64_alone, check_layer, choose_backend, try_kernel_then_explain
 from lcw_ops.ops import hypersphere as _hypersphere
 
@@ -37,6 +40,8 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     _checks.accumulation_dtype(op, angles=angles)
     _checks.check_dense(op, angles=angles)
     _checks.check_rows(op, "angles", angles, "(n, m-1)")
+    if _torch.has_dtensor(angles):
+        return _shards.run_weight(op, hypersphere_direction, None, angles.shape[1] + 1, angles=angles)
     backend = choose_backend(_hypersphere.NAME, angles.device)
     if backend == "reference":
         return _reference.hypersphere_direction(angles)
@@ -82,6 +87,9 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     On a CPU, a measurement decides which matmul runs, as in :func:`lcw_linear`. For few samples (up to 32 on a CPU, 64
     in Triton), directions are never written to memory.
 
+    x and the parameters may be DTensors, split by units or by samples, as :class:`lcw_ops.distributed.ColwiseParallel`
+    splits them. The result is then a DTensor too.
+
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. With more than
             these few samples, directions and ``x @ u.T + location`` are rounded to x's dtype, as torch's own layers
@@ -99,7 +107,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: an unknown activation, or shapes other than those above.
+        ValueError: an unknown activation, shapes other than those above, or DTensors that are placed in another way.
 
     Source: as :func:`hypersphere_direction`.
     """
@@ -115,6 +123,9 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(gmp_linear, *arguments)
     autocast = _check_gmp_linear(*arguments)
+    if _torch.has_dtensor(x, angles, radius, location):
+        layer, vectors = partial(gmp_linear, activation=activation), {"radius": radius, "location": location}
+        return _shards.run_layer("gmp_linear", layer, None, x, ("angles", angles), **vectors)
     backend = choose_backend(_hypersphere.NAME, x.device)
     if not autocast and backend == "reference":
         return _reference.gmp_linear(*arguments)

@@ -1,12 +1,14 @@
 """Weights whose rows sum to zero (LCW): the weight, the layer, and the activation shift that they avoid."""
 
 import contextlib
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lcw_ops import _checks, _torch
 from lcw_ops import reference as _reference
+from lcw_ops.functional import _shards
 from lcw_ops.functional._call import check_layer, choose_backend, try_kernel_then_explain, without_none
 from lcw_ops.ops import lcw_linear as _lcw_linear
 
@@ -44,6 +46,10 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     else:
         right, expected, remedy = weight.dim() >= 2, "(n, m, *k)", "A unit is one row: add dim 0."
     _checks.check_shape("lcw_weight", "weight", weight, right, expected, remedy)
+    if _torch.has_dtensor(weight):
+        constrain = None if basis else _shards.centre
+        fan_in = weight.shape[1] + (1 if basis else 0)
+        return _shards.run_weight("lcw_weight", partial(lcw_weight, basis=basis), constrain, fan_in, weight=weight)
     backend = choose_backend(_lcw_linear.NAME, weight.device)
     if backend == "reference":
         return _reference.lcw_weight(weight, basis)
@@ -64,6 +70,9 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     ``torch.use_deterministic_algorithms`` nothing is measured: our kernels multiply up to 16 samples, torch's matmul
     multiplies more.
 
+    x and the parameters may be DTensors, split by units or by samples, as :class:`lcw_ops.distributed.ColwiseParallel`
+    splits them (centred form: or by inputs). The result is then a DTensor too.
+
     Args:
         x: (..., m). float32, float64, bfloat16 or float16.
         weight: (n, m), or (n, m - 1) with ``basis``; of x's dtype, or of any dtype under autocast.
@@ -75,7 +84,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: shapes other than those above.
+        ValueError: shapes other than those above, or DTensors that are placed in another way.
 
     Source: as :func:`lcw_weight`.
     """
@@ -87,6 +96,9 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(lcw_linear, *arguments)
     autocast = _check_lcw_linear(*arguments)
+    if _torch.has_dtensor(x, weight, bias):
+        layer, make_weight = partial(lcw_linear, basis=basis), None if basis else partial(lcw_weight, weight)
+        return _shards.run_layer("lcw_linear", layer, make_weight, x, ("weight", weight), bias=bias)
     backend = choose_backend(_lcw_linear.NAME, x.device)
     if backend == "reference" and not autocast:
         return _reference.lcw_linear(x, weight, bias, basis)

@@ -1,10 +1,13 @@
 """Weight normalization: the normalised weight, and the layer."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lcw_ops import _checks, _torch
 from lcw_ops import reference as _reference
+from lcw_ops.functional import _shards
 from lcw_ops.functional._call import (
     check_float64_alone,
     check_layer,
@@ -42,6 +45,8 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     _checks.check_dense(op, weight=weight, scale=scale)
     _checks.check_devices(op, weight=weight, scale=scale)
     _checks.check_rows(op, "weight", weight, least_fan_in=1)
+    if _torch.has_dtensor(weight, scale):
+        return _on_shards(weight, scale)
     scale = _as_vector(scale)
     _checks.check_per_unit(op, "scale", scale, weight.shape[0])
     backend = choose_backend(_weight_norm.NAME, weight.device)
@@ -59,6 +64,9 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     64 samples. Numbers near the smallest of x's dtype lose digits. A measurement decides which matmul runs, as in
     :func:`lcw_linear`.
 
+    x and the parameters may be DTensors, split by units or by samples, as :class:`lcw_ops.distributed.ColwiseParallel`
+    splits them, or by inputs. The result is then a DTensor too.
+
     Args:
         x: (..., m). float32, float64, bfloat16 or float16. 16-bit x is computed in float32. For more than 64 samples,
             the products or the normalised weight are rounded to x's dtype, as torch's own layers would round them.
@@ -74,7 +82,7 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 
     Raises:
         TypeError: dtypes that are not floating or differ; tensors on different devices, sparse or nested.
-        ValueError: shapes other than those above, or m = 0.
+        ValueError: shapes other than those above, m = 0, or DTensors that are placed in another way.
 
     Source: as :func:`normalize_scale`.
     """
@@ -87,6 +95,10 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(weight_norm_linear, *arguments)
     autocast = _check_weight_norm_linear(*arguments)
+    if _torch.has_dtensor(x, weight, scale, bias):
+        make_weight = partial(normalize_scale, weight, scale)
+        rows = ("weight", weight)
+        return _shards.run_layer("weight_norm_linear", weight_norm_linear, make_weight, x, rows, scale=scale, bias=bias)
     backend = choose_backend(_weight_norm.NAME, x.device)
     if not autocast and backend != "reference" and _weight_norm.is_fused():
         return _kernel(*arguments, backend)
@@ -95,6 +107,16 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 
 def _kernel(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return _weight_norm.weight_norm_linear(x, weight, _as_vector(scale), bias, backend)
+
+
+def _on_shards(weight: Tensor, scale: Tensor) -> Tensor:
+    op = "normalize_scale"
+    _checks.check_per_unit(op, "scale", _as_vector(scale), weight.shape[0])
+
+    def constrain(rows, weight, scale):
+        return _shards.normalize_scale(rows, weight, _as_vector(scale))
+
+    return _shards.run_weight(op, normalize_scale, constrain, weight.shape[1], weight=weight, scale=scale)
 
 
 def _as_vector(scale: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ SLOW: dict[str, str] = {
     r"^test_orthogonal_filter\.py::.*five_thousand": "a float64 recurrence of that depth",
     r"^test_orthogonal_filter_facts\.py::.*fifty_thousand": "trains a net of 50,000 layers",
     r"^test_parallel_depth\w*\.py::.*(fifty_thousand|50_000)": "the judge computes 50,000 layers in sequence",
+    r"^test_pipeline\.py::.*fifty_thousand": "a net of that depth in pipelines of processes",
     r"^test_integration_export\.py::(?!test_(a_request(?!.*True)|a_trace_of|a_wrong_call|\w+_one_call))": (
         "torch's exporters and onnxruntime"
     ),

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_PACKAGE = (
-    "functional", "ops", "reference", "nn", "optim", "init", "profile", "jobs", "distributed", "_checks", "_torch",
+    "functional", "ops", "reference", "nn", "optim", "init", "conversion", "profile", "jobs", "distributed", "_checks",
+    "_torch",
 )  # fmt: skip
 FLOORS = {name: (f"lcw_ops/{name}/**/*.py", f"lcw_ops/{name}.py") for name in IN_PACKAGE}
 # Not lcw_ops/kernels, which is a link to this folder.

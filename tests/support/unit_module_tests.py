@@ -294,15 +294,13 @@ def test_skip_init(stem):
         }
 
 
-def test_initialisers_of_plain_layers_skip_these_layers(layers):
-    """An initialiser of nn.Linear or nn.ConvNd weights would not draw the weights that these layers apply."""
-    model = torch.nn.Sequential(*(layer for layer, _ in layers()))
-    before = copy.deepcopy(model.state_dict())
-    model.append(torch.nn.Linear(3, 3))
-    plain = model[-1].weight.detach().clone()
+def test_lps_model_draws_the_weights_that_these_layers_apply(layers):
+    made = [(layer, x) for layer, x in layers(bias=True)]
+    model = torch.nn.Sequential(*(layer for layer, _ in made))
+    before = [layer.effective_weight().detach().clone() for layer, _ in made]
     init.lps_model_(model)
-    assert not torch.equal(model[-1].weight, plain)
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    for (layer, _), weight in zip(made, before, strict=True):
+        assert not torch.equal(layer.weight, weight)
 
 
 # ---- Never stale -----------------------------------------------------------------------------------------------------

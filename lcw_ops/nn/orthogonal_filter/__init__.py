@@ -14,10 +14,12 @@ from lcw_ops.nn.orthogonal_filter.rnn import OrthogonalFilterRNN
 
 # Recorded torch.fx graphs look for these two in this module.
 from lcw_ops.nn.orthogonal_filter.sequence import _finish_sequence, _start_sequence
+from lcw_ops.nn.orthogonal_filter.stages import OrthogonalFilterStage
 
 __all__ = [
     "OrthogonalFilterMLP",
     "OrthogonalFilterRNN",
+    "OrthogonalFilterStage",
     "_OrthogonalFilter",
     "_finish_sequence",
     "_start_sequence",

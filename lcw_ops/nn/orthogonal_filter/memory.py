@@ -3,7 +3,6 @@
 A mark on the tensor records its state when the values were lost. Any write that autograd sees changes that state.
 """
 
-import sys
 from collections.abc import Callable
 
 import torch
@@ -71,9 +70,8 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor. None exists before DTensor's module, which is slow to import, is imported."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Whether the tensor is a DTensor."""
+    return _torch.has_dtensor(tensor)
 
 
 def fill(tensor: Tensor, values: Tensor, mesh) -> None:

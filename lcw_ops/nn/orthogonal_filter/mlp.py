@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lcw_ops import functional as F
 from lcw_ops._checks import describe
 from lcw_ops.nn.orthogonal_filter.base import _OrthogonalFilter, check_sizes
+from lcw_ops.nn.orthogonal_filter.stages import make_stages
 
 
 class OrthogonalFilterMLP(_OrthogonalFilter):
@@ -131,6 +132,42 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
             window=self.window,
         )
         return self.output_layer(h).reshape(x.shape[:-1] + (self.out_features,))  # noqa: RUF005
+
+    def stages(self, n: int) -> list[nn.Module]:
+        """Cut the net into n modules that, one after the other, compute what it computes.
+
+        They are made for pipelines: give each to a process or device, for instance as the submodule of a
+        ``torch.distributed.pipelining.PipelineStage``. The first has the input layer, the last the output layer, and
+        the numbers of layers differ by at most one. alpha and beta are those of the whole net: the default beta stays
+        1 / depth of the whole. Solver, segment, activation and the other options are the net's.
+
+        Args:
+            n: the number of stages, from 1 to ``depth``.
+
+        Returns:
+            Modules in order: the first takes (*, in_features), each later one the states (*, width) of the one before,
+            and the last gives (*, out_features). States of a 16-bit net are float32 between stages. With the sequential
+            solver the results are the whole net's to the last bit.
+
+        The stages share memory with the net. Their parameters ``weight`` and ``bias``, and alpha and beta per layer,
+        are views of the net's, so an optimizer's step on the stages changes the net, and the other way round. ``.grad``
+        belongs to the stage's own parameter: a backward pass through the stages leaves the net's ``.grad`` as it is.
+        The layers input_layer and output_layer are the same modules in both. So is a trained alpha or beta that all
+        layers share: every stage has the same parameter object. Within a process its gradient is the sum over its
+        stages. In a pipeline over processes, all-reduce that gradient before the optimizer's step, or the processes'
+        values drift apart.
+
+        Convert and move the net before you cut it: ``net.to(...)`` gives the net other memory. A copy
+        (``copy.deepcopy``) or pickle of a stage holds its own layers alone, so a process can keep a copy of its stage
+        and free the net. ``torch.save(stage.state_dict())`` writes the memory of the whole net, as for any view; copy
+        the stage first. A stage has no ``reset_parameters``; after ``to_empty``, load a state dict.
+
+        Raises:
+            TypeError: n is not an int.
+            ValueError: n is below 1 or above ``depth``; or a parameter is a DTensor, or is computed from others (a
+                parametrization or pruning).
+        """
+        return make_stages(self, n)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, depth={self.depth}, {self._scales_repr()}"
