@@ -52,7 +52,8 @@ def accumulation_dtype(function: str, **tensors: Any) -> torch.dtype:
             expected = f"{first.dtype}, as {first_argument} is"
             remedy = "Convert one of the two, or use torch.autocast."
             raise TypeError(describe(function, argument, f"is {tensor.dtype}", expected, remedy))
-    return torch.promote_types(first.dtype, torch.float32)
+    # Not torch.promote_types: torch.export would record it as a call.
+    return torch.float64 if first.dtype == torch.float64 else torch.float32
 
 
 def check_dense(function: str, **tensors: Tensor | None) -> None:

@@ -140,6 +140,15 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and detect_fake_mode([tensor]) is None
 
 
+def is_swapping_tensors() -> bool:
+    """Whether the caller's caller was called by torch.func.functional_call, which puts other tensors into a module.
+
+    It sets attributes that are neither parameters nor buffers by ``setattr``, as a user does.
+    """
+    frame: Any = None if torch.compiler.is_compiling() else sys._getframe(2)
+    return frame is not None and frame.f_globals.get("__name__") == "torch.nn.utils._named_member_accessor"
+
+
 def check_when_run(condition: Tensor, message: str) -> None:
     """ValueError unless the condition, a boolean scalar, holds. In a traced program the check happens when it runs."""
     if is_traced():

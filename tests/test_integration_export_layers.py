@@ -52,6 +52,9 @@ def assert_plain(program) -> None:
     names = operators(program)
     assert names
     assert all(name.startswith("aten.") and "assert" not in name for name in names), names
+    for node in program.graph.nodes:
+        if node.op == "call_function" and "sym_size" not in str(node.target):
+            assert isinstance(node.meta["val"], torch.Tensor), node.target
 
 
 @pytest.mark.parametrize(
@@ -213,6 +216,8 @@ def test_fx_traces_code_that_reads_the_weight():
         def forward(self, x):
             return torch.nn.functional.linear(x, self.layer.weight, self.layer.bias)
 
+    relu = nn.GmPLinear(6, 5, activation="relu")
+    torch.fx.symbolic_trace(Tied(relu))
     for layer, x in every_layer():
         traced = torch.fx.symbolic_trace(Tied(layer) if is_linear(layer) else layer)
         for _ in range(2):

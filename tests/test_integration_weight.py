@@ -114,7 +114,8 @@ def test_an_edit_of_the_weight_that_was_read_changes_nothing():
                 layer.weight.data.mul_(2)
                 layer.weight.zero_()
                 torch.nn.init.ones_(layer.weight)
-                layer.bias.data.mul_(1)
+                if isinstance(layer, GMP):
+                    layer.bias.add_(1)
                 for _ in range(2):
                     assert torch.equal(layer(x), expected)
                 assert not torch.equal(layer.weight, torch.ones_like(layer.weight))
@@ -159,6 +160,8 @@ def test_functional_call_grad_and_vmap_reach_through_the_weight():
         stacked = {name: torch.stack([p, p + 0.5]) for name, p in named.items()}
         both = torch.vmap(lambda named, p=penalty: torch.func.functional_call(p, named, ()))(stacked)
         torch.testing.assert_close(both[0], penalty().detach())
+        moved = {name: tensor[1] for name, tensor in stacked.items()}
+        torch.testing.assert_close(both[1], torch.func.functional_call(penalty, moved, ()).detach())
 
 
 def test_copies_and_pickles_have_weights_of_their_own():
@@ -349,6 +352,66 @@ def test_weights_that_cannot_be_set():
         assert "weight" not in {*layer._parameters, *vars(layer)}
 
 
+def test_a_parametrized_or_pruned_tensor_is_not_assigned_in_vain():
+    class Doubled(torch.nn.Module):
+        def forward(self, tensor):
+            return 2 * tensor
+
+        def right_inverse(self, tensor):
+            return tensor / 2
+
+    from torch.nn.utils import parametrize, prune
+
+    for layer, _ in every_layer():
+        weight = zero_sum(torch.randn_like(layer.weight))
+        trained = [name for name, _ in layer.named_parameters() if name != "bias"]
+        for name in trained:
+            parametrized = copy.deepcopy(layer)
+            parametrize.register_parametrization(parametrized, name, Doubled(), unsafe=True)
+            parametrized.weight = weight
+            torch.testing.assert_close(parametrized.weight, weight, rtol=0, atol=16 * 5 * EPS)
+        pruned = copy.deepcopy(layer)
+        prune.random_unstructured(pruned, trained[-1], amount=0.5)
+        before = pruned.weight.detach().clone()
+        with pytest.raises(ValueError, match=f"is computed from {trained[-1]}, which is computed itself"):
+            pruned.weight = weight
+        assert torch.equal(pruned.weight, before)
+
+
+def test_functional_call_takes_the_trained_tensors_alone():
+    for layer, x in every_layer():
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        weight = torch.randn(layer.weight.shape, requires_grad=True)
+        with pytest.raises(
+            TypeError, match="is given weight, which the layer computes; expected the names of the tensors"
+        ):
+            torch.func.functional_call(layer, {"weight": weight}, (x,))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 6e4])
+def test_lengths_that_are_not_finite_are_refused(value):
+    layer = nn.WeightNormLinear(4, 3, dtype=torch.float16)
+    weight = torch.ones(3, 4, dtype=torch.float16)
+    weight[1] = value
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"units \[1\] of weight have no finite length"):
+        layer.weight = weight
+    with pytest.raises(RuntimeError, match="have no finite length"):
+        layer.load_state_dict({"weight": weight, "bias": torch.zeros(3, dtype=torch.float16)})
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_merged_adapter_is_applied():
+    """W + B A, in place of an edit of weight.data, which changes nothing."""
+    for layer, x in every_layer():
+        if is_linear(layer):
+            update = torch.randn(5, 2) @ torch.randn(2, 6)
+            expected = x @ expressible(layer, layer.weight.detach() + update).float().T + layer.bias
+            without_warnings_of_projection(setattr, layer, "weight", layer.weight + update)
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=4 * 6 * 50 * EPS)
+
+
 def test_a_gmp_unit_that_is_constant_or_not_finite_is_refused():
     layer = drift_(nn.GmPLinear(3, 2))
     before = copy.deepcopy(layer.state_dict())
@@ -424,6 +487,68 @@ def test_the_state_dict_of_a_plain_layer_loads(bias, assign):
             torch.testing.assert_close(layer.bias, plain.bias, rtol=4 * EPS, atol=0)
         layer(x).sum().backward()
         assert all(p.is_leaf and p.grad is not None for p in layer.parameters())
+
+
+def test_a_weight_without_its_bias_keeps_the_bias_and_a_bias_alone_is_set():
+    for layer, _ in every_layer():
+        bias, weight = layer.bias.detach().clone(), layer.weight.detach().clone()
+        other = zero_sum(torch.randn_like(weight))
+        result = layer.load_state_dict({"weight": other}, strict=False)
+        assert [*result.missing_keys] == ["bias"]
+        torch.testing.assert_close(layer.weight, other, rtol=0, atol=8 * 5 * EPS)
+        torch.testing.assert_close(layer.bias, bias, rtol=8 * EPS, atol=0)
+        result = layer.load_state_dict({"bias": bias + 1}, strict=False)
+        assert "bias" not in result.missing_keys
+        assert not result.unexpected_keys
+        torch.testing.assert_close(layer.bias, bias + 1, rtol=8 * EPS, atol=0)
+        with pytest.raises(RuntimeError, match='Missing key\\(s\\) in state_dict: "bias"'):
+            layer.load_state_dict({"weight": other})
+
+
+def test_a_bias_for_a_layer_without_one_is_unexpected():
+    for layer, _ in every_layer(bias=False):
+        other = zero_sum(torch.randn_like(layer.weight))
+        state = {"weight": other, "bias": torch.ones(len(other))}
+        with pytest.raises(RuntimeError, match='Unexpected key\\(s\\) in state_dict: "bias"'):
+            layer.load_state_dict(state)
+        assert [*layer.load_state_dict(state, strict=False).unexpected_keys] == ["bias"]
+        torch.testing.assert_close(layer.weight, other, rtol=0, atol=8 * 5 * EPS)
+
+
+def test_hooks_that_rename_keys_come_first():
+    for layer, _ in every_layer():
+        layer.register_load_state_dict_pre_hook(
+            lambda module, state, prefix, *_: state.update({prefix + "weight": state.pop(prefix + "kernel")})
+        )
+        other = zero_sum(torch.randn_like(layer.weight))
+        for _ in range(2):
+            layer.load_state_dict({"kernel": other, "bias": torch.ones(len(other))})
+            torch.testing.assert_close(layer.weight, other, rtol=0, atol=8 * 5 * EPS)
+
+
+def test_a_weight_of_the_shape_of_an_old_basis_is_taken_for_one_with_a_warning():
+    with pytest.warns(UserWarning, match="is taken for the parameter of lcw_ops 0.1.0"):
+        nn.LCWLinear(5, 3, basis=True).load_state_dict(torch.nn.Linear(4, 3).state_dict())
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], torch.ones(5), torch.ones(5, 6, dtype=torch.complex64)], ids=str)
+def test_what_is_no_weight_does_not_load(wrong):
+    for layer, _ in every_layer()[:4]:
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        with pytest.raises(RuntimeError, match="weight"):
+            layer.load_state_dict({"weight": wrong, "bias": torch.zeros(5)})
+        after = layer.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name != "bias")
+
+
+def test_a_warning_points_at_the_line_that_loads_or_assigns():
+    layer, nested = nn.LCWLinear(4, 3), torch.nn.Sequential(torch.nn.Sequential(nn.LCWLinear(4, 3)))
+    with pytest.warns(UserWarning, match="sum to zero") as assigned:
+        layer.weight = torch.ones(3, 4)
+    state = {f"0.0.{name}": tensor for name, tensor in torch.nn.Linear(4, 3).state_dict().items()}
+    with pytest.warns(UserWarning, match="sum to zero") as loaded:
+        nested.load_state_dict(state)
+    assert [warning.filename for warning in (*assigned, *loaded)] == [__file__, __file__]
 
 
 def test_loading_plain_rows_into_lcw_says_that_they_are_projected():
@@ -604,17 +729,26 @@ def test_outputs_are_channels_last_as_torchs_are(rank, memory_format, channels, 
 
 @pytest.mark.parametrize("optimizer", ["Adafactor", "Muon"])
 def test_a_gmp_layer_of_one_input_has_no_empty_parameter(optimizer):
-    for layer in (nn.GmPLinear(1, 4), nn.GmPConv2d(1, 4, 1)):
-        assert all(parameter.numel() for parameter in layer.parameters())
-        assert layer.state_dict()["angles"].shape == (4, 0)
-    layer = nn.GmPLinear(1, 4)
     if not hasattr(torch.optim, optimizer):
         pytest.skip(f"this torch has no torch.optim.{optimizer}")
-    parameters = [p for p in layer.parameters() if p.dim() == 2] if optimizer == "Muon" else layer.parameters()
-    steps = getattr(torch.optim, optimizer)([*parameters] or [torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
-    layer(torch.randn(3, 1)).sum().backward()
-    steps.step()
-    assert layer.radius.isfinite().all()
+    of_one_input = (nn.GmPLinear(1, 4), nn.GmPConv2d(1, 4, 1), nn.LCWLinear(1, 4, basis=True))
+    for layer, name in zip(of_one_input, ("angles", "angles", "weight_v"), strict=True):
+        assert all(parameter.numel() for parameter in layer.parameters())
+        assert layer.state_dict()[name].shape == (4, 0)
+        first = torch.nn.Linear(2, 1)
+        model = torch.nn.Sequential(
+            first, torch.nn.Unflatten(1, (1, 1, 1)) if is_conv(layer) else torch.nn.Identity(), layer
+        )
+        # Muon takes matrices alone.
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        steps = getattr(torch.optim, optimizer)(matrices if optimizer == "Muon" else model.parameters(), lr=0.1)
+        model(torch.randn(3, 2)).square().sum().backward()
+        before = first.weight.detach().clone()
+        steps.step()
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        if name == "angles":
+            # Behind LCW's weight of 0, there is no gradient.
+            assert not torch.equal(first.weight, before)
 
 
 def test_scripting_is_refused_and_tracing_works():

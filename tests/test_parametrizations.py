@@ -1168,3 +1168,11 @@ def test_the_names_are_public():
         for part in ("Args:", "Returns:", "Raises:", "Source:"):
             assert part in function.__doc__
     assert isinstance(zero_sum(torch.nn.Linear(3, 2)).weight, Tensor)
+
+
+def test_a_refused_assignment_leaves_the_signs():
+    module = nn.utils.parametrizations.hypersphere(torch.nn.Linear(1, 4))
+    before = module.weight.detach().clone()
+    with pytest.raises(ValueError, match="dtype"):
+        module.weight = -before.double()
+    assert torch.equal(module.weight, before)

@@ -355,3 +355,28 @@ def test_the_classes_of_layers():
     for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d):
         assert issubclass(kind, _torch.ConvTranspose)
     assert not issubclass(torch.nn.Conv1d, _torch.ConvTranspose)
+
+
+def test_is_swapping_tensors():
+    seen = []
+
+    class Asking(torch.nn.Module):
+        @property
+        def weight(self):
+            return torch.zeros(1)
+
+        def __setattr__(self, name, value):
+            if name == "weight":
+                seen.append(_torch.is_swapping_tensors())
+            else:
+                super().__setattr__(name, value)
+
+        def forward(self):
+            return None
+
+    module = Asking()
+    module.weight = torch.ones(1)
+    torch.func.functional_call(module, {"weight": torch.ones(1)}, ())
+    assert seen[0] is False
+    assert seen[1:]
+    assert all(seen[1:])

@@ -4,15 +4,20 @@ None of these layers is a subclass of its namesake in torch.nn: code that finds 
 ``weight``, as initialisers and quantizers do. Here ``weight`` is computed, from tensors that have names of their own.
 """
 
+import os
+import sys
 import types
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lcw_ops import _torch
-from lcw_ops._checks import accumulation_dtype, check_shape, describe
+from lcw_ops._checks import accumulation_dtype, check_dense, check_shape, describe
 from lcw_ops._layer_kinds import plain_kind
 from lcw_ops.nn._refusals import applied_weight, refusal
 
@@ -72,10 +77,12 @@ class ConstrainedLayer(nn.Module):
         """Set the trained tensors so that the layer applies this weight, or the nearest one that it can express."""
         raise NotImplementedError
 
-    def _translate(self, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _translate(self, foreign: dict[str, Any], missing: list[str]) -> dict[str, Tensor]:
         """The layer's own entries of a state dict, from another layer's (see ``_FOREIGN``).
 
-        Raises ValueError if the layer cannot express them.
+        Entries that it uses are taken out of ``foreign``; names of those that it misses are appended to ``missing``.
+
+        Raises TypeError or ValueError if the layer cannot express them.
         """
         raise NotImplementedError
 
@@ -86,6 +93,10 @@ class ConstrainedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a Parameter before it looked for a property.
         if name in ("weight", "bias") and isinstance(getattr(type(self), name, None), property):
+            if _torch.is_swapping_tensors():
+                came = f"is given {name}, which the layer computes"
+                expected = f"the names of the tensors that it trains: {', '.join(dict(self.named_parameters()))}"
+                raise TypeError(describe("functional_call", type(self).__name__, came, expected))
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -96,28 +107,55 @@ class ConstrainedLayer(nn.Module):
         if not isinstance(value, Tensor):
             raise TypeError(describe(function, name, f"is set to a {type(value).__name__}", "a tensor"))
         accumulation_dtype(function, **{name: value})
+        check_dense(function, **{name: value})
         check_shape(function, name, value, tuple(value.shape) == shape, str(shape))
         return value.detach()
+
+    def _store(self, **tensors: Tensor) -> None:
+        """Copy the tensors into parameters and buffers, or assign them to torch's parametrizations of these."""
+        for name in tensors:
+            if name not in self._parameters and name not in self._buffers and not is_parametrized(self, name):
+                came = f"is computed from {name}, which is computed itself (pruned, or set by a hook)"
+                expected = "a layer that holds what it trains"
+                raise ValueError(describe(type(self).__name__, "the tensor that is assigned", came, expected))
+        for name, value in tensors.items():
+            if is_parametrized(self, name):
+                setattr(self, name, value)
+            else:
+                getattr(self, name).copy_(value)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        # The hooks may rename keys, so they come before the translation.
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            for hook in hooks.values():
+                hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            state_dict = self._in_own_names(state_dict, prefix, missing_keys, error_msgs)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+
+    @torch.no_grad()
+    def _in_own_names(self, state_dict: dict, prefix: str, missing_keys: list[str], error_msgs: list[str]) -> dict:
+        """The state dict of another layer in the names of this one. One of this layer as it is."""
         foreign = {name: state_dict[prefix + name] for name in self._FOREIGN if prefix + name in state_dict}
-        own = {}
-        if any("weight" in name for name in foreign) and not any(
-            prefix + name in state_dict for name in self._trained()
-        ):
-            try:
-                with torch.no_grad():
-                    own = self._translate(foreign)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix}weight: {error}")
-        if own:
-            state_dict = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in foreign}
-            state_dict.update({prefix + name: value for name, value in own.items()})
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        if not foreign or any(prefix + name in state_dict for name in self._trained()):
+            return state_dict
+        left, missing = dict(foreign), list[str]()
+        try:
+            own = self._translate(left, missing)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
+            # The layer's own tensors, so that the error is the only one.
+            own, left = {name: getattr(self, name) for name in self._trained() if hasattr(self, name)}, {}
+        missing_keys.extend(prefix + name for name in missing)
+        used = {prefix + name for name in foreign.keys() - left.keys()}
+        others = {key: value for key, value in state_dict.items() if key not in used}
+        return others | {prefix + name: value for name, value in own.items() if value is not None}
 
     def __prepare_scriptable__(self) -> "ConstrainedLayer":
         expected = "torch.compile or torch.export, or a plain layer made by lcw_ops.fold"
@@ -166,6 +204,23 @@ class Convolution(ConstrainedLayer):
 def rename_parameters(state: dict, names: dict[str, str]) -> None:
     """Give the parameters in a pickled module's state the names of today, in the same order."""
     state["_parameters"] = {names.get(name, name): value for name, value in state["_parameters"].items()}
+
+
+def empty_to_buffer(state: dict, name: str) -> None:
+    """Make an empty parameter in a pickled module's state a buffer, which version 0.1.0 had as a parameter."""
+    parameter = state["_parameters"].get(name)
+    if parameter is not None and parameter.numel() == 0 and parameter.shape[1:].numel() == 0:
+        del state["_parameters"][name]
+        state["_buffers"] = {name: parameter.detach(), **state["_buffers"]}
+
+
+def warn_caller(message: str) -> None:
+    """A UserWarning at the first line that is neither here nor in torch: the one that assigns or loads."""
+    here = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def sums_to_zero(rows: Tensor, dtype: torch.dtype) -> bool:

@@ -21,6 +21,7 @@ from lcw_ops.nn._layers import (
     applied_parameters,
     are_per_unit,
     check_fan_in,
+    empty_to_buffer,
     make_empty,
 )
 from lcw_ops.nn.input_mean_norm import InputMeanNorm
@@ -116,7 +117,7 @@ class _GmP(ConstrainedLayer):
         value = self._check_assigned("bias", value, tuple(self.radius.shape))
         location = _location(f"{type(self).__name__}.bias", self, self.radius, value)
         if self._has_bias():
-            self.location.copy_(location)
+            self._store(location=location)
         else:
             del self.location
             self.location = nn.Parameter(location)
@@ -125,26 +126,26 @@ class _GmP(ConstrainedLayer):
     def _set_weight(self, weight: Tensor) -> None:
         weight = self._check_assigned("weight", weight, self._weight_shape())
         bias = self.radius.double() * self.location.double() if self._has_bias() else None
-        _fill(self, _coordinates(f"{type(self).__name__}.weight", self, weight, bias))
+        self._store(**_present(_coordinates(f"{type(self).__name__}.weight", self, weight, bias)))
 
-    def _translate(self, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
-        weight, bias = foreign.get("weight"), foreign.get("bias")
-        if weight is None:
-            return {}
+    def _translate(self, foreign: dict[str, Any], missing: list[str]) -> dict[str, Tensor]:
         function = f"{type(self).__name__}.load_state_dict"
-        weight = self._check_assigned("weight", weight, self._weight_shape())
-        if bias is not None:
-            bias = self._check_assigned("bias", bias, tuple(weight.shape[:1]))
-        coordinates = _coordinates(function, self, weight, bias)._asdict()
+        bias = None
+        if self._has_bias() and "bias" in foreign:
+            bias = self._check_assigned("bias", foreign.pop("bias"), tuple(self.radius.shape))
+        if "weight" not in foreign:
+            return {} if bias is None else {"location": _location(function, self, self.radius, bias)}
+        weight = self._check_assigned("weight", foreign.pop("weight"), self._weight_shape())
         if bias is None and self._has_bias():
-            # The key is reported as missing.
-            del coordinates["location"]
-        elif bias is not None and not self._has_bias():
-            raise ValueError(describe(function, "bias", "is given", "none for a layer with bias=False"))
-        return {name: value for name, value in coordinates.items() if value is not None}
+            missing.append("bias")
+            bias = self.radius.double() * self.location.double()
+        return _coordinates(function, self, weight, bias)._asdict()
 
     def _check_radius(self, name: str) -> None:
-        if self.activation is None or not (_torch.is_traced() or _torch.has_values(self.radius)):
+        # A proxy of torch.fx has no numbers.
+        if self.activation is None or not isinstance(self.radius, Tensor):
+            return
+        if not (_torch.is_traced() or _torch.has_values(self.radius)):
             return
         came = "does not exist: a unit has a negative radius after a ReLU"
         expected = "radii of at least 0"
@@ -152,11 +153,7 @@ class _GmP(ConstrainedLayer):
         _torch.check_when_run((self.radius >= 0).all() | self.radius.isnan().any(), message)
 
     def __setstate__(self, state: dict) -> None:
-        angles = state["_parameters"].get("angles")
-        if angles is not None and angles.shape[1] == 0:
-            # Version 0.1.0 kept it as a parameter.
-            del state["_parameters"]["angles"]
-            state["_buffers"] = {"angles": angles.detach(), **state["_buffers"]}
+        empty_to_buffer(state, "angles")
         super().__setstate__(state)
 
 
@@ -480,7 +477,7 @@ def _location(function: str, module: Any, radius: Tensor, bias: Tensor | None) -
     is_zero = torch.eq(wide, 0)
     location = (plain_bias / wide).masked_fill(is_zero, 0.0).to(radius.dtype)
     # A layer on the meta device has no numbers to check.
-    if _torch.has_values(radius):
+    if not _torch.is_traced() and _torch.has_values(radius):
         is_relu = module.activation == "relu"
         is_finite = wide.isfinite() & location.isfinite()
         is_constant = is_zero & torch.ne(plain_bias.relu() if is_relu else plain_bias, 0)
@@ -489,15 +486,13 @@ def _location(function: str, module: Any, radius: Tensor, bias: Tensor | None) -
     return location
 
 
-def _fill(module: Any, coordinates: _Coordinates) -> None:
-    for name, value in coordinates._asdict().items():
-        if value is not None:
-            getattr(module, name).copy_(value)
+def _present(coordinates: _Coordinates) -> dict[str, Tensor]:
+    return {name: value for name, value in coordinates._asdict().items() if value is not None}
 
 
 @torch.no_grad()
 def _fill_gmp(function: str, module: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    _fill(module, _coordinates(function, module, weight, bias))
+    module._store(**_present(_coordinates(function, module, weight, bias)))
     module.radius.requires_grad_(weight.requires_grad)
     if module.sign is None:
         module.angles.requires_grad_(weight.requires_grad)

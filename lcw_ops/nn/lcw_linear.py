@@ -7,7 +7,6 @@ each filter is a unit.
 """
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -21,10 +20,12 @@ from lcw_ops.nn._layers import (
     ConstrainedLayer,
     Convolution,
     applied_parameters,
+    empty_to_buffer,
     in_format_of,
     make_empty,
     rename_parameters,
     sums_to_zero,
+    warn_caller,
 )
 from lcw_ops.reference import lcw_coordinates, lcw_weight
 
@@ -56,7 +57,12 @@ class _LCW(ConstrainedLayer):
         if self.basis and fan_in == 0:
             raise ValueError(describe(type(self).__name__, "a unit", "has no inputs", "at least one for basis=True"))
         trained = (shape[0], fan_in - 1) if self.basis else shape
-        self.register_parameter(self._trained_name, nn.Parameter(torch.empty(trained, device=device, dtype=dtype)))
+        tensor = torch.empty(trained, device=device, dtype=dtype)
+        if self.basis and fan_in == 1:
+            # Nothing is trained. FSDP2 and some optimizers fail on an empty parameter.
+            self.register_buffer("weight_v", tensor)
+        else:
+            self.register_parameter(self._trained_name, nn.Parameter(tensor))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
@@ -71,7 +77,7 @@ class _LCW(ConstrainedLayer):
     def _set_weight(self, weight: Tensor) -> None:
         weight = self._check_assigned("weight", weight, self._weight_shape())
         self._warn_of_projection(weight, "weight is set to")
-        self._parameter.copy_(self._coordinates(weight))
+        self._store(**{self._trained_name: self._coordinates(weight)})
 
     def _coordinates(self, weight: Tensor) -> Tensor:
         """The trained tensor from which the layer computes this weight, or its projection."""
@@ -80,32 +86,39 @@ class _LCW(ConstrainedLayer):
             return lcw_coordinates(rows).to(weight.dtype)
         return lcw_weight(rows).view(weight.shape).to(weight.dtype)
 
-    def _translate(self, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
-        weight = foreign["weight"]
-        if not self.basis:
-            # Version 0.1.0 called the trained tensor "weight". A plain weight goes to the same place: it is projected.
-            exception = ". That is another function, unless an LCW layer of lcw_ops 0.1.0 wrote the state dict"
-            self._warn_of_projection(weight, "the state dict's weight has", exception)
-            return {"weight_u": weight}
-        if weight.shape == self.weight_v.shape:
+    def _translate(self, foreign: dict[str, Any], missing: list[str]) -> dict[str, Tensor]:
+        weight = foreign.pop("weight")
+        of_old_basis = (self._weight_shape()[0], math.prod(self._weight_shape()[1:]) - 1)
+        if self.basis and isinstance(weight, Tensor) and tuple(weight.shape) == of_old_basis:
+            came = "the state dict's weight is taken for the parameter of lcw_ops 0.1.0, because it has its shape"
+            self._warn_once(f"{came} {of_old_basis}. A plain weight has the shape {self._weight_shape()}.")
             return {"weight_v": weight}
-        weight = self._check_assigned("weight", weight, self._weight_shape())
-        self._warn_of_projection(weight, "the state dict's weight has", ". That is another function")
-        return {"weight_v": self._coordinates(weight)}
+        plain = self._check_assigned("weight", weight, self._weight_shape())
+        if self.basis:
+            self._warn_of_projection(plain, "the state dict's weight has", ". That is another function")
+            return {"weight_v": self._coordinates(plain)}
+        # Version 0.1.0 called the trained tensor "weight". A plain weight goes to the same place: it is projected.
+        exception = ". That is another function, unless an LCW layer of lcw_ops 0.1.0 wrote the state dict"
+        self._warn_of_projection(plain, "the state dict's weight has", exception)
+        return {"weight_u": weight}
 
     def _warn_of_projection(self, weight: Tensor, came: str, exception: str = "") -> None:
         if self._warned or not _torch.has_values(weight) or weight.dim() < 2 or not weight.is_floating_point():
             return
         if not sums_to_zero(weight.detach().flatten(1).double(), weight.dtype):
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__}: {came} rows that do not sum to zero. The layer applies the projection, the "
-                f"rows minus their means{exception}.",
-                stacklevel=6,
+            self._warn_once(
+                f"{came} rows that do not sum to zero. The layer applies the projection, the rows minus their "
+                f"means{exception}."
             )
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warn_caller(f"{type(self).__name__}: {message}")
 
     def __setstate__(self, state: dict) -> None:
         rename_parameters(state, {"weight": "weight_v" if state["basis"] else "weight_u"})
+        empty_to_buffer(state, "weight_v")
         super().__setstate__(state)
 
 
@@ -297,7 +310,8 @@ class LCWConv3d(_LCWConv):
 @torch.no_grad()
 def _fill_lcw(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
     module._parameter.copy_(module._coordinates(weight))
-    module._parameter.requires_grad_(weight.requires_grad)
+    if module._trained_name in module._parameters:
+        module._parameter.requires_grad_(weight.requires_grad)
     if bias is not None:
         module.bias.copy_(bias).requires_grad_(bias.requires_grad)
     return module

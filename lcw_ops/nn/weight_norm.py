@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcw_ops import _torch
 from lcw_ops import functional as F
+from lcw_ops._checks import describe
 from lcw_ops.nn._derived import DerivedWeight
 from lcw_ops.nn._layers import (
     ConstrainedLayer,
@@ -65,27 +67,28 @@ class _WeightNorm(ConstrainedLayer):
     @torch.no_grad()
     def _set_weight(self, weight: Tensor) -> None:
         weight = self._check_assigned("weight", weight, tuple(self.weight_v.shape))
-        self.weight_v.copy_(weight)
-        self.weight_g.copy_(_lengths(weight))
+        self._store(weight_v=weight, weight_g=_finite_lengths(f"{type(self).__name__}.weight", weight))
 
-    def _translate(self, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
-        originals = [foreign.get(f"parametrizations.weight.original{index}") for index in (0, 1)]
-        if originals[0] is not None and originals[1] is not None:
-            return {"weight_g": originals[0], "weight_v": originals[1]}
-        weight, scale = foreign.get("weight"), foreign.get("scale")
-        if weight is None:
+    def _translate(self, foreign: dict[str, Any], missing: list[str]) -> dict[str, Tensor]:
+        for g, v in (("parametrizations.weight.original0", "parametrizations.weight.original1"), ("scale", "weight")):
+            if g in foreign and v in foreign:
+                weight_g, weight_v = foreign.pop(g), foreign.pop(v)
+                if g == "scale" and isinstance(weight_g, Tensor):
+                    # Version 0.1.0: the scale was a vector.
+                    weight_g = weight_g.reshape(-1, *(1,) * (self.weight_v.dim() - 1))
+                return {"weight_g": weight_g, "weight_v": weight_v}
+        if "weight" not in foreign:
             return {}
-        if scale is None:
-            return {"weight_g": _lengths(weight), "weight_v": weight}
-        # Version 0.1.0: the scale was a vector.
-        return {"weight_g": scale.reshape(-1, *(1,) * (weight.dim() - 1)), "weight_v": weight}
+        weight = self._check_assigned("weight", foreign.pop("weight"), tuple(self.weight_v.shape))
+        lengths = _finite_lengths(f"{type(self).__name__}.load_state_dict", weight)
+        return {"weight_g": lengths, "weight_v": weight}
 
     def __setstate__(self, state: dict) -> None:
         rename_parameters(state, {"weight": "weight_v", "scale": "weight_g"})
         weight_v, weight_g = (state["_parameters"].get(name) for name in ("weight_v", "weight_g"))
         if weight_v is not None and weight_g is not None and weight_g.dim() == 1:
-            column = weight_g.detach().view(-1, *(1,) * (weight_v.dim() - 1))
-            state["_parameters"]["weight_g"] = nn.Parameter(column, weight_g.requires_grad)
+            # The object stays, because an optimizer may hold it.
+            weight_g.data = weight_g.detach().view(-1, *(1,) * (weight_v.dim() - 1))
         super().__setstate__(state)
 
 
@@ -248,10 +251,18 @@ def _lengths(weight: Tensor) -> Tensor:
     return lengths.view(-1, *(1,) * (weight.dim() - 1)).to(weight.dtype)
 
 
+def _finite_lengths(function: str, weight: Tensor) -> Tensor:
+    lengths = _lengths(weight)
+    if not _torch.is_traced() and _torch.has_values(lengths) and not lengths.isfinite().all():
+        units = (~lengths.isfinite()).flatten().nonzero().flatten().tolist()
+        raise ValueError(describe(function, f"units {units} of weight", "have no finite length", "finite weights"))
+    return lengths
+
+
 @torch.no_grad()
 def _fill_weight_norm(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
     module.weight_v.copy_(weight)
-    module.weight_g.copy_(_lengths(weight))
+    module.weight_g.copy_(_finite_lengths(type(module).__name__, weight))
     for parameter in (module.weight_v, module.weight_g):
         parameter.requires_grad_(weight.requires_grad)
     if bias is not None:

@@ -6,9 +6,7 @@ Activation Analysis and Geometric Parameterization for ReLU Networks", NeurIPS 2
 """
 
 import math
-import os
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +17,12 @@ from torch.nn.utils import parametrize
 from lcw_ops import _torch
 from lcw_ops import functional as F
 from lcw_ops._checks import FLOATING, accumulation_dtype, check_dense, check_shape, describe
-from lcw_ops.nn._layers import CHANNELS_LAST, laid_out, memory_format_of, sums_to_zero
+from lcw_ops.nn._layers import CHANNELS_LAST, laid_out, memory_format_of, sums_to_zero, warn_caller
 from lcw_ops.reference import hypersphere_angles, hypersphere_direction, lcw_coordinates, lcw_weight
 
 __all__ = ["hypersphere", "zero_sum"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NOT_THE_CALLERS = (__file__, os.path.dirname(torch.__file__))
 
 
 def zero_sum(module: nn.Module, name: str = "weight", basis: bool = False) -> nn.Module:
@@ -215,11 +212,7 @@ class _Constraint(nn.Module):
         if self._has_warned:
             return
         self._has_warned = True
-        # The first line that is neither here nor in torch is the one that registers or assigns.
-        level, frame = 1, sys._getframe()
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLERS):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(describe(self.function, self.tensor_name, came, expected, remedy), UserWarning, stacklevel=level)
+        warn_caller(describe(self.function, self.tensor_name, came, expected, remedy))
 
 
 class ZeroSum(_Constraint):
@@ -281,7 +274,8 @@ class Hypersphere(_Constraint):
         if _torch.has_values(value):
             self._check_radius(rows, radius)
             self._warn_if_coarse(rows, radius.double() * direction, value.dtype)
-        if self.sign is not None:
+        if self.sign is not None and (value.dtype, value.device) == (self.sign.dtype, self.sign.device):
+            # torch refuses other dtypes after this call, and the sign must not have changed then.
             self.sign.copy_(direction.flatten())
         radius = radius.reshape(-1, *(1,) * (len(self.shape) - 1))
         return (radius,) if self.sign is not None else (radius, angles)
