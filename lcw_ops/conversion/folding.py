@@ -18,7 +18,7 @@ from lcw_ops.conversion.measure import Inputs
 from lcw_ops.conversion.plain import PlainOrthogonalFilterMLP, PlainOrthogonalFilterRNN, UnitScale
 from lcw_ops.conversion.report import Changed, Left, Report
 from lcw_ops.conversion.sites import Site, find_sites
-from lcw_ops.nn._refusals import refusal
+from lcw_ops.nn._refusals import refusal, refusal_of_computed_tensors, refusal_of_more
 from lcw_ops.reference import hypersphere_direction, lcw_weight, normalize_scale
 
 _RECURRENCES: dict[type, Any] = {
@@ -98,6 +98,9 @@ def _plain_of(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module | 
         has_own = kind not in _RECURRENCES or "forward" in vars(layer)
         if has_own or parametrize.is_parametrized(layer):
             return None, "its class or its tensors are not the module's own"
+        reason = refusal_of_computed_tensors(layer) or refusal_of_more(layer, _tensors_of(kind), "its class's tensors")
+        if reason is not None:
+            return None, reason
         return _RECURRENCES[kind](layer), "a loop in plain torch"
     if kind.__module__.partition(".")[0] != "lcw_ops" or isinstance(layer, _FOLDED):
         return None, ""
@@ -219,15 +222,21 @@ def _description(layer: nn.Module) -> str:
     return _name_of(layer)
 
 
-@functools.lru_cache(maxsize=64)
 def _attributes_of(kind: Any) -> frozenset[str]:
     """The attributes that a layer of this class has by itself; a user may have set others."""
+    return frozenset(vars(_smallest(kind)))
+
+
+def _tensors_of(kind: Any) -> set[str]:
+    """The parameters, buffers and children that a recurrence of this class has by itself."""
+    made = _smallest(kind)
+    return {*made._parameters, *made._buffers, *made._modules, "alpha", "beta"}
+
+
+@functools.lru_cache(maxsize=64)
+def _smallest(kind: Any) -> nn.Module:
     if issubclass(kind, ours.OrthogonalFilterMLP):
-        made: nn.Module = kind(1, 1, 1, 1, "identity", device="meta")
-    elif issubclass(kind, ours.OrthogonalFilterRNN):
-        made = kind(1, 1, length=1, filter="identity", device="meta")
-    elif kind._plain is nn.Linear:
-        made = kind(2, 2, device="meta")
-    else:
-        made = kind(2, 2, 1, device="meta")
-    return frozenset(vars(made))
+        return kind(1, 1, 1, 1, "identity", device="meta")
+    if issubclass(kind, ours.OrthogonalFilterRNN):
+        return kind(1, 1, length=1, filter="identity", device="meta")
+    return kind(2, 2, device="meta") if kind._plain is nn.Linear else kind(2, 2, 1, device="meta")
