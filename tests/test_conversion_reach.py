@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import lcw_ops
 from lcw_ops import nn as ours
-from lcw_ops.conversion import building
+from lcw_ops.conversion import PlainOrthogonalFilterMLP, building
 from lcw_ops.nn._refusals import base_of_ours, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm. is deprecated:FutureWarning")
@@ -134,3 +134,142 @@ def test_our_layers_as_they_are_made_are_not_refused(kind):
     one = (1, 2) if kind._plain is nn.Linear else (1, 2, 1)
     assert refusal(kind(*one)) is None
     assert type(lcw_ops.fold(kind(*one)).model) is kind._plain
+
+
+# ---- Attributes of a layer -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lcw", "gmp", "weight_norm"])
+def test_a_tensor_that_the_user_set_as_an_attribute_stays(kind):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    importance = torch.ones(3)
+    model[0].importance = importance
+    lcw_ops.convert(model, kind, filter=lambda name, layer: True)
+    assert isinstance(model[0], building.OURS)
+    assert model[0].importance is importance
+    copied = lcw_ops.fold(model).model
+    assert type(copied[0]) is nn.Linear
+    assert torch.equal(copied[0].importance, importance)
+    lcw_ops.fold(model, inplace=True)
+    assert model[0].importance is importance
+
+
+def test_the_tensor_of_a_weight_norm_hook_does_not_stay():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)))
+    model[0].importance = torch.ones(3)
+    lcw_ops.convert(model, "weight_norm")
+    assert "weight" not in vars(model[0])
+    assert torch.equal(model[0].importance, torch.ones(3))
+
+
+# ---- Places of a layer -----------------------------------------------------------------------------------------------
+
+
+class Holding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.last, self.free = (ours.LCWLinear(3, 3) for _ in range(3))
+        self.penalised, self.deep = ours.WeightNormLinear(3, 3), recurrence()
+        self.listed, self.call_last = [self.fc], self.last.forward
+        self.penalty, self.nets = [self.penalised.weight_g], {"deep": self.deep}
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_fold_leaves_what_a_plain_attribute_holds(inplace):
+    model = Holding()
+    report = lcw_ops.fold(model, inplace=inplace)
+    assert [changed.name for changed in report.changed] == ["free"]
+    holders = {"fc": "listed", "last": "call_last", "penalised": "penalty", "deep": "nets"}
+    assert reasons(report) == {
+        name: f"{holder} holds it too, where a replacement would not arrive" for name, holder in holders.items()
+    }
+    assert report.model.listed[0] is report.model.fc
+    assert report.model.call_last.__self__ is report.model.last
+
+
+def test_a_list_of_biases_keeps_no_layer_from_being_folded():
+    """LCW and weight norm pass on the very bias."""
+    model = nn.Sequential(ours.LCWLinear(3, 3))
+    model.biases = [model[0].bias]
+    lcw_ops.fold(model, inplace=True)
+    assert type(model[0]) is nn.Linear
+    assert model[0].bias is model.biases[0]
+
+
+@pytest.mark.parametrize("where", ["root", "Sequential", "ModuleDict"])
+def test_the_layers_inside_a_recurrence_are_folded_too(where):
+    deep = ours.OrthogonalFilterMLP(4, 8, 3, 2, "identity")
+    lcw_ops.convert(deep, "lcw")
+    assert isinstance(deep.input_layer, ours.LCWLinear)
+    deep.input_layer.register_forward_hook(lambda layer, args, output: None)
+    old_layers = (deep.input_layer, deep.output_layer)
+    model = {"root": deep, "Sequential": nn.Sequential(deep), "ModuleDict": nn.ModuleDict({"a": deep})}[where]
+    x = torch.randn(5, 4)
+    expected = deep(x)
+    inputs = None if where == "ModuleDict" else x
+    report = lcw_ops.fold(model, inputs=inputs)
+    assert [changed.after for changed in report.changed] == ["PlainOrthogonalFilterMLP", "Linear", "Linear"]
+    assert len(report.errors) == (0 if inputs is None else 3)
+    assert not [module for module in report.model.modules() if type(module).__module__.startswith("lcw_ops.nn")]
+    folded = next(module for module in report.model.modules() if isinstance(module, PlainOrthogonalFilterMLP))
+    assert (type(folded.input_layer), type(folded.output_layer)) == (nn.Linear, nn.Linear)
+    assert len(folded.input_layer._forward_hooks) == 1
+    torch.testing.assert_close(folded(x), expected)
+    assert not lcw_ops.fold(report.model).changed
+    assert (deep.input_layer, deep.output_layer) == old_layers
+    in_place = lcw_ops.fold(model, inputs=inputs, inplace=True).model
+    assert not [module for module in in_place.modules() if isinstance(module, building.OURS)]
+    # The module that was replaced still has its own layers.
+    assert (deep.input_layer, deep.output_layer) == old_layers
+
+
+def test_a_layer_shared_with_a_recurrence_is_folded_in_both_places():
+    deep = recurrence()
+    shared = deep.input_layer = ours.LCWLinear(3, 4)
+    folded = lcw_ops.fold(nn.ModuleList([shared, deep])).model
+    assert type(folded[0]) is nn.Linear
+    assert folded[1].input_layer is folded[0]
+
+
+# ---- Ties ------------------------------------------------------------------------------------------------------------
+
+
+def test_fold_says_what_it_unties():
+    model = nn.ModuleList([nn.Embedding(5, 3), ours.LCWLinear(3, 5), ours.LCWLinear(3, 5), ours.WeightNormLinear(3, 5)])
+    model[1].weight_u = model[2].weight_u = model[0].weight
+    model[3].bias = model[1].bias
+    report = lcw_ops.fold(model)
+    notes = {changed.name: changed.note for changed in report.changed}
+    untied = "weight_u was tied to 0.weight, and the result is not"
+    assert notes == {"1": untied, "2": untied, "3": ""}
+    assert report.model[1].weight is report.model[2].weight
+    assert report.model[1].weight is not report.model[0].weight
+    assert report.model[3].bias is report.model[1].bias
+    assert untied in report.table()
+
+
+def test_fold_says_that_locations_are_untied():
+    model = nn.ModuleList([ours.GmPLinear(3, 5), ours.GmPLinear(3, 5)])
+    model[0].location = model[1].location
+    notes = [changed.note for changed in lcw_ops.fold(model).changed]
+    assert notes[0] == "location was tied to 1.location, and the result is not"
+
+
+# ---- Subclasses of ours ----------------------------------------------------------------------------------------------
+
+
+class Sized(ours.LCWLinear):
+    """Another constructor, and an attribute of its own."""
+
+    def __init__(self, sizes: tuple[int, int]) -> None:
+        super().__init__(*sizes)
+        self.sizes = sizes
+
+
+def test_a_subclass_with_another_constructor_folds():
+    model = nn.Sequential(Sized((4, 3)))
+    x = torch.randn(5, 4)
+    folded = lcw_ops.fold(model, inputs=x).model
+    assert type(folded[0]) is nn.Linear
+    assert folded[0].sizes == (4, 3)
+    torch.testing.assert_close(folded(x), model(x))
