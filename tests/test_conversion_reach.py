@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import lcw_ops
 from lcw_ops import nn as ours
-from lcw_ops.conversion import PlainOrthogonalFilterMLP, building
+from lcw_ops.conversion import PlainOrthogonalFilterMLP, building, exchange, folding
 from lcw_ops.nn._refusals import base_of_ours, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm. is deprecated:FutureWarning")
@@ -273,3 +273,101 @@ def test_a_subclass_with_another_constructor_folds():
     assert type(folded[0]) is nn.Linear
     assert folded[0].sizes == (4, 3)
     torch.testing.assert_close(folded(x), model(x))
+
+
+# ---- A failure midway ------------------------------------------------------------------------------------------------
+
+
+def parametrized_model() -> nn.ModuleList:
+    utils = ours.utils.parametrizations
+    model = nn.ModuleList([nn.LSTM(3, 4), nn.ConvTranspose1d(4, 6, 3), nn.Linear(3, 4), ours.LCWLinear(3, 3)])
+    utils.zero_sum(model[0], "weight_hh_l0")
+    utils.hypersphere(model[0], "weight_ih_l0")
+    utils.zero_sum(model[1], "weight")
+    utils.hypersphere(model[2], "weight")
+    return model
+
+
+@pytest.mark.parametrize("where", ["placing", "removing", "writing"])
+def test_fold_in_place_that_fails_midway_leaves_the_model_as_it_was(where, monkeypatch):
+    model = parametrized_model()
+    parameters = dict(model.named_parameters())
+    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    modules, classes = list(model.modules()), [type(module) for module in model.modules()]
+    x, y = torch.randn(5, 2, 3), torch.randn(2, 4, 7)
+    outputs = [model[0](x)[0], model[1](y), model[2](x), model[3](x)]
+
+    def failing(*arguments, **options):
+        raise OSError("midway")
+
+    if where == "placing":
+        monkeypatch.setattr(exchange, "place", failing)
+    elif where == "removing":
+        real_remove = parametrize.remove_parametrizations
+
+        def remove_some(module, name, **options):
+            real_remove(module, name, **options)
+            if module is model[2]:
+                raise OSError("midway")
+
+        monkeypatch.setattr(parametrize, "remove_parametrizations", remove_some)
+    else:
+        real_refresh = folding._torch.refresh_recurrent_weights
+
+        def refresh_some(module):
+            monkeypatch.setattr(folding._torch, "refresh_recurrent_weights", real_refresh)
+            raise OSError("midway")
+
+        monkeypatch.setattr(folding._torch, "refresh_recurrent_weights", refresh_some)
+    with pytest.raises(OSError, match="midway"):
+        lcw_ops.fold(model, inplace=True)
+    monkeypatch.undo()
+    assert list(model.modules()) == modules
+    assert [type(module) for module in modules] == classes
+    assert list(dict(model.named_parameters())) == list(parameters)
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+        assert parameter.data_ptr() == addresses[name]
+        assert torch.equal(parameter, values[name])
+    again = [model[0](x)[0], model[1](y), model[2](x), model[3](x)]
+    assert all(torch.equal(now, before) for now, before in zip(again, outputs, strict=True))
+    # Gradients reach what is trained, and a second attempt succeeds.
+    sum(output.square().sum() for output in again).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    report = lcw_ops.fold(model, inplace=True)
+    assert len(report.changed) == 5
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    torch.testing.assert_close(model[1](y), outputs[1])
+    torch.testing.assert_close(model[0](x)[0], outputs[0])
+
+
+# ---- Targets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_with_another_constructor_is_no_target():
+    model = nn.Sequential(nn.Linear(3, 3))
+    layer = model[0]
+    with pytest.raises(TypeError, match=r"convert: layers names the class Sized, whose constructor Sized\(sizes"):
+        lcw_ops.convert(model, {nn.Linear: Sized})
+    assert model[0] is layer
+
+
+@pytest.mark.parametrize("function", [lambda old: old, lambda old: nn.Sequential(old, nn.ReLU())])
+@pytest.mark.parametrize("inputs", [None, torch.ones(2, 3)])
+def test_a_function_whose_result_contains_the_old_layer_is_refused(function, inputs):
+    model = nn.Sequential(nn.Linear(3, 3))
+    layer = model[0]
+    layer.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ValueError, match="convert: layers has a function for Linear whose result is the old layer"):
+        lcw_ops.convert(model, {nn.Linear: function}, inputs=inputs)
+    assert model[0] is layer
+    assert len(layer._forward_hooks) == 1
+
+
+def test_a_function_that_returns_one_module_twice_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    layers, one = list(model), ours.LCWLinear(3, 3)
+    with pytest.raises(ValueError, match="returns one module for several layers"):
+        lcw_ops.convert(model, {nn.Linear: lambda old: one})
+    assert list(model) == layers

@@ -236,12 +236,44 @@ def _remover(module: Any, name: str) -> Callable[[], Callable[[], None]]:
     @torch.no_grad()
     def remove() -> Callable[[], None]:
         exact = _exact_parametrized(module.parametrizations[name])
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        getattr(module, name).copy_(exact)
-        _torch.refresh_recurrent_weights(module)
-        return lambda: None
+        undo = _restorer(module, name)
+        try:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            getattr(module, name).copy_(exact)
+            _torch.refresh_recurrent_weights(module)
+        except BaseException:
+            undo()
+            raise
+        return undo
 
     return remove
+
+
+def _restorer(module: Any, name: str) -> Callable[[], None]:
+    """The function that gives a module the parametrization back which torch takes from it and from its class."""
+    kind = type(module)
+    computed = vars(kind)[name]
+    registered = [(values, dict(values)) for values in (module._parameters, module._buffers, module._modules)]
+    constraints = module.parametrizations._modules
+    registered.append((constraints, dict(constraints)))
+    # torch lets the tensor that was trained point to the memory of the computed one.
+    trained = module.parametrizations[name]
+    tensors = [tensor for tensor in (*trained._parameters.values(), *trained._buffers.values()) if tensor is not None]
+    memory = [(tensor, tensor.detach()) for tensor in tensors]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, before in memory:
+            if tensor.data_ptr() != before.data_ptr():
+                tensor.set_(before)
+        for values, before in registered:
+            values.clear()
+            values.update(before)
+        module.__class__ = kind
+        setattr(kind, name, computed)
+        _torch.refresh_recurrent_weights(module)
+
+    return restore
 
 
 def _exact_parametrized(constraints: Any) -> Tensor:
