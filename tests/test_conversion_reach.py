@@ -371,3 +371,49 @@ def test_a_function_that_returns_one_module_twice_is_refused():
     with pytest.raises(ValueError, match="returns one module for several layers"):
         lcw_ops.convert(model, {nn.Linear: lambda old: one})
     assert list(model) == layers
+
+
+# ---- Optimizers ------------------------------------------------------------------------------------------------------
+
+
+def lcw_in_sequence(old: nn.Module) -> nn.Module:
+    return nn.Sequential(ours.LCWLinear.from_linear(old), nn.Dropout(0.0), nn.LayerNorm(old.out_features))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_optimizer_gets_the_parameters_of_children(bias):
+    model = nn.Sequential(nn.Linear(3, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2, bias=bias))
+    optimizer = torch.optim.Adam(model.named_parameters(), lr=0.1)
+    lcw_ops.convert(model, {nn.Linear: lcw_in_sequence}, optimizer=optimizer)
+    group = optimizer.param_groups[0]
+    assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(model.named_parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model(torch.randn(8, 3)).sin().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True) if p.grad.any())
+
+
+def test_the_biases_of_children_go_to_the_group_of_the_bias():
+    model = nn.Sequential(nn.Linear(3, 4))
+    groups = [{"params": [model[0].weight]}, {"params": [model[0].bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.1)
+    lcw_ops.convert(model, {nn.Linear: lcw_in_sequence}, optimizer=optimizer)
+    decayed, others = (set(group["params"]) for group in optimizer.param_groups)
+    assert decayed == {model[0][0].weight_u, model[0][2].weight}
+    assert others == {model[0][0].bias, model[0][2].bias}
+
+
+def test_a_parameter_that_several_new_layers_share_is_held_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    shared = nn.Parameter(torch.zeros(3, 3))
+
+    def make(old: nn.Module) -> nn.Module:
+        new = ours.LCWLinear.from_linear(old)
+        new.weight_u = shared
+        return new
+
+    lcw_ops.convert(model, {nn.Linear: make}, optimizer=optimizer)
+    held = optimizer.param_groups[0]["params"]
+    assert len(held) == len(set(held)) == 3
+    assert set(held) == set(model.parameters())

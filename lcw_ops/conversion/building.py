@@ -93,14 +93,20 @@ def has_hooks(parameter: nn.Parameter) -> bool:
 
 
 def successors(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Which of the new layer's parameters take the place of each parameter of the old one."""
+    """Which of the new layer's parameters take the place of each parameter of the old one, by name.
+
+    A child of the new layer is named where its parameters belong: under the old weight, and again under the old bias.
+    """
     names = dict(new.named_parameters(recurse=False))
     by_id = {id(parameter): name for name, parameter in names.items()}
     staying = {parameter: [by_id[id(parameter)]] for parameter in old.parameters() if id(parameter) in by_id}
     bias = old._parameters.get("bias")
     others = [parameter for parameter in old.parameters() if parameter is not bias]
     of_bias: list[str] = [name for name in ("bias", "location") if name in names]
-    of_weight = [name for name in names if name not in of_bias]
+    children = [name for name, child in new.named_children() if any(True for _ in child.parameters())]
+    of_weight = [name for name in names if name not in of_bias] + children
+    if bias is None:
+        of_weight += of_bias
     result: dict[nn.Parameter, list[str]] = {}
     if others:
         first, *rest = others
@@ -108,7 +114,7 @@ def successors(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[str]]:
         result[first] = [name for name in of_weight if name not in taken]
         result.update({parameter: staying.get(parameter, []) for parameter in rest})
     if bias is not None:
-        result[bias] = of_bias
+        result[bias] = [*of_bias, *children] if others else [*of_weight, *of_bias]
     return result
 
 
