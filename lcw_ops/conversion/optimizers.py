@@ -83,18 +83,7 @@ class Remapping:
             group["params"][:] = [new for _, new in pairs]
             if "param_names" in before:
                 group["param_names"][:] = [name for name, _ in pairs]
-        try:
-            self._check_held(placed)
-        except ValueError:
-            undo()
-            raise
         return undo
-
-    def _check_held(self, held: set[nn.Parameter]) -> None:
-        for name, parameter in (pair for new in self.successors.values() for pair in new):
-            if parameter.requires_grad and parameter not in held:
-                came, expected = f"would not hold the new parameter {name}", "an optimizer that trains the new layers"
-                raise ValueError(describe("convert", "optimizer", came, expected, "Make it after the conversion."))
 
     def _stays(self, parameter: nn.Parameter) -> bool:
         return any(new is parameter for _, new in self.successors[id(parameter)])
