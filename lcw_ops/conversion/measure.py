@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lcw_ops._checks import describe
+from lcw_ops._layer_kinds import is_linear
 from lcw_ops.conversion.exchange import Exchange, placed
 from lcw_ops.conversion.report import Change, StepTime
 
@@ -246,7 +247,7 @@ def mean_sums(model: nn.Module, inputs: Inputs, layers: list[nn.Module]) -> dict
 
 def _sums_of_inputs(layer: Any, x: Tensor) -> tuple[Tensor, int]:
     x = _wide(x)
-    if isinstance(layer, nn.Linear):
+    if is_linear(layer):
         return x.sum().reshape(1), x.numel() // layer.in_features
     # A convolution with one filter of ones per group sums each window.
     filters = x.new_ones(layer.groups, layer.in_channels // layer.groups, *layer.kernel_size)
@@ -258,7 +259,7 @@ def _sums_of_inputs(layer: Any, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _along_channels(values: Tensor, layer: Any) -> Tensor:
-    return values if isinstance(layer, nn.Linear) else values.view(-1, *(1,) * len(layer.kernel_size))
+    return values if is_linear(layer) else values.view(-1, *(1,) * len(layer.kernel_size))
 
 
 def _floats(output: Any) -> list[Tensor]:

@@ -97,7 +97,7 @@ def convert(
     """
     targets = _targets(layers)
     given = None if inputs is None else Inputs("convert", inputs)
-    _check_model(model, copy, optimizer)
+    _check_model(model, filter, copy, optimizer)
     if copy and not dry_run:
         model = exchange.copy_of(model)
     sites = find_sites(model)
@@ -153,9 +153,12 @@ def _targets(layers: object) -> Mapping[type[nn.Module], Any]:
     return layers
 
 
-def _check_model(model: object, copy: bool, optimizer: object) -> None:
+def _check_model(model: object, filter: object, copy: bool, optimizer: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(describe("convert", "model", f"is a {type(model).__name__}", "a torch.nn.Module"))
+    if filter is not None and not callable(filter):
+        expected = "a function of a layer's name and the layer, or None"
+        raise TypeError(describe("convert", "filter", f"is a {type(filter).__name__}", expected))
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         came, remedy = "is wrapped in DistributedDataParallel", "Convert it first, and wrap it afterwards."
         raise ValueError(describe("convert", "model", came, "the model itself", remedy))
