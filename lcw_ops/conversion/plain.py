@@ -26,7 +26,7 @@ class UnitScale(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         # Written with lists alone, because torch.jit.script knows no star.
-        scale = self.scale if self.dim == -1 else self.scale.view([-1] + [1] * (-1 - self.dim))  # noqa: RUF005
+        scale = self.scale if self.dim == -1 else self.scale.view([-1] + [1] * (-1 - self.dim))
         return scale.to(input.dtype) * input
 
     def extra_repr(self) -> str:

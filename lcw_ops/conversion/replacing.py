@@ -77,7 +77,9 @@ def convert(
             the layer that is registered last.
         filter: called with name and module of every layer of such a type. Those for which it is false stay.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model. The model is run
-            on it in eval mode, without gradients, several times. Hooks of the model run too.
+            on copies of it in eval mode, without gradients, several times. If layers with torch's weight norm are
+            replaced, forward and backward passes are timed too. They run with gradients in the mode that the model is
+            in, which is training mode as a rule. Hooks of the model run too.
         copy: convert a deep copy, ``report.model``.
         dry_run: change nothing, and report what would be done.
         optimizer: the optimizer that trains the model. Its groups get the new parameters in place of the old ones.
@@ -368,7 +370,11 @@ def _measure(
     report.errors, output = measure.layer_changes(model, inputs, exchanges, corrections)
     report.output_change = measure.output_change(inputs, output, model, exchanges, corrections)
     if any(weight_norm_tensors(one.old) is not None for one in exchanges):
-        report.step_time = measure.step_times(model, inputs, exchanges)
+        try:
+            report.step_time = measure.step_times(model, inputs, exchanges)
+        except Exception as error:
+            # The passes run in the model's own mode, in which it may fail on inputs that suit eval mode.
+            report.notes.append(f"The forward and backward passes could not be timed: {error}")
     finite = all(math.isfinite(change.value) for change in report.errors.values())
     if not finite:
         report.notes.append("Some changes are not finite: the outputs on these inputs are 0 or not finite.")
