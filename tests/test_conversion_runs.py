@@ -1,6 +1,8 @@
 """Runs of ``lcw_ops.convert`` on inputs: models that write into what they get, that hold layers twice, or that fail."""
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
@@ -200,6 +202,84 @@ def test_a_model_that_fails_in_training_mode_is_converted_without_times(dry_run)
     assert model.training
     assert torch.equal(model[1].running_mean, torch.zeros(3))
     assert model[1].num_batches_tracked == 0
+
+
+# ---- Holders and ties ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Holder:
+    layer: nn.Module
+
+
+class SlottedHolder:
+    __slots__ = ("layer", "unset")
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def call(self, x):
+        return self.layer(x)
+
+
+def method_of(layer: nn.Module):
+    return SlottedHolder(layer).call
+
+
+HOLDERS = {
+    "partial": functools.partial,
+    "partial's argument": lambda layer: functools.partial(map, layer),
+    "partial's keyword": lambda layer: functools.partial(sorted, key=layer.forward),
+    "dataclass": Holder,
+    "slots": SlottedHolder,
+    "method of a holder": method_of,
+    "list of holders": lambda layer: [SlottedHolder(None), Holder(layer)],
+    "closure": lambda layer: lambda x: layer(x),
+    "default": lambda layer: lambda x, call=layer: call(x),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_layer_that_another_object_holds_is_left(name):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    layer = model[0]
+    model.held = HOLDERS[name](layer)
+    report = lcw_ops.convert(model, "lcw")
+    assert reasons(report) == {"0": "held holds it too, where a replacement would not arrive"}
+    assert model[0] is layer
+
+
+def test_objects_that_hold_a_parent_or_themselves_are_no_holders():
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3)))
+    model.parent, model.itself = Holder(model[0]), [model]
+    model.circle = [model.itself]
+    model.circle.append(model.circle)
+    model.optimizers = [torch.optim.SGD(model.parameters())]
+    model.call = lambda x: model[0](x)
+    assert lcw_ops.convert(model, "lcw").left == []
+
+
+@pytest.mark.parametrize("are_reversed", [False, True])
+def test_parameters_that_overlap_in_memory_are_left(are_reversed):
+    b, a, free = nn.Linear(3, 8), nn.Linear(3, 4), nn.Linear(3, 4)
+    a.weight = nn.Parameter(b.weight.data[4:])
+    model = nn.ModuleDict({"a": a, "b": b, "free": free} if are_reversed else {"b": b, "a": a, "free": free})
+    report = lcw_ops.convert(model, "lcw")
+    names = "a.weight and b.weight" if are_reversed else "b.weight and a.weight"
+    reason = f"a parameter of it is tied: {names} overlap in memory"
+    assert reasons(report) == {"a": reason, "b": reason}
+    assert [change.name for change in report.changed] == ["free"]
+
+
+def test_parameters_beside_each_other_in_one_storage_are_not_tied():
+    """Rows of one matrix, and columns, which lie between each other."""
+    rows, columns = torch.randn(8, 3), torch.randn(3, 8)
+    layers = [nn.Linear(3, 4, bias=False) for _ in range(2)] + [nn.Linear(4, 3, bias=False) for _ in range(2)]
+    for layer, part in zip(layers, (rows[:4], rows[4:], columns[:, :4], columns[:, 4:]), strict=True):
+        layer.weight = nn.Parameter(part)
+    assert lcw_ops.convert(nn.Sequential(*layers), "lcw", dry_run=True).left == []
+    layers[2].weight = nn.Parameter(columns[:, 1:5])
+    assert set(reasons(lcw_ops.convert(nn.Sequential(*layers), "lcw", dry_run=True))) == {"2", "3"}
 
 
 # ---- Folded modules --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lcw_ops.conversion.exchange import Exchange
 from lcw_ops.conversion.measure import Inputs
 from lcw_ops.conversion.optimizers import Remapping
 from lcw_ops.conversion.report import Changed, Left, Report
-from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, key_of_memory, owners_of_parameters
+from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, ties
 from lcw_ops.nn._refusals import PLAIN, applied_weight, refusal, weight_norm_tensors
 
 _LAYERS: dict[str, dict[type[nn.Module], Any]] = {
@@ -184,7 +184,7 @@ def _choose(
     sites: dict[int, Site], targets: Mapping[type[nn.Module], Any], filter, report: Report
 ) -> tuple[list[nn.Module], list[tuple[Site, Any]]]:
     """All layers of the types, and those to replace, each with the new class; the report gets those that stay."""
-    owners, elsewhere = owners_of_parameters(sites), held_elsewhere(sites)
+    tied, elsewhere = ties(sites), held_elsewhere(sites)
     inside_constraints = _parametrizations(sites)
     matches, chosen, accepted = [], [], 0
     for key, site in sites.items():
@@ -199,7 +199,7 @@ def _choose(
             report.left.append(Left(site.name, _name_of(layer), "the filter leaves it out"))
             continue
         accepted += 1
-        reason = refusal(layer) or _activation(layer) or _tie(layer, owners)
+        reason = refusal(layer) or _activation(layer) or _tie(layer, tied)
         holder = next((elsewhere[i] for i in (key, *map(id, layer.parameters())) if i in elsewhere), None)
         if reason is None and holder is not None:
             reason = f"{holder} holds it too, where a replacement would not arrive"
@@ -239,12 +239,9 @@ def _activation(layer: nn.Module) -> str | None:
     return "it applies an activation, which would be lost" if has_one else None
 
 
-def _tie(layer: nn.Module, owners: dict[int, list[str]]) -> str | None:
-    for parameter in layer.parameters():
-        names = owners[key_of_memory(parameter)]
-        if len(names) > 1:
-            return f"a parameter of it is tied: {' and '.join(names[:3])} are one"
-    return None
+def _tie(layer: nn.Module, tied: dict[int, str]) -> str | None:
+    tie = next((tied[id(parameter)] for parameter in layer.parameters() if id(parameter) in tied), None)
+    return f"a parameter of it is tied: {tie}" if tie else None
 
 
 def _parametrizations(sites: dict[int, Site]) -> set[int]:
