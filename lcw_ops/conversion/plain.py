@@ -59,7 +59,8 @@ class _PlainOrthogonalFilter(nn.Module):
 
     def _keep_order(self, source: Any) -> None:
         """Let ``parameters()`` give the tensors in the fused module's order, by which optimizers store their state."""
-        for own, others in ((self._parameters, source._parameters), (self._buffers, source._buffers)):
+        pairs: list[tuple[Any, Any]] = [(self._parameters, source._parameters), (self._buffers, source._buffers)]
+        for own, others in pairs:
             for name in [name for name in others if name in own]:
                 own[name] = own.pop(name)
 

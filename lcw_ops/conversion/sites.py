@@ -43,12 +43,12 @@ def ties(sites: dict[int, Site]) -> dict[int, str]:
                 parameters.append(parameter)
                 names.setdefault(id(parameter), []).append(f"{site.name}.{key}" if site.name else key)
     order = {name: place for place, name in enumerate(itertools.chain.from_iterable(names.values()))}
-    found = {}
-    for key, others in sharing(parameters).items():
+    found: dict[int, str] = {}
+    for ident, others in sharing(parameters).items():
         all_names = sorted((name for other in others for name in names[id(other)]), key=order.__getitem__)
         if len(all_names) > 1:
             are_one = len(others) == 1 or len({(other.data_ptr(), other.shape) for other in others}) == 1
-            found[key] = f"{' and '.join(all_names[:3])} {'are one' if are_one else 'overlap in memory'}"
+            found[ident] = f"{' and '.join(all_names[:3])} {'are one' if are_one else 'overlap in memory'}"
     return found
 
 
