@@ -17,7 +17,7 @@ from lcw_ops.conversion.exchange import Exchange
 from lcw_ops.conversion.measure import Inputs
 from lcw_ops.conversion.plain import PlainOrthogonalFilterMLP, PlainOrthogonalFilterRNN, UnitScale
 from lcw_ops.conversion.report import Changed, Left, Report
-from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, key_of_memory, owners_of_parameters
+from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, owners_of_parameters
 from lcw_ops.nn._refusals import base_of_ours, refusal, refusal_of_computed_tensors, refusal_of_more
 from lcw_ops.reference import hypersphere_direction, lcw_weight, normalize_scale
 
@@ -137,7 +137,7 @@ def _note_untied(exchanges: list[Exchange], owners: dict[int, list[str]]) -> Non
         for own, parameter in one.old._parameters.items():
             if parameter is None or id(parameter) in staying:
                 continue
-            others = [name for name in owners[key_of_memory(parameter)] if name not in tied_again]
+            others = [name for name in owners[id(parameter)] if name not in tied_again]
             if others and others != [one.parameter_name(own)]:
                 untied = f"{own} was tied to {' and '.join(others)}, and the result is not"
                 one.note = f"{one.note}; {untied}" if one.note else untied

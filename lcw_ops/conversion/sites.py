@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lcw_ops._memory import sharing
 
@@ -35,6 +35,21 @@ def find_sites(model: nn.Module) -> dict[int, Site]:
 
 def ties(sites: dict[int, Site]) -> dict[int, str]:
     """By the id of each parameter that is tied to another one, or overlaps one in memory: a clause that says so."""
+    found: dict[int, str] = {}
+    for ident, (names, parameters) in _shared(sites).items():
+        if len(names) > 1:
+            are_one = len(parameters) == 1 or len({(one.data_ptr(), one.shape) for one in parameters}) == 1
+            found[ident] = f"{' and '.join(names[:3])} {'are one' if are_one else 'overlap in memory'}"
+    return found
+
+
+def owners_of_parameters(sites: dict[int, Site]) -> dict[int, list[str]]:
+    """By the id of each parameter, the names under which it, or a part of its memory, is held."""
+    return {ident: names for ident, (names, _) in _shared(sites).items()}
+
+
+def _shared(sites: dict[int, Site]) -> dict[int, tuple[list[str], list[Tensor]]]:
+    """By the id of each parameter, the names and the parameters with which it shares memory, itself included."""
     names: dict[int, list[str]] = {}
     parameters: list[nn.Parameter] = []
     for site in sites.values():
@@ -43,12 +58,10 @@ def ties(sites: dict[int, Site]) -> dict[int, str]:
                 parameters.append(parameter)
                 names.setdefault(id(parameter), []).append(f"{site.name}.{key}" if site.name else key)
     order = {name: place for place, name in enumerate(itertools.chain.from_iterable(names.values()))}
-    found: dict[int, str] = {}
+    found = {}
     for ident, others in sharing(parameters).items():
         all_names = sorted((name for other in others for name in names[id(other)]), key=order.__getitem__)
-        if len(all_names) > 1:
-            are_one = len(others) == 1 or len({(other.data_ptr(), other.shape) for other in others}) == 1
-            found[ident] = f"{' and '.join(all_names[:3])} {'are one' if are_one else 'overlap in memory'}"
+        found[ident] = (all_names, others)
     return found
 
 
