@@ -13,7 +13,9 @@ def sharing(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
     found = {id(tensor): [tensor] for tensor in distinct}
     ranges = sorted(((*bounds, tensor) for tensor in distinct if (bounds := _range(tensor))), key=lambda one: one[:3])
     for place, (device, _, end, tensor) in enumerate(ranges):
-        for other_device, other_start, _, other in ranges[place + 1 :]:
+        # By index, because a slice of all that follow would take quadratic time.
+        for following in range(place + 1, len(ranges)):
+            other_device, other_start, _, other = ranges[following]
             if other_device != device or other_start >= end:
                 break
             if _meet(tensor, other):
