@@ -848,3 +848,119 @@ def test_errors_name_the_argument_and_write_nothing(call, error, words):
         call()
     assert torch.equal(W, torch.ones(3, 4))
     assert torch.equal(B, torch.ones(3))
+
+
+# ---- Tied embeddings, and models that leave traces -------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A language model whose head has the embedding's weight, with a row for padding."""
+
+    def __init__(self, how="same object", kind=nn.Linear):
+        super().__init__()
+        self.embed = nn.Embedding(40, 16, padding_idx=0)
+        self.hidden, self.head = nn.Linear(16, 16), kind(16, 40)
+        if how == "same object":
+            self.head.weight = self.embed.weight
+        elif how == "same memory":
+            self.head.weight = nn.Parameter(self.embed.weight.data)
+        elif how == "overlap":
+            self.head = kind(16, 30)
+            self.head.weight = nn.Parameter(self.embed.weight.data[10:])
+
+    def forward(self, tokens):
+        return self.head(torch.relu(self.hidden(self.embed(tokens))))
+
+
+@pytest.mark.parametrize("how", ["same object", "same memory", "overlap"])
+@pytest.mark.parametrize("rule", ["joint", "anchored"])
+@pytest.mark.parametrize("has_inputs", [True, False])
+def test_a_weight_that_is_tied_to_an_embedding_stays(how, rule, has_inputs):
+    """The head keeps the embedding's weight, gets a zero bias, and the hidden layer is filled on that basis."""
+    torch.manual_seed(0)
+    model = Tied(how)
+    with torch.no_grad():
+        model.embed.weight.mul_(0.02)
+        model.head.bias.fill_(3.0)
+    embedding, hidden = model.embed.weight.detach().clone(), model.hidden.weight.detach().clone()
+    tokens = torch.randint(1, 40, (64, 5), generator=generator())
+    moments = []
+    for seed in range(40):
+        init.lps_model_(model, tokens if has_inputs else None, rule=rule, generator=generator(seed))
+        moments.append(model.hidden(model.embed(tokens)).square().mean().item())
+    assert torch.equal(model.embed.weight, embedding)
+    assert torch.equal(model.embed.weight[0], torch.zeros(16))
+    assert torch.equal(model.head.weight, embedding[-len(model.head.weight) :])
+    assert torch.equal(model.head.bias, torch.zeros_like(model.head.bias))
+    assert not torch.equal(model.hidden.weight, hidden)
+    if has_inputs and rule == "joint":
+        moments = torch.tensor(moments)
+        assert abs(moments.mean() - 1) <= 5 * moments.std() / math.sqrt(len(moments))
+
+
+def test_a_tied_head_without_bias_is_no_obstacle_to_the_anchored_rule():
+    model = nn.ModuleList([nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.Linear(4, 4)])
+    model[1].weight = model[0].weight
+    before = model[0].weight.detach().clone()
+    init.lps_model_(model, rule="anchored", generator=generator())
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_bias_that_another_module_holds_stays():
+    class Predictions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Linear(3, 4)
+            self.bias = self.decoder.bias
+
+    model = Predictions()
+    weight, bias = model.decoder.weight.detach().clone(), model.bias.detach().clone()
+    init.lps_model_(model, generator=generator())
+    assert torch.equal(model.bias, bias)
+    assert not torch.equal(model.decoder.weight, weight)
+
+
+class ShiftsItsInput(nn.Module):
+    """It calls only one of its layers, so the pass is repeated. It writes into its input, or a buffer, or fails."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.first, self.missed = nn.Linear(4, 64), nn.Linear(64, 2)
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.fails = fails
+
+    def forward(self, x, y=None):
+        self.running_mean.add_(1)
+        z = self.first(x.sub_(1.0))
+        if self.fails:
+            raise RuntimeError("broken on purpose")
+        return torch.nn.functional.linear(z, self.missed.weight, self.missed.bias)
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "list", "dict"])
+def test_the_pass_gets_a_fresh_copy_of_the_inputs_each_time(form):
+    x = normal(256, 4, dtype=torch.float32) + 3
+    before = x.clone()
+    given = {"tensor": x, "tuple": (x, None), "list": [x, None], "dict": {"x": x}}[form]
+    moments = []
+    for seed in range(20):
+        model = init.lps_model_(ShiftsItsInput(), given, generator=generator(seed))
+        moments.append(model.first(before - 1).square().mean().item())
+    assert torch.equal(x, before)
+    moments = torch.tensor(moments)
+    assert abs(moments.mean() - 1) <= 5 * moments.std() / math.sqrt(len(moments))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_are_restored_after_success_and_after_an_error(fails):
+    model = ShiftsItsInput(fails)
+    buffer, state = model.running_mean, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if fails:
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            init.lps_model_(model, normal(8, 4, dtype=torch.float32))
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    else:
+        init.lps_model_(model, normal(8, 4, dtype=torch.float32))
+        assert not torch.equal(model.first.weight, state["first.weight"])
+    assert model.running_mean is buffer
+    assert torch.equal(buffer, torch.zeros(3))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,7 @@ def build(pairs: list[tuple[nn.Module, Any]]) -> list[nn.Module | str]:
             results[index] = _build_lcw(old, target)
         else:
             results[index] = _build_weight_norm(old, target)
+    _check_distinct(results)
     for indices in together.values():
         results.update(zip(indices, _build_gmp([pairs[index] for index in indices]), strict=True))
     return [results[index] for index in range(len(pairs))]
@@ -73,7 +75,17 @@ def _call(function: Callable, old: nn.Module) -> nn.Module:
     if not isinstance(made, nn.Module):
         came = f"has a function for {type(old).__name__} that returns a {type(made).__name__}"
         raise TypeError(describe("convert", "layers", came, "a function that returns the new layer"))
+    if any(module is old for module in made.modules()):
+        came = f"has a function for {type(old).__name__} whose result is the old layer or contains it"
+        raise ValueError(describe("convert", "layers", came, "a function that returns a new layer"))
     return made
+
+
+def _check_distinct(results: dict[int, nn.Module | str]) -> None:
+    made = [result for result in results.values() if isinstance(result, nn.Module)]
+    if len(set(made)) < len(made):
+        came = "has a function that returns one module for several layers"
+        raise ValueError(describe("convert", "layers", came, "a function that returns a new module at every call"))
 
 
 def has_hooks(parameter: nn.Parameter) -> bool:
@@ -81,14 +93,20 @@ def has_hooks(parameter: nn.Parameter) -> bool:
 
 
 def successors(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Which of the new layer's parameters take the place of each parameter of the old one."""
+    """Which of the new layer's parameters take the place of each parameter of the old one, by name.
+
+    A child of the new layer is named where its parameters belong: under the old weight, and again under the old bias.
+    """
     names = dict(new.named_parameters(recurse=False))
     by_id = {id(parameter): name for name, parameter in names.items()}
     staying = {parameter: [by_id[id(parameter)]] for parameter in old.parameters() if id(parameter) in by_id}
     bias = old._parameters.get("bias")
     others = [parameter for parameter in old.parameters() if parameter is not bias]
     of_bias: list[str] = [name for name in ("bias", "location") if name in names]
-    of_weight = [name for name in names if name not in of_bias]
+    children = [name for name, child in new.named_children() if any(True for _ in child.parameters())]
+    of_weight = [name for name in names if name not in of_bias] + children
+    if bias is None:
+        of_weight += of_bias
     result: dict[nn.Parameter, list[str]] = {}
     if others:
         first, *rest = others
@@ -96,7 +114,7 @@ def successors(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[str]]:
         result[first] = [name for name in of_weight if name not in taken]
         result.update({parameter: staying.get(parameter, []) for parameter in rest})
     if bias is not None:
-        result[bias] = of_bias
+        result[bias] = [*of_bias, *children] if others else [*of_weight, *of_bias]
     return result
 
 
@@ -116,7 +134,14 @@ def empty(old: Any, kind: Any, dtype: torch.dtype, has_bias: bool) -> Any:
 @functools.lru_cache(maxsize=64)
 def _template(kind: Any, arguments: tuple, dtype: torch.dtype, has_bias: bool) -> nn.Module:
     """Layers of one size are made once: a constructor draws initial values, also on the meta device."""
-    return kind(**dict(arguments), bias=has_bias, device="meta", dtype=dtype)
+    try:
+        return kind(**dict(arguments), bias=has_bias, device="meta", dtype=dtype)
+    except TypeError as error:
+        came = f"names the class {kind.__name__}, whose constructor {kind.__name__}{inspect.signature(kind)} fails"
+        expected = (
+            "a class with the constructor of the layer in lcw_ops.nn, or a function from the old layer to the new"
+        )
+        raise TypeError(describe("convert", "layers", f"{came} ({error})", expected)) from error
 
 
 # Rows are turned into angles together, up to this many numbers at a time.

@@ -60,10 +60,11 @@ def prepare(exchange: Exchange, own_attributes: frozenset[str] = frozenset()) ->
     # train() would visit the children, which a new layer has in the one case of a Sequential.
     for module in new.modules():
         module.training = old.training
+    # torch's older weight norm keeps a tensor there, which the new layer computes.
+    computed = {hook.name for _, hook in weight_norm_hooks(old)}
     for name, value in vars(old).items():
-        # torch's older weight norm keeps a tensor there, which the new layer computes.
         is_extra = name not in own_attributes and name not in vars(new) and not hasattr(type(new), name)
-        if is_extra and not isinstance(value, Tensor):
+        if is_extra and name not in computed:
             vars(new)[name] = value
 
 

@@ -17,8 +17,8 @@ from lcw_ops.conversion.exchange import Exchange
 from lcw_ops.conversion.measure import Inputs
 from lcw_ops.conversion.plain import PlainOrthogonalFilterMLP, PlainOrthogonalFilterRNN, UnitScale
 from lcw_ops.conversion.report import Changed, Left, Report
-from lcw_ops.conversion.sites import Site, find_sites
-from lcw_ops.nn._refusals import refusal
+from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, owners_of_parameters
+from lcw_ops.nn._refusals import base_of_ours, refusal, refusal_of_computed_tensors, refusal_of_more
 from lcw_ops.reference import hypersphere_direction, lcw_weight, normalize_scale
 
 _RECURRENCES: dict[type, Any] = {
@@ -60,19 +60,26 @@ def fold(model: nn.Module, inputs: Any = None, inplace: bool = False, dry_run: b
     report = Report(model, dry_run=dry_run)
     exchanges, parametrized = [], []
     tied: dict[tuple, nn.Parameter] = {}
-    sites = find_sites(model).values()
+    all_sites = find_sites(model)
+    elsewhere, owners = held_elsewhere(all_sites), owners_of_parameters(all_sites)
+    sites = all_sites.values()
     constraints = {inside for site in sites for inside in _inside_parametrizations(site.module)}
     for site in sites:
         if parametrize.is_parametrized(site.module):
             parametrized += _parametrizations_to_remove(site, report)
         plain, note = _plain_of(site, tied)
+        holder = None if plain is None else _holder(site.module, plain, elsewhere)
+        if holder is not None:
+            plain, note = None, f"{holder} holds it too, where a replacement would not arrive"
         if plain is not None:
             exchanges.append(Exchange(site, plain, note))
         elif note and site.module not in constraints:
             report.left.append(Left(site.name, _name_of(site.module), note))
+    _note_untied(exchanges, owners)
+    _follow_children(exchanges)
     for one in exchanges:
-        kind: Any = parametrize.type_before_parametrizations(one.old)
-        exchange.prepare(one, _attributes_of(kind))
+        # A subclass may have a constructor that takes other arguments.
+        exchange.prepare(one, _attributes_of(base_of_ours(one.old)))
     report.changed += [Changed(one.name, _name_of(one.old), _description(one.new), one.note) for one in exchanges]
     report.changed += [
         Changed(site.name, f"{_name_of(site.module)}, {name} parametrized", _name_of(site.module))
@@ -98,12 +105,54 @@ def _plain_of(site: Site, tied: dict[tuple, nn.Parameter]) -> tuple[nn.Module | 
         has_own = kind not in _RECURRENCES or "forward" in vars(layer)
         if has_own or parametrize.is_parametrized(layer):
             return None, "its class or its tensors are not the module's own"
+        reason = refusal_of_computed_tensors(layer) or refusal_of_more(layer, _tensors_of(kind), "its class's tensors")
+        if reason is not None:
+            return None, reason
         return _RECURRENCES[kind](layer), "a loop in plain torch"
     if kind.__module__.partition(".")[0] != "lcw_ops" or isinstance(layer, _FOLDED):
         return None, ""
     if isinstance(layer, ours.InputMeanNorm):
         return None, "it uses no op of ours, and no layer of torch.nn subtracts a batch's mean in training"
     return None, "torch.nn has no layer for it"
+
+
+def _holder(old: nn.Module, new: nn.Module, elsewhere: dict[int, str]) -> str | None:
+    """The plain attribute that also holds the layer, or a parameter of it that the new layer has not."""
+    staying = {id(parameter) for parameter in new.parameters()}
+    leaving = [id(parameter) for parameter in old.parameters(recurse=False) if id(parameter) not in staying]
+    return next((elsewhere[key] for key in (id(old), *leaving) if key in elsewhere), None)
+
+
+def _note_untied(exchanges: list[Exchange], owners: dict[int, list[str]]) -> None:
+    """Say which parameters were one with a parameter that goes, where the result is no longer one with them."""
+    # Layers that shared what they train share their weight again.
+    together: dict[nn.Parameter | None, set[str]] = {}
+    for one in exchanges:
+        names = {one.parameter_name(own) for own in one.old._parameters}
+        together.setdefault(_weight_of(one.new), set()).update(names)
+    together[None] = set()
+    for one in exchanges:
+        staying = {id(parameter) for parameter in one.new.parameters()}
+        tied_again = together[_weight_of(one.new)]
+        for own, parameter in one.old._parameters.items():
+            if parameter is None or id(parameter) in staying:
+                continue
+            others = [name for name in owners[id(parameter)] if name not in tied_again]
+            if others and others != [one.parameter_name(own)]:
+                untied = f"{own} was tied to {' and '.join(others)}, and the result is not"
+                one.note = f"{one.note}; {untied}" if one.note else untied
+
+
+def _weight_of(plain: nn.Module) -> nn.Parameter | None:
+    layer = plain[0] if isinstance(plain, nn.Sequential) else plain
+    return layer._parameters.get("weight")
+
+
+def _follow_children(exchanges: list[Exchange]) -> None:
+    """A new module that takes over the old one's children is where these are to be replaced."""
+    new_parents = {one.old: one.new for one in exchanges if any(True for _ in one.old.children())}
+    for one in exchanges:
+        one.site.places[:] = [(new_parents.get(parent, parent), key) for parent, key in one.site.places]
 
 
 # ---- Layers ----------------------------------------------------------------------------------------------------------
@@ -187,12 +236,44 @@ def _remover(module: Any, name: str) -> Callable[[], Callable[[], None]]:
     @torch.no_grad()
     def remove() -> Callable[[], None]:
         exact = _exact_parametrized(module.parametrizations[name])
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        getattr(module, name).copy_(exact)
-        _torch.refresh_recurrent_weights(module)
-        return lambda: None
+        undo = _restorer(module, name)
+        try:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            getattr(module, name).copy_(exact)
+            _torch.refresh_recurrent_weights(module)
+        except BaseException:
+            undo()
+            raise
+        return undo
 
     return remove
+
+
+def _restorer(module: Any, name: str) -> Callable[[], None]:
+    """The function that gives a module the parametrization back which torch takes from it and from its class."""
+    kind = type(module)
+    computed = vars(kind)[name]
+    registered = [(values, dict(values)) for values in (module._parameters, module._buffers, module._modules)]
+    constraints = module.parametrizations._modules
+    registered.append((constraints, dict(constraints)))
+    # torch lets the tensor that was trained point to the memory of the computed one.
+    trained = module.parametrizations[name]
+    tensors = [tensor for tensor in (*trained._parameters.values(), *trained._buffers.values()) if tensor is not None]
+    memory = [(tensor, tensor.detach()) for tensor in tensors]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, before in memory:
+            if tensor.data_ptr() != before.data_ptr():
+                tensor.set_(before)
+        for values, before in registered:
+            values.clear()
+            values.update(before)
+        module.__class__ = kind
+        setattr(kind, name, computed)
+        _torch.refresh_recurrent_weights(module)
+
+    return restore
 
 
 def _exact_parametrized(constraints: Any) -> Tensor:
@@ -219,15 +300,21 @@ def _description(layer: nn.Module) -> str:
     return _name_of(layer)
 
 
-@functools.lru_cache(maxsize=64)
 def _attributes_of(kind: Any) -> frozenset[str]:
     """The attributes that a layer of this class has by itself; a user may have set others."""
+    return frozenset(vars(_smallest(kind)))
+
+
+def _tensors_of(kind: Any) -> set[str]:
+    """The parameters, buffers and children that a recurrence of this class has by itself."""
+    made = _smallest(kind)
+    return {*made._parameters, *made._buffers, *made._modules, "alpha", "beta"}
+
+
+@functools.lru_cache(maxsize=64)
+def _smallest(kind: Any) -> nn.Module:
     if issubclass(kind, ours.OrthogonalFilterMLP):
-        made: nn.Module = kind(1, 1, 1, 1, "identity", device="meta")
-    elif issubclass(kind, ours.OrthogonalFilterRNN):
-        made = kind(1, 1, length=1, filter="identity", device="meta")
-    elif kind._plain is nn.Linear:
-        made = kind(2, 2, device="meta")
-    else:
-        made = kind(2, 2, 1, device="meta")
-    return frozenset(vars(made))
+        return kind(1, 1, 1, 1, "identity", device="meta")
+    if issubclass(kind, ours.OrthogonalFilterRNN):
+        return kind(1, 1, length=1, filter="identity", device="meta")
+    return kind(2, 2, device="meta") if kind._plain is nn.Linear else kind(2, 2, 1, device="meta")

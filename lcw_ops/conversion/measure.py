@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lcw_ops._checks import describe
+from lcw_ops._layer_kinds import is_linear
+from lcw_ops._runs import fresh_copy, kept_buffers
 from lcw_ops.conversion.exchange import Exchange, placed
 from lcw_ops.conversion.report import Change, StepTime
 
@@ -38,7 +40,13 @@ class Inputs:
             raise TypeError(describe(function, "inputs", f"is a {type(inputs).__name__}", expected))
 
     def call(self, model: nn.Module) -> Any:
-        return model(*self.args, **self.kwargs)
+        """The model's output on a copy, because a model may write into what it is given, as a cache of keys does."""
+        args, kwargs = self.copied(model)
+        return model(*args, **kwargs)
+
+    def copied(self, model: nn.Module) -> tuple[tuple, dict]:
+        copied: tuple[tuple, dict] = fresh_copy((self.args, self.kwargs), model)
+        return copied
 
 
 def input_of(args: tuple, kwargs: dict) -> Tensor:
@@ -48,30 +56,35 @@ def input_of(args: tuple, kwargs: dict) -> Tensor:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore training flags, buffers and torch's random state afterwards."""
+    """Restore training flags, buffers and torch's random state afterwards, and the tensors that hooks have computed.
+
+    torch's older weight norm, for example, puts a new ``weight`` beside the parameters in every call. In a call with
+    gradients it carries a graph, and the model could not be copied any more.
+    """
     flags = [(module, module.training) for module in model.modules()]
-    places = [
-        (module, key, buffer, buffer.detach().clone())
+    computed = [
+        (module, key, value)
         for module in model.modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
+        if module._forward_pre_hooks
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
     ]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), kept_buffers(model.modules()):
             yield
     finally:
         for module, flag in flags:
             module.training = flag
-        with torch.no_grad():
-            for module, key, buffer, values in places:
-                module._buffers[key] = buffer
-                if not buffer.is_meta and (buffer.layout is not torch.strided or not _same_bits(buffer, values)):
-                    buffer.copy_(values)
+        for module, key, value in computed:
+            vars(module)[key] = value
 
 
-def run(model: nn.Module, inputs: Inputs, hooks: Mapping[nn.Module, Callable]) -> Any:
-    """The model's output in eval mode. ``hooks`` are called as forward hooks with the raw output of each layer."""
+def run(model: nn.Module, inputs: Inputs, hooks: Mapping[nn.Module, Callable]) -> list[Tensor]:
+    """The numbers in the model's output in eval mode, as copies: an output may be a buffer, which is restored.
+
+    ``hooks`` are called as forward hooks with the raw output of each layer.
+    """
     handles = []
     with undisturbed(model), torch.no_grad():
         model.eval()
@@ -79,7 +92,7 @@ def run(model: nn.Module, inputs: Inputs, hooks: Mapping[nn.Module, Callable]) -
             for layer, hook in hooks.items():
                 # Prepended, so that another hook has not changed the output yet.
                 handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
-            return inputs.call(model)
+            return [tensor.clone() for tensor in _floats(inputs.call(model))]
         finally:
             for handle in handles:
                 handle.remove()
@@ -119,7 +132,7 @@ class _Norms:
 
 def layer_changes(
     model: nn.Module, inputs: Inputs, exchanges: list[Exchange], corrections: Mapping[nn.Module, Tensor]
-) -> tuple[dict[str, Change], Any]:
+) -> tuple[dict[str, Change], list[Tensor]]:
     """How much each new layer's output differs from the old one's on the old one's inputs; and the model's output.
 
     ``corrections`` has, by old layer, what was added to the new layer's bias: (units,).
@@ -159,27 +172,26 @@ def _training(layer: nn.Module) -> Iterator[None]:
 
 def output_change(
     inputs: Inputs,
-    old_output: Any,
+    old_output: list[Tensor],
     root_of: nn.Module,
     exchanges: list[Exchange],
     corrections: Mapping[nn.Module, Tensor],
 ) -> Change:
     """How much the model's output differs from its earlier one while the new layers are in their places."""
     norms = _Norms()
-    old = _floats(old_output)
-    for old_tensor, new_tensor in zip(old, _floats(_run_placed(inputs, root_of, exchanges)), strict=True):
+    for old_tensor, new_tensor in zip(old_output, _run_placed(inputs, root_of, exchanges), strict=True):
         norms.add(old_tensor, new_tensor)
     if not corrections:
         return norms.change(False)
     with _without(exchanges, corrections):
         output = _run_placed(inputs, root_of, exchanges)
     without = _Norms()
-    for old_tensor, new_tensor in zip(old, _floats(output), strict=True):
+    for old_tensor, new_tensor in zip(old_output, output, strict=True):
         without.add(old_tensor, new_tensor)
     return Change(norms.change(False).value, without.change(False).value)
 
 
-def _run_placed(inputs: Inputs, model: nn.Module, exchanges: list[Exchange]) -> Any:
+def _run_placed(inputs: Inputs, model: nn.Module, exchanges: list[Exchange]) -> list[Tensor]:
     with placed(exchanges):
         return run(new_root(model, exchanges), inputs, {})
 
@@ -217,9 +229,10 @@ def step_times(model: nn.Module, inputs: Inputs, exchanges: list[Exchange]) -> S
 
 def _time_step(model: nn.Module, inputs: Inputs) -> float:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    args, kwargs = inputs.copied(model)
     start = time.perf_counter()
     with torch.enable_grad():
-        outputs = [output for output in _floats(inputs.call(model)) if output.requires_grad]
+        outputs = [output for output in _floats(model(*args, **kwargs)) if output.requires_grad]
         if outputs and parameters:
             loss = torch.stack([output.abs().float().sum() for output in outputs]).sum()
             torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -246,7 +259,7 @@ def mean_sums(model: nn.Module, inputs: Inputs, layers: list[nn.Module]) -> dict
 
 def _sums_of_inputs(layer: Any, x: Tensor) -> tuple[Tensor, int]:
     x = _wide(x)
-    if isinstance(layer, nn.Linear):
+    if is_linear(layer):
         return x.sum().reshape(1), x.numel() // layer.in_features
     # A convolution with one filter of ones per group sums each window.
     filters = x.new_ones(layer.groups, layer.in_channels // layer.groups, *layer.kernel_size)
@@ -258,7 +271,7 @@ def _sums_of_inputs(layer: Any, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _along_channels(values: Tensor, layer: Any) -> Tensor:
-    return values if isinstance(layer, nn.Linear) else values.view(-1, *(1,) * len(layer.kernel_size))
+    return values if is_linear(layer) else values.view(-1, *(1,) * len(layer.kernel_size))
 
 
 def _floats(output: Any) -> list[Tensor]:
@@ -270,7 +283,3 @@ def _floats(output: Any) -> list[Tensor]:
 def _wide(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor if tensor.is_complex() else tensor.double()
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))

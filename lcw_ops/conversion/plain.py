@@ -25,7 +25,8 @@ class UnitScale(nn.Module):
         self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
-        scale = self.scale if self.dim == -1 else self.scale.view(-1, *(1,) * (-1 - self.dim))
+        # Written with lists alone, because torch.jit.script knows no star.
+        scale = self.scale if self.dim == -1 else self.scale.view([-1] + [1] * (-1 - self.dim))
         return scale.to(input.dtype) * input
 
     def extra_repr(self) -> str:
@@ -55,6 +56,13 @@ class _PlainOrthogonalFilter(nn.Module):
                 self.register_parameter(name, value)
             else:
                 setattr(self, name, value)
+
+    def _keep_order(self, source: Any) -> None:
+        """Let ``parameters()`` give the tensors in the fused module's order, by which optimizers store their state."""
+        pairs: list[tuple[Any, Any]] = [(self._parameters, source._parameters), (self._buffers, source._buffers)]
+        for own, others in pairs:
+            for name in [name for name in others if name in own]:
+                own[name] = own.pop(name)
 
     def _apply(self, fn, recurse=True):
         kept = {name: getattr(self, name) for name in ("filter", "alpha", "beta")}
@@ -101,6 +109,7 @@ class PlainOrthogonalFilterMLP(_PlainOrthogonalFilter):
         super().__init__()
         self._take(source, "in_features", "width", "depth", "out_features", "activation", "input_layer", "weight")
         self._take(source, "bias", "output_layer", "filter", "alpha", "beta")
+        self._keep_order(source)
 
     def forward(self, x: Tensor) -> Tensor:
         h0 = self.input_layer(x).reshape(-1, self.width)
@@ -125,6 +134,7 @@ class PlainOrthogonalFilterRNN(_PlainOrthogonalFilter):
         super().__init__()
         self._take(source, "input_size", "hidden_size", "batch_first", "activation", "weight_ih", "weight_hh", "bias")
         self._take(source, "filter", "alpha", "beta")
+        self._keep_order(source)
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Any, Tensor]:
         if isinstance(input, PackedSequence):

@@ -18,7 +18,7 @@ from lcw_ops.conversion.exchange import Exchange
 from lcw_ops.conversion.measure import Inputs
 from lcw_ops.conversion.optimizers import Remapping
 from lcw_ops.conversion.report import Changed, Left, Report
-from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, key_of_memory, owners_of_parameters
+from lcw_ops.conversion.sites import Site, find_sites, held_elsewhere, ties
 from lcw_ops.nn._refusals import PLAIN, applied_weight, refusal, weight_norm_tensors
 
 _LAYERS: dict[str, dict[type[nn.Module], Any]] = {
@@ -77,7 +77,9 @@ def convert(
             the layer that is registered last.
         filter: called with name and module of every layer of such a type. Those for which it is false stay.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model. The model is run
-            on it in eval mode, without gradients, several times. Hooks of the model run too.
+            on copies of it in eval mode, without gradients, several times. If layers with torch's weight norm are
+            replaced, forward and backward passes are timed too. They run with gradients in the mode that the model is
+            in, which is training mode as a rule. Hooks of the model run too.
         copy: convert a deep copy, ``report.model``.
         dry_run: change nothing, and report what would be done.
         optimizer: the optimizer that trains the model. Its groups get the new parameters in place of the old ones.
@@ -97,7 +99,7 @@ def convert(
     """
     targets = _targets(layers)
     given = None if inputs is None else Inputs("convert", inputs)
-    _check_model(model, copy, optimizer)
+    _check_model(model, filter, copy, optimizer)
     if copy and not dry_run:
         model = exchange.copy_of(model)
     sites = find_sites(model)
@@ -153,9 +155,12 @@ def _targets(layers: object) -> Mapping[type[nn.Module], Any]:
     return layers
 
 
-def _check_model(model: object, copy: bool, optimizer: object) -> None:
+def _check_model(model: object, filter: object, copy: bool, optimizer: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(describe("convert", "model", f"is a {type(model).__name__}", "a torch.nn.Module"))
+    if filter is not None and not callable(filter):
+        expected = "a function of a layer's name and the layer, or None"
+        raise TypeError(describe("convert", "filter", f"is a {type(filter).__name__}", expected))
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         came, remedy = "is wrapped in DistributedDataParallel", "Convert it first, and wrap it afterwards."
         raise ValueError(describe("convert", "model", came, "the model itself", remedy))
@@ -179,7 +184,7 @@ def _choose(
     sites: dict[int, Site], targets: Mapping[type[nn.Module], Any], filter, report: Report
 ) -> tuple[list[nn.Module], list[tuple[Site, Any]]]:
     """All layers of the types, and those to replace, each with the new class; the report gets those that stay."""
-    owners, elsewhere = owners_of_parameters(sites), held_elsewhere(sites)
+    tied, elsewhere = ties(sites), held_elsewhere(sites)
     inside_constraints = _parametrizations(sites)
     matches, chosen, accepted = [], [], 0
     for key, site in sites.items():
@@ -194,7 +199,7 @@ def _choose(
             report.left.append(Left(site.name, _name_of(layer), "the filter leaves it out"))
             continue
         accepted += 1
-        reason = refusal(layer) or _activation(layer) or _tie(layer, owners)
+        reason = refusal(layer) or _activation(layer) or _tie(layer, tied)
         holder = next((elsewhere[i] for i in (key, *map(id, layer.parameters())) if i in elsewhere), None)
         if reason is None and holder is not None:
             reason = f"{holder} holds it too, where a replacement would not arrive"
@@ -234,12 +239,9 @@ def _activation(layer: nn.Module) -> str | None:
     return "it applies an activation, which would be lost" if has_one else None
 
 
-def _tie(layer: nn.Module, owners: dict[int, list[str]]) -> str | None:
-    for parameter in layer.parameters():
-        names = owners[key_of_memory(parameter)]
-        if len(names) > 1:
-            return f"a parameter of it is tied: {' and '.join(names[:3])} are one"
-    return None
+def _tie(layer: nn.Module, tied: dict[int, str]) -> str | None:
+    tie = next((tied[id(parameter)] for parameter in layer.parameters() if id(parameter) in tied), None)
+    return f"a parameter of it is tied: {tie}" if tie else None
 
 
 def _parametrizations(sites: dict[int, Site]) -> set[int]:
@@ -365,7 +367,11 @@ def _measure(
     report.errors, output = measure.layer_changes(model, inputs, exchanges, corrections)
     report.output_change = measure.output_change(inputs, output, model, exchanges, corrections)
     if any(weight_norm_tensors(one.old) is not None for one in exchanges):
-        report.step_time = measure.step_times(model, inputs, exchanges)
+        try:
+            report.step_time = measure.step_times(model, inputs, exchanges)
+        except Exception as error:
+            # The passes run in the model's own mode, in which it may fail on inputs that suit eval mode.
+            report.notes.append(f"The forward and backward passes could not be timed: {error}")
     finite = all(math.isfinite(change.value) for change in report.errors.values())
     if not finite:
         report.notes.append("Some changes are not finite: the outputs on these inputs are 0 or not finite.")

@@ -5,6 +5,7 @@ A layer takes a drawn weight only if it applies this weight afterwards. Spectral
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lcw_ops._checks import describe
 from lcw_ops._layer_kinds import CONVOLUTIONS, is_conv, is_linear, plain_kind
+from lcw_ops._memory import sharing
 from lcw_ops.init._inputs import TRANSPOSED
 
 KINDS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
@@ -32,6 +34,21 @@ def find_layers(model: nn.Module) -> dict[nn.Module, str]:
         for name, layer in model.named_modules()
         if is_linear(layer) or is_conv(layer) or isinstance(layer, TRANSPOSED)
     }
+
+
+def foreign_parameters(layers: Iterable[nn.Module], others: Iterable[nn.Module]) -> set[int]:
+    """The ids of the layers' parameters that share memory with parameters of other modules, or are the same."""
+    own = [parameter for layer in layers for parameter in layer.parameters()]
+    theirs = [parameter for module in others for parameter in module._parameters.values() if parameter is not None]
+    ids = {id(parameter) for parameter in theirs}
+    shared = sharing([*own, *theirs])
+    return {id(one) for one in own if any(id(other) in ids for other in shared[id(one)])}
+
+
+def has_foreign_weight(layer: nn.Module, foreign: set[int]) -> bool:
+    """Whether a parameter other than the bias is one of these."""
+    bias = layer._parameters.get("bias")
+    return any(id(parameter) in foreign for parameter in layer.parameters() if parameter is not bias)
 
 
 def is_uninitialised(layer: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops._checks import check_choice, describe
+from lcw_ops._runs import fresh_copy, kept_buffers
 from lcw_ops.init import _inputs, _layers
 from lcw_ops.init.lps import RULES, assumed_samples, draw_roots, draw_units, roots_to_draw
 from lcw_ops.reference import anchored, hermite_second_moment, hermite_variance
@@ -16,7 +17,7 @@ from lcw_ops.reference.lps import Activation, check_activation
 @torch.no_grad()
 def lps_model_(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None = None,
     activation: Activation | None = "relu",
     rule: str = "joint",
     degree: int | None = 4,
@@ -43,18 +44,22 @@ def lps_model_(
 
     Args:
         model: filled in place.
-        inputs: the inputs of the forward pass: a tensor, a tuple of positional or a mapping of keyword arguments. The
-            pass runs in eval mode, so that no running statistics change; a batch norm without statistics passes its
-            input on. Each layer is filled just before it runs for the first time, on the output of the filled layers
-            before it. Layers that the pass does not call are filled without data. They may be used all the same, as
-            nn.MultiheadAttention uses out_proj, so the pass is then repeated with them, and the others are drawn again.
-            A layer after a dead one (its inputs are 0, or all equal, up to rounding) is filled as without inputs. Lazy
-            layers are initialised by the pass.
+        inputs: the inputs of the forward pass: a tensor, a tuple or list of positional or a mapping of keyword
+            arguments. The pass gets copies of them. It runs in eval mode, and buffers are restored, so that no running
+            statistics change; a batch norm without statistics passes its input on. Each layer is filled just before it
+            runs for the first time, on the output of the filled layers before it. Layers that the pass does not call
+            are filled without data. They may be used all the same, as nn.MultiheadAttention uses out_proj, so the pass
+            is then repeated with them, and the others are drawn again. A layer after a dead one (its inputs are 0, or
+            all equal, up to rounding) is filled as without inputs. Lazy layers are initialised by the pass.
         activation: the activation in between: a name, or any elementwise function of a tensor.
         rule, degree, generator, root: as in `lps_`. For root="polynomial" the polynomial is that of ``activation``.
 
     Layers with torch's weight norm, in both forms, and other parametrizations are set through them. A weight that two
     layers share is filled for the first one; the second one gets its own bias.
+
+    A weight that is tied to a module of another kind, such as an nn.Embedding, is left as it is, and the layer's bias
+    becomes zero. So its pre-activations keep the scale that the tied weight gives them. The other layers are filled on
+    that basis.
 
     Returns:
         The model.
@@ -101,15 +106,23 @@ class _Filling:
         self.moments = (1.0, 1.0)
         if activation is not None:
             self.moments = hermite_second_moment(activation, degree), hermite_variance(activation, degree)
+        inside = {module for layer in layers for module in layer.modules()}
+        others = [module for module in model.modules() if module not in inside]
+        # The modules whose buffers the pass alone can change: ours and parametrizations may compute weights from them.
+        self.bystanders = [*others, *(layer for layer in layers if not hasattr(type(layer), "_plain"))]
+        # The parameters that others hold too, which are not to be overwritten.
+        self.foreign = _layers.foreign_parameters(layers, others)
+        self.tied = {layer for layer in layers if _layers.has_foreign_weight(layer, self.foreign)}
         # The parameters that have been filled, and the layer that each was filled for.
         self.filled: dict[nn.Parameter, nn.Module] = {}
 
     def run(self) -> None:
-        refused = {name: _layers.reason_against(layer) for layer, name in self.layers.items()}
+        drawn = {layer: name for layer, name in self.layers.items() if layer not in self.tied}
+        refused = {name: _layers.reason_against(layer) for layer, name in drawn.items()}
         reasons = {name: reason for name, reason in refused.items() if reason is not None}
         if reasons:
             raise _layers.refusals(reasons)
-        without_bias = [name for layer, name in self.layers.items() if not _layers.has_bias(layer)]
+        without_bias = [name for layer, name in drawn.items() if not _layers.has_bias(layer)]
         if self.rule == "anchored" and without_bias:
             came = f"has layers without bias ({', '.join(without_bias)})"
             expected = "a bias in every layer for rule 'anchored'"
@@ -135,10 +148,13 @@ class _Filling:
         hooks = [layer.register_forward_pre_hook(fill_on_data, with_kwargs=True) for layer in self.layers]
         try:
             self.model.eval()
-            if isinstance(self.inputs, Mapping):
-                self.model(**self.inputs)
-            else:
-                self.model(*self.inputs) if isinstance(self.inputs, tuple) else self.model(self.inputs)
+            # The model may write into its inputs and its buffers, and may be called twice.
+            inputs = fresh_copy(self.inputs, self.model)
+            with kept_buffers(self.bystanders):
+                if isinstance(inputs, Mapping):
+                    self.model(**inputs)
+                else:
+                    self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -152,6 +168,11 @@ class _Filling:
             return
         if _layers.is_uninitialised(layer):
             raise _layers.refusals({name: "it is lazy, and no input reaches it"})
+        if layer in self.tied:
+            bias = layer._parameters.get("bias")
+            if bias is not None:
+                self.assign(layer, "bias", torch.zeros_like(bias))
+            return
         try:
             shared = self.filled.get(layer._parameters.get("weight"))
             if shared is not None and self.rule == "anchored":
@@ -168,7 +189,7 @@ class _Filling:
 
     def assign(self, layer: Any, name: str, value: Tensor) -> None:
         own = layer._parameters.get(name)
-        if own is not None and own in self.filled:
+        if own is not None and (own in self.filled or id(own) in self.foreign):
             return
         _layers.assign(layer, name, value)
         if own is not None:

@@ -4,6 +4,7 @@ A replacement takes over a layer's weight and bias, and nothing else. So a layer
 these two alone: it runs torch's own forward pass, and its weight is a parameter or follows from torch's weight norm.
 """
 
+import inspect
 import sys
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # The parts of a plain layer that compute its output. A class or an instance that replaces one computes something else.
 _COMPUTING = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
 
-# What a subclass may define without computing anything else.
+# What a subclass may define without computing anything else. An annotation of ``weight`` is in ``__annotations__``. A
+# class attribute of that name, a property for instance, would hide the parameter.
 _HARMLESS = {
     "__init__",
     "__module__",
@@ -37,8 +39,6 @@ _HARMLESS = {
     "__static_attributes__",
     "extra_repr",
     "reset_parameters",
-    "bias",
-    "weight",
 }
 
 _PRUNED = "it is pruned; make the pruning permanent first, with torch.nn.utils.prune.remove"
@@ -102,13 +102,47 @@ def applied_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def _refusal_of_ours(layer: Any) -> str | None:
-    kind: Any = next(base for base in type(layer).__mro__ if base.__module__.startswith("lcw_ops."))
+def base_of_ours(layer: nn.Module) -> type[nn.Module]:
+    """The class of this package that the layer is an instance of; a user's subclass may be in front of it."""
+    return next(base for base in type(layer).__mro__ if base.__module__.startswith("lcw_ops."))
+
+
+def _refusal_of_ours(layer: nn.Module) -> str | None:
+    kind: Any = base_of_ours(layer)
     if type(layer).forward is not kind.forward or "forward" in vars(layer):
         return "it has a forward of its own"
-    if any(isinstance(hook, _pruning_methods()) for hook in layer._forward_pre_hooks.values()):
-        return _PRUNED
+    expected = {
+        name
+        for base in kind.__mro__
+        if base.__module__.startswith("lcw_ops.")
+        for name in inspect.get_annotations(base)
+    }
+    if getattr(layer, "basis", None) is not None:
+        expected -= {"weight_u" if layer.basis else "weight_v"}
+    return (
+        _refusal_of_class(layer, kind)
+        or refusal_of_computed_tensors(layer)
+        or refusal_of_more(layer, expected, "its class's tensors")
+    )
+
+
+def refusal_of_computed_tensors(layer: nn.Module) -> str | None:
+    """Why a module of this package, whose tensors a parametrization or a hook computes, stays as it is."""
+    if parametrize.is_parametrized(layer):
+        constrained: Any = layer.parametrizations
+        names = [type(constraint).__name__ for name in constrained for constraint in constrained[name]]
+        return f"parametrizations compute its tensors {', '.join(constrained)} ({', '.join(names)})"
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, _pruning_methods()):
+            return _PRUNED
+        if isinstance(hook, (SpectralNorm, WeightNorm)):
+            return f"a hook of {type(hook).__name__} computes its tensor {hook.name}"
     return None
+
+
+def refusal_of_more(layer: nn.Module, expected: set[str], what: str) -> str | None:
+    others = {*layer._parameters, *layer._buffers, *layer._modules} - expected - {"parametrizations"}
+    return f"it holds more than {what}: {', '.join(sorted(others))}" if others else None
 
 
 def _refusal_of_class(layer: nn.Module, plain: type[nn.Module]) -> str | None:
@@ -155,9 +189,8 @@ def _refusal_of_tensors(layer: nn.Module) -> str | None:
         return "its weight is not a parameter, and nothing known computes it"
     if "bias" not in layer._parameters:
         return "its bias is neither a parameter nor None"
-    others = {*layer._parameters, *layer._buffers, *layer._modules} - expected - {"parametrizations"}
-    if others:
-        return f"it holds more than a weight and a bias: {', '.join(sorted(others))}"
+    if reason := refusal_of_more(layer, expected, "a weight and a bias"):
+        return reason
     tensors = [layer._parameters[name] for name in layer._parameters] if normed is None else [*normed, layer.bias]
     for tensor in tensors:
         if isinstance(tensor, Tensor) and (reason := _refusal_of_tensor(tensor)):

@@ -129,6 +129,7 @@ def update_means(loader: Iterable[Any], model: nn.Module, device: torch.device |
     Raises:
         ValueError: no samples reach any of the layers, as with an empty loader; or a mean is not finite. An error of
             the loader or of the model is passed on. After an error the model is as it was.
+        TypeError: a batch of another type, such as a dict.
     """
     layers = [module for module in model.modules() if isinstance(module, InputMeanNorm)]
     if not layers:
@@ -155,7 +156,12 @@ def update_means(loader: Iterable[Any], model: nn.Module, device: torch.device |
         for layer in layers:
             layer.training = True
         for batch in loader:
-            x = batch[0] if isinstance(batch, (list, tuple)) else batch
+            x = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+            if not isinstance(x, Tensor):
+                begins = "" if x is batch else f" that begins with a {type(x).__name__}"
+                came = f"has given a batch that is a {type(batch).__name__}{begins}"
+                expected = "batches that are a tensor, or a list or tuple that begins with one"
+                raise TypeError(describe("update_means", "loader", came, expected))
             model(x if device is None else x.to(device))
         if not sums:
             came = "has given no sample to an InputMeanNorm of the model"
