@@ -44,6 +44,7 @@ def fresh_copy(inputs: Any, model: nn.Module) -> Any:
         try:
             return copied(inputs)
         except Exception:
+            # Some part refuses a copy; the others are copied one by one.
             return pytree.tree_map(copied_or_itself, inputs)
 
 

@@ -130,7 +130,7 @@ def test_our_layers_as_they_are_made_are_not_refused(kind):
     assert refusal(kind(*sizes, bias=False)) is None
     if "LCW" in kind.__name__:
         assert refusal(kind(*sizes, basis=True)) is None
-    # Of one input: empty tensors and signs are buffers.
+    # In layers of one input, empty tensors and signs are buffers.
     one = (1, 2) if kind._plain is nn.Linear else (1, 2, 1)
     assert refusal(kind(*one)) is None
     assert type(lcw_ops.fold(kind(*one)).model) is kind._plain

@@ -21,7 +21,7 @@ from lcw_ops import nn
 from lcw_ops._layer_kinds import is_linear
 
 EPS = 2**-23
-# Of the convolutions, the 2d ones stand for all where an export takes seconds.
+# The 2d convolutions stand for all convolutions where an export takes seconds.
 LAYERS = [index for index, (layer, x) in enumerate(every_layer()) if x.dim() in (2, 4)]
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -15,7 +15,7 @@ from lcw_ops._checks import describe
 from lcw_ops._layer_kinds import is_linear
 from lcw_ops.nn._refusals import applied_weight, weight_norm_tensors
 from lcw_ops.nn.hypersphere import _coordinates as coordinates
-from lcw_ops.reference import normalize_scale
+from lcw_ops.nn.weight_norm import _lengths as lengths
 
 _LCW = (ours.LCWLinear, ours.LCWConv1d, ours.LCWConv2d, ours.LCWConv3d)
 _GMP = (ours.GmPLinear, ours.GmPConv1d, ours.GmPConv2d, ours.GmPConv3d)
@@ -206,7 +206,7 @@ def _build_weight_norm(old: Any, kind: Any) -> nn.Module:
     v = _trained_weight(old) if normed is None else normed.v
     made = empty(old, kind, v.dtype, old.bias is not None)
     made.weight_v = v
-    made.weight_g = nn.Parameter(_lengths(v), v.requires_grad) if normed is None else normed.g
+    made.weight_g = nn.Parameter(lengths(v), v.requires_grad) if normed is None else normed.g
     _give_bias(made, old)
     return made
 
@@ -227,16 +227,3 @@ def _give_bias(made: nn.Module, old: Any) -> None:
     else:
         # A GmP layer computes it.
         made._parameters["bias"] = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-
-
-@torch.no_grad()
-def _lengths(weight: Tensor) -> Tensor:
-    """The length of every row or filter, in torch's shape (n, 1, ...)."""
-    rows = weight.detach().flatten(1)
-    if weight.dtype == torch.float64:
-        # <w, w / ||w||>: no entry is squared, so no length overflows or underflows.
-        lengths = (rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1)
-    else:
-        # In float64, no square of a number of fewer bits overflows or underflows.
-        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return lengths.view(-1, *(1,) * (weight.dim() - 1)).to(weight.dtype)

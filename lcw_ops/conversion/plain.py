@@ -93,7 +93,7 @@ class _PlainOrthogonalFilter(nn.Module):
 
 
 class PlainOrthogonalFilterMLP(_PlainOrthogonalFilter):
-    """What :class:`lcw_ops.nn.OrthogonalFilterMLP` computes, in plain torch. Its state dict is the same.
+    """The function of :class:`lcw_ops.nn.OrthogonalFilterMLP` in plain torch. Its state dict is the same.
 
     Shapes:
         input (*, in_features) -> output (*, out_features).
@@ -118,7 +118,7 @@ class PlainOrthogonalFilterMLP(_PlainOrthogonalFilter):
 
 
 class PlainOrthogonalFilterRNN(_PlainOrthogonalFilter):
-    """What :class:`lcw_ops.nn.OrthogonalFilterRNN` computes, in plain torch. Its state dict is the same.
+    """The function of :class:`lcw_ops.nn.OrthogonalFilterRNN` in plain torch. Its state dict is the same.
 
     Shapes:
         input (T, B, input_size), with ``batch_first`` (B, T, input_size), or (T, input_size), or a ``PackedSequence``;

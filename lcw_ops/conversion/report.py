@@ -43,7 +43,7 @@ class StepTime(NamedTuple):
 
 @dataclass
 class Report:
-    """What :func:`lcw_ops.convert` or :func:`lcw_ops.fold` did, or with ``dry_run`` would do.
+    """The changes that :func:`lcw_ops.convert` or :func:`lcw_ops.fold` made, or with ``dry_run`` would make.
 
     Attributes:
         model: the model to use from now on. It is a new module if the root itself was replaced, or in a copy.

@@ -246,7 +246,7 @@ def _sharded_dimension(tensor: Any, dimension: int) -> int | None:
 
 
 def _local(tensor: Any, patterns: list[str], summed: set[str]) -> Tensor:
-    """What this rank holds. Its gradients are summed over the ranks of the mesh dimensions of these patterns."""
+    """This rank's part. Its gradients are summed over the ranks of the mesh dimensions of these patterns."""
     placements = [
         _partial() if pattern in summed else placed for pattern, placed in zip(patterns, tensor.placements, strict=True)
     ]

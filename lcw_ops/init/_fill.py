@@ -1,4 +1,4 @@
-"""What the initialisers of tensors share: the refusal of computed tensors, and drawing on the generator's device."""
+"""Initialisers of tensors share two things: they refuse computed tensors, and draw on the generator's device."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a layer's units see of its input: how large their inputs are, and samples of them.
+"""The inputs of a layer's units: how large their inputs are, and samples of them.
 
 A unit of a linear layer sees a row. A unit of a convolution, a filter, sees a patch, of the channels of its group. A
 unit of a transposed convolution is an output channel. At every position of its output it sees, for every entry of its

@@ -96,7 +96,7 @@ def prepare(layer: nn.Module) -> bool:
     for name in ("weight", "bias"):
         hook = _weight_norm(layer, name)
         if hook is not None:
-            # What is shown may be stale, even in another dtype: the hook computes it only before a forward pass.
+            # The attribute may be stale, even in another dtype: the hook computes it only before a forward pass.
             setattr(layer, name, hook.compute_weight(layer))
     if not _is_property(layer, "weight"):
         return False

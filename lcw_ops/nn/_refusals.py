@@ -23,7 +23,7 @@ PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # The parts of a plain layer that compute its output. A class or an instance that replaces one computes something else.
 _COMPUTING = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
 
-# What a subclass may define without computing anything else. An annotation of ``weight`` is in ``__annotations__``. A
+# A subclass may define these without computing anything else. An annotation of ``weight`` is in ``__annotations__``. A
 # class attribute of that name, a property for instance, would hide the parameter.
 _HARMLESS = {
     "__init__",

@@ -243,11 +243,16 @@ class WeightNormConv3d(_WeightNormConv):
     _conv_forward = nn.Conv3d._conv_forward
 
 
+@torch.no_grad()
 def _lengths(weight: Tensor) -> Tensor:
     """The length of every row or filter, in torch's shape (n, 1, ...)."""
-    rows = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    # The length as <w, w / ||w||>: no entry is squared, so no length overflows or underflows.
-    lengths = (rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1)
+    rows = weight.detach().flatten(1)
+    if weight.dtype == torch.float64:
+        # <w, w / ||w||>: no entry is squared, so no length overflows or underflows.
+        lengths = (rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1)
+    else:
+        # In float64, no square of a number of fewer bits overflows or underflows.
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return lengths.view(-1, *(1,) * (weight.dim() - 1)).to(weight.dtype)
 
 
