@@ -54,7 +54,8 @@ struct Forward {
   bool return_states;
 };
 
-// One segment of the backward pass: layers first..first+count-1. Buffers without another shape are (count, M, N).
+// One segment of the backward pass: layers first..first+count-1. Buffers without another shape are (count, M, N), and
+// the pass has as many of each as it has slots.
 template <typename T>
 struct Backward {
   Recurrence<T> recurrence;
@@ -62,6 +63,7 @@ struct Backward {
   const T* checkpoints;
   int64_t checkpoint_every;  // steps from one checkpoint to the next: a segment, or 1
   bool return_states;
+  int64_t segments, slots;
   int64_t first, count;
   T* states;               // h_{l-1}
   T* slopes;               // beta act'(A_l), or nullptr where Device::keeps_slopes is false
@@ -82,6 +84,23 @@ struct Backward {
   LCW_HOST_DEVICE const T* checkpoint() const {
     return checkpoints + first / checkpoint_every * recurrence.rows * recurrence.width;
   }
+
+  // The pass of a segment, counted from the last one, with the buffers of its slot.
+  Backward of_segment(int64_t number) const {
+    Backward pass = *this;
+    pass.first = (segments - 1 - number) * recurrence.segment;
+    pass.count = std::min(recurrence.segment, recurrence.steps - pass.first);
+    const int64_t state_size = recurrence.rows * recurrence.width;
+    const int64_t offset = number % slots * recurrence.segment * state_size;
+    for (T** buffer : {&pass.states, &pass.slopes, &pass.grad_pre, &pass.filtered, &pass.activated})
+      if (*buffer) *buffer += offset;
+    return pass;
+  }
+};
+
+// How many steps a segment of the backward pass has, and how many segments have buffers at the same time.
+struct Segments {
+  int64_t length, slots;
 };
 
 // The arguments of both ops, made contiguous and checked, so that no call of an op reads out of bounds.
@@ -168,9 +187,9 @@ inline void check_dtype(const Tensor& tensor) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Device::run does the forward pass, Device::run_segment one segment of the backward pass. The last argument of either
-// is a tensor on the device. The functions below allocate their buffers and results, and report every large result to
-// Device::allocated.
+// Device::run does the forward or the backward pass. Its last argument is a tensor on the device. Device::segments cuts
+// the backward pass into segments. The functions below allocate their buffers and results, and report every large result
+// to Device::allocated.
 template <class Device, typename T>
 std::tuple<Tensor, Tensor> forward(
     const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
@@ -207,7 +226,15 @@ Gradients backward(
     bool needs_inputs, bool needs_states) {
   const bool return_states = grad_output.dim() == 3;
   const int64_t rows = grad_output.size(return_states ? 1 : 0), width = grad_output.size(return_states ? 2 : 1);
-  const int64_t count = std::min(segment, steps), state_size = rows * width;
+  const int64_t state_size = rows * width;
+  Backward<T> pass{};
+  pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
+  pass.checkpoint_every = checkpoints.numel() == steps * state_size ? 1 : segment;
+  const Segments cut = Device::segments(pass, needs_scales);
+  pass.recurrence.segment = cut.length, pass.slots = cut.slots;
+  pass.segments = state_size > 0 ? (steps + cut.length - 1) / cut.length : 0;
+  // The segment of the last steps may be shorter than its slot.
+  const int64_t count = std::min(cut.slots, pass.segments) * cut.length;
   const auto when = [&](bool needed, const Tensor& like) {
     Tensor gradient = needed ? stable::new_empty(like, like.sizes()) : stable::new_empty(like, {int64_t(0)});
     Device::allocated(gradient);
@@ -240,11 +267,8 @@ Gradients backward(
     stable::copy_(only, last);
   }
 
-  Backward<T> pass{};
-  pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
   pass.grad_output = grad_output.const_data_ptr<T>();
   pass.checkpoints = checkpoints.const_data_ptr<T>();
-  pass.checkpoint_every = checkpoints.numel() == steps * state_size ? 1 : segment;
   pass.return_states = return_states;
   pass.states = states.mutable_data_ptr<T>();
   pass.slopes = Device::keeps_slopes ? slopes.mutable_data_ptr<T>() : nullptr;
@@ -261,11 +285,7 @@ Gradients backward(
   pass.alpha_products = alpha_products.mutable_data_ptr<double>();
   pass.beta_products = beta_products.mutable_data_ptr<double>();
 
-  for (int64_t end = state_size > 0 ? steps : 0; end > 0; end = pass.first) {
-    pass.first = (end - 1) / segment * segment;
-    pass.count = end - pass.first;
-    Device::run_segment(pass, grad_output);
-  }
+  if (pass.segments > 0) Device::run(pass, grad_output);
   if (sums_weight) stable::copy_(grad_weight, weight_sum);
   if (sums_bias) stable::copy_(grad_bias, bias_sum);
   return {
