@@ -102,10 +102,13 @@ def select(args: argparse.Namespace) -> tuple[torch.device, list[Case]]:
     cases = [case for stem in args.stem or registry.STEMS for case in registry.cases(stem, device.type)]
     cases = [case for case in cases if case.quick == args.quick]
     if args.case is not None:
-        names = [case.label for case in cases]
+        names = dict.fromkeys(case.name for case in cases)
         cases = [case for case in cases if args.case in case.label]
         if not cases:
-            raise ValueError(f"--case is {args.case!r}; expected a part of one of: {'; '.join(names)}")
+            raise ValueError(
+                f"--case is {args.case!r}; expected a part of a case's name, shape and dtype. The names are: "
+                f"{'; '.join(names)}"
+            )
     return device, _share(cases, args.share)
 
 
