@@ -155,6 +155,7 @@ def make_function_cases():
         "lcw_weight, basis": (lambda w: F.lcw_weight(w, True), [None, draw(5, 6)]),
         "normalize_scale": (F.normalize_scale, [None, draw(5, 7), draw(5)]),
         "hypersphere_direction": (F.hypersphere_direction, [None, draw(5, 6)]),
+        "hypersphere_angles": (F.hypersphere_angles, [None, draw(5, 6)]),
     }
 
 
@@ -173,7 +174,13 @@ MESHES = {
     "fan-in, fan-in": (FAN_IN, FAN_IN),
     "units, fan-in": (UNITS, FAN_IN),
 }
-NEED_WHOLE_ROWS = ("lcw_linear, basis", "gmp_linear", "lcw_weight, basis", "hypersphere_direction")
+NEED_WHOLE_ROWS = (
+    "lcw_linear, basis",
+    "gmp_linear",
+    "lcw_weight, basis",
+    "hypersphere_direction",
+    "hypersphere_angles",
+)
 
 
 def takes(name, mesh):
@@ -430,7 +437,11 @@ def test_weights_without_a_rule_are_refused(mesh):
     with pytest.raises(TypeError, match="normalize_scale: scale is a plain tensor"):
         F.normalize_scale(rows, torch.ones(3))
     split = rows.redistribute(placements=[Shard(1)])
-    for call in (lambda: F.lcw_weight(split, True), lambda: F.hypersphere_direction(split)):
+    for call in (
+        lambda: F.lcw_weight(split, True),
+        lambda: F.hypersphere_direction(split),
+        lambda: F.hypersphere_angles(split),
+    ):
         with pytest.raises(ValueError, match="needs whole rows"):
             call()
     assert F.normalize_scale(rows, scale).placements == (Shard(0),)
