@@ -270,7 +270,7 @@ WIDENED = {"rows": (1, 4096), "filter": ("shared", "per_layer", "permutation"), 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("chosen", list(itertools.product(*WIDENED.values())) if EVERY_LAUNCH else [(1, "shared", 128)])
 def test_a_16_bit_weight_per_layer_fits_the_shared_memory_of_every_card(target, chosen):
-    """Shared memory holds its float32 copy too, in which it is multiplied. Spills are known for NVIDIA's cards alone."""
+    """Shared memory holds its float32 copy too, in which it is multiplied. Spills on AMD's cards are not judged."""
     options = dict(zip(WIDENED, chosen, strict=True)) | {"activation": "tanh", "per_layer": True, "everything": True}
     options |= {"dtypes": (F32, torch.bfloat16), "tf32": False}
     if target.startswith("sm_"):
