@@ -310,9 +310,14 @@ def main(arguments: list[str]) -> int:
         return _refuse(card["error"])
     print(f"{card['name']}, sm_{card['generation']}, torch {card['torch']}", flush=True)
     name = f"sm_{card['generation']}-{today}"
-    # Build for this card alone. Some instructions of Hopper (sm_90) exist only under the name sm_90a.
-    os.environ.setdefault("LCW_OPS_CUDA_ARCHS", card["generation"] + "a" * card["generation"].startswith("9"))
+    # Build for this card alone.
+    os.environ.setdefault("LCW_OPS_CUDA_ARCHS", architecture(card["generation"]))
     return run(select(args.part, parts(RESULTS / f"{name}.csv")), RESULTS / f"{name}-logs")
+
+
+def architecture(generation: str) -> str:
+    """The name for LCW_OPS_CUDA_ARCHS. Some instructions of Hopper (sm_90) exist only under the name sm_90a."""
+    return generation + "a" * generation.startswith("9")
 
 
 def _parser(plan: dict[str, list[Step]]) -> argparse.ArgumentParser:

@@ -98,6 +98,18 @@ class Case:
     quick: bool = False
     shorten: Callable[[dict], dict] = lambda inputs: inputs
 
+    @property
+    def shape_name(self) -> str:
+        return " ".join(f"{name}={size}" for name, size in self.shape.items())
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.shape_name}, {self.dtype_name}"
+
     def floor_seconds(self, rates: "Rates") -> float:
         return max(self.bytes / rates.memory, self.operations / rates.matmul)
 

@@ -79,20 +79,37 @@ class Plan:
 def prepare(args: argparse.Namespace) -> Plan:
     """Check the arguments of ``lcw-ops bench`` before anything is measured.
 
-    Raises ValueError for an unknown benchmark or device, a number of threads below 1, a share that is not K/N with
-    1 <= K <= N, or a CSV with other columns. Raises BackendError if the requested backend (``LCW_OPS_BACKEND``) cannot
-    run one of the benchmarks here.
+    Raises ValueError for an unknown benchmark, case or device, a number of threads below 1, a share that is not K/N
+    with 1 <= K <= N, --pairs without --base, or a CSV with other columns. Raises BackendError if the requested backend
+    (``LCW_OPS_BACKEND``) cannot run one of the benchmarks here.
     """
+    if args.pairs is not None:
+        raise ValueError(f"--pairs is {args.pairs} without --base; expected both. Name the revision to compare with")
+    device, cases = select(args)
+    out = args.out or _default_csv(device)
+    check_csv(out, COLUMNS, UNMARKED_COLUMNS)
+    if args.threads is not None:
+        _use_threads(args.threads)
+    return Plan(device, cases, out, args.quick)
+
+
+def select(args: argparse.Namespace) -> tuple[torch.device, list[Case]]:
+    """The device and the cases that the arguments ask for. ``prepare`` says which errors are raised."""
     unknown = [stem for stem in args.stem if stem not in registry.STEMS]
     if unknown:
         raise ValueError(f"no benchmark is called {unknown[0]!r}; choose from {', '.join(registry.STEMS)}")
     device = _device(args.device)
     cases = [case for stem in args.stem or registry.STEMS for case in registry.cases(stem, device.type)]
-    out = args.out or _default_csv(device)
-    _check_csv(out)
-    if args.threads is not None:
-        _use_threads(args.threads)
-    return Plan(device, _share([case for case in cases if case.quick == args.quick], args.share), out, args.quick)
+    cases = [case for case in cases if case.quick == args.quick]
+    if args.case is not None:
+        names = dict.fromkeys(case.name for case in cases)
+        cases = [case for case in cases if args.case in case.label]
+        if not cases:
+            raise ValueError(
+                f"--case is {args.case!r}; expected a part of a case's name, shape and dtype. The names are: "
+                f"{'; '.join(names)}"
+            )
+    return device, _share(cases, args.share)
 
 
 def _share(cases: list[Case], share: str) -> list[Case]:
@@ -123,9 +140,7 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
 
     Returns its rows, and whether one of our own kernels was refused or a competitor was faster than the floor.
     """
-    shape = " ".join(f"{name}={size}" for name, size in case.shape.items())
-    dtype = str(case.dtype).removeprefix("torch.")
-    print(f"{case.stem}: {case.name}, {shape}, {dtype}")
+    print(f"{case.stem}: {case.label}")
     left_out = {one.name: reason for one in case.competitors if (reason := _reason_left_out(one, quick))}
     errors = registry.check(case, device, [one for one in case.competitors if one.name not in left_out])
     left_out |= {name: f"REFUSED: {error}" for name, error in errors.items() if isinstance(error, WrongResult)}
@@ -165,11 +180,16 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
             "floor_s": floor,
             "noisy": name in noisy,
         }
-        work = {"stem": case.stem, "case": case.name, "shape": shape, "dtype": dtype, "competitor": name}
-        rows.append(Row(**_machine(device), **work, **measured))
+        rows.append(Row(**_machine(device), **work(case, name), **measured))
     print(flush=True)
     refused = any(one.ours and isinstance(errors.get(one.name), WrongResult) for one in case.competitors)
     return rows, refused or bool(impossible)
+
+
+def work(case: Case, competitor: str) -> dict:
+    """The columns that say which work a row is about."""
+    named = {"stem": case.stem, "case": case.name, "shape": case.shape_name, "dtype": case.dtype_name}
+    return named | {"competitor": competitor}
 
 
 def measure(
@@ -220,7 +240,7 @@ def append_rows(path: Path, rows: list[Row]) -> None:
     if not new:
         _mark_rows(path)
     with path.open("a", newline="") as file:
-        _write_rows(file, map(asdict, rows), header=new)
+        write_rows(file, COLUMNS, map(asdict, rows), header=new)
 
 
 def _mark_rows(path: Path) -> None:
@@ -230,17 +250,17 @@ def _mark_rows(path: Path) -> None:
         if reader.fieldnames != UNMARKED_COLUMNS:
             return
         rows = [row | {"noisy": registry.is_noisy(float(row["median_s"]), float(row["spread_s"]))} for row in reader]
-    write_atomically(path, lambda file: _write_rows(file, rows, header=True))
+    write_atomically(path, lambda file: write_rows(file, COLUMNS, rows, header=True))
 
 
-def _write_rows(file: IO[str], rows: Iterable[dict], header: bool) -> None:
-    writer = csv.DictWriter(file, COLUMNS)
+def write_rows(file: IO[str], columns: list[str], rows: Iterable[dict], header: bool) -> None:
+    writer = csv.DictWriter(file, columns)
     if header:
         writer.writeheader()
     writer.writerows(rows)
 
 
-def _check_csv(path: Path) -> None:
+def check_csv(path: Path, columns: list[str], older_columns: list[str] | None = None) -> None:
     """Check the file before minutes of measuring: rows under other columns would later be misread or lost."""
     new = not path.exists()
     if new and not path.parent.is_dir():
@@ -248,14 +268,14 @@ def _check_csv(path: Path) -> None:
     try:
         with path.open("a+", newline="") as file:
             file.seek(0)
-            found = COLUMNS if new else next(csv.reader(file), [])
+            found = columns if new else next(csv.reader(file), [])
     except OSError as error:
         raise ValueError(f"--out: {path} cannot be written: {error.strerror}. Name another file") from error
     if new:
         path.unlink()
-    if found not in (COLUMNS, UNMARKED_COLUMNS):
+    if found not in (columns, older_columns):
         raise ValueError(
-            f"--out: {path} has columns {', '.join(found)}, expected {', '.join(COLUMNS)}. Name another file"
+            f"--out: {path} has columns {', '.join(found)}, expected {', '.join(columns)}. Name another file"
         )
 
 
@@ -288,11 +308,11 @@ def _use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _default_csv(device: torch.device) -> Path:
+def _default_csv(device: torch.device, prefix: str = "") -> Path:
     """One file per machine, in bench/results/ of a source tree, or else in the current folder."""
     results = Path(__file__).parent / "results"
     name = re.sub(r"\W+", "-", describe(device)["device_name"]).strip("-").lower()
-    return (results if results.is_dir() else Path()) / f"{name}.csv"
+    return (results if results.is_dir() else Path()) / f"{prefix}{name}.csv"
 
 
 def _machine(device: torch.device) -> dict:

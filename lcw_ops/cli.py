@@ -190,14 +190,17 @@ def _run_job(command: str, job, arguments: argparse.Namespace) -> int:
 
 
 def _run_bench(arguments: argparse.Namespace) -> int:
-    from lcw_ops.bench import runner
+    if arguments.base is None:
+        from lcw_ops.bench import runner as job
+    else:
+        from lcw_ops.bench import compare as job
 
     _check_backend("bench")
     try:
-        plan = runner.prepare(arguments)
+        plan = job.prepare(arguments)
     except (ValueError, OSError) as error:
         raise _usage_error("bench", error) from error
-    return runner.carry_out(plan)
+    return job.carry_out(plan)
 
 
 def _add_info_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,8 @@ SIZES = (2, 4)
 TIMEOUT = 300
 SAMPLES, MICROBATCHES = 8, 4
 SCHEDULES = ("ScheduleGPipe", "Schedule1F1B")
+# These give every process two stages. The second computes the gradients of inputs before those of parameters.
+LOOPED_SCHEDULES = ("ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble")
 
 DEPTH = 7
 # The arguments of the net, made anew for every test: a net may hold a given parameter.
@@ -255,10 +257,11 @@ def test_a_stage_on_meta_gets_memory_of_its_own():
 @pytest.mark.parametrize(
     ("n", "kind", "message"),
     [
-        (0, ValueError, r"OrthogonalFilterMLP\.stages: n is 0; expected at least 1"),
+        (0, ValueError, rf"^OrthogonalFilterMLP\.stages: n is 0; expected 1 to {DEPTH}"),
         (-1, ValueError, "n is -1"),
-        (DEPTH + 1, ValueError, rf"n is {DEPTH + 1}; expected at most {DEPTH}"),
-        (2.0, TypeError, r"n is 2\.0; expected an int"),
+        (DEPTH + 1, ValueError, rf"n is {DEPTH + 1}; expected 1 to {DEPTH}, the number of layers"),
+        (2.0, TypeError, r"n is 2\.0; expected an int\.$"),
+        (None, TypeError, r"n is None; expected an int\.$"),
         (True, TypeError, "n is True"),
     ],
 )
@@ -276,6 +279,23 @@ def test_computed_parameters_are_refused():
     prune.l1_unstructured(mlp, "bias", 0.5)
     with pytest.raises(ValueError, match="bias is computed from other tensors"):
         mlp.stages(2)
+
+
+def test_a_net_with_a_forward_of_its_own_is_refused():
+    class Doubled(OrthogonalFilterMLP):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match=r"^OrthogonalFilterMLP\.stages: the net is a Doubled.*forward of its own"):
+        Doubled(5, 6, DEPTH, 3).stages(2)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5), (5,)])
+def test_a_state_is_not_a_view(shape):
+    # Zero-bubble schedules call detach_ on it, which torch refuses for a view.
+    state = make_mlp().stages(2)[0](torch.randn(shape))
+    assert state.shape == (*shape[:-1], 6)
+    state.detach_()
 
 
 @pytest.mark.parametrize("x", [torch.randn(4, 12), torch.randn(4, 5), torch.randn(4, 6, dtype=torch.float64)])
@@ -326,6 +346,15 @@ def test_a_pipeline_of_fifty_thousand_layers_computes_what_one_process_does(tmp_
         for size in SIZES:
             for schedule in SCHEDULES:
                 assert_as_one_process(results, 50_000, case, size, schedule)
+
+
+@pytest.mark.parametrize("schedule", LOOPED_SCHEDULES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_pipeline_with_two_stages_per_process_computes_what_one_process_does(found, case, size, schedule):
+    for half in range(2):
+        results = [{(case, size, schedule): found[rank][case, size, schedule][half]} for rank in range(PROCESSES)]
+        assert_as_one_process(results, 20, case, size, schedule)
 
 
 def assert_as_one_process(found, depth, case, size, schedule):
@@ -396,6 +425,34 @@ def run_pipeline(group, size, rank, depth, case, schedule):
     return result
 
 
+def run_looped_pipeline(group, size, rank, depth, case, schedule):
+    import torch.distributed as dist
+    from torch.distributed import pipelining
+
+    mlp, samples, targets = make_case(depth, case)
+    indices = [rank, rank + size]
+    modules = [mlp.stages(2 * size)[index] for index in indices]
+    stages = [
+        pipelining.PipelineStage(module, index, 2 * size, torch.device("cpu"), group=group)
+        for module, index in zip(modules, indices, strict=True)
+    ]
+    # torch would divide the gradient of a shared scale once for each of the two stages.
+    pipeline = getattr(pipelining, schedule)(stages, MICROBATCHES, loss_fn=compute_loss, scale_grads=False)
+    losses = []
+    given = (samples,) if rank == 0 else ()
+    last = {"target": targets, "losses": losses} if rank == size - 1 else {}
+    output = pipeline.step(*given, **last)
+    results = [{"layers": (module.start, module.stop)} for module in modules]
+    if last:
+        results[1].update(output=output.detach(), losses=torch.stack(losses).detach())
+    for name in ("alpha", "beta"):
+        if case == "trained":
+            dist.all_reduce(getattr(modules[0], name).grad, group=group)
+    for module, result in zip(modules, results, strict=True):
+        result["gradients"] = {name: parameter.grad / MICROBATCHES for name, parameter in module.named_parameters()}
+    return results
+
+
 def run_process(rank, folder):
     import torch.distributed as dist
 
@@ -403,11 +460,14 @@ def run_process(rank, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=TIMEOUT))
     pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
     results = {}
+    depth = int(Path(folder).name)
     for case in CASES:
         for size, group in ((2, pairs[rank // 2]), (4, None)):
             for schedule in SCHEDULES:
-                depth = int(Path(folder).name)
                 results[case, size, schedule] = run_pipeline(group, size, rank % size, depth, case, schedule)
+            if depth < 1000:
+                for schedule in LOOPED_SCHEDULES:
+                    results[case, size, schedule] = run_looped_pipeline(group, size, rank % size, depth, case, schedule)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     os._exit(0)

@@ -245,14 +245,20 @@ def compiled_facts(target: str, launch: Callable, options: dict) -> list[dict]:
     return [{"name": kernel.name, "warps": kernel.metadata.num_warps} | facts(kernel) for kernel in different]
 
 
-@pytest.mark.parametrize(("target", "launch", "options"), list(launches()))
-def test_compiles_and_hardly_spills(target, launch, options):
+def compile_to_fit(target: str, launch: Callable, options: dict) -> list[dict]:
+    """The facts of the compiled kernels, none of which takes more shared memory than the card has."""
     key = f"{target} {inspect.getsource(launch)} {options}"
     compiled = remembered(key, lambda: compiled_facts(target, launch, options))
     assert compiled
     for kernel in compiled:
         print(target, kernel)
         assert kernel["shared"] <= DEVICES[target].shared_memory
+    return compiled
+
+
+@pytest.mark.parametrize(("target", "launch", "options"), list(launches()))
+def test_compiles_and_hardly_spills(target, launch, options):
+    compiled = compile_to_fit(target, launch, options)
     most = {kernel["name"]: KNOWN_SPILLS.get(kernel["name"], MAX_SPILLED_BYTES) for kernel in compiled}
     assert not [kernel for kernel in compiled if kernel["spilled"] > most[kernel["name"]]]
 
@@ -264,10 +270,13 @@ WIDENED = {"rows": (1, 4096), "filter": ("shared", "per_layer", "permutation"), 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("chosen", list(itertools.product(*WIDENED.values())) if EVERY_LAUNCH else [(1, "shared", 128)])
 def test_a_16_bit_weight_per_layer_fits_the_shared_memory_of_every_card(target, chosen):
-    """Shared memory holds its float32 copy too, in which it is multiplied."""
+    """Shared memory holds its float32 copy too, in which it is multiplied. Spills on AMD's cards are not judged."""
     options = dict(zip(WIDENED, chosen, strict=True)) | {"activation": "tanh", "per_layer": True, "everything": True}
     options |= {"dtypes": (F32, torch.bfloat16), "tf32": False}
-    test_compiles_and_hardly_spills(target, layers, options)
+    if target.startswith("sm_"):
+        test_compiles_and_hardly_spills(target, layers, options)
+    else:
+        compile_to_fit(target, layers, options)
 
 
 def test_every_kernel_is_launched(monkeypatch):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lcw_ops import _torch
+from lcw_ops import functional as F
 from lcw_ops import nn as ours
 from lcw_ops._checks import describe
 from lcw_ops._layer_kinds import is_linear, plain_kind
@@ -199,7 +200,9 @@ def _exact(layer: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return lcw_weight(trained[0], layer.basis).flatten(1), None, None
     if building.is_weight_norm(layer):
         v, g = trained
-        return normalize_scale(v.flatten(1), g.flatten()), None, None
+        # The reference fails on a rank that holds no column of a DTensor.
+        weight = F.normalize_scale if _torch.has_dtensor(v) else normalize_scale
+        return weight(v.flatten(1), g.flatten()), None, None
     angles, radius = trained
     direction = hypersphere_direction(angles)
     if layer.sign is not None:

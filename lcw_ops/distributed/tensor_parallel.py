@@ -20,6 +20,9 @@ from lcw_ops.nn import GmPLinear, LCWLinear
 
 _PLAIN = (nn.Linear, nn.Embedding)
 
+# The attribute of a parameter that holds what it was made into, for the other layers that share it.
+_MADE = "_lcw_ops_distributed_as"
+
 
 class _Style(torchs.ParallelStyle):
     """The code shared by both styles."""
@@ -38,11 +41,19 @@ class _Style(torchs.ParallelStyle):
         use_local_output: bool = True,
     ) -> None:
         super().__init__()
+        for name, layout in (("input_layouts", input_layouts), ("output_layouts", output_layouts)):
+            if layout is not None and not isinstance(layout, Placement):
+                expected = "a Placement, such as Replicate() or Shard(-1), or None for the default"
+                raise TypeError(describe(type(self).__name__, name, f"is a {type(layout).__name__}", expected))
         self.input_layouts, self.output_layouts = input_layouts, output_layouts
         self.use_local_output = use_local_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         name = type(self).__name__
+        if is_parametrized(module):
+            came = f"is a {type(module).__name__} with a parametrization, which may need whole rows"
+            remedy = "Remove it first: torch.nn.utils.parametrize.remove_parametrizations."
+            raise ValueError(describe(name, "the module", came, "a layer without one", remedy))
         if isinstance(module, _PLAIN):
             style = self._torchs(
                 input_layouts=self.input_layouts,
@@ -53,14 +64,11 @@ class _Style(torchs.ParallelStyle):
         if not is_linear(module):
             expected = "a linear layer of lcw_ops.nn, nn.Linear or nn.Embedding"
             raise TypeError(describe(name, "the module", f"is a {type(module).__name__}", expected))
-        if is_parametrized(module):
-            came = f"is a {type(module).__name__} with a parametrization, which may need whole rows"
-            remedy = "Remove it first: torch.nn.utils.parametrize.remove_parametrizations."
-            raise ValueError(describe(name, "the module", came, "a layer without one", remedy))
         if device_mesh.ndim != 1:
             came, expected = f"has {device_mesh.ndim} dimensions", "one dimension"
             raise ValueError(describe(name, "device_mesh", came, expected, 'Pass a part of it, such as mesh["tp"].'))
         self._check_layer(name, module)
+        self._check_shared(name, module, device_mesh)
         return distribute_module(
             module,
             device_mesh,
@@ -75,13 +83,28 @@ class _Style(torchs.ParallelStyle):
     def _placement(self, name: str, tensor: Tensor, layer: Any) -> Placement:
         raise NotImplementedError
 
+    def _check_shared(self, name: str, layer: nn.Module, mesh: DeviceMesh) -> None:
+        """Raise ValueError if a parameter is shared with a layer that was split in another way."""
+        for own_name, parameter in layer.named_parameters(recurse=False):
+            made = getattr(parameter, _MADE, None)
+            if made is not None and (made.device_mesh, *made.placements) != (
+                mesh,
+                self._placement(own_name, parameter, layer),
+            ):
+                came = f"shares {own_name} with a layer that was split as {made.placements}"
+                expected = "the same split for all layers that share a parameter"
+                raise ValueError(describe(name, "the module", came, expected, "Use one style and one mesh for them."))
+
     def _distribute(self, _: str, layer: nn.Module, mesh: DeviceMesh) -> None:
         def distribute(name: str, tensor: Tensor) -> DTensor:
             placements = [self._placement(name, tensor, layer)]
             return distribute_tensor(tensor, mesh, placements, src_data_rank=self.src_data_rank)
 
         for name, parameter in list(layer.named_parameters(recurse=False)):
-            made = nn.Parameter(distribute(name, parameter), requires_grad=parameter.requires_grad)
+            made = getattr(parameter, _MADE, None)
+            if made is None:
+                made = nn.Parameter(distribute(name, parameter), requires_grad=parameter.requires_grad)
+                setattr(parameter, _MADE, made)
             layer.register_parameter(name, made)
         for name, buffer in list(layer.named_buffers(recurse=False)):
             layer.register_buffer(name, distribute(name, buffer), name not in layer._non_persistent_buffers_set)
@@ -115,11 +138,16 @@ class ColwiseParallel(_Style):
     ``state_dict()`` are DTensors; ``full_tensor()`` gives the whole, and ``layer.weight = tensor`` takes a DTensor.
     Draw initial values before the split: not every layer's ``reset_parameters`` works on DTensors. All ranks have to
     read ``weight`` or ``bias`` of a GmP layer with ReLU together, because its radii are checked over all ranks. Second
-    derivatives through DTensors are not supported.
+    derivatives are tested with torch 2.13, not with older versions.
+
+    A parameter that several of our layers share stays shared if the plan splits all of them alike. A layer outside the
+    plan keeps the whole tensor, and one that torch's style takes gets parts of its own: tie these after the split.
 
     Raises:
-        TypeError: in ``parallelize_module``, another kind of module, a convolution included.
-        ValueError: in ``parallelize_module``, a mesh of several dimensions, or a layer with a parametrization.
+        TypeError: layouts that are not placements; in ``parallelize_module``, another kind of module, a convolution
+            included; in a call of the layer, an input that is passed by keyword.
+        ValueError: in ``parallelize_module``, a mesh of several dimensions, a layer with a parametrization, plain
+            layers included, or a parameter that is shared with a layer that was split in another way.
 
     Source: M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053; the rules for constrained weights are ours.
     """
@@ -155,14 +183,14 @@ class RowwiseParallel(_Style):
     replicated. A plain tensor as input is taken as an equal part of the features on every rank. If the fan-in is not a
     multiple of the number of ranks, give a DTensor.
 
-    Results, ``layer.weight`` and state dicts are as with :class:`ColwiseParallel`; all ranks have to read ``weight``
-    together, because it needs their sums. With 16-bit tensors every rank's
-    part of the output is rounded before the sum, as in torch's style.
+    Results, ``layer.weight``, shared parameters and state dicts are as with :class:`ColwiseParallel`. All ranks have to
+    read ``weight`` together, because it needs their sums. With 16-bit tensors, every rank's part of the output is
+    rounded before the sum, as in torch's style.
 
     Raises:
-        TypeError: in ``parallelize_module``, another kind of module, a convolution included.
+        TypeError: as :class:`ColwiseParallel`.
         ValueError: in ``parallelize_module``, an ``LCWLinear`` with ``basis=True`` or a ``GmPLinear``, whose rows must
-            be whole; a mesh of several dimensions; a layer with a parametrization.
+            be whole; and as :class:`ColwiseParallel`.
 
     Source: as :class:`ColwiseParallel`.
     """
@@ -194,6 +222,9 @@ def _place_input(
     given: Placement, wanted: Placement, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh
 ) -> tuple[Any, ...]:
     """The layer's arguments, the first as a DTensor that is placed as wanted."""
+    if not inputs:
+        owner = type(module).__name__
+        raise TypeError(describe(owner, "input", "is not the first argument of a call", "layer(x), without a keyword"))
     input, *others = inputs
     if not isinstance(input, DTensor):
         input = DTensor.from_local(input, mesh, [given], run_check=False)

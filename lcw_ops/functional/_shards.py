@@ -66,7 +66,7 @@ def run_layer(
     patterns = _find_patterns(op, tensors, name, make_weight is not None)
     if make_weight is not None and "fan-in" in patterns:
         tensors = {"x": x, name: make_weight(), "bias": vectors["bias"]}
-        function = _PartOfProduct(weight.device_mesh, patterns)  # type: ignore[attr-defined]
+        function = _PartOfProduct(weight, patterns)
     own = [
         None if tensor is None else _local(tensor, patterns, {"units"} if each == "x" else {"samples"})
         for each, tensor in tensors.items()
@@ -118,31 +118,74 @@ class _Split:
 
     def __init__(self, rows: Any, patterns: list[str]) -> None:
         self.fan_in = math.prod(rows.shape[1:])
-        self._mesh = rows.device_mesh
-        self._patterns = patterns
-        self._placements = rows.placements
-        self._shape = (rows.shape[0], *(1,) * (rows.dim() - 1))
+        self._ranks = _Ranks(rows, patterns)
 
     def sum(self, own: Tensor) -> Tensor:
         """The sum over ranks of one number per row, (n, 1, ...). It is differentiable."""
-        return self._reduce(own, "sum")
+        return self._ranks.sum(own)
 
     def max(self, own: Tensor) -> Tensor:
-        return self._reduce(own.detach(), "max")
+        return self._ranks.reduce(own.detach(), "max")
 
-    def _reduce(self, own: Tensor, operation: str) -> Tensor:
+
+class _Ranks:
+    """The ranks that hold parts of the same rows."""
+
+    def __init__(self, rows: Any, patterns: list[str]) -> None:
+        self.mesh = rows.device_mesh
+        self._is_split = [pattern == "fan-in" for pattern in patterns]
+
+    def sum(self, own: Tensor) -> Tensor:
+        """The sum of the ranks' tensors. Its gradient is the sum of the ranks' gradients."""
+        return self.reduce(self.summand(own), "sum")
+
+    def summand(self, own: Tensor) -> Tensor:
+        """``own``, to be added up over the ranks. Its second derivatives are added up too."""
+        return _Summand.apply(own, self)
+
+    def reduce(self, own: Tensor, operation: str) -> Tensor:
+        # Along the other dimensions of the mesh, nothing is communicated. So it does not matter how they cut tensors.
         before, after = self._placed(_partial(operation)), self._placed(_replicate())
-        whole = _dtensor().from_local(
-            own, self._mesh, before, run_check=False, shape=torch.Size(self._shape), stride=(1,) * len(self._shape)
-        )
+        own = own.contiguous()
+        whole = _dtensor().from_local(own, self.mesh, before, run_check=False, shape=own.shape, stride=own.stride())
         # The second redistribution does nothing in the forward pass. In the backward pass it adds up the ranks'
         # gradients. Without it, torch keeps them as Partial, and only its newer versions add them up in from_local.
         whole = whole.redistribute(placements=after).redistribute(placements=after)
         return whole.to_local(grad_placements=self._placed(_partial()))
 
+    def is_first(self) -> bool:
+        """Whether this rank is the one that adds what all of them have."""
+        place = self.mesh.get_coordinate() or [1] * self.mesh.ndim
+        return all(index == 0 for index, is_split in zip(place, self._is_split, strict=True) if is_split)
+
     def _placed(self, of_split: Any) -> list:
-        pairs = zip(self._patterns, self._placements, strict=True)
-        return [of_split if pattern == "fan-in" else placement for pattern, placement in pairs]
+        return [of_split if is_split else _replicate() for is_split in self._is_split]
+
+
+class _Summand(torch.autograd.Function):
+    """A rank's part of a sum over ranks, unchanged. The gradient is the same on all ranks."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, ranks: _Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return own.view_as(own)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _Copies.apply(grads[0], ctx.ranks), None
+
+
+class _Copies(torch.autograd.Function):
+    """A tensor that is the same on all ranks, unchanged. Every rank uses its copy, so their gradients are added up."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, ranks: _Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return ctx.ranks.sum(grads[0]), None
 
 
 def centre(rows: _Split, weight: Tensor) -> Tensor:
@@ -167,13 +210,15 @@ def normalize_scale(rows: _Split, weight: Tensor, scale: Tensor) -> Tensor:
 class _PartOfProduct:
     """A rank's part of ``x @ weight.T + bias`` where the fan-in is split: the ranks' parts add up to the whole."""
 
-    def __init__(self, mesh: Any, patterns: list[str]) -> None:
-        place = mesh.get_coordinate() or [1] * mesh.ndim
-        self._adds_bias = all(index == 0 for index, pattern in zip(place, patterns, strict=True) if pattern == "fan-in")
+    def __init__(self, rows: Any, patterns: list[str]) -> None:
+        self._ranks = _Ranks(rows, patterns)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._ranks.summand(self._part(x, weight, bias))
+
+    def _part(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
-            bias = _Once.apply(bias, self._adds_bias)
+            bias = _Once.apply(bias, self._ranks.is_first())
         if torch.is_autocast_enabled(x.device.type):
             return torch.nn.functional.linear(x, weight, bias)
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -187,11 +232,25 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: Tensor, is_added: bool) -> Tensor:
+        ctx.is_added = is_added
         return tensor.clone() if is_added else torch.zeros_like(tensor)
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0], None
+        return _OnceBackward.apply(grads[0], ctx.is_added), None
+
+
+class _OnceBackward(torch.autograd.Function):
+    """The gradient of :class:`_Once`. Its own gradient is counted once among the ranks."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, is_added: bool) -> Tensor:
+        ctx.is_added = is_added
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _Once.apply(grads[0], ctx.is_added), None
 
 
 def _find_patterns(op: str, tensors: dict[str, Any], rows: str, may_be_split: bool) -> list[str]:
@@ -258,9 +317,12 @@ def _global(own: Tensor, like: Any, placements: Any, shape: tuple[int, ...]) -> 
     strides = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * max(size, 1))
-    return _dtensor().from_local(
+    whole = _dtensor().from_local(
         own, like.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
     )
+    # This does nothing in the forward pass. In the backward pass it brings a gradient that is placed otherwise to these
+    # placements. from_local would do so too, but no second derivative would pass through that.
+    return whole.redistribute(placements=placements)
 
 
 def _distributed() -> Any:

@@ -64,7 +64,7 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
 
     Raises:
         TypeError: a dtype that is not floating, or a sparse or nested tensor.
-        ValueError: not exactly 2 dimensions, or m = 0.
+        ValueError: not exactly 2 dimensions, m = 0, or a DTensor whose rows are split.
 
     Source: derived by us; the code of the paper's authors loses the sign of w_m.
     """
@@ -74,6 +74,9 @@ def hypersphere_angles(weight: Tensor) -> Tensor:
     op = "hypersphere_angles"
     _checks.accumulation_dtype(op, weight=weight)
     _checks.check_dense(op, weight=weight)
+    if _torch.has_dtensor(weight):
+        _checks.check_rows(op, "weight", weight, least_fan_in=1)
+        return _shards.run_weight(op, hypersphere_angles, None, weight.shape[1] - 1, weight=weight)
     return _reference.hypersphere_angles(weight)
 
 

@@ -26,7 +26,7 @@ from lcw_ops.nn._layers import (
 )
 from lcw_ops.nn.input_mean_norm import InputMeanNorm
 from lcw_ops.nn.weight_norm import WeightNormConv1d, WeightNormConv2d, WeightNormConv3d, WeightNormLinear
-from lcw_ops.reference import hypersphere_angles, hypersphere_direction
+from lcw_ops.reference import hypersphere_direction
 
 
 class _GmP(ConstrainedLayer):
@@ -458,7 +458,7 @@ def _coordinates(function: str, module: Any, weight: Tensor, bias: Tensor | None
     """The tensors for which radius * u is the weight and radius * location the bias; of a bias None, location 0."""
     dtype = module.angles.dtype
     rows = weight.flatten(1).double()
-    angles = hypersphere_angles(rows).to(dtype)
+    angles = F.hypersphere_angles(rows).to(dtype)
     direction = hypersphere_direction(angles.double())
     sign = None
     if module.sign is not None:

@@ -246,7 +246,10 @@ class WeightNormConv3d(_WeightNormConv):
 @torch.no_grad()
 def _lengths(weight: Tensor) -> Tensor:
     """The length of every row or filter, in torch's shape (n, 1, ...)."""
-    rows = weight.detach().flatten(1)
+    rows: Any = weight.detach().flatten(1)
+    if _torch.has_dtensor(rows):
+        # A rank may hold no column, and then torch raises on that rank alone, while the others wait for it.
+        rows = rows.redistribute(placements=[torch.distributed.tensor.Replicate()] * rows.device_mesh.ndim)
     if weight.dtype == torch.float64:
         # <w, w / ||w||>: no entry is squared, so no length overflows or underflows.
         lengths = (rows * normalize_scale(rows, rows.new_ones(len(rows)))).sum(1)

@@ -155,7 +155,10 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         The layers input_layer and output_layer are the same modules in both. So is a trained alpha or beta that all
         layers share: every stage has the same parameter object. Within a process its gradient is the sum over its
         stages. In a pipeline over processes, all-reduce that gradient before the optimizer's step, or the processes'
-        values drift apart.
+        values drift apart. A schedule that gives a process several stages needs ``scale_grads=False`` then: torch would
+        divide this gradient by the number of microbatches once per stage.
+
+        Hooks on the net itself do not run, because the net's ``forward`` does not.
 
         Convert and move the net before you cut it: ``net.to(...)`` gives the net other memory. A copy
         (``copy.deepcopy``) or pickle of a stage holds its own layers alone, so a process can keep a copy of its stage
@@ -164,9 +167,13 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
 
         Raises:
             TypeError: n is not an int.
-            ValueError: n is below 1 or above ``depth``; or a parameter is a DTensor, or is computed from others (a
-                parametrization or pruning).
+            ValueError: n is below 1 or above ``depth``; a parameter is a DTensor, or is computed from others (a
+                parametrization or pruning); or the net is of a subclass with a ``forward`` of its own.
         """
+        if getattr(self.forward, "__func__", None) is not OrthogonalFilterMLP.forward:
+            came = f"is a {type(self).__name__}, which has a forward of its own"
+            expected = "a net that computes what OrthogonalFilterMLP does"
+            raise ValueError(describe("OrthogonalFilterMLP.stages", "the net", came, expected))
         return make_stages(self, n)
 
     def extra_repr(self) -> str:

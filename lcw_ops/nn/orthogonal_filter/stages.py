@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
-from lcw_ops._checks import check_count, describe
+from lcw_ops._checks import describe
 from lcw_ops.nn.orthogonal_filter.base import _OrthogonalFilter
 from lcw_ops.nn.orthogonal_filter.memory import is_distributed, is_lost, mark_lost
 from lcw_ops.reference.orthogonal_filter import state_dtype
@@ -98,7 +98,8 @@ class OrthogonalFilterStage(_OrthogonalFilter):
             window=self.window,
         )
         if self.output_layer is None:
-            return h.reshape(x.shape[:-1] + (self.width,))  # noqa: RUF005
+            # Schedules that split the backward pass detach this output in place, and torch refuses that for a view.
+            return h if x.dim() == 2 else h.reshape(x.shape[:-1] + (self.width,)).clone()  # noqa: RUF005
         if self.weight.dtype in (torch.bfloat16, torch.float16) and not _is_autocast(h):
             h = h.to(self.weight.dtype)
         return self.output_layer(h).reshape(x.shape[:-1] + (self.out_features,))  # noqa: RUF005
@@ -128,9 +129,10 @@ class OrthogonalFilterStage(_OrthogonalFilter):
 
 def make_stages(whole: Any, n: int) -> list[nn.Module]:
     """The list that :meth:`lcw_ops.nn.OrthogonalFilterMLP.stages` returns; ``whole`` is the net."""
-    check_count(_FUNCTION, "n", n)
-    if n > whole.depth:
-        expected = f"at most {whole.depth}, the number of layers, because every stage has at least one"
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(describe(_FUNCTION, "n", f"is {n!r}", "an int"))
+    if not 1 <= n <= whole.depth:
+        expected = f"1 to {whole.depth}, the number of layers, because every stage has at least one"
         raise ValueError(describe(_FUNCTION, "n", f"is {n}", expected))
     for name in ("weight", "bias", "alpha", "beta"):
         tensor = getattr(whole, name)
