@@ -22,7 +22,7 @@
 #include <memory>
 #include <string>
 
-#include "../large_pages.h"
+#include "../tensors.h"
 #include "../simd/instruction_sets.h"
 #include "carrier.h"
 #include "gradients.h"
@@ -82,7 +82,9 @@ struct Cpu {
   static constexpr int64_t least_packed_rows = 4;  // rows per thread from which on the matrices are packed
   static constexpr uintptr_t page = large_page, small_page = 4096;
 
-  static void allocated(const Tensor& tensor) { prefer_large_pages(tensor); }
+  static Tensor new_large(const Tensor& like, const std::vector<int64_t>& sizes) {
+    return lcw_ops::new_large(like, sizes);
+  }
 
   // Whether vectors of rows are faster than single rows. A vector of rows costs the same however many of its lanes are
   // in use; a single row uses all lanes, because its vectors run along the units.
