@@ -60,7 +60,8 @@ class Pool:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._lent = 0
+        # Bytes of the blocks in use, and of the idle ones.
+        self._lent = self._kept = 0
         self._lock = threading.Lock()
         self._idle: list[Block] = []
         self._returned: deque[Block] = deque()
@@ -76,7 +77,7 @@ class Pool:
         """
         self._lock = threading.Lock()
         self._sort_out()
-        self._idle = []
+        self._idle, self._kept = [], 0
 
     @property
     def limit(self) -> int:
@@ -116,7 +117,7 @@ class Pool:
         with self._lock:
             dropped = self._sort_out()
             dropped += self._idle
-            self._idle = []
+            self._idle, self._kept = [], 0
         del dropped
         self._settle()
 
@@ -124,7 +125,7 @@ class Pool:
         """The bytes of the idle blocks, and of the blocks that are lent."""
         self._settle()
         with self._lock:
-            return sum(block.size for block in self._idle), self._lent
+            return self._kept, self._lent
 
     def _map(self, size: int) -> Block | None:
         for _ in range(2):
@@ -134,12 +135,13 @@ class Pool:
         return None
 
     def _take_idle(self, size: int) -> Block | None:
-        """Take the smallest idle block that serves the request; of equal ones the last, whose pages are likely there."""
+        """Take the smallest idle block that fits, and of equal ones the last, whose pages are probably still there."""
         fitting = [block for block in reversed(self._idle) if size <= block.size <= MOST_SPARE * size]
         if not fitting:
             return None
         best = min(fitting, key=lambda block: block.size)
         self._idle.remove(best)
+        self._kept -= best.size
         return best
 
     def _give_back(self, block: Block) -> None:
@@ -157,16 +159,19 @@ class Pool:
             del dropped
 
     def _sort_out(self) -> list[Block]:
-        """Move the returned blocks to the idle ones, and return those beyond the limit, to be dropped without the lock."""
+        """Move the returned blocks to the idle ones.
+
+        Returns the blocks beyond the limit. The caller drops them when it has released the lock, since that takes time.
+        """
         while self._returned:
             block = self._returned.popleft()
             self._lent -= block.size
+            self._kept += block.size
             self._idle.append(block)
-        kept, first = sum(block.size for block in self._idle), 0
-        while kept > self._limit:
-            kept -= self._idle[first].size
-            first += 1
-        dropped, self._idle = self._idle[:first], self._idle[first:]
+        dropped = []
+        while self._kept > self._limit:
+            dropped.append(self._idle.pop(0))
+            self._kept -= dropped[-1].size
         return dropped
 
 

@@ -19,8 +19,8 @@ from lcw_ops._after_import import warn
 from lcw_ops._checks import describe
 from lcw_ops.ops import backends, library
 
-# The least size of a result that the pool serves. glibc maps every larger request by itself (M_MMAP_THRESHOLD is at most
-# 32 MB), and unmaps it when it is freed; smaller ones it keeps.
+# The least size of a result that the pool serves. glibc maps every larger request by itself (M_MMAP_THRESHOLD is at
+# most 32 MB), and unmaps it when it is freed. Smaller requests it serves from memory that it keeps.
 LEAST_BYTES = 32 << 20
 # No result is as large.
 _NEVER = 2**63 - 1
@@ -36,8 +36,9 @@ pool = _pool.Pool(0)
 
 def new_large(like: Tensor, sizes: list[int]) -> Tensor | None:
     """A tensor of the dtype of ``like`` in memory of the pool, or None if torch has to allocate it."""
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
-        # torch fills the tensors that it allocates.
+    # torch fills tensors that it allocates.
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if fills and torch.are_deterministic_algorithms_enabled():
         return None
     with _torch.without_function_modes():
         lease = pool.lend(math.prod(sizes) * like.element_size())
@@ -54,9 +55,9 @@ def set_memory_pool_limit(limit: int | None = None) -> None:
     """Set the most bytes of idle memory that the pool for large results of CPU kernels keeps.
 
     Results of at least 32 MB, above all gradients of weights, get their memory from the pool (on Linux). When the last
-    tensor over a block of memory has died, the block is idle, and the next result of about its size takes it. The system
-    may take the pages of idle blocks when it needs memory. :func:`lcw_ops.empty_memory_pool` gives all of them back at
-    once, and :func:`lcw_ops.info` says how many bytes are idle.
+    tensor over a block of memory has died, the block is idle, and the next result of about its size takes it. The
+    system may take the pages of idle blocks when it needs memory. :func:`lcw_ops.empty_memory_pool` gives all of them
+    back at once, and :func:`lcw_ops.info` says how many bytes are idle.
 
     torch cannot resize the storage of such a tensor. ``grad.resize_`` to a larger size and
     ``grad.untyped_storage().resize_`` raise RuntimeError. Code that relies on them needs a limit of 0.
@@ -79,7 +80,7 @@ def set_memory_pool_limit(limit: int | None = None) -> None:
 
 
 def empty_memory_pool() -> None:
-    """Give the idle memory of the pool for large results back to the system, as ``torch.cuda.empty_cache`` does on a GPU.
+    """Give the idle memory of the pool for large results back to the system: ``torch.cuda.empty_cache`` for the CPU.
 
     Tensors keep their memory. :func:`lcw_ops.set_memory_pool_limit` describes the pool.
     """
@@ -90,9 +91,9 @@ def missing_reason() -> str | None:
     """Why this process has no pool, or None. A limit of 0 is a choice, not a reason."""
     if not _pool.IS_SUPPORTED:
         return "it needs Linux"
-    return (
-        None if _is_built() else backends.missing_reason("lcw_weight", "cpp", "cpu") or "_C.abi3.so is an older build"
-    )
+    if _set_least_pooled.has_kernel_for_dispatch_key(_torch.DispatchKey.CompositeExplicitAutograd):
+        return None
+    return backends.missing_reason("lcw_weight", "cpp", "cpu") or "_C.abi3.so is an older build"
 
 
 def start() -> None:
@@ -114,10 +115,6 @@ def parse_size(text: str) -> int:
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a size; expected 0, a number of bytes, or a size such as 500MB or 4GiB.")
     return int(float(match[1]) * UNITS[unit])
-
-
-def _is_built() -> bool:
-    return _set_least_pooled.has_kernel_for_dispatch_key(_torch.DispatchKey.CompositeExplicitAutograd)
 
 
 _set_least_pooled = library.get_overload("set_least_pooled", "cpp")
