@@ -182,11 +182,10 @@ def machine_memory(root: str = "/") -> int:
     space.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    import resource
-
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if address_space != resource.RLIM_INFINITY:
-        limits.append(address_space)
+    for line in _read(Path(root, "proc/self/limits")).splitlines():
+        # The module resource would give the number, but torch does not import it.
+        if line.startswith("Max address space") and line.split()[3].isdecimal():
+            limits.append(int(line.split()[3]))
     for line in _read(Path(root, "proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

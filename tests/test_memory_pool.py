@@ -680,6 +680,7 @@ def test_info_counts_the_bytes(pooled, weight):
 
 
 def test_a_process_without_the_kernels_has_no_pool(monkeypatch):
+    monkeypatch.setattr(memory_pool, "_has_kernels", False)
     monkeypatch.setattr(memory_pool, "missing_reason", lambda: "a reason")
     assert "Memory pool for large results on the CPU: off, a reason" in lcw_ops.info().splitlines()
     assert _info.report()["memory_pool"]["error"] == "a reason"

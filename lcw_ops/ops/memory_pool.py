@@ -7,6 +7,7 @@ call ``lcw_ops::new_large`` for results of at least LEAST_BYTES (new_large in cs
 The tensors are ordinary ones, except that torch cannot resize their storage: see :func:`set_memory_pool_limit`.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -24,6 +25,8 @@ from lcw_ops.ops import backends, library
 LEAST_BYTES = 32 << 20
 # No result is as large.
 _NEVER = 2**63 - 1
+# Whether the compiled kernels know the pool. They are loaded before start() is called.
+_has_kernels = False
 
 UNITS = {"": 1, "B": 1, **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)}}
 UNITS.update({f"{k}iB": 1024**n for n, k in enumerate("KMGT", 1)})
@@ -75,7 +78,7 @@ def set_memory_pool_limit(limit: int | None = None) -> None:
         remedy = "0 switches the pool off."
         raise ValueError(describe("set_memory_pool_limit", "limit", f"is {limit}", "at least 0", remedy))
     pool.set_limit(limit)
-    if missing_reason() is None:
+    if _has_kernels:
         _set_least_pooled(LEAST_BYTES if limit > 0 else _NEVER)
 
 
@@ -91,13 +94,18 @@ def missing_reason() -> str | None:
     """Why this process has no pool, or None. A limit of 0 is a choice, not a reason."""
     if not _pool.IS_SUPPORTED:
         return "it needs Linux"
-    if _set_least_pooled.has_kernel_for_dispatch_key(_torch.DispatchKey.CompositeExplicitAutograd):
+    if _has_kernels:
         return None
     return backends.missing_reason("lcw_weight", "cpp", "cpu") or "_C.abi3.so is an older build"
 
 
 def start() -> None:
     """Set the limit that LCW_OPS_MEMORY_POOL asks for. Called once, after the extensions are loaded."""
+    global _has_kernels
+    # Another thread may be importing lcw_ops._torch, so its names cannot be used here to ask whether there is a kernel.
+    with contextlib.suppress(NotImplementedError):
+        _set_least_pooled(_NEVER)
+        _has_kernels = _pool.IS_SUPPORTED
     text = os.environ.get("LCW_OPS_MEMORY_POOL", "")
     try:
         limit = parse_size(text) if text else None
