@@ -75,8 +75,10 @@ class Pool:
         A block that is lent is copied page by page when one of the two processes writes to it, and comes back to the
         pool of each.
         """
+        # That thread may have been in the middle of a method, so none is called here.
         self._lock = threading.Lock()
-        self._sort_out()
+        self._lent -= sum([block.size for block in self._returned])
+        self._returned.clear()
         self._idle, self._kept = [], 0
 
     @property

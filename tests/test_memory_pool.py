@@ -179,11 +179,12 @@ def test_a_block_comes_back_from_another_thread(pool):
 
 
 def test_a_forked_child_starts_with_a_free_lock_and_no_idle_blocks(pool):
-    lease, other = pool.lend(2 * MB), pool.lend(2 * MB)
+    lease, idle, other = (pool.lend(2 * MB) for _ in range(3))
     lease[0] = 1
-    del other
+    del idle
     with pool._lock:
-        # In the child, the thread that would release this lock does not exist.
+        # The block waits for the lock, and is not the child's. In the child, nobody would release the lock.
+        del other
         assert in_child(pool.count_bytes) == str((0, 2 * MB))
 
     def change():
@@ -195,7 +196,7 @@ def test_a_forked_child_starts_with_a_free_lock_and_no_idle_blocks(pool):
     # The child had a copy. It came back to the child's own pool, and not to the parent's.
     assert in_child(change) == str((1, (2 * MB, 0)))
     assert lease[0] == 1
-    assert pool.count_bytes() == (2 * MB, 2 * MB)
+    assert pool.count_bytes() == (4 * MB, 2 * MB)
 
 
 def test_a_failed_mapping_empties_the_pool_and_is_tried_again(pool, monkeypatch):
