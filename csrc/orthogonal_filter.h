@@ -188,19 +188,18 @@ inline void check_dtype(const Tensor& tensor) {
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Device::run does the forward or the backward pass. Its last argument is a tensor on the device. Device::segments cuts
-// the backward pass into segments. The functions below allocate their buffers and results, and report every large result
-// to Device::allocated.
+// the backward pass into segments. The functions below allocate their buffers and results; Device::new_large allocates
+// every large result.
 template <class Device, typename T>
 std::tuple<Tensor, Tensor> forward(
     const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
     bool return_states) {
   const int64_t rows = h0.size(0), width = h0.size(1);
   const int64_t checkpoint_count = segment ? (steps + segment - 1) / segment : 0;
-  Tensor output = return_states ? stable::new_empty(h0, {steps + 1, rows, width})
+  Tensor output = return_states ? Device::new_large(h0, {steps + 1, rows, width})
                                 : stable::new_empty(h0, {rows, width});
   Tensor checkpoints = stable::new_empty(h0, {checkpoint_count, rows, width});
   if (output.numel() == 0) return {output, checkpoints};
-  Device::allocated(output);
   Forward<T> pass{};
   pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
   pass.h0 = h0.const_data_ptr<T>();
@@ -236,9 +235,8 @@ Gradients backward(
   // The segment of the last steps may be shorter than its slot.
   const int64_t count = std::min(cut.slots, pass.segments) * cut.length;
   const auto when = [&](bool needed, const Tensor& like) {
-    Tensor gradient = needed ? stable::new_empty(like, like.sizes()) : stable::new_empty(like, {int64_t(0)});
-    Device::allocated(gradient);
-    return gradient;
+    const auto sizes = like.sizes();
+    return needed ? Device::new_large(like, {sizes.begin(), sizes.end()}) : stable::new_empty(like, {int64_t(0)});
   };
   // The gradient of a shared parameter is summed over the segments in float64; every other gradient is written once.
   const bool sums_weight = needs_weight && arguments.weight.dim() == 2;
@@ -250,7 +248,7 @@ Gradients backward(
   Tensor grad_bias = when(needs_bias, arguments.bias ? *arguments.bias : arguments.weight);
   Tensor grad_inputs = when(needs_inputs, arguments.inputs ? *arguments.inputs : arguments.weight);
   if (state_size == 0) stable::zero_(grad_weight), stable::zero_(grad_bias);
-  Tensor grad_states = needs_states ? stable::new_empty(grad_output, {steps + 1, rows, width})
+  Tensor grad_states = needs_states ? Device::new_large(grad_output, {steps + 1, rows, width})
                                     : stable::new_empty(grad_output, {int64_t(0)});
   Tensor states = stable::new_empty(grad_output, {count, rows, width});
   Tensor slopes = stable::new_empty(grad_output, {Device::keeps_slopes ? count : 0, rows, width});

@@ -23,8 +23,8 @@
 #include <optional>
 #include <string>
 
-#include "../large_pages.h"
 #include "../simd/instruction_sets.h"
+#include "../tensors.h"
 #include "carrier.h"
 #include "gradients.h"
 #include "schedule.h"
@@ -94,7 +94,9 @@ struct Cpu {
 
   static int64_t divide(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
-  static void allocated(const Tensor& tensor) { prefer_large_pages(tensor); }
+  static Tensor new_large(const Tensor& like, const std::vector<int64_t>& sizes) {
+    return lcw_ops::new_large(like, sizes);
+  }
 
   // Whether vectors of rows are faster than single rows. A vector of rows costs the same however many of its lanes are
   // in use; a single row uses all lanes, because its vectors run along the units.
