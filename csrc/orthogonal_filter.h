@@ -54,7 +54,8 @@ struct Forward {
   bool return_states;
 };
 
-// One segment of the backward pass: layers first..first+count-1. Buffers without another shape are (count, M, N).
+// One segment of the backward pass: layers first..first+count-1. Buffers without another shape are (count, M, N), and
+// the pass has as many of each as it has slots.
 template <typename T>
 struct Backward {
   Recurrence<T> recurrence;
@@ -62,6 +63,7 @@ struct Backward {
   const T* checkpoints;
   int64_t checkpoint_every;  // steps from one checkpoint to the next: a segment, or 1
   bool return_states;
+  int64_t segments, slots;
   int64_t first, count;
   T* states;               // h_{l-1}
   T* slopes;               // beta act'(A_l), or nullptr where Device::keeps_slopes is false
@@ -82,6 +84,23 @@ struct Backward {
   LCW_HOST_DEVICE const T* checkpoint() const {
     return checkpoints + first / checkpoint_every * recurrence.rows * recurrence.width;
   }
+
+  // The pass of a segment, counted from the last one, with the buffers of its slot.
+  Backward of_segment(int64_t number) const {
+    Backward pass = *this;
+    pass.first = (segments - 1 - number) * recurrence.segment;
+    pass.count = std::min(recurrence.segment, recurrence.steps - pass.first);
+    const int64_t state_size = recurrence.rows * recurrence.width;
+    const int64_t offset = number % slots * recurrence.segment * state_size;
+    for (T** buffer : {&pass.states, &pass.slopes, &pass.grad_pre, &pass.filtered, &pass.activated})
+      if (*buffer) *buffer += offset;
+    return pass;
+  }
+};
+
+// How many steps a segment of the backward pass has, and how many segments have buffers at the same time.
+struct Segments {
+  int64_t length, slots;
 };
 
 // The arguments of both ops, made contiguous and checked, so that no call of an op reads out of bounds.
@@ -168,20 +187,19 @@ inline void check_dtype(const Tensor& tensor) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Device::run does the forward pass, Device::run_segment one segment of the backward pass. The last argument of either
-// is a tensor on the device. The functions below allocate their buffers and results, and report every large result to
-// Device::allocated.
+// Device::run does the forward or the backward pass. Its last argument is a tensor on the device. Device::segments cuts
+// the backward pass into segments. The functions below allocate their buffers and results; Device::new_large allocates
+// every large result.
 template <class Device, typename T>
 std::tuple<Tensor, Tensor> forward(
     const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
     bool return_states) {
   const int64_t rows = h0.size(0), width = h0.size(1);
   const int64_t checkpoint_count = segment ? (steps + segment - 1) / segment : 0;
-  Tensor output = return_states ? stable::new_empty(h0, {steps + 1, rows, width})
+  Tensor output = return_states ? Device::new_large(h0, {steps + 1, rows, width})
                                 : stable::new_empty(h0, {rows, width});
   Tensor checkpoints = stable::new_empty(h0, {checkpoint_count, rows, width});
   if (output.numel() == 0) return {output, checkpoints};
-  Device::allocated(output);
   Forward<T> pass{};
   pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
   pass.h0 = h0.const_data_ptr<T>();
@@ -207,11 +225,18 @@ Gradients backward(
     bool needs_inputs, bool needs_states) {
   const bool return_states = grad_output.dim() == 3;
   const int64_t rows = grad_output.size(return_states ? 1 : 0), width = grad_output.size(return_states ? 2 : 1);
-  const int64_t count = std::min(segment, steps), state_size = rows * width;
+  const int64_t state_size = rows * width;
+  Backward<T> pass{};
+  pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
+  pass.checkpoint_every = checkpoints.numel() == steps * state_size ? 1 : segment;
+  const Segments cut = Device::segments(pass, needs_scales);
+  pass.recurrence.segment = cut.length, pass.slots = cut.slots;
+  pass.segments = state_size > 0 ? (steps + cut.length - 1) / cut.length : 0;
+  // The segment of the last steps may be shorter than its slot.
+  const int64_t count = std::min(cut.slots, pass.segments) * cut.length;
   const auto when = [&](bool needed, const Tensor& like) {
-    Tensor gradient = needed ? stable::new_empty(like, like.sizes()) : stable::new_empty(like, {int64_t(0)});
-    Device::allocated(gradient);
-    return gradient;
+    const auto sizes = like.sizes();
+    return needed ? Device::new_large(like, {sizes.begin(), sizes.end()}) : stable::new_empty(like, {int64_t(0)});
   };
   // The gradient of a shared parameter is summed over the segments in float64; every other gradient is written once.
   const bool sums_weight = needs_weight && arguments.weight.dim() == 2;
@@ -223,7 +248,7 @@ Gradients backward(
   Tensor grad_bias = when(needs_bias, arguments.bias ? *arguments.bias : arguments.weight);
   Tensor grad_inputs = when(needs_inputs, arguments.inputs ? *arguments.inputs : arguments.weight);
   if (state_size == 0) stable::zero_(grad_weight), stable::zero_(grad_bias);
-  Tensor grad_states = needs_states ? stable::new_empty(grad_output, {steps + 1, rows, width})
+  Tensor grad_states = needs_states ? Device::new_large(grad_output, {steps + 1, rows, width})
                                     : stable::new_empty(grad_output, {int64_t(0)});
   Tensor states = stable::new_empty(grad_output, {count, rows, width});
   Tensor slopes = stable::new_empty(grad_output, {Device::keeps_slopes ? count : 0, rows, width});
@@ -240,11 +265,8 @@ Gradients backward(
     stable::copy_(only, last);
   }
 
-  Backward<T> pass{};
-  pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
   pass.grad_output = grad_output.const_data_ptr<T>();
   pass.checkpoints = checkpoints.const_data_ptr<T>();
-  pass.checkpoint_every = checkpoints.numel() == steps * state_size ? 1 : segment;
   pass.return_states = return_states;
   pass.states = states.mutable_data_ptr<T>();
   pass.slopes = Device::keeps_slopes ? slopes.mutable_data_ptr<T>() : nullptr;
@@ -261,11 +283,7 @@ Gradients backward(
   pass.alpha_products = alpha_products.mutable_data_ptr<double>();
   pass.beta_products = beta_products.mutable_data_ptr<double>();
 
-  for (int64_t end = state_size > 0 ? steps : 0; end > 0; end = pass.first) {
-    pass.first = (end - 1) / segment * segment;
-    pass.count = end - pass.first;
-    Device::run_segment(pass, grad_output);
-  }
+  if (pass.segments > 0) Device::run(pass, grad_output);
   if (sums_weight) stable::copy_(grad_weight, weight_sum);
   if (sums_bias) stable::copy_(grad_bias, bias_sum);
   return {

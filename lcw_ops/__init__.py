@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lcw_ops import ops as ops
     from lcw_ops._info import info
     from lcw_ops.conversion import convert, fold
-    from lcw_ops.ops import BackendError, use_backend
+    from lcw_ops.ops import BackendError, empty_memory_pool, set_memory_pool_limit, use_backend
     from lcw_ops.optim.hooks import activate_gradients, register_gradient_hook
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "activate_gradients",
     "convert",
     "distributed",
+    "empty_memory_pool",
     "fold",
     "functional",
     "info",
@@ -34,6 +35,7 @@ __all__ = [
     "profile",
     "reference",
     "register_gradient_hook",
+    "set_memory_pool_limit",
     "use_backend",
 ]
 
@@ -42,9 +44,11 @@ _DEFINED_IN = {
     "BackendError": "ops",
     "activate_gradients": "optim.hooks",
     "convert": "conversion",
+    "empty_memory_pool": "ops",
     "fold": "conversion",
     "info": "_info",
     "register_gradient_hook": "optim.hooks",
+    "set_memory_pool_limit": "ops",
     "use_backend": "ops",
 }
 

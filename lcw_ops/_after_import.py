@@ -69,10 +69,10 @@ class _Loader:
         try:
             self._function()
         except Exception as error:
-            _warn(f"lcw_ops: setup failed after the import of {module.__name__}: {type(error).__name__}: {error}")
+            warn(f"lcw_ops: setup failed after the import of {module.__name__}: {type(error).__name__}: {error}")
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Give a RuntimeWarning, or write a line to stderr where warnings are errors.
 
     An error here would undo the import of a module that has already run, and torch's modules cannot run twice.

@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from lcw_ops.ops import backends
+from lcw_ops.ops import backends, memory_pool
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 from lcw_ops.ops.orthogonal_filter.crossover import get_table
 
@@ -28,6 +28,7 @@ def info() -> str:
     ]
     if not gpus:
         lines.append("GPU: none; the backends cuda and triton need one")
+    lines.append(_memory_pool_line(facts["memory_pool"]))
     if facts["requested_backend"] is not None:
         lines.append(f"Requested for every op: {facts['requested_backend']}")
     devices = _devices()
@@ -56,9 +57,23 @@ def report() -> dict:
             "threads": torch.get_num_threads(),
         },
         "gpus": [_gpu(device) for device in _devices() if device.type == "cuda"],
+        "memory_pool": _memory_pool(),
         "requested_backend": backends.requested(),
         "ops": {op: {str(device): _op_report(op, device) for device in _devices()} for op in backends.IMPLEMENTED},
     }
+
+
+def _memory_pool() -> dict:
+    idle, lent = memory_pool.pool.count_bytes()
+    limit, error = memory_pool.pool.limit, memory_pool.missing_reason()
+    return {"limit": limit if error is None else 0, "idle": idle, "lent": lent, "error": error}
+
+
+def _memory_pool_line(facts: dict) -> str:
+    if facts["limit"] == 0:
+        return f"Memory pool for large results on the CPU: off, {facts['error'] or 'because its limit is 0'}"
+    idle, lent, limit = (f"{facts[key] / 1e6:.0f} MB" for key in ("idle", "lent", "limit"))
+    return f"Memory pool for large results on the CPU: {lent} in use, {idle} idle, of which at most {limit} are kept"
 
 
 def _devices() -> list[torch.device]:

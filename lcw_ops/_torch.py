@@ -60,6 +60,9 @@ is_zeros_without_memory = Tensor._is_zerotensor
 # (function) -> the same function, which torch.compile runs as it is, with a graph break, instead of tracing it.
 never_traced = torch._disable_dynamo
 
+# () -> a context in which neither function modes nor tensors of subclasses see calls of torch's functions.
+without_function_modes = torch._C.DisableTorchFunction
+
 DispatchKey = torch._C.DispatchKey
 OpOverload = torch._ops.OpOverload
 

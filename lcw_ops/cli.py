@@ -207,8 +207,9 @@ def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs and bug reports, with the keys below")
     parser.epilog = (
         "Keys of --json: versions (lcw_ops, python, torch, triton, numpy, cuda; null: not installed), platform, cpu "
-        "(name, instructions, threads), gpus (a list: device, name, generation), requested_backend (null: none), and "
-        "ops, which has by op and by device: backend (the one that runs; null: none), error (why none runs, or null), "
+        "(name, instructions, threads), gpus (a list: device, name, generation), memory_pool (bytes: limit, idle, "
+        "lent; error: why there is none, or null), requested_backend (null: none), and ops, which has by op and by "
+        "device: backend (the one that runs; null: none), error (why none runs, or null), "
         "wider (a list of backends for wider rows: above_width_float32, above_width_float64, backend) and not_chosen "
         "(by backend, why it does not run)."
     )

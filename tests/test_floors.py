@@ -30,7 +30,18 @@ FLOORS = (
     ("functional",),
     ("ops",),
     ("kernels", "reference"),
-    ("_checks", "_torch", "_layer_kinds", "_memory", "_runs", "_names", "_files", "_after_import", "_old_names"),
+    (
+        "_checks",
+        "_torch",
+        "_layer_kinds",
+        "_memory",
+        "_pool",
+        "_runs",
+        "_names",
+        "_files",
+        "_after_import",
+        "_old_names",
+    ),
 )
 FLOOR = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 

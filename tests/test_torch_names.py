@@ -99,6 +99,13 @@ def test_modes_and_overrides_are_seen():
         assert _torch.count_dispatch_modes() == 1
 
 
+def test_calls_without_function_modes():
+    with torch.overrides.BaseTorchFunctionMode():
+        with _torch.without_function_modes():
+            assert not _torch.may_be_overridden(torch.ones(2))
+        assert _torch.may_be_overridden(torch.ones(2))
+
+
 def test_hand_over():
     class Counting(Tensor):
         @classmethod

@@ -250,7 +250,7 @@ Tensor forward(Multiplier by, Tensor x, Tensor weight, std::optional<Tensor> bia
                        : linear(lcw_weight_backward(x, basis), weight, bias);
   x = as_contiguous(x), weight = as_contiguous(weight);
   if (bias) bias = as_contiguous(*bias);
-  Tensor y = stable::new_empty(x, {samples, n});
+  Tensor y = new_large(x, {samples, n});
   with_elements(x, [&](auto element) {
     using E = decltype(element);
     using T = Computed<E>;
@@ -278,7 +278,7 @@ Tensor grad_input(Multiplier by, const Tensor& grad_output, Tensor weight, bool 
     return basis ? lcw_weight(grad_x, true) : centre_in_place(grad_x);
   }
   weight = as_contiguous(weight);
-  Tensor grad_x = stable::new_empty(weight, {samples, in_features});
+  Tensor grad_x = new_large(weight, {samples, in_features});
   with_elements(weight, [&](auto element) {
     using E = decltype(element);
     computed<E>(grad_x, [&](Computed<E>* out) {

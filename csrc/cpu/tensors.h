@@ -2,7 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <initializer_list>
+#include <limits>
+#include <optional>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -61,8 +65,23 @@ inline Tensor zeros_if(bool needed, const Tensor& like) {
   return needed ? stable::new_zeros(like, like.sizes()) : no_elements(like);
 }
 
+// The least size, in bytes, of a result whose memory comes from the pool of lcw_ops/ops/memory_pool.py. Python sets it;
+// without Python, or with the pool switched off, no result is large enough.
+inline std::atomic<int64_t> least_pooled{std::numeric_limits<int64_t>::max()};
+
+// A new tensor in memory of the pool, or nothing if the pool does not take it.
+inline std::optional<Tensor> new_pooled(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  int64_t bytes = like.element_size();
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes < least_pooled.load(std::memory_order_relaxed)) return std::nullopt;
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(like), torch::stable::detail::from(sizes)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lcw_ops::new_large", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<std::optional<Tensor>>(stack[0]);
+}
+
 // A new tensor for a result that may be as large as a weight.
 inline Tensor new_large(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  if (std::optional<Tensor> pooled = new_pooled(like, sizes)) return *pooled;
   Tensor tensor = stable::new_empty(like, sizes);
   prefer_large_pages(tensor);
   return tensor;

@@ -55,7 +55,9 @@ bool ran_on_cluster(const Pass& pass, const Tensor& like) {
 struct Cuda {
   static constexpr bool keeps_slopes = false;
 
-  static void allocated(const Tensor&) {}
+  static Tensor new_large(const Tensor& like, const std::vector<int64_t>& sizes) {
+    return stable::new_empty(like, sizes);
+  }
 
   template <typename T>
   static void run(const Forward<T>& pass, const Tensor& like) {
@@ -67,12 +69,20 @@ struct Cuda {
   }
 
   template <typename T>
-  static void run_segment(const Backward<T>& pass, const Tensor& like) {
+  static Segments segments(const Backward<T>& pass, bool) {
+    return {pass.recurrence.segment, 1};
+  }
+
+  template <typename T>
+  static void run(const Backward<T>& all, const Tensor& like) {
     const stable::accelerator::DeviceGuard guard(like.get_device_index());
-    with_weight_type(pass.recurrence, [&](auto w) {
+    with_weight_type(all.recurrence, [&](auto w) {
       using W = decltype(w);
-      if (!ran_on_cluster<W, T>(pass, like)) launch_rows(backward_rows<T, W>, pass, like);
-      launch_parameter_gradients<T, W>(pass, like);
+      for (int64_t number = 0; number < all.segments; ++number) {
+        const Backward<T> pass = all.of_segment(number);
+        if (!ran_on_cluster<W, T>(pass, like)) launch_rows(backward_rows<T, W>, pass, like);
+        launch_parameter_gradients<T, W>(pass, like);
+      }
     });
   }
 };

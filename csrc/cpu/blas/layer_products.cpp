@@ -8,7 +8,7 @@ namespace lcw_ops {
 Tensor multiply_forward(Multiplier by, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (by == Multiplier::torch) return linear(x, weight, bias);
   const int64_t samples = x.size(0), n = weight.size(0), m = weight.size(1);
-  Tensor y = stable::new_empty(x, {samples, n});
+  Tensor y = new_large(x, {samples, n});
   with_elements(x, [&](auto element) {
     using E = decltype(element);
     const WideOrNothing<Computed<E>> wide_bias(bias);
@@ -22,7 +22,7 @@ Tensor multiply_forward(Multiplier by, const Tensor& x, const Tensor& weight, co
 Tensor multiply_grad_input(Multiplier by, const Tensor& grad, const Tensor& weight) {
   if (by == Multiplier::torch) return linear(grad, stable::transpose(weight, 0, 1));
   const int64_t samples = grad.size(0), n = weight.size(0), m = weight.size(1);
-  Tensor result = stable::new_empty(grad, {samples, m});
+  Tensor result = new_large(grad, {samples, m});
   with_elements(grad, [&](auto element) {
     using E = decltype(element);
     computed<E>(result, [&](Computed<E>* out) {

@@ -19,6 +19,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include "../tensors.h"
 #include "cache_file.h"
 
 namespace lcw_ops {
@@ -110,9 +111,15 @@ Multiplier choose_multiplier(
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{
+  std::array<StableIValue, 4> stack{
       torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  // torch allocates its own result with malloc. The overload that is given memory computes the same bits.
+  const char* overload = "";
+  if (const auto out = new_pooled(x, {x.size(0), weight.size(0)})) {
+    stack[3] = torch::stable::detail::from(*out);
+    overload = "out";
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -176,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor> gmp_linear(
   const WithoutGradients guard;
   const int64_t samples = x.size(0), n = angles.size(0), m = x.size(1);
   x = as_contiguous(x), angles = as_contiguous(angles);
-  Tensor y = stable::new_empty(x, {samples, n});
-  Tensor activated = keep_activated ? stable::new_empty(y, y.sizes()) : no_elements(x);
+  Tensor y = new_large(x, {samples, n});
+  Tensor activated = keep_activated ? new_large(y, y.sizes()) : no_elements(x);
   const bool is_few = samples <= few_samples;
   Tensor direction = keep_direction || (!is_few && n > 0) ? hypersphere_direction(angles) : no_elements(x);
   if (samples == 0 || n == 0) return {y, activated, keep_direction ? direction : no_elements(x)};
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
   x = as_contiguous(x), angles = as_contiguous(angles), grad_output = as_contiguous(grad_output);
   activated = as_contiguous(activated), direction = as_contiguous(direction);
   const bool is_few = samples <= few_samples;
-  Tensor grad_x = needs_x ? stable::new_empty(x, x.sizes()) : no_elements(x);
+  Tensor grad_x = needs_x ? new_large(x, x.sizes()) : no_elements(x);
   // With more samples, the gradient of the angles takes the memory of the rows' gradient, which has one number per row
   // more. With short rows, that number would waste a large part of the memory.
   const bool is_in_place = !is_few && m >= 64;
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
       const T* grad_rows = needs_angles && m > 1 ? dz : nullptr;
       return computed_in<T>(grad_x, [&](T* out) { layer.backward(wide.data(), dz, grad_rows, out); });
     }
-    Tensor dz = needs_products ? stable::new_empty(grad_output, {samples, n}) : no_elements(x);
+    Tensor dz = needs_products ? new_large(grad_output, {samples, n}) : no_elements(x);
     gradients.compute(target<T>(dz), with_activated, of_product, {});
     const auto by = [&](Pass pass) { return choose(pass, x.scalar_type(), {samples, n, m}, deterministic); };
     if (needs_x) {

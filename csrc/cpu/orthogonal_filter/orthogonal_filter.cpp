@@ -20,12 +20,14 @@
 #include "../../orthogonal_filter.h"
 
 #include <memory>
+#include <optional>
 #include <string>
 
-#include "../large_pages.h"
 #include "../simd/instruction_sets.h"
+#include "../tensors.h"
 #include "carrier.h"
 #include "gradients.h"
+#include "schedule.h"
 
 namespace lcw_ops {
 namespace {
@@ -82,7 +84,20 @@ struct Cpu {
   static constexpr int64_t least_packed_rows = 4;  // rows per thread from which on the matrices are packed
   static constexpr uintptr_t page = large_page, small_page = 4096;
 
-  static void allocated(const Tensor& tensor) { prefer_large_pages(tensor); }
+  // The buffers of the backward pass: two segments at once, if these fit into so many bytes. The threads can then go on
+  // while another program holds one of them up. More segments at once were slower, quiet and under load: 8 of them by
+  // 1.12 at 32 rows of 64 units, because their buffers leave the nearer caches (Zen 4, 2 cores).
+  static constexpr int64_t buffer_bytes = int64_t(32) << 20, most_slots = 2;
+  // The operations of a piece of slopes or gradients, which take about 50 microseconds: many times as long as to take the
+  // piece from the schedule.
+  static constexpr int64_t piece_operations = 4'000'000;
+  static constexpr int64_t whole_tiles = 48, least_piece_units = 16;
+
+  static int64_t divide(int64_t number, int64_t by) { return (number + by - 1) / by; }
+
+  static Tensor new_large(const Tensor& like, const std::vector<int64_t>& sizes) {
+    return lcw_ops::new_large(like, sizes);
+  }
 
   // Whether vectors of rows are faster than single rows. A vector of rows costs the same however many of its lanes are
   // in use; a single row uses all lanes, because its vectors run along the units.
@@ -129,11 +144,16 @@ struct Cpu {
     });
   }
 
-  // Calls rows(begin, end, shared, slots) for all rows, one by one. If there are fewer rows than threads, several
-  // threads share a row.
+  // The number of threads that share a row, if rows are carried one by one.
+  template <typename T>
+  static int64_t members_of(const Recurrence<T>& r) {
+    return std::max<int64_t>(
+        1, std::min<int64_t>(stable::get_num_threads() / std::max<int64_t>(r.rows, 1), r.width / least_units));
+  }
+
+  // Calls rows(begin, end, shared, slots) for all rows, one by one, with as many threads for each row as it has members.
   template <typename T, typename Rows>
-  static void share_rows(const Recurrence<T>& r, const Rows& rows) {
-    const int64_t members = std::max<int64_t>(1, std::min(stable::get_num_threads() / r.rows, r.width / least_units));
+  static void share_rows(const Recurrence<T>& r, int64_t members, const Rows& rows) {
     if (members == 1) return split_rows(r, 1, 0, rows);
     std::vector<std::unique_ptr<Shared<T>>> teams;
     for (int64_t m = 0; m < r.rows; ++m) teams.push_back(std::make_unique<Shared<T>>(members, r.width, 0));
@@ -180,48 +200,157 @@ struct Cpu {
     } else if (are_many(r.rows, all.lanes)) {
       split_rows(r, all.lanes, 0, bind(pass, all.forward_many));
     } else {
-      share_rows(r, bind(pass, all.forward_few));
+      share_rows(r, members_of(r), bind(pass, all.forward_few));
     }
   }
 
+  // Which kernels carry the rows back, and what they need.
   template <typename T>
-  static void run_segment(Backward<T> pass, const Tensor&) {
-    const Kernels<T>& all = kernels<T>();
-    const Recurrence<T> r = pass.recurrence;
-    const int64_t state_size = r.rows * r.width;
+  struct Way {
+    bool states_known, is_packed;
+    int64_t members;   // threads that share a row
+    int64_t together;  // rows of a group, which one thread carries
+    void (*carry)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+    int64_t slope_count;  // steps whose slopes the kernel keeps in the memory of its thread
+
+    explicit Way(const Backward<T>& pass) {
+      const Kernels<T>& all = kernels<T>();
+      const Recurrence<T>& r = pass.recurrence;
+      states_known = pass.checkpoint_every == 1 && packs(r);
+      is_packed = states_known && are_several(r.rows);
+      const bool many = !states_known && are_many(r.rows, all.lanes);
+      members = is_packed || many ? 1 : members_of(r);
+      const int64_t lanes = many ? all.lanes : 1;
+      together = divide(divide(r.rows, lanes), stable::get_num_threads()) * lanes;
+      carry = is_packed ? all.carry_back_packed
+          : many        ? all.backward_many
+                        : (states_known ? all.carry_back_few : all.backward_few);
+      slope_count = many ? r.segment : 0;
+    }
+  };
+
+  // Checkpoints are as far apart as the caller wants. The states in memory allow for any length of a segment.
+  template <typename T>
+  static Segments segments(const Backward<T>& pass, bool needs_scales) {
+    const Recurrence<T>& r = pass.recurrence;
+    const Way<T> way(pass);
+    const int64_t buffers = needs_scales ? 5 : 3;
+    const int64_t step_bytes = std::max<int64_t>(1, buffers * r.rows * r.width * sizeof(T));
+    if (way.members > 1)
+      return {
+          way.states_known ? std::clamp(buffer_bytes / step_bytes, r.segment, std::max(r.segment, r.steps)) : r.segment,
+          1};
+    return {r.segment, std::clamp<int64_t>(buffer_bytes / (r.segment * step_bytes), 1, most_slots)};
+  }
+
+  // Sets up the pass of a segment.
+  template <typename T>
+  static Backward<T> segment(const Backward<T>& all, int64_t number, const Way<T>& way) {
+    Backward<T> pass = all.of_segment(number);
+    const int64_t state_size = pass.recurrence.rows * pass.recurrence.width;
     // The gradients of the inputs are the P_l, which are written directly into the result.
-    if (pass.grad_inputs) {
-      pass.grad_pre = pass.grad_inputs + pass.first * state_size;
-      map(pass.grad_pre, pass.count * state_size * sizeof(T));
+    if (pass.grad_inputs) pass.grad_pre = pass.grad_inputs + pass.first * state_size;
+    if (way.states_known) pass.states = const_cast<T*>(pass.checkpoint());
+    return pass;
+  }
+
+  template <typename T>
+  static void run(const Backward<T>& all, const Tensor&) {
+    const Way<T> way(all);
+    if (all.grad_inputs)
+      map(all.grad_inputs, all.recurrence.steps * all.recurrence.rows * all.recurrence.width * sizeof(T));
+    std::optional<Packed<T>> transposed, in_order;
+    if (way.states_known) transposed.emplace(all.recurrence, true);
+    if (way.is_packed) in_order.emplace(all.recurrence, false);
+    const Recurrence<T>& for_slopes = transposed ? transposed->recurrence : all.recurrence;
+    const Recurrence<T>& for_carry = in_order ? in_order->recurrence : all.recurrence;
+    if (way.members > 1)
+      carry_together(all, way, for_slopes);
+    else
+      carry_by_schedule(all, way, for_slopes, for_carry);
+  }
+
+  // One segment after the other, where several threads share a row.
+  template <typename T>
+  static void carry_together(const Backward<T>& all, const Way<T>& way, const Recurrence<T>& for_slopes) {
+    const Kernels<T>& functions = kernels<T>();
+    const Recurrence<T>& r = all.recurrence;
+    for (int64_t number = 0; number < all.segments; ++number) {
+      const Backward<T> pass = segment(all, number, way);
+      if (way.states_known)
+        stable::parallel_for(0, pass.count * r.rows, 1, [&](int64_t begin, int64_t end) {
+          functions.known_slopes(pass, for_slopes, begin, end);
+        });
+      share_rows(r, way.members, bind(pass, way.carry));
+      if (pass.grad_weight || pass.grad_bias)
+        stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) {
+          functions.weight_gradients(pass, begin, end);
+        });
+      if (pass.weight_sum || pass.bias_sum)
+        stable::parallel_for(0, r.width, 1, [&](int64_t begin, int64_t end) {
+          functions.shared_weight_gradients(pass, begin, end);
+        });
     }
-    const bool states_known = pass.checkpoint_every == 1 && packs(r);
-    if (states_known) {
-      pass.states = const_cast<T*>(pass.checkpoint());
-      const Packed<T> packed(r, true);
-      stable::parallel_for(0, pass.count * r.rows, 1, [&](int64_t begin, int64_t end) {
-        all.known_slopes(pass, packed.recurrence, begin, end);
-      });
+  }
+
+  // One parallel region for all segments, in which every thread takes the next part from the schedule.
+  template <typename T>
+  static void carry_by_schedule(
+      const Backward<T>& all, const Way<T>& way, const Recurrence<T>& for_slopes, const Recurrence<T>& for_carry) {
+    const Kernels<T>& functions = kernels<T>();
+    const Recurrence<T>& r = all.recurrence;
+    const bool own = all.grad_weight || all.grad_bias, shared = all.weight_sum || all.bias_sum;
+    // The numbers of samples, steps and output units in one piece.
+    const int64_t product = 2 * r.width * r.width;
+    const int64_t samples = divide(divide(piece_operations, product), whole_tiles) * whole_tiles;
+    const int64_t steps = divide(piece_operations, product * r.rows);
+    const int64_t units = divide(divide(r.width, 2 * stable::get_num_threads()), least_piece_units) * least_piece_units;
+    std::vector<Schedule::Counts> counts(all.segments);
+    for (int64_t number = 0; number < all.segments; ++number) {
+      const int64_t count = all.of_segment(number).count;
+      counts[number].slopes = way.states_known ? divide(count * r.rows, samples) : 0;
+      // A segment has pieces of steps first, then pieces of units.
+      counts[number].gradients = (own ? divide(count, steps) : 0) + (shared ? divide(r.width, units) : 0);
     }
-    if (states_known && are_several(r.rows)) {
-      const Packed<T> packed(r, false);
-      pass.recurrence = packed.recurrence;
-      split_rows(r, 1, 0, bind(pass, all.carry_back_packed));
-      pass.recurrence = r;
-    } else if (states_known) {
-      share_rows(r, bind(pass, all.carry_back_few));
-    } else if (are_many(r.rows, all.lanes)) {
-      split_rows(r, all.lanes, pass.count, bind(pass, all.backward_many));
-    } else {
-      share_rows(r, bind(pass, all.backward_few));
-    }
-    if (pass.grad_weight || pass.grad_bias)
-      stable::parallel_for(0, pass.count, 1, [&](int64_t begin, int64_t end) {
-        all.weight_gradients(pass, begin, end);
-      });
-    if (pass.weight_sum || pass.bias_sum)
-      stable::parallel_for(0, pass.recurrence.width, 1, [&](int64_t begin, int64_t end) {
-        all.shared_weight_gradients(pass, begin, end);
-      });
+    const int64_t groups = divide(r.rows, way.together);
+    const int64_t useful = std::max({groups, counts[0].slopes, counts[0].gradients});
+    Schedule schedule(std::move(counts), groups, all.slots, shared);
+    const auto work = [&](int64_t, int64_t) {
+      Shared<T> memory(1, way.together * r.width, way.slope_count);
+      for (Schedule::Part part; (part = schedule.next()).kind != Schedule::Kind::none; schedule.finish(part)) {
+        Backward<T> pass = segment(all, part.segment, way);
+        const auto in_pieces = [&](int64_t index, int64_t size, int64_t end, const auto& run) {
+          run(index * size, std::min((index + 1) * size, end));
+        };
+        if (part.kind == Schedule::Kind::slopes) {
+          in_pieces(part.index, samples, pass.count * r.rows, [&](int64_t begin, int64_t end) {
+            functions.known_slopes(pass, for_slopes, begin, end);
+          });
+        } else if (part.kind == Schedule::Kind::carry) {
+          pass.recurrence = for_carry;
+          memory.team.reopen();
+          in_pieces(part.index, way.together, r.rows, [&](int64_t begin, int64_t end) {
+            way.carry(pass, begin, end, memory, 1);
+          });
+        } else if (const int64_t own_pieces = own ? divide(pass.count, steps) : 0; part.index < own_pieces) {
+          in_pieces(part.index, steps, pass.count, [&](int64_t begin, int64_t end) {
+            functions.weight_gradients(pass, begin, end);
+          });
+        } else {
+          in_pieces(part.index - own_pieces, units, r.width, [&](int64_t begin, int64_t end) {
+            functions.shared_weight_gradients(pass, begin, end);
+          });
+        }
+      }
+    };
+    stable::parallel_for(0, std::min<int64_t>(stable::get_num_threads(), useful), 1, [&](int64_t begin, int64_t end) {
+      try {
+        work(begin, end);
+      } catch (...) {
+        schedule.stop();
+        throw;
+      }
+    });
   }
 };
 

@@ -33,6 +33,11 @@ class Team {
     return number;
   }
 
+  // Lets the only member join again. No other thread may know the team.
+  void reopen() {
+    for (std::atomic<int64_t>* counter : {&members_, &present_, &count_}) counter->store(0, std::memory_order_relaxed);
+  }
+
   int64_t count() const { return count_.load(std::memory_order_relaxed); }
 
   // Waits for all members. Writes by any member before the call are visible to every member after it. After the call,

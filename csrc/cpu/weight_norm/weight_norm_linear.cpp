@@ -53,7 +53,7 @@ Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<T
       const WideOrNothing<T> shift(bias);
       const UnnormalisedRows<T> rows{source<T>(weight), samples, n, m, factor.data()};
       if (samples <= few_unnormalised) {
-        y = stable::new_empty(x, {samples, n});
+        y = new_large(x, {samples, n});
         is_done = rows.forward_few(Wide<T>(x).data(), shift.data(), target<T>(y));
         return;
       }
@@ -101,7 +101,7 @@ struct LinearBackward {
         const bool is_finite = scale_grad({needs_x ? scaled.data() : nullptr, scalar_type<T>});
         if (!needs_x) return;
         if (!is_finite) return multiply_by_normalised();
-        grad_x = stable::new_empty(x, x.sizes());
+        grad_x = new_large(x, x.sizes());
         computed<E>(grad_x, [&](T* out) {
           FewSamplesGradients<E>{samples, n, m}.multiply_by_parameter(scaled.data(), data<E>(weight), out, m);
         });
@@ -123,7 +123,7 @@ struct LinearBackward {
       return false;
     }
     if (!needs_x) return sum_bias(), true;
-    Tensor scaled = stable::new_empty(grad_output, {samples, n});
+    Tensor scaled = new_large(grad_output, {samples, n});
     if (scale_grad(target<T>(scaled)))
       grad_x = multiply_grad_input(choose_for(Pass::plain_grad_input), scaled, weight);
     else
