@@ -286,6 +286,13 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     assert "2/2" in capsys.readouterr().out
 
 
+class FakeClock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
 @pytest.mark.parametrize(
     ("steps", "printed"),
     [
@@ -296,12 +303,107 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     ],
 )
 def test_progress_without_a_terminal_is_about_ten_lines(steps, printed, capsys):
-    from lcw_ops.jobs.progress import progress
+    from lcw_ops.jobs.progress import Estimate, progress
 
-    with progress("train", steps) as bar:
+    clock = FakeClock()
+    with progress("train", steps, Estimate(steps, clock)) as bar:
         for _ in range(steps):
+            clock.now += 1
             bar.advance("loss 1.0")
-    assert capsys.readouterr().out.splitlines() == [f"train {step}/{steps}  loss 1.0" for step in printed]
+    left = {step: f"  about {steps - step} s left" if step < steps else "" for step in printed}
+    for step in printed:
+        if steps - step >= 90:
+            left[step] = f"  about {(steps - step) / 60:.0f} min left"
+    assert capsys.readouterr().out.splitlines() == [f"train {step}/{steps}  loss 1.0{left[step]}" for step in printed]
+
+
+def test_a_slow_first_step_does_not_spoil_the_time_left():
+    from lcw_ops.jobs.progress import LAST, Estimate
+
+    clock = FakeClock()
+    estimate = Estimate(30, clock)
+    assert str(estimate) == ""
+    for seconds in (500, 3, 2):
+        clock.now += seconds
+        estimate.done()
+    assert str(estimate) == f"  about {27 * 3} s left"
+    # Only the last steps count, in case the machine has become slower.
+    for _ in range(LAST):
+        clock.now += 10
+        estimate.done()
+    assert str(estimate) == "  about 3 min left"
+    assert estimate.seconds() == 18 * 10
+
+
+def test_parts_of_a_step_count_by_their_work(capsys):
+    """A part gets a line when it begins, unless it is expected to be over at once."""
+    from lcw_ops.jobs.progress import Estimate, progress
+
+    clock = FakeClock()
+    estimate = Estimate(10, clock)
+    with progress("measure", 2, estimate) as bar:
+        bar.begin("passes", 4)
+        clock.now += 20
+        bar.part_done(4)
+        bar.begin("Jacobian", 0.2)
+        clock.now += 1
+        bar.part_done(0.2)
+        bar.begin("layers", 0.8)
+        clock.now += 4
+        bar.advance("first net", 0.8)
+        bar.begin("layers", 5)
+        clock.now += 25
+        bar.advance("second net", 5)
+    assert capsys.readouterr().out.splitlines() == [
+        "measure 1/2  passes",
+        "measure 1/2  layers  about 29 s left",
+        "measure 1/2  first net  about 25 s left",
+        "measure 2/2  layers  about 25 s left",
+        "measure 2/2  second net",
+    ]
+
+
+def test_long_steps_all_get_a_line(capsys):
+    from lcw_ops.jobs.progress import QUIET_SECONDS, Estimate, progress
+
+    clock = FakeClock()
+    with progress("train", 1000, Estimate(1000, clock)) as bar:
+        for _ in range(4):
+            clock.now += QUIET_SECONDS
+            bar.advance("loss 1.0")
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_the_phases_of_the_main_job_are_its_planned_work(steps, tmp_path, monkeypatch, capsys):
+    """The time left reaches 0 with the last file, and every phase prints lines without carriage returns."""
+    estimates = []
+
+    class Recorded(main_job.Estimate):
+        def __init__(self, work):
+            super().__init__(work)
+            self.total, self.counted = work, 0.0
+            estimates.append(self)
+
+        def done(self, work=1.0):
+            super().done(work)
+            self.counted += work
+
+    monkeypatch.setattr(main_job, "Estimate", Recorded)
+    assert profile("--steps", steps, out=tmp_path) == 0
+    (estimate,) = estimates
+    assert estimate.counted == pytest.approx(estimate.total)
+    printed = capsys.readouterr().out
+    assert "\r" not in printed
+    for phase in (
+        "prepare 1/",
+        *(["train 1/"] if steps else []),
+        "measure 1/3",
+        "measure 3/3",
+        "write 1/3",
+        "write 3/3",
+    ):
+        assert phase in printed
 
 
 def test_info_prints_the_text_of_the_library(capsys):

@@ -1,5 +1,6 @@
 """The choice of a layer's matmul on a CPU: the one requested, or the faster one, measured once and kept in a file."""
 
+import math
 import os
 import subprocess
 import sys
@@ -199,20 +200,23 @@ def test_a_large_weight_is_measured_by_a_smaller_one():
     assert torch.equal(output, torch.zeros(1, 10_000))
 
 
-# Our product of so small a layer takes microseconds, so the delay of torch's product decides. Turns follow the first
-# until there are three and 30 ms are over, or until there are 20.
+# Our product of so small a layer takes microseconds, so the delay of torch's product decides. A machine with other work
+# makes the first turns longer, and then fewer turns follow.
 @pytest.mark.parametrize(
     ("units", "delays", "fewest", "most"),
     [
         # More than three times our time and more than 30 ms: the first turn decides.
         (53, [0.3], 1, 1),
-        # The first turn decides nothing, and the next three take more than 30 ms.
-        (54, [0, 0.02], 4, 4),
-        (55, [0], 4, 21),
+        # More than three times our time and more than 5 ms in two turns.
+        (56, [0.02], 1, 2),
+        # The first two turns decide nothing, and the next two or three take more than 30 ms.
+        (54, [0, 0.02], 2, 5),
+        # Turns follow until 30 ms are over, or until there are 20.
+        (55, [0], 3, 22),
     ],
-    ids=["clear", "slow", "fast"],
+    ids=["clear", "clear_twice", "slow", "fast"],
 )
-def test_a_choice_rests_on_one_clear_turn_or_on_three_more(monkeypatch, tmp_path, units, delays, fewest, most):
+def test_a_choice_rests_on_few_clear_turns_or_on_more(monkeypatch, tmp_path, units, delays, fewest, most):
     """The first of torch's products takes ``delays[0]`` seconds longer, and the others ``delays[-1]``."""
     monkeypatch.setenv("LCW_OPS_CACHE_DIR", str(tmp_path))
     calls = []
@@ -233,6 +237,52 @@ def test_a_choice_rests_on_one_clear_turn_or_on_three_more(monkeypatch, tmp_path
     if delays[-1]:
         assert answer[-1] == "own"
     assert fewest <= len(calls) - (answer[-1] == "torch") <= most
+
+
+@pytest.mark.parametrize(
+    ("samples", "units", "inputs", "dtype"),
+    [
+        (3, 4096, 4096, torch.float32),
+        (100, 4096, 4096, torch.float32),
+        (100, 4096, 4096, torch.float64),
+        (100, 4096, 4096, torch.bfloat16),
+        (100, 20_000, 500, torch.float32),
+        (100, 500, 20_000, torch.float32),
+        (1000, 600, 5000, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_operations_of_a_measurement_have_a_limit(monkeypatch, tmp_path, samples, units, inputs, dtype):
+    """Each part takes at most 2^26 multiply-adds and 8 MB of the weight for one thread; all of a pass, 8.25 times that.
+
+    torch's products are counted. Our own are as many, in turns with them.
+    """
+    monkeypatch.setenv("LCW_OPS_CACHE_DIR", str(tmp_path))
+    passes = {"forward": [], "backward": []}
+    calls = passes["forward"]
+
+    def linear(x, weight, bias=None):
+        # The samples of a measurement are a power of two, so these are not the layer's own products.
+        if samples not in (*x.shape, *weight.shape):
+            calls.append((*x.shape, len(weight)))
+        return x @ weight.mT
+
+    x = torch.randn(samples, inputs, dtype=dtype, requires_grad=True)
+    weight = torch.randn(units, inputs, dtype=dtype, requires_grad=True)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("linear", linear, "CPU")
+        output = F.lcw_linear(x, weight)
+        calls = passes["backward"]
+        torch.autograd.grad(output, (x, weight), torch.ones_like(output))
+    threads = torch.get_num_threads()
+    rounded = [int(answer[3]) for answer in read(tmp_path)[1]]
+    assert len(rounded) == 3
+    for calls, count in zip(passes.values(), (1, 2), strict=True):
+        operations = [math.prod(call) for call in calls]
+        assert operations
+        assert max(operations) <= threads * 2**26
+        assert sum(operations) <= count * threads * 8.25 * 2**26
+        assert max(operations) // rounded[0] * dtype.itemsize <= threads * 2**23
 
 
 @pytest.mark.parametrize("name", MULTIPLIERS)

@@ -307,15 +307,19 @@ Tensor grad_weight(Multiplier by, const Tensor& grad_output, Tensor x, bool basi
 }
 
 Multiplier choose_for(Pass pass, ScalarType type, LayerSize size, bool deterministic) {
-  return choose_multiplier(pass, type, size, deterministic, [=](LayerSize like) -> Trial {
+  return choose_multiplier(pass, type, size, deterministic, [=](LayerSize like, int64_t count) -> Trial {
     const Tensor one = make_operand(type, like.samples, pass == Pass::forward ? like.m : like.n);
     if (pass == Pass::grad_weight) {
       const Tensor x = make_operand(type, like.samples, like.m);
-      return [=](Multiplier by) { grad_weight(by, one, x, false); };
+      return [=, results = InTurns(count)](Multiplier by) mutable {
+        Tensor& result = results.next();
+        result = Tensor();
+        result = grad_weight(by, one, x, false);
+      };
     }
-    const Tensor weight = make_operand(type, like.n, like.m);
-    if (pass == Pass::grad_input) return [=](Multiplier by) { grad_input(by, one, weight, false); };
-    return [=](Multiplier by) { forward(by, one, weight, std::nullopt, false); };
+    InTurns weights(make_operands(type, like.n, like.m, count));
+    if (pass == Pass::grad_input) return [=](Multiplier by) mutable { grad_input(by, one, weights.next(), false); };
+    return [=](Multiplier by) mutable { forward(by, one, weights.next(), std::nullopt, false); };
   });
 }
 

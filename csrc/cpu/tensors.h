@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -133,6 +134,12 @@ inline Tensor make_operand(ScalarType type, int64_t rows, int64_t columns) {
       store(Computed<E>(int32_t(uint32_t(i) * 2654435761u)) * Computed<E>(0x1p-31), out[i]);
   });
   return tensor;
+}
+
+inline std::vector<Tensor> make_operands(ScalarType type, int64_t rows, int64_t columns, int64_t count) {
+  std::vector<Tensor> operands;
+  for (int64_t i = 0; i < count; ++i) operands.push_back(make_operand(type, rows, columns));
+  return operands;
 }
 
 }  // namespace lcw_ops

@@ -22,7 +22,7 @@ from lcw_ops._files import prepare_folder, write_atomically
 from lcw_ops.jobs import data
 from lcw_ops.jobs.arguments import check_memory, filter_bytes, usable_device
 from lcw_ops.jobs.loop import Training, accuracy, evaluation_steps
-from lcw_ops.jobs.progress import progress
+from lcw_ops.jobs.progress import Estimate, progress
 from lcw_ops.jobs.report import IN_WORDS, History, Report, summary, table, write_layers
 from lcw_ops.jobs.settings import PROFILE_KINDS as KINDS
 from lcw_ops.jobs.settings import ProfileSettings as Settings
@@ -32,10 +32,25 @@ from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.profile import machine
 from lcw_ops.profile import orthogonal_filter as replay
-from lcw_ops.profile.profiler import profile
+from lcw_ops.profile.profiler import PARTS, profile_by_parts
 from lcw_ops.profile.result import write_json
 
 REPORT_FILES = ("layers.csv", "report.json", "report.png")
+
+# How long each part of the run takes, in training steps of the default sizes. The time that is left is estimated from
+# these numbers and from the speed of the last parts.
+WORK = {
+    "matmul rate": 0.3,
+    "network": 0.5,
+    "initialisation": 0.7,
+    "test set": 0.6,
+    "watched pass": 0.8,
+    "timed passes": 2.0,
+    "every layer": 2.5,
+    "layers.csv": 1.0,
+    "report.json": 0.1,
+    "report.png": 0.5,
+}
 
 # The memory of one layer in the report, in bytes: its rows in four tables, as numbers and as CSV text.
 ROW_BYTES = 2000
@@ -90,8 +105,9 @@ def run(settings: Settings) -> int:
 
     written: list[str] = []
     try:
-        report = _work(settings, dataset.to(device), device)
-        _write(report, folder, written)
+        estimate = Estimate(total_work(settings))
+        report = _work(settings, dataset.to(device), device, estimate)
+        _write(report, folder, written, estimate)
     except KeyboardInterrupt:
         print(f"\ninterrupted. {_what_was_written(folder, written)}", file=sys.stderr)
         return 130
@@ -125,10 +141,30 @@ def _require_matplotlib() -> None:
         ) from error
 
 
-def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Report:
+def total_work(settings: Settings) -> float:
+    """The work of a run, in the unit of ``WORK``."""
+    before = ["matmul rate", "network", *(["initialisation"] if settings.steps else [])]
+    evaluations = ["test set"] * len(evaluation_steps(settings.steps))
+    after = ["matmul rate", *PARTS * len(KINDS), *["network"] * (len(KINDS) - 1), *REPORT_FILES]
+    return settings.steps + sum(WORK[part] for part in (*before, *evaluations, *after))
+
+
+def _work(settings: Settings, dataset: data.Dataset, device: torch.device, estimate: Estimate) -> Report:
     start = time.perf_counter()
-    matmul_rate = machine.matmul_rate(device)
-    model = make_network(settings.kind, settings, dataset.features, dataset.classes)
+    # All kinds are measured on the same batch.
+    inputs, targets = dataset.x_train[: settings.batch], dataset.y_train[: settings.batch]
+    with progress("prepare", 3 if settings.steps else 2, estimate) as bar:
+        bar.begin("matmul rate of this machine", WORK["matmul rate"])
+        matmul_rate = machine.matmul_rate(device)
+        bar.advance("matmul rate of this machine", WORK["matmul rate"])
+        bar.begin("weights of the network", WORK["network"])
+        model = make_network(settings.kind, settings, dataset.features, dataset.classes)
+        bar.advance("weights of the network", WORK["network"])
+        initial = {}
+        if settings.steps:
+            bar.begin("signal and gradient at initialisation", WORK["initialisation"])
+            initial[settings.kind] = initial_norms(model, inputs, targets)
+            bar.advance("signal and gradient at initialisation", WORK["initialisation"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{settings.kind} net of {settings.depth:,} layers, width {settings.width}, {settings.activation}: "
@@ -136,26 +172,35 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device) -> Re
         "samples",
         flush=True,
     )
-    # All kinds are measured on the same batch.
-    inputs, targets = dataset.x_train[: settings.batch], dataset.y_train[: settings.batch]
-    initial = {settings.kind: initial_norms(model, inputs, targets)} if settings.steps else {}
-    history = train(model, dataset, settings)
-    # Measure again: on a shared machine the better of two measurements is closer to the machine's peak.
-    matmul_rate = max(matmul_rate, machine.matmul_rate(device))
+    history = train(model, dataset, settings, estimate)
     profiles = {}
     kinds = (settings.kind, *(kind for kind in KINDS if kind != settings.kind))
-    with progress("measure", len(kinds)) as bar:
+    with progress("measure", len(kinds), estimate) as bar:
+        # Measure again: on a shared machine the better of two measurements is closer to the machine's peak.
+        bar.begin("matmul rate of this machine", WORK["matmul rate"])
+        matmul_rate = max(matmul_rate, machine.matmul_rate(device))
+        bar.part_done(WORK["matmul rate"])
         for kind in kinds:
+            net, current = f"{IN_WORDS[kind]} net", ""
+
+            def begin(part: str, net: str = net) -> None:
+                nonlocal current
+                if current:
+                    bar.part_done(WORK[current])
+                current = part
+                bar.begin(f"{net}: {part}", WORK[part])
+
             if kind != settings.kind:
+                begin("network")
                 model = make_network(kind, settings, dataset.features, dataset.classes)
-            profiles[kind] = profile(model, inputs, targets, matmul_rate=matmul_rate, name=f"{IN_WORDS[kind]} net")
+            profiles[kind] = profile_by_parts(model, inputs, targets, matmul_rate=matmul_rate, name=net, begin=begin)
             # The first and the last row are those of the input and the output layer.
             layers = {name: profiles[kind].columns[name][1:-1] for name in ("state_rms", "gradient_norm")}
             initial.setdefault(kind, layers)
             # Free this network before the next one of this depth is made.
             del model
             gc.collect()
-            bar.advance(f"{IN_WORDS[kind]} net")
+            bar.advance(net, WORK[current])
     peak = machine.peak_memory_bytes(device)
     return Report(settings, dataset, history, profiles, initial, peak, time.perf_counter() - start)
 
@@ -174,30 +219,40 @@ def initial_norms(model: OrthogonalFilterMLP, inputs: torch.Tensor, targets: tor
     return replay.signal_norms(recurrence, gradient_at_end)
 
 
-def train(model: nn.Module, dataset: data.Dataset, settings: Settings) -> History:
-    """``settings.steps`` steps of Adam on batches shuffled by the seed, without replacement within an epoch."""
-    history = History(test_accuracy=[(0, accuracy(model, dataset))])
-    if settings.steps == 0:
-        return history
-    training = Training(model, dataset, settings.steps, settings.batch, settings.lr, settings.seed)
+def train(model: nn.Module, dataset: data.Dataset, settings: Settings, estimate: Estimate | None = None) -> History:
+    """``settings.steps`` steps of Adam on batches shuffled by the seed, without replacement within an epoch.
+
+    ``estimate``: of the run that this training is a part of.
+    """
     evaluate_after = evaluation_steps(settings.steps)
+    if estimate is None:
+        estimate = Estimate(settings.steps + len(evaluate_after) * WORK["test set"])
     device = dataset.x_train.device
-    with progress("train", settings.steps) as bar:
+    with progress("train", settings.steps, estimate) as bar:
+        bar.begin("test set before the first step", WORK["test set"])
+        history = History(test_accuracy=[(0, accuracy(model, dataset))])
+        bar.part_done(WORK["test set"])
+        if settings.steps == 0:
+            return history
+        training = Training(model, dataset, settings.steps, settings.batch, settings.lr, settings.seed)
         for step in range(1, settings.steps + 1):
             start = machine.now(device)
             history.loss.append(training.step())
             history.milliseconds.append((machine.now(device) - start) * 1e3)
+            bar.part_done(1.0)
             if step in evaluate_after:
                 history.test_accuracy.append((step, accuracy(model, dataset)))
+                bar.part_done(WORK["test set"])
             rate = settings.depth / history.milliseconds[-1] * 1e3
             bar.advance(
                 f"loss {history.loss[-1]:.3f}  test accuracy {history.test_accuracy[-1][1]:.1%}  "
-                f"{history.milliseconds[-1]:.0f} ms/step  {rate:,.0f} layers/s"
+                f"{history.milliseconds[-1]:.0f} ms/step  {rate:,.0f} layers/s",
+                work=0,
             )
     return history
 
 
-def _write(report: Report, folder: Path, written: list[str]) -> None:
+def _write(report: Report, folder: Path, written: list[str], estimate: Estimate) -> None:
     """Write the three files, each whole or not at all. Append the name of each to ``written`` once it is there."""
     from lcw_ops.jobs.picture import plot_report
 
@@ -206,9 +261,12 @@ def _write(report: Report, folder: Path, written: list[str]) -> None:
         "report.json": lambda path: write_atomically(path, lambda file: write_json(file, summary(report))),
         "report.png": lambda path: plot_report(report, path),
     }
-    for name in REPORT_FILES:
-        writers[name](folder / name)
-        written.append(name)
+    with progress("write", len(REPORT_FILES), estimate) as bar:
+        for name in REPORT_FILES:
+            bar.begin(name, WORK[name])
+            writers[name](folder / name)
+            written.append(name)
+            bar.advance(name, WORK[name])
 
 
 def _what_was_written(folder: Path, written: list[str]) -> str:

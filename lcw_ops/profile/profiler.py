@@ -75,6 +75,38 @@ def profile(
             module was called, repeats < 1, inside torch.inference_mode(), or the model cannot be differentiated twice
             and "lanczos" was needed. Errors of the model itself are passed on.
     """
+    return profile_by_parts(
+        model,
+        inputs,
+        targets,
+        loss,
+        jacobian=jacobian,
+        jacobian_method=jacobian_method,
+        repeats=repeats,
+        matmul_rate=matmul_rate,
+        name=name,
+        begin=lambda part: None,
+    )
+
+
+# The parts of a profile, in their order.
+PARTS = ("watched pass", "timed passes", "every layer")
+
+
+def profile_by_parts(
+    model: nn.Module,
+    inputs: Tensor | tuple,
+    targets: Tensor | None = None,
+    loss: Callable | None = None,
+    *,
+    jacobian: bool = True,
+    jacobian_method: str = "auto",
+    repeats: int = 3,
+    matmul_rate: float | None = None,
+    name: str | None = None,
+    begin: Callable[[str], None],
+) -> Profile:
+    """:func:`profile`, which calls ``begin`` with the name of each of ``PARTS`` before it begins."""
     if torch.is_inference_mode_enabled():
         remedy = "Call profile outside of it."
         raise ValueError(describe("profile", "the mode", "is torch.inference_mode()", "a mode with gradients", remedy))
@@ -84,8 +116,11 @@ def profile(
         raise ValueError(describe("profile", "repeats", f"is {repeats}", "at least 1"))
     work = _prepared(model, inputs, targets, loss)
     with _left_as_it_was(model, work.device):
+        begin("watched pass")
         watched = _watched_pass(work)
+        begin("timed passes")
         timing = _timed_passes(work, repeats, watched)
+        begin("every layer")
         columns, jacobians = _rows(watched, jacobian)
         if jacobian:
             jacobians |= _model_jacobian(work, jacobian_method, jacobians)

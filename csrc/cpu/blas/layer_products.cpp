@@ -46,16 +46,19 @@ Tensor multiply_grad_weight(Multiplier by, const Tensor& grad, const Tensor& x) 
 }
 
 Multiplier choose(Pass pass, ScalarType type, LayerSize size, bool deterministic) {
-  return choose_multiplier(pass, type, size, deterministic, [=](LayerSize like) -> Trial {
+  return choose_multiplier(pass, type, size, deterministic, [=](LayerSize like, int64_t count) -> Trial {
     const Tensor samples_by_m = make_operand(type, like.samples, like.m);
-    if (pass == Pass::plain_forward) {
-      const Tensor weight = make_operand(type, like.n, like.m);
-      return [=](Multiplier by) { multiply_forward(by, samples_by_m, weight, std::nullopt); };
-    }
     const Tensor grad = make_operand(type, like.samples, like.n);
-    if (pass == Pass::plain_grad_weight) return [=](Multiplier by) { multiply_grad_weight(by, grad, samples_by_m); };
-    const Tensor weight = make_operand(type, like.n, like.m);
-    return [=](Multiplier by) { multiply_grad_input(by, grad, weight); };
+    if (pass == Pass::plain_grad_weight)
+      return [=, results = InTurns(count)](Multiplier by) mutable {
+        Tensor& result = results.next();
+        result = Tensor();
+        result = multiply_grad_weight(by, grad, samples_by_m);
+      };
+    InTurns weights(make_operands(type, like.n, like.m, count));
+    if (pass == Pass::plain_forward)
+      return [=](Multiplier by) mutable { multiply_forward(by, samples_by_m, weights.next(), std::nullopt); };
+    return [=](Multiplier by) mutable { multiply_grad_input(by, grad, weights.next()); };
   });
 }
 

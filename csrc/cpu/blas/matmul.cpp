@@ -7,6 +7,7 @@
 // of torch's matmul. When the sums were cut into parts short enough to be as exact, oneDNN was slower.
 #include "matmul.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -28,18 +29,121 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The part of a product that is multiplied in its place, and the number of such parts. They are multiplied in turns, so
+// that a weight comes from memory if the whole product's weight would, and not from a cache.
+struct Parts {
+  LayerSize size;
+  int64_t count;
+};
+
+// The largest part of a product: multiply-adds and bytes of the weight, each for one thread, and the fewest rows of the
+// weight. Each takes a few milliseconds. On fewer rows, copying the samples would take a larger share of the time than
+// it takes in the whole product.
+struct Limits {
+  int64_t products, bytes, rows;
+};
+constexpr Limits fine{int64_t(1) << 26, int64_t(8) << 20, 512}, rough{fine.products / 8, fine.bytes / 8, 128};
+
+// All parts of a weight together have at most this many bytes. They exceed most caches.
+constexpr int64_t most_bytes = int64_t(64) << 20;
+
+// Takes fewer rows of the weight first, and fewer columns only if the fewest rows are still too large.
+Parts parts_of(const Question& question, Limits limits) {
+  const ScalarType type = ScalarType(question.type);
+  const int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  const int64_t most = question.threads * std::min(limits.products / question.samples, limits.bytes / bytes);
+  // Whole panels and tiles, for all kernels.
+  const auto round_down = [](int64_t size) { return std::max<int64_t>(1, size < 64 ? size : size / 64 * 64); };
+  int64_t n = question.n, m = question.m;
+  if (n * m > most) n = std::min(n, std::max(limits.rows, round_down(most / m)));
+  if (n * m > most) m = round_down(most / n);
+  const int64_t whole = question.n * question.m, part = n * m;
+  const int64_t count = std::min((whole + part - 1) / part, std::max<int64_t>(1, most_bytes / (bytes * part)));
+  return {{question.samples, n, m}, count};
+}
+
+// Measures both multipliers in turns and compares their shortest times, which other programs disturbed least.
+class Measurement {
+ public:
+  Measurement(const Question& question, const Prepare& prepare) : question_(question), prepare_(prepare) {}
+
+  Multiplier choose() {
+    // Two turns with a small part come first. They take the extra work of a first turn out of the later ones, and end
+    // the measurement if one multiplier is far slower: 16-bit numbers can be 50 times as slow.
+    const Parts small = parts_of(question_, rough), large = parts_of(question_, fine);
+    Trial trial = prepare_(small.size, std::min<int64_t>(small.count, 4));
+    Times times;
+    const auto begin = Clock::now();
+    take_turn(trial, times);
+    // The extra work of a first turn takes less time than this.
+    if (times.differ_by(3) && times.longer() > enough_seconds) return times.faster();
+    // On a machine with much other work, even a small part waits for a core, and a second turn tells little more.
+    if (seconds_since(begin) <= enough_seconds) {
+      take_turn(trial, times);
+      if (times.differ_by(3) && times.longer() > noticeable_seconds) return times.faster();
+    }
+
+    const bool clear = times.differ_by(2);
+    const Multiplier expected = times.faster();
+    if (large.size.n != small.size.n || large.size.m != small.size.m) trial = prepare_(large.size, large.count);
+    // Small products are repeated more often, until enough time is over.
+    const int64_t part_products = large.size.samples * large.size.n * large.size.m;
+    const int64_t most_turns = std::clamp<int64_t>(8 * question_.threads * fine.products / part_products, 3, 20);
+    times = {};
+    const auto start = Clock::now();
+    for (int64_t turn = 1; turn <= most_turns; ++turn) {
+      take_turn(trial, times);
+      const double seconds = seconds_since(start);
+      const bool is_clear = clear && times.differ_by(2) && times.faster() == expected;
+      if (seconds > enough_seconds && (turn >= 3 || is_clear)) break;
+      if (seconds > 2 * enough_seconds && turn >= 2) break;
+    }
+    // Our own product has to take a twentieth less time than torch's: a smaller difference may be chance.
+    return times.own < 0.95 * times.torch ? Multiplier::own : Multiplier::torch;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr double enough_seconds = 0.03, noticeable_seconds = 0.005;
+
+  struct Times {
+    double own = std::numeric_limits<double>::infinity(), torch = own;
+
+    double longer() const { return std::max(own, torch); }
+    bool differ_by(double factor) const { return longer() > factor * std::min(own, torch); }
+    Multiplier faster() const { return own < torch ? Multiplier::own : Multiplier::torch; }
+  };
+
+  static double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  }
+
+  static void take_turn(const Trial& trial, Times& times) {
+    const auto seconds = [&](Multiplier multiplier) {
+      const auto start = Clock::now();
+      trial(multiplier);
+      return seconds_since(start);
+    };
+    times.own = std::min(times.own, seconds(Multiplier::own));
+    times.torch = std::min(times.torch, seconds(Multiplier::torch));
+  }
+
+  const Question& question_;
+  const Prepare& prepare_;
+};
+
 // The answers that this process knows: for each question (cache_file.h), the faster multiplier. An answer comes from
 // the cache file, or is measured and then appended to the file.
 class Answers {
  public:
-  Multiplier find(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
+  Multiplier find(const Question& question, const Prepare& prepare) {
     if (const auto answer = known(question)) return *answer;
     // Only one thread measures at a time: two would disturb each other. A thread that knows the answer does not take
     // this lock.
     const std::lock_guard<std::mutex> lock(measuring_);
     read();
     if (const auto answer = known(question)) return *answer;
-    const Multiplier answer = measure(question, prepare);
+    const Multiplier answer = Measurement(question, prepare).choose();
     append_to_cache_file(question, answer);
     read();
     const std::lock_guard<std::mutex> answers_lock(reading_);
@@ -58,34 +162,6 @@ class Answers {
     read_cache_file(answers_);
   }
 
-  // Measures the two multipliers in turns and compares their shortest times, which other programs disturbed least. The
-  // first turn is dropped unless it decides clearly. Our own product has to take a twentieth less time than torch's,
-  // because a smaller difference may be chance.
-  static Multiplier measure(const Question& question, const std::function<Trial(LayerSize)>& prepare) {
-    const Trial trial = prepare({question.samples, question.n, question.m});
-    using Clock = std::chrono::steady_clock;
-    const auto measure_one = [&](Multiplier multiplier) {
-      const auto start = Clock::now();
-      trial(multiplier);
-      return std::chrono::duration<double>(Clock::now() - start).count();
-    };
-    constexpr double enough_seconds = 0.03;
-    constexpr int fewest_turns = 3, most_turns = 20;
-    double own = measure_one(Multiplier::own), torch = measure_one(Multiplier::torch);
-    // If one product took longer than enough_seconds and three times as long as the other, the difference is real: the
-    // extra work of a first turn takes less time than that.
-    if (std::max(own, torch) > enough_seconds && (own > 3 * torch || torch > 3 * own))
-      return own < torch ? Multiplier::own : Multiplier::torch;
-    own = torch = std::numeric_limits<double>::infinity();
-    const auto start = Clock::now();
-    for (int turn = 0; turn < most_turns; ++turn) {
-      if (turn >= fewest_turns && std::chrono::duration<double>(Clock::now() - start).count() > enough_seconds) break;
-      own = std::min(own, measure_one(Multiplier::own));
-      torch = std::min(torch, measure_one(Multiplier::torch));
-    }
-    return own < 0.95 * torch ? Multiplier::own : Multiplier::torch;
-  }
-
   std::mutex measuring_, reading_;
   std::map<Question, Multiplier> answers_;
 };
@@ -99,8 +175,7 @@ std::atomic<Answers*> answers{[] {
 
 }  // namespace
 
-Multiplier choose_multiplier(
-    Pass pass, ScalarType type, LayerSize size, bool deterministic, const std::function<Trial(LayerSize)>& prepare) {
+Multiplier choose_multiplier(Pass pass, ScalarType type, LayerSize size, bool deterministic, const Prepare& prepare) {
   if (const char* name = std::getenv("LCW_OPS_MATMUL"); name && *name) {
     const auto requested = find_multiplier(name);
     STD_TORCH_CHECK(requested, "LCW_OPS_MATMUL=", name, ": expected own or torch");

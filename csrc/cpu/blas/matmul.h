@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -18,16 +20,33 @@ struct LayerSize {
   int64_t samples, n, m;
 };
 
+// Multiplies the next of a trial's products by one multiplier.
+using Trial = std::function<void(Multiplier)>;
+
+// Makes the operands of `count` products of a given size, and returns a function that multiplies them in turns. Each
+// product has a weight of its own. A result as large as a weight is kept until its product is multiplied again.
+using Prepare = std::function<Trial(LayerSize size, int64_t count)>;
+
+// Tensors that are taken in turns.
+class InTurns {
+ public:
+  explicit InTurns(std::vector<torch::stable::Tensor> tensors) : tensors_(std::move(tensors)) {}
+  explicit InTurns(int64_t count) : tensors_(count) {}
+  torch::stable::Tensor& next() { return tensors_[taken_++ % tensors_.size()]; }
+
+ private:
+  std::vector<torch::stable::Tensor> tensors_;
+  size_t taken_ = 0;
+};
+
 // Chooses the multiplier for a product. If LCW_OPS_MATMUL is set to own or torch, it decides. Otherwise, if
 // `deterministic`, the number of samples decides, because a measurement could decide differently in the next process:
 // our own kernels multiply up to 16 samples, where reading the weight takes most of the time, and torch's matmul
 // multiplies more. In all other cases the choice is measured, once for each processor, number of threads, size of the
-// weight and power of two of samples. For this, `prepare` makes the operands of a product of a given size and returns a
-// function that multiplies them. The answer is kept in memory and in a file, so that later runs give the same bits.
-using Trial = std::function<void(Multiplier)>;
+// weight and power of two of samples. A large product is represented by parts of it. The answer is kept in memory and
+// in a file, so that later runs give the same bits.
 Multiplier choose_multiplier(
-    Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic,
-    const std::function<Trial(LayerSize)>& prepare);
+    Pass pass, torch::headeronly::ScalarType type, LayerSize size, bool deterministic, const Prepare& prepare);
 
 // torch's x w^T + bias, for x (M, m) and w (n, m) of any strides.
 torch::stable::Tensor linear(
