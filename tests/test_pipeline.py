@@ -29,6 +29,8 @@ SAMPLES, MICROBATCHES = 8, 4
 SCHEDULES = ("ScheduleGPipe", "Schedule1F1B")
 # These give every process two stages. The second computes the gradients of inputs before those of parameters.
 LOOPED_SCHEDULES = ("ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble")
+# With torch 2.10, zero-bubble schedules read an attribute that no autograd.Function has. 2.11 and 2.12 were not tried.
+HAS_ZERO_BUBBLE = torch.__version__ >= (2, 13)
 
 DEPTH = 7
 # The arguments of the net, made anew for every test: a net may hold a given parameter.
@@ -352,6 +354,8 @@ def test_a_pipeline_of_fifty_thousand_layers_computes_what_one_process_does(tmp_
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_pipeline_with_two_stages_per_process_computes_what_one_process_does(found, case, size, schedule):
+    if schedule.endswith("ZeroBubble") and not HAS_ZERO_BUBBLE:
+        pytest.skip("the zero-bubble schedules of this torch take no autograd.Function")
     for half in range(2):
         results = [{(case, size, schedule): found[rank][case, size, schedule][half]} for rank in range(PROCESSES)]
         assert_as_one_process(results, 20, case, size, schedule)
@@ -466,7 +470,7 @@ def run_process(rank, folder):
             for schedule in SCHEDULES:
                 results[case, size, schedule] = run_pipeline(group, size, rank % size, depth, case, schedule)
             if depth < 1000:
-                for schedule in LOOPED_SCHEDULES:
+                for schedule in LOOPED_SCHEDULES if HAS_ZERO_BUBBLE else LOOPED_SCHEDULES[:1]:
                     results[case, size, schedule] = run_looped_pipeline(group, size, rank % size, depth, case, schedule)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
