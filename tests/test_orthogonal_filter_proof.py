@@ -675,6 +675,21 @@ def test_same_bits_twice_however_the_rows_are_dealt_out(count, width, over_time)
                     assert torch.equal(gradient, first[name]), f"{name}, M={rows}, N={width}, {count} threads"
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("shared", [False, True])
+def test_same_bits_twice_however_the_segments_are_dealt_out(count, shared):
+    """Every thread takes the next part of a segment that can be done. Its buffers serve many segments in turn."""
+    for width, rows, segment, return_states in [(24, 20, 3, False), (33, 40, 1, False), (40, 20, 7, True)]:
+        net = make_net(rows, width, 50, shared=shared)
+        with threads(count):
+            first_output, first = net(rows, return_states, segment)
+            for _ in range(4):
+                output, gradients = net(rows, return_states, segment)
+                assert torch.equal(output, first_output)
+                for name, gradient in gradients.items():
+                    assert torch.equal(gradient, first[name]), f"{name}, M={rows}, N={width}, {count} threads"
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_without_gradients_the_result_has_the_same_bits(count):
     for rows, return_states, shared in itertools.product((1, 3, 5, 33), (False, True), (False, True)):
