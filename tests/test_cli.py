@@ -374,6 +374,27 @@ def test_long_steps_all_get_a_line(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_norms_of_equal_weights_are_computed_once(steps, tmp_path, monkeypatch):
+    """The other two nets have the same weights. Their column is that of a profile of each of them."""
+    from lcw_ops.profile import bounds
+    from lcw_ops.profile.profiler import profile as whole_profile
+
+    computed, compute = [], bounds.spectral_norm_bound
+    monkeypatch.setattr(bounds, "spectral_norm_bound", lambda weight: computed.append(len(weight)) or compute(weight))
+    reports = []
+    monkeypatch.setattr(main_job, "_write", lambda report, *_: reports.append(report))
+    assert profile("--steps", steps, out=tmp_path) == 0
+    assert computed == [30, 30]
+    (found,) = reports
+    for kind in ("residual", "plain"):
+        model = main_job.make_network(kind, found.settings, found.dataset.features, found.dataset.classes)
+        inputs, targets = found.dataset.x_train[:16], found.dataset.y_train[:16]
+        alone = whole_profile(model, inputs, targets, repeats=1, matmul_rate=1e11)
+        for name, column in alone.columns.items():
+            np.testing.assert_array_equal(found.profiles[kind].columns[name], column)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_the_phases_of_the_main_job_are_its_planned_work(steps, tmp_path, monkeypatch, capsys):
     """The time left reaches 0 with the last file, and every phase prints lines without carriage returns."""

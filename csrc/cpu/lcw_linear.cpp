@@ -311,11 +311,7 @@ Multiplier choose_for(Pass pass, ScalarType type, LayerSize size, bool determini
     const Tensor one = make_operand(type, like.samples, pass == Pass::forward ? like.m : like.n);
     if (pass == Pass::grad_weight) {
       const Tensor x = make_operand(type, like.samples, like.m);
-      return [=, results = InTurns(count)](Multiplier by) mutable {
-        Tensor& result = results.next();
-        result = Tensor();
-        result = grad_weight(by, one, x, false);
-      };
+      return [=](Multiplier by) { grad_weight(by, one, x, false); };
     }
     InTurns weights(make_operands(type, like.n, like.m, count));
     if (pass == Pass::grad_input) return [=](Multiplier by) mutable { grad_input(by, one, weights.next(), false); };

@@ -41,15 +41,15 @@ REPORT_FILES = ("layers.csv", "report.json", "report.png")
 # these numbers and from the speed of the last parts.
 WORK = {
     "matmul rate": 0.3,
-    "network": 0.5,
-    "initialisation": 0.7,
-    "test set": 0.6,
-    "watched pass": 0.8,
-    "timed passes": 2.0,
-    "every layer": 2.5,
-    "layers.csv": 1.0,
-    "report.json": 0.1,
-    "report.png": 0.5,
+    "network": 0.2,
+    "initialisation": 1.5,
+    "test set": 0.5,
+    "watched pass": 0.9,
+    "timed passes": 2.2,
+    "every layer": 3.0,
+    "layers.csv": 0.3,
+    "report.json": 0.02,
+    "report.png": 0.15,
 }
 
 # The memory of one layer in the report, in bytes: its rows in four tables, as numbers and as CSV text.
@@ -173,7 +173,7 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device, estim
         flush=True,
     )
     history = train(model, dataset, settings, estimate)
-    profiles = {}
+    profiles, weight_norms = {}, None
     kinds = (settings.kind, *(kind for kind in KINDS if kind != settings.kind))
     with progress("measure", len(kinds), estimate) as bar:
         # Measure again: on a shared machine the better of two measurements is closer to the machine's peak.
@@ -193,7 +193,12 @@ def _work(settings: Settings, dataset: data.Dataset, device: torch.device, estim
             if kind != settings.kind:
                 begin("network")
                 model = make_network(kind, settings, dataset.features, dataset.classes)
-            profiles[kind] = profile_by_parts(model, inputs, targets, matmul_rate=matmul_rate, name=net, begin=begin)
+            profiles[kind] = profile_by_parts(
+                model, inputs, targets, matmul_rate=matmul_rate, name=net, begin=begin, weight_norms=weight_norms
+            )
+            if kind != settings.kind:
+                # At initialisation all kinds have the same weights.
+                weight_norms = profiles[kind].columns["weight_norm_bound"][1:-1]
             # The first and the last row are those of the input and the output layer.
             layers = {name: profiles[kind].columns[name][1:-1] for name in ("state_rms", "gradient_norm")}
             initial.setdefault(kind, layers)

@@ -51,6 +51,8 @@ class Recurrence:
     solver: str = "sequential"
     # The states at which the chunks begin, filled by the forward replay.
     boundaries: list[Tensor] = field(default_factory=list)
+    # The column weight_norm_bound, (L,), if it is known. To compute it takes most of the forward replay's time.
+    weight_norms: np.ndarray | None = None
 
     @property
     def steps(self) -> int:
@@ -230,12 +232,15 @@ def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
         for shift in (bias, None if inputs is None else inputs.mean(1)):
             if shift is not None:
                 mean_pre_activation = mean_pre_activation + shift
+        known = recurrence.weight_norms
         parts.append(
             {
                 "state_rms": states[1:].double().square().mean((1, 2)).sqrt(),
                 "activation_shift": root_mean_square(mean_pre_activation),
                 "shift_angle": shift_angle(mean_projection, weight, mean_input),
-                "weight_norm_bound": bounds.spectral_norm_bound(weight),
+                "weight_norm_bound": bounds.spectral_norm_bound(weight)
+                if known is None
+                else torch.from_numpy(known[steps]),
             }
         )
         # Copy it, because a view would keep the chunk's states alive.

@@ -105,8 +105,12 @@ def profile_by_parts(
     matmul_rate: float | None = None,
     name: str | None = None,
     begin: Callable[[str], None],
+    weight_norms: np.ndarray | None = None,
 ) -> Profile:
-    """:func:`profile`, which calls ``begin`` with the name of each of ``PARTS`` before it begins."""
+    """:func:`profile`, which calls ``begin`` with the name of each of ``PARTS`` before it begins.
+
+    ``weight_norms``: the column weight_norm_bound of the model's only recurrence, if it is known already.
+    """
     if torch.is_inference_mode_enabled():
         remedy = "Call profile outside of it."
         raise ValueError(describe("profile", "the mode", "is torch.inference_mode()", "a mode with gradients", remedy))
@@ -118,6 +122,9 @@ def profile_by_parts(
     with _left_as_it_was(model, work.device):
         begin("watched pass")
         watched = _watched_pass(work)
+        for call in watched.calls:
+            if isinstance(call, RecurrenceCall):
+                call.recurrence.weight_norms = weight_norms
         begin("timed passes")
         timing = _timed_passes(work, repeats, watched)
         begin("every layer")

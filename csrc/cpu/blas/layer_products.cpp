@@ -49,12 +49,7 @@ Multiplier choose(Pass pass, ScalarType type, LayerSize size, bool deterministic
   return choose_multiplier(pass, type, size, deterministic, [=](LayerSize like, int64_t count) -> Trial {
     const Tensor samples_by_m = make_operand(type, like.samples, like.m);
     const Tensor grad = make_operand(type, like.samples, like.n);
-    if (pass == Pass::plain_grad_weight)
-      return [=, results = InTurns(count)](Multiplier by) mutable {
-        Tensor& result = results.next();
-        result = Tensor();
-        result = multiply_grad_weight(by, grad, samples_by_m);
-      };
+    if (pass == Pass::plain_grad_weight) return [=](Multiplier by) { multiply_grad_weight(by, grad, samples_by_m); };
     InTurns weights(make_operands(type, like.n, like.m, count));
     if (pass == Pass::plain_forward)
       return [=](Multiplier by) mutable { multiply_forward(by, samples_by_m, weights.next(), std::nullopt); };

@@ -15,6 +15,9 @@
 #include <limits>
 #include <mutex>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <pthread.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -38,20 +41,31 @@ struct Parts {
 
 // The largest part of a product: multiply-adds and bytes of the weight, each for one thread, and the fewest rows of the
 // weight. Each takes a few milliseconds. On fewer rows, copying the samples would take a larger share of the time than
-// it takes in the whole product.
+// it takes in the whole product. A gradient of a weight may always have gradient_bytes, because our kernels let the
+// system give it large pages, of 2 MB.
 struct Limits {
-  int64_t products, bytes, rows;
+  int64_t products, bytes, rows, gradient_bytes;
 };
-constexpr Limits fine{int64_t(1) << 26, int64_t(8) << 20, 512}, rough{fine.products / 8, fine.bytes / 8, 128};
+constexpr Limits fine{int64_t(1) << 26, int64_t(8) << 20, 512, int64_t(8) << 20},
+    rough{fine.products / 8, fine.bytes / 8, 128, 0};
 
 // All parts of a weight together have at most this many bytes. They exceed most caches.
 constexpr int64_t most_bytes = int64_t(64) << 20;
 
+int64_t bytes_of(const Question& question) {
+  const ScalarType type = ScalarType(question.type);
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+bool is_grad_weight(const Question& question) {
+  return Pass(question.pass) == Pass::grad_weight || Pass(question.pass) == Pass::plain_grad_weight;
+}
+
 // Takes fewer rows of the weight first, and fewer columns only if the fewest rows are still too large.
 Parts parts_of(const Question& question, Limits limits) {
-  const ScalarType type = ScalarType(question.type);
-  const int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-  const int64_t most = question.threads * std::min(limits.products / question.samples, limits.bytes / bytes);
+  const int64_t bytes = bytes_of(question);
+  int64_t most = question.threads * std::min(limits.products / question.samples, limits.bytes / bytes);
+  if (is_grad_weight(question)) most = std::max(most, limits.gradient_bytes / bytes);
   // Whole panels and tiles, for all kernels.
   const auto round_down = [](int64_t size) { return std::max<int64_t>(1, size < 64 ? size : size / 64 * 64); };
   int64_t n = question.n, m = question.m;
@@ -118,8 +132,18 @@ class Measurement {
     return std::chrono::duration<double>(Clock::now() - start).count();
   }
 
-  static void take_turn(const Trial& trial, Times& times) {
+  // Freed memory of more than 32 MB always goes back to the system, so that a gradient of this size consists of new
+  // pages at every step. Here the gradient of a part has new pages too.
+  void give_back_free_memory() const {
+#ifdef __GLIBC__
+    const int64_t bytes = question_.n * question_.m * bytes_of(question_);
+    if (is_grad_weight(question_) && bytes > int64_t(32) << 20) malloc_trim(0);
+#endif
+  }
+
+  void take_turn(const Trial& trial, Times& times) const {
     const auto seconds = [&](Multiplier multiplier) {
+      give_back_free_memory();
       const auto start = Clock::now();
       trial(multiplier);
       return seconds_since(start);

@@ -24,14 +24,13 @@ struct LayerSize {
 using Trial = std::function<void(Multiplier)>;
 
 // Makes the operands of `count` products of a given size, and returns a function that multiplies them in turns. Each
-// product has a weight of its own. A result as large as a weight is kept until its product is multiplied again.
+// product has a weight of its own.
 using Prepare = std::function<Trial(LayerSize size, int64_t count)>;
 
-// Tensors that are taken in turns.
+// Weights that are taken in turns.
 class InTurns {
  public:
   explicit InTurns(std::vector<torch::stable::Tensor> tensors) : tensors_(std::move(tensors)) {}
-  explicit InTurns(int64_t count) : tensors_(count) {}
   torch::stable::Tensor& next() { return tensors_[taken_++ % tensors_.size()]; }
 
  private:
