@@ -1,18 +1,23 @@
-"""The orthogonal-filter recurrence over depth and over time, forward alone and forward with backward.
+"""The orthogonal-filter recurrence over depth and over time: forward, forward with backward, and a training step.
 
 h <- alpha O h + beta tanh(W h + b + u). The filter O is a fixed dense matrix, and u is the input of a time step. The
 competitors are eager torch, JAX's jitted lax.scan, torch.compile of one step and, on a GPU, a CUDA graph of eager
 torch. Over time torch.nn.RNN competes too. It has no filter, and so half the arithmetic forward, and 3/5 with backward.
+
+A training step is forward, backward and torch's fused Adam. It drops the gradients before the next step, as training
+does. Our own step also runs beside a process that keeps one of every two cores busy.
 """
 
+import dataclasses
 import functools
 import importlib.util
+import os
 
 import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
-from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, ours
+from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, beside_busy_processes, ours
 from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops.orthogonal_filter.op import NAME
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as reference
@@ -35,12 +40,13 @@ def cases(device_type: str) -> list[Case]:
     else:
         depth = [(500, 32, 64, True), (50_000, 32, 64, False), (10_000, 128, 128, False)]
         time = [(500, 32, 128, True), (10_000, 32, 128, False), (784, 128, 256, False), (10_000, 1, 128, False)]
-    return [
+    single = [
         _case(device_type, over_time, *shape, backward)
         for over_time, shapes in ((False, depth), (True, time))
         for shape in shapes
         for backward in (False, True)
     ]
+    return [*single, *(_training_step(device_type, *shape) for shape in depth[:2])]
 
 
 def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, quick: bool, backward: bool) -> Case:
@@ -102,6 +108,28 @@ def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, 
     )
 
 
+def _training_step(device_type: str, steps: int, rows: int, width: int, quick: bool) -> Case:
+    passes = _case(device_type, False, steps, rows, width, quick, backward=True)
+    ours_alone = ours(NAME, device_type, functools.partial(_step, F.orthogonal_filter), width)
+    beside = [
+        Competitor(f"{one.name}, busy", beside_busy_processes(one.prepare), checked=False, missing=_busy_missing)
+        for one in ours_alone[:1]
+        if device_type == "cpu"
+    ]
+    parameters = steps * width * (width + 1)
+    return dataclasses.replace(
+        passes,
+        name="over depth, training step",
+        competitors=(*ours_alone, *beside, Competitor(EAGER, functools.partial(_step, reference))),
+        # Adam reads the gradient, and reads and writes the parameter and its two moments.
+        bytes=passes.bytes + 4 * 7 * parameters,
+    )
+
+
+def _busy_missing() -> str | None:
+    return None if hasattr(os, "sched_setaffinity") else "this system cannot pin a process to a core"
+
+
 def _call(function, inputs: dict) -> Tensor:
     return function(
         *(inputs[name] for name in ("h0", "weight", "bias", "filter")),
@@ -121,6 +149,23 @@ def _torch(function, inputs: dict) -> Run:
     def run() -> list[Tensor]:
         output = _call(function, tracked)
         return [output, *torch.autograd.grad(output, list(learned.values()), inputs["cotangent"])]
+
+    return run
+
+
+def _step(function, inputs: dict) -> Run:
+    """A training step. Its first results are the output and gradients that :func:`_expected` computes."""
+    learned = {name: inputs[name].clone().requires_grad_() for name in LEARNED if name in inputs}
+    tracked = inputs | learned
+    # The rate is so small that the net stays as it was drawn.
+    optimizer = torch.optim.Adam(learned.values(), lr=1e-9, fused=True)
+
+    def run() -> list[Tensor]:
+        optimizer.zero_grad()
+        output = _call(function, tracked)
+        output.backward(inputs["cotangent"])
+        optimizer.step()
+        return [output, *(each.grad for each in learned.values())]
 
     return run
 

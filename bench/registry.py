@@ -7,7 +7,12 @@ unit in the last place.
 
 import importlib
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +175,42 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
         return prepared
 
     return tuple(Competitor(f"lcw_ops ({name})", on(name), ours=True) for name in names)
+
+
+# A process that ends with its parent, however the parent ends.
+_BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+
+
+def beside_busy_processes(prepare: Callable[[dict], Run]) -> Callable[[dict], Run]:
+    """The same work while other processes keep one of every two cores busy. They stand still between the calls."""
+
+    def prepared(inputs: dict) -> Run:
+        run = prepare(inputs)
+        cores = sorted(os.sched_getaffinity(0))[::2]
+        others = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in cores]
+        weakref.finalize(run, _end, others)
+        for other, core in zip(others, cores, strict=True):
+            other.send_signal(signal.SIGSTOP)
+            os.sched_setaffinity(other.pid, {core})
+
+        def run_beside() -> list:
+            for other in others:
+                other.send_signal(signal.SIGCONT)
+            try:
+                return run()
+            finally:
+                for other in others:
+                    other.send_signal(signal.SIGSTOP)
+
+        return run_beside
+
+    return prepared
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:

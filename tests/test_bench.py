@@ -3,12 +3,16 @@
 import argparse
 import csv
 import dataclasses
+import gc
 import itertools
 import math
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 import lcw_ops
@@ -702,3 +706,50 @@ def test_rows_go_beside_the_benchmarks_by_default():
 
 def test_there_is_one_command_for_benchmarks():
     assert "__main__" not in (ROOT / "bench/runner.py").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to a core")
+def test_other_processes_are_busy_during_a_call_alone():
+    """They use processor time in the call and none between calls, and end with the competitor."""
+
+    def child_seconds():
+        return sum(sum(ticks(pid)) for pid in children)
+
+    def ticks(pid):
+        user, system = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+        return int(user), int(system)
+
+    before = running_children()
+    run = registry.beside_busy_processes(lambda inputs: lambda: [time.sleep(inputs["seconds"])])({"seconds": 1.0})
+    children = running_children() - before
+    assert len(children) == -(-len(os.sched_getaffinity(0)) // 2)
+    time.sleep(0.2)
+    idle = child_seconds()
+    time.sleep(0.5)
+    assert child_seconds() == idle
+    run()
+    busy = child_seconds() - idle
+    # Ticks of 10 ms. The other cores' work may leave such a process a small share of its core.
+    assert busy >= 5
+    after = child_seconds()
+    time.sleep(0.5)
+    assert child_seconds() - after <= 1
+    del run
+    gc.collect()
+    assert not children & running_children()
+
+
+def running_children():
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def test_a_training_step_moves_no_parameter_far_and_has_fresh_gradients():
+    """Every call computes the gradients of one step, not sums over calls."""
+    case = next(case for case in registry.cases("orthogonal_filter", "cpu") if "training step" in case.name)
+    inputs = case.shorten(case.make_inputs(torch.device("cpu")))
+    ours = next(one for one in case.competitors if one.ours)
+    run = ours.prepare(inputs)
+    first = [result.detach().clone() for result in run()]
+    for now, then in zip(run(), first, strict=True):
+        assert_close(now.detach(), then, rtol=1e-4, atol=1e-5 * then.abs().max().item())
+    assert any(one.name.endswith(", busy") and not one.checked for one in case.competitors)
