@@ -34,12 +34,28 @@ struct Product {
   }
 };
 
+// The numbers in a cache line.
+template <typename T>
+constexpr int64_t line = 64 / sizeof(T);
+
+// The memory that a tile fetches early: one line of each per term. A processor keeps track of few fetches (24 on Zen
+// 4), and with more of them at once it waits. When all lines were fetched before the tile, the forward pass of 32 rows
+// of 64 units took 1.2 times as long with a dense filter, and 1.4 times with a permutation.
+template <typename T>
+struct Fetch {
+  const T* rows;  // the rows of `a` of the next tile, `stride` apart, or nullptr
+  int64_t stride;
+  const T* ahead;  // a part of the next product's `a`, or nullptr
+};
+
 template <class Isa, int rows, int vectors, typename T>
-LCW_INLINE void multiply_tile(const Product<T> p) {
+LCW_INLINE void multiply_tile(const Product<T> p, const Fetch<T> fetch = {}) {
   using L = WholeVector<Isa, T>;
   using Wide = typename L::Wide;
   Wide sum[rows][vectors] = {};
   for (int64_t k = 0; k < p.depth; ++k) {
+    if (fetch.rows) __builtin_prefetch(fetch.rows + k % line<T> * fetch.stride + k / line<T> * line<T>);
+    if (fetch.ahead) __builtin_prefetch(fetch.ahead + k * rows);
     Wide column[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) std::memcpy(&column[v], p.b + k * p.ldb + v * L::count, sizeof(Wide));
@@ -77,23 +93,16 @@ LCW_INLINE void multiply_rest(const Product<T> p) {
   if constexpr (rows > 1) multiply_rest<Isa, rows - 1, vectors>(p);
 }
 
-template <typename T>
-LCW_INLINE void prefetch(const T* begin, int64_t count) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(begin + i);
-}
-
 // Multiplies all rows, for the first `vectors` vectors of columns.
 template <class Isa, int rows, int vectors, typename T>
 LCW_INLINE void multiply_columns(const Product<T> p) {
   int64_t r = 0;
   for (; r + rows <= p.rows; r += rows) {
-    // Prefetch the next tile's rows of `a`: they are too short for the processor to see a pattern in time.
-    if (p.a_k == 1 && !p.is_near)
-      for (int64_t next = r + rows; next < std::min<int64_t>(r + 2 * rows, p.rows); ++next)
-        prefetch(p.a + next * p.a_row, p.depth);
-    if (p.ahead) prefetch(p.ahead + r * p.depth, rows * p.depth);
-    multiply_tile<Isa, rows, vectors>(p.at(r, 0));
+    // The next tile's rows of `a` are too short for the processor to see a pattern in time.
+    const bool fetches_rows = p.a_k == 1 && !p.is_near && r + rows < p.rows;
+    multiply_tile<Isa, rows, vectors>(
+        p.at(r, 0),
+        {fetches_rows ? p.a + (r + rows) * p.a_row : nullptr, p.a_row, p.ahead ? p.ahead + r * p.depth : nullptr});
   }
   if constexpr (rows > 1)
     if (r < p.rows) multiply_rest<Isa, rows - 1, vectors>(p.at(r, 0));
@@ -288,6 +297,11 @@ LCW_INLINE void dot_tile(const T* state, const T* matrix, int64_t depth, T* out,
     for (int r = 0; r < rows; ++r)
       for (int o = 0; o < units; ++o) totals[r * units + o] += state[r * depth + k] * matrix[o * depth + k];
   for (int r = 0; r < rows; ++r) std::memcpy(out + r * ldo, totals + r * units, units * sizeof(T));
+}
+
+template <typename T>
+LCW_INLINE void prefetch(const T* begin, int64_t count) {
+  for (int64_t i = 0; i < count; i += line<T>) __builtin_prefetch(begin + i);
 }
 
 template <class Isa, int rows, int units, typename T>
