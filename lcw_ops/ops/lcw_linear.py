@@ -179,10 +179,9 @@ class FusedLinear(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        device_type = grad_output.device.type
-        if torch.is_autocast_enabled(device_type):
+        if _torch.is_autocast_enabled(grad_output):
             # The forward pass ran without autocast.
-            with torch.autocast(device_type, enabled=False):
+            with torch.autocast(grad_output.device.type, enabled=False):
                 return FusedLinear.backward(ctx, grad_output)
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
@@ -204,14 +203,20 @@ class FusedLinear(Function):
         )
 
 
-def _fused_linear_jvp(ctx, x_tangent, weight_tangent, bias_tangent, *_):
-    x, weight = ctx.saved_tensors
-    tangent = project(x, ctx.basis, ctx.backend) @ weight_tangent.mT
-    tangent = tangent + project(x_tangent, ctx.basis, ctx.backend) @ weight.mT
-    return tangent if bias_tangent is None else tangent + bias_tangent
+class FusedLinearForwardMode(FusedLinear):
+    """FusedLinear with forward-mode derivatives."""
 
+    @staticmethod
+    def forward(ctx, x, weight, bias, basis, backend):
+        ctx.save_for_forward(x, weight)
+        return FusedLinear.forward(ctx, x, weight, bias, basis, backend)
 
-FusedLinearForwardMode = library.forward_mode_twin(FusedLinear, _fused_linear_jvp, saved=2)
+    @staticmethod
+    def jvp(ctx, x_tangent, weight_tangent, bias_tangent, *_):
+        x, weight = ctx.saved_tensors
+        tangent = project(x, ctx.basis, ctx.backend) @ weight_tangent.mT
+        tangent = tangent + project(x_tangent, ctx.basis, ctx.backend) @ weight.mT
+        return tangent if bias_tangent is None else tangent + bias_tangent
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, backend: str) -> Tensor:

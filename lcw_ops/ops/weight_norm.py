@@ -105,6 +105,7 @@ class NormalizeScale(Function):
     def setup_context(ctx, inputs, output):
         weight, scale, ctx.backend = inputs
         ctx.save_for_backward(weight, scale)
+        ctx.save_for_forward(weight, scale)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -119,7 +120,7 @@ def _normalize_scale_jvp(ctx, weight_tangent, scale_tangent, *_):
     return reference.normalize_scale_jvp(weight_tangent, scale_tangent, *ctx.saved_tensors)
 
 
-NormalizeScaleForwardMode = library.forward_mode_twin(NormalizeScale, _normalize_scale_jvp, saved=2)
+NormalizeScaleForwardMode = library.forward_mode_twin(NormalizeScale, _normalize_scale_jvp)
 
 
 def normalize_scale(weight: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -142,9 +143,8 @@ class WeightNormLinear(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        device_type = grad_output.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
+        if _torch.is_autocast_enabled(grad_output):
+            with torch.autocast(grad_output.device.type, enabled=False):
                 return WeightNormLinear.backward(ctx, grad_output)
         x, weight, scale = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
