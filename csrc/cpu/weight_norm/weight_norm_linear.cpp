@@ -38,6 +38,7 @@ Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<T
       !bias || fits(*bias, x, {n}),
       "weight_norm_linear: the bias does not fit; call lcw_ops.functional.weight_norm_linear");
   const WithoutGradients guard;
+  const QuickAllocations allocations(deterministic);
   if (samples == 0 || n == 0) return stable::new_empty(x, {samples, n});
   x = as_contiguous(x), weight = as_contiguous(weight), scale = as_contiguous(scale);
   const auto multiply = [&](const Tensor& rows, const std::optional<Tensor>& add) {
@@ -180,6 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
       fits(grad_output, x, {samples, n}),
       "weight_norm_linear_backward: grad_output does not fit; call lcw_ops.functional.weight_norm_linear");
   const WithoutGradients guard;
+  const QuickAllocations allocations(deterministic);
   if (samples == 0 || n == 0)
     return {
         zeros_if(needs_x, x), zeros_if(needs_weight, weight), zeros_if(needs_scale, scale),
@@ -188,8 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
   grad_output = as_contiguous(grad_output);
   const bool needs_rows = needs_weight || needs_scale;
   Tensor grad_x = no_elements(x), grad_weight = no_elements(x);
-  Tensor grad_scale = needs_rows ? stable::new_empty(scale, {n}) : no_elements(x);
-  Tensor grad_bias = needs_bias ? stable::new_empty(scale, {n}) : no_elements(x);
+  Tensor grad_scale = needs_rows ? allocate(scale, {n}) : no_elements(x);
+  Tensor grad_bias = needs_bias ? allocate(scale, {n}) : no_elements(x);
   with_computed(x, [&](auto number) {
     LinearBackward<decltype(number)> pass{grad_output, x,          weight, scale,       deterministic, needs_x,
                                           needs_rows,  needs_bias, grad_x, grad_weight, grad_scale,    grad_bias};
