@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops import _old_names, _torch, reference
+from lcw_ops import _checks, _old_names, _torch, reference
 from lcw_ops.ops import backends, library
 
 DIRECTION = "hypersphere_direction"
@@ -28,6 +28,9 @@ FEW_SAMPLES = "gmp_linear_few_samples"
 
 
 def _direction_fake(angles):
+    # Refuse on fake tensors what the kernel would refuse.
+    fits = angles.dim() == 2 and angles.dtype in _checks.FLOATING
+    torch._check(fits, lambda: "hypersphere_direction: angles must be (n, m-1)")
     return angles.new_empty((angles.shape[0], angles.shape[1] + 1))
 
 

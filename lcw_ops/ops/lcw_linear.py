@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops import _torch
+from lcw_ops import _checks, _torch
 from lcw_ops.ops import backends, library
 
 NAME = "lcw_weight"
@@ -33,6 +33,9 @@ def _out_shape(tensor: Tensor, grow: int) -> tuple:
 
 
 def _weight_fake(weight, basis):
+    # Refuse on fake tensors what the kernel would refuse.
+    fits = (weight.dim() == 2 or (weight.dim() > 2 and not basis)) and weight.dtype in _checks.FLOATING
+    torch._check(fits, lambda: "lcw_weight: the weight must have rows")
     return weight.new_empty(_out_shape(weight, 1) if basis else weight.shape)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops import _torch, reference
+from lcw_ops import _checks, _torch, reference
 from lcw_ops.ops import backends, library
 
 NORMALIZE = "normalize_scale"
@@ -25,6 +25,10 @@ WEIGHT_NORM_LINEAR_BACKWARD = "weight_norm_linear_backward"
 
 
 def _normalize_fake(weight, scale):
+    # Refuse on fake tensors what the kernel would refuse.
+    fits = weight.dim() == 2 and weight.shape[1] >= 1 and weight.dtype in _checks.FLOATING
+    fits = fits and library.is_per_unit(scale, weight)
+    torch._check(fits, lambda: "normalize_scale: weight (n, m) and scale (n,) do not fit")
     return weight.new_empty(weight.shape)
 
 
