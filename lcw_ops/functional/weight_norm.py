@@ -108,7 +108,10 @@ def _normalize_kernel(weight: Tensor, scale: Tensor, backend: str) -> Tensor:
 
 
 def _kernel(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return _weight_norm.weight_norm_linear(x, weight, _as_vector(scale), bias, backend)
+    # The C++ kernel takes torch's shape (n, 1), so that autograd need not record a view.
+    if backend != "cpp" or scale.dim() != 2:
+        scale = _as_vector(scale)
+    return _weight_norm.weight_norm_linear(x, weight, scale, bias, backend)
 
 
 def _on_shards(weight: Tensor, scale: Tensor) -> Tensor:
