@@ -51,6 +51,9 @@ may_be_overridden = has_torch_function_variadic
 # () -> int: how many modes of __torch_dispatch__ see every operator. Fake tensors and make_fx are such modes.
 count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
+# () -> bool: whether autocast is on for any type of device.
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 # (tensor) -> bool: whether it shares the memory of another tensor.
 is_view = Tensor._is_view
 
@@ -70,6 +73,18 @@ OpOverload = torch._ops.OpOverload
 def in_forward_mode() -> bool:
     """Whether a forward-mode derivative may be taken: torch.autograd.forward_ad.dual_level or torch.func.jvp is on."""
     return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile, torch.func or forward mode runs the code, so that a call must show its derivatives."""
+    return torch.compiler.is_compiling() or in_functorch() or in_forward_mode()
+
+
+def is_autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    # The type of a device is a new string at every reading, which takes as long as a small op. So ask for it last.
+    # Autocast does not know the meta device.
+    return is_any_autocast_enabled() and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def is_computed(tensor: Tensor) -> bool:

@@ -168,7 +168,8 @@ def test_one_program_for_all_widths_on_a_cpu(widths):
 def test_a_width_leaves_no_trace_in_the_cache(proven_gpu):
     for width in range(129, 200):
         assert backends.choose(orthogonal_filter.NAME, proven_gpu, width) == "cuda"
-    assert backends._resolve.cache_info().currsize == 1
+    # One answer for rows of any width, and one for rows that are too wide for Triton.
+    assert backends._resolve.cache_info().currsize == 2
 
 
 def test_nothing_unproven_is_chosen_on_a_gpu(proven_gpu, monkeypatch):

@@ -346,8 +346,38 @@ def test_ops_called_by_themselves_refuse_what_does_not_fit():
     free = {
         ("normalize_scale", "weight"): ("longer", "shorter"),
         ("weight_norm_linear", "x"): ("fewer rows", "more rows"),
+        # torch's shape of the scale, (n, 1).
+        ("weight_norm_linear", "scale"): ("one more dimension",),
+        ("weight_norm_linear_backward", "scale"): ("one more dimension",),
     }
     assert_wrong_arguments_are_refused(raw_calls(), free)
+
+
+@pytest.mark.parametrize("samples", [0, 2, 100])
+def test_a_scale_in_torchs_shape_is_not_reshaped_by_autograd(samples):
+    x, weight = torch.randn(samples, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    column = torch.randn(3, 1, requires_grad=True)
+    vector, bias = column.detach().flatten().requires_grad_(), torch.randn(3, requires_grad=True)
+    with lcw_ops.use_backend("cpp"):
+        output, expected = (F.weight_norm_linear(x, weight, scale, bias) for scale in (column, vector))
+    assert torch.equal(output, expected)
+    assert all(node is None or node.name() == "torch::autograd::AccumulateGrad" for node, _ in next_nodes(output))
+    gradients = torch.autograd.grad(output.square().sum(), (x, weight, column, bias))
+    of_vector = torch.autograd.grad(expected.square().sum(), (x, weight, vector, bias))
+    assert [gradient.shape for gradient in gradients] == [x.shape, weight.shape, (3, 1), (3,)]
+    assert all(torch.equal(one.flatten(), other.flatten()) for one, other in zip(gradients, of_vector, strict=True))
+    # zero_grad(set_to_none=False) detaches a gradient in place, which fails for a view.
+    gradients[2].detach_()
+
+
+def test_second_derivatives_of_a_scale_in_torchs_shape():
+    arguments = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 4), (3, 4), (3, 1))]
+    with lcw_ops.use_backend("cpp"):
+        assert torch.autograd.gradgradcheck(F.weight_norm_linear, arguments)
+
+
+def next_nodes(output):
+    return output.grad_fn.next_functions
 
 
 def test_the_backend_is_chosen_under_the_stems_own_name():

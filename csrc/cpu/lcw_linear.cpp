@@ -71,7 +71,8 @@ LCW_INLINE void map_row(Map map, const In* in, int64_t in_length, Out* out) {
 // All dimensions but the first form a row.
 Tensor map_rows(Map map, const Tensor& tensor) {
   STD_TORCH_CHECK(
-      tensor.dim() >= (map == Map::centre ? 1 : 2), "lcw_weight: the weight must have rows; call lcw_ops.functional");
+      tensor.dim() == 2 || (map == Map::centre && tensor.dim() > 2),
+      "lcw_weight: the weight must have rows; call lcw_ops.functional");
   const Tensor in = as_contiguous(tensor);
   const int64_t count = in.size(0);
   int64_t length = 1;
@@ -79,9 +80,9 @@ Tensor map_rows(Map map, const Tensor& tensor) {
   STD_TORCH_CHECK(map != Map::project || length >= 1, "lcw_weight_backward: the rows of grad_output are empty");
   const int64_t out_length = map == Map::centre ? length : map == Map::embed ? length + 1 : length - 1;
   Tensor out = map == Map::centre ? new_large(in, in.sizes()) : new_large(in, {count, out_length});
-  if (out.numel() == 0) return out;
   with_elements(in, [&](auto element) {
     using E = decltype(element);
+    if (out.numel() == 0) return;
     const E* source = static_cast<const E*>(in.const_data_ptr());
     E* target = static_cast<E*>(out.mutable_data_ptr());
     for_each_part(count, grain_of(length), [=](auto, int64_t begin, int64_t end) LCW_LAMBDA_INLINE {
@@ -327,6 +328,7 @@ Tensor lcw_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool basi
       !bias || (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->is_cpu()),
       "lcw_linear: the bias does not fit x and weight; call lcw_ops.functional.lcw_linear");
   const WithoutGradients guard;
+  const QuickAllocations allocations(deterministic);
   // Without samples, units or columns of the parameter, there is nothing to constrain.
   const bool is_empty = samples == 0 || n == 0 || m == 0;
   if (is_empty) return linear(stable::new_zeros(x, {samples, m}), weight, bias);
@@ -344,9 +346,10 @@ std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
           grad_output.scalar_type() == x.scalar_type(),
       "lcw_linear_backward: grad_output does not fit x and weight; call lcw_ops.functional.lcw_linear");
   const WithoutGradients guard;
+  const QuickAllocations allocations(deterministic);
   grad_output = as_contiguous(grad_output);
   const auto nothing = [&](bool needed, const Tensor& like) {
-    return needed ? stable::new_zeros(like, like.sizes()) : stable::new_empty(like, {int64_t(0)});
+    return needed ? stable::new_zeros(like, like.sizes()) : no_elements(like);
   };
   const bool is_empty = samples == 0 || n == 0 || m == 0;
   const ScalarType type = x.scalar_type();
@@ -357,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> lcw_linear_backward(
   const Tensor grad_w = is_empty || !needs_weight
       ? nothing(needs_weight, weight)
       : grad_weight(choose_for(Pass::grad_weight, type, size, deterministic), grad_output, x, basis);
-  Tensor grad_bias = stable::new_empty(weight, {needs_bias ? n : 0});
+  Tensor grad_bias = allocate(weight, {needs_bias ? n : 0});
   with_elements(x, [&](auto element) {
     using E = decltype(element);
     if (needs_bias && n > 0)

@@ -40,7 +40,7 @@ def try_kernel_then_explain(
             return None
         if type(tensor) not in _PLAIN_TYPES and _torch.has_dtensor(tensor):
             return None
-    if torch.is_autocast_enabled("cpu") or not backends.is_cpp_chosen(op):
+    if _torch.is_any_autocast_enabled() or not backends.is_cpp_chosen(op):
         return None
     try:
         return kernel(*arguments, "cpp")
@@ -65,8 +65,7 @@ def check_layer(function: str, **tensors: Tensor) -> bool:
     Returns whether autocast is on. Under autocast the floating dtypes may differ.
     """
     x = tensors["x"]
-    # Autocast does not know the meta device.
-    autocast = isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    autocast = isinstance(x, Tensor) and _torch.is_autocast_enabled(x)
     for name, tensor in tensors.items():
         if autocast or tensor is None:
             _checks.accumulation_dtype(function, **{name: tensor})

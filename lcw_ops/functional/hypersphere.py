@@ -34,14 +34,17 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     Networks", NeurIPS 2024, arXiv 2305.15912; the division-free derivatives are ours.
     """
     arguments = (angles,)
+    direction = try_kernel_then_explain(
+        _hypersphere.NAME, _hypersphere.direction, _check_direction, arguments, arguments
+    )
+    if direction is not None:
+        return direction
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(hypersphere_direction, *arguments)
-    op = "hypersphere_direction"
-    _checks.accumulation_dtype(op, angles=angles)
-    _checks.check_dense(op, angles=angles)
-    _checks.check_rows(op, "angles", angles, "(n, m-1)")
+    _check_direction(angles)
     if _torch.has_dtensor(angles):
-        return _shards.run_weight(op, hypersphere_direction, None, angles.shape[1] + 1, angles=angles)
+        name, fan_in = "hypersphere_direction", angles.shape[1] + 1
+        return _shards.run_weight(name, hypersphere_direction, None, fan_in, angles=angles)
     backend = choose_backend(_hypersphere.NAME, angles.device)
     if backend == "reference":
         return _reference.hypersphere_direction(angles)
@@ -137,6 +140,13 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     pre_activation = torch.nn.functional.linear(x, hypersphere_direction(angles), location)
     activated = pre_activation.relu() if activation == "relu" else pre_activation
     return radius.to(activated.dtype) * activated
+
+
+def _check_direction(angles) -> None:
+    op = "hypersphere_direction"
+    _checks.accumulation_dtype(op, angles=angles)
+    _checks.check_dense(op, angles=angles)
+    _checks.check_rows(op, "angles", angles, "(n, m-1)")
 
 
 def _check_gmp_linear(x, angles, radius, location, activation) -> bool:

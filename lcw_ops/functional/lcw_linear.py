@@ -37,15 +37,14 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
     Networks", ECML PKDD 2019, arXiv 2403.13833 (the constraint and the basis form; the centred form is ours).
     """
     arguments = (weight, basis)
+    constrained = try_kernel_then_explain(
+        _lcw_linear.NAME, _lcw_linear.constrained_weight, _check_lcw_weight, (weight,), arguments
+    )
+    if constrained is not None:
+        return constrained
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(lcw_weight, *arguments)
-    _checks.accumulation_dtype("lcw_weight", weight=weight)
-    _checks.check_dense("lcw_weight", weight=weight)
-    if basis:
-        right, expected, remedy = weight.dim() == 2, "(n, m-1)", "Flatten a convolution's filter to one row first."
-    else:
-        right, expected, remedy = weight.dim() >= 2, "(n, m, *k)", "A unit is one row: add dim 0."
-    _checks.check_shape("lcw_weight", "weight", weight, right, expected, remedy)
+    _check_lcw_weight(*arguments)
     if _torch.has_dtensor(weight):
         constrain = None if basis else _shards.centre
         fan_in = weight.shape[1] + (1 if basis else 0)
@@ -108,6 +107,16 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     if autocast or rows > weight.shape[0]:
         return torch.nn.functional.linear(x, lcw_weight(weight, basis), bias)
     return torch.nn.functional.linear(_lcw_linear.project(x, basis, backend), weight, bias)
+
+
+def _check_lcw_weight(weight, basis) -> None:
+    _checks.accumulation_dtype("lcw_weight", weight=weight)
+    _checks.check_dense("lcw_weight", weight=weight)
+    if basis:
+        right, expected, remedy = weight.dim() == 2, "(n, m-1)", "Flatten a convolution's filter to one row first."
+    else:
+        right, expected, remedy = weight.dim() >= 2, "(n, m, *k)", "A unit is one row: add dim 0."
+    _checks.check_shape("lcw_weight", "weight", weight, right, expected, remedy)
 
 
 def _check_lcw_linear(x, weight, bias, basis) -> bool:

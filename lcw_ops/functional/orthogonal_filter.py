@@ -103,12 +103,13 @@ def orthogonal_filter(
         if not isinstance(tensor, Tensor) and (tensor is not None or name in _REQUIRED):
             raise TypeError(_checks.describe(_NAME, name, f"is a {type(tensor).__name__}", "a torch.Tensor"))
     recurrence = Recurrence(h0, weight, bias, filter, alpha, beta, inputs)
-    # Autocast does not know the meta device.
-    if not h0.is_meta and torch.is_autocast_enabled(h0.device.type):
+    if _torch.is_autocast_enabled(h0):
         recurrence = recurrence.in_float32("h0", "weight", "bias", "inputs")
-    is_exporting = _torch.is_exporting()
-    _torch.unrecorded(_check, recurrence, activation, segment, solver, tolerance, window)
-    if is_exporting:
+    options = activation, segment, solver, tolerance, window
+    if not _torch.is_exporting():
+        _check(recurrence, *options)
+    else:
+        _torch.unrecorded(_check, recurrence, *options)
         requested = backends.requested()
         if requested is None:
             return _export(recurrence, activation, return_states)
@@ -140,7 +141,7 @@ def _solve(recurrence: Recurrence, activation: str, return_states: bool, segment
         segment = _op.DEFAULT_SEGMENT
     options = _op.Options(steps, activation, segment, return_states, backend)
     output, _ = library.apply(_op.OrthogonalFilter, _op.OrthogonalFilterForwardMode, *recurrence, *options)
-    return output.to(h0.dtype)
+    return output if output.dtype == h0.dtype else output.to(h0.dtype)
 
 
 def _export(recurrence: Recurrence, activation: str, return_states: bool) -> Tensor:

@@ -37,22 +37,20 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     Source: T. Salimans, D. P. Kingma, "Weight Normalization", NeurIPS 2016, arXiv 1602.07868.
     """
     arguments = (weight, scale)
+    normalised = try_kernel_then_explain(
+        _weight_norm.NAME, _normalize_kernel, _check_normalize_scale, arguments, arguments
+    )
+    if normalised is not None:
+        return normalised
     if _torch.is_overridden(*arguments):
         return _torch.hand_over(normalize_scale, *arguments)
-    op = "normalize_scale"
-    _checks.accumulation_dtype(op, scale=scale)
-    _checks.accumulation_dtype(op, weight=weight, scale=scale)
-    _checks.check_dense(op, weight=weight, scale=scale)
-    _checks.check_devices(op, weight=weight, scale=scale)
-    _checks.check_rows(op, "weight", weight, least_fan_in=1)
+    _check_normalize_scale(*arguments)
     if _torch.has_dtensor(weight, scale):
         return _on_shards(weight, scale)
-    scale = _as_vector(scale)
-    _checks.check_per_unit(op, "scale", scale, weight.shape[0])
     backend = choose_backend(_weight_norm.NAME, weight.device)
     if backend == "reference":
-        return _reference.normalize_scale(weight, scale)
-    return _weight_norm.normalize_scale(weight, scale, backend)
+        return _reference.normalize_scale(weight, _as_vector(scale))
+    return _normalize_kernel(weight, scale, backend)
 
 
 def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,23 +103,39 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     return torch.nn.functional.linear(x, normalize_scale(weight, scale), bias)
 
 
+def _normalize_kernel(weight: Tensor, scale: Tensor, backend: str) -> Tensor:
+    return _weight_norm.normalize_scale(weight, _as_vector(scale), backend)
+
+
 def _kernel(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return _weight_norm.weight_norm_linear(x, weight, _as_vector(scale), bias, backend)
+    # The C++ kernel takes torch's shape (n, 1), so that autograd need not record a view.
+    if backend != "cpp" or scale.dim() != 2:
+        scale = _as_vector(scale)
+    return _weight_norm.weight_norm_linear(x, weight, scale, bias, backend)
 
 
 def _on_shards(weight: Tensor, scale: Tensor) -> Tensor:
-    op = "normalize_scale"
-    _checks.check_per_unit(op, "scale", _as_vector(scale), weight.shape[0])
-
     def constrain(rows, weight, scale):
         return _shards.normalize_scale(rows, weight, _as_vector(scale))
 
-    return _shards.run_weight(op, normalize_scale, constrain, weight.shape[1], weight=weight, scale=scale)
+    return _shards.run_weight(
+        "normalize_scale", normalize_scale, constrain, weight.shape[1], weight=weight, scale=scale
+    )
 
 
 def _as_vector(scale: Tensor) -> Tensor:
     """A scale in torch's shape (n, 1, ...) as (n,). A scale of another shape comes back as it is."""
     return scale.reshape(-1) if scale.dim() > 1 and scale.shape[1:].numel() == 1 else scale
+
+
+def _check_normalize_scale(weight, scale) -> None:
+    op = "normalize_scale"
+    _checks.accumulation_dtype(op, scale=scale)
+    _checks.accumulation_dtype(op, weight=weight, scale=scale)
+    _checks.check_dense(op, weight=weight, scale=scale)
+    _checks.check_devices(op, weight=weight, scale=scale)
+    _checks.check_rows(op, "weight", weight, least_fan_in=1)
+    _checks.check_per_unit(op, "scale", _as_vector(scale), weight.shape[0])
 
 
 def _check_weight_norm_linear(x, weight, scale, bias) -> bool:

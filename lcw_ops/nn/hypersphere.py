@@ -258,15 +258,17 @@ class GmPLinear(_GmP):
     def forward(self, input: Tensor) -> Tensor:
         if self.sign is not None:
             return self._forward_with_sign(input, self.sign)
-        direction = self._derived.kept(F.hypersphere_direction, self.training, self.angles)
-        if direction is not None and are_per_unit(direction, self.radius, self.location):
+        # nn.Module finds a parameter in microseconds, and a parametrization computes it, so read each of them once.
+        angles, radius, location = self.angles, self.radius, self.location
+        direction = self._derived.kept(F.hypersphere_direction, self.training, angles)
+        if direction is not None and are_per_unit(direction, radius, location):
             try:
-                output = nn.functional.linear(input, direction, self.location)
-                return (output.relu_() if self.activation == "relu" else output).mul_(self.radius.to(output.dtype))
+                output = nn.functional.linear(input, direction, location)
+                return (output.relu_() if self.activation == "relu" else output).mul_(radius.to(output.dtype))
             except (RuntimeError, TypeError):
                 # F.gmp_linear below raises the error for the argument that does not fit.
                 pass
-        return F.gmp_linear(input, self.angles, self.radius, self.location, self.activation)
+        return F.gmp_linear(input, angles, radius, location, self.activation)
 
     def _forward_with_sign(self, input: Tensor, sign: Tensor) -> Tensor:
         # F.gmp_linear takes no sign. It is called only to raise the error for the argument that does not fit.

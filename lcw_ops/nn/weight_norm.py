@@ -152,14 +152,16 @@ class WeightNormLinear(_WeightNorm):
         return _fill_weight_norm(made.train(layer.training), weight, bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self._derived.kept(self._normalise, self.training, self.weight_v, self.weight_g)
-        if weight is not None and (self.bias is None or are_per_unit(weight, self.bias)):
+        # nn.Module finds a parameter in microseconds, and a parametrization computes it, so read each of them once.
+        weight_v, weight_g, bias = self.weight_v, self.weight_g, self.bias
+        weight = self._derived.kept(self._normalise, self.training, weight_v, weight_g)
+        if weight is not None and (bias is None or are_per_unit(weight, bias)):
             try:
-                return nn.functional.linear(input, weight, self.bias)
+                return nn.functional.linear(input, weight, bias)
             except (RuntimeError, TypeError):
                 # F.weight_norm_linear below raises the error for the argument that does not fit.
                 pass
-        return F.weight_norm_linear(input, self.weight_v, self.weight_g, self.bias)
+        return F.weight_norm_linear(input, weight_v, weight_g, bias)
 
     def extra_repr(self) -> str:
         return nn.Linear.extra_repr(self)  # type: ignore[arg-type]

@@ -157,8 +157,9 @@ def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, fir
     """
     # Under torch.compile the width may be a symbol. A comparison with a limit becomes a guard. Formatting the width
     # into a message would recompile for every width, so only a refused width is formatted.
-    if not width:
-        return _resolve_at_trace_time(op, device, _requested, (), first)
+    chosen = _resolve_at_trace_time(op, device, _requested, (), first)
+    if not _is_too_wide(op, chosen, width, itemsize):
+        return chosen
     candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
     too_wide = tuple(name for name in candidates if _is_too_wide(op, name, width, itemsize))
     chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops import _old_names, _torch, reference
+from lcw_ops import _checks, _old_names, _torch, reference
 from lcw_ops.ops import backends, library
 
 DIRECTION = "hypersphere_direction"
@@ -28,6 +28,9 @@ FEW_SAMPLES = "gmp_linear_few_samples"
 
 
 def _direction_fake(angles):
+    # Refuse on fake tensors what the kernel would refuse.
+    fits = angles.dim() == 2 and angles.dtype in _checks.FLOATING
+    torch._check(fits, lambda: "hypersphere_direction: angles must be (n, m-1)")
     return angles.new_empty((angles.shape[0], angles.shape[1] + 1))
 
 
@@ -137,6 +140,7 @@ class Direction(Function):
     def setup_context(ctx, inputs, output):
         angles, ctx.backend = inputs
         ctx.save_for_backward(angles)
+        ctx.save_for_forward(angles)
 
     @staticmethod
     def backward(ctx, grad_direction):
@@ -152,7 +156,7 @@ def _direction_jvp(ctx, tangent, *_):
     return reference.hypersphere_direction_jvp(tangent, angles)
 
 
-DirectionForwardMode = library.forward_mode_twin(Direction, _direction_jvp, saved=1)
+DirectionForwardMode = library.forward_mode_twin(Direction, _direction_jvp)
 
 
 def direction(angles: Tensor, backend: str) -> Tensor:
@@ -186,10 +190,9 @@ class GmPLinear(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        device_type = grad_output.device.type
-        if torch.is_autocast_enabled(device_type):
+        if _torch.is_autocast_enabled(grad_output):
             # The forward pass ran without autocast.
-            with torch.autocast(device_type, enabled=False):
+            with torch.autocast(grad_output.device.type, enabled=False):
                 return GmPLinear.backward(ctx, grad_output)
         *arguments, activated, direction = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops import _torch
+from lcw_ops import _checks, _torch
 from lcw_ops.ops import backends, library
 
 NAME = "lcw_weight"
@@ -33,6 +33,9 @@ def _out_shape(tensor: Tensor, grow: int) -> tuple:
 
 
 def _weight_fake(weight, basis):
+    # Refuse on fake tensors what the kernel would refuse.
+    fits = (weight.dim() == 2 or (weight.dim() > 2 and not basis)) and weight.dtype in _checks.FLOATING
+    torch._check(fits, lambda: "lcw_weight: the weight must have rows")
     return weight.new_empty(_out_shape(weight, 1) if basis else weight.shape)
 
 
@@ -179,10 +182,9 @@ class FusedLinear(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        device_type = grad_output.device.type
-        if torch.is_autocast_enabled(device_type):
+        if _torch.is_autocast_enabled(grad_output):
             # The forward pass ran without autocast.
-            with torch.autocast(device_type, enabled=False):
+            with torch.autocast(grad_output.device.type, enabled=False):
                 return FusedLinear.backward(ctx, grad_output)
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
@@ -204,14 +206,20 @@ class FusedLinear(Function):
         )
 
 
-def _fused_linear_jvp(ctx, x_tangent, weight_tangent, bias_tangent, *_):
-    x, weight = ctx.saved_tensors
-    tangent = project(x, ctx.basis, ctx.backend) @ weight_tangent.mT
-    tangent = tangent + project(x_tangent, ctx.basis, ctx.backend) @ weight.mT
-    return tangent if bias_tangent is None else tangent + bias_tangent
+class FusedLinearForwardMode(FusedLinear):
+    """FusedLinear with forward-mode derivatives."""
 
+    @staticmethod
+    def forward(ctx, x, weight, bias, basis, backend):
+        ctx.save_for_forward(x, weight)
+        return FusedLinear.forward(ctx, x, weight, bias, basis, backend)
 
-FusedLinearForwardMode = library.forward_mode_twin(FusedLinear, _fused_linear_jvp, saved=2)
+    @staticmethod
+    def jvp(ctx, x_tangent, weight_tangent, bias_tangent, *_):
+        x, weight = ctx.saved_tensors
+        tangent = project(x, ctx.basis, ctx.backend) @ weight_tangent.mT
+        tangent = tangent + project(x_tangent, ctx.basis, ctx.backend) @ weight.mT
+        return tangent if bias_tangent is None else tangent + bias_tangent
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool, backend: str) -> Tensor:

@@ -104,50 +104,38 @@ def load_extension(stem: str) -> str | None:
     return None
 
 
-def forward_mode_twin(function: type[Function], jvp: Callable, saved: int = 0) -> type[Function]:
+def forward_mode_twin(function: type[Function], jvp: Callable) -> type[Function]:
     """Returns a subclass of ``function`` with forward-mode derivatives, for :func:`apply`.
 
     torch.compile refuses to trace a Function that has a jvp, so each differentiable op has two Functions.
 
     Args:
-        function: a Function with or without ``setup_context``.
+        function: a Function that calls ``ctx.save_for_forward`` if ``jvp`` reads ``ctx.saved_tensors``.
         jvp: takes the context and one tangent per argument, or None for an argument without one.
-        saved: the number of leading arguments, all tensors, that ``jvp`` reads from ``ctx.saved_tensors``.
     """
     members = {
         "__doc__": f"{function.__name__} with forward-mode derivatives.",
         "__module__": function.__module__,
         "jvp": staticmethod(jvp),
     }
-    if saved and function.setup_context is not Function.setup_context:
-
-        def setup_context(ctx, inputs, output):
-            function.setup_context(ctx, inputs, output)
-            ctx.save_for_forward(*inputs[:saved])
-
-        members["setup_context"] = staticmethod(setup_context)
-    elif saved:
-
-        def forward(ctx, *arguments):
-            ctx.save_for_forward(*arguments[:saved])
-            return function.forward(ctx, *arguments)
-
-        members["forward"] = staticmethod(forward)
     return type(function)(f"{function.__name__}ForwardMode", (function,), members)
 
 
 def apply(function: type[Function], twin: type[Function], *arguments):
     """Returns ``function.apply(*arguments)``. Every argument must be given.
 
-    ``twin`` comes from :func:`forward_mode_twin`, or is ``function`` itself where torch.func never runs it. Outside
-    torch.func and torch.compile this skips the search for default arguments in ``Function.apply``, which takes tens of
-    microseconds.
+    ``twin`` comes from :func:`forward_mode_twin`, or is ``function`` itself where torch.func and forward mode never run
+    it. Outside torch.func and torch.compile this skips the search for default arguments in ``Function.apply``, which
+    takes tens of microseconds. If autograd does not record the call either, ``forward`` alone is enough. Its context is
+    then missing, so call a Function without ``setup_context`` only if gradients are enabled.
     """
     if torch.compiler.is_compiling():
         return function.apply(*arguments)
     if _torch.in_functorch():
         return twin.apply(*arguments)
-    return super(Function, twin).apply(*arguments)
+    if torch.is_grad_enabled() or _torch.in_forward_mode():
+        return super(Function, twin).apply(*arguments)
+    return function.forward(*arguments)
 
 
 def vmap_rows(overload, info, in_dims, *tensors: Tensor):

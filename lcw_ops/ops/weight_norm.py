@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lcw_ops import _torch, reference
+from lcw_ops import _checks, _torch, reference
 from lcw_ops.ops import backends, library
 
 NORMALIZE = "normalize_scale"
@@ -25,6 +25,10 @@ WEIGHT_NORM_LINEAR_BACKWARD = "weight_norm_linear_backward"
 
 
 def _normalize_fake(weight, scale):
+    # Refuse on fake tensors what the kernel would refuse.
+    fits = weight.dim() == 2 and weight.shape[1] >= 1 and weight.dtype in _checks.FLOATING
+    fits = fits and library.is_per_unit(scale, weight)
+    torch._check(fits, lambda: "normalize_scale: weight (n, m) and scale (n,) do not fit")
     return weight.new_empty(weight.shape)
 
 
@@ -32,10 +36,16 @@ def _normalize_backward_fake(grad_output, weight, scale):
     return weight.new_empty(weight.shape), scale.new_empty(scale.shape)
 
 
+def _is_scale(scale, weight):
+    """Whether the C++ kernel of the layer takes the scale: (n,), or torch's shape (n, 1)."""
+    vector = scale.squeeze(1) if scale.dim() == 2 else scale
+    return library.is_per_unit(vector, weight)
+
+
 def _weight_norm_linear_fake(x, weight, scale, bias, deterministic):
     fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1] and weight.shape[1] >= 1
     torch._check(fits and library.are_alike(x, weight), lambda: "weight_norm_linear: x (M, m) and weight do not fit")
-    fits = library.is_per_unit(scale, weight) and (bias is None or library.is_per_unit(bias, weight))
+    fits = _is_scale(scale, weight) and (bias is None or library.is_per_unit(bias, weight))
     torch._check(fits, lambda: "weight_norm_linear: scale or bias do not fit the weight")
     return x.new_empty((x.shape[0], weight.shape[0]))
 
@@ -47,7 +57,7 @@ def _weight_norm_linear_backward_fake(
     return (
         x.new_empty(x.shape if needs_x else (0,)),
         x.new_empty(weight.shape if needs_weight else (0,)),
-        x.new_empty((units if needs_scale else 0,)),
+        x.new_empty(scale.shape if needs_scale else (0,)),
         x.new_empty((units if needs_bias else 0,)),
     )
 
@@ -105,6 +115,7 @@ class NormalizeScale(Function):
     def setup_context(ctx, inputs, output):
         weight, scale, ctx.backend = inputs
         ctx.save_for_backward(weight, scale)
+        ctx.save_for_forward(weight, scale)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -119,7 +130,7 @@ def _normalize_scale_jvp(ctx, weight_tangent, scale_tangent, *_):
     return reference.normalize_scale_jvp(weight_tangent, scale_tangent, *ctx.saved_tensors)
 
 
-NormalizeScaleForwardMode = library.forward_mode_twin(NormalizeScale, _normalize_scale_jvp, saved=2)
+NormalizeScaleForwardMode = library.forward_mode_twin(NormalizeScale, _normalize_scale_jvp)
 
 
 def normalize_scale(weight: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -129,6 +140,8 @@ def normalize_scale(weight: Tensor, scale: Tensor, backend: str) -> Tensor:
 
 class WeightNormLinear(Function):
     """(x (M, m), weight, scale, bias, backend): the layer in one op, its gradients in another op.
+
+    The scale is (n,), or for the C++ kernel (n, 1) too.
 
     ``forward`` takes the context itself, because ``setup_context`` costs tens of microseconds. Only torch.func needs
     ``setup_context``, and :func:`is_fused` keeps this function away from torch.func.
@@ -142,9 +155,8 @@ class WeightNormLinear(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        device_type = grad_output.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
+        if _torch.is_autocast_enabled(grad_output):
+            with torch.autocast(grad_output.device.type, enabled=False):
                 return WeightNormLinear.backward(ctx, grad_output)
         x, weight, scale = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
@@ -152,7 +164,7 @@ class WeightNormLinear(Function):
         if torch.is_grad_enabled() or _torch.in_forward_mode():
 
             def layer(x, weight, scale):
-                return torch.nn.functional.linear(x, reference.normalize_scale(weight, scale))
+                return torch.nn.functional.linear(x, reference.normalize_scale(weight, scale.flatten()))
 
             grad_bias = grad_output.sum(0) if needs[3] else None
             if not any(needs[:3]):

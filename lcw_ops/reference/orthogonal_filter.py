@@ -66,7 +66,7 @@ class Recurrence(NamedTuple):
         """
         steps = count_steps(*self[1:])
         alpha, beta = scale_tensors(self.alpha, self.beta, steps, self.h0)
-        recurrence = self._replace(alpha=alpha, beta=beta)
+        recurrence = Recurrence(self.h0, self.weight, self.bias, self.filter, alpha, beta, self.inputs)
         if self.h0.dtype in (torch.bfloat16, torch.float16):
             recurrence = recurrence.in_float32("h0", "bias", "inputs")
         return recurrence, steps

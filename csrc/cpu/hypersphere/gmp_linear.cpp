@@ -174,6 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> gmp_linear(
     bool keep_direction) {
   check_gmp(x, angles, radius, location);
   const WithoutGradients guard;
+  const QuickAllocations allocations(deterministic);
   const int64_t samples = x.size(0), n = angles.size(0), m = x.size(1);
   x = as_contiguous(x), angles = as_contiguous(angles);
   Tensor y = new_large(x, {samples, n});
@@ -224,6 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
           (direction.numel() == 0 || fits(direction, x, {n, m})),
       "gmp_linear_backward: grad_output or a tensor kept by forward does not fit; call lcw_ops.functional.gmp_linear");
   const WithoutGradients guard;
+  const QuickAllocations allocations(deterministic);
   if (samples == 0 || n == 0)
     return {
         zeros_if(needs_x, x), zeros_if(needs_angles, angles), zeros_if(needs_radius, radius),
@@ -236,8 +238,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmp_linear_backward(
   // more. With short rows, that number would waste a large part of the memory.
   const bool is_in_place = !is_few && m >= 64;
   Tensor grad_angles = needs_angles && !is_in_place ? new_large(angles, angles.sizes()) : no_elements(x);
-  Tensor grad_radius = needs_radius ? stable::new_empty(radius, {n}) : no_elements(x);
-  Tensor grad_location = needs_location ? stable::new_empty(radius, {n}) : no_elements(x);
+  Tensor grad_radius = needs_radius ? allocate(radius, {n}) : no_elements(x);
+  Tensor grad_location = needs_location ? allocate(radius, {n}) : no_elements(x);
   with_computed(x, [&](auto number) {
     using T = decltype(number);
     const Wide<T> scale(radius);

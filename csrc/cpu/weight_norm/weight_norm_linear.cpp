@@ -23,12 +23,18 @@ bool is_unnormalised(const Tensor& x) {
   return m > 1 && (samples <= few_unnormalised || (samples <= m / 4 && x.scalar_type() != ScalarType::Half));
 }
 
+// The scale may have torch's shape (n, 1), so that autograd need not record a view.
 void check_weight_norm(const Tensor& x, const Tensor& weight, const Tensor& scale) {
-  check_normalised(weight, scale);
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && weight.is_cpu() && weight.size(1) >= 1 &&
+          (fits(scale, weight, {weight.size(0)}) || fits(scale, weight, {weight.size(0), int64_t(1)})),
+      "weight_norm_linear: weight (n, m) and scale (n,) do not fit; call lcw_ops.functional.weight_norm_linear");
   STD_TORCH_CHECK(
       x.dim() == 2 && x.is_cpu() && x.scalar_type() == weight.scalar_type() && x.size(1) == weight.size(1),
       "weight_norm_linear: x (M, m) and weight (n, m) do not fit; call lcw_ops.functional.weight_norm_linear");
 }
+
+Tensor as_vector(const Tensor& scale) { return scale.dim() == 1 ? scale : stable::view(scale, {scale.size(0)}); }
 
 // y = x (s v / |v|)^T + b
 Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias, bool deterministic) {
@@ -38,6 +44,7 @@ Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<T
       !bias || fits(*bias, x, {n}),
       "weight_norm_linear: the bias does not fit; call lcw_ops.functional.weight_norm_linear");
   const WithoutGradients guard;
+  const QuickAllocations allocations(deterministic);
   if (samples == 0 || n == 0) return stable::new_empty(x, {samples, n});
   x = as_contiguous(x), weight = as_contiguous(weight), scale = as_contiguous(scale);
   const auto multiply = [&](const Tensor& rows, const std::optional<Tensor>& add) {
@@ -65,7 +72,7 @@ Tensor weight_norm_linear(Tensor x, Tensor weight, Tensor scale, std::optional<T
     });
     if (is_done) return y;
   }
-  return multiply(normalize_scale(weight, scale), bias);
+  return multiply(normalize_scale(weight, as_vector(scale)), bias);
 }
 
 // Computes the gradients in one of three ways: `few`, `many` or `normalised`. `few` and `many` multiply by the
@@ -149,7 +156,7 @@ struct LinearBackward {
 
   void multiply_by_normalised() {
     const Multiplier by = choose_for(Pass::plain_grad_input);
-    grad_x = multiply_grad_input(by, grad_output, normalize_scale(weight, scale));
+    grad_x = multiply_grad_input(by, grad_output, normalize_scale(weight, as_vector(scale)));
   }
 
   UnitGradients<T> gradients(const T* factor) const {
@@ -170,7 +177,7 @@ struct LinearBackward {
   }
 };
 
-// The gradients of x, weight, scale and bias. A gradient that is not needed has no elements.
+// The gradients of x, weight, scale, which has the shape (n,) or (n, 1), and bias. A gradient that is not needed has no elements.
 std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
     Tensor grad_output, Tensor x, Tensor weight, Tensor scale, bool deterministic, bool needs_x, bool needs_weight,
     bool needs_scale, bool needs_bias) {
@@ -180,16 +187,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_norm_linear_backward(
       fits(grad_output, x, {samples, n}),
       "weight_norm_linear_backward: grad_output does not fit; call lcw_ops.functional.weight_norm_linear");
   const WithoutGradients guard;
+  const QuickAllocations allocations(deterministic);
   if (samples == 0 || n == 0)
     return {
         zeros_if(needs_x, x), zeros_if(needs_weight, weight), zeros_if(needs_scale, scale),
-        zeros_if(needs_bias, scale)};
+        needs_bias ? stable::new_zeros(scale, {n}) : no_elements(scale)};
   x = as_contiguous(x), weight = as_contiguous(weight), scale = as_contiguous(scale);
   grad_output = as_contiguous(grad_output);
   const bool needs_rows = needs_weight || needs_scale;
   Tensor grad_x = no_elements(x), grad_weight = no_elements(x);
-  Tensor grad_scale = needs_rows ? stable::new_empty(scale, {n}) : no_elements(x);
-  Tensor grad_bias = needs_bias ? stable::new_empty(scale, {n}) : no_elements(x);
+  Tensor grad_scale = needs_rows ? allocate(scale, scale.sizes()) : no_elements(x);
+  Tensor grad_bias = needs_bias ? allocate(scale, {n}) : no_elements(x);
   with_computed(x, [&](auto number) {
     LinearBackward<decltype(number)> pass{grad_output, x,          weight, scale,       deterministic, needs_x,
                                           needs_rows,  needs_bias, grad_x, grad_weight, grad_scale,    grad_bias};

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lcw_ops import _torch
 from lcw_ops.ops import backends, library
 from lcw_ops.ops.orthogonal_filter.crossover import fastest_kernel
 from lcw_ops.reference.orthogonal_filter import (
@@ -306,7 +307,11 @@ def propagate(ctx, function: type[Function], twin: type[Function], grad_output, 
         return (None,) * len((*tensors, *ctx.options))
     _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:COUNT]
     needs = Needs(weight, bias, alpha or beta, inputs)
-    gradients = library.apply(function, twin, grad_output, checkpoints, *tensors, *ctx.options, *needs)
+    arguments = (grad_output, checkpoints, *tensors, *ctx.options, *needs)
+    if torch.is_grad_enabled() or _torch.is_transformed():
+        gradients = library.apply(function, twin, *arguments)
+    else:
+        gradients = function.forward(*arguments)
     grad_h0, grad_weight, grad_bias, grad_alpha, grad_beta, grad_inputs = gradients
     return (
         grad_h0,
