@@ -197,7 +197,8 @@ def beside_busy_processes(prepare: Callable[[dict], Run]) -> Callable[[dict], Ru
         others = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in cores]
         weakref.finalize(run, _end, others)
         for other, core in zip(others, cores, strict=True):
-            other.stdout.readline()
+            if other.stdout is not None:
+                other.stdout.readline()
             other.send_signal(signal.SIGSTOP)
             os.sched_setaffinity(other.pid, {core})
 
