@@ -23,7 +23,7 @@ CASES = [
     (2, 64, 64, True, True),
     (4, 33, 32, False, False),
     (1, 3, 16, True, False),
-    (2, 1, 256, False, False),
+    (2, 1, 256, True, False),
     (2, 1, 256, True, True),
     (4, 2, 128, True, False),
 ]
@@ -63,7 +63,7 @@ def main(library: str) -> None:
             )
 
         expected, errors = compute(), 0
-        for count in (*range(40), *range(40, 200, 7)):
+        for count in range(100):
             failing.fail_after(count)
             try:
                 results = compute()
