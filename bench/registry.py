@@ -177,8 +177,14 @@ def ours(op: str, device_type: str, prepare: Callable[[dict], Run], width: int =
     return tuple(Competitor(f"lcw_ops ({name})", on(name), ours=True) for name in names)
 
 
-# A process that ends with its parent, however the parent ends.
-_BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+# A process that ends with its parent, however the parent ends. The system kills it even while it stands still
+# (PR_SET_PDEATHSIG, 1). It writes a line when that is settled.
+_BUSY = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+print(flush=True)
+while os.getppid() == int(sys.argv[1]): pass
+"""
 
 
 def beside_busy_processes(prepare: Callable[[dict], Run]) -> Callable[[dict], Run]:
@@ -187,9 +193,12 @@ def beside_busy_processes(prepare: Callable[[dict], Run]) -> Callable[[dict], Ru
     def prepared(inputs: dict) -> Run:
         run = prepare(inputs)
         cores = sorted(os.sched_getaffinity(0))[::2]
-        others = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in cores]
+        command = [sys.executable, "-c", _BUSY, str(os.getpid())]
+        others = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in cores]
         weakref.finalize(run, _end, others)
         for other, core in zip(others, cores, strict=True):
+            if other.stdout is not None:
+                other.stdout.readline()
             other.send_signal(signal.SIGSTOP)
             os.sched_setaffinity(other.pid, {core})
 
@@ -210,7 +219,7 @@ def beside_busy_processes(prepare: Callable[[dict], Run]) -> Callable[[dict], Ru
 def _end(processes: list[subprocess.Popen]) -> None:
     for process in processes:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def check(case: Case, device: torch.device, competitors: list[Competitor]) -> dict[str, float | WrongResult]:

@@ -4,6 +4,9 @@ Memory of a block is lent as a memoryview, and comes back by itself when the vie
 died. Blocks that came back are idle: the next request of about the same size takes one of them. The system may take the
 pages of an idle block whenever it needs memory (MADV_FREE), and finds them in place otherwise. A block costs a call of
 mmap; a later use of it costs microseconds.
+
+A block comes back without any Python code. Most tensors die inside torch, at the end of a step of training, and Python
+code there would be the first that sees a pending Ctrl-C: Python would print the KeyboardInterrupt and go on.
 """
 
 import contextlib
@@ -13,8 +16,9 @@ import os
 import sys
 import threading
 from collections import deque
+from functools import partial
 from pathlib import Path
-from weakref import WeakMethod, finalize
+from weakref import WeakMethod, ref
 
 # The size of a large page, to which blocks are aligned.
 PAGE = 2 << 20
@@ -34,28 +38,47 @@ class Block:
         self._mapping = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._start = -ctypes.addressof(ctypes.c_char.from_buffer(self._mapping)) % PAGE
         self.memory = memoryview(self._mapping)[self._start : self._start + size]
-        self._advise(mmap.MADV_HUGEPAGE)
-
-    def let_go(self) -> None:
-        """Let the system take the pages if it needs memory. The contents may then be lost."""
-        self._advise(mmap.MADV_FREE)
-
-    def _advise(self, advice: int) -> None:
         # The system may not know the advice. The memory can be used without it.
         with contextlib.suppress(OSError):
-            self._mapping.madvise(advice, self._start, self.size)
+            self._mapping.madvise(mmap.MADV_HUGEPAGE, self._start, size)
+
+    def lend(self, count: int, returned: "deque[Loan]") -> "tuple[memoryview, Loan]":
+        """Return the first bytes of the block, and the loan that is put on the queue when they have come back."""
+        lease = self.memory[:count]
+        loan = Loan(lease, returned.append)
+        loan.block = self
+        # Python calls the youngest weak reference first. So nobody can take the block before the system has its pages.
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        loan.let_go = Loan(lease, partial(_madvise, address, self.size, mmap.MADV_FREE))
+        return lease, loan
+
+
+class Loan(ref):
+    """A weak reference to lent memory. What it calls when the memory has come back must not be Python code."""
+
+    __slots__ = ("block", "let_go")
+    block: Block
+    let_go: "Loan"
+
+    # madvise, which gets the reference as one argument too many, ignores it as this number.
+    _as_parameter_ = 0
+
+
+if IS_SUPPORTED:
+    _madvise = ctypes.CDLL(None).madvise
+    _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class Pool:
     """Lends blocks of memory.
 
     A block comes back in whatever thread drops the last tensor over it, also inside the garbage collector, and so also
-    in the middle of a method of the pool. A returning block is therefore only put on a queue, which needs no lock;
-    whoever holds the lock next moves it to the idle blocks. After that method has released the lock, it looks at the
-    queue again.
+    in the middle of a method of the pool. A returning block is therefore only put on a queue, which needs no lock. The
+    next method of the pool moves it to the idle blocks.
 
     Args:
-        limit: the most bytes of idle blocks that are kept. Beyond it, the blocks that were idle longest are unmapped.
+        limit: the most bytes of idle blocks that are kept. Beyond it, the next method unmaps the blocks that were idle
+            longest. Until then the system may take their pages, as those of all idle blocks.
     """
 
     def __init__(self, limit: int) -> None:
@@ -64,7 +87,9 @@ class Pool:
         self._lent = self._kept = 0
         self._lock = threading.Lock()
         self._idle: list[Block] = []
-        self._returned: deque[Block] = deque()
+        self._returned: deque[Loan] = deque()
+        # By id. A weak reference has the hash of its object, and writable memory has none.
+        self._loans: dict[int, Loan] = {}
         start_again = WeakMethod(self._start_in_child)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=lambda: (method := start_again()) and method())
@@ -77,8 +102,10 @@ class Pool:
         """
         # That thread may have been in the middle of a method, so none is called here.
         self._lock = threading.Lock()
-        self._lent -= sum([block.size for block in self._returned])
-        self._returned.clear()
+        while self._returned:
+            loan = self._returned.popleft()
+            self._loans.pop(id(loan), None)
+            self._lent -= loan.block.size
         self._idle, self._kept = [], 0
 
     @property
@@ -90,7 +117,6 @@ class Pool:
             self._limit = limit
             dropped = self._sort_out()
         del dropped
-        self._settle()
 
     def lend(self, count: int) -> memoryview | None:
         """Return ``count`` bytes of memory with any contents, or None if the system has no more memory."""
@@ -100,19 +126,15 @@ class Pool:
             block = self._take_idle(size)
             self._lent += size if block is None else block.size
         del dropped
-        try:
-            if block is None:
-                block = self._map(size)
-            if block is None:
-                with self._lock:
-                    self._lent -= size
-                return None
-            lease = block.memory[:count]
-            # At the interpreter's exit the memory goes back to the system in any case.
-            finalize(lease, self._give_back, block).atexit = False
-            return lease
-        finally:
-            self._settle()
+        if block is None:
+            block = self._map(size)
+        if block is None:
+            with self._lock:
+                self._lent -= size
+            return None
+        lease, loan = block.lend(count, self._returned)
+        self._loans[id(loan)] = loan
+        return lease
 
     def empty(self) -> None:
         """Give the memory of all idle blocks back to the system."""
@@ -121,13 +143,14 @@ class Pool:
             dropped += self._idle
             self._idle, self._kept = [], 0
         del dropped
-        self._settle()
 
     def count_bytes(self) -> tuple[int, int]:
         """The bytes of the idle blocks, and of the blocks that are lent."""
-        self._settle()
         with self._lock:
-            return self._kept, self._lent
+            dropped = self._sort_out()
+            counted = self._kept, self._lent
+        del dropped
+        return counted
 
     def _map(self, size: int) -> Block | None:
         for _ in range(2):
@@ -146,27 +169,15 @@ class Pool:
         self._kept -= best.size
         return best
 
-    def _give_back(self, block: Block) -> None:
-        block.let_go()
-        self._returned.append(block)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Sort the returned blocks out, unless a method holds the lock: it comes here when it has released it."""
-        while self._returned and self._lock.acquire(blocking=False):
-            try:
-                dropped = self._sort_out()
-            finally:
-                self._lock.release()
-            del dropped
-
     def _sort_out(self) -> list[Block]:
         """Move the returned blocks to the idle ones.
 
         Returns the blocks beyond the limit. The caller drops them when it has released the lock, since that takes time.
         """
         while self._returned:
-            block = self._returned.popleft()
+            loan = self._returned.popleft()
+            self._loans.pop(id(loan), None)
+            block = loan.block
             self._lent -= block.size
             self._kept += block.size
             self._idle.append(block)

@@ -7,6 +7,9 @@ import gc
 import itertools
 import math
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -737,6 +740,22 @@ def test_other_processes_are_busy_during_a_call_alone():
     del run
     gc.collect()
     assert not children & running_children()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to a core")
+def test_processes_that_stand_still_end_with_a_killed_parent():
+    """A stopped process runs no code that could look for its parent."""
+    code = (
+        "import os, signal\n"
+        "from lcw_ops.bench import registry\n"
+        "run = registry.beside_busy_processes(lambda inputs: lambda: None)(None)\n"
+        "print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # Their shared standard error reaches its end when the last of them has ended.
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    assert result.stdout.split()
 
 
 def running_children():

@@ -6,15 +6,19 @@ a model in torch's wrappers for data-parallel training.
 """
 
 import copy
+import ctypes
+import functools
 import gc
 import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -147,6 +151,26 @@ def test_a_block_comes_back_from_a_reference_cycle(pool):
     cycle.append(cycle)
     del lease, cycle
     gc.collect()
+    assert pool.count_bytes() == (2 * MB, 0)
+
+
+class Interrupting(weakref.ref):
+    """Presses Ctrl-C when its object has died. Python then has a pending signal, and has run no code since."""
+
+    # PyErr_SetInterrupt gets the reference as an argument, and ignores it.
+    _as_parameter_ = 0
+
+    def __new__(cls, thing):
+        return super().__new__(cls, thing, ctypes.pythonapi.PyErr_SetInterrupt)
+
+
+def test_a_returning_block_does_not_take_an_interrupt_away(pool):
+    """Python would print the KeyboardInterrupt of a finalizer and go on, and the block would never come back."""
+    leases = [pool.lend(2 * MB)]
+    interrupting = Interrupting(leases[0])
+    with pytest.raises(KeyboardInterrupt):
+        leases.clear()
+    assert interrupting() is None
     assert pool.count_bytes() == (2 * MB, 0)
 
 
@@ -441,6 +465,47 @@ def test_states_and_gradients_of_inputs_use_the_pool(pooled, weight):
         states = recur(weight, return_states=True)
     assert states.is_inference()
     assert is_pooled(states)
+
+
+def interrupted_op(weight):
+    """Press Ctrl-C and call an op, which makes its result in memory of the pool, with no Python code in between."""
+    one, steps = torch.ones(1), len(weight)
+    op = torch.ops.lcw_ops.orthogonal_filter.cpp._op
+    arguments = H0, weight.detach(), None, FILTER, one, one, None, steps, "tanh", 0, True
+    calls = functools.partial(ctypes.pythonapi.PyErr_SetInterrupt), functools.partial(op, *arguments)
+    return list(map(functools.partial.__call__, calls))[1][0]
+
+
+@pytest.fixture
+def handle_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    yield functools.partial(signal.signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_during_an_op_is_raised_after_it(pooled, weight, handle_interrupts):
+    handle_interrupts(signal.default_int_handler)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_op(weight)
+    # The pool works on.
+    assert is_pooled(step(weight))
+
+
+def test_an_error_of_another_handler_is_raised_after_the_op(pooled, weight, handle_interrupts):
+    def out_of_time(*_):
+        raise TimeoutError("5 seconds are over")
+
+    handle_interrupts(out_of_time)
+    with pytest.raises(TimeoutError, match="5 seconds are over"):
+        interrupted_op(weight)
+
+
+def test_a_handler_without_an_error_does_not_stop_the_op(pooled, weight, handle_interrupts):
+    calls = []
+    handle_interrupts(lambda *_: calls.append(1))
+    assert is_pooled(interrupted_op(weight))
+    assert calls == [1]
 
 
 def test_small_results_are_not_pooled(pooled, weight):

@@ -94,11 +94,16 @@ inline Tensor zeros_if(bool needed, const Tensor& like) {
 // without Python, or with the pool switched off, no result is large enough.
 inline std::atomic<int64_t> least_pooled{std::numeric_limits<int64_t>::max()};
 
+// Whether the pool, which is Python code, may run now. Python code would be the first to see a pending signal, and what
+// the signal's handler raises, such as KeyboardInterrupt, would become an error of the op. So the handlers run here. If
+// one raises, the error is raised again after the op, and until then the pool does not run.
+bool may_run_python();
+
 // A new tensor in memory of the pool, or nothing if the pool does not take it.
 inline std::optional<Tensor> new_pooled(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   int64_t bytes = like.element_size();
   for (const int64_t size : sizes) bytes *= size;
-  if (bytes < least_pooled.load(std::memory_order_relaxed)) return std::nullopt;
+  if (bytes < least_pooled.load(std::memory_order_relaxed) || !may_run_python()) return std::nullopt;
   std::array<StableIValue, 2> stack{torch::stable::detail::from(like), torch::stable::detail::from(sizes)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lcw_ops::new_large", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<std::optional<Tensor>>(stack[0]);

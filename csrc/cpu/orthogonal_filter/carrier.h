@@ -41,6 +41,7 @@ class Carrier {
         filtered_(size_),
         pre_(size_),
         scratch_(size_),
+        grad_pre_(size_),
         number_(shared.team.join(slots)),
         layout_(end - begin, r.width, number_ < 0 ? Slice{0, 0} : shared.slice(number_, r.width)) {}
 
@@ -111,7 +112,6 @@ class Carrier {
   // Carries G from the end of a segment to its start. The slopes must be known.
   LCW_INLINE void carry_back(const Backward<T>& pass) {
     T *gradient = shared_.now.data(), *next = shared_.next.data();
-    Buffer<T> grad_pre(size_);
     layout_.load(pass.gradient + begin_ * r_.width, gradient);
     if (!meet()) return;
     for (int64_t s = pass.count - 1; s >= 0; --s) {
@@ -120,15 +120,15 @@ class Carrier {
       if (pass.filtered && number_ == 0)
         scale_products(pass, layout_.row_major(gradient, scratch_.data()), s, begin_, end_);
       const T* slopes = slopes_of(pass, s);
-      for (int64_t i = 0; i < size_; ++i) grad_pre[i] = slopes[i] * gradient[i];
-      layout_.store(grad_pre.data(), rows_of(pass.grad_pre, s));
+      for (int64_t i = 0; i < size_; ++i) grad_pre_[i] = slopes[i] * gradient[i];
+      layout_.store(grad_pre_.data(), rows_of(pass.grad_pre, s));
       if (r_.permutation)
         layout_.permute(permutation_.inverse.data(), gradient, filtered_.data());
       else
         layout_.multiply_transposed(r_.filter_at(l), gradient, filtered_.data(), nullptr);
       // The filter branch and the weight branch have a sum each. If the terms of the weight branch were added to the
       // sum of the filter branch, which is far larger, they would be rounded at its scale.
-      layout_.multiply_transposed(weights_.at(l), grad_pre.data(), pre_.data(), weights_.ahead(l - 1));
+      layout_.multiply_transposed(weights_.at(l), grad_pre_.data(), pre_.data(), weights_.ahead(l - 1));
       const T alpha = r_.alpha_at(l);
       const T *filtered = filtered_.data(), *pre = pre_.data();
       layout_.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
@@ -180,7 +180,8 @@ class Carrier {
   Shared<T>& shared_;
   Weights<Tiles, T> weights_;
   const Permutation permutation_;
-  Buffer<T> filtered_, pre_, scratch_;
+  // All memory is allocated before the thread joins the team. After an error the others would wait for it for ever.
+  Buffer<T> filtered_, pre_, scratch_, grad_pre_;
   const int64_t number_;
   Layout layout_;
 };

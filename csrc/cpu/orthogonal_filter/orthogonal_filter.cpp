@@ -314,7 +314,9 @@ struct Cpu {
       counts[number].gradients = (own ? divide(count, steps) : 0) + (shared ? divide(r.width, units) : 0);
     }
     const int64_t groups = divide(r.rows, way.together);
-    const int64_t useful = std::max({groups, counts[0].slopes, counts[0].gradients});
+    // Segment 0, which has the last steps, may be far shorter than the others.
+    const Schedule::Counts& most = counts.back();
+    const int64_t useful = std::max({groups, most.slopes, most.gradients});
     Schedule schedule(std::move(counts), groups, all.slots, shared);
     const auto work = [&](int64_t, int64_t) {
       Shared<T> memory(1, way.together * r.width, way.slope_count);
