@@ -13,9 +13,9 @@
 //
 // Rows are independent, so each thread carries its slice of the batch through all steps. If there are fewer rows than
 // threads, several threads carry the same rows and share the units. Backward goes through the segments (the steps
-// between two checkpoints) from the last to the first. In each segment it recomputes the states and propagates G back,
-// with rows in parallel. Then it computes the segment's weight gradients, with steps in parallel. Every sum has a fixed
-// order.
+// between two checkpoints) from the last to the first. A segment's rows are carried back, which recomputes the states
+// and propagates G, and then its weight gradients are computed, with steps in parallel. Threads take these parts in turn
+// (schedule.h), so that none waits for another at the end of a segment. Every sum has a fixed order.
 
 #include "../../orthogonal_filter.h"
 
@@ -85,8 +85,8 @@ struct Cpu {
   static constexpr uintptr_t page = large_page, small_page = 4096;
 
   // The buffers of the backward pass: two segments at once, if these fit into so many bytes. The threads can then go on
-  // while another program holds one of them up. More segments at once were slower, quiet and under load: 8 of them by
-  // 1.12 at 32 rows of 64 units, because their buffers leave the nearer caches (Zen 4, 2 cores).
+  // while another program holds one of them up. More segments at once were slower, on a quiet machine and on a busy one:
+  // 8 of them took 1.1 times as long at 32 rows of 64 units (Zen 4, 2 cores). Their buffers leave the nearer caches.
   static constexpr int64_t buffer_bytes = int64_t(32) << 20, most_slots = 2;
   // The operations of a piece of slopes or gradients, which take about 50 microseconds: many times as long as to take the
   // piece from the schedule.
