@@ -154,6 +154,14 @@ def test_a_block_comes_back_from_a_reference_cycle(pool):
     assert pool.count_bytes() == (2 * MB, 0)
 
 
+@pytest.fixture
+def handle_interrupts():
+    """Sets the handler of SIGINT for a test. Python sets none if its process was started with SIGINT ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    yield functools.partial(signal.signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupting(weakref.ref):
     """Presses Ctrl-C when its object has died. Python then has a pending signal, and has run no code since."""
 
@@ -164,8 +172,9 @@ class Interrupting(weakref.ref):
         return super().__new__(cls, thing, ctypes.pythonapi.PyErr_SetInterrupt)
 
 
-def test_a_returning_block_does_not_take_an_interrupt_away(pool):
+def test_a_returning_block_does_not_take_an_interrupt_away(pool, handle_interrupts):
     """Python would print the KeyboardInterrupt of a finalizer and go on, and the block would never come back."""
+    handle_interrupts(signal.default_int_handler)
     leases = [pool.lend(2 * MB)]
     interrupting = Interrupting(leases[0])
     with pytest.raises(KeyboardInterrupt):
@@ -474,13 +483,6 @@ def interrupted_op(weight):
     arguments = H0, weight.detach(), None, FILTER, one, one, None, steps, "tanh", 0, True
     calls = functools.partial(ctypes.pythonapi.PyErr_SetInterrupt), functools.partial(op, *arguments)
     return list(map(functools.partial.__call__, calls))[1][0]
-
-
-@pytest.fixture
-def handle_interrupts():
-    before = signal.getsignal(signal.SIGINT)
-    yield functools.partial(signal.signal, signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_during_an_op_is_raised_after_it(pooled, weight, handle_interrupts):
