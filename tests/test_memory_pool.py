@@ -53,7 +53,7 @@ def address(lease) -> int:
 
 
 def in_child(function) -> str:
-    """What ``function`` returns in a forked process, or the error that it raised there."""
+    """Run ``function`` in a forked process. Returns its result, or the error that it raised there."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -234,7 +234,7 @@ def second_derivatives(function, arguments):
 HAS_SECOND_DERIVATIVES = torch.__version__ >= (2, 13)
 
 
-@pytest.mark.skipif(not HAS_SECOND_DERIVATIVES, reason="older torch")
+@pytest.mark.skipif(not HAS_SECOND_DERIVATIVES, reason="second derivatives through DTensors need torch 2.13")
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", make_function_cases())
 def test_second_derivatives_on_a_mesh_of_two_by_two(found, name, mesh):

@@ -1,4 +1,4 @@
-// What the kernels need to call the memory pool of lcw_ops/ops/memory_pool.py.
+// The memory pool of lcw_ops/ops/memory_pool.py, as the kernels see it: its least size, and a check for signals.
 
 #include <atomic>
 
@@ -36,7 +36,7 @@ const Python& python() {
   return functions;
 }
 
-// What a signal's handler has raised during an op, in the main thread, which alone runs handlers.
+// An error that a signal's handler has raised during an op. Only the main thread runs handlers.
 struct Raised {
   void *type = nullptr, *value = nullptr, *traceback = nullptr;
 };
