@@ -14,8 +14,8 @@
 // Rows are independent, so each thread carries its slice of the batch through all steps. If there are fewer rows than
 // threads, several threads carry the same rows and share the units. Backward goes through the segments (the steps
 // between two checkpoints) from the last to the first. A segment's rows are carried back, which recomputes the states
-// and propagates G, and then its weight gradients are computed, with steps in parallel. Threads take these parts in turn
-// (schedule.h), so that none waits for another at the end of a segment. Every sum has a fixed order.
+// and propagates G, and then its weight gradients are computed, with steps in parallel. Threads take these parts in
+// turn (schedule.h), so that none waits for another at the end of a segment. Every sum has a fixed order.
 
 #include "../../orthogonal_filter.h"
 
@@ -85,11 +85,12 @@ struct Cpu {
   static constexpr uintptr_t page = large_page, small_page = 4096;
 
   // The buffers of the backward pass: two segments at once, if these fit into so many bytes. The threads can then go on
-  // while another program holds one of them up. More segments at once were slower, on a quiet machine and on a busy one:
-  // 8 of them took 1.1 times as long at 32 rows of 64 units (Zen 4, 2 cores). Their buffers leave the nearer caches.
+  // while another program holds one of them up. More segments at once were slower, on a quiet machine and on a busy
+  // one: 8 of them took 1.1 times as long at 32 rows of 64 units (Zen 4, 2 cores). Their buffers leave the nearer
+  // caches.
   static constexpr int64_t buffer_bytes = int64_t(32) << 20, most_slots = 2;
-  // The operations of a piece of slopes or gradients, which take about 50 microseconds: many times as long as to take the
-  // piece from the schedule.
+  // The operations of a piece of slopes or gradients, which take about 50 microseconds: many times as long as to take
+  // the piece from the schedule.
   static constexpr int64_t piece_operations = 4'000'000;
   static constexpr int64_t whole_tiles = 48, least_piece_units = 16;
 
@@ -152,7 +153,8 @@ struct Cpu {
         1, std::min<int64_t>(stable::get_num_threads() / std::max<int64_t>(r.rows, 1), r.width / least_units));
   }
 
-  // Calls rows(begin, end, shared, slots) for all rows, one by one, with as many threads for each row as it has members.
+  // Calls rows(begin, end, shared, slots) for all rows, one by one, with as many threads for each row as it has
+  // members.
   template <typename T, typename Rows>
   static void share_rows(const Recurrence<T>& r, int64_t members, const Rows& rows) {
     if (members == 1) return split_rows(r, 1, 0, rows);
