@@ -601,6 +601,8 @@ def test_shared_memory_is_a_copy(pooled, weight):
 
 
 def negate(received, answers):
+    # The threads of OpenMP's pool do not survive a fork.
+    torch.set_num_threads(1)
     gradient = received.get()
     gradient.neg_()
     answers.put(gradient.sum().item())
