@@ -710,8 +710,8 @@ def test_kept_activations_change_no_gradient(dtype, filter_kind, activation):
             assert torch.equal(states, forward(h0, *shared, 0, True)[0])
             arguments = (cotangent, states[:-1], *shared, 8, True, True, False, True, False)
             again, kept = backward(*arguments), backward(*arguments, activated)
-        # The loops for a few rows and for many add up `width` products in different orders, and segments of other lengths
-        # cut the sums over samples, of 32 terms each, elsewhere. Such a sum may be far smaller than its terms.
+        # The loops for a few rows and for many add up `width` products in different orders, and segments of other
+        # lengths cut the sums over samples, of 32 terms each, elsewhere. Such a sum may be far smaller than its terms.
         largest_term = again[5].abs().max().item() * states.abs().max().item()
         for expected, actual in zip(again, kept, strict=True):
             scale = max(expected.abs().max().item() if expected.numel() else 0, largest_term)

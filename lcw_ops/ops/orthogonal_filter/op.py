@@ -166,8 +166,8 @@ library.declare(
 library.declare(
     BACKWARD,
     f"(Tensor grad_output, Tensor checkpoints, {_ARGUMENTS}, bool needs_weight, bool needs_bias, bool needs_scales, "
-    "bool needs_inputs, bool needs_states, Tensor? activated=None) -> (Tensor grad_h0, Tensor grad_weight, Tensor grad_bias, "
-    "Tensor grad_alpha, Tensor grad_beta, Tensor grad_inputs, Tensor grad_states)",
+    "bool needs_inputs, bool needs_states, Tensor? activated=None) -> (Tensor grad_h0, Tensor grad_weight, "
+    "Tensor grad_bias, Tensor grad_alpha, Tensor grad_beta, Tensor grad_inputs, Tensor grad_states)",
     backends=BACKENDS,
     fake=_backward_fake,
     autocast_dtype=torch.float32,
@@ -359,9 +359,10 @@ def output_tangent(ctx, *tangents):
 
 
 class OrthogonalFilterBackward(Function):
-    """(grad_output, checkpoints, *Recurrence, *Options, *Needs, activated) -> gradients of the DIFFERENTIABLE arguments.
+    """(grad_output, checkpoints, *Recurrence, *Options, *Needs, activated) -> gradients of DIFFERENTIABLE arguments.
 
-    ``activated`` are the activated pre-activations (L, M, N), or None. The function can be differentiated again, by the reference's formulas.
+    ``activated`` are the activated pre-activations (L, M, N), or None. The function can be differentiated again, by the
+    reference's formulas.
     """
 
     generate_vmap_rule = True
