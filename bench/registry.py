@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 import lcw_ops
 from lcw_ops.bench.arguments import STEMS  # noqa: F401 - the arguments of cases()
 from lcw_ops.ops import backends
+from lcw_ops.ops.multiply_adds import multiply_add_rate
 from lcw_ops.profile.machine import matmul_rate
 
 EAGER = "eager torch"
@@ -118,19 +120,25 @@ class Case:
     def floor_seconds(self, rates: "Rates") -> float:
         return max(self.bytes / rates.memory, self.operations / rates.matmul)
 
+    def peak_floor_seconds(self, rates: "Rates") -> float:
+        """The floor if every operation ran at the peak of the multiply-add units, which no matmul reaches."""
+        return max(self.bytes / rates.memory, self.operations / rates.peak)
+
 
 @dataclass(frozen=True)
 class Rates:
     """The measured ceilings: bytes read and written per second, and float32 operations per second of a matmul.
 
-    ``matmul`` is infinite for a case without operations, where it is not measured.
+    ``matmul`` is infinite for a case without operations, where it is not measured. ``peak`` is the rate of a loop of
+    multiply-adds on numbers in registers; infinite where it is not measured, as on a GPU.
     """
 
     memory: float
     matmul: float
+    peak: float = math.inf
 
     def best(self, other: "Rates") -> "Rates":
-        return Rates(max(self.memory, other.memory), max(self.matmul, other.matmul))
+        return Rates(max(self.memory, other.memory), max(self.matmul, other.matmul), max(self.peak, other.peak))
 
     def is_far_from(self, other: "Rates") -> bool:
         pairs = ((self.memory, other.memory), (self.matmul, other.matmul))
@@ -288,10 +296,11 @@ def as_tensor(array) -> Tensor:
 
 def measure_rates(device: torch.device, case: Case) -> Rates:
     """Measure the machine's current rates for a case of this size, as the best of several tries."""
-    matmul = math.inf
+    matmul = peak = math.inf
     if case.operations:
         matmul = max(matmul_rate(device, size, MATMUL_TRIES) for size in MATMUL_SIZES[device.type])
-    return Rates(_memory_rate(device, case.bytes), matmul)
+        peak = multiply_add_rate() or math.inf if device.type == "cpu" else math.inf
+    return Rates(_memory_rate(device, case.bytes), matmul, peak)
 
 
 def _memory_rate(device: torch.device, case_bytes: float) -> float:
@@ -336,6 +345,44 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
         stable = stable + 1 if duration > (1 - LEAST_IMPROVEMENT) * best else 0
         best, spent = min(best, duration), spent + duration
     return best
+
+
+def first_call(run: Run, device: torch.device) -> tuple[float, int | None]:
+    """(seconds, bytes): the duration of a call, and the most memory that it held at once beyond its results.
+
+    The bytes include those that are allocated once, such as a library's buffers. They are None where they are not
+    known: outside of Linux, on a CPU.
+    """
+    results: list = []
+    before = _reset_peak_memory(device)
+    duration = seconds(lambda: results.extend(run()), device)
+    if before is None:
+        return duration, None
+    tensors = [result for result in results if isinstance(result, Tensor)]
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return duration, max(0, _peak_memory(device) - before - sum(held.values()))
+
+
+def _reset_peak_memory(device: torch.device) -> int | None:
+    """The bytes in use now, from which on the peak counts; None where the peak is not known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        # See proc(5): 5 resets the peak of the resident memory.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _resident_bytes("VmRSS")
+
+
+def _peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmHWM")
+
+
+def _resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

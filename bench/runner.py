@@ -58,12 +58,15 @@ class Row:
     best_s: float
     floor_s: float
     noisy: bool
+    peak_floor_s: float
+    memory_bytes: int | None
 
 
 COLUMNS = [field.name for field in fields(Row)]
 
-# The columns of older files, whose rows are not marked as noisy.
-UNMARKED_COLUMNS = [name for name in COLUMNS if name != "noisy"]
+# The columns of older files: without the two last ones, and in the oldest files without a mark of noisy rows.
+MARKED_COLUMNS = COLUMNS[: COLUMNS.index("noisy") + 1]
+UNMARKED_COLUMNS = MARKED_COLUMNS[:-1]
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def prepare(args: argparse.Namespace) -> Plan:
         raise ValueError(f"--pairs is {args.pairs} without --base; expected both. Name the revision to compare with")
     device, cases = select(args)
     out = args.out or _default_csv(device)
-    check_csv(out, COLUMNS, UNMARKED_COLUMNS)
+    check_csv(out, COLUMNS, MARKED_COLUMNS, UNMARKED_COLUMNS)
     if args.threads is not None:
         _use_threads(args.threads)
     return Plan(device, cases, out, args.quick)
@@ -145,8 +148,8 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
     errors = registry.check(case, device, [one for one in case.competitors if one.name not in left_out])
     left_out |= {name: f"REFUSED: {error}" for name, error in errors.items() if isinstance(error, WrongResult)}
     running = [one for one in case.competitors if one.name not in left_out]
-    times, rates, steady = measure(case, running, device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
-    floor = case.floor_seconds(rates)
+    times, memory, rates, steady = measure(case, running, device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
+    floor, peak_floor = case.floor_seconds(rates), case.peak_floor_seconds(rates)
     # On an unsteady machine the measured ceiling may be far too low: a row below the floor is then noise, not an error.
     impossible = faster_than_floor(case, running, times, rates) if steady else []
     left_out |= {
@@ -159,7 +162,8 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
     ours = next((one.name for one in running if one.ours), None)
     unsteady = "" if steady else f"; NOISY: the rates changed by more than {registry.NOISY_RATES}x meanwhile"
     print(f"  floor {_time(floor)} at {_ceilings(rates)}{unsteady}")
-    print(f"  {'':26} {'median':>9} {'spread':>9} {'best':>9} {'vs ours':>8} {'of floor':>8} {'error':>8}")
+    columns = f"{'median':>9} {'spread':>9} {'best':>9} {'vs ours':>8} {'of floor':>8} {'of peak':>8} {'memory':>8}"
+    print(f"  {'':26} {columns} {'error':>8}")
     rows = []
     for competitor in case.competitors:
         name = competitor.name
@@ -168,10 +172,12 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
             continue
         median, spread, best = summaries[name]
         ratio = "-" if ours is None or ours in impossible else f"{median / summaries[ours][0]:.2f}x"
-        of_floor = "noisy" if name in noisy else f"{floor / median:.1%}"
+        of_floor, of_peak = ("noisy" if name in noisy else f"{least / median:.1%}" for least in (floor, peak_floor))
+        held = "-" if memory[name] is None else f"{memory[name] / 1e6:.0f} MB"
         error = f"{errors[name]:.1e}" if name in errors else "-"
         times_shown = " ".join(f"{_time(seconds):>9}" for seconds in summaries[name])
-        print(f"  {name:26} {times_shown} {'noisy' if noisy & {name, ours} else ratio:>8} {of_floor:>8} {error:>8}")
+        ratio = "noisy" if noisy & {name, ours} else ratio
+        print(f"  {name:26} {times_shown} {ratio:>8} {of_floor:>8} {of_peak:>8} {held:>8} {error:>8}")
         measured = {
             "rounds": len(times[name]),
             "median_s": median,
@@ -179,6 +185,8 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
             "best_s": best,
             "floor_s": floor,
             "noisy": name in noisy,
+            "peak_floor_s": peak_floor,
+            "memory_bytes": memory[name],
         }
         rows.append(Row(**_machine(device), **work(case, name), **measured))
     print(flush=True)
@@ -194,8 +202,8 @@ def work(case: Case, competitor: str) -> dict:
 
 def measure(
     case: Case, competitors: list[Competitor], device: torch.device, budget: float
-) -> tuple[dict[str, list[float]], Rates, bool]:
-    """(competitor -> seconds of every call, the best ceilings, whether the ceilings before and after agree).
+) -> tuple[dict[str, list[float]], dict[str, int | None], Rates, bool]:
+    """The two results of :func:`interleave`, the best ceilings, and whether the ceilings before and after agree.
 
     The case is measured again if a competitor was faster than the floor: the machine may have been slow when the
     ceilings were measured.
@@ -203,13 +211,13 @@ def measure(
     inputs = case.make_inputs(device)
     before = best = registry.measure_rates(device, case)
     for _ in range(2):
-        times = interleave(competitors, inputs, device, budget)
+        times, memory = interleave(competitors, inputs, device, budget)
         after = registry.measure_rates(device, case)
         best, steady = best.best(after), not after.is_far_from(before)
         if not faster_than_floor(case, competitors, times, best):
             break
         before = after
-    return times, best, steady
+    return times, memory, best, steady
 
 
 def faster_than_floor(
@@ -222,34 +230,43 @@ def faster_than_floor(
 
 def interleave(
     competitors: list[Competitor], inputs: dict, device: torch.device, budget: float
-) -> dict[str, list[float]]:
-    """Competitor -> seconds of every call, taking turns. A first round warms up and decides how many rounds fit."""
+) -> tuple[dict[str, list[float]], dict[str, int | None]]:
+    """Competitor -> seconds of every call, taking turns, and competitor -> bytes that a call holds beyond its results.
+
+    A first round warms up, shows the memory and decides how many rounds fit.
+    """
     runs = {competitor.name: competitor.prepare(inputs) for competitor in competitors}
-    warm_up = sum(registry.seconds(run, device) for run in runs.values())
+    first = {name: registry.first_call(run, device) for name, run in runs.items()}
+    warm_up = sum(duration for duration, _ in first.values())
     rounds = min(max(int(budget / max(warm_up, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             times[name].append(registry.seconds(run, device))
-    return times
+    return times, {name: memory for name, (_, memory) in first.items()}
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:
-    """Append the rows. First, a new file gets a header, and a file without the column ``noisy`` gets that column."""
+    """Append the rows. First, a new file gets a header, and an older file gets the columns that it lacks."""
     new = not path.exists()
     if not new:
-        _mark_rows(path)
+        _add_columns(path)
     with path.open("a", newline="") as file:
         write_rows(file, COLUMNS, map(asdict, rows), header=new)
 
 
-def _mark_rows(path: Path) -> None:
-    """Add the column ``noisy`` to a file without it, from each row's median and spread."""
+def _add_columns(path: Path) -> None:
+    """Add the columns that an older file lacks: ``noisy`` from each row's median and spread, the others empty."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != UNMARKED_COLUMNS:
+        if reader.fieldnames == COLUMNS:
             return
-        rows = [row | {"noisy": registry.is_noisy(float(row["median_s"]), float(row["spread_s"]))} for row in reader]
+        rows = [
+            {"noisy": registry.is_noisy(float(row["median_s"]), float(row["spread_s"]))}
+            | row
+            | {"peak_floor_s": "", "memory_bytes": ""}
+            for row in reader
+        ]
     write_atomically(path, lambda file: write_rows(file, COLUMNS, rows, header=True))
 
 
@@ -260,7 +277,7 @@ def write_rows(file: IO[str], columns: list[str], rows: Iterable[dict], header: 
     writer.writerows(rows)
 
 
-def check_csv(path: Path, columns: list[str], older_columns: list[str] | None = None) -> None:
+def check_csv(path: Path, columns: list[str], *older_columns: list[str]) -> None:
     """Check the file before minutes of measuring: rows under other columns would later be misread or lost."""
     new = not path.exists()
     if new and not path.parent.is_dir():
@@ -273,7 +290,7 @@ def check_csv(path: Path, columns: list[str], older_columns: list[str] | None = 
         raise ValueError(f"--out: {path} cannot be written: {error.strerror}. Name another file") from error
     if new:
         path.unlink()
-    if found not in (columns, older_columns):
+    if found not in (columns, *older_columns):
         raise ValueError(
             f"--out: {path} has columns {', '.join(found)}, expected {', '.join(columns)}. Name another file"
         )

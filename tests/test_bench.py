@@ -35,7 +35,7 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def competitor(name, run, **options) -> registry.Competitor:
-    return registry.Competitor(name, lambda inputs: lambda: run(inputs["x"]), **options)
+    return registry.Competitor(name, lambda inputs: lambda: run(inputs["x"]) or [], **options)
 
 
 def doubling(*competitors: registry.Competitor) -> registry.Case:
@@ -230,7 +230,7 @@ def test_a_missing_peer_says_why(tiny, capsys):
 def test_competitors_take_turns():
     calls = []
     takes_turns = [competitor(name, lambda x, name=name: calls.append(name)) for name in "AB"]
-    times = runner.interleave(takes_turns, {"x": None}, CPU, budget=0.0)
+    times, _ = runner.interleave(takes_turns, {"x": None}, CPU, budget=0.0)
     assert calls == ["A", "B"] * (1 + runner.MIN_ROUNDS)
     assert [len(values) for values in times.values()] == [runner.MIN_ROUNDS] * 2
 
@@ -314,9 +314,9 @@ def test_a_noisy_row_is_marked_and_has_no_ratio(monkeypatch, tmp_path, capsys):
     assert not failed
     assert {row.competitor: row.noisy for row in rows} == {"ours": False, registry.EAGER: True, "calm": False}
     shown = printed_rows(capsys)
-    # The times and their units are followed by three columns: ratio, share of the floor, error.
-    assert shown[registry.EAGER][-3:-1] == ["noisy", "noisy"]
-    assert shown["calm"][-3:-1] == ["2.00x", "25.0%"]
+    # The times are followed by the ratio, the shares of the floor and of the peak, the memory with its unit, the error.
+    assert shown[registry.EAGER][-6:-4] == ["noisy", "noisy"]
+    assert shown["calm"][-6:-4] == ["2.00x", "25.0%"]
     runner.append_rows(tmp_path / "rows.csv", rows)
     assert [row["noisy"] for row in read(tmp_path / "rows.csv")] == ["False", "False", "True"]
 
@@ -327,8 +327,8 @@ def test_nothing_is_compared_with_a_noisy_row_of_ours(monkeypatch, capsys):
     assert not failed
     assert [row.noisy for row in rows] == [True, False]
     shown = printed_rows(capsys)
-    assert shown["ours"][-3:-1] == ["noisy", "noisy"]
-    assert shown[registry.EAGER][-3:-1] == ["noisy", "25.0%"]
+    assert shown["ours"][-6:-4] == ["noisy", "noisy"]
+    assert shown[registry.EAGER][-6:-4] == ["noisy", "25.0%"]
 
 
 @pytest.mark.parametrize(("spread", "noisy"), [(0.0, False), (0.5, False), (0.51, True), (40.0, True)])
@@ -348,7 +348,7 @@ def test_a_row_below_its_floor_is_an_error(monkeypatch, tmp_path, capsys):
     assert "ours" in error
     assert "900 ms, measured twice, is less than the floor: the ceiling or the case's bytes or operations" in error
     # An impossible time gets no ratio.
-    assert "2 s      0 us       2 s        -    50.0%" in printed
+    assert "2 s      0 us       2 s        -    50.0%    50.0%" in printed
     # The row was measured twice; the ceiling was measured before, between and after.
     assert len(clock.measured) == 3
     assert clock.calls["ours"] == 2 * (1 + runner.MIN_ROUNDS)
@@ -371,7 +371,7 @@ def test_a_case_whose_ceilings_differ_is_noisy(monkeypatch, tmp_path, capsys):
     assert [row.noisy for row in rows] == [True, True]
     printed = capsys.readouterr().out
     assert "measured beside the case; NOISY: the rates changed by more than 2x meanwhile" in printed
-    assert printed.count(" noisy") == 4
+    assert printed.count(" noisy") == 6
     # A factor of two is within the limit.
     rows, _ = runner.run_case(Clock(monkeypatch, times, memory=[800.0, 400.0]).case(), CPU, quick=True)
     assert not any(row.noisy for row in rows)
@@ -446,7 +446,8 @@ def test_a_file_of_unmarked_rows_is_marked_and_appended_to(monkeypatch, tmp_path
     arguments = parse("lcw_linear", "--quick", "--device", "cpu", "--out", str(out))
     assert runner.carry_out(runner.prepare(arguments)) == 0
     rows = read(out)
-    assert rows[:2] == [older[0] | {"noisy": "False"}, older[1] | {"noisy": "True"}]
+    empty = {"peak_floor_s": "", "memory_bytes": ""}
+    assert rows[:2] == [older[0] | {"noisy": "False"} | empty, older[1] | {"noisy": "True"} | empty]
     assert [row["competitor"] for row in rows[2:]] == ["ours", registry.EAGER]
     assert runner.carry_out(runner.prepare(arguments)) == 0
     assert read(out)[:4] == rows
@@ -466,6 +467,31 @@ def test_the_rows_of_earlier_runs_can_be_appended_to(name, tmp_path):
     ]
     for row in after:
         assert row["noisy"] == str(float(row["spread_s"]) > float(row["median_s"]) / 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of the memory is known on Linux only")
+def test_the_memory_of_a_call_beyond_its_results():
+    def run() -> list[torch.Tensor]:
+        # 80 MB at once, of which 32 MB are returned. A view of a result is no memory of its own.
+        work = torch.ones(12_000_000)
+        result = torch.ones(8_000_000)
+        return [result.add_(work[:8_000_000]), result[:5]]
+
+    _, extra = registry.first_call(run, CPU)
+    assert 47e6 < extra < 55e6
+
+
+def test_a_row_states_the_floor_at_the_peak_of_the_units(monkeypatch):
+    clock = Clock(monkeypatch, {"ours": [2.0], registry.EAGER: [3.0]}, memory=[800.0])
+    monkeypatch.setattr(registry, "measure_rates", lambda device, case: registry.Rates(8000.0, 400.0, peak=800.0))
+    rows, _ = runner.run_case(clock.case(operations=800.0), CPU, quick=True)
+    assert [(row.floor_s, row.peak_floor_s) for row in rows] == [(2.0, 1.0)] * 2
+
+
+def test_no_matmul_is_faster_than_the_multiply_add_units():
+    rates = registry.measure_rates(CPU, registry.cases("orthogonal_filter", "cpu")[0])
+    # Both are the best of several tries, on a machine that others may use.
+    assert rates.matmul < 1.3 * rates.peak < math.inf
 
 
 @pytest.mark.parametrize(("duration", "calls"), [(1.0, 8), (0.0625, 9)])
