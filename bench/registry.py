@@ -5,6 +5,7 @@ before and after the case. A kernel is timed only if its error against float64 i
 unit in the last place.
 """
 
+import ctypes
 import importlib
 import math
 import os
@@ -14,7 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -368,6 +369,10 @@ def _reset_peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    # Memory that earlier calls have freed may still be the process's own, and would serve this call unseen.
+    lcw_ops.empty_memory_pool()
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         # See proc(5): 5 resets the peak of the resident memory.
         Path("/proc/self/clear_refs").write_text("5")

@@ -477,8 +477,10 @@ def test_the_memory_of_a_call_beyond_its_results():
         result = torch.ones(8_000_000)
         return [result.add_(work[:8_000_000]), result[:5]]
 
-    _, extra = registry.first_call(run, CPU)
-    assert 47e6 < extra < 55e6
+    # Freed memory of earlier calls does not hide what a call needs.
+    for _ in range(3):
+        _, extra = registry.first_call(run, CPU)
+        assert 47e6 < extra < 55e6
 
 
 def test_a_row_states_the_floor_at_the_peak_of_the_units(monkeypatch):
