@@ -80,6 +80,8 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         alpha: float = 0.1,
         beta: float = 20.0,
         activate: str = "gradient",
+        in_backward: bool = False,
+        max_grad_value: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -93,11 +95,17 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._add_options(gradient_activation=gradient_activation, alpha=alpha, beta=beta, activate=activate)
+        options = {"gradient_activation": gradient_activation, "alpha": alpha, "beta": beta, "activate": activate}
+        self._add_options(in_backward, max_grad_value, **options)
 
     def _check_options(self, group: dict) -> None:
         super()._check_options(group)
         checks.check_choice(self._name(), "activate", group["activate"], PLACES)
+
+    def _steps_elementwise(self, group: dict, param: Tensor) -> bool:
+        # On 16-bit tensors torch's step rounds the last elements of a tensor otherwise than the elements before them.
+        wide = param.dtype in (torch.float32, torch.float64)
+        return wide or group["gradient_activation"] is not None or bool(group["fused"])
 
     @_torch.never_traced
     def load_state_dict(self, state_dict: dict) -> None:
