@@ -26,7 +26,7 @@ from torch.autograd import Function
 from lcw_ops import _torch
 from lcw_ops._checks import describe
 from lcw_ops.ops import library
-from lcw_ops.ops.orthogonal_filter.op import BACKWARD, NAME, Needs, Options
+from lcw_ops.ops.orthogonal_filter.op import BACKWARD, NAME, Needs, Options, new_gradients
 from lcw_ops.reference.orthogonal_filter import Recurrence
 
 # Bytes of a range's gradient. Smaller ranges start the kernels more often, larger ones leave the caches before the step
@@ -171,7 +171,7 @@ def _backward_by_ranges(
     step: Callable[[slice, Tensor], None], recurrence: Recurrence, checkpoints: Tensor, options: Options, needs: Needs
 ) -> list[Tensor]:
     """The gradients that ``_backward`` gives, with the weights stepped instead of a gradient of theirs."""
-    grad_output, weight, bias, _, alpha, beta, _ = recurrence
+    grad_output, weight, bias, _, alpha, beta, inputs = recurrence
     ranges = _cut(weight, options)
     complete = None
     is_sum = (needs.bias and bias.dim() == 1) or (needs.scales and 1 in (alpha.numel(), beta.numel()))
@@ -179,21 +179,22 @@ def _backward_by_ranges(
         # A gradient that is summed over all steps is rounded once. A pass without the weights computes it.
         complete = _backward(recurrence, checkpoints, options, needs._replace(weight=False))
         needs = Needs(weight=True, bias=False, scales=False, inputs=False)
-    gradient, pieces = grad_output[-1] if options.return_states else grad_output, []
+    gradient = grad_output[-1] if options.return_states else grad_output
+    # Keep no small tensor of a range: each would take a bite of the memory that the next range's gradient needs.
+    _, *others = new_gradients(weight, bias, alpha, beta, inputs, needs)
     for steps in reversed(ranges):
         outer = gradient
         if options.return_states:
             outer = torch.cat([grad_output[steps], gradient.unsqueeze(0)])
         kept = checkpoints[steps.start // options.segment : -(-steps.stop // options.segment)]
         here = options._replace(steps=steps.stop - steps.start)
-        gradient, grad_weight, *others = _backward(_part(recurrence, outer, steps), kept, here, needs)
+        gradient, grad_weight, *parts = _backward(_part(recurrence, outer, steps), kept, here, needs)
         step(steps, grad_weight)
-        # Free the memory for the next range.
-        del grad_weight
-        pieces.append(others)
-    if complete is not None:
-        return complete
-    return [gradient, weight, *map(torch.cat, zip(*reversed(pieces), strict=True))]
+        for other, part in zip(others, parts, strict=True):
+            target = other if is_sum else other[steps]
+            target.copy_(part)
+        del grad_weight, parts, part
+    return complete or [gradient, weight, *others]
 
 
 def _cut(weight: Tensor, options: Options) -> list[slice]:
