@@ -100,7 +100,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             if not in_backward:
                 remedy = "Without in_backward, call torch.nn.utils.clip_grad_value_ before step()."
                 expected = "None, because in_backward is False"
-                raise ValueError(checks.describe(self._name(), "max_grad_value", f"is {max_grad_value}", expected, remedy))
+                came = f"is {max_grad_value}"
+                raise ValueError(checks.describe(self._name(), "max_grad_value", came, expected, remedy))
         self.defaults.update(options)
         self._forget_checks()
         for index, group in enumerate(self.param_groups):
@@ -111,7 +112,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             self.in_backward, self.max_grad_value = True, max_grad_value
             self._start_in_backward()
 
-    def _start_in_backward(self) -> None:
+    def _start_in_backward(self) -> StepsInBackward:
         for index, group in enumerate(self.param_groups):
             if group.get("differentiable", False):
                 came = f"has differentiable=True in param_groups[{index}]"
@@ -120,6 +121,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         if self._steps_in_backward is None:
             self._steps_in_backward = StepsInBackward(self)
         self._steps_in_backward.watch()
+        return self._steps_in_backward
 
     def add_param_group(self, param_group: dict) -> None:
         # torch's constructor calls this before the defaults have the options; `_add_options` then checks all groups.
@@ -213,8 +215,7 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._forget_checks()
         self._checked_options = dict(enumerate(map(self._watched, self.param_groups)))
         if self.in_backward:
-            self._start_in_backward()
-            self._steps_in_backward.forgive()
+            self._start_in_backward().forgive()
 
     def __getstate__(self) -> dict:
         state = super().__getstate__()

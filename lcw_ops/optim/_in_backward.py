@@ -190,7 +190,8 @@ class StepsInBackward:
             raise RuntimeError(_message(optimizer, came, "one backward pass for each call of step()", remedy))
         if self._pass is None and _torch.is_nested_backward():
             came = "is to step its parameters in a backward pass inside another, as of a reentrant checkpoint"
-            raise RuntimeError(_message(optimizer, came, "one pass", "Give torch.utils.checkpoint use_reentrant=False."))
+            remedy = "Give torch.utils.checkpoint use_reentrant=False."
+            raise RuntimeError(_message(optimizer, came, "one pass", remedy))
         if not self._knows_processes:
             self._refuse_data_parallel(optimizer)
         return current
@@ -204,11 +205,12 @@ class StepsInBackward:
     def _refuse_data_parallel(self, optimizer: _Optimizer) -> None:
         """Raise ValueError if a module averages the gradients over processes after the hooks have run."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            kinds: list[type] = [torch.nn.parallel.DistributedDataParallel]
+            kinds: tuple[type[torch.nn.Module], ...] = (torch.nn.parallel.DistributedDataParallel,)
             if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
-                kinds.append(fsdp.FullyShardedDataParallel)
-            for module in gc.get_objects():
-                if isinstance(module, tuple(kinds)) and not self._hooked.keys().isdisjoint(map(id, module.parameters())):
+                kinds += (fsdp.FullyShardedDataParallel,)
+            # isinstance() would ask objects for their __class__, and some load themselves then.
+            for module in [found for found in gc.get_objects() if issubclass(type(found), kinds)]:
+                if not self._hooked.keys().isdisjoint(map(id, module.parameters())):
                     came = f"has parameters of a {type(module).__name__}, which reduces gradients later"
                     remedy = "Give in_backward=False."
                     raise ValueError(_message(optimizer, came, "parameters of one process", remedy))
@@ -249,10 +251,10 @@ class _States:
 
     def of(self, steps: slice) -> dict[str, Any]:
         """The state of these layers before their step. A count of steps is a copy for each range."""
-        self._given = {
-            name: value[steps] if _is_like(value, self._weight) else value.clone() if isinstance(value, Tensor) else value
-            for name, value in self._before.items()
-        }
+        self._given = {}
+        for name, value in self._before.items():
+            is_tensor = isinstance(value, Tensor)
+            self._given[name] = value[steps] if _is_like(value, self._weight) else value.clone() if is_tensor else value
         return dict(self._given)
 
     def keep(self, steps: slice, part: Tensor, state: dict[str, Any]) -> None:

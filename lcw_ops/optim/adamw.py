@@ -38,9 +38,9 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     step works on copies, in float64 if one of them is float64, otherwise in float32. States have the parameter's dtype,
     as in torch, or the gradient's; ``step`` may have any real dtype.
 
-    All options but ``in_backward`` and ``max_grad_value`` may differ from group to group. The notes of :class:`lcw_ops.optim.SGD` on state_dicts, parameters given
-    twice, DTensors, GradScaler and a tensor lr hold here too. The state_dict of a torch.optim.Adam is refused, because
-    its decay is part of the gradient.
+    All options but ``in_backward`` and ``max_grad_value`` may differ from group to group. The notes of
+    :class:`lcw_ops.optim.SGD` on state_dicts, parameters given twice, DTensors, GradScaler, a tensor lr and steps in
+    backward hold here too. The state_dict of a torch.optim.Adam is refused, because its decay is part of the gradient.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
@@ -50,10 +50,14 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         differentiable: as in torch. True needs gradient_activation=None.
         gradient_activation: "arctan", "tanh" or "log". None takes torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
+        in_backward: step each parameter during ``loss.backward()``, as soon as its gradient is there, and free the
+            gradient: ``.grad`` stays None. See :class:`lcw_ops.optim.SGD`.
+        max_grad_value: for in_backward: clip each element of a gradient to +-max_grad_value before it is activated, as
+            torch.nn.utils.clip_grad_value_ does. None does not clip.
 
     Raises:
-        ValueError: options out of range.
-        TypeError: alpha or beta is not a number.
+        ValueError: options out of range; max_grad_value without in_backward; with in_backward, what SGD refuses.
+        TypeError: alpha, beta or max_grad_value is not a number.
         Other errors are torch's. The docstring of ``step`` lists the errors of a step.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
