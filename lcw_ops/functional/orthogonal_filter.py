@@ -141,7 +141,10 @@ def _solve(recurrence: Recurrence, activation: str, return_states: bool, segment
     elif segment is None:
         segment = _op.DEFAULT_SEGMENT
     options = _op.Options(steps, activation, segment, return_states, backend)
-    use = _in_backward.find_use(recurrence) if _in_backward.owners else None
+    use = None
+    # torch.compile would guard the entries of the dictionary.
+    if not torch.compiler.is_compiling() and _in_backward.owners:
+        use = _in_backward.find_use(recurrence)
     if use is not None:
         output = _in_backward.orthogonal_filter(use, recurrence, options)
     else:

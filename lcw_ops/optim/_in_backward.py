@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcw_ops import _torch
 from lcw_ops._checks import describe
-from lcw_ops.ops.orthogonal_filter.in_backward import owners
+from lcw_ops.ops.orthogonal_filter.in_backward import check_uses, owners
 
 # An ActivatedOptimizer. Its module imports this one.
 _Optimizer = Any
@@ -113,7 +113,7 @@ class StepsInBackward:
             if index is None:
                 return
             try:
-                current = self._check_pass(optimizer, param)
+                current = self._check_pass(optimizer)
                 self._step(optimizer, index, param)
                 self._pass = current
             finally:
@@ -132,11 +132,12 @@ class StepsInBackward:
         optimizer = self._living()
         with self._lock:
             index = self._index_of(optimizer, weight)
-            current = self._check_pass(optimizer, weight)
-        if index is None or weight.grad is not None:
-            came = f"has a weight of shape {tuple(weight.shape)} that {'left' if index is None else 'has a gradient'}"
-            remedy = "Call zero_grad() after a change by hand."
-            raise RuntimeError(_message(optimizer, came, "a weight of its groups without a gradient", remedy))
+            current = self._check_pass(optimizer)
+        if index is None:
+            came = f"has lost a weight of shape {tuple(weight.shape)} after the forward pass"
+            raise RuntimeError(
+                _message(optimizer, came, "the same groups until backward()", "Do the forward pass again.")
+            )
         states = _States(optimizer, index, weight)
         has_written = False
 
@@ -168,30 +169,34 @@ class StepsInBackward:
             torch.nn.utils.clip_grad_value_([param], optimizer.max_grad_value)
         optimizer._step_some(index, [param])
 
-    def _check_pass(self, optimizer: _Optimizer, param: Tensor) -> int:
-        """The number of the backward pass. Raises RuntimeError if it must not step the parameter."""
-        self._check_whole(optimizer)
-        if _torch.keeps_graph():
-            came = "is to step its parameters in a backward pass that keeps the graph (retain_graph, create_graph)"
-            remedy = "A later pass would find other parameters in it. Give in_backward=False for such passes."
-            raise RuntimeError(_message(optimizer, came, "a pass that frees it", remedy))
-        if any(hook != self._on_gradient for hook in _torch.gradient_hooks(param).values()):
-            came = f"has a parameter of shape {tuple(param.shape)} with another hook of "
-            came += "register_post_accumulate_grad_hook, which may find the gradient freed"
-            remedy = "Remove that hook, or give in_backward=False. Hooks of Tensor.register_hook are taken."
-            raise RuntimeError(_message(optimizer, came, "its own hook only", remedy))
+    def _check_pass(self, optimizer: _Optimizer) -> int:
+        """The number of the running backward pass. Raises RuntimeError, at its first step, if it must not step."""
         current = _torch.current_backward()
-        if self._pass is not None and self._pass != current:
+        if self._pass == current:
+            return current
+        self._check_whole(optimizer)
+        if self._pass is not None:
             came = "has made this step already, in an earlier backward pass"
             remedy = (
                 "Call step() after each backward pass. Gradients cannot be accumulated over several with "
                 "in_backward=True. If the earlier pass raised, step() goes on with what it has stepped."
             )
             raise RuntimeError(_message(optimizer, came, "one backward pass for each call of step()", remedy))
-        if self._pass is None and _torch.is_nested_backward():
-            came = "is to step its parameters in a backward pass inside another, as of a reentrant checkpoint"
+        if _torch.keeps_graph():
+            came = "is to step in a backward pass that keeps the graph (retain_graph, create_graph)"
+            remedy = "A later pass would find other parameters in it. Give in_backward=False for such passes."
+            raise RuntimeError(_message(optimizer, came, "a pass that frees it", remedy))
+        if _torch.is_nested_backward():
+            came = "is to step in a backward pass inside another, as of a reentrant checkpoint"
             remedy = "Give torch.utils.checkpoint use_reentrant=False."
             raise RuntimeError(_message(optimizer, came, "one pass", remedy))
+        for param, _ in self._hooked.values():
+            if any(hook != self._on_gradient for hook in _torch.gradient_hooks(param).values()):
+                came = f"has a parameter of shape {tuple(param.shape)} with another hook of "
+                came += "register_post_accumulate_grad_hook, which may find the gradient freed"
+                remedy = "Remove that hook, or give in_backward=False. Hooks of Tensor.register_hook are taken."
+                raise RuntimeError(_message(optimizer, came, "its own hook only", remedy))
+        check_uses()
         if not self._knows_processes:
             self._refuse_data_parallel(optimizer)
         return current

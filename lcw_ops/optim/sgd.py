@@ -38,10 +38,10 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     otherwise in float32. The buffer gets the dtype that torch gives it: the first gradient's or, with weight decay,
     the one to which gradient and parameter promote.
 
-    All options but ``in_backward`` and ``max_grad_value`` may differ from group to group. ``state_dict`` has torch's keys and loads into torch.optim.SGD; torch's
-    loads into this one, and each group keeps its activation. A parameter that a group lists twice is stepped once.
-    DTensor parameters (FSDP2) are stepped shard by shard. GradScaler first unscales and looks for overflow. With a
-    tensor lr on a GPU, the step waits for its value.
+    All options but ``in_backward`` and ``max_grad_value`` may differ from group to group. ``state_dict`` has torch's
+    keys and loads into torch.optim.SGD; torch's loads into this one, and each group keeps its activation. A parameter
+    that a group lists twice is stepped once. DTensor parameters (FSDP2) are stepped shard by shard. GradScaler first
+    unscales and looks for overflow. With a tensor lr on a GPU, the step waits for its value.
 
     With ``in_backward=True``, ``step()`` only marks the end of a step: it runs the step hooks, and the next backward
     pass may step again. Results have the bits of backward() followed by step().
@@ -51,13 +51,13 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
       bias that all layers share costs a second pass over the layers.
     - Every other parameter is stepped when autograd has its gradient. So are these weights where they are not a leaf of
       the graph, have hooks of ``register_hook``, or run in ``torch.compile``, in the parallel solver or on the
-      reference backend, and, without activation or ``fused=True``, 16-bit weights of SGD.
+      reference backend, and the 16-bit weights of SGD without activation.
     - lr and the other options are read in the backward pass. Hooks of ``register_hook`` see the gradients, step hooks
       do not. ``torch.autograd.grad`` steps nothing; it does not find a weight that is stepped in ranges.
       ``backward(inputs=...)`` steps the parameters that it names, but not such a weight.
     - These raise before a parameter changes: a second backward pass before ``step()`` (accumulation), a weight of a
       recurrence that is used twice, ``retain_graph``, ``create_graph``, reentrant checkpoints, a hook of
-      ``register_post_accumulate_grad_hook`` on a parameter, a gradient that is there before the pass.
+      ``register_post_accumulate_grad_hook`` on a parameter.
     - If an error interrupts a backward pass, some parameters have been stepped. If it comes between the ranges of a
       weight, step and backward raise until ``load_state_dict`` has been called.
     - DDP, FSDP and DTensors are refused, since gradients are reduced later; so is :func:`lcw_ops.activate_gradients`.
@@ -131,9 +131,9 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         checks.check_choice(self._name(), "activate", group["activate"], PLACES)
 
     def _steps_elementwise(self, group: dict, param: Tensor) -> bool:
-        # On 16-bit tensors torch's step rounds the last elements of a tensor otherwise than the elements before them.
-        wide = param.dtype in (torch.float32, torch.float64)
-        return wide or group["gradient_activation"] is not None or bool(group["fused"])
+        # On 16-bit tensors torch's steps round the last elements of a tensor otherwise than the elements before them,
+        # and the fused one of torch 2.13 leaves some of them out.
+        return param.dtype in (torch.float32, torch.float64) or group["gradient_activation"] is not None
 
     @_torch.never_traced
     def load_state_dict(self, state_dict: dict) -> None:

@@ -70,8 +70,8 @@ class Use:
         _uses.add(self)
 
     def is_reached(self) -> bool:
-        """Whether this backward pass accumulates the gradient of the trigger, and so that of the weight."""
-        return _torch.will_run_in_backward(self._trigger_node)
+        """Whether this backward pass accumulates the gradient of the trigger, and so would that of the weight."""
+        return self.weight.requires_grad and _torch.will_run_in_backward(self._trigger_node)
 
     def check(self) -> None:
         """Raise RuntimeError if the gradients would not be those of the forward pass, or would need to be recorded."""
@@ -94,6 +94,17 @@ class Use:
         if _torch.has_gradient_hooks(self.weight):
             came = "got a hook of register_hook after the forward pass, which found none"
             raise _refusal(came, "hooks from the forward pass on", "Do the forward pass again.")
+        if self.weight.grad is not None:
+            came = "has a gradient, and its optimizer, with in_backward=True, cannot add to it"
+            raise _refusal(came, "none before backward()", "Call zero_grad() first.")
+
+
+def check_uses() -> None:
+    """Raise RuntimeError if this backward pass must not step a weight that it will reach."""
+    for use in list(_uses):
+        if use.is_reached():
+            use.check()
+            use.check_alone()
 
 
 def _refusal(came: str, expected: str, remedy: str) -> RuntimeError:
@@ -141,10 +152,9 @@ class OrthogonalFilterInBackward(Function):
         if grad_output is None:
             return (None,) * 10
         _, _, _, _, bias, _, alpha, beta, inputs, _ = ctx.needs_input_grad
-        needs = Needs(use.weight.requires_grad and use.is_reached(), bias, alpha or beta, inputs)
+        needs = Needs(use.is_reached(), bias, alpha or beta, inputs)
         arguments = Recurrence(grad_output, use.weight, *tensors), checkpoints, options, needs
         if needs.weight:
-            use.check_alone()
             with use.owner.stepping(use.weight) as step:
                 gradients = _backward_by_ranges(step, *arguments)
         else:
@@ -185,7 +195,7 @@ def _backward_by_ranges(
         needs = Needs(weight=True, bias=False, scales=False, inputs=False)
     gradient = grad_output[-1] if options.return_states else grad_output
     # Keep no small tensor of a range: each would take a bite of the memory that the next range's gradient needs.
-    _, *others = new_gradients(weight, bias, alpha, beta, inputs, needs)
+    _, *others = new_gradients(weight, bias, alpha, beta, inputs, needs._replace(weight=False))
     for steps in reversed(ranges):
         outer = gradient
         if options.return_states:
