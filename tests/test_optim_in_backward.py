@@ -120,8 +120,12 @@ def make_one(**options):
 # ---- The same bits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [None, *KINDS])
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [(activation, dtype) for activation in (None, "arctan") for dtype in DTYPES]
+    + [(activation, torch.float32) for activation in KINDS[1:]],
+    ids=str,
+)
 @pytest.mark.parametrize(("kind", "options"), OPTIONS, ids=OPTION_IDS)
 def test_three_steps_have_the_bits_of_backward_and_step(kind, options, activation, dtype):
     nets, optimizers = make_pair(kind, dtype, **options, gradient_activation=activation)
@@ -133,9 +137,18 @@ def test_three_steps_have_the_bits_of_backward_and_step(kind, options, activatio
     assert_same(*optimizers)
 
 
-@pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "options"), OPTIONS[:3] + OPTIONS[4:], ids=OPTION_IDS[:3] + OPTION_IDS[4:])
+@pytest.mark.parametrize(
+    ("kind", "options", "flags", "dtype"),
+    [
+        (kind, options, flags, dtype)
+        for kind, options in OPTIONS
+        for flags in ({"foreach": True}, {"fused": True}, {"foreach": False})
+        for dtype in DTYPES
+        # torch 2.13's fused SGD leaves some elements of 16-bit tensors to chance.
+        if "activate" not in options and not (kind is optim.SGD and "fused" in flags and dtype.itemsize == 2)
+    ],
+    ids=str,
+)
 def test_torchs_implementations_give_the_bits_of_torchs_optimizers(kind, options, dtype, flags):
     """The layers have an odd number of elements, so ranges would end inside a vector if they were not aligned."""
     torchs = PAIRS[kind.__name__][1]
@@ -307,9 +320,10 @@ class LargestResult(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("activation", [None, "arctan"])
-def test_no_result_is_as_large_as_a_tenth_of_the_weight(activation):
+def test_no_result_is_as_large_as_a_tenth_of_the_weight(activation, monkeypatch):
+    monkeypatch.setattr(in_backward, "RANGE_BYTES", 20_000)
     found = []
-    nets, optimizers = make_pair(net_options={"layers": 400}, gradient_activation=activation)
+    nets, optimizers = make_pair(net_options={"layers": 400, "width": 16}, gradient_activation=activation)
     for net, optimizer in zip(nets, optimizers, strict=True):
         train(net, optimizer, 1)
         optimizer.zero_grad()
