@@ -51,6 +51,7 @@ struct Forward {
   const T* h0;
   T* output;       // (M, N), or (L + 1, M, N)
   T* checkpoints;  // (ceil(L / segment), M, N), or nullptr
+  T* activated;    // (L, M, N): act(A_l), or nullptr
   bool return_states;
 };
 
@@ -62,6 +63,7 @@ struct Backward {
   const T* grad_output;
   const T* checkpoints;
   int64_t checkpoint_every;  // steps from one checkpoint to the next: a segment, or 1
+  const T* known;            // (L, M, N): act(A_l) from the forward pass, or nullptr
   bool return_states;
   int64_t segments, slots;
   int64_t first, count;
@@ -187,6 +189,9 @@ inline void check_dtype(const Tensor& tensor) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Forward keeps act(A_l) of all steps if `segment` is this.
+constexpr int64_t keep_activated = -1;
+
 // Device::run does the forward or the backward pass. Its last argument is a tensor on the device. Device::segments cuts
 // the backward pass into segments. The functions below allocate their buffers and results; Device::new_large allocates
 // every large result.
@@ -195,16 +200,18 @@ std::tuple<Tensor, Tensor> forward(
     const Tensor& h0, const Arguments& arguments, int64_t steps, const std::string& activation, int64_t segment,
     bool return_states) {
   const int64_t rows = h0.size(0), width = h0.size(1);
-  const int64_t checkpoint_count = segment ? (steps + segment - 1) / segment : 0;
+  const bool keeps_activated = segment == keep_activated;
+  const int64_t checkpoint_count = keeps_activated ? steps : segment ? (steps + segment - 1) / segment : 0;
   Tensor output = return_states ? Device::new_large(h0, {steps + 1, rows, width})
                                 : stable::new_empty(h0, {rows, width});
-  Tensor checkpoints = stable::new_empty(h0, {checkpoint_count, rows, width});
+  Tensor checkpoints = Device::new_large(h0, {checkpoint_count, rows, width});
   if (output.numel() == 0) return {output, checkpoints};
   Forward<T> pass{};
   pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
   pass.h0 = h0.const_data_ptr<T>();
   pass.output = output.mutable_data_ptr<T>();
-  pass.checkpoints = segment ? checkpoints.mutable_data_ptr<T>() : nullptr;
+  pass.checkpoints = segment > 0 ? checkpoints.mutable_data_ptr<T>() : nullptr;
+  pass.activated = keeps_activated ? checkpoints.mutable_data_ptr<T>() : nullptr;
   pass.return_states = return_states;
   Device::run(pass, h0);
   return {output, checkpoints};
@@ -222,13 +229,15 @@ template <class Device, typename T>
 Gradients backward(
     const Tensor& grad_output, const Tensor& checkpoints, const Arguments& arguments, int64_t steps,
     const std::string& activation, int64_t segment, bool needs_weight, bool needs_bias, bool needs_scales,
-    bool needs_inputs, bool needs_states) {
+    bool needs_inputs, bool needs_states, const Tensor* known) {
   const bool return_states = grad_output.dim() == 3;
   const int64_t rows = grad_output.size(return_states ? 1 : 0), width = grad_output.size(return_states ? 2 : 1);
   const int64_t state_size = rows * width;
   Backward<T> pass{};
   pass.recurrence = arguments.recurrence<T>(rows, width, steps, segment, activation);
   pass.checkpoint_every = checkpoints.numel() == steps * state_size ? 1 : segment;
+  // The gradients of alpha and beta need O h_{l-1} too, which is not kept.
+  pass.known = known && !needs_scales ? known->const_data_ptr<T>() : nullptr;
   const Segments cut = Device::segments(pass, needs_scales);
   pass.recurrence.segment = cut.length, pass.slots = cut.slots;
   pass.segments = state_size > 0 ? (steps + cut.length - 1) / cut.length : 0;
@@ -250,8 +259,8 @@ Gradients backward(
   if (state_size == 0) stable::zero_(grad_weight), stable::zero_(grad_bias);
   Tensor grad_states = needs_states ? Device::new_large(grad_output, {steps + 1, rows, width})
                                     : stable::new_empty(grad_output, {int64_t(0)});
-  Tensor states = stable::new_empty(grad_output, {count, rows, width});
-  Tensor slopes = stable::new_empty(grad_output, {Device::keeps_slopes ? count : 0, rows, width});
+  Tensor states = stable::new_empty(grad_output, {pass.known ? 0 : count, rows, width});
+  Tensor slopes = stable::new_empty(grad_output, {Device::keeps_slopes && !pass.known ? count : 0, rows, width});
   Tensor grad_pre = stable::new_empty(grad_output, {count, rows, width});
   Tensor filtered = stable::new_empty(grad_output, {needs_scales ? count : 0, rows, width});
   Tensor activated = stable::new_empty(grad_output, {needs_scales ? count : 0, rows, width});
@@ -300,7 +309,9 @@ template <class Device>
 std::tuple<Tensor, Tensor> orthogonal_filter(
     Tensor h0, Tensor weight, std::optional<Tensor> bias, Tensor filter, Tensor alpha, Tensor beta,
     std::optional<Tensor> inputs, int64_t steps, std::string activation, int64_t segment, bool return_states) {
-  STD_TORCH_CHECK(h0.dim() == 2 && steps >= 0 && segment >= 0, "orthogonal_filter: h0 must be (samples, units)");
+  STD_TORCH_CHECK(
+      h0.dim() == 2 && steps >= 0 && (segment >= 0 || (Device::keeps_activated && segment == keep_activated)),
+      "orthogonal_filter: h0 must be (samples, units)");
   check_dtype(h0);
   h0 = stable::contiguous(h0);
   segment = std::min(segment, std::max<int64_t>(steps, 1));
@@ -314,7 +325,8 @@ template <class Device>
 Gradients orthogonal_filter_backward(
     Tensor grad_output, Tensor checkpoints, Tensor weight, std::optional<Tensor> bias, Tensor filter, Tensor alpha,
     Tensor beta, std::optional<Tensor> inputs, int64_t steps, std::string activation, int64_t segment,
-    bool needs_weight, bool needs_bias, bool needs_scales, bool needs_inputs, bool needs_states) {
+    bool needs_weight, bool needs_bias, bool needs_scales, bool needs_inputs, bool needs_states,
+    std::optional<Tensor> activated) {
   const int64_t dim = grad_output.dim();
   STD_TORCH_CHECK(
       (dim == 2 || (dim == 3 && grad_output.size(0) == steps + 1)) && steps >= 0 && segment >= 1,
@@ -326,6 +338,13 @@ Gradients orthogonal_filter_backward(
        checkpoints.numel() == steps * state_size) &&
           checkpoints.scalar_type() == grad_output.scalar_type() && (!needs_bias || bias) && (!needs_inputs || inputs),
       "orthogonal_filter_backward: checkpoints do not fit the other arguments");
+  STD_TORCH_CHECK(
+      !activated ||
+          (Device::keeps_activated && activated->numel() == steps * state_size &&
+           checkpoints.numel() == steps * state_size && activated->scalar_type() == grad_output.scalar_type() &&
+           activated->is_cpu() == grad_output.is_cpu()),
+      "orthogonal_filter_backward: activated does not fit the other arguments");
+  if (activated) activated = stable::contiguous(*activated);
   check_dtype(grad_output);
   grad_output = stable::contiguous(grad_output);
   checkpoints = stable::contiguous(checkpoints);
@@ -333,7 +352,7 @@ Gradients orthogonal_filter_backward(
   const auto run = grad_output.scalar_type() == ScalarType::Float ? backward<Device, float> : backward<Device, double>;
   return run(
       grad_output, checkpoints, arguments, steps, activation, segment, needs_weight, needs_bias, needs_scales,
-      needs_inputs, needs_states);
+      needs_inputs, needs_states, activated ? &*activated : nullptr);
 }
 
 }  // namespace lcw_ops

@@ -15,6 +15,9 @@ pytest.register_assert_rewrite("support.unit_module_tests", "support.unit_op_tes
 # Without a cache file, measured choices of a matmul neither outlive a test nor reach the processes that tests start.
 os.environ["LCW_OPS_CACHE_DIR"] = ""
 
+# Tests of many threads mean it, whatever number of processors the machine has.
+os.environ["LCW_OPS_PROCESSORS"] = "64"
+
 NODES = pytest.StashKey[list[str]]()
 
 DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))

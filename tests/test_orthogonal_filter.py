@@ -441,6 +441,13 @@ def test_opcheck(return_states, filter_kind, device):
     grad_output = torch.randn_like(output)
     torch.library.opcheck(backward, (grad_output, checkpoints, *shared, True, True, True, True, True))
     torch.library.opcheck(backward, (grad_output, checkpoints, *shared, False, False, False, False, False))
+    if backend == "cpp" and return_states:
+        kept = (weight[0], None, filter, alpha, beta, inputs, 4, "tanh")
+        torch.library.opcheck(forward, (h0, *kept, op.KEEP_ACTIVATED, True))
+        states, activated = forward(h0, *kept, op.KEEP_ACTIVATED, True)
+        torch.library.opcheck(
+            backward, (grad_output, states[:-1], *kept, 3, True, False, False, True, False, activated)
+        )
 
 
 def test_state_gradients_are_the_gradients_of_every_state(device):

@@ -37,6 +37,7 @@ from torch import Tensor
 
 import lcw_ops
 from lcw_ops import functional as F
+from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.reference.orthogonal_filter import (
     ACTIVATIONS,
     activation_derivative,
@@ -688,6 +689,46 @@ def test_same_bits_twice_however_the_segments_are_dealt_out(count, shared):
                 assert torch.equal(output, first_output)
                 for name, gradient in gradients.items():
                     assert torch.equal(gradient, first[name]), f"{name}, M={rows}, N={width}, {count} threads"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("filter_kind", ["haar", "per_layer", "permutation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kept_activations_change_no_gradient(dtype, filter_kind, activation):
+    """Forward over time keeps act(A) for backward, which can also compute them again from the states."""
+    forward, backward = torch.ops.lcw_ops.orthogonal_filter.cpp, torch.ops.lcw_ops.orthogonal_filter_backward.cpp
+    steps = 37
+    for rows, width, count in itertools.product([1, 2, 5, 33], [1, 17, 32, 70], [1, 2, 3]):
+        h0, bias, one = torch.randn(rows, width, dtype=dtype), torch.randn(width, dtype=dtype), torch.ones(1).to(dtype)
+        weight = torch.randn(width, width, dtype=dtype) / width**0.5
+        inputs, cotangent = torch.randn(2, steps + 1, rows, width, dtype=dtype)
+        filter = make_filter(filter_kind, steps, width)
+        filter = filter if filter_kind == "permutation" else filter.to(dtype)
+        shared = (weight, bias, filter, 0.9 * one, 0.1 * one, inputs[1:].contiguous(), steps, activation)
+        with threads(count):
+            states, activated = forward(h0, *shared, op.KEEP_ACTIVATED, True)
+            assert torch.equal(states, forward(h0, *shared, 0, True)[0])
+            arguments = (cotangent, states[:-1], *shared, 8, True, True, False, True, False)
+            again, kept = backward(*arguments), backward(*arguments, activated)
+        # The loops for a few rows and for many add up `width` products in different orders, and segments of other
+        # lengths cut the sums over samples, of 32 terms each, elsewhere. Such a sum may be far smaller than its terms.
+        largest_term = again[5].abs().max().item() * states.abs().max().item()
+        for expected, actual in zip(again, kept, strict=True):
+            scale = max(expected.abs().max().item() if expected.numel() else 0, largest_term)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=4 * (width + 32) * torch.finfo(dtype).eps * scale)
+
+
+def test_activations_that_do_not_fit_are_refused():
+    backward = torch.ops.lcw_ops.orthogonal_filter_backward.cpp
+    one = torch.ones(1)
+    cotangent, states = torch.randn(6, 2, 3), torch.randn(5, 2, 3)
+    shared = (torch.randn(3, 3), None, torch.eye(3), one, one, None, 5, "tanh", 8, True, False, False, False, False)
+    for activated in (torch.randn(4, 2, 3), torch.randn(5, 2, 3).double()):
+        with pytest.raises(RuntimeError, match="activated does not fit"):
+            backward(cotangent, states, *shared, activated)
+    with pytest.raises(RuntimeError, match="activated does not fit"):
+        # Checkpoints of segments are not the states that go with the activations.
+        backward(cotangent, states[:1], *shared, torch.randn(5, 2, 3))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

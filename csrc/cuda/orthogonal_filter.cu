@@ -53,7 +53,7 @@ bool ran_on_cluster(const Pass& pass, const Tensor& like) {
 }
 
 struct Cuda {
-  static constexpr bool keeps_slopes = false;
+  static constexpr bool keeps_slopes = false, keeps_activated = false;
 
   static Tensor new_large(const Tensor& like, const std::vector<int64_t>& sizes) {
     return stable::new_empty(like, sizes);

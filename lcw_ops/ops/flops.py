@@ -50,7 +50,7 @@ def _recurrence_backward(
 
 
 def _orthogonal_filter_backward(*arguments, out_shape=None) -> int:
-    *shared, _activation, _segment, needs_weight, _bias, _scales, _inputs, _states = arguments
+    shared, needs_weight = arguments[:9], arguments[11]
     return _recurrence_backward(*shared, needs_weight)
 
 

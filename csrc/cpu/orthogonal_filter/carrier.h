@@ -62,11 +62,21 @@ class Carrier {
       pre_activation(l, state);
       const T alpha = r_.alpha_at(l), beta = r_.beta_at(l);
       const T *filtered = filtered_.data(), *pre = pre_.data();
+      T* activated = pass.activated ? own_rows(pass.activated, l) : nullptr;
       with_activation(r_.activation, [&](auto act) LCW_LAMBDA_INLINE {
         layout_.for_each_run([&](int64_t first, int64_t count) LCW_LAMBDA_INLINE {
-          for (int64_t i = first; i < first + count; ++i) next[i] = alpha * filtered[i] + beta * act.value(pre[i]);
+          if (!activated) {
+            for (int64_t i = first; i < first + count; ++i) next[i] = add(alpha, filtered[i], beta, act.value(pre[i]));
+            return;
+          }
+          for (int64_t i = first; i < first + count; ++i) {
+            const T y = act.value(pre[i]);
+            activated[i] = y;
+            next[i] = add(alpha, filtered[i], beta, y);
+          }
         });
       });
+      if (pass.activated && !Layout::is_row_major) layout_.store(activated, rows_of(pass.activated, l));
       if (!meet()) return;
       std::swap(state, next);
       if (pass.return_states) store(pass.output, l + 1);
@@ -94,7 +104,7 @@ class Carrier {
           for (int64_t i = first; i < first + count; ++i) {
             const T a = pre[i], y = act.value(a);
             slopes[i] = beta * act.slope(a, y);
-            next[i] = alpha * filtered[i] + beta * y;
+            next[i] = add(alpha, filtered[i], beta, y);
             pre[i] = y;
           }
         });
@@ -119,8 +129,7 @@ class Carrier {
       if (pass.grad_states) layout_.store(gradient, rows_of(pass.grad_states, l + 1));
       if (pass.filtered && number_ == 0)
         scale_products(pass, layout_.row_major(gradient, scratch_.data()), s, begin_, end_);
-      const T* slopes = slopes_of(pass, s);
-      for (int64_t i = 0; i < size_; ++i) grad_pre_[i] = slopes[i] * gradient[i];
+      multiply_by_slopes(pass, s, gradient);
       layout_.store(grad_pre_.data(), rows_of(pass.grad_pre, s));
       if (r_.permutation)
         layout_.permute(permutation_.inverse.data(), gradient, filtered_.data());
@@ -158,6 +167,36 @@ class Carrier {
 
   LCW_INLINE T* slopes_of(const Backward<T>& pass, int64_t s) const {
     return Layout::is_row_major ? rows_of(pass.slopes, s) : shared_.slopes.data() + s * size_;
+  }
+
+  // This thread's rows of an entry of a buffer (L, M, N) in place, or memory of their size in another layout.
+  template <typename Pointer>
+  LCW_INLINE T* own_rows(Pointer buffer, int64_t index) {
+    return Layout::is_row_major ? const_cast<T*>(rows_of(buffer, index)) : scratch_.data();
+  }
+
+  // alpha f + beta y. The compiler may fuse either multiplication with the addition, and chooses another one in another
+  // loop. The smaller product is rounded here, and every loop gives the same bits.
+  LCW_INLINE static T add(T alpha, T filtered, T beta, T y) {
+    const T part = beta * y;
+    return Tiles::Isa::has_multiply_add ? std::fma(alpha, filtered, part) : alpha * filtered + part;
+  }
+
+  // P_l = beta act'(A_l) * G_l
+  LCW_INLINE void multiply_by_slopes(const Backward<T>& pass, int64_t s, const T* gradient) {
+    T* product = grad_pre_.data();
+    if (!pass.known) {
+      const T* slopes = slopes_of(pass, s);
+      for (int64_t i = 0; i < size_; ++i) product[i] = slopes[i] * gradient[i];
+      return;
+    }
+    const int64_t l = pass.first + s;
+    const T beta = r_.beta_at(l);
+    const T* activated = own_rows(pass.known, l);
+    if (!Layout::is_row_major) layout_.load(rows_of(pass.known, l), scratch_.data());
+    with_activation(r_.activation, [&](auto act) LCW_LAMBDA_INLINE {
+      for (int64_t i = 0; i < size_; ++i) product[i] = beta * act.slope(activated[i], activated[i]) * gradient[i];
+    });
   }
 
   // filtered = O h

@@ -19,9 +19,11 @@
 
 #include "../../orthogonal_filter.h"
 
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 
 #include "../simd/instruction_sets.h"
 #include "../tensors.h"
@@ -42,6 +44,7 @@ struct Kernels {
   void (*backward_many)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
   void (*backward_few)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
   void (*forward_packed)(const Forward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
+  void (*carry_back_many)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
   void (*carry_back_few)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
   void (*carry_back_packed)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
   void (*pack)(const Recurrence<T>&, bool transposed, T* weight, T* filter);
@@ -63,6 +66,7 @@ struct KernelsOf {
       compiled<Isa, backward_rows<Tiles, Many, T>>,
       compiled<Isa, backward_rows<Tiles, Few, T>>,
       compiled<Isa, forward_rows<Tiles, Packed, T>>,
+      compiled<Isa, carry_back_rows<Tiles, Many, T>>,
       compiled<Isa, carry_back_rows<Tiles, Few, T>>,
       compiled<Isa, carry_back_rows<Tiles, Packed, T>>,
       compiled<Isa, pack_matrices<Tiles, T>>,
@@ -77,7 +81,7 @@ const Kernels<T>& kernels() {
 }
 
 struct Cpu {
-  static constexpr bool keeps_slopes = true;
+  static constexpr bool keeps_slopes = true, keeps_activated = true;
 
   // With fewer units than this, a thread spends more time waiting for the others than sharing the work saves.
   static constexpr int64_t least_units = 32;
@@ -94,6 +98,17 @@ struct Cpu {
   static constexpr int64_t piece_operations = 4'000'000;
   static constexpr int64_t whole_tiles = 48, least_piece_units = 16;
 
+  // torch's threads, but at most as many as there are processors. With 8 threads on 2 processors, 32 rows of 64 units
+  // took 1.7 times as long as with 2: single rows were chosen, and they only pay off if all threads run.
+  static int64_t threads() {
+    static const int64_t processors = [] {
+      const char* told = std::getenv("LCW_OPS_PROCESSORS");
+      return told ? std::atoll(told) : int64_t(std::thread::hardware_concurrency());
+    }();
+    const int64_t wanted = stable::get_num_threads();
+    return processors > 0 ? std::min(wanted, processors) : wanted;
+  }
+
   static int64_t divide(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
   static Tensor new_large(const Tensor& like, const std::vector<int64_t>& sizes) {
@@ -104,10 +119,8 @@ struct Cpu {
   // in use; a single row uses all lanes, because its vectors run along the units. A whole vector costs as much as 0.4
   // times as many single rows with AVX-512, and 0.5 times as many with AVX2 (64 units, Zen 4).
   static bool are_many(int64_t rows, int64_t lanes) {
-    const int64_t threads = stable::get_num_threads();
-    const int64_t vectors = (rows + lanes - 1) / lanes;
-    const auto busiest = [&](int64_t items) { return (items + threads - 1) / threads; };
-    return 5 * busiest(rows) > 2 * lanes * busiest(vectors);
+    const auto busiest = [](int64_t items) { return divide(items, threads()); };
+    return 5 * busiest(rows) > 2 * lanes * busiest(divide(rows, lanes));
   }
 
   // Whether packing the matrices is possible, because they fill at least one panel, and worthwhile, because all steps
@@ -118,7 +131,7 @@ struct Cpu {
   }
 
   // Whether there are enough rows for packed matrices to be faster than rows that are carried one by one.
-  static bool are_several(int64_t rows) { return rows >= least_packed_rows * stable::get_num_threads(); }
+  static bool are_several(int64_t rows) { return rows >= least_packed_rows * threads(); }
 
   // A copy of a recurrence with its matrices in panels, and the memory of the panels.
   template <typename T>
@@ -149,8 +162,7 @@ struct Cpu {
   // The number of threads that share a row, if rows are carried one by one.
   template <typename T>
   static int64_t members_of(const Recurrence<T>& r) {
-    return std::max<int64_t>(
-        1, std::min<int64_t>(stable::get_num_threads() / std::max<int64_t>(r.rows, 1), r.width / least_units));
+    return std::max<int64_t>(1, std::min(threads() / std::max<int64_t>(r.rows, 1), r.width / least_units));
   }
 
   // Calls rows(begin, end, shared, slots) for all rows, one by one, with as many threads for each row as it has
@@ -195,7 +207,9 @@ struct Cpu {
   static void run(Forward<T> pass, const Tensor&) {
     const Kernels<T>& all = kernels<T>();
     const Recurrence<T> r = pass.recurrence;
-    if (pass.return_states) map(pass.output, (r.steps + 1) * r.rows * r.width * sizeof(T));
+    const int64_t state_bytes = r.rows * r.width * sizeof(T);
+    if (pass.return_states) map(pass.output, (r.steps + 1) * state_bytes);
+    if (pass.activated) map(pass.activated, r.steps * state_bytes);
     if (packs(r) && are_several(r.rows)) {
       const Packed<T> packed(r, true);
       pass.recurrence = packed.recurrence;
@@ -210,7 +224,7 @@ struct Cpu {
   // Which kernels carry the rows back, and what they need.
   template <typename T>
   struct Way {
-    bool states_known, is_packed;
+    bool states_known, needs_slopes, is_packed;
     int64_t members;   // threads that share a row
     int64_t together;  // rows of a group, which one thread carries
     void (*carry)(const Backward<T>&, int64_t begin, int64_t end, Shared<T>&, int64_t slots);
@@ -219,16 +233,18 @@ struct Cpu {
     explicit Way(const Backward<T>& pass) {
       const Kernels<T>& all = kernels<T>();
       const Recurrence<T>& r = pass.recurrence;
-      states_known = pass.checkpoint_every == 1 && packs(r);
-      is_packed = states_known && are_several(r.rows);
-      const bool many = !states_known && are_many(r.rows, all.lanes);
+      const bool packable = pass.checkpoint_every == 1 && packs(r);
+      states_known = packable || pass.known;
+      needs_slopes = packable && !pass.known;
+      is_packed = packable && are_several(r.rows);
+      const bool many = !packable && are_many(r.rows, all.lanes);
       members = is_packed || many ? 1 : members_of(r);
       const int64_t lanes = many ? all.lanes : 1;
-      together = divide(divide(r.rows, lanes), stable::get_num_threads()) * lanes;
+      together = divide(divide(r.rows, lanes), threads()) * lanes;
       carry = is_packed ? all.carry_back_packed
-          : many        ? all.backward_many
+          : many        ? (states_known ? all.carry_back_many : all.backward_many)
                         : (states_known ? all.carry_back_few : all.backward_few);
-      slope_count = many ? r.segment : 0;
+      slope_count = many && !states_known ? r.segment : 0;
     }
   };
 
@@ -237,7 +253,7 @@ struct Cpu {
   static Segments segments(const Backward<T>& pass, bool needs_scales) {
     const Recurrence<T>& r = pass.recurrence;
     const Way<T> way(pass);
-    const int64_t buffers = needs_scales ? 5 : 3;
+    const int64_t buffers = pass.known ? 1 : needs_scales ? 5 : 3;
     const int64_t step_bytes = std::max<int64_t>(1, buffers * r.rows * r.width * sizeof(T));
     if (way.members > 1)
       return {
@@ -263,7 +279,7 @@ struct Cpu {
     if (all.grad_inputs)
       map(all.grad_inputs, all.recurrence.steps * all.recurrence.rows * all.recurrence.width * sizeof(T));
     std::optional<Packed<T>> transposed, in_order;
-    if (way.states_known) transposed.emplace(all.recurrence, true);
+    if (way.needs_slopes) transposed.emplace(all.recurrence, true);
     if (way.is_packed) in_order.emplace(all.recurrence, false);
     const Recurrence<T>& for_slopes = transposed ? transposed->recurrence : all.recurrence;
     const Recurrence<T>& for_carry = in_order ? in_order->recurrence : all.recurrence;
@@ -280,7 +296,7 @@ struct Cpu {
     const Recurrence<T>& r = all.recurrence;
     for (int64_t number = 0; number < all.segments; ++number) {
       const Backward<T> pass = segment(all, number, way);
-      if (way.states_known)
+      if (way.needs_slopes)
         stable::parallel_for(0, pass.count * r.rows, 1, [&](int64_t begin, int64_t end) {
           functions.known_slopes(pass, for_slopes, begin, end);
         });
@@ -307,11 +323,11 @@ struct Cpu {
     const int64_t product = 2 * r.width * r.width;
     const int64_t samples = divide(divide(piece_operations, product), whole_tiles) * whole_tiles;
     const int64_t steps = divide(piece_operations, product * r.rows);
-    const int64_t units = divide(divide(r.width, 2 * stable::get_num_threads()), least_piece_units) * least_piece_units;
+    const int64_t units = divide(divide(r.width, 2 * threads()), least_piece_units) * least_piece_units;
     std::vector<Schedule::Counts> counts(all.segments);
     for (int64_t number = 0; number < all.segments; ++number) {
       const int64_t count = all.of_segment(number).count;
-      counts[number].slopes = way.states_known ? divide(count * r.rows, samples) : 0;
+      counts[number].slopes = way.needs_slopes ? divide(count * r.rows, samples) : 0;
       // A segment has pieces of steps first, then pieces of units.
       counts[number].gradients = (own ? divide(count, steps) : 0) + (shared ? divide(r.width, units) : 0);
     }
@@ -348,7 +364,7 @@ struct Cpu {
         }
       }
     };
-    stable::parallel_for(0, std::min<int64_t>(stable::get_num_threads(), useful), 1, [&](int64_t begin, int64_t end) {
+    stable::parallel_for(0, std::min<int64_t>(threads(), useful), 1, [&](int64_t begin, int64_t end) {
       try {
         work(begin, end);
       } catch (...) {

@@ -44,6 +44,9 @@ BACKENDS = ("cpp", "cuda", "triton", GRAPH)
 # under torch.compile.
 DEFAULT_SEGMENT = 128
 
+# Given as the segment, this makes forward keep act(W h + b + u) of every step in place of checkpoints.
+KEEP_ACTIVATED = -1
+
 _ARGUMENTS = (
     "Tensor weight, Tensor? bias, Tensor filter, Tensor alpha, Tensor beta, Tensor? inputs, "
     "SymInt steps, str activation, SymInt segment"
@@ -77,19 +80,35 @@ class Needs(NamedTuple):
 
 
 def _forward_fake(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
-    checkpoints = (steps + segment - 1) // segment if segment else 0
+    checkpoints = steps if segment == KEEP_ACTIVATED else (steps + segment - 1) // segment if segment else 0
     output = h0.new_empty((steps + 1, *h0.shape) if return_states else h0.shape)
     return output, h0.new_empty((checkpoints, *h0.shape))
 
 
 def _backward_fake(
-    grad_output, checkpoints, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, *needs
+    grad_output,
+    checkpoints,
+    weight,
+    bias,
+    filter,
+    alpha,
+    beta,
+    inputs,
+    steps,
+    activation,
+    segment,
+    needs_weight,
+    needs_bias,
+    needs_scales,
+    needs_inputs,
+    needs_states,
+    activated=None,
 ):
-    *needs, needs_states = needs
+    needs = Needs(needs_weight, needs_bias, needs_scales, needs_inputs)
     state_shape = grad_output.shape[-2:]
     return (
         grad_output.new_empty(state_shape),
-        *new_gradients(weight, bias, alpha, beta, inputs, Needs(*needs)),
+        *new_gradients(weight, bias, alpha, beta, inputs, needs),
         grad_output.new_empty((steps + 1, *state_shape) if needs_states else (0,)),
     )
 
@@ -147,8 +166,8 @@ library.declare(
 library.declare(
     BACKWARD,
     f"(Tensor grad_output, Tensor checkpoints, {_ARGUMENTS}, bool needs_weight, bool needs_bias, bool needs_scales, "
-    "bool needs_inputs, bool needs_states) -> (Tensor grad_h0, Tensor grad_weight, Tensor grad_bias, "
-    "Tensor grad_alpha, Tensor grad_beta, Tensor grad_inputs, Tensor grad_states)",
+    "bool needs_inputs, bool needs_states, Tensor? activated=None) -> (Tensor grad_h0, Tensor grad_weight, "
+    "Tensor grad_bias, Tensor grad_alpha, Tensor grad_beta, Tensor grad_inputs, Tensor grad_states)",
     backends=BACKENDS,
     fake=_backward_fake,
     autocast_dtype=torch.float32,
@@ -185,7 +204,7 @@ def _implement_in_python(backend: str, module: str) -> None:
         check_arguments(backend, *recurrence, steps, activation)
         return importlib.import_module(module).orthogonal_filter(*arguments)
 
-    def run_backward(grad_output, checkpoints, *arguments):
+    def run_backward(grad_output, checkpoints, *arguments, activated=None):
         *tensors, steps, activation, segment, _, needs_bias, _, needs_inputs, _ = arguments
         recurrence = Recurrence(grad_output, *tensors)
         has_states = grad_output.dim() == 3 and len(grad_output) == steps + 1
@@ -196,6 +215,7 @@ def _implement_in_python(backend: str, module: str) -> None:
             or (checkpoints.dtype, checkpoints.device) != (grad_output.dtype, grad_output.device)
             or (needs_bias and recurrence.bias is None)
             or (needs_inputs and recurrence.inputs is None)
+            or activated is not None
         ):
             raise refusal(BACKWARD, f"checkpoints of shape {tuple(checkpoints.shape)} that do not fit")
         check_arguments(backend, *recurrence, steps, activation)
@@ -261,7 +281,8 @@ backends.MAX_ROW_BYTES[NAME, "triton"] = 512
 def keeps_all_states(weight: Tensor, backend: str) -> bool:
     """Whether backward reads the states that forward has returned instead of checkpoints, and so recomputes nothing.
 
-    This concerns only calls that return all states. The C++ kernel reads the states if all steps share one weight.
+    This concerns only calls that return all states. The C++ kernel reads the states if all steps share one weight. If
+    a gradient will be needed, forward keeps the activated pre-activations as well.
     """
     return backend == "cpp" and weight.dim() == 2
 
@@ -276,8 +297,8 @@ class OrthogonalFilter(Function):
 
     @staticmethod
     def forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend):
-        if return_states and keeps_all_states(weight, backend):
-            segment = 0
+        if segment and return_states and keeps_all_states(weight, backend):
+            segment = KEEP_ACTIVATED
         tensors = (h0, weight, bias, filter, alpha, beta, inputs)
         return _forward[backend](*tensors, steps, activation, segment, return_states)
 
@@ -289,25 +310,31 @@ class OrthogonalFilter(Function):
         ctx.mark_non_differentiable(checkpoints)
         ctx.states_known = options.return_states and keeps_all_states(tensors[1], options.backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(states if ctx.states_known else checkpoints, *tensors)
+        known = (states, checkpoints if options.segment else None) if ctx.states_known else (checkpoints, None)
+        ctx.save_for_backward(*known, *tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        checkpoints, *tensors = ctx.saved_tensors
+        checkpoints, activated, *tensors = ctx.saved_tensors
         if ctx.states_known:
             checkpoints = checkpoints[:-1]
         functions = OrthogonalFilterBackward, OrthogonalFilterBackwardForwardMode
-        return propagate(ctx, *functions, grad_output, checkpoints, tensors)
+        return propagate(ctx, *functions, grad_output, checkpoints, tensors, activated)
 
 
-def propagate(ctx, function: type[Function], twin: type[Function], grad_output, checkpoints, tensors) -> tuple:
-    """The gradients for the arguments of a forward Function, computed by the backward Function ``function``."""
+def propagate(
+    ctx, function: type[Function], twin: type[Function], grad_output, checkpoints, tensors, *others: Tensor | None
+) -> tuple:
+    """The gradients for the arguments of a forward Function, computed by the backward Function ``function``.
+
+    ``others`` are the last arguments of ``function``.
+    """
     if grad_output is None:
         return (None,) * len((*tensors, *ctx.options))
     _, weight, bias, _, alpha, beta, inputs = ctx.needs_input_grad[:COUNT]
     needs = Needs(weight, bias, alpha or beta, inputs)
-    arguments = (grad_output, checkpoints, *tensors, *ctx.options, *needs)
+    arguments = (grad_output, checkpoints, *tensors, *ctx.options, *needs, *others)
     if torch.is_grad_enabled() or _torch.is_transformed():
         gradients = library.apply(function, twin, *arguments)
     else:
@@ -332,9 +359,10 @@ def output_tangent(ctx, *tangents):
 
 
 class OrthogonalFilterBackward(Function):
-    """(grad_output, checkpoints, *Recurrence, *Options, *Needs) -> gradients of the DIFFERENTIABLE arguments.
+    """(grad_output, checkpoints, *Recurrence, *Options, *Needs, activated) -> gradients of DIFFERENTIABLE arguments.
 
-    It can be differentiated again, by the reference's formulas.
+    ``activated`` are the activated pre-activations (L, M, N), or None. The function can be differentiated again, by the
+    reference's formulas.
     """
 
     generate_vmap_rule = True
@@ -359,13 +387,15 @@ class OrthogonalFilterBackward(Function):
         needs_bias,
         needs_scales,
         needs_inputs,
+        activated,
     ):
         needs = (needs_weight, needs_bias, needs_scales, needs_inputs)
         shared = (weight, bias, filter, alpha, beta, inputs, steps, activation)
         # Forward has kept no checkpoints: under torch.func it could not know that a gradient would be needed.
         if not segment and not (return_states and keeps_all_states(weight, backend)):
             _, checkpoints = _forward[backend](h0, *shared, DEFAULT_SEGMENT, False)
-        return _backward[backend](grad_output, checkpoints, *shared, segment or DEFAULT_SEGMENT, *needs, False)[:6]
+        arguments = (*shared, segment or DEFAULT_SEGMENT, *needs, False, activated)
+        return _backward[backend](grad_output, checkpoints, *arguments)[:6]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -381,7 +411,7 @@ class OrthogonalFilterBackward(Function):
             for name, result in results.items()
         }
         second = dict(zip(primals, pullback(cotangents), strict=True))
-        others = (None,) * len((*ctx.options, *ctx.needs))
+        others = (None,) * ctx.other_count
         return second["grad_output"], None, *(second.get(name) for name in Recurrence._fields), *others
 
 
@@ -389,7 +419,8 @@ def keep_for_second_order(ctx, inputs: tuple, options: type) -> None:
     """The ``setup_context`` of a backward Function. ``options`` is the class of its options."""
     grad_output, _, *arguments = inputs
     tensors, end = arguments[:COUNT], COUNT + len(options._fields)
-    ctx.options, ctx.needs = options(*arguments[COUNT:end]), Needs(*arguments[end:])
+    ctx.options, ctx.needs = options(*arguments[COUNT:end]), Needs(*arguments[end : end + len(Needs._fields)])
+    ctx.other_count = len(arguments) - COUNT
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_output, *tensors)
     ctx.save_for_forward(grad_output, *tensors)
