@@ -5,7 +5,8 @@ competitors are eager torch, JAX's jitted lax.scan, torch.compile of one step an
 torch. Over time torch.nn.RNN competes too. It has no filter, and so half the arithmetic forward, and 3/5 with backward.
 
 A training step is forward, backward and torch's fused Adam. It drops the gradients before the next step, as training
-does. Our own step also runs beside a process that keeps one of every two cores busy.
+does. Our own step also runs beside a process that keeps one of every two cores busy, and with torch's fused AdamW in
+the backward pass (``in_backward=True``), which leaves no gradients that could be checked.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
+from lcw_ops import optim
 from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, beside_busy_processes, ours
 from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops.orthogonal_filter.op import NAME
@@ -116,11 +118,15 @@ def _training_step(device_type: str, steps: int, rows: int, width: int, quick: b
         for one in ours_alone[:1]
         if device_type == "cpu"
     ]
+    in_backward = [
+        dataclasses.replace(one, name=f"{one.name}, in backward", checked=False)
+        for one in ours(NAME, device_type, functools.partial(_step_in_backward, F.orthogonal_filter), width)
+    ]
     parameters = steps * width * (width + 1)
     return dataclasses.replace(
         passes,
         name="over depth, training step",
-        competitors=(*ours_alone, *beside, Competitor(EAGER, functools.partial(_step, reference))),
+        competitors=(*ours_alone, *in_backward, *beside, Competitor(EAGER, functools.partial(_step, reference))),
         # Adam reads the gradient, and reads and writes the parameter and its two moments.
         bytes=passes.bytes + 4 * 7 * parameters,
     )
@@ -166,6 +172,21 @@ def _step(function, inputs: dict) -> Run:
         output.backward(inputs["cotangent"])
         optimizer.step()
         return [output, *(each.grad for each in learned.values())]
+
+    return run
+
+
+def _step_in_backward(function, inputs: dict) -> Run:
+    """A training step of an optimizer that steps during backward."""
+    learned = {name: inputs[name].clone().requires_grad_() for name in LEARNED if name in inputs}
+    options = {"lr": 1e-9, "weight_decay": 0.0, "fused": True, "gradient_activation": None}
+    optimizer = optim.AdamW(learned.values(), in_backward=True, **options)
+
+    def run() -> list[Tensor]:
+        output = _call(function, inputs | learned)
+        output.backward(inputs["cotangent"])
+        optimizer.step()
+        return [output]
 
     return run
 

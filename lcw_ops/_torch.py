@@ -63,6 +63,16 @@ is_zeros_without_memory = Tensor._is_zerotensor
 # (function) -> the same function, which torch.compile runs as it is, with a graph break, instead of tracing it.
 never_traced = torch._disable_dynamo
 
+# () -> bool: whether the running backward pass keeps the graph (retain_graph or create_graph).
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+# () -> int: a number of the running backward pass, -1 outside of one. No two passes have the same.
+current_backward = torch._C._current_graph_task_id
+
+# (node) -> bool: whether the running backward pass runs the node of the graph. Not for a leaf whose gradient
+# torch.autograd.grad returns.
+will_run_in_backward = torch._C._will_engine_execute_node
+
 # () -> a context in which neither function modes nor tensors of subclasses see calls of torch's functions.
 without_function_modes = torch._C.DisableTorchFunction
 
@@ -264,7 +274,36 @@ def _overrides(argument) -> bool:
     return type(argument) is not Tensor and getattr(type(argument), "__torch_function__", disabled) is not disabled
 
 
-# The rest of this file is about optimizers and hooks on gradients.
+# The rest of this file is about optimizers, backward passes and hooks on gradients.
+
+# The code of the function that starts every backward pass.
+_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
+
+
+def is_nested_backward() -> bool:
+    """Whether another backward pass of this thread has started the running one, as reentrant checkpoints do."""
+    frame: FrameType | None = sys._getframe(1)
+    count = 0
+    while frame is not None:
+        count += frame.f_code is _BACKWARD
+        frame = frame.f_back
+    return count > 1
+
+
+def gradient_accumulator(leaf: Tensor) -> Any:
+    """The node of the graph that adds to the leaf's ``.grad``."""
+    return torch.autograd.graph.get_gradient_edge(leaf).node
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether the tensor has hooks of ``register_hook``, which may change its gradient."""
+    return bool(tensor._backward_hooks)
+
+
+def wrap_unscale(wrap: Callable) -> None:
+    """Replace ``unscale_`` of every GradScaler, which its ``step`` calls, by ``wrap(unscale_)``."""
+    torch.amp.GradScaler.unscale_ = wrap(torch.amp.GradScaler.unscale_)  # type: ignore[method-assign]
+
 
 # The code that torch wraps around the step of every optimizer class to run the hooks.
 _STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__

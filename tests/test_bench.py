@@ -800,3 +800,7 @@ def test_a_training_step_moves_no_parameter_far_and_has_fresh_gradients():
     for now, then in zip(run(), first, strict=True):
         assert_close(now.detach(), then, rtol=1e-4, atol=1e-5 * then.abs().max().item())
     assert any(one.name.endswith(", busy") and not one.checked for one in case.competitors)
+    in_backward = next(one for one in case.competitors if one.name.endswith(", in backward"))
+    for _ in range(2):
+        (output,) = in_backward.prepare(inputs)()
+        assert torch.equal(output, first[0])

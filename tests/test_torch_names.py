@@ -387,3 +387,98 @@ def test_is_swapping_tensors():
     assert seen[0] is False
     assert seen[1:]
     assert all(seen[1:])
+
+
+# ---- Backward passes -------------------------------------------------------------------------------------------------
+
+
+class Observed(torch.autograd.Function):
+    """The identity. Its backward pass calls a function."""
+
+    @staticmethod
+    def forward(ctx, x, observe):
+        ctx.observe = observe
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.observe()
+        return gradient, None
+
+
+def observe_backward(observe, x, run):
+    """The results of ``observe`` in the backward passes of the identity of x that ``run`` makes from it."""
+    found = []
+    run(Observed.apply(x, lambda: found.append(observe())))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("keywords", "kept"), [({}, False), ({"retain_graph": True}, True), ({"create_graph": True}, True)], ids=str
+)
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_keeps_graph(keywords, kept):
+    x = torch.ones((), requires_grad=True)
+    assert observe_backward(_torch.keeps_graph, x, lambda y: y.backward(**keywords)) == [kept]
+
+
+def test_current_backward():
+    x = torch.ones((), requires_grad=True)
+    assert _torch.current_backward() == -1
+    found = []
+    inner = Observed.apply(x, lambda: found.append(_torch.current_backward()))
+    Observed.apply(inner, lambda: found.append(_torch.current_backward())).backward()
+    found += observe_backward(_torch.current_backward, x, torch.Tensor.backward)
+    assert found[0] == found[1] != found[2] != -1
+
+
+def test_will_run_in_backward():
+    x, other = (torch.ones((), requires_grad=True) for _ in range(2))
+    nodes = [_torch.gradient_accumulator(leaf) for leaf in (x, other)]
+
+    def observe():
+        return [_torch.will_run_in_backward(node) for node in nodes]
+
+    middle = x * 1
+    assert observe_backward(observe, middle, torch.Tensor.backward) == [[True, False]]
+    assert observe_backward(observe, x * 1, lambda y: (y + other).backward()) == [[True, True]]
+    assert observe_backward(observe, x * 1, lambda y: (y + other).backward(inputs=[other])) == []
+    middle = x * 1
+    assert observe_backward(observe, middle, lambda y: torch.autograd.grad(y + other, middle)) == [[False, False]]
+
+
+def test_is_nested_backward():
+    assert not _torch.is_nested_backward()
+    x = torch.ones((), requires_grad=True)
+    assert observe_backward(_torch.is_nested_backward, x, torch.Tensor.backward) == [False]
+
+    def inside():
+        return observe_backward(_torch.is_nested_backward, torch.ones((), requires_grad=True), torch.Tensor.backward)
+
+    def with_gradients():
+        with torch.enable_grad():
+            return inside()
+
+    assert observe_backward(with_gradients, x, torch.Tensor.backward) == [[True]]
+
+
+def test_has_gradient_hooks():
+    x = torch.ones((), requires_grad=True)
+    assert not _torch.has_gradient_hooks(x)
+    handle = x.register_hook(lambda _: None)
+    assert _torch.has_gradient_hooks(x)
+    handle.remove()
+    assert not _torch.has_gradient_hooks(x)
+
+
+def test_wrap_unscale(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", torch.amp.GradScaler.unscale_)
+    _torch.wrap_unscale(lambda unscale: lambda scaler, optimizer: calls.append(optimizer) or unscale(scaler, optimizer))
+    param = torch.ones((), requires_grad=True)
+    optimizer = torch.optim.SGD([param])
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(param * 2).backward()
+    scaler.step(optimizer)
+    assert calls == [optimizer]
+    assert param.grad == 2

@@ -20,7 +20,8 @@ class Remapping:
 
     Raises:
         TypeError: not a ``torch.optim.Optimizer``.
-        ValueError: it holds none of the model's parameters; or it keeps state over all parameters together.
+        ValueError: it holds none of the model's parameters; it steps in backward; or it keeps state over all parameters
+            together.
     """
 
     def __init__(
@@ -29,6 +30,12 @@ class Remapping:
         if not isinstance(optimizer, torch.optim.Optimizer):
             came = f"is a {type(optimizer).__name__}"
             raise TypeError(describe(function, "optimizer", came, "a torch.optim.Optimizer, or None"))
+        if getattr(optimizer, "in_backward", False):
+            came, remedy = (
+                "has in_backward=True, and so has hooks on the old parameters",
+                "Make it after the conversion.",
+            )
+            raise ValueError(describe(function, "optimizer", came, "an optimizer without them", remedy))
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not held & {id(parameter) for parameter in model.parameters()}:
             came, remedy = "holds no parameter of the model", "Give the optimizer that trains this model."

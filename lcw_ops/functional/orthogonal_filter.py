@@ -16,6 +16,7 @@ from lcw_ops import _checks, _torch
 from lcw_ops import reference as _reference
 from lcw_ops.functional import parallel_depth as _parallel_depth
 from lcw_ops.ops import backends, library
+from lcw_ops.ops.orthogonal_filter import in_backward as _in_backward
 from lcw_ops.ops.orthogonal_filter import op as _op
 from lcw_ops.reference.orthogonal_filter import ACTIVATIONS, Recurrence, count_steps, state_dtype
 
@@ -140,7 +141,14 @@ def _solve(recurrence: Recurrence, activation: str, return_states: bool, segment
     elif segment is None:
         segment = _op.DEFAULT_SEGMENT
     options = _op.Options(steps, activation, segment, return_states, backend)
-    output, _ = library.apply(_op.OrthogonalFilter, _op.OrthogonalFilterForwardMode, *recurrence, *options)
+    use = None
+    # torch.compile would guard the entries of the dictionary.
+    if not torch.compiler.is_compiling() and _in_backward.owners:
+        use = _in_backward.find_use(recurrence)
+    if use is not None:
+        output = _in_backward.orthogonal_filter(use, recurrence, options)
+    else:
+        output, _ = library.apply(_op.OrthogonalFilter, _op.OrthogonalFilterForwardMode, *recurrence, *options)
     return output if output.dtype == h0.dtype else output.to(h0.dtype)
 
 

@@ -19,6 +19,7 @@ from lcw_ops import _checks as checks
 from lcw_ops import _torch
 from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
+from lcw_ops.optim._in_backward import StepsInBackward
 from lcw_ops.reference.gradient_activation import KINDS
 
 _LOCAL_TYPES = {Tensor, Parameter}
@@ -87,15 +88,40 @@ class ActivatedOptimizer(torch.optim.Optimizer):
     _watched: operator.itemgetter
     # Whether torch's step takes sparse gradients, unless fused=True.
     _takes_sparse: bool
+    # Whether backward makes the steps, and the largest size of a gradient's elements there.
+    in_backward: bool = False
+    max_grad_value: float | None = None
+    _steps_in_backward: StepsInBackward | None = None
 
-    def _add_options(self, **options) -> None:
+    def _add_options(self, in_backward: bool, max_grad_value: float | None, **options) -> None:
         """Add the options to the defaults, and to the groups that torch's constructor has made."""
+        if max_grad_value is not None:
+            checks.check_positive(self._name(), "max_grad_value", max_grad_value)
+            if not in_backward:
+                remedy = "Without in_backward, call torch.nn.utils.clip_grad_value_ before step()."
+                expected = "None, because in_backward is False"
+                came = f"is {max_grad_value}"
+                raise ValueError(checks.describe(self._name(), "max_grad_value", came, expected, remedy))
         self.defaults.update(options)
         self._forget_checks()
         for index, group in enumerate(self.param_groups):
             for name, value in options.items():
                 group.setdefault(name, value)
             self._check_changed_options(index, group)
+        if in_backward:
+            self.in_backward, self.max_grad_value = True, max_grad_value
+            self._start_in_backward()
+
+    def _start_in_backward(self) -> StepsInBackward:
+        for index, group in enumerate(self.param_groups):
+            if group.get("differentiable", False):
+                came = f"has differentiable=True in param_groups[{index}]"
+                expected = "False, because autograd does not record a step during backward"
+                raise ValueError(checks.describe(self._name(), "an optimizer with in_backward=True", came, expected))
+        if self._steps_in_backward is None:
+            self._steps_in_backward = StepsInBackward(self)
+        self._steps_in_backward.watch()
+        return self._steps_in_backward
 
     def add_param_group(self, param_group: dict) -> None:
         # torch's constructor calls this before the defaults have the options; `_add_options` then checks all groups.
@@ -105,6 +131,12 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         self._check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._checked_options[len(self.param_groups) - 1] = self._watched(self.param_groups[-1])
+        if self.in_backward:
+            try:
+                self._start_in_backward()
+            except (ValueError, TypeError):
+                self.param_groups.pop()
+                raise
 
     def _forget_checks(self) -> None:
         # These map the index of a group to its options, and to the addresses of its parameters and states, as of the
@@ -182,10 +214,21 @@ class ActivatedOptimizer(torch.optim.Optimizer):
         # A subclass may have saved the results of checks with the rest of its state.
         self._forget_checks()
         self._checked_options = dict(enumerate(map(self._watched, self.param_groups)))
+        if self.in_backward:
+            self._start_in_backward().forgive()
+
+    def __getstate__(self) -> dict:
+        state = super().__getstate__()
+        if self.in_backward:
+            state.update(in_backward=True, max_grad_value=self.max_grad_value)
+        return state
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler may leave the gradients scaled. Before an activated step it must unscale them."""
+        if self.in_backward:
+            # GradScaler then calls its unscale_, which raises.
+            return False
         return self.__dict__.get("_fused_step_scales", False) and not any(self._are_activated())
 
     @_step_supports_amp_scaling.setter
@@ -210,6 +253,8 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             RuntimeError: a sparse gradient in a group without activation, where torch's step refuses it too.
             After these errors no parameter has changed. (Without any activated group, the errors are torch's.)
         """
+        if self._steps_in_backward is not None:
+            return self._steps_in_backward.end_step(closure)
         if not any(self._are_activated()):
             return self._torch_step(closure)
         loss = None
@@ -237,13 +282,32 @@ class ActivatedOptimizer(torch.optim.Optimizer):
             if activated[index]:
                 calls += self._prepare(index, group)
         if plain:
-            self.param_groups = plain
-            try:
-                self._torch_step()
-            finally:
-                self.param_groups = groups
+            self._torch_step_of(plain)
         for call in calls:
             call()
+
+    def _step_some(self, index: int, params: list[Tensor]) -> None:
+        """Step these parameters with the options of a group. Their gradients and states are found as for a step."""
+        if "capturable" in self.defaults:
+            _torch.check_graph_capture(self)
+        group = {**self.param_groups[index], "params": params}
+        if not self.is_activated(index):
+            self._torch_step_of([group])
+            return
+        for call in self._prepare(index, group):
+            call()
+
+    def _steps_elementwise(self, group: dict, param: Tensor) -> bool:
+        """Whether a step of a part of the parameter gives its elements the bits that a step of the whole gives."""
+        return True
+
+    def _torch_step_of(self, groups: list[dict]) -> None:
+        """torch's step of these groups."""
+        own, self.param_groups = self.param_groups, groups
+        try:
+            self._torch_step()
+        finally:
+            self.param_groups = own
 
     def _check_hooks_around(self) -> None:
         """Raise ValueError if this step runs inside another, before which a hook has activated the same gradients."""

@@ -27,7 +27,10 @@ _COUNTING = (*checks.FLOATING, torch.int64, torch.int32, torch.int16, torch.int8
 
 
 class AdamW(ActivatedOptimizer, torch.optim.AdamW):
-    """``torch.optim.AdamW`` that activates the gradient inside its step: each tensor is read once.
+    """``torch.optim.AdamW`` that activates the gradient inside its step: each tensor is read once. With
+    ``in_backward=True`` it steps every parameter during the backward pass, before the other gradients are known: no
+    norm can clip them, and a GradScaler is refused at its ``step``, when the scaled gradients have been used.
+    ``max_grad_value`` clips each element.
 
     A gradient g becomes f(g) = alpha atan(beta g), alpha tanh(beta g) or alpha sign(g) log1p(beta |g|). alpha cancels
     against the second moment except for eps: a larger alpha acts as a smaller eps. 16-bit parameters are stepped in
@@ -35,9 +38,9 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     step works on copies, in float64 if one of them is float64, otherwise in float32. States have the parameter's dtype,
     as in torch, or the gradient's; ``step`` may have any real dtype.
 
-    All options may differ from group to group. The notes of :class:`lcw_ops.optim.SGD` on state_dicts, parameters given
-    twice, DTensors, GradScaler and a tensor lr hold here too. The state_dict of a torch.optim.Adam is refused, because
-    its decay is part of the gradient.
+    All options but ``in_backward`` and ``max_grad_value`` may differ from group to group. The notes of
+    :class:`lcw_ops.optim.SGD` on state_dicts, parameters given twice, DTensors, GradScaler, a tensor lr and steps in
+    backward hold here too. The state_dict of a torch.optim.Adam is refused, because its decay is part of the gradient.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.
@@ -47,10 +50,14 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         differentiable: as in torch. True needs gradient_activation=None.
         gradient_activation: "arctan", "tanh" or "log". None takes torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
+        in_backward: step each parameter during ``loss.backward()``, as soon as its gradient is there, and free the
+            gradient: ``.grad`` stays None. See :class:`lcw_ops.optim.SGD`.
+        max_grad_value: for in_backward: clip each element of a gradient to +-max_grad_value before it is activated, as
+            torch.nn.utils.clip_grad_value_ does. None does not clip.
 
     Raises:
-        ValueError: options out of range.
-        TypeError: alpha or beta is not a number.
+        ValueError: options out of range; max_grad_value without in_backward; with in_backward, what SGD refuses.
+        TypeError: alpha, beta or max_grad_value is not a number.
         Other errors are torch's. The docstring of ``step`` lists the errors of a step.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
@@ -79,6 +86,8 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
         gradient_activation: str | None = "arctan",
         alpha: float = 0.1,
         beta: float = 15.0,
+        in_backward: bool = False,
+        max_grad_value: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -93,7 +102,7 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._add_options(gradient_activation=gradient_activation, alpha=alpha, beta=beta)
+        self._add_options(in_backward, max_grad_value, gradient_activation=gradient_activation, alpha=alpha, beta=beta)
 
     def _forget_checks(self) -> None:
         super()._forget_checks()

@@ -109,6 +109,11 @@ def activate_gradients(
             f"{name}: an earlier call for this optimizer activates some of these gradients already. Call remove() on "
             "its handle, or name different params in the two calls."
         )
+    if any(getattr(one, "in_backward", False) for one in (optimizer, *held_at_any_depth(optimizer))):
+        raise ValueError(
+            f"{name}: the optimizer has in_backward=True, and has no gradients left before its step; expected "
+            "in_backward=False. An optimizer of lcw_ops.optim activates by itself: give it gradient_activation."
+        )
     activation = ActivatedGradients(optimizer, kind, alpha, beta, params)
     for index, group in enumerate(optimizer.param_groups):
         activation.settings(optimizer, index, group)

@@ -20,7 +20,10 @@ from lcw_ops.reference.gradient_activation import PLACES
 
 
 class SGD(ActivatedOptimizer, torch.optim.SGD):
-    """``torch.optim.SGD`` that activates the gradient, or the momentum, inside its step: each tensor is read once.
+    """``torch.optim.SGD`` that activates the gradient, or the momentum, inside its step: each tensor is read once. With
+    ``in_backward=True`` it steps every parameter during the backward pass, before the other gradients are known: no
+    norm can clip them, and a GradScaler is refused at its ``step``, when the scaled gradients have been used.
+    ``max_grad_value`` clips each element.
 
     With a parameter w, its gradient g and f(g) = alpha atan(beta g), alpha tanh(beta g) or
     alpha sign(g) log1p(beta |g|):
@@ -35,10 +38,30 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
     otherwise in float32. The buffer gets the dtype that torch gives it: the first gradient's or, with weight decay,
     the one to which gradient and parameter promote.
 
-    All options may differ from group to group. ``state_dict`` has torch's keys and loads into torch.optim.SGD; torch's
-    loads into this one, and each group keeps its activation. A parameter that a group lists twice is stepped once.
-    DTensor parameters (FSDP2) are stepped shard by shard. GradScaler first unscales and looks for overflow. With a
-    tensor lr on a GPU, the step waits for its value.
+    All options but ``in_backward`` and ``max_grad_value`` may differ from group to group. ``state_dict`` has torch's
+    keys and loads into torch.optim.SGD; torch's loads into this one, and each group keeps its activation. A parameter
+    that a group lists twice is stepped once. DTensor parameters (FSDP2) are stepped shard by shard. GradScaler first
+    unscales and looks for overflow. With a tensor lr on a GPU, the step waits for its value.
+
+    With ``in_backward=True``, ``step()`` only marks the end of a step: it runs the step hooks, and the next backward
+    pass may step again. Results have the bits of backward() followed by step().
+
+    - The weights (L, N, N) of a recurrence (``nn.OrthogonalFilterMLP``, ``F.orthogonal_filter``) are stepped inside its
+      backward pass, in ranges of layers of about 32 MB. Their whole gradient never exists. A learned alpha, beta or
+      bias that all layers share costs a second pass over the layers.
+    - Every other parameter is stepped when autograd has its gradient. So are these weights where they are not a leaf of
+      the graph, have hooks of ``register_hook``, or run in ``torch.compile``, in the parallel solver or on the
+      reference backend, and the 16-bit weights of SGD without activation.
+    - lr and the other options are read in the backward pass. Hooks of ``register_hook`` see the gradients, step hooks
+      do not. ``torch.autograd.grad`` steps nothing; it does not find a weight that is stepped in ranges.
+      ``backward(inputs=...)`` steps the parameters that it names, but not such a weight.
+    - These raise before a parameter changes: a second backward pass before ``step()`` (accumulation), a weight of a
+      recurrence that is used twice, ``retain_graph``, ``create_graph``, reentrant checkpoints, a hook of
+      ``register_post_accumulate_grad_hook`` on a parameter.
+    - If an error interrupts a backward pass, some parameters have been stepped. If it comes between the ranges of a
+      weight, step and backward raise until ``load_state_dict`` has been called.
+    - DDP, FSDP and DTensors are refused, since gradients are reduced later; so is :func:`lcw_ops.activate_gradients`.
+      Copies and pickles keep in_backward; state_dicts do not have it.
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
@@ -47,10 +70,15 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         gradient_activation: "arctan", "tanh" or "log". None takes torch's step, bit for bit.
         alpha, beta: numbers > 0 that are normal in float32.
         activate: "gradient" or "momentum".
+        in_backward: step each parameter during ``loss.backward()``, as soon as its gradient is there, and free the
+            gradient: ``.grad`` stays None. See above.
+        max_grad_value: for in_backward: clip each element of a gradient to +-max_grad_value before it is activated, as
+            torch.nn.utils.clip_grad_value_ does. None does not clip.
 
     Raises:
-        ValueError: options out of range.
-        TypeError: alpha or beta is not a number.
+        ValueError: options out of range; max_grad_value without in_backward; with in_backward: differentiable=True, a
+            parameter with a gradient, or one that another such optimizer has.
+        TypeError: alpha, beta or max_grad_value is not a number; with in_backward: a parameter that is a DTensor.
         Other errors are torch's. The docstring of ``step`` lists the errors of a step.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
@@ -80,6 +108,8 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         alpha: float = 0.1,
         beta: float = 20.0,
         activate: str = "gradient",
+        in_backward: bool = False,
+        max_grad_value: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -93,11 +123,17 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._add_options(gradient_activation=gradient_activation, alpha=alpha, beta=beta, activate=activate)
+        options = {"gradient_activation": gradient_activation, "alpha": alpha, "beta": beta, "activate": activate}
+        self._add_options(in_backward, max_grad_value, **options)
 
     def _check_options(self, group: dict) -> None:
         super()._check_options(group)
         checks.check_choice(self._name(), "activate", group["activate"], PLACES)
+
+    def _steps_elementwise(self, group: dict, param: Tensor) -> bool:
+        # On 16-bit tensors torch's steps round the last elements of a tensor otherwise than the elements before them,
+        # and the fused one of torch 2.13 leaves some of them out.
+        return param.dtype in (torch.float32, torch.float64) or group["gradient_activation"] is not None
 
     @_torch.never_traced
     def load_state_dict(self, state_dict: dict) -> None:
