@@ -19,6 +19,7 @@ from lcw_ops.ops import backends
 from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.ops.parallel_depth import op as parallel_depth
 from lcw_ops.profile import bounds, jacobian
+from lcw_ops.profile.units import mean_input_angle, root_mean_square
 from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_tensors, state_dtype
 
 # The bytes of weights, weight gradients, states and state gradients of one chunk. They suffice for 1000 layers of 64
@@ -131,23 +132,27 @@ def _recurrence(module, h0, weight, steps, inputs) -> Recurrence:
 
 
 def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
-    """All measured figures and their bounds, one value per layer, (L,) each; see ``result.COLUMNS``."""
-    columns = {**_forward(recurrence), **_backward(recurrence)}
+    """All measured figures and their bounds, one value per layer, (L,) each; see ``result.COLUMNS``.
+
+    Without ``grad_states`` there are no gradients and no bounds of them.
+    """
+    columns = _forward(recurrence)
     deviation = bounds.filter_deviation(recurrence.filter)
     lower, upper = gain_bounds(recurrence, columns["weight_norm_bound"], deviation)
-    log_lower, log_upper = bounds.gradient_norm_bounds(lower, upper, _injected_norms(recurrence))
     alpha, beta = _scales(recurrence)
-    with np.errstate(over="ignore"):
-        bounded = {
-            "gain_lower": lower,
-            "gain_upper": upper,
-            "gradient_lower": np.exp(log_lower[1:]),
-            "gradient_upper": np.exp(log_upper[1:]),
-            "state_rms_bound": bounds.state_rms_bound(
-                alpha, beta, recurrence.h0, recurrence.steps, recurrence.activation, deviation
-            ),
-        }
-    return {**columns, **bounded}
+    columns |= {
+        "gain_lower": lower,
+        "gain_upper": upper,
+        "state_rms_bound": bounds.state_rms_bound(
+            alpha, beta, recurrence.h0, recurrence.steps, recurrence.activation, deviation
+        ),
+    }
+    if recurrence.grad_states is not None:
+        log_lower, log_upper = bounds.gradient_norm_bounds(lower, upper, _injected_norms(recurrence))
+        columns |= _backward(recurrence)
+        with np.errstate(over="ignore"):
+            columns |= {"gradient_lower": np.exp(log_lower[1:]), "gradient_upper": np.exp(log_upper[1:])}
+    return columns
 
 
 @torch.no_grad()
@@ -237,7 +242,7 @@ def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
             {
                 "state_rms": states[1:].double().square().mean((1, 2)).sqrt(),
                 "activation_shift": root_mean_square(mean_pre_activation),
-                "shift_angle": shift_angle(mean_projection, weight, mean_input),
+                "shift_angle": mean_input_angle(mean_projection, weight, mean_input),
                 "weight_norm_bound": bounds.spectral_norm_bound(weight)
                 if known is None
                 else torch.from_numpy(known[steps]),
@@ -246,21 +251,6 @@ def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
         # Copy it, because a view would keep the chunk's states alive.
         state = states[-1].clone()
     return _joined(parts)
-
-
-def root_mean_square(values: Tensor) -> Tensor:
-    """The rms over the last dimension, in float64."""
-    return values.double().square().mean(-1).sqrt()
-
-
-def shift_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tensor:
-    """By how many degrees the angle of a weight vector to the mean input differs from 90: rms over units.
-
-    NaN if the mean input is zero. This difference shifts the activation: T. Kutsuna, "Linearly Constrained Weights",
-    ECML PKDD 2019, arXiv 2403.13833. ``projection`` (..., N) = ``weight`` (..., N, K) times ``mean_input`` (..., K).
-    """
-    cosine = projection / (weight.norm(dim=-1) * mean_input.norm(dim=-1, keepdim=True))
-    return root_mean_square(torch.rad2deg(torch.asin(cosine.double().clamp(-1, 1))))
 
 
 @torch.no_grad()
