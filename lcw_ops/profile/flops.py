@@ -23,7 +23,7 @@ aten = torch.ops.aten
 # Words in the names of torch's ops that compute products. Such an op is reported as not counted if it has no formula.
 _PRODUCTS = re.compile(
     r"linalg|fft|cdist|euclidean_dist|rnn|lstm|gru|attention|attn|conv(?!ert)|gemm|matmul|linear|trilinear|sparse_mm|scaled_mm"
-    r"|int_mm|addmm|householder|cholesky|geqrf|ormqr|orgqr|triangular_solve|lu_solve|matrix_exp|svd|eigh|sspaddmm"
+    r"|int_mm|addmm|householder|cholesky|geqrf|ormqr|orgqr|triangular_solve|lu_solve|matrix_exp|svd|sspaddmm"
     r"|_mm_|_mv"
 )
 
