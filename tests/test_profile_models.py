@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from lcw_ops.distributed import DepthParallel
 from lcw_ops.nn import (
     GmPLinear,
     LCWLinear,
@@ -710,6 +711,49 @@ def test_fully_sharded_parameters():
     assert all(parameter.grad is None for parameter in model.parameters())
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("process_group")
+def test_layers_over_one_rank():
+    torch.manual_seed(4)
+    mlp, x = OrthogonalFilterMLP(6, 8, 9, 3), torch.randn(5, 6)
+    mlp.bias.data.normal_()
+    plain, result = (measure(model, x, loss=square_loss) for model in (mlp, DepthParallel(mlp)))
+    assert list(result.columns["name"]) == list(plain.columns["name"])
+    for column, values in plain.columns.items():
+        if column != "name":
+            np.testing.assert_allclose(result.columns[column], values, rtol=1e-4, atol=1e-6, err_msg=column)
+    assert result.jacobians["h_0 -> h_L"].largest == pytest.approx(plain.jacobians["h_0 -> h_L"].largest, rel=1e-4)
+    frozen = measure(DepthParallel(mlp).requires_grad_(False), torch.randint(3, (5, 6)).float(), loss=None)
+    assert frozen.columns["parameters"].sum() == sum(parameter.numel() for parameter in mlp.parameters())
+
+
+def profile_a_rank(rank, path, results):
+    dist.init_process_group("gloo", init_method=f"file://{path}/ranks", rank=rank, world_size=2)
+    torch.manual_seed(4)
+    mlp, x = OrthogonalFilterMLP(6, 8, 9, 3), torch.randn(5, 6)
+    result = measure(DepthParallel(mlp), x, loss=square_loss)
+    results.put((rank, {name: column.tolist() for name, column in result.columns.items()}, result.absent))
+    dist.destroy_process_group()
+
+
+def test_layers_over_two_ranks_are_those_of_one_process(tmp_path):
+    torch.manual_seed(4)
+    mlp, x = OrthogonalFilterMLP(6, 8, 9, 3), torch.randn(5, 6)
+    plain = measure(mlp, x, loss=square_loss)
+    context = torch.multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=profile_a_rank, args=(rank, tmp_path, results)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    found = dict(results.get()[:2] for _ in ranks)
+    for process in ranks:
+        process.join()
+    names = found[0]["name"][:-1] + found[1]["name"][1:]
+    assert names == list(plain.columns["name"])
+    for column in ("state_rms", "gradient_norm", "weight_gradient_norm", "activation_shift", "gain_upper"):
+        spread = np.array(found[0][column][:-1] + found[1][column][1:])
+        np.testing.assert_allclose(spread, plain.columns[column], rtol=1e-4, atol=1e-6, err_msg=column)
 
 
 # --- failures

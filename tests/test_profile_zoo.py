@@ -83,7 +83,7 @@ def test_every_model_has_all_its_figures_or_reasons(name):
 def floating(output):
     """The floating-point and complex tensors of an output."""
     if dataclasses.is_dataclass(output):
-        output = dataclasses.asdict(output)
+        output = vars(output)
     leaves = torch.utils._pytree.tree_leaves(dict(output) if isinstance(output, dict) else output)
     return [
         leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())

@@ -8,10 +8,12 @@ operation cannot change the figures. Tensor hooks measure the gradient. Orthogon
 
 import dataclasses
 import math
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.profile import units
 from lcw_ops.profile.arguments import WRAPPED, readable
 from lcw_ops.profile.figures import NO_GRADIENT, UNDER_NO_GRAD, UNREACHED, Figure, attempt, failed, norm
-from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_rnn, time_first
+from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_ranks, from_rnn, time_first
 
 # The most recent results of children with which a module's own result is compared.
 _RECENT = 32
@@ -59,6 +61,9 @@ class RecurrenceCall:
     # Whether its recurrent weight requires no gradient.
     is_frozen: bool
     no_gradient: str = UNREACHED
+    # The layers before this rank's, and the ranks that have the others, of a network whose layers are spread.
+    before: int = 0
+    group: Any = None
 
     @property
     def rows(self) -> int:
@@ -81,6 +86,7 @@ class Observation:
     names: dict[int, str] = field(default_factory=dict)
     own: dict[int, list[nn.Parameter]] = field(default_factory=dict)
     sample_dim: int = 0
+    networks: dict[type[nn.Module], Callable] = field(default_factory=lambda: _networks())
     is_backward: bool = False
     _times_called: Counter = field(default_factory=Counter)
     _handles: list = field(default_factory=list)
@@ -97,7 +103,7 @@ class Observation:
             for name, module in _observable(self.model):
                 self._watch(name, module)
             for module in self.model.modules():
-                for kind, watch in _NETWORKS.items():
+                for kind, watch in self.networks.items():
                     if isinstance(module, kind):
                         watch(self, self.names[id(module)], module)
             yield
@@ -122,7 +128,7 @@ class Observation:
         self.names[id(module)] = name
         parametrizations = module.parametrizations.parameters() if is_parametrized(module) else ()
         self.own[id(module)] = [*module.parameters(recurse=False), *parametrizations]
-        if isinstance(module, (*_NETWORKS, torch.jit.ScriptModule)):
+        if isinstance(module, (*self.networks, torch.jit.ScriptModule)):
             return
         if _is_leaf(module):
             self._handles.append(module.register_forward_hook(self._after_leaf, with_kwargs=True))
@@ -269,6 +275,29 @@ def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP)
     ]
 
 
+def _watch_ranks(observation: Observation, name: str, module: nn.Module) -> None:
+    """This rank's layers of a DepthParallel. The gradient of the last state is the same on all ranks."""
+
+    def before_output_layer(_, args):
+        recurrence = None if observation.is_backward else from_ranks(module, args[0])
+        if recurrence is None:
+            # Nothing requires a gradient, so the states were not kept.
+            return
+        call = observation.add_recurrence(module, recurrence, module.weight)
+        call.before, call.group = module.start, module.group
+        on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+
+    def after_forward(_, args, kwargs, output):
+        if not any(call.module is module for call in observation.calls):
+            observation._record(module, args, kwargs, output)
+
+    observation._handles += [
+        module.output_layer.register_forward_pre_hook(before_output_layer),
+        module.register_forward_hook(after_forward, with_kwargs=True),
+        module.register_forward_hook(observation._pass_on),
+    ]
+
+
 def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN) -> None:
     """Collect the gradients that reach every state through the output, and the last state through h_n as well."""
 
@@ -312,7 +341,12 @@ def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN)
     ]
 
 
-_NETWORKS: dict[type[nn.Module], Callable] = {OrthogonalFilterMLP: _watch_mlp, OrthogonalFilterRNN: _watch_rnn}
+def _networks() -> dict[type[nn.Module], Callable]:
+    """The networks whose layers are rows, and the functions that hook them."""
+    networks: dict[type[nn.Module], Callable] = {OrthogonalFilterMLP: _watch_mlp, OrthogonalFilterRNN: _watch_rnn}
+    # If the module has not been imported, there is no such network.
+    distributed = sys.modules.get("lcw_ops.distributed.module")
+    return networks if distributed is None else {**networks, distributed.DepthParallel: _watch_ranks}
 
 
 def _rms(tensor: Tensor) -> float:

@@ -54,6 +54,8 @@ class Recurrence:
     boundaries: list[Tensor] = field(default_factory=list)
     # The column weight_norm_bound, (L,), if it is known. To compute it takes most of the forward replay's time.
     weight_norms: np.ndarray | None = None
+    # The gradient of h0, (M, N), which the backward replay leaves here.
+    grad_h0: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -111,6 +113,27 @@ def from_rnn(module, input: Tensor, hx: Tensor | None) -> Recurrence:
     inputs = torch.nn.functional.linear(time_first(module, input), module.weight_ih)
     h0 = inputs.new_zeros(inputs.shape[1:]) if hx is None else hx.reshape(inputs.shape[1:])
     return _recurrence(module, h0, module.weight_hh, inputs.shape[0], inputs)
+
+
+def from_ranks(module, last: Tensor) -> Recurrence | None:
+    """This rank's layers of a ``DepthParallel``, from its last state, whose graph has the states of the rank's layers.
+
+    None if the graph has none, because nothing requires a gradient.
+    """
+    node = last.grad_fn
+    while node is not None and not hasattr(node, "recurrence"):
+        node = node.next_functions[0][0] if node.next_functions else None
+    if node is None:
+        return None
+    states = node.saved_tensors[0]
+    recurrence = _recurrence(module, states[0], module.weight, module.depth, None)
+    own = slice(module.start, module.stop)
+    for name in ("alpha", "beta"):
+        scale = getattr(recurrence, name)
+        if scale.numel() > 1:
+            setattr(recurrence, name, scale[own])
+    recurrence.solver = "parallel"
+    return recurrence
 
 
 def time_first(module, sequence: Tensor) -> Tensor:
@@ -275,6 +298,7 @@ def _backward(recurrence: Recurrence) -> dict[str, np.ndarray]:
             }
         )
         gradient = grad_chunk[0].clone()
+    recurrence.grad_h0 = gradient
     return _joined(parts[::-1])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lcw_ops.nn import OrthogonalFilterMLP
+from lcw_ops.nn import OrthogonalFilterRNN
 from lcw_ops.profile import orthogonal_filter as replay
 from lcw_ops.profile.figures import FROZEN, NO_PARAMETERS, UNREACHED, Figure, Table, attempt, failed, norm
 from lcw_ops.profile.layers import LayerCall, Observation, RecurrenceCall
@@ -83,7 +83,7 @@ class _Parameters:
         """The parameters that every layer has, in its row; those that all layers share, in the first row."""
         counts = np.zeros(call.rows)
         for parameter in self.new(own):
-            is_per_layer = isinstance(call.module, OrthogonalFilterMLP) and len(parameter) == call.rows
+            is_per_layer = not isinstance(call.module, OrthogonalFilterRNN) and len(parameter) == call.rows
             counts[slice(None) if is_per_layer else 0] += parameter.numel() / (call.rows if is_per_layer else 1)
         return counts
 
@@ -153,9 +153,9 @@ def _add_recurrence(
     rows: Rows, call: RecurrenceCall, parameters: np.ndarray, gradients: Gradients, jacobian: bool
 ) -> None:
     recurrence, steps = call.recurrence, call.rows
-    rows.names += [f"{call.name}[{step}]" for step in range(1, steps + 1)]
+    rows.names += [f"{call.name}[{call.before + step}]" for step in range(1, steps + 1)]
     try:
-        columns: dict[str, Figure | np.ndarray] = dict(replay.layer_columns(recurrence))
+        columns: dict[str, Figure | np.ndarray] = dict(_layer_columns(call))
         reason = _gradient(call.no_gradient, gradients)
     except Exception as error:
         columns, reason = {}, failed(error)
@@ -163,7 +163,8 @@ def _add_recurrence(
         columns["weight_gradient_norm"] = FROZEN
     rows.table.add(steps, {**columns, "parameters": parameters}, reason)
     _explain(rows.table, columns)
-    if jacobian and columns:
+    # The Jacobian of a part would not be that of h_0 -> h_L.
+    if jacobian and columns and (call.group is None or call.group.size == 1):
         what = "h_0 -> h_L" if call.name == "layer" else f"{call.name}: h_0 -> h_L"
         try:
             if recurrence.h0.shape[1] > replay.EXACT_WIDTH:
@@ -175,6 +176,21 @@ def _add_recurrence(
             rows.absent[what] = failed(error)
     # Free the states at which the chunks of layers begin: the replay of the next recurrence keeps its own.
     recurrence.boundaries.clear()
+
+
+def _layer_columns(call: RecurrenceCall) -> dict[str, np.ndarray]:
+    """The columns of a recurrence. Ranks with parts of it take turns: each needs the gradient of the next one."""
+    recurrence, group = call.recurrence, call.group
+    if group is None or recurrence.grad_states is None:
+        return replay.layer_columns(recurrence)
+    gradient = recurrence.grad_states.clone()
+    for rank in reversed(range(group.size)):
+        if rank == group.rank:
+            recurrence.grad_states = gradient.clone()
+            columns = replay.layer_columns(recurrence)
+            gradient.copy_(recurrence.grad_h0)
+        group.broadcast(gradient, rank, "the profiler's broadcast of a state's gradient")
+    return columns
 
 
 def _explain(table: Table, columns: dict) -> None:
