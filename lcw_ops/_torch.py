@@ -69,8 +69,16 @@ never_traced = torch._disable_dynamo
 without_function_modes = torch._C.DisableTorchFunction
 
 DispatchKey = torch._C.DispatchKey
-DispatchMode = TorchDispatchMode
 OpOverload = torch._ops.OpOverload
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode whose ``__torch_dispatch__`` sees every operator. Using it does not import torch's compiler."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise the compiler is imported, and every operator passes through a wrapper of it.
+        return False
 
 
 def in_forward_mode() -> bool:

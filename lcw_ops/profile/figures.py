@@ -1,5 +1,7 @@
 """Figures of a row: a number, or the reason why there is none; and the table that collects them as columns."""
 
+import math
+from array import array
 from collections.abc import Callable
 
 import numpy as np
@@ -31,7 +33,6 @@ def attempt(compute: Callable[..., Figure], *arguments) -> Figure:
         return failed(error)
 
 
-@torch.no_grad()
 def norm(tensor: Tensor) -> float:
     """The 2-norm of all entries, computed in float64. A distributed tensor's is that of the whole tensor."""
     tensor = whole(tensor)
@@ -54,29 +55,37 @@ class Table:
         self.names = names
         self.reasons: list[str] = []
         self._numbers: dict[str, int] = {}
-        self._values: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        self._missing: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        # Arrays of numbers that grow: a row has few bytes.
+        self._values = {name: array("d") for name in names}
+        self._missing = {name: array("H") for name in names}
 
-    def add(self, length: int, figures: dict[str, Figure | np.ndarray], otherwise: str) -> None:
-        """Append rows. A figure that is not an array is the same for all; columns without one get ``otherwise``."""
+    def add(self, figures: dict[str, Figure], otherwise: str) -> None:
+        """Append a row. Columns without a figure get the reason ``otherwise``."""
         for name in self.names:
             figure = figures.get(name, otherwise)
-            missing = isinstance(figure, str)
-            values = figure if isinstance(figure, np.ndarray) else np.full(length, np.nan if missing else figure)
-            self._values[name].append(values)
-            self._missing[name].append(np.full(length, self._number(figure) if missing else 0, np.uint16))
+            is_missing = isinstance(figure, str)
+            self._values[name].append(math.nan if is_missing else figure)
+            self._missing[name].append(self._number(figure) if is_missing else 0)
+
+    def add_rows(self, length: int, columns: dict[str, np.ndarray | str], otherwise: str) -> None:
+        """Append rows. A string is the reason for all of them."""
+        for name in self.names:
+            figures = columns.get(name, otherwise)
+            is_missing = isinstance(figures, str)
+            values = np.full(length, math.nan) if is_missing else figures.astype(np.float64)
+            self._values[name].frombytes(values.tobytes())
+            number = self._number(figures) if is_missing else 0
+            self._missing[name].frombytes(np.full(length, number, np.uint16).tobytes())
 
     def explain(self, column: str, rows: np.ndarray, reason: str) -> None:
         """Give a reason for some rows (a mask) of the part that was added last."""
         if rows.any():
-            self._missing[column][-1][rows] = self._number(reason)
+            np.frombuffer(self._missing[column], np.uint16)[-len(rows) :][rows] = self._number(reason)
 
     def columns(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(values, missing): one float64 array and one uint16 array per column. ``missing`` is 0 or 1 + the reason."""
-        return tuple(
-            {name: np.concatenate(parts) if parts else np.empty(0) for name, parts in columns.items()}
-            for columns in (self._values, self._missing)
-        )
+        values = {name: np.array(column, np.float64) for name, column in self._values.items()}
+        return values, {name: np.array(column, np.uint16) for name, column in self._missing.items()}
 
     def _number(self, reason: str) -> int:
         if reason not in self._numbers:

@@ -156,6 +156,10 @@ def _recurrent_layers_backward(input, weights, *rest, **__) -> int:
     return (1 + bool(rest[-1][-1])) * _recurrent_layers(input, weights)
 
 
+def _product(left, right, *_, **__) -> int:
+    return 2 * left.numel() * right.shape[-1]
+
+
 def _matrix_vector(matrix, *_, **__) -> int:
     return 2 * matrix.numel()
 
@@ -164,7 +168,7 @@ def _added_matrix_vector(_added, matrix, *_, **__) -> int:
     return 2 * matrix.numel()
 
 
-def _added_products(_added, left, right, *_, **__) -> int:
+def _added_product(_added, left, right, *_, **__) -> int:
     return 2 * left.numel() * right.shape[-1]
 
 
@@ -173,6 +177,8 @@ def _outer(_added, left, right, *_, **__) -> int:
 
 
 FORMULAS = {
+    **dict.fromkeys((aten.mm, aten.bmm), _product),
+    **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addbmm), _added_product),
     **dict.fromkeys(
         (aten.convolution, aten._convolution, aten.cudnn_convolution, aten.convolution_overrideable), _convolution
     ),
@@ -204,6 +210,5 @@ FORMULAS = {
     aten.dot: _matrix_vector,
     aten.vdot: _matrix_vector,
     aten.addmv: _added_matrix_vector,
-    aten.addbmm: _added_products,
     aten.addr: _outer,
 }

@@ -127,7 +127,9 @@ class Observation:
     def _watch(self, name: str, module: nn.Module) -> None:
         self.names[id(module)] = name
         parametrizations = module.parametrizations.parameters() if is_parametrized(module) else ()
-        self.own[id(module)] = [*module.parameters(recurse=False), *parametrizations]
+        # Not module.parameters(recurse=False), which takes as long as a call of a small layer.
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        self.own[id(module)] = [*own, *parametrizations]
         if isinstance(module, (*self.networks, torch.jit.ScriptModule)):
             return
         if _is_leaf(module):

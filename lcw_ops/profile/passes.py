@@ -19,6 +19,10 @@ class ModelError(Exception):
     """The model's forward pass raised; the cause is the model's own error."""
 
 
+class Refused(Exception):
+    """autograd.grad refused the graph; passes that begin now use ``loss.backward()``."""
+
+
 @dataclass
 class Work:
     """One forward and backward pass, to be repeated."""
@@ -27,6 +31,8 @@ class Work:
     arguments: Arguments
     targets: Tensor | None
     loss: Callable | None
+    # Whether the gradients come from loss.backward(): autograd.grad returns none for sharded parameters.
+    accumulates: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -66,12 +72,21 @@ class Pass:
         return loss
 
     def backward(self, loss: Tensor) -> list[Tensor | None]:
-        """The gradients of ``differentiated``. They are returned, not stored: the user's ``.grad`` is left alone."""
+        """The gradients of ``differentiated``. They are returned, not stored: the user's ``.grad`` is left alone.
+
+        Raises Refused for a graph with reentrant checkpoints, the first time.
+        """
         if not loss.requires_grad:
             return [None] * len(self.differentiated)
-        if fully_sharded(self.work.model) or _is_reentrant(loss):
+        if self.work.accumulates:
             return _accumulated(loss, [*self.work.model.parameters()], self.differentiated)
-        return list(torch.autograd.grad(loss, self.differentiated, allow_unused=True))
+        try:
+            return list(torch.autograd.grad(loss, self.differentiated, allow_unused=True))
+        except RuntimeError as error:
+            if not _is_reentrant(loss):
+                raise
+            self.work.accumulates = True
+            raise Refused from error
 
 
 def fully_sharded(model: nn.Module) -> list:

@@ -30,7 +30,7 @@ from lcw_ops.profile import machine
 from lcw_ops.profile.figures import failed
 from lcw_ops.profile.flops import Count, Counter
 from lcw_ops.profile.layers import Observation, RecurrenceCall, floating
-from lcw_ops.profile.passes import ModelError, Work, fully_sharded, place_of
+from lcw_ops.profile.passes import ModelError, Refused, Work, fully_sharded, place_of
 from lcw_ops.profile.result import Profile, Solves, Timing
 from lcw_ops.profile.rows import Gradients, Rows, first_not_finite, make_rows
 
@@ -148,7 +148,7 @@ def profile_by_parts(
     given.check_model(model)
     model = given.initialised(model)
     plain = given.unwrapped(model)
-    work = Work(plain, given.bind(plain, inputs, kwargs), targets, loss)
+    work = Work(plain, given.bind(plain, inputs, kwargs), targets, loss, accumulates=bool(fully_sharded(plain)))
     compiled = given.is_compiled(model)
     with _left_as_it_was(plain, work.device):
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
@@ -220,6 +220,14 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _watched_pass(work: Work) -> _Watched:
+    try:
+        return _watched_once(work)
+    except Refused:
+        # The graph of the first pass is spent.
+        return _watched_once(work)
+
+
+def _watched_once(work: Work) -> _Watched:
     watched = _Watched(Observation(work.model, work.arguments.first_tensor().shape))
     observation, one_pass = watched.observation, work.start()
     with observation.watching(), record_solves() as solves:
@@ -241,6 +249,8 @@ def _watched_pass(work: Work) -> _Watched:
         observation.is_backward = True
         try:
             gradients = one_pass.backward(loss)
+        except Refused:
+            raise
         except Exception as error:
             watched.gradients.missing = watched.absent["backward pass"] = f"the backward pass failed: {failed(error)}"
         else:

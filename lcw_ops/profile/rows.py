@@ -102,7 +102,7 @@ def make_rows(observation: Observation, gradients: Gradients, jacobian: bool) ->
                 "shift_angle": call.shift_angle,
                 "weight_gradient_norm": gradients.of_module(own),
             }
-            rows.table.add(1, figures, _ONLY_OF_RECURRENCES)
+            rows.table.add(figures, _ONLY_OF_RECURRENCES)
             rows.names.append(call.name)
         else:
             _add_recurrence(rows, call, parameters.by_layer(own, call), gradients, jacobian)
@@ -155,13 +155,13 @@ def _add_recurrence(
     recurrence, steps = call.recurrence, call.rows
     rows.names += [f"{call.name}[{call.before + step}]" for step in range(1, steps + 1)]
     try:
-        columns: dict[str, Figure | np.ndarray] = dict(_layer_columns(call))
+        columns: dict[str, np.ndarray | str] = dict(_layer_columns(call))
         reason = _gradient(call.no_gradient, gradients)
     except Exception as error:
         columns, reason = {}, failed(error)
     if call.is_frozen:
         columns["weight_gradient_norm"] = FROZEN
-    rows.table.add(steps, {**columns, "parameters": parameters}, reason)
+    rows.table.add_rows(steps, {**columns, "parameters": parameters}, reason)
     _explain(rows.table, columns)
     # The Jacobian of a part would not be that of h_0 -> h_L.
     if jacobian and columns and (call.group is None or call.group.size == 1):

@@ -4,6 +4,7 @@ The units' dimension follows the module that produced the tensor: channels of a 
 a linear layer the last one. A module that passes units on (an activation, Identity, a block) has those of its input.
 """
 
+import math
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lcw_ops import _torch
 from lcw_ops._layer_kinds import is_conv, is_linear, plain_kind
 from lcw_ops.nn import InputMeanNorm
-from lcw_ops.profile.figures import Figure, attempt, whole
+from lcw_ops.profile.figures import Figure, attempt, norm, whole
 
 _UNITS_LAST = (
     nn.LayerNorm,
@@ -94,7 +95,7 @@ def activation_shift(output: Tensor, unit_dim: int) -> Figure:
         return f"the output has {output.dim()} dimension{'s' if output.dim() != 1 else ''}: no samples to average over"
     others = [dim for dim in range(output.dim()) if dim != unit_dim]
     wide = torch.complex128 if output.is_complex() else torch.float64
-    return root_mean_square(output.detach().mean(others, dtype=wide)).item()
+    return norm(output.detach().mean(others, dtype=wide)) / math.sqrt(output.shape[unit_dim])
 
 
 def shift_angle(module: nn.Module, input: Tensor | None) -> Figure:
@@ -114,16 +115,17 @@ def shift_angle(module: nn.Module, input: Tensor | None) -> Figure:
 
 def _shift_angle(module: nn.Module, input: Tensor) -> Figure:
     weight = whole(module.weight).double()
-    mean_input = input.detach().flatten(0, -2).mean(0, dtype=torch.float64)
+    mean_input = input.detach().mean(tuple(range(input.dim() - 1)), dtype=torch.float64)
     if not mean_input.any():
         return "the mean input is zero"
-    return mean_input_angle(weight @ mean_input, weight, mean_input).item()
+    lengths = torch.linalg.vector_norm(weight, dim=1) * norm(mean_input)
+    angles = torch.asin((weight @ mean_input / lengths).clamp_(-1, 1))
+    return math.degrees(norm(angles) / math.sqrt(len(weight)))
 
 
 def root_mean_square(values: Tensor) -> Tensor:
     """The rms over the last dimension, in float64."""
-    wide = values.abs() if values.is_complex() else values
-    return wide.double().square().mean(-1).sqrt()
+    return values.double().square().mean(-1).sqrt()
 
 
 def mean_input_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tensor:
