@@ -733,7 +733,7 @@ def profile_a_rank(rank, path, results):
     torch.manual_seed(4)
     mlp, x = OrthogonalFilterMLP(6, 8, 9, 3), torch.randn(5, 6)
     result = measure(DepthParallel(mlp), x, loss=square_loss)
-    results.put((rank, {name: column.tolist() for name, column in result.columns.items()}, result.absent))
+    results.put((rank, {name: column.tolist() for name, column in result.columns.items()}))
     dist.destroy_process_group()
 
 
@@ -742,13 +742,16 @@ def test_layers_over_two_ranks_are_those_of_one_process(tmp_path):
     mlp, x = OrthogonalFilterMLP(6, 8, 9, 3), torch.randn(5, 6)
     plain = measure(mlp, x, loss=square_loss)
     context = torch.multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
+    results = context.Queue()
     ranks = [context.Process(target=profile_a_rank, args=(rank, tmp_path, results)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    found = dict(results.get()[:2] for _ in ranks)
-    for process in ranks:
-        process.join()
+    try:
+        for process in ranks:
+            process.start()
+        found = dict(results.get(timeout=60) for _ in ranks)
+    finally:
+        for process in ranks:
+            process.join(timeout=10)
+            process.kill()
     names = found[0]["name"][:-1] + found[1]["name"][1:]
     assert names == list(plain.columns["name"])
     for column in ("state_rms", "gradient_norm", "weight_gradient_norm", "activation_shift", "gain_upper"):

@@ -62,19 +62,25 @@ class UnitAxes:
         return dim
 
     def _inherited(self, input: Tensor | None, output: Tensor) -> int:
-        sources = [units for _, units in reversed(self._known.values())]
         reference = None if input is None else _torch.storage_reference(input)
-        if reference is not None and reference.cdata in self._known:
-            sources.insert(0, self._known[reference.cdata][1])
+        of_input = None if reference is None else self._known.get(reference.cdata)
+        sources = [] if of_input is None else [of_input[1]]
+        if not (sources and _has(output, sources[0])):
+            sources += [units for _, units in reversed(self._known.values())]
         # The same place first: in square images the number of units alone does not tell the dimension.
         for units in sources:
-            if output.dim() == units.dims and output.shape[units.dim] == units.count:
+            if _has(output, units):
                 return units.dim
         for units in sources:
             places = [dim for dim in range(1, output.dim()) if output.shape[dim] == units.count]
             if len(places) == 1:
                 return places[0]
         return 1 if output.dim() > 3 else output.dim() - 1
+
+
+def _has(output: Tensor, units: Units) -> bool:
+    """Whether the output has as many dimensions, and as many units at the same place."""
+    return output.dim() == units.dims and output.shape[units.dim] == units.count
 
 
 def _own_dimension(module: nn.Module, output: Tensor) -> int | None:
