@@ -33,8 +33,10 @@ from torch import Tensor  # noqa: E402
 from torch._guards import detect_fake_mode  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from torch.nn.utils import parametrize  # noqa: E402
 from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 # () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
 in_functorch = torch._C._are_functorch_transforms_active
@@ -78,6 +80,15 @@ without_function_modes = torch._C.DisableTorchFunction
 
 DispatchKey = torch._C.DispatchKey
 OpOverload = torch._ops.OpOverload
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode whose ``__torch_dispatch__`` sees every operator. Using it does not import torch's compiler."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise the compiler is imported, and every operator passes through a wrapper of it.
+        return False
 
 
 def in_forward_mode() -> bool:
@@ -274,6 +285,22 @@ def _overrides(argument) -> bool:
     return type(argument) is not Tensor and getattr(type(argument), "__torch_function__", disabled) is not disabled
 
 
+def storage_reference(tensor: Tensor) -> Any | None:
+    """A weak reference to the tensor's memory, whose ``cdata`` no other memory has while the reference lives.
+
+    None for a tensor without a storage of its own, such as a sparse one.
+    """
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def is_reentrant_checkpoint(node: Any) -> bool:
+    """Whether a node of autograd's graph is that of ``torch.utils.checkpoint`` with use_reentrant=True."""
+    return getattr(type(node), "_forward_cls", None) is torch.utils.checkpoint.CheckpointFunction
+
+
 # The rest of this file is about optimizers, backward passes and hooks on gradients.
 
 # The code of the function that starts every backward pass.
@@ -431,8 +458,18 @@ def wrap_conversions(wrap: Callable) -> None:
 # The parametrization of torch.nn.utils.parametrizations.weight_norm. Its ``dim`` is -1 for a norm over all entries.
 WeightNormParametrization = torch.nn.utils.parametrizations._WeightNorm
 
-# The base class of the transposed convolutions.
+# The base class of the convolutions, and that of the transposed ones.
+Convolution = torch.nn.modules.conv._ConvNd
 ConvTranspose = torch.nn.modules.conv._ConvTransposeNd
+
+# The base class of batch and instance normalization.
+BatchNormalization = torch.nn.modules.batchnorm._NormBase
+
+
+def is_compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called: its calls then run compiled."""
+    return module._compiled_call_impl is not None
+
 
 _HOOKS_OF_MODULES = (
     "_backward_pre_hooks",

@@ -693,13 +693,16 @@ def test_a_dynamically_quantized_net_is_profiled():
     mlp, x = nn.OrthogonalFilterMLP(3, WIDTH, 10, 2).eval(), torch.randn(5, 3)
     quantized = torch.ao.quantization.quantize_dynamic(mlp, {torch.nn.Linear})
     plain, report = (lcw_ops.profile.profile(model, x, jacobian=False) for model in (mlp, quantized))
-    # The plain net's first and last rows are its input and output layers. Quantized, these layers are not leaf modules
-    # and have no rows. The states of the quantized net depend on one layer of 8 bits.
-    expected, actual = plain.columns["state_rms"][1:-1], report.columns["state_rms"]
+    # The first and last rows are the input and output layers. The states between depend on one layer of 8 bits.
+    assert report.columns["name"].tolist() == plain.columns["name"].tolist()
+    expected, actual = plain.columns["state_rms"][1:-1], report.columns["state_rms"][1:-1]
     assert actual.shape == (10,)
     assert abs(actual - expected).max() <= 2**-7 * expected.max()
-    with pytest.raises(ValueError, match="the output does not depend on the input"):
-        lcw_ops.profile.profile(quantized, x)
+    assert set(report.reasons_of("gradient_norm")) == {
+        "it requires no gradient: nothing that is trained comes before it",
+        "the loss does not depend on it",
+    }
+    assert "the output does not depend on the input" in lcw_ops.profile.profile(quantized, x).absent["input -> output"]
 
 
 class Wrapped(torch.nn.Module):

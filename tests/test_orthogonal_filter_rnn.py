@@ -466,15 +466,20 @@ class LastState(torch.nn.Module):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_profiler_follows_hx_and_refuses_packed_sequences(bias):
+def test_the_profiler_follows_hx_and_takes_packed_sequences(bias):
     rnn, x = make_ours(bias=bias), torch.randn(7, 4, 3)
     options = {"loss": lambda h_n: h_n.sum(), "repeats": 1, "matmul_rate": 1.0}
     columns = profile(LastState(rnn), x, **options).columns
     states, _ = rnn(x, torch.ones(1, 4, 8))
     assert columns["name"].tolist() == [f"rnn.layer[{step}]" for step in range(1, 8)]
     assert columns["state_rms"].tolist() == pytest.approx(states.square().mean((1, 2)).sqrt().tolist())
-    with pytest.raises(TypeError, match="profile: the input of rnn is a PackedSequence"):
-        profile(LastState(rnn, [7, 5, 5, 1]), x, **options)
+    # The sequences end at different steps, so the whole call is one row.
+    packed = profile(LastState(rnn, [7, 5, 5, 1]), x, **options).columns
+    output, h_n = rnn(pack_padded_sequence(x, [7, 5, 5, 1]), torch.ones(1, 4, 8))
+    assert packed["name"].tolist() == ["rnn"]
+    assert packed["state_rms"][0] == pytest.approx(output.data.square().mean().sqrt().item())
+    # dE/dh_n is 1 everywhere.
+    assert packed["gradient_norm"][0] == pytest.approx(h_n.numel() ** 0.5)
 
 
 class Packing(torch.nn.Module):

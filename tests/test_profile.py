@@ -816,19 +816,28 @@ class Calls(nn.Module):
         return self.function(self, self.layer(x))
 
 
-def test_a_missing_second_derivative_is_reported_and_other_errors_pass():
-    with pytest.raises(ValueError, match=r"no second derivative.*'exact'"):
-        profile(Calls(lambda _, x: OnlyOnce.apply(x)), torch.randn(2, 80), repeats=1, matmul_rate=1.0)
+def test_the_reason_for_a_missing_jacobian_is_kept_beside_the_other_figures():
+    model, inputs = Calls(lambda _, x: OnlyOnce.apply(x)), torch.randn(2, 80)
+    result = profile(model, inputs, repeats=1, matmul_rate=1.0)
+    reason = result.absent["input -> output"]
+    assert "no second derivative" in reason
+    assert "'exact'" in reason
+    assert reason in " ".join(result.table().split())
+    assert result.jacobians == {}
+    y = model.layer(inputs)
+    expected = [y.square().mean().sqrt().item(), y.square().square().mean().sqrt().item()]
+    np.testing.assert_allclose(result.columns["state_rms"], expected, **CLOSE)
 
     def fails_later(model, x):
         model.times = getattr(model, "times", 0) + 1
-        if model.times > 2:
+        if model.times > 3:
             raise RuntimeError("the model's own")
         return x
 
-    # The third call is for the Jacobian.
-    with pytest.raises(RuntimeError, match="the model's own"):
-        profile(Calls(fails_later), torch.randn(2, 80), repeats=1, matmul_rate=1.0)
+    # The fourth call is for the Jacobian.
+    result = profile(Calls(fails_later), torch.randn(2, 80), repeats=1, matmul_rate=1.0)
+    assert result.absent == {"input -> output": "RuntimeError: the model's own"}
+    assert result.timing.repeats == 1
 
 
 def test_a_rebound_buffer_is_restored():
@@ -856,7 +865,9 @@ def test_the_ends_of_a_network_can_be_called_alone():
     result = profile(Parts(), torch.randn(8, 6), repeats=1, matmul_rate=1.0)
     names = list(result.columns["name"])
     assert names[:3] == ["deep.input_layer", "deep.output_layer", "deep.input_layer#2"]
-    assert len(names) == 2 + 26 + 1
+    # The last row is the model's own sum.
+    assert names[-2:] == ["deep.output_layer#3", "Parts"]
+    assert len(names) == 2 + 26 + 1 + 1
     assert (result.columns["gradient_norm"][3:27] > 0).all()
 
 

@@ -355,7 +355,55 @@ def test_a_hook_is_bound_to_another_module():
     assert _torch.bind_hook(plain, second) is plain
 
 
+def test_the_memory_of_tensors_is_told_apart():
+    x = torch.ones(4)
+    first = _torch.storage_reference(x)
+    assert first.cdata == _torch.storage_reference(x[2:].view(1, 2)).cdata
+    assert first.cdata != _torch.storage_reference(torch.ones(4)).cdata
+    address = first.cdata
+    del x
+    # While the reference lives, no other memory has its key.
+    assert all(_torch.storage_reference(torch.ones(4)).cdata != address for _ in range(100))
+    assert _torch.storage_reference(torch.eye(2).to_sparse()) is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_is_reentrant_checkpoint(use_reentrant):
+    x = torch.ones(2, requires_grad=True)
+    node = torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=use_reentrant).grad_fn
+    assert _torch.is_reentrant_checkpoint(node) == use_reentrant
+
+
+def test_is_compiled_in_place():
+    layer = torch.nn.Linear(2, 2)
+    assert not _torch.is_compiled_in_place(layer)
+    layer.compile()
+    assert _torch.is_compiled_in_place(layer)
+
+
+def test_a_dispatch_mode_sees_operators_without_the_compiler():
+    code = (
+        "import sys, torch\n"
+        "from lcw_ops import _torch\n"
+        "class Mode(_torch.DispatchMode):\n"
+        "    seen = []\n"
+        "    def __torch_dispatch__(self, func, types, args=(), kwargs=None):\n"
+        "        self.seen.append(str(func))\n"
+        "        return func(*args, **(kwargs or {}))\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "with Mode():\n"
+        "    torch.ones(2).sin()\n"
+        "assert 'aten.sin.default' in Mode.seen\n"
+        "assert before or 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_classes_of_layers():
+    assert issubclass(torch.nn.Conv2d, _torch.Convolution)
+    assert issubclass(torch.nn.ConvTranspose2d, _torch.Convolution)
+    assert issubclass(torch.nn.BatchNorm1d, _torch.BatchNormalization)
+    assert issubclass(torch.nn.InstanceNorm1d, _torch.BatchNormalization)
     normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2), dim=None)
     assert isinstance(normed.parametrizations.weight[0], _torch.WeightNormParametrization)
     assert normed.parametrizations.weight[0].dim == -1

@@ -72,11 +72,11 @@ def write_layers(report: Report, path: Path) -> None:
 
     The last rows are the chosen kind before training, with the columns that were measured then.
     """
-    kind, tables = report.settings.kind, {name: profile.columns for name, profile in report.profiles.items()}
+    kind, tables = report.settings.kind, {name: profile.csv_rows() for name, profile in report.profiles.items()}
     if report.history.loss:
         names = report.profiles[kind].columns["name"][1:-1]
-        tables[f"{kind}, at initialisation"] = {"name": names, **report.initial[kind]}
-    parts = (((kind, *row) for row in csv_rows(columns)) for kind, columns in tables.items())
+        tables[f"{kind}, at initialisation"] = csv_rows({"name": names, **report.initial[kind]})
+    parts = (((kind, *row) for row in rows) for kind, rows in tables.items())
     write_atomically(path, lambda file: write_rows(file, ["kind", *COLUMNS], parts))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lcw_ops._checks import check_choice, describe
 
@@ -21,6 +22,22 @@ EXACT_OUTPUTS = 64
 _INDEPENDENT = describe(
     "jacobian", "the output", "does not depend on the input", "a result of differentiable operations on the input"
 )
+
+
+class NoSecondDerivative(ValueError):
+    """Lanczos needs the derivative of a VJP, and an op of the function has none."""
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Run attention and recurrent layers as plain operators, which have second derivatives; fused kernels have none."""
+    # mkldnn.flags would set more than this switch, and warn about it.
+    before = torch.backends.mkldnn.set_flags(False)[0]
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.set_flags(before)
 
 
 @dataclass
@@ -46,6 +63,11 @@ class JacobianSpectrum:
     smallest_resolved: bool
     log_lower: float | None = None
     log_upper: float | None = None
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError unless the method is one of :func:`function_spectrum`."""
+    check_choice("jacobian", "method", method, ("auto", "exact", "lanczos"))
 
 
 def matrix_spectrum(
@@ -87,9 +109,9 @@ def function_spectrum(
 
     Raises:
         ValueError: unknown method; an output that does not depend on the input; Lanczos of a function that cannot be
-            differentiated twice.
+            differentiated twice (:class:`NoSecondDerivative`).
     """
-    check_choice("jacobian", "method", method, ("auto", "exact", "lanczos"))
+    check_method(method)
     with torch.enable_grad():
         point = point.detach().clone().requires_grad_()
         output = function(point)
@@ -216,7 +238,7 @@ def _second_derivative() -> Iterator[None]:
         reason = str(error).partition("\n")[0]
         came = f"has no second derivative ({reason})"
         remedy = "Use the method 'exact', or leave the Jacobian out (profile: jacobian=False)."
-        raise ValueError(
+        raise NoSecondDerivative(
             describe("jacobian", "the model", came, "a second derivative, which Lanczos' J v needs", remedy)
         ) from error
 

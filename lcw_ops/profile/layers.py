@@ -1,115 +1,238 @@
-"""Hooks that observe a forward and backward pass of any model: every leaf module's output and the output's gradient.
+"""Hooks that observe a forward and backward pass of any model: every layer's output and the output's gradient.
 
-Forward hooks measure an output at once, so that a later in-place operation cannot change the figures. Tensor hooks
-measure the gradient. Orthogonal-filter networks are recorded as a ``Recurrence``, to be replayed layer by layer.
+Rows are the calls of leaf modules, and of modules with children that have parameters or work of their own: their output
+is another tensor than any that a child returned. Forward hooks measure an output at once, so that a later in-place
+operation cannot change the figures. Tensor hooks measure the gradient. Orthogonal-filter networks are recorded as a
+``Recurrence``, to be replayed layer by layer.
 """
 
+import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from lcw_ops._checks import describe
+from lcw_ops import _torch
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
-from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_rnn, root_mean_square, shift_angle, time_first
+from lcw_ops.profile import units
+from lcw_ops.profile.arguments import WRAPPED, readable
+from lcw_ops.profile.figures import NO_GRADIENT, UNDER_NO_GRAD, UNREACHED, Figure, attempt, failed, norm
+from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_ranks, from_rnn, time_first
 
-# Modules whose units are dimension 1, followed by positions. Elsewhere the units are the last dimension.
-_UNITS_FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-)
+# The most recent results of children with which a module's own result is compared.
+_RECENT = 32
+
+# Modules that take (time, samples, features) unless they are told otherwise.
+_TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention, OrthogonalFilterRNN)
 
 
-@dataclass
+@dataclass(slots=True)
 class LayerCall:
-    """One call of one leaf module. The figures describe its first floating-point output; NaN if one does not apply."""
+    """One call of a module. State and shift describe its first floating-point output, the gradient all of them."""
 
     name: str
     module: nn.Module
-    state_rms: float = math.nan
-    activation_shift: float = math.nan
-    shift_angle: float = math.nan
-    gradient_norm: float = math.nan
+    state_rms: Figure = UNREACHED
+    activation_shift: Figure = UNREACHED
+    shift_angle: Figure = UNREACHED
+    gradient_norm: Figure = UNREACHED
+    rows: int = 1
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        before = 0.0 if isinstance(self.gradient_norm, str) else self.gradient_norm
+        self.gradient_norm = attempt(lambda: math.hypot(before, norm(gradient)))
 
 
-@dataclass
+@dataclass(slots=True)
 class RecurrenceCall:
     """One call of an orthogonal-filter network; ``recurrence`` is complete after the backward pass."""
 
     name: str
     module: nn.Module
     recurrence: Recurrence
+    # Whether its recurrent weight requires no gradient.
+    is_frozen: bool
+    no_gradient: str = UNREACHED
+    # The layers before this rank's, and the ranks that have the others, of a network whose layers are spread.
+    before: int = 0
+    group: Any = None
+
+    @property
+    def rows(self) -> int:
+        return self.recurrence.steps
 
 
 @dataclass
 class Observation:
-    """The calls in the order in which they happened; ``remove()`` takes the hooks off the model."""
+    """The calls of one pass, in the order in which they ended, with the modules that were not called among them.
 
+    Attributes:
+        names: id of the module -> its name; "" is the model.
+        own: id of the module -> the parameters of that module itself and of its parametrizations.
+        sample_dim: 1 if the model's input goes into a module that takes the time first, else 0.
+    """
+
+    model: nn.Module
+    input_shape: torch.Size
     calls: list[LayerCall | RecurrenceCall] = field(default_factory=list)
-    handles: list = field(default_factory=list)
-    times_called: Counter = field(default_factory=Counter)
-    # The operations of the hooks' own matrix products, to be subtracted from the count.
-    own_flops: int = 0
+    names: dict[int, str] = field(default_factory=dict)
+    own: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+    sample_dim: int = 0
+    networks: dict[type[nn.Module], Callable] = field(default_factory=lambda: _networks())
+    is_backward: bool = False
+    _times_called: Counter = field(default_factory=Counter)
+    _handles: list = field(default_factory=list)
+    _axes: units.UnitAxes = field(default_factory=units.UnitAxes)
+    # One entry per call in progress of a module with children: references to the memory of its recent results.
+    _results: list[deque] = field(default_factory=list)
+    # Calls under no_grad, which reentrant checkpointing repeats in the backward pass.
+    _to_be_repeated: dict[int, list[LayerCall | RecurrenceCall]] = field(default_factory=dict)
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks on every module, in this order: a recurrence's rows come between those of its ends."""
+        try:
+            for name, module in _observable(self.model):
+                self._watch(name, module)
+            for module in self.model.modules():
+                for kind, watch in self.networks.items():
+                    if isinstance(module, kind):
+                        watch(self, self.names[id(module)], module)
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
 
-    def call_name(self, name: str) -> str:
-        """``name``, with #2, #3, ... from the second call on."""
-        self.times_called[name] += 1
-        count = self.times_called[name]
+    def call_name(self, module: nn.Module, suffix: str = "") -> str:
+        """The module's name, with #2, #3, ... from the second call on."""
+        name = self.names[id(module)]
+        name = (f"{name}.{suffix}" if name else suffix) if suffix else name or type(module).__name__
+        self._times_called[name] += 1
+        count = self._times_called[name]
         return name if count == 1 else f"{name}#{count}"
 
+    def add_recurrence(self, module: nn.Module, recurrence: Recurrence, weight: Tensor) -> RecurrenceCall:
+        call = RecurrenceCall(self.call_name(module, "layer"), module, recurrence, not weight.requires_grad)
+        self.calls.append(call)
+        return call
 
-def observe(model: nn.Module) -> Observation:
-    """Hook every leaf module and every orthogonal-filter network of ``model``. The caller removes the hooks."""
-    observation = Observation()
-    networks = {OrthogonalFilterMLP: _watch_mlp, OrthogonalFilterRNN: _watch_rnn}
-    # Leaves first: hooks run in the order of registration, and the row of h_0 must precede those of the recurrence.
-    for name, module in model.named_modules():
-        if not isinstance(module, tuple(networks)) and next(module.children(), None) is None:
-            _watch_leaf(observation, name or type(module).__name__, module)
-    for name, module in model.named_modules():
-        for kind, watch in networks.items():
-            if isinstance(module, kind):
-                watch(observation, name, module)
-    return observation
-
-
-def _watch_leaf(observation: Observation, name: str, module: nn.Module) -> None:
-    def after_forward(module, args, output):
-        tensor = first_floating(output)
-        if tensor is None or tensor.numel() == 0:
+    def _watch(self, name: str, module: nn.Module) -> None:
+        self.names[id(module)] = name
+        parametrizations = module.parametrizations.parameters() if is_parametrized(module) else ()
+        # Not module.parameters(recurse=False), which takes as long as a call of a small layer.
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        self.own[id(module)] = [*own, *parametrizations]
+        if isinstance(module, (*self.networks, torch.jit.ScriptModule)):
             return
-        call = LayerCall(observation.call_name(name), module)
-        observation.calls.append(call)
+        if _is_leaf(module):
+            self._handles.append(module.register_forward_hook(self._after_leaf, with_kwargs=True))
+            return
+        self._handles += [
+            module.register_forward_pre_hook(self._before_children, with_kwargs=True),
+            # Remove the entry too if the forward pass raises and the model continues without it.
+            module.register_forward_hook(self._after_children, with_kwargs=True, always_call=True),
+        ]
+
+    def _after_leaf(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        self._record(module, args, kwargs, output)
+        self._pass_on(module, args, output)
+
+    def _before_children(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = map(_torch.storage_reference, floating((args, kwargs)))
+        self._results.append(deque(inputs, maxlen=_RECENT))
+
+    def _after_children(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        # None stands for memory that cannot be told apart.
+        known = {reference.cdata for reference in self._results.pop() if reference is not None}
+        results = [_torch.storage_reference(tensor) for tensor in floating(output)]
+        is_a_childs = not results or results[0] is None or results[0].cdata in known
+        if self.own[id(module)] or not is_a_childs:
+            self._record(module, args, kwargs, output)
+        if self._results:
+            self._results[-1] += results
+
+    def _pass_on(self, module: nn.Module, args: tuple, output) -> None:
+        """Let the module around this one know this one's results."""
+        if self._results:
+            self._results[-1] += map(_torch.storage_reference, floating(output))
+
+    def _record(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        tensors = [tensor for tensor in floating(output) if tensor.numel()]
+        if not tensors:
+            return
+        state = first_floating(tensors)
+        if self.is_backward:
+            call = self._repeated(module, lambda call: call.state_rms == attempt(_rms, state))
+        else:
+            call = self._described(module, next(iter(floating((args, kwargs))), None), state)
+            call.gradient_norm = self.expect_gradient(call, any(tensor.requires_grad for tensor in tensors))
+        if call is not None:
+            for tensor in tensors:
+                on_gradient(tensor, call.add_gradient)
+
+    def _described(self, module: nn.Module, input: Tensor | None, output: Tensor) -> LayerCall:
+        call = LayerCall(self.call_name(module), module)
+        self.calls.append(call)
+        if input is not None and isinstance(module, _TIME_FIRST) and not module.batch_first and input.dim() == 3:
+            self._see_time_first(input)
         with torch.no_grad():
-            _describe_output(call, args, tensor)
-        _on_gradient(tensor, lambda gradient: setattr(call, "gradient_norm", gradient.double().norm().item()))
+            call.state_rms = attempt(_rms, output)
+            try:
+                dim = self._axes.dimension(module, input, output) if output.dim() > 1 else 0
+            except Exception as error:
+                call.activation_shift = failed(error)
+            else:
+                call.activation_shift = attempt(units.activation_shift, output, dim)
+            call.shift_angle = units.shift_angle(module, input)
+        return call
 
-    observation.handles.append(module.register_forward_hook(after_forward))
+    def _see_time_first(self, input: Tensor) -> None:
+        if input.shape[:2] == self.input_shape[:2]:
+            self.sample_dim = 1
+
+    def expect_gradient(self, call: LayerCall | RecurrenceCall, requires_grad: bool) -> str:
+        """The reason for a missing gradient, should none arrive."""
+        if requires_grad:
+            return UNREACHED
+        if torch.is_grad_enabled():
+            return NO_GRADIENT
+        self._to_be_repeated.setdefault(id(call.module), []).append(call)
+        return UNDER_NO_GRAD
+
+    def _repeated(self, module: nn.Module, is_same: Callable) -> LayerCall | RecurrenceCall | None:
+        """The call that reentrant checkpointing repeats now, to take the gradient; None for other recomputations.
+
+        Segments are repeated from the last to the first, and calls of one segment in their order. So the same values
+        decide, and then the last call.
+        """
+        waiting = self._to_be_repeated.get(id(module))
+        if not waiting or not torch.is_grad_enabled():
+            return None
+        call = next((call for call in waiting if is_same(call)), waiting[-1])
+        waiting.remove(call)
+        return call
 
 
-def _describe_output(call: LayerCall, args: tuple, output: Tensor) -> None:
-    values = output.detach().double()
-    call.state_rms = values.square().mean().sqrt().item()
-    unit_dim = 1 if values.dim() > 3 or isinstance(call.module, _UNITS_FIRST) else -1
-    if values.dim() >= 2:
-        unit_mean = values.movedim(unit_dim, -1).flatten(0, -2).mean(0)
-        call.activation_shift = root_mean_square(unit_mean).item()
-    # A subclass may compute with a weight other than the stored one. Only a plain nn.Linear is known to use its weight.
-    if type(call.module) is nn.Linear and values.dim() >= 2:
-        mean_input = args[0].detach().double().flatten(0, -2).mean(0)
-        weight = call.module.weight.detach().double()
-        # Not a matrix product: the operations of this pass are being counted.
-        projection = (weight * mean_input).sum(1)
-        call.shift_angle = shift_angle(projection, weight, mean_input).item()
+def _observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(readable name, module), without the modules that only wrap another one, and without parametrizations."""
+    inside = {
+        id(part) for module in model.modules() if is_parametrized(module) for part in module.parametrizations.modules()
+    }
+    for name, module in model.named_modules():
+        if id(module) not in inside and not any(wrapped in module._modules for wrapped in WRAPPED):
+            yield readable(name), module
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return all(name == "parametrizations" and is_parametrized(module) for name in module._modules)
 
 
 def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP) -> None:
@@ -117,30 +240,63 @@ def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP)
 
     The hooks act only inside a call of the network: its two layers may be called on their own as well.
     """
-    # One entry per call in progress: its recurrence, once the input layer has been called.
-    under_way: list[Recurrence | None] = []
+    # One entry per call in progress: its record, once the input layer has been called.
+    under_way: list[RecurrenceCall | None] = []
 
     def before_forward(*_):
         under_way.append(None)
 
     def after_input_layer(_, args, output):
-        if under_way:
-            under_way[-1] = recurrence = from_mlp(module, output)
-            observation.calls.append(RecurrenceCall(observation.call_name(_layer_name(name)), module, recurrence))
+        if not under_way:
+            return
+        if observation.is_backward:
+            h0 = output.detach().reshape(-1, module.width)
+            under_way[-1] = observation._repeated(module, lambda call: torch.equal(call.recurrence.h0, h0))
+        else:
+            under_way[-1] = observation.add_recurrence(module, from_mlp(module, output), module.weight)
 
     def before_output_layer(_, args):
-        if under_way and (recurrence := under_way[-1]) is not None:
-            _on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+        call = under_way[-1] if under_way else None
+        if call is None:
+            return
+        if not observation.is_backward:
+            call.no_gradient = observation.expect_gradient(call, args[0].requires_grad)
+        recurrence = call.recurrence
+        on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
 
     def after_forward(*_):
         under_way.pop()
 
-    observation.handles += [
+    observation._handles += [
         module.register_forward_pre_hook(before_forward),
         module.input_layer.register_forward_hook(after_input_layer),
         module.output_layer.register_forward_pre_hook(before_output_layer),
         # Remove the entry too if the forward pass raises and the model continues without it.
         module.register_forward_hook(after_forward, always_call=True),
+        module.register_forward_hook(observation._pass_on),
+    ]
+
+
+def _watch_ranks(observation: Observation, name: str, module: nn.Module) -> None:
+    """This rank's layers of a DepthParallel. The gradient of the last state is the same on all ranks."""
+
+    def before_output_layer(_, args):
+        recurrence = None if observation.is_backward else from_ranks(module, args[0])
+        if recurrence is None:
+            # Nothing requires a gradient, so the states were not kept.
+            return
+        call = observation.add_recurrence(module, recurrence, module.weight)
+        call.before, call.group = module.start, module.group
+        on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+
+    def after_forward(_, args, kwargs, output):
+        if not any(call.module is module for call in observation.calls):
+            observation._record(module, args, kwargs, output)
+
+    observation._handles += [
+        module.output_layer.register_forward_pre_hook(before_output_layer),
+        module.register_forward_hook(after_forward, with_kwargs=True),
+        module.register_forward_hook(observation._pass_on),
     ]
 
 
@@ -149,37 +305,57 @@ def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN)
 
     def after_forward(_, args, kwargs, result):
         bound = dict(zip(("input", "hx"), args, strict=False), **kwargs)
-        if isinstance(bound["input"], PackedSequence):
-            argument = f"the input of {name or 'OrthogonalFilterRNN'}"
-            came = "is a PackedSequence, whose sequences end at different steps"
-            raise TypeError(
-                describe("profile", argument, came, "a tensor", "Profile a batch of sequences of one length.")
-            )
-        recurrence = from_rnn(module, bound["input"].detach(), bound.get("hx"))
-        observation.own_flops += 2 * bound["input"].numel() * module.hidden_size
-        observation.calls.append(RecurrenceCall(observation.call_name(_layer_name(name)), module, recurrence))
-        recurrence.grad_states = torch.zeros(
-            (recurrence.steps + 1, *recurrence.h0.shape), dtype=recurrence.h0.dtype, device=recurrence.h0.device
-        )
+        sequence, (output, h_n) = bound["input"], result
+        if isinstance(sequence, PackedSequence):
+            # The sequences end at different steps, so the whole call is one row.
+            observation._record(module, args, kwargs, result)
+            return
+        recurrence = from_rnn(module, sequence.detach(), bound.get("hx"))
+        if observation.is_backward:
+            h0 = recurrence.h0
+            call = observation._repeated(module, lambda call: torch.equal(call.recurrence.h0, h0))
+            if call is None:
+                return
+            recurrence = call.recurrence
+        else:
+            if sequence.dim() == 3 and not module.batch_first:
+                observation._see_time_first(sequence)
+            call = observation.add_recurrence(module, recurrence, module.weight_hh)
+            call.no_gradient = observation.expect_gradient(call, output.requires_grad)
+
+        def grad_states() -> Tensor:
+            if recurrence.grad_states is None:
+                recurrence.grad_states = recurrence.h0.new_zeros((recurrence.steps + 1, *recurrence.h0.shape))
+            return recurrence.grad_states
 
         def add_output(gradient):
-            recurrence.grad_states[1:] += time_first(module, gradient)
+            grad_states()[1:] += time_first(module, gradient)
 
         def add_last(gradient):
-            recurrence.grad_states[-1] += gradient.reshape(recurrence.h0.shape)
+            grad_states()[-1] += gradient.reshape(recurrence.h0.shape)
 
-        output, h_n = result
-        _on_gradient(output, add_output)
-        _on_gradient(h_n, add_last)
+        on_gradient(output, add_output)
+        on_gradient(h_n, add_last)
 
-    observation.handles.append(module.register_forward_hook(after_forward, with_kwargs=True))
-
-
-def _layer_name(name: str) -> str:
-    return f"{name}.layer" if name else "layer"
+    observation._handles += [
+        module.register_forward_hook(after_forward, with_kwargs=True),
+        module.register_forward_hook(observation._pass_on),
+    ]
 
 
-def _on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
+def _networks() -> dict[type[nn.Module], Callable]:
+    """The networks whose layers are rows, and the functions that hook them."""
+    networks: dict[type[nn.Module], Callable] = {OrthogonalFilterMLP: _watch_mlp, OrthogonalFilterRNN: _watch_rnn}
+    # If the module has not been imported, there is no such network.
+    distributed = sys.modules.get("lcw_ops.distributed.module")
+    return networks if distributed is None else {**networks, distributed.DepthParallel: _watch_ranks}
+
+
+def _rms(tensor: Tensor) -> float:
+    return norm(tensor) / math.sqrt(tensor.numel())
+
+
+def on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
     """Call ``record`` on the gradient. The hook must return None: a tensor hook's result replaces the gradient."""
 
     def hook(gradient):
@@ -191,12 +367,25 @@ def _on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
         tensor.register_hook(hook)
 
 
-def first_floating(output) -> Tensor | None:
-    """The first floating-point tensor in a module's output: itself, or one inside tuples, lists and dicts."""
+def floating(output) -> Iterator[Tensor]:
+    """The floating-point and complex tensors of a module's output: itself, or those in tuples, dicts, dataclasses."""
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    if isinstance(output, dict):
-        output = output.values()
-    elif not isinstance(output, (tuple, list)):
-        return None
-    return next((tensor for part in output if (tensor := first_floating(part)) is not None), None)
+        if output.is_floating_point() or output.is_complex():
+            yield output
+        return
+    if isinstance(output, Mapping):
+        parts = output.values()
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        parts = [getattr(output, entry.name) for entry in dataclasses.fields(output)]
+    else:
+        return
+    for part in parts:
+        yield from floating(part)
+
+
+def first_floating(output) -> Tensor | None:
+    """The first floating-point tensor with a dimension in a module's output, else the first one; None without any."""
+    tensors = list(floating(output))
+    return next((tensor for tensor in tensors if tensor.dim()), tensors[0] if tensors else None)

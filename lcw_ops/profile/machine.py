@@ -71,9 +71,18 @@ def _products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
     return products
 
 
+# The most memory that was held before the system's own record was reset, by the type of device.
+_earlier_peaks: dict[str, int] = {}
+
+
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
     """The most memory held so far: by torch on a GPU, by the whole process elsewhere. None if it is not known."""
     device = torch.device(device)
+    now = _recorded_peak(device)
+    return None if now is None else max(now, _earlier_peaks.get(device.type, 0))
+
+
+def _recorded_peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -82,6 +91,37 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
         return None
     # Kibibytes on Linux, bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak_memory(device: torch.device | str = "cpu") -> bool:
+    """Let the record of the peak begin now. False if the system cannot do that, as on macOS.
+
+    It is the process's only record: ``getrusage`` and ``torch.cuda.max_memory_allocated`` begin again as well.
+    :func:`peak_memory_bytes` remembers what they said.
+    """
+    device = torch.device(device)
+    _earlier_peaks[device.type] = peak_memory_bytes(device) or 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        # Linux's proc_pid_clear_refs(5): 5 sets the peak to the memory that is held now.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_of(run: Callable[[], object], device: torch.device) -> int | str:
+    """The most memory held while ``run()`` runs: by the whole process, or by torch on a GPU. Else why it is unknown."""
+    is_new = forget_peak_memory(device)
+    run()
+    peak = _recorded_peak(device)
+    if peak is None:
+        return "this system keeps no record of the process's memory"
+    if not is_new and peak <= _earlier_peaks[device.type]:
+        return "it is below the process's earlier peak, which this system does not forget"
+    return peak
 
 
 def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:

@@ -19,6 +19,7 @@ from lcw_ops.ops import backends
 from lcw_ops.ops.orthogonal_filter import op
 from lcw_ops.ops.parallel_depth import op as parallel_depth
 from lcw_ops.profile import bounds, jacobian
+from lcw_ops.profile.units import mean_input_angle, root_mean_square
 from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_tensors, state_dtype
 
 # The bytes of weights, weight gradients, states and state gradients of one chunk. They suffice for 1000 layers of 64
@@ -53,6 +54,8 @@ class Recurrence:
     boundaries: list[Tensor] = field(default_factory=list)
     # The column weight_norm_bound, (L,), if it is known. To compute it takes most of the forward replay's time.
     weight_norms: np.ndarray | None = None
+    # The gradient of h0, (M, N), which the backward replay leaves here.
+    grad_h0: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -112,6 +115,27 @@ def from_rnn(module, input: Tensor, hx: Tensor | None) -> Recurrence:
     return _recurrence(module, h0, module.weight_hh, inputs.shape[0], inputs)
 
 
+def from_ranks(module, last: Tensor) -> Recurrence | None:
+    """This rank's layers of a ``DepthParallel``, from its last state, whose graph has the states of the rank's layers.
+
+    None if the graph has none, because nothing requires a gradient.
+    """
+    node = last.grad_fn
+    while node is not None and not hasattr(node, "recurrence"):
+        node = node.next_functions[0][0] if node.next_functions else None
+    if node is None:
+        return None
+    states = node.saved_tensors[0]
+    recurrence = _recurrence(module, states[0], module.weight, module.depth, None)
+    own = slice(module.start, module.stop)
+    for name in ("alpha", "beta"):
+        scale = getattr(recurrence, name)
+        if scale.numel() > 1:
+            setattr(recurrence, name, scale[own])
+    recurrence.solver = "parallel"
+    return recurrence
+
+
 def time_first(module, sequence: Tensor) -> Tensor:
     """An RNN's input or output as (T, B, features), whatever its layout."""
     if sequence.dim() == 2:
@@ -131,23 +155,27 @@ def _recurrence(module, h0, weight, steps, inputs) -> Recurrence:
 
 
 def layer_columns(recurrence: Recurrence) -> dict[str, np.ndarray]:
-    """All measured figures and their bounds, one value per layer, (L,) each; see ``result.COLUMNS``."""
-    columns = {**_forward(recurrence), **_backward(recurrence)}
+    """All measured figures and their bounds, one value per layer, (L,) each; see ``result.COLUMNS``.
+
+    Without ``grad_states`` there are no gradients and no bounds of them.
+    """
+    columns = _forward(recurrence)
     deviation = bounds.filter_deviation(recurrence.filter)
     lower, upper = gain_bounds(recurrence, columns["weight_norm_bound"], deviation)
-    log_lower, log_upper = bounds.gradient_norm_bounds(lower, upper, _injected_norms(recurrence))
     alpha, beta = _scales(recurrence)
-    with np.errstate(over="ignore"):
-        bounded = {
-            "gain_lower": lower,
-            "gain_upper": upper,
-            "gradient_lower": np.exp(log_lower[1:]),
-            "gradient_upper": np.exp(log_upper[1:]),
-            "state_rms_bound": bounds.state_rms_bound(
-                alpha, beta, recurrence.h0, recurrence.steps, recurrence.activation, deviation
-            ),
-        }
-    return {**columns, **bounded}
+    columns |= {
+        "gain_lower": lower,
+        "gain_upper": upper,
+        "state_rms_bound": bounds.state_rms_bound(
+            alpha, beta, recurrence.h0, recurrence.steps, recurrence.activation, deviation
+        ),
+    }
+    if recurrence.grad_states is not None:
+        log_lower, log_upper = bounds.gradient_norm_bounds(lower, upper, _injected_norms(recurrence))
+        columns |= _backward(recurrence)
+        with np.errstate(over="ignore"):
+            columns |= {"gradient_lower": np.exp(log_lower[1:]), "gradient_upper": np.exp(log_upper[1:])}
+    return columns
 
 
 @torch.no_grad()
@@ -237,7 +265,7 @@ def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
             {
                 "state_rms": states[1:].double().square().mean((1, 2)).sqrt(),
                 "activation_shift": root_mean_square(mean_pre_activation),
-                "shift_angle": shift_angle(mean_projection, weight, mean_input),
+                "shift_angle": mean_input_angle(mean_projection, weight, mean_input),
                 "weight_norm_bound": bounds.spectral_norm_bound(weight)
                 if known is None
                 else torch.from_numpy(known[steps]),
@@ -246,21 +274,6 @@ def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
         # Copy it, because a view would keep the chunk's states alive.
         state = states[-1].clone()
     return _joined(parts)
-
-
-def root_mean_square(values: Tensor) -> Tensor:
-    """The rms over the last dimension, in float64."""
-    return values.double().square().mean(-1).sqrt()
-
-
-def shift_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tensor:
-    """By how many degrees the angle of a weight vector to the mean input differs from 90: rms over units.
-
-    NaN if the mean input is zero. This difference shifts the activation: T. Kutsuna, "Linearly Constrained Weights",
-    ECML PKDD 2019, arXiv 2403.13833. ``projection`` (..., N) = ``weight`` (..., N, K) times ``mean_input`` (..., K).
-    """
-    cosine = projection / (weight.norm(dim=-1) * mean_input.norm(dim=-1, keepdim=True))
-    return root_mean_square(torch.rad2deg(torch.asin(cosine.double().clamp(-1, 1))))
 
 
 @torch.no_grad()
@@ -285,6 +298,7 @@ def _backward(recurrence: Recurrence) -> dict[str, np.ndarray]:
             }
         )
         gradient = grad_chunk[0].clone()
+    recurrence.grad_h0 = gradient
     return _joined(parts[::-1])
 
 

@@ -1,7 +1,7 @@
 """The result of a profile, and its forms: a table for the terminal, a plot, one CSV row per layer, JSON.
 
-NaN in a column means that the figure does not apply to that row. JSON has neither infinities nor NaN: they become the
-strings "inf", "-inf" and "nan".
+NaN in a column means that the figure is missing in that row, for a reason that the profile gives, or that NaN was
+measured. JSON has neither infinities nor NaN: they become the strings "inf", "-inf" and "nan".
 """
 
 import csv
@@ -21,11 +21,13 @@ from lcw_ops.profile.jacobian import JacobianSpectrum
 
 COLUMNS = {
     "name": "module, with #2, #3, ... for further calls; layer[l] is layer (or time step) l of a recurrence",
+    "parameters": "parameters of the module itself; each is counted once, in the first row that has it",
     "state_rms": "rms of the output over samples and units",
-    "gradient_norm": "norm of dE/d(output) over all samples",
+    "gradient_norm": "norm of dE/d(output) over all samples and all tensors of the output",
     "activation_shift": "rms over units of the mean pre-activation (of other modules: output) over samples",
     "shift_angle": "degrees by which the angle of a weight vector to the mean input differs from 90, rms over units",
-    "weight_gradient_norm": "norm of dE/d(weight); of a weight shared over time, this step's share",
+    "weight_gradient_norm": "norm of dE/d(weight) over all calls; of all parameters of a module without a matrix; of a "
+    "weight shared over time, this step's share",
     "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
     "gain_lower": "lower bound of the singular values of this layer's Jacobian",
     "gain_upper": "upper bound of the singular values of this layer's Jacobian",
@@ -52,16 +54,18 @@ TABLE_ROWS = 12
 class Timing:
     """Seconds (median of ``repeats``) and arithmetic of one forward and one backward pass over ``layers`` rows.
 
-    flops count multiplications and additions of matrix products and convolutions; matmul_rate is FLOP/s.
+    flops count multiplications and additions of matrix products and convolutions; matmul_rate is FLOP/s. uncounted are
+    the ops that compute products, but for which there is no formula.
     """
 
     forward_seconds: float
     backward_seconds: float
     repeats: int
     layers: int
-    forward_flops: int
-    backward_flops: int
+    forward_flops: float
+    backward_flops: float
     matmul_rate: float = math.nan
+    uncounted: tuple[str, ...] = ()
 
     @property
     def microseconds_per_layer(self) -> float:
@@ -78,8 +82,11 @@ class Timing:
         return self.backward_flops / self.backward_seconds
 
     def summary(self) -> dict:
+        figures = dataclasses.asdict(self)
+        if not self.uncounted:
+            del figures["uncounted"]
         return {
-            **dataclasses.asdict(self),
+            **figures,
             "microseconds_per_layer": self.microseconds_per_layer,
             "forward_gflops_per_second": self.forward_rate / 1e9,
             "backward_gflops_per_second": self.backward_rate / 1e9,
@@ -143,9 +150,15 @@ class Profile:
         columns: one array per entry of ``COLUMNS``, with one element per layer, in the order of the calls.
         jacobians: description of the map -> :class:`JacobianSpectrum`.
         timing: :class:`Timing`.
-        peak_memory_bytes: of the process so far (CPU), or of torch on the GPU; None if it is not known.
+        peak_memory_bytes: the most that was held in the timed passes, by the process (CPU) or by torch on the GPU; None
+            if it is not known.
         machine: hardware and versions.
         solves: "forward" and "backward" -> :class:`Solves` of the parts that the parallel solver ran; {} without any.
+        missing: for every column but "name" one uint16 array: 0 where there is a figure, else the number of its reason
+            in ``reasons``, counted from 1. See :meth:`reason`.
+        absent: figures of the whole model that are missing ("time", "input -> output", ...) -> the reason.
+        failure: the model's error and the module in which it was raised, if its forward pass failed.
+        not_finite: the layer at which NaN or infinity begins; None if there is none.
     """
 
     name: str
@@ -158,6 +171,32 @@ class Profile:
     backend: str
     machine: dict
     solves: dict[str, Solves] = field(default_factory=dict)
+    missing: dict[str, np.ndarray] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None
+    not_finite: str | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        # Profiles that were pickled before there were reasons lack these.
+        self.__dict__.update({"missing": {}, "reasons": [], "absent": {}, "failure": None, "not_finite": None} | state)
+        vars(self.timing).setdefault("uncounted", ())
+
+    def reason(self, column: str, row: int) -> str | None:
+        """Why a row has no figure in this column; None if it has one."""
+        number = int(self.missing[column][row]) if column in self.missing else 0
+        return self.reasons[number - 1] if number else None
+
+    def reasons_of(self, column: str) -> dict[str, np.ndarray]:
+        """{reason: the rows without a figure in this column for that reason}."""
+        numbers = self.missing.get(column, np.zeros(0, np.uint16))
+        return {
+            self.reasons[number - 1]: np.flatnonzero(numbers == number) for number in np.unique(numbers[numbers > 0])
+        }
+
+    def is_missing(self, column: str) -> np.ndarray:
+        """Which rows have no figure in this column."""
+        return self.missing[column] > 0 if column in self.missing else np.isnan(self.columns[column])
 
     def __len__(self) -> int:
         return len(self.columns["name"])
@@ -176,19 +215,22 @@ class Profile:
             "jacobians": {what: dataclasses.asdict(spectrum) for what, spectrum in self.jacobians.items()},
             "machine": self.machine,
             **({"solves": solves} if solves else {}),
+            **{name: value for name in ("absent", "failure", "not_finite") if (value := getattr(self, name))},
         }
 
     def table(self) -> str:
         """A summary and a selection of rows, for a terminal: with rich when it is installed, else plain text."""
         shown = np.unique(np.linspace(0, len(self) - 1, TABLE_ROWS).round().astype(int))
-        columns = ["name", *(name for name in TABLE_COLUMNS if not np.isnan(self.columns[name]).all())]
-        rows = [[_cell(self.columns[name][i]) for name in columns] for i in shown]
+        missing = {name: self.is_missing(name) for name in TABLE_COLUMNS}
+        columns = ["name", *(name for name in TABLE_COLUMNS if not missing[name].all())]
+        rows = [[_cell(self.columns[name][i], name in missing and missing[name][i]) for name in columns] for i in shown]
         header = ["layer", *(TABLE_COLUMNS[name] for name in columns[1:])]
         title = f"{self.name}: {len(shown)} of {len(self)} rows"
         return format_table(header, rows, title) + "\n\n" + self._figures()
 
     def _figures(self) -> str:
-        return format_table(["figure", "value"], timing_rows(self) + solves_rows(self) + jacobian_rows(self))
+        found = failure_rows(self) + timing_rows(self) + solves_rows(self) + jacobian_rows(self)
+        return format_table(["figure", "value"], found + missing_rows(self))
 
     def plot(self, path: str | Path) -> None:
         """Draw norms by depth on a log axis, with shaded bounds, as PNG, SVG or PDF by the path's ending.
@@ -200,7 +242,7 @@ class Profile:
         plot_profile(self, path)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write one row per layer under a header; a cell is empty if its figure does not apply.
+        """Write one row per layer under a header; a cell is empty if its figure is missing.
 
         Raises OSError if the file cannot be written.
         """
@@ -208,31 +250,71 @@ class Profile:
 
     def csv_rows(self) -> Iterable[Sequence[str]]:
         """The rows of :meth:`to_csv`, as text."""
-        return csv_rows(self.columns)
+        return csv_rows(self.columns, {name: self.is_missing(name) for name in self.columns if name != "name"})
 
     def to_json(self, path: str | Path) -> None:
-        """Write the summary and all columns; see the top of this file for infinities and NaN."""
-        content = {**self.summary(), "columns": {name: column.tolist() for name, column in self.columns.items()}}
+        """Write the summary, all columns, and "missing": column -> reason -> ranges of rows [first, last], from 0.
+
+        See the top of this file for infinities and NaN.
+        """
+        missing = {
+            column: {reason: _ranges(rows) for reason, rows in self.reasons_of(column).items()}
+            for column, numbers in self.missing.items()
+            if numbers.any()
+        }
+        content = {
+            **self.summary(),
+            "columns": {name: column.tolist() for name, column in self.columns.items()},
+            **({"missing": missing} if missing else {}),
+        }
         write_atomically(path, lambda file: write_json(file, content))
+
+
+def failure_rows(profile: Profile) -> list[list[str]]:
+    """(figure, value) pairs of a failed pass and of the first NaN or infinity; [] if all is well."""
+    rows = [["failed", profile.failure], ["not finite first", profile.not_finite]]
+    return [[figure, value] for figure, value in rows if value is not None]
+
+
+def missing_rows(profile: Profile) -> list[list[str]]:
+    """(figure, value) pairs of what is missing and why: for the whole model, and for state and gradient of rows."""
+    rows = [[figure, f"missing: {reason}"] for figure, reason in profile.absent.items()]
+    for column in ("state_rms", "gradient_norm"):
+        for reason, places in profile.reasons_of(column).items():
+            names = profile.columns["name"][places[:3]]
+            more = ", ..." if len(places) > len(names) else ""
+            words = f"missing in {len(places):,} row{'s' if len(places) > 1 else ''} ({', '.join(names)}{more})"
+            rows.append([TABLE_COLUMNS[column], f"{words}: {reason}"])
+    return rows
 
 
 def timing_rows(profile: Profile) -> list[list[str]]:
     """(figure, value) pairs of time, rate and memory."""
     timing = profile.timing
     repeats = f"median of {timing.repeats}" if timing.repeats > 1 else "1 run"
-    rows = [
-        ["forward", f"{timing.forward_seconds * 1e3:.4g} ms ({repeats})"],
-        ["backward", f"{timing.backward_seconds * 1e3:.4g} ms ({repeats})"],
-        ["forward + backward per layer", f"{timing.microseconds_per_layer:.4g} µs"],
-    ]
-    for direction, rate in (("forward", timing.forward_rate), ("backward", timing.backward_rate)):
-        share = rate / timing.matmul_rate
-        rows.append([f"{direction} rate", f"{rate / 1e9:.4g} GFLOP/s, {share:.1%} of this machine's matmul rate"])
+    rows = []
+    if timing.repeats:
+        rows += [
+            ["forward", f"{timing.forward_seconds * 1e3:.4g} ms ({repeats})"],
+            ["backward", f"{timing.backward_seconds * 1e3:.4g} ms ({repeats})"],
+            ["forward + backward per layer", f"{timing.microseconds_per_layer:.4g} µs"],
+            ["forward rate", _rate(timing, timing.forward_flops, timing.forward_rate)],
+            ["backward rate", _rate(timing, timing.backward_flops, timing.backward_rate)],
+        ]
+    if timing.uncounted:
+        rows.append(["not counted", ", ".join(timing.uncounted)])
     rows.append(["matmul rate (float32)", f"{timing.matmul_rate / 1e9:.4g} GFLOP/s"])
     if profile.peak_memory_bytes is not None:
         rows.append(["peak memory", f"{profile.peak_memory_bytes / 1e9:.2f} GB"])
     rows.append(["backend", f"{profile.backend}, {profile.machine['threads']} threads"])
     return rows
+
+
+def _rate(timing: Timing, flops: float, rate: float) -> str:
+    if not flops > 0:
+        return "not counted" if timing.uncounted or math.isnan(flops) else "no matrix products"
+    least = "at least " if timing.uncounted else ""
+    return f"{least}{rate / 1e9:.4g} GFLOP/s, {rate / timing.matmul_rate:.1%} of this machine's matmul rate"
 
 
 def solves_rows(profile: Profile) -> list[list[str]]:
@@ -316,13 +398,32 @@ def _plain_table(header, rows, title) -> str:
     return "\n".join(lines)
 
 
-def csv_rows(columns: dict[str, np.ndarray]) -> Iterable[Sequence[str]]:
-    """The rows of a table with the columns of ``COLUMNS``, as text; the cells of a missing column are empty."""
-    length = len(columns["name"])
+def csv_rows(columns: dict[str, np.ndarray], missing: dict[str, np.ndarray] | None = None) -> Iterable[Sequence[str]]:
+    """The rows of a table with the columns of ``COLUMNS``, as text; the cells of a missing column are empty.
+
+    ``missing``: which figures of a column are missing; without it, those that are NaN.
+    """
+    length, missing = len(columns["name"]), missing or {}
     texts = [
-        [_exact(value) for value in columns[name].tolist()] if name in columns else [""] * length for name in COLUMNS
+        [""] * length
+        if name not in columns
+        else columns[name].tolist()
+        if name == "name"
+        else [
+            "" if absent else f"{value:.7g}"
+            for value, absent in zip(
+                columns[name].tolist(), missing.get(name, np.isnan(columns[name])).tolist(), strict=True
+            )
+        ]
+        for name in COLUMNS
     ]
     return zip(*texts, strict=True)
+
+
+def _ranges(rows: np.ndarray) -> list[list[int]]:
+    """Sorted numbers as ranges [first, last]."""
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    return [[int(part[0]), int(part[-1])] for part in parts]
 
 
 def write_rows(file: IO, header: list[str], parts: Iterable[Iterable[Sequence[str]]]) -> None:
@@ -349,14 +450,7 @@ def json_ready(value):
     return value
 
 
-def _exact(value) -> str:
-    """The value with seven significant digits, as many as float32 holds; empty for NaN."""
+def _cell(value, missing) -> str:
     if isinstance(value, str):
         return value
-    return "" if math.isnan(value) else f"{value:.7g}"
-
-
-def _cell(value) -> str:
-    if isinstance(value, str):
-        return value
-    return "-" if np.isnan(value) else f"{value:.3g}"
+    return "-" if missing else f"{value:.3g}"

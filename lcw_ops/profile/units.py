@@ -1,0 +1,144 @@
+"""Which dimension of a module's output holds the units, and the figures that depend on it.
+
+The units' dimension follows the module that produced the tensor: channels of a convolution are dimension 1, features of
+a linear layer the last one. A module that passes units on (an activation, Identity, a block) has those of its input.
+"""
+
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lcw_ops import _torch
+from lcw_ops._layer_kinds import is_conv, is_linear, plain_kind
+from lcw_ops.nn import InputMeanNorm
+from lcw_ops.profile.figures import Figure, attempt, norm, whole
+
+_UNITS_LAST = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+_UNITS_SECOND = (_torch.BatchNormalization, nn.GroupNorm, InputMeanNorm)
+
+# The number of tensors whose units are remembered: a branch of a block may be read that many modules later.
+_REMEMBERED = 64
+
+
+class Units(NamedTuple):
+    """The dimension of the units and their number, in a tensor of ``dims`` dimensions."""
+
+    dims: int
+    dim: int
+    count: int
+
+
+class UnitAxes:
+    """Finds the units' dimension of outputs in the order in which modules are called."""
+
+    def __init__(self) -> None:
+        # By storage: views and in-place results have their tensor's units. The reference keeps the key unique.
+        self._known: OrderedDict[int, tuple[object, Units]] = OrderedDict()
+
+    def dimension(self, module: nn.Module, input: Tensor | None, output: Tensor) -> int:
+        """The units' dimension of ``output``, which ``module`` has just computed from ``input``."""
+        dim = _own_dimension(module, output)
+        if dim is None:
+            dim = self._inherited(input, output)
+        reference = _torch.storage_reference(output)
+        if reference is not None:
+            self._known[reference.cdata] = reference, Units(output.dim(), dim, output.shape[dim])
+            self._known.move_to_end(reference.cdata)
+            if len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return dim
+
+    def _inherited(self, input: Tensor | None, output: Tensor) -> int:
+        reference = None if input is None else _torch.storage_reference(input)
+        of_input = None if reference is None else self._known.get(reference.cdata)
+        sources = [] if of_input is None else [of_input[1]]
+        if not (sources and _has(output, sources[0])):
+            sources += [units for _, units in reversed(self._known.values())]
+        # The same place first: in square images the number of units alone does not tell the dimension.
+        for units in sources:
+            if _has(output, units):
+                return units.dim
+        for units in sources:
+            places = [dim for dim in range(1, output.dim()) if output.shape[dim] == units.count]
+            if len(places) == 1:
+                return places[0]
+        return 1 if output.dim() > 3 else output.dim() - 1
+
+
+def _has(output: Tensor, units: Units) -> bool:
+    """Whether the output has as many dimensions, and as many units at the same place."""
+    return output.dim() == units.dims and output.shape[units.dim] == units.count
+
+
+def _own_dimension(module: nn.Module, output: Tensor) -> int | None:
+    """The units' dimension if the module's class decides it."""
+    if is_linear(module) or isinstance(module, _UNITS_LAST):
+        return output.dim() - 1
+    if is_conv(module) or isinstance(module, _torch.Convolution):
+        # Before the positions: an input without a batch has one dimension fewer.
+        return output.dim() - 1 - len(module.kernel_size)
+    if isinstance(module, _UNITS_SECOND):
+        return 1
+    return None
+
+
+def activation_shift(output: Tensor, unit_dim: int) -> Figure:
+    """The rms over units of the output's mean over samples and positions."""
+    if output.dim() < 2:
+        return f"the output has {output.dim()} dimension{'s' if output.dim() != 1 else ''}: no samples to average over"
+    others = [dim for dim in range(output.dim()) if dim != unit_dim]
+    wide = torch.complex128 if output.is_complex() else torch.float64
+    return norm(output.detach().mean(others, dtype=wide)) / math.sqrt(output.shape[unit_dim])
+
+
+def shift_angle(module: nn.Module, input: Tensor | None) -> Figure:
+    """:func:`mean_input_angle` of a linear layer that is known to apply its ``weight``; else the reason."""
+    if not is_linear(module):
+        return "it is not a linear layer"
+    # A subclass may compute with another weight than the stored one.
+    kind = type(module).__bases__[0] if is_parametrized(module) else plain_kind(module)
+    if kind is not nn.Linear:
+        return "its class may apply another weight than the stored one"
+    if input is None or input.dim() < 2:
+        return "its input has no samples to average over"
+    if not input.is_floating_point():
+        return "its input is not real"
+    return attempt(_shift_angle, module, input)
+
+
+def _shift_angle(module: nn.Module, input: Tensor) -> Figure:
+    weight = whole(module.weight).double()
+    mean_input = input.detach().mean(tuple(range(input.dim() - 1)), dtype=torch.float64)
+    if not mean_input.any():
+        return "the mean input is zero"
+    lengths = torch.linalg.vector_norm(weight, dim=1) * norm(mean_input)
+    angles = torch.asin((weight @ mean_input / lengths).clamp_(-1, 1))
+    return math.degrees(norm(angles) / math.sqrt(len(weight)))
+
+
+def root_mean_square(values: Tensor) -> Tensor:
+    """The rms over the last dimension, in float64."""
+    return values.double().square().mean(-1).sqrt()
+
+
+def mean_input_angle(projection: Tensor, weight: Tensor, mean_input: Tensor) -> Tensor:
+    """By how many degrees the angle of a weight vector to the mean input differs from 90: rms over units.
+
+    NaN if the mean input is zero. This difference shifts the activation: T. Kutsuna, "Linearly Constrained Weights",
+    ECML PKDD 2019, arXiv 2403.13833. ``projection`` (..., N) = ``weight`` (..., N, K) times ``mean_input`` (..., K).
+    """
+    cosine = projection / (weight.norm(dim=-1) * mean_input.norm(dim=-1, keepdim=True))
+    return root_mean_square(torch.rad2deg(torch.asin(cosine.double().clamp(-1, 1))))
