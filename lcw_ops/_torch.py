@@ -70,6 +70,14 @@ DispatchKey = torch._C.DispatchKey
 OpOverload = torch._ops.OpOverload
 
 
+def call_kernel(overload: OpOverload, device_type: str, *arguments, **options):
+    """Call an op's kernel for tensors on a device of this type, below the dispatch modes that are active.
+
+    The modes still see the operators that the kernel calls.
+    """
+    return overload._op_dk(getattr(DispatchKey, device_type.upper()), *arguments, **options)
+
+
 def in_forward_mode() -> bool:
     """Whether a forward-mode derivative may be taken: torch.autograd.forward_ad.dual_level or torch.func.jvp is on."""
     return forward_ad._current_level >= 0

@@ -210,8 +210,9 @@ def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
         "(name, instructions, threads), gpus (a list: device, name, generation), memory_pool (bytes: limit, idle, "
         "lent; error: why there is none, or null), requested_backend (null: none), and ops, which has by op and by "
         "device: backend (the one that runs; null: none), error (why none runs, or null), "
-        "wider (a list of backends for wider rows: above_width_float32, above_width_float64, backend) and not_chosen "
-        "(by backend, why it does not run)."
+        "wider (a list of backends for wider rows: above_width_float32, above_width_float64, backend), not_chosen "
+        "(by backend, why it does not run) "
+        "and verdicts (of lcw-ops verify, a list: backend, dtype, size, right, faster, times, reason, date)."
     )
 
 
