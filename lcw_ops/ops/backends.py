@@ -131,7 +131,9 @@ def _denied_reason(op: str, backend: str, device: torch.device) -> str | None:
     for entry in DENIED:
         if (entry["op"], entry["backend"]) == (op, backend):
             facts = verdicts.collect_facts(device, backend)
-            if all(facts.get(name) == value for name, value in entry.items() if name not in ("op", "backend", "reason")):
+            if all(
+                facts.get(name) == value for name, value in entry.items() if name not in ("op", "backend", "reason")
+            ):
                 return f"denied by this version of lcw_ops: {entry['reason']}"
     return None
 

@@ -218,7 +218,12 @@ def find(op: str, backend: str, kind: Kind, device: torch.device) -> Verdict | N
     if shipped_file() is not None:
         return _verdict_in(_shipped().get(file_of(key)), key)
     folder = _files.cache_folder()
-    return folder and _verdict_in(_load(folder / file_of(key)), key)
+    return None if folder is None else read(folder, key)
+
+
+def read(folder: Path, key: dict) -> Verdict | None:
+    """The verdict that the folder holds for this key, read now."""
+    return _verdict_in(_load(folder / file_of(key)), key)
 
 
 def find_all(op: str, backend: str, device: torch.device) -> Iterator[tuple[Kind, Verdict]]:

@@ -14,8 +14,7 @@ import torch
 
 import lcw_ops
 from lcw_ops.bench.registry import WrongResult
-from lcw_ops.ops import backends, verdicts
-from lcw_ops.ops.backends import FORM_OF
+from lcw_ops.ops import verdicts
 from lcw_ops.verification import compiling
 from lcw_ops.verification.cases import Case, cases
 from lcw_ops.verification.judge import judge
@@ -40,8 +39,8 @@ def describe(job: dict, write: Write) -> None:
 def compile_all(job: dict, write: Write) -> None:
     """Compile what the op's cases launch in Triton. Faults are written by class."""
     op = job["op"]
-    work: list[Case | Speed] = [*cases(op, "triton"), *speeds(op, "triton")]
-    for one in work:
+    work: list[Case | Speed] = [*cases(op, "triton"), *speeds(op, "triton", "cuda")]
+    for one in [one for one in work if job["only"] in one.label]:
         try:
             with (
                 compiling.compiling_for(job["card"], lambda name, one=one: write({"case": f"{one.label}: {name}"})),
@@ -74,7 +73,7 @@ def run(job: dict, write: Write) -> None:
     # Otherwise torch's matmul, not ours, might be judged.
     os.environ["LCW_OPS_MATMUL"] = "own"
     for case in cases(op, backend):
-        if case.kind in wrong:
+        if case.kind in wrong or job["only"] not in case.label:
             continue
         write({"case": case.label})
         seed = int.from_bytes(os.urandom(4))
@@ -93,8 +92,8 @@ def run(job: dict, write: Write) -> None:
         write({"kind": case.kind, "right": False, "reason": f"{case.label}, seed {seed}: {reason}"})
     del os.environ["LCW_OPS_MATMUL"]
     if job["times"]:
-        for speed in speeds(op, backend):
-            if speed.kind not in wrong:
+        for speed in speeds(op, backend, device.type):
+            if speed.kind not in wrong and job["only"] in speed.label:
                 _time(speed, backend, device, write)
     write({"done": True})
 

@@ -173,9 +173,17 @@ def _copy_seconds(device: torch.device) -> float:
 # ---- The work --------------------------------------------------------------------------------------------------------
 
 
-def speeds(op: str, backend: str) -> list[Speed]:
-    """What is timed of an op on a backend."""
-    found = [speed for kind in verdicts.kinds(op) for speed in _OF_OP[op](kind)]
+def speeds(op: str, backend: str, device_type: str) -> list[Speed]:
+    """What is timed of an op on a backend.
+
+    On a CPU the automatic choice does not depend on the times, so only float32 is timed, and no row beyond 1024.
+    """
+    kinds = verdicts.kinds(op)
+    if device_type == "cpu":
+        kinds = [
+            kind for kind in kinds if kind == verdicts.ANY or (kind.dtype == "float32" and widest_of(kind) <= 1024)
+        ]
+    found = [speed for kind in kinds for speed in _OF_OP[op](kind)]
     return [speed for speed in found if takes(op, backend, speed.width, speed.dtype)]
 
 
