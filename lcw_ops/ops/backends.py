@@ -100,10 +100,8 @@ def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -
         return None
     generation = f"sm_{capability[0]}{capability[1]}"
     request = f"lcw_ops.use_backend({FORM_OF.get(backend, backend)!r})"
-    return (
-        f"its tests have not passed on {generation} yet; lcw-ops verify proves it on this card, and it runs on request: "
-        f"{request}"
-    )
+    remedy = "lcw-ops verify can prove it on this card"
+    return f"its tests have not passed on {generation} yet; {remedy}, and it runs on request: {request}"
 
 
 def _automatic_reason(op: str, backend: str, device: torch.device, kind: verdicts.Kind | None) -> str | None:
@@ -130,10 +128,8 @@ def _wrong_reason(verdict: verdicts.Verdict) -> str:
 def _denied_reason(op: str, backend: str, device: torch.device) -> str | None:
     for entry in DENIED:
         if (entry["op"], entry["backend"]) == (op, backend):
-            facts = verdicts.collect_facts(device, backend)
-            if all(
-                facts.get(name) == value for name, value in entry.items() if name not in ("op", "backend", "reason")
-            ):
+            conditions = {name: entry[name] for name in entry.keys() - {"op", "backend", "reason"}}
+            if conditions.items() <= verdicts.collect_facts(device, backend).items():
                 return f"denied by this version of lcw_ops: {entry['reason']}"
     return None
 

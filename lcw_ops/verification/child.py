@@ -1,7 +1,7 @@
 """A process of ``lcw-ops verify``: the only one that opens the device, so a crash cannot reach the caller.
 
-It takes a job in JSON and writes JSON lines. A line with "case" names the work that begins; the parent kills the process
-if no line follows for too long. The job's last line has "done".
+It takes a job in JSON and writes JSON lines. A line with "case" names the work that begins; the parent kills the
+process if no line follows for too long. The job's last line has "done".
 """
 
 import json

@@ -90,12 +90,12 @@ def compiling_for(card: dict, announce: Callable[[str], None]) -> Iterator[None]
     facts = Device(*card["facts"])
     before = triton.runtime.driver._active
     with mock.patch.object(JITFunction, "run", compile_only):
-        patches = [mock.patch.object(module, "device_facts", lambda _: facts, create=True) for module in _modules()]
+        patches = [mock.patch.object(module, "device_facts", create=True, return_value=facts) for module in _modules()]
         for patch in patches:
             patch.start()
         triton.runtime.driver.set_active(_NamedCard(GPUTarget(*card["target"])))
         # Triton's launchers take any tensor here: nothing is launched.
-        with mock.patch.object(backends, "missing_reason", lambda op, backend, device_type: None):
+        with mock.patch.object(backends, "missing_reason", return_value=None):
             try:
                 yield
             finally:

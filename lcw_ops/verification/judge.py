@@ -152,8 +152,8 @@ def _allowed_errors(case: Case, inputs: list[Tensor], exact: list[Tensor], resul
     """Twice eager torch's errors, plus one unit in the last place, relative to the results' scales.
 
     For float64 there are no more exact results. Rounding errors are proportional to the unit in the last place, so
-    eager's error in float64 is taken as its error in float32, scaled, and times ORDERS, because torch may add in another
-    order. A sum in float32 still fails by a factor of millions.
+    eager's error in float64 is taken as its error in float32, scaled, and times ORDERS, because torch may add in
+    another order. A sum in float32 still fails by a factor of millions.
     """
     places = [torch.finfo(result.dtype).eps for result in results]
     slack = float(OURS_SLACK)

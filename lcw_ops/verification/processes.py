@@ -1,5 +1,6 @@
 """The processes of a verification, as their parent sees them: lines that arrive in time, or the reason why not."""
 
+import contextlib
 import json
 import os
 import selectors
@@ -42,7 +43,7 @@ def run(job: dict) -> Iterator[dict]:
         )
         place, done = "the start", False
         try:
-            for line in _lines(child, lambda: place):
+            for line in _lines(child):
                 place = line.get("case", place)
                 done |= "done" in line
                 yield line
@@ -66,22 +67,25 @@ def _environment(job: dict) -> dict[str, str]:
     return environment
 
 
-def _lines(child: subprocess.Popen, place) -> Iterator[dict]:
+def _lines(child: subprocess.Popen) -> Iterator[dict]:
+    """The lines of a child. Raises Lost for one that is late or not JSON."""
     stdout = child.stdout
     assert stdout is not None
-    pending, limit = b"", START_SECONDS
+    place, pending = "the start", b""
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)
-        until = time.monotonic() + limit
+        until = time.monotonic() + START_SECONDS
         while True:
             if not selector.select(max(until - time.monotonic(), 0)):
-                raise TimedOut(f"timed out in {place()}")
+                raise TimedOut(f"timed out in {place}")
             received = os.read(stdout.fileno(), 1 << 16)
             if not received:
                 return
             *lines, pending = (pending + received).split(b"\n")
             for line in lines:
-                yield _parse(line, place())
+                parsed = _parse(line, place)
+                place = parsed.get("case", place)
+                yield parsed
             if lines:
                 until = time.monotonic() + CASE_SECONDS
 
@@ -98,10 +102,8 @@ def _parse(line: bytes, place: str) -> dict:
 
 def _kill(child: subprocess.Popen) -> None:
     if os.name == "posix":
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     else:
         child.kill()
     child.wait()

@@ -33,8 +33,9 @@ class Kernel:
         if wrong:
             others = f" (and {len(wrong) - 1} of {len(self.verdicts)} classes more)" if len(wrong) > 1 else ""
             return wrong[0].reason + others
-        faster = [kind for kind, verdict in self.verdicts.items() if verdict.faster]
-        return f"right in {_count(len(self.verdicts))}, faster in {len(faster)}"
+        faster = sum(verdict.faster for verdict in self.verdicts.values())
+        timed = sum(verdict.times is not None for verdict in self.verdicts.values())
+        return f"right in {_count(len(self.verdicts))}; faster in {faster} of {timed} that were timed"
 
     def as_dict(self) -> dict:
         facts = {"op": self.op, "backend": self.backend, "right": self.right, "times": self.times}

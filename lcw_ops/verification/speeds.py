@@ -34,6 +34,8 @@ TURN_SECONDS = {"cpu": 0.02, "cuda": 0.005}
 # The inputs fill this many second-level caches, but are at most MOST_SETS.
 CACHES, MOST_SETS = 3, 32
 MOST_CHANGE = 1.1
+# The classes that are timed on a CPU. There the automatic choice does not depend on the times.
+CPU_KINDS = {verdicts.ANY, *(Kind("float32", f"up to {widest}") for widest in (64, 128, 256, 512, 1024))}
 COPY_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 COPIES = 10
 
@@ -174,15 +176,10 @@ def _copy_seconds(device: torch.device) -> float:
 
 
 def speeds(op: str, backend: str, device_type: str) -> list[Speed]:
-    """What is timed of an op on a backend.
-
-    On a CPU the automatic choice does not depend on the times, so only float32 is timed, and no row beyond 1024.
-    """
+    """What is timed of an op on a backend."""
     kinds = verdicts.kinds(op)
     if device_type == "cpu":
-        kinds = [
-            kind for kind in kinds if kind == verdicts.ANY or (kind.dtype == "float32" and widest_of(kind) <= 1024)
-        ]
+        kinds = [kind for kind in kinds if kind in CPU_KINDS]
     found = [speed for kind in kinds for speed in _OF_OP[op](kind)]
     return [speed for speed in found if takes(op, backend, speed.width, speed.dtype)]
 
