@@ -1,4 +1,4 @@
-"""``lcw-ops verify`` with a device that is played by a fake child: the verdicts, their files, and what follows from them.
+"""``lcw-ops verify`` with a device that is played by a fake child: verdicts, their files, and the choices they make.
 
 Nothing here runs on a GPU. test_verify_kernels.py runs real kernels on the CPU.
 """
@@ -51,7 +51,10 @@ def folder(tmp_path, monkeypatch):
 def card(folder, monkeypatch):
     """A card whose kernels all could run; only the fake child knows more about it."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: None)
+    able = {op: (*names, "reference") for op, names in backends.IMPLEMENTED.items()}
+    monkeypatch.setattr(
+        backends, "missing_reason", lambda op, backend, device_type: None if backend in able[op] else "no kernel"
+    )
     monkeypatch.setattr(backends, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(verdicts, "_gpu_facts", lambda device: dict(itertools.islice(FACTS.items(), 5)))
     monkeypatch.setattr(verdicts, "_hash_kernels", lambda backend: f"hash of {backend}")

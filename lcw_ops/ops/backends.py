@@ -104,7 +104,7 @@ def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -
     return f"its tests have not passed on {generation} yet; {remedy}, and it runs on request: {request}"
 
 
-def _automatic_reason(op: str, backend: str, device: torch.device, kind: verdicts.Kind | None) -> str | None:
+def _automatic_reason(op: str, backend: str, device: torch.device, kind: tuple[str, str] | None) -> str | None:
     """Returns why a kernel that could run is not the automatic choice for a class of sizes and dtypes, or None."""
     denied = _denied_reason(op, backend, device)
     if denied is not None:
@@ -113,7 +113,7 @@ def _automatic_reason(op: str, backend: str, device: torch.device, kind: verdict
         # A small layer cannot wait for its class to be found, so one wrong class switches the whole kernel off.
         found = [verdict for _, verdict in verdicts.find_all(op, backend, device) if not verdict.right]
         return _wrong_reason(found[0]) if found else None
-    verdict = verdicts.find(op, backend, kind, device) if kind is not None else None
+    verdict = verdicts.find(op, backend, verdicts.Kind(*kind), device) if kind is not None else None
     if verdict is None:
         return unproven_reason(op, backend, compute_capability(device))
     if not verdict.right:
@@ -134,11 +134,13 @@ def _denied_reason(op: str, backend: str, device: torch.device) -> str | None:
     return None
 
 
-def _kind(op: str, device: torch.device, width: int, itemsize: int) -> verdicts.Kind | None:
+def _kind(op: str, device: torch.device, width: int, itemsize: int) -> tuple[str, str] | None:
     """The class whose verdict decides. None where none does, so that torch.compile makes no guards of the width."""
     if device.type != "cuda" or not verdicts.are_kept():
         return None
-    return verdicts.classify(op, width, itemsize)
+    kind = verdicts.classify(op, width, itemsize)
+    # torch.compile makes constants of plain tuples, but not of named ones.
+    return None if kind is None else (kind.dtype, kind.size)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
@@ -153,7 +155,7 @@ def _resolve(
     requested: str | None,
     too_wide: tuple[str, ...] = (),
     first: str | None = None,
-    kind: verdicts.Kind | None = None,
+    kind: tuple[str, str] | None = None,
 ) -> str:
     """Returns the requested kernel, or else the most preferred one that can run ``op`` and may be chosen.
 
@@ -184,18 +186,18 @@ def _resolve_at_trace_time(
     requested: str | None,
     too_wide: tuple[str, ...],
     first: str | None,
-    kind: verdicts.Kind | None,
+    kind: tuple[str, str] | None,
 ) -> str:
     return _resolve(op, device, requested, too_wide, first, kind)
 
 
 @_torch.constant_when_traced
-def _warn_of_fallback(op: str, device: torch.device, kind: verdicts.Kind | None) -> None:
+def _warn_of_fallback(op: str, device: torch.device, kind: tuple[str, str] | None) -> None:
     _warn_once(op, device, kind)
 
 
 @functools.cache
-def _warn_once(op: str, device: torch.device, kind: verdicts.Kind | None) -> None:
+def _warn_once(op: str, device: torch.device, kind: tuple[str, str] | None) -> None:
     """Warn of every kernel that is switched off on a CPU, and once per process if no kernel is proved on a GPU."""
     able = [name for name in PREFERENCE.get(device.type, ()) if missing_reason(op, name, device.type) is None]
     reasons = {name: reason for name in able if (reason := _automatic_reason(op, name, device, kind)) is not None}

@@ -203,10 +203,7 @@ def _are_kept() -> bool:
     if shipped_file() is not None:
         return bool(_shipped())
     folder = _files.cache_folder()
-    try:
-        return folder is not None and any(entry.name.startswith("verdict-") for entry in os.scandir(folder))
-    except OSError:
-        return False
+    return folder is not None and any(folder.glob("verdict-*.json"))
 
 
 @functools.cache
