@@ -235,7 +235,7 @@ def check(case: Case, device: torch.device, competitors: list[Competitor]) -> di
         expected = case.expected(inputs)
         eager = next(competitor for competitor in case.competitors if competitor.name == EAGER)
         eager_results = eager.prepare(inputs)()
-        eager_errors = _largest(eager_errors, relative_errors(eager_results, expected))
+        eager_errors = _largest(eager_errors, _relative_errors(eager_results, expected))
         last_place = torch.finfo(eager_results[0].dtype).eps
         verdicts = {}
         for competitor in competitors:
@@ -244,7 +244,7 @@ def check(case: Case, device: torch.device, competitors: list[Competitor]) -> di
             name, slack = competitor.name, OURS_SLACK if competitor.ours else PEER_SLACK
             try:
                 results = [as_tensor(result) for result in competitor.prepare(inputs)()]
-                errors[name] = _largest(errors.get(name, []), relative_errors(results, expected))
+                errors[name] = _largest(errors.get(name, []), _relative_errors(results, expected))
                 verdicts[name] = _judge(errors[name], eager_errors, slack, last_place)
             except WrongResult as wrong:
                 verdicts[name] = wrong
@@ -257,7 +257,7 @@ def _largest(before: list[float], now: list[float]) -> list[float]:
     return list(map(max, before, now)) if before else now
 
 
-def relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
+def _relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
     """Each result's largest error, divided by the largest exact value; infinity, not NaN, if the error is NaN."""
     if len(results) != len(expected):
         raise WrongResult(f"{len(results)} results, expected {len(expected)}")
@@ -265,9 +265,6 @@ def relative_errors(results: list[Tensor], expected: list[Tensor]) -> list[float
     for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         if result.shape != wanted.shape:
             raise WrongResult(f"result {index} has shape {tuple(result.shape)}, expected {tuple(wanted.shape)}")
-        if not wanted.numel():
-            relative.append(0.0)
-            continue
         error, scale = (result.double() - wanted).abs().max().item(), wanted.abs().max().item()
         relative.append(math.inf if math.isnan(error) else error / scale if scale else math.inf if error else 0.0)
     return relative

@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 from torch.nn.utils import parametrize  # noqa: E402
 from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # noqa: E402
 
 # () -> bool: whether a transform of torch.func (vmap, grad, jvp, ...) runs the code.
 in_functorch = torch._C._are_functorch_transforms_active
@@ -75,7 +76,10 @@ def call_kernel(overload: OpOverload, device_type: str, *arguments, **options):
 
     The modes still see the operators that the kernel calls.
     """
-    return overload._op_dk(getattr(DispatchKey, device_type.upper()), *arguments, **options)
+    # For a key without a kernel of its own, torch calls a null pointer.
+    keys = getattr(DispatchKey, device_type.upper()), DispatchKey.CompositeExplicitAutograd
+    key = next((key for key in keys if overload.has_kernel_for_dispatch_key(key)), None)
+    return overload(*arguments, **options) if key is None else overload._op_dk(key, *arguments, **options)
 
 
 def in_forward_mode() -> bool:
