@@ -46,7 +46,7 @@ class Guards(_torch.TorchDispatchMode):
         self._inside = 0
         self._bands: list[Tensor] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def _dispatch(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "lcw_ops":
             self._inside += 1
@@ -84,6 +84,10 @@ class Guards(_torch.TorchDispatchMode):
         # One comparison per device: on a GPU each makes the host wait.
         if any((torch.cat(bands) != FILL).any() for bands in by_device.values()):
             raise WrongResult("a kernel wrote outside of its memory")
+
+
+# torch wraps a method that the class is defined with, and the wrapper imports torch's compiler, which takes a second.
+Guards.__torch_dispatch__ = Guards._dispatch  # type: ignore[method-assign]
 
 
 def judge(case: Case, backend: str, device: torch.device) -> None:
