@@ -34,8 +34,6 @@ TURN_SECONDS = {"cpu": 0.02, "cuda": 0.005}
 # The inputs fill this many second-level caches, but are at most MOST_SETS.
 CACHES, MOST_SETS = 3, 32
 MOST_CHANGE = 1.1
-# The classes that are timed on a CPU. There the automatic choice does not depend on the times.
-CPU_KINDS = {verdicts.ANY, Kind("float32", "up to 64"), Kind("float32", "up to 1024")}
 COPY_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 COPIES = 10
 
@@ -179,7 +177,8 @@ def speeds(op: str, backend: str, device_type: str) -> list[Speed]:
     """What is timed of an op on a backend."""
     kinds = verdicts.kinds(op)
     if device_type == "cpu":
-        kinds = [kind for kind in kinds if kind in CPU_KINDS]
+        # There the automatic choice does not depend on the times. One class is enough to show what a kernel is worth.
+        kinds = [kind for kind in kinds if kind.dtype in ("any", "float32")][:1]
     found = [speed for kind in kinds for speed in _OF_OP[op](kind)]
     return [speed for speed in found if takes(op, backend, speed.width, speed.dtype)]
 
