@@ -15,6 +15,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcw_ops import _files
+
 # The variables that decide what setup.py compiles. A worktree that was built with other values is built again.
 BUILD_VARIABLES = ("LCW_OPS_CUDA_ARCHS", "LCW_OPS_NO_EXTENSIONS", "CXX", "CXXFLAGS")
 
@@ -82,7 +84,7 @@ def build(root: Path, commit: str, cuda_archs: str) -> BaseTree:
 
     ``cuda_archs`` is the value of LCW_OPS_CUDA_ARCHS if that is not set. Raises ValueError if the build fails.
     """
-    cache = _cache_folder()
+    cache = _files.cache_folder()
     place = Path(tempfile.mkdtemp(prefix="lcw_ops-bench-")) if cache is None else cache / "bench"
     place.mkdir(parents=True, exist_ok=True)
     folder = place.resolve() / commit[:12]
@@ -136,17 +138,6 @@ def _remove(root: Path, folder: Path) -> None:
     except ValueError:
         # The folder belongs to another clone, or is not registered any more.
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _cache_folder() -> Path | None:
-    """lcw_ops's cache folder, as docs/environment.md defines it, or None if there is none."""
-    named = os.environ.get("LCW_OPS_CACHE_DIR")
-    if named is not None:
-        return Path(named) if named else None
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches, "lcw_ops")
-    home = os.environ.get("HOME")
-    return Path(home, ".cache/lcw_ops") if home else None
 
 
 def _git(folder: Path, *arguments: str) -> str:

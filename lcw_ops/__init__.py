@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lcw_ops.conversion import convert, fold
     from lcw_ops.ops import BackendError, empty_memory_pool, set_memory_pool_limit, use_backend
     from lcw_ops.optim.hooks import activate_gradients, register_gradient_hook
+    from lcw_ops.verification import verify
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "register_gradient_hook",
     "set_memory_pool_limit",
     "use_backend",
+    "verify",
 ]
 
 # Public functions and classes of this module -> the submodule that defines them.
@@ -50,6 +52,7 @@ _DEFINED_IN = {
     "register_gradient_hook": "optim.hooks",
     "set_memory_pool_limit": "ops",
     "use_backend": "ops",
+    "verify": "verification",
 }
 
 # Attributes that are submodules: the public ones, and two that ``import lcw_ops`` has always provided.

@@ -57,6 +57,17 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def cache_folder() -> Path | None:
+    """The package's cache folder, as docs/environment.md defines it, or None if there is none."""
+    named = os.environ.get("LCW_OPS_CACHE_DIR")
+    if named is not None:
+        return Path(named) if named else None
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches, "lcw_ops")
+    home = os.environ.get("HOME")
+    return Path(home, ".cache/lcw_ops") if home else None
+
+
 def prepare_folder(folder: str | Path) -> Path:
     """Create ``folder`` with its parents and prove that a file can be written there, before hours of work rely on it.
 

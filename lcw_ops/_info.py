@@ -5,7 +5,8 @@ import platform
 
 import torch
 
-from lcw_ops.ops import backends, memory_pool
+from lcw_ops import _files
+from lcw_ops.ops import backends, memory_pool, verdicts
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 from lcw_ops.ops.orthogonal_filter.crossover import get_table
 
@@ -29,6 +30,7 @@ def info() -> str:
     if not gpus:
         lines.append("GPU: none; the backends cuda and triton need one")
     lines.append(_memory_pool_line(facts["memory_pool"]))
+    lines.append(_verification_line())
     if facts["requested_backend"] is not None:
         lines.append(f"Requested for every op: {facts['requested_backend']}")
     devices = _devices()
@@ -52,7 +54,7 @@ def report() -> dict:
         "versions": _versions(),
         "platform": platform.platform(),
         "cpu": {
-            "name": _cpu_name(),
+            "name": verdicts.cpu_name(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },
@@ -95,6 +97,12 @@ def _op_report(op: str, device: torch.device) -> dict:
         "error": error,
         "wider": _wider(op, chosen, device),
         "not_chosen": {} if chosen is None else _reasons(op, device, chosen),
+        "verdicts": [
+            {"backend": backend, **kind._asdict(), **verdict._asdict()}
+            for backend in backends.IMPLEMENTED[op]
+            if backends.missing_reason(op, backend, device.type) is None
+            for kind, verdict in verdicts.find_all(op, backend, device)
+        ],
     }
 
 
@@ -142,7 +150,17 @@ def _op_lines(op: str, device: torch.device, common: dict[str, str] | None = Non
     return [
         line,
         *_reason_lines({key: reason for key, reason in facts["not_chosen"].items() if (key, reason) not in said}),
+        *(
+            f"  verified {one['backend']}, {one['dtype']}, {one['size']}, on {one['date']}: {one['reason']}"
+            for one in facts["verdicts"]
+        ),
     ]
+
+
+def _verification_line() -> str:
+    """Where the verdicts of ``lcw-ops verify`` come from, and the command that makes them."""
+    source = verdicts.shipped_file() or _files.cache_folder() or "nowhere, because LCW_OPS_CACHE_DIR is empty"
+    return f"Verdicts about kernels are read from {source}; lcw-ops verify --device {_devices()[-1]} makes them"
 
 
 def _reason_lines(reasons: dict[str, str]) -> list[str]:
@@ -151,9 +169,9 @@ def _reason_lines(reasons: dict[str, str]) -> list[str]:
 
 def _choose(op: str, device: torch.device, width: int) -> str:
     """The backend that the public function of the op chooses in float32."""
-    if op == orthogonal_filter.NAME:
-        return orthogonal_filter.choose_kernel(device, width, torch.float32.itemsize)
-    return backends.choose(op, device, width, torch.float32.itemsize)
+    itemsize = torch.float32.itemsize
+    first = orthogonal_filter.fastest_on(device, width, itemsize) if op == orthogonal_filter.NAME else None
+    return backends.find(op, device, width, itemsize, first)
 
 
 def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
@@ -192,11 +210,3 @@ def _versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {**versions, "cuda": torch.version.cuda}
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -91,6 +91,17 @@ class DispatchMode(TorchDispatchMode):
         return False
 
 
+def call_kernel(overload: OpOverload, device_type: str, *arguments, **options):
+    """Call an op's kernel for tensors on a device of this type, below the dispatch modes that are active.
+
+    The modes still see the operators that the kernel calls.
+    """
+    # For a key without a kernel of its own, torch calls a null pointer.
+    keys = getattr(DispatchKey, device_type.upper()), DispatchKey.CompositeExplicitAutograd
+    key = next((key for key in keys if overload.has_kernel_for_dispatch_key(key)), None)
+    return overload(*arguments, **options) if key is None else overload._op_dk(key, *arguments, **options)
+
+
 def in_forward_mode() -> bool:
     """Whether a forward-mode derivative may be taken: torch.autograd.forward_ad.dual_level or torch.func.jvp is on."""
     return forward_ad._current_level >= 0

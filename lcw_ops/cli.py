@@ -1,10 +1,11 @@
-"""The command ``lcw-ops``: profile or train a very deep network, run the benchmarks, report the backends in use.
+"""The command ``lcw-ops``: profile or train a very deep network, benchmark or verify kernels, report the backends.
 
 A user's mistake prints one line on stderr and gives exit code 2. Ctrl-C gives 130, and any other failure 1, with the
 traceback that a bug report needs. Help and version are instant: only the functions that run a command import torch.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import traceback
@@ -210,8 +211,9 @@ def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
         "(name, instructions, threads), gpus (a list: device, name, generation), memory_pool (bytes: limit, idle, "
         "lent; error: why there is none, or null), requested_backend (null: none), and ops, which has by op and by "
         "device: backend (the one that runs; null: none), error (why none runs, or null), "
-        "wider (a list of backends for wider rows: above_width_float32, above_width_float64, backend) and not_chosen "
-        "(by backend, why it does not run)."
+        "wider (a list of backends for wider rows: above_width_float32, above_width_float64, backend), not_chosen "
+        "(by backend, why it does not run) "
+        "and verdicts (of lcw-ops verify, a list: backend, dtype, size, right, faster, times, reason, date)."
     )
 
 
@@ -221,6 +223,42 @@ def _run_info(arguments: argparse.Namespace) -> int:
     _check_backend("info")
     print(json.dumps(_info.report(), indent=2) if arguments.json else _info.info())
     return 0
+
+
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; default: the first GPU, or else the CPU")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="ops, as lcw-ops info lists them; default: all")
+    parser.add_argument("--resume", action="store_true", help="leave out kernels that already have their verdicts")
+    parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this; keeps no verdict")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="for programs: a list with one object per kernel (op, backend, right, times, reason, verdicts). "
+        "LCW_OPS_VERDICTS may name a file of it",
+    )
+    parser.epilog = (
+        "Exit code 0: every kernel that ran was right. 1: one was not. 2: nothing ran. Later processes choose their "
+        "kernels by the verdicts, which are kept in LCW_OPS_CACHE_DIR, by default ~/.cache/lcw_ops. The first run on a "
+        "GPU compiles the Triton kernels, which takes minutes."
+    )
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    from lcw_ops import verification
+
+    options = {"ops": arguments.ops, "resume": arguments.resume, "case": arguments.case, "quiet": False}
+    try:
+        # The progress goes to stderr if a program reads stdout.
+        with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+            report = verification.verify(arguments.device, **options)
+    except (ValueError, verification.Refused) as error:
+        raise UsageError(f"lcw-ops {error}") from error
+    if arguments.json:
+        print(report.to_json())
+        print(*report.notes, sep="\n", file=sys.stderr)
+    else:
+        print(f"\n{report}\n\nFor an issue about these kernels:\n\n{report.block()}")
+    return 0 if report.right else 1
 
 
 def _check_backend(command: str) -> None:
@@ -240,6 +278,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "profile": ("train a very deep net on real images and show its layers", _add_profile_arguments, _run_profile),
     "train": ("train a very deep net, with checkpoints to resume from", _add_train_arguments, _run_train),
     "bench": ("run the microbenchmarks", _add_bench_arguments, _run_bench),
+    "verify": ("prove the kernels on this machine, so that they may be chosen", _add_verify_arguments, _run_verify),
     "info": ("which backend runs each op here, and why not another", _add_info_arguments, _run_info),
 }
 

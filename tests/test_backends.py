@@ -279,7 +279,7 @@ def test_the_report_holds_the_facts_of_the_text(proven_gpu, monkeypatch):
     for op in OPS:
         for device in devices:
             facts = report["ops"][op][str(device)]
-            assert list(facts) == ["backend", "error", "wider", "not_chosen"]
+            assert list(facts) == ["backend", "error", "wider", "not_chosen", "verdicts"]
             assert f"{op} on {device}: {facts['backend']}" in text
             for backend, reason in facts["not_chosen"].items():
                 assert f"  not {backend}: {reason}\n" in text + "\n"

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcw_ops import cli
+from lcw_ops import _files, cli
 from lcw_ops.bench import base_tree, compare, compare_worker, gpu, registry, runner
 
 ROOT = Path(__file__).parent.parent
@@ -372,7 +372,7 @@ def test_the_cache_folder(variables, expected, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert base_tree._cache_folder() == (expected and Path(expected))
+    assert _files.cache_folder() == (expected and Path(expected))
 
 
 def test_cuda_is_built_for_the_card_of_the_machine(repository, tmp_path, monkeypatch):

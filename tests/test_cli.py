@@ -523,7 +523,7 @@ def test_no_flag_may_be_abbreviated(command, capsys):
             "COMMAND --depth ...",
         ),
         (["trian"], "lcw-ops: argument COMMAND: invalid choice: 'trian'"),
-        ([], "lcw-ops: expected a command: profile, train, bench, info (see lcw-ops --help)"),
+        ([], "lcw-ops: expected a command: profile, train, bench, verify, info (see lcw-ops --help)"),
     ],
 )
 def test_an_unknown_flag_is_named_with_the_nearest_one(arguments, message, capsys):

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("old names",),
     ("cli",),
+    ("verification",),
     ("bench",),
     ("jobs",),
     ("profile", "distributed", "conversion", "_info"),

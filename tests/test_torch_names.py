@@ -37,6 +37,24 @@ def seen(predicate):
     return found, function
 
 
+@pytest.mark.parametrize("name", ["add.Tensor", "clone.default"])
+def test_call_kernel(name):
+    """One operator with a kernel of the device, and one with a kernel for every device. The mode sees neither call."""
+    overload = getattr(getattr(torch.ops.aten, name.partition(".")[0]), name.partition(".")[2])
+    seen = []
+
+    class Mode(_torch.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    arguments = [torch.ones(3)] * (1 + (name == "add.Tensor"))
+    with Mode():
+        result = _torch.call_kernel(overload, "cpu", *arguments)
+    assert torch.equal(result, sum(arguments))
+    assert overload not in seen
+
+
 def test_in_functorch():
     assert not _torch.in_functorch()
     for transform in (torch.vmap, torch.func.grad, lambda function: lambda x: torch.func.jvp(function, (x,), (x,))):

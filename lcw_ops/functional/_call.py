@@ -49,12 +49,15 @@ def try_kernel_then_explain(
         raise
 
 
-def choose_backend(op: str, device: torch.device) -> str:
-    """The backend that runs the op. An exported program gets the reference, unless a backend was asked for.
+def choose_backend(op: str, like: Tensor, width: int) -> str:
+    """The backend that runs the op on rows of ``width`` numbers of ``like``'s dtype, on its device.
 
-    The reference consists of torch's own operators, so the program runs in a process without this package.
+    An exported program gets the reference, unless a backend was asked for. The reference consists of torch's own
+    operators, so the program runs in a process without this package.
     """
-    return "reference" if _torch.is_exporting() and backends.requested() is None else backends.choose(op, device)
+    if _torch.is_exporting() and backends.requested() is None:
+        return "reference"
+    return backends.choose(op, like.device, width, like.dtype.itemsize)
 
 
 def check_layer(function: str, **tensors: Tensor) -> bool:

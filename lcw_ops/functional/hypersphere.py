@@ -45,7 +45,7 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
     if _torch.has_dtensor(angles):
         name, fan_in = "hypersphere_direction", angles.shape[1] + 1
         return _shards.run_weight(name, hypersphere_direction, None, fan_in, angles=angles)
-    backend = choose_backend(_hypersphere.NAME, angles.device)
+    backend = choose_backend(_hypersphere.NAME, angles, angles.shape[1] + 1)
     if backend == "reference":
         return _reference.hypersphere_direction(angles)
     return _hypersphere.direction(angles, backend)
@@ -132,7 +132,7 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
     if _torch.has_dtensor(x, angles, radius, location):
         layer, vectors = partial(gmp_linear, activation=activation), {"radius": radius, "location": location}
         return _shards.run_layer("gmp_linear", layer, None, x, ("angles", angles), **vectors)
-    backend = choose_backend(_hypersphere.NAME, x.device)
+    backend = choose_backend(_hypersphere.NAME, x, x.shape[-1])
     if not autocast and backend == "reference":
         return _reference.gmp_linear(*arguments)
     if not autocast and _hypersphere.is_fused():

@@ -1,6 +1,7 @@
 """Weights whose rows sum to zero (LCW): the weight, the layer, and the activation shift that they avoid."""
 
 import contextlib
+import math
 from functools import partial
 
 import torch
@@ -49,7 +50,7 @@ def lcw_weight(weight: Tensor, basis: bool = False) -> Tensor:
         constrain = None if basis else _shards.centre
         fan_in = weight.shape[1] + (1 if basis else 0)
         return _shards.run_weight("lcw_weight", partial(lcw_weight, basis=basis), constrain, fan_in, weight=weight)
-    backend = choose_backend(_lcw_linear.NAME, weight.device)
+    backend = choose_backend(_lcw_linear.NAME, weight, math.prod(weight.shape[1:]))
     if backend == "reference":
         return _reference.lcw_weight(weight, basis)
     return _lcw_linear.constrained_weight(weight, basis, backend)
@@ -98,7 +99,7 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, basis: boo
     if _torch.has_dtensor(x, weight, bias):
         layer, make_weight = partial(lcw_linear, basis=basis), None if basis else partial(lcw_weight, weight)
         return _shards.run_layer("lcw_linear", layer, make_weight, x, ("weight", weight), bias=bias)
-    backend = choose_backend(_lcw_linear.NAME, x.device)
+    backend = choose_backend(_lcw_linear.NAME, x, x.shape[-1])
     if backend == "reference" and not autocast:
         return _reference.lcw_linear(x, weight, bias, basis)
     if not autocast and _lcw_linear.is_fused(x, backend):

@@ -47,7 +47,7 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
     _check_normalize_scale(*arguments)
     if _torch.has_dtensor(weight, scale):
         return _on_shards(weight, scale)
-    backend = choose_backend(_weight_norm.NAME, weight.device)
+    backend = choose_backend(_weight_norm.NAME, weight, weight.shape[1])
     if backend == "reference":
         return _reference.normalize_scale(weight, _as_vector(scale))
     return _normalize_kernel(weight, scale, backend)
@@ -97,7 +97,7 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
         make_weight = partial(normalize_scale, weight, scale)
         rows = ("weight", weight)
         return _shards.run_layer("weight_norm_linear", weight_norm_linear, make_weight, x, rows, scale=scale, bias=bias)
-    backend = choose_backend(_weight_norm.NAME, x.device)
+    backend = choose_backend(_weight_norm.NAME, x, x.shape[-1])
     if not autocast and backend != "reference" and _weight_norm.is_fused():
         return _kernel(*arguments, backend)
     return torch.nn.functional.linear(x, normalize_scale(weight, scale), bias)

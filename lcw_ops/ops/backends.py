@@ -1,19 +1,21 @@
 """The choice of a backend for an op: by device, unless ``use_backend`` or ``LCW_OPS_BACKEND`` requests one.
 
-The automatic choice falls back silently; :func:`lcw_ops.info` gives the chosen backend and the reason. An explicit
-request that cannot be met raises.
+:func:`lcw_ops.info` gives the chosen backend and the reason. On a CPU the automatic choice is the C++ kernel, unless
+``lcw-ops verify`` found it wrong there. On a GPU it is a kernel that was proved: by ``lcw-ops verify`` on this card, or
+by tests whose log is committed. An explicit request that cannot be met raises.
 """
 
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from lcw_ops import _torch
-from lcw_ops.ops import library
+from lcw_ops.ops import library, verdicts
 
 CPU = torch.device("cpu")
 
@@ -30,6 +32,10 @@ FORM_OF = {"graph": "cuda"}
 # bench/results/. On those GPUs the kernel is the automatic choice. Empty so far.
 PROVEN: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
 
+# Kernels that must not be the automatic choice, whatever a verdict or PROVEN says. Each entry has "op", "backend" and
+# "reason", and names parts of a verdict's key that must match, such as {"triton": "3.6.0"}. Empty so far.
+DENIED: list[dict[str, str]] = []
+
 # Op -> backends for which this source tree has an implementation. Each op's module adds its entry.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {}
 
@@ -41,6 +47,8 @@ _extension_missing: dict[str, str] = {}
 
 # LCW_OPS_BACKEND is checked when an op first runs, so that importing never fails.
 _requested: str | None = os.environ.get("LCW_OPS_BACKEND") or None
+
+_has_warned_unproven = False
 
 
 class BackendError(ValueError, RuntimeError):
@@ -92,7 +100,47 @@ def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -
         return None
     generation = f"sm_{capability[0]}{capability[1]}"
     request = f"lcw_ops.use_backend({FORM_OF.get(backend, backend)!r})"
-    return f"its tests have not passed on {generation} yet; it runs on request: {request}"
+    remedy = "lcw-ops verify can prove it on this card"
+    return f"its tests have not passed on {generation} yet; {remedy}, and it runs on request: {request}"
+
+
+def _automatic_reason(op: str, backend: str, device: torch.device, kind: tuple[str, str] | None) -> str | None:
+    """Returns why a kernel that could run is not the automatic choice for a class of sizes and dtypes, or None."""
+    denied = _denied_reason(op, backend, device)
+    if denied is not None:
+        return denied
+    if device.type == "cpu":
+        # A small layer cannot wait for its class to be found, so one wrong class switches the whole kernel off.
+        found = [verdict for _, verdict in verdicts.find_all(op, backend, device) if not verdict.right]
+        return _wrong_reason(found[0]) if found else None
+    verdict = verdicts.find(op, backend, verdicts.Kind(*kind), device) if kind is not None else None
+    if verdict is None:
+        return unproven_reason(op, backend, compute_capability(device))
+    if not verdict.right:
+        return _wrong_reason(verdict)
+    return None if verdict.faster else f"not faster than plain torch here, by lcw-ops verify of {verdict.date}"
+
+
+def _wrong_reason(verdict: verdicts.Verdict) -> str:
+    return f"not right here, by lcw-ops verify of {verdict.date}: {verdict.reason}"
+
+
+def _denied_reason(op: str, backend: str, device: torch.device) -> str | None:
+    for entry in DENIED:
+        if (entry["op"], entry["backend"]) == (op, backend):
+            conditions = {name: entry[name] for name in entry.keys() - {"op", "backend", "reason"}}
+            if conditions.items() <= verdicts.collect_facts(device, backend).items():
+                return f"denied by this version of lcw_ops: {entry['reason']}"
+    return None
+
+
+def _kind(op: str, device: torch.device, width: int, itemsize: int) -> tuple[str, str] | None:
+    """The class whose verdict decides. None where none does, so that torch.compile makes no guards of the width."""
+    if device.type != "cuda" or not verdicts.are_kept():
+        return None
+    kind = verdicts.classify(op, width, itemsize)
+    # torch.compile makes constants of plain tuples, but not of named ones.
+    return None if kind is None else (kind.dtype, kind.size)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
@@ -107,8 +155,9 @@ def _resolve(
     requested: str | None,
     too_wide: tuple[str, ...] = (),
     first: str | None = None,
+    kind: tuple[str, str] | None = None,
 ) -> str:
-    """Returns the requested kernel, or else the most preferred one that can run ``op``.
+    """Returns the requested kernel, or else the most preferred one that can run ``op`` and may be chosen.
 
     Kernels in ``too_wide`` cannot, because the rows are too wide for them. ``first`` is preferred to all others.
     """
@@ -119,10 +168,9 @@ def _resolve(
         if reason is not None:
             raise _cannot_be_met(op, requested, reason)
         return kernel
-    capability = compute_capability(device)
     for backend in sorted(PREFERENCE.get(device.type, ()), key=lambda name: name != first):
         able = backend not in too_wide and missing_reason(op, backend, device.type) is None
-        if able and unproven_reason(op, backend, capability) is None:
+        if able and _automatic_reason(op, backend, device, kind) is None:
             return backend
     return "reference"
 
@@ -133,9 +181,44 @@ def _cannot_be_met(op: str, requested: str, reason: str) -> BackendError:
 
 @_torch.constant_when_traced
 def _resolve_at_trace_time(
-    op: str, device: torch.device, requested: str | None, too_wide: tuple[str, ...], first: str | None
+    op: str,
+    device: torch.device,
+    requested: str | None,
+    too_wide: tuple[str, ...],
+    first: str | None,
+    kind: tuple[str, str] | None,
 ) -> str:
-    return _resolve(op, device, requested, too_wide, first)
+    return _resolve(op, device, requested, too_wide, first, kind)
+
+
+@_torch.constant_when_traced
+def _warn_of_fallback(op: str, device: torch.device, kind: tuple[str, str] | None) -> None:
+    _warn_once(op, device, kind)
+
+
+@functools.cache
+def _warn_once(op: str, device: torch.device, kind: tuple[str, str] | None) -> None:
+    """Warn of every kernel that is switched off on a CPU, and once per process if no kernel is proved on a GPU."""
+    able = [name for name in PREFERENCE.get(device.type, ()) if missing_reason(op, name, device.type) is None]
+    reasons = {name: reason for name in able if (reason := _automatic_reason(op, name, device, kind)) is not None}
+    if device.type == "cpu":
+        for name, reason in reasons.items():
+            warnings.warn(f"{op}: plain torch runs on the CPU. {name}: {reason}", RuntimeWarning, stacklevel=5)
+    elif any(reason == unproven_reason(op, name, compute_capability(device)) for name, reason in reasons.items()):
+        _warn_unproven(device)
+
+
+def _warn_unproven(device: torch.device) -> None:
+    global _has_warned_unproven
+    if _has_warned_unproven:
+        return
+    _has_warned_unproven = True
+    warnings.warn(
+        f"lcw_ops: plain torch runs on {device}, because no kernel is proved there. Prove them once, on an idle card: "
+        f"lcw-ops verify --device {device}. lcw_ops.info() has the details.",
+        RuntimeWarning,
+        stacklevel=6,
+    )
 
 
 def is_cpp_chosen(op: str) -> bool:
@@ -146,23 +229,34 @@ def is_cpp_chosen(op: str) -> bool:
 def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None) -> str:
     """The backend that runs ``op`` on ``device`` now, on rows of ``width`` elements of ``itemsize`` bytes.
 
+    Warns if plain torch runs because no kernel is proved, or because the kernel was found wrong.
+
     Args:
         op, device: the op's name in IMPLEMENTED, and the tensors' device.
-        width, itemsize: as above. The width is 0 if the op takes rows of any width.
+        width, itemsize: as above. The width is 0 if the op works element by element.
         first: the backend or form that was measured as the fastest. It is tried before the others. If it is a form, a
             request for its backend (``FORM_OF``) selects it.
 
     Raises:
         BackendError: an explicit request cannot be met.
     """
+    chosen = find(op, device, width, itemsize, first)
+    if chosen == "reference" and _requested is None:
+        _warn_of_fallback(op, device, _kind(op, device, width, itemsize))
+    return chosen
+
+
+def find(op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None) -> str:
+    """The same as :func:`choose`, without a warning."""
+    kind = _kind(op, device, width, itemsize)
     # Under torch.compile the width may be a symbol. A comparison with a limit becomes a guard. Formatting the width
     # into a message would recompile for every width, so only a refused width is formatted.
-    chosen = _resolve_at_trace_time(op, device, _requested, (), first)
+    chosen = _resolve_at_trace_time(op, device, _requested, (), first, kind)
     if not _is_too_wide(op, chosen, width, itemsize):
         return chosen
     candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
     too_wide = tuple(name for name in candidates if _is_too_wide(op, name, width, itemsize))
-    chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first)
+    chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first, kind)
     if chosen in too_wide:
         raise _cannot_be_met(op, chosen, width_reason(op, chosen, width, itemsize))
     return chosen
@@ -174,8 +268,9 @@ def requested() -> str | None:
 
 
 def not_chosen_reason(op: str, backend: str, device: torch.device, chosen: str) -> str:
-    """Returns why ``chosen``, and not ``backend``, runs ``op`` on ``device``."""
-    reason = missing_reason(op, backend, device.type) or unproven_reason(op, backend, compute_capability(device))
+    """Returns why ``chosen``, and not ``backend``, runs ``op`` on narrow rows of float32 on ``device``."""
+    missing = missing_reason(op, backend, device.type)
+    reason = missing or _automatic_reason(op, backend, device, _kind(op, device, 1, torch.float32.itemsize))
     return reason or f"{chosen} comes first"
 
 

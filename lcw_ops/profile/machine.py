@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lcw_ops.ops.verdicts import cpu_name
+
 # Large enough to be bound by arithmetic (48 MiB of operands on a CPU, 768 MiB on a GPU), and small enough to take only
 # a quarter of a second on two CPU cores.
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -144,7 +146,7 @@ def available_memory_bytes(device: torch.device | str = "cpu") -> int | None:
 def describe(device: torch.device | str = "cpu") -> dict[str, str | int]:
     """The hardware and versions that measurements depend on."""
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": device.type,
         "device_name": name,
@@ -155,15 +157,3 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str | int]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()

@@ -35,6 +35,9 @@ SLOW: dict[str, str] = {
     r"^test_flops\.py::.*order_of_import\[(?!import lcw_ops, torch;)": "a process for each order; the first is quick",
     r"^test_import\.py::.*a_thread_imports_torch.*warnings are errors": "starts the processes of the other case again",
     r"^test_profile_zoo\.py::test_every_slow_model": "imports the library transformers, and profiles 3000 layers",
+    r"^test_verify_kernels\.py::.*(the_command_on_the_cpu|two_verifications|in_the_interpreter)": (
+        "every case, or processes that import Triton"
+    ),
     r"^test_matmul\.py::.*(kept_in_the_file|location_of_the_file)": "measures in processes of its own",
 }
 

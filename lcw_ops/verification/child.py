@@ -1,0 +1,131 @@
+"""A process of ``lcw-ops verify``: the only one that opens the device, so a crash cannot reach the caller.
+
+It takes a job in JSON and writes JSON lines. A line with "case" names the work that begins; the parent kills the
+process if no line follows for too long. The job's last line has "done".
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+
+import lcw_ops
+from lcw_ops.bench.registry import WrongResult
+from lcw_ops.ops import verdicts
+from lcw_ops.verification import compiling
+from lcw_ops.verification.cases import Case, cases
+from lcw_ops.verification.judge import judge
+from lcw_ops.verification.speeds import Disturbed, Speed, measure, speeds
+
+Write = Callable[[dict], None]
+
+
+def describe(job: dict, write: Write) -> None:
+    """The parts of the verdicts' keys, and the card for which to compile."""
+    device = torch.device(job["device"])
+    facts = {backend: verdicts.collect_facts(device, backend) for backend in job["backends"]}
+    found = {"facts": facts, "card": None, "used": 0}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found["used"] = total - free
+        if "triton" in job["backends"]:
+            found["card"] = compiling.describe_card(device)
+    write({"done": found})
+
+
+def compile_all(job: dict, write: Write) -> None:
+    """Compile what the op's cases launch in Triton. Faults are written by class."""
+    op = job["op"]
+    work: list[Case | Speed] = [*cases(op, "triton"), *speeds(op, "triton", "cuda")]
+    for one in [one for one in work if job["only"] in one.label]:
+        try:
+            with (
+                compiling.compiling_for(job["card"], lambda name, one=one: write({"case": f"{one.label}: {name}"})),
+                lcw_ops.use_backend("triton"),
+            ):
+                run_once(one)
+        except compiling.Fault as fault:
+            write({"kind": one.kind, "right": False, "reason": f"{one.label}: {fault}"})
+        except Exception as error:
+            # Without a device some calls cannot go on. The kernels behind them are then compiled when the cases run.
+            write({"note": f"{one.label}: {error}"})
+    write({"done": True})
+
+
+def run_once(one: Case | Speed) -> None:
+    """Run the work on CPU tensors."""
+    if isinstance(one, Case):
+        one.run(one.make_inputs())
+    else:
+        drawn = [tensor.to(one.dtype) if tensor.is_floating_point() else tensor for tensor in one.draw()]
+        one.ours(drawn)()
+
+
+def run(job: dict, write: Write) -> None:
+    """Judge every case of an op on a backend. Then time the classes that are right."""
+    op, backend, device = job["op"], job["backend"], torch.device(job["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    wrong = {verdicts.Kind(*kind) for kind in job["faulty"]}
+    # Otherwise torch's matmul, not ours, might be judged.
+    os.environ["LCW_OPS_MATMUL"] = "own"
+    for case in cases(op, backend):
+        if case.kind in wrong or job["only"] not in case.label:
+            continue
+        write({"case": case.label})
+        seed = int.from_bytes(os.urandom(4))
+        torch.manual_seed(seed)
+        try:
+            judge(case, backend, device)
+            write({"kind": case.kind, "right": True})
+        except WrongResult as error:
+            reason = str(error)
+        except Exception as error:
+            # A driver or a compiler may raise anything.
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        else:
+            continue
+        wrong.add(case.kind)
+        write({"kind": case.kind, "right": False, "reason": f"{case.label}, seed {seed}: {reason}"})
+    del os.environ["LCW_OPS_MATMUL"]
+    if job["times"]:
+        for speed in speeds(op, backend, device.type):
+            if speed.kind not in wrong and job["only"] in speed.label:
+                _time(speed, backend, device, write)
+    write({"done": True})
+
+
+def _time(speed: Speed, backend: str, device: torch.device, write: Write) -> None:
+    write({"case": speed.label})
+    try:
+        ratio = measure(speed, backend, device)
+    except Disturbed as error:
+        write({"kind": speed.kind, "untimed": f"{speed.label}: {error}"})
+    except Exception as error:
+        message = (str(error).strip() or "no message").splitlines()[0]
+        write({"kind": speed.kind, "untimed": f"{speed.label}: {type(error).__name__}: {message}"})
+    else:
+        write({"kind": speed.kind, "times": ratio.times, "faster": ratio.faster, "label": speed.label})
+
+
+JOBS = {"describe": describe, "compile": compile_all, "run": run}
+
+
+def main(text: str) -> None:
+    # What a kernel or a compiler prints must not come between the lines.
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+
+    def write(line: dict) -> None:
+        lines.write(json.dumps(line) + "\n")
+
+    job = json.loads(text)
+    JOBS[job["job"]](job, write)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,107 @@
+"""The conditions of a verification: the device and its kernels, an idle card, and one verification at a time."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from lcw_ops._checks import describe
+from lcw_ops.ops import backends
+from lcw_ops.verification import processes
+
+# A context of CUDA alone takes a few hundred MB.
+MOST_USED_BYTES = 2 << 30
+
+
+class Refused(RuntimeError):
+    """This is not the time or the place for a verification."""
+
+
+def refuse_inside_a_job() -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise Refused(
+            "verify: this process belongs to a distributed job, whose ranks would disturb the timings. Run lcw-ops "
+            "verify once, before the job; all ranks read the same verdicts."
+        )
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    count = torch.cuda.device_count()
+    if device is None:
+        device = "cuda:0" if count else "cpu"
+    known = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    name = "cuda:0" if str(device) == "cuda" else str(device)
+    if name not in known:
+        raise ValueError(describe("verify", "device", f"is {str(device)!r}", f"one of {', '.join(known)}"))
+    return torch.device(name)
+
+
+def find_kernels(device: torch.device, ops: Iterable[str] | None) -> list[tuple[str, str]]:
+    """(op, backend) of every kernel that can run on the device."""
+    chosen = list(backends.IMPLEMENTED) if ops is None else list(ops)
+    for op in chosen:
+        if op not in backends.IMPLEMENTED:
+            expected = f"one of {', '.join(backends.IMPLEMENTED)}"
+            raise ValueError(describe("verify", "ops", f"has {op!r}", expected))
+    return [
+        (op, backend)
+        for op in chosen
+        for backend in backends.IMPLEMENTED[op]
+        if backends.missing_reason(op, backend, device.type) is None
+    ]
+
+
+def refuse_a_busy_card(device: torch.device, uuid: str) -> None:
+    """Ask the driver's own tool, while no process of ours has the card open. ``uuid`` is the key's, in hexadecimal."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return
+    command = [tool, "--query-compute-apps=gpu_uuid,pid,name", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in found.stdout.splitlines() if found.returncode == 0 else ():
+        user, _, process = line.partition(",")
+        # "GPU-" or "MIG-" before the number, and dashes in it.
+        if user.strip()[4:].replace("-", "").lower() == uuid:
+            raise Refused(_busy(device, f"used by another process: {process.strip()}"))
+
+
+def _busy(device: torch.device, how: str) -> str:
+    return f"verify: {device} is {how}; expected an idle card, because others would disturb the timings. Wait for it."
+
+
+def describe_device(device: torch.device, names: list[str]) -> dict:
+    job = {"job": "describe", "device": str(device), "backends": names}
+    try:
+        *_, last = processes.run(job)
+    except processes.Lost as error:
+        raise Refused(f"verify: {device} cannot be opened: a process {error}") from error
+    found = last["done"]
+    if found["used"] > MOST_USED_BYTES:
+        raise Refused(_busy(device, f"in use: {found['used'] / 2**30:.1f} GiB of its memory are taken"))
+    return found
+
+
+@contextlib.contextmanager
+def lock(folder: Path | None, facts: dict) -> Iterator[None]:
+    """At most one verification per device. Without a folder to write to, go on without the lock."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                device = hashlib.sha256(json.dumps([one["device"] for one in facts.values()]).encode()).hexdigest()
+                file = stack.enter_context(open(folder / f"verify-{device[:16]}.lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refused("verify: another verification of this device is running. Wait for it to end.") from error
+        except (ImportError, OSError):
+            pass
+        yield

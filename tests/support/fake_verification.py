@@ -1,0 +1,88 @@
+"""A child of ``lcw-ops verify`` for tests, without torch: it plays a device and behaves as its first argument says.
+
+    python fake_verification.py BEHAVIOUR LOG JOB
+
+It appends one line per job to the file LOG: the job's name, op and backend.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+FACTS = {"device": "0123456789abcdef", "name": "a card", "capability": "sm_90", "multiprocessors": 132}
+FACTS |= {"driver": "580.1", "cuda": "13.0", "torch": "2.13", "triton": "3.7", "lcw_ops": "0.1.0"}
+
+
+def facts_of(backend: str) -> dict:
+    return {**FACTS, "kernels": f"hash of {backend}"}
+
+
+def write(line: dict) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def kinds_of(op: str) -> list[list[str]]:
+    """One dtype's classes are enough: the parent takes a class without a line as right and not timed."""
+    if op == "lcw_weight":
+        return [["float32", "up to 1024"], ["float32", "up to 4096"]]
+    return [["any", "any"]]
+
+
+def run(job: dict, behaviour: str) -> None:
+    kinds = kinds_of(job["op"])
+    for kind in kinds:
+        write({"case": f"case {kind[1]}"})
+        write({"kind": kind, "right": behaviour != "wrong", "reason": "result 0 is not finite"})
+    misbehave(behaviour)
+    for kind in kinds:
+        write({"case": f"speed, {kind[1]}"})
+        if behaviour == "hangs while timing":
+            time.sleep(60)
+        if behaviour == "disturbed":
+            write({"kind": kind, "untimed": "the time of a copy changed by 18%"})
+        else:
+            fast = behaviour != "slow"
+            write({"kind": kind, "times": 1.5 if fast else 0.7, "faster": fast, "label": f"speed, {kind[1]}"})
+    if behaviour != "ends early":
+        write({"done": True})
+
+
+def misbehave(behaviour: str) -> None:
+    if behaviour == "hangs":
+        # A child of its own, as a compiler would be. It must die too.
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL)
+        write({"case": f"case beside {child.pid}"})
+        time.sleep(60)
+    elif behaviour == "crashes":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif behaviour == "raises":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    elif behaviour == "half a line":
+        sys.stdout.write('{"kind": ["float32", ')
+        sys.stdout.flush()
+        os._exit(0)
+    elif behaviour == "no JSON":
+        print("hello", flush=True)
+
+
+def main(behaviour: str, log: str, text: str) -> None:
+    job = json.loads(text)
+    with open(log, "a") as file:
+        file.write(f"{job['job']} {job.get('op', '-')} {job.get('backend', '-')}\n")
+    if job["job"] == "describe":
+        card = {"target": ["cuda", 90, 32], "facts": [132, 232448, False]}
+        used = 5 << 30 if behaviour == "in use" else 0
+        write({"done": {"facts": {name: facts_of(name) for name in job["backends"]}, "card": card, "used": used}})
+    elif job["job"] == "compile":
+        if behaviour == "spills":
+            write({"kind": kinds_of(job["op"])[0], "right": False, "reason": "a_kernel spills 96 bytes per thread"})
+        write({"done": True})
+    else:
+        run(job, behaviour)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

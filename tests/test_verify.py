@@ -1,0 +1,533 @@
+"""``lcw-ops verify`` with a device that is played by a fake child: verdicts, their files, and the choices they make.
+
+Nothing here runs on a GPU. test_verify_kernels.py runs real kernels on the CPU.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import itertools
+import json
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from support import fake_verification
+from torch._dynamo.testing import CompileCounter
+
+import lcw_ops
+from lcw_ops import _info, cli
+from lcw_ops.ops import backends, verdicts
+from lcw_ops.ops.verdicts import Kind
+from lcw_ops.verification import Refused, cases, preconditions, processes, speeds, verify
+
+CARD = torch.device("cuda", 0)
+GAF, LCW = "gradient_activation_", "lcw_weight"
+NARROW, WIDE = Kind("float32", "up to 1024"), Kind("float32", "up to 4096")
+
+
+def forget():
+    """Forget what this process has read, as a new process would."""
+    for cached in (verdicts._are_kept, verdicts.find, verdicts._shipped, verdicts.collect_facts):
+        cached.cache_clear()
+    backends._resolve.cache_clear()
+    backends._warn_once.cache_clear()
+    backends._has_warned_unproven = False
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCW_OPS_CACHE_DIR", str(tmp_path / "cache"))
+    forget()
+    yield tmp_path / "cache"
+    forget()
+
+
+@pytest.fixture
+def card(folder, monkeypatch):
+    """A card whose kernels all could run; only the fake child knows more about it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    able = {op: (*names, "reference") for op, names in backends.IMPLEMENTED.items()}
+    monkeypatch.setattr(
+        backends, "missing_reason", lambda op, backend, device_type: None if backend in able[op] else "no kernel"
+    )
+    monkeypatch.setattr(backends, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(verdicts, "_gpu_facts", lambda device: dict(itertools.islice(FACTS.items(), 5)))
+    monkeypatch.setattr(verdicts, "_hash_kernels", lambda backend: f"hash of {backend}")
+    monkeypatch.setattr(verdicts, "_installed", lambda package: FACTS["triton"])
+    monkeypatch.setattr(torch.version, "cuda", FACTS["cuda"])
+    monkeypatch.setattr(torch, "__version__", FACTS["torch"])
+    monkeypatch.setattr(preconditions.shutil, "which", lambda name: None)
+    return CARD
+
+
+FACTS = fake_verification.FACTS
+
+
+@pytest.fixture
+def behave(monkeypatch, tmp_path):
+    """Call it with a behaviour of the fake child. Returns the lines of the jobs that children got."""
+    log = tmp_path / "log"
+
+    def set_behaviour(behaviour: str):
+        command = [sys.executable, fake_verification.__file__, behaviour, str(log)]
+        monkeypatch.setattr(processes, "COMMAND", command)
+        monkeypatch.setattr(processes, "CASE_SECONDS", 0.5 if "hangs" in behaviour else 20.0)
+        return lambda: log.read_text().splitlines() if log.exists() else []
+
+    return set_behaviour
+
+
+def choose(op=LCW, width=100, itemsize=4):
+    forget()
+    return backends.find(op, CARD, width, itemsize)
+
+
+# ---- Verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_right_and_faster_is_chosen(card, behave):
+    behave("well")
+    assert choose() == "reference"
+    report = verify("cuda:0", ops=[LCW])
+    # "cpp" can run everywhere here; the choice on a GPU does not look at it.
+    (kernel,) = (kernel for kernel in report.kernels if kernel.backend == "triton")
+    assert report.right
+    assert (kernel.times, kernel.verdicts[NARROW].faster) == (1.5, True)
+    assert choose(width=1024) == choose(width=4096) == "triton"
+    assert kernel.verdicts[NARROW] == verdicts.find(LCW, "triton", NARROW, CARD)
+    # Nothing is concluded about wider rows, or about dtypes that were not timed.
+    assert choose(width=4097) == choose(itemsize=8) == choose(itemsize=2) == "reference"
+
+
+def test_a_process_reads_once(card, behave, folder):
+    behave("well")
+    verify("cuda:0", ops=[LCW])
+    assert choose() == "triton"
+    for file in folder.glob("verdict-*"):
+        file.unlink()
+    assert backends.find(LCW, CARD, 100) == "triton"
+    assert choose() == "reference"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("hangs", r"^no: timed out in case beside \d+$"),
+        ("crashes", r"^no: crashed in case up to 4096: SIGSEGV"),
+        ("raises", r"^no: crashed in case up to 4096: RuntimeError: CUDA error: an illegal memory access"),
+        ("half a line", r"^no: crashed in case up to 4096: it ended in the middle of a line"),
+        ("ends early", r"^no: crashed in speed, up to 4096: it ended in the middle of a line or before its last case"),
+        ("no JSON", r"^no: wrote a line that is not JSON in case up to 4096: b'hello'"),
+        ("wrong", r"^no: result 0 is not finite$"),
+        ("spills", r"^no: a_kernel spills 96 bytes"),
+    ],
+)
+def test_a_kernel_that_fails_is_not_chosen(behaviour, reason, card, behave):
+    behave(behaviour)
+    began = time.monotonic()
+    report = verify("cuda:0", ops=[LCW])
+    assert time.monotonic() - began < 15
+    assert not report.right
+    (kernel,) = (kernel for kernel in report.kernels if kernel.backend == "triton")
+    verdict = kernel.verdicts[NARROW]
+    assert not verdict.right
+    assert re.search(reason, verdict.reason), verdict.reason
+    assert choose() == "reference"
+    assert verdict.reason in lcw_ops.ops.backends.not_chosen_reason(LCW, "triton", CARD, "reference")
+    assert "NO" in report.table()
+    assert verdict.reason in report.block()
+
+
+def test_a_killed_child_takes_its_children_along(card, behave):
+    behave("hangs")
+    report = verify("cuda:0", ops=[GAF])
+    other = int(report.kernels[0].verdicts[verdicts.ANY].reason.split()[-1])
+    until = time.monotonic() + 5
+    while Path(f"/proc/{other}").exists() and _state(other) != "Z" and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{other}").exists() or _state(other) == "Z"
+
+
+def _state(process: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return "Z"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("slow", "right, but 0.70 times as fast as plain torch in speed, any"),
+        ("disturbed", "right; not timed: the time of a copy changed by 18%"),
+        ("hangs while timing", "right; not timed: timed out in speed, any"),
+    ],
+)
+def test_what_is_right_but_not_faster_is_not_chosen(behaviour, reason, card, behave):
+    behave(behaviour)
+    report = verify("cuda:0", ops=[GAF])
+    assert report.right
+    verdict = report.kernels[0].verdicts[verdicts.ANY]
+    assert (verdict.right, verdict.faster, verdict.reason) == (True, False, reason)
+    assert choose(GAF) == "reference"
+
+
+@pytest.mark.parametrize("name", [*FACTS, "kernels", "format"])
+def test_another_device_or_version_is_no_proof(name, card, behave, folder):
+    behave("well")
+    verify("cuda:0", ops=[LCW])
+    assert choose() == "triton"
+    for file in folder.glob("verdict-*"):
+        written = json.loads(file.read_text())
+        written["key"][name] = 0 if name == "format" else "another"
+        # The file of the present key, and that of its own.
+        file.write_text(json.dumps(written))
+        (folder / verdicts.file_of(written["key"])).write_text(json.dumps(written))
+    assert choose() == "reference"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", "\x00\xff", '{"key": 1}', "without right", "right is 1"])
+def test_a_damaged_file_is_no_proof(damage, card, behave, folder):
+    behave("well")
+    verify("cuda:0", ops=[LCW])
+    for file in folder.glob("verdict-*"):
+        written = json.loads(file.read_text())
+        if damage == "without right":
+            del written["right"]
+        if damage == "right is 1":
+            written["right"] = 1
+        is_json = damage in ("without right", "right is 1")
+        file.write_bytes(json.dumps(written).encode() if is_json else damage.encode("latin-1"))
+    assert choose() == "reference"
+
+
+def test_a_verdict_overrides_a_committed_log(card, behave, monkeypatch):
+    monkeypatch.setattr(backends, "PROVEN", {(LCW, "triton"): frozenset({(9, 0)})})
+    assert choose() == "triton"
+    behave("slow")
+    verify("cuda:0", ops=[LCW])
+    assert choose() == "reference"
+    # The log still speaks for what has no verdict.
+    assert choose(width=5000) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"), [({}, "reference"), ({"triton": "3.7"}, "reference"), ({"triton": "3.6"}, "triton")]
+)
+def test_the_deny_list_overrides_a_verdict(condition, expected, card, behave, monkeypatch):
+    behave("well")
+    verify("cuda:0", ops=[LCW])
+    monkeypatch.setattr(backends, "DENIED", [{"op": LCW, "backend": "triton", "reason": "it spills", **condition}])
+    assert choose() == expected
+    said = backends.not_chosen_reason(LCW, "triton", CARD, "x")
+    assert said == ("denied by this version of lcw_ops: it spills" if expected == "reference" else "x comes first")
+
+
+# ---- Where verdicts are kept -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_to(card, behave, tmp_path, monkeypatch, capsys):
+    """Files cannot be written in a read-only image. The output of --json does the same from LCW_OPS_VERDICTS."""
+    behave("well")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LCW_OPS_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    forget()
+    report = verify("cuda:0", ops=[LCW])
+    assert report.right
+    assert [note for note in report.notes if "The verdicts are not kept" in note and "LCW_OPS_VERDICTS" in note]
+    assert len(report.notes) == 1
+    assert choose() == "reference"
+    shipped = tmp_path / "shipped.json"
+    shipped.write_text(report.to_json())
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(shipped))
+    assert choose() == "triton"
+    assert f"read from {shipped}" in _info._verification_line()
+    shipped.write_text("{")
+    assert choose() == "reference"
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(tmp_path / "missing"))
+    assert choose() == "reference"
+
+
+def test_a_shipped_file_for_another_card_is_no_proof(card, behave, tmp_path, monkeypatch):
+    behave("well")
+    shipped = tmp_path / "shipped.json"
+    shipped.write_text(verify("cuda:0", ops=[LCW]).to_json())
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(shipped))
+    monkeypatch.setitem(FACTS, "device", "another")
+    assert choose() == "reference"
+
+
+def test_an_empty_cache_folder_keeps_nothing(card, behave, monkeypatch):
+    monkeypatch.setenv("LCW_OPS_CACHE_DIR", "")
+    behave("well")
+    assert "LCW_OPS_CACHE_DIR is empty" in verify("cuda:0", ops=[LCW]).notes[0]
+    assert choose() == "reference"
+    assert "nowhere" in _info._verification_line()
+
+
+def test_one_verification_per_device(card, behave, folder):
+    behave("well")
+    verify("cuda:0", ops=[GAF])
+    (lock,) = folder.glob("verify-*.lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Refused, match="another verification of this device is running"):
+            verify("cuda:0", ops=[GAF])
+    assert verify("cuda:0", ops=[GAF]).right
+
+
+def test_resume_leaves_out_what_has_its_verdicts(card, behave, folder):
+    log = behave("well")
+    verify("cuda:0", ops=[GAF])
+    count = len(log())
+    report = verify("cuda:0", ops=[GAF], resume=True)
+    assert [line.split()[0] for line in log()[count:]] == ["describe"]
+    assert report.right
+    assert report.kernels[0].times == 1.5
+    next(folder.glob("verdict-*")).unlink()
+    count = len(log())
+    verify("cuda:0", ops=[GAF], resume=True)
+    assert sum(line.startswith("run") for line in log()[count:]) == 1
+
+
+def test_a_case_alone_keeps_no_verdict(card, behave, folder):
+    behave("well")
+    assert verify("cuda:0", ops=[GAF], case="300 tensors").right
+    assert not list(folder.glob("verdict-*"))
+
+
+# ---- The choice ------------------------------------------------------------------------------------------------------
+
+
+def test_one_warning_per_process_where_nothing_is_proved(card):
+    forget()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for op in backends.IMPLEMENTED:
+            backends.choose(op, CARD, 8)
+    assert ["lcw-ops verify --device cuda:0" in str(warning.message) for warning in seen] == [True]
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # info() and requests say nothing.
+        _info._op_lines(LCW, CARD)
+        with lcw_ops.use_backend("reference"):
+            assert backends.choose(LCW, CARD, 8) == "reference"
+
+
+def test_no_warning_where_a_kernel_was_tried_and_is_slower(card, behave):
+    behave("slow")
+    verify("cuda:0", ops=[GAF])
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(GAF, CARD) == "reference"
+
+
+def test_a_kernel_that_is_wrong_on_a_cpu_is_switched_off(folder, monkeypatch):
+    if backends.missing_reason(LCW, "cpp", "cpu") is not None:
+        pytest.skip(backends.missing_reason(LCW, "cpp", "cpu"))
+    cpu = torch.device("cpu")
+    folder.mkdir()
+    weight = torch.randn(3, 40)
+    kept = {"right": True, "faster": False, "times": None, "reason": "right", "date": "2026-11-30"}
+    for right, chosen in ((True, "cpp"), (False, "reference")):
+        key = verdicts.make_key(LCW, "cpp", WIDE, verdicts.collect_facts(cpu, "cpp"))
+        (folder / verdicts.file_of(key)).write_text(json.dumps({"key": key, **kept, "right": right}))
+        forget()
+        assert backends.find(LCW, cpu) == chosen
+        assert backends.is_cpp_chosen(LCW) == right
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(lcw_ops.functional.lcw_weight(weight), weight - weight.mean(1, keepdim=True))
+    (warning,) = seen
+    assert str(warning.message).startswith("lcw_weight: plain torch runs on the CPU. cpp: not right here, by lcw-ops")
+    # Other ops, and a request, are as before.
+    assert backends.is_cpp_chosen("normalize_scale")
+    with lcw_ops.use_backend("cpp"):
+        assert backends.choose(LCW, cpu) == "cpp"
+
+
+def test_the_choice_is_constant_under_compile(card, behave, folder):
+    """One program for all widths of a class, which stays when the files have gone. A width beyond makes another."""
+    behave("well")
+    verify("cuda:0", ops=[LCW])
+    forget()
+
+    def scale(x):
+        return x * {"reference": 1, "triton": 2}[backends.find(LCW, CARD, x.shape[1], 4)]
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(scale, fullgraph=True, dynamic=True, backend=counter)
+    assert [compiled(torch.ones(2, width))[0, 0].item() for width in (100, 200, 1000)] == [2, 2, 2]
+    assert counter.frame_count == 1
+    for file in folder.glob("verdict-*"):
+        file.unlink()
+    assert [compiled(torch.ones(2, width))[0, 0].item() for width in (300, 5000)] == [2, 1]
+    assert counter.frame_count == 2
+
+
+def test_without_verdicts_the_width_is_no_guard(card, monkeypatch):
+    monkeypatch.setattr(backends, "_warn_unproven", lambda device: None)
+    forget()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(
+        lambda x: x * (1 + (backends.find(LCW, CARD, x.shape[1], 4) == "triton")),
+        fullgraph=True, dynamic=True, backend=counter,
+    )  # fmt: skip
+    for width in (100, 2000, 5000):
+        assert compiled(torch.ones(2, width))[0, 0].item() == 1
+    assert counter.frame_count == 1
+
+
+def test_info_shows_the_verdicts(card, behave):
+    behave("well")
+    verify("cuda:0", ops=[LCW])
+    forget()
+    text = "\n".join(_info._op_lines(LCW, CARD))
+    assert f"{LCW} on cuda:0: triton" in text
+    date = verdicts.find(LCW, "triton", NARROW, CARD).date
+    line = f"  verified triton, float32, up to 1024, on {date}: right, and 1.50 times as fast as plain torch"
+    assert line in text.splitlines()
+    shown = _info._op_report(LCW, CARD)["verdicts"]
+    expected = {"backend": "triton", "dtype": "float32", "size": "up to 1024", "right": True, "faster": True}
+    assert expected.items() <= next(one for one in shown if one["faster"] and one["backend"] == "triton").items()
+    assert "lcw-ops verify --device cuda:0 makes them" in _info._verification_line()
+
+
+# ---- Conditions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_that_is_in_use_is_refused(card, behave, monkeypatch, tmp_path):
+    behave("in use")
+    with pytest.raises(Refused, match=r"cuda:0 is in use: 5\.0 GiB of its memory are taken; expected an idle card"):
+        verify("cuda:0", ops=[GAF])
+    behave("well")
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(preconditions.shutil, "which", lambda name: str(tool))
+    for uuid, is_refused in (("GPU-01234567-89ab-cdef", True), ("GPU-ffffffff-89ab-cdef", False)):
+        tool.write_text(f"#!/bin/sh\necho '{uuid}, 4711, python'\n")
+        tool.chmod(0o755)
+        with pytest.raises(Refused, match="4711, python") if is_refused else contextlib.nullcontext():
+            verify("cuda:0", ops=[GAF])
+
+
+def test_never_inside_a_job(card, behave, monkeypatch):
+    log = behave("well")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Refused, match="belongs to a distributed job"):
+        verify("cuda:0")
+    assert log() == []
+
+
+def test_a_device_that_cannot_be_opened(card, monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "COMMAND", [sys.executable, "-c", "raise SystemExit('no such device')"])
+    with pytest.raises(Refused, match="cuda:0 cannot be opened: a process crashed in the start: no such device"):
+        verify("cuda:0")
+
+
+def test_slices_of_a_card_are_devices_of_their_own(monkeypatch):
+    """cuDeviceGetUuid_v2 gives a MIG slice's own UUID."""
+
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceGet(self, handle, index):
+            handle._obj.value = index
+            return 0
+
+        def cuDeviceGetUuid_v2(self, uuid, handle):
+            uuid.raw = bytes([handle.value] * 16)
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert verdicts._uuid(1) == "01" * 16 != verdicts._uuid(2)
+    monkeypatch.setattr(Driver, "cuInit", lambda self, flags: 100)
+    assert verdicts._uuid(1) is None
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_and_a_block(card, behave, capsys):
+    behave("well")
+    assert cli.main(["verify", "--device", "cuda", "--ops", GAF, LCW]) == 0
+    text = capsys.readouterr().out
+    header = next(line for line in text.splitlines() if line.startswith("op "))
+    assert re.split(r" {2,}", header) == ["op", "backend", "right", "times plain torch", "verdict"]
+    assert "verify " in text
+    block = text.split("```")[1]
+    assert "a card" in block
+    assert "580.1" in block
+    assert LCW in block
+
+
+def test_the_command_for_programs(card, behave, capsys):
+    behave("wrong")
+    assert cli.main(["verify", "--device", "cuda:0", "--ops", GAF, "--json"]) == 1
+    captured = capsys.readouterr()
+    kernels = json.loads(captured.out)
+    assert [kernel["backend"] for kernel in kernels] == ["cpp", "cuda", "triton"]
+    for kernel in kernels:
+        assert (kernel["op"], kernel["right"], kernel["times"]) == (GAF, False, None)
+        assert kernel["reason"] == "no: result 0 is not finite"
+    assert "verify" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ops", "lcw"], "lcw-ops verify: ops has 'lcw'; expected one of "),
+        (["--device", "cuda:7"], "lcw-ops verify: device is 'cuda:7'; expected one of cpu, cuda:0"),
+        (["--device", "mps"], "lcw-ops verify: device is 'mps'; expected one of cpu, cuda:0"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, card, behave, capsys):
+    behave("well")
+    assert cli.main(["verify", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+# ---- The list of cases -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", backends.IMPLEMENTED)
+def test_every_class_has_cases_and_speeds(op):
+    for backend in backends.IMPLEMENTED[op]:
+        judged = {case.kind for case in cases.cases(op, backend)}
+        assert judged <= set(verdicts.kinds(op))
+        assert {speed.kind for speed in speeds.speeds(op, backend, "cuda")} == judged
+    everywhere = {case.kind for backend in backends.IMPLEMENTED[op] for case in cases.cases(op, backend)}
+    assert everywhere == set(verdicts.kinds(op))
+    labels = [(case.kind, case.label) for case in cases.cases(op, "cpp")]
+    assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("op", verdicts.WIDEST)
+def test_a_width_belongs_to_one_class(op):
+    assert op in backends.IMPLEMENTED
+    widest = verdicts.WIDEST[op]
+    assert [verdicts.classify(op, width, 4).size for width in widest] == [f"up to {width}" for width in widest]
+    assert verdicts.classify(op, widest[0] + 1, 4).size == f"up to {widest[1]}"
+    assert verdicts.classify(op, widest[-1] + 1, 4) is None
+
+
+def test_wide_recurrences_on_a_gpu_are_judged_as_the_form_that_runs_them():
+    widths = {
+        name: {case.width for case in cases.cases("orthogonal_filter", name)} for name in ("triton", "cuda", "graph")
+    }
+    assert max(widths["triton"]) == 128
+    assert max(widths["cuda"]) == 512
+    assert {1024, 600} <= widths["graph"]
+    in_float32 = {case.width for case in cases.cases("orthogonal_filter", "graph") if case.dtype == torch.float32}
+    assert min(in_float32) == 600
