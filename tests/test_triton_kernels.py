@@ -131,26 +131,3 @@ def test_tiles_of_the_recurrence():
     assert [launch["STAGES"] for launch in launches] == [3, 2, 1]
     with pytest.raises(ValueError, match=r"width is 128, which needs 132 KB of shared memory.*at most 99 KB"):
         orthogonal_filter.choose_launch(128, 4, 32, 1, 1, False, common.Device(84, 99 * 1024, False))
-
-
-def test_a_widened_weight_leaves_room_for_its_copies():
-    """A 16-bit weight per layer takes half a matrix per pipelined copy, and a whole one in float32."""
-    cards = [*aot.DEVICES.values(), *(common.Device(84, kilobytes * 1024, False) for kilobytes in (64, 99))]
-    asked = 0
-    for device, width, rows, per_layer, kept in itertools.product(
-        cards, (16, 17, 64, 65, 128), (1, 128, 500, 5000), (1, 2), (0, 1)
-    ):
-        if per_layer + kept > 2:
-            continue
-        try:
-            launch = orthogonal_filter.choose_launch(width, 4, rows, per_layer, kept, False, device, widens=True)
-        except ValueError:
-            continue
-        matrix, tile = 4 * launch["BLOCK_N"] ** 2, 4 * launch["BLOCK_M"] * launch["BLOCK_N"]
-        copies = launch["STAGES"] - 1
-        needed = (kept + 1 + (per_layer - 1) * copies) * matrix + copies * matrix // 2 + 2 * tile
-        if copies:
-            assert needed <= device.shared_memory
-        assert launch["num_warps"] in (1, 2, 4, 8, 16)
-        asked += 1
-    assert asked > 150

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests TRITON_INTERPRET=1 LCW_OPS_RECORDED_LAUNCHES=folder pytest -p aot.recording tests/test_triton_*.py
 
-The launchers are told that the device is RECORDED_TARGET, so tiles and warps are those of that GPU. Every launch runs in the
-interpreter as usual, so that a test goes on to its last launch. What Triton would compile is written to the folder:
+The launchers are told that the device is RECORDED_TARGET, so tiles and warps are those of that GPU. Every launch runs
+in the interpreter as usual, so that a test goes on to its last launch. The folder gets what Triton would compile:
 launches that it would compile to the same code are one, with the number of times. ``test_triton_recorded.py`` compiles
 them.
 """
