@@ -35,18 +35,23 @@ VARIANTS = [
 ]
 
 
-# Spilled bytes (AMD: registers) with a Triton on which the kernels have not been tuned yet, as measured. No variant may
-# spill more.
+# Spilled bytes (AMD: registers), as measured: of Triton 3.7 where ptxas spills of its own accord, far below the limit of
+# registers, and of 3.8, on which the kernels have not been tuned yet. No variant may spill more.
 KNOWN_SPILLS = {
+    "3.7": {
+        "sm_80-orthogonal_filter_backward_kernel-64-tf32x3": 24,
+        "sm_80-orthogonal_filter_backward_kernel-128": 8,
+        "sm_100-orthogonal_filter_backward_kernel-128": 8,
+    },
     "3.8": {
-        "sm_90-lcw_linear_kernel-plain-32x4096x4096-bf16-1-splits": 8,
-        "sm_80-lcw_linear_kernel-split-64x1024x1024-bf16-2-splits": 8,
-        "gfx942-orthogonal_filter_kernel-64": 12,
-        "gfx942-orthogonal_filter_kernel-64-fp64": 8,
-        "gfx942-orthogonal_filter_kernel-128-everything": 418,
-        "gfx942-orthogonal_filter_backward_kernel-128": 755,
-        "gfx942-orthogonal_filter_backward_kernel-128-everything-4096-rows": 433,
-    }
+        "sm_80-orthogonal_filter_backward_kernel-64-tf32x3": 8,
+        "sm_80-orthogonal_filter_backward_kernel-128": 8,
+        "sm_100-orthogonal_filter_backward_kernel-128": 8,
+        "sm_100-orthogonal_filter_backward_kernel-128-everything-4096-rows": 16,
+        "gfx942-orthogonal_filter_kernel-128-everything": 139,
+        "gfx942-orthogonal_filter_backward_kernel-128": 396,
+        "gfx942-orthogonal_filter_backward_kernel-128-everything-4096-rows": 192,
+    },
 }.get(".".join(triton.__version__.split(".")[:2]), {})
 
 

@@ -59,6 +59,8 @@ def use_short_programs(monkeypatch, kernels):
     from lcw_ops.kernels import common
 
     constants = {"ROW_BYTES": 128, "WARP_LANES": 16, "TILE_ROW_BYTES": 128, "LEAST_STEPS": 1, "LEAST_SUMMED_ROWS": 8}
+    # As on a GPU, a program has 4 warps of 16 lanes if short rows share it.
+    constants["LEAST_ELEMENTS"] = 64
     for module in (common, kernels):
         for name in constants.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, constants[name])
