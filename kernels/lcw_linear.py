@@ -338,8 +338,8 @@ def lcw_linear_kernel(
     lane = tl.arange(0, BLOCK_K)[None, :]
     product = tl.zeros((BLOCK_N, BLOCK_M), dtype)
     if means is None:
-        # The sums of 16-bit rows are products with ones. If tl.sum read the tiles too, the compiler would lay them out in
-        # shared memory for that sum, and the tensor cores would read them with bank conflicts.
+        # The sums of 16-bit rows are products with ones. If tl.sum read the tiles too, the compiler would lay them out
+        # in shared memory for that sum, and the tensor cores would read them with bank conflicts.
         ones = tl.full((BLOCK_K, SUM_COLUMNS), 1.0, dtype).to(weight.dtype.element_ty)
         weight_sum = tl.zeros((BLOCK_N, SUM_COLUMNS), dtype)
         x_sum = tl.zeros((BLOCK_M, SUM_COLUMNS), dtype)

@@ -35,8 +35,8 @@ VARIANTS = [
 ]
 
 
-# Spilled bytes (AMD: registers), as measured: of Triton 3.7 where ptxas spills of its own accord, far below the limit of
-# registers, and of 3.8, on which the kernels have not been tuned yet. No variant may spill more.
+# Spilled bytes (AMD: registers), as measured: of Triton 3.7 where ptxas spills of its own accord, far below the limit
+# of registers, and of 3.8, on which the kernels have not been tuned yet. No variant may spill more.
 KNOWN_SPILLS = {
     "3.7": {
         "sm_80-orthogonal_filter_backward_kernel-64-tf32x3": 24,
