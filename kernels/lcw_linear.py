@@ -10,8 +10,10 @@ Cost of the weight kernels per element: 2 * itemsize bytes and 4 operations, so 
 than BLOCK lanes is read twice, the second time from the second-level cache.
 
 Cost of the linear kernel: it reads V once from memory, itemsize * n m bytes. It reads x once for every block of units,
-from the second-level cache: at most as many bytes. The product takes 2 M n m operations. Every element of V takes one
-more for its row sum, and one to be widened (16 bits) or centred (float32 and float64). An H200 reads 4.3 TB/s, or 2.2 T
+from the second-level cache: at most as many bytes. The product takes 2 M n m operations. In float32 and
+float64 every element of V takes one more for its row sum, and one to be centred; in 16 bits the tensor cores sum. For
+32 x 4096 x 4096 in bfloat16, a step of 128 columns takes 162 instructions a warp and 512 cycles of shared memory,
+counted in the sm_90 code: 9.1 us in all, where memory takes 7.8 us. An H200 reads 4.3 TB/s, or 2.2 T
 16-bit elements a second. At M = 64, multiplying at that rate takes 0.28 Pflop/s, so the kernel is bound by memory. In
 float32 the H200 reads 1.1 T elements and does 33 T multiply-adds a second, so the kernel is bound by memory up to about
 M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
@@ -145,6 +147,8 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
+        # An instruction of NVIDIA's tensor cores has 8 columns, and one of AMD's has 16.
+        "SUM_COLUMNS": 16 if device.matrix_units else 8,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
         # 8 warps if a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. For aligned rows of
@@ -313,6 +317,7 @@ def lcw_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Multiplies BLOCK_N units by all samples, over ``chunk`` columns.
@@ -332,8 +337,15 @@ def lcw_linear_kernel(
     x_rows = x + first + sample.to(tl.int64)[:, None] * features
     lane = tl.arange(0, BLOCK_K)[None, :]
     product = tl.zeros((BLOCK_N, BLOCK_M), dtype)
-    weight_sum = tl.zeros((BLOCK_N,), dtype)
-    x_sum = tl.zeros((BLOCK_M,), dtype)
+    if means is None:
+        # The sums of 16-bit rows are products with ones. If tl.sum read the tiles too, the compiler would lay them out
+        # in shared memory for that sum, and the tensor cores would read them with bank conflicts.
+        ones = tl.full((BLOCK_K, SUM_COLUMNS), 1.0, dtype).to(weight.dtype.element_ty)
+        weight_sum = tl.zeros((BLOCK_N, SUM_COLUMNS), dtype)
+        x_sum = tl.zeros((BLOCK_M, SUM_COLUMNS), dtype)
+    else:
+        weight_sum = tl.zeros((BLOCK_N,), dtype)
+        x_sum = tl.zeros((BLOCK_M,), dtype)
     for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
         column = start + lane
         w_inside, x_inside = unit_present & (column < count), sample_present & (column < count)
@@ -343,8 +355,15 @@ def lcw_linear_kernel(
             w_tile = tl.where(w_inside, w_tile - centre, 0.0)
             x_tile = tl.where(x_inside, x_tile - mean, 0.0)
         product = tl.dot(w_tile, tl.trans(x_tile), product, input_precision="ieee", out_dtype=dtype)
-        weight_sum += tl.sum(w_tile.to(dtype), 1)
-        x_sum += tl.sum(x_tile.to(dtype), 1)
+        if means is None:
+            weight_sum = tl.dot(w_tile, ones, weight_sum, out_dtype=dtype)
+            x_sum = tl.dot(x_tile, ones, x_sum, out_dtype=dtype)
+        else:
+            weight_sum += tl.sum(w_tile, 1)
+            x_sum += tl.sum(x_tile, 1)
+    if means is None:
+        # All columns are equal.
+        weight_sum, x_sum = tl.max(weight_sum, 1), tl.max(x_sum, 1)
     if products is None:
         _store_output(
             product,

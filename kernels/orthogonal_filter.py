@@ -13,17 +13,26 @@ backward, and 2 R N^2 for dW. Layers run one after another, so the total time is
 the number of layers. It consists of the time for issuing instructions, and of latency.
 Instructions per warp and layer, counted in the sm_90 code (backward: recomputing + gradient), for a dense O shared by
 all layers. A scheduler has one warp at N = 64 and two warps at N = 128:
-    R = 4, N = 64: 453 forward, 491 + 438 backward        R = 4, N = 128: 804 forward, 852 + 829 backward
-    R = 2, N = 128, over time (W shared, with inputs): 413 forward, 441 + 430 backward
+    R = 4, N = 64: 455 forward, 485 + 444 backward        R = 4, N = 128: 806 forward, 854 + 833 backward
+    R = 2, N = 128, over time (W shared, with inputs): 430 forward, 457 + 444 backward
+Cycles of shared memory per layer and program, from the addresses in the PTX (tests/aot/bank_conflicts.py):
+    R = 4, N = 64: 652 forward, 692 + 816 backward        R = 4, N = 128: 2,584 forward, 2,664 + 3,168 backward
+    R = 2, N = 128, over time: 2,320 forward, 2,344 + 2,600 backward
 Times on an H200 at 1.8 GHz are predicted, not measured. To the time for issuing the instructions, latency and barriers
-are assumed to add as much again if a scheduler has one warp, and half as much if it has two. With M = 128 a layer takes
-0.5 us forward and 1.1 us backward with dW at N = 64, and 1.3 us and 2.9 us at N = 128. Over time, with M = 64 and
-N = 128, a step takes 0.7 us forward.
+are assumed to add as much again if a scheduler has one warp, and half as much if it has two; a layer takes at least the
+cycles of shared memory. With M = 128 a layer takes 0.5 us forward and 1.1 us backward with dW at N = 64, and 1.5 us and
+3.4 us at N = 128. Over time, with M = 64 and N = 128, a step takes 1.3 us forward.
+
+Every product reads its matrix by rows: W^T and O^T where states are computed, W and O where gradients are. If the
+compiler transposed W in shared memory, the threads of a warp would read from rows of 4 N bytes, that is, 8 times from
+the same banks: 4,236 cycles a layer forward at N = 64. So the launcher transposes: matrices that all layers share once
+per call, and others before every launch. Forward has a launch per MOST_TRANSPOSED_BYTES of them. A 16-bit W is widened
+in the same copy. These copies read and write 4 N^2 bytes a layer each, 8 ns at N = 64 from memory.
 
 Registers hold the state and G. Shared memory holds every matrix that all layers share, for the whole launch. It also
 holds W_l and the other arguments that change with l, which are copied asynchronously up to two layers ahead. On sm_90 a
-thread has 55 registers and a program 50 KB of shared memory forward at N = 64; backward, these are 67 and 52 KB at
-N = 64, and 64 and 200 KB at N = 128, without spills. The tests print these figures.
+thread has 54 registers and a program 50 KB of shared memory forward at N = 64; backward, these are 62 and 52 KB at
+N = 64, and 48 and 200 KB at N = 128, without spills. The tests print these figures.
 
 float32 products are multiply-adds, not TF32: a tile would use only 4 of a tensor core's 16 rows, and 3xTF32 (three TF32
 products, nearly as exact as one of float32) takes 747 instructions. 3xTF32 is used if tiles have 16 rows and the user
@@ -35,12 +44,18 @@ basic operations are correctly rounded. On CUDA, whose float32 division is appro
 A. Ceni, arXiv 2210.01245 (forward); backward in the same notation as lcw_ops/reference/orthogonal_filter.py.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lcw_ops.kernels.common import Device, activate, activation_slope, device_facts, is_permutation
+
+# The most bytes of transposed matrices that one forward launch reads. Half of an H200's second-level cache holds them,
+# so that the launch reads them from there. At N = 64 these are 1,536 layers, beside which a launch takes no time.
+MOST_TRANSPOSED_BYTES = 24 << 20
 
 
 def orthogonal_filter(
@@ -67,18 +82,22 @@ def orthogonal_filter(
     if output.numel() == 0:
         return output, checkpoints
     recurrence = _Recurrence(h0, weight, bias, filter, alpha, beta, inputs, activation)
-    with torch.cuda.device_of(h0):
-        orthogonal_filter_kernel[recurrence.grid](
-            h0.contiguous(),
-            **recurrence.arguments(0, steps),
-            output=output,
-            checkpoints=checkpoints if segment else None,
-            rows=rows,
-            steps=steps,
-            segment=segment or max(steps, 1),
-            RETURN_STATES=return_states,
-            **recurrence.options,
-        )
+    state, between = h0.contiguous(), segment or max(steps, 1)
+    for first, end in recurrence.launches(steps, between):
+        with torch.cuda.device_of(h0):
+            orthogonal_filter_kernel[recurrence.grid](
+                state,
+                **recurrence.arguments(first, end),
+                **recurrence.transposes(first, end),
+                output=output[first:] if return_states else output,
+                checkpoints=checkpoints[first // segment :] if segment and first % segment == 0 else None,
+                rows=rows,
+                steps=end - first,
+                segment=between,
+                RETURN_STATES=return_states,
+                **recurrence.options,
+            )
+        state = output[end] if return_states else output
     return output, checkpoints
 
 
@@ -124,6 +143,8 @@ def orthogonal_filter_backward(
             orthogonal_filter_backward_kernel[recurrence.grid](
                 checkpoints[first // segment],
                 **recurrence.arguments(first, end),
+                **recurrence.matrices(first, end),
+                **recurrence.transposes(first, end),
                 grad_output=grad_output[first:] if grad_output.dim() == 3 else None,
                 gradient=gradient,
                 states=states,
@@ -159,15 +180,18 @@ class _Recurrence:
     def __init__(self, state, weight, bias, filter, alpha, beta, inputs, activation):
         rows, width = state.shape
         permutes = not filter.is_floating_point()
-        self._tensors = {
-            "weight": weight.contiguous(),
+        self._vectors = {
             "bias": None if bias is None else bias.contiguous(),
-            "filter": filter.contiguous(),
             "alpha": alpha.contiguous(),
             "beta": beta.contiguous(),
             "inputs": None if inputs is None else inputs.contiguous(),
         }
-        self._inverse = filter.argsort() if permutes else None
+        self._permutations = {
+            "permutation": filter.contiguous() if permutes else None,
+            "inverse": filter.argsort() if permutes else None,
+        }
+        self._dtype, self._shared = state.dtype, {}
+        self._matrices = {"weight": weight, "filter": None if permutes else filter}
         strides = {
             "WEIGHT_STRIDE": width * width if weight.dim() == 3 else 0,
             "BIAS_STRIDE": width if bias is not None and bias.dim() == 2 else 0,
@@ -177,22 +201,53 @@ class _Recurrence:
         }
         self._per_layer = {name.removesuffix("_STRIDE").lower() for name, stride in strides.items() if stride}
         self._per_layer.add("inputs")
-        per_layer = (weight.dim() == 3) + (filter.dim() == 3)
-        kept = 2 - permutes - per_layer
+        self._changing = (weight.dim() == 3) + (filter.dim() == 3)
+        kept = 2 - permutes - self._changing
         allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        widens = weight.dim() == 3 and weight.dtype != state.dtype
         device = device_facts(state.device)
-        launch = choose_launch(width, state.itemsize, rows, per_layer, kept, allow_tf32, device, widens)
+        launch = choose_launch(width, state.itemsize, rows, self._changing, kept, allow_tf32, device)
         self.options = strides | launch | {"PERMUTES": permutes, "ACTIVATION": activation, "WIDTH": width}
         self.grid = (triton.cdiv(rows, launch["BLOCK_M"]),)
 
+    def launches(self, steps: int, segment: int) -> Iterator[tuple[int, int]]:
+        """(first layer, end) of every forward launch: whole segments or, if a segment is too long, a part of one."""
+        layer_bytes = self._changing * self.options["WIDTH"] ** 2 * self._dtype.itemsize
+        most = MOST_TRANSPOSED_BYTES // layer_bytes if layer_bytes else max(steps, 1)
+        length = segment * max(1, most // segment)
+        for begin in range(0, max(steps, 1), length):
+            for first in range(begin, max(min(begin + length, steps), 1), most):
+                yield first, min(first + most, begin + length, steps)
+
     def arguments(self, first: int, end: int) -> dict:
-        """The arguments of layers first to end - 1."""
-        arguments = {
-            name: tensor[first:end] if tensor is not None and name in self._per_layer else tensor
-            for name, tensor in self._tensors.items()
+        """The arguments of layers first to end - 1, without the matrices."""
+        return self._permutations | {
+            name: vector[first:end] if vector is not None and name in self._per_layer else vector
+            for name, vector in self._vectors.items()
         }
-        return arguments | {"inverse": self._inverse}
+
+    def matrices(self, first: int, end: int) -> dict:
+        """W_l and O_l of these layers in the state's dtype, to which a 16-bit W_l is widened."""
+        return {name: self._laid_out(name, first, end, transpose=False) for name in self._matrices}
+
+    def transposes(self, first: int, end: int) -> dict:
+        return {f"transposed_{name}": self._laid_out(name, first, end, transpose=True) for name in self._matrices}
+
+    def _laid_out(self, name: str, first: int, end: int, transpose: bool) -> Tensor | None:
+        """Copy a matrix, or those of all these layers, unless it already has the layout and the dtype."""
+        matrix = self._matrices[name]
+        if matrix is None:
+            return None
+        if name not in self._per_layer:
+            if (name, transpose) not in self._shared:
+                self._shared[name, transpose] = self._contiguous(matrix.mT if transpose else matrix)
+            return self._shared[name, transpose]
+        return self._contiguous(matrix[first:end].mT if transpose else matrix[first:end])
+
+    def _contiguous(self, matrix: Tensor) -> Tensor:
+        if matrix.dtype == self._dtype:
+            return matrix.contiguous()
+        # One pass, where to() and contiguous() would take two.
+        return torch.empty(matrix.shape, dtype=self._dtype, device=matrix.device).copy_(matrix)
 
 
 class _ParameterGradient:
@@ -245,22 +300,14 @@ def choose_launch(
     kept: int,
     allow_tf32: bool,
     device: Device,
-    widens: bool = False,
 ) -> dict:
-    """Tile, warps and stages if ``per_layer`` matrices are read in every layer and ``kept`` matrices stay on chip.
-
-    ``widens``: W_l is read in every layer, in 16 bits, and shared memory also holds it in the state's float32.
-    """
+    """Tile, warps and stages if ``per_layer`` matrices are read in every layer and ``kept`` matrices stay on chip."""
     block_n = max(16, triton.next_power_of_2(width))
-    # Widening W_l takes registers. Beside another matrix of 128 x 128, a thread would spill 640 to 1,200 bytes backward
-    # in tiles of 8 rows. It spills up to 256 in tiles of 4 rows, and up to 32 in tiles of 2. Per row, a tile of 2 rows
-    # reads as many bytes of a 16-bit W_l as a tile of 4 rows reads in float32.
-    is_crowded = widens and kept + per_layer == 2 and block_n > 64 and not device.matrix_units
     # Take the fewest rows with which every program has a multiprocessor of its own, because a layer takes as long as
     # one tile does. With fewer than 4 rows, too many programs would read W_l through the second-level cache. 2 rows are
     # enough if no matrix is read in every layer.
-    smallest = 16 if device.matrix_units else 4 if per_layer and not is_crowded else 2
-    largest = 16 if device.matrix_units else 4 if is_crowded else min(16, 1024 // block_n)
+    smallest = 16 if device.matrix_units else 4 if per_layer else 2
+    largest = 16 if device.matrix_units else min(16, 1024 // block_n)
     block_m = smallest
     while block_m < largest and triton.cdiv(rows, block_m) > device.processors:
         block_m *= 2
@@ -283,17 +330,12 @@ def choose_launch(
             "Use lcw_ops.use_backend('cuda') or 'reference'"
         )
     stages = 3
-    # Shared memory holds stages - 1 copies of a pipelined matrix. Those of a 16-bit W_l are half as large, and the
-    # float32 copy comes on top. Three tiles per stage are reserved for the pipelined tiles and for those that threads
-    # exchange.
+    # Shared memory holds stages - 1 copies of a pipelined matrix. Three tiles per stage are reserved for the pipelined
+    # tiles and for those that threads exchange.
     while stages > 1:
-        halves = 2 * kept + 2 * per_layer * (stages - 1) + widens * (3 - stages)
-        if halves * (matrix // 2) + 3 * stages * tile <= device.shared_memory:
+        if (kept + per_layer * (stages - 1)) * matrix + 3 * stages * tile <= device.shared_memory:
             break
         stages -= 1
-    if is_crowded and stages == 1 and block_m == 4:
-        # Without pipeline stages, a thread would spill 96 to 120 bytes forward with 8 warps. It spills up to 8 with 16.
-        num_warps = 16
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -306,9 +348,10 @@ def choose_launch(
 @triton.jit(do_not_specialize=["rows", "steps", "segment"])
 def orthogonal_filter_kernel(
     h0,
-    weight,
+    transposed_weight,
     bias,
-    filter,
+    transposed_filter,
+    permutation,
     inverse,
     alpha,
     beta,
@@ -337,14 +380,13 @@ def orthogonal_filter_kernel(
     size = rows * WIDTH
     state = tl.load(h0 + tile, mask=inside, other=0.0)
     if PERMUTES:
-        index = _load_index(filter, WIDTH, BLOCK_M, BLOCK_N)
+        index = _load_index(permutation, WIDTH, BLOCK_M, BLOCK_N)
         # A wrong permutation gives NaN. Checking it on the host would make the host wait for the device.
-        state = tl.where(is_permutation(filter, inverse, WIDTH, BLOCK_N)[None, :], state, float("nan"))
+        state = tl.where(is_permutation(permutation, inverse, WIDTH, BLOCK_N)[None, :], state, float("nan"))
     else:
         index = None
-    dtype: tl.constexpr = state.dtype
-    kept_weight = _kept_matrix(weight, WEIGHT_STRIDE, dtype, WIDTH, BLOCK_N)
-    kept_filter = _kept_matrix(filter, FILTER_STRIDE, dtype, WIDTH, BLOCK_N)
+    kept_weight = _kept_matrix(transposed_weight, WEIGHT_STRIDE, WIDTH, BLOCK_N)
+    kept_filter = _kept_matrix(transposed_filter, FILTER_STRIDE, WIDTH, BLOCK_N)
     if RETURN_STATES:
         tl.store(output + tile, state, mask=inside)
         output += size
@@ -355,9 +397,9 @@ def orthogonal_filter_kernel(
         for _ in tl.range(first, min(first + segment, steps), num_stages=STAGES):
             _, state = _step(
                 state,
-                _matrix(weight, kept_weight, dtype, WIDTH, BLOCK_N),
+                _matrix(transposed_weight, kept_weight, WIDTH, BLOCK_N),
                 bias,
-                _matrix(filter, kept_filter, dtype, WIDTH, BLOCK_N),
+                _matrix(transposed_filter, kept_filter, WIDTH, BLOCK_N),
                 index,
                 alpha,
                 beta,
@@ -371,10 +413,11 @@ def orthogonal_filter_kernel(
             if RETURN_STATES:
                 tl.store(output + tile, state, mask=inside)
                 output += size
-            weight += WEIGHT_STRIDE
+            transposed_weight += WEIGHT_STRIDE
             if bias is not None:
                 bias += BIAS_STRIDE
-            filter += FILTER_STRIDE
+            if transposed_filter is not None:
+                transposed_filter += FILTER_STRIDE
             alpha += ALPHA_STRIDE
             beta += BETA_STRIDE
             if inputs is not None:
@@ -387,8 +430,11 @@ def orthogonal_filter_kernel(
 def orthogonal_filter_backward_kernel(
     checkpoint,
     weight,
+    transposed_weight,
     bias,
     filter,
+    transposed_filter,
+    permutation,
     inverse,
     alpha,
     beta,
@@ -421,20 +467,20 @@ def orthogonal_filter_backward_kernel(
     size = rows * WIDTH
     state = tl.load(checkpoint + tile, mask=inside, other=0.0)
     if PERMUTES:
-        index = _load_index(filter, WIDTH, BLOCK_M, BLOCK_N)
+        index = _load_index(permutation, WIDTH, BLOCK_M, BLOCK_N)
         inverse_index = _load_index(inverse, WIDTH, BLOCK_M, BLOCK_N)
     else:
         index = None
     dtype: tl.constexpr = state.dtype
-    kept_weight = _kept_matrix(weight, WEIGHT_STRIDE, dtype, WIDTH, BLOCK_N)
-    kept_filter = _kept_matrix(filter, FILTER_STRIDE, dtype, WIDTH, BLOCK_N)
+    kept_weight = _kept_matrix(transposed_weight, WEIGHT_STRIDE, WIDTH, BLOCK_N)
+    kept_filter = _kept_matrix(transposed_filter, FILTER_STRIDE, WIDTH, BLOCK_N)
     for _ in tl.range(0, count, num_stages=STAGES):
         tl.store(states + tile, state, mask=inside)
         y, state = _step(
             state,
-            _matrix(weight, kept_weight, dtype, WIDTH, BLOCK_N),
+            _matrix(transposed_weight, kept_weight, WIDTH, BLOCK_N),
             bias,
-            _matrix(filter, kept_filter, dtype, WIDTH, BLOCK_N),
+            _matrix(transposed_filter, kept_filter, WIDTH, BLOCK_N),
             index,
             alpha,
             beta,
@@ -448,16 +494,23 @@ def orthogonal_filter_backward_kernel(
         tl.store(activated + tile, y, mask=inside)
         states += size
         activated += size
-        weight += WEIGHT_STRIDE
+        transposed_weight += WEIGHT_STRIDE
         if bias is not None:
             bias += BIAS_STRIDE
-        filter += FILTER_STRIDE
+        if transposed_filter is not None:
+            transposed_filter += FILTER_STRIDE
         alpha += ALPHA_STRIDE
         beta += BETA_STRIDE
         if inputs is not None:
             inputs += size
     # Threads below load numbers that other threads stored above.
     tl.debug_barrier()
+    # Loaded only here, so that shared memory need not hold the transposes at the same time.
+    kept_weight = _kept_matrix(weight, WEIGHT_STRIDE, WIDTH, BLOCK_N)
+    kept_filter = _kept_matrix(filter, FILTER_STRIDE, WIDTH, BLOCK_N)
+    weight += count * WEIGHT_STRIDE
+    if filter is not None:
+        filter += count * FILTER_STRIDE
     grad_pre += count * size
     if grad_states is not None:
         grad_states += count * size
@@ -470,7 +523,8 @@ def orthogonal_filter_backward_kernel(
     for _ in tl.range(0, count, num_stages=STAGES):
         # Move the pointers back to layer l. The loop goes from the last layer of the segment to the first.
         weight -= WEIGHT_STRIDE
-        filter -= FILTER_STRIDE
+        if filter is not None:
+            filter -= FILTER_STRIDE
         alpha -= ALPHA_STRIDE
         beta -= BETA_STRIDE
         activated -= size
@@ -481,7 +535,7 @@ def orthogonal_filter_backward_kernel(
         if PERMUTES:
             rotated = tl.gather(grad_state, inverse_index, 1)
         else:
-            matrix = _matrix(filter, kept_filter, dtype, WIDTH, BLOCK_N)
+            matrix = _matrix(filter, kept_filter, WIDTH, BLOCK_N)
             rotated = tl.dot(grad_state, matrix, input_precision=PRECISION, out_dtype=dtype)
         if alpha_products is not None:
             states -= size
@@ -494,7 +548,7 @@ def orthogonal_filter_backward_kernel(
         if grad_states is not None:
             tl.store(grad_states + tile, grad_state, mask=inside)
             grad_states -= size
-        matrix = _matrix(weight, kept_weight, dtype, WIDTH, BLOCK_N)
+        matrix = _matrix(weight, kept_weight, WIDTH, BLOCK_N)
         # `branch` is a separate sum. If its terms were added to the far larger `rotated`, they would be rounded at the
         # scale of `rotated`.
         branch = tl.dot(delta, matrix, input_precision=PRECISION, out_dtype=dtype)
@@ -523,41 +577,40 @@ def _load_index(index, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def _kept_matrix(matrix, STRIDE: tl.constexpr, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A matrix that all layers share, on chip for the whole launch. None for a permutation, or a matrix per layer."""
-    if matrix.dtype.element_ty.is_int() or STRIDE != 0:
+def _kept_matrix(matrix, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A matrix that all layers share, on chip for the whole loop. None without a matrix, or with one per layer."""
+    if matrix is None or STRIDE != 0:
         return
     else:
-        return _load_matrix(matrix, dtype, WIDTH, BLOCK_N)
+        return _load_matrix(matrix, WIDTH, BLOCK_N)
 
 
 @triton.jit
-def _matrix(matrix, kept, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    if matrix.dtype.element_ty.is_int():
+def _matrix(matrix, kept, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    if matrix is None:
         return
     elif kept is not None:
         return kept
     else:
-        return _load_matrix(matrix, dtype, WIDTH, BLOCK_N)
+        return _load_matrix(matrix, WIDTH, BLOCK_N)
 
 
 @triton.jit
-def _load_matrix(matrix, dtype: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    out = tl.arange(0, BLOCK_N)[:, None]
-    unit = tl.arange(0, BLOCK_N)[None, :]
+def _load_matrix(matrix, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    row = tl.arange(0, BLOCK_N)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
     if WIDTH == BLOCK_N:
-        loaded = tl.load(matrix + (out * WIDTH + unit))
+        return tl.load(matrix + (row * WIDTH + column))
     else:
-        loaded = tl.load(matrix + (out * WIDTH + unit), mask=(out < WIDTH) & (unit < WIDTH), other=0.0)
-    return loaded.to(dtype)
+        return tl.load(matrix + (row * WIDTH + column), mask=(row < WIDTH) & (column < WIDTH), other=0.0)
 
 
 @triton.jit
 def _step(
     state,
-    weight,
+    transposed_weight,
     bias,
-    filter,
+    transposed_filter,
     index,
     alpha,
     beta,
@@ -572,7 +625,7 @@ def _step(
     BLOCK_N: tl.constexpr = state.shape[1]
     unit = tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = state.dtype
-    pre_activation = tl.dot(state, tl.trans(weight), input_precision=PRECISION, out_dtype=dtype)
+    pre_activation = tl.dot(state, transposed_weight, input_precision=PRECISION, out_dtype=dtype)
     if bias is not None:
         pre_activation += tl.load(bias + unit, mask=unit < WIDTH, other=0.0)[None, :]
     if inputs is not None:
@@ -580,7 +633,7 @@ def _step(
     if index is not None:
         filtered = tl.gather(state, index, 1)
     else:
-        filtered = tl.dot(state, tl.trans(filter), input_precision=PRECISION, out_dtype=dtype)
+        filtered = tl.dot(state, transposed_filter, input_precision=PRECISION, out_dtype=dtype)
     y = activate(pre_activation, ACTIVATION)
     state = tl.load(alpha) * filtered + tl.load(beta) * y
     if WIDTH != BLOCK_N:

@@ -134,10 +134,12 @@ def test_triton(version: str | None, part: Part) -> None:
     part.note_versions(sys.executable, PYTHONPATH=path)
     if version is not None and f"triton {version}" not in part.versions:
         raise Failed(f"asked for triton {version}, found {part.versions!r}")
-    part.run(sys.executable, "tests/run.py", "fast", "--only", "interpreter", "-n", WORKERS, PYTHONPATH=path)
+    for door, run in (("fast", "interpreter"), ("slow", "recording")):
+        part.run(sys.executable, "tests/run.py", door, "--only", run, "-n", WORKERS, PYTHONPATH=path)
     compiled = sorted((ROOT / "tests").glob("test_triton_*.py"))
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", WORKERS)
-    part.run(*pytest, *compiled, PYTHONPATH=path, LCW_OPS_EVERY_LAUNCH="1")
+    launches = {"LCW_OPS_EVERY_LAUNCH": "1", "LCW_OPS_RECORDED_LAUNCHES": str(ROOT / ".pytest_cache/launches")}
+    part.run(*pytest, *compiled, PYTHONPATH=path, **launches)
 
 
 def test_wheels(part: Part) -> None:

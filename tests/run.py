@@ -10,9 +10,11 @@ have a run of their own. pytest-xdist splits every run over processes:
                   compare, does not fuse multiply-adds either
     recurrence    the same for test_orthogonal_filter.py, which portable leaves out; here eager torch may fuse them
     targets       test_triton_kernels.py, which compiles ahead of time, for every generation of GPUs
+    recording     the run interpreter of "fast", with the tiles of a GPU; the launches are recorded
+    launches      test_triton_recorded.py, which compiles the launches that were recorded most often
 
 "fast" is the first two runs without the tests marked slow. "slow" is these two with only the tests marked slow, and
-then the other four. Every run starts, even if one before it has failed, and the seconds of each are printed at the
+then the others. Every run starts, even if one before it has failed, and the seconds of each are printed at the
 end. A run that selects no test has failed, except for interpreter, targets, avx2 and portable in "slow".
 """
 
@@ -29,6 +31,8 @@ import torch
 from sanitize.harness import EAGER_WITHOUT_FMA
 
 TESTS = Path(__file__).parent
+# The folder of the launches that the run "recording" records.
+LAUNCHES = TESTS.parent / ".pytest_cache/launches"
 # pytest's exit status for an empty selection.
 NO_TESTS = 5
 # The two doors, that is, ways to run the suite, and the tests that they select by their marks.
@@ -54,6 +58,12 @@ def runs(door: str) -> Iterator[Run]:
         return
     # The quick run compiles for two of the four generations of GPUs unless the kernels changed.
     every = {"LCW_OPS_EVERY_TARGET": "1"}
+    recorded = {"LCW_OPS_RECORDED_LAUNCHES": str(LAUNCHES)}
+    # A plugin is imported before pytest adds the folder of the tests to the path.
+    path = {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    selection = ["-p", "aot.recording", "-k", "triton", *interpreted]
+    yield Run("recording", selection, "not slow", interpreter | recorded | path)
+    yield Run("launches", [str(TESTS / "test_triton_recorded.py")], "not slow", recorded)
     yield Run("targets", [str(TESTS / "test_triton_kernels.py")], "not slow", every, may_be_empty=True)
     marks = "every_instruction_set"
     if torch.backends.cpu.get_cpu_capability() == "AVX512":

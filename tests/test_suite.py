@@ -112,9 +112,10 @@ def test_names_of_cases():
 @pytest.mark.parametrize("door", run.DOORS)
 def test_the_runs_of_a_door(door):
     names = {one.name for one in run.runs(door)}
-    slow = {"portable", "recurrence", "targets"}
+    slow = {"portable", "recurrence", "targets", "recording", "launches"}
     assert names - {"avx2"} == {"native", "interpreter"} | (slow if door == "slow" else set())
-    marks = {"native": run.DOORS[door], "interpreter": run.DOORS[door], "targets": "not slow"}
+    marks = dict.fromkeys(("native", "interpreter"), run.DOORS[door])
+    marks |= dict.fromkeys(("targets", "recording", "launches"), "not slow")
     assert all(one.marks == marks.get(one.name, "every_instruction_set") for one in run.runs(door))
     # The runs of the interpreter and of other instruction sets differ from the first by their environment alone.
     assert [one.name for one in run.runs(door) if not one.environment] == ["native"]

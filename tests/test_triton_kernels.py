@@ -35,18 +35,23 @@ VARIANTS = [
 ]
 
 
-# Spilled bytes (AMD: registers) with a Triton on which the kernels have not been tuned yet, as measured. No variant may
-# spill more.
+# Spilled bytes (AMD: registers), as measured: of Triton 3.7 where ptxas spills of its own accord, far below the limit
+# of registers, and of 3.8, on which the kernels have not been tuned yet. No variant may spill more.
 KNOWN_SPILLS = {
+    "3.7": {
+        "sm_80-orthogonal_filter_backward_kernel-64-tf32x3": 24,
+        "sm_80-orthogonal_filter_backward_kernel-128": 8,
+        "sm_100-orthogonal_filter_backward_kernel-128": 8,
+    },
     "3.8": {
-        "sm_90-lcw_linear_kernel-plain-32x4096x4096-bf16-1-splits": 8,
-        "sm_80-lcw_linear_kernel-split-64x1024x1024-bf16-2-splits": 8,
-        "gfx942-orthogonal_filter_kernel-64": 12,
-        "gfx942-orthogonal_filter_kernel-64-fp64": 8,
-        "gfx942-orthogonal_filter_kernel-128-everything": 418,
-        "gfx942-orthogonal_filter_backward_kernel-128": 755,
-        "gfx942-orthogonal_filter_backward_kernel-128-everything-4096-rows": 433,
-    }
+        "sm_80-orthogonal_filter_backward_kernel-64-tf32x3": 8,
+        "sm_80-orthogonal_filter_backward_kernel-128": 8,
+        "sm_100-orthogonal_filter_backward_kernel-128": 8,
+        "sm_100-orthogonal_filter_backward_kernel-128-everything-4096-rows": 16,
+        "gfx942-orthogonal_filter_kernel-128-everything": 139,
+        "gfx942-orthogonal_filter_backward_kernel-128": 396,
+        "gfx942-orthogonal_filter_backward_kernel-128-everything-4096-rows": 192,
+    },
 }.get(".".join(triton.__version__.split(".")[:2]), {})
 
 
@@ -131,26 +136,3 @@ def test_tiles_of_the_recurrence():
     assert [launch["STAGES"] for launch in launches] == [3, 2, 1]
     with pytest.raises(ValueError, match=r"width is 128, which needs 132 KB of shared memory.*at most 99 KB"):
         orthogonal_filter.choose_launch(128, 4, 32, 1, 1, False, common.Device(84, 99 * 1024, False))
-
-
-def test_a_widened_weight_leaves_room_for_its_copies():
-    """A 16-bit weight per layer takes half a matrix per pipelined copy, and a whole one in float32."""
-    cards = [*aot.DEVICES.values(), *(common.Device(84, kilobytes * 1024, False) for kilobytes in (64, 99))]
-    asked = 0
-    for device, width, rows, per_layer, kept in itertools.product(
-        cards, (16, 17, 64, 65, 128), (1, 128, 500, 5000), (1, 2), (0, 1)
-    ):
-        if per_layer + kept > 2:
-            continue
-        try:
-            launch = orthogonal_filter.choose_launch(width, 4, rows, per_layer, kept, False, device, widens=True)
-        except ValueError:
-            continue
-        matrix, tile = 4 * launch["BLOCK_N"] ** 2, 4 * launch["BLOCK_M"] * launch["BLOCK_N"]
-        copies = launch["STAGES"] - 1
-        needed = (kept + 1 + (per_layer - 1) * copies) * matrix + copies * matrix // 2 + 2 * tile
-        if copies:
-            assert needed <= device.shared_memory
-        assert launch["num_warps"] in (1, 2, 4, 8, 16)
-        asked += 1
-    assert asked > 150

@@ -7,13 +7,12 @@ launches take hours, so ``make test`` runs one launch of each kind; ``make test-
 for all of them. Facts about compiled code are kept (aot/compiled.py), so that a long run can be resumed.
 """
 
-import importlib
 import importlib.util
 import inspect
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -23,63 +22,16 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's interpreter (TRITON_INTERPRET=1) compiles nothing", allow_module_level=True)
 
-import triton
-from aot import DEVICES, STEMS
-from aot.compiled import EVERY_LAUNCH, TARGETS, facts, remembered
+from aot.compiled import EVERY_LAUNCH, TARGETS, remembered
+from aot.launching import KERNELS, MAX_SPILLED_BYTES, assert_fits, compiling, kernel_names
 from support.pairwise import pairwise
 from triton.runtime.jit import JITFunction
 
-KERNELS = {stem: importlib.import_module(f"lcw_ops.kernels.{stem}") for stem in STEMS}
 activations, hypersphere, weight_norm = (KERNELS[s] for s in ("gradient_activation", "hypersphere", "weight_norm"))
 lcw_linear, recurrence, parallel = KERNELS["lcw_linear"], KERNELS["orthogonal_filter"], KERNELS["parallel_depth"]
 
-# In bytes per thread. 32 bytes are eight registers, and spills of that size stay in the first-level cache. The limit
-# for csrc/cuda is the same (test_cuda_build.py). The spills of Triton 3.6 and 3.7 differ by up to as many bytes.
-MAX_SPILLED_BYTES = 32
-# From width 65 on, a program holds two matrices of 128 x 128 and their transposes. In tiles of 4 rows with 16-bit
-# weights per layer, both versions of Triton spill up to 256 bytes with eight warps, and 144 with sixteen.
-KNOWN_SPILLS = {"orthogonal_filter_backward_kernel": 288}
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 YES_OR_NO = (True, False)
-
-
-class NamedGpu:
-    """Answers the questions that Triton asks its driver before it compiles."""
-
-    def __init__(self, target: str):
-        self._target = target
-
-    def get_current_target(self):
-        return TARGETS[self._target]
-
-    def get_current_device(self) -> str:
-        # Triton keeps compiled kernels by device.
-        return self._target
-
-    def get_current_stream(self, device) -> int:
-        return 0
-
-
-@contextmanager
-def compiling(target: str) -> Iterator[list]:
-    """A context in which a launch on CPU tensors only compiles, for ``target``. The list collects the kernels."""
-    compiled = []
-    run = JITFunction.run
-
-    def compile_only(self, *arguments, grid, warmup, **options):
-        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
-
-    driver, before = triton.runtime.driver, triton.runtime.driver._active
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", compile_only)
-        for module in KERNELS.values():
-            patch.setattr(module, "device_facts", lambda _: DEVICES[target], raising=False)
-        driver.set_active(NamedGpu(target))
-        try:
-            yield compiled
-        finally:
-            driver.set_active(before)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -241,26 +193,22 @@ def launches() -> Iterator:
 def compiled_facts(target: str, launch: Callable, options: dict) -> list[dict]:
     with compiling(target) as compiled:
         launch(**options)
-    different = {kernel.hash: kernel for kernel in compiled}.values()
-    return [{"name": kernel.name, "warps": kernel.metadata.num_warps} | facts(kernel) for kernel in different]
+    # The first of the same kernels is the one that was compiled.
+    different = {one.kernel.hash: one for one in reversed(compiled)}.values()
+    return [one.facts() for one in different]
 
 
-def compile_to_fit(target: str, launch: Callable, options: dict) -> list[dict]:
-    """The facts of the compiled kernels, none of which takes more shared memory than the card has."""
+def facts_of(target: str, launch: Callable, options: dict) -> list[dict]:
     key = f"{target} {inspect.getsource(launch)} {options}"
     compiled = remembered(key, lambda: compiled_facts(target, launch, options))
     assert compiled
-    for kernel in compiled:
-        print(target, kernel)
-        assert kernel["shared"] <= DEVICES[target].shared_memory
     return compiled
 
 
 @pytest.mark.parametrize(("target", "launch", "options"), list(launches()))
 def test_compiles_and_hardly_spills(target, launch, options):
-    compiled = compile_to_fit(target, launch, options)
-    most = {kernel["name"]: KNOWN_SPILLS.get(kernel["name"], MAX_SPILLED_BYTES) for kernel in compiled}
-    assert not [kernel for kernel in compiled if kernel["spilled"] > most[kernel["name"]]]
+    for kernel in facts_of(target, launch, options):
+        assert_fits(target, kernel)
 
 
 # Tiles of the fewest and of the most rows. A permutation leaves room for more stages than a second matrix.
@@ -273,10 +221,8 @@ def test_a_16_bit_weight_per_layer_fits_the_shared_memory_of_every_card(target, 
     """Shared memory holds its float32 copy too, in which it is multiplied. Spills on AMD's cards are not judged."""
     options = dict(zip(WIDENED, chosen, strict=True)) | {"activation": "tanh", "per_layer": True, "everything": True}
     options |= {"dtypes": (F32, torch.bfloat16), "tf32": False}
-    if target.startswith("sm_"):
-        test_compiles_and_hardly_spills(target, layers, options)
-    else:
-        compile_to_fit(target, layers, options)
+    for kernel in facts_of(target, layers, options):
+        assert_fits(target, kernel, MAX_SPILLED_BYTES if target.startswith("sm_") else math.inf)
 
 
 def test_every_kernel_is_launched(monkeypatch):
@@ -287,7 +233,4 @@ def test_every_kernel_is_launched(monkeypatch):
         for launch, options in OPTIONS.items():
             for index in range(5):
                 launch(**{name: each[index % len(each)] for name, each in options.items()})
-    assert {kernel.fn.__name__ for kernel in launched} == {
-        name for module in KERNELS.values() for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and name.endswith("_kernel")
-    }  # fmt: skip
+    assert {kernel.fn.__name__ for kernel in launched} == kernel_names()

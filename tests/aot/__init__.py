@@ -18,6 +18,8 @@ DEVICES = {
     "gfx942": Device(processors=304, shared_memory=64 * 1024, matrix_units=True),
 }
 EVERY_TARGET = tuple(DEVICES)
+# The GPU for which launches are recorded (aot/recording.py).
+RECORDED_TARGET = "sm_90"
 # Registers or shared memory are scarcest on these two.
 OLD_AND_AMD = ("sm_80", "gfx942")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}

@@ -3,7 +3,7 @@
 The key of an entry is a hash of kernels/, this file, Triton's version, the variant and the target. A second run on the
 same sources asserts on the same facts without compiling. The cache is the folder LCW_OPS_AOT_CACHE, by default
 .pytest_cache/aot; it is always safe to delete it. LCW_OPS_EVERY_TARGET=1 compiles for all targets, and
-LCW_OPS_EVERY_LAUNCH=1 also compiles every launch of test_triton_launches.py.
+LCW_OPS_EVERY_LAUNCH=1 also compiles every launch of test_triton_launches.py and test_triton_recorded.py.
 """
 
 import fcntl

@@ -13,7 +13,6 @@ def _variants(
     rows: int = 128,
     filter: str = "shared",
     dtype: str = "fp32",
-    weight_dtype: str | None = None,
     per_layer: bool = True,
     everything: bool = False,
     allow_tf32: bool = False,
@@ -22,10 +21,9 @@ def _variants(
     """One variant per target, because each target has its own tile. ``everything`` adds every optional argument."""
     permutes = filter == "permutation"
     optional = dtype if everything else None
-    pointers = dict.fromkeys(("bias", "alpha", "beta"), dtype) | {
-        "weight": weight_dtype or dtype,
-        "filter": "i64" if permutes else dtype,
-        "inverse": "i64" if permutes else None,
+    pointers = dict.fromkeys(("transposed_weight", "bias", "alpha", "beta"), dtype) | {
+        "transposed_filter": None if permutes else dtype,
+        **dict.fromkeys(("permutation", "inverse"), "i64" if permutes else None),
         "inputs": dtype if not per_layer else optional,
     }
     flags = {
@@ -43,7 +41,8 @@ def _variants(
         flags["RETURN_STATES"] = everything
         lengths = dict.fromkeys(("rows", "steps", "segment"), 0)
     else:
-        pointers |= dict.fromkeys(("checkpoint", "gradient", "states", "activated", "grad_pre"), dtype)
+        pointers |= dict.fromkeys(("checkpoint", "weight", "gradient", "states", "activated", "grad_pre"), dtype)
+        pointers["filter"] = pointers["transposed_filter"]
         pointers |= dict.fromkeys(("grad_output", "grad_states"), optional)
         pointers |= dict.fromkeys(("alpha_products", "beta_products"), "fp64" if everything else None)
         lengths = dict.fromkeys(("rows", "count"), 0)
@@ -51,8 +50,7 @@ def _variants(
     variants = []
     for target in targets:
         device, kept = DEVICES[target], 2 - permutes - read
-        widens = per_layer and weight_dtype is not None
-        launch = kernels.choose_launch(width, ITEMSIZE[dtype], rows, read, kept, allow_tf32, device, widens)
+        launch = kernels.choose_launch(width, ITEMSIZE[dtype], rows, read, kept, allow_tf32, device)
         others = {"targets": (target,), "shared_memory": device.shared_memory}
         variants.append(variant(kernel, id, pointers, lengths, (), flags | launch, **others))
     return variants
@@ -63,11 +61,10 @@ VARIANTS = [
     *_variants("64-tf32x3", FORWARD, 64, 4096, allow_tf32=True, targets=("sm_90",)),
     *_variants("64-fp64", FORWARD, 64, dtype="fp64", targets=OLD_AND_AMD),
     *_variants(
-        "100-bf16-permutation-everything",
+        "100-permutation-everything",
         FORWARD,
         100,
         filter="permutation",
-        weight_dtype="bf16",
         everything=True,
         targets=OLD_AND_AMD,
     ),
@@ -76,7 +73,7 @@ VARIANTS = [
     *_variants("64-everything-4096-rows", BACKWARD, 64, 4096, "per_layer", everything=True, targets=OLD_AND_AMD),
     *_variants("64-tf32x3", BACKWARD, 64, 4096, allow_tf32=True, targets=("sm_80", "sm_90")),
     *_variants("64-fp64", BACKWARD, 64, dtype="fp64", everything=True, targets=OLD_AND_AMD),
-    *_variants("100-bf16-permutation", BACKWARD, 100, filter="permutation", weight_dtype="bf16"),
+    *_variants("100-permutation", BACKWARD, 100, filter="permutation"),
     *_variants("128-shared", FORWARD, 128, 64, per_layer=False, targets=("sm_80", "sm_90")),
     *_variants("128", BACKWARD, 128),
     *_variants("128-everything-4096-rows", BACKWARD, 128, 4096, "per_layer", everything=True),

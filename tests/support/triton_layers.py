@@ -52,10 +52,15 @@ def assert_only_needed(backward, arguments):
 
 
 def use_short_programs(monkeypatch, kernels):
-    """Let a program hold only 16 columns of a row, and let several programs share the columns of a product."""
+    """Let a program hold only 32 columns of a row (float64: 16), and let several programs share a product's columns.
+
+    A step of a product has as many columns too: a compiled tl.dot takes at least 16.
+    """
     from lcw_ops.kernels import common
 
-    constants = {"ROW_BYTES": 64, "WARP_LANES": 16, "TILE_ROW_BYTES": 64, "LEAST_STEPS": 1, "LEAST_SUMMED_ROWS": 8}
+    constants = {"ROW_BYTES": 128, "WARP_LANES": 16, "TILE_ROW_BYTES": 128, "LEAST_STEPS": 1, "LEAST_SUMMED_ROWS": 8}
+    # As on a GPU, a program has 4 warps of 16 lanes if short rows share it.
+    constants["LEAST_ELEMENTS"] = 64
     for module in (common, kernels):
         for name in constants.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, constants[name])
