@@ -171,7 +171,7 @@ def _choose(op: str, device: torch.device, width: int) -> str:
     """The backend that the public function of the op chooses in float32."""
     itemsize = torch.float32.itemsize
     first = orthogonal_filter.fastest_on(device, width, itemsize) if op == orthogonal_filter.NAME else None
-    return backends.find(op, device, width, itemsize, first)
+    return backends.choose(op, device, width, itemsize, first, warns=False)
 
 
 def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:

@@ -155,6 +155,7 @@ def test_every_op_with_a_product_inside_has_a_formula():
         "hypersphere_direction_backward",
         "lcw_weight",
         "lcw_weight_backward",
+        "multiply_adds",
         "new_large",
         "normalize_scale",
         "normalize_scale_backward",

@@ -84,7 +84,7 @@ def behave(monkeypatch, tmp_path):
 
 def choose(op=LCW, width=100, itemsize=4):
     forget()
-    return backends.find(op, CARD, width, itemsize)
+    return backends.choose(op, CARD, width, itemsize, warns=False)
 
 
 # ---- Verdicts --------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_a_process_reads_once(card, behave, folder):
     assert choose() == "triton"
     for file in folder.glob("verdict-*"):
         file.unlink()
-    assert backends.find(LCW, CARD, 100) == "triton"
+    assert backends.choose(LCW, CARD, 100, warns=False) == "triton"
     assert choose() == "reference"
 
 
@@ -339,7 +339,7 @@ def test_a_kernel_that_is_wrong_on_a_cpu_is_switched_off(folder, monkeypatch):
         key = verdicts.make_key(LCW, "cpp", WIDE, verdicts.collect_facts(cpu, "cpp"))
         (folder / verdicts.file_of(key)).write_text(json.dumps({"key": key, **kept, "right": right}))
         forget()
-        assert backends.find(LCW, cpu) == chosen
+        assert backends.choose(LCW, cpu, warns=False) == chosen
         assert backends.is_cpp_chosen(LCW) == right
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -360,7 +360,7 @@ def test_the_choice_is_constant_under_compile(card, behave, folder):
     forget()
 
     def scale(x):
-        return x * {"reference": 1, "triton": 2}[backends.find(LCW, CARD, x.shape[1], 4)]
+        return x * {"reference": 1, "triton": 2}[backends.choose(LCW, CARD, x.shape[1], 4, warns=False)]
 
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -379,7 +379,7 @@ def test_without_verdicts_the_width_is_no_guard(card, monkeypatch):
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(
-        lambda x: x * (1 + (backends.find(LCW, CARD, x.shape[1], 4) == "triton")),
+        lambda x: x * (1 + (backends.choose(LCW, CARD, x.shape[1], 4, warns=False) == "triton")),
         fullgraph=True, dynamic=True, backend=counter,
     )  # fmt: skip
     for width in (100, 2000, 5000):

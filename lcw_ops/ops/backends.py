@@ -226,39 +226,33 @@ def is_cpp_chosen(op: str) -> bool:
     return _resolve(op, CPU, _requested) == "cpp"
 
 
-def choose(op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None) -> str:
+def choose(
+    op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None, warns: bool = True
+) -> str:
     """The backend that runs ``op`` on ``device`` now, on rows of ``width`` elements of ``itemsize`` bytes.
-
-    Warns if plain torch runs because no kernel is proved, or because the kernel was found wrong.
 
     Args:
         op, device: the op's name in IMPLEMENTED, and the tensors' device.
         width, itemsize: as above. The width is 0 if the op works element by element.
         first: the backend or form that was measured as the fastest. It is tried before the others. If it is a form, a
             request for its backend (``FORM_OF``) selects it.
+        warns: whether to warn if plain torch runs because no kernel is proved, or because the kernel was found wrong.
 
     Raises:
         BackendError: an explicit request cannot be met.
     """
-    chosen = find(op, device, width, itemsize, first)
-    if chosen == "reference" and _requested is None:
-        _warn_of_fallback(op, device, _kind(op, device, width, itemsize))
-    return chosen
-
-
-def find(op: str, device: torch.device, width: int = 0, itemsize: int = 4, first: str | None = None) -> str:
-    """The same as :func:`choose`, without a warning."""
-    kind = _kind(op, device, width, itemsize)
+    kind = None if device.type == "cpu" else _kind(op, device, width, itemsize)
     # Under torch.compile the width may be a symbol. A comparison with a limit becomes a guard. Formatting the width
     # into a message would recompile for every width, so only a refused width is formatted.
     chosen = _resolve_at_trace_time(op, device, _requested, (), first, kind)
-    if not _is_too_wide(op, chosen, width, itemsize):
-        return chosen
-    candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
-    too_wide = tuple(name for name in candidates if _is_too_wide(op, name, width, itemsize))
-    chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first, kind)
-    if chosen in too_wide:
-        raise _cannot_be_met(op, chosen, width_reason(op, chosen, width, itemsize))
+    if _is_too_wide(op, chosen, width, itemsize):
+        candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
+        too_wide = tuple(name for name in candidates if _is_too_wide(op, name, width, itemsize))
+        chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first, kind)
+        if chosen in too_wide:
+            raise _cannot_be_met(op, chosen, width_reason(op, chosen, width, itemsize))
+    if chosen == "reference" and _requested is None and warns:
+        _warn_of_fallback(op, device, kind)
     return chosen
 
 
