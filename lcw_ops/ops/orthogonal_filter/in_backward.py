@@ -156,6 +156,8 @@ class OrthogonalFilterInBackward(Function):
         arguments = Recurrence(grad_output, use.weight, *tensors), checkpoints, options, needs
         if needs.weight:
             with use.owner.stepping(use.weight) as step:
+                # The first step of another optimizer in this pass must not find the weight changed.
+                _uses.discard(use)
                 gradients = _backward_by_ranges(step, *arguments)
         else:
             gradients = _backward(*arguments)
