@@ -8,6 +8,8 @@ import copy
 import functools
 import gc
 import pickle
+import sys
+import threading
 import weakref
 
 import pytest
@@ -346,6 +348,33 @@ def test_checkpoints_without_reentry():
             optimizer.step()
             optimizer.zero_grad()
     assert_same(*optimizers)
+
+
+def test_forward_and_backward_passes_of_several_threads():
+    """The uses of weights are known to all threads: a forward pass adds one while a backward pass goes through them."""
+    interval, is_over = sys.getswitchinterval(), threading.Event()
+
+    def add_uses(net):
+        while not is_over.is_set():
+            graphs = [compute_loss(net) for _ in range(20)]
+            del graphs
+
+    # The optimizers own the weights as long as they live.
+    others = [make_one() for _ in range(2)]
+    adding = [threading.Thread(target=add_uses, args=(net,)) for net, _ in others]
+    leaf = torch.ones(1, requires_grad=True)
+    leaf.register_hook(lambda _: [in_backward.check_uses() for _ in range(30_000)] and None)
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in adding:
+            thread.start()
+        leaf.exp().backward()
+    finally:
+        is_over.set()
+        for thread in adding:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert leaf.grad is not None
 
 
 # ---- The gradient that never exists ----------------------------------------------------------------------------------
