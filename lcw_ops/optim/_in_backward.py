@@ -96,8 +96,8 @@ class StepsInBackward:
         return loss
 
     def forgive(self) -> None:
-        """A new state has been loaded: it may replace one that an interrupted backward pass has left."""
-        self._is_torn = False
+        """A state has been loaded: it replaces the one that an earlier backward pass has left."""
+        self._is_torn, self._pass = False, None
 
     # ---- A parameter whose gradient autograd has accumulated -------------------------------------------------------
 
