@@ -466,7 +466,8 @@ def test_the_rows_of_earlier_runs_can_be_appended_to(name, tmp_path):
         {column: row[column] for column in runner.UNMARKED_COLUMNS} for row in before
     ]
     for row in after:
-        assert row["noisy"] == str(float(row["spread_s"]) > float(row["median_s"]) / 2)
+        # A row of a small spread is noisy too if the machine's rates changed meanwhile.
+        assert row["noisy"] == "True" or float(row["spread_s"]) <= float(row["median_s"]) / 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of the memory is known on Linux only")
