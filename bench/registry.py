@@ -6,6 +6,7 @@ unit in the last place.
 """
 
 import ctypes
+import gc
 import importlib
 import math
 import os
@@ -355,13 +356,21 @@ def first_call(run: Run, device: torch.device) -> tuple[float, int | None]:
     known: outside of Linux, on a CPU.
     """
     results: list = []
+    old = _storages([found for found in gc.get_objects() if type(found) in (Tensor, torch.nn.Parameter)])
     before = _reset_peak_memory(device)
     duration = seconds(lambda: results.extend(run()), device)
     if before is None:
         return duration, None
-    tensors = [result for result in results if isinstance(result, Tensor)]
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return duration, max(0, _peak_memory(device) - before - sum(held.values()))
+    held = _storages([result for result in results if isinstance(result, Tensor)])
+    # A step in place returns tensors that were there before.
+    fresh = sum(size for address, size in held.items() if address not in old)
+    return duration, max(0, _peak_memory(device) - before - fresh)
+
+
+def _storages(tensors: list[Tensor]) -> dict[int, int]:
+    """The address and the bytes of the memory of each of these tensors that has one."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided and not tensor.is_meta]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def _reset_peak_memory(device: torch.device) -> int | None:

@@ -64,7 +64,7 @@ class Row:
 
 COLUMNS = [field.name for field in fields(Row)]
 
-# The columns of older files: without the two last ones, and in the oldest files without a mark of noisy rows.
+# The columns of older files: without the last two, and in the oldest files without a mark of noisy rows.
 MARKED_COLUMNS = COLUMNS[: COLUMNS.index("noisy") + 1]
 UNMARKED_COLUMNS = MARKED_COLUMNS[:-1]
 

@@ -483,6 +483,11 @@ def test_the_memory_of_a_call_beyond_its_results():
         _, extra = registry.first_call(run, CPU)
         assert 47e6 < extra < 55e6
 
+    # A result that was there before the call takes nothing off what the call needs.
+    param = torch.zeros(12_000_000)
+    _, extra = registry.first_call(lambda: [param.add_(param * 2)], CPU)
+    assert 47e6 < extra < 55e6
+
 
 def test_a_row_states_the_floor_at_the_peak_of_the_units(monkeypatch):
     clock = Clock(monkeypatch, {"ours": [2.0], registry.EAGER: [3.0]}, memory=[800.0])

@@ -8,6 +8,8 @@ import copy
 import functools
 import gc
 import pickle
+import sys
+import threading
 import weakref
 
 import pytest
@@ -218,6 +220,26 @@ def test_empty_recurrences(layers, rows, width):
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("dims", [(0, 2, 1), (2, 0, 1), (1, 0, 2)], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
+def test_a_weight_with_another_order_of_its_memory(kind, fused, dims):
+    """torch's fused steps go through memory in order, and take it that a gradient has its parameter's order."""
+    results = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        back = [dims.index(dim) for dim in range(3)]
+        weight = nn.Parameter(torch.randn(50, 8, 8).permute(dims).contiguous().permute(back))
+        assert not weight.is_contiguous()
+        optimizer = kind([weight], lr=0.1, fused=fused, gradient_activation=None, in_backward=flag)
+        for _ in range(2):
+            F.orthogonal_filter(torch.randn(6, 8), weight, None, torch.arange(8), segment=4).sin().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([weight])
+    assert_same_bits(*results)
+
+
 def test_the_reference_backend():
     nets, optimizers = make_pair(optim.SGD, momentum=0.9)
     with lcw_ops.use_backend("reference"):
@@ -254,6 +276,33 @@ def test_other_layers_and_several_groups_with_options_of_their_own():
             optimizer.param_groups[0]["weight_decay"] = 0.1
         optimizers.append(optimizer)
     assert_same(*optimizers)
+
+
+def divide(nets, is_apart):
+    """The parameters of the nets whose names are apart, and the others."""
+    named = [pair for net in nets for pair in net.named_parameters()]
+    return [[param for name, param in named if is_apart(name) == apart] for apart in (True, False)]
+
+
+@pytest.mark.parametrize("split", ["by net", "weight apart", "input layer apart"])
+def test_two_optimizers_step_in_one_pass(split):
+    ours = []
+    for flag in (False, True):
+        nets = make_net(), make_net(layers=20)
+        groups = {
+            "by net": [[*net.parameters()] for net in nets],
+            "weight apart": divide(nets, lambda name: name == "weight"),
+            "input layer apart": divide(nets, lambda name: "input" in name),
+        }[split]
+        optimizers = [optim.SGD(group, lr=0.1, momentum=0.9, in_backward=flag) for group in groups]
+        for step in range(2):
+            (compute_loss(nets[0], step) + compute_loss(nets[1], step)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        ours.append(optimizers)
+    for pair in zip(*ours, strict=True):
+        assert_same(*pair)
 
 
 def test_nan_gradients():
@@ -299,6 +348,33 @@ def test_checkpoints_without_reentry():
             optimizer.step()
             optimizer.zero_grad()
     assert_same(*optimizers)
+
+
+def test_forward_and_backward_passes_of_several_threads():
+    """The uses of weights are known to all threads: a forward pass adds one while a backward pass goes through them."""
+    interval, is_over = sys.getswitchinterval(), threading.Event()
+
+    def add_uses(net):
+        while not is_over.is_set():
+            graphs = [compute_loss(net) for _ in range(20)]
+            del graphs
+
+    # The optimizers own the weights as long as they live.
+    others = [make_one() for _ in range(2)]
+    adding = [threading.Thread(target=add_uses, args=(net,)) for net, _ in others]
+    leaf = torch.ones(1, requires_grad=True)
+    leaf.register_hook(lambda _: [in_backward.check_uses() for _ in range(30_000)] and None)
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in adding:
+            thread.start()
+        leaf.exp().backward()
+    finally:
+        is_over.set()
+        for thread in adding:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert leaf.grad is not None
 
 
 # ---- The gradient that never exists ----------------------------------------------------------------------------------
@@ -455,6 +531,19 @@ def test_refused_before_anything_is_written(make_loss, keywords, match):
     train(net, optimizer, 1)
 
 
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
+def test_a_reentrant_checkpoint_behind_a_layer_is_named():
+    """Autograd meets the checkpoint only after it has passed the layer, which has been stepped."""
+    net, layer = make_net(), nn.Linear(3, 2)
+    optimizer = optim.AdamW([*net.parameters(), *layer.parameters()], in_backward=True)
+    before = net.weight.clone()
+    loss = layer(checkpoint(net, torch.ones(2, 5, requires_grad=True), use_reentrant=True)).sum()
+    with refused(match="use_reentrant=False"):
+        loss.backward()
+    assert torch.equal(net.weight, before)
+    assert optimizer.state.keys() == set(layer.parameters())
+
+
 def compute_loss_of(net):
     return lambda x: net(x).square().sum()
 
@@ -551,7 +640,6 @@ def test_an_error_between_the_ranges_of_a_weight(monkeypatch):
             act()
     net.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
-    optimizer.step()
     other, others = make_one()
     train(other, others, 2)
     train(net, optimizer, 1, 1)

@@ -380,6 +380,38 @@ def test_vmap_over_each_argument_is_a_loop(batched, device):
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("solver", ["sequential", "parallel"])
+@pytest.mark.parametrize("return_states", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own weights", "shared weight"])
+def test_backward_outside_of_vmap(is_shared, return_states, solver, device):
+    filter = make_filter("matrix", 9, 5, torch.float64, device)
+    h0, weight, bias, *_ = [t.detach() for t in make_arguments(3, 5, 9, dtype=torch.float64, device=device)]
+    leaf = (weight[0] if is_shared else weight).clone().requires_grad_()
+
+    def function(rows):
+        return F.orthogonal_filter(rows, leaf, bias, filter, return_states=return_states, solver=solver).sin()
+
+    parts = h0.unsqueeze(1)
+    (actual,) = torch.autograd.grad(torch.vmap(function)(parts).sum(), leaf)
+    (expected,) = torch.autograd.grad(sum(function(part).sum() for part in parts), leaf)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("scale", "buffers"), [(None, 2), ("alpha", 1), ("beta", 1)])
+def test_activations_are_kept_only_if_backward_reads_them(scale, buffers, device):
+    if device.type != "cpu":
+        pytest.skip("only the C++ kernel reads the states that forward returns")
+    steps, rows, width = 6, 3, 4
+    arguments = {"alpha": torch.rand(steps), "beta": torch.rand(steps)}
+    if scale:
+        arguments[scale].requires_grad_()
+    weight = torch.randn(width, width, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        F.orthogonal_filter(torch.randn(rows, width), weight, None, torch.eye(width), **arguments, return_states=True)
+    assert sum(tensor.numel() >= steps * rows * width for tensor in kept) == buffers
+
+
 def test_per_sample_gradients(device):
     filter = make_filter("matrix", 4, 5, torch.float64, device)
     h0, weight, bias, *_ = [t.detach() for t in make_arguments(3, 5, 4, dtype=torch.float64, device=device)]

@@ -63,8 +63,9 @@ def orthogonal_filter(
         inputs: (T, M, N), added to the pre-activation of step t, or None.
         activation: "tanh", "relu", "sigmoid" or "identity".
         return_states: return all states (L+1, M, N), h0 first, instead of the last one (M, N). On a CPU, with one
-            weight for all steps, backward reads the returned states, and as many numbers more that forward keeps. If
-            the states are changed in place before backward, torch raises an error, as for ``nn.RNN``'s output on a GPU.
+            weight for all steps, backward reads the returned states, and as many numbers more that forward keeps unless
+            alpha or beta needs a gradient. If the states are changed in place before backward, torch raises an error,
+            as for ``nn.RNN``'s output on a GPU.
         segment: keep every ``segment``-th state for the backward pass and recompute the others; default 128.
         solver: "sequential", layer by layer; "parallel", all layers of a window at once by Picard sweeps until they
             converge (all layers must share the filter); "auto", whichever was faster on this kind of machine in the

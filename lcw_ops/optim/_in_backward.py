@@ -96,8 +96,8 @@ class StepsInBackward:
         return loss
 
     def forgive(self) -> None:
-        """A new state has been loaded: it may replace one that an interrupted backward pass has left."""
-        self._is_torn = False
+        """A state has been loaded: it replaces the one that an earlier backward pass has left."""
+        self._is_torn, self._pass = False, None
 
     # ---- A parameter whose gradient autograd has accumulated -------------------------------------------------------
 
@@ -123,9 +123,13 @@ class StepsInBackward:
     # ---- The weights of a recurrence: lcw_ops.ops.orthogonal_filter.in_backward.Owner ------------------------------
 
     def takes_ranges(self, weight: Tensor) -> bool:
+        # torch's fused steps go through memory in order, and the gradient of a range is contiguous.
+        if not weight.is_contiguous():
+            return False
         optimizer = self._living()
-        index = self._index_of(optimizer, weight)
-        return index is not None and optimizer._steps_elementwise(optimizer.param_groups[index], weight)
+        with self._lock:
+            index = self._index_of(optimizer, weight)
+            return index is not None and optimizer._steps_elementwise(optimizer.param_groups[index], weight)
 
     @contextmanager
     def stepping(self, weight: Tensor) -> Iterator[Callable[[slice, Tensor], None]]:
@@ -175,6 +179,10 @@ class StepsInBackward:
         if self._pass == current:
             return current
         self._check_whole(optimizer)
+        if _torch.is_nested_backward():
+            came = "is to step in a backward pass inside another, as of a reentrant checkpoint"
+            remedy = "Give torch.utils.checkpoint use_reentrant=False."
+            raise RuntimeError(_message(optimizer, came, "one pass", remedy))
         if self._pass is not None:
             came = "has made this step already, in an earlier backward pass"
             remedy = (
@@ -186,10 +194,6 @@ class StepsInBackward:
             came = "is to step in a backward pass that keeps the graph (retain_graph, create_graph)"
             remedy = "A later pass would find other parameters in it. Give in_backward=False for such passes."
             raise RuntimeError(_message(optimizer, came, "a pass that frees it", remedy))
-        if _torch.is_nested_backward():
-            came = "is to step in a backward pass inside another, as of a reentrant checkpoint"
-            remedy = "Give torch.utils.checkpoint use_reentrant=False."
-            raise RuntimeError(_message(optimizer, came, "one pass", remedy))
         for param, _ in self._hooked.values():
             if any(hook != self._on_gradient for hook in _torch.gradient_hooks(param).values()):
                 came = f"has a parameter of shape {tuple(param.shape)} with another hook of "

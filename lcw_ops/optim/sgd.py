@@ -50,14 +50,15 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
       backward pass, in ranges of layers of about 32 MB. Their whole gradient never exists. A learned alpha, beta or
       bias that all layers share costs a second pass over the layers.
     - Every other parameter is stepped when autograd has its gradient. So are these weights where they are not a leaf of
-      the graph, have hooks of ``register_hook``, or run in ``torch.compile``, in the parallel solver or on the
-      reference backend, and the 16-bit weights of SGD without activation.
+      the graph, are not contiguous, have hooks of ``register_hook``, or run in ``torch.compile``, in the parallel
+      solver or on the reference backend, and the 16-bit weights of SGD without activation.
     - lr and the other options are read in the backward pass. Hooks of ``register_hook`` see the gradients, step hooks
       do not. ``torch.autograd.grad`` steps nothing; it does not find a weight that is stepped in ranges.
       ``backward(inputs=...)`` steps the parameters that it names, but not such a weight.
-    - These raise before a parameter changes: a second backward pass before ``step()`` (accumulation), a weight of a
-      recurrence that is used twice, ``retain_graph``, ``create_graph``, reentrant checkpoints, a hook of
-      ``register_post_accumulate_grad_hook`` on a parameter.
+    - These raise before a parameter of this optimizer changes: a second backward pass before ``step()`` (accumulation),
+      a weight of a recurrence that is used twice, ``retain_graph``, ``create_graph``, a hook of
+      ``register_post_accumulate_grad_hook`` on a parameter. A reentrant checkpoint raises when the pass reaches it:
+      layers behind it have then been stepped.
     - If an error interrupts a backward pass, some parameters have been stepped. If it comes between the ranges of a
       weight, step and backward raise until ``load_state_dict`` has been called.
     - DDP, FSDP and DTensors are refused, since gradients are reduced later; so is :func:`lcw_ops.activate_gradients`.

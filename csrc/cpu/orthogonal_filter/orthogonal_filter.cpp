@@ -103,7 +103,8 @@ struct Cpu {
   static int64_t threads() {
     static const int64_t processors = [] {
       const char* told = std::getenv("LCW_OPS_PROCESSORS");
-      return told ? std::atoll(told) : int64_t(std::thread::hardware_concurrency());
+      const int64_t number = told ? std::atoll(told) : 0;
+      return number > 0 ? number : int64_t(std::thread::hardware_concurrency());
     }();
     const int64_t wanted = stable::get_num_threads();
     return processors > 0 ? std::min(wanted, processors) : wanted;

@@ -14,6 +14,7 @@ as torch.autograd.grad does.
 """
 
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -57,6 +58,8 @@ owners: dict[int, Owner] = {}
 
 # The uses that may still have a backward pass.
 _uses: weakref.WeakSet["Use"] = weakref.WeakSet()
+# A set must not grow while another thread goes through it.
+_uses_lock = threading.Lock()
 
 
 class Use:
@@ -67,7 +70,8 @@ class Use:
         self.trigger = like.new_empty(0).requires_grad_()
         self._version = weight._version
         self._trigger_node = _torch.gradient_accumulator(self.trigger)
-        _uses.add(self)
+        with _uses_lock:
+            _uses.add(self)
 
     def is_reached(self) -> bool:
         """Whether this backward pass accumulates the gradient of the trigger, and so would that of the weight."""
@@ -85,7 +89,7 @@ class Use:
 
     def check_alone(self) -> None:
         """Raise RuntimeError if this backward pass reaches the weight in another way too."""
-        others = [use for use in _uses if use is not self and use.weight is self.weight]
+        others = [use for use in _living_uses() if use is not self and use.weight is self.weight]
         accumulates = _torch.will_run_in_backward(_torch.gradient_accumulator(self.weight))
         if accumulates or any(use.is_reached() for use in others):
             came = "is used more than once, and its optimizer, with in_backward=True, steps it at the first use"
@@ -99,9 +103,14 @@ class Use:
             raise _refusal(came, "none before backward()", "Call zero_grad() first.")
 
 
+def _living_uses() -> list[Use]:
+    with _uses_lock:
+        return list(_uses)
+
+
 def check_uses() -> None:
     """Raise RuntimeError if this backward pass must not step a weight that it will reach."""
-    for use in list(_uses):
+    for use in _living_uses():
         if use.is_reached():
             use.check()
             use.check_alone()
@@ -156,6 +165,9 @@ class OrthogonalFilterInBackward(Function):
         arguments = Recurrence(grad_output, use.weight, *tensors), checkpoints, options, needs
         if needs.weight:
             with use.owner.stepping(use.weight) as step:
+                # The first step of another optimizer in this pass must not find the weight changed.
+                with _uses_lock:
+                    _uses.discard(use)
                 gradients = _backward_by_ranges(step, *arguments)
         else:
             gradients = _backward(*arguments)

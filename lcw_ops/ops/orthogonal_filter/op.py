@@ -282,7 +282,7 @@ def keeps_all_states(weight: Tensor, backend: str) -> bool:
     """Whether backward reads the states that forward has returned instead of checkpoints, and so recomputes nothing.
 
     This concerns only calls that return all states. The C++ kernel reads the states if all steps share one weight. If
-    a gradient will be needed, forward keeps the activated pre-activations as well.
+    a gradient will be needed, and none of alpha and beta, forward keeps the activated pre-activations as well.
     """
     return backend == "cpp" and weight.dim() == 2
 
@@ -298,7 +298,8 @@ class OrthogonalFilter(Function):
     @staticmethod
     def forward(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states, backend):
         if segment and return_states and keeps_all_states(weight, backend):
-            segment = KEEP_ACTIVATED
+            # The gradients of alpha and beta need O h as well, and backward computes both again.
+            segment = 0 if alpha.requires_grad or beta.requires_grad else KEEP_ACTIVATED
         tensors = (h0, weight, bias, filter, alpha, beta, inputs)
         return _forward[backend](*tensors, steps, activation, segment, return_states)
 
@@ -310,9 +311,8 @@ class OrthogonalFilter(Function):
         ctx.mark_non_differentiable(checkpoints)
         ctx.states_known = options.return_states and keeps_all_states(tensors[1], options.backend)
         ctx.set_materialize_grads(False)
-        known = (states, checkpoints if options.segment else None) if ctx.states_known else (checkpoints, None)
-        ctx.save_for_backward(*known, *tensors)
-        ctx.save_for_forward(*tensors)
+        known = (states, checkpoints if len(checkpoints) else None) if ctx.states_known else (checkpoints, None)
+        save(ctx, *known, *tensors)
 
     @staticmethod
     def backward(ctx, grad_output, _):
@@ -321,6 +321,12 @@ class OrthogonalFilter(Function):
             checkpoints = checkpoints[:-1]
         functions = OrthogonalFilterBackward, OrthogonalFilterBackwardForwardMode
         return propagate(ctx, *functions, grad_output, checkpoints, tensors, activated)
+
+
+def save(ctx, *tensors: Tensor | None) -> None:
+    """Save the tensors for both modes. vmap remembers the batch dimensions of one list of tensors only."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
 def propagate(
@@ -354,8 +360,8 @@ def propagate(
 
 def output_tangent(ctx, *tangents):
     """The ``jvp`` of a forward Function."""
-    options = ctx.options
-    return orthogonal_filter_jvp(ctx.saved_tensors, tangents[:COUNT], options.activation, options.return_states), None
+    options, primals = ctx.options, ctx.saved_tensors[-COUNT:]
+    return orthogonal_filter_jvp(primals, tangents[:COUNT], options.activation, options.return_states), None
 
 
 class OrthogonalFilterBackward(Function):
@@ -422,8 +428,7 @@ def keep_for_second_order(ctx, inputs: tuple, options: type) -> None:
     ctx.options, ctx.needs = options(*arguments[COUNT:end]), Needs(*arguments[end : end + len(Needs._fields)])
     ctx.other_count = len(arguments) - COUNT
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_output, *tensors)
-    ctx.save_for_forward(grad_output, *tensors)
+    save(ctx, grad_output, *tensors)
 
 
 def gradients_tangent(ctx, grad_output_tangent, _, *tangents):

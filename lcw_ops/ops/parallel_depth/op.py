@@ -400,8 +400,7 @@ class ParallelOrthogonalFilter(Function):
         ctx.mark_non_differentiable(checkpoints)
         ctx.set_materialize_grads(False)
         states_known = options.return_states and options.keeps and not options.window
-        ctx.save_for_backward(states if states_known else checkpoints, *tensors)
-        ctx.save_for_forward(*tensors)
+        orthogonal_filter.save(ctx, states if states_known else checkpoints, *tensors)
 
     @staticmethod
     def backward(ctx, grad_output, _):
