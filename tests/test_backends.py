@@ -275,7 +275,9 @@ def test_the_report_holds_the_facts_of_the_text(proven_gpu, monkeypatch):
     gpu = {"device": "cuda:0", "name": "a card", "generation": "sm_90"}
     monkeypatch.setattr(_info, "_gpu", lambda device: gpu)
     report = json.loads(json.dumps(_info.report()))
-    assert list(report) == ["versions", "platform", "cpu", "gpus", "memory_pool", "requested_backend", "ops"]
+    assert list(report) == [
+        "versions", "platform", "cpu", "gpus", "memory_pool", "graph_buffers", "requested_backend", "ops"
+    ]  # fmt: skip
     assert list(report["memory_pool"]) == ["limit", "idle", "lent", "error"]
     assert list(report["versions"]) == ["lcw_ops", "python", "torch", "triton", "numpy", "cuda"]
     # The package's version has no suffix such as +cu128, the module's may have one.
