@@ -38,6 +38,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lcw_ops._checks import describe
 from lcw_ops._names import ACTIVATIONS
@@ -151,8 +152,7 @@ def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope,
     if steps * rows * width == 0:
         return states.new_zeros(1, dtype=torch.float64)
     permutes = not filter.is_floating_point()
-    # argsort returns valid indices whatever the filter holds, so no address is out of bounds.
-    inverse = filter.argsort() if permutes else None
+    inverse = _inverse_of(filter) if permutes else None
     carrier = inverse if permutes else filter
     tile = _choose_tile(width, rows)
     blocks = triton.cdiv(rows, tile["BLOCK_M"])
@@ -183,6 +183,25 @@ def _scan(states, product, bias, inputs, filter, alpha, beta, activation, slope,
             states, product, bias, inputs, slope, scaled, carrier, alpha, beta, carries, residuals, **lengths, **options
         )
     return residuals.amax(0, keepdim=True)
+
+
+# Permutation -> (its version, the stream on which its inverse was computed, the inverse), while the permutation lives.
+_inverses = WeakTensorKeyDictionary()
+
+
+def _inverse_of(permutation: Tensor) -> Tensor:
+    """The inverse, sorted once for all sweeps with the same tensor. If it is out of date, the kernels give NaN.
+
+    The indices are valid whatever the permutation holds, so no address is out of bounds.
+    """
+    # A CUDA graph must compute its own, because it outlives the kept one.
+    if permutation.is_inference() or (permutation.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return permutation.argsort()
+    stream = torch.cuda.current_stream(permutation.device) if permutation.is_cuda else None
+    known = _inverses.get(permutation)
+    if known is None or known[:2] != (permutation._version, stream):
+        known = _inverses[permutation] = (permutation._version, stream, permutation.argsort())
+    return known[2]
 
 
 def _check_layers(op: str, states: Tensor) -> int:

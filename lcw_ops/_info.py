@@ -7,6 +7,7 @@ import torch
 
 from lcw_ops import _files
 from lcw_ops.ops import backends, memory_pool, verdicts
+from lcw_ops.ops.orthogonal_filter import graph
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 from lcw_ops.ops.orthogonal_filter.crossover import get_table
 
@@ -30,6 +31,8 @@ def info() -> str:
     if not gpus:
         lines.append("GPU: none; the backends cuda and triton need one")
     lines.append(_memory_pool_line(facts["memory_pool"]))
+    if facts["graph_buffers"]["blocks"] > 0:
+        lines.append(_graph_buffers_line(facts["graph_buffers"]))
     lines.append(_verification_line())
     if facts["requested_backend"] is not None:
         lines.append(f"Requested for every op: {facts['requested_backend']}")
@@ -60,6 +63,7 @@ def report() -> dict:
         },
         "gpus": [_gpu(device) for device in _devices() if device.type == "cuda"],
         "memory_pool": _memory_pool(),
+        "graph_buffers": dict(zip(("blocks", "bytes"), graph.count_cached(), strict=True)),
         "requested_backend": backends.requested(),
         "ops": {op: {str(device): _op_report(op, device) for device in _devices()} for op in backends.IMPLEMENTED},
     }
@@ -76,6 +80,13 @@ def _memory_pool_line(facts: dict) -> str:
         return f"Memory pool for large results on the CPU: off, {facts['error'] or 'because its limit is 0'}"
     idle, lent, limit = (f"{facts[key] / 1e6:.0f} MB" for key in ("idle", "lent", "limit"))
     return f"Memory pool for large results on the CPU: {lent} in use, {idle} idle, of which at most {limit} are kept"
+
+
+def _graph_buffers_line(facts: dict) -> str:
+    return (
+        f"Buffers kept by the CUDA graphs of {orthogonal_filter.NAME}: {facts['bytes'] / 1e6:.0f} MB in "
+        f"{facts['blocks']} blocks; lcw_ops.ops.orthogonal_filter.graph.clear() gives them back"
+    )
 
 
 def _devices() -> list[torch.device]:

@@ -209,8 +209,9 @@ def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Keys of --json: versions (lcw_ops, python, torch, triton, numpy, cuda; null: not installed), platform, cpu "
         "(name, instructions, threads), gpus (a list: device, name, generation), memory_pool (bytes: limit, idle, "
-        "lent; error: why there is none, or null), requested_backend (null: none), and ops, which has by op and by "
-        "device: backend (the one that runs; null: none), error (why none runs, or null), "
+        "lent; error: why there is none, or null), graph_buffers (of the recurrence's CUDA graphs: blocks, bytes), "
+        "requested_backend (null: none), and ops, which has by op and by device: backend (the one that runs; null: "
+        "none), error (why none runs, or null), "
         "wider (a list of backends for wider rows: above_width_float32, above_width_float64, backend), not_chosen "
         "(by backend, why it does not run) "
         "and verdicts (of lcw-ops verify, a list: backend, dtype, size, right, faster, times, reason, date)."

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from support.numerics import as_exact, assert_by_the_rule, needs_more_digits, threads
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lcw_ops.ops import backends
 from lcw_ops.ops import gradient_activation as ops
+from lcw_ops.optim.adamw import _step_with_own_counts
 
 DEVICE_TYPE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu")).type
 BACKENDS = [name for name in backends.BACKENDS if backends.missing_reason(ops.SGD_STEP, name, DEVICE_TYPE) is None]
@@ -460,3 +462,34 @@ def test_compile_fullgraph(step, backend, device):
     run(*results[0], torch.ones((), device=device))
     torch.compile(run, fullgraph=True, backend="aot_eager")(*results[1], torch.ones((), device=device))
     assert all(map(torch.equal, *results))
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def adamw_on_fake_gpu(backend, count_device, in_optimizer=False):
+    """A step of two fake parameters, one of whose counts is on ``count_device``. Needs no GPU."""
+    with FakeTensorMode():
+        lists = [[torch.zeros(3, device="cuda") for _ in range(2)] for _ in range(4)]
+        steps = [torch.ones((), device=device) for device in ("cuda", count_device)]
+        step = _step_with_own_counts if in_optimizer else ops.adamw_step_
+        step(
+            backend, *lists, [], steps, lr=LR, beta1=BETA1, beta2=BETA2, weight_decay=0.0, eps=EPS, amsgrad=False,
+            maximize=False, kind="tanh", alpha=ALPHA, beta=BETA,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("in_optimizer", [False, True])
+@pytest.mark.parametrize("on", backends.BACKENDS[1:])
+def test_a_graph_takes_no_count_from_the_cpu(on, in_optimizer, monkeypatch):
+    launched = []
+    monkeypatch.setattr(ops, "_step_in_place", lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(ops, "_by_dtype", lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"a count on the CPU while a CUDA graph is captured; expected .* on cuda:0"):
+        adamw_on_fake_gpu(on, "cpu", in_optimizer=in_optimizer)
+    assert not launched
+    adamw_on_fake_gpu(on, "cuda", in_optimizer=in_optimizer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    adamw_on_fake_gpu(on, "cpu", in_optimizer=in_optimizer)
+    assert len(launched) == 2

@@ -14,6 +14,7 @@ import lcw_ops
 from lcw_ops import _info
 from lcw_ops import functional as F
 from lcw_ops.ops import backends, library
+from lcw_ops.ops.gradient_activation import ADAMW_STEP, NAME, SGD_STEP
 from lcw_ops.ops.orthogonal_filter import crossover
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 
@@ -87,13 +88,29 @@ def test_the_choice_on_a_gpu_depends_on_the_width(proven_gpu):
 
     assert [choose(width) for width in (1, 128, 129, 512, 4096)] == ["triton", "triton", "cuda", "cuda", "cuda"]
     assert [choose(width, 8) for width in (64, 65)] == ["triton", "cuda"]
-    assert backends.choose("gradient_activation_", proven_gpu) == "triton"
     lines = _info._op_lines("orthogonal_filter", proven_gpu)
     assert lines[0].endswith(
         ": triton; above width 128 in float32 and 64 in float64: cuda; above width 512 in float32 and 256 in float64: "
         "graph"
     )
     assert lines[2] == "  not cuda: triton comes first"
+
+
+@pytest.mark.parametrize("op", [NAME, SGD_STEP, ADAMW_STEP])
+def test_each_op_has_its_own_order(proven_gpu, monkeypatch, op):
+    """Triton's launcher walks the tensors in Python, so the CUDA kernel comes first. Verdicts decide as before."""
+    assert backends.choose(op, proven_gpu) == "cuda"
+    assert "  not triton: cuda comes first" in _info._op_lines(op, proven_gpu)
+    assert backends.choose("lcw_weight", proven_gpu) == "triton"
+    monkeypatch.delitem(backends.PROVEN, (op, "cuda"))
+    backends._resolve.cache_clear()
+    assert backends.choose(op, proven_gpu) == "triton"
+    with lcw_ops.use_backend("cuda"):
+        assert backends.choose(op, proven_gpu) == "cuda"
+    monkeypatch.delitem(backends.PROVEN, (op, "triton"))
+    backends._resolve.cache_clear()
+    assert backends.find(op, proven_gpu) == "reference"
+    assert backends.find(op, torch.device("cpu")) == "cpp"
 
 
 def test_info_follows_the_crossover_table(proven_gpu, monkeypatch):
@@ -258,7 +275,9 @@ def test_the_report_holds_the_facts_of_the_text(proven_gpu, monkeypatch):
     gpu = {"device": "cuda:0", "name": "a card", "generation": "sm_90"}
     monkeypatch.setattr(_info, "_gpu", lambda device: gpu)
     report = json.loads(json.dumps(_info.report()))
-    assert list(report) == ["versions", "platform", "cpu", "gpus", "memory_pool", "requested_backend", "ops"]
+    assert list(report) == [
+        "versions", "platform", "cpu", "gpus", "memory_pool", "graph_buffers", "requested_backend", "ops"
+    ]  # fmt: skip
     assert list(report["memory_pool"]) == ["limit", "idle", "lent", "error"]
     assert list(report["versions"]) == ["lcw_ops", "python", "torch", "triton", "numpy", "cuda"]
     # The package's version has no suffix such as +cu128, the module's may have one.

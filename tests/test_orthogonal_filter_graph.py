@@ -2,13 +2,17 @@
 
 import contextlib
 import dataclasses
+import weakref
 
 import pytest
 import torch
 from support.numerics import assert_as_exact_as_eager
 from support.recurrence import NAMES, make_arguments, make_filter
+from torch._inductor.utils import is_cudagraph_unsafe_fx_node
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lcw_ops
+from lcw_ops import _info
 from lcw_ops.ops import backends, library
 from lcw_ops.ops.orthogonal_filter import crossover, graph, op
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter, orthogonal_filter_backward
@@ -152,14 +156,14 @@ def test_settings_are_restored(monkeypatch, tf32):
     seen = []
 
     def fail():
-        with graph._exclusively(torch.device("cuda", 0)):
+        with graph._exclusively(torch.device("cuda", 0), 1):
             seen.append(tf32.fp32_precision)
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
     assert [*seen, tf32.fp32_precision] == ["ieee", "tf32"]
-    with graph._exclusively(torch.device("cpu")):
+    with graph._exclusively(torch.device("cpu"), 1):
         assert tf32.fp32_precision == "tf32"
 
 
@@ -251,6 +255,92 @@ def test_graphs_are_cached_and_the_least_recently_used_is_evicted(monkeypatch):
     assert not graph._cached
 
 
+def test_info_counts_the_kept_buffers(monkeypatch):
+    monkeypatch.setattr(graph, "_cached", graph.OrderedDict())
+    assert "Buffers kept" not in lcw_ops.info()
+    kind = graph.Kind(10, 20, 50, torch.float64, torch.device("cpu"), 0, "tanh", True, "permutation", True, False)
+    graph._cached[kind] = graph.Block(kind, capture=False)
+    numbers = 10 * 50 * 50 + 2 * 50 + 2 * 10 + (1 + 4) * 10 * 20 * 50 + 2 * 11 * 20 * 50
+    assert graph.count_cached() == (1, 8 * numbers)
+    assert _info.report()["graph_buffers"] == {"blocks": 1, "bytes": 8 * numbers}
+    assert f"orthogonal_filter: {8 * numbers / 1e6:.0f} MB in 1 blocks; lcw_ops" in lcw_ops.info()
+    graph.clear()
+    assert graph.count_cached() == (0, 0)
+
+
+@pytest.fixture
+def full_gpu(monkeypatch):
+    """A GPU with too little memory beside the kept blocks: every call fails while there is one. Needs no GPU."""
+    monkeypatch.setattr(graph, "_cached", graph.OrderedDict(kept=object()))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    calls, load = [], graph.Block.load
+
+    def load_if_room(*arguments):
+        calls.append(bool(graph._cached))
+        if graph._cached:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        load(*arguments)
+
+    monkeypatch.setattr(graph.Block, "load", load_if_room)
+    return calls
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_kept_blocks_make_room(direction, full_gpu):
+    tensors = problem(torch.device("cpu"), 5, 30, 3)
+    grad_output = torch.randn(5, 30)
+    kept = graph._cached.pop("kept")
+    expected = by_graph(tensors, grad_output, 3)
+    _, checkpoints = graph.orthogonal_filter(*tensors, 3, "tanh", 4, False)
+    graph._cached["kept"] = kept
+    full_gpu.clear()
+    if direction == "forward":
+        assert torch.equal(graph.orthogonal_filter(*tensors, 3, "tanh", 4, False)[0], expected[0])
+    else:
+        arguments = (grad_output, checkpoints, *tensors[1:], 3, "tanh", 4)
+        gradients = graph.orthogonal_filter_backward(*arguments, *(True,) * 5)
+        assert all(map(torch.equal, gradients, expected[1:]))
+    assert full_gpu[:2] == [True, False]
+    assert not graph._cached
+
+
+def test_without_kept_blocks_there_is_no_second_try(full_gpu, monkeypatch):
+    tensors = problem(torch.device("cpu"), 5, 30, 3)
+
+    def fail(*_):
+        full_gpu.append("failed")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph.Block, "load", fail)
+    # The second try fails too, and there is no third.
+    for tries in (2, 3):
+        with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+            graph.orthogonal_filter(*tensors, 3, "tanh", 4, False)
+        assert full_gpu == ["failed"] * tries
+        assert caught.value.__context__ is None
+    graph._cached["kept"] = object()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        graph.orthogonal_filter(*tensors, 3, "tanh", 4, False)
+    assert len(full_gpu) == 4
+    assert graph._cached
+
+
+def test_the_failed_call_keeps_no_memory(full_gpu, monkeypatch):
+    """When the second try begins, the buffers of the first are gone."""
+    made, alive = [], []
+    make = graph.Block.__init__
+
+    def remember(block, *arguments, **options):
+        alive.append([reference() is not None for reference in made])
+        make(block, *arguments, **options)
+        made.append(weakref.ref(block))
+
+    monkeypatch.setattr(graph.Block, "__init__", remember)
+    graph.orthogonal_filter(*problem(torch.device("cpu"), 5, 30, 3), 3, "tanh", 4, False)
+    assert alive == [[], [False]]
+
+
 @pytest.mark.parametrize("empty", [{"rows": 0}, {"width": 0}, {"rows": 0, "width": 0}])
 def test_nothing_is_captured_for_empty_states(empty, monkeypatch):
     """They need no graph, and do not evict one. Needs no GPU."""
@@ -304,6 +394,39 @@ def test_captured_by_the_caller(device):
     captured.replay()
     assert not torch.equal(output, expected)
     assert torch.equal(output, graph.orthogonal_filter(*tensors, 7, "tanh", 4, False)[0])
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_long_capture_is_refused(direction, monkeypatch):
+    """On fake CUDA tensors. Needs no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(graph, "full_float32", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(graph, "MOST_CAPTURED_STEPS", 7)
+
+    def run(steps):
+        with FakeTensorMode():
+            h0, weight, filter, one = (torch.ones(size, device="cuda") for size in ((2, 4), (4, 4), (4, 4), 1))
+            arguments = (weight, None, filter, one, one, None, steps, "tanh", 5)
+            if direction == "forward":
+                return graph.orthogonal_filter(h0, *arguments, False)
+            checkpoints = torch.ones(2, 2, 4, device="cuda")
+            return graph.orthogonal_filter_backward(h0, checkpoints, *arguments, True, *(False,) * 4)
+
+    graph._refuse_long_capture(7)
+    with pytest.raises(RuntimeError, match="has 8 steps while a CUDA graph is captured; expected at most 7"):
+        run(8)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    graph._refuse_long_capture(8)
+
+
+@pytest.mark.parametrize("name", [op.NAME, op.BACKWARD])
+def test_compiled_cuda_graphs_leave_it_out(name):
+    """torch.compile(mode="reduce-overhead") puts the other kernels into its graphs, but not this one."""
+    program = torch.fx.Graph()
+    for backend in op.BACKENDS:
+        node = program.call_function(library.get_overload(name, backend))
+        assert is_cudagraph_unsafe_fx_node(node) == (backend == op.GRAPH)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@ The last part checks the error of all states after each sweep, and the decisions
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -393,6 +394,63 @@ def test_frames_are_remembered_until_the_filter_changes():
         filter.copy_(haar(6))
         third = frames.get_frame(filter)
         torch.testing.assert_close(third.basis @ as_matrix(third.rotation) @ third.inverse, filter)
+
+
+@pytest.fixture
+def comparisons(monkeypatch):
+    """Remember frames as on a GPU, and list the comparisons for which the host would wait."""
+    made, equal = [], torch.equal
+    monkeypatch.setattr(frames, "_is_slow_to_compare", lambda filter: True)
+    monkeypatch.setattr(frames, "_frames", [])
+    monkeypatch.setattr(torch, "equal", lambda a, b: made.append((a, b)) or equal(a, b))
+    return made
+
+
+def test_an_unchanged_filter_is_not_compared_on_a_gpu(comparisons):
+    filter, other = haar(6), haar(6)
+    first, second = frames.get_frame(filter), frames.get_frame(other)
+    comparisons.clear()
+    for wanted, matrix in ((first, filter), (second, other), (first, filter)):
+        assert all(map(torch.equal, frames.get_frame(matrix), wanted))
+    assert len(comparisons) == 3 * len(first)
+    # A copy is compared once, and a filter that has changed is.
+    copy = filter.clone()
+    assert frames.get_frame(copy) is first
+    comparisons.clear()
+    assert frames.get_frame(copy).basis is first.basis
+    assert not comparisons
+    copy.copy_(other)
+    assert frames.get_frame(copy) is second
+    copy.mul_(math.nan)
+    assert frames.get_frame(copy) is None
+    assert frames.get_frame(copy) is None
+
+
+def test_a_write_without_a_version_makes_the_frame_nan_on_a_gpu(comparisons):
+    filter = haar(6)
+    frames.get_frame(filter)
+    filter.data.copy_(haar(6))
+    assert frames.get_frame(filter).rotation.isnan().all()
+    with torch.inference_mode():
+        filter = haar(6)
+        frames.get_frame(filter)
+        filter.copy_(haar(6))
+        frame = frames.get_frame(filter)
+        torch.testing.assert_close(frame.basis @ as_matrix(frame.rotation) @ frame.inverse, filter)
+
+
+def test_a_solver_with_a_frame_of_nan_continues_layer_by_layer(comparisons):
+    h0, weight, filter = torch.randn(3, 6), torch.randn(40, 6, 6) / 10, haar(6).to(torch.get_default_dtype())
+    weight.requires_grad_()
+    run = functools.partial(F.orthogonal_filter, h0, weight, None, filter)
+    run(solver="parallel").sum().backward()
+    comparisons.clear()
+    run(solver="parallel").sum().backward()
+    assert not comparisons
+    filter.data.neg_()
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        result = run(solver="parallel")
+    torch.testing.assert_close(result, run())
 
 
 def test_few_frames_are_remembered():

@@ -13,6 +13,8 @@ from support.numerics import assert_by_the_rule, needs_more_digits
 from support.pairwise import name_of, pairwise
 from support.triton_process import DEVICE_TYPE, import_kernels
 
+import lcw_ops
+from lcw_ops import functional as F
 from lcw_ops.ops.parallel_depth import op
 from lcw_ops.reference import parallel_depth as reference
 
@@ -421,6 +423,38 @@ def test_wrong_arguments_are_refused_before_anything_is_written():
     wide = kernels.MAX_WIDTH + 1
     with pytest.raises(ValueError, match=f"width is {wide}; expected at most {kernels.MAX_WIDTH}"):
         kernels.sweep_(torch.zeros(1, 1, wide), None, None, None, torch.arange(wide), one, one, "tanh")
+
+
+def test_the_inverse_is_sorted_once_per_call(monkeypatch):
+    """All sweeps share it. The other sort of a call is the solver's, which transposes the filter."""
+    sorts, argsort = [], torch.Tensor.argsort
+    monkeypatch.setattr(torch.Tensor, "argsort", lambda *arguments: sorts.append(1) or argsort(*arguments))
+    h0, weight, filter = torch.randn(2, 5), torch.randn(12, 5, 5) / 4, torch.randperm(5)
+    for _ in range(2):
+        with lcw_ops.use_backend("triton"):
+            F.orthogonal_filter(h0, weight, None, filter, solver="parallel")
+        assert len(sorts) == 2
+        sorts.clear()
+
+
+def test_the_inverse_follows_the_permutation():
+    states, one = torch.randn(3, 2, 5), torch.ones(1)
+    permutation, other = torch.tensor([1, 2, 3, 4, 0]), torch.tensor([2, 0, 1, 4, 3])
+
+    def sweep(permutation):
+        new = states.clone()
+        kernels.sweep_(new, None, None, None, permutation, one, one, "identity")
+        return new[1]
+
+    assert torch.equal(sweep(permutation), states[0][:, permutation])
+    permutation.copy_(other)
+    assert torch.equal(sweep(permutation), states[0][:, other])
+    # torch does not count this write. Numbers at wrong places would go unnoticed.
+    permutation.data.copy_(other.argsort())
+    assert sweep(permutation).isnan().all()
+    count = len(kernels._inverses)
+    del permutation
+    assert len(kernels._inverses) == count - 1
 
 
 @pytest.mark.skipif(DEVICE_TYPE != "cuda", reason="CUDA graphs need a GPU")

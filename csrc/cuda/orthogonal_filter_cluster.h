@@ -20,7 +20,10 @@
 // number of rows in a tile does not change the order of the sum.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <optional>
+#include <tuple>
 
 #include "orthogonal_filter_gradients.h"
 #include "orthogonal_filter_ring.h"
@@ -507,6 +510,22 @@ struct ClusterLaunch {
   cudaLaunchConfig_t config;
 };
 
+// Whether the GPU can run the kernel with this configuration. The driver is asked once, because a call of the op launches
+// the same kernels for every segment.
+template <typename Kernel>
+bool is_launchable(Kernel kernel, const cudaLaunchConfig_t& config, unsigned blocks, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, unsigned, size_t>, bool> known;
+  const auto key = std::make_tuple(reinterpret_cast<const void*>(kernel), device, blocks, config.dynamicSmemBytes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes)));
+  if (blocks > 8) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  int at_once = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config));
+  return known[key] = at_once > 0;
+}
+
 // The launch of a cluster kernel with the shared memory of a `Memory`, or nothing if this GPU cannot run the kernel.
 template <typename W, int R, class Memory, typename Kernel>
 std::optional<ClusterLaunch> plan_cluster(
@@ -521,11 +540,7 @@ std::optional<ClusterLaunch> plan_cluster(
   cluster.val.clusterDim = {unsigned(shape->blocks), 1, 1};
   cudaLaunchConfig_t config = launch_config(dim3(tiles * shape->blocks), dim3(cluster_threads), bytes, like);
   config.attrs = &cluster, config.numAttrs = 1;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-  if (shape->blocks > 8) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  int at_once = 0;
-  check_cuda(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config));
-  if (at_once == 0) return std::nullopt;
+  if (!is_launchable(kernel, config, unsigned(shape->blocks), device)) return std::nullopt;
   return ClusterLaunch{*shape, config};
 }
 

@@ -24,6 +24,9 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 # Device type -> backends and forms in the order of preference.
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda", "graph")}
 
+# (op, device type) -> the order of an op that differs. Each op's module adds its entry, with the reason.
+PREFERENCE_OF_OP: dict[tuple[str, str], tuple[str, ...]] = {}
+
 # Form -> its backend. A form is a kernel within a backend that users cannot request by name. A request for the backend
 # selects the form if the op passes the form as `first`.
 FORM_OF = {"graph": "cuda"}
@@ -61,6 +64,11 @@ def load_extensions() -> None:
         reason = library.load_extension(stem)
         if reason is not None:
             _extension_missing[backend] = reason
+
+
+def get_preference(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends and forms that may be the automatic choice, in the order in which they are tried."""
+    return PREFERENCE_OF_OP.get((op, device_type)) or PREFERENCE.get(device_type, ())
 
 
 def missing_reason(op: str, backend: str, device_type: str) -> str | None:
@@ -168,7 +176,7 @@ def _resolve(
         if reason is not None:
             raise _cannot_be_met(op, requested, reason)
         return kernel
-    for backend in sorted(PREFERENCE.get(device.type, ()), key=lambda name: name != first):
+    for backend in sorted(get_preference(op, device.type), key=lambda name: name != first):
         able = backend not in too_wide and missing_reason(op, backend, device.type) is None
         if able and _automatic_reason(op, backend, device, kind) is None:
             return backend
@@ -199,7 +207,7 @@ def _warn_of_fallback(op: str, device: torch.device, kind: tuple[str, str] | Non
 @functools.cache
 def _warn_once(op: str, device: torch.device, kind: tuple[str, str] | None) -> None:
     """Warn of every kernel that is switched off on a CPU, and once per process if no kernel is proved on a GPU."""
-    able = [name for name in PREFERENCE.get(device.type, ()) if missing_reason(op, name, device.type) is None]
+    able = [name for name in get_preference(op, device.type) if missing_reason(op, name, device.type) is None]
     reasons = {name: reason for name in able if (reason := _automatic_reason(op, name, device, kind)) is not None}
     if device.type == "cpu":
         for name, reason in reasons.items():
@@ -246,7 +254,7 @@ def choose(
     # into a message would recompile for every width, so only a refused width is formatted.
     chosen = _resolve_at_trace_time(op, device, _requested, (), first, kind)
     if _is_too_wide(op, chosen, width, itemsize):
-        candidates = PREFERENCE.get(device.type, ()) if _requested is None else (_requested,)
+        candidates = get_preference(op, device.type) if _requested is None else (_requested,)
         too_wide = tuple(name for name in candidates if _is_too_wide(op, name, width, itemsize))
         chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first, kind)
         if chosen in too_wide:

@@ -301,7 +301,11 @@ def adamw_step_(
     It computes ``lcw_ops.reference.adamw_step`` in place. Devices, layouts and dtypes are as in `sgd_step_`; grads are
     only read. ``max_exp_avg_sqs`` is empty without ``amsgrad``; ``state_steps`` are 0-dim float32 and already count
     this step. The caller has checked the arguments.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, and a step count is on the CPU.
     """
+    check_recorded_counts(params, state_steps)
     written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     numbers = (lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, kind, alpha, beta)
     if backend == "reference":
@@ -312,6 +316,22 @@ def adamw_step_(
         return overload(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, *numbers)
 
     _step_in_place(ADAMW_STEP, backend, step, written, grads, state_steps)
+
+
+def check_recorded_counts(params: list[Tensor], state_steps: list[Tensor]) -> None:
+    """Refuse step counts on the CPU while a CUDA graph is captured. Every replay would repeat the captured count."""
+    if torch.compiler.is_compiling() or not (params and params[0].is_cuda):
+        return
+    if torch.cuda.is_current_stream_capturing() and not all(step.is_cuda for step in state_steps):
+        raise RuntimeError(
+            _checks.describe(
+                ADAMW_STEP,
+                "state_steps",
+                "has a count on the CPU while a CUDA graph is captured",
+                f"all counts on {params[0].device}",
+                "Use capturable=True, and load states by load_state_dict, which moves the counts",
+            )
+        )
 
 
 def _step_in_place(
@@ -566,6 +586,9 @@ for _op in (SGD_STEP, ADAMW_STEP):
     library.declare(_op, f"{_ARGUMENTS[_op]} -> ()", backends=("cpp", "cuda", "triton"), fake=_step_fake)
 for _op, _arguments in _ARGUMENTS.items():
     backends.IMPLEMENTED[_op] = ("cpp", "cuda", "triton")
+    # For every tensor Triton's launcher makes a row of a table in Python. With a thousand tensors this takes
+    # milliseconds, longer than the kernel. The cuda launcher does the same work in C++.
+    backends.PREFERENCE_OF_OP[_op, "cuda"] = ("cuda", "triton")
     library.declare(TRY + _op, f"{_arguments} -> bool", backends=("cpp", "cuda"))
     for _backend in ("cpp", "cuda"):
         for _key in _NOT_PLAIN:

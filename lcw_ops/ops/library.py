@@ -34,13 +34,16 @@ def declare(
     fake: Callable | None = None,
     autocast_dtype: torch.dtype | None = None,
     vmap: Callable | None = None,
+    uncapturable: tuple[str, ...] = (),
 ) -> None:
     """Define ``lcw_ops::name.backend`` for every backend, with the rules that all of them share.
 
-    ``vmap`` takes the overload first, then the arguments of ``torch.library.register_vmap``'s function.
+    ``vmap`` takes the overload first, then the arguments of ``torch.library.register_vmap``'s function. The overloads
+    of the backends in ``uncapturable`` run outside of the CUDA graphs that torch.compile(mode="reduce-overhead") makes.
     """
     for backend in backends:
-        library.define(f"{name}.{backend}{schema}")
+        tags = (torch.Tag.cudagraph_unsafe,) if backend in uncapturable else ()
+        library.define(f"{name}.{backend}{schema}", tags=tags)
         qualified = f"lcw_ops::{name}.{backend}"
         if fake is not None:
             torch.library.register_fake(qualified, fake, lib=library)

@@ -280,6 +280,7 @@ def _count(steps: list[Tensor], by: float) -> None:
 def _step_with_own_counts(backend: str, *lists: Any, **options: Any) -> None:
     """Step with counts of any dtype, shape and device: loaded, or made by torch under a float64 default dtype."""
     *tensors, steps = lists
+    ops.check_recorded_counts(tensors[0], steps)
     counts = [(step + 1).to(tensors[0][0].device, torch.float32).reshape(()) for step in steps]
     with_counts = *tensors, counts
     ops.adamw_step_(backend, *with_counts, **options)

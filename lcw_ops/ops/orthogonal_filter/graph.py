@@ -10,20 +10,23 @@ The sequential part of a block of up to MOST_STEPS steps is plain torch on stati
 for every block. A step runs two matmuls and four element-wise kernels forward, and two of each backward, without a
 launch from Python. The other parts (slopes, dW, sums) are computed for all steps of a block at once. The buffers hold
 the block's weights and eight state-sized arrays per step. They are kept for the next call of the same shape, until
-``clear()``. On a CPU, and while the caller captures a graph, the same code runs directly.
+``clear()`` or until memory runs out in a call of these ops. On a CPU, and while the caller captures a graph, the same
+code runs directly.
 
 The signatures are those of the op overloads in op.py in this folder.
 """
 
+import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lcw_ops._checks import describe
 from lcw_ops.ops.precision import full_float32
 
 # Steps per graph. Starting a graph costs about as much as one step of a wide net, so longer graphs gain little.
@@ -31,6 +34,9 @@ MOST_STEPS = 64
 # The most bytes of a block's buffers. Only matrices that change from step to step, and state-sized arrays, count.
 MOST_BYTES = 512 << 20
 STATES_PER_STEP = 8
+# The most steps that the caller may capture. A step is six kernels forward and eleven backward, so that the caller's
+# graph has up to 70,000 nodes. The graph's memory, and the time to make it, grow with the number of nodes.
+MOST_CAPTURED_STEPS = 4096
 # The number of blocks kept with their graphs: enough for forward and backward of two layers of different shapes.
 MOST_BLOCKS = 4
 
@@ -192,6 +198,30 @@ def clear() -> None:
         _cached.clear()
 
 
+def count_cached() -> tuple[int, int]:
+    """The number of blocks that are kept, and the bytes of their buffers on all devices together."""
+    with _lock:
+        buffers = [one for block in _cached.values() for one in vars(block).values() if isinstance(one, Tensor)]
+        return len(_cached), sum(buffer.nbytes for buffer in buffers)
+
+
+def _retry_without_cache(function: Callable) -> Callable:
+    """Call ``function`` again without the kept blocks if a GPU has too little memory beside them."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        try:
+            return function(*arguments)
+        except torch.cuda.OutOfMemoryError:
+            if not _cached or torch.cuda.is_current_stream_capturing():
+                raise
+        # Outside of the except clause: inside, the traceback keeps the tensors of the failed call.
+        clear()
+        return function(*arguments)
+
+    return run
+
+
 class _Call:
     """One call of an op, with its steps cut into blocks."""
 
@@ -240,24 +270,39 @@ class _Call:
             state = block.states[block.count]
 
 
+def _refuse_long_capture(steps: int) -> None:
+    if steps > MOST_CAPTURED_STEPS and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            describe(
+                "orthogonal_filter",
+                "the recurrence",
+                f"has {steps} steps while a CUDA graph is captured",
+                f"at most {MOST_CAPTURED_STEPS}, as every step adds several nodes to the graph",
+                "Call it outside of the capture, where it replays graphs of its own",
+            )
+        )
+
+
 @contextmanager
-def _exclusively(device: torch.device) -> Iterator[None]:
+def _exclusively(device: torch.device, steps: int) -> Iterator[None]:
     """Run one call at a time, because blocks are shared. Disable gradients, and TF32 on CUDA."""
     with _lock, torch.no_grad():
         if device.type != "cuda":
             yield
             return
         with torch.cuda.device(device), full_float32(device):
+            _refuse_long_capture(steps)
             yield
 
 
+@_retry_without_cache
 def orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, steps, activation, segment, return_states):
     """The op ``orthogonal_filter``: (output, checkpoints)."""
     output = h0.new_empty((steps + 1, *h0.shape)) if return_states else h0.clone()
     checkpoints = h0.new_empty(((steps + segment - 1) // segment if segment else 0, *h0.shape))
     if return_states:
         output[0] = h0
-    with _exclusively(h0.device):
+    with _exclusively(h0.device, steps):
         call = _Call(h0, weight, bias, filter, alpha, beta, inputs, steps, activation)
         for done, block in call.carry_forward(h0, 0, steps):
             if return_states:
@@ -271,6 +316,7 @@ def orthogonal_filter(h0, weight, bias, filter, alpha, beta, inputs, steps, acti
     return output, checkpoints
 
 
+@_retry_without_cache
 def orthogonal_filter_backward(
     grad_output,
     checkpoints,
@@ -296,7 +342,7 @@ def orthogonal_filter_backward(
     sums = _Gradients(gradient, weight, bias, alpha, beta, inputs, steps, needs)
     if needs_states:
         sums.states[steps] = gradient
-    with _exclusively(grad_output.device):
+    with _exclusively(grad_output.device, steps):
         arguments = (weight, bias, filter, alpha, beta, inputs)
         call = _Call(gradient, *arguments, min(steps, segment), activation, adds_outer=return_states)
         for first in reversed(range(0, steps, segment)):

@@ -39,6 +39,10 @@ GRAPH = "graph"
 
 BACKENDS = ("cpp", "cuda", "triton", GRAPH)
 
+# GRAPH keeps buffers from call to call. Inside torch.compile's CUDA graphs they would come from a pool whose memory is
+# given to other tensors after the call.
+UNCAPTURABLE = (GRAPH,)
+
 # Backward keeps L / segment checkpoints and recomputes one segment, so a segment of sqrt(L) takes the least memory. 128
 # takes the least for 16,000 layers, and at most 1.2 times the least for 10,000 to 50,000. A constant keeps L symbolic
 # under torch.compile.
@@ -162,6 +166,7 @@ library.declare(
     fake=_forward_fake,
     autocast_dtype=torch.float32,
     vmap=forward_vmap,
+    uncapturable=UNCAPTURABLE,
 )
 library.declare(
     BACKWARD,
@@ -172,6 +177,7 @@ library.declare(
     fake=_backward_fake,
     autocast_dtype=torch.float32,
     vmap=loop_vmap,
+    uncapturable=UNCAPTURABLE,
 )
 
 _forward = {backend: library.get_overload(NAME, backend) for backend in BACKENDS}

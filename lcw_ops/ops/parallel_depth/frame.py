@@ -11,6 +11,7 @@ number of operations that grows like N, instead of a matmul.
 """
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -39,21 +40,54 @@ class Frame(NamedTuple):
     exact_inverse: Tensor
 
 
-# Copies of the last few filters, and their frames. A training loop asks for the same filter in every call.
+class _Known(NamedTuple):
+    """A frame, and a copy of its filter. ``source`` and ``version`` tell whether a tensor still is that filter."""
+
+    copy: Tensor
+    source: weakref.ref[Tensor]
+    version: int | None
+    frame: Frame | None
+
+
+# The last few filters. A training loop asks for the same filter in every call.
 _REMEMBERED = 8
-_frames: list[tuple[Tensor, Frame | None]] = []
+_frames: list[_Known] = []
 
 
 def get_frame(filter: Tensor) -> Frame | None:
-    """The frame of a matrix (N, N), or None if no well-conditioned frame was found. Results are cached."""
+    """The frame of a matrix (N, N), or None if no well-conditioned frame was found. Results are cached.
+
+    On a GPU, a filter that was written to without torch's knowledge (through ``.data``, by NCCL or by a CUDA graph)
+    gets a frame of NaN. The solver then continues layer by layer. A comparison on the host would wait for the GPU.
+    """
+    version = None if filter.is_inference() else filter._version
+    if _is_slow_to_compare(filter):
+        for known in _frames:
+            if known.source() is filter and version is not None and known.version == version:
+                return _valid_if(known, filter)
     kind = filter.dtype, filter.device, filter.shape
-    for known, frame in _frames:
-        if (known.dtype, known.device, known.shape) == kind and torch.equal(known, filter):
-            return frame
+    for index, known in enumerate(_frames):
+        copy = known.copy
+        if (copy.dtype, copy.device, copy.shape) == kind and torch.equal(copy, filter):
+            _frames[index] = known._replace(source=weakref.ref(filter), version=version)
+            return known.frame
     frame = find_frame(filter)
-    _frames.insert(0, (filter.detach().clone(), frame))
+    _frames.insert(0, _Known(filter.detach().clone(), weakref.ref(filter), version, frame))
     del _frames[_REMEMBERED:]
     return frame
+
+
+def _is_slow_to_compare(filter: Tensor) -> bool:
+    """Whether the host would have to wait for the result."""
+    return not filter.is_cpu
+
+
+def _valid_if(known: _Known, filter: Tensor) -> Frame | None:
+    """The frame, with NaN in its rotation if the filter no longer equals its copy. The host does not wait."""
+    if known.frame is None:
+        return None
+    is_same = (known.copy == filter).all()
+    return known.frame._replace(rotation=torch.where(is_same, known.frame.rotation, math.nan))
 
 
 def find_frame(filter: Tensor) -> Frame | None:

@@ -97,6 +97,7 @@ _ARGUMENTS = (
     "Tensor weight, Tensor? bias, Tensor filter, Tensor alpha, Tensor beta, Tensor? inputs, "
     "SymInt steps, str activation, float tolerance, SymInt window"
 )
+# The host reads the change of every sweep, so CUDA graphs can capture none of them.
 _BACKENDS = ("cpp", "triton", "reference")
 
 
@@ -143,6 +144,7 @@ library.declare(
     fake=_forward_fake,
     autocast_dtype=torch.float32,
     vmap=orthogonal_filter.forward_vmap,
+    uncapturable=_BACKENDS,
 )
 library.declare(
     BACKWARD,
@@ -153,6 +155,7 @@ library.declare(
     fake=_backward_fake,
     autocast_dtype=torch.float32,
     vmap=orthogonal_filter.loop_vmap,
+    uncapturable=_BACKENDS,
 )
 
 _forward = {backend: library.get_overload(NAME, backend) for backend in _BACKENDS}

@@ -221,7 +221,8 @@ class _DirectScan:
     """Sweeps with a filter that the kernels apply directly."""
 
     def __init__(self, kernels, filter: Tensor) -> None:
-        self.kernels, self.filter = kernels, filter.contiguous()
+        # Kernels may keep the inverse for as long as this tensor lives. As the tensor is new, that is one call.
+        self.kernels, self.filter = kernels, filter.contiguous().detach()
         self.transposed = reference.transpose_filter(filter).contiguous()
 
     def begin(self, continues: bool) -> None:
