@@ -176,7 +176,7 @@ class Observation:
             call.gradient_norm = self.expect_gradient(call, any(tensor.requires_grad for tensor in tensors))
         if call is not None:
             for tensor in tensors:
-                on_gradient(tensor, call.add_gradient)
+                self.on_gradient(tensor, call.add_gradient)
 
     def _described(self, module: nn.Module, input: Tensor | None, output: Tensor) -> LayerCall:
         call = LayerCall(self.call_name(module), module)
@@ -197,6 +197,21 @@ class Observation:
     def _see_time_first(self, input: Tensor) -> None:
         if input.shape[:2] == self.input_shape[:2]:
             self.sample_dim = 1
+
+    def on_gradient(self, tensor: Tensor, record: Callable[[Tensor], None]) -> None:
+        """Call ``record`` on the tensor's gradient in the backward pass of the loss.
+
+        A forward pass may differentiate too, as an energy model does; those gradients are not the loss's.
+        """
+
+        # The hook must return None: a tensor hook's result replaces the gradient.
+        def hook(gradient):
+            # The gradient is None if the next operation does not pass one back, as in a dynamically quantized layer.
+            if gradient is not None and self.is_backward:
+                record(gradient)
+
+        if tensor.requires_grad:
+            tensor.register_hook(hook)
 
     def expect_gradient(self, call: LayerCall | RecurrenceCall, requires_grad: bool) -> str:
         """The reason for a missing gradient, should none arrive."""
@@ -262,7 +277,7 @@ def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP)
         if not observation.is_backward:
             call.no_gradient = observation.expect_gradient(call, args[0].requires_grad)
         recurrence = call.recurrence
-        on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+        observation.on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
 
     def after_forward(*_):
         under_way.pop()
@@ -287,7 +302,7 @@ def _watch_ranks(observation: Observation, name: str, module: nn.Module) -> None
             return
         call = observation.add_recurrence(module, recurrence, module.weight)
         call.before, call.group = module.start, module.group
-        on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+        observation.on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
 
     def after_forward(_, args, kwargs, output):
         if not any(call.module is module for call in observation.calls):
@@ -334,8 +349,8 @@ def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN)
         def add_last(gradient):
             grad_states()[-1] += gradient.reshape(recurrence.h0.shape)
 
-        on_gradient(output, add_output)
-        on_gradient(h_n, add_last)
+        observation.on_gradient(output, add_output)
+        observation.on_gradient(h_n, add_last)
 
     observation._handles += [
         module.register_forward_hook(after_forward, with_kwargs=True),
@@ -353,18 +368,6 @@ def _networks() -> dict[type[nn.Module], Callable]:
 
 def _rms(tensor: Tensor) -> float:
     return norm(tensor) / math.sqrt(tensor.numel())
-
-
-def on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
-    """Call ``record`` on the gradient. The hook must return None: a tensor hook's result replaces the gradient."""
-
-    def hook(gradient):
-        # The gradient is None if the next operation does not pass one back, as in a dynamically quantized layer.
-        if gradient is not None:
-            record(gradient)
-
-    if tensor.requires_grad:
-        tensor.register_hook(hook)
 
 
 def floating(output) -> Iterator[Tensor]:

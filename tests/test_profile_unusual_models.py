@@ -1,0 +1,64 @@
+"""The profiler on models that write to their input, differentiate in forward, concatenate, cache, or draw numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lcw_ops.profile import profile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def measure(model, inputs, *args, **options):
+    return profile(model, inputs, *args, **{"repeats": 1, "matmul_rate": 1e10, **options})
+
+
+def row(result, name):
+    return list(result.columns["name"]).index(name)
+
+
+def figure(result, column, name):
+    """The figure; there must be no reason for its absence."""
+    assert result.reason(column, row(result, name)) is None
+    return result.columns[column][row(result, name)]
+
+
+def shift(output, unit_dim):
+    return output.double().movedim(unit_dim, -1).flatten(0, -2).mean(0).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU(inplace=True)), nn.Sequential(nn.ReLU(True), nn.Linear(4, 4))])
+def test_a_model_without_trained_parameters_may_write_to_its_input(model):
+    x = torch.randn(8, 4)
+    before = x.clone()
+    result = measure(model.requires_grad_(False), x)
+    assert figure(result, "gradient_norm", "0") > 0
+    assert torch.equal(x, before)
+
+
+class Force(nn.Module):
+    """The gradient of an energy with respect to the input, as in models of molecules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.last(self.act(self.first(x))).sum(), x, create_graph=True)[0]
+
+
+def test_gradients_that_the_model_takes_itself_are_not_those_of_the_loss():
+    model, x, targets = Force(), torch.randn(5, 3), torch.randn(5, 3)
+    result = measure(model, x, targets)
+    model, x = model.double(), x.double().requires_grad_()
+    state = model.first(x)
+    force = torch.autograd.grad(model.last(model.act(state)).sum(), x, create_graph=True)[0]
+    (expected,) = torch.autograd.grad(functional.mse_loss(force, targets.double()), state)
+    assert figure(result, "gradient_norm", "first") == pytest.approx(expected.norm().item(), rel=1e-5)
+    # The loss is a function of the last layer's weight, and not of its output.
+    assert result.reason("gradient_norm", row(result, "last")) == "the loss does not depend on it"
