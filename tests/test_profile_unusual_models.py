@@ -62,3 +62,22 @@ def test_gradients_that_the_model_takes_itself_are_not_those_of_the_loss():
     assert figure(result, "gradient_norm", "first") == pytest.approx(expected.norm().item(), rel=1e-5)
     # The loss is a function of the last layer's weight, and not of its output.
     assert result.reason("gradient_norm", row(result, "last")) == "the loss does not depend on it"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lanczos_finds_the_largest_singular_value_in_16_bits(dtype):
+    """200 eps of bfloat16 is more than 1, and still no product is all rounding."""
+    model, x = nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 200)).to(dtype), torch.randn(8, 200)
+    result = measure(model, x.to(dtype)).jacobians["input -> output"]
+    jacobian = torch.autograd.functional.jacobian(model.double(), x[0].to(dtype).double())
+    # Each of the two layers and tanh rounds once, in J v and in J^T u.
+    assert result.largest == pytest.approx(torch.linalg.matrix_norm(jacobian, 2).item(), rel=6 * torch.finfo(dtype).eps)
+    assert result.iterations > 1
+
+
+def test_under_autocast_a_singular_value_below_the_rounding_is_not_resolved():
+    model = nn.Sequential(nn.Linear(100, 4), nn.Linear(4, 100))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = measure(model, torch.randn(8, 100)).jacobians["input -> output"]
+    # The rank is 4.
+    assert not result.smallest_resolved

@@ -224,7 +224,9 @@ def _function_lanczos(output: Tensor, point: Tensor, iterations, tolerance, seed
         return product.flatten().double().cpu()
 
     shape = (output.numel(), point.numel())
-    return lanczos_spectrum(jvp, vjp, shape, iterations, tolerance, seed, dtype=point.dtype)
+    # Under autocast the output is in 16 bits, and so are the products.
+    dtype = max(point.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return lanczos_spectrum(jvp, vjp, shape, iterations, tolerance, seed, dtype=dtype)
 
 
 @contextmanager
@@ -256,7 +258,13 @@ def _pull_back(output: Tensor, point: Tensor, cotangent: Tensor, **keep_graph) -
 
 
 def _rounding(dtype: torch.dtype, shape: tuple[int, int]) -> float:
-    return max(shape) * torch.finfo(dtype).eps
+    """The part of the largest singular value below which another one may be rounding.
+
+    16-bit products are summed in float32 and rounded once, by E with ||E||_2 of about 2 eps ||J||_2 (independent
+    entries: at most eps ||J||_F (1/sqrt(m) + 1/sqrt(n)) for m outputs and n inputs).
+    """
+    eps, single = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    return max(2 * eps, max(shape) * single) if eps > single else max(shape) * eps
 
 
 def _scaled(value: float, exponent: int) -> float:
