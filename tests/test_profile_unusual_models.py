@@ -81,3 +81,26 @@ def test_under_autocast_a_singular_value_below_the_rounding_is_not_resolved():
         result = measure(model, torch.randn(8, 100)).jacobians["input -> output"]
     # The rank is 4.
     assert not result.smallest_resolved
+
+
+class Concatenation(nn.Module):
+    """The image is as wide as the first convolution has channels: the number of units alone would mislead."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.first, self.second, self.after = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, padding=1), after
+
+    def concatenated(self, x):
+        state = self.first(x)
+        return torch.cat([state, self.second(state)], 1) + torch.arange(24.0).view(24, 1, 1)
+
+    def forward(self, x):
+        return self.after(self.concatenated(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("after", [nn.Identity(), nn.Upsample(scale_factor=2), nn.AvgPool2d(2), nn.Dropout(0.0)])
+@pytest.mark.parametrize("width", [8, 16, 24])
+def test_units_of_concatenated_channels_stay_in_their_place(after, width):
+    model, x = Concatenation(after), torch.randn(2, 3, 16, width)
+    expected = shift(after(model.concatenated(x)), 1)
+    assert figure(measure(model, x), "activation_shift", "after") == pytest.approx(expected, rel=1e-5)

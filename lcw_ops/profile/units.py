@@ -34,11 +34,14 @@ _REMEMBERED = 64
 
 
 class Units(NamedTuple):
-    """The dimension of the units and their number, in a tensor of ``dims`` dimensions."""
+    """The shape of a tensor, and the dimension of its units."""
 
-    dims: int
+    shape: torch.Size
     dim: int
-    count: int
+
+    @property
+    def count(self) -> int:
+        return self.shape[self.dim]
 
 
 class UnitAxes:
@@ -55,7 +58,7 @@ class UnitAxes:
             dim = self._inherited(input, output)
         reference = _torch.storage_reference(output)
         if reference is not None:
-            self._known[reference.cdata] = reference, Units(output.dim(), dim, output.shape[dim])
+            self._known[reference.cdata] = reference, Units(output.shape, dim)
             self._known.move_to_end(reference.cdata)
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
@@ -63,10 +66,19 @@ class UnitAxes:
 
     def _inherited(self, input: Tensor | None, output: Tensor) -> int:
         reference = None if input is None else _torch.storage_reference(input)
-        of_input = None if reference is None else self._known.get(reference.cdata)
-        sources = [] if of_input is None else [of_input[1]]
-        if not (sources and _has(output, sources[0])):
-            sources += [units for _, units in reversed(self._known.values())]
+        known = None if reference is None else self._known.get(reference.cdata)
+        if known is not None and _has(output, known[1]):
+            return known[1].dim
+        sources = [units for _, units in reversed(self._known.values())]
+        if known is not None:
+            sources = [known[1], *sources]
+        elif input is not None and (dim := _resembling(input, sources)) is not None:
+            # A plain function such as torch.cat has made the input.
+            sources = [Units(input.shape, dim), *sources]
+            if _has(output, sources[0]):
+                return dim
+        if (dim := _resembling(output, sources)) is not None:
+            return dim
         # The same place first: in square images the number of units alone does not tell the dimension.
         for units in sources:
             if _has(output, units):
@@ -80,7 +92,22 @@ class UnitAxes:
 
 def _has(output: Tensor, units: Units) -> bool:
     """Whether the output has as many dimensions, and as many units at the same place."""
-    return output.dim() == units.dims and output.shape[units.dim] == units.count
+    return output.dim() == len(units.shape) and output.shape[units.dim] == units.count
+
+
+def _resembling(tensor: Tensor, sources: list[Units]) -> int | None:
+    """The units' dimension of a source of the same shape, or of one that differs only in the number of its units."""
+
+    def others(shape: torch.Size, dim: int) -> tuple[int, ...]:
+        return shape[:dim] + shape[dim + 1 :]
+
+    for units in sources:
+        if tensor.shape == units.shape:
+            return units.dim
+    for units in sources:
+        if tensor.dim() == len(units.shape) and others(tensor.shape, units.dim) == others(units.shape, units.dim):
+            return units.dim
+    return None
 
 
 def _own_dimension(module: nn.Module, output: Tensor) -> int | None:
