@@ -1,6 +1,6 @@
 """The profiler on models that write to their input, differentiate in forward, concatenate, cache, or draw numbers."""
 
-import math
+import random
 
 import numpy as np
 import pytest
@@ -104,3 +104,107 @@ def test_units_of_concatenated_channels_stay_in_their_place(after, width):
     model, x = Concatenation(after), torch.randn(2, 3, 16, width)
     expected = shift(after(model.concatenated(x)), 1)
     assert figure(measure(model, x), "activation_shift", "after") == pytest.approx(expected, rel=1e-5)
+
+
+class Positions(nn.Module):
+    """Makes a longer buffer when a longer input comes; ``made`` may be a buffer, None or missing before."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.longest = nn.Linear(3, 4), 0
+
+    def forward(self, x):
+        if len(x) > self.longest:
+            self.longest, self.scratch = len(x), x
+            self.register_buffer("made", torch.arange(float(len(x)))[:, None], persistent=False)
+        return self.linear(x) + self.made[: len(x)]
+
+
+@pytest.mark.parametrize("before", ["a shorter buffer", "None", "missing"])
+def test_a_model_that_makes_its_buffers_longer_still_works(before):
+    model = Positions()
+    if before == "a shorter buffer":
+        model(torch.randn(2, 3))
+    elif before == "None":
+        model.register_buffer("made", None)
+    attributes, buffers = dict(vars(model)), dict(model._buffers)
+    measure(model, torch.randn(5, 3))
+    assert all(vars(model)[key] is value for key, value in attributes.items())
+    assert vars(model).keys() == attributes.keys()
+    assert model._buffers.keys() == buffers.keys()
+    assert all(model._buffers[key] is buffer for key, buffer in buffers.items())
+    assert model(torch.randn(5, 3)).shape == (5, 4)
+
+
+class RandomDepth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) * (random.random() + np.random.rand() + torch.rand(1))
+
+
+def test_all_random_states_are_left_as_they_were():
+    model, x = RandomDepth(), torch.randn(2, 4)
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    measure(model, x)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_equal(np.random.get_state(), numpy_state)
+    assert random.getstate() == python_state
+
+
+def test_a_packed_sequence_is_one_argument():
+    sequences = nn.utils.rnn.pack_sequence([torch.randn(5, 4), torch.randn(3, 4)])
+    result = measure(nn.GRU(4, 5), sequences)
+    assert result.failure is None
+    # 8 steps, with the products of W_ih (15 x 4) and W_hh (15 x 5).
+    assert result.timing.forward_flops == 2 * 8 * (15 * 4 + 15 * 5)
+
+
+class Graph(nn.Module):
+    """One layer of a graph network; ``multiply(edges, state)``."""
+
+    def __init__(self, edges, multiply):
+        super().__init__()
+        self.register_buffer("edges", edges)
+        self.linear, self.multiply = nn.Linear(4, 4), multiply
+
+    def forward(self, x):
+        return self.multiply(self.edges, self.linear(x))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.parametrize(
+    "multiply", [torch.matmul, torch.sparse.mm, lambda edges, state: (state.T @ edges).T], ids=["@", "sparse.mm", "right"]
+)
+def test_flops_of_a_sparse_matrix_are_those_of_its_entries(layout, multiply):
+    edges = torch.zeros(20, 20)
+    edges[torch.arange(15), torch.arange(15).flip(0)] = 1
+    edges = edges.to_sparse() if layout == "coo" else edges.to_sparse_csr()
+    result = measure(Graph(edges, multiply), torch.randn(20, 4), jacobian=False)
+    linear, sparse = 2 * 20 * 4 * 4, 2 * 15 * 4
+    assert result.timing.uncounted == ()
+    assert result.timing.forward_flops == linear + sparse
+    # The input requires no gradient, so the linear layer has one product again.
+    assert result.timing.backward_flops == linear + sparse
+
+
+class Inferred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.teacher, self.conv, self.student = nn.Linear(4, 6), nn.Conv1d(1, 2, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        with torch.inference_mode():
+            state = self.teacher(x)
+            state = state @ state.T @ state + self.conv(state[:, None]).mean()
+        return self.student(state.clone())
+
+
+def test_flops_in_inference_mode_are_counted():
+    result = measure(Inferred(), torch.randn(5, 4))
+    products = 5 * 4 * 6 + 5 * 6 * 5 + 5 * 5 * 6 + 5 * 2 * 4 * 3 + 5 * 6 * 3
+    assert result.timing.uncounted == ()
+    assert result.timing.forward_flops == 2 * products
