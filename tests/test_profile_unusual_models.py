@@ -142,15 +142,15 @@ class RandomDepth(nn.Module):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.linear(x) * (random.random() + np.random.rand() + torch.rand(1))
+        return self.linear(x) * (random.random() + np.random.rand() + torch.rand(1))  # noqa: NPY002
 
 
 def test_all_random_states_are_left_as_they_were():
     model, x = RandomDepth(), torch.randn(2, 4)
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     measure(model, x)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    np.testing.assert_equal(np.random.get_state(), numpy_state)
+    np.testing.assert_equal(np.random.get_state(), numpy_state)  # noqa: NPY002
     assert random.getstate() == python_state
 
 
@@ -177,7 +177,9 @@ class Graph(nn.Module):
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("layout", ["coo", "csr"])
 @pytest.mark.parametrize(
-    "multiply", [torch.matmul, torch.sparse.mm, lambda edges, state: (state.T @ edges).T], ids=["@", "sparse.mm", "right"]
+    "multiply",
+    [torch.matmul, torch.sparse.mm, lambda edges, state: (state.T @ edges).T],
+    ids=["@", "sparse.mm", "right"],
 )
 def test_flops_of_a_sparse_matrix_are_those_of_its_entries(layout, multiply):
     edges = torch.zeros(20, 20)
@@ -208,3 +210,52 @@ def test_flops_in_inference_mode_are_counted():
     products = 5 * 4 * 6 + 5 * 6 * 5 + 5 * 5 * 6 + 5 * 2 * 4 * 3 + 5 * 6 * 3
     assert result.timing.uncounted == ()
     assert result.timing.forward_flops == 2 * products
+
+
+class Quantizer(nn.Module):
+    """Returns the index of the nearest entry of its codebook: integers alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(7, 4))
+
+    def forward(self, x):
+        return torch.cdist(x, self.codebook).argmin(-1)
+
+
+class Experts(nn.Module):
+    """The second expert gets no sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.quantizer, self.first, self.second, self.third = Quantizer(), *(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        none = self.second(x[:0]).sum()
+        return self.first(x) + torch.func.vmap(self.third)(x) + self.quantizer(x)[:, None] + none
+
+
+def test_reasons_say_what_happened():
+    model = Experts()
+    result = measure(model, torch.randn(5, 4))
+    assert result.columns["parameters"].sum() == sum(parameter.numel() for parameter in model.parameters())
+    for name, column, reason in (
+        ("quantizer", "state_rms", "returned no floating-point numbers"),
+        ("second", "gradient_norm", "returned no floating-point numbers"),
+        ("third", "gradient_norm", "inside a transform of torch.func"),
+    ):
+        assert reason in result.reason(column, row(result, name))
+    assert figure(result, "gradient_norm", "first") == pytest.approx(1, rel=1e-6)
+
+
+class Logits:
+    def __init__(self, values):
+        self.values = values
+
+
+def test_an_output_of_a_class_of_ones_own_has_figures_but_no_jacobian():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_forward_hook(lambda module, args, output: Logits(output))
+    result = measure(model, torch.randn(5, 4), loss=lambda output: output.values.sum())
+    assert figure(result, "gradient_norm", "0") == pytest.approx(20**0.5, rel=1e-6)
+    assert "holds no floating-point tensor" in result.absent["input -> output"]

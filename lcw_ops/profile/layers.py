@@ -24,7 +24,7 @@ from lcw_ops import _torch
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.profile import units
 from lcw_ops.profile.arguments import WRAPPED, readable
-from lcw_ops.profile.figures import NO_GRADIENT, UNDER_NO_GRAD, UNREACHED, Figure, attempt, failed, norm
+from lcw_ops.profile.figures import IN_FUNCTORCH, NO_GRADIENT, UNDER_NO_GRAD, UNREACHED, Figure, attempt, failed, norm
 from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_ranks, from_rnn, time_first
 
 # The most recent results of children with which a module's own result is compared.
@@ -78,6 +78,7 @@ class Observation:
         names: id of the module -> its name; "" is the model.
         own: id of the module -> the parameters of that module itself and of its parametrizations.
         sample_dim: 1 if the model's input goes into a module that takes the time first, else 0.
+        without_figures: ids of modules that were called and returned no floating-point numbers.
     """
 
     model: nn.Module
@@ -86,6 +87,7 @@ class Observation:
     names: dict[int, str] = field(default_factory=dict)
     own: dict[int, list[nn.Parameter]] = field(default_factory=dict)
     sample_dim: int = 0
+    without_figures: set[int] = field(default_factory=set)
     networks: dict[type[nn.Module], Callable] = field(default_factory=lambda: _networks())
     is_backward: bool = False
     _times_called: Counter = field(default_factory=Counter)
@@ -167,12 +169,17 @@ class Observation:
     def _record(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         tensors = [tensor for tensor in floating(output) if tensor.numel()]
         if not tensors:
+            self.without_figures.add(id(module))
             return
         state = first_floating(tensors)
         if self.is_backward:
             call = self._repeated(module, lambda call: call.state_rms == attempt(_rms, state))
         else:
             call = self._described(module, next(iter(floating((args, kwargs))), None), state)
+            if _torch.in_functorch():
+                # Tensor hooks would see the transform's own tensors.
+                call.gradient_norm = IN_FUNCTORCH
+                return
             call.gradient_norm = self.expect_gradient(call, any(tensor.requires_grad for tensor in tensors))
         if call is not None:
             for tensor in tensors:

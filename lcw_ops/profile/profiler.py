@@ -215,12 +215,13 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     The random states are those of torch, NumPy and Python.
     """
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    of_numpy, of_python = np.random.get_state(), random.getstate()
+    # A model may draw from NumPy's global generator.
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
     with random_state, torch.enable_grad(), kept_attributes(model.modules()), kept_buffers(model.modules()):
         try:
             yield
         finally:
-            np.random.set_state(of_numpy)
+            np.random.set_state(of_numpy)  # noqa: NPY002
             random.setstate(of_python)
             # A forward pass without its backward pass leaves whole parameters behind.
             for module in fully_sharded(model):
@@ -406,6 +407,8 @@ def _model_spectrum(work: Work, method: str, sample_dim: int) -> spectra.Jacobia
 def _of_first_sample(output, samples: int, sample_dim: int) -> Tensor:
     """The first sample's part of the first floating-point tensor that has samples; a tensor without samples whole."""
     tensors = list(floating(output))
+    if not tensors:
+        raise ValueError("the model's output holds no floating-point tensor")
     for tensor in tensors:
         # An output without times, such as the scores of a sequence, has its samples first again.
         for dim in (sample_dim, 0):
