@@ -259,3 +259,27 @@ def test_an_output_of_a_class_of_ones_own_has_figures_but_no_jacobian():
     result = measure(model, torch.randn(5, 4), loss=lambda output: output.values.sum())
     assert figure(result, "gradient_norm", "0") == pytest.approx(20**0.5, rel=1e-6)
     assert "holds no floating-point tensor" in result.absent["input -> output"]
+
+
+class InPlaceResidual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, x):
+        result = self.branch(x)
+        result += x
+        return result
+
+
+def test_a_block_that_adds_in_place_has_a_row_and_a_block_whose_last_child_writes_in_place_has_none():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), InPlaceResidual(), nn.Linear(4, 2))
+    x, targets = torch.randn(5, 4), torch.randn(5, 2)
+    result = measure(model, x, targets)
+    assert list(result.columns["name"]) == ["0.0", "0.1", "1.branch.0", "1.branch.1", "1", "2"]
+    model, x = model.double(), x.double()
+    state = model[1](model[0](x))
+    state.retain_grad()
+    functional.mse_loss(model[2](state), targets.double()).backward()
+    assert figure(result, "state_rms", "1") == pytest.approx(state.square().mean().sqrt().item(), rel=1e-5)
+    assert figure(result, "gradient_norm", "1") == pytest.approx(state.grad.norm().item(), rel=1e-5)

@@ -1,9 +1,9 @@
 """Hooks that observe a forward and backward pass of any model: every layer's output and the output's gradient.
 
 Rows are the calls of leaf modules, and of modules with children that have parameters or work of their own: their output
-is another tensor than any that a child returned. Forward hooks measure an output at once, so that a later in-place
-operation cannot change the figures. Tensor hooks measure the gradient. Orthogonal-filter networks are recorded as a
-``Recurrence``, to be replayed layer by layer.
+is another tensor than any that a child returned, or was changed in place since. Forward hooks measure an output at
+once, so that a later in-place operation cannot change the figures. Tensor hooks measure the gradient. Orthogonal-filter
+networks are recorded as a ``Recurrence``, to be replayed layer by layer.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,23 @@ class RecurrenceCall:
         return self.recurrence.steps
 
 
+class _Value(NamedTuple):
+    """A tensor's memory, by a reference that keeps its key unique, and its version, which in-place operations raise."""
+
+    reference: Any
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Value | None":
+        """None for a tensor whose memory cannot be told apart."""
+        reference = _torch.storage_reference(tensor)
+        return None if reference is None else cls(reference, 0 if tensor.is_inference() else tensor._version)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.reference.cdata, self.version
+
+
 @dataclass
 class Observation:
     """The calls of one pass, in the order in which they ended, with the modules that were not called among them.
@@ -93,7 +110,7 @@ class Observation:
     _times_called: Counter = field(default_factory=Counter)
     _handles: list = field(default_factory=list)
     _axes: units.UnitAxes = field(default_factory=units.UnitAxes)
-    # One entry per call in progress of a module with children: references to the memory of its recent results.
+    # One entry per call in progress of a module with children: its recent results.
     _results: list[deque] = field(default_factory=list)
     # Calls under no_grad, which reentrant checkpointing repeats in the backward pass.
     _to_be_repeated: dict[int, list[LayerCall | RecurrenceCall]] = field(default_factory=dict)
@@ -148,14 +165,12 @@ class Observation:
         self._pass_on(module, args, output)
 
     def _before_children(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = map(_torch.storage_reference, floating((args, kwargs)))
-        self._results.append(deque(inputs, maxlen=_RECENT))
+        self._results.append(deque(map(_Value.of, floating((args, kwargs))), maxlen=_RECENT))
 
     def _after_children(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        # None stands for memory that cannot be told apart.
-        known = {reference.cdata for reference in self._results.pop() if reference is not None}
-        results = [_torch.storage_reference(tensor) for tensor in floating(output)]
-        is_a_childs = not results or results[0] is None or results[0].cdata in known
+        known = {value.key for value in self._results.pop() if value is not None}
+        results = [_Value.of(tensor) for tensor in floating(output)]
+        is_a_childs = not results or results[0] is None or results[0].key in known
         if self.own[id(module)] or not is_a_childs:
             self._record(module, args, kwargs, output)
         if self._results:
@@ -164,7 +179,7 @@ class Observation:
     def _pass_on(self, module: nn.Module, args: tuple, output) -> None:
         """Let the module around this one know this one's results."""
         if self._results:
-            self._results[-1] += map(_torch.storage_reference, floating(output))
+            self._results[-1] += map(_Value.of, floating(output))
 
     def _record(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         tensors = [tensor for tensor in floating(output) if tensor.numel()]
