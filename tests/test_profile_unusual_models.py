@@ -283,3 +283,25 @@ def test_a_block_that_adds_in_place_has_a_row_and_a_block_whose_last_child_write
     functional.mse_loss(model[2](state), targets.double()).backward()
     assert figure(result, "state_rms", "1") == pytest.approx(state.square().mean().sqrt().item(), rel=1e-5)
     assert figure(result, "gradient_norm", "1") == pytest.approx(state.grad.norm().item(), rel=1e-5)
+
+
+class Permuted(nn.Module):
+    """Channels and positions change places between plain modules, as in ConvNeXt."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 1), nn.Linear(8, 8)
+        self.last, self.first = nn.Dropout(0.0), nn.Identity()
+
+    def forward(self, x):
+        last = self.last(self.conv(x).permute(0, 2, 3, 1))
+        return self.first(self.linear(last).permute(0, 3, 1, 2)).mean((2, 3))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 5), (1, 8)])
+def test_units_of_a_permuted_view_move_with_it_even_if_all_dimensions_are_equal(size):
+    model, x = Permuted(), torch.randn(2, 3, *size)
+    state = model.conv(x).permute(0, 2, 3, 1)
+    result = measure(model, x)
+    assert figure(result, "activation_shift", "last") == pytest.approx(shift(state, -1), rel=1e-5)
+    assert figure(result, "activation_shift", "first") == pytest.approx(shift(model.linear(state), -1), rel=1e-5)

@@ -34,14 +34,29 @@ _REMEMBERED = 64
 
 
 class Units(NamedTuple):
-    """The shape of a tensor, and the dimension of its units."""
+    """The shape of a tensor, the dimension of its units, and the step in memory from one unit to the next."""
 
     shape: torch.Size
     dim: int
+    stride: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, dim: int) -> "Units":
+        return cls(tensor.shape, dim, tensor.stride(dim))
 
     @property
     def count(self) -> int:
         return self.shape[self.dim]
+
+    def of_view(self, view: Tensor) -> "Units":
+        """The same units in a view, whose dimensions may be permuted."""
+        if view.dim() == len(self.shape) and self._is_at(view, self.dim):
+            return self
+        places = [dim for dim in range(view.dim()) if self._is_at(view, dim)]
+        return Units.of(view, places[0]) if len(places) == 1 else self
+
+    def _is_at(self, view: Tensor, dim: int) -> bool:
+        return view.shape[dim] == self.count and view.stride(dim) == self.stride
 
 
 class UnitAxes:
@@ -58,7 +73,7 @@ class UnitAxes:
             dim = self._inherited(input, output)
         reference = _torch.storage_reference(output)
         if reference is not None:
-            self._known[reference.cdata] = reference, Units(output.shape, dim)
+            self._known[reference.cdata] = reference, Units.of(output, dim)
             self._known.move_to_end(reference.cdata)
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
@@ -67,14 +82,15 @@ class UnitAxes:
     def _inherited(self, input: Tensor | None, output: Tensor) -> int:
         reference = None if input is None else _torch.storage_reference(input)
         known = None if reference is None else self._known.get(reference.cdata)
-        if known is not None and _has(output, known[1]):
-            return known[1].dim
+        of_input = None if known is None else known[1].of_view(input)
+        if of_input is not None and _has(output, of_input):
+            return of_input.dim
         sources = [units for _, units in reversed(self._known.values())]
-        if known is not None:
-            sources = [known[1], *sources]
+        if of_input is not None:
+            sources = [of_input, *sources]
         elif input is not None and (dim := _resembling(input, sources)) is not None:
             # A plain function such as torch.cat has made the input.
-            sources = [Units(input.shape, dim), *sources]
+            sources = [Units.of(input, dim), *sources]
             if _has(output, sources[0]):
                 return dim
         if (dim := _resembling(output, sources)) is not None:
