@@ -305,3 +305,11 @@ def test_units_of_a_permuted_view_move_with_it_even_if_all_dimensions_are_equal(
     result = measure(model, x)
     assert figure(result, "activation_shift", "last") == pytest.approx(shift(state, -1), rel=1e-5)
     assert figure(result, "activation_shift", "first") == pytest.approx(shift(model.linear(state), -1), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.InstanceNorm1d, (9,)), (nn.InstanceNorm2d, (5, 7))])
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_an_instance_norm_has_no_shift_with_or_without_a_batch(kind, shape, batch):
+    result = measure(kind(4), torch.randn(*batch, 4, *shape) + 3)
+    # The mean of normalized float32 values is their rounding, about 1e-7.
+    assert figure(result, "activation_shift", kind.__name__) < 1e-6

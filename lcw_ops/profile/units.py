@@ -29,6 +29,9 @@ _UNITS_LAST = (
 )
 _UNITS_SECOND = (_torch.BatchNormalization, nn.GroupNorm, InputMeanNorm)
 
+# Instance norms take a single sample without a batch too; its dimensions.
+_SINGLE_SAMPLE = ((nn.InstanceNorm1d, 2), (nn.InstanceNorm2d, 3), (nn.InstanceNorm3d, 4))
+
 # The number of tensors whose units are remembered: a branch of a block may be read that many modules later.
 _REMEMBERED = 64
 
@@ -134,7 +137,7 @@ def _own_dimension(module: nn.Module, output: Tensor) -> int | None:
         # Before the positions: an input without a batch has one dimension fewer.
         return output.dim() - 1 - len(module.kernel_size)
     if isinstance(module, _UNITS_SECOND):
-        return 1
+        return 0 if any(isinstance(module, kind) and output.dim() == dims for kind, dims in _SINGLE_SAMPLE) else 1
     return None
 
 
