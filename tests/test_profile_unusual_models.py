@@ -313,3 +313,25 @@ def test_an_instance_norm_has_no_shift_with_or_without_a_batch(kind, shape, batc
     result = measure(kind(4), torch.randn(*batch, 4, *shape) + 3)
     # The mean of normalized float32 values is their rounding, about 1e-7.
     assert figure(result, "activation_shift", kind.__name__) < 1e-6
+
+
+class HiddenCotangent(torch.autograd.Function):
+    """Its backward pass is right, and hides from autograd that it depends on the gradient, as a raw kernel does."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.detach() @ ctx.saved_tensors[0].T, None
+
+
+def test_a_backward_pass_that_hides_its_cotangent_has_no_lanczos_jacobian():
+    class Residual(nn.Linear):
+        def forward(self, x):
+            return x + HiddenCotangent.apply(x, self.weight)
+
+    result = measure(Residual(100, 100), torch.randn(5, 100))
+    assert "J v and J^T u do not agree" in result.absent["input -> output"]
