@@ -1,4 +1,4 @@
-"""Runs of a user's model that leave no trace: fresh copies of its inputs, and its buffers restored."""
+"""Runs of a user's model that leave no trace: fresh copies of its inputs, its buffers and attributes restored."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -65,6 +65,36 @@ def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
                 module._buffers[key] = buffer
                 if not buffer.is_meta and (buffer.layout is not torch.strided or not _same_bits(buffer, values)):
                     buffer.copy_(values)
+
+
+# The attributes of every module, apart from its mode: parameters, submodules, hooks, and buffers.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+
+@contextmanager
+def kept_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the plain attributes of these modules afterwards, such as counters, and remove new ones and new buffers.
+
+    A model whose attributes say that its buffers are long enough fails if the buffers alone are restored. An object
+    that the model changes in place, such as a list, stays changed.
+    """
+    kept = [(module, _attributes(module), dict(module._buffers)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            for key in _attributes(module).keys() - attributes.keys():
+                del vars(module)[key]
+            vars(module).update(attributes)
+            for key in [key for key, buffer in module._buffers.items() if buffer is not None]:
+                if key not in buffers:
+                    del module._buffers[key]
+                elif buffers[key] is None:
+                    module._buffers[key] = None
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -185,12 +185,12 @@ class Untidy(nn.Module):
 def test_any_module_tuples_in_place_and_several_calls():
     model, inputs = Untidy(), torch.randn(8, 5)
     result = profile(model, inputs, loss=lambda output: output["result"].square().sum(), repeats=1, matmul_rate=1.0)
-    assert list(result.columns["name"]) == ["first", "relu", "shared", "pair", "unused", "shared#2"]
+    assert list(result.columns["name"]) == ["first", "relu", "shared", "pair", "unused", "shared#2", "Untidy"]
 
     first = model.first(inputs)
     shared = model.shared(first.relu())
     last = model.shared(shared * 2)
-    values = [first, first.relu(), shared, shared * 2, model.unused(shared * 2), last]
+    values = [first, first.relu(), shared, shared * 2, model.unused(shared * 2), last, last + 1]
     for tensor in (first, shared, last):
         tensor.retain_grad()
     (last + 1).square().sum().backward()

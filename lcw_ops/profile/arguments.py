@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lcw_ops import _torch
@@ -97,7 +98,9 @@ def bind(model: nn.Module, inputs, kwargs: Mapping[str, Any] | None) -> Argument
         inputs = dict(inputs)
         arguments = Arguments((), {**inputs, **named}) if _takes(model, inputs | named) else Arguments((inputs,), named)
     else:
-        arguments = Arguments(inputs if isinstance(inputs, tuple) else (inputs,), named)
+        # A packed sequence is a tuple too, but a single argument.
+        several = isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence)
+        arguments = Arguments(inputs if several else (inputs,), named)
     tensors = arguments.tensors()
     if not any(tensor.dim() for tensor in tensors):
         parts = [*(inputs.values() if isinstance(inputs, dict) else arguments.args), *named.values()]

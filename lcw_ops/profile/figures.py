@@ -18,6 +18,7 @@ FROZEN = "its parameters are frozen (requires_grad=False)"
 UNREACHED = "the loss does not depend on it"
 NO_GRADIENT = "it requires no gradient: nothing that is trained comes before it"
 UNDER_NO_GRAD = "it was computed under torch.no_grad()"
+IN_FUNCTORCH = "it was called inside a transform of torch.func"
 
 
 def failed(error: BaseException) -> str:

@@ -53,6 +53,12 @@ class Counter(_torch.DispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and isinstance(func, _torch.OpOverload):
+            # In this mode, ops such as linear and matmul come here before torch has split them into products.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
         # A higher-order op is its own entry; of an ordinary op, all overloads share one.
         op = getattr(func, "overloadpacket", func)
@@ -157,7 +163,16 @@ def _recurrent_layers_backward(input, weights, *rest, **__) -> int:
 
 
 def _product(left, right, *_, **__) -> int:
-    return 2 * left.numel() * right.shape[-1]
+    """Every entry of ``left`` meets a row of ``right``; of a sparse matrix, every entry that is stored."""
+    if left.layout is torch.strided and right.layout is not torch.strided:
+        return 2 * left.shape[0] * _entries(right)
+    return 2 * _entries(left) * right.shape[-1]
+
+
+def _entries(matrix: Tensor) -> int:
+    if matrix.is_sparse:
+        return matrix._nnz()
+    return matrix.numel() if matrix.layout is torch.strided else matrix.values().numel()
 
 
 def _matrix_vector(matrix, *_, **__) -> int:
@@ -169,7 +184,7 @@ def _added_matrix_vector(_added, matrix, *_, **__) -> int:
 
 
 def _added_product(_added, left, right, *_, **__) -> int:
-    return 2 * left.numel() * right.shape[-1]
+    return _product(left, right)
 
 
 def _outer(_added, left, right, *_, **__) -> int:
@@ -178,7 +193,7 @@ def _outer(_added, left, right, *_, **__) -> int:
 
 FORMULAS = {
     **dict.fromkeys((aten.mm, aten.bmm), _product),
-    **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addbmm), _added_product),
+    **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addbmm, aten._sparse_addmm), _added_product),
     **dict.fromkeys(
         (aten.convolution, aten._convolution, aten.cudnn_convolution, aten.convolution_overrideable), _convolution
     ),

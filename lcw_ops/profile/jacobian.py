@@ -224,7 +224,24 @@ def _function_lanczos(output: Tensor, point: Tensor, iterations, tolerance, seed
         return product.flatten().double().cpu()
 
     shape = (output.numel(), point.numel())
-    return lanczos_spectrum(jvp, vjp, shape, iterations, tolerance, seed, dtype=point.dtype)
+    # Under autocast the output is in 16 bits, and so are the products.
+    dtype = max(point.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    _check_adjoint(jvp, vjp, output.numel(), dtype)
+    return lanczos_spectrum(jvp, vjp, shape, iterations, tolerance, seed, dtype=dtype)
+
+
+def _check_adjoint(jvp: Callable, vjp: Callable, outputs: int, dtype: torch.dtype) -> None:
+    """u^T J v = ||J^T u|| for v = J^T u / ||J^T u||. It is not if a backward of the function hides its cotangent."""
+    u = torch.randn(outputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pulled_back = vjp(u / u.norm())
+    length = pulled_back.norm().item()
+    if not math.isfinite(length) or length < 1e3 * torch.finfo(dtype).tiny:
+        return
+    pushed = (u / u.norm() @ jvp(pulled_back / length)).item()
+    if abs(pushed - length) > max(1e-2, 16 * torch.finfo(dtype).eps) * length:
+        came = "has a backward pass that is not differentiable (J v and J^T u do not agree)"
+        remedy = "Use the method 'exact', or leave the Jacobian out (profile: jacobian=False)."
+        raise NoSecondDerivative(describe("jacobian", "the model", came, "one that autograd can differentiate", remedy))
 
 
 @contextmanager
@@ -256,7 +273,13 @@ def _pull_back(output: Tensor, point: Tensor, cotangent: Tensor, **keep_graph) -
 
 
 def _rounding(dtype: torch.dtype, shape: tuple[int, int]) -> float:
-    return max(shape) * torch.finfo(dtype).eps
+    """The part of the largest singular value below which another one may be rounding.
+
+    16-bit products are summed in float32 and rounded once, by E with ||E||_2 of about 2 eps ||J||_2 (independent
+    entries: at most eps ||J||_F (1/sqrt(m) + 1/sqrt(n)) for m outputs and n inputs).
+    """
+    eps, single = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    return max(2 * eps, max(shape) * single) if eps > single else max(shape) * eps
 
 
 def _scaled(value: float, exponent: int) -> float:

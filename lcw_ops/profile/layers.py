@@ -1,9 +1,9 @@
 """Hooks that observe a forward and backward pass of any model: every layer's output and the output's gradient.
 
 Rows are the calls of leaf modules, and of modules with children that have parameters or work of their own: their output
-is another tensor than any that a child returned. Forward hooks measure an output at once, so that a later in-place
-operation cannot change the figures. Tensor hooks measure the gradient. Orthogonal-filter networks are recorded as a
-``Recurrence``, to be replayed layer by layer.
+is another tensor than any that a child returned, or was changed in place since. Forward hooks measure an output at
+once, so that a later in-place operation cannot change the figures. Tensor hooks measure the gradient. Orthogonal-filter
+networks are recorded as a ``Recurrence``, to be replayed layer by layer.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lcw_ops import _torch
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.profile import units
 from lcw_ops.profile.arguments import WRAPPED, readable
-from lcw_ops.profile.figures import NO_GRADIENT, UNDER_NO_GRAD, UNREACHED, Figure, attempt, failed, norm
+from lcw_ops.profile.figures import IN_FUNCTORCH, NO_GRADIENT, UNDER_NO_GRAD, UNREACHED, Figure, attempt, failed, norm
 from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_ranks, from_rnn, time_first
 
 # The most recent results of children with which a module's own result is compared.
@@ -70,6 +70,23 @@ class RecurrenceCall:
         return self.recurrence.steps
 
 
+class _Value(NamedTuple):
+    """A tensor's memory, by a reference that keeps its key unique, and its version, which in-place operations raise."""
+
+    reference: Any
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Value | None":
+        """None for a tensor whose memory cannot be told apart."""
+        reference = _torch.storage_reference(tensor)
+        return None if reference is None else cls(reference, 0 if tensor.is_inference() else tensor._version)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.reference.cdata, self.version
+
+
 @dataclass
 class Observation:
     """The calls of one pass, in the order in which they ended, with the modules that were not called among them.
@@ -78,6 +95,7 @@ class Observation:
         names: id of the module -> its name; "" is the model.
         own: id of the module -> the parameters of that module itself and of its parametrizations.
         sample_dim: 1 if the model's input goes into a module that takes the time first, else 0.
+        without_figures: ids of modules that were called and returned no floating-point numbers.
     """
 
     model: nn.Module
@@ -86,12 +104,13 @@ class Observation:
     names: dict[int, str] = field(default_factory=dict)
     own: dict[int, list[nn.Parameter]] = field(default_factory=dict)
     sample_dim: int = 0
+    without_figures: set[int] = field(default_factory=set)
     networks: dict[type[nn.Module], Callable] = field(default_factory=lambda: _networks())
     is_backward: bool = False
     _times_called: Counter = field(default_factory=Counter)
     _handles: list = field(default_factory=list)
     _axes: units.UnitAxes = field(default_factory=units.UnitAxes)
-    # One entry per call in progress of a module with children: references to the memory of its recent results.
+    # One entry per call in progress of a module with children: its recent results.
     _results: list[deque] = field(default_factory=list)
     # Calls under no_grad, which reentrant checkpointing repeats in the backward pass.
     _to_be_repeated: dict[int, list[LayerCall | RecurrenceCall]] = field(default_factory=dict)
@@ -146,14 +165,12 @@ class Observation:
         self._pass_on(module, args, output)
 
     def _before_children(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = map(_torch.storage_reference, floating((args, kwargs)))
-        self._results.append(deque(inputs, maxlen=_RECENT))
+        self._results.append(deque(map(_Value.of, floating((args, kwargs))), maxlen=_RECENT))
 
     def _after_children(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        # None stands for memory that cannot be told apart.
-        known = {reference.cdata for reference in self._results.pop() if reference is not None}
-        results = [_torch.storage_reference(tensor) for tensor in floating(output)]
-        is_a_childs = not results or results[0] is None or results[0].cdata in known
+        known = {value.key for value in self._results.pop() if value is not None}
+        results = [_Value.of(tensor) for tensor in floating(output)]
+        is_a_childs = not results or results[0] is None or results[0].key in known
         if self.own[id(module)] or not is_a_childs:
             self._record(module, args, kwargs, output)
         if self._results:
@@ -162,21 +179,26 @@ class Observation:
     def _pass_on(self, module: nn.Module, args: tuple, output) -> None:
         """Let the module around this one know this one's results."""
         if self._results:
-            self._results[-1] += map(_torch.storage_reference, floating(output))
+            self._results[-1] += map(_Value.of, floating(output))
 
     def _record(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         tensors = [tensor for tensor in floating(output) if tensor.numel()]
         if not tensors:
+            self.without_figures.add(id(module))
             return
         state = first_floating(tensors)
         if self.is_backward:
             call = self._repeated(module, lambda call: call.state_rms == attempt(_rms, state))
         else:
             call = self._described(module, next(iter(floating((args, kwargs))), None), state)
+            if _torch.in_functorch():
+                # Tensor hooks would see the transform's own tensors.
+                call.gradient_norm = IN_FUNCTORCH
+                return
             call.gradient_norm = self.expect_gradient(call, any(tensor.requires_grad for tensor in tensors))
         if call is not None:
             for tensor in tensors:
-                on_gradient(tensor, call.add_gradient)
+                self.on_gradient(tensor, call.add_gradient)
 
     def _described(self, module: nn.Module, input: Tensor | None, output: Tensor) -> LayerCall:
         call = LayerCall(self.call_name(module), module)
@@ -197,6 +219,21 @@ class Observation:
     def _see_time_first(self, input: Tensor) -> None:
         if input.shape[:2] == self.input_shape[:2]:
             self.sample_dim = 1
+
+    def on_gradient(self, tensor: Tensor, record: Callable[[Tensor], None]) -> None:
+        """Call ``record`` on the tensor's gradient in the backward pass of the loss.
+
+        A forward pass may differentiate too, as an energy model does; those gradients are not the loss's.
+        """
+
+        # The hook must return None: a tensor hook's result replaces the gradient.
+        def hook(gradient):
+            # The gradient is None if the next operation does not pass one back, as in a dynamically quantized layer.
+            if gradient is not None and self.is_backward:
+                record(gradient)
+
+        if tensor.requires_grad:
+            tensor.register_hook(hook)
 
     def expect_gradient(self, call: LayerCall | RecurrenceCall, requires_grad: bool) -> str:
         """The reason for a missing gradient, should none arrive."""
@@ -262,7 +299,7 @@ def _watch_mlp(observation: Observation, name: str, module: OrthogonalFilterMLP)
         if not observation.is_backward:
             call.no_gradient = observation.expect_gradient(call, args[0].requires_grad)
         recurrence = call.recurrence
-        on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+        observation.on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
 
     def after_forward(*_):
         under_way.pop()
@@ -287,7 +324,7 @@ def _watch_ranks(observation: Observation, name: str, module: nn.Module) -> None
             return
         call = observation.add_recurrence(module, recurrence, module.weight)
         call.before, call.group = module.start, module.group
-        on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
+        observation.on_gradient(args[0], lambda gradient: setattr(recurrence, "grad_states", gradient.detach().clone()))
 
     def after_forward(_, args, kwargs, output):
         if not any(call.module is module for call in observation.calls):
@@ -334,8 +371,8 @@ def _watch_rnn(observation: Observation, name: str, module: OrthogonalFilterRNN)
         def add_last(gradient):
             grad_states()[-1] += gradient.reshape(recurrence.h0.shape)
 
-        on_gradient(output, add_output)
-        on_gradient(h_n, add_last)
+        observation.on_gradient(output, add_output)
+        observation.on_gradient(h_n, add_last)
 
     observation._handles += [
         module.register_forward_hook(after_forward, with_kwargs=True),
@@ -353,18 +390,6 @@ def _networks() -> dict[type[nn.Module], Callable]:
 
 def _rms(tensor: Tensor) -> float:
     return norm(tensor) / math.sqrt(tensor.numel())
-
-
-def on_gradient(tensor: Tensor, record: Callable[[Tensor], None]) -> None:
-    """Call ``record`` on the gradient. The hook must return None: a tensor hook's result replaces the gradient."""
-
-    def hook(gradient):
-        # The gradient is None if the next operation does not pass one back, as in a dynamically quantized layer.
-        if gradient is not None:
-            record(gradient)
-
-    if tensor.requires_grad:
-        tensor.register_hook(hook)
 
 
 def floating(output) -> Iterator[Tensor]:

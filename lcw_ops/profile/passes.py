@@ -45,7 +45,8 @@ class Work:
         if not differentiated:
             differentiated = [tensor for tensor in arguments.tensors() if tensor.is_floating_point() and tensor.is_leaf]
             for tensor in differentiated:
-                tensor.requires_grad_()
+                # The model gets a copy: autograd forbids writing to a leaf, as an in-place activation does.
+                arguments = arguments.replaced(tensor, tensor.requires_grad_().clone())
         return Pass(self, arguments, differentiated)
 
 

@@ -3,10 +3,12 @@
 It observes one pass with hooks, counts the arithmetic of a second one and times a few more. It replays every
 orthogonal-filter recurrence, which is a single op, by chunks of layers, to get a row for each layer. It finds the
 extreme singular values of the Jacobians of the recurrences and of the model. The model is left as it was: gradients,
-buffers, hooks, mode and random state. A figure that cannot be computed is replaced by the reason; the others stay.
+buffers, plain attributes, hooks, mode and random state. A figure that cannot be computed is replaced by the reason; the
+others stay.
 """
 
 import math
+import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops._checks import describe
-from lcw_ops._runs import kept_buffers
+from lcw_ops._runs import kept_attributes, kept_buffers
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.ops import backends
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
@@ -208,12 +210,19 @@ class _Watched:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore random state and buffers (a batch norm's running statistics) at the end, whatever happens inside."""
+    """Restore random states, attributes and buffers (a batch norm's running statistics) at the end, whatever happens.
+
+    The random states are those of torch, NumPy and Python.
+    """
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with random_state, torch.enable_grad(), kept_buffers(model.modules()):
+    # A model may draw from NumPy's global generator.
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with random_state, torch.enable_grad(), kept_attributes(model.modules()), kept_buffers(model.modules()):
         try:
             yield
         finally:
+            np.random.set_state(of_numpy)  # noqa: NPY002
+            random.setstate(of_python)
             # A forward pass without its backward pass leaves whole parameters behind.
             for module in fully_sharded(model):
                 module.reshard()
@@ -398,6 +407,8 @@ def _model_spectrum(work: Work, method: str, sample_dim: int) -> spectra.Jacobia
 def _of_first_sample(output, samples: int, sample_dim: int) -> Tensor:
     """The first sample's part of the first floating-point tensor that has samples; a tensor without samples whole."""
     tensors = list(floating(output))
+    if not tensors:
+        raise ValueError("the model's output holds no floating-point tensor")
     for tensor in tensors:
         # An output without times, such as the scores of a sequence, has its samples first again.
         for dim in (sample_dim, 0):

@@ -18,6 +18,7 @@ from lcw_ops.profile.result import COLUMNS
 _ONLY_OF_RECURRENCES = "it is known only for the layers of an orthogonal-filter recurrence"
 _READ = "the module was not called: its parent reads its parameters"
 _NOT_CALLED = "the module was not called in this pass"
+_RETURNED_NONE = "the module returned no floating-point numbers"
 _UNINITIALISED = "the module was not called, and has no parameters before its first call"
 _SCRIPTED = "a ScriptModule takes no hooks"
 
@@ -142,7 +143,9 @@ def _nearest(name: str, names: set[str]) -> str | None:
 def _uncalled(observation: Observation, gradients: Gradients, module: nn.Module) -> LayerCall:
     own = observation.own[id(module)]
     reason = _READ if any(id(parameter) in gradients.norms for parameter in own) else _NOT_CALLED
-    if any(map(is_lazy, own)):
+    if id(module) in observation.without_figures:
+        reason = _RETURNED_NONE
+    elif any(map(is_lazy, own)):
         reason = _UNINITIALISED
     elif isinstance(module, torch.jit.ScriptModule):
         reason = _SCRIPTED

@@ -29,16 +29,37 @@ _UNITS_LAST = (
 )
 _UNITS_SECOND = (_torch.BatchNormalization, nn.GroupNorm, InputMeanNorm)
 
+# Instance norms take a single sample without a batch too; its dimensions.
+_SINGLE_SAMPLE = ((nn.InstanceNorm1d, 2), (nn.InstanceNorm2d, 3), (nn.InstanceNorm3d, 4))
+
 # The number of tensors whose units are remembered: a branch of a block may be read that many modules later.
 _REMEMBERED = 64
 
 
 class Units(NamedTuple):
-    """The dimension of the units and their number, in a tensor of ``dims`` dimensions."""
+    """The shape of a tensor, the dimension of its units, and the step in memory from one unit to the next."""
 
-    dims: int
+    shape: torch.Size
     dim: int
-    count: int
+    stride: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, dim: int) -> "Units":
+        return cls(tensor.shape, dim, tensor.stride(dim))
+
+    @property
+    def count(self) -> int:
+        return self.shape[self.dim]
+
+    def of_view(self, view: Tensor) -> "Units":
+        """The same units in a view, whose dimensions may be permuted."""
+        if view.dim() == len(self.shape) and self._is_at(view, self.dim):
+            return self
+        places = [dim for dim in range(view.dim()) if self._is_at(view, dim)]
+        return Units.of(view, places[0]) if len(places) == 1 else self
+
+    def _is_at(self, view: Tensor, dim: int) -> bool:
+        return view.shape[dim] == self.count and view.stride(dim) == self.stride
 
 
 class UnitAxes:
@@ -55,7 +76,7 @@ class UnitAxes:
             dim = self._inherited(input, output)
         reference = _torch.storage_reference(output)
         if reference is not None:
-            self._known[reference.cdata] = reference, Units(output.dim(), dim, output.shape[dim])
+            self._known[reference.cdata] = reference, Units.of(output, dim)
             self._known.move_to_end(reference.cdata)
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
@@ -63,10 +84,20 @@ class UnitAxes:
 
     def _inherited(self, input: Tensor | None, output: Tensor) -> int:
         reference = None if input is None else _torch.storage_reference(input)
-        of_input = None if reference is None else self._known.get(reference.cdata)
-        sources = [] if of_input is None else [of_input[1]]
-        if not (sources and _has(output, sources[0])):
-            sources += [units for _, units in reversed(self._known.values())]
+        known = None if reference is None else self._known.get(reference.cdata)
+        of_input = None if known is None else known[1].of_view(input)
+        if of_input is not None and _has(output, of_input):
+            return of_input.dim
+        sources = [units for _, units in reversed(self._known.values())]
+        if of_input is not None:
+            sources = [of_input, *sources]
+        elif input is not None and (dim := _resembling(input, sources)) is not None:
+            # A plain function such as torch.cat has made the input.
+            sources = [Units.of(input, dim), *sources]
+            if _has(output, sources[0]):
+                return dim
+        if (dim := _resembling(output, sources)) is not None:
+            return dim
         # The same place first: in square images the number of units alone does not tell the dimension.
         for units in sources:
             if _has(output, units):
@@ -80,7 +111,22 @@ class UnitAxes:
 
 def _has(output: Tensor, units: Units) -> bool:
     """Whether the output has as many dimensions, and as many units at the same place."""
-    return output.dim() == units.dims and output.shape[units.dim] == units.count
+    return output.dim() == len(units.shape) and output.shape[units.dim] == units.count
+
+
+def _resembling(tensor: Tensor, sources: list[Units]) -> int | None:
+    """The units' dimension of a source of the same shape, or of one that differs only in the number of its units."""
+
+    def others(shape: torch.Size, dim: int) -> tuple[int, ...]:
+        return shape[:dim] + shape[dim + 1 :]
+
+    for units in sources:
+        if tensor.shape == units.shape:
+            return units.dim
+    for units in sources:
+        if tensor.dim() == len(units.shape) and others(tensor.shape, units.dim) == others(units.shape, units.dim):
+            return units.dim
+    return None
 
 
 def _own_dimension(module: nn.Module, output: Tensor) -> int | None:
@@ -91,7 +137,7 @@ def _own_dimension(module: nn.Module, output: Tensor) -> int | None:
         # Before the positions: an input without a batch has one dimension fewer.
         return output.dim() - 1 - len(module.kernel_size)
     if isinstance(module, _UNITS_SECOND):
-        return 1
+        return 0 if any(isinstance(module, kind) and output.dim() == dims for kind, dims in _SINGLE_SAMPLE) else 1
     return None
 
 
