@@ -50,8 +50,8 @@ def verify(
 
     Raises:
         ValueError: an unknown device or op, or a ``case`` that no case contains.
-        Refused: this process belongs to a distributed job, the card is in use, another verification is running, the device
-            cannot be opened, or none of the kernels can run there. It is a RuntimeError.
+        Refused: this process belongs to a distributed job, the card is in use, another verification is running, the
+            device cannot be opened, or none of the kernels can run there. It is a RuntimeError.
     """
     began = time.monotonic()
     refuse_inside_a_job()
