@@ -8,8 +8,11 @@ import ctypes
 import fcntl
 import itertools
 import json
+import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -23,7 +26,7 @@ import lcw_ops
 from lcw_ops import _info, cli
 from lcw_ops.ops import backends, verdicts
 from lcw_ops.ops.verdicts import Kind
-from lcw_ops.verification import Refused, cases, preconditions, processes, speeds, verify
+from lcw_ops.verification import Refused, cases, child, preconditions, processes, speeds, verify
 
 CARD = torch.device("cuda", 0)
 GAF, LCW = "gradient_activation_", "lcw_weight"
@@ -123,6 +126,7 @@ def test_a_process_reads_once(card, behave, folder):
         ("half a line", r"^no: crashed in case up to 4096: it ended in the middle of a line"),
         ("ends early", r"^no: crashed in speed, up to 4096: it ended in the middle of a line or before its last case"),
         ("no JSON", r"^no: wrote a line that is not JSON in case up to 4096: b'hello'"),
+        ("no end of a line", r"^no: wrote a line without an end in case up to 4096$"),
         ("wrong", r"^no: result 0 is not finite$"),
         ("spills", r"^no: a_kernel spills 96 bytes"),
     ],
@@ -146,11 +150,56 @@ def test_a_kernel_that_fails_is_not_chosen(behaviour, reason, card, behave):
 def test_a_killed_child_takes_its_children_along(card, behave):
     behave("hangs")
     report = verify("cuda:0", ops=[GAF])
-    other = int(report.kernels[0].verdicts[verdicts.ANY].reason.split()[-1])
+    assert ends(int(report.kernels[0].verdicts[verdicts.ANY].reason.split()[-1]))
+
+
+def test_an_interrupt_ends_the_compilers(card, behave, monkeypatch):
+    """They run in threads, which Ctrl-C does not reach."""
+    behave("compiles forever")
+    begun, run = [], processes.run
+
+    def observe(job):
+        for line in run(job):
+            if job["job"] == "compile":
+                begun.append(int(line["case"].split()[-1]))
+                threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+            yield line
+
+    monkeypatch.setattr(processes, "run", observe)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        verify("cuda:0", ops=[GAF])
+    assert time.monotonic() - began < 10
+    assert len(begun) == 1
+    assert ends(begun[0])
+    assert not processes._running
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_child_dies_with_its_parent():
+    """A parent that is killed cannot kill the child, which may hang on the device."""
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        if os.fork() == 0:
+            child._die_with_the_parent()
+            os.write(writing, str(os.getpid()).encode())
+        time.sleep(60)
+        os._exit(0)
+    process = int(os.read(reading, 20))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert ends(process)
+    os.close(reading)
+    os.close(writing)
+
+
+def ends(process: int) -> bool:
+    """Whether a process has ended within five seconds."""
     until = time.monotonic() + 5
-    while Path(f"/proc/{other}").exists() and _state(other) != "Z" and time.monotonic() < until:
+    while _state(process) != "Z" and time.monotonic() < until:
         time.sleep(0.02)
-    assert not Path(f"/proc/{other}").exists() or _state(other) == "Z"
+    return _state(process) == "Z"
 
 
 def _state(process: int) -> str:
@@ -190,7 +239,11 @@ def test_another_device_or_version_is_no_proof(name, card, behave, folder):
     assert choose() == "reference"
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", "\x00\xff", '{"key": 1}', "without right", "right is 1"])
+NESTED = "[" * 100_000
+DAMAGE = ["", "{", "[]", "null", "\x00\xff", '{"key": 1}', NESTED, "without right", "right is 1", "a pipe"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:12]))
 def test_a_damaged_file_is_no_proof(damage, card, behave, folder):
     behave("well")
     verify("cuda:0", ops=[LCW])
@@ -202,6 +255,9 @@ def test_a_damaged_file_is_no_proof(damage, card, behave, folder):
             written["right"] = 1
         is_json = damage in ("without right", "right is 1")
         file.write_bytes(json.dumps(written).encode() if is_json else damage.encode("latin-1"))
+        if damage == "a pipe":
+            file.unlink()
+            os.mkfifo(file)
     assert choose() == "reference"
 
 
@@ -246,8 +302,9 @@ def test_a_folder_that_cannot_be_written_to(card, behave, tmp_path, monkeypatch,
     monkeypatch.setenv("LCW_OPS_VERDICTS", str(shipped))
     assert choose() == "triton"
     assert f"read from {shipped}" in _info._verification_line()
-    shipped.write_text("{")
-    assert choose() == "reference"
+    for damaged in ("{", NESTED):
+        shipped.write_text(damaged)
+        assert choose() == "reference"
     monkeypatch.setenv("LCW_OPS_VERDICTS", str(tmp_path / "missing"))
     assert choose() == "reference"
 
@@ -292,6 +349,13 @@ def test_resume_leaves_out_what_has_its_verdicts(card, behave, folder):
     count = len(log())
     verify("cuda:0", ops=[GAF], resume=True)
     assert sum(line.startswith("run") for line in log()[count:]) == 1
+
+
+def test_kernels_without_such_a_case_are_left_out(card, behave):
+    behave("well")
+    report = verify("cuda:0", case="GmP, M=8, m=577, float32")
+    assert {kernel.op for kernel in report.kernels} == {"hypersphere_direction"}
+    assert report.right
 
 
 def test_a_case_alone_keeps_no_verdict(card, behave, folder):
@@ -419,6 +483,14 @@ def test_a_card_that_is_in_use_is_refused(card, behave, monkeypatch, tmp_path):
             verify("cuda:0", ops=[GAF])
 
 
+def test_a_device_without_kernels_is_refused(card, behave, monkeypatch):
+    log = behave("well")
+    monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: "not built")
+    with pytest.raises(Refused, match="no kernel of these ops can run on cuda:0"):
+        verify("cuda:0", ops=[GAF])
+    assert log() == []
+
+
 def test_never_inside_a_job(card, behave, monkeypatch):
     log = behave("well")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -487,6 +559,7 @@ def test_the_command_for_programs(card, behave, capsys):
     [
         (["--ops", "lcw"], "lcw-ops verify: ops has 'lcw'; expected one of "),
         (["--device", "cuda:7"], "lcw-ops verify: device is 'cuda:7'; expected one of cpu, cuda:0"),
+        (["--case", "no such"], "lcw-ops verify: case is 'no such'; expected a text that some case's name contains"),
         (["--device", "mps"], "lcw-ops verify: device is 'mps'; expected one of cpu, cuda:0"),
     ],
 )

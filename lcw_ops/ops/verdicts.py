@@ -203,7 +203,10 @@ def _are_kept() -> bool:
     if shipped_file() is not None:
         return bool(_shipped())
     folder = _files.cache_folder()
-    return folder is not None and any(folder.glob("verdict-*.json"))
+    try:
+        return folder is not None and any(folder.glob("verdict-*.json"))
+    except OSError:
+        return False
 
 
 @functools.cache
@@ -245,8 +248,9 @@ def _shipped() -> dict[str, dict]:
 def _load(path: Path | None):
     """The content of a JSON file, or None if it cannot be read."""
     try:
-        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        # A pipe or a device might never end.
+        return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
 
 

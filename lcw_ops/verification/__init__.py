@@ -49,16 +49,16 @@ def verify(
         A report: print it, or see its ``right``, ``kernels``, ``table()``, ``block()`` and ``to_json()``.
 
     Raises:
-        ValueError: an unknown device or op.
-        Refused: this process belongs to a distributed job, the card is in use, another verification is running, or the
-            device cannot be opened. It is a RuntimeError.
+        ValueError: an unknown device or op, or a ``case`` that no case contains.
+        Refused: this process belongs to a distributed job, the card is in use, another verification is running, the
+            device cannot be opened, or none of the kernels can run there. It is a RuntimeError.
     """
     began = time.monotonic()
     refuse_inside_a_job()
     place = find_device(device)
-    kernels = find_kernels(place, ops)
+    kernels = find_kernels(place, ops, case or "")
     described = describe_device(place, sorted({backend for _, backend in kernels}))
-    facts = next(iter(described["facts"].values()), {})
+    facts = next(iter(described["facts"].values()))
     if place.type == "cuda":
         refuse_a_busy_card(place, facts["device"])
     folder = _files.cache_folder()

@@ -4,8 +4,11 @@ It takes a job in JSON and writes JSON lines. A line with "case" names the work 
 process if no line follows for too long. The job's last line has "done".
 """
 
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -76,7 +79,7 @@ def run(job: dict, write: Write) -> None:
         if case.kind in wrong or job["only"] not in case.label:
             continue
         write({"case": case.label})
-        seed = int.from_bytes(os.urandom(4))
+        seed = int.from_bytes(os.urandom(4), "little")
         torch.manual_seed(seed)
         try:
             judge(case, backend, device)
@@ -114,7 +117,15 @@ def _time(speed: Speed, backend: str, device: torch.device, write: Write) -> Non
 JOBS = {"describe": describe, "compile": compile_all, "run": run}
 
 
+def _die_with_the_parent() -> None:
+    """On Linux, a parent that is killed takes this process along, which may hang on the device."""
+    set_death_signal = 1
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
 def main(text: str) -> None:
+    _die_with_the_parent()
     # What a kernel or a compiler prints must not come between the lines.
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -189,11 +189,12 @@ def _run_guarded(case: Case, inputs: list[Tensor], backend: str, device_type: st
 
 
 class _Deterministic:
+    # torch.use_deterministic_algorithms would import torch's compiler, for seconds in every child.
     def __enter__(self) -> None:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
 
     def __exit__(self, *_) -> None:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from lcw_ops._checks import describe
 from lcw_ops.ops import backends
 from lcw_ops.verification import processes
+from lcw_ops.verification.cases import cases
 
 # A context of CUDA alone takes a few hundred MB.
 MOST_USED_BYTES = 2 << 30
@@ -43,19 +44,25 @@ def find_device(device: str | torch.device | None) -> torch.device:
     return torch.device(name)
 
 
-def find_kernels(device: torch.device, ops: Iterable[str] | None) -> list[tuple[str, str]]:
-    """(op, backend) of every kernel that can run on the device."""
-    chosen = list(backends.IMPLEMENTED) if ops is None else list(ops)
+def find_kernels(device: torch.device, ops: Iterable[str] | None, case: str) -> list[tuple[str, str]]:
+    """(op, backend) of every kernel that can run on the device and has cases whose name contains ``case``."""
+    chosen = dict.fromkeys(backends.IMPLEMENTED if ops is None else ops)
     for op in chosen:
         if op not in backends.IMPLEMENTED:
             expected = f"one of {', '.join(backends.IMPLEMENTED)}"
             raise ValueError(describe("verify", "ops", f"has {op!r}", expected))
-    return [
+    able = [
         (op, backend)
         for op in chosen
         for backend in backends.IMPLEMENTED[op]
         if backends.missing_reason(op, backend, device.type) is None
     ]
+    if not able:
+        raise Refused(f"verify: no kernel of these ops can run on {device}. lcw-ops info says why.")
+    found = [kernel for kernel in able if any(case in one.label for one in cases(*kernel))]
+    if not found:
+        raise ValueError(describe("verify", "case", f"is {case!r}", "a text that some case's name contains"))
+    return found
 
 
 def refuse_a_busy_card(device: torch.device, uuid: str) -> None:

@@ -19,6 +19,12 @@ CASE_SECONDS, START_SECONDS = 20.0, 180.0
 COMMAND = [sys.executable, "-m", "lcw_ops.verification.child"]
 
 
+# No line of a child is longer, in bytes.
+LONGEST_LINE = 1 << 20
+
+_running: set[subprocess.Popen] = set()
+
+
 class Lost(Exception):
     """A child crashed, timed out, or wrote something else than lines of JSON."""
 
@@ -41,6 +47,7 @@ def run(job: dict) -> Iterator[dict]:
             # A group of its own, which is killed as a whole: a compiler may have been started.
             start_new_session=True,
         )
+        _running.add(child)
         place, done = "the start", False
         try:
             for line in _lines(child):
@@ -52,6 +59,7 @@ def run(job: dict) -> Iterator[dict]:
             raise TimedOut(f"did not end after {place}") from None
         finally:
             _kill(child)
+            _running.discard(child)
         if status != 0 or not done:
             raise Lost(f"crashed in {place}: {_describe_end(status, errors)}")
 
@@ -86,6 +94,8 @@ def _lines(child: subprocess.Popen) -> Iterator[dict]:
                 parsed = _parse(line, place)
                 place = parsed.get("case", place)
                 yield parsed
+            if len(pending) > LONGEST_LINE:
+                raise Lost(f"wrote a line without an end in {place}")
             if lines:
                 until = time.monotonic() + CASE_SECONDS
 
@@ -100,15 +110,25 @@ def _parse(line: bytes, place: str) -> dict:
     return parsed
 
 
+def kill_all() -> None:
+    """Kill every child with its children. The threads that read from them then get Lost."""
+    for child in tuple(_running):
+        _kill_group(child)
+
+
 def _kill(child: subprocess.Popen) -> None:
+    _kill_group(child)
+    child.wait()
+    if child.stdout is not None:
+        child.stdout.close()
+
+
+def _kill_group(child: subprocess.Popen) -> None:
     if os.name == "posix":
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
     else:
         child.kill()
-    child.wait()
-    if child.stdout is not None:
-        child.stdout.close()
 
 
 def _describe_end(status: int, errors) -> str:

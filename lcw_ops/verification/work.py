@@ -58,7 +58,13 @@ class Verification:
             return {}
         bar.begin("compiling; later runs find the kernels in Triton's cache")
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-            return dict(zip(ops, pool.map(lambda op: self._compile_op(op, bar), ops), strict=True))
+            try:
+                return dict(zip(ops, pool.map(lambda op: self._compile_op(op, bar), ops), strict=True))
+            except BaseException:
+                # After Ctrl-C the pool would wait for its threads, and they for their children, for minutes.
+                pool.shutdown(wait=False, cancel_futures=True)
+                processes.kill_all()
+                raise
 
     def _compile_op(self, op: str, bar) -> dict[Kind, str]:
         faults: dict[Kind, str] = {}

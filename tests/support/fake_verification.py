@@ -64,6 +64,10 @@ def misbehave(behaviour: str) -> None:
         sys.stdout.write('{"kind": ["float32", ')
         sys.stdout.flush()
         os._exit(0)
+    elif behaviour == "no end of a line":
+        sys.stdout.write("x" * (2 << 20))
+        sys.stdout.flush()
+        time.sleep(60)
     elif behaviour == "no JSON":
         print("hello", flush=True)
 
@@ -77,6 +81,9 @@ def main(behaviour: str, log: str, text: str) -> None:
         used = 5 << 30 if behaviour == "in use" else 0
         write({"done": {"facts": {name: facts_of(name) for name in job["backends"]}, "card": card, "used": used}})
     elif job["job"] == "compile":
+        if behaviour == "compiles forever":
+            write({"case": f"case beside {os.getpid()}"})
+            time.sleep(60)
         if behaviour == "spills":
             write({"kind": kinds_of(job["op"])[0], "right": False, "reason": "a_kernel spills 96 bytes per thread"})
         write({"done": True})
