@@ -147,6 +147,17 @@ def test_a_kernel_that_fails_is_not_chosen(behaviour, reason, card, behave):
     assert verdict.reason in report.block()
 
 
+def test_a_time_out_on_a_cpu_is_reported_and_not_kept(behave, folder):
+    """A busy machine may have caused it."""
+    behave("hangs")
+    report = verify("cpu", ops=[GAF])
+    assert not report.right
+    assert "timed out in case" in report.block()
+    assert not list(folder.glob("verdict-*"))
+    forget()
+    assert backends.choose(GAF, torch.device("cpu")) == "cpp"
+
+
 def test_a_killed_child_takes_its_children_along(card, behave):
     behave("hangs")
     report = verify("cuda:0", ops=[GAF])
