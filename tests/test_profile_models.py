@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from support.profiles import figure, measure, row
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
@@ -24,23 +25,8 @@ from lcw_ops.nn import (
     OrthogonalFilterRNN,
     WeightNormLinear,
 )
-from lcw_ops.profile import profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def measure(model, inputs, *args, **options):
-    return profile(model, inputs, *args, **{"repeats": 1, "matmul_rate": 1e10, **options})
-
-
-def row(result, name):
-    return list(result.columns["name"]).index(name)
-
-
-def figure(result, column, name):
-    """The figure; there must be no reason for its absence."""
-    assert result.reason(column, row(result, name)) is None
-    return result.columns[column][row(result, name)]
 
 
 def square_loss(output):

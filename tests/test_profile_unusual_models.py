@@ -5,26 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.profiles import figure, measure, row
 from torch import nn
 from torch.nn import functional
 
-from lcw_ops.profile import profile
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def measure(model, inputs, *args, **options):
-    return profile(model, inputs, *args, **{"repeats": 1, "matmul_rate": 1e10, **options})
-
-
-def row(result, name):
-    return list(result.columns["name"]).index(name)
-
-
-def figure(result, column, name):
-    """The figure; there must be no reason for its absence."""
-    assert result.reason(column, row(result, name)) is None
-    return result.columns[column][row(result, name)]
 
 
 def shift(output, unit_dim):
