@@ -76,9 +76,10 @@ def kept_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restore the plain attributes of these modules afterwards, such as counters, and remove new ones and new buffers.
 
     A model whose attributes say that its buffers are long enough fails if the buffers alone are restored. An object
-    that the model changes in place, such as a list, stays changed.
+    that the model changes in place, such as a list, stays changed, and so does a lazy module, which its first run makes
+    whole.
     """
-    kept = [(module, _attributes(module), dict(module._buffers)) for module in modules]
+    kept = [(module, _attributes(module), dict(module._buffers)) for module in modules if not _is_lazy(module)]
     try:
         yield
     finally:
@@ -91,6 +92,10 @@ def kept_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
                     del module._buffers[key]
                 elif buffers[key] is None:
                     module._buffers[key] = None
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(map(is_lazy, (*module._parameters.values(), *module._buffers.values())))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from support.growing import GrowingCache
 from torch import nn
 
 import lcw_ops
@@ -170,6 +171,13 @@ def test_an_output_that_is_a_buffer_is_measured():
     assert expected > 0.1
     assert report.output_change.value == pytest.approx(expected, rel=1e-5)
     assert torch.equal(model.h, torch.zeros(5, 3))
+
+
+def test_a_model_whose_cache_grows_still_runs():
+    model, x = GrowingCache(), torch.randn(8, 4)
+    lcw_ops.convert(model, "lcw", inputs=x)
+    assert (model.length, len(model.cache)) == (1, 1)
+    assert torch.allclose(model(x), model.fc(x) + torch.arange(8.0).unsqueeze(1))
 
 
 @pytest.mark.parametrize("dry_run", [False, True])

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from support.growing import GrowingCache
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -949,6 +950,13 @@ def test_the_pass_gets_a_fresh_copy_of_the_inputs_each_time(form):
     assert torch.equal(x, before)
     moments = torch.tensor(moments)
     assert abs(moments.mean() - 1) <= 5 * moments.std() / math.sqrt(len(moments))
+
+
+def test_a_model_whose_cache_grows_still_runs():
+    model, x = GrowingCache(), torch.randn(8, 4)
+    init.lps_model_(model, x)
+    assert (model.length, len(model.cache)) == (1, 1)
+    assert model(x).shape == (8, 4)
 
 
 @pytest.mark.parametrize("fails", [False, True])

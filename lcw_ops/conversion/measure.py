@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lcw_ops._checks import describe
 from lcw_ops._layer_kinds import is_linear
-from lcw_ops._runs import fresh_copy, kept_buffers
+from lcw_ops._runs import fresh_copy, kept_attributes, kept_buffers
 from lcw_ops.conversion.exchange import Exchange, placed
 from lcw_ops.conversion.report import Change, StepTime
 
@@ -56,28 +56,19 @@ def input_of(args: tuple, kwargs: dict) -> Tensor:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore training flags, buffers and torch's random state afterwards, and the tensors that hooks have computed.
+    """Restore training flags, attributes, buffers and torch's random state afterwards.
 
     torch's older weight norm, for example, puts a new ``weight`` beside the parameters in every call. In a call with
     gradients it carries a graph, and the model could not be copied any more.
     """
     flags = [(module, module.training) for module in model.modules()]
-    computed = [
-        (module, key, value)
-        for module in model.modules()
-        if module._forward_pre_hooks
-        for key, value in vars(module).items()
-        if isinstance(value, Tensor)
-    ]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices), kept_buffers(model.modules()):
+        with torch.random.fork_rng(devices), kept_attributes(model.modules()), kept_buffers(model.modules()):
             yield
     finally:
         for module, flag in flags:
             module.training = flag
-        for module, key, value in computed:
-            vars(module)[key] = value
 
 
 def run(model: nn.Module, inputs: Inputs, hooks: Mapping[nn.Module, Callable]) -> list[Tensor]:

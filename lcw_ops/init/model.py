@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops._checks import check_choice, describe
-from lcw_ops._runs import fresh_copy, kept_buffers
+from lcw_ops._runs import fresh_copy, kept_attributes, kept_buffers
 from lcw_ops.init import _inputs, _layers
 from lcw_ops.init.lps import RULES, assumed_samples, draw_roots, draw_units, roots_to_draw
 from lcw_ops.reference import anchored, hermite_second_moment, hermite_variance
@@ -150,7 +150,9 @@ class _Filling:
             self.model.eval()
             # The model may write into its inputs and its buffers, and may be called twice.
             inputs = fresh_copy(self.inputs, self.model)
-            with kept_buffers(self.bystanders):
+            # An attribute of a layer may be computed from the weight that the layer just got.
+            others = (module for module in self.bystanders if module not in self.layers)
+            with kept_attributes(others), kept_buffers(self.bystanders):
                 if isinstance(inputs, Mapping):
                     self.model(**inputs)
                 else:
