@@ -128,6 +128,7 @@ def test_a_process_reads_once(card, behave, folder):
         ("no JSON", r"^no: wrote a line that is not JSON in case up to 4096: b'hello'"),
         ("no end of a line", r"^no: wrote a line without an end in case up to 4096$"),
         ("wrong", r"^no: result 0 is not finite$"),
+        ("forgets", r"^no: the process has judged no case$"),
         ("spills", r"^no: a_kernel spills 96 bytes"),
     ],
 )

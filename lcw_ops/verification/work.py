@@ -84,10 +84,11 @@ class Verification:
         """
         kinds = self._kinds(op, backend)
         wrong = {kind: reason for kind, reason in faults.items() if kind in kinds}
+        right: set[Kind] = set()
         ratios: dict[Kind, list[tuple[float, bool, str]]] = {}
         untimed: dict[Kind, str] = {}
         job = {"job": "run", "op": op, "backend": backend, "device": str(self._device)}
-        job |= {"faulty": list(wrong), "times": self._is_timed(backend), "only": self._only}
+        job |= {"kinds": sorted(kinds), "faulty": list(wrong), "times": self._is_timed(backend), "only": self._only}
         lost, timing = None, False
         try:
             for line in processes.run(job):
@@ -101,7 +102,9 @@ class Verification:
                         ratios.setdefault(kind, []).append((line["times"], line["faster"], line["label"]))
                     elif "untimed" in line:
                         untimed.setdefault(kind, line["untimed"])
-                    elif not line["right"]:
+                    elif line["right"]:
+                        right.add(kind)
+                    else:
                         wrong.setdefault(kind, line["reason"])
         except processes.Lost as error:
             lost = error
@@ -111,6 +114,8 @@ class Verification:
         for kind in sorted(kinds):
             if kind in wrong or (lost is not None and not slow):
                 found[kind] = Verdict(False, False, None, f"no: {wrong.get(kind) or lost}", date)
+            elif kind not in right:
+                found[kind] = Verdict(False, False, None, "no: the process has judged no case", date)
             else:
                 found[kind] = _timed_verdict(ratios.get(kind, []), str(lost) if slow else untimed.get(kind), date)
         if not self._only:
