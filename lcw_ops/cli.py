@@ -228,7 +228,12 @@ def _run_info(arguments: argparse.Namespace) -> int:
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default: the first GPU, or else the CPU")
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="ops, as lcw-ops info lists them; default: all")
+    parser.add_argument(
+        "--ops",
+        nargs="+",
+        metavar="OP",
+        help="ops, as lcw-ops info lists them, or stems such as lcw_linear; default: all",
+    )
     parser.add_argument("--resume", action="store_true", help="leave out kernels that already have their verdicts")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this; keeps no verdict")
     parser.add_argument(

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -581,6 +582,25 @@ def test_a_mistake_is_one_line(arguments, message, card, behave, capsys):
     error = capsys.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+def test_a_stem_names_all_of_its_ops(behave):
+    behave("well")
+    report = verify("cpu", ops=["gradient_activation", "lcw_linear", LCW])
+    steps = {"activated_sgd_step_", "activated_adamw_step_"}
+    assert {kernel.op for kernel in report.kernels} == {"gradient_activation_", LCW} | steps
+
+
+def test_an_nvidia_smi_that_hangs_is_a_refusal(card, behave, monkeypatch):
+    behave("well")
+    monkeypatch.setattr(preconditions.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+
+    def run(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(preconditions.subprocess, "run", run)
+    with pytest.raises(preconditions.Refused, match="nvidia-smi has not answered for 30 s"):
+        verify("cuda:0", ops=[LCW])
 
 
 # ---- The list of cases -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lcw_ops._checks import describe
-from lcw_ops.ops import backends
+from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear, parallel_depth, weight_norm
 from lcw_ops.verification import processes
 from lcw_ops.verification.cases import cases
 
@@ -44,12 +44,23 @@ def find_device(device: str | torch.device | None) -> torch.device:
     return torch.device(name)
 
 
+# A stem names all ops of its file. The recurrence's op has the name of its stem.
+_OF_STEM = {
+    "gradient_activation": (gradient_activation.NAME, gradient_activation.SGD_STEP, gradient_activation.ADAMW_STEP),
+    "hypersphere": (hypersphere.NAME,),
+    "lcw_linear": (lcw_linear.NAME,),
+    "parallel_depth": (parallel_depth.SWEEP,),
+    "weight_norm": (weight_norm.NAME,),
+}
+
+
 def find_kernels(device: torch.device, ops: Iterable[str] | None, case: str) -> list[tuple[str, str]]:
     """(op, backend) of every kernel that can run on the device and has cases whose name contains ``case``."""
-    chosen = dict.fromkeys(backends.IMPLEMENTED if ops is None else ops)
+    named = backends.IMPLEMENTED if ops is None else ops
+    chosen = dict.fromkeys(op for name in named for op in _OF_STEM.get(name, (name,)))
     for op in chosen:
         if op not in backends.IMPLEMENTED:
-            expected = f"one of {', '.join(backends.IMPLEMENTED)}"
+            expected = f"one of {', '.join(backends.IMPLEMENTED)}, or of the stems {', '.join(_OF_STEM)}"
             raise ValueError(describe("verify", "ops", f"has {op!r}", expected))
     able = [
         (op, backend)
@@ -71,7 +82,10 @@ def refuse_a_busy_card(device: torch.device, uuid: str) -> None:
     if tool is None:
         return
     command = [tool, "--query-compute-apps=gpu_uuid,pid,name", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except subprocess.TimeoutExpired as error:
+        raise Refused(f"verify: nvidia-smi has not answered for {error.timeout} s. Is {device} in order?") from error
     for line in found.stdout.splitlines() if found.returncode == 0 else ():
         user, _, process = line.partition(",")
         # "GPU-" or "MIG-" before the number, and dashes in it.
