@@ -369,8 +369,13 @@ def first_call(run: Run, device: torch.device) -> tuple[float, int | None]:
 
 def _storages(tensors: list[Tensor]) -> dict[int, int]:
     """The address and the bytes of the memory of each of these tensors that has one."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided and not tensor.is_meta]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    found = {}
+    for tensor in tensors:
+        # Sparse, meta and traced tensors have none.
+        with suppress(NotImplementedError, RuntimeError):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 def _reset_peak_memory(device: torch.device) -> int | None:

@@ -318,7 +318,9 @@ class OrthogonalFilter(Function):
         ctx.states_known = options.return_states and keeps_all_states(tensors[1], options.backend)
         ctx.set_materialize_grads(False)
         known = (states, checkpoints if len(checkpoints) else None) if ctx.states_known else (checkpoints, None)
-        save(ctx, *known, *tensors)
+        # Save the same tensors for both modes: vmap remembers the batch dimensions of one list only.
+        ctx.save_for_backward(*known, *tensors)
+        ctx.save_for_forward(*known, *tensors)
 
     @staticmethod
     def backward(ctx, grad_output, _):
@@ -327,12 +329,6 @@ class OrthogonalFilter(Function):
             checkpoints = checkpoints[:-1]
         functions = OrthogonalFilterBackward, OrthogonalFilterBackwardForwardMode
         return propagate(ctx, *functions, grad_output, checkpoints, tensors, activated)
-
-
-def save(ctx, *tensors: Tensor | None) -> None:
-    """Save the tensors for both modes. vmap remembers the batch dimensions of one list of tensors only."""
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
 
 
 def propagate(
@@ -434,7 +430,8 @@ def keep_for_second_order(ctx, inputs: tuple, options: type) -> None:
     ctx.options, ctx.needs = options(*arguments[COUNT:end]), Needs(*arguments[end : end + len(Needs._fields)])
     ctx.other_count = len(arguments) - COUNT
     ctx.set_materialize_grads(False)
-    save(ctx, grad_output, *tensors)
+    ctx.save_for_backward(grad_output, *tensors)
+    ctx.save_for_forward(grad_output, *tensors)
 
 
 def gradients_tangent(ctx, grad_output_tangent, _, *tangents):

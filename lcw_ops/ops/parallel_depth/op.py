@@ -403,7 +403,9 @@ class ParallelOrthogonalFilter(Function):
         ctx.mark_non_differentiable(checkpoints)
         ctx.set_materialize_grads(False)
         states_known = options.return_states and options.keeps and not options.window
-        orthogonal_filter.save(ctx, states if states_known else checkpoints, *tensors)
+        saved = (states if states_known else checkpoints, *tensors)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx, grad_output, _):
