@@ -120,7 +120,7 @@ def recorded(model, args, kwargs):
         if not list(module.children()):
             handles.append(module.register_forward_hook(record(name or type(module).__name__)))
     loss = loss_of_all(model(*args, **kwargs))
-    # What checkpoints repeat is not recorded again.
+    # Calls that a checkpoint repeats are not recorded again.
     for handle in handles:
         handle.remove()
     loss.backward()

@@ -510,8 +510,8 @@ struct ClusterLaunch {
   cudaLaunchConfig_t config;
 };
 
-// Whether the GPU can run the kernel with this configuration. The driver is asked once, because a call of the op launches
-// the same kernels for every segment.
+// Whether the GPU can run the kernel with this configuration. The driver is asked once, because a call of the op
+// launches the same kernels for every segment.
 template <typename Kernel>
 bool is_launchable(Kernel kernel, const cudaLaunchConfig_t& config, unsigned blocks, int device) {
   static std::mutex mutex;

@@ -126,7 +126,7 @@ def _die_with_the_parent() -> None:
 
 def main(text: str) -> None:
     _die_with_the_parent()
-    # What a kernel or a compiler prints must not come between the lines.
+    # Text that a kernel or a compiler prints must not come between the lines.
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     warnings.simplefilter("ignore")

@@ -30,7 +30,7 @@ class Fault(Exception):
 
 
 def describe_card(device: torch.device) -> dict:
-    """What a process without the card has to know to compile for it."""
+    """The facts that a process without the card needs to compile for it."""
     from triton.runtime import driver
 
     from lcw_ops.kernels.common import device_facts

@@ -48,7 +48,7 @@ def _count(classes: int) -> str:
 
 @dataclass
 class Report:
-    """What :func:`lcw_ops.verify` returns. ``facts`` name the device, driver and versions; ``notes`` are for people."""
+    """The result of :func:`lcw_ops.verify`. ``facts`` name the device, driver and versions; ``notes`` are for people."""
 
     device: str
     facts: dict

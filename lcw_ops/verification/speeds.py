@@ -175,7 +175,7 @@ def _copy_seconds(device: torch.device) -> float:
 
 
 def speeds(op: str, backend: str, device_type: str) -> list[Speed]:
-    """What is timed of an op on a backend."""
+    """The calls of an op on a backend that are timed."""
     kinds = verdicts.kinds(op)
     if device_type == "cpu":
         # There the automatic choice does not depend on the times. One class is enough to show what a kernel is worth.

@@ -1,4 +1,4 @@
-"""What the zoo knows of each model: its inputs, and which figures of it must be missing."""
+"""The inputs of each model of the zoo, and the figures that must be missing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
