@@ -48,7 +48,7 @@ def _count(classes: int) -> str:
 
 @dataclass
 class Report:
-    """The result of :func:`lcw_ops.verify`. ``facts`` name the device, driver and versions; ``notes`` are for people."""
+    """The result of :func:`lcw_ops.verify`. ``facts`` name the device, driver and versions; ``notes`` are text."""
 
     device: str
     facts: dict
