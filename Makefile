@@ -1,5 +1,5 @@
 # make demo   train a 50,000-layer network on real images and show what vanishes (takes minutes)
-# make test   lint, then every quick test: at most 10 minutes on 2 cores
+# make test   lint, then every quick test: about 10 minutes on 2 cores
 # make test-slow     sanitizers, the CUDA emulator, the deepest nets, other libraries' models: at most 30 minutes
 # make test-release  everything else: other versions of torch and Triton, wheels, reproductions (hours; resumes where it
 #                    was interrupted; PARTS="wheels triton-3.6.0" runs these alone)

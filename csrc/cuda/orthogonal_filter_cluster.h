@@ -510,17 +510,18 @@ struct ClusterLaunch {
   cudaLaunchConfig_t config;
 };
 
-// Whether the GPU can run the kernel with this configuration. The driver is asked once, because a call of the op
-// launches the same kernels for every segment.
+// Prepares the kernel for this configuration, and returns whether the GPU can run it. The driver is asked that once,
+// because a call of the op launches the same kernels for every segment.
 template <typename Kernel>
 bool is_launchable(Kernel kernel, const cudaLaunchConfig_t& config, unsigned blocks, int device) {
+  // The attributes belong to the kernel: a launch of another width may have changed them since.
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes)));
+  if (blocks > 8) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, unsigned, size_t>, bool> known;
   const auto key = std::make_tuple(reinterpret_cast<const void*>(kernel), device, blocks, config.dynamicSmemBytes);
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = known.find(key); found != known.end()) return found->second;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes)));
-  if (blocks > 8) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   int at_once = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config));
   return known[key] = at_once > 0;
