@@ -24,7 +24,11 @@ def write_switcher(folder: Path, base: str) -> list[dict]:
     built = [path.parent.parent.name for path in folder.glob("*/docs/index.html")]
     versions = sorted(built, key=lambda name: [int(number) for number in re.findall(r"\d+", name)], reverse=True)
     entries = [
-        {"version": version, "name": f"{version} (newest)" if version == versions[0] else version, "url": f"{base}{version}/"}
+        {
+            "version": version,
+            "name": f"{version} (newest)" if version == versions[0] else version,
+            "url": f"{base}{version}/",
+        }
         for version in versions
     ]
     entries[0]["preferred"] = True

@@ -25,7 +25,7 @@ version = release = lcw_ops.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 source_suffix = {".md": "markdown"}
-include_patterns = ["*.md", "docs/**/*.md", "bench/results/*.md", "csrc/**/*.md"]
+include_patterns = ["*.md", "docs/**.md", "bench/results/*.md", "csrc/**.md"]
 # These folders are not searched for pages. "lcw_ops" has links to other folders of the repository.
 exclude_patterns = [".*", "build", "dist", "demo", "lcw_ops", "kernels", "tests", "**/*-logs"]
 
@@ -35,7 +35,16 @@ myst_heading_anchors = 4
 # A reference that finds nothing is a warning, and a warning is an error.
 nitpicky = True
 # The documentation of these packages would be needed from the network.
-nitpick_ignore_regex = [("py:.*", r"(torch|numpy|np|pathlib|collections|typing|os|matplotlib)\..*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|numpy|pathlib|collections|typing|os|matplotlib)\..*"),
+    # What a function returns may be of a class that users do not make, and that has no page.
+    ("py:class", r"lcw_ops\.(optim\.\w+|ops\..*|verification\.report)\.\w+"),
+    # A type hint that Sphinx cannot parse: dict[str, ...].
+    ("py:class", r"dict\[str"),
+]
+
+# "Returns" is a paragraph here. Napoleon would take the words before its first colon for a type.
+napoleon_custom_sections = ["Returns"]
 
 autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
@@ -74,7 +83,7 @@ def _check_public_names(app: Sphinx, environment) -> None:
     """Every name of an ``__all__`` is on a page, found through Sphinx's own index."""
     indexed = set(environment.domains["py"].objects) if hasattr(environment, "domains") else set()
     for path in sorted((ROOT / "docs/api").glob("*.md")):
-        for module in re.findall(r"^\.\. currentmodule:: ([\w.]+)$", path.read_text(), re.M):
+        for module in re.findall(r"^\.\. module:: ([\w.]+)$", path.read_text(), re.M):
             for name in importlib.import_module(module).__all__:
                 value = getattr(importlib.import_module(module), name)
                 is_elsewhere = module != "lcw_ops" and value is getattr(lcw_ops, name, None)

@@ -6,6 +6,7 @@ tests/support/pages.py explains the comments that say how a block runs.
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -342,12 +343,13 @@ def entries(toctree: Block) -> list[str]:
 
 
 def public_names() -> set[str]:
-    """Every name of an ``__all__``, except the names of modules."""
+    """Every name of an ``__all__``, except modules, and except in a second place what ``lcw_ops`` itself has."""
     return {
         f"{module}.{name}"
         for module in PUBLIC
         for name in importlib.import_module(module).__all__
-        if not inspect.ismodule(getattr(importlib.import_module(module), name))
+        if not inspect.ismodule(value := getattr(importlib.import_module(module), name))
+        and (module == "lcw_ops" or value is not getattr(lcw_ops, name, None))
     }
 
 
@@ -359,7 +361,7 @@ def documented_names() -> list[str]:
             module = ""
             for line in block.text.splitlines() if block.language == "{eval-rst}" else ():
                 kind, _, value = line.removeprefix(".. ").partition(":: ")
-                if kind == "currentmodule":
+                if kind == "module":
                     module = value
                     assert PUBLIC[module] == page.name
                 elif kind.startswith("auto") and kind != "automodule":
@@ -447,3 +449,43 @@ def test_the_contract_has_the_signatures_of_the_functions(name):
 def test_the_contract_has_every_function():
     assert {f"F.{name}" for name in lcw_ops.functional.__all__} <= signatures().keys()
     assert len(signatures()) > 20
+
+
+# ---- the site
+
+
+def test_the_version_switch_lists_what_was_built(tmp_path):
+    build = load_build()
+    for version in ("0.2.0", "0.10.0", "0.9.1"):
+        (tmp_path / version / "docs").mkdir(parents=True)
+        (tmp_path / version / "docs/index.html").touch()
+    (tmp_path / "0.11.0").mkdir()  # its build has failed
+    build.write_switcher(tmp_path, "https://host/lcw_ops/")
+    entries = json.loads((tmp_path / "switcher.json").read_text())
+    assert [entry["version"] for entry in entries] == ["0.10.0", "0.9.1", "0.2.0"]
+    assert entries[0] == {
+        "version": "0.10.0",
+        "name": "0.10.0 (newest)",
+        "url": "https://host/lcw_ops/0.10.0/",
+        "preferred": True,
+    }
+    assert 'href="0.10.0/docs/index.html"' in (tmp_path / "index.html").read_text()
+
+
+def test_the_site_is_not_built_without_its_packages(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sphinx", None)
+    assert load_build().main() == 2
+    assert "pip install 'lcw-ops[docs]'" in capsys.readouterr().err
+
+
+def load_build():
+    spec = importlib.util.spec_from_file_location("build_the_documentation", ROOT / "docs/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_profile_of_a_model_takes_at_most_five_lines(page):
+    block = next(block for block in PYTHON[ROOT / page] if "import profile" in block.text)
+    assert len([line for line in block.text.splitlines() if line.strip()]) <= 5
