@@ -33,10 +33,13 @@ def write_switcher(folder: Path, base: str) -> list[dict]:
     ]
     entries[0]["preferred"] = True
     (folder / "switcher.json").write_text(json.dumps(entries, indent=2) + "\n")
-    target = f"{versions[0]}/docs/index.html"
+    _write_redirect(folder, f"{versions[0]}/docs/index.html")
+    return entries
+
+
+def _write_redirect(folder: Path, target: str) -> None:
     page = f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={target}"><a href="{target}">lcw_ops</a>\n'
     (folder / "index.html").write_text(page)
-    return entries
 
 
 def main() -> int:
@@ -56,6 +59,8 @@ def main() -> int:
     command += ["-d", str(ROOT / "build/doctrees"), *sys.argv[1:], str(ROOT), str(output)]
     if status := subprocess.run(command).returncode:
         return status
+    # The version switch leads here if the other version does not have the reader's page.
+    _write_redirect(output, "docs/index.html")
     write_switcher(folder, os.environ.get("LCW_OPS_DOCS_URL", "/"))
     print(f"Open {output / 'docs/index.html'}, or serve all versions: python -m http.server -d build/docs")
     return 0

@@ -54,6 +54,11 @@ autodoc_default_options = {"members": True, "exclude-members": "extra_repr, forw
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
+# A block without a language is a formula or a program's output.
+highlight_language = "none"
+
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme = "pydata_sphinx_theme"
 html_title = "lcw_ops"
 html_show_copyright = False

@@ -9,7 +9,6 @@ import inspect
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -159,18 +158,12 @@ def make_variables():
     return set(re.findall(r"^(\w+)\s*\?=", (ROOT / "Makefile").read_text(), re.M))
 
 
-@pytest.fixture(scope="module")
-def help_of():
-    """The help text of ``python FILE`` or ``python -m MODULE``."""
-    texts: dict[tuple[str, ...], str] = {}
-
-    def get(*arguments: str) -> str:
-        if arguments not in texts:
-            command = [sys.executable, *arguments, "--help"]
-            texts[arguments] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        return texts[arguments]
-
-    return get
+def sources(program: str) -> str:
+    """The text of a script, or of a module with the modules beside it, which may declare its options."""
+    if program.endswith(".py"):
+        return (ROOT / program).read_text()
+    path = Path(importlib.util.find_spec(program).origin)
+    return "".join(file.read_text() for file in path.parent.glob("*.py"))
 
 
 def check_lcw_ops(arguments: list[str]) -> None:
@@ -194,7 +187,7 @@ def check_make(arguments: list[str], targets: set[str], variables: set[str]) -> 
             assert name.replace(".venv", "$(VENV)") in targets, f"the Makefile has no target {name}"
 
 
-def check_python(arguments: list[str], help_of) -> None:
+def check_python(arguments: list[str]) -> None:
     program = arguments[:2] if arguments[0] == "-m" else arguments[:1]
     if program[0] == "-m" and program[1] == "pytest":
         return check_pytest(arguments[2:])
@@ -205,10 +198,9 @@ def check_python(arguments: list[str], help_of) -> None:
     if program == ["setup.py"]:
         return None
     for argument in arguments[len(program) :]:
-        if argument.startswith("--"):
+        if argument.startswith("--") and argument != "--help":
             option = argument.partition("=")[0]
-            known = help_of(*program)
-            assert re.search(rf"{option}\b", known), f"{program} does not know {option}"
+            assert f'"{option}"' in sources(program[-1]), f"{program} does not know {option}"
     return None
 
 
@@ -229,7 +221,7 @@ def check_pip(arguments: list[str]) -> None:
             assert set(extra.split(",")) <= set(extras), f"there is no extra {extra}"
 
 
-def check(words: list[str], make_targets, make_variables, help_of) -> None:
+def check(words: list[str], make_targets, make_variables) -> None:
     program, *arguments = words
     match Path(program).name:
         case "lcw-ops":
@@ -237,7 +229,7 @@ def check(words: list[str], make_targets, make_variables, help_of) -> None:
         case "make":
             check_make(arguments, make_targets, make_variables)
         case "python":
-            check_python(arguments, help_of)
+            check_python(arguments)
         case "pytest":
             check_pytest(arguments)
         case "pip":
@@ -248,7 +240,7 @@ def check(words: list[str], make_targets, make_variables, help_of) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "bash" for b in BLOCKS[p])], ids=ids)
-def test_the_commands_of_a_page_exist(page, make_targets, make_variables, help_of):
+def test_the_commands_of_a_page_exist(page, make_targets, make_variables):
     for block in BLOCKS[page]:
         if block.language == "bash":
             for words in commands(block.text):
@@ -257,12 +249,12 @@ def test_the_commands_of_a_page_exist(page, make_targets, make_variables, help_o
                     known = [
                         word.replace("row_mean", "lcw_linear") if words[0] == "lcw-ops" else word for word in words
                     ]
-                    check(known, make_targets, make_variables, help_of)
+                    check(known, make_targets, make_variables)
                 except Exception as error:
                     raise AssertionError(f"{block.place}: {shlex.join(words)}") from error
 
 
-def test_the_commands_within_sentences_exist(make_targets, make_variables, help_of):
+def test_the_commands_within_sentences_exist(make_targets, make_variables):
     """`lcw-ops ...`, `make ...` and `python ...` in running text. Words such as DIR and ... stand for the reader's."""
     checked = 0
     for page in PAGES:
@@ -275,7 +267,7 @@ def test_the_commands_within_sentences_exist(make_targets, make_variables, help_
             ):
                 continue
             try:
-                check(shlex.split(text), make_targets, make_variables, help_of)
+                check(shlex.split(text), make_targets, make_variables)
             except Exception as error:
                 raise AssertionError(f"{names[page]}:{line}: {text}") from error
             checked += 1
@@ -299,9 +291,9 @@ def test_the_commands_within_sentences_exist(make_targets, make_variables, help_
         "no-such-command",
     ],
 )
-def test_a_command_that_does_not_exist_is_found(line, make_targets, make_variables, help_of):
+def test_a_command_that_does_not_exist_is_found(line, make_targets, make_variables):
     with pytest.raises((AssertionError, cli.UsageError)):
-        check(shlex.split(line), make_targets, make_variables, help_of)
+        check(shlex.split(line), make_targets, make_variables)
 
 
 # ---- links
