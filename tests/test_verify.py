@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -98,7 +97,6 @@ def test_what_is_right_and_faster_is_chosen(card, behave):
     behave("well")
     assert choose() == "reference"
     report = verify("cuda:0", ops=[LCW])
-    # "cpp" can run everywhere here; the choice on a GPU does not look at it.
     (kernel,) = (kernel for kernel in report.kernels if kernel.backend == "triton")
     assert report.right
     assert (kernel.times, kernel.verdicts[NARROW].faster) == (1.5, True)
@@ -129,7 +127,7 @@ def test_a_process_reads_once(card, behave, folder):
         ("no JSON", r"^no: wrote a line that is not JSON in case up to 4096: b'hello'"),
         ("no end of a line", r"^no: wrote a line without an end in case up to 4096$"),
         ("wrong", r"^no: result 0 is not finite$"),
-        ("forgets", r"^no: the process has judged no case$"),
+        ("forgets", r"^no: the process has judged 0 of 10 cases$"),
         ("spills", r"^no: a_kernel spills 96 bytes"),
     ],
 )
@@ -309,6 +307,7 @@ def test_a_folder_that_cannot_be_written_to(card, behave, tmp_path, monkeypatch,
     assert report.right
     assert [note for note in report.notes if "The verdicts are not kept" in note and "LCW_OPS_VERDICTS" in note]
     assert len(report.notes) == 1
+    assert "--write FILE" in report.notes[0]
     assert choose() == "reference"
     shipped = tmp_path / "shipped.json"
     shipped.write_text(report.to_json())
@@ -591,16 +590,26 @@ def test_a_stem_names_all_of_its_ops(behave):
     assert {kernel.op for kernel in report.kernels} == {"gradient_activation_", LCW} | steps
 
 
-def test_an_nvidia_smi_that_hangs_is_a_refusal(card, behave, monkeypatch):
+def test_an_nvidia_smi_that_hangs_is_a_refusal(card, behave, monkeypatch, tmp_path):
     behave("well")
-    monkeypatch.setattr(preconditions.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-
-    def run(command, **options):
-        raise subprocess.TimeoutExpired(command, options["timeout"])
-
-    monkeypatch.setattr(preconditions.subprocess, "run", run)
-    with pytest.raises(preconditions.Refused, match="nvidia-smi has not answered for 30 s"):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nsleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(preconditions.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(preconditions, "MOST_TOOL_SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(Refused, match=r"nvidia-smi has not answered for 0\.3 s"):
         verify("cuda:0", ops=[LCW])
+    assert time.monotonic() - began < 10
+
+
+def test_an_nvidia_smi_that_fails_is_no_refusal(card, behave, monkeypatch, tmp_path):
+    behave("well")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU-01234567-89ab-cdef, 4711, python'\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(preconditions.shutil, "which", lambda name: str(tool))
+    assert verify("cuda:0", ops=[GAF]).right
 
 
 # ---- The list of cases -----------------------------------------------------------------------------------------------

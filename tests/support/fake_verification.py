@@ -33,12 +33,16 @@ def kinds_of(op: str) -> list[list[str]]:
 
 def run(job: dict, behaviour: str) -> None:
     kinds = kinds_of(job["op"])
+    if job["alone"] == "all":
+        wait()
     for kind in job["kinds"]:
         if behaviour == "forgets" and kind in kinds:
             continue
         write({"case": f"case {kind[1]}"})
         write({"kind": kind, "right": behaviour != "wrong", "reason": "result 0 is not finite"})
     misbehave(behaviour)
+    if job["alone"] == "times":
+        wait()
     for kind in kinds:
         write({"case": f"speed, {kind[1]}"})
         if behaviour == "hangs while timing":
@@ -50,6 +54,11 @@ def run(job: dict, behaviour: str) -> None:
             write({"kind": kind, "times": 1.5 if fast else 0.7, "faster": fast, "label": f"speed, {kind[1]}"})
     if behaviour != "ends early":
         write({"done": True})
+
+
+def wait() -> None:
+    write({"waits": True})
+    sys.stdin.readline()
 
 
 def misbehave(behaviour: str) -> None:
