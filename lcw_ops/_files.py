@@ -71,7 +71,7 @@ def cache_folder() -> Path | None:
 def no_folder_reason() -> str:
     """Why :func:`cache_folder` gives None."""
     is_empty = os.environ.get("LCW_OPS_CACHE_DIR") == ""
-    return "LCW_OPS_CACHE_DIR is empty" if is_empty else "neither LCW_OPS_CACHE_DIR nor HOME is set"
+    return "LCW_OPS_CACHE_DIR is empty" if is_empty else "LCW_OPS_CACHE_DIR, XDG_CACHE_HOME and HOME are not set"
 
 
 def prepare_folder(folder: str | Path) -> Path:

@@ -556,7 +556,7 @@ def test_a_user_without_a_home(home, card, behave, monkeypatch, tmp_path):
     report = verify("cuda:0", ops=[GAF])
     assert report.right
     (note,) = report.notes
-    reason = "neither LCW_OPS_CACHE_DIR nor HOME is set" if home == "none" else "Not a directory"
+    reason = "LCW_OPS_CACHE_DIR, XDG_CACHE_HOME and HOME are not set" if home == "none" else "Not a directory"
     assert note.startswith("The verdicts are not kept: ")
     assert reason in note
     assert choose(GAF) == "reference"
@@ -989,6 +989,14 @@ def test_every_class_has_cases_and_speeds(op):
     assert everywhere == set(verdicts.kinds(op))
     labels = [(case.kind, case.label) for case in cases.cases(op, "cpp")]
     assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("op", backends.IMPLEMENTED)
+def test_inputs_of_timings_are_drawn_on_the_device(op):
+    with torch.device("meta"):
+        for backend in backends.IMPLEMENTED[op]:
+            for speed in speeds.speeds(op, backend, "cuda"):
+                assert all(tensor.is_meta for tensor in speed.draw())
 
 
 @pytest.mark.parametrize("op", verdicts.WIDEST)

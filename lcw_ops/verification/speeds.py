@@ -100,8 +100,10 @@ def _ratios(speed: Speed, backend: str, device: torch.device) -> Iterator[Ratio]
 
 
 def _draw_sets(speed: Speed, device: torch.device) -> list[list[Tensor]]:
-    first = [tensor.to(device) for tensor in speed.draw()]
-    first = [tensor.to(speed.dtype) if tensor.is_floating_point() else tensor for tensor in first]
+    # On the device: a CPU takes seconds to draw the largest inputs.
+    with device:
+        drawn = speed.draw()
+    first = [tensor.to(speed.dtype) if tensor.is_floating_point() else tensor for tensor in drawn]
     count = math.ceil(CACHES * _cache_bytes(device) / max(sum(tensor.nbytes for tensor in first), 1))
     # To draw each set afresh would take longer than to time it, and numbers in other memory are as far from the cache.
     return [first, *([tensor.clone() for tensor in first] for _ in range(min(count, MOST_SETS[device.type]) - 1))]
