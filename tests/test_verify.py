@@ -29,7 +29,7 @@ import lcw_ops
 from lcw_ops import _files, _info, cli, verification
 from lcw_ops.ops import backends, verdicts
 from lcw_ops.ops.verdicts import Kind
-from lcw_ops.verification import Refused, cases, child, preconditions, processes, speeds, verify, work
+from lcw_ops.verification import Refused, cases, child, keeping, preconditions, processes, speeds, verify, work
 
 CARD = torch.device("cuda", 0)
 GAF, LCW = "gradient_activation_", "lcw_weight"
@@ -513,6 +513,22 @@ def test_two_devices_share_a_file(card, behave, tmp_path, monkeypatch):
     verify("cuda:0", ops=[GAF], write=shipped)
     devices = [verdict["key"]["device"] for kernel in json.loads(shipped.read_text()) for verdict in kernel["verdicts"]]
     assert sorted(devices) == ["0123456789abcdef"] * 3 + ["another"] * 3
+
+
+def test_a_file_that_two_write_at_once_keeps_both(tmp_path):
+    """Two processes do the same: a lock belongs to an open file, not to a process."""
+    path = tmp_path / "verdicts.json"
+
+    def keep(op):
+        key = {"op": op, "backend": "cuda", "dtype": "any", "size": "any", **dict.fromkeys(verdicts.UPDATED, "1")}
+        keeping.File(path).keep({"op": op, "verdicts": [{"key": key}]})
+
+    threads = [threading.Thread(target=keep, args=(f"op {index}",)) for index in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {kernel["op"] for kernel in json.loads(path.read_text())} == {f"op {index}" for index in range(12)}
 
 
 # Part of a key -> whether a verdict with another one goes when a new one is kept.
