@@ -337,7 +337,7 @@ def test_no_two_children_disturb_each_other(device, ops, expected, card, behave,
     monkeypatch.setattr(verdicts, "_cpu_facts", lambda: {**fake_verification.facts_of("cpp"), "device": "cpu"})
     if device == "cpu":
         monkeypatch.setattr(backends, "missing_reason", lambda op, backend, kind: None if backend == "cpp" else "no")
-    log = behave("well")
+    log = behave("takes its time")
     assert verify(device, ops=ops).right
     lines = [line.split() for line in log()]
     assert " ".join(word for word, *_ in lines if word in ("alone", "end")) == expected
@@ -536,6 +536,13 @@ GOES = {"lcw_ops": True, "kernels": True, "driver": True, "format": True}
 STAYS = {"device": False, "name": False, "torch": False, "triton": False, "op": False, "backend": False}
 
 
+def change(key, part):
+    """Another one of this part. Also an older version of the package, if that alone would not make it outdated."""
+    key[part] = 0 if part == "format" else "another"
+    if part in STAYS:
+        key["lcw_ops"] = "0.0.1"
+
+
 @pytest.mark.parametrize(("part", "goes"), (GOES | STAYS).items())
 def test_outdated_verdicts_go(part, goes, card, behave, folder, tmp_path):
     """Those of the same kernel and device before an update. Never those of another device or environment."""
@@ -547,10 +554,10 @@ def test_outdated_verdicts_go(part, goes, card, behave, folder, tmp_path):
     for path in folder.glob("verdict-*"):
         written = json.loads(path.read_text())
         path.unlink()
-        written["key"][part] = 0 if part == "format" else "another"
+        change(written["key"], part)
         (folder / verdicts.file_of(written["key"])).write_text(json.dumps(written))
     for one in (verdict for kernel in kernels for verdict in kernel["verdicts"]):
-        one["key"][part] = 0 if part == "format" else "another"
+        change(one["key"], part)
     shipped.write_text(json.dumps(kernels))
     (folder / "verdict-of nobody.json").write_text("{")
     verify("cuda:0", ops=[GAF])

@@ -35,7 +35,7 @@ def kinds_of(op: str) -> list[list[str]]:
 def run(job: dict, behaviour: str, log: str) -> None:
     kinds = kinds_of(job["op"])
     if job["alone"] == "all":
-        wait(job, log)
+        wait(job, behaviour, log)
     for kind in job["kinds"]:
         if behaviour == "forgets" and kind in kinds:
             continue
@@ -45,7 +45,7 @@ def run(job: dict, behaviour: str, log: str) -> None:
         write({"kind": kind, "right": behaviour != "wrong", "reason": "result 0 is not finite"})
     misbehave(behaviour)
     if job["alone"] == "times":
-        wait(job, log)
+        wait(job, behaviour, log)
     for kind in kinds:
         write({"case": f"speed, {kind[1]}"})
         if behaviour == "hangs while timing":
@@ -60,10 +60,12 @@ def run(job: dict, behaviour: str, log: str) -> None:
         write({"done": True})
 
 
-def wait(job: dict, log: str) -> None:
+def wait(job: dict, behaviour: str, log: str) -> None:
     write({"waits": True})
     sys.stdin.readline()
     note(log, f"alone {job['op']} {job['backend']}")
+    if behaviour == "takes its time":
+        time.sleep(0.2)
 
 
 def note(log: str, text: str) -> None:
