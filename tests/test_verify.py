@@ -536,35 +536,30 @@ GOES = {"lcw_ops": True, "kernels": True, "driver": True, "format": True}
 STAYS = {"device": False, "name": False, "torch": False, "triton": False, "op": False, "backend": False}
 
 
-def change(key, part):
-    """Another one of this part. Also an older version of the package, if that alone would not make it outdated."""
-    key[part] = 0 if part == "format" else "another"
-    if part in STAYS:
-        key["lcw_ops"] = "0.0.1"
-
-
 @pytest.mark.parametrize(("part", "goes"), (GOES | STAYS).items())
-def test_outdated_verdicts_go(part, goes, card, behave, folder, tmp_path):
+def test_outdated_verdicts_go(part, goes, tmp_path):
     """Those of the same kernel and device before an update. Never those of another device or environment."""
-    behave("well")
-    shipped = tmp_path / "verdicts.json"
-    verify("cuda:0", ops=[GAF])
-    verify("cuda:0", ops=[GAF], write=shipped)
-    kernels = json.loads(shipped.read_text())
-    for path in folder.glob("verdict-*"):
-        written = json.loads(path.read_text())
-        path.unlink()
-        change(written["key"], part)
-        (folder / verdicts.file_of(written["key"])).write_text(json.dumps(written))
-    for one in (verdict for kernel in kernels for verdict in kernel["verdicts"]):
-        change(one["key"], part)
-    shipped.write_text(json.dumps(kernels))
-    (folder / "verdict-of nobody.json").write_text("{")
-    verify("cuda:0", ops=[GAF])
-    verify("cuda:0", ops=[GAF], write=shipped)
-    count = len(backends.IMPLEMENTED[GAF])
-    assert len(list(folder.glob("verdict-*"))) == (count if goes else 2 * count) + 1
-    assert sum(len(kernel["verdicts"]) for kernel in json.loads(shipped.read_text())) == (count if goes else 2 * count)
+
+    def make_kernel(size, **changed):
+        key = verdicts.make_key(LCW, "cuda", Kind("float32", size), fake_verification.facts_of("cuda")) | changed
+        return {
+            "op": LCW,
+            "verdicts": [{"key": key, "right": True, "faster": True, "times": 1.5, "reason": "", "date": ""}],
+        }
+
+    # An older version alone would make outdated what must stay because of the other part.
+    older = make_kernel("up to 4096", **({} if goes else {"lcw_ops": "0.0.1"}), **{part: "another"})
+    places = keeping.Folder(tmp_path / "folder"), keeping.File(tmp_path / "file.json")
+    for place in places:
+        place.keep(older)
+        (tmp_path / "folder/verdict-of nobody.json").write_text("{")
+        place.keep(make_kernel("up to 1024"))
+        place.keep(make_kernel("up to 4096"))
+        kept = [place.read(kernel["verdicts"][0]["key"]) for kernel in map(make_kernel, ("up to 1024", "up to 4096"))]
+        assert None not in kept
+        assert (place.read(older["verdicts"][0]["key"]) is None) == goes
+    assert len(list((tmp_path / "folder").iterdir())) == (3 if goes else 4)
+    assert len(json.loads((tmp_path / "file.json").read_text())) == (2 if goes else 3)
 
 
 @pytest.mark.parametrize("home", ["none", "a file"])
