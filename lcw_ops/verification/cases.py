@@ -105,7 +105,8 @@ def with_gradients(function: Callable[..., Tensor], learned: int | None = None, 
         output = function(*leaves, *rest, **options)
         places = torch.arange(output.numel(), device=output.device, dtype=torch.float64)
         cotangent = places.cos().to(output.dtype).view(output.shape) * output.detach()
-        return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
+        # With the cotangent as grad_outputs, torch.autograd.grad would import sympy, for a second in every child.
+        return [output.detach(), *torch.autograd.grad((output * cotangent).sum(), leaves)]
 
     return run
 
