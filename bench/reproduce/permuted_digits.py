@@ -90,8 +90,8 @@ def make_ours(width: int, alpha: float, beta: float, input_scale: float, weight_
     return recurrence
 
 
-def make_lstm(width: int, forget_bias: float) -> nn.Module:
-    recurrence = nn.LSTM(1, width)
+def make_lstm(width: int, forget_bias: float, inputs: int = 1) -> nn.Module:
+    recurrence = nn.LSTM(inputs, width)
     with torch.no_grad():
         # torch's order of gates is input, forget, cell, output. There are two biases, and their sum counts.
         recurrence.bias_ih_l0[width : 2 * width].fill_(forget_bias)
@@ -108,8 +108,8 @@ def make_gru(width: int, update_bias: float) -> nn.Module:
     return recurrence
 
 
-def make_rnn(width: int, start: str, activation: str) -> nn.Module:
-    recurrence = nn.RNN(1, width, nonlinearity=activation)
+def make_rnn(width: int, start: str, activation: str, inputs: int = 1) -> nn.Module:
+    recurrence = nn.RNN(inputs, width, nonlinearity=activation)
     with torch.no_grad():
         if start == "identity":
             nn.init.eye_(recurrence.weight_hh_l0)
