@@ -49,7 +49,7 @@ gpu:
 	$(PYTHON) bench/gpu.py $(PART)
 
 reproduce: $(VENV)/built
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check mlxtend
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mlxtend==0.25.0
 	$(BIN)/python -m lcw_ops.bench.reproduce $(QUICK)
 
 sanitize: $(VENV)/installed
