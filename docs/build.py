@@ -55,7 +55,7 @@ def main() -> int:
 
     folder = ROOT / "build/docs"
     output = folder / lcw_ops.__version__
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", str(ROOT / "docs")]
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-E", "-q", "-b", "html", "-c", str(ROOT / "docs")]
     command += ["-d", str(ROOT / "build/doctrees"), *sys.argv[1:], str(ROOT), str(output)]
     if status := subprocess.run(command).returncode:
         return status

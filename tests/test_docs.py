@@ -155,7 +155,8 @@ def make_targets():
 
 @pytest.fixture(scope="module")
 def make_variables():
-    return set(re.findall(r"^(\w+)\s*\?=", (ROOT / "Makefile").read_text(), re.M))
+    """Those that have a default, and those that are used without one."""
+    return set(re.findall(r"^\w+(?=\s*\?=)|(?<=\$\()\w+(?=\))", (ROOT / "Makefile").read_text(), re.M))
 
 
 def sources(program: str) -> str:
@@ -166,13 +167,18 @@ def sources(program: str) -> str:
     return "".join(file.read_text() for file in path.parent.glob("*.py"))
 
 
-def check_lcw_ops(arguments: list[str]) -> None:
+def check_lcw_ops(arguments: list[str], named_alone: bool = False) -> None:
     """Parse as the command does: it refuses a wrong command, option or value."""
     if arguments in (["--version"], ["--help"]):
         return
     if arguments[-1:] == ["--help"]:
         assert arguments[0] in cli.COMMANDS
         return
+    if named_alone:
+        # A sentence may name an option without its value: `lcw-ops profile --depth`.
+        parser = cli.build_parser().parse_args(arguments[:1]).parser
+        while arguments[-1] in parser._option_string_actions:
+            arguments = arguments[:-1]
     parsed, unknown = cli.build_parser().parse_known_args(arguments)
     assert not unknown, f"unknown: {unknown}"
     assert parsed.run is not None, "no command"
@@ -221,11 +227,11 @@ def check_pip(arguments: list[str]) -> None:
             assert set(extra.split(",")) <= set(extras), f"there is no extra {extra}"
 
 
-def check(words: list[str], make_targets, make_variables) -> None:
+def check(words: list[str], make_targets, make_variables, named_alone: bool = False) -> None:
     program, *arguments = words
     match Path(program).name:
         case "lcw-ops":
-            check_lcw_ops(arguments)
+            check_lcw_ops(arguments, named_alone)
         case "make":
             check_make(arguments, make_targets, make_variables)
         case "python":
@@ -267,7 +273,7 @@ def test_the_commands_within_sentences_exist(make_targets, make_variables):
             ):
                 continue
             try:
-                check(shlex.split(text), make_targets, make_variables)
+                check(shlex.split(text), make_targets, make_variables, named_alone=True)
             except Exception as error:
                 raise AssertionError(f"{names[page]}:{line}: {text}") from error
             checked += 1
