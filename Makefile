@@ -5,7 +5,7 @@
 #                    was interrupted; PARTS="wheels triton-3.6.0" runs these alone)
 # make bench  the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed;
-#             PART=smoke or another part alone: python bench/gpu.py --help
+#             PART=first for half an hour, PART=smoke or another part alone: python -m bench.gpu --help
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (takes minutes)
 .PHONY: demo test test-slow test-release lint bench gpu sanitize clean
 .DELETE_ON_ERROR:
@@ -44,7 +44,7 @@ bench: $(VENV)/built
 	$(BIN)/lcw-ops bench --quick
 
 gpu:
-	$(PYTHON) bench/gpu.py $(PART)
+	$(PYTHON) -m bench.gpu $(PART)
 
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize/harness.py

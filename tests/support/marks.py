@@ -25,6 +25,7 @@ SLOW: dict[str, str] = {
     r"^test_integration_export\.py::(?!test_(a_request(?!.*True)|a_trace_of|a_wrong_call|\w+_one_call))": (
         "torch's exporters and onnxruntime"
     ),
+    r"^test_contract\.py::test_on_another_device": "every check of every function again, in a process of its own",
     r"^test_conversion\.py::test_fifty_thousand": "converts and folds 50,000 layers",
     r"^test_integration_hosts\.py::(?!test_(what_is_left|no_library))": "trains and exports models of other libraries",
     r"^test_train\.py::.*(killed_process|defaults_learn)": "trains in processes that are killed and resumed",
