@@ -135,10 +135,9 @@ def _calls(source: str) -> Iterator:
         for one in [*cases(name, "triton"), *speeds(name, "triton", "cuda")]:
             yield functools.partial(run_once, one)
     else:
-        with mock.patch.dict("lcw_ops.bench.lcw_linear.ROTATED_BYTES", cuda=0):
-            for case in registry.cases(name, "cuda"):
-                for one in (one for one in case.competitors if "(triton)" in one.name):
-                    yield functools.partial(_prepare_and_run, case, one, cpu)
+        for case in registry.cases(name, "cuda"):
+            for one in (one for one in case.competitors if "(triton)" in one.name):
+                yield functools.partial(_prepare_and_run, case, one, cpu)
 
 
 def _prepare_and_run(case, competitor, device: torch.device) -> None:

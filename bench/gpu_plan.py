@@ -277,7 +277,7 @@ def missing(step: Step) -> str | None:
     absent = sorted(module for module in step.needs if importlib.util.find_spec(module) is None)
     if absent:
         names = " ".join(PIP_NAMES.get(module, module) for module in absent)
-        return f"needs {names}: pip install {names}"
+        return f"needs {names}, which {sys.executable} does not have"
     if shutil.which(step.command[0]) is None:
         return f"not installed: {Path(step.command[0]).name}"
     return None

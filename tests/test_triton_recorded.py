@@ -24,8 +24,10 @@ if "LCW_OPS_RECORDED_LAUNCHES" not in os.environ:
 
 from aot import RECORDED_TARGET
 from aot.compiled import EVERY_LAUNCH, remembered
-from aot.launching import assert_fits, compiling, kernel_names, launch_again
+from aot.launching import assert_fits, compiling, kernel_names
 from aot.recorded import recorded
+
+from lcw_ops.bench.gpu_compile import launch_again
 
 # Launches that `make test-slow` compiles of each kernel.
 MOST_USED = 5
