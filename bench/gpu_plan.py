@@ -350,7 +350,8 @@ def imports(paths: Iterable[Path]) -> set[str]:
         seen.add(path)
         for name in _imported(path):
             prefixes = (name, name.rpartition(".")[0] or name, name.split(".")[0])
-            own = [TESTS / f"{prefix.replace('.', '/')}.py" for prefix in prefixes]
+            places = [prefix.replace(".", "/") for prefix in prefixes]
+            own = [TESTS / name for place in places for name in (f"{place}.py", f"{place}/__init__.py")]
             local = next((one for one in own if one.is_file()), None)
             if local is None:
                 modules.add(name.split(".")[0])

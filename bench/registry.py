@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import lcw_ops
 from lcw_ops.bench.arguments import STEMS  # noqa: F401 - the arguments of cases()
@@ -432,9 +431,16 @@ def rotated_bytes(device: torch.device) -> int:
 def draw_sets(case: Case, device: torch.device) -> list[dict]:
     """Inputs of the case that together fill ``rotated_bytes``; on a CPU, one set."""
     first = case.make_inputs(device)
-    tensors = (one for one in tree_leaves(first) if isinstance(one, Tensor))
-    count = math.ceil(rotated_bytes(device) / max(sum(tensor.nbytes for tensor in tensors), 1))
+    count = math.ceil(rotated_bytes(device) / max(_count_bytes(first), 1))
     return [first, *(case.make_inputs(device) for _ in range(min(count, MOST_SETS) - 1))]
+
+
+def _count_bytes(inputs) -> int:
+    """The bytes of all tensors in these dictionaries and lists."""
+    if isinstance(inputs, Tensor):
+        return inputs.nbytes
+    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (list, tuple)) else ()
+    return sum(map(_count_bytes, values))
 
 
 def rotated(competitor: Competitor, sets: list[dict]) -> tuple[Run, int]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from contract import DEVICE, Op, normal, scaled
 from support import pretended_device
+from support.triton_process import multiply_bfloat16
 
 from lcw_ops import functional as F
 from lcw_ops import reference
@@ -219,6 +220,8 @@ BACKENDS = {name: backends_of(name) for name in OPS}
 @pytest.mark.parametrize("check", contract.CHECKS)
 @pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in OPS for backend in BACKENDS[op]])
 def test_contract(op, backend, check, monkeypatch, device):
+    if backend == "triton":
+        multiply_bfloat16(monkeypatch)
     monkeypatch.setenv("LCW_OPS_MATMUL", PRODUCTS.get(backend, ""))
     contract.run(check, OPS[op], backend.split()[0])
 
@@ -238,6 +241,7 @@ def test_every_public_function_is_in_the_table():
 # autocast knows no such device, and gradcheck wants numbers. The other checks of gradients reach the same code.
 ON_A_PRETENDED_DEVICE = """
 from support import pretended_device
+from support.triton_process import multiply_bfloat16
 pretended_device.register()
 import contract, test_contract
 for name, op in test_contract.OPS.items():
@@ -248,6 +252,8 @@ print("every tensor stayed on", contract.DEVICE)
 """
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a device is pretended where there is none")
+@pytest.mark.skipif(not pretended_device.is_possible(), reason="this torch cannot pretend a device from Python")
 def test_on_another_device_no_tensor_is_left_on_the_cpu():
     environment = os.environ | {"LCW_OPS_TEST_DEVICE": pretended_device.NAME}
     environment["PYTHONPATH"] = os.pathsep.join(

@@ -139,6 +139,9 @@ def test_the_rule_agrees_with_pytest(request):
 
 def test_every_file_that_makes_tensors_on_a_gpu_is_chosen():
     """A test file that makes tensors on "cuda" is one that make gpu runs."""
+    assert makes_cuda_tensors('x = torch.ones(3, device="cuda:1")')
+    assert makes_cuda_tensors("y = x.cuda()")
+    assert not makes_cuda_tensors("y = x.to(device)")
     chosen = {path.name for path in gpu_plan.gpu_tests()}
     for path in (ROOT / "tests").glob("test_*.py"):
         source = path.read_text()
@@ -646,7 +649,7 @@ def test_the_smoke_test_runs_every_triton_kernel():
 @pytest.fixture
 def one_call(monkeypatch):
     """Reduce the smoke test to one op, on the backend cpp alone."""
-    monkeypatch.setattr(smoke, "cases", lambda device_type: [smoke.case(smoke.calls()[0], device_type)] * 2)
+    monkeypatch.setattr(smoke, "cases", lambda device_type, stem: [smoke.case(smoke.calls()[0], device_type)] * 2)
     monkeypatch.setitem(smoke.EXPECTED, "cpu", ("cpp",))
 
 
@@ -659,7 +662,7 @@ def test_a_wrong_kernel_fails_the_smoke_test(one_call, monkeypatch, capsys):
     call = smoke.calls()[0]
     wrong = smoke.Call(call.op, call.name, call.shapes, _off_where_it_is_not_the_reference(call.run))
     monkeypatch.setattr(smoke, "calls", lambda: [wrong])
-    monkeypatch.setattr(smoke, "cases", lambda device_type: [smoke.case(wrong, device_type)] * 2)
+    monkeypatch.setattr(smoke, "cases", lambda device_type, stem: [smoke.case(wrong, device_type)] * 2)
     assert smoke.main(["--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert printed.count("WRONG   lcw_weight, weight: lcw_ops (cpp)") == 2
@@ -682,7 +685,7 @@ def test_a_kernel_that_raises_does_not_end_the_smoke_test(one_call, monkeypatch,
 
     call = smoke.calls()[0]
     broken = smoke.case(smoke.Call(call.op, "broken", call.shapes, raising), "cpu")
-    monkeypatch.setattr(smoke, "cases", lambda device_type: [broken, smoke.case(call, device_type)])
+    monkeypatch.setattr(smoke, "cases", lambda device_type, stem: [broken, smoke.case(call, device_type)])
     assert smoke.main(["--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED  lcw_weight, broken: lcw_ops (cpp): RuntimeError: no such instruction" in printed

@@ -14,7 +14,9 @@ SLOW: dict[str, str] = {
     r"^test_cuda_build\.py::test_compiles_for_every_generation": "nvcc compiles each CUDA source three times",
     r"^test_build\.py::.*(wheel_for_every|without_a_compiler|editable_install)": "builds or installs the package",
     r"^test_packaging\.py::.*(wheel|distribution|editable)": "builds or installs the package",
-    r"^test_gpu_command\.py::.*(every_triton_kernel|without_a_card|time_limit)": "starts benchmarks in processes",
+    r"^test_gpu_command\.py::.*(every_triton_kernel|without_a_card|time_limit|chosen_file)": (
+        "starts processes that import torch"
+    ),
     r"^test_orthogonal_filter_proof\.py::.*(fifty_thousand|grid_of_a_thousand|thousand_layers|any_call|any_wide)": (
         "float64 recurrences of that depth, and drawn calls"
     ),

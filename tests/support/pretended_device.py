@@ -10,14 +10,17 @@ from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import backend_registration
 
 NAME = "card:0"
 
 
-def register() -> None:
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+def is_possible() -> bool:
+    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
-    _setup_privateuseone_for_python_backend("card")
+
+def register() -> None:
+    backend_registration._setup_privateuseone_for_python_backend("card")
 
 
 @contextmanager
