@@ -477,7 +477,8 @@ def capture(run: Run, calls: int, device: torch.device) -> Callable[[], None]:
         work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # After a failed capture, torch.cuda.graph leaves its own stream as the current one. The outer context does not.
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
         work()
     return graph.replay
 

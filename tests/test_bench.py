@@ -1,6 +1,7 @@
 """The benchmarks: every entry runs, wrong kernels are refused, competitors take turns, rows are well formed."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import gc
@@ -533,6 +534,49 @@ def test_a_graph_holds_one_call_for_every_set_of_inputs(monkeypatch):
     assert all(torch.equal(run()[0], sets[0]["x"]) for _ in range(2))
     copies = dataclasses.replace(case, make_inputs=lambda device: {"x": torch.ones(500), "copies": 7})
     assert registry.rotated(copies.competitors[0], registry.draw_sets(copies, CPU))[1] == 7
+
+
+def test_a_capture_warms_up_on_a_stream_and_replays_all_calls(monkeypatch):
+    """The order of torch.cuda's calls, which are played here. The stream before is the current one again afterwards."""
+    events = []
+
+    class Played(contextlib.AbstractContextManager):
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            events.append(f"enter {self.name}")
+
+        def __exit__(self, *_):
+            events.append(f"leave {self.name}")
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+        def replay(self):
+            events.append("replay")
+
+    current = Played("the current stream")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Played("another stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Played(stream.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Played("graph"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: Played("capture"))
+    replay = registry.capture(lambda: events.append("call"), 2, torch.device("cuda"))
+    warm_up = ["another stream waits for the current stream", "enter another stream", "call", "call"]
+    captured = [
+        "enter the current stream",
+        "enter capture",
+        "call",
+        "call",
+        "leave capture",
+        "leave the current stream",
+    ]
+    assert events == [
+        *warm_up, "leave another stream", "the current stream waits for another stream", *captured
+    ]  # fmt: skip
+    replay()
+    assert events[-1] == "replay"
 
 
 def test_faked_rows_do_not_enter_the_results(faked, monkeypatch, tmp_path):
