@@ -23,6 +23,8 @@ import time
 import types
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -153,8 +155,10 @@ def _record_tests(path: Path, folder: Path, seconds: float) -> list[str]:
         "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "aot.recording", "-p", "no:cacheprovider", "-k", "triton"]
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
         subprocess.run([*command, str(path)], env=environment, capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        print(f"tests:{path.name}: not recorded within {seconds:.0f} s", flush=True)
     return [text for file in (folder / path.stem).glob("*.json") for text in json.loads(file.read_text())]
 
 
@@ -239,7 +243,10 @@ def compile_all(launches: list[str], card: dict, workers: int, until: float) -> 
                 if fault is not None:
                     faults.append(fault)
                     print(f"FAULT {fault}", flush=True)
-        except TimeoutError:
+        except BrokenProcessPool:
+            faults.append("a process that compiled has crashed")
+            print(f"FAULT {faults[-1]}; the rest will be compiled when it is launched", flush=True)
+        except FutureTimeout:
             print("the time is over: the rest will be compiled when it is launched", flush=True)
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(pool._processes.values()):

@@ -398,7 +398,7 @@ def _machine(device: torch.device) -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "device": ("FAKED " if is_faked() else "") + describe(device)["device_name"],
+        "device": _device_name(device),
         "kind": "gpu" if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -408,10 +408,14 @@ def _machine(device: torch.device) -> dict:
     }
 
 
+def _device_name(device: torch.device) -> str:
+    return ("FAKED " if is_faked() else "") + describe(device)["device_name"]
+
+
 def _machine_line(device: torch.device) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "jax"))
     threads = f"torch on {torch.get_num_threads()} threads, JAX on {len(os.sched_getaffinity(0))} cores"
-    return f"{describe(device)['device_name']}; {threads}; {versions}"
+    return f"{_device_name(device)}; {threads}; {versions}"
 
 
 def _version(package: str) -> str:
@@ -445,6 +449,8 @@ def _spread(times: list[float]) -> float:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 0:
+        return f"-{_time(-seconds)}"
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
