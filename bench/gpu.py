@@ -61,7 +61,7 @@ def architecture(generation: str) -> str:
 
 
 def compile_target(card: dict[str, str]) -> str:
-    """The card as gpu_compile.py takes it: Triton's target, and the facts by which launchers choose their tiles."""
+    """The card as verification/ahead.py takes it: Triton's target, and the facts by which launchers choose tiles."""
     facts = [int(card["processors"]), int(card["shared_memory"]), False]
     return json.dumps({"target": ["cuda", int(card["generation"]), 32], "facts": facts})
 

@@ -212,7 +212,7 @@ def _is_old_setuptools() -> bool:
 
 
 def _compile(card: str) -> Step:
-    command = [sys.executable, "-m", "lcw_ops.bench.gpu_compile", "--card", card]
+    command = [sys.executable, "-m", "lcw_ops.verification.ahead", "--card", card]
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or KEPT / "triton")
     return Step("compile", [*command, "--seconds", str(PART_SECONDS - 20)], needs=frozenset({"triton"}), makes=cache)
 

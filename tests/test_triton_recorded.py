@@ -27,7 +27,7 @@ from aot.compiled import EVERY_LAUNCH, remembered
 from aot.launching import assert_fits, compiling, kernel_names
 from aot.recorded import recorded
 
-from lcw_ops.bench.gpu_compile import launch_again
+from lcw_ops.verification.ahead import launch_again
 
 # Launches that `make test-slow` compiles of each kernel.
 MOST_USED = 5

@@ -18,7 +18,7 @@ from pathlib import Path
 from triton.runtime.interpreter import InterpretedFunction
 
 from aot import DEVICES, RECORDED_TARGET, STEMS
-from lcw_ops.bench.gpu_compile import described
+from lcw_ops.verification.ahead import described
 
 
 class _Recorder:

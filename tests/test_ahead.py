@@ -20,7 +20,8 @@ from aot.compiled import TARGETS
 from aot.launching import KERNELS, compiling
 
 from lcw_ops import functional as F
-from lcw_ops.bench import gpu, gpu_compile, gpu_fakes
+from lcw_ops.bench import gpu, gpu_fakes
+from lcw_ops.verification import ahead
 
 CARD = json.loads(gpu.compile_target(gpu_fakes.CARD))
 
@@ -46,12 +47,12 @@ def test_a_launch_finds_what_was_compiled_without_a_device(tmp_path, monkeypatch
         yield lambda: F.lcw_weight(torch.randn(20, 600))
         yield lambda: F.gradient_activation_([torch.randn(700)])
 
-    monkeypatch.setattr(gpu_compile, "_calls", calls)
-    launches = gpu_compile.record("two calls", CARD)
+    monkeypatch.setattr(ahead, "_calls", calls)
+    launches = ahead.record("two calls", CARD)
     assert len(launches) == 2
     assert entries(tmp_path) == set()
     # The processes are new ones, as in make gpu: what this process compiles stays in its memory too.
-    assert gpu_compile.compile_all(launches, CARD, workers=1, until=time.monotonic() + 200)
+    assert ahead.compile_all(launches, CARD, workers=1, until=time.monotonic() + 200)
     before = entries(tmp_path)
     assert len({path.parts[0] for path in before if path.suffix == ".cubin"}) == 2
     with compiling("sm_90") as compiled:
@@ -76,7 +77,7 @@ COMPILED = SimpleNamespace(fn=kernel, params=PARAMS)
 @pytest.mark.parametrize("jitted", [INTERPRETED, COMPILED], ids=["interpreter", "compiler"])
 def test_the_same_launch_has_the_same_description(jitted):
     def described(x, length, **keywords) -> dict:
-        return json.loads(gpu_compile.described(jitted, (x, length), keywords))["arguments"]
+        return json.loads(ahead.described(jitted, (x, length), keywords))["arguments"]
 
     memory = torch.zeros(40)
     assert described(memory, 5, width=7) == described(torch.ones(3), 32, width=7)
@@ -93,23 +94,21 @@ def test_the_same_launch_has_the_same_description(jitted):
 
 
 def test_the_options_of_a_launch_are_kept():
-    found = json.loads(
-        gpu_compile.described(COMPILED, (1, 2), {"width": 3, "num_warps": 8, "grid": (1,), "warmup": True})
-    )
+    found = json.loads(ahead.described(COMPILED, (1, 2), {"width": 3, "num_warps": 8, "grid": (1,), "warmup": True}))
     assert found["options"] == {"num_warps": 8}
 
 
 def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launch = {"module": "lcw_ops.kernels.lcw_linear", "kernel": "lcw_rows_kernel", "arguments": {}, "options": {}}
-    name, _, fault = gpu_compile.compile_one(json.dumps(launch), CARD)
+    name, _, fault = ahead.compile_one(json.dumps(launch), CARD)
     assert name == "lcw_rows_kernel"
     assert "lcw_rows_kernel does not compile" in fault
 
 
 def test_every_source_has_its_processes():
-    names = gpu_compile.names(gpu_compile.SOURCES)
-    assert {name.partition(":")[0] for name in names} == set(gpu_compile.SOURCES)
+    names = ahead.names(ahead.SOURCES)
+    assert {name.partition(":")[0] for name in names} == set(ahead.SOURCES)
     assert names[0] == "smoke"
     assert "tests:test_triton_lcw_linear.py" in names
     assert "tests:test_triton_launches.py" not in names

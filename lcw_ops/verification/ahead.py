@@ -6,7 +6,7 @@ launchers are told that the device is the card. Launches that Triton compiles to
 compiled, the first ones first, until the time is over: kernels that were not reached are compiled when they are
 launched.
 
-A kernel that does not compile makes the exit code 1. test_gpu_compile.py checks that a launch finds what was compiled.
+A kernel that does not compile makes the exit code 1. test_ahead.py checks that a launch finds what was compiled.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import torch
 
 from lcw_ops.bench.arguments import STEMS
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 # An integer argument of this value is neither 1 nor a multiple of 16, for which Triton compiles code of its own.
 ORDINARY = 3
 # The values from here on take 64 bits, of which Triton takes note.
@@ -163,7 +163,7 @@ def _record_tests(path: Path, folder: Path, seconds: float) -> list[str]:
 
 
 def _record_in_a_process(source: str, card: str, seconds: float) -> list[str]:
-    command = [sys.executable, "-m", "lcw_ops.bench.gpu_compile", "--card", card, "--record", source]
+    command = [sys.executable, "-m", "lcw_ops.verification.ahead", "--card", card, "--record", source]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=_without_a_device())
     except subprocess.TimeoutExpired:
@@ -258,7 +258,7 @@ def compile_all(launches: list[str], card: dict, workers: int, until: float) -> 
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcw_ops.bench.gpu_compile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lcw_ops.verification.ahead", description=__doc__)
     parser.add_argument("--card", required=True, help='{"target": ["cuda", 90, 32], "facts": [132, 232448, false]}')
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--seconds", type=float, default=450.0, help="the time for all of it; default: 450")
