@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +50,8 @@ def test_a_launch_finds_what_was_compiled_without_a_device(tmp_path, monkeypatch
         yield lambda: F.gradient_activation_([torch.randn(700)])
 
     monkeypatch.setattr(ahead, "_calls", calls)
-    launches = ahead.record("two calls", CARD)
+    launches = []
+    ahead.record("two calls", CARD, launches.append)
     assert len(launches) == 2
     assert entries(tmp_path) == set()
     # The processes are new ones, as in make gpu: what this process compiles stays in its memory too.
@@ -113,3 +116,16 @@ def test_every_source_has_its_processes():
     assert "tests:test_triton_lcw_linear.py" in names
     assert "tests:test_triton_launches.py" not in names
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [("import time; time.sleep(60)", "smoke: stopped after 3 s"), ("1 / 0", "smoke: ended early: ZeroDivisionError")],
+)
+def test_what_a_process_has_written_counts_however_it_ends(ending, message, monkeypatch, capfd):
+    """Its last line may be half a line."""
+    code = "print('{}', flush=True); print('{', end='', flush=True); " + ending
+    run = subprocess.run
+    monkeypatch.setattr(ahead.subprocess, "run", lambda _, **others: run([sys.executable, "-c", code], **others))
+    assert ahead._record_in_a_process("smoke", "a card", 3) == ["{}"]
+    assert message in capfd.readouterr().out

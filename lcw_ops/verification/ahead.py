@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
@@ -100,17 +100,20 @@ def _tensor(value: dict) -> torch.Tensor:
 # ---- Recording -------------------------------------------------------------------------------------------------------
 
 
-def record(source: str, card: dict) -> list[str]:
-    """The launches of a source on CPU tensors. Nothing is computed, so some calls may end early."""
+def record(source: str, card: dict, write: Callable[[str], None]) -> None:
+    """``write`` each launch of a source on CPU tensors once. Nothing is computed, so some calls may end early."""
     from triton.runtime.jit import JITFunction
 
     import lcw_ops
     from lcw_ops.verification.compiling import compiling_for
 
-    found: dict[str, None] = {}
+    found: set[str] = set()
 
     def run(self, *arguments, grid, warmup, **keywords):
-        found[described(self, arguments, keywords)] = None
+        text = described(self, arguments, keywords)
+        if text not in found:
+            found.add(text)
+            write(text)
         return types.SimpleNamespace(hash="", asm={})
 
     # compiling_for calls the function that it finds here for every launch.
@@ -119,7 +122,6 @@ def record(source: str, card: dict) -> list[str]:
             # Without a device some calls cannot go on. Kernels behind them are compiled when they are launched.
             with contextlib.suppress(Exception), lcw_ops.use_backend("triton"):
                 call()
-    return list(found)
 
 
 def _calls(source: str) -> Iterator:
@@ -163,16 +165,21 @@ def _record_tests(path: Path, folder: Path, seconds: float) -> list[str]:
 
 
 def _record_in_a_process(source: str, card: str, seconds: float) -> list[str]:
+    """The launches that a process has written, also if it was stopped, or ended early."""
     command = [sys.executable, "-m", "lcw_ops.verification.ahead", "--card", card, "--record", source]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=_without_a_device())
-    except subprocess.TimeoutExpired:
-        print(f"{source}: not recorded within {seconds:.0f} s", flush=True)
-        return []
-    if done.returncode != 0:
-        print(f"{source}: not recorded: {(done.stderr.strip() or 'no message').splitlines()[-1]}", flush=True)
-        return []
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as lines, tempfile.TemporaryFile("w+") as errors:
+        try:
+            done = subprocess.run(command, stdout=lines, stderr=errors, timeout=seconds, env=_without_a_device())
+        except subprocess.TimeoutExpired:
+            print(f"{source}: stopped after {seconds:.0f} s", flush=True)
+        else:
+            errors.seek(0)
+            if done.returncode != 0:
+                reason = (errors.read().strip() or "no message").splitlines()[-1]
+                print(f"{source}: ended early: {reason}", flush=True)
+        lines.seek(0)
+        # A process that was stopped may have left half a line.
+        return [line.rstrip("\n") for line in lines if line.startswith("{") and line.endswith("}\n")]
 
 
 def _without_a_device() -> dict[str, str]:
@@ -264,12 +271,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=450.0, help="the time for all of it; default: 450")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
     parser.add_argument("--most", type=int, help="compile at most so many variants; default: all")
-    parser.add_argument("--record", metavar="SOURCE", help="print the launches of one source in JSON, compile nothing")
+    parser.add_argument(
+        "--record", metavar="SOURCE", help="print the launches of one source, each in a line of JSON; compile nothing"
+    )
     args = parser.parse_args(arguments)
     began = time.monotonic()
     card = json.loads(args.card)
     if args.record:
-        print(json.dumps(record(args.record, card)))
+        record(args.record, card, functools.partial(print, flush=True))
         return 0
     found = record_all(names(args.sources), args.card, args.workers, RECORDING_SHARE * args.seconds)
     for source, own in found.items():
