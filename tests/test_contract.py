@@ -244,7 +244,6 @@ def test_every_public_function_is_in_the_table():
 # autocast knows no such device, and gradcheck wants numbers. The other checks of gradients reach the same code.
 ON_A_PRETENDED_DEVICE = """
 from support import pretended_device
-from support.triton_process import multiply_bfloat16
 pretended_device.register()
 import contract, test_contract
 for name, op in test_contract.OPS.items():
