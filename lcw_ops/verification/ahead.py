@@ -136,8 +136,10 @@ def _calls(source: str) -> Iterator:
         for call in smoke.calls():
             yield functools.partial(call.run, [torch.randn(shape) for shape in call.shapes])
     elif kind == "verify":
-        for one in [*cases(name, "triton"), *speeds(name, "triton", "cuda")]:
+        for one in cases(name, "triton"):
             yield functools.partial(run_once, one)
+        for speed in speeds(name, "triton", "cuda"):
+            yield functools.partial(run_once, speed)
     else:
         for case in registry.cases(name, "cuda"):
             for one in (one for one in case.competitors if "(triton)" in one.name):
