@@ -141,9 +141,10 @@ def _calls(source: str) -> Iterator:
         for speed in speeds(name, "triton", "cuda"):
             yield functools.partial(run_once, speed)
     else:
-        for case in registry.cases(name, "cuda"):
-            for one in (one for one in case.competitors if "(triton)" in one.name):
-                yield functools.partial(_prepare_and_run, case, one, cpu)
+        for measured in registry.cases(name, "cuda"):
+            for competitor in measured.competitors:
+                if "(triton)" in competitor.name:
+                    yield functools.partial(_prepare_and_run, measured, competitor, cpu)
 
 
 def _prepare_and_run(case, competitor, device: torch.device) -> None:
