@@ -69,7 +69,8 @@ MOST_STAGES = 4
 _CENTRE_COLUMNS = tl.constexpr(64)
 _VECTOR_BYTES = tl.constexpr(VECTOR_BYTES)
 # Loads of single 16-bit numbers are not asynchronous, so every step waits for its own, about 0.8 us. A kernel that
-# shifts x takes about as long as this many steps (predicted).
+# shifts x takes about as long as this many steps (predicted). Loads of two numbers are asynchronous, but with 64
+# samples there are so many that registers spill.
 MOST_SINGLE_STEPS = 4
 # Rows of the shifted copies of x have a multiple of this many columns, and a program makes this many of them.
 SHIFT_GROUP, SHIFT_COLUMNS = 16, 1024
@@ -144,7 +145,7 @@ def choose_launch(rows: int, units: int, columns: int, multiple: int, itemsize: 
     ``multiple`` is the largest power of two up to 16 bytes of which every row of x and V starts at a multiple, in
     elements.
     """
-    if itemsize == 2 and multiple == 1:
+    if itemsize == 2 and multiple < 4:
         launch = _choose_tile(rows, units, columns, TILE_ROW_BYTES, itemsize, device, 1)
         if launch["chunk"] <= MOST_SINGLE_STEPS * launch["BLOCK_K"]:
             return launch | {"STARTS": 0}
