@@ -20,8 +20,8 @@ DEFAULT: Table = (("triton", 128), ("cuda", 512), ("graph", None))
 #              microseconds                     0.6       0.7       0.7       0.8
 # Triton's figures are those at the head of kernels/orthogonal_filter.py. A cluster's block takes up to 1,200
 # instructions of a scheduler, two barriers and, from 33 units on, one exchange between multiprocessors (assumed to take
-# 0.15 us). Backward without dW, shared memory alone takes Triton 3.2 us at 128 units, and a cluster is predicted to take
-# 1.5 us. All times are predicted, not measured: MEASURED overrides them, and a verdict of `lcw-ops verify` decides
+# 0.15 us). Backward without dW, shared memory alone takes Triton 3.2 us at 128 units, and a cluster should take 1.5 us.
+# All times are predicted, not measured: MEASURED overrides them, and a verdict of `lcw-ops verify` decides
 # which kernels may be chosen at all.
 CLUSTERS: Table = (("triton", 64), ("cuda", 512), ("graph", None))
 FIRST_WITH_CLUSTERS = (9, 0)
