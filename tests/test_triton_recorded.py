@@ -28,8 +28,8 @@ from aot.compiled import EVERY_LAUNCH, remembered
 from aot.launching import MAX_SPILLED_BYTES, assert_fits, compiling, kernel_names, launch_again
 from aot.recorded import recorded
 
-# Bytes that a thread spills, by the versions of Triton for which every launch was compiled. ptxas spills them by its own
-# choice, far below the limit of 255 registers. They are a few registers, and stay in the first-level cache. The option
+# Bytes that a thread spills, by the versions of Triton for which every launch was compiled. ptxas spills them by
+# itself, far below the limit of 255 registers. They are a few registers, and stay in the first-level cache. The option
 # maxnreg=255 or other numbers of warps would avoid them. But the option does not exist for AMD's GPUs, and the numbers
 # of warps follow from the tiles, for many more sizes than these. A launch that is not listed may not spill.
 KNOWN_SPILLS = {
