@@ -181,6 +181,12 @@ def _choose_tile(
     # Besides the stages, shared memory holds one more copy of a step's tiles, for their exchange between threads.
     while stages > 2 and (stages + 1) * (block_n + block_m) * row_bytes > device.shared_memory:
         stages -= 1
+    # 8 warps if a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. For 16-bit numbers 4 are
+    # enough, unless each element has an address and a mask.
+    num_warps = 8 if block_m >= 32 and (itemsize >= 4 or row_bytes == TILE_ROW_BYTES) else 4
+    if device.matrix_units and itemsize >= 4:
+        # AMD's scalar registers hold a mask for every element of a thread.
+        num_warps = 8 if block_m < 64 else 16
     blocks = triton.cdiv(units, block_n * starts) * starts
     # Multiply-adds wait for their operands: two programs on a multiprocessor wait at different times.
     programs = device.processors * (2 if multiplies_add else 1)
@@ -195,9 +201,7 @@ def _choose_tile(
         "SUM_COLUMNS": 16 if device.matrix_units else 8,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
-        # 8 warps if a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. For 16-bit numbers 4 are
-        # enough, unless each element has an address and a mask.
-        "num_warps": 8 if block_m >= 32 and (itemsize >= 4 or row_bytes == TILE_ROW_BYTES) else 4,
+        "num_warps": num_warps,
     }
 
 
