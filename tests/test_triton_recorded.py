@@ -33,8 +33,17 @@ from aot.recorded import recorded
 # maxnreg=255 or other numbers of warps would avoid them. But the option does not exist for AMD's GPUs, and the numbers
 # of warps follow from the tiles, for many more sizes than these. A launch that is not listed may not spill.
 KNOWN_SPILLS = {
-    "3.6": {},
-    "3.7": {},
+    "3.6": {
+        "gmp_linear_kernel-float32-BLOCK_M=8-BLOCK_N=32-BLOCK_K=64": 16,
+        "orthogonal_filter_backward_kernel-float32-WIDTH=17-BLOCK_M=4-BLOCK_N=32": 8,
+        "orthogonal_filter_backward_kernel-float32-WIDTH=20-BLOCK_M=4-BLOCK_N=32": 16,
+        "weight_norm_linear_kernel-float32-BLOCK_M=16-BLOCK_N=32-BLOCK_K=32": 8,
+    },
+    "3.7": {
+        "gmp_linear_kernel-float64-BLOCK_M=16-BLOCK_N=32-BLOCK_K=16": 16,
+        "orthogonal_filter_backward_kernel-float32-WIDTH=20-BLOCK_M=4-BLOCK_N=32": 8,
+        "sweep_kernel-float64-WIDTH=7-BLOCK_M=32-BLOCK_N=8": 8,
+    },
 }
 # The arguments that tell sizes of launches of a kernel apart.
 SIZES = ("WIDTH", "LANES", "BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K")
