@@ -486,10 +486,14 @@ def lcw_linear_kernel(
         ones = tl.full((BLOCK_K, SUM_COLUMNS), 1.0, dtype).to(weight.dtype.element_ty)
         weight_sum = tl.zeros((BLOCK_N, SUM_COLUMNS), dtype)
         x_sum = tl.zeros((BLOCK_M, SUM_COLUMNS), dtype)
-    else:
+    elif BLOCK_M < 64:
         # Each lane has a sum of its own, so that threads exchange sums only once, behind the loop.
         weight_sum = tl.zeros((BLOCK_N, BLOCK_K), dtype)
         x_sum = tl.zeros((BLOCK_M, BLOCK_K), dtype)
+    else:
+        # With so many samples, the registers of the lanes' sums would spill.
+        weight_sum = tl.zeros((BLOCK_N,), dtype)
+        x_sum = tl.zeros((BLOCK_M,), dtype)
     for start_column in tl.range(0, count, BLOCK_K, num_stages=STAGES):
         column = start_column + lane
         w_inside, x_inside = unit_present & (column < count), sample_present & (column < count)
@@ -502,9 +506,12 @@ def lcw_linear_kernel(
         if means is None:
             weight_sum = tl.dot(w_tile, ones, weight_sum, out_dtype=dtype)
             x_sum = tl.dot(x_tile, ones, x_sum, out_dtype=dtype)
-        else:
+        elif BLOCK_M < 64:
             weight_sum += w_tile
             x_sum += x_tile
+        else:
+            weight_sum += tl.sum(w_tile, 1)
+            x_sum += tl.sum(x_tile, 1)
     if STARTS != 0:
         edge_ones = tl.full((_EDGE, SUM_COLUMNS), 1.0, dtype).to(weight.dtype.element_ty)
         product = tl.dot(w_edge, tl.trans(x_edge), product, out_dtype=dtype)
@@ -513,7 +520,7 @@ def lcw_linear_kernel(
     if means is None:
         # All columns are equal.
         weight_sum, x_sum = tl.max(weight_sum, 1), tl.max(x_sum, 1)
-    else:
+    elif BLOCK_M < 64:
         weight_sum, x_sum = tl.sum(weight_sum, 1), tl.sum(x_sum, 1)
     if products is None:
         _store_output(
