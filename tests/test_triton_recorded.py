@@ -25,8 +25,10 @@ if "LCW_OPS_RECORDED_LAUNCHES" not in os.environ:
 import triton
 from aot import RECORDED_TARGET
 from aot.compiled import EVERY_LAUNCH, remembered
-from aot.launching import MAX_SPILLED_BYTES, assert_fits, compiling, kernel_names, launch_again
+from aot.launching import MAX_SPILLED_BYTES, assert_fits, compiling, kernel_names
 from aot.recorded import recorded
+
+from lcw_ops.verification.ahead import launch_again
 
 # Bytes that a thread spills, by the versions of Triton for which every launch was compiled. ptxas spills them by
 # itself, far below the limit of 255 registers. They are a few registers, and stay in the first-level cache. The option
