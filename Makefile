@@ -6,7 +6,7 @@
 # make docs   the documentation as a site, in build/docs; needs Python >= 3.11
 # make bench  the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed;
-#             PART=smoke or another part alone: python bench/gpu.py --help
+#             PART=first for half an hour, PART=smoke or another part alone: python -m bench.gpu --help
 # make reproduce   the papers' statements, each with a verdict (about 90 minutes; goes on where it was stopped;
 #                  QUICK=--quick shows in minutes that all of it runs)
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (takes minutes)
@@ -50,7 +50,7 @@ bench: $(VENV)/built
 	$(BIN)/lcw-ops bench --quick
 
 gpu:
-	$(PYTHON) bench/gpu.py $(PART)
+	$(PYTHON) -m bench.gpu $(PART)
 
 reproduce: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check mlxtend==0.25.0
