@@ -1,6 +1,6 @@
-"""Activation functions in a running model, whether modules or plain calls such as ``torch.relu(x)``, and their flat parts.
+"""Activation functions in a running model, modules or plain calls such as ``torch.relu(x)``, and their flat parts.
 
-An activation function is flat where its derivative is at most 5 % of the largest it has. An entry there passes next to
+An activation function is flat from the end of its range on where its derivative is at most 5 % of the largest. An entry there passes next to
 no gradient on: it is saturated. A unit that is there in every sample and position is dead in this batch.
 """
 

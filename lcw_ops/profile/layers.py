@@ -27,7 +27,17 @@ from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.profile import units
 from lcw_ops.profile.activations import Activation, Flat, Watching, has_only_known_activations
 from lcw_ops.profile.arguments import WRAPPED, readable
-from lcw_ops.profile.figures import IN_FUNCTORCH, NO_GRADIENT, UNDER_NO_GRAD, UNREACHED, Table, failed, norm, whole
+from lcw_ops.profile.figures import (
+    IN_FUNCTORCH,
+    NO_GRADIENT,
+    UNDER_NO_GRAD,
+    UNREACHED,
+    Table,
+    attempt,
+    failed,
+    norm,
+    whole,
+)
 from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_ranks, from_rnn, time_first
 from lcw_ops.profile.statistics import Statistics
 
@@ -201,7 +211,7 @@ class Observation:
         # Not module.parameters(recurse=False), which takes as long as a call of a small layer.
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         self.own[id(module)] = [*own, *parametrizations]
-        if isinstance(module, networks) or isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, (*networks, torch.jit.ScriptModule)):
             return
         if is_leaf or _is_leaf(module):
             self._handles.append(module.register_forward_hook(self._after_leaf, with_kwargs=True))
@@ -279,7 +289,10 @@ class Observation:
     def _has_rms(self, call: LayerCall, state: Tensor) -> bool:
         """Whether a call that is repeated now has computed the same: the two rms differ by float64's rounding."""
         self.statistics.flush()
-        return math.isclose(self.table.figure("state_rms", call.row), norm(state) / math.sqrt(state.numel()), rel_tol=1e-12)
+        known, length = self.table.figure("state_rms", call.row), attempt(norm, state)
+        if isinstance(known, str) or isinstance(length, str):
+            return False
+        return math.isclose(known, length / math.sqrt(state.numel()), rel_tol=1e-12)
 
     def _described(self, module: nn.Module, input: Tensor | None, output: Tensor, frame: _Frame | None) -> LayerCall:
         row = self.table.add() if frame is None or frame.row is None else frame.row

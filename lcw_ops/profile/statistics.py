@@ -6,7 +6,7 @@ statistics of a network of many small layers would take several times as long as
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -285,7 +285,10 @@ def _states(stack: Tensor, dim: int | None) -> _States:
         units = stack.shape[dim]
         unit_means = sums / (entries / units)
         shift = torch.linalg.vector_norm(unit_means, dim=1) / math.sqrt(units)
-    return _States(unit_means, *(None if figure is None else _numbers(figure) for figure in ((square / entries).sqrt(), mean, shift)))
+    return _States(
+        unit_means,
+        *(None if figure is None else _numbers(figure) for figure in ((square / entries).sqrt(), mean, shift)),
+    )
 
 
 def _flat_shares(stack: Tensor, dim: int, flat: Flat) -> tuple[np.ndarray, np.ndarray | None]:
@@ -354,7 +357,9 @@ def norms(tensors: list[Tensor]) -> list[float | str]:
 
 
 def norms_of_stack(stack: Tensor) -> np.ndarray:
-    return _numbers(torch.linalg.vector_norm(_wide(stack).flatten(1) if stack.dim() > 1 else _wide(stack)[:, None], dim=1))
+    return _numbers(
+        torch.linalg.vector_norm(_wide(stack).flatten(1) if stack.dim() > 1 else _wide(stack)[:, None], dim=1)
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:
