@@ -1,7 +1,8 @@
 """Activation functions in a running model, modules or plain calls such as ``torch.relu(x)``, and their flat parts.
 
-An activation function is flat from the end of its range on where its derivative is at most 5 % of the largest. An entry there passes next to
-no gradient on: it is saturated. A unit that is there in every sample and position is dead in this batch.
+An activation function is flat from the end of its range on, as far as its derivative is at most 5 % of the largest. An
+entry there passes next to no gradient on: it is saturated. A unit that is there in every sample and position is dead in
+this batch.
 """
 
 import math

@@ -20,7 +20,7 @@ from lcw_ops.reference.gradient_activation import gradient_activation
 
 NOT_OPTIMIZED = "the optimizer does not have this parameter"
 
-# (norm of the update, norm of the weight) of a parameter or of each of its parts along the first dimension, or a reason.
+# (norm of the update, norm of the weight), of a parameter or of each of its parts along dimension 0; or a reason.
 Ratio = tuple[Tensor, Tensor] | str
 
 
