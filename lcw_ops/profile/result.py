@@ -19,15 +19,25 @@ from lcw_ops._files import write_atomically
 from lcw_ops.ops.parallel_depth.solver import Solve
 from lcw_ops.profile.jacobian import JacobianSpectrum
 
+# The version of the JSON files' layout. It grows when a key or a column is removed or changes its meaning; new ones
+# leave it as it is.
+SCHEMA_VERSION = 1
+
 COLUMNS = {
     "name": "module, with #2, #3, ... for further calls; layer[l] is layer (or time step) l of a recurrence",
     "parameters": "parameters of the module itself; each is counted once, in the first row that has it",
     "state_rms": "rms of the output over samples and units",
+    "state_mean": "mean of the output over samples and units",
     "gradient_norm": "norm of dE/d(output) over all samples and all tensors of the output",
     "activation_shift": "rms over units of the mean pre-activation (of other modules: output) over samples",
     "shift_angle": "degrees by which the angle of a weight vector to the mean input differs from 90, rms over units",
     "weight_gradient_norm": "norm of dE/d(weight) over all calls; of all parameters of a module without a matrix; of a "
     "weight shared over time, this step's share",
+    "dead": "share of units whose activation function is flat (derivative at most 5 % of the largest) in all samples",
+    "saturated": "share of the entries at which an activation function that is flat on both sides is flat",
+    "dead_error": "standard error of dead over the samples: sqrt(p (1 - p) / samples)",
+    "saturated_error": "standard error of saturated over the samples, at most: sqrt(p (1 - p) / samples)",
+    "update_ratio": "norm of the optimizer's next update of the weight, divided by the norm of the weight",
     "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
     "gain_lower": "lower bound of the singular values of this layer's Jacobian",
     "gain_upper": "upper bound of the singular values of this layer's Jacobian",
@@ -36,7 +46,7 @@ COLUMNS = {
     "state_rms_bound": "upper bound of state_rms, for |act| <= 1",
 }
 
-# The columns that the table shows, with their headings: they fit a terminal of 80 characters.
+# The columns that the table shows if a row has them, with their headings.
 TABLE_COLUMNS = {
     "state_rms": "state rms",
     "gradient_norm": "gradient",
@@ -44,6 +54,9 @@ TABLE_COLUMNS = {
     "gradient_upper": "at most",
     "activation_shift": "shift",
     "weight_gradient_norm": "dE/dW",
+    "dead": "dead",
+    "saturated": "saturated",
+    "update_ratio": "update",
 }
 
 # The number of rows that the table shows: the first, the last, and some spaced evenly between them.
@@ -263,6 +276,7 @@ class Profile:
             if numbers.any()
         }
         content = {
+            "schema_version": SCHEMA_VERSION,
             **self.summary(),
             "columns": {name: column.tolist() for name, column in self.columns.items()},
             **({"missing": missing} if missing else {}),
