@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from lcw_ops import _old_names
 from lcw_ops._files import write_atomically
+from lcw_ops.profile.headline import SMALLEST
 
 # Blue and vermillion of M. Okabe, K. Ito, "Color Universal Design", 2008, and a dark grey.
 COLOURS = {"orthogonal-filter": "#0072B2", "residual": "#D55E00", "plain": "#4D4D4D"}
@@ -42,8 +43,6 @@ LABEL_POINTS = 200
 # The gap between a line and its label, as a share of the axis.
 LABEL_GAP = 0.015
 
-# float32's smallest normal number: smaller values are rounding errors, or 0.
-SMALLEST = 1.1754944e-38
 UNDERFLOW_NOTE = "underflow: too small for float32"
 
 # More points than pixels only make a line look thick.

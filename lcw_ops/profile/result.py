@@ -241,6 +241,16 @@ class Profile:
 
         plot_profile(self, path)
 
+    def to_html(self, path: str | Path) -> None:
+        """Write one HTML file that loads nothing from any network: headline, plots with zoom, a table of all rows.
+
+        50,000 rows with 25 columns of figures take less than 5 MB. Figures are rounded, by at most 0.013 %; counts are
+        exact. Raises OSError if the file cannot be written.
+        """
+        from lcw_ops.profile.html import write_html
+
+        write_html(self, path)
+
     def to_csv(self, path: str | Path) -> None:
         """Write one row per layer under a header; a cell is empty if its figure is missing.
 
