@@ -11,12 +11,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lcw_ops.jobs.report import IN_WORDS, Report
 from lcw_ops.profile.headline import gradient_fate
-from lcw_ops.profile.plot import COLOURS, DOTS_PER_INCH, STYLE, Line, line_of_text, log_lines, save
+from lcw_ops.profile.plot import COLOURS, DOTS_PER_INCH, INCHES, STYLE, Line, line_of_text, log_lines, save
 
 ACCURACY_COLOUR = "#009E73"
-
-# 1600 x 900 pixels.
-INCHES = (16, 9)
 
 
 def plot_report(report: Report, path: str | Path) -> None:
