@@ -16,7 +16,8 @@ NOTABLE_JUMP = 2.0
 
 def headline(profile) -> tuple[str, str]:
     """(headline, details): the most important finding of a :class:`~lcw_ops.profile.Profile`, and figures beside it."""
-    return _finding(profile), "; ".join(_details(profile))
+    verdict = verdict_of(profile)
+    return _finding(profile, verdict), "; ".join(_details(profile, verdict))
 
 
 def gradient_fate(norms: np.ndarray, names: np.ndarray | None = None) -> str:
@@ -46,12 +47,11 @@ def verdict_of(profile):
     return profile.verdict() if hasattr(profile, "verdict") else None
 
 
-def _finding(profile) -> str:
+def _finding(profile, verdict) -> str:
     if profile.failure is not None:
         return f"The model failed: {profile.failure}"
     if profile.not_finite is not None:
         return _capital(profile.not_finite)
-    verdict = verdict_of(profile)
     return _gradient_finding(profile) if verdict is None else _capital(verdict.headline)
 
 
@@ -69,9 +69,9 @@ def _gradient_finding(profile) -> str:
     return f"From the last to the first of {len(rows):,} rows, the gradient {gradient_fate(norms, names)}"
 
 
-def _details(profile) -> list[str]:
+def _details(profile, verdict) -> list[str]:
     details = []
-    if verdict_of(profile) is not None:
+    if verdict is not None:
         details.append(_gradient_finding(profile))
     if math.isfinite(profile.loss):
         details.append(f"loss {profile.loss:.4g}")
