@@ -177,9 +177,12 @@ def _verdict(profile: Profile) -> str:
         items.append(f"<li>{''.join(lines)}</li>")
     if not items:
         items.append('<li class="well">Nothing is wrong by the checks that could be made.</li>')
+    by_reason: dict[str, list[str]] = {}
+    for kind, reason in verdict.not_judged.items():
+        by_reason.setdefault(str(reason), []).append(str(kind).replace("_", " "))
     not_judged = "".join(
-        f'<p class="muted hint">Not judged: {html.escape(str(kind))} ({html.escape(str(reason))}).</p>'
-        for kind, reason in verdict.not_judged.items()
+        f'<p class="muted hint">Not judged: {html.escape(", ".join(kinds))} ({html.escape(reason)}).</p>'
+        for reason, kinds in by_reason.items()
     )
     return f'<section aria-label="verdict"><ol class="verdict">{"".join(items)}</ol>{not_judged}</section>'
 
