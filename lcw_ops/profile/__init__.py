@@ -10,6 +10,7 @@ from lcw_ops.profile.jacobian import JacobianSpectrum, function_spectrum, lanczo
 from lcw_ops.profile.profiler import profile
 from lcw_ops.profile.reading import read
 from lcw_ops.profile.result import Profile, Solves, Timing
+from lcw_ops.profile.trace import trace
 from lcw_ops.profile.watch import Watch, watch
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "profile",
     "read",
     "spectral_norm_bound",
+    "trace",
     "watch",
 ]
 
