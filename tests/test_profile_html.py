@@ -17,7 +17,7 @@ from support.profiles import made_profile
 from torch import nn
 
 from lcw_ops.profile import html, profile
-from lcw_ops.profile.result import Profile
+from lcw_ops.profile.result import COLUMNS, Profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +32,10 @@ HOSTILE = [
     "a." * 200 + "end",
 ]
 HARD = [math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 1.7976931348623157e308, -1e-300, 1 / 3]
+
+
+def make_page(result: Profile) -> str:
+    return html.make_page(result, result._figure_rows(), COLUMNS)
 
 
 class Elements(HTMLParser):
@@ -84,7 +88,7 @@ def test_the_page_holds_every_figure():
     result = made_profile(len(HARD), state_rms=HARD, gradient_norm=HARD[::-1], parameters=[123_456_789.0] * len(HARD))
     result.missing["gradient_norm"][2] = 1
     result.reasons = ["because </script>"]
-    header, names, columns, reasons = unpacked(html.make_page(result))
+    header, names, columns, reasons = unpacked(make_page(result))
     assert names == list(result.columns["name"])
     assert header["reasons"] == result.reasons
     np.testing.assert_array_equal(columns["parameters"], result.columns["parameters"])
@@ -102,7 +106,7 @@ def test_hostile_names_stay_text():
     result.name = HOSTILE[0]
     result.not_finite = f"the output of {HOSTILE[1]} is NaN"
     result.absent = {HOSTILE[0]: HOSTILE[3], HOSTILE[5]: HOSTILE[4]}
-    page = html.make_page(result)
+    page = make_page(result)
     page.encode()
     _, names, _, _ = unpacked(page)
     assert names == HOSTILE
@@ -112,7 +116,7 @@ def test_hostile_names_stay_text():
 
 
 def test_the_page_loads_nothing():
-    page = html.make_page(made_profile(3))
+    page = make_page(made_profile(3))
     for tag, attributes in Elements(page).elements:
         assert tag not in ("iframe", "object", "embed", "img", "base")
         for name in ("src", "href", "action", "data", "srcset"):
@@ -134,7 +138,7 @@ def deep_profile(rows: int = 50_000, columns: int = 12) -> Profile:
 def test_deep_profiles_stay_below_5_megabytes(columns, bits):
     """Figures of random digits, which do not compress. More columns leave fewer bits."""
     result = deep_profile(columns=columns)
-    page = html.make_page(result)
+    page = make_page(result)
     assert len(page) < 5e6
     header, _, unpacked_columns, _ = unpacked(page)
     assert header["bits"] >= bits
@@ -168,12 +172,12 @@ def test_the_verdict_is_first(monkeypatch):
     )
     verdict = SimpleNamespace(findings=[finding], headline="dying units & more", not_judged={"frozen": "why"})
     monkeypatch.setattr(Profile, "verdict", lambda self: verdict, raising=False)
-    page = html.make_page(made_profile(3))
+    page = make_page(made_profile(3))
     assert "<h1>Dying units &amp; more</h1>" in page
     for words in ("dying units</strong>, layer 3 &lt; 4", "90 % are 0", "Method: LCW", "<code>convert(model)</code>"):
         assert page.index(words) < page.index('class="figures"')
     verdict.findings.clear()
-    assert 'class="well"' in html.make_page(made_profile(3))
+    assert 'class="well"' in make_page(made_profile(3))
 
 
 needs_browser = pytest.mark.skipif(browser.find() is None, reason="no Chromium is installed (apt install chromium)")

@@ -23,8 +23,8 @@ import numpy as np
 
 from lcw_ops._checks import describe
 from lcw_ops._files import write_atomically
-from lcw_ops.profile.headline import SMALLEST
-from lcw_ops.profile.result import Profile, elided, format_table, write_rows
+from lcw_ops.profile.headline import SMALLEST, elided
+from lcw_ops.profile.result import Profile, format_table, write_rows
 
 # Columns that may be zero up to rounding: they are compared with this share of the row's state rms.
 _NEAR_ZERO = ("state_mean", "activation_shift")
@@ -252,7 +252,9 @@ def _difference(column: str, before: np.ndarray, after: np.ndarray, scale: np.nd
             largest = np.fmax(np.fmax(np.abs(before), np.abs(after)), SMALLEST)
             if column in _NEAR_ZERO:
                 largest = np.fmax(largest, _ZERO_SHARE * scale)
-            difference = (after - before) / largest
+            # A figure of either sign that grows in size has a positive change.
+            sign = np.sign(np.where(before == 0, after, before))
+            difference = sign * (after - before) / largest
     same = (before == after) | (np.isnan(before) & np.isnan(after))
     lost = ~(np.isfinite(before) & np.isfinite(after))
     return np.where(same, 0.0, np.where(lost, math.inf, difference))

@@ -1,9 +1,10 @@
-"""The result of a profile in one sentence and a line of details, for the plot and the page.
+"""The result of a profile in one sentence and a line of details, for the plot and the page; and names cut to size.
 
-Both are computed from the figures that the profile has, whichever these are.
+Sentence and details are computed from the figures that the profile has, whichever these are.
 """
 
 import math
+import re
 
 import numpy as np
 
@@ -91,3 +92,23 @@ def _details(profile, verdict) -> list[str]:
     if profile.peak_memory_bytes is not None:
         details.append(f"peak memory {profile.peak_memory_bytes / 1e9:.2f} GB")
     return details
+
+
+def elided(name: str, most: int) -> str:
+    """A name of at most ``most`` letters: words in its middle become "…"; numbers and the last word stay if they fit.
+
+    "encoder.layers.119.attention.self.query" becomes "encoder…119…query".
+    """
+    if len(name) <= most:
+        return name
+    parts = name.split(".")
+    centre = (len(parts) - 1) / 2
+    words = [i for i in range(len(parts) - 1) if not re.search(r"\d", parts[i])]
+    text = name
+    for dropped in sorted(words, key=lambda i: (abs(i - centre), -i)):
+        parts[dropped] = "…"
+        text = re.sub(r"\.?…(\.…)*\.?", "…", ".".join(parts))
+        if len(text) <= most:
+            return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"

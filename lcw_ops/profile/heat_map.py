@@ -14,9 +14,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from lcw_ops.profile.headline import SMALLEST
+from lcw_ops.profile.headline import SMALLEST, elided
 from lcw_ops.profile.plot import DOTS_PER_INCH, INCHES, NAME_SIZE, STYLE, line_of_text, save
-from lcw_ops.profile.result import elided
 
 TITLES = {
     "state_rms": "rms of the output",

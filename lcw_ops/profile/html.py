@@ -18,15 +18,6 @@ import numpy as np
 
 from lcw_ops._files import write_atomically
 from lcw_ops.profile.headline import headline, verdict_of
-from lcw_ops.profile.result import (
-    COLUMNS,
-    Profile,
-    failure_rows,
-    jacobian_rows,
-    json_ready,
-    solves_rows,
-    timing_rows,
-)
 
 # Bits of the mantissa that are kept: a relative error of 5e-7, 8e-6 or 1.2e-4. The first that keeps the file this small
 # is taken.
@@ -41,16 +32,16 @@ BANDS = {
 }
 
 
-def write_html(profile: Profile, path: str | Path) -> None:
-    """Write the page. Raises OSError if the file cannot be written."""
-    page = make_page(profile)
+def write_html(profile, path: str | Path, figures: list[list[str]], meanings: dict[str, str]) -> None:
+    """Write the page; see :func:`make_page`. Raises OSError if the file cannot be written."""
+    page = make_page(profile, figures, meanings)
     write_atomically(path, lambda file: file.write(page))
 
 
-def make_page(profile: Profile) -> str:
-    """The text of the page."""
+def make_page(profile, figures: list[list[str]], meanings: dict[str, str]) -> str:
+    """The text of the page. ``figures``: pairs (figure, value) of the whole model. ``meanings``: of the columns."""
     for bits in MANTISSA_BITS:
-        block, columns = _pack(profile, bits)
+        block, columns = _pack(profile, bits, meanings)
         if len(block) < MOST_BYTES:
             break
     finding, details = headline(profile)
@@ -67,11 +58,11 @@ def make_page(profile: Profile) -> str:
         "headline": re.sub(r"10\^([-\d.]+)", r"10<sup>\1</sup>", html.escape(finding)),
         "details": html.escape(details),
         "verdict": _verdict(profile),
-        "figures": _figures(profile),
+        "figures": _figures(profile, figures),
         "missing": _missing(profile),
         "meanings": _definitions([(column["name"], column["meaning"]) for column in columns]),
         # A name such as </script> must not end the element.
-        "header": json.dumps(json_ready(header), allow_nan=False).replace("<", "\\u003c"),
+        "header": json.dumps(header, allow_nan=False).replace("<", "\\u003c"),
         "data": block,
         "style": _part("page.css"),
         "script": _part("page.js"),
@@ -87,7 +78,7 @@ def _part(name: str) -> str:
     return (Path(__file__).parent / "page" / name).read_text(encoding="utf-8")
 
 
-def _pack(profile: Profile, bits: int) -> tuple[str, list[dict]]:
+def _pack(profile, bits: int, meanings: dict[str, str]) -> tuple[str, list[dict]]:
     """(the compressed block as base64, the description of the columns in it)."""
     names = json.dumps([str(name) for name in profile.columns["name"]]).encode()
     parts, columns = [np.uint32(len(names)).tobytes(), names], []
@@ -106,7 +97,7 @@ def _pack(profile: Profile, bits: int) -> tuple[str, list[dict]]:
         columns.append(
             {
                 "name": name,
-                "meaning": COLUMNS.get(name, name),
+                "meaning": meanings.get(name, name),
                 "bytes": kept,
                 "reasons": numbers is not None and bool(numbers.any()),
                 # Without numbers of reasons, a NaN is a missing figure.
@@ -140,7 +131,7 @@ def _upper_bytes(values: np.ndarray, kept: int) -> np.ndarray:
     return np.ascontiguousarray(big_endian.view(np.uint8).reshape(len(values), size)[:, :kept].T)
 
 
-def _panels(profile: Profile) -> list[dict]:
+def _panels(profile) -> list[dict]:
     """The plots, in the order of the columns; those without a figure are left out."""
     in_band = {edge: title for title, band in BANDS.items() for edge in band if edge is not None}
     panels: dict[str, dict] = {}
@@ -159,7 +150,7 @@ def _panels(profile: Profile) -> list[dict]:
     return [panels[title] for title in order]
 
 
-def _verdict(profile: Profile) -> str:
+def _verdict(profile) -> str:
     """The findings of the profile's verdict, each with its method and its change."""
     verdict = verdict_of(profile)
     if verdict is None:
@@ -187,18 +178,18 @@ def _verdict(profile: Profile) -> str:
     return f'<section aria-label="verdict"><ol class="verdict">{"".join(items)}</ol>{not_judged}</section>'
 
 
-def _figures(profile: Profile) -> str:
+def _figures(profile, figures: list[list[str]]) -> str:
     parameters = int(np.nansum(profile.columns["parameters"])) if "parameters" in profile.columns else None
     rows = [["rows", f"{len(profile):,}"], ["samples", f"{profile.samples:,}"]]
     if parameters is not None:
         rows.append(["parameters", f"{parameters:,}"])
-    rows += failure_rows(profile) + timing_rows(profile) + solves_rows(profile) + jacobian_rows(profile)
+    rows += figures
     machine = profile.machine
     rows.append(["machine", f"{machine.get('device_name', machine.get('device', ''))}, torch {machine.get('torch')}"])
     return "".join(f"<div>{_definitions([row])}</div>" for row in rows)
 
 
-def _missing(profile: Profile) -> str:
+def _missing(profile) -> str:
     """Missing figures of the whole model, and the columns without any figure, with their reasons."""
     rows = list(profile.absent.items())
     for name in profile.columns:

@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 
 from lcw_ops import _old_names
 from lcw_ops._files import write_atomically
-from lcw_ops.profile.headline import SMALLEST, headline
-from lcw_ops.profile.result import elided
+from lcw_ops.profile.headline import SMALLEST, elided, headline
 
 # Blue and vermillion of M. Okabe, K. Ito, "Color Universal Design", 2008, and a dark grey.
 COLOURS = {"orthogonal-filter": "#0072B2", "residual": "#D55E00", "plain": "#4D4D4D"}

@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 
 from lcw_ops._files import write_atomically
 from lcw_ops.ops.parallel_depth.solver import Solve
+from lcw_ops.profile.headline import elided
 from lcw_ops.profile.jacobian import JacobianSpectrum
 
 COLUMNS = {
@@ -213,7 +213,6 @@ class Profile:
         """Everything but the columns, ready for :func:`json_ready`; "solves" only if there are any."""
         solves = {direction: dataclasses.asdict(solves) for direction, solves in self.solves.items()}
         return {
-            "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "loss": self.loss,
             "samples": self.samples,
@@ -244,8 +243,10 @@ class Profile:
         return format_table(header, rows, title) + "\n\n" + self._figures()
 
     def _figures(self) -> str:
-        found = failure_rows(self) + timing_rows(self) + solves_rows(self) + jacobian_rows(self)
-        return format_table(["figure", "value"], found + missing_rows(self))
+        return format_table(["figure", "value"], self._figure_rows() + missing_rows(self))
+
+    def _figure_rows(self) -> list[list[str]]:
+        return failure_rows(self) + timing_rows(self) + solves_rows(self) + jacobian_rows(self)
 
     def plot(self, path: str | Path) -> None:
         """Draw norms by depth on a log axis, with shaded bounds, as PNG, SVG or PDF by the path's ending.
@@ -264,7 +265,7 @@ class Profile:
         """
         from lcw_ops.profile.html import write_html
 
-        write_html(self, path)
+        write_html(self, path, self._figure_rows(), COLUMNS)
 
     def to_csv(self, path: str | Path) -> None:
         """Write one row per layer under a header; a cell is empty if its figure is missing.
@@ -288,6 +289,7 @@ class Profile:
             if numbers.any()
         }
         content = {
+            "schema_version": SCHEMA_VERSION,
             **self.summary(),
             "columns": {name: column.tolist() for name, column in self.columns.items()},
             **({"missing": missing} if missing else {}),
@@ -337,26 +339,6 @@ def notable_rows(profile: Profile, count: int) -> np.ndarray:
 
 # The table shows at least so many letters of a name.
 LEAST_NAME = 12
-
-
-def elided(name: str, most: int) -> str:
-    """A name of at most ``most`` letters: words in its middle become "…"; numbers and the last word stay if they fit.
-
-    "encoder.layers.119.attention.self.query" becomes "encoder…119…query".
-    """
-    if len(name) <= most:
-        return name
-    parts = name.split(".")
-    centre = (len(parts) - 1) / 2
-    words = [i for i in range(len(parts) - 1) if not re.search(r"\d", parts[i])]
-    text = name
-    for dropped in sorted(words, key=lambda i: (abs(i - centre), -i)):
-        parts[dropped] = "…"
-        text = re.sub(r"\.?…(\.…)*\.?", "…", ".".join(parts))
-        if len(text) <= most:
-            return text
-    head = (most - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
 def failure_rows(profile: Profile) -> list[list[str]]:
