@@ -210,7 +210,7 @@ class Profile:
         return len(self.columns["name"])
 
     def summary(self) -> dict:
-        """Everything but the columns, ready for :func:`json_ready`; "solves" only if there are any."""
+        """Everything but the columns, ready for JSON; "solves" only if there are any."""
         solves = {direction: dataclasses.asdict(solves) for direction, solves in self.solves.items()}
         return {
             "name": self.name,
