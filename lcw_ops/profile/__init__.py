@@ -7,16 +7,22 @@ from lcw_ops import _old_names
 from lcw_ops.profile.bounds import spectral_norm_bound
 from lcw_ops.profile.jacobian import JacobianSpectrum, function_spectrum, lanczos_spectrum
 from lcw_ops.profile.profiler import profile
+from lcw_ops.profile.remedies import scale_learning_rate
 from lcw_ops.profile.result import Profile, Solves, Timing
+from lcw_ops.profile.verdict import Finding, Outcome, Verdict
 
 __all__ = [
+    "Finding",
     "JacobianSpectrum",
+    "Outcome",
     "Profile",
     "Solves",
     "Timing",
+    "Verdict",
     "function_spectrum",
     "lanczos_spectrum",
     "profile",
+    "scale_learning_rate",
     "spectral_norm_bound",
 ]
 

@@ -34,6 +34,12 @@ _RECENT = 32
 _TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention, OrthogonalFilterRNN)
 
 
+# In float16, numbers below 8 units of its last place have a rounding error of up to 6 %.
+_COARSE = 8 * 2.0**-24
+
+NOT_HALF = "its gradient is not float16"
+
+
 @dataclass(slots=True)
 class LayerCall:
     """One call of a module. State and shift describe its first floating-point output, the gradient all of them."""
@@ -44,11 +50,14 @@ class LayerCall:
     activation_shift: Figure = UNREACHED
     shift_angle: Figure = UNREACHED
     gradient_norm: Figure = UNREACHED
+    underflow: Figure = NOT_HALF
     rows: int = 1
 
     def add_gradient(self, gradient: Tensor) -> None:
         before = 0.0 if isinstance(self.gradient_norm, str) else self.gradient_norm
         self.gradient_norm = attempt(lambda: math.hypot(before, norm(gradient)))
+        if gradient.dtype is torch.float16:
+            self.underflow = attempt(_underflow, gradient)
 
 
 @dataclass(slots=True)
@@ -386,6 +395,12 @@ def _networks() -> dict[type[nn.Module], Callable]:
     # If the module has not been imported, there is no such network.
     distributed = sys.modules.get("lcw_ops.distributed.module")
     return networks if distributed is None else {**networks, distributed.DepthParallel: _watch_ranks}
+
+
+def _underflow(gradient: Tensor) -> Figure:
+    sizes = gradient.detach().abs()
+    known = (sizes > 0).sum().item()
+    return ((sizes > 0) & (sizes < _COARSE)).sum().item() / known if known else "every entry of its gradient is zero"
 
 
 def _rms(tensor: Tensor) -> float:

@@ -33,6 +33,7 @@ from lcw_ops.profile.figures import failed
 from lcw_ops.profile.flops import Count, Counter
 from lcw_ops.profile.layers import Observation, RecurrenceCall, floating
 from lcw_ops.profile.passes import ModelError, Refused, Work, fully_sharded, place_of
+from lcw_ops.profile.remedies import Experiment
 from lcw_ops.profile.result import Profile, Solves, Timing
 from lcw_ops.profile.rows import Gradients, Rows, first_not_finite, make_rows
 
@@ -54,6 +55,7 @@ def profile(
     matmul_rate: float | None = None,
     name: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    try_remedies: bool = False,
 ) -> Profile:
     """Measure one forward and backward pass of any model.
 
@@ -92,6 +94,9 @@ def profile(
         matmul_rate: this machine's float32 FLOP/s, if it has been measured before (``machine.matmul_rate``).
         name: the model's name in tables and plots; default: its class.
         kwargs: keyword arguments of the model, beside ``inputs``.
+        try_remedies: also make every change that the verdict proposes on a deep copy of the model, and profile the copy
+            with the same batch. The verdict then says what the change did (``Finding.outcome``). Copies are freed, and
+            the profile keeps neither model nor batch.
 
     Raises:
         TypeError: model is not a module or is a ScriptModule, inputs hold no tensor with a dimension, or repeats is not
@@ -113,6 +118,7 @@ def profile(
         name=name,
         kwargs=kwargs,
         begin=lambda part: None,
+        try_remedies=try_remedies,
     )
 
 
@@ -134,6 +140,7 @@ def profile_by_parts(
     kwargs: Mapping[str, Any] | None = None,
     begin: Callable[[str], None],
     weight_norms: np.ndarray | None = None,
+    try_remedies: bool = False,
 ) -> Profile:
     """:func:`profile`, which calls ``begin`` with the name of each of ``PARTS`` before it begins.
 
@@ -169,7 +176,7 @@ def profile_by_parts(
     timing.matmul_rate = machine.matmul_rate(work.device) if matmul_rate is None else matmul_rate
     watched.absent |= rows.absent
     columns, missing = rows.table.columns()
-    return Profile(
+    result = Profile(
         name=name or type(plain).__name__,
         loss=watched.loss,
         samples=work.arguments.first_tensor().shape[watched.sample_dim],
@@ -185,7 +192,17 @@ def profile_by_parts(
         absent=watched.absent,
         failure=watched.failure,
         not_finite=first_not_finite(rows, watched.observation),
+        modules=rows.modules,
     )
+    if try_remedies:
+
+        def measure(copied: nn.Module, same_inputs: Any, copied_optimizer: Any) -> Profile:
+            options: dict[str, Any] = {"jacobian": False, "repeats": 1, "matmul_rate": 1.0, "kwargs": kwargs}
+            return profile(copied, same_inputs, targets, loss, **options)
+
+        with _left_as_it_was(plain, work.device):
+            result.tried = Experiment(measure, plain, inputs, None).tried(result.verdict(), result)
+    return result
 
 
 @dataclass

@@ -18,6 +18,7 @@ import numpy as np
 from lcw_ops._files import write_atomically
 from lcw_ops.ops.parallel_depth.solver import Solve
 from lcw_ops.profile.jacobian import JacobianSpectrum
+from lcw_ops.profile.verdict import Verdict, judge
 
 COLUMNS = {
     "name": "module, with #2, #3, ... for further calls; layer[l] is layer (or time step) l of a recurrence",
@@ -28,6 +29,9 @@ COLUMNS = {
     "shift_angle": "degrees by which the angle of a weight vector to the mean input differs from 90, rms over units",
     "weight_gradient_norm": "norm of dE/d(weight) over all calls; of all parameters of a module without a matrix; of a "
     "weight shared over time, this step's share",
+    "gradient_condition": "ratio of the 95 % to the 5 % quantile of the rms of dE/d(weight) over its units, or over its "
+    "inputs if that is larger",
+    "underflow": "share of the non-zero entries of a float16 dE/d(output) that are too small for a rounding error of 6 %",
     "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
     "gain_lower": "lower bound of the singular values of this layer's Jacobian",
     "gain_upper": "upper bound of the singular values of this layer's Jacobian",
@@ -159,6 +163,8 @@ class Profile:
         absent: figures of the whole model that are missing ("time", "input -> output", ...) -> the reason.
         failure: the model's error and the module in which it was raised, if its forward pass failed.
         not_finite: the layer at which NaN or infinity begins; None if there is none.
+        modules: for every row the path of its module in the model and the name of its class.
+        tried: the verdict with the outcomes of its changes, if ``profile`` was called with ``try_remedies=True``.
     """
 
     name: str
@@ -176,10 +182,13 @@ class Profile:
     absent: dict[str, str] = field(default_factory=dict)
     failure: str | None = None
     not_finite: str | None = None
+    modules: list[tuple[str, str]] = field(default_factory=list)
+    tried: Verdict | None = None
 
     def __setstate__(self, state: dict) -> None:
-        # Profiles that were pickled before there were reasons lack these.
-        self.__dict__.update({"missing": {}, "reasons": [], "absent": {}, "failure": None, "not_finite": None} | state)
+        # Profiles that were pickled before there were reasons, or verdicts, lack these.
+        added = {"missing": {}, "reasons": [], "absent": {}, "failure": None, "not_finite": None}
+        self.__dict__.update({**added, "modules": [], "tried": None, **state})
         vars(self.timing).setdefault("uncounted", ())
 
     def reason(self, column: str, row: int) -> str | None:
@@ -201,6 +210,14 @@ class Profile:
     def __len__(self) -> int:
         return len(self.columns["name"])
 
+    def verdict(self) -> Verdict:
+        """What is wrong, in which rows, and the change that addresses it; or that nothing is wrong.
+
+        The outcomes of the changes are there if the profile was made with ``try_remedies=True``. Kinds that could not
+        be judged are listed with the reason.
+        """
+        return judge(self) if self.tried is None else self.tried
+
     def summary(self) -> dict:
         """Everything but the columns, ready for :func:`json_ready`; "solves" only if there are any."""
         solves = {direction: dataclasses.asdict(solves) for direction, solves in self.solves.items()}
@@ -216,17 +233,18 @@ class Profile:
             "machine": self.machine,
             **({"solves": solves} if solves else {}),
             **{name: value for name in ("absent", "failure", "not_finite") if (value := getattr(self, name))},
+            "verdict": self.verdict().summary(),
         }
 
     def table(self) -> str:
-        """A summary and a selection of rows, for a terminal: with rich when it is installed, else plain text."""
+        """The verdict, a selection of rows and a summary, for a terminal: with rich if it is installed, else as text."""
         shown = np.unique(np.linspace(0, len(self) - 1, TABLE_ROWS).round().astype(int))
         missing = {name: self.is_missing(name) for name in TABLE_COLUMNS}
         columns = ["name", *(name for name in TABLE_COLUMNS if not missing[name].all())]
         rows = [[_cell(self.columns[name][i], name in missing and missing[name][i]) for name in columns] for i in shown]
         header = ["layer", *(TABLE_COLUMNS[name] for name in columns[1:])]
         title = f"{self.name}: {len(shown)} of {len(self)} rows"
-        return format_table(header, rows, title) + "\n\n" + self._figures()
+        return "\n\n".join([str(self.verdict()), format_table(header, rows, title), self._figures()])
 
     def _figures(self) -> str:
         found = failure_rows(self) + timing_rows(self) + solves_rows(self) + jacobian_rows(self)

@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from lcw_ops.nn import OrthogonalFilterRNN
 from lcw_ops.profile import orthogonal_filter as replay
+from lcw_ops.profile.conditions import NO_MATRIX, OF_A_RECURRENCE, conditions
 from lcw_ops.profile.figures import FROZEN, NO_PARAMETERS, UNREACHED, Figure, Table, attempt, failed, norm
-from lcw_ops.profile.layers import LayerCall, Observation, RecurrenceCall
+from lcw_ops.profile.layers import NOT_HALF, LayerCall, Observation, RecurrenceCall
 from lcw_ops.profile.result import COLUMNS
 
 _ONLY_OF_RECURRENCES = "it is known only for the layers of an orthogonal-filter recurrence"
@@ -31,25 +32,30 @@ class Rows:
         names: one per row.
         jacobians: {what: (spectrum, J', e)}, the Jacobians J' 2^e of the recurrences.
         absent: what -> the reason why a Jacobian is missing.
+        modules: for each row the path of its module and the name of its class.
     """
 
     table: Table = field(default_factory=lambda: Table(tuple(name for name in COLUMNS if name != "name")))
     names: list[str] = field(default_factory=list)
     jacobians: dict = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    modules: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
 class Gradients:
-    """The norms of the parameters' gradients by the parameter's id, or the reason why there are none."""
+    """Norm and condition of the parameters' gradients by the parameter's id, or the reason why there are none."""
 
     norms: dict[int, Figure] = field(default_factory=dict)
     missing: str | None = None
+    conditions: dict[int, Figure] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parameters: list[Tensor], gradients: list[Tensor | None]) -> "Gradients":
         pairs = zip(parameters, gradients, strict=True)
-        return cls({id(parameter): attempt(norm, gradient) for parameter, gradient in pairs if gradient is not None})
+        found = {id(parameter): gradient for parameter, gradient in pairs if gradient is not None}
+        norms = {key: attempt(norm, gradient) for key, gradient in found.items()}
+        return cls(norms, conditions=conditions(found))
 
     def of_module(self, own: list[nn.Parameter]) -> Figure:
         """The norm over the module's matrices, or over all its parameters if it has no matrix with a gradient."""
@@ -64,6 +70,15 @@ class Gradients:
         found = [figure for parameter, figure in found if parameter.dim() > 1] or [figure for _, figure in found]
         unknown = [figure for figure in found if isinstance(figure, str)]
         return unknown[0] if unknown else math.hypot(*found) if found else UNREACHED
+
+    def condition_of_module(self, own: list[nn.Parameter]) -> Figure:
+        """The largest condition of the module's matrices."""
+        norm_of_module = self.of_module(own)
+        if isinstance(norm_of_module, str):
+            return norm_of_module
+        found = [self.conditions[id(parameter)] for parameter in own if id(parameter) in self.conditions]
+        numbers = [figure for figure in found if not isinstance(figure, str)]
+        return max(numbers) if numbers else found[0] if found else NO_MATRIX
 
 
 class _Parameters:
@@ -92,6 +107,7 @@ class _Parameters:
 def make_rows(observation: Observation, gradients: Gradients, jacobian: bool) -> Rows:
     """All rows. ``jacobian``: also find the Jacobian h_0 -> h_L of every recurrence that is not too wide."""
     rows, parameters = Rows(), _Parameters()
+    paths = {id(module): path for path, module in observation.model.named_modules()}
     for call in _with_uncalled(observation, gradients):
         own = observation.own[id(call.module)]
         if isinstance(call, LayerCall):
@@ -102,11 +118,14 @@ def make_rows(observation: Observation, gradients: Gradients, jacobian: bool) ->
                 "activation_shift": call.activation_shift,
                 "shift_angle": call.shift_angle,
                 "weight_gradient_norm": gradients.of_module(own),
+                "gradient_condition": gradients.condition_of_module(own),
+                "underflow": _gradient(call.underflow, gradients),
             }
             rows.table.add(figures, _ONLY_OF_RECURRENCES)
             rows.names.append(call.name)
         else:
             _add_recurrence(rows, call, parameters.by_layer(own, call), gradients, jacobian)
+        rows.modules += [(paths[id(call.module)], type(call.module).__name__)] * call.rows
     return rows
 
 
@@ -149,7 +168,7 @@ def _uncalled(observation: Observation, gradients: Gradients, module: nn.Module)
         reason = _UNINITIALISED
     elif isinstance(module, torch.jit.ScriptModule):
         reason = _SCRIPTED
-    return LayerCall(observation.call_name(module), module, reason, reason, reason, reason)
+    return LayerCall(observation.call_name(module), module, reason, reason, reason, reason, reason)
 
 
 def _add_recurrence(
@@ -164,10 +183,11 @@ def _add_recurrence(
         columns, reason = {}, failed(error)
     if call.is_frozen:
         columns["weight_gradient_norm"] = FROZEN
+    columns |= {"gradient_condition": OF_A_RECURRENCE, "underflow": NOT_HALF}
     rows.table.add_rows(steps, {**columns, "parameters": parameters}, reason)
     _explain(rows.table, columns)
     # The Jacobian of a part would not be that of h_0 -> h_L.
-    if jacobian and columns and (call.group is None or call.group.size == 1):
+    if jacobian and "state_rms" in columns and (call.group is None or call.group.size == 1):
         what = "h_0 -> h_L" if call.name == "layer" else f"{call.name}: h_0 -> h_L"
         try:
             if recurrence.h0.shape[1] > replay.EXACT_WIDTH:

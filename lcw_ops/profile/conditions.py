@@ -1,0 +1,69 @@
+"""The condition of a weight's gradient: by how much the gradients of its units, or of its inputs, differ in size.
+
+Badly scaled features or units give one weight gradients that differ by orders of magnitude, so that no single learning
+rate suits it. The figure is the ratio of the 95 % to the 5 % quantile of the rms of the gradient's rows (units) or
+columns (inputs), whichever ratio is larger. Rows and columns without a gradient, such as those of dead units, do not
+count.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lcw_ops.profile.figures import Figure, attempt, failed, whole
+
+# Gradients of one shape are stacked up to this many entries, so that thousands of small layers take few operations.
+_STACKED = 2**22
+
+NO_MATRIX = "no weight with two dimensions has a gradient"
+OF_A_RECURRENCE = "it is not computed for the layers of a recurrence"
+
+
+def conditions(gradients: dict[int, Tensor]) -> dict[int, Figure]:
+    """id -> condition, or the reason why it is missing, for gradients (n, m, ...) with two dimensions or more."""
+    by_kind: dict[tuple, list[tuple[int, Tensor]]] = {}
+    figures: dict[int, Figure] = {}
+    for key, gradient in gradients.items():
+        try:
+            plain = whole(gradient)
+            if plain.layout is not torch.strided:
+                figures[key] = "its gradient is sparse"
+                continue
+            if plain.dim() < 2 or not plain.numel():
+                continue
+            by_kind.setdefault((plain.shape, plain.dtype, plain.device), []).append((key, plain))
+        except Exception as error:
+            figures[key] = failed(error)
+    for members in by_kind.values():
+        size = max(1, _STACKED // members[0][1].numel())
+        for begin in range(0, len(members), size):
+            part = members[begin : begin + size]
+            found = attempt(lambda part=part: _of_stack(torch.stack([gradient for _, gradient in part])))
+            for index, (key, _) in enumerate(part):
+                figures[key] = found if isinstance(found, str) else found[index]
+    return figures
+
+
+def _of_stack(gradients: Tensor) -> list[Figure]:
+    """Of (layers, n, m, ...)."""
+    sizes = (gradients.abs() if gradients.is_complex() else gradients).float().flatten(3)
+    if sizes.dim() == 3:
+        sizes = sizes[..., None]
+    largest = sizes.abs().amax((1, 2, 3), keepdim=True)
+    # Squares of small gradients would underflow.
+    squares = (sizes / largest).square()
+    ratios = torch.stack([_spread(squares.mean((2, 3)).sqrt()), _spread(squares.mean((1, 3)).sqrt())]).amax(0)
+    return [NO_MATRIX_ENTRY if math.isnan(ratio) else ratio for ratio in ratios.tolist()]
+
+
+NO_MATRIX_ENTRY = "the weight's gradient is zero or not finite"
+
+
+def _spread(sizes: Tensor) -> Tensor:
+    """(layers, k) -> (layers,): quantiles of the entries above zero."""
+    known = torch.where(sizes > 0, sizes, math.nan).sort(-1).values
+    counts = (sizes > 0).sum(-1, keepdim=True)
+    low = known.gather(-1, (0.05 * (counts - 1)).round().long().clamp_(min=0))
+    high = known.gather(-1, (0.95 * (counts - 1)).round().long().clamp_(min=0))
+    return (high / low)[:, 0]

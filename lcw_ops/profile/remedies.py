@@ -1,0 +1,221 @@
+"""The change that addresses a finding: one line of Python, and its result on a copy of the model.
+
+A line uses the names ``model``, ``inputs``, ``optimizer``, ``torch`` and ``lcw_ops``. It works on the user's objects, or
+binds ``model`` and ``inputs`` anew.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import lcw_ops
+from lcw_ops._runs import fresh_copy
+from lcw_ops.profile.figures import failed
+from lcw_ops.profile.verdict import KINDS, Finding, NotJudged, Outcome, Range, Verdict
+
+if TYPE_CHECKING:
+    from lcw_ops.profile.result import Profile
+
+# Layers with a leaf ``weight`` of shape (units, inputs, ...) that init.lps_ can fill, by the name of their class.
+_FILLABLE = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+
+# Modules that are one of the activations of init.lps_.
+_ACTIVATIONS = {
+    "ReLU": "relu",
+    "LeakyReLU": "leaky_relu",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "SiLU": "silu",
+    "GELU": "gelu",
+    "Softplus": "softplus",
+    "ELU": "elu",
+}
+
+# The most layers that are drawn one by one; if more are affected, all layers of the model are drawn.
+_MOST_LAYERS = 4
+
+# The change of a weight in one step, relative to its size, to which a learning rate is set: the middle between the
+# thresholds of "too large" and "too small" on a logarithmic scale.
+TARGET_RATIO = (KINDS["learning rate too large"].threshold * KINDS["learning rate too small"].threshold) ** 0.5
+
+_LPS = "LPS initialisation (lcw_ops.init): pre-activations of mean square 1. The drawn layers lose what they learned"
+_REDRAW_ALL = "lcw_ops.init.lps_model_(model, inputs)"
+
+
+def remedy(profile: "Profile", kind: str, found: Range) -> tuple[str, str]:
+    """(method, line) for a finding."""
+    return _REMEDIES[kind](profile, found)
+
+
+def _draw(profile: "Profile", found: Range) -> tuple[str, str]:
+    """Draw the layers of these rows anew, or all layers of the model if some of them cannot be drawn by themselves."""
+    places = _layers_of(profile, found)
+    if places is None or len(places) > _MOST_LAYERS:
+        return _LPS, _REDRAW_ALL
+    calls = []
+    for row in places:
+        layer = _access(profile.modules[row][0])
+        calls.append(f"lcw_ops.init.lps_({layer}.weight, {layer}.bias, {_activation_before(profile, row)!r})")
+    return _LPS, "; ".join(calls)
+
+
+def _draw_all(profile: "Profile", found: Range) -> tuple[str, str]:
+    return _LPS, _REDRAW_ALL
+
+
+def _layers_of(profile: "Profile", found: Range) -> list[int] | None:
+    """The rows whose weights decide these rows: those among them, or the last one before. None if not all fillable."""
+    weighted = [row for row, (_, kind) in enumerate(profile.modules) if kind in _FILLABLE]
+    others = profile.columns["parameters"] > 0
+    inside = [row for row in range(found.first, found.last + 1) if others[row] or row in weighted]
+    if not inside:
+        inside = [row for row in range(found.first) if others[row]][-1:]
+    return inside if inside and all(row in weighted for row in inside) else None
+
+
+def _activation_before(profile: "Profile", row: int) -> str | None:
+    """The activation that makes the row's input, as far as modules tell; None for the first layer."""
+    for before in range(row - 1, -1, -1):
+        kind = profile.modules[before][1]
+        if kind in _ACTIVATIONS:
+            return _ACTIVATIONS[kind]
+        if kind in _FILLABLE:
+            # An activation that is no module: of the usual ones, ReLU.
+            return "relu"
+    return None
+
+
+def _access(path: str) -> str:
+    return f"model.get_submodule({path!r})" if path else "model"
+
+
+def _lcw(profile: "Profile", found: Range) -> tuple[str, str]:
+    method = "LCW (lcw_ops.convert): zero-sum weights, on which a common mean of the inputs has no effect"
+    optimizer = "" if profile.is_missing("update_ratio").all() else ", optimizer=optimizer"
+    return method, f'model = lcw_ops.convert(model, "lcw", inputs=inputs{optimizer}).model'
+
+
+def _gaf(profile: "Profile", found: Range) -> tuple[str, str]:
+    method = "activated gradients (lcw_ops.activate_gradients): small entries grow, large ones are bounded"
+    return method, "lcw_ops.activate_gradients(optimizer)"
+
+
+def _rate(profile: "Profile", found: Range) -> tuple[str, str]:
+    method = f"a learning rate at which a step changes the weights by about {TARGET_RATIO:.0e} of their size"
+    factor = TARGET_RATIO / found.figure if found.figure > 0 else 1 / TARGET_RATIO
+    paths = _paths(profile, found)
+    if len(paths) == len(_paths(profile, Range(0, len(profile) - 1, 0.0))):
+        return method, f'[group.update(lr={factor:.1g} * group["lr"]) for group in optimizer.param_groups]'
+    modules = ", ".join(map(_access, paths))
+    return method, f"lcw_ops.profile.scale_learning_rate(optimizer, {factor:.1g}, {modules})"
+
+
+def _paths(profile: "Profile", found: Range) -> list[str]:
+    """The modules with parameters in these rows."""
+    counts = profile.columns["parameters"]
+    return list(dict.fromkeys(profile.modules[row][0] for row in range(found.first, found.last + 1) if counts[row] > 0))
+
+
+def scale_learning_rate(optimizer: torch.optim.Optimizer, factor: float, *modules: nn.Module) -> None:
+    """Multiply the learning rate of these modules' parameters by ``factor``; the other parameters keep theirs.
+
+    A group that holds parameters of both kinds is divided in two. State stays with its parameter.
+    """
+    scaled = {id(parameter) for module in modules for parameter in module.parameters()}
+    for group in list(optimizer.param_groups):
+        inside = [parameter for parameter in group["params"] if id(parameter) in scaled]
+        others = [parameter for parameter in group["params"] if id(parameter) not in scaled]
+        if inside and others:
+            group["params"] = others
+            optimizer.add_param_group({**group, "params": inside, "lr": factor * group["lr"]})
+        elif inside:
+            group["lr"] = factor * group["lr"]
+
+
+def _thaw(profile: "Profile", found: Range) -> tuple[str, str]:
+    reason = "train them, if they are not frozen on purpose"
+    paths = _paths(profile, found)
+    if len(paths) > _MOST_LAYERS:
+        return reason, "model.requires_grad_(True)"
+    return reason, "; ".join(f"{_access(path)}.requires_grad_(True)" for path in paths)
+
+
+def _unused(profile: "Profile", found: Range) -> tuple[str, str]:
+    return "call the layers in the model's forward pass, or remove them: no line does that", ""
+
+
+def _wider_range(profile: "Profile", found: Range) -> tuple[str, str]:
+    method = "bfloat16, which has float32's range; or torch.amp.GradScaler, which activate_gradients works with"
+    return method, "model, inputs = model.bfloat16(), inputs.bfloat16()"
+
+
+_REMEDIES: dict[str, Callable[["Profile", Range], tuple[str, str]]] = {
+    "non-finite": _draw,
+    "dying": _draw,
+    "saturation": _draw,
+    "underflow": _wider_range,
+    "ill-conditioned": _gaf,
+    "activation shift": _lcw,
+    "exploding": _draw_all,
+    "vanishing": _draw_all,
+    "learning rate too large": _rate,
+    "learning rate too small": _rate,
+    "frozen": _thaw,
+    "unused": _unused,
+}
+
+
+# ---- Trying a change ------------------------------------------------------------------------------------------------
+
+
+class Experiment:
+    """Runs changes on copies of a model. It lives only as long as ``profile`` runs."""
+
+    def __init__(self, measure: Callable[..., "Profile"], model: nn.Module, inputs: Any, optimizer: Any) -> None:
+        self._measure, self._model, self._inputs, self._optimizer = measure, model, inputs, optimizer
+        self._after: dict[str, Profile | str] = {}
+
+    def tried(self, verdict: Verdict, before: "Profile") -> Verdict:
+        """The verdict with the outcomes of all changes. The caller's random state is the caller's to keep."""
+        findings = [dataclasses.replace(one, outcome=self._outcome(one, before)) for one in verdict.findings]
+        return dataclasses.replace(verdict, findings=findings)
+
+    def _outcome(self, finding: Finding, before: "Profile") -> Outcome | None:
+        if not finding.change:
+            return None
+        if finding.change not in self._after:
+            self._after[finding.change] = self._profile_after(finding.change)
+        after = self._after[finding.change]
+        if isinstance(after, str):
+            return Outcome(error=after)
+        kind = KINDS[finding.kind]
+        names = set(before.columns["name"][finding.first : finding.last + 1])
+        try:
+            figure = kind.at(after, names)
+            found = kind.find(after)
+        except NotJudged as reason:
+            return Outcome(error=f"the figure is missing after the change: {reason}")
+        remaining = {name for one in found for name in after.columns["name"][one.first : one.last + 1]}
+        return Outcome(figure, before.loss, after.loss, not names.isdisjoint(remaining))
+
+    def _profile_after(self, change: str) -> "Profile | str":
+        if self._optimizer is None and "optimizer" in change:
+            return "it changes the optimizer, and profile was given none (optimizer=...)"
+        try:
+            # Together, so that the copied optimizer has the copied model's parameters.
+            model, optimizer = copy.deepcopy((self._model, self._optimizer))
+            names = {
+                "model": model,
+                "inputs": fresh_copy(self._inputs, self._model),
+                "optimizer": optimizer,
+                "torch": torch,
+                "lcw_ops": lcw_ops,
+            }
+            exec(change, names)  # noqa: S102
+            return self._measure(names["model"], names["inputs"], names["optimizer"])
+        except Exception as error:
+            return failed(error)
