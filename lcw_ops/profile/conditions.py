@@ -1,9 +1,10 @@
 """The condition of a weight's gradient: by how much the gradients of its units, or of its inputs, differ in size.
 
 Badly scaled features or units give one weight gradients that differ by orders of magnitude, so that no single learning
-rate suits it. The figure is the ratio of the 95 % to the 5 % quantile of the rms of the gradient's rows (units) or
-columns (inputs), whichever ratio is larger. Rows and columns without a gradient, such as those of dead units, do not
-count.
+rate suits it. The size of a unit (or input) is the rms of its row (or column) of the gradient. The figure is the ratio
+of the rms of these sizes to their geometric mean, of the units or of the inputs, whichever is larger. It is 1 for equal
+sizes and 23 for sizes spread evenly over four decades; one ReLU that hardly ever fires changes it little. Units without
+a gradient, such as dead ones, do not count.
 """
 
 import math
@@ -17,6 +18,7 @@ from lcw_ops.profile.figures import Figure, attempt, failed, whole
 _STACKED = 2**22
 
 NO_MATRIX = "no weight with two dimensions has a gradient"
+NO_ENTRY = "the weight's gradient is zero or not finite"
 OF_A_RECURRENCE = "it is not computed for the layers of a recurrence"
 
 
@@ -47,23 +49,18 @@ def conditions(gradients: dict[int, Tensor]) -> dict[int, Figure]:
 
 def _of_stack(gradients: Tensor) -> list[Figure]:
     """Of (layers, n, m, ...)."""
-    sizes = (gradients.abs() if gradients.is_complex() else gradients).float().flatten(3)
-    if sizes.dim() == 3:
-        sizes = sizes[..., None]
+    sizes = (gradients.abs() if gradients.is_complex() else gradients).float()
+    sizes = sizes.reshape(*sizes.shape[:3], -1)
     largest = sizes.abs().amax((1, 2, 3), keepdim=True)
     # Squares of small gradients would underflow.
-    squares = (sizes / largest).square()
+    squares = (sizes / largest).square_()
     ratios = torch.stack([_spread(squares.mean((2, 3)).sqrt()), _spread(squares.mean((1, 3)).sqrt())]).amax(0)
-    return [NO_MATRIX_ENTRY if math.isnan(ratio) else ratio for ratio in ratios.tolist()]
-
-
-NO_MATRIX_ENTRY = "the weight's gradient is zero or not finite"
+    return [NO_ENTRY if math.isnan(ratio) else ratio for ratio in ratios.tolist()]
 
 
 def _spread(sizes: Tensor) -> Tensor:
-    """(layers, k) -> (layers,): quantiles of the entries above zero."""
-    known = torch.where(sizes > 0, sizes, math.nan).sort(-1).values
-    counts = (sizes > 0).sum(-1, keepdim=True)
-    low = known.gather(-1, (0.05 * (counts - 1)).round().long().clamp_(min=0))
-    high = known.gather(-1, (0.95 * (counts - 1)).round().long().clamp_(min=0))
-    return (high / low)[:, 0]
+    """(layers, k) -> (layers,): rms by geometric mean of the entries above zero; NaN without any."""
+    is_on = sizes > 0
+    count = is_on.sum(-1)
+    geometric = (torch.where(is_on, sizes, 1.0).log().sum(-1) / count).exp()
+    return (sizes.square().sum(-1) / count).sqrt() / geometric

@@ -47,7 +47,10 @@ _REDRAW_ALL = "lcw_ops.init.lps_model_(model, inputs)"
 
 
 def remedy(profile: "Profile", kind: str, found: Range) -> tuple[str, str]:
-    """(method, line) for a finding."""
+    """(method, line) for a finding. The line is "" if no line is known to help."""
+    if len(profile.modules) != len(profile):
+        # A profile that was pickled before there were verdicts does not know which modules the rows are.
+        return _REMEDIES[kind](dataclasses.replace(profile, modules=[("", "")] * len(profile)), found)
     return _REMEDIES[kind](profile, found)
 
 
@@ -95,7 +98,8 @@ def _access(path: str) -> str:
 
 def _lcw(profile: "Profile", found: Range) -> tuple[str, str]:
     method = "LCW (lcw_ops.convert): zero-sum weights, on which a common mean of the inputs has no effect"
-    optimizer = "" if profile.is_missing("update_ratio").all() else ", optimizer=optimizer"
+    has_optimizer = "update_ratio" in profile.columns and not profile.is_missing("update_ratio").all()
+    optimizer = ", optimizer=optimizer" if has_optimizer else ""
     return method, f'model = lcw_ops.convert(model, "lcw", inputs=inputs{optimizer}).model'
 
 

@@ -29,8 +29,8 @@ COLUMNS = {
     "shift_angle": "degrees by which the angle of a weight vector to the mean input differs from 90, rms over units",
     "weight_gradient_norm": "norm of dE/d(weight) over all calls; of all parameters of a module without a matrix; of a "
     "weight shared over time, this step's share",
-    "gradient_condition": "ratio of the 95 % to the 5 % quantile of the rms of dE/d(weight) over its units, or over its "
-    "inputs if that is larger",
+    "gradient_condition": "rms by geometric mean of the sizes of the units' rows of dE/d(weight), or of the inputs' "
+    "columns if that is larger",
     "underflow": "share of the non-zero entries of a float16 dE/d(output) that are too small for a rounding error of 6 %",
     "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
     "gain_lower": "lower bound of the singular values of this layer's Jacobian",

@@ -386,15 +386,10 @@ KINDS: dict[str, Kind] = {
     ),
     "ill-conditioned": _ByRow(
         "ill-conditioned gradients",
-        300.0,
-        "the gradients of one weight's units or inputs differ by a factor of {figure:.2g} (threshold {threshold:.2g})",
-        _column("gradient_condition"),
-    ),
-    "activation shift": _ByRow(
-        "activation shift",
         15.0,
-        "the mean over samples is {figure:.2g} times the deviation from it (threshold {threshold:.2g})",
-        shift_ratios,
+        "in the gradient of a weight, the rms of the units' or inputs' sizes is {figure:.2g} times their geometric mean "
+        "(threshold {threshold:.2g})",
+        _column("gradient_condition"),
     ),
     "exploding": _Along(
         "exploding gradient",
@@ -408,6 +403,12 @@ KINDS: dict[str, Kind] = {
         "on its way back through these rows the gradient shrinks to {figure:.2g} of its size "
         "(threshold {threshold:.0e})",
         True,
+    ),
+    "activation shift": _ByRow(
+        "activation shift",
+        15.0,
+        "the mean over samples is {figure:.2g} times the deviation from it (threshold {threshold:.2g})",
+        shift_ratios,
     ),
     "learning rate too large": _ByRow(
         "learning rate too large",
