@@ -85,9 +85,9 @@ def unused(subject: Subject, index: int) -> None:
 def underflow(subject: Subject, index: int) -> None:
     """float16 without loss scaling, and small weights after large ones: the function is nearly the same."""
     before = subject.model.get_submodule(subject.layers[index - 1])
-    before.weight.mul_(1000.0)
-    before.bias.mul_(1000.0)
-    _weight(subject, index).div_(1000.0)
+    before.weight.mul_(2500.0)
+    before.bias.mul_(2500.0)
+    _weight(subject, index).div_(2500.0)
     subject.model.half()
     subject.dtype = torch.float16
 

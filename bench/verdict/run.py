@@ -47,7 +47,7 @@ HEALTHY_STEPS = (0, 30, 150)
 class Row:
     """One line of the file. Which fields apply depends on the experiment; others are empty.
 
-    layer: the index of the faulty layer. named: whether a finding of the right kind begins within one layer of it.
+    fault: in the experiment "healthy" the model, which is a part of a run too. layer: the index of the faulty layer. named: whether a finding of the right kind begins within one layer of it.
     found: all findings as kind@layer, in their order. treatment, change, loss: of the experiment "mending".
     """
 
@@ -96,6 +96,15 @@ def layer_of(result: Profile, subject: Subject, row: int) -> int:
 
 def in_words(result: Profile, subject: Subject, verdict: Verdict) -> str:
     return " ".join(f"{one.kind.replace(' ', '_')}@{layer_of(result, subject, one.first)}" for one in verdict)
+
+
+def in_half(subject: Subject, seed: int) -> Profile:
+    """In float16, with the loss scaled as GradScaler does it: 2^16 to begin with, halved until nothing overflows."""
+    subject.model.half()
+    subject.dtype, subject.loss_scale = torch.float16, 2.0**16
+    while (result := measured(subject, seed)).not_finite is not None and subject.loss_scale > 1:
+        subject.loss_scale /= 2
+    return result
 
 
 def faulty(half: str, family: str, seed: int, fault: str, index: int) -> Subject:
@@ -148,23 +157,19 @@ def detection(half: str, fault: str) -> Iterator[dict]:
                 }
 
 
-def healthy(half: str, _: str) -> Iterator[dict]:
-    for family in FAMILIES[half]:
-        for seed in SEEDS[half]:
-            for optimizer in ("sgd", "adam"):
-                for steps in HEALTHY_STEPS:
-                    subject = build(half, family, seed)
-                    loss = train(subject, seed, steps, subject.optimizer(optimizer)) if steps else math.nan
-                    given = {"model": family, "seed": seed, "steps": steps, "optimizer": optimizer, "loss": loss}
-                    result = measured(subject, seed, optimizer)
-                    yield {**given, "found": in_words(result, subject, result.verdict())}
-                    if steps and "homogeneous" in subject.traits and optimizer == "sgd":
-                        # With the loss scaled, as GradScaler does it.
-                        subject.model.half()
-                        subject.dtype, subject.loss_scale = torch.float16, 1024.0
-                        result = measured(subject, seed, optimizer)
-                        found = in_words(result, subject, result.verdict())
-                        yield {**given, "model": f"{family}, float16", "found": found}
+def healthy(half: str, family: str) -> Iterator[dict]:
+    for seed in SEEDS[half]:
+        for optimizer in ("sgd", "adam"):
+            for steps in HEALTHY_STEPS:
+                subject = build(half, family, seed)
+                loss = train(subject, seed, steps, subject.optimizer(optimizer)) if steps else math.nan
+                given = {"model": family, "seed": seed, "steps": steps, "optimizer": optimizer, "loss": loss}
+                result = measured(subject, seed, optimizer)
+                yield {**given, "found": in_words(result, subject, result.verdict())}
+                if steps and "homogeneous" in subject.traits and optimizer == "sgd":
+                    result = in_half(subject, seed)
+                    found = in_words(result, subject, result.verdict())
+                    yield {**given, "model": f"{family}, float16", "found": found}
 
 
 def other_changes(result: Profile, found: Range, own: str) -> list[str]:
@@ -318,15 +323,14 @@ def main(arguments: list[str]) -> int:
     commit = runner._commit()
     for half in [args.half] if args.half else FAMILIES:
         for experiment in [args.experiment] if args.experiment else EXPERIMENTS:
-            faults = [""] if experiment == "healthy" else [args.fault] if args.fault else [*FAULTS]
-            for fault in faults:
-                if (half, experiment, fault) in done:
+            # The parts of "healthy" are the models.
+            parts = [*FAMILIES[half]] if experiment == "healthy" else [args.fault] if args.fault else [*FAULTS]
+            for part in parts:
+                if (half, experiment, part) in done:
                     continue
                 now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-                new = [
-                    Row(now, commit, torch.__version__, half, experiment, fault, **given)
-                    for given in EXPERIMENTS[experiment](half, fault)
-                ]
+                found = EXPERIMENTS[experiment](half, part)
+                new = [Row(now, commit, torch.__version__, half, experiment, part, **given) for given in found]
                 _append(args.out, new)
     print(tables(list(csv.DictReader(args.out.open()))))
     return 0

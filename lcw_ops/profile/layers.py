@@ -398,9 +398,9 @@ def _networks() -> dict[type[nn.Module], Callable]:
 
 
 def _underflow(gradient: Tensor) -> Figure:
-    sizes = gradient.detach().abs()
-    known = (sizes > 0).sum().item()
-    return ((sizes > 0) & (sizes < _COARSE)).sum().item() / known if known else "every entry of its gradient is zero"
+    sizes = gradient.detach().abs().float()
+    whole = sizes.sum().item()
+    return sizes[sizes < _COARSE].sum().item() / whole if whole else "every entry of its gradient is zero"
 
 
 def _rms(tensor: Tensor) -> float:

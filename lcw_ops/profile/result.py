@@ -31,7 +31,7 @@ COLUMNS = {
     "weight shared over time, this step's share",
     "gradient_condition": "rms by geometric mean of the sizes of the units' rows of dE/d(weight), or of the inputs' "
     "columns if that is larger",
-    "underflow": "share of the non-zero entries of a float16 dE/d(output) that are too small for a rounding error of 6 %",
+    "underflow": "share of the 1-norm of a float16 dE/d(output) in entries so small that their rounding error reaches 6 %",
     "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
     "gain_lower": "lower bound of the singular values of this layer's Jacobian",
     "gain_upper": "upper bound of the singular values of this layer's Jacobian",

@@ -344,6 +344,17 @@ def _column(name: str) -> Callable:
     return lambda profile: _figures(profile, name)
 
 
+def _dead(profile: "Profile") -> tuple[np.ndarray, np.ndarray]:
+    """The shares of dead units, apart from those of activations that saturate on both sides: they are "saturation"."""
+    rows, shares = _figures(profile, "dead")
+    if "saturated" not in profile.columns:
+        return rows, shares
+    one_sided = profile.is_missing("saturated")[rows]
+    if not one_sided.any():
+        raise NotJudged("no row has an activation function with one flat side")
+    return rows[one_sided], shares[one_sided]
+
+
 def shift_ratios(profile: "Profile") -> tuple[np.ndarray, np.ndarray]:
     """(rows with parameters, mean over samples by deviation of the outputs there, rms over units)."""
     rows, shifts = _figures(profile, "activation_shift")
@@ -369,8 +380,8 @@ KINDS: dict[str, Kind] = {
     "dying": _ByRow(
         "dying units",
         0.5,
-        "{figure:.0%} of the units are zero for every sample (threshold {threshold:.0%})",
-        _column("dead"),
+        "the activation function of {figure:.0%} of the units is flat for every sample (threshold {threshold:.0%})",
+        _dead,
     ),
     "saturation": _ByRow(
         "saturated activations",
@@ -380,8 +391,8 @@ KINDS: dict[str, Kind] = {
     ),
     "underflow": _ByRow(
         "16-bit underflow",
-        0.5,
-        "{figure:.0%} of the gradient's entries are lost below float16's range (threshold {threshold:.0%})",
+        0.05,
+        "{figure:.0%} of the gradient lies in entries that float16 rounds by up to 6 % or to zero (threshold {threshold:.0%})",
         _column("underflow"),
     ),
     "ill-conditioned": _ByRow(
@@ -393,13 +404,13 @@ KINDS: dict[str, Kind] = {
     ),
     "exploding": _Along(
         "exploding gradient",
-        1e4,
+        1e3,
         "on its way back through these rows the gradient grows by {figure:.2g} (threshold {threshold:.0e})",
         False,
     ),
     "vanishing": _Along(
         "vanishing gradient",
-        1e-4,
+        1e-3,
         "on its way back through these rows the gradient shrinks to {figure:.2g} of its size "
         "(threshold {threshold:.0e})",
         True,
