@@ -123,7 +123,7 @@ def test_a_fault_is_named_in_its_layer(kind):
     assert not result.verdict().is_healthy
 
 
-@pytest.mark.parametrize("factor, kind", [(100.0, "learning rate too large"), (1e-4, "learning rate too small")])
+@pytest.mark.parametrize(("factor", "kind"), [(100.0, "learning rate too large"), (1e-4, "learning rate too small")])
 def test_a_learning_rate_is_named_in_the_layers_that_have_it(factor, kind):
     model = chain(nn.ReLU)
     optimizer = sgd(model)
@@ -278,7 +278,7 @@ def with_column(column, values):
 
 
 @pytest.mark.parametrize(
-    "kind, norms, expected",
+    ("kind", "norms", "expected"),
     [
         # The rows whose modules shrink the gradient: row i makes the step from its own gradient to that of row i - 1.
         ("vanishing", [1e-6, 1e-6, 1e-4, 1e-2, 1.0, 1.0], (2, 4, 1e-6)),
@@ -341,7 +341,9 @@ def test_gradient_condition_does_not_depend_on_the_scale_and_leaves_out_dead_uni
 
 
 def test_gradient_condition_without_a_gradient_has_a_reason():
-    result = measure(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), torch.ones(2, 4), loss=lambda output: 0 * output.sum())
+    result = measure(
+        nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), torch.ones(2, 4), loss=lambda output: 0 * output.sum()
+    )
     assert "zero" in result.reason("gradient_condition", 0)
     assert "dimensions" in result.reason("gradient_condition", 1)
 
@@ -361,8 +363,8 @@ def test_the_proposed_line_runs_and_is_tried(kind):
     assert finding.change
     assert finding.outcome.error is None
     assert math.isfinite(finding.outcome.loss_after)
-    if kind != "ill-conditioned":
-        assert not finding.outcome.remains, finding
+    # LCW does not change the layer whose own bias is the cause.
+    assert finding.outcome.remaining <= (1 if kind == "activation shift" else 0) < finding.outcome.rows + 1
     # The same line on the user's own objects.
     names = {"model": model, "inputs": x, "optimizer": optimizer, "lcw_ops": lcw_ops, "torch": torch}
     exec(finding.change, names)
@@ -371,7 +373,7 @@ def test_the_proposed_line_runs_and_is_tried(kind):
     names["optimizer"].step()
 
 
-@pytest.mark.parametrize("factor, kind", [(100.0, "learning rate too large"), (1e-4, "learning rate too small")])
+@pytest.mark.parametrize(("factor", "kind"), [(100.0, "learning rate too large"), (1e-4, "learning rate too small")])
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_the_line_for_a_learning_rate_mends_it(factor, kind, everywhere):
     model = chain(nn.ReLU)
@@ -458,7 +460,9 @@ def test_without_an_optimizer_a_line_that_needs_one_is_not_tried():
 
 def test_scale_learning_rate_divides_groups_and_keeps_state():
     model = chain(depth=2)
-    optimizer = torch.optim.Adam([{"params": [*model[0].parameters(), *model[2].parameters()]}, {"params": model[4].parameters()}], 0.1)
+    optimizer = torch.optim.Adam(
+        [{"params": [*model[0].parameters(), *model[2].parameters()]}, {"params": model[4].parameters()}], 0.1
+    )
     nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
     optimizer.step()
     states = {id(parameter): optimizer.state[parameter]["exp_avg"] for parameter in model.parameters()}
@@ -477,14 +481,15 @@ def test_scale_learning_rate_divides_groups_and_keeps_state():
 
 def test_the_verdict_comes_first_in_table_and_is_in_json(tmp_path):
     model = chain()
-    non_finite(model)
+    vanishing(model)
     result = examined(model)
     assert result.table().startswith("Verdict: ")
     result.to_json(tmp_path / "p.json")
     content = json.loads((tmp_path / "p.json").read_text())
-    assert content["verdict"]["findings"][0]["kind"] == "non-finite"
+    assert content["verdict"]["findings"][0]["kind"] == "vanishing"
     result.plot(tmp_path / "p.svg")
-    assert "NaN or infinity begins" in "".join((tmp_path / "p.svg").read_text().split("<!--"))
+    # Letters are drawn as curves, with the text in a comment beside them.
+    assert "anishing gradient" in (tmp_path / "p.svg").read_text()
 
 
 def test_every_kind_has_words_for_its_figure():

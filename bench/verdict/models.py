@@ -103,7 +103,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, activation: str) -> None:
         super().__init__()
-        self.norm, self.first, self.second = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm, self.first, self.second = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
         self.act = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,9 +119,7 @@ def residual(activation: str, width: int, blocks: int, rate: float, dtype=torch.
         nn.Linear(SIDE * SIDE, width), *(Block(width, activation) for _ in range(blocks)), nn.Linear(width, CLASSES)
     )
     inside = [f"{block}.{part}" for block in range(1, blocks + 1) for part in ("first", "second")]
-    return Subject(
-        model.to(dtype), ["0", *inside, str(blocks + 1)], frozenset({activation} & {"relu"}), rate, dtype
-    )
+    return Subject(model.to(dtype), ["0", *inside, str(blocks + 1)], frozenset({activation} & {"relu"}), rate, dtype)
 
 
 class ConvBlock(nn.Module):
@@ -220,6 +222,8 @@ def batches(seed: int, steps: int) -> list[tuple[Tensor, Tensor]]:
     """Batches of the digits' training set, in an order of this seed."""
     digits = data.load_digits(0)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(digits.x_train), generator=generator) for _ in range(1 + steps * BATCH // 1400)])
+    order = torch.cat(
+        [torch.randperm(len(digits.x_train), generator=generator) for _ in range(1 + steps * BATCH // 1400)]
+    )
     parts = order[: steps * BATCH].split(BATCH)
     return [(digits.x_train[part], digits.y_train[part]) for part in parts]

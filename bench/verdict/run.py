@@ -180,7 +180,7 @@ def other_changes(result: Profile, found: Range, own: str) -> list[str]:
 
 def treated(subject: Subject, seed: int, change: str) -> float:
     """The loss after training with a change; inf if the change or the training raises."""
-    x, y = batches(seed, 1)[0]
+    x, _y = batches(seed, 1)[0]
     names = {
         "model": subject.model,
         "inputs": subject.inputs(x),
@@ -191,7 +191,7 @@ def treated(subject: Subject, seed: int, change: str) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            exec(change, names)  # noqa: S102
+            exec(change, names)
             subject.dtype = names["inputs"].dtype
             return train(subject, seed, STEPS, names["optimizer"], names["model"])
         except (ValueError, TypeError, RuntimeError, AttributeError):
@@ -247,7 +247,10 @@ def tables(rows: list[dict]) -> str:
 
 def _detection(rows: list[dict]) -> list[str]:
     rows = [row for row in rows if row["experiment"] == "detection"]
-    lines = ["| fault | profiles | named in the right layer | named first | kinds found beside it |", "|---|---|---|---|---|"]
+    lines = [
+        "| fault | profiles | named in the right layer | named first | kinds found beside it |",
+        "|---|---|---|---|---|",
+    ]
     total = right = 0
     for fault, of_kind in FAULTS.items():
         of_fault = [row for row in rows if row["fault"] == fault]

@@ -81,8 +81,10 @@ def plot_profile(profile, path: str | Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 5), dpi=DOTS_PER_INCH)
         FigureCanvasAgg(figure)
-        figure.suptitle(f"{profile.name}: {len(profile):,} rows, loss {profile.loss:.4g}", x=0.01, ha="left")
+        line_of_text(figure, 0.96, profile.verdict().headline, 15, fontweight="bold")
+        line_of_text(figure, 0.91, f"{profile.name}: {len(profile):,} rows, loss {profile.loss:.4g}", 13)
         gradient, state = figure.subplots(1, 2)
+        figure.subplots_adjust(top=0.82)
         log_lines(
             gradient,
             rows,

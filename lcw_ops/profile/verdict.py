@@ -43,21 +43,29 @@ class Outcome:
     Attributes:
         figure: the finding's figure after the change; NaN if it has none there.
         loss_before, loss_after: the loss of the batch without and with the change, both before any training.
-        remains: whether the kind is still found in these rows.
+        remaining: the number of the finding's rows in which the kind is still found. rows: the number of its rows.
         error: why the change could not be tried, or None.
     """
 
     figure: float = math.nan
     loss_before: float = math.nan
     loss_after: float = math.nan
-    remains: bool = True
+    remaining: int = 0
+    rows: int = 0
     error: str | None = None
+
+    @property
+    def remains(self) -> bool:
+        """Whether the kind is still found in one of the rows, or could not be looked for."""
+        return self.error is not None or self.remaining > 0
 
     def __str__(self) -> str:
         if self.error is not None:
             return f"not tried: {self.error}"
-        state = "the finding remains" if self.remains else "the finding is gone"
-        return f"the figure becomes {self.figure:.2g}, the loss {self.loss_before:.4g} -> {self.loss_after:.4g}; {state}"
+        state = f"it remains in {self.remaining} of {self.rows} rows" if self.remains else "the finding is gone"
+        return (
+            f"the figure becomes {self.figure:.2g}, the loss {self.loss_before:.4g} -> {self.loss_after:.4g}; {state}"
+        )
 
 
 @dataclass(frozen=True)
