@@ -47,7 +47,8 @@ HEALTHY_STEPS = (0, 30, 150)
 class Row:
     """One line of the file. Which fields apply depends on the experiment; others are empty.
 
-    fault: in the experiment "healthy" the model, which is a part of a run too. layer: the index of the faulty layer. named: whether a finding of the right kind begins within one layer of it.
+    fault: in the experiment "healthy" the model, which is a part of a run too. layer: the index of the faulty layer.
+    named: whether a finding of the right kind begins within one layer of it.
     found: all findings as kind@layer, in their order. treatment, change, loss: of the experiment "mending".
     """
 

@@ -1,7 +1,7 @@
 """The change that addresses a finding: one line of Python, and its result on a copy of the model.
 
-A line uses the names ``model``, ``inputs``, ``optimizer``, ``torch`` and ``lcw_ops``. It works on the user's objects, or
-binds ``model`` and ``inputs`` anew.
+A line uses the names ``model``, ``inputs``, ``optimizer``, ``torch`` and ``lcw_ops``. It works on the user's objects,
+or binds ``model`` and ``inputs`` anew.
 """
 
 import copy

@@ -31,7 +31,7 @@ COLUMNS = {
     "weight shared over time, this step's share",
     "gradient_condition": "rms by geometric mean of the sizes of the units' rows of dE/d(weight), or of the inputs' "
     "columns if that is larger",
-    "underflow": "share of the 1-norm of a float16 dE/d(output) in entries so small that their rounding error reaches 6 %",
+    "underflow": "share of the 1-norm of a float16 dE/d(output) in entries whose rounding error may reach 6 %",
     "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
     "gain_lower": "lower bound of the singular values of this layer's Jacobian",
     "gain_upper": "upper bound of the singular values of this layer's Jacobian",
@@ -237,7 +237,7 @@ class Profile:
         }
 
     def table(self) -> str:
-        """The verdict, a selection of rows and a summary, for a terminal: with rich if it is installed, else as text."""
+        """The verdict, a selection of rows and a summary, for a terminal: with rich if it is installed, else text."""
         shown = np.unique(np.linspace(0, len(self) - 1, TABLE_ROWS).round().astype(int))
         missing = {name: self.is_missing(name) for name in TABLE_COLUMNS}
         columns = ["name", *(name for name in TABLE_COLUMNS if not missing[name].all())]

@@ -400,13 +400,14 @@ KINDS: dict[str, Kind] = {
     "underflow": _ByRow(
         "16-bit underflow",
         0.05,
-        "{figure:.0%} of the gradient lies in entries that float16 rounds by up to 6 % or to zero (threshold {threshold:.0%})",
+        "{figure:.0%} of the gradient lies in entries that float16 rounds by up to 6 % or to zero "
+        "(threshold {threshold:.0%})",
         _column("underflow"),
     ),
     "ill-conditioned": _ByRow(
         "ill-conditioned gradients",
         15.0,
-        "in the gradient of a weight, the rms of the units' or inputs' sizes is {figure:.2g} times their geometric mean "
+        "in a weight's gradient, the rms of the units' or inputs' sizes is {figure:.2g} times their geometric mean "
         "(threshold {threshold:.2g})",
         _column("gradient_condition"),
     ),
