@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from lcw_ops.bench.verdict.models import Chain, Subject
 
@@ -82,12 +83,25 @@ def unused(subject: Subject, index: int) -> None:
     subject.model.skipped = frozenset({subject.layers[index]})
 
 
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * x
+
+
+# Activations of 1 become 6000, a tenth of the largest number of float16, and gradients of 1e-3 become 1.7e-7.
+_SCALE = 6000.0
+
+
 def underflow(subject: Subject, index: int) -> None:
-    """float16 without loss scaling, and small weights after large ones: the function is nearly the same."""
-    before = subject.model.get_submodule(subject.layers[index - 1])
-    before.weight.mul_(2500.0)
-    before.bias.mul_(2500.0)
-    _weight(subject, index).div_(2500.0)
+    """float16 without loss scaling, and a layer between a large and a small factor, which change no gradient else."""
+    name = subject.layers[index]
+    layer = subject.model.get_submodule(name)
+    subject.model.set_submodule(name, nn.Sequential(Scale(_SCALE), layer, Scale(1 / _SCALE)))
+    subject.layers[index] = f"{name}.1"
     subject.model.half()
     subject.dtype = torch.float16
 
@@ -116,7 +130,17 @@ FAULTS = {
 }
 
 
-def places(subject: Subject) -> list[int]:
-    """Three layers: after about a quarter, a half and three quarters of the layers, neither the first nor the head."""
+# The second layers of a branch, which no activation function reads.
+_WITHOUT_ACTIVATION = (".second", ".conv2", ".linear2")
+
+
+def places(subject: Subject, fault: str) -> list[int]:
+    """Three layers: after about a quarter, a half and three quarters of the layers, neither the first nor the head.
+
+    Faults of an activation are put into layers that have one.
+    """
     last = len(subject.layers) - 1
-    return sorted({max(1, min(last - 1, round(share * last))) for share in (0.25, 0.5, 0.75)})
+    inside = range(1, last)
+    if FAULTS[fault].trait in ("relu", "saturates", "shifts"):
+        inside = [index for index in inside if not subject.layers[index].endswith(_WITHOUT_ACTIVATION)]
+    return sorted({min(inside, key=lambda index: abs(index - share * last)) for share in (0.25, 0.5, 0.75)})

@@ -12,6 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from lcw_ops import _torch
+from lcw_ops.functional import gradient_activation_
+from lcw_ops.optim.hooks import ActivatedGradients
 from lcw_ops.profile.figures import Figure, attempt, failed, whole
 
 # Gradients of one shape are stacked up to this many entries, so that thousands of small layers take few operations.
@@ -22,8 +25,47 @@ NO_ENTRY = "the weight's gradient is zero or not finite"
 OF_A_RECURRENCE = "it is not computed for the layers of a recurrence"
 
 
-def conditions(gradients: dict[int, Tensor]) -> dict[int, Figure]:
-    """id -> condition, or the reason why it is missing, for gradients (n, m, ...) with two dimensions or more."""
+def conditions(
+    parameters: list[Tensor], gradients: list[Tensor | None], optimizer: torch.optim.Optimizer | None
+) -> dict[int, Figure]:
+    """id of the parameter -> condition, or the reason why it is missing, for (n, m, ...) with two dimensions or more.
+
+    If :func:`lcw_ops.activate_gradients` acts on the optimizer, the gradients are those after the activation.
+    """
+    settings = _activations(optimizer)
+    return _conditions(
+        {
+            id(parameter): _activated(gradient, settings.get(id(parameter)))
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+            if gradient is not None and gradient.dim() > 1
+        }
+    )
+
+
+def _activations(optimizer: torch.optim.Optimizer | None) -> dict[int, tuple[str, float, float]]:
+    """id of the parameter -> kind, alpha, beta of its activation before each step."""
+    hooks = [] if optimizer is None else list(_torch.step_hooks(optimizer).values())
+    found = {}
+    for hook in hooks:
+        if isinstance(hook, ActivatedGradients):
+            acting = hook.acts_on(optimizer)
+            for index, group in enumerate(optimizer.param_groups):
+                settings = hook.settings(optimizer, index, group)
+                if settings is not None:
+                    found.update({id(one): settings for one in group["params"] if id(one) in acting})
+    return found
+
+
+def _activated(gradient: Tensor, settings: tuple[str, float, float] | None) -> Tensor:
+    if settings is None:
+        return gradient
+    kind, alpha, beta = settings
+    changed = gradient.detach().clone()
+    gradient_activation_([changed], kind, alpha, beta)
+    return changed
+
+
+def _conditions(gradients: dict[int, Tensor]) -> dict[int, Figure]:
     by_kind: dict[tuple, list[tuple[int, Tensor]]] = {}
     figures: dict[int, Figure] = {}
     for key, gradient in gradients.items():

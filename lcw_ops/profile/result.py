@@ -18,12 +18,14 @@ import numpy as np
 from lcw_ops._files import write_atomically
 from lcw_ops.ops.parallel_depth.solver import Solve
 from lcw_ops.profile.jacobian import JacobianSpectrum
-from lcw_ops.profile.verdict import Verdict, judge
+from lcw_ops.profile.remedies import judge
+from lcw_ops.profile.verdict import Verdict
 
 COLUMNS = {
     "name": "module, with #2, #3, ... for further calls; layer[l] is layer (or time step) l of a recurrence",
     "parameters": "parameters of the module itself; each is counted once, in the first row that has it",
     "state_rms": "rms of the output over samples and units",
+    "state_mean": "mean of the output over samples and units",
     "gradient_norm": "norm of dE/d(output) over all samples and all tensors of the output",
     "activation_shift": "rms over units of the mean pre-activation (of other modules: output) over samples",
     "shift_angle": "degrees by which the angle of a weight vector to the mean input differs from 90, rms over units",
@@ -32,6 +34,11 @@ COLUMNS = {
     "gradient_condition": "rms by geometric mean of the sizes of the units' rows of dE/d(weight), or of the inputs' "
     "columns if that is larger",
     "underflow": "share of the 1-norm of a float16 dE/d(output) in entries whose rounding error may reach 6 %",
+    "dead": "share of the units whose activation function is flat (derivative at most 5 % of the largest) in all samples",
+    "saturated": "share of the entries at which an activation function that is flat on both sides is flat",
+    "dead_error": "standard error of dead over the samples: sqrt(p (1 - p) / samples)",
+    "saturated_error": "standard error of saturated over the samples, at most: sqrt(p (1 - p) / samples)",
+    "update_ratio": "norm of the optimizer's next update of the weight, divided by the norm of the weight",
     "weight_norm_bound": "rigorous upper bound of ||W_l||_2",
     "gain_lower": "lower bound of the singular values of this layer's Jacobian",
     "gain_upper": "upper bound of the singular values of this layer's Jacobian",

@@ -6,22 +6,39 @@ half of the models and seeds of ``bench/verdicts.py``; docs/profiler.md has the 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from lcw_ops.profile.figures import FROZEN, UNREACHED
 
-if TYPE_CHECKING:
-    from lcw_ops.profile.result import Profile
-
 # Gradients and states below this count as zero: float32's smallest subnormal number.
 _ZERO = 1e-45
 
+# A deviation over n samples has a relative error of about 1 / sqrt(2 (n - 1)): 27 % for 8.
+LEAST_SAMPLES = 8
+
 # The most findings of one kind: the worst ranges of rows.
 MOST_RANGES = 3
+
+
+class Measured(Protocol):
+    """The part of a :class:`~lcw_ops.profile.Profile` that a verdict reads."""
+
+    loss: float
+    samples: int
+    columns: dict[str, np.ndarray]
+    absent: dict[str, str]
+    failure: str | None
+    modules: list[tuple[str, str]]
+
+    def __len__(self) -> int: ...
+
+    def is_missing(self, column: str) -> np.ndarray: ...
+
+    def reasons_of(self, column: str) -> dict[str, np.ndarray]: ...
 
 
 class Range(NamedTuple):
@@ -129,7 +146,7 @@ class Verdict:
         """Whether nothing was found. Kinds that were not judged may still be present."""
         return not self.findings
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
 
     def __len__(self) -> int:
@@ -183,7 +200,7 @@ class Verdict:
 # ---- Reading columns ------------------------------------------------------------------------------------------------
 
 
-def _figures(profile: "Profile", column: str) -> tuple[np.ndarray, np.ndarray]:
+def _figures(profile: Measured, column: str) -> tuple[np.ndarray, np.ndarray]:
     """(rows, values) of the finite figures of a column. Raises NotJudged if there are none."""
     if column not in profile.columns:
         raise NotJudged(f"this profile has no column {column}")
@@ -196,7 +213,7 @@ def _figures(profile: "Profile", column: str) -> tuple[np.ndarray, np.ndarray]:
     return rows, values[rows]
 
 
-def _weighted(profile: "Profile") -> np.ndarray:
+def _weighted(profile: Measured) -> np.ndarray:
     """Whether a row has parameters of its own."""
     return profile.columns["parameters"] > 0
 
@@ -230,11 +247,11 @@ class Kind:
     threshold: float
     words: str
 
-    def find(self, profile: "Profile") -> list[Range]:
+    def find(self, profile: Measured) -> list[Range]:
         """The ranges of rows where it is found, the worst first. Raises NotJudged."""
         raise NotImplementedError
 
-    def at(self, profile: "Profile", names: set[str]) -> float:
+    def at(self, profile: Measured, names: set[str]) -> float:
         """The figure in the rows of these names, whether or not it passes the threshold. Raises NotJudged."""
         raise NotImplementedError
 
@@ -243,10 +260,10 @@ class Kind:
 class _ByRow(Kind):
     """Rows whose own figure is above the threshold, or with ``is_below`` below it."""
 
-    figures: Callable[["Profile"], tuple[np.ndarray, np.ndarray]]
+    figures: Callable[[Measured], tuple[np.ndarray, np.ndarray]]
     is_below: bool = False
 
-    def find(self, profile: "Profile") -> list[Range]:
+    def find(self, profile: Measured) -> list[Range]:
         rows, values = self.figures(profile)
         marked = values < self.threshold if self.is_below else values > self.threshold
         places = np.flatnonzero(marked)
@@ -257,7 +274,7 @@ class _ByRow(Kind):
         ranges = [Range(int(rows[part[0]]), int(rows[part[-1]]), self._worst(values[part])) for part in parts]
         return sorted(ranges, key=lambda one: one.figure, reverse=not self.is_below)[:MOST_RANGES]
 
-    def at(self, profile: "Profile", names: set[str]) -> float:
+    def at(self, profile: Measured, names: set[str]) -> float:
         rows, values = self.figures(profile)
         inside = [name in names for name in profile.columns["name"][rows]]
         return self._worst(values[inside]) if any(inside) else math.nan
@@ -272,15 +289,15 @@ class _Along(Kind):
 
     vanishes: bool
 
-    def find(self, profile: "Profile") -> list[Range]:
+    def find(self, profile: Measured) -> list[Range]:
         found = self._steepest(profile)
         is_bad = found.figure < self.threshold if self.vanishes else found.figure > self.threshold
         return [found] if is_bad else []
 
-    def at(self, profile: "Profile", names: set[str]) -> float:
+    def at(self, profile: Measured, names: set[str]) -> float:
         return self._steepest(profile).figure
 
-    def _steepest(self, profile: "Profile") -> Range:
+    def _steepest(self, profile: Measured) -> Range:
         rows, norms = _figures(profile, "gradient_norm")
         if len(rows) < 2:
             raise NotJudged("fewer than two rows have a gradient")
@@ -300,7 +317,7 @@ class _Along(Kind):
 
 
 class _NonFinite(Kind):
-    def find(self, profile: "Profile") -> list[Range]:
+    def find(self, profile: Measured) -> list[Range]:
         # Forward, the first row is the cause; backward, the last one is where it begins.
         for column, end in (("state_rms", 0), ("gradient_norm", -1)):
             rows = self._rows(profile, column)
@@ -310,11 +327,13 @@ class _NonFinite(Kind):
             return [Range(len(profile) - 1, len(profile) - 1, 0.0)]
         return []
 
-    def at(self, profile: "Profile", names: set[str]) -> float:
+    def at(self, profile: Measured, names: set[str]) -> float:
         return float(sum(len(self._rows(profile, column)) for column in ("state_rms", "gradient_norm")))
 
     @staticmethod
-    def _rows(profile: "Profile", column: str) -> np.ndarray:
+    def _rows(profile: Measured, column: str) -> np.ndarray:
+        if column not in profile.columns:
+            raise NotJudged(f"this profile has no column {column}")
         return np.flatnonzero(~profile.is_missing(column) & ~np.isfinite(profile.columns[column]))
 
 
@@ -324,7 +343,7 @@ class _Without(Kind):
 
     reason: str
 
-    def find(self, profile: "Profile") -> list[Range]:
+    def find(self, profile: Measured) -> list[Range]:
         rows, marked = self._marked(profile)
         places = np.flatnonzero(marked)
         if not len(places):
@@ -333,11 +352,11 @@ class _Without(Kind):
         ranges = [Range(int(rows[part[0]]), int(rows[part[-1]]), float(len(part))) for part in parts]
         return sorted(ranges, key=lambda one: -one.figure)[:MOST_RANGES]
 
-    def at(self, profile: "Profile", names: set[str]) -> float:
+    def at(self, profile: Measured, names: set[str]) -> float:
         rows, marked = self._marked(profile)
         return float(sum(name in names for name in profile.columns["name"][rows[marked]]))
 
-    def _marked(self, profile: "Profile") -> tuple[np.ndarray, np.ndarray]:
+    def _marked(self, profile: Measured) -> tuple[np.ndarray, np.ndarray]:
         if profile.failure is not None:
             raise NotJudged("the model failed")
         rows = np.flatnonzero(_weighted(profile))
@@ -352,7 +371,7 @@ def _column(name: str) -> Callable:
     return lambda profile: _figures(profile, name)
 
 
-def _dead(profile: "Profile") -> tuple[np.ndarray, np.ndarray]:
+def _dead(profile: Measured) -> tuple[np.ndarray, np.ndarray]:
     """The shares of dead units, apart from those of activations that saturate on both sides: they are "saturation"."""
     rows, shares = _figures(profile, "dead")
     if "saturated" not in profile.columns:
@@ -363,11 +382,16 @@ def _dead(profile: "Profile") -> tuple[np.ndarray, np.ndarray]:
     return rows[one_sided], shares[one_sided]
 
 
-def shift_ratios(profile: "Profile") -> tuple[np.ndarray, np.ndarray]:
-    """(rows with parameters, mean over samples by deviation of the outputs there, rms over units)."""
+def shift_ratios(profile: Measured) -> tuple[np.ndarray, np.ndarray]:
+    """(rows with parameters, mean over samples by deviation of the outputs there, rms over units).
+
+    Rows of recurrences are left out: their shift is that of the pre-activation, and their rms that of the state.
+    """
     rows, shifts = _figures(profile, "activation_shift")
+    if profile.samples < LEAST_SAMPLES:
+        raise NotJudged(f"a deviation over samples needs at least {LEAST_SAMPLES} of them")
     rms = profile.columns["state_rms"][rows]
-    usable = _weighted(profile)[rows] & np.isfinite(rms)
+    usable = _weighted(profile)[rows] & np.isfinite(rms) & profile.is_missing("weight_norm_bound")[rows]
     if not usable.any():
         raise NotJudged("no row with parameters has an activation shift")
     rows, shifts, rms = rows[usable], shifts[usable], rms[usable]
@@ -432,13 +456,13 @@ KINDS: dict[str, Kind] = {
     ),
     "learning rate too large": _ByRow(
         "learning rate too large",
-        0.1,
+        0.025,
         "one step changes the weights by {figure:.2g} of their size (threshold {threshold:.2g})",
         _column("update_ratio"),
     ),
     "learning rate too small": _ByRow(
         "learning rate too small",
-        1e-5,
+        4e-6,
         "one step changes the weights by {figure:.2g} of their size (threshold {threshold:.0e})",
         _column("update_ratio"),
         True,
@@ -448,36 +472,3 @@ KINDS: dict[str, Kind] = {
         "unused parameters", 0.0, "the loss does not depend on the parameters of {figure:.0f} rows", UNREACHED
     ),
 }
-
-
-def judge(profile: "Profile", kinds: Iterable[str] | None = None) -> Verdict:
-    """The verdict of a profile, without tried remedies."""
-    from lcw_ops.profile.remedies import remedy
-
-    findings, judged, not_judged = [], [], {}
-    for name in KINDS if kinds is None else kinds:
-        kind = KINDS[name]
-        try:
-            ranges = kind.find(profile)
-        except NotJudged as reason:
-            not_judged[name] = str(reason)
-            continue
-        judged.append(name)
-        for found in ranges:
-            method, change = remedy(profile, name, found)
-            findings.append(
-                Finding(
-                    kind=name,
-                    title=kind.title,
-                    first=found.first,
-                    last=found.last,
-                    first_name=str(profile.columns["name"][found.first]),
-                    last_name=str(profile.columns["name"][found.last]),
-                    figure=found.figure,
-                    threshold=kind.threshold,
-                    words=kind.words.format(figure=found.figure, threshold=kind.threshold),
-                    method=method,
-                    change=change,
-                )
-            )
-    return Verdict(findings, judged, not_judged, len(profile))
