@@ -15,7 +15,7 @@ from torch import Tensor
 from lcw_ops import _torch
 from lcw_ops.functional import gradient_activation_
 from lcw_ops.optim.hooks import ActivatedGradients
-from lcw_ops.profile.figures import Figure, attempt, failed, whole
+from lcw_ops.profile.figures import Figure, failed, whole
 
 # Gradients of one shape are stacked up to this many entries, so that thousands of small layers take few operations.
 _STACKED = 2**22
@@ -32,67 +32,64 @@ def conditions(
 
     If :func:`lcw_ops.activate_gradients` acts on the optimizer, the gradients are those after the activation.
     """
-    settings = _activations(optimizer)
-    return _conditions(
-        {
-            id(parameter): _activated(gradient, settings.get(id(parameter)))
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-            if gradient is not None and gradient.dim() > 1
-        }
-    )
+    figures: dict[int, Figure] = {}
+    by_kind: dict[tuple, list[tuple[int, Tensor]]] = {}
+    settings = {} if optimizer is None else _activations(optimizer)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None or gradient.dim() < 2 or not gradient.numel():
+            continue
+        try:
+            plain = _activated(whole(gradient), settings.get(id(parameter)))
+            if plain.layout is not torch.strided:
+                figures[id(parameter)] = "its gradient is sparse"
+            else:
+                by_kind.setdefault((plain.shape, plain.dtype, plain.device), []).append((id(parameter), plain))
+        except Exception as error:
+            figures[id(parameter)] = failed(error)
+    for members in by_kind.values():
+        size = max(1, _STACKED // members[0][1].numel())
+        for begin in range(0, len(members), size):
+            part = members[begin : begin + size]
+            keys = [key for key, _ in part]
+            try:
+                found = _of_stack(torch.stack([gradient for _, gradient in part]))
+            except Exception as error:
+                found = [failed(error)] * len(part)
+            figures.update(zip(keys, found, strict=True))
+    return figures
 
 
-def _activations(optimizer: torch.optim.Optimizer | None) -> dict[int, tuple[str, float, float]]:
+def _activations(optimizer: torch.optim.Optimizer) -> dict[int, tuple[str, float, float]]:
     """id of the parameter -> kind, alpha, beta of its activation before each step."""
-    hooks = [] if optimizer is None else list(_torch.step_hooks(optimizer).values())
     found = {}
-    for hook in hooks:
-        if isinstance(hook, ActivatedGradients):
-            acting = hook.acts_on(optimizer)
-            for index, group in enumerate(optimizer.param_groups):
+    for hook in _torch.step_hooks(optimizer).values():
+        if not isinstance(hook, ActivatedGradients):
+            continue
+        acting = hook.acts_on(optimizer)
+        for index, group in enumerate(optimizer.param_groups):
+            try:
                 settings = hook.settings(optimizer, index, group)
-                if settings is not None:
-                    found.update({id(one): settings for one in group["params"] if id(one) in acting})
+            except (TypeError, ValueError):
+                # A step with these settings would raise.
+                continue
+            if settings is not None:
+                found.update({id(one): settings for one in group["params"] if id(one) in acting})
     return found
 
 
 def _activated(gradient: Tensor, settings: tuple[str, float, float] | None) -> Tensor:
     if settings is None:
         return gradient
-    kind, alpha, beta = settings
     changed = gradient.detach().clone()
-    gradient_activation_([changed], kind, alpha, beta)
+    gradient_activation_([changed], *settings)
     return changed
-
-
-def _conditions(gradients: dict[int, Tensor]) -> dict[int, Figure]:
-    by_kind: dict[tuple, list[tuple[int, Tensor]]] = {}
-    figures: dict[int, Figure] = {}
-    for key, gradient in gradients.items():
-        try:
-            plain = whole(gradient)
-            if plain.layout is not torch.strided:
-                figures[key] = "its gradient is sparse"
-                continue
-            if plain.dim() < 2 or not plain.numel():
-                continue
-            by_kind.setdefault((plain.shape, plain.dtype, plain.device), []).append((key, plain))
-        except Exception as error:
-            figures[key] = failed(error)
-    for members in by_kind.values():
-        size = max(1, _STACKED // members[0][1].numel())
-        for begin in range(0, len(members), size):
-            part = members[begin : begin + size]
-            found = attempt(lambda part=part: _of_stack(torch.stack([gradient for _, gradient in part])))
-            for index, (key, _) in enumerate(part):
-                figures[key] = found if isinstance(found, str) else found[index]
-    return figures
 
 
 def _of_stack(gradients: Tensor) -> list[Figure]:
     """Of (layers, n, m, ...)."""
-    sizes = (gradients.abs() if gradients.is_complex() else gradients).float()
-    sizes = sizes.reshape(*sizes.shape[:3], -1)
+    # Not in 16 bits, whose sums are coarse.
+    sizes = gradients.abs() if gradients.is_complex() else gradients
+    sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32)).reshape(*sizes.shape[:3], -1)
     largest = sizes.abs().amax((1, 2, 3), keepdim=True)
     # Squares of small gradients would underflow.
     squares = (sizes / largest).square_()
