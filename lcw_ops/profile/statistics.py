@@ -6,7 +6,7 @@ statistics of a network of many small layers would take several times as long as
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,8 @@ class Statistics:
     def __init__(self, table: Table) -> None:
         self.table = table
         self._waiting: dict[Hashable, list[tuple]] = {}
+        # The entries of each tensor that waits, by key, and of all of them together.
+        self._sizes: dict[Hashable, int] = {}
         self._entries = 0
 
     def add_state(self, row: int, state: Tensor, unit_dim: int | None) -> None:
@@ -73,9 +75,18 @@ class Statistics:
             # No copy: nothing may change a gradient that somebody else holds. The version tells if it happened.
             self._wait(("gradient", *_kind(gradient)), (row, gradient, gradient._version), gradient.numel())
 
-    def add_angle(self, row: int, weight: Tensor, mean_input: Tensor) -> None:
-        """shift_angle of a linear layer: ``weight`` is (N, K), ``mean_input`` (K,) in float64."""
-        self._wait(("angle", *_kind(weight)), (row, weight, mean_input), weight.numel())
+    def add_angle(self, row: int, weight: Tensor, input: Tensor) -> None:
+        """shift_angle of a linear layer: ``weight`` is (N, K), ``input`` (..., K) with one more dimension at least."""
+        if _is_plain(input) and _is_plain(weight) and input.numel() <= BLOCK:
+            # No copy: autograd needs the input unchanged as well. The version tells if it was changed all the same.
+            kinds = *_kind(weight), *_kind(input)
+            entry = row, weight, input, 0 if input.is_inference() else input._version
+            self._wait(("angle", *kinds), entry, max(weight.numel(), input.numel()))
+        else:
+            with torch.no_grad():
+                flat = input.detach().flatten(0, -2)
+                total = sum(part.sum(0, dtype=torch.float64) for part in flat.split(max(1, BLOCK // flat.shape[1])))
+                self._put_angles([row], [weight], (total / len(flat)).unsqueeze(0))
 
     def flush(self) -> None:
         """Write the figures of all tensors that wait."""
@@ -86,6 +97,7 @@ class Statistics:
         waiting = self._waiting.get(key)
         if waiting is None:
             waiting = self._waiting[key] = []
+            self._sizes[key] = entries
         waiting.append(entry)
         self._entries += entries
         if len(waiting) >= MOST_WAITING or len(waiting) * entries >= BLOCK:
@@ -95,7 +107,7 @@ class Statistics:
 
     def _write(self, key: tuple) -> None:
         waiting = self._waiting.pop(key)
-        self._entries -= len(waiting) * math.prod(key[1])
+        self._entries -= len(waiting) * self._sizes.pop(key)
         if key[0] == "state":
             self._describe(waiting, key[-1], self._put_states)
         elif key[0] == "flat":
@@ -103,7 +115,7 @@ class Statistics:
         elif key[0] == "gradient":
             self._put_gradients(waiting)
         else:
-            self._put_angles(waiting)
+            self._find_angles(waiting)
 
     @torch.no_grad()
     def _describe(self, waiting: list[tuple[int, Tensor]], unit_dim, put: Callable, *arguments) -> None:
@@ -155,17 +167,29 @@ class Statistics:
         self.table.explain("gradient_norm", changed, CHANGED)
 
     @torch.no_grad()
-    def _put_angles(self, waiting: list[tuple[int, Tensor, Tensor]]) -> None:
-        rows, weights, means = zip(*waiting, strict=True)
+    def _find_angles(self, waiting: list[tuple[int, Tensor, Tensor, int]]) -> None:
+        changed = [row for row, _, input, version in waiting if not input.is_inference() and input._version != version]
+        if changed:
+            self.table.explain("shift_angle", changed, CHANGED)
+            waiting = [entry for entry in waiting if entry[0] not in changed]
+        if waiting:
+            rows, weights, inputs, _ = zip(*waiting, strict=True)
+            try:
+                means = _wide(torch.stack(inputs)).flatten(1, -2).mean(1)
+            except Exception as error:
+                self.table.put_rows("shift_angle", rows, failed(error))
+            else:
+                self._put_angles(rows, weights, means)
+
+    def _put_angles(self, rows: Sequence[int], weights: Sequence[Tensor], means: Tensor) -> None:
         try:
-            angles = _angles(weights, torch.stack(means))
+            self.table.put_rows("shift_angle", rows, _angles(weights, means))
         except Exception as error:
             self.table.put_rows("shift_angle", rows, failed(error))
             return
-        self.table.put_rows("shift_angle", rows, angles)
-        no_angle = [row for row, mean in zip(rows, means, strict=True) if not mean.any()]
-        for row in no_angle:
-            self.table.put("shift_angle", row, "the mean input is zero")
+        are_zero = _numbers((means == 0).all(1))
+        if are_zero.any():
+            self.table.explain("shift_angle", np.asarray(rows)[are_zero], "the mean input is zero")
 
 
 ONE_SIDED = "its activation is flat on one side only: see dead"
@@ -252,7 +276,7 @@ def _parts(stack: Tensor, dim: int | None) -> Iterator[Tensor]:
     yield from stack.split(max(1, stack.shape[longest] * BLOCK // stack.numel()), longest)
 
 
-def _angles(weights: tuple[Tensor, ...], means: Tensor) -> np.ndarray:
+def _angles(weights: Sequence[Tensor], means: Tensor) -> np.ndarray:
     """Degrees by which the angles of the weights' rows to the mean inputs (B, K) differ from 90: rms over the units."""
     stack = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
     units = stack.shape[1]

@@ -15,7 +15,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from lcw_ops import _torch
 from lcw_ops._layer_kinds import is_conv, is_linear, plain_kind
 from lcw_ops.nn import InputMeanNorm
-from lcw_ops.profile.figures import failed
 
 _UNITS_LAST = (
     nn.LayerNorm,
@@ -182,16 +181,11 @@ def _no_angle(module: nn.Module) -> str | None:
     return None if kind is nn.Linear else "its class may apply another weight than the stored one"
 
 
-def mean_input(input: Tensor | None) -> Tensor | str:
-    """The mean over samples and positions in float64, (K,), or why there is none."""
+def no_mean_input(input: Tensor | None) -> str | None:
+    """Why the input of a linear layer has no mean over samples; None if it has one."""
     if input is None or input.dim() < 2:
         return "its input has no samples to average over"
-    if not input.is_floating_point():
-        return "its input is not real"
-    try:
-        return input.detach().mean(tuple(range(input.dim() - 1)), dtype=torch.float64)
-    except Exception as error:
-        return failed(error)
+    return None if input.is_floating_point() else "its input is not real"
 
 
 def root_mean_square(values: Tensor) -> Tensor:
