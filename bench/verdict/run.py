@@ -101,7 +101,10 @@ def in_words(result: Profile, subject: Subject, verdict: Verdict) -> str:
 
 
 def in_half(subject: Subject, seed: int) -> Profile:
-    """In float16, with the loss scaled as GradScaler does it: 2^16 to begin with, halved until nothing overflows."""
+    """In float16, with the loss scaled as GradScaler does it: 2^16 to begin with, halved until nothing overflows.
+
+    GradScaler divides the gradients before the step; here the optimizer's rate is divided.
+    """
     subject.model.half()
     subject.dtype, subject.loss_scale = torch.float16, 2.0**16
     while (result := measured(subject, seed)).not_finite is not None and subject.loss_scale > 1:

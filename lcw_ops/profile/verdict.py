@@ -20,7 +20,7 @@ _ZERO = 1e-45
 # A deviation over n samples has a relative error of about 1 / sqrt(2 (n - 1)): 27 % for 8.
 LEAST_SAMPLES = 8
 
-# The most findings of one kind: the worst ranges of rows.
+# The most findings of one kind: more runs of rows than that are one finding, from the first to the last row.
 MOST_RANGES = 3
 
 
@@ -218,6 +218,13 @@ def _weighted(profile: Measured) -> np.ndarray:
     return profile.columns["parameters"] > 0
 
 
+def _runs(places: np.ndarray) -> list[tuple[int, int]]:
+    """(first, last) of the runs of neighbours among sorted numbers; of all of them together if there are many runs."""
+    parts = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+    runs = [(int(part[0]), int(part[-1])) for part in parts]
+    return runs if len(runs) <= MOST_RANGES else [(runs[0][0], runs[-1][1])]
+
+
 def _steepest(steps: np.ndarray) -> tuple[int, int]:
     """The range [first, last] of steps that holds the rise: the one with the greatest sum of (step - allowance).
 
@@ -269,10 +276,11 @@ class _ByRow(Kind):
         places = np.flatnonzero(marked)
         if not len(places):
             return []
-        # Runs of neighbours among the rows that have the figure.
-        parts = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
-        ranges = [Range(int(rows[part[0]]), int(rows[part[-1]]), self._worst(values[part])) for part in parts]
-        return sorted(ranges, key=lambda one: one.figure, reverse=not self.is_below)[:MOST_RANGES]
+        ranges = [
+            Range(int(rows[a]), int(rows[b]), self._worst(values[places][(places >= a) & (places <= b)]))
+            for a, b in _runs(places)
+        ]
+        return sorted(ranges, key=lambda one: one.figure, reverse=not self.is_below)
 
     def at(self, profile: Measured, names: set[str]) -> float:
         rows, values = self.figures(profile)
@@ -348,9 +356,10 @@ class _Without(Kind):
         places = np.flatnonzero(marked)
         if not len(places):
             return []
-        parts = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
-        ranges = [Range(int(rows[part[0]]), int(rows[part[-1]]), float(len(part))) for part in parts]
-        return sorted(ranges, key=lambda one: -one.figure)[:MOST_RANGES]
+        ranges = [
+            Range(int(rows[a]), int(rows[b]), float(((places >= a) & (places <= b)).sum())) for a, b in _runs(places)
+        ]
+        return sorted(ranges, key=lambda one: -one.figure)
 
     def at(self, profile: Measured, names: set[str]) -> float:
         rows, marked = self._marked(profile)
@@ -385,15 +394,18 @@ def _dead(profile: Measured) -> tuple[np.ndarray, np.ndarray]:
 def shift_ratios(profile: Measured) -> tuple[np.ndarray, np.ndarray]:
     """(rows with parameters, mean over samples by deviation of the outputs there, rms over units).
 
-    Rows of recurrences are left out: their shift is that of the pre-activation, and their rms that of the state.
+    Rows of recurrences are left out: their shift is that of the pre-activation, and their rms that of the state. So is
+    the last row with parameters: no layer reads it, and the mean of the model's output is its bias's to learn.
     """
     rows, shifts = _figures(profile, "activation_shift")
     if profile.samples < LEAST_SAMPLES:
         raise NotJudged(f"a deviation over samples needs at least {LEAST_SAMPLES} of them")
     rms = profile.columns["state_rms"][rows]
-    usable = _weighted(profile)[rows] & np.isfinite(rms) & profile.is_missing("weight_norm_bound")[rows]
+    weighted = _weighted(profile)
+    last = np.flatnonzero(weighted)[-1:]
+    usable = weighted[rows] & np.isfinite(rms) & profile.is_missing("weight_norm_bound")[rows] & ~np.isin(rows, last)
     if not usable.any():
-        raise NotJudged("no row with parameters has an activation shift")
+        raise NotJudged("no row with parameters has an activation shift and a layer after it")
     rows, shifts, rms = rows[usable], shifts[usable], rms[usable]
     # The difference of two squares has no digits left below float32's relative rounding.
     deviations = np.sqrt(np.maximum(rms**2 - shifts**2, (1e-6 * rms) ** 2))
