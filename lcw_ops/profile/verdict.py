@@ -160,7 +160,8 @@ class Verdict:
     def headline(self) -> str:
         """One line: the number of findings and the first of them, or that nothing is wrong."""
         if not self.findings:
-            return f"nothing is wrong in {self.rows:,} rows, by {len(self.judged)} of {len(KINDS)} checks"
+            rows = f"{self.rows:,} row{'' if self.rows == 1 else 's'}"
+            return f"nothing is wrong in {rows}, by {len(self.judged)} of {len(KINDS)} checks"
         more = f", and {len(self.findings) - 1} more" if len(self.findings) > 1 else ""
         return f"{self.findings[0]}{more}"
 
