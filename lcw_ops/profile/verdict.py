@@ -413,8 +413,8 @@ def shift_ratios(profile: Measured) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.divide(shifts, deviations, out=np.zeros_like(shifts), where=deviations > 0)
 
 
-# In this order findings are listed: causes come before their usual consequences. The thresholds were fixed on the
-# training half of bench/verdicts.py; the reason for each stands beside it.
+# In this order findings are listed: causes come before their usual consequences. A threshold lies between the healthy
+# models and the faults of the first training half of bench/verdict; the figures are those measured there.
 KINDS: dict[str, Kind] = {
     # One is too many.
     "non-finite": _NonFinite(
@@ -422,18 +422,21 @@ KINDS: dict[str, Kind] = {
         0.0,
         "{figure:.0f} rows hold NaN or infinity, and this is the first of them in the order of computation",
     ),
+    # Healthy: at most 0.33. Fault: 1.
     "dying": _ByRow(
         "dying units",
         0.5,
         "the activation function of {figure:.0%} of the units is flat for every sample (threshold {threshold:.0%})",
         _dead,
     ),
+    # Healthy: at most 0.15. Fault: above 0.9.
     "saturation": _ByRow(
         "saturated activations",
         0.5,
         "{figure:.0%} of the activations are saturated (threshold {threshold:.0%})",
         _column("saturated"),
     ),
+    # Healthy, with the loss scaled: below 0.0001. Fault: 0.09 or more.
     "underflow": _ByRow(
         "16-bit underflow",
         0.05,
@@ -441,6 +444,7 @@ KINDS: dict[str, Kind] = {
         "(threshold {threshold:.0%})",
         _column("underflow"),
     ),
+    # Healthy: at most 11, of ReLUs that seldom fire. Fault: 22 or more, but for one case of 8.
     "ill-conditioned": _ByRow(
         "ill-conditioned gradients",
         15.0,
@@ -448,12 +452,14 @@ KINDS: dict[str, Kind] = {
         "(threshold {threshold:.2g})",
         _column("gradient_condition"),
     ),
+    # Healthy: at most 11. Fault: about 10^6.
     "exploding": _Along(
         "exploding gradient",
         1e3,
         "on its way back through these rows the gradient grows by {figure:.2g} (threshold {threshold:.0e})",
         False,
     ),
+    # Healthy: 0.03 or more. Fault: at most 2e-4.
     "vanishing": _Along(
         "vanishing gradient",
         1e-3,
@@ -461,18 +467,21 @@ KINDS: dict[str, Kind] = {
         "(threshold {threshold:.0e})",
         True,
     ),
+    # Healthy: at most 4.9. Fault: about 40.
     "activation shift": _ByRow(
         "activation shift",
         15.0,
         "the mean over samples is {figure:.2g} times the deviation from it (threshold {threshold:.2g})",
         shift_ratios,
     ),
+    # Healthy: at most 0.014. Fault: 0.03 or more in the first faulty layers.
     "learning rate too large": _ByRow(
         "learning rate too large",
         0.025,
         "one step changes the weights by {figure:.2g} of their size (threshold {threshold:.2g})",
         _column("update_ratio"),
     ),
+    # Healthy: 7e-6 or more. Fault: at most 2.5e-6 in the first faulty layers.
     "learning rate too small": _ByRow(
         "learning rate too small",
         4e-6,
