@@ -1,7 +1,8 @@
-"""Activation functions in a running model, whether modules or plain calls such as ``torch.relu(x)``, and their flat parts.
+"""Activation functions in a running model, modules or plain calls such as ``torch.relu(x)``, and their flat parts.
 
-An activation function is flat where its derivative is at most 5 % of the largest it has. An entry there passes next to
-no gradient on: it is saturated. A unit that is there in every sample and position is dead in this batch.
+An activation function is flat from the end of its range on, as far as its derivative is at most 5 % of the largest. An
+entry there passes next to no gradient on: it is saturated. A unit that is there in every sample and position is dead in
+this batch.
 """
 
 import math
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -110,6 +111,39 @@ def _functions() -> dict[Any, Callable[..., tuple[bool, Flat]]]:
 
 
 _FUNCTIONS = _functions()
+
+
+# torch's modules of these functions -> a function of the module with the same result.
+MODULES: dict[type[nn.Module], Callable[[Any], tuple[bool, Flat]]] = {
+    nn.ReLU: _of_result(0.0),
+    nn.ReLU6: _of_result(0.0, 6.0),
+    nn.Hardtanh: lambda module: _hardtanh(None, module.min_val, module.max_val),
+    nn.Hardsigmoid: _of_result(0.0, 1.0),
+    nn.Tanh: _of_result(-TANH_FLAT, TANH_FLAT),
+    nn.Sigmoid: _of_result((1 - TANH_FLAT) / 2, (1 + TANH_FLAT) / 2),
+    nn.Softsign: _of_result(-SOFTSIGN_FLAT, SOFTSIGN_FLAT),
+    nn.GELU: lambda module: _gelu(None, module.approximate),
+    nn.SiLU: _of_argument(SILU_FLAT),
+    nn.Mish: _of_argument(MISH_FLAT),
+    nn.ELU: lambda module: _elu(None, module.alpha),
+    nn.CELU: lambda module: _celu(None, module.alpha),
+    nn.SELU: _of_argument(EXP_FLAT),
+    nn.Softplus: lambda module: _softplus(None, module.beta),
+    nn.Hardswish: _of_argument(-3.0),
+}
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def has_only_known_activations(module: nn.Module) -> bool:
+    """Whether the module itself calls no activation function, or is one of ``MODULES`` that keeps its argument."""
+    kind = type(module)
+    if kind in _CONTAINERS:
+        return True
+    if module._modules or not kind.__module__.startswith("torch.nn.modules."):
+        return False
+    # In place, the argument that decides is gone when the hook runs.
+    return kind not in MODULES or not getattr(module, "inplace", False) or not MODULES[kind](module)[0]
 
 
 class Watching(TorchFunctionMode):

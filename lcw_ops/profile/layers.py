@@ -12,7 +12,7 @@ import math
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,9 +25,19 @@ from torch.nn.utils.rnn import PackedSequence
 from lcw_ops import _torch
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
 from lcw_ops.profile import units
-from lcw_ops.profile.activations import Activation, Watching
+from lcw_ops.profile.activations import Activation, Flat, Watching, has_only_known_activations
 from lcw_ops.profile.arguments import WRAPPED, readable
-from lcw_ops.profile.figures import IN_FUNCTORCH, NO_GRADIENT, UNDER_NO_GRAD, UNREACHED, Table, failed, norm, whole
+from lcw_ops.profile.figures import (
+    IN_FUNCTORCH,
+    NO_GRADIENT,
+    UNDER_NO_GRAD,
+    UNREACHED,
+    Table,
+    attempt,
+    failed,
+    norm,
+    whole,
+)
 from lcw_ops.profile.orthogonal_filter import Recurrence, from_mlp, from_ranks, from_rnn, time_first
 from lcw_ops.profile.statistics import Statistics
 
@@ -130,6 +140,10 @@ class Observation:
     # The last recorded output and its row, and the rows of activations in modules that have got no row themselves.
     _last_state: Tensor | None = None
     _last_row: int | None = None
+    _last_version: int = 0
+    _is_last_by_units: bool = False
+    # Whether the class of a module tells its activation function, and no other is called.
+    knows_activations: bool = False
     _orphans: list[tuple[int, int | None]] = field(default_factory=list)
     # Calls under no_grad, which reentrant checkpointing repeats in the backward pass.
     _to_be_repeated: dict[int, list[LayerCall | RecurrenceCall]] = field(default_factory=dict)
@@ -159,8 +173,10 @@ class Observation:
 
     @contextmanager
     def in_forward(self) -> Iterator[None]:
-        """Watch calls of activation functions too."""
-        with Watching(self._found_activation):
+        """Watch calls of activation functions too, unless all of them are modules of torch."""
+        modules = list(self.model.modules())
+        self.knows_activations = all(map(has_only_known_activations, modules))
+        with nullcontext() if self.knows_activations else Watching(self._found_activation):
             yield
 
     def _finish(self) -> None:
@@ -195,7 +211,7 @@ class Observation:
         # Not module.parameters(recurse=False), which takes as long as a call of a small layer.
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         self.own[id(module)] = [*own, *parametrizations]
-        if isinstance(module, networks) or isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, (*networks, torch.jit.ScriptModule)):
             return
         if is_leaf or _is_leaf(module):
             self._handles.append(module.register_forward_hook(self._after_leaf, with_kwargs=True))
@@ -273,9 +289,10 @@ class Observation:
     def _has_rms(self, call: LayerCall, state: Tensor) -> bool:
         """Whether a call that is repeated now has computed the same: the two rms differ by float64's rounding."""
         self.statistics.flush()
-        return math.isclose(
-            self.table.figure("state_rms", call.row), norm(state) / math.sqrt(state.numel()), rel_tol=1e-12
-        )
+        known, length = self.table.figure("state_rms", call.row), attempt(norm, state)
+        if isinstance(known, str) or isinstance(length, str):
+            return False
+        return math.isclose(known, length / math.sqrt(state.numel()), rel_tol=1e-12)
 
     def _described(self, module: nn.Module, input: Tensor | None, output: Tensor, frame: _Frame | None) -> LayerCall:
         row = self.table.add() if frame is None or frame.row is None else frame.row
@@ -292,14 +309,14 @@ class Observation:
                 dim = self._axes.dimension(module, kind, input, output)
         except Exception as error:
             self.table.put("activation_shift", row, failed(error))
-        if self._activation is not None:
-            self._settle(output, row, dim)
-        self.statistics.add_state(row, output, dim)
+        flat = self._flat(module, kind, input, output, row, dim)
         if kind.no_angle is None:
             self._add_angle(row, module, input)
         elif kind.no_angle is not units.NO_LINEAR_LAYER:
             self.table.put("shift_angle", row, kind.no_angle)
-        self._last_state, self._last_row = output, row
+        self.statistics.add_state(row, output, dim, flat)
+        self._last_state, self._last_row, self._last_version = output, row, _version(output)
+        self._is_last_by_units = dim is not None and dim == output.dim() - 1
         return call
 
     def _add_angle(self, row: int, module: nn.Module, input: Tensor | None) -> None:
@@ -310,11 +327,37 @@ class Observation:
                 if "torch.distributed.fsdp" in sys.modules:
                     # FSDP frees the whole weight after the module's forward pass.
                     weight = weight.clone()
-                self.statistics.add_angle(row, weight, whole(input))
+                is_last = (
+                    input is self._last_state
+                    and self._is_last_by_units
+                    and self._last_version == _version(input)
+                    and self.statistics.has_last(self._last_row)
+                )
+                self.statistics.add_angle(row, weight, input, self._last_row if is_last else None)
             except Exception as error:
                 reason = failed(error)
         if reason is not None:
             self.table.put("shift_angle", row, reason)
+
+    def _flat(
+        self, module: nn.Module, kind: units.ModuleKind, input: Tensor | None, output: Tensor, row: int, dim: int | None
+    ) -> Flat | None:
+        """The flat parts of the module's activation function, if ``output`` is its result. Others are settled here."""
+        if self.knows_activations:
+            if kind.activation is None:
+                return None
+            of_argument, flat = kind.activation(module)
+            if not of_argument:
+                return flat
+            if dim is not None and input is not None and input.shape == output.shape:
+                self.statistics.add_flat(row, input, dim, flat)
+        elif self._activation is not None:
+            activation, version = self._activation
+            if activation.values is output and activation.version == version:
+                self._activation = None
+                return activation.flat
+            self._settle(output, row, dim)
+        return None
 
     def _found_activation(self, activation: Activation) -> None:
         if not self.is_backward and not _torch.in_functorch():
@@ -538,6 +581,10 @@ def _networks() -> dict[type[nn.Module], Callable]:
     # If the module has not been imported, there is no such network.
     distributed = sys.modules.get("lcw_ops.distributed.module")
     return networks if distributed is None else {**networks, distributed.DepthParallel: _watch_ranks}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(output) -> list[Tensor]:

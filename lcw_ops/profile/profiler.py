@@ -105,8 +105,8 @@ def profile(
             the profile keeps neither model nor batch.
 
     Raises:
-        TypeError: model is not a module or is a ScriptModule, inputs hold no tensor with a dimension, optimizer is not a
-            torch optimizer, or repeats is not an int.
+        TypeError: model is not a module or is a ScriptModule, inputs hold no tensor with a dimension, optimizer is not
+            a torch optimizer, or repeats is not an int.
         ValueError: inputs hold no sample, a tensor of the model has no values (meta device), the loss is not a tensor
             with one element, a given loss requires no gradient, the model has neither calls of modules nor parameters,
             repeats < 1, an unknown method, or inside torch.inference_mode(). Errors of the loss are passed on, and

@@ -21,6 +21,10 @@ from lcw_ops.profile.jacobian import JacobianSpectrum
 from lcw_ops.profile.remedies import judge
 from lcw_ops.profile.verdict import Verdict
 
+# The version of the JSON files' layout. It grows when a key or a column is removed or changes its meaning; new ones
+# leave it as it is.
+SCHEMA_VERSION = 1
+
 COLUMNS = {
     "name": "module, with #2, #3, ... for further calls; layer[l] is layer (or time step) l of a recurrence",
     "parameters": "parameters of the module itself; each is counted once, in the first row that has it",
@@ -34,7 +38,7 @@ COLUMNS = {
     "gradient_condition": "rms by geometric mean of the sizes of the units' rows of dE/d(weight), or of the inputs' "
     "columns if that is larger",
     "underflow": "share of the 1-norm of a float16 dE/d(output) in entries whose rounding error may reach 6 %",
-    "dead": "share of the units whose activation function is flat (derivative at most 5 % of the largest) in all samples",
+    "dead": "share of units whose activation function is flat (derivative at most 5 % of the largest) in all samples",
     "saturated": "share of the entries at which an activation function that is flat on both sides is flat",
     "dead_error": "standard error of dead over the samples: sqrt(p (1 - p) / samples)",
     "saturated_error": "standard error of saturated over the samples, at most: sqrt(p (1 - p) / samples)",
@@ -47,7 +51,7 @@ COLUMNS = {
     "state_rms_bound": "upper bound of state_rms, for |act| <= 1",
 }
 
-# The columns that the table shows, with their headings: they fit a terminal of 80 characters.
+# The columns that the table shows if a row has them, with their headings.
 TABLE_COLUMNS = {
     "state_rms": "state rms",
     "gradient_norm": "gradient",
@@ -55,6 +59,9 @@ TABLE_COLUMNS = {
     "gradient_upper": "at most",
     "activation_shift": "shift",
     "weight_gradient_norm": "dE/dW",
+    "dead": "dead",
+    "saturated": "saturated",
+    "update_ratio": "update",
 }
 
 # The number of rows that the table shows: the first, the last, and some spaced evenly between them.
@@ -288,6 +295,7 @@ class Profile:
             if numbers.any()
         }
         content = {
+            "schema_version": SCHEMA_VERSION,
             **self.summary(),
             "columns": {name: column.tolist() for name, column in self.columns.items()},
             **({"missing": missing} if missing else {}),

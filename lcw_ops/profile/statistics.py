@@ -6,7 +6,7 @@ statistics of a network of many small layers would take several times as long as
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,30 +36,40 @@ class Statistics:
         # The entries of each tensor that waits, by key, and of all of them together.
         self._sizes: dict[Hashable, int] = {}
         self._entries = 0
+        # The stacks of the states and activations that wait, and the length of the next stack of each key.
+        self._stacks: dict[Hashable, _Stack] = {}
+        self._lengths: dict[Hashable, int] = {}
+        # The rows whose mean over samples an angle needs, and these means.
+        self._wanted: set[int] = set()
+        self._means: dict[int, Tensor] = {}
+        self._last_waiting: int | None = None
 
-    def add_state(self, row: int, state: Tensor, unit_dim: int | None) -> None:
-        """state_mean, state_rms and activation_shift of a module's output; without ``unit_dim`` no shift."""
-        state = state.detach()
+    def add_state(self, row: int, state: Tensor, unit_dim: int | None, flat: Flat | None = None) -> None:
+        """state_mean, state_rms and activation_shift of a module's output; without ``unit_dim`` no shift.
+
+        ``flat``: it is the result of an activation function; find dead and saturated too.
+        """
         if not _is_plain(state):
             self.table.put("state_rms", row, attempt(_rms, state))
             reason = "the output is not one plain tensor in memory"
             for column in ("state_mean", "activation_shift"):
                 self.table.put(column, row, reason)
         elif state.numel() > BLOCK:
-            self._describe([(row, state)], unit_dim, self._put_states)
+            with torch.no_grad():
+                self._put_states([row], state.detach().unsqueeze(0), unit_dim, flat)
         else:
             # A copy: the next module may change its input in place.
-            self._wait(("state", *_kind(state), unit_dim), (row, state.clone()), state.numel())
+            self._wait_copied(("state", *_kind(state), unit_dim, flat), row, state)
 
     def add_flat(self, row: int, values: Tensor, unit_dim: int, flat: Flat) -> None:
         """dead and saturated share of an activation's ``values``, its results or arguments. Rows keep their largest."""
-        values = values.detach()
         if not _is_plain(values) or values.is_complex() or values.dim() < 2 or not values.numel():
             return
         if values.numel() > BLOCK:
-            self._describe([(row, values)], unit_dim, self._put_flat, flat)
+            with torch.no_grad():
+                self._put_flat([row], values.detach().unsqueeze(0), 1 + unit_dim, flat)
         else:
-            self._wait(("flat", *_kind(values), unit_dim, flat), (row, values.clone()), values.numel())
+            self._wait_copied(("flat", *_kind(values), unit_dim, flat), row, values)
 
     def add_gradient(self, row: int, gradient: Tensor) -> None:
         """gradient_norm, over all gradients of a row."""
@@ -75,25 +85,36 @@ class Statistics:
             # No copy: nothing may change a gradient that somebody else holds. The version tells if it happened.
             self._wait(("gradient", *_kind(gradient)), (row, gradient, gradient._version), gradient.numel())
 
-    def add_angle(self, row: int, weight: Tensor, input: Tensor) -> None:
-        """shift_angle of a linear layer: ``weight`` is (N, K), ``input`` (..., K) with one more dimension at least."""
-        if _is_plain(input) and _is_plain(weight) and input.numel() <= BLOCK:
-            # No copy: autograd needs the input unchanged as well. The version tells if it was changed all the same.
-            kinds = *_kind(weight), *_kind(input)
-            entry = row, weight, input, 0 if input.is_inference() else input._version
-            self._wait(("angle", *kinds), entry, max(weight.numel(), input.numel()))
-        else:
+    def add_angle(self, row: int, weight: Tensor, input: Tensor, source: int | None) -> None:
+        """shift_angle of a linear layer: ``weight`` is (N, K), ``input`` (..., K) with one more dimension at least.
+
+        ``source``: the row whose state the input is, with its units last, if that was added last; its mean is used.
+        """
+        if source is not None and _is_plain(weight):
+            self._wanted.add(source)
+            self._wait(("angle", *_kind(weight)), (row, weight, source), weight.numel())
+            return
+        try:
             with torch.no_grad():
-                flat = input.detach().flatten(0, -2)
-                total = sum(part.sum(0, dtype=torch.float64) for part in flat.split(max(1, BLOCK // flat.shape[1])))
-                self._put_angles([row], [weight], (total / len(flat)).unsqueeze(0))
+                flat = whole(input).flatten(0, -2)
+                parts = flat.split(max(1, BLOCK // flat.shape[1]))
+                mean = sum(_wide(part).sum(0) for part in parts) / len(flat)
+                self._put_angles([row], [weight], mean.unsqueeze(0))
+        except Exception as error:
+            self.table.put("shift_angle", row, failed(error))
+
+    def has_last(self, row: int | None) -> bool:
+        """Whether the row's state was the last to be added, and waits: its mean can still be asked for."""
+        return row is not None and row == self._last_waiting
 
     def flush(self) -> None:
         """Write the figures of all tensors that wait."""
-        for key in list(self._waiting):
-            self._write(key)
+        # States first: angles need their means.
+        for key in sorted(self._waiting, key=lambda key: key[0] == "angle"):
+            if key in self._waiting:
+                self._write(key)
 
-    def _wait(self, key: Hashable, entry: tuple, entries: int) -> None:
+    def _wait(self, key: tuple, entry: tuple, entries: int) -> None:
         waiting = self._waiting.get(key)
         if waiting is None:
             waiting = self._waiting[key] = []
@@ -105,27 +126,52 @@ class Statistics:
         elif self._entries >= MOST_ENTRIES:
             self.flush()
 
+    def _wait_copied(self, key: tuple, row: int, values: Tensor) -> None:
+        """Copy the values into their place of the stack in which they will be read, in float64."""
+        stack = self._stacks.get(key)
+        if stack is not None and len(stack.rows) == len(stack.places):
+            # The stack is written now and not when it became full: the mean of the last state may have been asked for.
+            self._write(key)
+            stack = None
+        if stack is None:
+            entries = values.numel()
+            if self._entries >= MOST_ENTRIES:
+                self.flush()
+            length = max(1, min(MOST_WAITING, BLOCK // max(entries, 1)))
+            # Stacks of a shape grow, since most shapes of most networks occur a few times only.
+            length = min(length, self._lengths.get(key, 4))
+            self._lengths[key] = 4 * length
+            wide = torch.complex128 if values.is_complex() else torch.float64
+            tensor = torch.empty((length, *values.shape), dtype=wide, device=values.device)
+            stack = self._stacks[key] = _Stack(tensor, list(tensor.unbind()), [])
+            self._waiting[key], self._sizes[key] = stack.rows, entries
+            self._entries += length * entries
+        stack.places[len(stack.rows)].copy_(values.detach())
+        stack.rows.append(row)
+        self._last_waiting = row
+
+    @torch.no_grad()
     def _write(self, key: tuple) -> None:
-        waiting = self._waiting.pop(key)
-        self._entries -= len(waiting) * self._sizes.pop(key)
-        if key[0] == "state":
-            self._describe(waiting, key[-1], self._put_states)
-        elif key[0] == "flat":
-            self._describe(waiting, key[-2], self._put_flat, key[-1])
+        waiting, entries = self._waiting.pop(key), self._sizes.pop(key)
+        stack = self._stacks.pop(key, None)
+        self._entries -= entries * (len(waiting) if stack is None else len(stack.places))
+        if stack is not None:
+            unit_dim, flat = key[-2:]
+            values = stack.tensor[: len(waiting)]
+            if key[0] == "state":
+                self._put_states(waiting, values, unit_dim, flat)
+            else:
+                self._put_flat(waiting, values, 1 + unit_dim, flat)
         elif key[0] == "gradient":
             self._put_gradients(waiting)
         else:
             self._find_angles(waiting)
 
-    @torch.no_grad()
-    def _describe(self, waiting: list[tuple[int, Tensor]], unit_dim, put: Callable, *arguments) -> None:
-        rows, tensors = zip(*waiting, strict=True)
-        stack = torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
-        # The unit's dimension in the stack; None without samples to average over.
-        dim = None if unit_dim is None else 1 + unit_dim % (stack.dim() - 1)
-        put(list(rows), stack, dim, *arguments)
-
-    def _put_states(self, rows: list[int], stack: Tensor, dim: int | None) -> None:
+    def _put_states(self, rows: list[int], stack: Tensor, unit_dim: int | None, flat: Flat | None) -> None:
+        # The units' dimension in the stack; None without samples to average over.
+        dim = None if unit_dim is None else 1 + unit_dim
+        if flat is not None and dim is not None:
+            self._put_flat(rows, stack, dim, flat)
         try:
             found = _states(stack, dim)
         except Exception as error:
@@ -140,6 +186,9 @@ class Statistics:
             self.table.put_rows("activation_shift", rows, reason)
         else:
             self.table.put_rows("activation_shift", rows, found.shift)
+        if not self._wanted.isdisjoint(rows):
+            self._means |= {row: found.unit_means[i] for i, row in enumerate(rows) if row in self._wanted}
+            self._wanted.difference_update(rows)
 
     def _put_flat(self, rows: list[int], stack: Tensor, dim: int, flat: Flat) -> None:
         try:
@@ -166,20 +215,18 @@ class Statistics:
                 self.table.put_rows("gradient_norm", rows, failed(error))
         self.table.explain("gradient_norm", changed, CHANGED)
 
-    @torch.no_grad()
-    def _find_angles(self, waiting: list[tuple[int, Tensor, Tensor, int]]) -> None:
-        changed = [row for row, _, input, version in waiting if not input.is_inference() and input._version != version]
-        if changed:
-            self.table.explain("shift_angle", changed, CHANGED)
-            waiting = [entry for entry in waiting if entry[0] not in changed]
-        if waiting:
-            rows, weights, inputs, _ = zip(*waiting, strict=True)
-            try:
-                means = _wide(torch.stack(inputs)).flatten(1, -2).mean(1)
-            except Exception as error:
-                self.table.put_rows("shift_angle", rows, failed(error))
-            else:
-                self._put_angles(rows, weights, means)
+    def _find_angles(self, waiting: list[tuple[int, Tensor, int]]) -> None:
+        rows, weights, sources = zip(*waiting, strict=True)
+        if not self._means.keys() >= set(sources):
+            for key in [key for key in self._waiting if key[0] == "state"]:
+                self._write(key)
+        try:
+            means = torch.stack([self._means.pop(source) for source in sources])
+        except Exception as error:
+            # The source's own figures say what failed.
+            self.table.put_rows("shift_angle", rows, failed(error))
+        else:
+            self._put_angles(rows, weights, means)
 
     def _put_angles(self, rows: Sequence[int], weights: Sequence[Tensor], means: Tensor) -> None:
         try:
@@ -219,7 +266,14 @@ def _rms(tensor: Tensor) -> float:
     return norm(tensor) / math.sqrt(tensor.numel())
 
 
+class _Stack(NamedTuple):
+    tensor: Tensor
+    places: list[Tensor]
+    rows: list[int]
+
+
 class _States(NamedTuple):
+    unit_means: Tensor | None
     rms: np.ndarray
     mean: np.ndarray | None
     shift: np.ndarray | None
@@ -238,12 +292,14 @@ def _states(stack: Tensor, dim: int | None) -> _States:
     entries = stack[0].numel()
     totals = sums if sums.dim() < 2 else sums.sum(1)
     mean = None if stack.is_complex() else totals / entries
-    shift = None
+    shift = unit_means = None
     if dim is not None:
         units = stack.shape[dim]
-        shift = torch.linalg.vector_norm(sums / (entries / units), dim=1) / math.sqrt(units)
+        unit_means = sums / (entries / units)
+        shift = torch.linalg.vector_norm(unit_means, dim=1) / math.sqrt(units)
     return _States(
-        *(None if figure is None else _numbers(figure) for figure in ((square / entries).sqrt(), mean, shift))
+        unit_means,
+        *(None if figure is None else _numbers(figure) for figure in ((square / entries).sqrt(), mean, shift)),
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lcw_ops import _torch
 from lcw_ops._layer_kinds import is_conv, is_linear, plain_kind
 from lcw_ops.nn import InputMeanNorm
+from lcw_ops.profile.activations import MODULES, Flat
 
 _UNITS_LAST = (
     nn.LayerNorm,
@@ -148,14 +149,16 @@ class ModuleKind(NamedTuple):
     Attributes:
         unit_dim: the units' dimension of (module, output) if the class decides it, else None.
         no_angle: why there is no shift angle; None for linear layers that apply their ``weight``.
+        activation: the activation function of a module of torch, see ``activations.MODULES``; None for others.
     """
 
     unit_dim: Callable[[Any, Tensor], int] | None
     no_angle: str | None
+    activation: Callable[[Any], tuple[bool, Flat]] | None
 
     @classmethod
     def of(cls, module: nn.Module) -> "ModuleKind":
-        return cls(_unit_dim(module), _no_angle(module))
+        return cls(_unit_dim(module), _no_angle(module), MODULES.get(type(module)))
 
 
 def _unit_dim(module: nn.Module) -> Callable[[Any, Tensor], int] | None:

@@ -5,7 +5,6 @@ optimizer's present state. Any other optimizer, and one with step hooks, makes a
 state, options, attributes and random states are as before, bit for bit.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from lcw_ops.reference.gradient_activation import gradient_activation
 
 NOT_OPTIMIZED = "the optimizer does not have this parameter"
 
-# (norm of the update, norm of the weight) of a parameter, or of each of its parts along the first dimension; or a reason.
+# (norm of the update, norm of the weight), of a parameter or of each of its parts along dimension 0; or a reason.
 Ratio = tuple[Tensor, Tensor] | str
 
 
@@ -131,10 +130,8 @@ def _sgd(group: dict, state: dict, parameter: Tensor, gradient: Tensor) -> Tenso
     step = gradient + float(group["weight_decay"]) * parameter
     if momentum:
         buffer = state.get("momentum_buffer")
-        if buffer is None:
-            average = step
-        else:
-            average = momentum * _wide(buffer) + (1 - float(group["dampening"])) * step
+        kept = 0.0 if buffer is None else momentum * _wide(buffer)
+        average = kept + (1.0 if buffer is None else 1 - float(group["dampening"])) * step
         step = step + momentum * average if group["nesterov"] else average
     if group.get("activate") == "momentum":
         step = _activated(group, step)
@@ -207,8 +204,7 @@ def _taken_back(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                     del optimizer.state[key]
                 for key, entry in state.items():
                     optimizer.state[key] = _restored(entry)
-                for group, entry in zip(optimizer.param_groups, groups, strict=True):
-                    _restored(entry)
+                optimizer.param_groups[:] = map(_restored, groups)
                 vars(optimizer).update({name: _put_back(*kept) for name, kept in attributes.items()})
                 for name in set(vars(optimizer)) - {*attributes, "state", "param_groups"}:
                     del vars(optimizer)[name]
