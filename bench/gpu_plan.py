@@ -83,6 +83,8 @@ class Step:
     needs: frozenset[str] = frozenset()
     # A file or folder that the step makes. Without it, a step that has passed runs again.
     makes: Path | None = None
+    # Whether the step runs again although it has passed: it looks itself for the work that is left.
+    repeats: bool = False
     # The file beside the log that gets the standard output; without a name, the log gets it.
     output: str | None = None
     # The tools that are played by others, for the log; empty: none.
@@ -227,9 +229,9 @@ def _smoke(stem: str | None = None, backend: str | None = None) -> Step:
 def _verify() -> list[Step]:
     """One process for each stem, so that a run that was cut goes on with the next stem; then the verdicts in JSON."""
     verify = [sys.executable, "-m", "lcw_ops.cli", "verify", "--device", "cuda", "--resume"]
-    steps = [Step(f"verify-{stem}", [*verify, "--ops", stem], FILE_SECONDS) for stem in stems()]
+    steps = [Step(f"verify-{stem}", [*verify, "--ops", stem], FILE_SECONDS, repeats=True) for stem in stems()]
     # Every kernel has its verdicts by now, so this process only reads them.
-    return [*steps, Step("verdicts", [*verify, "--json"], FILE_SECONDS, output="verdicts.json")]
+    return [*steps, Step("verdicts", [*verify, "--json"], FILE_SECONDS, output="verdicts.json", repeats=True)]
 
 
 def _test(path: Path, *options: str, seconds: float = FILE_SECONDS, environment: dict | None = None) -> Step:

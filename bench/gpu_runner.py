@@ -71,7 +71,7 @@ class History:
     def passed(self, part: str, step: Step) -> str | None:
         """When the step passed, or None if it must run."""
         is_there = step.makes is None or step.makes.exists()
-        return self._passed.get((part, step.name)) if is_there else None
+        return self._passed.get((part, step.name)) if is_there and not step.repeats else None
 
     def add(self, outcome: Outcome) -> None:
         line = {"key": self._key, "time": _now(), "part": outcome.part, "step": outcome.step}

@@ -321,6 +321,17 @@ def test_what_has_passed_on_these_sources_is_left_out(tmp_path, capsys):
     assert ran(folder=tmp_path / "elsewhere/logs", kept=tmp_path / "fresher") == ["good", "bad", "makes"]
 
 
+def test_verification_runs_again_although_it_has_passed(tmp_path):
+    """Its verdicts belong to one card, which the record of passed steps does not know."""
+    history = gpu_runner.History(tmp_path, "key", tmp_path)
+    for repeats in (False, True):
+        one = dataclasses.replace(step("one", ""), repeats=repeats)
+        history.add(gpu_runner.Outcome("part", "one", "passed", 1.0))
+        passed = gpu_runner.History(tmp_path, "key", tmp_path).passed("part", one)
+        assert (passed is None) == repeats
+    assert all(one.repeats for one in gpu_plan._verify())
+
+
 def test_a_step_that_failed_after_it_had_passed_runs_again(tmp_path):
     good, key = step("good", ""), "key"
     for result, expected in (("passed", True), ("failed, exit code 1", False), ("passed", True)):
