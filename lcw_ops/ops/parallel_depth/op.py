@@ -287,7 +287,8 @@ def _contiguous_layers(recurrence: Recurrence, activation: str) -> solver.Layers
 
 
 def _make_scan(backend: str, filter: Tensor):
-    return solver.make_scan(get_kernels(backend), get_kernels("reference"), filter)
+    fused = importlib.import_module("lcw_ops.kernels.parallel_depth_fused") if backend == "triton" else None
+    return solver.make_scan(get_kernels(backend), get_kernels("reference"), filter, fused)
 
 
 def _make_forward(recurrence: Recurrence, options: Options, window: int) -> solver.Forward:

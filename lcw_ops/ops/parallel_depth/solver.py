@@ -7,7 +7,8 @@ when that is below the tolerance. A window that does not converge is halved; onc
 sequential kernel continues, with one warning.
 
 Cost of a sweep: one batched matmul (2 D M N^2 operations, which read D N^2 weights) and one scan over (D, M, N). The
-time for small batches is that of reading the weights.
+time for small batches is that of reading the weights. On a GPU, a sweep with a permutation of at most 128 units is one
+pass, which reads the states once (kernels/parallel_depth_fused.py).
 """
 
 import math
@@ -95,12 +96,16 @@ class Convergence:
     def add(self, change: float) -> None:
         self.changes.append(change)
 
+    def correct(self, change: float) -> None:
+        """Replace the last change, which was a lower bound, by the change of all states."""
+        self.changes[-1] = change
+
     @property
     def contraction(self) -> float:
         if len(self.changes) < 2:
             return math.nan
         before, now = self.changes[-2:]
-        return now / before if before > 0 else 0.0
+        return now / before if before > 0 else math.inf if now > 0 else 0.0
 
     @property
     def error(self) -> float:
@@ -233,6 +238,13 @@ class _DirectScan:
 
     finish_adjoint = finish
 
+    def start_fused(self, layers: Layers, states: Tensor, spare: Tensor):
+        """Sweeps with the product inside the scan, or None if the kernels have none. ``spare`` is like states[1:]."""
+        return None
+
+    def start_fused_adjoint(self, layers: Layers, gradients: Tensor, outside: Tensor | None, slope: Tensor, spare):
+        return None
+
     def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
         arguments = (product, layers.bias, layers.inputs, self.filter, layers.alpha, layers.beta, layers.activation)
         # The reference's scan multiplies by a matrix, which must not happen in TF32.
@@ -244,6 +256,63 @@ class _DirectScan:
             return self.kernels.adjoint_sweep_(
                 gradients, product, outside, self.transposed, layers.alpha, slope, scaled
             )
+
+
+class _FusedScan(_DirectScan):
+    """Sweeps with a permutation, whose product is inside the scan if ``fused`` takes the width.
+
+    ``fused`` is the module lcw_ops.kernels.parallel_depth_fused.
+    """
+
+    def __init__(self, kernels, filter: Tensor, fused) -> None:
+        super().__init__(kernels, filter)
+        self.fused = fused
+        # Sorting gives valid indices, whatever the filter holds. If it is no permutation, the result is NaN.
+        self.index = self.transposed.argsort()
+        self.is_valid = (self.index == self.filter).all()
+
+    def start_fused(self, layers: Layers, states: Tensor, spare: Tensor):
+        if not self.fused.takes(states.shape[-1], states.itemsize, states.device):
+            return None
+        return self.fused.Sweeps(
+            torch.where(self.is_valid, states[0], math.nan),
+            states[1:],
+            spare,
+            _laid_out(layers.weight.mT, states.dtype),
+            layers.bias,
+            layers.inputs,
+            None,
+            self.index,
+            layers.alpha,
+            layers.beta,
+            layers.activation,
+            reverse=False,
+        )
+
+    def start_fused_adjoint(self, layers: Layers, gradients: Tensor, outside: Tensor | None, slope: Tensor, spare):
+        if not self.fused.takes(gradients.shape[-1], gradients.itemsize, gradients.device):
+            return None
+        return self.fused.Sweeps(
+            torch.where(self.is_valid, gradients[-1], math.nan),
+            gradients[:-1],
+            spare,
+            _laid_out(layers.weight, gradients.dtype),
+            None,
+            outside,
+            slope,
+            self.transposed,
+            layers.alpha,
+            None,
+            "identity",
+            reverse=True,
+        )
+
+
+def _laid_out(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous in ``dtype``, by at most one copy."""
+    if matrix.dtype == dtype:
+        return matrix.contiguous()
+    return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(matrix)
 
 
 class _FrameScan:
@@ -261,6 +330,8 @@ class _FrameScan:
         self.workspace = _Workspace()
         self.inside: Tensor | None = None
         self.carried: Tensor | None = None
+
+    start_fused, start_fused_adjoint = _DirectScan.start_fused, _DirectScan.start_fused_adjoint
 
     def begin(self, continues: bool) -> None:
         self.inside = self.outside = None
@@ -318,10 +389,10 @@ def multiply_exactly(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
         torch.mm(rows.reshape(-1, rows.shape[-1]), matrix, out=out.view(-1, out.shape[-1]))
 
 
-def make_scan(kernels, reference_kernels, filter: Tensor):
-    """The scan for this filter: an int64 permutation (N,) or a matrix (N, N)."""
+def make_scan(kernels, reference_kernels, filter: Tensor, fused=None):
+    """The scan for this filter: an int64 permutation (N,) or a matrix (N, N). ``fused`` is as in `_FusedScan`."""
     if reference.is_permutation(filter):
-        return _DirectScan(kernels, filter)
+        return _DirectScan(kernels, filter) if fused is None else _FusedScan(kernels, filter, fused)
     frame = get_frame(filter)
     # Without a frame, the reference's scan multiplies by powers of the matrix.
     return _DirectScan(reference_kernels, filter) if frame is None else _FrameScan(kernels, frame)
@@ -360,13 +431,28 @@ class Windows:
         # The layer boundary at which the last solved window ended, in the direction of the pass.
         self.next_layer: int | None = None
 
-    def converge(self, first_layer: int, layers: int, dtype: torch.dtype, sweep: Callable[[], Tensor]) -> bool:
-        """Sweep until the window has converged, or cannot converge. Returns whether it has."""
+    def converge(
+        self,
+        first_layer: int,
+        layers: int,
+        dtype: torch.dtype,
+        sweep: Callable[[], Tensor],
+        finish: Callable[[], Tensor] | None = None,
+    ) -> bool:
+        """Sweep until the window has converged, or cannot converge. Returns whether it has.
+
+        With ``finish``, the change that ``sweep`` returns is a lower bound. ``finish`` writes the states of the last
+        sweep and returns the change of all of them, which decides.
+        """
         convergence = Convergence(layers, self.tolerance * math.sqrt(layers / self.steps), dtype)
         while True:
             convergence.add(sweep().item())
+            # Judged by changes of one kind: the corrected one may exceed the one before for its kind alone.
+            is_hopeless = convergence.is_hopeless
+            if finish is not None and convergence.has_converged:
+                convergence.correct(finish().item())
             done = convergence.has_converged
-            if done or convergence.is_hopeless:
+            if done or is_hopeless:
                 break
         _record(convergence.to_solve(self.direction, first_layer))
         if not done:
@@ -428,8 +514,11 @@ class Forward(Windows):
 
     def _solve(self, states: Tensor, layers: Layers) -> bool:
         steps = len(states) - 1
-        layers = layers.to_dtype(states.dtype)
         product = self.workspace.take("product", states[1:])
+        fused = self.scan.start_fused(layers, states, product)
+        if fused is not None:
+            return self.converge(layers.first, steps, states.dtype, fused.sweep, fused.finish)
+        layers = layers.to_dtype(states.dtype)
         self.scan.begin(continues=layers.first == self.next_layer)
         self.scan.sweep(layers, states, None)
 
@@ -521,14 +610,19 @@ class Backward(Windows):
         layers.multiply(states[:-1], slope)
         self.kernels.activate_(slope, layers.bias, layers.inputs, layers.beta, layers.activation, True)
         adjoint[-1] = gradient
-        self.scan.begin(continues=layers.first + steps == self.next_layer)
-        self.scan.adjoint_sweep(layers, adjoint, None, outside, slope, grad_pre)
+        fused = self.scan.start_fused_adjoint(layers, adjoint, outside, slope, product)
+        if fused is not None:
+            sweep, finish = fused.sweep, lambda: fused.finish(grad_pre)
+        else:
+            self.scan.begin(continues=layers.first + steps == self.next_layer)
+            self.scan.adjoint_sweep(layers, adjoint, None, outside, slope, grad_pre)
+            finish = None
 
-        def sweep() -> Tensor:
-            layers.multiply_transposed(grad_pre, product)
-            return self.scan.adjoint_sweep(layers, adjoint, product, outside, slope, grad_pre)
+            def sweep() -> Tensor:
+                layers.multiply_transposed(grad_pre, product)
+                return self.scan.adjoint_sweep(layers, adjoint, product, outside, slope, grad_pre)
 
-        if not self.converge(layers.first, steps, states.dtype, sweep):
+        if not self.converge(layers.first, steps, states.dtype, sweep, finish):
             return None
         self.scan.finish_adjoint(adjoint)
         self.next_layer = layers.first

@@ -1,0 +1,406 @@
+"""The recurrence over depth in parallel, with the product inside the scan: a sweep reads W once and the states once.
+
+    h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)    l = 1..D
+
+O is a permutation of a row's N units, N is at most 128, and there are M rows (samples). parallel_depth.py has the scan
+for other filters and widths, whose product is a batched matmul outside; ours.
+
+A chunk is a range of C layers from its first state c, its carry. Within the chunk
+
+    h_l = x_l + (alpha ... alpha) O^(l - first) c,    x_l = alpha_l O x_{l-1} + F_l,  x_first = 0
+
+A sweep has two launches. In the first, a program takes a chunk and BLOCK_M rows. For each layer it loads x_{l-1} of the
+last sweep and W_l, adds the carry of the last sweep, computes F_l and the new x_l, and stores x_l. The second launch
+goes from chunk to chunk and computes the new carries. So the states of a sweep are known as x and c, and the next sweep
+adds them where it loads them. Only once the carries have converged, a third launch writes the states, and measures
+their largest relative change in the last sweep. The change that decides whether it is time to do so is that of the
+carries: a lower bound of the states', and a contraction that is computed with it is an upper bound. The adjoint sweep
+has the same form from layer D to 1, with W^T: its product is (slope_l G_l) W_l.
+
+Bytes per number of a state, for float32 and a permutation, with M = 128 and N = 64 (W has M / N times as many numbers):
+
+                                forward                             adjoint
+    parallel_depth.py   26: 8 matmul, 2 W, 16 scan         34: 8 matmul, 2 W, 24 scan with slope
+    this file           10: 4 x read, 2 W, 4 x written     14: 4 more for slope
+    once per window     12: the states; 4: transposing W   20: the gradients, and slope times them
+
+For D = 50,000 on an H200 (4.3 TB/s) these are 0.95 ms a sweep, where parallel_depth.py needs 2.5 ms. The arithmetic
+takes longer: a layer's product has M N^2 multiply-adds (0.9 ms for all layers, at 128 a cycle on 132 multiprocessors
+at 1.75 GHz), and tanh takes 35 instructions a number (0.5 ms). With the other instructions a sweep takes PREDICTED ms.
+These times are predicted, not measured: no GPU has run this yet.
+
+Forward reads W^T, copied once per window: reading W by columns would be an 8-way bank conflict, as in
+orthogonal_filter.py. x is permuted by shuffles in registers, and the carry by the addresses of its loads: row j of a
+table holds the units of O^j. Products of alphas are computed in float64, and the float32 sums of a chunk begin at 0, so
+that their rounding errors are those of C layers. Every sum has a fixed order. There are no atomics.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcw_ops.kernels.common import Device, activate, device_facts
+from lcw_ops.kernels.parallel_depth import CARRY_STAGES, _choose_tile, _magnitude, _relative_change
+
+# A row's matrix takes this many bytes at most: 128 units of float32, 64 of float64. Two matrices of that size fit into
+# shared memory.
+MAX_ROW_BYTES = 512
+# Rows of a tile. With 32, a thread has 4 x 4 numbers at N = 64, and 4 multiply-adds for each number that it loads.
+MAX_ROWS = 32
+# Warps that a multiprocessor holds at a time, if each thread has 128 registers.
+WARPS_PER_PROCESSOR = 16
+# Layers that one program of fused_finish_kernel computes. There, layers do not depend on each other.
+FINISHED_LAYERS = 8
+
+
+def takes(width: int, itemsize: int, device: torch.device) -> bool:
+    """Whether the matrices of this width fit into the GPU's shared memory."""
+    return 0 < width * itemsize <= MAX_ROW_BYTES and choose_launch(width, itemsize, 1, device_facts(device)) is not None
+
+
+class Sweeps:
+    """The sweeps of one window. All tensors are contiguous and of one dtype, float32 or float64, except for ``index``.
+
+    Args:
+        first: the state from which the window starts, (M, N). With ``reverse``, the gradient of its last state.
+        states: memory for the D other states (D, M, N), which :meth:`finish` fills.
+        spare: as much memory, which holds no result.
+        matrix: W_l^T, or W_l with ``reverse``; (D, N, N), or (N, N) for all layers.
+        bias, alpha, beta: as for ``lcw_ops.reference.parallel_depth.sweep_``. No bias and beta with ``reverse``.
+        added: the inputs u (D, M, N); with ``reverse``, the gradients that the states receive from outside; or None.
+        slope: with ``reverse``, beta_l act'(A_l), (D, M, N).
+        index: the permutation that is applied: that of O, or with ``reverse`` that of O^T; int64 (N,), valid indices.
+    """
+
+    def __init__(self, first, states, spare, matrix, bias, added, slope, index, alpha, beta, activation, reverse):
+        self._steps, rows, width = states.shape
+        device = device_facts(states.device)
+        launch = choose_launch(width, states.itemsize, rows, device)
+        self._blocks = triton.cdiv(rows, launch["BLOCK_M"])
+        self._chunk = choose_chunk(self._steps, self._blocks * launch["num_warps"], device.processors)
+        self._chunks = triton.cdiv(self._steps, self._chunk)
+        self._first, self._states, self._spare, self._slope = first, states, spare, slope
+        # The decay of a layer is the product of the alphas of its chunk up to this layer.
+        alphas = alpha.double().expand(self._steps)
+        padded = alphas.new_ones(self._chunks * self._chunk)
+        padded[: self._steps] = alphas.flip(0) if reverse else alphas
+        self._decay = padded.view(self._chunks, self._chunk).cumprod(1)
+        self._powers = index.new_empty((self._chunk + 1, width), dtype=torch.int32)
+        self._rest = {"bias": bias, "added": added, "slope": slope, "index": index, "alpha": alpha, "beta": beta}
+        self._lengths = {"rows": rows, "steps": self._steps, "chunk": self._chunk}
+        self._options = launch | {
+            "MATRIX_STRIDE": width * width if matrix.dim() == 3 else 0,
+            "BIAS_STRIDE": width if bias is not None and bias.dim() == 2 else 0,
+            "ALPHA_STRIDE": int(alpha.numel() != 1),
+            "BETA_STRIDE": int(beta is not None and beta.numel() != 1),
+            "ACTIVATION": activation,
+            "REVERSE": reverse,
+            "WIDTH": width,
+        }
+        self._matrix, self._reverse, self._width = matrix, reverse, width
+        self._tile = _choose_tile(width, rows)
+        starts = states.new_zeros((2, self._chunks + 1, rows, width))
+        # The states of the last sweep, and of the one before: x (None: it is 0), the carries, and the decays.
+        self._now, self._before = (None, starts[0], self._decay), (None, starts[1], self._decay)
+        with torch.cuda.device_of(states):
+            powers_kernel[(1,)](index, self._powers, self._chunk, WIDTH=width, BLOCK_N=self._tile["BLOCK_N"])
+            self._carry(None, starts[0], starts[1])
+        if reverse and added is not None:
+            self._run(None)
+
+    def sweep(self) -> Tensor:
+        """Make one sweep.
+
+        Returns:
+            The largest relative change of a row among the states with which chunks begin and the last state; (1,) in
+            float64. It is at most that of all states.
+        """
+        return self._run(self._matrix)
+
+    def finish(self, scaled: Tensor | None = None) -> Tensor:
+        """Write the states of the last sweep. With ``reverse``, scaled_l <- slope_l G_l.
+
+        More sweeps may follow.
+
+        Returns:
+            The largest relative change of a row in the last sweep, max_i |new_i - old_i| / max_i |new_i|; (1,) in
+            float64.
+        """
+        (x, starts, decay), (old_x, old_starts, old_decay) = self._now, self._before
+        groups, blocks = triton.cdiv(self._steps, FINISHED_LAYERS), triton.cdiv(len(self._first), self._tile["BLOCK_M"])
+        residuals = self._decay.new_zeros(groups * blocks)
+        with torch.cuda.device_of(self._states):
+            fused_finish_kernel[(groups * blocks,)](
+                self._states, self._first, x, starts, decay, self._states if old_x is None else old_x, old_starts,
+                old_decay, int(old_x is not None), self._powers, self._slope, scaled, residuals, **self._lengths,
+                LAYERS=FINISHED_LAYERS, REVERSE=self._reverse, WIDTH=self._width, **self._tile,
+            )  # fmt: skip
+        # ``states`` now holds whole states, to which no carry is added.
+        self._now = self._states, starts, torch.zeros_like(self._decay)
+        return residuals.amax(0, keepdim=True)
+
+    def _run(self, matrix: Tensor | None) -> Tensor:
+        x, starts, decay = self._now
+        free = self._spare if x is self._states else self._states
+        with torch.cuda.device_of(self._states):
+            fused_sweep_kernel[(self._chunks * self._blocks,)](
+                free, free if x is None else x, int(x is not None), starts, decay, self._powers, matrix, **self._rest,
+                **self._lengths, **self._options,
+            )  # fmt: skip
+            other = self._before[1]
+            change = self._carry(free, other, starts)
+        self._now, self._before = (free, other, self._decay), self._now
+        return change
+
+    def _carry(self, x: Tensor | None, starts: Tensor, old_starts: Tensor) -> Tensor:
+        blocks = triton.cdiv(len(self._first), self._tile["BLOCK_M"])
+        residuals = self._decay.new_zeros(blocks)
+        fused_carry_kernel[(blocks,)](
+            self._first, self._states if x is None else x, int(x is not None), starts, old_starts, self._decay,
+            self._powers, residuals, self._chunks, **self._lengths, REVERSE=self._reverse, WIDTH=self._width,
+            STAGES=CARRY_STAGES, **self._tile,
+        )  # fmt: skip
+        return residuals.amax(0, keepdim=True)
+
+
+def choose_launch(width: int, itemsize: int, rows: int, device: Device) -> dict | None:
+    """Tile, warps and stages of a sweep. None if the matrices do not fit into shared memory."""
+    block_n = max(16, triton.next_power_of_2(width))
+    # Matrix units take 16 rows at a time. Multiply-adds of fewer than 4 rows would wait for the matrix.
+    block_m = min(MAX_ROWS * 4 // max(itemsize, 4), triton.next_power_of_2(rows))
+    block_m = max(block_m, 16 if device.matrix_units else 4)
+    # The user lets torch's matmul use TF32. Three TF32 products are nearly as exact as one in float32.
+    is_split = itemsize == 4 and block_m >= 16 and not device.matrix_units
+    is_split = is_split and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    matrix, tile = block_n * block_n * itemsize, block_m * block_n * itemsize
+    if matrix + tile > device.shared_memory:
+        return None
+    # Shared memory holds the matrix of the layer under way, and of the next one if there is room.
+    stages = 2 if 2 * (matrix + 2 * tile) <= device.shared_memory else 1
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "STAGES": stages,
+        "PRECISION": "tf32x3" if is_split else "ieee",
+        "num_warps": max(1, block_n // 16),
+    }
+
+
+def choose_chunk(steps: int, warps: int, processors: int) -> int:
+    """Layers per chunk, if a layer takes ``warps`` warps.
+
+    All chunks run at the same time, and there are at most as many as the square root of the number of layers: the
+    carries are computed one after another.
+    """
+    chunks = min(processors * WARPS_PER_PROCESSOR // warps, math.isqrt(steps))
+    return triton.cdiv(steps, max(chunks, 1))
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def powers_kernel(index, powers, chunk: tl.int64, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The table of the permutation's powers: row j of ``powers`` has the units of O^j, j = 0..chunk."""
+    unit = tl.arange(0, BLOCK_N)
+    present = unit < WIDTH
+    at = unit
+    tl.store(powers + unit, at, mask=present)
+    for _ in range(0, chunk):
+        powers += WIDTH
+        at = tl.load(index + at, mask=present, other=0).to(tl.int32)
+        tl.store(powers + unit, at, mask=present)
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "chunk", "known"])
+def fused_sweep_kernel(
+    x,
+    old_x,
+    known: tl.int32,
+    starts,
+    decay,
+    powers,
+    matrix,
+    bias,
+    added,
+    slope,
+    index,
+    alpha,
+    beta,
+    rows: tl.int64,
+    steps: tl.int64,
+    chunk: tl.int64,
+    MATRIX_STRIDE: tl.constexpr,
+    BIAS_STRIDE: tl.constexpr,
+    ALPHA_STRIDE: tl.constexpr,
+    BETA_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x of one chunk of BLOCK_M rows, from the x, carries and decays of the last sweep. ``known`` is 0 if x was 0.
+
+    Without ``matrix``, F_l is what is added from outside.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    blocks = tl.cdiv(rows, BLOCK_M)
+    first = tl.program_id(0) // blocks * chunk
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    unit = tl.arange(0, BLOCK_N)
+    present = unit < WIDTH
+    inside = (row < rows) & present[None, :]
+    row_offset = row * WIDTH
+    tile = row_offset + unit[None, :]
+    size = rows * WIDTH
+    start = starts + tl.program_id(0) // blocks * size + row_offset
+    turn = tl.broadcast_to(tl.load(index + unit, mask=present, other=0).to(tl.int32)[None, :], (BLOCK_M, BLOCK_N))
+    kept = _kept(matrix, MATRIX_STRIDE, WIDTH, BLOCK_N)
+    before = 1 if REVERSE else -1
+    partial = tl.zeros((BLOCK_M, BLOCK_N), dtype)
+    for j in tl.range(0, min(chunk, steps - first).to(tl.int32), num_stages=STAGES):
+        layer = steps - 1 - first - j if REVERSE else first + j
+        here = layer * size + tile
+        if matrix is None:
+            source = tl.load(added + here, mask=inside, other=0.0)
+        else:
+            at = tl.load(powers + j * WIDTH + unit, mask=present, other=0)
+            factor = tl.load(decay + first + j - 1, mask=j > 0, other=1.0).to(dtype)
+            state = factor * tl.load(start + at[None, :], mask=inside, other=0.0)
+            state += tl.load(old_x + here + before * size, mask=inside & ((j > 0) & (known > 0)), other=0.0)
+            if REVERSE:
+                state *= tl.load(slope + here, mask=inside, other=0.0)
+            weight = kept if MATRIX_STRIDE == 0 else _load_matrix(matrix + layer * MATRIX_STRIDE, WIDTH, BLOCK_N)
+            source = tl.dot(state, weight, input_precision=PRECISION, out_dtype=dtype)
+            if bias is not None:
+                source += tl.load(bias + layer * BIAS_STRIDE + unit, mask=present, other=0.0)[None, :]
+            if added is not None:
+                source += tl.load(added + here, mask=inside, other=0.0)
+            if not REVERSE:
+                source = tl.load(beta + layer * BETA_STRIDE) * activate(source, ACTIVATION)
+        partial = tl.load(alpha + layer * ALPHA_STRIDE) * tl.gather(partial, turn, 1) + source
+        tl.store(x + here, partial, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "chunk", "chunks", "known"])
+def fused_carry_kernel(
+    initial,
+    x,
+    known: tl.int32,
+    starts,
+    old_starts,
+    decay,
+    powers,
+    residuals,
+    chunks: tl.int64,
+    rows: tl.int64,
+    steps: tl.int64,
+    chunk: tl.int64,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The carry of every chunk, the state after the last chunk, and their largest relative change."""
+    dtype: tl.constexpr = starts.dtype.element_ty
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    unit = tl.arange(0, BLOCK_N)[None, :]
+    inside = (row < rows) & (unit < WIDTH)
+    tile = row.to(tl.int64) * WIDTH + unit
+    size = rows * WIDTH
+    carry = tl.load(initial + tile, mask=inside, other=0.0).to(tl.float64)
+    tl.store(starts + tile, carry.to(dtype), mask=inside)
+    worst = _magnitude(tl.zeros((BLOCK_M,), dtype))
+    for number in tl.range(0, chunks.to(tl.int32), num_stages=STAGES):
+        last = tl.minimum((number + 1) * chunk, steps) - 1
+        turn = tl.load(powers + (last + 1 - number * chunk) * WIDTH + unit, mask=unit < WIDTH, other=0)
+        layer = steps - 1 - last if REVERSE else last
+        carry = tl.load(decay + last) * tl.gather(carry, tl.broadcast_to(turn, (BLOCK_M, BLOCK_N)), 1)
+        carry += tl.load(x + layer * size + tile, mask=inside & (known > 0), other=0.0).to(tl.float64)
+        starts += size
+        old_starts += size
+        new = carry.to(dtype)
+        old = tl.load(old_starts + tile, mask=inside, other=0.0)
+        worst = tl.maximum(worst, _relative_change(new, old, inside))
+        tl.store(starts + tile, new, mask=inside)
+    tl.store(residuals + tl.program_id(0), tl.max(worst, 0).to(dtype, bitcast=True).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "chunk", "known"])
+def fused_finish_kernel(
+    states,
+    initial,
+    x,
+    starts,
+    decay,
+    old_x,
+    old_starts,
+    old_decay,
+    known: tl.int32,
+    powers,
+    slope,
+    scaled,
+    residuals,
+    rows: tl.int64,
+    steps: tl.int64,
+    chunk: tl.int64,
+    LAYERS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The states of LAYERS layers of BLOCK_M rows, and their largest relative change. ``states`` may be x or old_x."""
+    dtype: tl.constexpr = states.dtype.element_ty
+    blocks = tl.cdiv(rows, BLOCK_M)
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    unit = tl.arange(0, BLOCK_N)[None, :]
+    present = unit < WIDTH
+    inside = (row < rows) & present
+    size = rows * WIDTH
+    row_offset = row * WIDTH
+    begin = tl.program_id(0) // blocks * LAYERS
+    worst = _magnitude(tl.zeros((BLOCK_M,), dtype))
+    for position in range(begin, min(begin + LAYERS, steps)):
+        layer = steps - 1 - position if REVERSE else position
+        here = layer * size + row_offset + unit
+        number = position // chunk
+        at = tl.load(powers + (position - number * chunk + 1) * WIDTH + unit, mask=present, other=0)
+        carry = number * size + row_offset + at
+        new = tl.load(decay + position).to(dtype) * tl.load(starts + carry, mask=inside, other=0.0)
+        new += tl.load(x + here, mask=inside, other=0.0)
+        old = tl.load(old_decay + position).to(dtype) * tl.load(old_starts + carry, mask=inside, other=0.0)
+        old += tl.load(old_x + here, mask=inside & (known > 0), other=0.0)
+        worst = tl.maximum(worst, _relative_change(new, old, inside))
+        tl.store(states + here, new, mask=inside)
+        if scaled is not None:
+            if position == 0:
+                state = tl.load(initial + row_offset + unit, mask=inside, other=0.0)
+                tl.store(scaled + here, tl.load(slope + here, mask=inside, other=0.0) * state, mask=inside)
+            below = inside & (layer > 0)
+            factor = tl.load(slope + here - size, mask=below, other=0.0)
+            tl.store(scaled + here - size, factor * new, mask=below)
+    tl.store(residuals + tl.program_id(0), tl.max(worst, 0).to(dtype, bitcast=True).to(tl.float64))
+
+
+@triton.jit
+def _kept(matrix, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A matrix that all layers share, on chip for the whole loop; else None."""
+    if matrix is None or STRIDE != 0:
+        return
+    else:
+        return _load_matrix(matrix, WIDTH, BLOCK_N)
+
+
+@triton.jit
+def _load_matrix(matrix, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    row = tl.arange(0, BLOCK_N)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
+    if WIDTH == BLOCK_N:
+        return tl.load(matrix + (row * WIDTH + column))
+    else:
+        return tl.load(matrix + (row * WIDTH + column), mask=(row < WIDTH) & (column < WIDTH), other=0.0)
