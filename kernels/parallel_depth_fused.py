@@ -2,7 +2,7 @@
 
     h_l = alpha_l O h_{l-1} + beta_l act(W_l h_{l-1} + b_l + u_l)    l = 1..D
 
-O is a permutation of a row's N units, N is at most 128, and there are M rows (samples). parallel_depth.py has the scan
+O is a permutation of a row's N units, N is at most 64, and there are M rows (samples). parallel_depth.py has the scan
 for other filters and widths, whose product is a batched matmul outside; ours.
 
 A chunk is a range of C layers from its first state c, its carry. Within the chunk
@@ -45,20 +45,24 @@ from torch import Tensor
 from lcw_ops.kernels.common import Device, activate, device_facts
 from lcw_ops.kernels.parallel_depth import CARRY_STAGES, _choose_tile, _magnitude, _relative_change
 
-# A row's matrix takes this many bytes at most: 128 units of float32, 64 of float64. Two matrices of that size fit into
-# shared memory.
-MAX_ROW_BYTES = 512
-# Rows of a tile. With 32, a thread has 4 x 4 numbers at N = 64, and 4 multiply-adds for each number that it loads.
+# At 128 units a thread would read so often from shared memory that a sweep would take as long as with the vendor's
+# matmul: 177 ns a layer, counted in the compiled code.
+MAX_WIDTH = 64
+# Rows of a tile, with 8 numbers per thread. With 16 numbers ptxas spills 4 KB.
 MAX_ROWS = 32
-# Warps that a multiprocessor holds at a time, if each thread has 128 registers.
-WARPS_PER_PROCESSOR = 16
+# Warps that a multiprocessor holds at a time, if each thread has 80 registers, and the fewest programs.
+WARPS_PER_PROCESSOR = 24
+LEAST_PROGRAMS = 2
 # Layers that one program of fused_finish_kernel computes. There, layers do not depend on each other.
 FINISHED_LAYERS = 8
 
 
 def takes(width: int, itemsize: int, device: torch.device) -> bool:
-    """Whether the matrices of this width fit into the GPU's shared memory."""
-    return 0 < width * itemsize <= MAX_ROW_BYTES and choose_launch(width, itemsize, 1, device_facts(device)) is not None
+    """Whether there are fused sweeps of this width."""
+    if not 0 < width <= MAX_WIDTH:
+        return False
+    # A matrix and a tile of states, in shared memory.
+    return (MAX_WIDTH + MAX_ROWS) * MAX_WIDTH * itemsize <= device_facts(device).shared_memory
 
 
 class Sweeps:
@@ -80,7 +84,7 @@ class Sweeps:
         device = device_facts(states.device)
         launch = choose_launch(width, states.itemsize, rows, device)
         self._blocks = triton.cdiv(rows, launch["BLOCK_M"])
-        self._chunk = choose_chunk(self._steps, self._blocks * launch["num_warps"], device.processors)
+        self._chunk = choose_chunk(self._steps, self._blocks, launch["num_warps"], device.processors)
         self._chunks = triton.cdiv(self._steps, self._chunk)
         self._first, self._states, self._spare, self._slope = first, states, spare, slope
         # The decay of a layer is the product of the alphas of its chunk up to this layer.
@@ -166,8 +170,8 @@ class Sweeps:
         return residuals.amax(0, keepdim=True)
 
 
-def choose_launch(width: int, itemsize: int, rows: int, device: Device) -> dict | None:
-    """Tile, warps and stages of a sweep. None if the matrices do not fit into shared memory."""
+def choose_launch(width: int, itemsize: int, rows: int, device: Device) -> dict:
+    """Tile, warps and stages of a sweep."""
     block_n = max(16, triton.next_power_of_2(width))
     # Matrix units take 16 rows at a time. Multiply-adds of fewer than 4 rows would wait for the matrix.
     block_m = min(MAX_ROWS * 4 // max(itemsize, 4), triton.next_power_of_2(rows))
@@ -175,28 +179,26 @@ def choose_launch(width: int, itemsize: int, rows: int, device: Device) -> dict 
     # The user lets torch's matmul use TF32. Three TF32 products are nearly as exact as one in float32.
     is_split = itemsize == 4 and block_m >= 16 and not device.matrix_units
     is_split = is_split and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    matrix, tile = block_n * block_n * itemsize, block_m * block_n * itemsize
-    if matrix + tile > device.shared_memory:
-        return None
-    # Shared memory holds the matrix of the layer under way, and of the next one if there is room.
-    stages = 2 if 2 * (matrix + 2 * tile) <= device.shared_memory else 1
+    warp_bytes = 2048 if device.matrix_units else 1024
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "STAGES": stages,
+        # The copies of a pipeline take a third of the time of shared memory. Large tiles do without: a multiprocessor
+        # has several of them, and works on one while another one waits.
+        "STAGES": 2 if block_m * itemsize < 64 else 1,
         "PRECISION": "tf32x3" if is_split else "ieee",
-        "num_warps": max(1, block_n // 16),
+        "num_warps": max(1, block_n * max(block_m, 16) * itemsize // warp_bytes),
     }
 
 
-def choose_chunk(steps: int, warps: int, processors: int) -> int:
-    """Layers per chunk, if a layer takes ``warps`` warps.
+def choose_chunk(steps: int, blocks: int, num_warps: int, processors: int) -> int:
+    """Layers per chunk, if a layer takes ``blocks`` programs.
 
     All chunks run at the same time, and there are at most as many as the square root of the number of layers: the
     carries are computed one after another.
     """
-    chunks = min(processors * WARPS_PER_PROCESSOR // warps, math.isqrt(steps))
-    return triton.cdiv(steps, max(chunks, 1))
+    programs = processors * max(WARPS_PER_PROCESSOR // num_warps, LEAST_PROGRAMS)
+    return triton.cdiv(steps, max(1, min(programs // blocks, math.isqrt(steps))))
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -248,41 +250,43 @@ def fused_sweep_kernel(
     """
     dtype: tl.constexpr = x.dtype.element_ty
     blocks = tl.cdiv(rows, BLOCK_M)
-    first = tl.program_id(0) // blocks * chunk
-    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    number = tl.program_id(0) // blocks
+    first = number * chunk
+    block = tl.program_id(0) % blocks
+    row = tl.arange(0, BLOCK_M)[:, None]
     unit = tl.arange(0, BLOCK_N)
     present = unit < WIDTH
-    inside = (row < rows) & present[None, :]
-    row_offset = row * WIDTH
-    tile = row_offset + unit[None, :]
+    inside = (row < rows - block * BLOCK_M) & present[None, :]
+    tile = row * WIDTH + unit[None, :]
     size = rows * WIDTH
-    start = starts + tl.program_id(0) // blocks * size + row_offset
+    base = block * BLOCK_M * WIDTH
+    start = starts + (number * size + base) + row * WIDTH
     turn = tl.broadcast_to(tl.load(index + unit, mask=present, other=0).to(tl.int32)[None, :], (BLOCK_M, BLOCK_N))
     kept = _kept(matrix, MATRIX_STRIDE, WIDTH, BLOCK_N)
     before = 1 if REVERSE else -1
     partial = tl.zeros((BLOCK_M, BLOCK_N), dtype)
     for j in tl.range(0, min(chunk, steps - first).to(tl.int32), num_stages=STAGES):
         layer = steps - 1 - first - j if REVERSE else first + j
-        here = layer * size + tile
+        here = layer * size + base
         if matrix is None:
-            source = tl.load(added + here, mask=inside, other=0.0)
+            source = tl.load(added + here + tile, mask=inside, other=0.0)
         else:
             at = tl.load(powers + j * WIDTH + unit, mask=present, other=0)
             factor = tl.load(decay + first + j - 1, mask=j > 0, other=1.0).to(dtype)
             state = factor * tl.load(start + at[None, :], mask=inside, other=0.0)
-            state += tl.load(old_x + here + before * size, mask=inside & ((j > 0) & (known > 0)), other=0.0)
+            state += tl.load(old_x + (here + before * size) + tile, mask=inside & ((j > 0) & (known > 0)), other=0.0)
             if REVERSE:
-                state *= tl.load(slope + here, mask=inside, other=0.0)
+                state *= tl.load(slope + here + tile, mask=inside, other=0.0)
             weight = kept if MATRIX_STRIDE == 0 else _load_matrix(matrix + layer * MATRIX_STRIDE, WIDTH, BLOCK_N)
             source = tl.dot(state, weight, input_precision=PRECISION, out_dtype=dtype)
             if bias is not None:
                 source += tl.load(bias + layer * BIAS_STRIDE + unit, mask=present, other=0.0)[None, :]
             if added is not None:
-                source += tl.load(added + here, mask=inside, other=0.0)
+                source += tl.load(added + here + tile, mask=inside, other=0.0)
             if not REVERSE:
                 source = tl.load(beta + layer * BETA_STRIDE) * activate(source, ACTIVATION)
         partial = tl.load(alpha + layer * ALPHA_STRIDE) * tl.gather(partial, turn, 1) + source
-        tl.store(x + here, partial, mask=inside)
+        tl.store(x + here + tile, partial, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "steps", "chunk", "chunks", "known"])
@@ -357,33 +361,38 @@ def fused_finish_kernel(
     """The states of LAYERS layers of BLOCK_M rows, and their largest relative change. ``states`` may be x or old_x."""
     dtype: tl.constexpr = states.dtype.element_ty
     blocks = tl.cdiv(rows, BLOCK_M)
-    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    block = tl.program_id(0) % blocks
+    row = tl.arange(0, BLOCK_M)[:, None]
     unit = tl.arange(0, BLOCK_N)[None, :]
     present = unit < WIDTH
-    inside = (row < rows) & present
+    inside = (row < rows - block * BLOCK_M) & present
     size = rows * WIDTH
+    base = block * BLOCK_M * WIDTH
     row_offset = row * WIDTH
+    tile = row_offset + unit
     begin = tl.program_id(0) // blocks * LAYERS
     worst = _magnitude(tl.zeros((BLOCK_M,), dtype))
     for position in range(begin, min(begin + LAYERS, steps)):
         layer = steps - 1 - position if REVERSE else position
-        here = layer * size + row_offset + unit
+        here = layer * size + base
         number = position // chunk
         at = tl.load(powers + (position - number * chunk + 1) * WIDTH + unit, mask=present, other=0)
-        carry = number * size + row_offset + at
-        new = tl.load(decay + position).to(dtype) * tl.load(starts + carry, mask=inside, other=0.0)
-        new += tl.load(x + here, mask=inside, other=0.0)
-        old = tl.load(old_decay + position).to(dtype) * tl.load(old_starts + carry, mask=inside, other=0.0)
-        old += tl.load(old_x + here, mask=inside & (known > 0), other=0.0)
+        start = number * size + base
+        turned = row_offset + at
+        new = tl.load(decay + position).to(dtype) * tl.load(starts + start + turned, mask=inside, other=0.0)
+        new += tl.load(x + here + tile, mask=inside, other=0.0)
+        old = tl.load(old_decay + position).to(dtype) * tl.load(old_starts + start + turned, mask=inside, other=0.0)
+        old += tl.load(old_x + here + tile, mask=inside & (known > 0), other=0.0)
         worst = tl.maximum(worst, _relative_change(new, old, inside))
-        tl.store(states + here, new, mask=inside)
+        tl.store(states + here + tile, new, mask=inside)
         if scaled is not None:
             if position == 0:
-                state = tl.load(initial + row_offset + unit, mask=inside, other=0.0)
-                tl.store(scaled + here, tl.load(slope + here, mask=inside, other=0.0) * state, mask=inside)
+                state = tl.load(initial + base + tile, mask=inside, other=0.0)
+                factor = tl.load(slope + here + tile, mask=inside, other=0.0)
+                tl.store(scaled + here + tile, factor * state, mask=inside)
             below = inside & (layer > 0)
-            factor = tl.load(slope + here - size, mask=below, other=0.0)
-            tl.store(scaled + here - size, factor * new, mask=below)
+            factor = tl.load(slope + (here - size) + tile, mask=below, other=0.0)
+            tl.store(scaled + (here - size) + tile, factor * new, mask=below)
     tl.store(residuals + tl.program_id(0), tl.max(worst, 0).to(dtype, bitcast=True).to(tl.float64))
 
 

@@ -7,7 +7,7 @@ when that is below the tolerance. A window that does not converge is halved; onc
 sequential kernel continues, with one warning.
 
 Cost of a sweep: one batched matmul (2 D M N^2 operations, which read D N^2 weights) and one scan over (D, M, N). The
-time for small batches is that of reading the weights. On a GPU, a sweep with a permutation of at most 128 units is one
+time for small batches is that of reading the weights. On a GPU, a sweep with a permutation of at most 64 units is one
 pass, which reads the states once (kernels/parallel_depth_fused.py).
 """
 
