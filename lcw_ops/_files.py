@@ -68,6 +68,12 @@ def cache_folder() -> Path | None:
     return Path(home, ".cache/lcw_ops") if home else None
 
 
+def no_folder_reason() -> str:
+    """Why :func:`cache_folder` gives None."""
+    is_empty = os.environ.get("LCW_OPS_CACHE_DIR") == ""
+    return "LCW_OPS_CACHE_DIR is empty" if is_empty else "LCW_OPS_CACHE_DIR, XDG_CACHE_HOME and HOME are not set"
+
+
 def prepare_folder(folder: str | Path) -> Path:
     """Create ``folder`` with its parents and prove that a file can be written there, before hours of work rely on it.
 

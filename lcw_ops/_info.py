@@ -170,7 +170,7 @@ def _op_lines(op: str, device: torch.device, common: dict[str, str] | None = Non
 
 def _verification_line() -> str:
     """Where the verdicts of ``lcw-ops verify`` come from, and the command that makes them."""
-    source = verdicts.shipped_file() or _files.cache_folder() or "nowhere, because LCW_OPS_CACHE_DIR is empty"
+    source = verdicts.shipped_file() or _files.cache_folder() or f"nowhere, because {_files.no_folder_reason()}"
     return f"Verdicts about kernels are read from {source}; lcw-ops verify --device {_devices()[-1]} makes them"
 
 

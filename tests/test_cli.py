@@ -207,7 +207,7 @@ def test_every_mistake_is_one_line_and_code_2(flags, tmp_path, capsys):
 def test_an_empty_path_of_data_is_named(command, capsys):
     assert cli.main([command, "--data", ""]) == 2
     assert capsys.readouterr().err == (
-        f"lcw-ops {command}: --data is ''; expected digits, or the path of an .npz file.\n"
+        f"lcw-ops {command}: --data is ''; expected digits, mnist5k, or the path of an .npz file or of a folder.\n"
     )
 
 
@@ -538,8 +538,11 @@ def test_an_unknown_flag_is_named_with_the_nearest_one(arguments, message, capsy
         ("crossover", ["rows.csv", "--row", "3"]),
         ("reproduce.gradient_activation", ["--seed", "3"]),
         ("reproduce.hypersphere", ["--seed", "3"]),
+        ("reproduce.lcw", ["--seed", "3"]),
         ("reproduce.lps", ["--seed", "3"]),
+        ("reproduce.orthogonal_filter", ["--seed", "3"]),
         ("reproduce.parallel_depth", ["--dept", "3"]),
+        ("reproduce.permuted_digits", ["--seed", "3"]),
     ],
 )
 def test_no_flag_of_the_benchmarks_own_commands_may_be_abbreviated(module, arguments, capsys):

@@ -8,6 +8,7 @@ import itertools
 import math
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 import lcw_ops
 from lcw_ops import functional as F
 from lcw_ops import nn
+from lcw_ops.bench.parallel_depth import regions
 from lcw_ops.ops.library import get_overload
 from lcw_ops.ops.parallel_depth import crossover, op
 from lcw_ops.ops.parallel_depth.solver import record_solves
@@ -806,6 +808,25 @@ def test_auto_is_sequential_where_nothing_was_measured(monkeypatch):
     with lcw_ops.use_backend("cpp"):
         for tied, kind in itertools.product((False, True), FILTERS):
             assert solver_taken(make_arguments(3, 8, 20, tied=tied), make_filter(kind, 8)) == "sequential"
+
+
+RESULTS = Path(__file__).parents[1] / "bench/results"
+
+
+def unsupported(table) -> list:
+    """The rows of ``table`` that do not follow from the measurements in bench/results/."""
+    files = [path for path in RESULTS.glob("*.csv") if "stem" in path.read_text().partition("\n")[0].split(",")]
+    assert files
+    return [row for row in table if not any(row in regions(path, row.device) for path in files)]
+
+
+def test_auto_follows_committed_measurements_only():
+    assert unsupported(crossover.MEASURED) == []
+    # No GPU has been measured.
+    predicted = crossover.Region("sm_90", True, False, (50_000, 50_000), (128, 128), (64, 64), 1.0)
+    assert unsupported([predicted]) == [predicted]
+    for key, permutes, tied in itertools.product(("sm_80", "sm_90", "sm_100"), (False, True), (False, True)):
+        assert crossover.largest_c_faster(crossover.Call(key, permutes, tied, 50_000, 128, 64)) is None
 
 
 @pytest.mark.parametrize(

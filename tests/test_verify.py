@@ -13,8 +13,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -24,10 +26,10 @@ from support import fake_verification
 from torch._dynamo.testing import CompileCounter
 
 import lcw_ops
-from lcw_ops import _info, cli
+from lcw_ops import _files, _info, cli, verification
 from lcw_ops.ops import backends, verdicts
 from lcw_ops.ops.verdicts import Kind
-from lcw_ops.verification import Refused, cases, child, preconditions, processes, speeds, verify
+from lcw_ops.verification import Refused, cases, child, keeping, preconditions, processes, speeds, verify, work
 
 CARD = torch.device("cuda", 0)
 GAF, LCW = "gradient_activation_", "lcw_weight"
@@ -98,7 +100,6 @@ def test_what_is_right_and_faster_is_chosen(card, behave):
     behave("well")
     assert choose() == "reference"
     report = verify("cuda:0", ops=[LCW])
-    # "cpp" can run everywhere here; the choice on a GPU does not look at it.
     (kernel,) = (kernel for kernel in report.kernels if kernel.backend == "triton")
     assert report.right
     assert (kernel.times, kernel.verdicts[NARROW].faster) == (1.5, True)
@@ -129,7 +130,9 @@ def test_a_process_reads_once(card, behave, folder):
         ("no JSON", r"^no: wrote a line that is not JSON in case up to 4096: b'hello'"),
         ("no end of a line", r"^no: wrote a line without an end in case up to 4096$"),
         ("wrong", r"^no: result 0 is not finite$"),
-        ("forgets", r"^no: the process has judged no case$"),
+        ("skips the last case", r"^no: the process has judged 9 of 10 cases$"),
+        ("fills the error output", r"^no: crashed in case up to 4096: RuntimeError: the end$"),
+        ("forgets", r"^no: the process has judged 0 of 10 cases$"),
         ("spills", r"^no: a_kernel spills 96 bytes"),
     ],
 )
@@ -140,9 +143,12 @@ def test_a_kernel_that_fails_is_not_chosen(behaviour, reason, card, behave):
     assert time.monotonic() - began < 15
     assert not report.right
     (kernel,) = (kernel for kernel in report.kernels if kernel.backend == "triton")
-    verdict = kernel.verdicts[NARROW]
+    # The class in which the last case was skipped is that of the widest rows.
+    verdict = kernel.verdicts[Kind("float64", "up to 4096") if behaviour == "skips the last case" else NARROW]
     assert not verdict.right
     assert re.search(reason, verdict.reason), verdict.reason
+    if behaviour == "skips the last case":
+        return
     assert choose() == "reference"
     assert verdict.reason in lcw_ops.ops.backends.not_chosen_reason(LCW, "triton", CARD, "reference")
     assert "NO" in report.table()
@@ -186,6 +192,28 @@ def test_an_interrupt_ends_the_compilers(card, behave, monkeypatch):
     assert len(begun) == 1
     assert ends(begun[0])
     assert not processes._running
+
+
+def test_an_interrupt_keeps_no_verdict_of_a_killed_child(card, behave, folder):
+    behave("interrupts")
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        verify("cuda:0", ops=[LCW])
+    assert time.monotonic() - began < 10
+    assert not list(folder.glob("verdict-*"))
+    assert not processes._running
+
+
+def test_a_process_that_does_not_die_is_left_behind(monkeypatch):
+    """A killed process may hang in a driver for ever."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(processes, "_kill_group", lambda child: None)
+    monkeypatch.setattr(processes, "DEATH_SECONDS", 0.1)
+    began = time.monotonic()
+    processes._kill(child)
+    assert time.monotonic() - began < 5
+    child.kill()
+    child.wait()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
@@ -296,6 +324,99 @@ def test_the_deny_list_overrides_a_verdict(condition, expected, card, behave, mo
     assert said == ("denied by this version of lcw_ops: it spills" if expected == "reference" else "x comes first")
 
 
+@pytest.mark.parametrize(
+    ("device", "ops", "expected"),
+    [
+        # On a GPU each is alone from the first case on. On a CPU they judge before the first one is alone.
+        ("cuda:0", [GAF], "alone end alone end alone end"),
+        ("cpu", [GAF, LCW], "alone end alone end"),
+    ],
+)
+def test_no_two_children_disturb_each_other(device, ops, expected, card, behave, monkeypatch):
+    monkeypatch.setattr(work, "_count_cores", lambda: 4)
+    monkeypatch.setattr(verdicts, "_cpu_facts", lambda: {**fake_verification.facts_of("cpp"), "device": "cpu"})
+    if device == "cpu":
+        monkeypatch.setattr(backends, "missing_reason", lambda op, backend, kind: None if backend == "cpp" else "no")
+    log = behave("takes its time")
+    assert verify(device, ops=ops).right
+    lines = [line.split() for line in log()]
+    assert " ".join(word for word, *_ in lines if word in ("alone", "end")) == expected
+    # All children have started before the first one is alone.
+    first = next(index for index, line in enumerate(lines) if line[0] == "alone")
+    assert sum(line[0] == "run" for line in lines[:first]) == expected.count("alone")
+
+
+# ---- Several proved kernels ------------------------------------------------------------------------------------------
+
+
+def keep_verdict(folder, op, backend, kind, times, right=True):
+    key = verdicts.make_key(op, backend, kind, verdicts.collect_facts(CARD, backend))
+    faster = times is not None and times > 1.05
+    written = {"key": key, "right": right, "faster": faster, "times": times, "reason": "kept", "date": "2026-11-30"}
+    folder.mkdir(exist_ok=True)
+    (folder / verdicts.file_of(key)).write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+    ("triton", "cuda", "expected"),
+    [
+        (1.5, 1.8, "cuda"),
+        (1.8, 1.5, "triton"),
+        (1.5, 1.5, "triton"),
+        (0.9, 1.2, "cuda"),
+        (0.9, 0.8, "reference"),
+        (None, 1.2, "cuda"),
+    ],
+)
+def test_the_fastest_proved_kernel_is_chosen(triton, cuda, expected, card, folder):
+    """By the verdicts on this card. Equal kernels stay in the order of preference."""
+    op, kind = "orthogonal_filter", Kind("float32", "up to 64")
+    keep_verdict(folder, op, "triton", kind, triton)
+    keep_verdict(folder, op, "cuda", kind, cuda)
+    forget()
+    assert backends.choose(op, CARD, 64, 4, first="triton", warns=False) == expected
+    # Nothing is concluded about wider rows, or about another dtype.
+    assert backends.choose(op, CARD, 65, 4, first="triton", warns=False) == "reference"
+    assert backends.choose(op, CARD, 64, 8, first="triton", warns=False) == "reference"
+
+
+def test_a_faster_kernel_that_is_wrong_is_not_chosen(card, folder):
+    kind = Kind("float32", "up to 64")
+    keep_verdict(folder, "orthogonal_filter", "triton", kind, 3.0, right=False)
+    keep_verdict(folder, "orthogonal_filter", "cuda", kind, 1.2)
+    forget()
+    assert backends.choose("orthogonal_filter", CARD, 64, 4, warns=False) == "cuda"
+
+
+def test_a_measured_kernel_comes_before_one_with_a_committed_log(card, folder, monkeypatch):
+    monkeypatch.setattr(backends, "PROVEN", {("orthogonal_filter", "triton"): frozenset({(9, 0)})})
+    keep_verdict(folder, "orthogonal_filter", "cuda", Kind("float32", "up to 64"), 1.2)
+    forget()
+    assert backends.choose("orthogonal_filter", CARD, 64, 4, warns=False) == "cuda"
+    assert backends.choose("orthogonal_filter", CARD, 65, 4, warns=False) == "triton"
+
+
+def test_info_says_which_kernel_is_faster(card, behave):
+    behave("cuda is faster")
+    verify("cuda:0", ops=[GAF, "orthogonal_filter"])
+    forget()
+    assert backends.choose(GAF, CARD, warns=False) == "cuda"
+    reason = backends.not_chosen_reason(GAF, "triton", CARD, "cuda")
+    assert reason == "cuda is faster here: 1.80 times as fast as plain torch; triton: 1.50"
+    assert backends.not_chosen_reason(GAF, "triton", CARD, "cuda, as requested,") == "cuda, as requested, comes first"
+
+
+@pytest.mark.parametrize(("op", "widest"), [(op, widths[-1]) for op, widths in verdicts.WIDEST.items()])
+def test_rows_that_are_wider_than_every_class_run_on_plain_torch(op, widest, card, folder):
+    for backend in backends.IMPLEMENTED[op]:
+        for kind in verdicts.kinds(op):
+            keep_verdict(folder, op, backend, kind, 9.9)
+    forget()
+    assert backends.choose(op, CARD, widest, 4, warns=False) != "reference"
+    with pytest.warns(RuntimeWarning, match="no kernel is proved there"):
+        assert backends.choose(op, CARD, widest + 1, 4) == "reference"
+
+
 # ---- Where verdicts are kept -----------------------------------------------------------------------------------------
 
 
@@ -309,6 +430,8 @@ def test_a_folder_that_cannot_be_written_to(card, behave, tmp_path, monkeypatch,
     assert report.right
     assert [note for note in report.notes if "The verdicts are not kept" in note and "LCW_OPS_VERDICTS" in note]
     assert len(report.notes) == 1
+    assert "--write FILE" in report.notes[0]
+    assert report.notes[0] in str(report)
     assert choose() == "reference"
     shipped = tmp_path / "shipped.json"
     shipped.write_text(report.to_json())
@@ -320,6 +443,171 @@ def test_a_folder_that_cannot_be_written_to(card, behave, tmp_path, monkeypatch,
         assert choose() == "reference"
     monkeypatch.setenv("LCW_OPS_VERDICTS", str(tmp_path / "missing"))
     assert choose() == "reference"
+
+
+def test_a_file_for_an_administrator(card, behave, folder, tmp_path, monkeypatch, capsys):
+    """--write keeps the verdicts in the file that LCW_OPS_VERDICTS names, and in no other place."""
+    log = behave("well")
+    shipped = tmp_path / "new" / "verdicts.json"
+    command = ["verify", "--device", "cuda:0", "--ops", GAF, "--write", str(shipped)]
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    assert f"The verdicts are kept in {shipped}.\n" in text
+    assert f"Processes read the verdicts in {shipped} if LCW_OPS_VERDICTS names it.\n" in text
+    assert not list(folder.glob("verdict-*"))
+    assert choose(GAF) == "reference"
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(shipped))
+    assert choose(GAF) == "cuda"
+    # Other kernels join, the same ones are replaced, and --resume reads the file.
+    assert verify("cuda:0", ops=[LCW], write=shipped).notes == [f"The verdicts are kept in {shipped}."]
+    assert (choose(GAF), choose(LCW)) == ("cuda", "triton")
+    assert {kernel["op"] for kernel in json.loads(shipped.read_text())} == {GAF, LCW}
+    count = len(log())
+    verify("cuda:0", ops=[LCW], write=shipped, resume=True)
+    assert [line.split()[0] for line in log()[count:]] == ["describe"]
+    behave("slow")
+    verify("cuda:0", ops=[LCW], write=shipped)
+    assert (choose(GAF), choose(LCW)) == ("cuda", "reference")
+    assert len(json.loads(shipped.read_text())) == len(backends.IMPLEMENTED[GAF]) + len(backends.IMPLEMENTED[LCW])
+
+
+def test_a_run_that_processes_do_not_read_says_so(card, behave, folder, tmp_path, monkeypatch):
+    behave("well")
+    shipped = tmp_path / "shipped.json"
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(shipped))
+    said, kept = verify("cuda:0", ops=[GAF]).notes
+    assert said.startswith(f"LCW_OPS_VERDICTS is {shipped}, so processes read that file, and not the verdicts of this")
+    assert f"lcw-ops verify --write {shipped} puts them there" in said
+    assert kept == f"The verdicts are kept in {folder}."
+    assert not shipped.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("a letter", [], "write is '.*'; expected a new file, or one that --write made"),
+        ('{"key": 1}', [], "write is '.*'; expected a new file, or one that --write made"),
+        (None, [], "write is '.*/file/x/verdicts'; expected a file to write; cannot write to the folder"),
+        ("", ["--case", "300"], "write is given with case; expected one of the two"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_a_mistake(content, arguments, message, card, behave, tmp_path, capsys):
+    log = behave("well")
+    file = tmp_path / "file"
+    file.write_text(content or "")
+    path = file if content is not None else file / "x" / "verdicts"
+    assert cli.main(["verify", "--device", "cuda:0", "--write", str(path), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert file.read_text() == (content or "")
+    assert log() == []
+
+
+def test_two_devices_share_a_file(card, behave, tmp_path, monkeypatch):
+    behave("well")
+    shipped = tmp_path / "verdicts.json"
+    verify("cuda:0", ops=[GAF], write=shipped)
+    first = json.loads(shipped.read_text())
+    for one in (verdict for kernel in first for verdict in kernel["verdicts"]):
+        one["key"]["device"] = "another"
+    shipped.write_text(json.dumps(first))
+    verify("cuda:0", ops=[GAF], write=shipped)
+    devices = [verdict["key"]["device"] for kernel in json.loads(shipped.read_text()) for verdict in kernel["verdicts"]]
+    assert sorted(devices) == ["0123456789abcdef"] * 3 + ["another"] * 3
+
+
+def test_a_file_that_two_write_at_once_keeps_both(tmp_path):
+    """Two processes do the same: a lock belongs to an open file, not to a process."""
+    path = tmp_path / "verdicts.json"
+
+    def keep(op):
+        key = {"op": op, "backend": "cuda", "dtype": "any", "size": "any", **dict.fromkeys(verdicts.UPDATED, "1")}
+        keeping.File(path).keep({"op": op, "verdicts": [{"key": key}]})
+
+    threads = [threading.Thread(target=keep, args=(f"op {index}",)) for index in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {kernel["op"] for kernel in json.loads(path.read_text())} == {f"op {index}" for index in range(12)}
+
+
+# Part of a key -> whether a verdict with another one goes when a new one is kept.
+GOES = {"lcw_ops": True, "kernels": True, "driver": True, "format": True}
+STAYS = {"device": False, "name": False, "torch": False, "triton": False, "op": False, "backend": False}
+
+
+@pytest.mark.parametrize(("part", "goes"), (GOES | STAYS).items())
+def test_outdated_verdicts_go(part, goes, tmp_path):
+    """Those of the same kernel and device before an update. Never those of another device or environment."""
+
+    def make_kernel(size, **changed):
+        key = verdicts.make_key(LCW, "cuda", Kind("float32", size), fake_verification.facts_of("cuda")) | changed
+        return {
+            "op": LCW,
+            "verdicts": [{"key": key, "right": True, "faster": True, "times": 1.5, "reason": "", "date": ""}],
+        }
+
+    # An older version alone would make outdated what must stay because of the other part.
+    older = make_kernel("up to 4096", **({} if goes else {"lcw_ops": "0.0.1"}), **{part: "another"})
+    places = keeping.Folder(tmp_path / "folder"), keeping.File(tmp_path / "file.json")
+    for place in places:
+        place.keep(older)
+        (tmp_path / "folder/verdict-of nobody.json").write_text("{")
+        place.keep(make_kernel("up to 1024"))
+        place.keep(make_kernel("up to 4096"))
+        kept = [place.read(kernel["verdicts"][0]["key"]) for kernel in map(make_kernel, ("up to 1024", "up to 4096"))]
+        assert None not in kept
+        assert (place.read(older["verdicts"][0]["key"]) is None) == goes
+    assert len(list((tmp_path / "folder").iterdir())) == (3 if goes else 4)
+    assert len(json.loads((tmp_path / "file.json").read_text())) == (2 if goes else 3)
+
+
+@pytest.mark.parametrize("home", ["none", "a file"])
+def test_a_user_without_a_home(home, card, behave, monkeypatch, tmp_path):
+    monkeypatch.delenv("LCW_OPS_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    if home == "a file":
+        (tmp_path / "home").touch()
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    behave("well")
+    report = verify("cuda:0", ops=[GAF])
+    assert report.right
+    (note,) = report.notes
+    reason = "LCW_OPS_CACHE_DIR, XDG_CACHE_HOME and HOME are not set" if home == "none" else "Not a directory"
+    assert note.startswith("The verdicts are not kept: ")
+    assert reason in note
+    assert choose(GAF) == "reference"
+    if home == "none":
+        assert f"nowhere, because {reason}" in _info._verification_line()
+    shipped = tmp_path / "verdicts.json"
+    verify("cuda:0", ops=[GAF], write=shipped)
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(shipped))
+    assert choose(GAF) == "cuda"
+
+
+@pytest.mark.parametrize("is_cache_writable", [True, False])
+def test_a_system_without_a_folder_for_temporary_files(is_cache_writable, card, behave, folder, monkeypatch, tmp_path):
+    """A read-only image without /tmp. Triton's compiler gets the cache folder, or Triton's kernels are left out."""
+
+    def refuse(*_, **__):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    if not is_cache_writable:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("LCW_OPS_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(_files, "prepare_folder", lambda folder: folder if is_cache_writable else refuse())
+    behave("well")
+    report = verify("cuda:0", ops=[GAF])
+    assert report.right
+    found = [kernel.backend for kernel in report.kernels]
+    assert found == (["cpp", "cuda", "triton"] if is_cache_writable else ["cpp", "cuda"])
+    left_out = any("Triton's kernels are left out" in note for note in report.notes)
+    assert left_out == (not is_cache_writable)
+    expected = str(folder) if is_cache_writable else os.environ.get("TMPDIR")
+    assert processes._environment({"job": "run"}).get("TMPDIR") == expected
 
 
 def test_a_shipped_file_for_another_card_is_no_proof(card, behave, tmp_path, monkeypatch):
@@ -504,9 +792,10 @@ def test_a_device_without_kernels_is_refused(card, behave, monkeypatch):
     assert log() == []
 
 
-def test_never_inside_a_job(card, behave, monkeypatch):
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_never_inside_a_job(name, card, behave, monkeypatch):
     log = behave("well")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "2")
     with pytest.raises(Refused, match="belongs to a distributed job"):
         verify("cuda:0")
     assert log() == []
@@ -535,8 +824,91 @@ def test_slices_of_a_card_are_devices_of_their_own(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     assert verdicts._uuid(1) == "01" * 16 != verdicts._uuid(2)
+    assert verdicts._uuid(0) is None
     monkeypatch.setattr(Driver, "cuInit", lambda self, flags: 100)
     assert verdicts._uuid(1) is None
+    monkeypatch.delattr(Driver, "cuDeviceGetUuid_v2")
+    monkeypatch.setattr(Driver, "cuInit", lambda self, flags: 0)
+    assert verdicts._uuid(1) is None
+
+
+NUMBER = "01234567-89AB-cdef-0123-456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("name", "uuid", "expected"),
+    [
+        ("a card", NUMBER, NUMBER.lower().replace("-", "")),
+        ("a card", f"GPU-{NUMBER}", NUMBER.lower().replace("-", "")),
+        # A slice has its card's UUID here, so it cannot be told from the other slices.
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", NUMBER, None),
+        ("a card", "00000000-0000-0000-0000-000000000000", None),
+        ("a card", "unknown", None),
+        ("a card", None, None),
+    ],
+)
+def test_the_uuid_of_torch_where_the_driver_gives_none(name, uuid, expected, monkeypatch):
+    properties = types.SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=132)
+    if uuid is not None:
+        properties.uuid = uuid
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(verdicts, "_uuid", lambda index: None)
+    assert verdicts._gpu_facts(CARD)["device"] == expected
+
+
+def test_the_version_of_the_driver(monkeypatch, tmp_path):
+    """On WSL there is no file in /proc, and the driver's library gives the version."""
+    module = tmp_path / "version"
+    module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:14:51 UTC 2025\n")
+    monkeypatch.setattr(verdicts, "NVIDIA_MODULE", module)
+    assert verdicts._driver() == "580.65.06"
+    module.unlink()
+
+    class Library:
+        status = 0
+
+        def nvmlInit_v2(self):
+            return self.status
+
+        def nvmlSystemGetDriverVersion(self, version, length):
+            version.value = b"581.15"
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    assert verdicts._driver() == "581.15"
+    monkeypatch.setattr(Library, "status", 12)
+    assert verdicts._driver() is None
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert verdicts._driver() is None
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [("device", "does not give the UUID of a card"), ("driver", "the driver of a card is not known")],
+)
+def test_a_device_that_cannot_be_identified_has_no_verdicts(part, reason, card, behave, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(FACTS, part, None)
+    describe = preconditions.describe_device
+
+    def describe_unknown(device, names):
+        found = describe(device, names)
+        for facts in found["facts"].values():
+            facts[part] = None
+        return found
+
+    monkeypatch.setattr(verification, "describe_device", describe_unknown)
+    behave("well")
+    report = verify("cuda:0", ops=[GAF])
+    assert report.right
+    (note,) = report.notes
+    assert note.startswith("The verdicts are not kept: ")
+    assert reason in note
+    assert not list(folder.glob("verdict-*"))
+    # A file that was written somewhere else is no proof either.
+    shipped = tmp_path / "shipped.json"
+    shipped.write_text(report.to_json())
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(shipped))
+    assert choose(GAF) == "reference"
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -549,10 +921,18 @@ def test_the_command_prints_a_table_and_a_block(card, behave, capsys):
     header = next(line for line in text.splitlines() if line.startswith("op "))
     assert re.split(r" {2,}", header) == ["op", "backend", "right", "times plain torch", "verdict"]
     assert "verify " in text
+    # The progress has a line for the compilation and reaches its end, although one class may be left out.
+    assert "compiling; later runs find the kernels in Triton's cache" in text
+    last = re.findall(r"^verify (\d+)/(\d+) ", text, re.MULTILINE)[-1]
+    assert last[0] == last[1]
+    # One block, in Markdown, with all that an issue needs: the device, the versions, and the table.
+    assert text.count("```") == 2
     block = text.split("```")[1]
-    assert "a card" in block
-    assert "580.1" in block
-    assert LCW in block
+    for part in (*FACTS.values(), header, "--device cuda:0"):
+        assert str(part) in block
+    for op in (GAF, LCW):
+        for backend in backends.IMPLEMENTED[op]:
+            assert re.search(rf"^{op} +{backend} +yes +1\.50 +right in", block, re.MULTILINE)
 
 
 def test_the_command_for_programs(card, behave, capsys):
@@ -562,6 +942,7 @@ def test_the_command_for_programs(card, behave, capsys):
     kernels = json.loads(captured.out)
     assert [kernel["backend"] for kernel in kernels] == ["cpp", "cuda", "triton"]
     for kernel in kernels:
+        assert list(kernel) == ["op", "backend", "right", "times", "reason", "verdicts"]
         assert (kernel["op"], kernel["right"], kernel["times"]) == (GAF, False, None)
         assert kernel["reason"] == "no: result 0 is not finite"
     assert "verify" in captured.err
@@ -591,16 +972,26 @@ def test_a_stem_names_all_of_its_ops(behave):
     assert {kernel.op for kernel in report.kernels} == {"gradient_activation_", LCW} | steps
 
 
-def test_an_nvidia_smi_that_hangs_is_a_refusal(card, behave, monkeypatch):
+def test_an_nvidia_smi_that_hangs_is_a_refusal(card, behave, monkeypatch, tmp_path):
     behave("well")
-    monkeypatch.setattr(preconditions.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-
-    def run(command, **options):
-        raise subprocess.TimeoutExpired(command, options["timeout"])
-
-    monkeypatch.setattr(preconditions.subprocess, "run", run)
-    with pytest.raises(preconditions.Refused, match="nvidia-smi has not answered for 30 s"):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nsleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(preconditions.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(preconditions, "MOST_TOOL_SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(Refused, match=r"nvidia-smi has not answered for 0\.3 s"):
         verify("cuda:0", ops=[LCW])
+    assert time.monotonic() - began < 10
+
+
+def test_an_nvidia_smi_that_fails_is_no_refusal(card, behave, monkeypatch, tmp_path):
+    behave("well")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU-01234567-89ab-cdef, 4711, python'\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(preconditions.shutil, "which", lambda name: str(tool))
+    assert verify("cuda:0", ops=[GAF]).right
 
 
 # ---- The list of cases -----------------------------------------------------------------------------------------------
@@ -616,6 +1007,14 @@ def test_every_class_has_cases_and_speeds(op):
     assert everywhere == set(verdicts.kinds(op))
     labels = [(case.kind, case.label) for case in cases.cases(op, "cpp")]
     assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("op", backends.IMPLEMENTED)
+def test_inputs_of_timings_are_drawn_on_the_device(op):
+    with torch.device("meta"):
+        for backend in backends.IMPLEMENTED[op]:
+            for speed in speeds.speeds(op, backend, "cuda"):
+                assert all(tensor.is_meta for tensor in speed.draw())
 
 
 @pytest.mark.parametrize("op", verdicts.WIDEST)

@@ -3,6 +3,7 @@
 Nothing here runs on a GPU. Triton's kernels run in its interpreter, or are compiled without a device.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -89,6 +90,119 @@ def test_a_write_beyond_an_argument_is_found(place):
 
     with pytest.raises(WrongResult, match="wrote outside of its memory"):
         judge(make_case(kernel), "cpp", CPU)
+
+
+# ---- Kernels that break one rule each --------------------------------------------------------------------------------
+
+
+def _elements_around(tensor):
+    """The memory of a tensor as elements, with what lies before and behind it, and the place of the first element."""
+    return tensor.new_empty(0).set_(tensor.untyped_storage()), tensor.storage_offset()
+
+
+def _write_behind(x, result, scratch):
+    memory, first = _elements_around(result)
+    memory[first + result.numel()] = 1
+
+
+def _write_before(x, result, scratch):
+    memory, first = _elements_around(result)
+    memory[first - 1] = 1
+
+
+def _write_behind_the_scratch(x, result, scratch):
+    memory, first = _elements_around(scratch)
+    memory[first + scratch.numel()] = 1
+
+
+def _write_behind_the_argument(x, result, scratch):
+    memory, first = _elements_around(x)
+    memory[first + x.numel()] = 1
+
+
+def _leave_one_unwritten(x, result, scratch):
+    # What the memory held before the kernel wrote to it.
+    result[-1, -1] = torch.empty_like(result)[-1, -1]
+
+
+def _read_unwritten_memory(x, result, scratch):
+    result[0, 0] += scratch[0]
+
+
+def _change_an_argument(x, result, scratch):
+    x[0, 0] += 1
+
+
+def _differ_between_runs(x, result, scratch):
+    # Within the error that is allowed.
+    direction = torch.tensor((-1) ** next(_counter) * torch.inf, dtype=result.dtype)
+    result[0, 0] = torch.nextafter(result[0, 0], direction)
+
+
+def _write_a_nan(x, result, scratch):
+    result[0, 0] = torch.nan
+
+
+BROKEN = {
+    _write_behind: "wrote outside of its memory",
+    _write_before: "wrote outside of its memory",
+    _write_behind_the_scratch: "wrote outside of its memory",
+    _write_behind_the_argument: "wrote outside of its memory",
+    _leave_one_unwritten: "is not finite",
+    _read_unwritten_memory: "is not finite",
+    _change_an_argument: "an argument has changed",
+    _differ_between_runs: "different bits",
+    _write_a_nan: "is not finite",
+}
+
+
+@pytest.fixture
+def doubling():
+    """A case of an op whose kernel, which doubles, breaks a rule afterwards: call it with that function, or None."""
+    library = torch.library.Library("lcw_ops", "FRAGMENT")
+    library.define("doubling_for_a_test(Tensor x) -> Tensor")
+    rule = None
+
+    def kernel(x):
+        result, scratch = torch.empty_like(x), x.new_empty(5)
+        torch.mul(x, 2, out=result)
+        if rule is not None:
+            rule(x, result, scratch)
+        return result
+
+    library.impl("doubling_for_a_test", kernel, "CPU")
+
+    def make(broken, dtype):
+        nonlocal rule
+        rule = broken
+        return make_case(lambda x: [torch.ops.lcw_ops.doubling_for_a_test(x)], dtype, shapes=((7, 5),))
+
+    yield make
+    library._destroy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__.strip("_"))
+def test_a_kernel_that_breaks_one_rule_is_found(broken, dtype, doubling):
+    judge(doubling(None, dtype), "cpp", CPU)
+    with pytest.raises(WrongResult, match=BROKEN[broken]):
+        judge(doubling(broken, dtype), "cpp", CPU)
+
+
+@pytest.mark.parametrize(("factor", "is_right"), [(0.0, True), (1.9, True), (2.1, False), (-2.1, False), (30.0, False)])
+def test_twice_the_error_of_eager_torch_is_allowed(factor, is_right):
+    """Eager torch's error is 2^-10 here, thousands of units in the last place."""
+    error = 2.0**-10
+
+    def run(inputs):
+        x = inputs[0]
+        if backends.requested() != "reference":
+            return [2 * x + factor * error]
+        return [2 * x if x.dtype == torch.float64 else 2 * x + error]
+
+    case = Case("lcw_weight", KIND, "a case", torch.float32, draw_normal((40, 30)), run)
+    with contextlib.nullcontext() if is_right else pytest.raises(WrongResult, match="result 0 differs from float64"):
+        judge(case, "cpp", CPU)
 
 
 @needs_cpp

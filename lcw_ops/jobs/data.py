@@ -1,4 +1,4 @@
-"""Small real data for the commands that train: scikit-learn's bundled digits, or a user's ``.npz``.
+"""Small real data for the commands that train: scikit-learn's bundled digits, a user's ``.npz``, or images.
 
 Nothing is downloaded. The inputs x are standardised with the training set's mean and standard deviation. The split into
 training and test set is stratified by class and seeded: the same seed gives the same arrays on every machine.
@@ -45,8 +45,18 @@ class Dataset:
 
 
 def load(source: str, seed: int = 0) -> Dataset:
-    """The digits for "digits", else the ``.npz`` file of that path; see :func:`load_digits`, :func:`load_npz`."""
-    return load_digits(seed) if source == "digits" else load_npz(source, seed)
+    """The data set of that name, "digits" or "mnist5k", or the one in a folder or ``.npz`` file of that path.
+
+    See :func:`load_digits`, :func:`load_npz`, and :mod:`lcw_ops.jobs.images` for the other two.
+    """
+    # The module needs the classes of this one.
+    from lcw_ops.jobs import images
+
+    if source == "digits":
+        return load_digits(seed)
+    if source == "mnist5k":
+        return images.load_mnist5k(seed)
+    return images.load_folder(source) if Path(source).is_dir() else load_npz(source, seed)
 
 
 def load_digits(seed: int = 0) -> Dataset:

@@ -73,7 +73,12 @@ class TrainingSettings:
         for name in ("depth", "width", "batch"):
             expect_at_least(1, name, getattr(self, name))
         expect_at_least(0, "steps", self.steps)
-        expect(bool(self.data.strip()), "data", repr(self.data), "digits, or the path of an .npz file")
+        expect(
+            bool(self.data.strip()),
+            "data",
+            repr(self.data),
+            "digits, mnist5k, or the path of an .npz file or of a folder",
+        )
         expect(self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "lr", self.lr, "a finite number above 0")
         most = THREADS_PER_CPU * (os.cpu_count() or 1)
         expect(self.threads is None or 1 <= self.threads <= most, "threads", self.threads, f"from 1 to {most}")

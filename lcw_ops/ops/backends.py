@@ -2,7 +2,8 @@
 
 :func:`lcw_ops.info` gives the chosen backend and the reason. On a CPU the automatic choice is the C++ kernel, unless
 ``lcw-ops verify`` found it wrong there. On a GPU it is a kernel that was proved: by ``lcw-ops verify`` on this card, or
-by tests whose log is committed. An explicit request that cannot be met raises.
+by tests whose log is committed. Of several it is the fastest by the verdicts. An explicit request that cannot be met
+raises.
 """
 
 import functools
@@ -165,22 +166,33 @@ def _resolve(
     first: str | None = None,
     kind: tuple[str, str] | None = None,
 ) -> str:
-    """Returns the requested kernel, or else the most preferred one that can run ``op`` and may be chosen.
+    """Returns the requested kernel, or else the fastest one that can run ``op`` and may be chosen.
 
-    Kernels in ``too_wide`` cannot, because the rows are too wide for them. ``first`` is preferred to all others.
+    Kernels in ``too_wide`` cannot, because the rows are too wide for them. Where no verdict says which kernel is
+    faster, ``first`` is preferred to all others.
     """
     if requested is not None:
         _check_known(requested)
-        kernel = first if FORM_OF.get(first) == requested else requested
+        kernel = first if first is not None and FORM_OF.get(first) == requested else requested
         reason = missing_reason(op, kernel, device.type)
         if reason is not None:
             raise _cannot_be_met(op, requested, reason)
         return kernel
-    for backend in sorted(get_preference(op, device.type), key=lambda name: name != first):
-        able = backend not in too_wide and missing_reason(op, backend, device.type) is None
-        if able and _automatic_reason(op, backend, device, kind) is None:
-            return backend
-    return "reference"
+    allowed = [
+        backend
+        for backend in sorted(get_preference(op, device.type), key=lambda name: name != first)
+        if backend not in too_wide
+        and missing_reason(op, backend, device.type) is None
+        and _automatic_reason(op, backend, device, kind) is None
+    ]
+    # Of several kernels that are as fast, or that were not measured here, the most preferred one comes first.
+    return max(allowed, key=lambda backend: _measured_times(op, backend, device, kind), default="reference")
+
+
+def _measured_times(op: str, backend: str, device: torch.device, kind: tuple[str, str] | None) -> float:
+    """Plain torch's time divided by the kernel's, as ``lcw-ops verify`` measured it on this card, or 0."""
+    verdict = verdicts.find(op, backend, verdicts.Kind(*kind), device) if kind is not None else None
+    return 0.0 if verdict is None or verdict.times is None else verdict.times
 
 
 def _cannot_be_met(op: str, requested: str, reason: str) -> BackendError:
@@ -258,7 +270,7 @@ def choose(
         too_wide = tuple(name for name in candidates if _is_too_wide(op, name, width, itemsize))
         chosen = _resolve_at_trace_time(op, device, _requested, too_wide, first, kind)
         if chosen in too_wide:
-            raise _cannot_be_met(op, chosen, width_reason(op, chosen, width, itemsize))
+            raise _cannot_be_met(op, chosen, str(width_reason(op, chosen, width, itemsize)))
     if chosen == "reference" and _requested is None and warns:
         _warn_of_fallback(op, device, kind)
     return chosen
@@ -271,9 +283,16 @@ def requested() -> str | None:
 
 def not_chosen_reason(op: str, backend: str, device: torch.device, chosen: str) -> str:
     """Returns why ``chosen``, and not ``backend``, runs ``op`` on narrow rows of float32 on ``device``."""
-    missing = missing_reason(op, backend, device.type)
-    reason = missing or _automatic_reason(op, backend, device, _kind(op, device, 1, torch.float32.itemsize))
-    return reason or f"{chosen} comes first"
+    missing, kind = missing_reason(op, backend, device.type), _kind(op, device, 1, torch.float32.itemsize)
+    reason = missing or _automatic_reason(op, backend, device, kind)
+    if reason is not None:
+        return reason
+    here = _measured_times(op, backend, device, kind)
+    fastest = _measured_times(op, chosen, device, kind) if chosen in PREFERENCE.get(device.type, ()) else 0.0
+    if fastest > here:
+        measured = f"; {backend}: {here:.2f}" if here else f"; {backend} was not measured"
+        return f"{chosen} is faster here: {fastest:.2f} times as fast as plain torch{measured}"
+    return f"{chosen} comes first"
 
 
 def _check_known(backend: str) -> None:

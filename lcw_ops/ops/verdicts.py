@@ -25,7 +25,11 @@ import torch
 from lcw_ops import _files, _torch
 
 # Increase this number when the cases or the rules of the verification change: older verdicts then no longer hold.
-FORMAT = 1
+FORMAT = 2
+
+# The parts of a key that an update changes for good. A verdict that differs from a new one in these alone is outdated.
+# torch, Triton and CUDA are none of them: two environments with other versions may share a cache folder.
+UPDATED = ("format", "lcw_ops", "kernels", "driver")
 
 # Element size in bytes -> the class of dtypes. The recurrence's class is that of its state, which is never 16-bit.
 DTYPES = {2: "16-bit", 4: "float32", 8: "float64"}
@@ -98,12 +102,28 @@ def collect_facts(device: torch.device, backend: str) -> dict:
     """The device, its driver, the versions and the kernels' hash: the part of a key that all ops share."""
     return {
         **(_gpu_facts(device) if device.type == "cuda" else _cpu_facts()),
-        "cuda": torch.version.cuda,
+        "cuda": torch.version.cuda or torch.version.hip,
         "torch": torch.__version__,
         "triton": _installed("triton"),
         "lcw_ops": sys.modules["lcw_ops"].__version__,
         "kernels": _hash_kernels(backend),
     }
+
+
+def unidentified_reason(facts: dict) -> str | None:
+    """Returns why no verdict can be about the device of these facts, or None if it is known which device it is."""
+    if facts["device"] is None:
+        return f"the driver does not give the UUID of {facts['name']}, so it cannot be told from another device"
+    if facts["device"] != "cpu" and facts["driver"] is None:
+        return f"the version of the driver of {facts['name']} is not known, so an update would go unseen"
+    return None
+
+
+def is_outdated(key: dict, new: dict) -> bool:
+    """Whether ``key`` is about the kernel and the device of the key ``new``, before an update."""
+    of_class = ("dtype", "size")
+    same = all(key.get(name) == part for name, part in new.items() if name not in (*of_class, *UPDATED))
+    return same and any(key.get(name) != new[name] for name in UPDATED)
 
 
 def _cpu_facts() -> dict:
@@ -116,7 +136,7 @@ def _gpu_facts(device: torch.device) -> dict:
     properties = torch.cuda.get_device_properties(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     return {
-        "device": _uuid(index) or str(getattr(properties, "uuid", "unknown")),
+        "device": _uuid(index) or _uuid_of_card(properties),
         "name": properties.name,
         "capability": f"sm_{properties.major}{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
@@ -136,16 +156,39 @@ def _uuid(index: int) -> str | None:
         asked = asked or driver.cuDeviceGetUuid_v2(uuid, handle)
     except (OSError, AttributeError):
         return None
-    return None if asked else uuid.raw.hex()
+    return None if asked or not any(uuid.raw) else uuid.raw.hex()
+
+
+def _uuid_of_card(properties) -> str | None:
+    """The UUID as torch knows it, in the form of :func:`_uuid`. None for a MIG slice, which has that of its card."""
+    uuid = str(getattr(properties, "uuid", "")).lower().removeprefix("gpu-").replace("-", "")
+    is_known = re.fullmatch("[0-9a-f]{32}", uuid) and uuid.strip("0") and "MIG" not in properties.name
+    return uuid if is_known else None
+
+
+NVIDIA_MODULE = Path("/proc/driver/nvidia/version")
 
 
 def _driver() -> str | None:
+    """The driver's version. On WSL, whose kernel has no NVIDIA module, the driver's library gives it."""
+    if torch.version.hip is not None:
+        # AMD's driver is a part of the kernel.
+        return platform.release()
     try:
-        text = Path("/proc/driver/nvidia/version").read_text()
+        version = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", NVIDIA_MODULE.read_text())
     except OSError:
+        version = None
+    return version[0] if version else _driver_by_its_library()
+
+
+def _driver_by_its_library() -> str | None:
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        version = ctypes.create_string_buffer(80)
+        failed = library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(version, len(version))
+    except (OSError, AttributeError):
         return None
-    version = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
-    return version and version[0]
+    return None if failed else version.value.decode(errors="replace") or None
 
 
 def cpu_name() -> str:
@@ -214,16 +257,19 @@ def find(op: str, backend: str, kind: Kind, device: torch.device) -> Verdict | N
     """The verdict about a kernel on this device, or None if there is none that holds here."""
     if not are_kept():
         return None
-    key = make_key(op, backend, kind, collect_facts(device, backend))
+    facts = collect_facts(device, backend)
+    if unidentified_reason(facts) is not None:
+        return None
+    key = make_key(op, backend, kind, facts)
     if shipped_file() is not None:
-        return _verdict_in(_shipped().get(file_of(key)), key)
+        return verdict_in(_shipped().get(file_of(key)), key)
     folder = _files.cache_folder()
     return None if folder is None else read(folder, key)
 
 
 def read(folder: Path, key: dict) -> Verdict | None:
     """The verdict that the folder holds for this key, read now."""
-    return _verdict_in(_load(folder / file_of(key)), key)
+    return verdict_in(load(folder / file_of(key)), key)
 
 
 def find_all(op: str, backend: str, device: torch.device) -> Iterator[tuple[Kind, Verdict]]:
@@ -236,16 +282,23 @@ def find_all(op: str, backend: str, device: torch.device) -> Iterator[tuple[Kind
 
 @functools.cache
 def _shipped() -> dict[str, dict]:
-    """The verdicts in the file of LCW_OPS_VERDICTS, the output of ``lcw-ops verify --json``, by the names of files."""
-    kernels = _load(shipped_file())
+    return verdicts_of(load(shipped_file()))
+
+
+def verdicts_of(kernels) -> dict[str, dict]:
+    """The verdicts in the content of LCW_OPS_VERDICTS' file, by the names that they would have in the cache folder.
+
+    It is the output of ``lcw-ops verify --json``, or what ``--write`` made of several.
+    """
     if not isinstance(kernels, list):
         return {}
     lists = [kernel.get("verdicts") for kernel in kernels if isinstance(kernel, dict)]
     written = [verdict for verdicts in lists if isinstance(verdicts, list) for verdict in verdicts]
-    return {file_of(verdict["key"]): verdict for verdict in written if isinstance(verdict, dict) and "key" in verdict}
+    keyed = [verdict for verdict in written if isinstance(verdict, dict) and isinstance(verdict.get("key"), dict)]
+    return {file_of(verdict["key"]): verdict for verdict in keyed}
 
 
-def _load(path: Path | None):
+def load(path: Path | None):
     """The content of a JSON file, or None if it cannot be read."""
     try:
         # A pipe or a device might never end.
@@ -254,12 +307,11 @@ def _load(path: Path | None):
         return None
 
 
-def _verdict_in(written, key: dict) -> Verdict | None:
+def verdict_in(written, key: dict) -> Verdict | None:
     """The verdict, if it was written for this very key and is whole."""
     if not isinstance(written, dict) or written.get("key") != key:
         return None
     right, faster, times, reason, date = (written.get(name) for name in Verdict._fields)
-    whole = isinstance(right, bool) and isinstance(faster, bool) and isinstance(reason, str) and isinstance(date, str)
-    if not whole or not (times is None or isinstance(times, float)):
+    if not (isinstance(right, bool) and isinstance(faster, bool) and isinstance(reason, str) and isinstance(date, str)):
         return None
-    return Verdict(right, faster, times, reason, date)
+    return Verdict(right, faster, times, reason, date) if times is None or isinstance(times, float) else None

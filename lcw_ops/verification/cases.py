@@ -105,7 +105,8 @@ def with_gradients(function: Callable[..., Tensor], learned: int | None = None, 
         output = function(*leaves, *rest, **options)
         places = torch.arange(output.numel(), device=output.device, dtype=torch.float64)
         cotangent = places.cos().to(output.dtype).view(output.shape) * output.detach()
-        return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
+        # With the cotangent as grad_outputs, torch.autograd.grad would import sympy, for a second in every child.
+        return [output.detach(), *torch.autograd.grad((output * cotangent).sum(), leaves)]
 
     return run
 
@@ -221,11 +222,10 @@ LISTS: tuple[tuple[str, list[int], int], ...] = (
 
 def _list_cases(op: str, kind: Kind, runs: dict[str, Run], tensors_each: int) -> Iterator[Case]:
     """Every list in every dtype, with each run in turn. ``tensors_each``: inputs for each tensor of the list."""
-    turn = 0
-    for name, sizes, offset in LISTS:
-        for dtype in EVERY_DTYPE:
-            what, run = list(runs.items())[turn % len(runs)]
-            turn += 1
+    for row, (name, sizes, offset) in enumerate(LISTS):
+        for column, dtype in enumerate(EVERY_DTYPE):
+            # Every run meets every dtype.
+            what, run = list(runs.items())[(row + column) % len(runs)]
             draw = draw_normal(*((size,) for size in sizes * tensors_each))
             yield Case(op, kind, f"{what}, {name}", dtype, draw, run, in_place=True, offset=offset)
 
@@ -260,8 +260,8 @@ def steps(make_optimizer: Callable[[list], torch.optim.Optimizer]) -> Run:
 
 def _sgd_step(kind: Kind) -> Iterator[Case]:
     def sgd(place: str, nesterov: bool) -> Run:
-        options = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1, "activate": place}
-        return steps(functools.partial(optim.SGD, **options))
+        options = functools.partial(optim.SGD, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.1)
+        return steps(functools.partial(options, activate=place))
 
     runs = {f"SGD, on the {place}": sgd(place, place == "gradient") for place in ("gradient", "momentum")}
     yield from _list_cases(gradient_activation.SGD_STEP, kind, runs, 2)
@@ -325,16 +325,16 @@ class Net:
         return with_gradients(functools.partial(self._call, solver), count)
 
     def _call(self, solver: str, h0, weight, bias, alpha, beta, *rest) -> Tensor:
-        *inputs, filter = rest
+        inputs, filter = rest if self.over_time else (None, *rest)
         if filter.is_floating_point():
             filter = filter.to(state_dtype(h0.dtype))
         return F.orthogonal_filter(
-            h0, weight, bias, filter, alpha, beta, *inputs, return_states=self.states, solver=solver
+            h0, weight, bias, filter, alpha, beta, inputs, return_states=self.states, solver=solver
         )
 
     def case(self, op: str, kind: Kind, dtype: torch.dtype, solver: str) -> Case:
-        runs = {"run": self.run(solver), "plain": self.run("sequential")}
-        return Case(op, kind, self.name, dtype, self.draw, width=self.width, **runs)
+        plain = self.run("sequential")
+        return Case(op, kind, self.name, dtype, self.draw, self.run(solver), width=self.width, plain=plain)
 
 
 NETS = {

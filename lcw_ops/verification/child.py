@@ -1,11 +1,13 @@
 """A process of ``lcw-ops verify``: the only one that opens the device, so a crash cannot reach the caller.
 
 It takes a job in JSON and writes JSON lines. A line with "case" names the work that begins; the parent kills the
-process if no line follows for too long. The job's last line has "done".
+process if no line follows for too long. After a line with "waits" the process waits for a line of the parent. The job's
+last line has "done".
 """
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -27,16 +29,12 @@ Write = Callable[[dict], None]
 
 
 def describe(job: dict, write: Write) -> None:
-    """The parts of the verdicts' keys, and the card for which to compile."""
+    """The parts of the verdicts' keys on a GPU, and the card for which to compile."""
     device = torch.device(job["device"])
     facts = {backend: verdicts.collect_facts(device, backend) for backend in job["backends"]}
-    found = {"facts": facts, "card": None, "used": 0}
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        found["used"] = total - free
-        if "triton" in job["backends"]:
-            found["card"] = compiling.describe_card(device)
-    write({"done": found})
+    free, total = torch.cuda.mem_get_info(device)
+    card = compiling.describe_card(device) if "triton" in job["backends"] else None
+    write({"done": {"facts": facts, "card": card, "used": total - free}})
 
 
 def compile_all(job: dict, write: Write) -> None:
@@ -46,7 +44,7 @@ def compile_all(job: dict, write: Write) -> None:
     for one in [one for one in work if job["only"] in one.label]:
         try:
             with (
-                compiling.compiling_for(job["card"], lambda name, one=one: write({"case": f"{one.label}: {name}"})),
+                compiling.compiling_for(job["card"], functools.partial(_announce, one.label, write)),
                 lcw_ops.use_backend("triton"),
             ):
                 run_once(one)
@@ -56,6 +54,10 @@ def compile_all(job: dict, write: Write) -> None:
             # Without a device some calls cannot go on. The kernels behind them are then compiled when the cases run.
             write({"note": f"{one.label}: {error}"})
     write({"done": True})
+
+
+def _announce(label: str, write: Write, kernel: str) -> None:
+    write({"case": f"{label}: {kernel}"})
 
 
 def run_once(one: Case | Speed) -> None:
@@ -68,8 +70,13 @@ def run_once(one: Case | Speed) -> None:
 
 
 def run(job: dict, write: Write) -> None:
-    """Judge every case of an op on a backend. Then time the classes that are right."""
+    """Judge every case of an op on a backend. Then time the classes that are right.
+
+    ``job["alone"]`` names the part before which the process waits until no other one disturbs it: "all" or "times".
+    """
     op, backend, device = job["op"], job["backend"], torch.device(job["device"])
+    if job["alone"] == "all":
+        _wait(write)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     wrong = {verdicts.Kind(*kind) for kind in job["faulty"]}
@@ -95,10 +102,18 @@ def run(job: dict, write: Write) -> None:
         write({"kind": case.kind, "right": False, "reason": f"{case.label}, seed {seed}: {reason}"})
     del os.environ["LCW_OPS_MATMUL"]
     if job["times"]:
+        if job["alone"] == "times":
+            _wait(write)
         for speed in speeds(op, backend, device.type):
             if speed.kind not in wrong and job["only"] in speed.label:
                 _time(speed, backend, device, write)
     write({"done": True})
+
+
+def _wait(write: Write) -> None:
+    write({"waits": True})
+    if not sys.stdin.readline():
+        raise SystemExit("the parent has ended")
 
 
 def _time(speed: Speed, backend: str, device: torch.device, write: Write) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from lcw_ops._checks import describe
-from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear, parallel_depth, weight_norm
+from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear, parallel_depth, verdicts, weight_norm
 from lcw_ops.verification import processes
 from lcw_ops.verification.cases import cases
 
 # A context of CUDA alone takes a few hundred MB.
 MOST_USED_BYTES = 2 << 30
+
+MOST_TOOL_SECONDS = 30.0
 
 
 class Refused(RuntimeError):
@@ -26,7 +28,9 @@ class Refused(RuntimeError):
 
 def refuse_inside_a_job() -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+    # torchrun sets the first one, and mpirun the second.
+    sizes = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")]
+    if distributed or any(size not in ("", "1") for size in sizes):
         raise Refused(
             "verify: this process belongs to a distributed job, whose ranks would disturb the timings. Run lcw-ops "
             "verify once, before the job; all ranks read the same verdicts."
@@ -54,7 +58,7 @@ _OF_STEM = {
 }
 
 
-def find_kernels(device: torch.device, ops: Iterable[str] | None, case: str) -> list[tuple[str, str]]:
+def find_kernels(device: torch.device, ops: Iterable[str] | None, case: str, notes: list[str]) -> list[tuple[str, str]]:
     """(op, backend) of every kernel that can run on the device and has cases whose name contains ``case``."""
     named = backends.IMPLEMENTED if ops is None else ops
     chosen = dict.fromkeys(op for name in named for op in _OF_STEM.get(name, (name,)))
@@ -68,6 +72,10 @@ def find_kernels(device: torch.device, ops: Iterable[str] | None, case: str) -> 
         for backend in backends.IMPLEMENTED[op]
         if backends.missing_reason(op, backend, device.type) is None
     ]
+    if processes.temporary_folder() is None and any(backend == "triton" for _, backend in able):
+        # A kernel that could not be compiled for this reason would be called wrong.
+        notes.append("Triton's kernels are left out: no folder for temporary files can be written to. Set TMPDIR.")
+        able = [kernel for kernel in able if kernel[1] != "triton"]
     if not able:
         raise Refused(f"verify: no kernel of these ops can run on {device}. lcw-ops info says why.")
     found = [kernel for kernel in able if any(case in one.label for one in cases(*kernel))]
@@ -76,17 +84,26 @@ def find_kernels(device: torch.device, ops: Iterable[str] | None, case: str) -> 
     return found
 
 
-def refuse_a_busy_card(device: torch.device, uuid: str) -> None:
+def refuse_a_busy_card(device: torch.device, uuid: str | None) -> None:
     """Ask the driver's own tool, while no process of ours has the card open. ``uuid`` is the key's, in hexadecimal."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return
-    command = [tool, "--query-compute-apps=gpu_uuid,pid,name", "--format=csv,noheader"]
+    # Not subprocess.run: after a time-out it waits for the process, which may hang in the driver and not die.
+    users = subprocess.Popen(
+        [tool, "--query-compute-apps=gpu_uuid,pid,name", "--format=csv,noheader"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        found, _ = users.communicate(timeout=MOST_TOOL_SECONDS)
     except subprocess.TimeoutExpired as error:
+        users.kill()
         raise Refused(f"verify: nvidia-smi has not answered for {error.timeout} s. Is {device} in order?") from error
-    for line in found.stdout.splitlines() if found.returncode == 0 else ():
+    for line in found.splitlines() if users.returncode == 0 else ():
         user, _, process = line.partition(",")
         # "GPU-" or "MIG-" before the number, and dashes in it.
         if user.strip()[4:].replace("-", "").lower() == uuid:
@@ -98,6 +115,10 @@ def _busy(device: torch.device, how: str) -> str:
 
 
 def describe_device(device: torch.device, names: list[str]) -> dict:
+    """Parts of the keys by backend, the card for which Triton compiles, and the bytes of its memory in use."""
+    if device.type == "cpu":
+        # No kernel runs here, and there is no device to open.
+        return {"facts": {name: verdicts.collect_facts(device, name) for name in names}, "card": None, "used": 0}
     job = {"job": "describe", "device": str(device), "backends": names}
     try:
         *_, last = processes.run(job)

@@ -35,7 +35,8 @@ class Kernel:
             return wrong[0].reason + others
         faster = sum(verdict.faster for verdict in self.verdicts.values())
         timed = sum(verdict.times is not None for verdict in self.verdicts.values())
-        return f"right in {_count(len(self.verdicts))}; faster in {faster} of {timed} that were timed"
+        times = f"faster in {faster} of {timed} that were timed" if timed else "none was timed"
+        return f"right in {_count(len(self.verdicts))}; {times}"
 
     def as_dict(self) -> dict:
         facts = {"op": self.op, "backend": self.backend, "right": self.right, "times": self.times}

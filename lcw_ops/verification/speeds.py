@@ -25,17 +25,21 @@ from lcw_ops.ops.backends import FORM_OF
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 from lcw_ops.ops.parallel_depth import op as parallel_depth
 from lcw_ops.ops.verdicts import Kind
-from lcw_ops.verification.cases import DTYPES, Draw, Net, draw_angles, draw_normal, takes, widest_of, with_gradients
+from lcw_ops.verification.cases import DTYPES, Draw, Net, draw_normal, takes, widest_of
 
 LEAST_GAIN = 1.05
 ROUNDS = 5
 # A turn repeats its work for at least this long, so that the clock's steps and a call's overhead do not matter.
 TURN_SECONDS = {"cpu": 0.02, "cuda": 0.005}
 # The inputs fill this many second-level caches, but are at most MOST_SETS.
-CACHES, MOST_SETS = 3, 32
+CACHES, MOST_SETS = 3, {"cpu": 8, "cuda": 32}
 MOST_CHANGE = 1.1
+MOST_CPU_SPEEDS = 3
 COPY_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 COPIES = 10
+# On a shared machine with two cores, half of the copies differed from the one before by more than 10 % if each was the
+# best of 0.02 s, and a tenth of them if it was the best of 0.1 s.
+COPY_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 
 # Draws inputs, and returns the work on them.
 Prepare = Callable[[list[Tensor]], Callable[[], object]]
@@ -97,13 +101,13 @@ def _ratios(speed: Speed, backend: str, device: torch.device) -> Iterator[Ratio]
 
 
 def _draw_sets(speed: Speed, device: torch.device) -> list[list[Tensor]]:
-    def draw() -> list[Tensor]:
-        drawn = (tensor.to(device) for tensor in speed.draw())
-        return [tensor.to(speed.dtype) if tensor.is_floating_point() else tensor for tensor in drawn]
-
-    first = draw()
+    # On the device: a CPU takes seconds to draw the largest inputs.
+    with device:
+        drawn = speed.draw()
+    first = [tensor.to(speed.dtype) if tensor.is_floating_point() else tensor for tensor in drawn]
     count = math.ceil(CACHES * _cache_bytes(device) / max(sum(tensor.nbytes for tensor in first), 1))
-    return [first, *(draw() for _ in range(min(count, MOST_SETS) - 1))]
+    # To draw each set afresh would take longer than to time it, and numbers in other memory are as far from the cache.
+    return [first, *([tensor.clone() for tensor in first] for _ in range(min(count, MOST_SETS[device.type]) - 1))]
 
 
 def _cache_bytes(device: torch.device) -> int:
@@ -162,7 +166,7 @@ def _turn(run: Callable, repeats: int, device: torch.device) -> float:
 def _copy_seconds(device: torch.device) -> float:
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    until = time.perf_counter() + 0.02
+    until = time.perf_counter() + COPY_SECONDS[device.type]
     best = math.inf
     for count in range(1000):
         best = min(best, seconds(lambda: target.copy_(source), device))
@@ -178,9 +182,11 @@ def speeds(op: str, backend: str, device_type: str) -> list[Speed]:
     """The calls of an op on a backend that are timed."""
     kinds = verdicts.kinds(op)
     if device_type == "cpu":
-        # There the automatic choice does not depend on the times. One class is enough to show what a kernel is worth.
+        # There the automatic choice does not depend on the times. A few are enough to show what a kernel is worth.
         kinds = [kind for kind in kinds if kind.dtype in ("any", "float32")][:1]
     found = [speed for kind in kinds for speed in _OF_OP[op](kind)]
+    if device_type == "cpu":
+        found = found[:MOST_CPU_SPEEDS]
     return [speed for speed in found if takes(op, backend, speed.width, speed.dtype)]
 
 
@@ -188,13 +194,24 @@ def _repeat(run: Callable[[list[Tensor]], object]) -> Prepare:
     return lambda inputs: functools.partial(run, inputs)
 
 
-def _unit_speeds(op: str, kind: Kind, works: list[tuple]) -> Iterator[Speed]:
+# (name, inputs, ours, plain torch)
+Work = tuple[str, Draw, Callable[..., Tensor], Callable[..., Tensor]]
+
+
+def _unit_speeds(op: str, kind: Kind, works: list[Work]) -> Iterator[Speed]:
     for name, draw, ours, plain in works:
         yield Speed(op, kind, name, DTYPES[kind.dtype][0], draw, _gradients(ours), _gradients(plain))
 
 
-def _gradients(function: Callable[..., Tensor], learned: int | None = None) -> Prepare:
-    return _repeat(with_gradients(function, learned))
+def _gradients(function: Callable[..., Tensor]) -> Prepare:
+    """Forward and backward. The result is its own gradient, which takes no time to compute."""
+
+    def run(inputs: list[Tensor]) -> object:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = function(*leaves)
+        return torch.autograd.grad(output, leaves, output.detach())
+
+    return _repeat(run)
 
 
 def _samples(widest: int) -> tuple[int, ...]:
@@ -204,7 +221,9 @@ def _samples(widest: int) -> tuple[int, ...]:
 
 def _lcw(kind: Kind) -> Iterator[Speed]:
     m = widest_of(kind)
-    works = [(f"weight, {m} x {m}", draw_normal((m, m)), F.lcw_weight, lambda w: w - w.mean(1, keepdim=True))]
+    works: list[Work] = [
+        (f"weight, {m} x {m}", draw_normal((m, m)), F.lcw_weight, lambda w: w - w.mean(1, keepdim=True))
+    ]
     works += [
         (f"M={samples}, {m} x {m}", draw_normal((samples, m), (m, m), (m,)), F.lcw_linear, _plain_lcw)
         for samples in _samples(m)
@@ -220,9 +239,15 @@ def _hypersphere(kind: Kind) -> Iterator[Speed]:
     m = widest_of(kind)
 
     def draw(samples: int) -> list[Tensor]:
-        return [*draw_normal((samples, m))(), draw_angles(m, m), *draw_normal((m,), (m,))()]
+        return [*draw_normal((samples, m))(), draw_many_angles(), *draw_normal((m,), (m,))()]
 
-    works = [(f"direction, {m} x {m}", lambda: [draw_angles(m, m)], F.hypersphere_direction, _plain_direction)]
+    def draw_many_angles() -> Tensor:
+        # About those of random directions, whose computation would take longer than the timing.
+        return torch.pi / 2 + torch.randn(m, m - 1, dtype=torch.float64) / m**0.5
+
+    works: list[Work] = [
+        (f"direction, {m} x {m}", lambda: [draw_many_angles()], F.hypersphere_direction, _plain_direction)
+    ]
     works += [
         (
             f"GmP, M={samples}, {m} x {m}",
@@ -247,13 +272,15 @@ def _plain_gmp(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor) -> T
 
 def _weight_norm(kind: Kind) -> Iterator[Speed]:
     m = widest_of(kind)
-    works = [(f"normalised rows, {m} x {m}", draw_normal((m, m), (m,)), F.normalize_scale, _plain_normalize)]
+    works: list[Work] = [
+        (f"normalised rows, {m} x {m}", draw_normal((m, m), (m,)), F.normalize_scale, _plain_normalize)
+    ]
     works += [
         (
             f"M={samples}, {m} x {m}",
             draw_normal((samples, m), (m, m), (m,), (m,)),
             F.weight_norm_linear,
-            lambda x, weight, scale, bias: nn.functional.linear(x, _plain_normalize(weight, scale), bias),
+            _plain_weight_norm,
         )
         for samples in _samples(m)
     ]
@@ -262,6 +289,10 @@ def _weight_norm(kind: Kind) -> Iterator[Speed]:
 
 def _plain_normalize(weight: Tensor, scale: Tensor) -> Tensor:
     return scale[:, None] * weight / weight.norm(dim=1, keepdim=True)
+
+
+def _plain_weight_norm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.linear(x, _plain_normalize(weight, scale), bias)
 
 
 # Parameters of a model, and one large parameter.
@@ -309,11 +340,9 @@ def _optimizer_speeds(op: str, kind: Kind, ours: Callable, plain: Callable) -> I
 
 
 def _sgd_step(kind: Kind) -> Iterator[Speed]:
-    options = {"lr": 1e-3, "momentum": 0.9}
-    ours = functools.partial(optim.SGD, gradient_activation="arctan", **options)
-    return _optimizer_speeds(
-        gradient_activation.SGD_STEP, kind, ours, functools.partial(torch.optim.SGD, fused=True, **options)
-    )
+    ours = functools.partial(optim.SGD, lr=1e-3, momentum=0.9, gradient_activation="arctan")
+    plain = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True)
+    return _optimizer_speeds(gradient_activation.SGD_STEP, kind, ours, plain)
 
 
 def _adamw_step(kind: Kind) -> Iterator[Speed]:

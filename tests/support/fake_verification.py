@@ -2,7 +2,8 @@
 
     python fake_verification.py BEHAVIOUR LOG JOB
 
-It appends one line per job to the file LOG: the job's name, op and backend.
+It appends one line per job to the file LOG: the job's name, op and backend, and a line each when it begins and ends to
+be alone.
 """
 
 import json
@@ -31,14 +32,20 @@ def kinds_of(op: str) -> list[list[str]]:
     return [["any", "any"]]
 
 
-def run(job: dict, behaviour: str) -> None:
+def run(job: dict, behaviour: str, log: str) -> None:
     kinds = kinds_of(job["op"])
+    if job["alone"] == "all":
+        wait(job, behaviour, log)
     for kind in job["kinds"]:
         if behaviour == "forgets" and kind in kinds:
             continue
         write({"case": f"case {kind[1]}"})
+        if behaviour == "skips the last case" and kind is job["kinds"][-1]:
+            continue
         write({"kind": kind, "right": behaviour != "wrong", "reason": "result 0 is not finite"})
     misbehave(behaviour)
+    if job["alone"] == "times":
+        wait(job, behaviour, log)
     for kind in kinds:
         write({"case": f"speed, {kind[1]}"})
         if behaviour == "hangs while timing":
@@ -46,10 +53,24 @@ def run(job: dict, behaviour: str) -> None:
         if behaviour == "disturbed":
             write({"kind": kind, "untimed": "the time of a copy changed by 18%"})
         else:
-            fast = behaviour != "slow"
-            write({"kind": kind, "times": 1.5 if fast else 0.7, "faster": fast, "label": f"speed, {kind[1]}"})
+            times = {"slow": 0.7, "cuda is faster": 1.8 if job["backend"] == "cuda" else 1.5}.get(behaviour, 1.5)
+            write({"kind": kind, "times": times, "faster": times > 1, "label": f"speed, {kind[1]}"})
+    note(log, f"end {job['op']} {job['backend']}")
     if behaviour != "ends early":
         write({"done": True})
+
+
+def wait(job: dict, behaviour: str, log: str) -> None:
+    write({"waits": True})
+    sys.stdin.readline()
+    note(log, f"alone {job['op']} {job['backend']}")
+    if behaviour == "takes its time":
+        time.sleep(0.2)
+
+
+def note(log: str, text: str) -> None:
+    with open(log, "a") as file:
+        file.write(f"{text}\n")
 
 
 def misbehave(behaviour: str) -> None:
@@ -58,6 +79,12 @@ def misbehave(behaviour: str) -> None:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL)
         write({"case": f"case beside {child.pid}"})
         time.sleep(60)
+    elif behaviour == "interrupts":
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+    elif behaviour == "fills the error output":
+        sys.stderr.write("x" * (1 << 20) + "\n")
+        raise RuntimeError("the end")
     elif behaviour == "crashes":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif behaviour == "raises":
@@ -76,8 +103,7 @@ def misbehave(behaviour: str) -> None:
 
 def main(behaviour: str, log: str, text: str) -> None:
     job = json.loads(text)
-    with open(log, "a") as file:
-        file.write(f"{job['job']} {job.get('op', '-')} {job.get('backend', '-')}\n")
+    note(log, f"{job['job']} {job.get('op', '-')} {job.get('backend', '-')}")
     if job["job"] == "describe":
         card = {"target": ["cuda", 90, 32], "facts": [132, 232448, False]}
         used = 5 << 30 if behaviour == "in use" else 0
@@ -90,7 +116,7 @@ def main(behaviour: str, log: str, text: str) -> None:
             write({"kind": kinds_of(job["op"])[0], "right": False, "reason": "a_kernel spills 96 bytes per thread"})
         write({"done": True})
     else:
-        run(job, behaviour)
+        run(job, behaviour, log)
 
 
 if __name__ == "__main__":
