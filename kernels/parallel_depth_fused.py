@@ -25,9 +25,11 @@ Bytes per number of a state, for float32 and a permutation, with M = 128 and N =
     once per window     12: the states; 4: transposing W   20: the gradients, and slope times them
 
 For D = 50,000 on an H200 (4.3 TB/s) these are 0.95 ms a sweep, where parallel_depth.py needs 2.5 ms. The arithmetic
-takes longer: a layer's product has M N^2 multiply-adds (0.9 ms for all layers, at 128 a cycle on 132 multiprocessors
-at 1.75 GHz), and tanh takes 35 instructions a number (0.5 ms). With the other instructions a sweep takes PREDICTED ms.
-These times are predicted, not measured: no GPU has run this yet.
+takes longer. For its 8 x 32 numbers of a layer, a warp takes 1,117 instructions forward (608 of them multiply-adds, and
+about 280 for tanh) and 883 in the adjoint, counted in the sm_90 code of Triton 3.7.1 with N = 64 and no u. At 0.92 T
+warp instructions a second, a sweep takes 1.9 ms forward and 1.5 ms in the adjoint. The loop of the sweep takes 94 and 66
+registers: two programs of 8 warps share a multiprocessor. If N is no power of two, the masks take up to 204 registers,
+and there is one. These times are predicted, not measured: no GPU has run this yet.
 
 Forward reads W^T, copied once per window: reading W by columns would be an 8-way bank conflict, as in
 orthogonal_filter.py. x is permuted by shuffles in registers, and the carry by the addresses of its loads: row j of a
@@ -50,23 +52,25 @@ from lcw_ops.kernels.parallel_depth import CARRY_STAGES, _choose_tile, _magnitud
 MAX_WIDTH = 64
 # Rows of a tile, with 8 numbers per thread. With 16 numbers ptxas spills 4 KB.
 MAX_ROWS = 32
-# Warps that a multiprocessor holds at a time, if each thread has 80 registers, and the fewest programs.
-WARPS_PER_PROCESSOR = 24
-LEAST_PROGRAMS = 2
+# The most bytes of shared memory that a sweep may take on an NVIDIA GPU: the adjoint with three TF32 products takes
+# 65,556 (Triton 3.7.1). On AMD's, a sweep takes 16 KB.
+SHARED_MEMORY = 66 * 1024
+# Warps that a multiprocessor holds at a time, if each thread has at most 128 registers.
+WARPS_PER_PROCESSOR = 16
 # Layers that one program of fused_finish_kernel computes. There, layers do not depend on each other.
 FINISHED_LAYERS = 8
 
 
-def takes(width: int, itemsize: int, device: torch.device) -> bool:
-    """Whether there are fused sweeps of this width."""
-    if not 0 < width <= MAX_WIDTH:
+def takes(states: Tensor) -> bool:
+    """Whether there are fused sweeps for states of this width and dtype, on their device."""
+    if states.dtype != torch.float32 or not 0 < states.shape[-1] <= MAX_WIDTH:
         return False
-    # A matrix and a tile of states, in shared memory.
-    return (MAX_WIDTH + MAX_ROWS) * MAX_WIDTH * itemsize <= device_facts(device).shared_memory
+    device = device_facts(states.device)
+    return device.matrix_units or device.shared_memory >= SHARED_MEMORY
 
 
 class Sweeps:
-    """The sweeps of one window. All tensors are contiguous and of one dtype, float32 or float64, except for ``index``.
+    """The sweeps of one window. All tensors are contiguous and in float32, except for ``index``.
 
     Args:
         first: the state from which the window starts, (M, N). With ``reverse``, the gradient of its last state.
@@ -82,7 +86,7 @@ class Sweeps:
     def __init__(self, first, states, spare, matrix, bias, added, slope, index, alpha, beta, activation, reverse):
         self._steps, rows, width = states.shape
         device = device_facts(states.device)
-        launch = choose_launch(width, states.itemsize, rows, device)
+        launch = choose_launch(width, rows, device)
         self._blocks = triton.cdiv(rows, launch["BLOCK_M"])
         self._chunk = choose_chunk(self._steps, self._blocks, launch["num_warps"], device.processors)
         self._chunks = triton.cdiv(self._steps, self._chunk)
@@ -92,7 +96,8 @@ class Sweeps:
         padded = alphas.new_ones(self._chunks * self._chunk)
         padded[: self._steps] = alphas.flip(0) if reverse else alphas
         self._decay = padded.view(self._chunks, self._chunk).cumprod(1)
-        self._powers = index.new_empty((self._chunk + 1, width), dtype=torch.int32)
+        # Row j of the first table has the units of O^j, and row j of the second those of its inverse.
+        self._powers, self._inverses = index.new_empty((2, self._chunk + 1, width), dtype=torch.int32)
         self._rest = {"bias": bias, "added": added, "slope": slope, "index": index, "alpha": alpha, "beta": beta}
         self._lengths = {"rows": rows, "steps": self._steps, "chunk": self._chunk}
         self._options = launch | {
@@ -110,7 +115,8 @@ class Sweeps:
         # The states of the last sweep, and of the one before: x (None: it is 0), the carries, and the decays.
         self._now, self._before = (None, starts[0], self._decay), (None, starts[1], self._decay)
         with torch.cuda.device_of(states):
-            powers_kernel[(1,)](index, self._powers, self._chunk, WIDTH=width, BLOCK_N=self._tile["BLOCK_N"])
+            tables = self._powers, self._inverses
+            powers_kernel[(1,)](index, *tables, self._chunk, WIDTH=width, BLOCK_N=self._tile["BLOCK_N"])
             self._carry(None, starts[0], starts[1])
         if reverse and added is not None:
             self._run(None)
@@ -164,30 +170,28 @@ class Sweeps:
         residuals = self._decay.new_zeros(blocks)
         fused_carry_kernel[(blocks,)](
             self._first, self._states if x is None else x, int(x is not None), starts, old_starts, self._decay,
-            self._powers, residuals, self._chunks, **self._lengths, REVERSE=self._reverse, WIDTH=self._width,
+            self._inverses, residuals, self._chunks, **self._lengths, REVERSE=self._reverse, WIDTH=self._width,
             STAGES=CARRY_STAGES, **self._tile,
         )  # fmt: skip
         return residuals.amax(0, keepdim=True)
 
 
-def choose_launch(width: int, itemsize: int, rows: int, device: Device) -> dict:
+def choose_launch(width: int, rows: int, device: Device) -> dict:
     """Tile, warps and stages of a sweep."""
     block_n = max(16, triton.next_power_of_2(width))
     # Matrix units take 16 rows at a time. Multiply-adds of fewer than 4 rows would wait for the matrix.
-    block_m = min(MAX_ROWS * 4 // max(itemsize, 4), triton.next_power_of_2(rows))
-    block_m = max(block_m, 16 if device.matrix_units else 4)
+    least_rows = 16 if device.matrix_units else 4
+    block_m = min(MAX_ROWS, max(least_rows, triton.next_power_of_2(rows)))
     # The user lets torch's matmul use TF32. Three TF32 products are nearly as exact as one in float32.
-    is_split = itemsize == 4 and block_m >= 16 and not device.matrix_units
-    is_split = is_split and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    warp_bytes = 2048 if device.matrix_units else 1024
+    is_split = block_m >= 16 and not device.matrix_units and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        # The copies of a pipeline take a third of the time of shared memory. Large tiles do without: a multiprocessor
-        # has several of them, and works on one while another one waits.
-        "STAGES": 2 if block_m * itemsize < 64 else 1,
+        # One copy of each tile is in flight while the layer before is computed. Without copies, Triton 3.6.0 spills 2
+        # KB forward, and 3.7.1 spills 2 KB in the adjoint if the rows are padded. AMD's compiler spills with neither.
+        "STAGES": 1 if device.matrix_units else 2,
         "PRECISION": "tf32x3" if is_split else "ieee",
-        "num_warps": max(1, block_n * max(block_m, 16) * itemsize // warp_bytes),
+        "num_warps": max(1, block_n * max(block_m, 16) // (512 if device.matrix_units else 256)),
     }
 
 
@@ -197,21 +201,24 @@ def choose_chunk(steps: int, blocks: int, num_warps: int, processors: int) -> in
     All chunks run at the same time, and there are at most as many as the square root of the number of layers: the
     carries are computed one after another.
     """
-    programs = processors * max(WARPS_PER_PROCESSOR // num_warps, LEAST_PROGRAMS)
+    programs = processors * (WARPS_PER_PROCESSOR // num_warps)
     return triton.cdiv(steps, max(1, min(programs // blocks, math.isqrt(steps))))
 
 
 @triton.jit(do_not_specialize=["chunk"])
-def powers_kernel(index, powers, chunk: tl.int64, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The table of the permutation's powers: row j of ``powers`` has the units of O^j, j = 0..chunk."""
+def powers_kernel(index, powers, inverses, chunk: tl.int64, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row j of ``powers`` <- the units of O^j, and row j of ``inverses`` <- the inverse permutation; j = 0..chunk."""
     unit = tl.arange(0, BLOCK_N)
     present = unit < WIDTH
     at = unit
     tl.store(powers + unit, at, mask=present)
+    tl.store(inverses + unit, at, mask=present)
     for _ in range(0, chunk):
         powers += WIDTH
+        inverses += WIDTH
         at = tl.load(index + at, mask=present, other=0).to(tl.int32)
         tl.store(powers + unit, at, mask=present)
+        tl.store(inverses + at, unit, mask=present)
 
 
 @triton.jit(do_not_specialize=["rows", "steps", "chunk", "known"])
@@ -297,7 +304,7 @@ def fused_carry_kernel(
     starts,
     old_starts,
     decay,
-    powers,
+    inverses,
     residuals,
     chunks: tl.int64,
     rows: tl.int64,
@@ -309,28 +316,31 @@ def fused_carry_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The carry of every chunk, the state after the last chunk, and their largest relative change."""
+    """The carry of every chunk, the state after the last chunk, and their largest relative change.
+
+    No number changes its lane (column of the tile): a lane looks up to which unit its number belongs now.
+    """
     dtype: tl.constexpr = starts.dtype.element_ty
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    unit = tl.arange(0, BLOCK_N)[None, :]
-    inside = (row < rows) & (unit < WIDTH)
-    tile = row.to(tl.int64) * WIDTH + unit
+    at = tl.arange(0, BLOCK_N)[None, :]
+    present = at < WIDTH
+    inside = (row < rows) & present
+    row_offset = row.to(tl.int64) * WIDTH
     size = rows * WIDTH
-    carry = tl.load(initial + tile, mask=inside, other=0.0).to(tl.float64)
-    tl.store(starts + tile, carry.to(dtype), mask=inside)
+    carry = tl.load(initial + row_offset + at, mask=inside, other=0.0).to(tl.float64)
+    tl.store(starts + row_offset + at, carry.to(dtype), mask=inside)
     worst = _magnitude(tl.zeros((BLOCK_M,), dtype))
     for number in tl.range(0, chunks.to(tl.int32), num_stages=STAGES):
         last = tl.minimum((number + 1) * chunk, steps) - 1
-        turn = tl.load(powers + (last + 1 - number * chunk) * WIDTH + unit, mask=unit < WIDTH, other=0)
+        at = tl.load(inverses + (last + 1 - number * chunk) * WIDTH + at, mask=present, other=0)
         layer = steps - 1 - last if REVERSE else last
-        carry = tl.load(decay + last) * tl.gather(carry, tl.broadcast_to(turn, (BLOCK_M, BLOCK_N)), 1)
-        carry += tl.load(x + layer * size + tile, mask=inside & (known > 0), other=0.0).to(tl.float64)
-        starts += size
-        old_starts += size
+        carry = tl.load(decay + last) * carry
+        carry += tl.load(x + layer * size + row_offset + at, mask=inside & (known > 0), other=0.0).to(tl.float64)
         new = carry.to(dtype)
-        old = tl.load(old_starts + tile, mask=inside, other=0.0)
+        place = (number + 1) * size + row_offset + at
+        old = tl.load(old_starts + place, mask=inside, other=0.0)
         worst = tl.maximum(worst, _relative_change(new, old, inside))
-        tl.store(starts + tile, new, mask=inside)
+        tl.store(starts + place, new, mask=inside)
     tl.store(residuals + tl.program_id(0), tl.max(worst, 0).to(dtype, bitcast=True).to(tl.float64))
 
 

@@ -147,15 +147,15 @@ def sweeps(dtype, width, rows, steps, permutes, activation, everything, per_laye
     parallel.activate_(product, bias, optional, scale, activation, everything)
 
 
-def fused_sweeps(dtype, width, rows, tied, activation, reverse, everything, tf32):
+def fused_sweeps(width, rows, tied, activation, reverse, everything, tf32):
     """Compile a sweep with the product inside the scan, and what writes the states."""
     steps = 500
     states, first, matrix = (
-        empty(*shape, dtype=dtype)
+        empty(*shape, dtype=F32)
         for shape in ((steps, rows, width), (rows, width), (*(() if tied else (steps,)), width, width))
     )
-    scale, index = empty(steps if everything else 1, dtype=dtype), torch.arange(width)
-    bias = empty(*((steps, width) if everything else (width,)), dtype=dtype)
+    scale, index = empty(steps if everything else 1, dtype=F32), torch.arange(width)
+    bias = empty(*((steps, width) if everything else (width,)), dtype=F32)
     added, slope, beta = states if everything else None, states if reverse else None, None if reverse else scale
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
@@ -204,9 +204,8 @@ OPTIONS: dict[Callable, dict] = {
     }
     | dict.fromkeys(("everything", "per_layer"), YES_OR_NO),
     fused_sweeps: {
-        "dtype": (F32, F64),
-        "width": (64, 1, 17, 33),
-        "rows": (128, 1, 5),
+        "width": (64, 1, 16, 17, 32, 33),
+        "rows": (128, 1, 5, 16),
         "tied": (False, True),
         "activation": ACTIVATIONS,
     }

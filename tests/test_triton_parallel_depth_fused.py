@@ -7,8 +7,8 @@ as its test allows.
 import numpy as np
 import pytest
 import torch
-from support.numerics import assert_by_the_rule, needs_more_digits
-from support.pairwise import name_of, pairwise
+from support.numerics import assert_by_the_rule
+from support.pairwise import pairwise
 from support.triton_process import import_kernels
 from test_triton_parallel_depth import EXACT_ACTIVATIONS, exact, exact_scan, normal, scale
 
@@ -32,7 +32,6 @@ CASES = pairwise(
     shape=SHAPES,
     kind=("random", "identity", "cyclic"),
     activation=("tanh", "relu", "sigmoid", "identity"),
-    dtype=(torch.float32, torch.float64),
     bias=(None, "shared", "per layer"),
     added=(False, True),
     tied=(False, True),
@@ -51,7 +50,7 @@ def make_filter(kind, width):
 
 
 def made(case):
-    (steps, rows, width), dtype = case["shape"], case["dtype"]
+    (steps, rows, width), dtype = case["shape"], torch.float32
     bias = {"shared": (width,), "per layer": (steps, width)}.get(case["bias"])
     return {
         "first": normal(rows, width, dtype=dtype),
@@ -65,7 +64,7 @@ def made(case):
     }
 
 
-def start(arguments, activation, reverse, steps=None):
+def start(arguments, activation, reverse):
     """(sweeps, the memory of the states)."""
     given = dict(arguments)
     first, weight, filter = (given.pop(name) for name in ("first", "weight", "filter"))
@@ -77,7 +76,8 @@ def start(arguments, activation, reverse, steps=None):
     else:
         given["slope"] = None
         matrix, index = weight.mT.contiguous(), filter
-    return kernels.Sweeps(first, states, spare, matrix, index=index, activation=activation, reverse=reverse, **given), states
+    given |= {"index": index, "activation": activation, "reverse": reverse}
+    return kernels.Sweeps(first, states, spare, matrix, **given), states
 
 
 def picard(arguments, activation, reverse, sweeps, wide=exact, scan=exact_scan, act=EXACT_ACTIVATIONS):
@@ -128,35 +128,32 @@ def eager(arguments, activation, reverse, sweeps):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_two_sweeps_are_two_of_picards(dtype, reverse, short_chunks):
-    needs_more_digits(dtype)
-    digits = np.longdouble if dtype == torch.float64 else np.float64
+def test_two_sweeps_are_two_of_picards(reverse, short_chunks):
     triples = []
-    for case in [case for case in CASES if case["dtype"] == dtype]:
+    for case in CASES:
         arguments, activation = made(case), case["activation"]
         sweeps, states = start(arguments, activation, reverse)
         scaled = torch.full_like(states, torch.nan)
         bounds = [sweeps.sweep().item() for _ in range(2)]
         change = sweeps.finish(scaled if reverse else None)
         before, after = picard(arguments, activation, reverse, 2)[1:]
-        triples.append((states.cpu(), eager(arguments, activation, reverse, 2).cpu(), after.astype(digits)))
+        triples.append((states.cpu(), eager(arguments, activation, reverse, 2).cpu(), after.astype(np.float64)))
         wide = [torch.from_numpy(np.ascontiguousarray(one).astype(np.float64)) for one in (after, before)]
         expected = reference.relative_change(*wide).item()
         # Both states are rounded, by a few units in the last place of a row's largest number.
-        slack = 64 * torch.finfo(dtype).eps
+        slack = 64 * torch.finfo().eps
         assert abs(change.item() - expected) <= slack * max(1, expected)
         assert bounds[1] <= change.item() + slack * max(1, expected)
         if reverse:
             whole = torch.cat((states, arguments["first"].unsqueeze(0)))
             assert torch.equal(scaled, arguments["slope"] * whole[1:])
-    assert_by_the_rule(f"two sweeps in {dtype}", *zip(*triples, strict=True))
+    assert_by_the_rule("two sweeps", *zip(*triples, strict=True))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_sweeps_may_follow_when_the_states_were_written(reverse, short_chunks):
     """They then begin with whole states instead of sums and carries."""
-    case = {"shape": (7, 3, 5), "kind": "random", "dtype": torch.float32, "bias": "per layer"}
+    case = {"shape": (7, 3, 5), "kind": "random", "bias": "per layer"}
     arguments = made(case | {"added": True, "tied": False, "scales": True})
     sweeps, states = start(arguments, "tanh", reverse)
     for count in (1, 2, 3):
@@ -169,7 +166,7 @@ def test_sweeps_may_follow_when_the_states_were_written(reverse, short_chunks):
 
 
 def test_more_sweeps_than_layers_change_nothing(short_chunks):
-    case = {"shape": (4, 2, 3), "kind": "random", "dtype": torch.float32, "bias": None}
+    case = {"shape": (4, 2, 3), "kind": "random", "bias": None}
     for reverse in (False, True):
         sweeps, states = start(made(case | {"added": False, "tied": True, "scales": False}), "tanh", reverse)
         changes = [sweeps.sweep().item() for _ in range(6)]
@@ -181,7 +178,7 @@ def test_more_sweeps_than_layers_change_nothing(short_chunks):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_number_that_is_not_finite_is_reported_and_stays_in_its_row(bad, reverse, short_chunks):
-    case = {"shape": (7, 3, 5), "kind": "random", "dtype": torch.float32, "bias": None}
+    case = {"shape": (7, 3, 5), "kind": "random", "bias": None}
     arguments = made(case | {"added": True, "tied": False, "scales": False})
     clean, clean_states = start(arguments, "relu", reverse)
     arguments["added"] = arguments["added"].clone()
@@ -241,18 +238,33 @@ def test_a_wrong_permutation_gives_nan():
         assert scan.start_fused_adjoint(layers, states, None, spare, spare.clone()).sweep().isnan()
 
 
-def test_wider_rows_take_the_scan_with_a_product_outside():
-    assert kernels.takes(kernels.MAX_WIDTH, 8, torch.device("cpu"))
-    assert not kernels.takes(kernels.MAX_WIDTH + 1, 4, torch.device("cpu"))
-    scan = op._make_scan("triton", torch.arange(65))
-    assert scan.start_fused(None, torch.zeros(3, 1, 65), None) is None
-    assert scan.start_fused_adjoint(None, torch.zeros(3, 1, 65), None, None, None) is None
-    assert op._make_scan("reference", torch.arange(5)).start_fused(None, None, None) is None
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(kernels.MAX_WIDTH + 1, torch.float32), (5, torch.float64), (0, torch.float32)]
+)
+def test_other_states_take_the_scan_with_a_product_outside(width, dtype):
+    scan, states = op._make_scan("triton", torch.arange(width)), torch.zeros(3, 1, width, dtype=dtype)
+    assert not kernels.takes(states)
+    assert scan.start_fused(None, states, None) is None
+    assert scan.start_fused_adjoint(None, states, None, None, None) is None
+
+
+def test_other_filters_and_backends_take_the_scan_with_a_product_outside():
+    assert kernels.takes(torch.zeros(3, 1, 5))
+    for backend, filter in (("reference", torch.arange(5)), ("triton", torch.linalg.qr(torch.randn(5, 5))[0])):
+        scan = op._make_scan(backend, filter)
+        assert scan.start_fused(None, torch.zeros(3, 1, 5), None) is None
+        assert scan.start_fused_adjoint(None, torch.zeros(3, 1, 5), None, None, None) is None
+
+
+def test_a_gpu_with_little_shared_memory_takes_the_scan_with_a_product_outside(monkeypatch):
+    for shared_memory, matrix_units, takes in ((64 * 1024, False, False), (64 * 1024, True, True)):
+        monkeypatch.setattr(kernels, "device_facts", lambda _: kernels.Device(1, shared_memory, matrix_units))  # noqa: B023
+        assert kernels.takes(torch.zeros(3, 1, 5)) == takes
 
 
 def test_chunks_fill_the_machine_once():
     # 128 samples of 64 units are 4 programs of 8 warps.
-    assert kernels.choose_chunk(50_000, 4, 8, 132) == -(-50_000 // 99)
+    assert kernels.choose_chunk(50_000, 4, 8, 132) == -(-50_000 // 66)
     assert kernels.choose_chunk(50_000, 1, 4, 132) == -(-50_000 // 223)
     assert kernels.choose_chunk(50_000, 10**6, 8, 132) == 50_000
     assert kernels.choose_chunk(1, 1, 8, 1) == 1
