@@ -27,9 +27,9 @@ Bytes per number of a state, for float32 and a permutation, with M = 128 and N =
 For D = 50,000 on an H200 (4.3 TB/s) these are 0.95 ms a sweep, where parallel_depth.py needs 2.5 ms. The arithmetic
 takes longer. For its 8 x 32 numbers of a layer, a warp takes 1,117 instructions forward (608 of them multiply-adds, and
 about 280 for tanh) and 883 in the adjoint, counted in the sm_90 code of Triton 3.7.1 with N = 64 and no u. At 0.92 T
-warp instructions a second, a sweep takes 1.9 ms forward and 1.5 ms in the adjoint. The loop of the sweep takes 94 and 66
-registers: two programs of 8 warps share a multiprocessor. If N is no power of two, the masks take it to up to 204, and
-there is one. These times are predicted, not measured: no GPU has run this yet.
+warp instructions a second, a sweep takes 1.9 ms forward and 1.5 ms in the adjoint. A thread takes 94 and 66 registers,
+so two programs of 8 warps share a multiprocessor. If N is no power of two, masks take up to 204, and there is one
+program. These times are predicted, not measured: no GPU has run this yet.
 
 Forward reads W^T, copied once per window: reading W by columns would be an 8-way bank conflict, as in
 orthogonal_filter.py. x is permuted by shuffles in registers, and the carry by the addresses of its loads: row j of a
