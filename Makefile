@@ -3,13 +3,14 @@
 # make test-slow     sanitizers, the CUDA emulator, the deepest nets, other libraries' models: at most 30 minutes
 # make test-release  everything else: other versions of torch and Triton, wheels, reproductions (hours; resumes where it
 #                    was interrupted; PARTS="wheels triton-3.6.0" runs these alone)
+# make docs   the documentation as a site, in build/docs; needs Python >= 3.11
 # make bench  the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed;
-#             PART=smoke or another part alone: python bench/gpu.py --help
+#             PART=first for half an hour, PART=smoke or another part alone: python -m bench.gpu --help
 # make reproduce   the papers' statements, each with a verdict (about 90 minutes; goes on where it was stopped;
 #                  QUICK=--quick shows in minutes that all of it runs)
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (takes minutes)
-.PHONY: demo test test-slow test-release lint bench gpu reproduce sanitize clean
+.PHONY: demo test test-slow test-release lint docs bench gpu reproduce sanitize clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -42,11 +43,14 @@ lint: $(VENV)/built
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
+docs: $(VENV)/documentation
+	$(BIN)/python docs/build.py
+
 bench: $(VENV)/built
 	$(BIN)/lcw-ops bench --quick
 
 gpu:
-	$(PYTHON) bench/gpu.py $(PART)
+	$(PYTHON) -m bench.gpu $(PART)
 
 reproduce: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check mlxtend==0.25.0
@@ -64,6 +68,11 @@ $(VENV)/installed: requirements.txt
 $(VENV)/built: $(VENV)/installed $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c "import lcw_ops; print(lcw_ops.info())"
+	@touch $@
+
+# The package is installed already; this adds its extra, in the versions of pyproject.toml.
+$(VENV)/documentation: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'lcw-ops[docs]'
 	@touch $@
 
 clean:

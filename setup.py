@@ -214,7 +214,7 @@ setup(
     version=re.search(r'__version__ = "(.+)"', (ROOT / "lcw_ops/__init__.py").read_text())[1],
     package_dir={"lcw_ops": "lcw_ops", **{f"lcw_ops.{name}": name for name in MAPPED}},
     packages=packages(),
-    package_data={"lcw_ops": ["py.typed"]},
+    package_data={"lcw_ops": ["py.typed"], "lcw_ops.profile": ["page/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": AnyPythonWheel},
 )

@@ -89,6 +89,8 @@ def case(over_time: bool, rows: int, width: int, steps: int, device_type: str) -
             kernel.name,
             functools.partial(_prepare, kernel),
             ours=True,
+            # It replays graphs of its own.
+            captures=kernel.name != "graph",
             missing=functools.partial(_reason, kernel, width, torch.device(device_type)),
         )
         for kernel in kernels(device_type)

@@ -6,6 +6,7 @@ parameter and state once. The competitors are a loop over the parameters, foreac
 of the same bytes, and torch's own optimizers, with the gradients activated before the step or not at all.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -282,7 +283,8 @@ def _step(
         dtype=torch.float32,
         make_inputs=make_inputs,
         expected=expected,
-        competitors=competitors,
+        # torch's optimizers refuse to be captured, unless they are made for it.
+        competitors=tuple(dataclasses.replace(one, captures=False) for one in competitors),
         # The gradient is read, parameter and states are read and written.
         bytes=(1 + 2 * (1 + states)) * _count(shapes) * torch.float32.itemsize,
         operations=0,

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
-from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, ours
+from lcw_ops.bench.registry import EAGER, Case, Competitor, Run, ours, rotated_bytes
 from lcw_ops.nn import LCWConv2d
 from lcw_ops.ops.lcw_linear import NAME
-
-# On a GPU, copies of the weight fill this memory (several second-level caches), and each call uses the next copy. A
-# single weight of 32 MB would never leave an H200's cache of 50 MB. On a CPU there is one copy.
-ROTATED_BYTES = {"cpu": 0, "cuda": 256 << 20}
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -122,8 +118,10 @@ def _case(
         # Draw inputs whose mean is not 0: otherwise a layer without the constraint would give nearly the same result.
         x = torch.sigmoid(draw("x")).to(dtype).requires_grad_()
         weight = (fan_in**-0.5 * draw("weight")).to(dtype)
-        copies = ROTATED_BYTES[device.type] // weight.nbytes + 1
+        # The calls take the copies of the weight in turns.
+        copies = rotated_bytes(device) // weight.nbytes + 1
         return {
+            "copies": copies,
             "x": x,
             "weights": [nn.Parameter(weight.clone()) for _ in range(copies)],
             "turns": itertools.cycle(range(copies)),

@@ -84,11 +84,11 @@ def _case(device_type: str, over_time: bool, steps: int, rows: int, width: int, 
     competitors = [
         *ours(NAME, device_type, functools.partial(_torch, F.orthogonal_filter), width),
         Competitor(EAGER, functools.partial(_torch, reference)),
-        Competitor("jax lax.scan, jit", _jax, missing=_jax_missing),
+        Competitor("jax lax.scan, jit", _jax, captures=False, missing=_jax_missing),
         Competitor("torch.compile, one step", _compiled_step, slow_start=True),
     ]
     if not backward and device_type == "cuda" and steps <= GRAPH_STEPS:
-        competitors.append(Competitor("CUDA graph of eager", _cuda_graph))
+        competitors.append(Competitor("CUDA graph of eager", _cuda_graph, captures=False))
     if over_time:
         competitors.append(Competitor("nn.RNN (no filter)", _rnn, checked=False))
     return Case(
@@ -126,7 +126,11 @@ def _training_step(device_type: str, steps: int, rows: int, width: int, quick: b
     return dataclasses.replace(
         passes,
         name="over depth, training step",
-        competitors=(*ours_alone, *in_backward, *beside, Competitor(EAGER, functools.partial(_step, reference))),
+        competitors=tuple(
+            # torch's Adam refuses to be captured, unless it is made for it.
+            dataclasses.replace(one, captures=False)
+            for one in (*ours_alone, *in_backward, *beside, Competitor(EAGER, functools.partial(_step, reference)))
+        ),
         # Adam reads the gradient, and reads and writes the parameter and its two moments.
         bytes=passes.bytes + 4 * 7 * parameters,
     )

@@ -8,6 +8,7 @@ unit in the last place.
 import ctypes
 import gc
 import importlib
+import itertools
 import math
 import os
 import signal
@@ -54,6 +55,19 @@ MATMUL_SIZES = {"cpu": (512, 1024), "cuda": (8192,)}
 
 MATMUL_TRIES = 10
 
+# On a GPU the inputs of a case fill this many second-level caches, and the calls take turns with them: a weight that is
+# always the same would never leave the cache.
+CACHES = 3
+# The most sets of inputs of a case. Together they may hold less than that only if a set is smaller than 3 MB.
+MOST_SETS = 64
+
+# The most seconds of a pass over all inputs that is captured in a CUDA graph. A recurrence that launches a kernel per
+# step and tensor takes longer, and its graph would have hundreds of thousands of nodes.
+MOST_CAPTURED_SECONDS = 0.5
+
+# "1" lets the CPU play the device of make gpu (gpu_fakes.py): a replay of a graph is then a call.
+FAKE = "LCW_OPS_GPU_FAKE"
+
 # A pass over memory is repeated for at least SECONDS_PER_PASS, and until none of the last STABLE_TRIES passes has
 # improved the best time by LEAST_IMPROVEMENT, a share of it.
 SECONDS_PER_PASS, STABLE_TRIES, LEAST_IMPROVEMENT = 0.05, 5, 0.05
@@ -73,6 +87,7 @@ class WrongResult(Exception):
 class Competitor:
     """One way to do the work. ``prepare(inputs)`` converts and compiles, and returns the function to time.
 
+    ``captures`` is False for work that cannot be captured in a CUDA graph, or launches one itself.
     ``checked`` is False for a competitor that computes another function of the same size (a copy, another kind of
     network), to which the floor may not apply. ``missing()`` returns why the competitor cannot run here, or None. A
     competitor with ``slow_start`` takes tens of seconds to prepare, so --quick leaves it out.
@@ -83,6 +98,7 @@ class Competitor:
     ours: bool = False
     checked: bool = True
     slow_start: bool = False
+    captures: bool = True
     missing: Callable[[], str | None] = lambda: None
 
 
@@ -402,6 +418,69 @@ def _peak_memory(device: torch.device) -> int:
 def _resident_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+# ---- Rotated inputs and replayed graphs, on a GPU --------------------------------------------------------------------
+
+
+def rotated_bytes(device: torch.device) -> int:
+    """The bytes that the inputs of a case should fill; 0 on a CPU, where they do not rotate."""
+    return CACHES * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def draw_sets(case: Case, device: torch.device) -> list[dict]:
+    """Inputs of the case that together fill ``rotated_bytes``; on a CPU, one set."""
+    first = case.make_inputs(device)
+    count = math.ceil(rotated_bytes(device) / max(_count_bytes(first), 1))
+    return [first, *(case.make_inputs(device) for _ in range(min(count, MOST_SETS) - 1))]
+
+
+def _count_bytes(inputs) -> int:
+    """The bytes of all tensors in these dictionaries and lists."""
+    if isinstance(inputs, Tensor):
+        return inputs.nbytes
+    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (list, tuple)) else ()
+    return sum(map(_count_bytes, values))
+
+
+def rotated(competitor: Competitor, sets: list[dict]) -> tuple[Run, int]:
+    """(the work on one set of inputs after another, the number of calls that see every input once).
+
+    A competitor with ``slow_start`` would compile for every set, so it keeps the first one.
+    """
+    own = sets[:1] if competitor.slow_start else sets
+    # Some cases hold copies of their largest input, which the calls take in turns themselves.
+    turns = own[0].get("copies", 1) if isinstance(own[0], dict) else 1
+    runs = [competitor.prepare(inputs) for inputs in own]
+    if len(runs) == 1:
+        return runs[0], turns
+    order = itertools.cycle(runs)
+    return lambda: next(order)(), turns * len(runs)
+
+
+def is_replayed(device: torch.device) -> bool:
+    return device.type == "cuda" or os.environ.get(FAKE) == "1"
+
+
+def capture(run: Run, calls: int, device: torch.device) -> Callable[[], None]:
+    """A function that replays a CUDA graph of so many calls. Raises RuntimeError if they cannot be captured."""
+
+    def work() -> None:
+        for _ in range(calls):
+            run()
+
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # After a failed capture, torch.cuda.graph leaves its own stream as the current one. The outer context does not.
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -4,6 +4,10 @@ Only ratios measured side by side are meaningful, so the competitors take turns 
 competitor's median, spread (the interquartile range) and best time. Rows in which ours is slower are printed like the
 others. Noisy rows are marked and have no ratios. The floor is the least time that the work can take at the rates (the
 ceilings) measured before and after the case. A row faster than its floor is an error and not a result.
+
+On a GPU the inputs rotate through more memory than three second-level caches. A time is that of a call inside a
+replayed CUDA graph, without the launches and Python; a column has what an eager call takes on top (its overhead). Work
+that cannot be captured, or takes too long to capture, is timed in eager calls, and has no overhead.
 """
 
 import argparse
@@ -60,11 +64,14 @@ class Row:
     noisy: bool
     peak_floor_s: float
     memory_bytes: int | None
+    overhead_s: float | None
 
 
 COLUMNS = [field.name for field in fields(Row)]
 
-# The columns of older files: without the last two, and in the oldest files without a mark of noisy rows.
+# The columns of older files: without the overhead, without the two before, and in the oldest files without a mark of
+# noisy rows.
+MEMORY_COLUMNS = COLUMNS[:-1]
 MARKED_COLUMNS = COLUMNS[: COLUMNS.index("noisy") + 1]
 UNMARKED_COLUMNS = MARKED_COLUMNS[:-1]
 
@@ -90,7 +97,7 @@ def prepare(args: argparse.Namespace) -> Plan:
         raise ValueError(f"--pairs is {args.pairs} without --base; expected both. Name the revision to compare with")
     device, cases = select(args)
     out = args.out or _default_csv(device)
-    check_csv(out, COLUMNS, MARKED_COLUMNS, UNMARKED_COLUMNS)
+    check_csv(out, COLUMNS, MEMORY_COLUMNS, MARKED_COLUMNS, UNMARKED_COLUMNS)
     if args.threads is not None:
         _use_threads(args.threads)
     return Plan(device, cases, out, args.quick)
@@ -148,7 +155,8 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
     errors = registry.check(case, device, [one for one in case.competitors if one.name not in left_out])
     left_out |= {name: f"REFUSED: {error}" for name, error in errors.items() if isinstance(error, WrongResult)}
     running = [one for one in case.competitors if one.name not in left_out]
-    times, memory, rates, steady = measure(case, running, device, QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE)
+    budget = QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE
+    times, memory, overheads, rates, steady = measure(case, running, device, budget)
     floor, peak_floor = case.floor_seconds(rates), case.peak_floor_seconds(rates)
     # On an unsteady machine the measured ceiling may be far too low: a row below the floor is then noise, not an error.
     impossible = faster_than_floor(case, running, times, rates) if steady else []
@@ -163,6 +171,8 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
     unsteady = "" if steady else f"; NOISY: the rates changed by more than {registry.NOISY_RATES}x meanwhile"
     print(f"  floor {_time(floor)} at {_ceilings(rates)}{unsteady}")
     columns = f"{'median':>9} {'spread':>9} {'best':>9} {'vs ours':>8} {'of floor':>8} {'of peak':>8} {'memory':>8}"
+    replayed = registry.is_replayed(device)
+    columns += f" {'overhead':>9}" if replayed else ""
     print(f"  {'':26} {columns} {'error':>8}")
     rows = []
     for competitor in case.competitors:
@@ -171,13 +181,15 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
             print(f"  {name:26} {left_out[name]}")
             continue
         median, spread, best = summaries[name]
-        ratio = "-" if ours is None or ours in impossible else f"{median / summaries[ours][0]:.2f}x"
+        ratio = "-" if ours is None or ours in impossible else f"{_ratio(name, ours, summaries, overheads):.2f}x"
         of_floor, of_peak = ("noisy" if name in noisy else f"{least / median:.1%}" for least in (floor, peak_floor))
         held = "-" if memory[name] is None else f"{memory[name] / 1e6:.0f} MB"
         error = f"{errors[name]:.1e}" if name in errors else "-"
         times_shown = " ".join(f"{_time(seconds):>9}" for seconds in summaries[name])
         ratio = "noisy" if noisy & {name, ours} else ratio
-        print(f"  {name:26} {times_shown} {ratio:>8} {of_floor:>8} {of_peak:>8} {held:>8} {error:>8}")
+        overhead = overheads.get(name)
+        extra = f" {_time(overhead) if overhead is not None else '-':>9}" if replayed else ""
+        print(f"  {name:26} {times_shown} {ratio:>8} {of_floor:>8} {of_peak:>8} {held:>8}{extra} {error:>8}")
         measured = {
             "rounds": len(times[name]),
             "median_s": median,
@@ -187,6 +199,7 @@ def run_case(case: Case, device: torch.device, quick: bool = False) -> tuple[lis
             "noisy": name in noisy,
             "peak_floor_s": peak_floor,
             "memory_bytes": memory[name],
+            "overhead_s": overhead,
         }
         rows.append(Row(**_machine(device), **work(case, name), **measured))
     print(flush=True)
@@ -200,24 +213,37 @@ def work(case: Case, competitor: str) -> dict:
     return named | {"competitor": competitor}
 
 
+def _ratio(name: str, ours: str, summaries: dict[str, tuple], overheads: dict[str, float]) -> float:
+    """The median relative to ours. Where only one of the two was replayed, both are compared in eager calls."""
+    alike = (name in overheads) == (ours in overheads)
+    eager = [summaries[one][0] + (0.0 if alike else overheads.get(one, 0.0)) for one in (name, ours)]
+    return eager[0] / eager[1]
+
+
 def measure(
     case: Case, competitors: list[Competitor], device: torch.device, budget: float
-) -> tuple[dict[str, list[float]], dict[str, int | None], Rates, bool]:
-    """The two results of :func:`interleave`, the best ceilings, and whether the ceilings before and after agree.
+) -> tuple[dict[str, list[float]], dict[str, int | None], dict[str, float], Rates, bool]:
+    """The two results of :func:`interleave`, each competitor's overhead, the best ceilings, and whether they agree.
+
+    On a GPU the times are those of :func:`replay` where it has some, and the overhead is an eager call's time on top.
 
     The case is measured again if a competitor was faster than the floor: the machine may have been slow when the
     ceilings were measured.
     """
-    inputs = case.make_inputs(device)
+    sets = registry.draw_sets(case, device)
     before = best = registry.measure_rates(device, case)
     for _ in range(2):
-        times, memory = interleave(competitors, inputs, device, budget)
+        runs = {one.name: registry.rotated(one, sets) for one in competitors}
+        times, memory = interleave({name: run for name, (run, _) in runs.items()}, device, budget)
+        replays = replay(competitors, runs, times, device, budget) if registry.is_replayed(device) else {}
+        overheads = {name: statistics.median(times[name]) - statistics.median(own) for name, own in replays.items()}
+        times |= replays
         after = registry.measure_rates(device, case)
         best, steady = best.best(after), not after.is_far_from(before)
         if not faster_than_floor(case, competitors, times, best):
             break
         before = after
-    return times, memory, best, steady
+    return times, memory, overheads, best, steady
 
 
 def faster_than_floor(
@@ -229,13 +255,12 @@ def faster_than_floor(
 
 
 def interleave(
-    competitors: list[Competitor], inputs: dict, device: torch.device, budget: float
+    runs: dict[str, registry.Run], device: torch.device, budget: float
 ) -> tuple[dict[str, list[float]], dict[str, int | None]]:
     """Competitor -> seconds of every call, taking turns, and competitor -> bytes that a call holds beyond its results.
 
     A first round warms up, shows the memory and decides how many rounds fit.
     """
-    runs = {competitor.name: competitor.prepare(inputs) for competitor in competitors}
     first = {name: registry.first_call(run, device) for name, run in runs.items()}
     warm_up = sum(duration for duration, _ in first.values())
     rounds = min(max(int(budget / max(warm_up, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
@@ -246,8 +271,40 @@ def interleave(
     return times, {name: memory for name, (_, memory) in first.items()}
 
 
+def replay(
+    competitors: list[Competitor],
+    runs: dict[str, tuple[registry.Run, int]],
+    eager: dict[str, list[float]],
+    device: torch.device,
+    budget: float,
+) -> dict[str, list[float]]:
+    """Competitor -> seconds of a call in a replayed CUDA graph, taking turns, for those that can be captured.
+
+    ``runs`` are the work and the number of calls that a graph holds; ``eager`` the seconds of eager calls.
+    """
+    graphs = {}
+    for one in competitors:
+        run, calls = runs[one.name]
+        expected = calls * statistics.median(eager[one.name])
+        if not one.captures or expected > registry.MOST_CAPTURED_SECONDS:
+            continue
+        try:
+            graphs[one.name] = registry.capture(run, calls, device)
+        except RuntimeError as error:
+            print(f"  {one.name:26} in eager calls: {(str(error).strip() or 'not captured').splitlines()[0]}")
+    first = {name: registry.seconds(graph, device) for name, graph in graphs.items()}
+    rounds = min(max(int(budget / max(sum(first.values()), 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            times[name].append(registry.seconds(graph, device) / runs[name][1])
+    return times
+
+
 def append_rows(path: Path, rows: list[Row]) -> None:
     """Append the rows. First, a new file gets a header, and an older file gets the columns that it lacks."""
+    if is_faked() and path.resolve().parent == Path(__file__).resolve().parent / "results":
+        raise ValueError(f"{path} is for measurements; expected another folder while {registry.FAKE} is set")
     new = not path.exists()
     if not new:
         _add_columns(path)
@@ -263,8 +320,8 @@ def _add_columns(path: Path) -> None:
             return
         rows = [
             {"noisy": registry.is_noisy(float(row["median_s"]), float(row["spread_s"]))}
+            | {"peak_floor_s": "", "memory_bytes": "", "overhead_s": ""}
             | row
-            | {"peak_floor_s": "", "memory_bytes": ""}
             for row in reader
         ]
     write_atomically(path, lambda file: write_rows(file, COLUMNS, rows, header=True))
@@ -332,11 +389,16 @@ def _default_csv(device: torch.device, prefix: str = "") -> Path:
     return (results if results.is_dir() else Path()) / f"{prefix}{name}.csv"
 
 
+def is_faked() -> bool:
+    """Whether make gpu is tried without a card: the CPU then plays it, and rows must not be kept as measured."""
+    return os.environ.get(registry.FAKE) == "1"
+
+
 def _machine(device: torch.device) -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "device": describe(device)["device_name"],
+        "device": _device_name(device),
         "kind": "gpu" if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -346,10 +408,14 @@ def _machine(device: torch.device) -> dict:
     }
 
 
+def _device_name(device: torch.device) -> str:
+    return ("FAKED " if is_faked() else "") + describe(device)["device_name"]
+
+
 def _machine_line(device: torch.device) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "jax"))
     threads = f"torch on {torch.get_num_threads()} threads, JAX on {len(os.sched_getaffinity(0))} cores"
-    return f"{describe(device)['device_name']}; {threads}; {versions}"
+    return f"{_device_name(device)}; {threads}; {versions}"
 
 
 def _version(package: str) -> str:
@@ -383,6 +449,8 @@ def _spread(times: list[float]) -> float:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 0:
+        return f"-{_time(-seconds)}"
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

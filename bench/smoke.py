@@ -19,6 +19,7 @@ import lcw_ops
 from lcw_ops import functional as F
 from lcw_ops import optim
 from lcw_ops.bench import crossover, registry
+from lcw_ops.bench.arguments import STEMS
 from lcw_ops.nn.orthogonal_filter import make_filter
 from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear, weight_norm
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
@@ -26,6 +27,16 @@ from lcw_ops.ops.parallel_depth import op as parallel_depth
 
 # Device type -> the backends that must be available.
 EXPECTED = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp")}
+
+# Stem -> its ops.
+OPS_OF = {
+    "gradient_activation": (gradient_activation.NAME, gradient_activation.SGD_STEP, gradient_activation.ADAMW_STEP),
+    "hypersphere": (hypersphere.NAME,),
+    "lcw_linear": (lcw_linear.NAME,),
+    "orthogonal_filter": (orthogonal_filter.NAME,),
+    "parallel_depth": (parallel_depth.SWEEP,),
+    "weight_norm": (weight_norm.NAME,),
+}
 
 # Enough tensors to share launches: up to four tensors get a launch each.
 TENSORS = 6
@@ -161,25 +172,31 @@ def _plainly(call: Call, inputs: list[Tensor]) -> list[Tensor]:
         return call.run(inputs)
 
 
-def cases(device_type: str) -> list[registry.Case]:
+def cases(device_type: str, stem: str | None = None) -> list[registry.Case]:
     # Every kernel of the recurrence over depth and over time, including those that users cannot name.
     each = [crossover.case(over_time, 5, 24, 7, device_type) for over_time in (False, True)]
-    return [*each, *(case(call, device_type) for call in calls())]
+    found = [*(each if stem in (None, "orthogonal_filter") else []), *(case(call, device_type) for call in calls())]
+    return [one for one in found if stem is None or one.stem == "crossover" or one.stem in OPS_OF[stem]]
 
 
-def missing(device_type: str) -> Iterator[str]:
+def missing(device_type: str, stem: str | None = None, only: str | None = None) -> Iterator[str]:
     """One line for each op and backend for which we have kernels that cannot run here."""
     for op, implemented in backends.IMPLEMENTED.items():
-        for backend in EXPECTED[device_type]:
+        if stem is not None and op not in OPS_OF[stem]:
+            continue
+        for backend in EXPECTED[device_type] if only is None else (only,):
             reason = backends.missing_reason(op, backend, device_type) if backend in implemented else None
             if reason is not None:
                 yield f"MISSING {op}, {backend}: {reason}"
 
 
-def check(one: registry.Case, device: torch.device) -> Iterator[tuple[bool, str]]:
-    """(whether it is right, a line to print) for each of our kernels in a case."""
+def check(one: registry.Case, device: torch.device, only: str | None = None) -> Iterator[tuple[bool, str]]:
+    """(whether it is right, a line to print) for each of our kernels in a case, or for those of one backend."""
     for competitor in one.competitors:
-        if not competitor.ours:
+        # Names are "lcw_ops (cuda)" and, of the recurrence's kernels, "cuda rows".
+        if not competitor.ours or (
+            only is not None and only not in competitor.name.strip("()").replace("(", "").split()
+        ):
             continue
         place = f"{one.stem}, {one.name}: {competitor.name}"
         reason = competitor.missing()
@@ -199,18 +216,26 @@ def check(one: registry.Case, device: torch.device) -> Iterator[tuple[bool, str]
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcw_ops.bench.smoke", description=__doc__, allow_abbrev=False)
     parser.add_argument("--device", default="cuda", choices=sorted(EXPECTED))
-    device = torch.device(parser.parse_args(arguments).device)
+    parser.add_argument("--stem", choices=STEMS, help="only the kernels of this method; default: all")
+    parser.add_argument("--backend", choices=backends.BACKENDS[:-1], help="only this backend's kernels; default: all")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
     torch.manual_seed(0)
     print(lcw_ops.info(), flush=True)
-    failed = 0
-    for line in missing(device.type):
+    failed = checked = 0
+    for line in missing(device.type, args.stem, args.backend):
         failed += 1
         print(line, flush=True)
-    for one in cases(device.type):
-        for right, line in check(one, device):
+    for one in cases(device.type, args.stem):
+        for right, line in check(one, device, args.backend):
+            checked += 1
             failed += not right
             print(line, flush=True)
-    print(f"{failed} failed" if failed else "every kernel is right")
+    if not checked:
+        print("no kernel was chosen")
+        return 1
+    chosen = f" ({', '.join(filter(None, (args.stem, args.backend)))})" if args.stem or args.backend else ""
+    print(f"{failed} failed" if failed else f"every kernel{chosen} is right")
     return int(failed > 0)
 
 

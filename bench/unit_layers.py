@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lcw_ops.bench.lcw_linear import ROTATED_BYTES
-from lcw_ops.bench.registry import Case, Competitor, Run
+from lcw_ops.bench.registry import Case, Competitor, Run, rotated_bytes
 
 # A sine and a cosine of one angle in float32: four multiply-adds subtract the nearest multiple of pi/2, and two
 # polynomials of three coefficients take four multiply-adds each. A multiply-add is two operations.
@@ -40,8 +39,10 @@ def make_case(
 
     def make_inputs(device: torch.device) -> dict:
         arguments = [argument.to(dtype) for argument in draw(device)]
-        copies = ROTATED_BYTES[device.type] // max(argument.nbytes for argument in arguments) + 1
+        # The calls take the copies of the arguments in turns.
+        copies = rotated_bytes(device) // max(argument.nbytes for argument in arguments) + 1
         return {
+            "copies": copies,
             "calls": [[argument.clone().requires_grad_() for argument in arguments] for _ in range(copies)],
             "turns": itertools.cycle(range(copies)),
             "cotangent": draw_cotangent(*(argument.float() for argument in arguments)).to(dtype),

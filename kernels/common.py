@@ -5,6 +5,7 @@ jitted here, their constants are tl.constexpr, and other files import the functi
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 # The most bytes of a row that one program holds at a time: 16 warps x 32 threads x 8 lanes (columns) of 4 bytes.
 ROW_BYTES = 16384
+# The widest load of a thread.
+VECTOR_BYTES = 16
 # Short rows share a program, up to this many elements: 8 for each thread of 4 warps, a 16-byte load of 16-bit numbers.
 LEAST_ELEMENTS = 1024
 # The number of neighbouring lanes that a thread holds, and that a warp holds.
@@ -72,6 +75,15 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def row_multiple(itemsize: int, *lengths: int) -> int:
+    """The largest power of two that divides all ``lengths``, up to the elements of a 16-byte load.
+
+    Kernels take a row's length as a count of such multiples. Of a whole length, the compiler would only know whether 16
+    divides it, and would load rows of 1,000 16-bit numbers one by one.
+    """
+    return math.gcd(VECTOR_BYTES // itemsize, *lengths)
+
+
 def choose_row_launch(length: int, itemsize: int, most_lanes: int | None = None) -> dict:
     """Tile and warps, with 8 lanes per thread. A program takes one row, or several short rows."""
     lanes = min(triton.next_power_of_2(length), most_lanes or ROW_BYTES // max(itemsize, 4))
@@ -92,7 +104,8 @@ def choose_fused_launch(rows: int, units: int, features: int, itemsize: int, dev
     chunk = min(triton.cdiv(triton.cdiv(features, splits), block_k) * block_k, MOST_COLUMNS)
     # Whether a program's sums would leave 4 warps too few registers for the rest of a step. In 16 bits they would if
     # rows are not aligned, because then each element has an address and a mask.
-    is_crowded = block_m >= 32 if itemsize >= 4 else block_m >= 64 and features % 16 != 0
+    is_aligned = row_multiple(itemsize, features) * itemsize == VECTOR_BYTES
+    is_crowded = block_m >= 32 if itemsize >= 4 else block_m >= 64 and not is_aligned
     return {
         "chunk": chunk,
         "BLOCK_M": block_m,

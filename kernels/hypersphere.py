@@ -42,6 +42,7 @@ from lcw_ops.kernels.common import (
     computed_in,
     contiguous,
     device_facts,
+    row_multiple,
     wide_dtype,
 )
 
@@ -63,9 +64,12 @@ def hypersphere_direction(angles: Tensor) -> Tensor:
         return output.fill_(1.0)
     angles = angles.contiguous()
     launch = _direction_launch(units, columns + 1, angles.itemsize, device_facts(angles.device))
+    multiple = row_multiple(angles.itemsize, columns + 1)
     # Triton launches on the current device, not on the tensor's.
     with torch.cuda.device_of(angles):
-        direction_kernel[(triton.cdiv(units, launch["ROWS"]),)](angles, output, units, columns, **launch)
+        direction_kernel[(triton.cdiv(units, launch["ROWS"]),)](
+            angles, output, units, (columns + 1) // multiple, MULTIPLE=multiple, **launch
+        )
     return output
 
 
@@ -158,7 +162,7 @@ def _fused_linear(
 ) -> tuple[Tensor, Tensor]:
     """The layer for M <= FUSED_ROWS: (output, the activations or, unless ``keep``, (0,))."""
     rows, features = x.shape
-    units, columns = angles.shape
+    units = angles.shape[0]
     output = x.new_empty((rows, units))
     kept = x.new_empty(output.shape) if keep else x.new_empty((0,))
     if output.numel() == 0:
@@ -182,10 +186,16 @@ def _fused_linear(
         "BLOCK_M": launch["BLOCK_M"],
     }
     x, angles = x.contiguous(), angles.contiguous()
+    multiple = row_multiple(x.itemsize, features)
     grid = (triton.cdiv(units, launch["BLOCK_N"]), splits)
     with torch.cuda.device_of(x):
         gmp_linear_kernel[grid](
-            x=x, angles=angles, columns=columns, features=features, **shared | launch, num_warps=num_warps
+            x=x,
+            angles=angles,
+            features=features // multiple,
+            MULTIPLE=multiple,
+            **shared | launch,
+            num_warps=num_warps,
         )
         if splits > 1:
             gmp_linear_reduce_kernel[(triton.cdiv(units, REDUCE_UNITS),)](
@@ -271,22 +281,37 @@ def _pointwise_launch(units: int) -> dict:
     return {"BLOCK_M": POINTWISE_ELEMENTS // block_n, "BLOCK_N": block_n}
 
 
-@triton.jit(do_not_specialize=["count"])
-def direction_kernel(angles, output, count: tl.int64, columns: tl.int64, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Computes ROWS directions, LANES columns in a step. Each step starts from the product of the sines before it."""
+@triton.jit(do_not_specialize=["count", "length"])
+def direction_kernel(
+    angles,
+    output,
+    count: tl.int64,
+    length: tl.int64,
+    MULTIPLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Computes ROWS directions, LANES columns in a step. Each step starts from the product of the sines before it.
+
+    A direction has ``length`` * MULTIPLE components.
+    """
+    length = length * MULTIPLE
+    columns = length - 1
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     present = row < count
     dtype: tl.constexpr = computed_in(angles.dtype.element_ty)
     angles += row * columns
-    output += row * (columns + 1)
+    output += row * length
     carry = tl.full((), 1.0, dtype) if ROWS == 1 else tl.full((ROWS, 1), 1.0, dtype)
-    for start in range(0, columns + 1, LANES):
+    for start in range(0, length, LANES):
         # 32 bits are enough to count within a step.
         left = tl.cast(min(columns - start, LANES), tl.int32)
         sine, cosine = load_sine_cosine(angles + start, present, left, ROWS, LANES)
         prefix, carry = prefix_products(sine, carry, ROWS, LANES)
-        tl.store(output + start + lane, (prefix * cosine).to(output.dtype.element_ty), mask=present & (lane <= left))
+        values = (prefix * cosine).to(output.dtype.element_ty)
+        stored = tl.cast(min(length - start, LANES), tl.int32)
+        tl.store(output + start + lane, values, mask=present & (lane < stored))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -367,7 +392,7 @@ def _multiply(a, b):
     return a * b
 
 
-@triton.jit(do_not_specialize=["rows", "units"])
+@triton.jit(do_not_specialize=["rows", "units", "features"])
 def gmp_linear_kernel(
     x,
     angles,
@@ -379,17 +404,22 @@ def gmp_linear_kernel(
     sines,
     rows: tl.int64,
     units: tl.int64,
-    columns: tl.int64,
     features: tl.int64,
     chunk: tl.int64,
+    MULTIPLE: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Multiplies BLOCK_N units by all samples, over ``chunk`` features. The product of sines begins with the chunk."""
+    """Multiplies BLOCK_N units by all samples, over ``chunk`` features. The product of sines begins with the chunk.
+
+    ``features`` counts MULTIPLE elements each.
+    """
     dtype: tl.constexpr = computed_in(angles.dtype.element_ty)
+    features = features * MULTIPLE
+    columns = features - 1
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
     unit_present, sample_present = (unit < units)[:, None], (sample < rows)[:, None]

@@ -18,8 +18,19 @@ counted in the sm_90 code: 9.1 us in all, where memory takes 7.8 us. An H200 rea
 float32 the H200 reads 1.1 T elements and does 33 T multiply-adds a second, so the kernel is bound by memory up to about
 M = 24. If there are too few units to fill the multiprocessors, the columns are split among programs, and a second
 kernel adds their sums in order, without atomics. These bounds are predicted, not measured: no GPU has run this yet.
-Rows of V whose length is not a multiple of 16 are loaded element by element. (With a basis they are one number shorter
-than the rows of x.) 16-bit elements are then not loaded ahead of their use: asynchronous copies have at least 4 bytes.
+
+Alignment. A load of a thread takes up to 16 bytes, if every row starts at a multiple of these: 8 numbers of 16 bits, so
+rows of 1,000 are aligned. With a basis, rows of V are one number shorter than those of x, so one of both is odd. In 16
+bits their elements would be loaded one by one and not ahead of their use, because asynchronous copies have at least 4
+bytes: 64 steps of 0.8 us of latency each, about 60 us for 32 x 4096 x 4096. Instead, the units of a program are STARTS
+apart (8 if rows are odd), so that their rows start at the same place within 16 bytes. The program reads them from the
+next multiple of 16 bytes on, and takes the up to 7 columns before it, and behind the last whole vector, in one product
+of their own. x has to begin at the same column, so a small kernel makes STARTS copies of it, each shifted by as much:
+2.1 MB of 16-bit numbers, written to and read from the second-level cache, and 0.6 us of instructions. A step of 128
+columns then takes 153 instructions a warp, with 8 loads of 16 bytes for each thread (counted, sm_90): 11 us in all, of
+which the copies take 2 us. Copying V to aligned rows would read and write it once more, and take 23 us in all.
+In float32 a step of 32 columns takes 217 instructions a warp at M = 8, and 323 if rows are odd (255 and 342 at M = 32,
+with twice as many warps). At M = 8, the instructions take 15 us (22 us) for 4096 x 4096, and memory takes 16 us.
 
 Rounding if means are large. <v, x> - q S is a difference of sums that grow with mean(x) mean(v). In exact arithmetic,
 the difference does not change if a constant is subtracted from a row of x or V, and q and S are those of the new row.
@@ -48,10 +59,12 @@ from lcw_ops.kernels.common import (
     MOST_COLUMNS,
     REDUCE_UNITS,
     ROW_BYTES,
+    VECTOR_BYTES,
     Device,
     computed_in,
     contiguous,
     device_facts,
+    row_multiple,
     wide_dtype,
 )
 
@@ -65,6 +78,15 @@ MOST_STAGES = 4
 # How many of the first columns of V give the mean that is subtracted from a row. The mean of 64 columns differs from
 # the row's mean by about 1/8 of the row's spread.
 _CENTRE_COLUMNS = tl.constexpr(64)
+_VECTOR_BYTES = tl.constexpr(VECTOR_BYTES)
+# Loads of single 16-bit numbers are not asynchronous, so every step waits for its own, about 0.8 us. A kernel that
+# shifts x takes about as long as this many steps (predicted). Loads of two numbers are asynchronous, but with 64
+# samples there are so many that registers spill.
+MOST_SINGLE_STEPS = 4
+# Rows of the shifted copies of x have a multiple of this many columns, and a program makes this many of them.
+SHIFT_GROUP, SHIFT_COLUMNS = 16, 1024
+# Up to 7 16-bit numbers before a row's first 16 bytes, and as many behind its last ones: the depth of a tl.dot.
+_EDGE = tl.constexpr(16)
 
 
 def lcw_weight(weight: Tensor, basis: bool) -> Tensor:
@@ -89,7 +111,8 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
         # Without features the weight is empty, and with a basis of one feature it is 0.
         return output.zero_() if bias is None else output.copy_(bias)
     x, weight = x.contiguous(), weight.contiguous()
-    launch = choose_launch(rows, units, columns, features, x.itemsize, device_facts(x.device))
+    multiple = _common_multiple(x, weight)
+    launch = choose_launch(rows, units, columns, multiple, x.itemsize, device_facts(x.device))
     splits, num_warps = launch.pop("splits"), launch.pop("num_warps")
     inner, outer = _projection(features, basis)
     shared = {
@@ -100,10 +123,11 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
         "output": output,
         "rows": rows,
         "units": units,
-        "columns": columns,
-        "features": features,
+        "columns": columns // multiple,
+        "features": features // multiple,
         "inner": inner,
         "outer": outer,
+        "MULTIPLE": multiple,
         "BASIS": basis,
         "BLOCK_M": launch["BLOCK_M"],
     }
@@ -112,32 +136,58 @@ def lcw_linear(x: Tensor, weight: Tensor, bias: Tensor | None, basis: bool) -> T
     shared["products"] = x.new_empty((splits, units, rows), dtype=dtype) if partial else None
     shared["weight_sums"] = x.new_empty((splits, units), dtype=dtype) if partial else None
     shared["x_sums"] = x.new_empty((splits, rows), dtype=dtype) if partial else None
-    grid = (triton.cdiv(units, launch["BLOCK_N"]), splits)
+    starts = launch["STARTS"]
+    grid = (triton.cdiv(units, launch["BLOCK_N"] * max(starts, 1)) * max(starts, 1), splits)
     # Triton launches on the current device, not on the tensor's.
     with torch.cuda.device_of(x):
-        lcw_linear_kernel[grid](**shared | launch, num_warps=num_warps)
+        shifted = _shift(x, weight, starts) if starts else None
+        lcw_linear_kernel[grid](
+            shifted=shifted, stride=shifted.shape[2] if starts else 0, **shared | launch, num_warps=num_warps
+        )
         if partial:
             reduce_grid = (triton.cdiv(units, REDUCE_UNITS),)
             lcw_linear_reduce_kernel[reduce_grid](**shared, splits=splits, BLOCK_N=REDUCE_UNITS, num_warps=4)
     return output
 
 
-def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: int, device: Device) -> dict:
-    """Tile, warps, stages and the parts into which the columns are split."""
+def choose_launch(rows: int, units: int, columns: int, multiple: int, itemsize: int, device: Device) -> dict:
+    """Tile, warps, stages and the parts into which the columns are split.
+
+    ``multiple`` is the largest power of two up to 16 bytes of which every row of x and V starts at a multiple, in
+    elements.
+    """
+    if itemsize == 2 and multiple < 4:
+        launch = _choose_tile(rows, units, columns, TILE_ROW_BYTES, itemsize, device, 1)
+        if launch["chunk"] <= MOST_SINGLE_STEPS * launch["BLOCK_K"]:
+            return launch | {"STARTS": 0}
+        starts = VECTOR_BYTES // itemsize // math.gcd(columns, VECTOR_BYTES // itemsize)
+        launch = _choose_tile(rows, units, columns, TILE_ROW_BYTES_16_BIT, itemsize, device, starts)
+        return launch | {"STARTS": starts}
+    row_bytes = TILE_ROW_BYTES_16_BIT if itemsize == 2 else TILE_ROW_BYTES
+    return _choose_tile(rows, units, columns, row_bytes, itemsize, device, 1) | {"STARTS": 0}
+
+
+def _choose_tile(
+    rows: int, units: int, columns: int, row_bytes: int, itemsize: int, device: Device, starts: int
+) -> dict:
     multiplies_add = itemsize == 4 and not device.matrix_units
     # Tensor cores take 16 samples at a time, so fewer samples are padded to 16. With multiply-adds, 4 samples are
     # enough, and more padding would only take time.
     block_m = max(4 if multiplies_add else 16, triton.next_power_of_2(rows))
     # At least BLOCK_M units, so that no more bytes of x are read than of V.
     block_n = max(LEAST_UNITS, block_m)
-    aligned = columns % 16 == 0 and features % 16 == 0
-    row_bytes = TILE_ROW_BYTES_16_BIT if itemsize == 2 and aligned else TILE_ROW_BYTES
     block_k = row_bytes // itemsize
     stages = MOST_STAGES
     # Besides the stages, shared memory holds one more copy of a step's tiles, for their exchange between threads.
     while stages > 2 and (stages + 1) * (block_n + block_m) * row_bytes > device.shared_memory:
         stages -= 1
-    blocks = triton.cdiv(units, block_n)
+    # 8 warps if a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. For 16-bit numbers 4 are
+    # enough, unless each element has an address and a mask.
+    num_warps = 8 if block_m >= 32 and (itemsize >= 4 or row_bytes == TILE_ROW_BYTES) else 4
+    if device.matrix_units and itemsize >= 4:
+        # AMD's scalar registers hold a mask for every element of a thread.
+        num_warps = 8 if block_m < 64 else 16
+    blocks = triton.cdiv(units, block_n * starts) * starts
     # Multiply-adds wait for their operands: two programs on a multiprocessor wait at different times.
     programs = device.processors * (2 if multiplies_add else 1)
     splits = max(1, min(programs // blocks, columns // (LEAST_STEPS * block_k)))
@@ -151,10 +201,25 @@ def choose_launch(rows: int, units: int, columns: int, features: int, itemsize: 
         "SUM_COLUMNS": 16 if device.matrix_units else 8,
         "STAGES": stages,
         "splits": triton.cdiv(columns, chunk),
-        # 8 warps if a program's sums, BLOCK_M x BLOCK_N, would fill the registers of 4 warps. For aligned rows of
-        # 16-bit numbers 4 are enough, because their elements do not have an address and a mask each.
-        "num_warps": 8 if block_m >= 32 and (itemsize >= 4 or not aligned) else 4,
+        "num_warps": num_warps,
     }
+
+
+def _common_multiple(x: Tensor, weight: Tensor) -> int:
+    """See `choose_launch`. Triton tells addresses that are multiples of 16 bytes from all others."""
+    if (x.data_ptr() | weight.data_ptr()) % VECTOR_BYTES:
+        return 1
+    return row_multiple(x.itemsize, x.shape[1], weight.shape[1])
+
+
+def _shift(x: Tensor, weight: Tensor, starts: int) -> Tensor:
+    """Copies of x, (starts, M, columns rounded up), each without the columns before a row's first 16 bytes of V."""
+    (rows, features), columns = x.shape, weight.shape[1]
+    shifted = x.new_empty((starts, rows, triton.cdiv(columns, SHIFT_GROUP) * SHIFT_GROUP))
+    grid = (triton.cdiv(columns, SHIFT_COLUMNS), rows, starts)
+    stride = shifted.shape[2]
+    lcw_shift_kernel[grid](x, weight, shifted, rows, columns, features, stride, BLOCK=SHIFT_COLUMNS, num_warps=4)
+    return shifted
 
 
 def _map_rows(tensor: Tensor, kind: str, grow: int) -> Tensor:
@@ -169,18 +234,22 @@ def _map_rows(tensor: Tensor, kind: str, grow: int) -> Tensor:
         return output.zero_()
     inner, outer = _projection(max(length, length + grow), bool(grow))
     launch = _row_launch(length, tensor.itemsize)
+    multiple = row_multiple(tensor.itemsize, length)
     grid = (triton.cdiv(count, launch["ROWS"]),)
     with torch.cuda.device_of(tensor):
-        lcw_rows_kernel[grid](tensor, output, count, length, inner, outer, KIND=kind, **launch)
+        lcw_rows_kernel[grid](
+            tensor, output, count, length // multiple, inner, outer, KIND=kind, MULTIPLE=multiple, **launch
+        )
     return output
 
 
 def _means(x: Tensor) -> Tensor:
     means = x.new_empty(x.shape[0])
     launch = _row_launch(x.shape[1], x.itemsize)
+    multiple = row_multiple(x.itemsize, x.shape[1])
     with torch.cuda.device_of(x):
         lcw_means_kernel[(triton.cdiv(x.shape[0], launch["ROWS"]),)](
-            x, means, x.shape[0], x.shape[1], 1 / x.shape[1], **launch
+            x, means, x.shape[0], x.shape[1] // multiple, 1 / x.shape[1], MULTIPLE=multiple, **launch
         )
     return means
 
@@ -197,7 +266,7 @@ def _projection(features: int, basis: bool) -> tuple[float, float]:
     return (1 / (s * (s + 1)), 1 / s) if basis else (1 / features, 0.0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "length"])
 def lcw_rows_kernel(
     rows,
     output,
@@ -206,11 +275,16 @@ def lcw_rows_kernel(
     inner: tl.float64,
     outer: tl.float64,
     KIND: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """Maps ROWS rows: sums each row, then subtracts a number from all its elements. ``KIND`` is the map."""
+    """Maps ROWS rows: sums each row, then subtracts a number from all its elements. ``KIND`` is the map.
+
+    A row has ``length`` * MULTIPLE elements.
+    """
+    length = length * MULTIPLE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     present = row < count
@@ -248,17 +322,19 @@ def _store_shifted(output, values, centre, rest, lane, present, kept):
     tl.store(output + lane, shifted.to(output.dtype.element_ty), mask=present & (lane < kept))
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "length"])
 def lcw_means_kernel(
     rows,
     means,
     count: tl.int64,
     length: tl.int64,
     inverse_length: tl.float64,
+    MULTIPLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     FITS: tl.constexpr,
 ):
+    length = length * MULTIPLE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     present = row < count
@@ -296,9 +372,50 @@ def _upper_half(value):
         return (value.to(tl.int32, bitcast=True) >> 12 << 12).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows", "units"])
+@triton.jit(do_not_specialize=["rows", "columns", "features"])
+def lcw_shift_kernel(
+    x,
+    weight,
+    shifted,
+    rows: tl.int64,
+    columns: tl.int64,
+    features: tl.int64,
+    stride: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """shifted[start, row, k] = x[row, head + k], for the head of the units ``start``, ``start`` + STARTS, ..."""
+    start = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    head = _head(weight, start, columns)
+    values = tl.load(x + row * features + head + column, mask=head + column < columns, other=0.0)
+    tl.store(shifted + (start * rows + row) * stride + column, values, mask=column < stride)
+
+
+@triton.jit
+def _head(weight, unit, columns):
+    """How many elements of a row of V precede the first one at a multiple of 16 bytes."""
+    SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    address = weight.to(tl.int64) + unit * columns * SIZE
+    next_vector = (address + (_VECTOR_BYTES - 1)) // _VECTOR_BYTES * _VECTOR_BYTES
+    return min((next_vector - address) // SIZE, columns)
+
+
+@triton.jit
+def _whole_vectors(weight, unit, columns, head, first):
+    """The address of column ``head`` + ``first`` in each row of V. It is a multiple of 16 bytes."""
+    SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    address = weight.to(tl.int64)
+    base = (address // _VECTOR_BYTES * _VECTOR_BYTES).to(weight.dtype)
+    # The hint has to stand at the last addition: the compiler joins additions and forgets hints in between.
+    at = base + (address % _VECTOR_BYTES // SIZE + unit * columns + head + first)
+    return tl.multiple_of(at, [_VECTOR_BYTES, _VECTOR_BYTES])
+
+
+@triton.jit(do_not_specialize=["rows", "units", "columns", "features"])
 def lcw_linear_kernel(
     x,
+    shifted,
     weight,
     bias,
     means,
@@ -310,32 +427,58 @@ def lcw_linear_kernel(
     units: tl.int64,
     columns: tl.int64,
     features: tl.int64,
+    stride: tl.int64,
     chunk: tl.int64,
     inner: tl.float64,
     outer: tl.float64,
+    MULTIPLE: tl.constexpr,
     BASIS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    STARTS: tl.constexpr,
 ):
     """Multiplies BLOCK_N units by all samples, over ``chunk`` columns.
 
-    Units, not samples, are the rows of the product, because the instruction wgmma takes 64 rows.
+    Units, not samples, are the rows of the product, because the instruction wgmma takes 64 rows. ``columns`` and
+    ``features`` count MULTIPLE elements each. With STARTS, the units of a program are STARTS apart, so that their rows
+    start at the same place within 16 bytes.
     """
     dtype: tl.constexpr = computed_in(weight.dtype.element_ty)
-    unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns, features = columns * MULTIPLE, features * MULTIPLE
+    if STARTS == 0:
+        unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        start = tl.program_id(0).to(tl.int64) % STARTS
+        unit = start + (tl.program_id(0).to(tl.int64) // STARTS * BLOCK_N + tl.arange(0, BLOCK_N)) * STARTS
     sample = tl.arange(0, BLOCK_M)
     unit_present, sample_present = (unit < units)[:, None], (sample < rows)[:, None]
     if means is not None:
         mean = tl.load(means + sample[:, None], mask=sample_present, other=0.0)
         centre = _first_mean(weight + unit[:, None] * columns, unit_present, columns)
     first = tl.program_id(1) * chunk
-    count = min(chunk, columns - first).to(tl.int32)
-    weight_rows = weight + first + unit[:, None] * columns
-    x_rows = x + first + sample.to(tl.int64)[:, None] * features
     lane = tl.arange(0, BLOCK_K)[None, :]
+    if STARTS == 0:
+        weight_rows = weight + first + unit[:, None] * columns
+        x_rows = x + first + sample.to(tl.int64)[:, None] * features
+        length = columns
+    else:
+        # Whole vectors of 16 bytes, between ``head`` and fewer than a vector of columns behind them.
+        VECTOR: tl.constexpr = _VECTOR_BYTES // (weight.dtype.element_ty.primitive_bitwidth // 8)
+        head = _head(weight, start, columns)
+        length = (columns - head) // VECTOR * VECTOR
+        weight_rows = _whole_vectors(weight, unit[:, None], columns, head, first)
+        x_rows = shifted + first + (start * rows + sample.to(tl.int64)[:, None]) * stride
+        # The columns before and behind these vectors. The loop hides the latency of these loads.
+        side = tl.arange(0, _EDGE)[None, :]
+        before = side < _EDGE // 2
+        edge = tl.where(before, side, head + length + (side - _EDGE // 2))
+        present = (first == 0) & tl.where(before, side < head, edge < columns)
+        w_edge = tl.load(weight + unit[:, None] * columns + edge, mask=unit_present & present, other=0.0)
+        x_edge = tl.load(x + sample.to(tl.int64)[:, None] * features + edge, mask=sample_present & present, other=0.0)
+    count = min(chunk, length - first).to(tl.int32)
     product = tl.zeros((BLOCK_N, BLOCK_M), dtype)
     if means is None:
         # The sums of 16-bit rows are products with ones. If tl.sum read the tiles too, the compiler would lay them out
@@ -343,11 +486,16 @@ def lcw_linear_kernel(
         ones = tl.full((BLOCK_K, SUM_COLUMNS), 1.0, dtype).to(weight.dtype.element_ty)
         weight_sum = tl.zeros((BLOCK_N, SUM_COLUMNS), dtype)
         x_sum = tl.zeros((BLOCK_M, SUM_COLUMNS), dtype)
+    elif BLOCK_M < 64:
+        # Each lane has a sum of its own, so that threads exchange sums only once, behind the loop.
+        weight_sum = tl.zeros((BLOCK_N, BLOCK_K), dtype)
+        x_sum = tl.zeros((BLOCK_M, BLOCK_K), dtype)
     else:
+        # With so many samples, the registers of the lanes' sums would spill.
         weight_sum = tl.zeros((BLOCK_N,), dtype)
         x_sum = tl.zeros((BLOCK_M,), dtype)
-    for start in tl.range(0, count, BLOCK_K, num_stages=STAGES):
-        column = start + lane
+    for start_column in tl.range(0, count, BLOCK_K, num_stages=STAGES):
+        column = start_column + lane
         w_inside, x_inside = unit_present & (column < count), sample_present & (column < count)
         w_tile = tl.load(weight_rows + column, mask=w_inside, other=0.0)
         x_tile = tl.load(x_rows + column, mask=x_inside, other=0.0)
@@ -358,12 +506,22 @@ def lcw_linear_kernel(
         if means is None:
             weight_sum = tl.dot(w_tile, ones, weight_sum, out_dtype=dtype)
             x_sum = tl.dot(x_tile, ones, x_sum, out_dtype=dtype)
+        elif BLOCK_M < 64:
+            weight_sum += w_tile
+            x_sum += x_tile
         else:
             weight_sum += tl.sum(w_tile, 1)
             x_sum += tl.sum(x_tile, 1)
+    if STARTS != 0:
+        edge_ones = tl.full((_EDGE, SUM_COLUMNS), 1.0, dtype).to(weight.dtype.element_ty)
+        product = tl.dot(w_edge, tl.trans(x_edge), product, out_dtype=dtype)
+        weight_sum = tl.dot(w_edge, edge_ones, weight_sum, out_dtype=dtype)
+        x_sum = tl.dot(x_edge, edge_ones, x_sum, out_dtype=dtype)
     if means is None:
         # All columns are equal.
         weight_sum, x_sum = tl.max(weight_sum, 1), tl.max(x_sum, 1)
+    elif BLOCK_M < 64:
+        weight_sum, x_sum = tl.sum(weight_sum, 1), tl.sum(x_sum, 1)
     if products is None:
         _store_output(
             product,
@@ -393,7 +551,7 @@ def lcw_linear_kernel(
         tl.store(x_sums + split * rows + sample, x_sum, mask=(sample < rows) & (tl.program_id(0) == 0))
 
 
-@triton.jit(do_not_specialize=["rows", "units", "splits"])
+@triton.jit(do_not_specialize=["rows", "units", "columns", "features", "splits"])
 def lcw_linear_reduce_kernel(
     x,
     weight,
@@ -410,12 +568,14 @@ def lcw_linear_reduce_kernel(
     splits: tl.int64,
     inner: tl.float64,
     outer: tl.float64,
+    MULTIPLE: tl.constexpr,
     BASIS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Adds the partial sums over the columns, in order."""
     dtype: tl.constexpr = products.dtype.element_ty
+    columns, features = columns * MULTIPLE, features * MULTIPLE
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
     unit_present, sample_present = unit < units, sample < rows

@@ -29,6 +29,7 @@ from lcw_ops.kernels.common import (
     computed_in,
     contiguous,
     device_facts,
+    row_multiple,
     wide_dtype,
 )
 
@@ -41,10 +42,18 @@ def normalize_scale(weight: Tensor, scale: Tensor) -> Tensor:
         return output
     weight = weight.contiguous()
     launch = choose_row_launch(features, weight.itemsize)
+    multiple = row_multiple(weight.itemsize, features)
     # Triton launches on the current device, not on the tensor's.
     with torch.cuda.device_of(weight):
         normalize_kernel[(triton.cdiv(units, launch["ROWS"]),)](
-            weight, scale.contiguous(), output, units, features, FITS=features <= launch["LANES"], **launch
+            weight,
+            scale.contiguous(),
+            output,
+            units,
+            features // multiple,
+            MULTIPLE=multiple,
+            FITS=features <= launch["LANES"],
+            **launch,
         )
     return output
 
@@ -59,10 +68,19 @@ def normalize_scale_backward(grad_output: Tensor, weight: Tensor, scale: Tensor)
         return grad_weight, grad_scale.zero_()
     grad_output, weight, scale = grad_output.contiguous(), weight.contiguous(), scale.contiguous()
     launch = choose_row_launch(features, weight.itemsize)
-    fits = features <= launch["LANES"]
+    multiple = row_multiple(weight.itemsize, features)
     with torch.cuda.device_of(weight):
         normalize_backward_kernel[(triton.cdiv(units, launch["ROWS"]),)](
-            grad_output, weight, scale, grad_weight, grad_scale, units, features, FITS=fits, **launch
+            grad_output,
+            weight,
+            scale,
+            grad_weight,
+            grad_scale,
+            units,
+            features // multiple,
+            MULTIPLE=multiple,
+            FITS=features <= launch["LANES"],
+            **launch,
         )
     return grad_weight, grad_scale
 
@@ -126,9 +144,17 @@ def _fused_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
         "BLOCK_M": launch["BLOCK_M"],
     }
     x, weight = x.contiguous(), weight.contiguous()
+    multiple = row_multiple(x.itemsize, features)
     grid = (triton.cdiv(units, launch["BLOCK_N"]), splits)
     with torch.cuda.device_of(x):
-        weight_norm_linear_kernel[grid](x=x, weight=weight, features=features, **shared | launch, num_warps=num_warps)
+        weight_norm_linear_kernel[grid](
+            x=x,
+            weight=weight,
+            features=features // multiple,
+            MULTIPLE=multiple,
+            **shared | launch,
+            num_warps=num_warps,
+        )
         if splits > 1:
             weight_norm_linear_reduce_kernel[(triton.cdiv(units, REDUCE_UNITS),)](
                 **shared, splits=splits, BLOCK_N=REDUCE_UNITS, num_warps=4
@@ -136,18 +162,20 @@ def _fused_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
     return output
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "length"])
 def normalize_kernel(
     weight,
     scale,
     output,
     count: tl.int64,
     length: tl.int64,
+    MULTIPLE: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """Normalises ROWS rows per program. Rows of more than LANES columns are read twice."""
+    """Normalises ROWS rows of ``length`` * MULTIPLE columns per program. Longer rows than LANES are read twice."""
+    length = length * MULTIPLE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     present = row < count
@@ -178,7 +206,7 @@ def normalize_kernel(
             tl.store(output + start + lane, result.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "length"])
 def normalize_backward_kernel(
     grad_output,
     weight,
@@ -187,11 +215,13 @@ def normalize_backward_kernel(
     grad_scale,
     count: tl.int64,
     length: tl.int64,
+    MULTIPLE: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     FITS: tl.constexpr,
 ):
-    """ds and dv, as at the head of this file, for ROWS rows per program."""
+    """ds and dv, as at the head of this file, for ROWS rows of ``length`` * MULTIPLE columns per program."""
+    length = length * MULTIPLE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     present = row < count
@@ -236,7 +266,7 @@ def normalize_backward_kernel(
             tl.store(grad_weight + start + lane, result.to(grad_weight.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "units"])
+@triton.jit(do_not_specialize=["rows", "units", "features"])
 def weight_norm_linear_kernel(
     x,
     weight,
@@ -250,6 +280,7 @@ def weight_norm_linear_kernel(
     units: tl.int64,
     features: tl.int64,
     chunk: tl.int64,
+    MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -257,9 +288,11 @@ def weight_norm_linear_kernel(
 ):
     """Multiplies BLOCK_N units by all samples, over ``chunk`` features.
 
-    The product is scaled by 2^-exponent, and the row's sum of squares by 2^-(2 exponent).
+    The product is scaled by 2^-exponent, and the row's sum of squares by 2^-(2 exponent). ``features`` counts MULTIPLE
+    elements each.
     """
     dtype: tl.constexpr = computed_in(weight.dtype.element_ty)
+    features = features * MULTIPLE
     unit = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_M)
     unit_present, sample_present = (unit < units)[:, None], (sample < rows)[:, None]

@@ -188,26 +188,28 @@ def _choose(op: str, device: torch.device, width: int) -> str:
 def _wider(op: str, narrowest: str | None, device: torch.device) -> list[dict]:
     """The backends of wider rows, one entry for each width at which the backend changes; ``narrowest`` is width 1's."""
     changes, before = [], narrowest
-    for widest in _last_widths(op, device):
+    for widest, widest_float64 in _last_widths(op, device):
         try:
             wider = _choose(op, device, widest + 1)
         except backends.BackendError:
             wider = None
         if wider != before:
-            # A float64 row takes as much memory as a float32 row twice as wide.
-            widths = {"above_width_float32": widest, "above_width_float64": widest // 2}
+            widths = {"above_width_float32": widest, "above_width_float64": widest_float64}
             changes.append({**widths, "backend": wider})
         before = wider
     return changes
 
 
-def _last_widths(op: str, device: torch.device) -> list[int]:
-    """The largest widths, in float32, that a backend or an entry of the crossover table serves."""
-    widths = {limit // torch.float32.itemsize for (name, _), limit in backends.MAX_ROW_BYTES.items() if name == op}
+def _last_widths(op: str, device: torch.device) -> list[tuple[int, int]]:
+    """The largest widths, in float32 and float64, that a backend or an entry of the crossover table serves."""
+    # A float64 row takes as much memory as a float32 row twice as wide.
+    limits = {limit // torch.float32.itemsize for (name, _), limit in backends.MAX_ROW_BYTES.items() if name == op}
+    widths = {limit: limit // 2 for limit in limits}
     capability = backends.compute_capability(device)
     if op == orthogonal_filter.NAME and capability is not None:
-        widths |= {widest for _, widest in get_table(capability) if widest is not None}
-    return sorted(widths)
+        tables = (get_table(capability, dtype.itemsize) for dtype in (torch.float32, torch.float64))
+        widths |= {one: other // 2 for (_, one), (_, other) in zip(*tables, strict=True) if one is not None}
+    return sorted(widths.items())
 
 
 def _versions() -> dict[str, str | None]:

@@ -338,6 +338,16 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
+def hook_gradient(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> None:
+    """``tensor.register_hook(hook)`` for a hook that stays, in 2 us instead of 5: without a handle to remove it."""
+    if tensor._backward_hooks is None and tensor.grad_fn is not None:
+        # A key that is no number: later hooks of register_hook take numbers.
+        tensor._backward_hooks = OrderedDict(kept=hook)
+        tensor.grad_fn._register_hook_dict(tensor)
+    else:
+        tensor.register_hook(hook)
+
+
 def wrap_unscale(wrap: Callable) -> None:
     """Replace ``unscale_`` of every GradScaler, which its ``step`` calls, by ``wrap(unscale_)``."""
     torch.amp.GradScaler.unscale_ = wrap(torch.amp.GradScaler.unscale_)  # type: ignore[method-assign]

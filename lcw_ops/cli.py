@@ -16,7 +16,7 @@ from lcw_ops import __version__
 from lcw_ops._names import ACTIVATIONS, FILTERS, SOLVERS
 from lcw_ops.bench.arguments import add_arguments as _add_bench_arguments
 from lcw_ops.jobs.schedule import SCHEDULES
-from lcw_ops.jobs.settings import DEFAULTS, PROFILE_KINDS, TRAIN_KINDS, ProfileSettings, TrainSettings
+from lcw_ops.jobs.settings import DEFAULTS, PROFILE_KINDS, TRAIN_KINDS, ModelSettings, ProfileSettings, TrainSettings
 
 
 class UsageError(ValueError):
@@ -142,12 +142,57 @@ def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     add("lr", "Adam's learning rate", type=float)
     add("seed", "seed of weights, data split and order of samples", type=int)
     _add_training_arguments(add)
+    add = _adder(parser, ModelSettings)
+    place = "package.module:attribute"
+    add("model", "profile this model instead: a module, or a function that makes it", metavar=place)
+    add("inputs", "of --model: a tensor, tuple or dict, or a function that makes it", metavar=place)
+    add("targets", "of --loss: a tensor, or a function that makes it", metavar=place)
+    add("loss", "loss of --model: a function of the output and of the targets, if there are any", metavar=place)
+    add("optimizer", "makes the optimizer of --model from its parameters, such as torch.optim:AdamW", metavar=place)
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="show the rows in which two profiles differ, JSON or CSV",
+    )
 
 
 def _run_profile(arguments: argparse.Namespace) -> int:
+    of_model = [name for name in _OF_MODEL if getattr(arguments, name) is not None]
+    if arguments.compare is not None:
+        _refuse_others(arguments, "--compare", {"compare"})
+        return _run_comparison(arguments.compare)
+    if of_model:
+        _refuse_others(arguments, f"--{of_model[0]}", {field.name for field in fields(ModelSettings)})
+        from lcw_ops.jobs import profile_model
+
+        return _run_job("profile", profile_model, arguments)
     from lcw_ops.jobs import profile as main_job
 
     return _run_job("profile", main_job, arguments)
+
+
+# The flags that make `lcw-ops profile` measure a model of the user's own.
+_OF_MODEL = ("model", "inputs", "targets", "loss", "optimizer")
+
+
+def _refuse_others(arguments: argparse.Namespace, flag: str, used: set[str]) -> None:
+    """UsageError for a flag of another form of the command that has another value than its default."""
+    for action in arguments.parser._actions:
+        name = action.dest
+        if name not in (*used, "help") and getattr(arguments, name, action.default) != action.default:
+            raise UsageError(f"lcw-ops profile: --{name} has no effect with {flag} (see lcw-ops profile --help)")
+
+
+def _run_comparison(paths: list[str]) -> int:
+    from lcw_ops.profile import compare, read
+
+    try:
+        profiles = [read(path) for path in paths]
+    except (ValueError, OSError) as error:
+        raise _usage_error("profile", error) from error
+    print(compare(*profiles).table())
+    return 0
 
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -291,7 +336,11 @@ def _check_backend(command: str) -> None:
 
 # name -> (help, function that adds the command's arguments to a parser, function that runs it with the parsed ones)
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
-    "profile": ("train a very deep net on real images and show its layers", _add_profile_arguments, _run_profile),
+    "profile": (
+        "show the layers of a very deep net that it trains on real images, or of any model",
+        _add_profile_arguments,
+        _run_profile,
+    ),
     "train": ("train a very deep net, with checkpoints to resume from", _add_train_arguments, _run_train),
     "bench": ("run the microbenchmarks", _add_bench_arguments, _run_bench),
     "verify": ("prove the kernels on this machine, so that they may be chosen", _add_verify_arguments, _run_verify),

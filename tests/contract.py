@@ -17,21 +17,23 @@ test_contract.py has the table of all functions, ``OPS``. One entry there gives 
   for.
 - ``sizes``, ``one``, ``empty``, ``double``: the sizes that ``draw`` takes. ``LAYER`` and ``ROWS`` of the table have
   them for layers and for functions of rows.
+  Draw with ``normal``, or move the tensors to ``DEVICE``.
 
 The other fields of ``Op`` describe exceptions. The first word of the entry's key is the function's name, and a public
-function without an entry fails a test. An entry runs on "cpp" and "reference"; ``BACKENDS`` beside the table has
-the exceptions. Other backends have tests of their own. A check is a function of (op, backend) whose name begins with
-``check_``, so a new check here applies to all entries.
+function without an entry fails a test. An entry runs on "reference" and on every backend that can run it on ``DEVICE``,
+the device of LCW_OPS_TEST_DEVICE. A check is a function of (op, backend) whose name begins with ``check_``, so a new
+check here applies to all entries.
 """
 
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from support.guards import between_guards
+from support.guards import between_guards, between_nans
 from support.numerics import assert_as_exact_as_eager, hostile_layouts, threads
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -42,6 +44,7 @@ import lcw_ops
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 Arguments = dict[str, Tensor]
+DEVICE = torch.device(os.environ.get("LCW_OPS_TEST_DEVICE", "cpu"))
 # Results with fewer numbers than POOLED are judged over several draws: a single number has one rounding error, and
 # eager torch's may happen to be 0.
 POOLED, MOST_DRAWS = 64, 8
@@ -219,13 +222,17 @@ def check_expanded(op: Op, backend: str) -> None:
 
 
 def check_guards(op: Op, backend: str) -> None:
-    """The op reads only its arguments and does not write to them: otherwise this process would crash."""
+    """The op reads only its arguments and does not write to them: otherwise this process would crash.
+
+    A GPU's memory cannot be protected. There the arguments lie between NaN, which a result must not have.
+    """
+    guarded = between_guards if DEVICE.type == "cpu" else between_nans
     for dtype in op.dtypes:
         for size in (op.one, *op.sizes):
             call = op.draw(size, dtype)
             for flush in ("front", "back"):
-                arguments = {name: between_guards(tensor, flush) for name, tensor in call[0].items()}
-                found = results(op, op.ours, arguments, between_guards(call[1], flush))
+                arguments = {name: guarded(tensor, flush) for name, tensor in call[0].items()}
+                found = results(op, op.ours, arguments, guarded(call[1], flush))
                 assert all(tensor.isfinite().all() for tensor in found.values()), (size, dtype, flush)
 
 
@@ -242,7 +249,7 @@ def check_same_bits(op: Op, backend: str) -> None:
     """The same call twice gives the same bits, for every number of threads."""
     for size in op.sizes:
         call = op.draw(size, torch.float32)
-        for count in (1, 2, 3):
+        for count in (1, 2, 3) if DEVICE.type == "cpu" else (1,):
             with threads(count):
                 first, second = (results(op, op.ours, *call) for _ in range(2))
             assert_same_bits(f"{size}, {count} threads", first, second)
@@ -328,7 +335,7 @@ def check_autocast(op: Op, backend: str) -> None:
     """
 
     def ours(**arguments):
-        with torch.autocast("cpu", narrow):
+        with torch.autocast(DEVICE.type, narrow):
             return op.ours(**arguments)
 
     calls = draws(op, op.sizes[0], torch.float32, most=4)
@@ -398,7 +405,7 @@ def check_forward_mode(op: Op, backend: str) -> None:
         for chosen in (*([name] for name in names), names):
             found, eager, exact = [], [], []
             for call in calls:
-                along = {n: torch.randn(call[n].shape, dtype=torch.float64).to(call[n].dtype) for n in chosen}
+                along = {n: normal(*call[n].shape, dtype=call[n].dtype) for n in chosen}
                 with contextlib.suppress(*refusals):
                     found.append(tangents(op.ours, call, along))
                     eager.append(tangents(op.plain, call, along)["torch.func.jvp"])
@@ -437,10 +444,10 @@ def run(check: str, op: Op, backend: str) -> None:
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers, drawn in float64 and rounded to ``dtype``, so that every dtype has the same numbers."""
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
+    """Normal numbers on DEVICE, drawn in float64 and rounded to ``dtype``, so that every dtype has the same numbers."""
+    return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def scaled(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A weight whose products with ``normal`` numbers are about 1."""
-    return (torch.randn(shape, dtype=torch.float64) / math.sqrt(max(shape[-1], 1))).to(dtype)
+    return (torch.randn(shape, dtype=torch.float64) / math.sqrt(max(shape[-1], 1))).to(DEVICE, dtype)

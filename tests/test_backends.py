@@ -17,6 +17,7 @@ from lcw_ops.ops import backends, library
 from lcw_ops.ops.gradient_activation import ADAMW_STEP, NAME, SGD_STEP
 from lcw_ops.ops.orthogonal_filter import crossover
 from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
+from lcw_ops.ops.verdicts import Verdict
 
 OPS = sorted(backends.IMPLEMENTED)
 
@@ -90,7 +91,7 @@ def test_the_choice_on_a_gpu_depends_on_the_width(proven_gpu):
     assert [choose(width, 8) for width in (64, 65)] == ["triton", "cuda"]
     lines = _info._op_lines("orthogonal_filter", proven_gpu)
     assert lines[0].endswith(
-        ": triton; above width 128 in float32 and 64 in float64: cuda; above width 512 in float32 and 256 in float64: "
+        ": triton; above width 64 in float32 and 64 in float64: cuda; above width 512 in float32 and 256 in float64: "
         "graph"
     )
     assert lines[2] == "  not cuda: triton comes first"
@@ -111,6 +112,29 @@ def test_each_op_has_its_own_order(proven_gpu, monkeypatch, op):
     backends._resolve.cache_clear()
     assert backends.choose(op, proven_gpu, warns=False) == "reference"
     assert backends.choose(op, torch.device("cpu")) == "cpp"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "triton", "chosen"),
+    [
+        (None, None, "cuda"),
+        ((True, True), (True, True), "cuda"),
+        ((True, False), (True, True), "triton"),
+        ((False, False), (True, True), "triton"),
+        ((True, True), (True, False), "cuda"),
+        ((True, False), (True, False), "reference"),
+    ],
+)
+def test_verdicts_overrule_the_predicted_crossover(proven_gpu, monkeypatch, cuda, triton, chosen):
+    """Clusters are predicted to be the fastest at 100 units. A verdict, (right, faster), decides whether they run."""
+    given = {"cuda": cuda, "triton": triton}
+    found = {name: Verdict(*one, 1.5, "as said", "2026-01-01") for name, one in given.items() if one is not None}
+    monkeypatch.setattr(backends, "_kind", lambda op, device, width, itemsize: ("float32", "up to 128"))
+    monkeypatch.setattr(backends.verdicts, "find", lambda op, backend, kind, device: found.get(backend))
+    monkeypatch.delitem(backends.PROVEN, (orthogonal_filter.NAME, "graph"))
+    first = orthogonal_filter.fastest_on(proven_gpu, 100, 4)
+    assert first == "cuda"
+    assert backends.choose(orthogonal_filter.NAME, proven_gpu, 100, 4, first, warns=False) == chosen
 
 
 def test_info_follows_the_crossover_table(proven_gpu, monkeypatch):

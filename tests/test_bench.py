@@ -1,6 +1,7 @@
 """The benchmarks: every entry runs, wrong kernels are refused, competitors take turns, rows are well formed."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import gc
@@ -230,7 +231,8 @@ def test_a_missing_peer_says_why(tiny, capsys):
 def test_competitors_take_turns():
     calls = []
     takes_turns = [competitor(name, lambda x, name=name: calls.append(name)) for name in "AB"]
-    times, _ = runner.interleave(takes_turns, {"x": None}, CPU, budget=0.0)
+    runs = {one.name: one.prepare({"x": None}) for one in takes_turns}
+    times, _ = runner.interleave(runs, CPU, budget=0.0)
     assert calls == ["A", "B"] * (1 + runner.MIN_ROUNDS)
     assert [len(values) for values in times.values()] == [runner.MIN_ROUNDS] * 2
 
@@ -446,12 +448,144 @@ def test_a_file_of_unmarked_rows_is_marked_and_appended_to(monkeypatch, tmp_path
     arguments = parse("lcw_linear", "--quick", "--device", "cpu", "--out", str(out))
     assert runner.carry_out(runner.prepare(arguments)) == 0
     rows = read(out)
-    empty = {"peak_floor_s": "", "memory_bytes": ""}
+    empty = {"peak_floor_s": "", "memory_bytes": "", "overhead_s": ""}
     assert rows[:2] == [older[0] | {"noisy": "False"} | empty, older[1] | {"noisy": "True"} | empty]
     assert [row["competitor"] for row in rows[2:]] == ["ours", registry.EAGER]
     assert runner.carry_out(runner.prepare(arguments)) == 0
     assert read(out)[:4] == rows
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_rows_without_an_overhead_keep_their_figures(tmp_path):
+    out = tmp_path / "rows.csv"
+    row = dict.fromkeys(runner.MEMORY_COLUMNS, "7") | {"noisy": "True"}
+    with out.open("w", newline="") as file:
+        runner.write_rows(file, runner.MEMORY_COLUMNS, [row], header=True)
+    runner.append_rows(out, [])
+    assert read(out) == [row | {"overhead_s": ""}]
+
+
+# ---- Replayed graphs, which calls on the CPU play
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    monkeypatch.setenv(registry.FAKE, "1")
+
+
+def test_a_replay_is_timed_and_the_rest_of_a_call_is_its_overhead(faked, monkeypatch):
+    """Our eager calls take 5 s and the replays 2 s. The other two cannot be captured, or take too long."""
+    clock = Clock(monkeypatch, {"ours": [0.05], "not captured": [0.05], "long": [0.6], registry.EAGER: [0.1]}, [1e5])
+    monkeypatch.setattr(registry, "seconds", lambda run, device: clock.seconds(run, device) / run_of(run))
+
+    def run_of(run) -> float:
+        return 2.5 if getattr(run, "is_replay", False) else 1.0
+
+    def capture(run, calls, device):
+        def replay():
+            for _ in range(calls):
+                run()
+
+        replay.is_replay = True
+        return replay
+
+    monkeypatch.setattr(registry, "capture", capture)
+    case = clock.case(clock.competitor("not captured", captures=False), clock.competitor("long"))
+    rows, _ = runner.run_case(case, CPU, quick=True)
+    found = {row.competitor: (row.median_s, row.overhead_s) for row in rows}
+    assert found["ours"] == (pytest.approx(0.02), pytest.approx(0.03))
+    assert found[registry.EAGER] == (pytest.approx(0.04), pytest.approx(0.06))
+    assert found["not captured"] == (0.05, None)
+    assert found["long"] == (0.6, None)
+
+
+def test_a_call_that_cannot_be_captured_is_timed_in_eager_calls(faked, monkeypatch, capsys):
+    def refuses(run, calls, device):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    clock = Clock(monkeypatch, {"ours": [0.02], registry.EAGER: [0.03]}, [1e5])
+    monkeypatch.setattr(registry, "capture", refuses)
+    rows, _ = runner.run_case(clock.case(), CPU, quick=True)
+    assert [row.overhead_s for row in rows] == [None, None]
+    assert "in eager calls: operation not permitted when stream is capturing\n" in capsys.readouterr().out
+
+
+def test_replays_are_compared_with_replays_and_eager_calls_with_eager_calls():
+    summaries = {"ours": (2.0,), "replayed": (4.0,), "eager": (9.0,)}
+    overheads = {"ours": 1.0, "replayed": 5.0}
+    assert runner._ratio("replayed", "ours", summaries, overheads) == 2.0
+    assert runner._ratio("eager", "ours", summaries, overheads) == 3.0
+    assert runner._ratio("ours", "eager", summaries, overheads) == pytest.approx(1 / 3)
+
+
+def test_a_graph_holds_one_call_for_every_set_of_inputs(monkeypatch):
+    """Inputs of 400 bytes fill 1000 bytes three times over. A competitor that compiles keeps the first set."""
+    monkeypatch.setattr(registry, "rotated_bytes", lambda device: 1000)
+    case = doubling(competitor("compiles", lambda x: [x], slow_start=True))
+    sets = registry.draw_sets(case, CPU)
+    assert len(sets) == 3
+    run, calls = registry.rotated(case.competitors[-1], sets)
+    assert calls == 3
+    results = [run()[0] for _ in range(6)]
+    for result, inputs in zip(results, [*sets, *sets], strict=True):
+        assert torch.equal(result, 2 * inputs["x"])
+    run, calls = registry.rotated(case.competitors[0], sets)
+    assert calls == 1
+    assert all(torch.equal(run()[0], sets[0]["x"]) for _ in range(2))
+    copies = dataclasses.replace(case, make_inputs=lambda device: {"x": torch.ones(500), "copies": 7})
+    assert registry.rotated(copies.competitors[0], registry.draw_sets(copies, CPU))[1] == 7
+
+
+def test_a_capture_warms_up_on_a_stream_and_replays_all_calls(monkeypatch):
+    """The order of torch.cuda's calls, which are played here. The stream before is the current one again afterwards."""
+    events = []
+
+    class Played(contextlib.AbstractContextManager):
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            events.append(f"enter {self.name}")
+
+        def __exit__(self, *_):
+            events.append(f"leave {self.name}")
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+        def replay(self):
+            events.append("replay")
+
+    current = Played("the current stream")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Played("another stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Played(stream.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Played("graph"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: Played("capture"))
+    replay = registry.capture(lambda: events.append("call"), 2, torch.device("cuda"))
+    warm_up = ["another stream waits for the current stream", "enter another stream", "call", "call"]
+    captured = [
+        "enter the current stream",
+        "enter capture",
+        "call",
+        "call",
+        "leave capture",
+        "leave the current stream",
+    ]
+    assert events == [
+        *warm_up, "leave another stream", "the current stream waits for another stream", *captured
+    ]  # fmt: skip
+    replay()
+    assert events[-1] == "replay"
+
+
+def test_faked_rows_do_not_enter_the_results(faked, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="is for measurements; expected another folder"):
+        runner.append_rows(ROOT / "bench/results/faked.csv", [])
+    clock = Clock(monkeypatch, {"ours": [0.02], registry.EAGER: [0.03]}, [1e5])
+    rows, _ = runner.run_case(clock.case(), CPU, quick=True)
+    assert all(row.device.startswith("FAKED ") for row in rows)
+    assert not (ROOT / "bench/results/faked.csv").exists()
 
 
 @pytest.mark.parametrize("name", ["amd-epyc.csv", "amd-epyc-avx2.csv"])

@@ -1,13 +1,26 @@
-"""Every public function against the checks of contract.py. One entry in OPS gives a new function all of them."""
+"""Every public function against the checks of contract.py. One entry in OPS gives a new function all of them.
+
+They run on the device of LCW_OPS_TEST_DEVICE, with every backend that can run there.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import contract
 import pytest
 import torch
-from contract import Op, normal, scaled
+from contract import DEVICE, Op, normal, scaled
+from support import pretended_device
+from support.triton_process import multiply_bfloat16
 
 from lcw_ops import functional as F
 from lcw_ops import reference
-from lcw_ops.ops import backends
+from lcw_ops.ops import backends, gradient_activation, hypersphere, lcw_linear, weight_norm
+from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
+from lcw_ops.ops.parallel_depth import op as parallel_depth
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
@@ -34,7 +47,7 @@ def draw_linear(size, dtype):
 
 def per_unit(n, dtype):
     """Lengths of either sign and of similar size, so that no unit sets the scale of another's result."""
-    return ((torch.rand(n, dtype=torch.float64) + 0.5) * torch.randn(n).sign()).to(dtype)
+    return ((torch.rand(n, dtype=torch.float64) + 0.5) * torch.randn(n).sign()).to(DEVICE, dtype)
 
 
 def angles(n, m, dtype):
@@ -74,7 +87,7 @@ def draw_weight_norm(size, dtype):
 def draw_recurrence(size, dtype):
     """Draw scales like those of a network that trains: beta about 1 / L, alpha = 1 - beta."""
     rows, width, steps = size
-    beta = (0.5 + torch.rand(steps, dtype=torch.float64)) / max(steps, 1)
+    beta = (0.5 + torch.rand(steps, dtype=torch.float64)).to(DEVICE) / max(steps, 1)
     wide = torch.promote_types(dtype, torch.float32)
     arguments = {
         "h0": normal(rows, width, dtype=dtype),
@@ -171,17 +184,47 @@ OPS = {
     "orthogonal_filter sequential": Op(recurrence("sequential"), **RECURRENCE),
     "orthogonal_filter parallel": Op(recurrence("parallel"), **RECURRENCE),
 }
-# Our matmul or torch's computes a layer's products, whichever is faster (LCW_OPS_MATMUL). The tests run with each.
-PRODUCTS = {"cpp": "own", "cpp with torch's products": "torch"}
-BACKENDS = {
-    name: [*PRODUCTS, "reference"] if op.autocast == "narrow" else ["cpp", "reference"] for name, op in OPS.items()
+# The name under which the backend of a function is chosen.
+CHOSEN_AS = {
+    "lcw_weight": lcw_linear.NAME,
+    "lcw_linear": lcw_linear.NAME,
+    "hypersphere_direction": hypersphere.NAME,
+    "gmp_linear": hypersphere.NAME,
+    "normalize_scale": weight_norm.NAME,
+    "weight_norm_linear": weight_norm.NAME,
+    "gradient_activation_": gradient_activation.NAME,
+    "orthogonal_filter sequential": orthogonal_filter.NAME,
+    "orthogonal_filter parallel": parallel_depth.SWEEP,
 }
-BACKENDS["hypersphere_angles"] = ["reference"]
+# Our matmul or torch's computes a layer's products on a CPU, whichever is faster (LCW_OPS_MATMUL). The tests run with
+# each.
+PRODUCTS = {"cpp": "own", "cpp with torch's products": "torch"}
+
+
+def backends_of(name: str) -> list[str]:
+    """The backends that can run the function on DEVICE. "reference" runs everywhere."""
+    chosen_as = CHOSEN_AS.get(name) or CHOSEN_AS.get(name.split()[0])
+    # hypersphere_angles has no kernel.
+    able = [
+        backend
+        for backend in backends.BACKENDS
+        if backend != "reference" and chosen_as and backends.missing_reason(chosen_as, backend, DEVICE.type) is None
+    ]
+    if "cpp" in able and OPS[name].autocast == "narrow":
+        able += list(PRODUCTS)[1:]
+    return [*able, "reference"]
+
+
+BACKENDS = {name: backends_of(name) for name in OPS}
 
 
 @pytest.mark.parametrize("check", contract.CHECKS)
 @pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in OPS for backend in BACKENDS[op]])
-def test_contract(op, backend, check, monkeypatch):
+def test_contract(op, backend, check, monkeypatch, device):
+    if backend == "triton":
+        multiply_bfloat16(monkeypatch)
+        # Triton's interpreter computes both branches of a selection in numpy, which warns.
+        warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)
     monkeypatch.setenv("LCW_OPS_MATMUL", PRODUCTS.get(backend, ""))
     contract.run(check, OPS[op], backend.split()[0])
 
@@ -196,3 +239,29 @@ def test_every_public_function_is_in_the_table():
     """Except activation_shift, a measurement with two results, which test_lcw_linear_op.py tests."""
     named = {name.split()[0] for name in OPS}
     assert named == set(F.__all__) - {"activation_shift"}
+
+
+# autocast knows no such device, and gradcheck wants numbers. The other checks of gradients reach the same code.
+ON_A_PRETENDED_DEVICE = """
+from support import pretended_device
+pretended_device.register()
+import contract, test_contract
+for name, op in test_contract.OPS.items():
+    for check in contract.CHECKS.keys() - {"autocast", "double_backward", "opcheck"}:
+        with pretended_device.pretending():
+            contract.run(check, op._replace(sizes=op.sizes[:1]), "reference")
+print("every tensor stayed on", contract.DEVICE)
+"""
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a device is pretended where there is none")
+@pytest.mark.skipif(not pretended_device.is_possible(), reason="this torch cannot pretend a device from Python")
+def test_on_another_device_no_tensor_is_left_on_the_cpu():
+    environment = os.environ | {"LCW_OPS_TEST_DEVICE": pretended_device.NAME}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [environment.get("PYTHONPATH")])]
+    )
+    command = [sys.executable, "-W", "ignore", "-c", ON_A_PRETENDED_DEVICE]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "every tensor stayed on card:0" in result.stdout

@@ -105,11 +105,16 @@ def test_the_fastest_at_every_width(tmp_path):
 
 
 def test_measurements_overrule_the_design(monkeypatch):
-    widths = (1, 128, 129, 512, 513, 10**6)
+    widths = (1, 64, 65, 512, 513, 10**6)
     fastest = functools.partial(fastest_kernel, capability=(9, 0))
     assert [fastest(width) for width in widths] == ["triton", "triton", "cuda", "cuda", "graph", "graph"]
+    # GPUs before sm_90 have no clusters, and clusters compute in float32 only.
+    for capability, itemsize in (((8, 9), 4), ((8, 0), 8), ((9, 0), 8), ((10, 0), 8)):
+        kernels = [fastest_kernel(width * 4 // itemsize, capability, itemsize) for width in (128, 130, 512, 514)]
+        assert kernels == ["triton", "cuda", "cuda", "graph"]
     monkeypatch.setitem(orthogonal_filter_crossover.MEASURED, (9, 0), (("cuda", 200), ("graph", None)))
     assert [fastest(width) for width in widths] == ["cuda", "cuda", "cuda", "graph", "graph", "graph"]
+    assert fastest(100, itemsize=8) == "cuda"
     assert fastest_kernel(64, (8, 0)) == "triton"
 
 

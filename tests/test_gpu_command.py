@@ -1,5 +1,8 @@
-"""The command behind ``make gpu``, without a GPU: its plan, its runner, and its smoke test, with kernels of the CPU."""
+"""The command behind ``make gpu``, without a GPU: its plan, its runner, its fakes, and its smoke test on the CPU."""
 
+import ast
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -10,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcw_ops.bench import gpu, registry, smoke
+from lcw_ops.bench import gpu, gpu_fakes, gpu_plan, gpu_runner, registry, smoke
+from lcw_ops.bench.gpu_plan import Step
 from lcw_ops.ops import backends
 
 ROOT = Path(__file__).parent.parent
-PLAN = gpu.parts(Path("rows.csv"))
+PLAN = gpu_plan.parts(Path("rows.csv"))
 STEPS = [(part, step) for part, steps in PLAN.items() for step in steps]
 
 
-def files_in(step: gpu.Step) -> list[str]:
+def files_in(step: Step) -> list[str]:
     return [word for word in step.command if word.startswith("tests/")]
 
 
@@ -28,36 +32,71 @@ def files_in(step: gpu.Step) -> list[str]:
 def test_every_gpu_test_has_a_process_of_its_own():
     run = [files_in(step) for part, step in STEPS if part.startswith("test-") and part != "test-rows"]
     assert all(len(files) == 1 for files in run)
-    assert sorted(files[0] for files in run) == sorted(f"tests/{path.name}" for path in gpu.gpu_tests())
+    assert sorted(files[0] for files in run) == sorted(f"tests/{path.name}" for path in gpu_plan.gpu_tests())
     assert not any(len(files_in(step)) > 1 for _, step in STEPS)
     assert len({(part, step.name) for part, step in STEPS}) == len(STEPS)
 
 
 def test_the_order_and_the_time_of_parts():
-    assert list(PLAN)[:2] == ["build", "smoke"]
-    assert gpu.PART_SECONDS < 8 * 60
-    assert all(step.seconds <= gpu.PART_SECONDS for _, step in STEPS)
+    """The first half hour has a build, the compiled kernels, both proofs, the recurrence's tests and the first rows."""
+    first = list(gpu_plan.select(["first"], PLAN))
+    assert first == ["build", "compile", "smoke", "verify", "test-orthogonal_filter", "bench-first"]
+    assert list(PLAN)[: len(first)] == first
+    assert sum(map(gpu_plan.minutes, first)) <= 30
+    assert gpu_plan.PART_SECONDS < 8 * 60
+    assert all(step.seconds <= gpu_plan.PART_SECONDS for _, step in STEPS)
+    assert all(0 < gpu_plan.minutes(part) < 8 for part in PLAN)
+    # Then tests, sanitizers and benchmarks.
+    kinds = [part.partition("-")[0] for part in list(PLAN)[len(first) :]]
+    assert list(dict.fromkeys(kinds)) == ["test", "memcheck", "racecheck", "synccheck", "bench", "crossover"]
+    assert kinds == sorted(kinds, key=list(dict.fromkeys(kinds)).index)
+
+
+def test_the_first_benchmarks_exist():
+    """Each text selects one or two cases in full size, so the step ends within its limit."""
+    for stem, text in gpu_plan.FIRST_CASES:
+        chosen = [case for case in registry.cases(stem, "cuda") if text in case.label and not case.quick]
+        assert len(chosen) == 1, (stem, text, [case.label for case in chosen])
+
+
+def test_every_kernel_is_verified():
+    steps = [step.command for step in PLAN["verify"]]
+    assert [command[-1] for command in steps] == [*gpu_plan.stems(), "--json"]
+    assert all("--resume" in command for command in steps)
+    assert PLAN["verify"][-1].output == "verdicts.json"
 
 
 def test_every_benchmark_is_measured_whole():
     """The shares of a method's benchmarks add up to all of them, and every method of the registry has benchmarks."""
     shares = {}
     for part, step in STEPS:
-        if part.startswith("bench-"):
+        if part.startswith("bench-") and part != "bench-first":
             shares.setdefault(step.command[step.command.index("bench") + 1], []).append(step.command[-1])
     assert set(shares) == set(registry.STEMS)
     for own in shares.values():
         assert own == [f"{number}/{len(own)}" for number in range(1, len(own) + 1)]
 
 
-def test_the_sanitizer_watches_the_tests_of_every_kernel():
-    watched = {word for part, step in STEPS if part.startswith("memcheck") for word in files_in(step)}
-    assert watched == {f"tests/{path.name}" for path in gpu.gpu_tests()}
-    for tool in ("racecheck", "synccheck"):
-        files = {word for part, step in STEPS if part.startswith(tool) for word in files_in(step)}
-        assert files == {f"tests/{path.name}" for path in gpu.gpu_tests() if path.stem.startswith("test_cuda_")}
+def test_the_sanitizer_watches_the_small_calls_of_every_kernel():
+    """memcheck watches the smoke test of every method; the others only kernels that synchronise by hand."""
+    by_tool = {}
+    for part, step in STEPS:
+        if part.startswith(("memcheck", "racecheck", "synccheck")):
+            assert f"--tool={part.partition('-')[0]}" in step.command
+            assert "lcw_ops.bench.smoke" in step.command
+            stem = step.command[step.command.index("--stem") + 1]
+            by_tool.setdefault(part.partition("-")[0], set()).add((stem, step.command[-1] == "cuda"))
+    cuda = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    with_kernels = {stem for stem in gpu_plan.stems() if any(name.startswith(stem) for name in cuda)}
+    assert by_tool["memcheck"] == {(stem, False) for stem in smoke.OPS_OF}
+    assert by_tool["racecheck"] == by_tool["synccheck"] == {(stem, True) for stem in with_kernels}
     memcheck = [step for part, step in STEPS if part.startswith("memcheck")]
     assert all(step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" for step in memcheck)
+
+
+def test_every_op_has_a_stem():
+    assert sorted(op for ops in smoke.OPS_OF.values() for op in ops) == sorted(backends.IMPLEMENTED)
+    assert sorted(smoke.OPS_OF) == gpu_plan.stems() == sorted(registry.STEMS)
 
 
 def test_the_kernels_of_rows_have_a_part():
@@ -74,6 +113,7 @@ def test_the_kernels_of_rows_have_a_part():
         (["test"], [part for part in PLAN if part.startswith("test-")]),
         (["sanitize"], [part for part in PLAN if part.startswith(("memcheck", "racecheck", "synccheck"))]),
         (["memcheck"], [part for part in PLAN if part.startswith("memcheck")]),
+        (["first"], ["build", "compile", "smoke", "verify", "test-orthogonal_filter", "bench-first"]),
         (["bench-lcw_linear"], ["bench-lcw_linear-1", "bench-lcw_linear-2", "bench-lcw_linear-3"]),
         (["smoke", "build"], ["smoke", "build"]),
         ([], list(PLAN)),
@@ -82,7 +122,7 @@ def test_the_kernels_of_rows_have_a_part():
     ],
 )
 def test_parts_by_name(wanted, expected):
-    assert list(gpu.select(wanted, PLAN)) == expected
+    assert list(gpu_plan.select(wanted, PLAN)) == expected
 
 
 # ---- Which files run on a GPU ----------------------------------------------------------------------------------------
@@ -90,22 +130,70 @@ def test_parts_by_name(wanted, expected):
 
 def test_the_rule_agrees_with_pytest(request):
     """A file of this run is selected if its tests ask for ``device``, directly or through another fixture."""
-    selected = set(gpu.gpu_tests())
+    selected = set(gpu_plan.gpu_tests())
     for path in {item.path for item in request.session.items}:
         fixtures = {name for item in request.session.items if item.path == path for name in item.fixturenames}
         if path.parent == ROOT / "tests" and "device" in fixtures:
             assert (path in selected) == ("on_the_cpu" not in fixtures), path
 
 
+def test_every_file_that_makes_tensors_on_a_gpu_is_chosen():
+    """A test file that makes tensors on "cuda" is one that make gpu runs."""
+    assert makes_cuda_tensors('x = torch.ones(3, device="cuda:1")')
+    assert makes_cuda_tensors("y = x.cuda()")
+    assert not makes_cuda_tensors("y = x.to(device)")
+    chosen = {path.name for path in gpu_plan.gpu_tests()}
+    for path in (ROOT / "tests").glob("test_*.py"):
+        source = path.read_text()
+        if makes_cuda_tensors(source) and path.name not in chosen:
+            raise AssertionError(f"{path.name} makes tensors on a GPU, but make gpu does not run it")
+
+
+def makes_cuda_tensors(source: str) -> bool:
+    """Whether a call of this source is given device="cuda", or is tensor.cuda() or torch.device("cuda")."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        named = [one.value for one in node.keywords if one.arg == "device"]
+        if any(isinstance(one, ast.Constant) and str(one.value).startswith("cuda") for one in named):
+            return True
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda" and not node.args:
+            return True
+    return False
+
+
+def test_a_chosen_file_is_not_skipped_on_a_gpu():
+    """In a process whose device is a GPU, the chosen files have tests; with a driver's error, but not with a skip."""
+    paths = [str(path) for path in gpu_plan.gpu_tests() if "triton" not in path.stem and "cuda" not in path.stem]
+    code = (
+        "import sys, pytest\n"
+        "class Count:\n"
+        "    def pytest_collection_modifyitems(self, items):\n"
+        "        self.files = {item.path.name for item in items}\n"
+        "count = Count()\n"
+        "pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *sys.argv[1:]], plugins=[count])\n"
+        "print('FILES', *sorted(count.files))\n"
+    )
+    environment = os.environ | {"LCW_OPS_TEST_DEVICE": "cuda"}
+    result = subprocess.run([sys.executable, "-c", code, *paths], env=environment, capture_output=True, text=True)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("FILES ")]
+    assert line.split()[1:] == sorted(Path(path).name for path in paths), result.stdout[-2000:]
+
+
 def test_gpu_files_of_this_tree():
-    names = {path.stem for path in gpu.gpu_tests()}
-    kernels = {path.stem for path in (ROOT / "tests").glob("test_triton_*.py")}
-    # These compile kernels, or read their code.
-    kernels -= {f"test_triton_{name}" for name in ("bank_conflicts", "kernels", "launches", "recorded", "source")}
+    """Every kernel's own file and the contract are chosen. Builds, emulators and files that compile are not."""
+    names = {path.stem for path in gpu_plan.gpu_tests()}
+    sources = {path.stem: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    kernels = {
+        name for name, source in sources.items() if name.startswith("test_triton_") and "import_kernels(" in source
+    }
     kernels |= {f"test_cuda_{path.stem}" for path in (ROOT / "csrc/cuda").glob("*.cu")}
-    assert names >= kernels | {"test_orthogonal_filter", "test_gradient_activation_op", "test_activated_steps"}
-    on_the_cpu = {"test_triton_kernels", "test_cuda_build", "test_cuda_emulated", "test_distributed", "test_bench"}
-    assert not names & (on_the_cpu | {"test_orthogonal_filter_proof", "test_triton_launches", "test_gpu_command"})
+    assert kernels
+    assert names >= kernels | {"test_contract", "test_orthogonal_filter"}
+    assert not {name for name in names if name.endswith("_cpp") or "emulated" in name or "build" in name}
+    compiling = {name for name, source in sources.items() if "from aot" in source}
+    assert len(compiling) > 3
+    assert not names & (compiling | {"test_gpu_command", "test_orthogonal_filter_proof"})
 
 
 CONFTEST = """
@@ -141,31 +229,36 @@ def helper(device): ...
     ],
 )
 def test_which_files_use_the_device(source, expected):
-    fixtures = gpu.device_fixtures(CONFTEST)
+    fixtures = gpu_plan.device_fixtures(CONFTEST)
     assert fixtures == {"device", "made_there", "on_top"}
-    assert gpu.uses_device(source, fixtures) is expected
+    assert gpu_plan.uses_device(source, fixtures) is expected
 
 
 def test_modules_that_the_tests_need():
     """The sources of tests, of the tests' own modules and of commands are searched, so nobody has to keep a list."""
-    assert gpu.imports([ROOT / "tests/test_cuda_gradient_activation.py"]) == {"numpy", "pytest"}
-    assert "hypothesis" in gpu.imports([ROOT / "tests/test_orthogonal_filter_proof.py"])
-    for path in gpu.gpu_tests():
-        assert gpu.imports([path]) <= {"numpy", "pytest"}, "README names what make gpu needs"
+    assert gpu_plan.imports([ROOT / "tests/test_cuda_gradient_activation.py"]) == {"numpy", "pytest"}
+    assert "hypothesis" in gpu_plan.imports([ROOT / "tests/test_orthogonal_filter_proof.py"])
+    for path in gpu_plan.gpu_tests():
+        assert gpu_plan.imports([path]) <= {"numpy", "pytest"}, "README names what make gpu needs"
 
 
 # ---- The runner ------------------------------------------------------------------------------------------------------
 
 
-def step(name: str, code: str, seconds: float = 60, **environment: str) -> gpu.Step:
-    return gpu.Step(name, [sys.executable, "-c", code], seconds, environment)
+def run(plan: dict[str, list[Step]], folder: Path, **options) -> int:
+    """Run a plan with its record in ``folder``."""
+    return gpu_runner.run(plan, folder, gpu_runner.History(folder, "key", kept=folder / "kept"), **options)
+
+
+def step(name: str, code: str, seconds: float = 60, **environment: str) -> Step:
+    return Step(name, [sys.executable, "-c", code], seconds, environment)
 
 
 FAILING = {
     "first": [
         step("good", "import os; print('on', os.environ['LCW_OPS_TEST_DEVICE'], os.environ['OWN'])", OWN="mine"),
         step("bad", "print('so far so good', flush=True); raise SystemExit(3)"),
-        gpu.Step("absent", ["/no/such/sanitizer", "--tool=memcheck"]),
+        Step("absent", ["/no/such/sanitizer", "--tool=memcheck"]),
         step("slow", "import time; print('begun', end='', flush=True); time.sleep(60)", seconds=3),
         step("last", "import os; print(os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'])"),
     ],
@@ -174,8 +267,8 @@ FAILING = {
 
 
 def test_failures_do_not_stop_the_rest(tmp_path, capsys):
-    assert gpu.run(FAILING, tmp_path) == 1
-    text = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert run(FAILING, tmp_path) == 1
+    text = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     assert "on cuda mine" in text["first.good.log"]
     assert "failed, exit code 3" in text["first.bad.log"]
     assert "begun" in text["first.slow.log"]
@@ -200,18 +293,114 @@ def test_failures_do_not_stop_the_rest(tmp_path, capsys):
 
 def test_success_is_exit_code_0_and_logs_are_kept(tmp_path):
     plan = {"part": [step("good", "print('once')")]}
-    assert [gpu.run(plan, tmp_path), gpu.run(plan, tmp_path)] == [0, 0]
+    assert [run(plan, tmp_path), run(plan, tmp_path, again=True)] == [0, 0]
     assert (tmp_path / "part.good.log").read_text().splitlines().count("once") == 2
     assert len((tmp_path / "summary.txt").read_text().splitlines()) == 2
 
 
+def test_what_has_passed_on_these_sources_is_left_out(tmp_path, capsys):
+    """A failed process runs again, and so does one whose product is gone, or that passed on other sources."""
+    product = tmp_path / "product"
+    makes = dataclasses.replace(step("makes", f"open({str(product)!r}, 'a').write('x')"), makes=product)
+    plan = {"part": [step("good", "print('good')"), step("bad", "raise SystemExit(1)"), makes]}
+    folder = tmp_path / "sm_90-today-logs"
+
+    def ran(key: str = "key", folder: Path = folder, kept: Path = tmp_path / "kept") -> list[str]:
+        gpu_runner.run(plan, folder, gpu_runner.History(folder, key, kept))
+        return [line.split()[1].rstrip(",") for line in capsys.readouterr().out.splitlines() if ", log " in line]
+
+    assert ran() == ["good", "bad", "makes"]
+    assert ran() == ["bad"]
+    product.unlink()
+    assert ran() == ["bad", "makes"]
+    assert ran("other sources") == ["good", "bad", "makes"]
+    # Logs of another day, or brought from another machine, beside which there is no record of this one.
+    assert ran(folder=tmp_path / "sm_90-tomorrow-logs", kept=tmp_path / "fresh") == ["bad"]
+    assert ran(folder=tmp_path / "elsewhere/logs", kept=tmp_path / "fresher") == ["good", "bad", "makes"]
+
+
+def test_a_record_with_half_a_line_is_read(tmp_path):
+    line = {"key": "key", "time": "then", "part": "part", "step": "good", "result": "passed"}
+    (tmp_path / gpu_runner.RECORD).write_text(json.dumps(line) + '\n[1]\n{"key": 1}\n{"key": "ke')
+    history = gpu_runner.History(tmp_path, "key", kept=tmp_path / "kept")
+    assert history.passed("part", step("good", "")) == "then"
+    assert history.passed("part", step("other", "")) is None
+
+
+def test_a_killed_run_goes_on_with_the_process_that_was_cut(tmp_path):
+    """Nothing can be written after SIGKILL, so the record is written after every process."""
+    code = (
+        "from pathlib import Path; from lcw_ops.bench import gpu_plan, gpu_runner; import sys\n"
+        "steps = [gpu_plan.Step('one', [sys.executable, '-c', 'print(1)'])]\n"
+        "waits = 'import time; print(2, flush=True); time.sleep(300)'\n"
+        "steps += [gpu_plan.Step('two', [sys.executable, '-c', waits])]\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "gpu_runner.run({'part': steps}, folder, gpu_runner.History(folder, 'key', folder / 'kept'))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    log, end = tmp_path / "part.two.log", time.monotonic() + 60
+    while not (log.exists() and "\n2\n" in log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    child = children_of(process.pid)
+    process.kill()
+    process.communicate()
+    for pid in child:
+        os.killpg(pid, signal.SIGKILL)
+    history = gpu_runner.History(tmp_path, "key", kept=tmp_path / "fresh")
+    assert history.passed("part", step("one", "")) is not None
+    assert history.passed("part", step("two", "")) is None
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_the_sources_key_follows_every_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_runner, "ROOT", tmp_path)
+    for name in ("setup.py", "pyproject.toml", "kernels/one.py", "csrc/cuda/two.cu", "docs/page.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    before = gpu_runner.sources_key("sm_90")
+    assert gpu_runner.sources_key("sm_90") == before != gpu_runner.sources_key("sm_100")
+    (tmp_path / "docs/page.md").write_text("after")
+    assert gpu_runner.sources_key("sm_90") == before
+    for name in ("setup.py", "kernels/one.py", "csrc/cuda/two.cu"):
+        (tmp_path / name).write_text("after")
+        after = gpu_runner.sources_key("sm_90")
+        assert after != before
+        before = after
+
+
+def test_a_step_without_its_needs_says_so_and_the_others_go_on(tmp_path, capsys):
+    lacks = dataclasses.replace(step("lacks", "print()"), needs=frozenset({"no_such_module", "sklearn", "os"}))
+    plan = {"first": [lacks, Step("absent", ["/no/such/nvcc"])], "second": [step("good", "print()")]}
+    assert run(plan, tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("cannot run: first: needs no_such_module")
+    assert "cannot run: first: not installed: nvcc\n" in printed
+    assert printed.index("cannot run") < printed.index("second: good")
+    results = [line.split()[3] for line in (tmp_path / "summary.txt").read_text().splitlines()]
+    assert results == ["needs", "not", "passed"]
+    # Nothing was lost for good: it runs when the module is there.
+    assert gpu_runner.History(tmp_path, "key", kept=tmp_path / "kept").passed("first", lacks) is None
+
+
+def test_the_output_of_a_step_may_have_a_file(tmp_path):
+    code = "import sys; print('[]'); print('progress', file=sys.stderr)"
+    plan = {"part": [dataclasses.replace(step("verdicts", code), output="verdicts.json")]}
+    assert run(plan, tmp_path) == 0
+    assert json.loads((tmp_path / "verdicts.json").read_text()) == []
+    assert "progress" in (tmp_path / "part.verdicts.log").read_text()
+
+
 def test_a_part_ends_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PART_SECONDS", 2)
+    monkeypatch.setattr(gpu_plan, "PART_SECONDS", 2)
     plan = {"part": [step("slow", "import time; time.sleep(60)"), step("next", "print()")], "other": [step("one", "")]}
     start = time.monotonic()
     # Each part has its own limit, which starts with the part.
-    monkeypatch.setattr(gpu, "_run_step", lambda step, log, limit, run=gpu._run_step: run(step, log, max(limit, -1)))
-    assert gpu.run(plan, tmp_path) == 1
+    assert run(plan, tmp_path) == 1
     assert time.monotonic() - start < 30
     summary = (tmp_path / "summary.txt").read_text()
     assert "timed out after 2 s" in summary
@@ -244,7 +433,7 @@ def _is_running(pid: int) -> bool:
 
 
 def test_a_time_limit_ends_what_a_process_started(tmp_path):
-    gpu.run({"part": [step("slow", GRANDCHILD, seconds=5)]}, tmp_path)
+    run({"part": [step("slow", GRANDCHILD, seconds=5)]}, tmp_path)
     (pid,) = [int(line) for line in (tmp_path / "part.slow.log").read_text().splitlines() if line.isdigit()]
     assert not keeps_running(pid)
 
@@ -252,9 +441,10 @@ def test_a_time_limit_ends_what_a_process_started(tmp_path):
 def test_ended_from_outside(tmp_path):
     """A time limit on the whole command sends SIGTERM: the child is ended; its output and the summary are kept."""
     code = (
-        "from pathlib import Path; from lcw_ops.bench import gpu; import sys\n"
-        f"steps = [gpu.Step(name, [sys.executable, '-c', {GRANDCHILD!r}]) for name in ('one', 'two')]\n"
-        f"sys.exit(gpu.run({{'part': steps}}, Path({str(tmp_path)!r})))"
+        "from pathlib import Path; from lcw_ops.bench import gpu_plan, gpu_runner; import sys\n"
+        f"steps = [gpu_plan.Step(name, [sys.executable, '-c', {GRANDCHILD!r}]) for name in ('one', 'two')]\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "sys.exit(gpu_runner.run({'part': steps}, folder, gpu_runner.History(folder, 'key', folder / 'kept')))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     log = tmp_path / "part.one.log"
@@ -275,22 +465,24 @@ def test_ended_from_outside(tmp_path):
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(ROOT / "bench/gpu.py"), *arguments]
-    return subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
+    words = [sys.executable, "-m", "bench.gpu", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, env=os.environ | environment, cwd=ROOT)
 
 
 def test_a_dry_run_needs_no_card_and_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     result = command("--dry-run", PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    for path in gpu.gpu_tests():
+    for path in gpu_plan.gpu_tests():
         assert f"tests/{path.name}" in result.stdout
     assert "LCW_OPS_CUDA_KERNEL=rows" in result.stdout
 
 
-def test_the_help_lists_the_parts():
-    result = command("--help")
-    assert [part for part in PLAN if f"\n  {part}\n" not in result.stdout] == []
+@pytest.mark.parametrize("option", ["--help", "--plan"])
+def test_the_parts_are_listed_with_their_minutes(option):
+    lines = [line.strip() for line in command(option).stdout.splitlines()]
+    for part in PLAN:
+        assert any(line.startswith(f"{part} ") and " min, " in line and " so far" in line for line in lines), part
 
 
 def test_without_a_card():
@@ -321,19 +513,105 @@ def test_without_torch(tmp_path):
 def test_an_unknown_part(wanted, hint, capsys):
     assert gpu.main([wanted]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    groups = "build, smoke, test, memcheck, racecheck, synccheck, bench, crossover, sanitize, all"
+    groups = (
+        "build, compile, smoke, verify, test, bench, memcheck, racecheck, synccheck, crossover, sanitize, first, all"
+    )
     assert f"no part is called {wanted!r};{hint} choose from {groups}, a test file's path, or a part that" in line
 
 
-def test_without_the_packages_that_the_tests_need(monkeypatch, capsys):
-    find_spec = gpu.importlib.util.find_spec
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "numpy" else find_spec(name))
-    monkeypatch.setattr(gpu, "find_card", lambda: pytest.fail("looked for a card"))
-    assert gpu.main(["test"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert "lacks numpy; pip install numpy" in error
-    assert gpu.missing_modules(PLAN["build"]) == []
+# ---- Tried without a card --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def played() -> dict[str, list[Step]]:
+    plan = gpu_plan.parts(Path("/faked/sm_90.csv"), gpu.compile_target(gpu_fakes.CARD))
+    return gpu_fakes.play(plan, Path("/faked"))
+
+
+def test_every_step_says_which_tool_is_faked(played):
+    assert list(played) == list(PLAN)
+    for part, steps in played.items():
+        assert [step.name for step in steps] == [step.name for step in PLAN[part]]
+        for step in steps:
+            # info asks no tool.
+            assert step.faked or step.name == "info", (part, step.name)
+            assert step.environment[gpu_fakes.VARIABLE] == "1"
+            assert step.environment["LCW_OPS_TEST_DEVICE"] == "cpu"
+            if step.name != "compile":
+                assert not {"cuda", "setup.py", "pip"} & set(step.command), (part, step.command)
+            assert not any("compute-sanitizer" in word for word in step.command)
+            assert not any(str(gpu.RESULTS) in word for word in step.command)
+
+
+def test_the_faked_cases_exist(played):
+    from lcw_ops.verification import cases as verified
+
+    for stem, text in gpu_fakes.BENCH_CASES.items():
+        assert any(text in case.label for case in registry.cases(stem, "cpu") if case.quick), stem
+    for stem, text in gpu_fakes.VERIFY_CASES.items():
+        labels = [case.label for op in smoke.OPS_OF[stem] for case in verified.cases(op, "cpp")]
+        assert any(text in label for label in labels), stem
+
+
+def test_a_faked_run_cannot_be_mistaken(tmp_path, monkeypatch, capsys):
+    """Sanitizers and logs say what was faked, and so do the summary's first line and both ends of what is printed."""
+    monkeypatch.setattr(gpu_fakes, "play", lambda plan, folder, play=gpu_fakes.play: cheap(play(plan, folder)))
+    monkeypatch.setattr(gpu, "KEPT", tmp_path / "gpu")
+    monkeypatch.setenv(gpu_fakes.VARIABLE, "1")
+    before = {path: path.read_bytes() for path in gpu.RESULTS.rglob("*") if path.is_file()}
+    assert gpu.main(["racecheck", "build"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(gpu_fakes.HEADING) == 2
+    (folder,) = (tmp_path / "gpu-faked").glob("*-logs")
+    assert (folder / "summary.txt").read_text().startswith(gpu_fakes.HEADING)
+    logs = list(folder.glob("*.log"))
+    assert len(logs) == len(PLAN["racecheck"]) + len(PLAN["build"])
+    for log in logs:
+        assert gpu_fakes.HEADING in log.read_text()
+        assert "FAKED in this step: " in log.read_text()
+    for log in folder.glob("racecheck.*.log"):
+        assert "FAKED compute-sanitizer, --tool=racecheck: the command runs, and nothing watches it" in log.read_text()
+    assert "sm_90" in printed
+    assert "torch FAKED" in printed
+    assert {path: path.read_bytes() for path in gpu.RESULTS.rglob("*") if path.is_file()} == before
+    # A faked run does not count as a run: its record is apart, and its key has the faked versions.
+    assert not (tmp_path / "gpu").exists()
+
+
+def cheap(plan: dict[str, list[Step]]) -> dict[str, list[Step]]:
+    """The same steps; the smoke test and the import of the package, which import torch, only print."""
+
+    def cut(step: Step) -> Step:
+        words = step.command
+        if "lcw_ops.bench.smoke" in words:
+            words = [
+                sys.executable,
+                str(ROOT / "bench/gpu_fakes.py"),
+                "--tool=racecheck",
+                sys.executable,
+                "-c",
+                "print()",
+            ]
+            words[1:2] = ["-m", "bench.gpu_fakes"]
+        elif step.name == "info":
+            words = [sys.executable, "-c", "print()"]
+        return dataclasses.replace(step, command=words)
+
+    return {part: [cut(step) for step in steps] for part, steps in plan.items()}
+
+
+def test_a_file_whose_tests_all_need_a_card_passes_when_it_is_played(tmp_path):
+    (tmp_path / "test_card.py").write_text("import pytest\npytest.skip('needs a card', allow_module_level=True)")
+    (tmp_path / "test_five.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('n', range(5))\ndef test_n(n): assert n < 2"
+    )
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_fakes", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for name, text in (("test_card.py", "every test of this file needs a card"), ("test_five.py", "2 passed")):
+        words = [*pytest_command, "--rootdir", str(tmp_path), str(tmp_path / name)]
+        result = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout
+        assert text in result.stdout
 
 
 # ---- Each kernel once ------------------------------------------------------------------------------------------------
@@ -371,7 +649,7 @@ def test_the_smoke_test_runs_every_triton_kernel():
 @pytest.fixture
 def one_call(monkeypatch):
     """Reduce the smoke test to one op, on the backend cpp alone."""
-    monkeypatch.setattr(smoke, "cases", lambda device_type: [smoke.case(smoke.calls()[0], device_type)] * 2)
+    monkeypatch.setattr(smoke, "cases", lambda device_type, stem: [smoke.case(smoke.calls()[0], device_type)] * 2)
     monkeypatch.setitem(smoke.EXPECTED, "cpu", ("cpp",))
 
 
@@ -384,7 +662,7 @@ def test_a_wrong_kernel_fails_the_smoke_test(one_call, monkeypatch, capsys):
     call = smoke.calls()[0]
     wrong = smoke.Call(call.op, call.name, call.shapes, _off_where_it_is_not_the_reference(call.run))
     monkeypatch.setattr(smoke, "calls", lambda: [wrong])
-    monkeypatch.setattr(smoke, "cases", lambda device_type: [smoke.case(wrong, device_type)] * 2)
+    monkeypatch.setattr(smoke, "cases", lambda device_type, stem: [smoke.case(wrong, device_type)] * 2)
     assert smoke.main(["--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert printed.count("WRONG   lcw_weight, weight: lcw_ops (cpp)") == 2
@@ -407,7 +685,7 @@ def test_a_kernel_that_raises_does_not_end_the_smoke_test(one_call, monkeypatch,
 
     call = smoke.calls()[0]
     broken = smoke.case(smoke.Call(call.op, "broken", call.shapes, raising), "cpu")
-    monkeypatch.setattr(smoke, "cases", lambda device_type: [broken, smoke.case(call, device_type)])
+    monkeypatch.setattr(smoke, "cases", lambda device_type, stem: [broken, smoke.case(call, device_type)])
     assert smoke.main(["--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED  lcw_weight, broken: lcw_ops (cpp): RuntimeError: no such instruction" in printed

@@ -458,7 +458,7 @@ def test_the_op_checks_its_arguments(device):
 @pytest.mark.parametrize(
     ("table", "chosen"),
     [
-        (None, {8: "triton", 128: "triton", 129: "cuda", 512: "cuda", 513: "graph", 4096: "graph"}),
+        (None, {8: "triton", 64: "triton", 65: "cuda", 512: "cuda", 513: "graph", 4096: "graph"}),
         ((("cuda", 32), ("triton", 64), ("graph", None)), {32: "cuda", 33: "triton", 65: "graph", 2000: "graph"}),
     ],
 )

@@ -43,7 +43,8 @@ def installed_files(folder: Path) -> set[str]:
     """The paths that an installed package of this source tree must have."""
     own = {path for path in (folder / "lcw_ops").rglob("*.py") if path.relative_to(folder).parts[1] not in LINKS}
     mapped = {f"lcw_ops/{path.relative_to(folder)}" for name in LINKS for path in (folder / name).rglob("*.py")}
-    return {str(path.relative_to(folder)) for path in own} | mapped | {"lcw_ops/py.typed"}
+    page = set((folder / "lcw_ops/profile/page").iterdir())
+    return {str(path.relative_to(folder)) for path in own | page} | mapped | {"lcw_ops/py.typed"}
 
 
 def assert_holds_each_file_once(wheel: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter (see support/triton_process.py), 
 as its test allows.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -37,8 +38,8 @@ def _interpreted_bfloat16_products(monkeypatch):
 
 @pytest.fixture
 def split(monkeypatch):
-    """Choose launches as for a GPU with 4 multiprocessors, where up to 4 or 8 programs share the columns."""
-    monkeypatch.setattr(kernels, "device_facts", lambda device: kernels.Device(4, 227 * 1024, False))
+    """Choose launches as for a GPU with 16 multiprocessors, where several programs share the columns."""
+    monkeypatch.setattr(kernels, "device_facts", lambda device: kernels.Device(16, 227 * 1024, False))
 
 
 def overload(name):
@@ -164,8 +165,9 @@ def test_linear_in_every_dtype(dtype, basis, means, device):
 @pytest.mark.parametrize("means", [(0.0, 0.0), (100.0, 100.0)], ids=str)
 def test_split_columns_in_every_dtype(dtype, basis, means, split, device):
     # For each size of dtype, the features are twice the smallest part of the columns and a remainder.
-    features = {2: 520, 4: 270, 8: 140}[dtype.itemsize]
-    launch = kernels.choose_launch(5, 35, features - basis, features, dtype.itemsize, kernels.device_facts(device))
+    features = {2: 1040, 4: 270, 8: 140}[dtype.itemsize]
+    multiple = math.gcd(features - basis, features, 16 // dtype.itemsize)
+    launch = kernels.choose_launch(5, 35, features - basis, multiple, dtype.itemsize, kernels.device_facts(device))
     assert launch["splits"] > 1
     assert_linear_matches(5, 35, features, basis, dtype, device, means, bias=basis, draws=1)
 
@@ -342,32 +344,107 @@ def test_vmap_over_weights(device):
 def test_launches_fill_the_gpu():
     """Every column is in one part, no part is empty, and the GPU has room for all programs that share a unit."""
     device = kernels.Device(132, 227 * 1024, False)
-    for rows in (1, 16, 33, 64):
-        for units in (1, 100, 4096, 10**6):
-            for columns in (1, 63, 4096, 10**6, 3 * 2**30):
-                for itemsize in (2, 4, 8):
-                    launch = kernels.choose_launch(rows, units, columns, columns, itemsize, device)
-                    assert (launch["splits"] - 1) * launch["chunk"] < columns <= launch["splits"] * launch["chunk"]
-                    assert launch["chunk"] % launch["BLOCK_K"] == 0
-                    assert launch["BLOCK_M"] >= rows
-                    blocks = -(-units // launch["BLOCK_N"])
-                    assert launch["splits"] == 1 or columns > 2**30 or blocks * launch["splits"] <= 2 * 132
+    for rows, units, columns, itemsize in itertools.product(
+        (1, 16, 33, 64), (1, 100, 4096, 10**6), (1, 63, 4095, 4096, 10**6, 3 * 2**30), (2, 4, 8)
+    ):
+        for multiple in {1, math.gcd(columns, 16 // itemsize)}:
+            launch = kernels.choose_launch(rows, units, columns, multiple, itemsize, device)
+            assert (launch["splits"] - 1) * launch["chunk"] < columns <= launch["splits"] * launch["chunk"]
+            assert launch["chunk"] % launch["BLOCK_K"] == 0
+            assert launch["BLOCK_M"] >= rows
+            starts = max(1, launch["STARTS"])
+            blocks = -(-units // (launch["BLOCK_N"] * starts)) * starts
+            assert launch["splits"] == 1 or columns > 2**30 or blocks * launch["splits"] <= 2 * 132
     # In the largest usual layer one kernel keeps enough bytes of the weight in flight.
-    assert kernels.choose_launch(32, 4096, 4096, 4096, 2, device)["splits"] == 1
-    assert kernels.choose_launch(8, 1024, 1024, 1024, 4, device)["splits"] == 8
+    assert kernels.choose_launch(32, 4096, 4096, 8, 2, device)["splits"] == 1
+    assert kernels.choose_launch(8, 1024, 1024, 4, 4, device)["splits"] == 8
 
 
 @pytest.mark.parametrize(
-    ("columns", "features", "itemsize", "aligned"),
+    ("columns", "features", "itemsize", "multiple", "starts"),
     [
-        (4096, 4096, 2, True),
-        (4095, 4096, 2, False),
-        (4096, 4097, 2, False),
-        (4095, 4095, 2, False),
-        (4096, 4096, 4, False),
+        (4096, 4096, 2, 8, 0),
+        # 1,000 numbers of 16 bits are 125 vectors of 16 bytes.
+        (1000, 1000, 2, 8, 0),
+        (1004, 1004, 2, 4, 0),
+        (1002, 1002, 2, 2, 4),
+        (4095, 4096, 2, 1, 8),
+        (4098, 4099, 2, 1, 4),
+        (4096, 4097, 2, 1, 1),
+        # Programs that take a few steps do not need copies of x.
+        (255, 256, 2, 1, 0),
+        (1000, 1000, 4, 4, 0),
+        (4095, 4096, 4, 1, 0),
+        (1000, 1000, 8, 2, 0),
     ],
 )
-def test_aligned_rows_of_16_bit_numbers_need_fewer_warps(columns, features, itemsize, aligned):
-    """Their elements do not have an address and a mask each. The rows of a basis have one column less than x."""
-    launch = kernels.choose_launch(32, 4096, columns, features, itemsize, kernels.Device(132, 227 * 1024, False))
-    assert launch["num_warps"] == (4 if aligned else 8)
+def test_rows_are_aligned_to_16_bytes_or_to_less(columns, features, itemsize, multiple, starts):
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
+    x, weight = (torch.empty(2, width, dtype=dtype) for width in (features, columns))
+    assert kernels._common_multiple(x, weight) == multiple
+    unaligned = torch.empty(1 + 2 * columns, dtype=dtype)[1:].view(2, columns)
+    assert kernels._common_multiple(x, unaligned) == kernels._common_multiple(x[:, :columns], unaligned) == 1
+    launch = kernels.choose_launch(32, 4096, columns, multiple, itemsize, kernels.Device(132, 227 * 1024, False))
+    assert launch["STARTS"] == starts
+
+
+def test_rows_that_are_not_loaded_one_by_one_need_fewer_warps():
+    device = kernels.Device(132, 227 * 1024, False)
+    warps = [kernels.choose_launch(32, 4096, n, m, 2, device)["num_warps"] for n, m in ((4096, 8), (4095, 1), (255, 1))]
+    assert warps == [4, 4, 8]
+
+
+def at_offset(tensor, offset):
+    """The same numbers at an address of ``offset`` elements behind a multiple of 64 bytes, in memory full of NaN."""
+    memory = torch.full((offset + tensor.numel() + 8,), math.nan, dtype=tensor.dtype, device=tensor.device)
+    memory[offset : offset + tensor.numel()] = tensor.flatten()
+    placed = memory[offset : offset + tensor.numel()].view(tensor.shape)
+    assert placed.is_contiguous()
+    assert placed.storage_offset() == offset
+    return placed
+
+
+ALIGNMENTS = {
+    "features": [8, 24, 1000, 1001, 1026],
+    "basis": [False, True],
+    "dtype": DTYPES,
+    "rows": [1, 8, 33],
+    "units": [3, 40],
+    "offsets": [(0, 0), (1, 0), (0, 1), (4, 8)],
+    "shifts": [False, True],
+}
+
+
+@pytest.mark.parametrize("case", pairwise(**ALIGNMENTS), ids=name_of)
+def test_rows_at_every_alignment(case, split, monkeypatch, device):
+    """Short and long rows at any address. The columns are split, and 16-bit x is shifted for short rows too."""
+    if case["shifts"]:
+        monkeypatch.setattr(kernels, "MOST_SINGLE_STEPS", 0)
+    dtype, features, basis = case["dtype"], case["features"], case["basis"]
+    x = at_offset(normal(case["rows"], features, dtype=dtype, device=device), case["offsets"][0])
+    weight = at_offset(normal(case["units"], features - basis, dtype=dtype, device=device), case["offsets"][1])
+    eager = torch.nn.functional.linear(x, eager_weight(weight, basis))
+    exact = rounded(wide(x) @ (wide(weight) @ dense_basis(features - basis, basis)).T, device)
+    assert_as_exact_as_eager("output", F.lcw_linear(x, weight, None, basis), eager, exact)
+
+
+@pytest.mark.parametrize("offset", range(8))
+def test_shifted_rows_at_every_address(offset, device, monkeypatch):
+    """Rows of few columns: some have no whole vector of 16 bytes."""
+    monkeypatch.setattr(kernels, "MOST_SINGLE_STEPS", 0)
+    judged, basis, units = [], offset % 2 == 1, 9
+    for columns in (1 + offset, 16 + offset):
+        x = normal(2, columns + basis, dtype=torch.float16, device=device)
+        weight = at_offset(normal(units, columns, dtype=torch.float16, device=device), offset)
+        assert kernels.choose_launch(2, units, columns, 1, 2, kernels.device_facts(device))["STARTS"] > 0
+        actual = F.lcw_linear(x, weight, None, basis)
+        eager = torch.nn.functional.linear(x, eager_weight(weight, basis))
+        exact = rounded(wide(x) @ (wide(weight) @ dense_basis(columns, basis)).T, device)
+        judged.append([tensor.flatten() for tensor in (actual, eager, exact)])
+        # A row sees no number of another row, however close in memory.
+        weight[7] = math.nan
+        output = F.lcw_linear(x, weight, None, basis)
+        others = [unit for unit in range(units) if unit != 7]
+        assert output[:, 7].isnan().all()
+        assert torch.equal(output[:, others], actual[:, others])
+    assert_as_exact_as_eager("output", *(torch.cat(column) for column in zip(*judged, strict=True)))

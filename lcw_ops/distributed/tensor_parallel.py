@@ -127,7 +127,7 @@ class ColwiseParallel(_Style):
         output_layouts: how the output is to be placed; default ``Shard(-1)``, each rank's units.
         use_local_output: whether the layer returns a plain tensor, a rank's part, instead of a DTensor.
 
-        These are the arguments of torch's ``ColwiseParallel``.
+    These are the arguments of torch's ``ColwiseParallel``.
 
     The layer is an ``LCWLinear`` in either form, a ``WeightNormLinear``, a ``GmPLinear``, or a plain ``nn.Linear`` or
     ``nn.Embedding``, which torch's own style takes. So one plan can serve a model that has both. The number of units
@@ -176,7 +176,7 @@ class RowwiseParallel(_Style):
         output_layouts: how the output is to be placed; default ``Replicate()``.
         use_local_output: whether the layer returns a plain tensor instead of a DTensor.
 
-        These are the arguments of torch's ``RowwiseParallel``.
+    These are the arguments of torch's ``RowwiseParallel``.
 
     The layer is a centred ``LCWLinear``, a ``WeightNormLinear``, or a plain ``nn.Linear`` or ``nn.Embedding``, which
     torch's own style takes. ``weight_u`` and ``weight_v`` are sharded along dim 1; ``weight_g`` and ``bias`` are

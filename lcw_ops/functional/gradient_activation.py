@@ -40,7 +40,7 @@ def gradient_activation_(tensors: list[Tensor], kind: str = "arctan", alpha: flo
             entries share memory. Disjoint slices, columns and interleaved views of one tensor are allowed. Views that
             interleave less regularly are refused even if they are disjoint. Traced code skips the checks of memory.
 
-        After an error no tensor has changed.
+    After an error no tensor has changed.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", IEEE TNNLS 2021,
     arXiv 2107.04228.

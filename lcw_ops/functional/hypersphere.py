@@ -105,8 +105,8 @@ def gmp_linear(x: Tensor, angles: Tensor, radius: Tensor, location: Tensor, acti
         location: (n,).
         activation: None or "relu".
 
-        All tensors have x's dtype. Under autocast their dtypes may differ, but float64 does not mix with others;
-        directions are then computed in the angles' own dtype and rounded.
+    All tensors have x's dtype. Under autocast their dtypes may differ, but float64 does not mix with others; directions
+    are then computed in the angles' own dtype and rounded.
 
     Returns:
         (..., n), in x's dtype or, under autocast, in autocast's.

@@ -72,8 +72,8 @@ def weight_norm_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
         scale: (n,), of any sign. torch's shape (n, 1) is taken too.
         bias: (n,), or None.
 
-        All tensors have x's dtype. Under autocast their dtypes may differ, but float64 does not mix with others; the
-        weight is normalised in its own dtype, then rounded.
+    All tensors have x's dtype. Under autocast their dtypes may differ, but float64 does not mix with others; the weight
+    is normalised in its own dtype, then rounded.
 
     Returns:
         (..., n), in x's dtype or, under autocast, in autocast's.

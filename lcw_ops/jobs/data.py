@@ -5,17 +5,14 @@ training and test set is stratified by class and seeded: the same seed gives the
 """
 
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lcw_ops._checks import describe
-
-# One sample in five of every class is held out.
-TEST_SHARE = 0.2
+from lcw_ops.jobs import images
+from lcw_ops.jobs.dataset import TEST_SHARE, Dataset, split  # noqa: F401 - TEST_SHARE is part of this module
 
 SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
 WHOLE_KEYS = ("x", "y")
@@ -24,34 +21,11 @@ WHOLE_KEYS = ("x", "y")
 LARGEST_VALUE = float(np.finfo(np.float32).max)
 
 
-@dataclass
-class Dataset:
-    """A classification task, split: x_* (samples, features), standardised float32; y_* (samples,), int64 classes."""
-
-    name: str
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
-    classes: int
-
-    @property
-    def features(self) -> int:
-        return self.x_train.shape[1]
-
-    def to(self, device) -> "Dataset":
-        moved = (tensor.to(device) for tensor in (self.x_train, self.y_train, self.x_test, self.y_test))
-        return Dataset(self.name, *moved, self.classes)
-
-
 def load(source: str, seed: int = 0) -> Dataset:
     """The data set of that name, "digits" or "mnist5k", or the one in a folder or ``.npz`` file of that path.
 
     See :func:`load_digits`, :func:`load_npz`, and :mod:`lcw_ops.jobs.images` for the other two.
     """
-    # The module needs the classes of this one.
-    from lcw_ops.jobs import images
-
     if source == "digits":
         return load_digits(seed)
     if source == "mnist5k":
@@ -75,7 +49,7 @@ def load_digits(seed: int = 0) -> Dataset:
             "or give an .npz file of your own"
         ) from error
     digits = datasets.load_digits()
-    return _dataset("digits", *_split(digits.data, digits.target, seed))
+    return _dataset("digits", *split(digits.data, digits.target, seed))
 
 
 def load_npz(path: str | Path, seed: int = 0) -> Dataset:
@@ -101,7 +75,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Dataset:
         if len(np.unique(arrays["y"])) == len(arrays["y"]):
             expected = "one for training and one for testing"
             raise ValueError(describe(path, "y", "has no class of two samples", expected, "Add samples."))
-        x_train, y_train, x_test, y_test = _split(arrays["x"], arrays["y"], seed)
+        x_train, y_train, x_test, y_test = split(arrays["x"], arrays["y"], seed)
     dataset = _dataset(Path(path).name, x_train, y_train, x_test, y_test)
     if not dataset.x_train.any():
         came = "is the same in all training samples"
@@ -193,22 +167,6 @@ def _check_pair(path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray, cl
     elif y.min() == y.max():
         came, remedy = f"has the class {y.min()} alone", "Add samples of another one."
         raise ValueError(describe(path, y_name, came, "at least 2 classes", remedy))
-
-
-def _split(x: np.ndarray, y: np.ndarray, seed: int):
-    """Hold out TEST_SHARE of every class for the test set, drawn by ``seed``.
-
-    A class of one or two samples stays in training. If no class has three, one sample of a class of two is held out.
-    """
-    generator = np.random.default_rng(seed)
-    held_out = np.zeros(len(x), dtype=bool)
-    for label in np.unique(y):
-        members = generator.permutation(np.flatnonzero(y == label))
-        held_out[members[: round(TEST_SHARE * len(members))]] = True
-    if not held_out.any():
-        _, classes, counts = np.unique(y, return_inverse=True, return_counts=True)
-        held_out[generator.choice(np.flatnonzero(counts[classes] > 1))] = True
-    return x[~held_out], y[~held_out], x[held_out], y[held_out]
 
 
 def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lcw_ops._checks import describe
-from lcw_ops.jobs.data import Dataset, _split
+from lcw_ops.jobs.dataset import Dataset, split
 
 # The first number of an IDX file of bytes: 0x08 is the type, and the last byte is the number of dimensions.
 IDX_BYTES = 0x0800
@@ -49,7 +49,7 @@ def load_mnist5k(seed: int = 0) -> Dataset:
             "folder with the files of MNIST"
         ) from error
     x, y = mnist_data()
-    return scaled("mnist5k", *_split(x, y, seed))
+    return scaled("mnist5k", *split(x, y, seed))
 
 
 def load_folder(folder: str | Path) -> Dataset:

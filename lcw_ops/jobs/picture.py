@@ -1,6 +1,5 @@
 """report.png of ``lcw-ops profile``: gradient and signal by depth for three kinds of nets, and the training curve."""
 
-import math
 from pathlib import Path
 
 import matplotlib
@@ -11,12 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lcw_ops.jobs.report import IN_WORDS, Report
-from lcw_ops.profile.plot import COLOURS, DOTS_PER_INCH, SMALLEST, STYLE, Line, line_of_text, log_lines, save
+from lcw_ops.profile.headline import gradient_fate
+from lcw_ops.profile.plot import COLOURS, DOTS_PER_INCH, INCHES, STYLE, Line, line_of_text, log_lines, save
 
 ACCURACY_COLOUR = "#009E73"
-
-# 1600 x 900 pixels.
-INCHES = (16, 9)
 
 
 def plot_report(report: Report, path: str | Path) -> None:
@@ -53,21 +50,6 @@ def findings(report: Report) -> tuple[str, str]:
 
 def _article(kind: str) -> str:
     return "an" if IN_WORDS[kind][0] in "aeiou" else "a"
-
-
-def gradient_fate(norms: np.ndarray) -> str:
-    """The fate of the gradient on its way from the last layer (``norms[-1]``) to the first, in words."""
-    if not np.isfinite(norms).all():
-        return f"overflows at layer {np.flatnonzero(~np.isfinite(norms))[-1] + 1:,}"
-    if (norms < SMALLEST).any():
-        return f"underflows at layer {np.flatnonzero(norms < SMALLEST)[-1] + 1:,}"
-    ratio = norms[0] / norms[-1]
-    if 0.1 <= ratio <= 1:
-        return f"keeps {ratio:.0%} of its size"
-    if 1 < ratio <= 10:
-        return f"grows by {ratio - 1:.0%}"
-    exponent = abs(math.log10(ratio))
-    return f"{'grows' if ratio > 1 else 'shrinks'} by a factor of 10^{exponent:.1f}"
 
 
 def _gradient_panel(axes: Axes, report: Report) -> None:

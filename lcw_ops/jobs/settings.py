@@ -111,6 +111,38 @@ class ProfileSettings(TrainingSettings):
 
 
 @dataclass
+class ModelSettings:
+    """The settings of ``lcw-ops profile --model``; each name is "package.module:attribute".
+
+    model: a module, or a function that makes one. inputs: the inputs of ``profile``, or a function that makes them.
+    targets: the same for the targets. loss: a function of (output, targets) or of (output). optimizer: a function that
+    makes an optimizer of the model's parameters, such as torch.optim:AdamW. The model and the tensors move to device.
+    """
+
+    model: str | None = None
+    inputs: str | None = None
+    targets: str | None = None
+    loss: str | None = None
+    optimizer: str | None = None
+    out: str = "lcw-profile"
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+
+    def check(self) -> None:
+        for name in ("model", "inputs"):
+            if getattr(self, name) is None:
+                raise ValueError(_describe(f"--{name}", "is not given", "package.module:attribute"))
+        for name in ("model", "inputs", "targets", "loss", "optimizer"):
+            value = getattr(self, name)
+            module, _, attribute = (value or "a:b").partition(":")
+            expect(bool(module and attribute), name, repr(value), "package.module:attribute")
+        expect(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2^63 - 1")
+        most = THREADS_PER_CPU * (os.cpu_count() or 1)
+        expect(self.threads is None or 1 <= self.threads <= most, "threads", self.threads, f"from 1 to {most}")
+
+
+@dataclass
 class TrainSettings(TrainingSettings):
     """The settings of ``lcw-ops train``, with the command's defaults. None stands for the kind's value in ``DEFAULTS``.
 

@@ -58,7 +58,8 @@ class AdamW(ActivatedOptimizer, torch.optim.AdamW):
     Raises:
         ValueError: options out of range; max_grad_value without in_backward; with in_backward, what SGD refuses.
         TypeError: alpha, beta or max_grad_value is not a number.
-        Other errors are torch's. The docstring of ``step`` lists the errors of a step.
+
+    Other errors are torch's. The docstring of ``step`` lists the errors of a step.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
     2107.04228.

@@ -93,8 +93,9 @@ def activate_gradients(
             step, a gradient that requires a gradient itself, or that is an inference tensor outside of inference mode;
             at a step, an optimizer that steps inside the step of another, which has activated the same gradients (the
             gradients have changed by then, the parameters have not).
-        All groups are checked before any gradient changes. This call and ``load_state_dict`` check kind, alpha and
-        beta; a step checks them only in groups whose override is new or has changed.
+
+    All groups are checked before any gradient changes. This call and ``load_state_dict`` check kind, alpha and beta; a
+    step checks them only in groups whose override is new or has changed.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
     2107.04228.

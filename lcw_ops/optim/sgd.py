@@ -80,7 +80,8 @@ class SGD(ActivatedOptimizer, torch.optim.SGD):
         ValueError: options out of range; max_grad_value without in_backward; with in_backward: differentiable=True, a
             parameter with a gradient, or one that another such optimizer has.
         TypeError: alpha, beta or max_grad_value is not a number; with in_backward: a parameter that is a DTensor.
-        Other errors are torch's. The docstring of ``step`` lists the errors of a step.
+
+    Other errors are torch's. The docstring of ``step`` lists the errors of a step.
 
     Source: M. Liu, L. Chen, X. Du, L. Jin, M. Shang, "Activated Gradients for Deep Neural Networks", TNNLS 2021, arXiv
     2107.04228.

@@ -1,8 +1,7 @@
 """Figures of a row: a number, or the reason why there is none; and the table that collects them as columns."""
 
 import math
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -50,43 +49,88 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Table:
-    """Columns under construction. Reasons are stored once; a missing figure takes the number of its reason."""
+    """Columns under construction. A row is added first, and its figures are set later, in any order.
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
+    Reasons are stored once; a missing figure takes the number of its reason. A row takes 10 bytes per column, and up to
+    twice that while the table grows.
+    """
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        """``reasons``: for every column the reason of a row in which nothing has been set."""
         self.reasons: list[str] = []
         self._numbers: dict[str, int] = {}
-        # Arrays of numbers that grow: a row has few bytes.
-        self._values = {name: array("d") for name in names}
-        self._missing = {name: array("H") for name in names}
+        self._default = {name: self._number(reason) for name, reason in reasons.items()}
+        self._length = 0
+        self._values = {name: np.full(0, math.nan) for name in reasons}
+        self._missing = {name: np.zeros(0, np.uint16) for name in reasons}
 
-    def add(self, figures: dict[str, Figure], otherwise: str) -> None:
-        """Append a row. Columns without a figure get the reason ``otherwise``."""
-        for name in self.names:
-            figure = figures.get(name, otherwise)
-            is_missing = isinstance(figure, str)
-            self._values[name].append(math.nan if is_missing else figure)
-            self._missing[name].append(self._number(figure) if is_missing else 0)
+    def __len__(self) -> int:
+        return self._length
 
-    def add_rows(self, length: int, columns: dict[str, np.ndarray | str], otherwise: str) -> None:
-        """Append rows. A string is the reason for all of them."""
-        for name in self.names:
-            figures = columns.get(name, otherwise)
-            is_missing = isinstance(figures, str)
-            values = np.full(length, math.nan) if is_missing else figures.astype(np.float64)
-            self._values[name].frombytes(values.tobytes())
-            number = self._number(figures) if is_missing else 0
-            self._missing[name].frombytes(np.full(length, number, np.uint16).tobytes())
+    def add(self, count: int = 1) -> int:
+        """Append ``count`` rows without figures, and return the number of the first."""
+        first, self._length = self._length, self._length + count
+        if self._length > len(next(iter(self._values.values()))):
+            more = max(self._length, 64)
+            for name, number in self._default.items():
+                self._values[name] = np.concatenate([self._values[name], np.full(more, math.nan)])
+                self._missing[name] = np.concatenate([self._missing[name], np.full(more, number, np.uint16)])
+        return first
+
+    def put(self, column: str, row: int, figure: Figure) -> None:
+        if isinstance(figure, str):
+            self._values[column][row], self._missing[column][row] = math.nan, self._number(figure)
+        else:
+            self._values[column][row], self._missing[column][row] = figure, 0
+
+    def put_rows(self, column: str, rows: Sequence[int] | slice, figures: np.ndarray | str) -> None:
+        """Set a column in some rows: to one number each, or to one reason for all of them."""
+        is_missing = isinstance(figures, str)
+        rows = rows if isinstance(rows, slice) else np.asarray(rows)
+        self._values[column][rows] = math.nan if is_missing else figures
+        self._missing[column][rows] = self._number(figures) if is_missing else 0
+
+    def combine(self, column: str, rows: Sequence[int], figures: np.ndarray, operation: np.ufunc) -> None:
+        """Set a column in some rows, which may repeat; ``operation`` joins the figures of one row, new and earlier."""
+        values, rows = self._values[column], np.asarray(rows)
+        if self._missing[column][rows].all() and len(np.unique(rows)) == len(rows):
+            values[rows] = figures
+        else:
+            for row, figure in zip(rows, figures, strict=True):
+                values[row] = figure if self._missing[column][row] else operation(values[row], figure)
+                self._missing[column][row] = 0
+        self._missing[column][rows] = 0
 
     def explain(self, column: str, rows: np.ndarray, reason: str) -> None:
-        """Give a reason for some rows (a mask) of the part that was added last."""
-        if rows.any():
-            np.frombuffer(self._missing[column], np.uint16)[-len(rows) :][rows] = self._number(reason)
+        """Give a reason for the figures of some rows, which are not known."""
+        if len(rows):
+            self._missing[column][rows] = self._number(reason)
 
-    def columns(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(values, missing): one float64 array and one uint16 array per column. ``missing`` is 0 or 1 + the reason."""
-        values = {name: np.array(column, np.float64) for name, column in self._values.items()}
-        return values, {name: np.array(column, np.uint16) for name, column in self._missing.items()}
+    def replace_reason(self, column: str, old: str, new: str) -> None:
+        """Give another reason wherever the reason is ``old``."""
+        if old in self._numbers:
+            missing = self._missing[column]
+            missing[missing == self._numbers[old]] = self._number(new)
+
+    def copy_column(self, column: str, to: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Set a column to a function of another one, missing in the same rows for the same reasons."""
+        self._values[to], self._missing[to] = function(self._values[column]), self._missing[column].copy()
+
+    def figure(self, column: str, row: int) -> Figure:
+        number = self._missing[column][row]
+        return self.reasons[number - 1] if number else float(self._values[column][row])
+
+    def is_missing(self, column: str, row: int) -> bool:
+        return self._missing[column][row] != 0
+
+    def columns(self, order: Sequence[int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(values, missing) of the rows in this order: one float64 and one uint16 array per column.
+
+        ``missing`` is 0 or the number of the reason, counted from 1.
+        """
+        places = np.asarray(order, np.int64)
+        values = {name: column[places] for name, column in self._values.items()}
+        return values, {name: column[places] for name, column in self._missing.items()}
 
     def _number(self, reason: str) -> int:
         if reason not in self._numbers:

@@ -109,7 +109,7 @@ def function_spectrum(
 
     Raises:
         ValueError: unknown method; an output that does not depend on the input; Lanczos of a function that cannot be
-            differentiated twice (:class:`NoSecondDerivative`).
+            differentiated twice (``NoSecondDerivative``).
     """
     check_method(method)
     with torch.enable_grad():

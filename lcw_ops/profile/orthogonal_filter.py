@@ -26,6 +26,22 @@ from lcw_ops.reference.orthogonal_filter import LIPSCHITZ, count_steps, scale_te
 # units with 64 samples.
 CHUNK_BYTES = 64 * 2**20
 
+# The columns of :func:`layer_columns`.
+COLUMNS = (
+    "state_mean",
+    "state_rms",
+    "gradient_norm",
+    "activation_shift",
+    "shift_angle",
+    "weight_gradient_norm",
+    "weight_norm_bound",
+    "gain_lower",
+    "gain_upper",
+    "gradient_lower",
+    "gradient_upper",
+    "state_rms_bound",
+)
+
 # The exact N x N Jacobian takes one backward pass of N rows. Beyond this width it costs more than the profiled run.
 EXACT_WIDTH = 512
 
@@ -263,6 +279,7 @@ def _forward(recurrence: Recurrence) -> dict[str, np.ndarray]:
         known = recurrence.weight_norms
         parts.append(
             {
+                "state_mean": states[1:].mean((1, 2), dtype=torch.float64),
                 "state_rms": states[1:].double().square().mean((1, 2)).sqrt(),
                 "activation_shift": root_mean_square(mean_pre_activation),
                 "shift_angle": mean_input_angle(mean_projection, weight, mean_input),

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from lcw_ops import _old_names
 from lcw_ops._files import write_atomically
+from lcw_ops.profile.headline import SMALLEST, elided, headline
 
 # Blue and vermillion of M. Okabe, K. Ito, "Color Universal Design", 2008, and a dark grey.
 COLOURS = {"orthogonal-filter": "#0072B2", "residual": "#D55E00", "plain": "#4D4D4D"}
@@ -23,6 +24,19 @@ GRID_COLOUR = "#E3E3E3"
 NOTE_COLOUR = "#666666"
 
 DOTS_PER_INCH = 100
+
+# 1600 x 900 pixels.
+INCHES = (16, 9)
+
+# The last panel of a profile's plot: column -> title.
+THIRD = {
+    "activation_shift": "rms over units of the mean activation",
+    "weight_gradient_norm": "gradient norm of each row's weight",
+}
+
+# The size of names below an axis, and the most letters of one.
+NAME_SIZE = 11
+MOST_OF_NAME = 22
 
 # The left margin of a line of text, as a share of the figure's width.
 LEFT = 0.02
@@ -42,8 +56,6 @@ LABEL_POINTS = 200
 # The gap between a line and its label, as a share of the axis.
 LABEL_GAP = 0.015
 
-# float32's smallest normal number: smaller values are rounding errors, or 0.
-SMALLEST = 1.1754944e-38
 UNDERFLOW_NOTE = "underflow: too small for float32"
 
 # More points than pixels only make a line look thick.
@@ -75,31 +87,61 @@ class Line:
 
 
 def plot_profile(profile, path: str | Path) -> None:
-    """Draw gradient norm and state rms by row, with their bounds. The path's ending decides the file format."""
-    rows = np.arange(len(profile))
-    columns, colour = profile.columns, COLOURS["orthogonal-filter"]
+    """Draw gradient norm, state rms and a third column by row, with their bounds, under a headline.
+
+    The third column is the first of ``THIRD`` with a figure. The path's ending decides the file format.
+    """
+    third = next((name for name in THIRD if name in profile.columns and not profile.is_missing(name).all()), None)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 5), dpi=DOTS_PER_INCH)
+        figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH)
         FigureCanvasAgg(figure)
-        figure.suptitle(f"{profile.name}: {len(profile):,} rows, loss {profile.loss:.4g}", x=0.01, ha="left")
-        gradient, state = figure.subplots(1, 2)
-        log_lines(
-            gradient,
-            rows,
-            [Line(profile.name, columns["gradient_norm"], colour)],
-            band=(columns["gradient_lower"], columns["gradient_upper"], colour),
+        grid = figure.add_gridspec(
+            2, 2, width_ratios=(1.75, 1), left=0.062, right=0.975, top=0.80, bottom=0.06, wspace=0.16, hspace=0.36
         )
-        gradient.set_title("gradient norm of each layer's output")
-        log_lines(
-            state,
-            rows,
-            [Line(profile.name, columns["state_rms"], colour)],
-            band=(np.zeros(len(profile)), columns["state_rms_bound"], colour),
-        )
-        state.set_title("rms of each layer's output")
-        for axes in (gradient, state):
-            axes.set_xlabel("row")
+        finding, details = headline(profile)
+        line_of_text(figure, 0.942, finding, fontsize=24, fontweight="bold")
+        line_of_text(figure, 0.884, f"{profile.name}: {details}", fontsize=15, color="#333333")
+        columns = profile.columns
+        bounds = (columns["gradient_lower"], columns["gradient_upper"])
+        _panel(figure.add_subplot(grid[:, 0]), profile, "gradient_norm", "gradient norm of each row's output", bounds)
+        bounds = (np.zeros(len(profile)), columns["state_rms_bound"])
+        places = grid[0, 1] if third else grid[:, 1]
+        _panel(figure.add_subplot(places), profile, "state_rms", "rms of each row's output", bounds)
+        if third:
+            _panel(figure.add_subplot(grid[1, 1]), profile, third, THIRD[third])
         save(figure, path)
+
+
+def _panel(axes: Axes, profile, column: str, title: str, bounds: tuple | None = None) -> None:
+    """One column by row, with the names of some rows as ticks. Rows without a figure are left out."""
+    rows = np.flatnonzero(~profile.is_missing(column))
+    is_bounded = bounds is not None and bool(np.isfinite(bounds[1]).any())
+    axes.set_title(title + (";  shaded: bounds" if is_bounded else ""))
+    if not len(rows):
+        reason = next(iter(profile.reasons_of(column)), "")
+        axes.text(0.5, 0.5, f"no figures: {reason}", transform=axes.transAxes, ha="center", va="center", wrap=True)
+        axes.set(xticks=[], yticks=[])
+        return
+    colour = COLOURS["orthogonal-filter"]
+    band = (bounds[0][rows], bounds[1][rows], colour) if is_bounded else None
+    log_lines(axes, rows, [Line("", profile.columns[column][rows], colour)], band)
+    axes.set_xlim(0, max(len(profile) - 1, 1))
+    _name_ticks(axes, profile.columns["name"])
+
+
+def _name_ticks(axes: Axes, names: np.ndarray) -> None:
+    """The names of some rows, evenly spaced, as many as fit beside each other."""
+    width = axes.get_window_extent().width
+    letter = 0.62 * NAME_SIZE * axes.figure.dpi / 72
+    longest = min(max(map(len, names)), MOST_OF_NAME)
+    count = max(2, min(len(names), int(width / ((longest + 2) * letter))))
+    rows = np.arange(0, len(names), math.ceil(max(len(names) - 1, 1) / (count - 1)))
+    axes.set_xticks(rows, [elided(str(names[row]), MOST_OF_NAME) for row in rows], fontsize=NAME_SIZE)
+    # The outer names stay within the panel.
+    labels = axes.get_xticklabels()
+    labels[0].set_horizontalalignment("left")
+    if rows[-1] > 0.95 * (len(names) - 1):
+        labels[-1].set_horizontalalignment("right")
 
 
 def save(figure: Figure, path: str | Path) -> None:

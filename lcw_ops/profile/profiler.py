@@ -28,13 +28,13 @@ from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 from lcw_ops.ops.parallel_depth.solver import Solve, record_solves
 from lcw_ops.profile import arguments as given
 from lcw_ops.profile import jacobian as spectra
-from lcw_ops.profile import machine
+from lcw_ops.profile import machine, updates
 from lcw_ops.profile.figures import failed
 from lcw_ops.profile.flops import Count, Counter
 from lcw_ops.profile.layers import Observation, RecurrenceCall, floating
 from lcw_ops.profile.passes import ModelError, Refused, Work, fully_sharded, place_of
 from lcw_ops.profile.result import Profile, Solves, Timing
-from lcw_ops.profile.rows import Gradients, Rows, first_not_finite, make_rows
+from lcw_ops.profile.rows import Gradients, Rows, first_not_finite, make_rows, new_table
 
 # Timed passes stop after this time: by then the machine's noise has been averaged over.
 TIMING_SECONDS = 10.0
@@ -54,6 +54,7 @@ def profile(
     matmul_rate: float | None = None,
     name: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Profile:
     """Measure one forward and backward pass of any model.
 
@@ -92,10 +93,14 @@ def profile(
         matmul_rate: this machine's float32 FLOP/s, if it has been measured before (``machine.matmul_rate``).
         name: the model's name in tables and plots; default: its class.
         kwargs: keyword arguments of the model, beside ``inputs``.
+        optimizer: the optimizer of the model's parameters, for the column update_ratio. It makes no step: the update of
+            SGD, Adam, AdamW and RMSprop of torch.optim, and of SGD and AdamW of lcw_ops.optim, is computed from the
+            gradients and its state. Another optimizer, or one with step hooks, makes a step that is taken back bit for
+            bit; one that needs a closure has no figure.
 
     Raises:
-        TypeError: model is not a module or is a ScriptModule, inputs hold no tensor with a dimension, or repeats is not
-            an int.
+        TypeError: model is not a module or is a ScriptModule, inputs hold no tensor with a dimension, optimizer is not
+            a torch optimizer, or repeats is not an int.
         ValueError: inputs hold no sample, a tensor of the model has no values (meta device), the loss is not a tensor
             with one element, a given loss requires no gradient, the model has neither calls of modules nor parameters,
             repeats < 1, an unknown method, or inside torch.inference_mode(). Errors of the loss are passed on, and
@@ -112,6 +117,7 @@ def profile(
         matmul_rate=matmul_rate,
         name=name,
         kwargs=kwargs,
+        optimizer=optimizer,
         begin=lambda part: None,
     )
 
@@ -132,6 +138,7 @@ def profile_by_parts(
     matmul_rate: float | None = None,
     name: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     begin: Callable[[str], None],
     weight_norms: np.ndarray | None = None,
 ) -> Profile:
@@ -148,6 +155,7 @@ def profile_by_parts(
         raise ValueError(describe("profile", "repeats", f"is {repeats}", "at least 1"))
     spectra.check_method(jacobian_method)
     given.check_model(model)
+    updates.check(optimizer)
     model = given.initialised(model)
     plain = given.unwrapped(model)
     work = Work(plain, given.bind(plain, inputs, kwargs), targets, loss, accumulates=bool(fully_sharded(plain)))
@@ -155,24 +163,25 @@ def profile_by_parts(
     with _left_as_it_was(plain, work.device):
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             begin("watched pass")
-            watched = _watched_pass(work)
+            watched = _watched_pass(work, optimizer)
             for call in watched.recurrences:
                 call.recurrence.weight_norms = weight_norms
             count = _counted_pass(work, watched)
         begin("timed passes")
         timing, peak = _timed_passes(work, repeats, watched, count, model if compiled else None)
         begin("every layer")
+        samples = work.arguments.first_tensor().shape[watched.sample_dim]
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            rows = make_rows(watched.observation, watched.gradients, jacobian)
+            rows = make_rows(watched.observation, watched.gradients, jacobian, samples)
             if jacobian:
                 _add_model_jacobian(work, jacobian_method, watched, rows)
     timing.matmul_rate = machine.matmul_rate(work.device) if matmul_rate is None else matmul_rate
     watched.absent |= rows.absent
-    columns, missing = rows.table.columns()
+    columns, missing = rows.columns()
     return Profile(
         name=name or type(plain).__name__,
         loss=watched.loss,
-        samples=work.arguments.first_tensor().shape[watched.sample_dim],
+        samples=samples,
         columns={"name": np.array(rows.names), **columns},
         jacobians={what: spectrum for what, (spectrum, _, _) in rows.jacobians.items()},
         timing=timing,
@@ -228,20 +237,21 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.reshard()
 
 
-def _watched_pass(work: Work) -> _Watched:
+def _watched_pass(work: Work, optimizer: torch.optim.Optimizer | None = None) -> _Watched:
     try:
-        return _watched_once(work)
+        return _watched_once(work, optimizer)
     except Refused:
         # The graph of the first pass is spent.
-        return _watched_once(work)
+        return _watched_once(work, optimizer)
 
 
-def _watched_once(work: Work) -> _Watched:
-    watched = _Watched(Observation(work.model, work.arguments.first_tensor().shape))
+def _watched_once(work: Work, optimizer: torch.optim.Optimizer | None) -> _Watched:
+    watched = _Watched(Observation(work.model, work.arguments.first_tensor().shape, new_table()))
     observation, one_pass = watched.observation, work.start()
     with observation.watching(), record_solves() as solves:
         try:
-            loss = one_pass.forward()
+            with observation.in_forward():
+                loss = one_pass.forward()
         except ModelError as error:
             if not observation.calls:
                 raise error.__cause__ from None
@@ -264,6 +274,13 @@ def _watched_once(work: Work) -> _Watched:
             watched.gradients.missing = watched.absent["backward pass"] = f"the backward pass failed: {failed(error)}"
         else:
             watched.gradients = Gradients.of(one_pass.differentiated, gradients)
+            if optimizer is not None:
+                # The layers of a recurrence have a row each.
+                stacked = [getattr(call.module, "weight", None) for call in watched.recurrences]
+                by_layer = {id(weight) for weight in stacked if weight is not None}
+                watched.gradients.next_updates = updates.update_norms(
+                    optimizer, one_pass.differentiated, gradients, by_layer
+                )
             if not loss.requires_grad:
                 watched.gradients.missing = "the loss requires no gradient: nothing before it does"
         watched.solves = _by_direction(solves, in_forward)

@@ -11,9 +11,12 @@ from torch.nn.parameter import is_lazy
 
 from lcw_ops.nn import OrthogonalFilterRNN
 from lcw_ops.profile import orthogonal_filter as replay
-from lcw_ops.profile.figures import FROZEN, NO_PARAMETERS, UNREACHED, Figure, Table, attempt, failed, norm
+from lcw_ops.profile import updates
+from lcw_ops.profile.figures import FROZEN, NO_PARAMETERS, UNREACHED, Figure, Table, failed
 from lcw_ops.profile.layers import LayerCall, Observation, RecurrenceCall
 from lcw_ops.profile.result import COLUMNS
+from lcw_ops.profile.statistics import norms
+from lcw_ops.profile.units import NO_LINEAR_LAYER
 
 _ONLY_OF_RECURRENCES = "it is known only for the layers of an orthogonal-filter recurrence"
 _READ = "the module was not called: its parent reads its parameters"
@@ -22,48 +25,81 @@ _RETURNED_NONE = "the module returned no floating-point numbers"
 _UNINITIALISED = "the module was not called, and has no parameters before its first call"
 _SCRIPTED = "a ScriptModule takes no hooks"
 
+_FUSED = "the recurrence is one fused op, and its replay does not form the activations"
+NO_OPTIMIZER = "no optimizer was given"
+
+# Why a row has no figure in which nothing else is said.
+_REASONS = {
+    "gradient_norm": UNREACHED,
+    "shift_angle": NO_LINEAR_LAYER,
+    **dict.fromkeys(("dead", "saturated"), "no activation function with a flat part computes or reads its output"),
+    "update_ratio": NO_OPTIMIZER,
+}
+
+
+def new_table() -> Table:
+    """An empty table with the columns of a profile."""
+    return Table({name: _REASONS.get(name, _ONLY_OF_RECURRENCES) for name in COLUMNS if name != "name"})
+
 
 @dataclass
 class Rows:
     """The table, and what was found beside it.
 
     Attributes:
-        names: one per row.
+        names: one per row. order: their rows in the table.
         jacobians: {what: (spectrum, J', e)}, the Jacobians J' 2^e of the recurrences.
         absent: what -> the reason why a Jacobian is missing.
     """
 
-    table: Table = field(default_factory=lambda: Table(tuple(name for name in COLUMNS if name != "name")))
+    table: Table
     names: list[str] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     jacobians: dict = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+
+    def columns(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(values, missing) of all rows in their order; see :meth:`Table.columns`."""
+        return self.table.columns(self.order)
 
 
 @dataclass
 class Gradients:
-    """The norms of the parameters' gradients by the parameter's id, or the reason why there are none."""
+    """The norms of the parameters' gradients and updates by the parameter's id, or the reason why there are none."""
 
     norms: dict[int, Figure] = field(default_factory=dict)
     missing: str | None = None
+    # By the parameter's id, the norms of its update and of its values; None without an optimizer.
+    next_updates: dict[int, updates.Ratio] | None = None
 
     @classmethod
     def of(cls, parameters: list[Tensor], gradients: list[Tensor | None]) -> "Gradients":
-        pairs = zip(parameters, gradients, strict=True)
-        return cls({id(parameter): attempt(norm, gradient) for parameter, gradient in pairs if gradient is not None})
+        pairs = [pair for pair in zip(parameters, gradients, strict=True) if pair[1] is not None]
+        found = norms([gradient for _, gradient in pairs])
+        return cls({id(parameter): figure for (parameter, _), figure in zip(pairs, found, strict=True)})
 
-    def of_module(self, own: list[nn.Parameter]) -> Figure:
-        """The norm over the module's matrices, or over all its parameters if it has no matrix with a gradient."""
+    def of_module(self, own: list[nn.Parameter]) -> tuple[Figure, Figure]:
+        """(norm of the gradient, update-to-weight ratio) over the module's matrices, or over all of its parameters.
+
+        All of them count if it has no matrix with a gradient.
+        """
         if not own:
-            return NO_PARAMETERS
+            return NO_PARAMETERS, NO_PARAMETERS
         trained = [parameter for parameter in own if parameter.requires_grad]
         if not trained:
-            return FROZEN
+            return FROZEN, FROZEN
         if self.missing is not None:
-            return self.missing
-        found = [(parameter, self.norms[id(parameter)]) for parameter in trained if id(parameter) in self.norms]
-        found = [figure for parameter, figure in found if parameter.dim() > 1] or [figure for _, figure in found]
+            return self.missing, self.missing
+        reached = [parameter for parameter in trained if id(parameter) in self.norms]
+        reached = [parameter for parameter in reached if parameter.dim() > 1] or reached
+        if not reached:
+            return UNREACHED, UNREACHED
+        found = [self.norms[id(parameter)] for parameter in reached]
         unknown = [figure for figure in found if isinstance(figure, str)]
-        return unknown[0] if unknown else math.hypot(*found) if found else UNREACHED
+        gradient = unknown[0] if unknown else math.hypot(*found) if len(found) > 1 else found[0]
+        if self.next_updates is None:
+            return gradient, NO_OPTIMIZER
+        return gradient, updates.ratio([self.next_updates[id(parameter)] for parameter in reached])
 
 
 class _Parameters:
@@ -89,24 +125,24 @@ class _Parameters:
         return counts
 
 
-def make_rows(observation: Observation, gradients: Gradients, jacobian: bool) -> Rows:
+def make_rows(observation: Observation, gradients: Gradients, jacobian: bool, samples: int) -> Rows:
     """All rows. ``jacobian``: also find the Jacobian h_0 -> h_L of every recurrence that is not too wide."""
-    rows, parameters = Rows(), _Parameters()
+    rows, parameters = Rows(observation.table), _Parameters()
     for call in _with_uncalled(observation, gradients):
         own = observation.own[id(call.module)]
         if isinstance(call, LayerCall):
-            figures = {
-                "parameters": parameters.count(own),
-                "state_rms": call.state_rms,
-                "gradient_norm": _gradient(call.gradient_norm, gradients),
-                "activation_shift": call.activation_shift,
-                "shift_angle": call.shift_angle,
-                "weight_gradient_norm": gradients.of_module(own),
-            }
-            rows.table.add(figures, _ONLY_OF_RECURRENCES)
             rows.names.append(call.name)
+            rows.order.append(call.row)
+            rows.table.put("parameters", call.row, parameters.count(own))
+            gradient, ratio = gradients.of_module(own)
+            rows.table.put("weight_gradient_norm", call.row, gradient)
+            rows.table.put("update_ratio", call.row, ratio)
         else:
             _add_recurrence(rows, call, parameters.by_layer(own, call), gradients, jacobian)
+    if gradients.missing is not None:
+        rows.table.replace_reason("gradient_norm", UNREACHED, gradients.missing)
+    for column in ("dead", "saturated"):
+        rows.table.copy_column(column, f"{column}_error", lambda share: np.sqrt(share * (1 - share) / samples))
     return rows
 
 
@@ -149,13 +185,19 @@ def _uncalled(observation: Observation, gradients: Gradients, module: nn.Module)
         reason = _UNINITIALISED
     elif isinstance(module, torch.jit.ScriptModule):
         reason = _SCRIPTED
-    return LayerCall(observation.call_name(module), module, reason, reason, reason, reason)
+    call = LayerCall(observation.call_name(module), module, observation.table.add())
+    for column in ("state_mean", "state_rms", "activation_shift", "shift_angle", "gradient_norm", "dead", "saturated"):
+        observation.table.put(column, call.row, reason)
+    return call
 
 
 def _add_recurrence(
     rows: Rows, call: RecurrenceCall, parameters: np.ndarray, gradients: Gradients, jacobian: bool
 ) -> None:
     recurrence, steps = call.recurrence, call.rows
+    first = rows.table.add(steps)
+    places = slice(first, first + steps)
+    rows.order += range(first, first + steps)
     rows.names += [f"{call.name}[{call.before + step}]" for step in range(1, steps + 1)]
     try:
         columns: dict[str, np.ndarray | str] = dict(_layer_columns(call))
@@ -164,8 +206,13 @@ def _add_recurrence(
         columns, reason = {}, failed(error)
     if call.is_frozen:
         columns["weight_gradient_norm"] = FROZEN
-    rows.table.add_rows(steps, {**columns, "parameters": parameters}, reason)
-    _explain(rows.table, columns)
+    for column in ("dead", "saturated"):
+        rows.table.put_rows(column, places, _FUSED)
+    rows.table.put_rows("parameters", places, parameters)
+    rows.table.put_rows("update_ratio", places, _recurrent_updates(call, gradients))
+    for column in replay.COLUMNS:
+        rows.table.put_rows(column, places, columns.get(column, reason))
+    _explain(rows.table, columns, first)
     # The Jacobian of a part would not be that of h_0 -> h_L.
     if jacobian and columns and (call.group is None or call.group.size == 1):
         what = "h_0 -> h_L" if call.name == "layer" else f"{call.name}: h_0 -> h_L"
@@ -179,6 +226,24 @@ def _add_recurrence(
             rows.absent[what] = failed(error)
     # Free the states at which the chunks of layers begin: the replay of the next recurrence keeps its own.
     recurrence.boundaries.clear()
+
+
+def _recurrent_updates(call: RecurrenceCall, gradients: Gradients) -> np.ndarray | str:
+    """The update ratio of every layer's weight; of a weight that is shared over time, the same in every row."""
+    if call.is_frozen:
+        return FROZEN
+    if gradients.missing is not None:
+        return gradients.missing
+    if gradients.next_updates is None:
+        return NO_OPTIMIZER
+    weight = getattr(call.module, "weight", None)
+    weight = call.module.weight_hh if weight is None else weight
+    found = gradients.next_updates.get(id(weight), UNREACHED)
+    if isinstance(found, str):
+        return found
+    update, norm = (norms.cpu().numpy() for norms in found)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.broadcast_to(update / norm, call.rows)
 
 
 def _layer_columns(call: RecurrenceCall) -> dict[str, np.ndarray]:
@@ -196,19 +261,20 @@ def _layer_columns(call: RecurrenceCall) -> dict[str, np.ndarray]:
     return columns
 
 
-def _explain(table: Table, columns: dict) -> None:
+def _explain(table: Table, columns: dict, first: int) -> None:
     """Reasons for the NaN of a recurrence's columns that do not come from the network's numbers."""
     for column, reason in (
         ("state_rms_bound", "the activation is not bounded"),
         ("shift_angle", "the mean input is zero"),
     ):
         if column in columns:
-            table.explain(column, np.isnan(columns[column]) & np.isfinite(columns["state_rms"]), reason)
+            unknown = np.isnan(columns[column]) & np.isfinite(columns["state_rms"])
+            table.explain(column, first + np.flatnonzero(unknown), reason)
 
 
 def first_not_finite(rows: Rows, observation: Observation) -> str | None:
     """The layer at which NaN or infinity begins: in the forward pass, or else in the backward pass; None if nowhere."""
-    columns, missing = rows.table.columns()
+    columns, missing = rows.columns()
 
     def where(column: str) -> np.ndarray:
         return np.flatnonzero(~np.isfinite(columns[column]) & (missing[column] == 0))

@@ -4,9 +4,9 @@ The units' dimension follows the module that produced the tensor: channels of a 
 a linear layer the last one. A module that passes units on (an activation, Identity, a block) has those of its input.
 """
 
-import math
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lcw_ops import _torch
 from lcw_ops._layer_kinds import is_conv, is_linear, plain_kind
 from lcw_ops.nn import InputMeanNorm
-from lcw_ops.profile.figures import Figure, attempt, norm, whole
+from lcw_ops.profile.activations import MODULES, Flat
 
 _UNITS_LAST = (
     nn.LayerNorm,
@@ -31,6 +31,8 @@ _UNITS_SECOND = (_torch.BatchNormalization, nn.GroupNorm, InputMeanNorm)
 
 # Instance norms take a single sample without a batch too; its dimensions.
 _SINGLE_SAMPLE = ((nn.InstanceNorm1d, 2), (nn.InstanceNorm2d, 3), (nn.InstanceNorm3d, 4))
+
+NO_LINEAR_LAYER = "it is not a linear layer"
 
 # The number of tensors whose units are remembered: a branch of a block may be read that many modules later.
 _REMEMBERED = 64
@@ -68,21 +70,33 @@ class UnitAxes:
     def __init__(self) -> None:
         # By storage: views and in-place results have their tensor's units. The reference keeps the key unique.
         self._known: OrderedDict[int, tuple[object, Units]] = OrderedDict()
+        self._latest: tuple[Tensor, Units] | None = None
 
-    def dimension(self, module: nn.Module, input: Tensor | None, output: Tensor) -> int:
-        """The units' dimension of ``output``, which ``module`` has just computed from ``input``."""
-        dim = _own_dimension(module, output)
-        if dim is None:
-            dim = self._inherited(input, output)
+    def dimension(
+        self, module: nn.Module | None, kind: "ModuleKind | None", input: Tensor | None, output: Tensor
+    ) -> int:
+        """The units' dimension of ``output``, which ``module`` (None: a function) has just computed from ``input``."""
+        rule = None if kind is None else kind.unit_dim
+        dim = self._inherited(input, output) if rule is None else rule(module, output)
         reference = _torch.storage_reference(output)
         if reference is not None:
-            self._known[reference.cdata] = reference, Units.of(output, dim)
-            self._known.move_to_end(reference.cdata)
-            if len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
+            known = self._known
+            self._latest = output, Units.of(output, dim)
+            known[reference.cdata] = reference, self._latest[1]
+            known.move_to_end(reference.cdata)
+            if len(known) > _REMEMBERED:
+                known.popitem(last=False)
         return dim
 
+    def forget_latest(self) -> None:
+        """Let the latest output go."""
+        self._latest = None
+
     def _inherited(self, input: Tensor | None, output: Tensor) -> int:
+        latest = self._latest
+        if latest is not None and latest[0] is input and _has(output, latest[1]):
+            # The usual case: an activation function after a layer.
+            return latest[1].dim
         reference = None if input is None else _torch.storage_reference(input)
         known = None if reference is None else self._known.get(reference.cdata)
         of_input = None if known is None else known[1].of_view(input)
@@ -129,50 +143,52 @@ def _resembling(tensor: Tensor, sources: list[Units]) -> int | None:
     return None
 
 
-def _own_dimension(module: nn.Module, output: Tensor) -> int | None:
-    """The units' dimension if the module's class decides it."""
+class ModuleKind(NamedTuple):
+    """What the profiler must know of a module's class, to be asked once per class: it takes as long as a small op.
+
+    Attributes:
+        unit_dim: the units' dimension of (module, output) if the class decides it, else None.
+        no_angle: why there is no shift angle; None for linear layers that apply their ``weight``.
+        activation: the activation function of a module of torch, see ``activations.MODULES``; None for others.
+    """
+
+    unit_dim: Callable[[Any, Tensor], int] | None
+    no_angle: str | None
+    activation: Callable[[Any], tuple[bool, Flat]] | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "ModuleKind":
+        return cls(_unit_dim(module), _no_angle(module), MODULES.get(type(module)))
+
+
+def _unit_dim(module: nn.Module) -> Callable[[Any, Tensor], int] | None:
     if is_linear(module) or isinstance(module, _UNITS_LAST):
-        return output.dim() - 1
+        return lambda module, output: output.dim() - 1
     if is_conv(module) or isinstance(module, _torch.Convolution):
         # Before the positions: an input without a batch has one dimension fewer.
-        return output.dim() - 1 - len(module.kernel_size)
+        return lambda module, output: output.dim() - 1 - len(module.kernel_size)
     if isinstance(module, _UNITS_SECOND):
-        return 0 if any(isinstance(module, kind) and output.dim() == dims for kind, dims in _SINGLE_SAMPLE) else 1
+        return lambda module, output: 0 if _is_single_sample(module, output) else 1
     return None
 
 
-def activation_shift(output: Tensor, unit_dim: int) -> Figure:
-    """The rms over units of the output's mean over samples and positions."""
-    if output.dim() < 2:
-        return f"the output has {output.dim()} dimension{'s' if output.dim() != 1 else ''}: no samples to average over"
-    others = [dim for dim in range(output.dim()) if dim != unit_dim]
-    wide = torch.complex128 if output.is_complex() else torch.float64
-    return norm(output.detach().mean(others, dtype=wide)) / math.sqrt(output.shape[unit_dim])
+def _is_single_sample(module: nn.Module, output: Tensor) -> bool:
+    return any(isinstance(module, kind) and output.dim() == dims for kind, dims in _SINGLE_SAMPLE)
 
 
-def shift_angle(module: nn.Module, input: Tensor | None) -> Figure:
-    """:func:`mean_input_angle` of a linear layer that is known to apply its ``weight``; else the reason."""
+def _no_angle(module: nn.Module) -> str | None:
     if not is_linear(module):
-        return "it is not a linear layer"
+        return NO_LINEAR_LAYER
     # A subclass may compute with another weight than the stored one.
     kind = type(module).__bases__[0] if is_parametrized(module) else plain_kind(module)
-    if kind is not nn.Linear:
-        return "its class may apply another weight than the stored one"
+    return None if kind is nn.Linear else "its class may apply another weight than the stored one"
+
+
+def no_mean_input(input: Tensor | None) -> str | None:
+    """Why the input of a linear layer has no mean over samples; None if it has one."""
     if input is None or input.dim() < 2:
         return "its input has no samples to average over"
-    if not input.is_floating_point():
-        return "its input is not real"
-    return attempt(_shift_angle, module, input)
-
-
-def _shift_angle(module: nn.Module, input: Tensor) -> Figure:
-    weight = whole(module.weight).double()
-    mean_input = input.detach().mean(tuple(range(input.dim() - 1)), dtype=torch.float64)
-    if not mean_input.any():
-        return "the mean input is zero"
-    lengths = torch.linalg.vector_norm(weight, dim=1) * norm(mean_input)
-    angles = torch.asin((weight @ mean_input / lengths).clamp_(-1, 1))
-    return math.degrees(norm(angles) / math.sqrt(len(weight)))
+    return None if input.is_floating_point() else "its input is not real"
 
 
 def root_mean_square(values: Tensor) -> Tensor:

@@ -120,9 +120,11 @@ def adamw_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of AdamW with an activated gradient. Nothing is changed in place.
 
-    The step activates the raw gradient, decays the parameter and then updates the moments:
+    The step activates the raw gradient, decays the parameter and then updates the moments::
+
         g' = f(g),  w <- (1 - lr weight_decay) w,  m = b1 m + (1 - b1) g',  v = b2 v + (1 - b2) g'^2,
-        w <- w - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps).
+        w <- w - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
+
     alpha cancels in m / sqrt(v): its only effect is on the size of sqrt(v) relative to eps.
 
     Args:

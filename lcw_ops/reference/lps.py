@@ -188,8 +188,10 @@ def joint(
     With zero_sum, the rows w of the weight sum to zero, as in LCW layers. Then the mean of a unit's inputs a has no
     effect, and the second moment of the inputs does not say how large z is. The group is the bias and the fan_in - 1
     coordinates v of w in an orthonormal basis of the zero-sum vectors, all iid N(0, s^2); or, which is the same law, w
-    is an iid row minus its mean. For one input row a with the mean abar,
-        E z^2 = s^2 (sum_i (a_i - abar)^2 + 1).
+    is an iid row minus its mean. For one input row a with the mean abar::
+
+        E z^2 = s^2 (sum_i (a_i - abar)^2 + 1)
+
     For iid inputs of variance v, E sum_i (a_i - abar)^2 = (fan_in - 1) v, so s^2 = 1 / ((fan_in - 1) v + 1).
 
     Args:

@@ -280,7 +280,7 @@ def orthogonal_filter_jvp(primals, tangents, activation="tanh", return_states=Fa
 
         dh_l = dalpha O h + alpha O dh + dbeta act(A) + beta act'(A) * (dW h + W dh + db + du)
 
-    ``primals`` and ``tangents`` are :class:`Recurrence` tuples. The filter has no tangent, and None is a tangent of 0.
+    ``primals`` and ``tangents`` are ``Recurrence`` tuples. The filter has no tangent, and None is a tangent of 0.
     """
     h0, weight, bias, filter, alpha, beta, inputs = primals
     dh0, dweight, dbias, _, dalpha, dbeta, dinputs = tangents

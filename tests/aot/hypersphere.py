@@ -11,20 +11,26 @@ def _rows(length: int, dtype: str, count: int = 4096, targets=EVERY_TARGET) -> l
     """Variants of the two kernels on rows, forward and backward."""
     launch = common.choose_row_launch(length, ITEMSIZE[dtype])
     blocks = {"BLOCKS": triton.next_power_of_2(triton.cdiv(length, launch["LANES"]))}
+    multiple = {"MULTIPLE": common.row_multiple(ITEMSIZE[dtype], length)}
     direction_launch = kernels._direction_launch(count, length, ITEMSIZE[dtype], DEVICES["sm_90"])
     return [
         variant(
             kernel,
             f"{length}-{dtype}",
             dict.fromkeys(pointers, dtype),
-            {"count": 0, "columns": length - 1},
+            {"count": 0} | lengths,
             (),
             constants,
             targets=targets,
         )
-        for kernel, pointers, constants in (
-            (kernels.direction_kernel, ("angles", "output"), direction_launch),
-            (kernels.direction_backward_kernel, ("grad_direction", "angles", "grad_angles"), blocks | launch),
+        for kernel, pointers, lengths, constants in (
+            (kernels.direction_kernel, ("angles", "output"), {"length": 0}, direction_launch | multiple),
+            (
+                kernels.direction_backward_kernel,
+                ("grad_direction", "angles", "grad_angles"),
+                {"columns": length - 1},
+                blocks | launch,
+            ),
         )
     ]
 
@@ -41,7 +47,8 @@ def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> li
         outputs |= dict.fromkeys(("products", "sines"), wide(dtype) if splits > 1 else None)
         id = f"{rows}x{units}x{features}-{dtype}-{splits}-splits"
         others = {"targets": (target,), "shared_memory": device.shared_memory}
-        lengths = {"rows": 0, "units": 0, "columns": features - 1, "features": features, "chunk": chunk}
+        launch["MULTIPLE"] = common.row_multiple(ITEMSIZE[dtype], features)
+        lengths = {"rows": 0, "units": 0, "features": 0, "chunk": chunk}
         pointers = {"x": dtype, "angles": dtype} | outputs
         constants = {"RELU": True} | launch
         variants.append(variant(kernels.gmp_linear_kernel, id, pointers, lengths, (), constants, **others))

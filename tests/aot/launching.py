@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
-import torch
 import triton
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -94,18 +93,3 @@ def assert_fits(target: str, found: dict, spilled: float = MAX_SPILLED_BYTES) ->
 def _processor_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def launch_again(launch: dict) -> None:
-    """Make a launch that `aot.recording` recorded, inside `compiling`."""
-    kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
-    arguments = {name: _argument(value) for name, value in launch["arguments"].items()}
-    kernel[(1,)](**arguments, **launch["options"])
-
-
-def _argument(value):
-    if isinstance(value, dict):
-        memory = torch.empty(32, dtype=getattr(torch, value["dtype"]))
-        # torch's allocator aligns to more than 16 bytes.
-        return memory if value["aligned"] else memory[1:]
-    return value

@@ -9,44 +9,16 @@ them.
 """
 
 import importlib
-import inspect
 import json
 import os
 import shutil
 from collections import Counter
 from pathlib import Path
 
-import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from aot import DEVICES, RECORDED_TARGET, STEMS
-
-# An integer argument of this value is neither 1 nor a multiple of 16, for which Triton compiles code of its own.
-ORDINARY = 3
-
-
-def described(kernel: InterpretedFunction, arguments: tuple, keywords: dict) -> str:
-    """All on which the compiled code depends, as JSON: the kernel, its arguments, and the options of the launch."""
-    signature = inspect.signature(kernel.fn)
-    own = {name: value for name, value in keywords.items() if name in signature.parameters}
-    options = {name: value for name, value in keywords.items() if name not in own}
-    unspecialised = kernel.kwargs.get("do_not_specialize") or ()
-    bound = signature.bind(*arguments, **own).arguments
-    constants = {name for name, one in signature.parameters.items() if "constexpr" in str(one.annotation)}
-    described = {
-        name: value if name in constants else _argument(value, name not in unspecialised)
-        for name, value in bound.items()
-    }
-    found = {"module": kernel.fn.__module__, "kernel": kernel.fn.__name__, "arguments": described, "options": options}
-    return json.dumps(found, sort_keys=True)
-
-
-def _argument(value, specialised: bool):
-    if isinstance(value, torch.Tensor):
-        return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": value.data_ptr() % 16 == 0}
-    if isinstance(value, int) and not (specialised and value == 1):
-        return 16 if specialised and value % 16 == 0 else ORDINARY
-    return float(ORDINARY) if isinstance(value, float) else value
+from lcw_ops.verification.ahead import described
 
 
 class _Recorder:

@@ -9,7 +9,8 @@ def _rows(length: int, dtype: str, targets=EVERY_TARGET) -> list[dict]:
     """Variants of the two kernels on rows, forward and backward."""
     launch = common.choose_row_launch(length, ITEMSIZE[dtype])
     launch["FITS"] = length <= launch["LANES"]
-    lengths = {"count": 0, "length": length}
+    launch["MULTIPLE"] = common.row_multiple(ITEMSIZE[dtype], length)
+    lengths = {"count": 0, "length": 0}
     return [
         variant(kernel, f"{length}-{dtype}", dict.fromkeys(pointers, dtype), lengths, (), launch, targets=targets)
         for kernel, pointers in (
@@ -31,7 +32,8 @@ def _linear(shape: tuple[int, int, int], dtype: str, targets=EVERY_TARGET) -> li
         outputs |= dict.fromkeys(("products", "squares", "exponents"), wide(dtype) if splits > 1 else None)
         id = f"{rows}x{units}x{features}-{dtype}-{splits}-splits"
         others = {"targets": (target,), "shared_memory": device.shared_memory}
-        lengths = {"rows": 0, "units": 0, "features": features, "chunk": chunk}
+        launch["MULTIPLE"] = common.row_multiple(ITEMSIZE[dtype], features)
+        lengths = {"rows": 0, "units": 0, "features": 0, "chunk": chunk}
         pointers = {"x": dtype, "weight": dtype} | outputs
         variants.append(variant(kernels.weight_norm_linear_kernel, id, pointers, lengths, (), launch, **others))
         if splits > 1:
@@ -50,4 +52,6 @@ VARIANTS = [
     *_linear((32, 4096, 4096), "bf16", targets=("sm_90", "gfx942")),
     # Rows that are not aligned: each element has an address and a mask.
     *_linear((64, 4096, 1001), "bf16"),
+    # Rows of whole vectors of 16 bytes, whose length is not a multiple of 16.
+    *_linear((64, 4096, 1000), "bf16", targets=("sm_90",)),
 ]

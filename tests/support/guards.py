@@ -1,6 +1,7 @@
 """Tensors with unreadable pages on either side: a kernel that reads or writes beyond an argument crashes the process.
 
-pytest-xdist reports such a crash as a failed test and starts a new process. Without xdist the whole run ends.
+pytest-xdist reports such a crash as a failed test and starts a new process. Without xdist the whole run ends. On a
+GPU, whose memory cannot be protected, tensors lie between NaN instead.
 """
 
 import ctypes
@@ -35,6 +36,22 @@ def writable_between_guards(tensor: Tensor, flush: str) -> Tensor:
         return tensor
     guarded = _view(_guarded_memory(tensor, flush)[2], tensor)
     return guarded.copy_(tensor)
+
+
+def between_nans(tensor: Tensor, flush: str) -> Tensor:
+    """The same tensor, of any device, with a page of NaN (integers: of their largest number) on either side.
+
+    Args:
+        tensor: any dtype and shape; it is copied in C order. A tensor without elements is returned unchanged.
+        flush: "front": the tensor begins at a multiple of PAGE bytes. "back": it ends at one, and begins anywhere.
+    """
+    if not tensor.numel():
+        return tensor
+    per_page = PAGE // tensor.element_size()
+    start = per_page if flush == "front" else per_page + -tensor.numel() % per_page
+    wrong = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    memory = tensor.new_full([start + tensor.numel() + per_page], wrong)
+    return memory[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def _guarded_memory(tensor: Tensor, flush: str) -> tuple[int, int, int]:

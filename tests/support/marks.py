@@ -14,7 +14,9 @@ SLOW: dict[str, str] = {
     r"^test_cuda_build\.py::test_compiles_for_every_generation": "nvcc compiles each CUDA source three times",
     r"^test_build\.py::.*(wheel_for_every|without_a_compiler|editable_install)": "builds or installs the package",
     r"^test_packaging\.py::.*(wheel|distribution|editable)": "builds or installs the package",
-    r"^test_gpu_command\.py::.*(every_triton_kernel|without_a_card|time_limit)": "starts benchmarks in processes",
+    r"^test_gpu_command\.py::.*(every_triton_kernel|without_a_card|time_limit|chosen_file)": (
+        "starts processes that import torch"
+    ),
     r"^test_orthogonal_filter_proof\.py::.*(fifty_thousand|grid_of_a_thousand|thousand_layers|any_call|any_wide)": (
         "float64 recurrences of that depth, and drawn calls"
     ),
@@ -25,6 +27,7 @@ SLOW: dict[str, str] = {
     r"^test_integration_export\.py::(?!test_(a_request(?!.*True)|a_trace_of|a_wrong_call|\w+_one_call))": (
         "torch's exporters and onnxruntime"
     ),
+    r"^test_contract\.py::test_on_another_device": "every check of every function again, in a process of its own",
     r"^test_conversion\.py::test_fifty_thousand": "converts and folds 50,000 layers",
     r"^test_integration_hosts\.py::(?!test_(what_is_left|no_library))": "trains and exports models of other libraries",
     r"^test_train\.py::.*(killed_process|defaults_learn)": "trains in processes that are killed and resumed",

@@ -29,7 +29,7 @@ class OrthogonalFilterMLP(_OrthogonalFilter):
         width: N, units per layer.
         depth: L, number of layers.
         out_features: size of one output.
-        filter: O, see :func:`make_filter`; a buffer, never trained. "haar" and "permutation" are random. If there are
+        filter: O, see ``make_filter``; a buffer, never trained. "haar" and "permutation" are random. If there are
             several ranks, draw the filter with the same seed on each, or broadcast the state dict. For a sharded
             module, :meth:`reset_parameters` gives every rank the same filter.
         beta: weight of the nonlinear branch, a number or (depth,) tensor; default 1 / depth. If beta does not fall with

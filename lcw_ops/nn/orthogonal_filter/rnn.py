@@ -69,8 +69,7 @@ class OrthogonalFilterRNN(_OrthogonalFilter):
         beta: weight of the nonlinear branch. Give it, or give ``length``.
         length: number of steps to remember, which sets beta = 1 / length.
 
-    Attributes:
-        weight_ih (N, input_size), weight_hh (N, N), bias (N,) or None; filter: buffer.
+    The parameters are weight_ih (N, input_size), weight_hh (N, N) and bias (N,) or None. ``filter`` is a buffer.
 
     The gradient of every step carries the factor beta. :class:`OrthogonalFilterMLP` says which eps Adam then needs.
 

@@ -193,10 +193,9 @@ def choose_kernel(device: torch.device, width: int, itemsize: int) -> str:
 
 
 def fastest_on(device: torch.device, width: int, itemsize: int) -> str | None:
-    """The kernel that was measured as the fastest on a GPU. None on other devices."""
+    """The kernel that was measured or predicted as the fastest on a GPU. None on other devices."""
     capability = backends.compute_capability(device)
-    # The table is for float32. A float64 layer takes the room of a float32 layer twice as wide.
-    return None if capability is None else fastest_kernel(width * itemsize // 4, capability)
+    return None if capability is None else fastest_kernel(width, capability, itemsize)
 
 
 def _implement_in_python(backend: str, module: str) -> None:
