@@ -62,8 +62,8 @@ FINISHED_LAYERS = 8
 
 
 def takes(states: Tensor) -> bool:
-    """Whether there are fused sweeps for states of this width and dtype, on their device."""
-    if states.dtype != torch.float32 or not 0 < states.shape[-1] <= MAX_WIDTH:
+    """Whether there are fused sweeps for states of this shape and dtype, on their device."""
+    if states.dtype != torch.float32 or states.shape[-1] > MAX_WIDTH or states.numel() == 0:
         return False
     device = device_facts(states.device)
     return device.matrix_units or device.shared_memory >= SHARED_MEMORY

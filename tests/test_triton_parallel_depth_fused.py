@@ -244,10 +244,11 @@ def test_a_wrong_permutation_gives_nan():
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype"), [(kernels.MAX_WIDTH + 1, torch.float32), (5, torch.float64), (0, torch.float32)]
+    ("rows", "width", "dtype"),
+    [(1, kernels.MAX_WIDTH + 1, torch.float32), (1, 5, torch.float64), (1, 0, torch.float32), (0, 5, torch.float32)],
 )
-def test_other_states_take_the_scan_with_a_product_outside(width, dtype):
-    scan, states = op._make_scan("triton", torch.arange(width)), torch.zeros(3, 1, width, dtype=dtype)
+def test_other_states_take_the_scan_with_a_product_outside(rows, width, dtype):
+    scan, states = op._make_scan("triton", torch.arange(width)), torch.zeros(3, rows, width, dtype=dtype)
     assert not kernels.takes(states)
     assert scan.start_fused(None, states, None) is None
     assert scan.start_fused_adjoint(None, states, None, None, None) is None
