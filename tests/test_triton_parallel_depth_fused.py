@@ -276,6 +276,20 @@ def test_chunks_fill_the_machine_once():
     assert kernels.choose_chunk(1, 1, 8, 1) == 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "matrix_units", "allowed", "precision"),
+    [(17, False, "tf32", "tf32x3"), (16, False, "tf32", "ieee"), (17, True, "tf32", "ieee"), (17, False, "ieee", "ieee")],
+)
+def test_full_tiles_take_three_tf32_products_if_the_user_allows_tf32(rows, matrix_units, allowed, precision):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = allowed
+        launch = kernels.choose_launch(64, rows, kernels.Device(132, 227 * 1024, matrix_units))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert launch["PRECISION"] == precision
+
+
 def test_auto_stays_sequential_where_nothing_was_measured():
     with lcw_ops.use_backend("triton"), solver.record_solves() as solves:
         F.orthogonal_filter(torch.randn(2, 4), torch.randn(9, 4, 4), None, torch.randperm(4), solver="auto")
