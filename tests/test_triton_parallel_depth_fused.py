@@ -278,7 +278,12 @@ def test_chunks_fill_the_machine_once():
 
 @pytest.mark.parametrize(
     ("rows", "matrix_units", "allowed", "precision"),
-    [(17, False, "tf32", "tf32x3"), (16, False, "tf32", "ieee"), (17, True, "tf32", "ieee"), (17, False, "ieee", "ieee")],
+    [
+        (17, False, "tf32", "tf32x3"),
+        (16, False, "tf32", "ieee"),
+        (17, True, "tf32", "ieee"),
+        (17, False, "ieee", "ieee"),
+    ],
 )
 def test_full_tiles_take_three_tf32_products_if_the_user_allows_tf32(rows, matrix_units, allowed, precision):
     before = torch.backends.cuda.matmul.fp32_precision
