@@ -133,7 +133,7 @@ class Sweeps:
     def finish(self, scaled: Tensor | None = None) -> Tensor:
         """Write the states of the last sweep. With ``reverse``, scaled_l <- slope_l G_l.
 
-        More sweeps may follow.
+        At least one sweep must have been made, and more may follow.
 
         Returns:
             The largest relative change of a row in the last sweep, max_i |new_i - old_i| / max_i |new_i|; (1,) in
