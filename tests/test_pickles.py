@@ -131,7 +131,8 @@ def test_profile_has_its_numbers():
     profile, result = load("Profile"), RESULTS["Profile"]
     assert isinstance(profile, lcw_ops.profile.Profile)
     assert profile.loss == result["loss"]
-    assert sorted(profile.summary()) == result["summary"]
+    # Newer versions tell more.
+    assert set(result["summary"]) <= set(profile.summary())
     columns = {name: column.tolist() for name, column in profile.columns.items()}
     # Compare as text, in which NaN equals NaN.
     assert str(columns) == str(result["columns"])

@@ -734,7 +734,9 @@ def test_spectra_in_words(figures, words):
 def test_table_without_rich(monkeypatch):
     result = profile(nn.Linear(3, 2), torch.randn(4, 3), repeats=1, matmul_rate=1.0)
     monkeypatch.setitem(__import__("sys").modules, "rich", None)
-    lines = result.table().splitlines()
+    verdict, lines = result.table().split("\n\n")[:2]
+    assert verdict == str(result.verdict())
+    lines = lines.splitlines()
     assert lines[0] == "Linear: 1 of 1 rows"
     assert lines[1].split() == ["layer", "state", "rms", "gradient", "shift", "dE/dW"]
     assert lines[2].startswith("Linear")

@@ -120,8 +120,6 @@ def test_headlines_and_plots_of_any_gradient(norms, tmp_path):
     result.plot(tmp_path / "a.png")
     finding, _ = headline.headline(result)
     assert finding
-    if norms[0] == math.inf and not hasattr(result, "verdict"):
-        assert finding.endswith("overflows at layers.0")
 
 
 # ---- Files ----

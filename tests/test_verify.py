@@ -1035,3 +1035,83 @@ def test_wide_recurrences_on_a_gpu_are_judged_as_the_form_that_runs_them():
     assert {1024, 600} <= widths["graph"]
     in_float32 = {case.width for case in cases.cases("orthogonal_filter", "graph") if case.dtype == torch.float32}
     assert min(in_float32) == 600
+
+
+# ---- Mistakes and accidents ------------------------------------------------------------------------------------------
+
+
+def test_the_lock_does_not_depend_on_the_ops(folder):
+    with (
+        preconditions.lock(folder, {"cuda": FACTS, "triton": FACTS}),
+        pytest.raises(Refused, match="another verification of this device"),
+        preconditions.lock(folder, {"triton": FACTS}),
+    ):
+        pass
+
+
+def test_only_a_file_of_verdicts_is_replaced(card, behave, tmp_path):
+    behave("well")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "packages.json").write_text('[{"name": "a package"}]')
+    for name in ("pipe", "packages.json", ".", "x" * 300):
+        with pytest.raises(ValueError, match="write is"):
+            verify("cuda", ops=[GAF], write=tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert "a package" in (tmp_path / "packages.json").read_text()
+
+
+def test_a_link_stays_a_link(card, behave, tmp_path):
+    behave("well")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    verify("cuda", ops=[GAF], write=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "file").read_text())
+
+
+def test_a_part_of_the_cases_is_no_proof_in_a_file_either(card, behave, tmp_path, monkeypatch):
+    behave("well")
+    report = verify("cuda", ops=[LCW], case="M=8")
+    assert report.right
+    (tmp_path / "file").write_text(report.to_json())
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(tmp_path / "file"))
+    assert choose() == "reference"
+
+
+def test_a_time_out_on_a_cpu_is_not_in_the_file_either(behave, folder, tmp_path, monkeypatch):
+    behave("hangs")
+    report = verify("cpu", ops=[GAF])
+    assert not report.right
+    assert json.loads(report.to_json())[0]["verdicts"] == []
+    assert [note for note in report.notes if "is not kept: a busy machine" in note]
+    assert not [note for note in report.notes if "are kept in" in note]
+
+
+@pytest.mark.parametrize("times", [float("nan"), float("inf")])
+def test_times_that_are_no_number_are_no_verdict(times, card, folder):
+    keep_verdict(folder, LCW, "triton", NARROW, times)
+    assert choose() == "reference"
+
+
+@pytest.mark.parametrize(("condition", "is_denied"), [({"dtype": "float32"}, True), ({"size": "up to 4096"}, False)])
+def test_the_deny_list_may_name_a_class(condition, is_denied, card, folder, monkeypatch):
+    keep_verdict(folder, LCW, "triton", NARROW, 1.5)
+    monkeypatch.setattr(backends, "DENIED", [{"op": LCW, "backend": "triton", "reason": "a fault", **condition}])
+    assert (choose() == "reference") == is_denied
+
+
+def test_the_interpreter_proves_nothing_about_a_card(card, behave, monkeypatch):
+    behave("well")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    report = verify("cuda", ops=[GAF])
+    assert "triton" not in [kernel.backend for kernel in report.kernels]
+    assert [note for note in report.notes if "TRITON_INTERPRET" in note]
+
+
+@pytest.mark.parametrize("program", [b"#!/bin/sh\nprintf 'GPU-1, 12, \\377\\n'\n", b"\x7fELF"])
+def test_an_nvidia_smi_that_writes_bytes_or_is_damaged(program, card, behave, monkeypatch, tmp_path):
+    behave("well")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_bytes(program)
+    tool.chmod(0o755)
+    monkeypatch.setattr(preconditions.shutil, "which", lambda name: str(tool))
+    assert verify("cuda", ops=[GAF]).right

@@ -1,7 +1,6 @@
 """``lcw-ops profile --model package.module:factory``: profile a model of the user's own, and write all forms of it."""
 
 import importlib
-import inspect
 import os
 import sys
 import traceback
@@ -40,8 +39,6 @@ def run(settings: Settings) -> int:
         sys.path.insert(0, os.getcwd())
     names = ("model", "inputs", "targets", "loss", "optimizer")
     parts = {name: _imported(name, getattr(settings, name)) for name in names}
-    if parts["optimizer"] is not None and "optimizer" not in inspect.signature(profile).parameters:
-        raise ValueError(describe_argument("--optimizer", "is given", "none: this version's profile does not take one"))
     folder = prepare_folder(settings.out)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

@@ -115,7 +115,7 @@ def unproven_reason(op: str, backend: str, capability: tuple[int, int] | None) -
 
 def _automatic_reason(op: str, backend: str, device: torch.device, kind: tuple[str, str] | None) -> str | None:
     """Returns why a kernel that could run is not the automatic choice for a class of sizes and dtypes, or None."""
-    denied = _denied_reason(op, backend, device)
+    denied = _denied_reason(op, backend, device, kind)
     if denied is not None:
         return denied
     if device.type == "cpu":
@@ -134,11 +134,17 @@ def _wrong_reason(verdict: verdicts.Verdict) -> str:
     return f"not right here, by lcw-ops verify of {verdict.date}: {verdict.reason}"
 
 
-def _denied_reason(op: str, backend: str, device: torch.device) -> str | None:
+def _denied_reason(op: str, backend: str, device: torch.device, kind: tuple[str, str] | None) -> str | None:
     for entry in DENIED:
         if (entry["op"], entry["backend"]) == (op, backend):
             conditions = {name: entry[name] for name in entry.keys() - {"op", "backend", "reason"}}
-            if conditions.items() <= verdicts.collect_facts(device, backend).items():
+            facts = verdicts.collect_facts(device, backend)
+            # An entry about one class denies the whole kernel where the class is not known.
+            facts = {
+                **facts,
+                **dict(zip(("dtype", "size"), kind or map(conditions.get, ("dtype", "size")), strict=True)),
+            }
+            if conditions.items() <= facts.items():
                 return f"denied by this version of lcw_ops: {entry['reason']}"
     return None
 

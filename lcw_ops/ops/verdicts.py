@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -314,4 +315,5 @@ def verdict_in(written, key: dict) -> Verdict | None:
     right, faster, times, reason, date = (written.get(name) for name in Verdict._fields)
     if not (isinstance(right, bool) and isinstance(faster, bool) and isinstance(reason, str) and isinstance(date, str)):
         return None
-    return Verdict(right, faster, times, reason, date) if times is None or isinstance(times, float) else None
+    is_number = isinstance(times, float) and math.isfinite(times)
+    return Verdict(right, faster, times, reason, date) if times is None or is_number else None

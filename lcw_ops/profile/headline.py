@@ -17,8 +17,7 @@ NOTABLE_JUMP = 2.0
 
 def headline(profile) -> tuple[str, str]:
     """(headline, details): the most important finding of a :class:`~lcw_ops.profile.Profile`, and figures beside it."""
-    verdict = verdict_of(profile)
-    return _finding(profile, verdict), "; ".join(_details(profile, verdict))
+    return _finding(profile), "; ".join(_details(profile))
 
 
 def gradient_fate(norms: np.ndarray, names: np.ndarray | None = None) -> str:
@@ -43,17 +42,12 @@ def gradient_fate(norms: np.ndarray, names: np.ndarray | None = None) -> str:
     return f"{'grows' if ratio > 1 else 'shrinks'} by a factor of 10^{exponent:.1f}"
 
 
-def verdict_of(profile):
-    """The profile's verdict, or None if this version of the package has none."""
-    return profile.verdict() if hasattr(profile, "verdict") else None
-
-
-def _finding(profile, verdict) -> str:
+def _finding(profile) -> str:
     if profile.failure is not None:
         return f"The model failed: {profile.failure}"
     if profile.not_finite is not None:
         return _capital(profile.not_finite)
-    return _gradient_finding(profile) if verdict is None else _capital(verdict.headline)
+    return _capital(profile.verdict().headline)
 
 
 def _capital(words: str) -> str:
@@ -70,10 +64,8 @@ def _gradient_finding(profile) -> str:
     return f"From the last to the first of {len(rows):,} rows, the gradient {gradient_fate(norms, names)}"
 
 
-def _details(profile, verdict) -> list[str]:
-    details = []
-    if verdict is not None:
-        details.append(_gradient_finding(profile))
+def _details(profile) -> list[str]:
+    details = [_gradient_finding(profile)]
     if math.isfinite(profile.loss):
         details.append(f"loss {profile.loss:.4g}")
     rows = np.flatnonzero(~profile.is_missing("gradient_norm"))

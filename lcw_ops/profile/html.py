@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lcw_ops._files import write_atomically
-from lcw_ops.profile.headline import headline, verdict_of
+from lcw_ops.profile.headline import headline
 
 # Bits of the mantissa that are kept: a relative error of 5e-7, 8e-6 or 1.2e-4. The first that keeps the file this small
 # is taken.
@@ -152,9 +152,7 @@ def _panels(profile) -> list[dict]:
 
 def _verdict(profile) -> str:
     """The findings of the profile's verdict, each with its method and its change."""
-    verdict = verdict_of(profile)
-    if verdict is None:
-        return ""
+    verdict = profile.verdict()
     items = []
     for finding in verdict.findings:
         lines = [f"<strong>{html.escape(finding.title)}</strong>, {html.escape(finding.place)}"]

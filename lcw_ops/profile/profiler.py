@@ -29,10 +29,12 @@ from lcw_ops.ops.parallel_depth.solver import Solve, record_solves
 from lcw_ops.profile import arguments as given
 from lcw_ops.profile import jacobian as spectra
 from lcw_ops.profile import machine, updates
+from lcw_ops.profile.conditions import conditions
 from lcw_ops.profile.figures import failed
 from lcw_ops.profile.flops import Count, Counter
 from lcw_ops.profile.layers import Observation, RecurrenceCall, floating
 from lcw_ops.profile.passes import ModelError, Refused, Work, fully_sharded, place_of
+from lcw_ops.profile.remedies import Experiment
 from lcw_ops.profile.result import Profile, Solves, Timing
 from lcw_ops.profile.rows import Gradients, Rows, first_not_finite, make_rows, new_table
 
@@ -55,6 +57,7 @@ def profile(
     name: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    try_remedies: bool = False,
 ) -> Profile:
     """Measure one forward and backward pass of any model.
 
@@ -97,6 +100,9 @@ def profile(
             SGD, Adam, AdamW and RMSprop of torch.optim, and of SGD and AdamW of lcw_ops.optim, is computed from the
             gradients and its state. Another optimizer, or one with step hooks, makes a step that is taken back bit for
             bit; one that needs a closure has no figure.
+        try_remedies: also make every change that the verdict proposes on a deep copy of the model, and profile the copy
+            with the same batch. The verdict then says what the change did (``Finding.outcome``). Copies are freed, and
+            the profile keeps neither model nor batch.
 
     Raises:
         TypeError: model is not a module or is a ScriptModule, inputs hold no tensor with a dimension, optimizer is not
@@ -119,6 +125,7 @@ def profile(
         kwargs=kwargs,
         optimizer=optimizer,
         begin=lambda part: None,
+        try_remedies=try_remedies,
     )
 
 
@@ -141,6 +148,7 @@ def profile_by_parts(
     optimizer: torch.optim.Optimizer | None = None,
     begin: Callable[[str], None],
     weight_norms: np.ndarray | None = None,
+    try_remedies: bool = False,
 ) -> Profile:
     """:func:`profile`, which calls ``begin`` with the name of each of ``PARTS`` before it begins.
 
@@ -178,7 +186,7 @@ def profile_by_parts(
     timing.matmul_rate = machine.matmul_rate(work.device) if matmul_rate is None else matmul_rate
     watched.absent |= rows.absent
     columns, missing = rows.columns()
-    return Profile(
+    result = Profile(
         name=name or type(plain).__name__,
         loss=watched.loss,
         samples=samples,
@@ -194,7 +202,17 @@ def profile_by_parts(
         absent=watched.absent,
         failure=watched.failure,
         not_finite=first_not_finite(rows, watched.observation),
+        modules=rows.modules,
     )
+    if try_remedies:
+
+        def measure(copied: nn.Module, same_inputs: Any, of_copy: torch.optim.Optimizer | None) -> Profile:
+            options: dict[str, Any] = {"jacobian": False, "repeats": 1, "matmul_rate": 1.0, "kwargs": kwargs}
+            return profile(copied, same_inputs, targets, loss, optimizer=of_copy, **options)
+
+        with _left_as_it_was(plain, work.device):
+            result.tried = Experiment(measure, plain, inputs, optimizer).tried(result.verdict(), result)
+    return result
 
 
 @dataclass
@@ -274,6 +292,7 @@ def _watched_once(work: Work, optimizer: torch.optim.Optimizer | None) -> _Watch
             watched.gradients.missing = watched.absent["backward pass"] = f"the backward pass failed: {failed(error)}"
         else:
             watched.gradients = Gradients.of(one_pass.differentiated, gradients)
+            watched.gradients.conditions = conditions(one_pass.differentiated, gradients, optimizer)
             if optimizer is not None:
                 # The layers of a recurrence have a row each.
                 stacked = [getattr(call.module, "weight", None) for call in watched.recurrences]

@@ -20,6 +20,8 @@ from lcw_ops._files import write_atomically
 from lcw_ops.ops.parallel_depth.solver import Solve
 from lcw_ops.profile.headline import elided
 from lcw_ops.profile.jacobian import JacobianSpectrum
+from lcw_ops.profile.remedies import judge
+from lcw_ops.profile.verdict import Verdict
 
 # The version of the JSON files' layout. It grows when a key or a column is removed or changes its meaning; new ones
 # leave it as it is.
@@ -35,6 +37,9 @@ COLUMNS = {
     "shift_angle": "degrees by which the angle of a weight vector to the mean input differs from 90, rms over units",
     "weight_gradient_norm": "norm of dE/d(weight) over all calls; of all parameters of a module without a matrix; of a "
     "weight shared over time, this step's share",
+    "gradient_condition": "rms by geometric mean of the sizes of the units' rows of dE/d(weight), or of the inputs' "
+    "columns if that is larger",
+    "underflow": "share of the 1-norm of a float16 dE/d(output) in entries whose rounding error may reach 6 %",
     "dead": "share of units whose activation function is flat (derivative at most 5 % of the largest) in all samples",
     "saturated": "share of the entries at which an activation function that is flat on both sides is flat",
     "dead_error": "standard error of dead over the samples: sqrt(p (1 - p) / samples)",
@@ -180,6 +185,8 @@ class Profile:
         absent: figures of the whole model that are missing ("time", "input -> output", ...) -> the reason.
         failure: the model's error and the module in which it was raised, if its forward pass failed.
         not_finite: the layer at which NaN or infinity begins; None if there is none.
+        modules: for every row the path of its module in the model and the name of its class.
+        tried: the verdict with the outcomes of its changes, if ``profile`` was called with ``try_remedies=True``.
     """
 
     name: str
@@ -197,10 +204,13 @@ class Profile:
     absent: dict[str, str] = field(default_factory=dict)
     failure: str | None = None
     not_finite: str | None = None
+    modules: list[tuple[str, str]] = field(default_factory=list)
+    tried: Verdict | None = None
 
     def __setstate__(self, state: dict) -> None:
-        # Profiles that were pickled before there were reasons lack these.
-        self.__dict__.update({"missing": {}, "reasons": [], "absent": {}, "failure": None, "not_finite": None} | state)
+        # Profiles that were pickled before there were reasons, or verdicts, lack these.
+        added = {"missing": {}, "reasons": [], "absent": {}, "failure": None, "not_finite": None}
+        self.__dict__.update({**added, "modules": [], "tried": None, **state})
         vars(self.timing).setdefault("uncounted", ())
 
     def reason(self, column: str, row: int) -> str | None:
@@ -222,6 +232,14 @@ class Profile:
     def __len__(self) -> int:
         return len(self.columns["name"])
 
+    def verdict(self) -> Verdict:
+        """What is wrong, in which rows, and the change that addresses it; or that nothing is wrong.
+
+        The outcomes of the changes are there if the profile was made with ``try_remedies=True``. Kinds that could not
+        be judged are listed with the reason.
+        """
+        return judge(self) if self.tried is None else self.tried
+
     def summary(self) -> dict:
         """Everything but the columns, ready for JSON; "solves" only if there are any."""
         solves = {direction: dataclasses.asdict(solves) for direction, solves in self.solves.items()}
@@ -237,12 +255,13 @@ class Profile:
             "machine": self.machine,
             **({"solves": solves} if solves else {}),
             **{name: value for name in ("absent", "failure", "not_finite") if (value := getattr(self, name))},
+            "verdict": self.verdict().summary(),
         }
 
     def table(self) -> str:
-        """A summary and the rows where most happens, for a terminal: with rich when it is installed, else plain text.
+        """The verdict, the rows where most happens and a summary, for a terminal: with rich if installed, else text.
 
-        See :func:`notable_rows` for the selection. Long names lose words in their middle.
+        ``notable_rows`` selects the rows. Long names lose words in their middle.
         """
         shown = notable_rows(self, TABLE_ROWS)
         missing = {name: self.is_missing(name) for name in TABLE_COLUMNS if name in self.columns}
@@ -253,7 +272,7 @@ class Profile:
         room = max(shutil.get_terminal_size().columns - 4 - sum(widths[1:]), LEAST_NAME)
         rows = [[elided(name, room), *cells] for name, *cells in rows]
         title = f"{self.name}: {len(shown)} of {len(self)} rows"
-        return format_table(header, rows, title) + "\n\n" + self._figures()
+        return "\n\n".join([str(self.verdict()), format_table(header, rows, title), self._figures()])
 
     def _figures(self) -> str:
         return format_table(["figure", "value"], self._figure_rows() + missing_rows(self))

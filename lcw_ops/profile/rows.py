@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lcw_ops.nn import OrthogonalFilterRNN
 from lcw_ops.profile import orthogonal_filter as replay
 from lcw_ops.profile import updates
+from lcw_ops.profile.conditions import NO_MATRIX, OF_A_RECURRENCE
 from lcw_ops.profile.figures import FROZEN, NO_PARAMETERS, UNREACHED, Figure, Table, failed
 from lcw_ops.profile.layers import LayerCall, Observation, RecurrenceCall
 from lcw_ops.profile.result import COLUMNS
@@ -33,6 +34,8 @@ _REASONS = {
     "gradient_norm": UNREACHED,
     "shift_angle": NO_LINEAR_LAYER,
     **dict.fromkeys(("dead", "saturated"), "no activation function with a flat part computes or reads its output"),
+    "gradient_condition": OF_A_RECURRENCE,
+    "underflow": "its gradient is not float16",
     "update_ratio": NO_OPTIMIZER,
 }
 
@@ -50,6 +53,7 @@ class Rows:
         names: one per row. order: their rows in the table.
         jacobians: {what: (spectrum, J', e)}, the Jacobians J' 2^e of the recurrences.
         absent: what -> the reason why a Jacobian is missing.
+        modules: for each row the path of its module and the name of its class.
     """
 
     table: Table
@@ -57,6 +61,7 @@ class Rows:
     order: list[int] = field(default_factory=list)
     jacobians: dict = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    modules: list[tuple[str, str]] = field(default_factory=list)
 
     def columns(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(values, missing) of all rows in their order; see :meth:`Table.columns`."""
@@ -65,18 +70,20 @@ class Rows:
 
 @dataclass
 class Gradients:
-    """The norms of the parameters' gradients and updates by the parameter's id, or the reason why there are none."""
+    """Figures of the parameters' gradients and updates by the parameter's id, or the reason why there are none."""
 
     norms: dict[int, Figure] = field(default_factory=dict)
     missing: str | None = None
     # By the parameter's id, the norms of its update and of its values; None without an optimizer.
     next_updates: dict[int, updates.Ratio] | None = None
+    conditions: dict[int, Figure] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parameters: list[Tensor], gradients: list[Tensor | None]) -> "Gradients":
         pairs = [pair for pair in zip(parameters, gradients, strict=True) if pair[1] is not None]
         found = norms([gradient for _, gradient in pairs])
-        return cls({id(parameter): figure for (parameter, _), figure in zip(pairs, found, strict=True)})
+        norms_by_id = {id(parameter): figure for (parameter, _), figure in zip(pairs, found, strict=True)}
+        return cls(norms_by_id)
 
     def of_module(self, own: list[nn.Parameter]) -> tuple[Figure, Figure]:
         """(norm of the gradient, update-to-weight ratio) over the module's matrices, or over all of its parameters.
@@ -100,6 +107,15 @@ class Gradients:
         if self.next_updates is None:
             return gradient, NO_OPTIMIZER
         return gradient, updates.ratio([self.next_updates[id(parameter)] for parameter in reached])
+
+    def condition_of_module(self, own: list[nn.Parameter]) -> Figure:
+        """The largest condition of the module's matrices."""
+        norm_of_module, _ = self.of_module(own)
+        if isinstance(norm_of_module, str):
+            return norm_of_module
+        found = [self.conditions[id(parameter)] for parameter in own if id(parameter) in self.conditions]
+        numbers = [figure for figure in found if not isinstance(figure, str)]
+        return max(numbers) if numbers else found[0] if found else NO_MATRIX
 
 
 class _Parameters:
@@ -128,6 +144,7 @@ class _Parameters:
 def make_rows(observation: Observation, gradients: Gradients, jacobian: bool, samples: int) -> Rows:
     """All rows. ``jacobian``: also find the Jacobian h_0 -> h_L of every recurrence that is not too wide."""
     rows, parameters = Rows(observation.table), _Parameters()
+    paths = {id(module): path for path, module in observation.model.named_modules()}
     for call in _with_uncalled(observation, gradients):
         own = observation.own[id(call.module)]
         if isinstance(call, LayerCall):
@@ -137,8 +154,10 @@ def make_rows(observation: Observation, gradients: Gradients, jacobian: bool, sa
             gradient, ratio = gradients.of_module(own)
             rows.table.put("weight_gradient_norm", call.row, gradient)
             rows.table.put("update_ratio", call.row, ratio)
+            rows.table.put("gradient_condition", call.row, gradients.condition_of_module(own))
         else:
             _add_recurrence(rows, call, parameters.by_layer(own, call), gradients, jacobian)
+        rows.modules += [(paths[id(call.module)], type(call.module).__name__)] * call.rows
     if gradients.missing is not None:
         rows.table.replace_reason("gradient_norm", UNREACHED, gradients.missing)
     for column in ("dead", "saturated"):

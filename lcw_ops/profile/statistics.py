@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcw_ops import _torch
 from lcw_ops.profile.activations import Flat
-from lcw_ops.profile.figures import Table, attempt, failed, norm, whole
+from lcw_ops.profile.figures import Figure, Table, attempt, failed, norm, whole
 
 # The entries of a block that is read at once: 512 KB in float64. Measured on an AMD EPYC with 1 MB of cache per core:
 # from 2^15 to 2^17 the time per entry is the same.
@@ -73,6 +73,8 @@ class Statistics:
 
     def add_gradient(self, row: int, gradient: Tensor) -> None:
         """gradient_norm, over all gradients of a row."""
+        if gradient.dtype is torch.float16:
+            self.table.put("underflow", row, attempt(_underflow, gradient))
         if not _is_plain(gradient) or gradient.numel() > BLOCK:
             found = attempt(norm, gradient)
             if isinstance(found, str):
@@ -248,6 +250,16 @@ def _kind(tensor: Tensor) -> tuple:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the tensor may wait and be stacked: strided, not of a subclass such as DTensor, nor torch.func's own."""
     return not _torch.in_functorch() and tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+# In float16, numbers below 8 units of its last place have a rounding error of up to 6 %.
+_COARSE = 8 * 2.0**-24
+
+
+def _underflow(gradient: Tensor) -> Figure:
+    sizes = gradient.abs().float()
+    total = sizes.sum().item()
+    return sizes[sizes < _COARSE].sum().item() / total if total else "every entry of its gradient is zero"
 
 
 def _rms(tensor: Tensor) -> float:

@@ -148,6 +148,9 @@ def _measure(case: Case, inputs: list[Tensor], results: list[Tensor]) -> list[Me
         eager_exact = _run_plainly(case, [_double(tensor) for tensor in inputs])
         slack *= ORDERS * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     eager = _run_plainly(case, inputs)
+    for index, (result, plain) in enumerate(zip(results, exact if case.dtype == torch.float64 else eager, strict=True)):
+        if result.dtype != plain.dtype:
+            raise WrongResult(f"result {index} has {result.dtype}, expected {plain.dtype}")
     return [
         Measured(
             _largest_error(index, result, wanted),

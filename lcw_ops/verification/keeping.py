@@ -52,7 +52,8 @@ class File:
     """One file for all kernels, and for several devices: what ``lcw-ops verify --json`` prints."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        # A link stays a link: the file that it names is written.
+        self._path = Path(os.path.realpath(path))
 
     def __str__(self) -> str:
         return str(self._path)
@@ -61,9 +62,14 @@ class File:
         """Raise ValueError if the file cannot be written, or is another kind of file."""
         try:
             _files.prepare_folder(self._path.parent)
+            is_new = not self._path.exists()
+            # Neither a folder nor a pipe nor a device is replaced.
+            is_ours = is_new or (
+                self._path.is_file() and (not self._path.stat().st_size or _is_ours(verdicts.load(self._path)))
+            )
         except OSError as error:
             raise ValueError(describe("verify", "write", f"is '{self._path}'", f"a file to write; {error}")) from error
-        if self._path.exists() and self._path.stat().st_size and not isinstance(verdicts.load(self._path), list):
+        if not is_ours:
             raise ValueError(describe("verify", "write", f"is '{self._path}'", "a new file, or one that --write made"))
 
     def read(self, key: dict) -> Verdict | None:
@@ -87,6 +93,13 @@ class File:
                     one["verdicts"] = [verdict for verdict in one["verdicts"] if not is_replaced(verdict)]
             kernels = [*(one for one in kernels if one.get("verdicts")), kernel]
             _files.write_atomically(self._path, lambda file: json.dump(kernels, file, indent=1))
+
+
+def _is_ours(content) -> bool:
+    """Whether it is a list of ``Kernel.as_dict``. Any other list is a file about something else."""
+    return isinstance(content, list) and all(
+        isinstance(one, dict) and isinstance(one.get("verdicts"), list) for one in content
+    )
 
 
 @contextlib.contextmanager

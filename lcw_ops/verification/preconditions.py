@@ -72,6 +72,10 @@ def find_kernels(device: torch.device, ops: Iterable[str] | None, case: str, not
         for backend in backends.IMPLEMENTED[op]
         if backends.missing_reason(op, backend, device.type) is None
     ]
+    if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        # A verdict about the interpreter would pass for one about the compiled kernels.
+        notes.append("Triton's kernels are left out: TRITON_INTERPRET=1 runs them in the interpreter. Unset it.")
+        able = [kernel for kernel in able if kernel[1] != "triton"]
     if processes.temporary_folder() is None and any(backend == "triton" for _, backend in able):
         # A kernel that could not be compiled for this reason would be called wrong.
         notes.append("Triton's kernels are left out: no folder for temporary files can be written to. Set TMPDIR.")
@@ -90,14 +94,19 @@ def refuse_a_busy_card(device: torch.device, uuid: str | None) -> None:
     if tool is None:
         return
     # Not subprocess.run: after a time-out it waits for the process, which may hang in the driver and not die.
-    users = subprocess.Popen(
-        [tool, "--query-compute-apps=gpu_uuid,pid,name", "--format=csv,noheader"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    try:
+        users = subprocess.Popen(
+            [tool, "--query-compute-apps=gpu_uuid,pid,name", "--format=csv,noheader"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            # The name of a process may be any bytes.
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError:
+        return
     try:
         found, _ = users.communicate(timeout=MOST_TOOL_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -139,7 +148,8 @@ def lock(folder: Path | None, facts: dict) -> Iterator[None]:
 
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                device = hashlib.sha256(json.dumps([one["device"] for one in facts.values()]).encode()).hexdigest()
+                # The same for every choice of ops, and so of backends.
+                device = hashlib.sha256(json.dumps(next(iter(facts.values()))["device"]).encode()).hexdigest()
                 file = stack.enter_context(open(folder / f"verify-{device[:16]}.lock", "w"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -18,7 +18,12 @@ from lcw_ops import _files
 # and the device's driver are loaded.
 CASE_SECONDS, START_SECONDS = 20.0, 180.0
 
-COMMAND = [sys.executable, "-m", "lcw_ops.verification.child"]
+# Not "-m", which would import from the current folder first: a checkout there may hold another lcw_ops.
+_START = (
+    "import sys; sys.path[:] = sys.path[1:] if sys.path[0] == '' else sys.path; "
+    "from lcw_ops.verification.child import main; main(sys.argv[1])"
+)
+COMMAND = [sys.executable, "-c", _START]
 
 
 # No line of a child is longer, in bytes, and so much of the end of its error output is kept.

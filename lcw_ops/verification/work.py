@@ -42,6 +42,8 @@ class Verification:
         self._place, self._notes, self._only = place, notes, only
         self._mutex, self._interrupted = threading.Lock(), False
         self.cases = 0
+        # The classes of which nothing was proved, because only a part was run or the machine was busy.
+        self._unproved: set[tuple[str, str, Kind]] = set()
 
     def run(self, kernels: list[tuple[str, str]], resume: bool, quiet: bool) -> list[Kernel]:
         kept = {kernel: self._read(*kernel) for kernel in kernels} if resume else {}
@@ -157,9 +159,11 @@ class Verification:
         # On a busy machine a case may exceed its time. That must not switch a kernel of the CPU off for good.
         is_busy = self._device.type == "cpu" and lost is not None and lost.timed_out and not slow
         with self._mutex:
+            if self._only or is_busy:
+                self._unproved |= {(op, backend, kind) for kind in found if self._only or kind not in wrong}
             for _ in range(steps):
                 bar.advance(f"{name_of(op, backend)}: ended")
-            self._keep(op, backend, {kind: found[kind] for kind in wrong} if is_busy else found)
+            self._keep(op, backend, {kind: found[kind] for kind in wrong} if is_busy else found, is_busy)
         return found
 
     def _in_threads(self, function: Callable[[Item], Found], items: Iterable[Item], threads: int) -> list[Found]:
@@ -172,9 +176,11 @@ class Verification:
                 # that is killed here says nothing about its kernel.
                 self._interrupted = True
                 pool.shutdown(wait=False, cancel_futures=True)
-                while not_done := wait(futures, 0.1).not_done:
-                    processes.kill_all()
-                    futures = list(not_done)
+                while futures:
+                    # The user may press Ctrl-C again.
+                    with contextlib.suppress(KeyboardInterrupt):
+                        processes.kill_all()
+                        futures = list(wait(futures, 0.1).not_done)
                 raise
 
     # ---- Keeping ----
@@ -189,8 +195,14 @@ class Verification:
         found = {kind: self._place.read(self._key(op, backend, kind)) for kind in sorted(self._kinds(op, backend))}
         return {kind: verdict for kind, verdict in found.items() if verdict is not None}
 
-    def _keep(self, op: str, backend: str, found: dict[Kind, Verdict]) -> None:
+    def _keep(self, op: str, backend: str, found: dict[Kind, Verdict], is_busy: bool) -> None:
         if self._place is None:
+            return
+        if is_busy:
+            self._notes.append(
+                f"The time-out of {name_of(op, backend)} is not kept: a busy machine may have caused it."
+            )
+        if not found:
             return
         reason = verdicts.unidentified_reason(self._facts[backend])
         try:
@@ -208,7 +220,11 @@ class Verification:
             self._notes.append(note)
 
     def _kernel(self, op: str, backend: str, found: dict[Kind, Verdict]) -> Kernel:
-        written = [{"key": self._key(op, backend, kind), **verdict._asdict()} for kind, verdict in found.items()]
+        written = [
+            {"key": self._key(op, backend, kind), **verdict._asdict()}
+            for kind, verdict in found.items()
+            if (op, backend, kind) not in self._unproved
+        ]
         return Kernel(op, backend, found, written)
 
 
