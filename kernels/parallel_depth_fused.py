@@ -189,7 +189,7 @@ def choose_launch(width: int, rows: int, device: Device) -> dict:
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         # One copy of each tile is in flight while the layer before is computed. Without copies, Triton 3.6.0 spills 2
-        # KB forward, and 3.7.1 spills 2 KB in the adjoint if the rows are padded. On AMD's, copies would take registers.
+        # KB forward, and 3.7.1 spills 2 KB in the adjoint if the rows are padded. AMD's would need more registers.
         "STAGES": 1 if device.matrix_units else 2,
         "PRECISION": "tf32x3" if is_split else "ieee",
         "num_warps": max(1, block_n * max(block_m, 16) // (512 if device.matrix_units else 256)),
