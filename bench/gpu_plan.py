@@ -200,7 +200,8 @@ def _build() -> list[Step]:
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     needs = {"setuptools"} | ({"wheel"} if _is_old_setuptools() else set())
     info = [sys.executable, "-c", "import lcw_ops; print(lcw_ops.info())"]
-    extension = ROOT / "lcw_ops/_C.abi3.so"
+    # Without nvcc, setup.py builds the C++ kernels alone. Then the step runs again, when nvcc may be there.
+    extension = ROOT / "lcw_ops/_C_cuda.abi3.so"
     return [Step("build", build, needs=frozenset(needs), makes=extension), Step("info", info, CASE_SECONDS)]
 
 
