@@ -40,7 +40,7 @@ ORDINARY = 3
 WIDE = 2**31
 # The sources of launches, the most important ones first.
 SOURCES = ("smoke", "verify", "bench", "tests")
-# What is recorded takes at most this share of the time.
+# Recording takes at most this share of the time.
 RECORDING_SHARE = 0.5
 
 
