@@ -13,9 +13,9 @@ Virtual environments, marks and the output of every part are in one folder: LCW_
 """
 
 import argparse
-import importlib.util
 import csv
 import datetime
+import importlib.util
 import json
 import os
 import platform
