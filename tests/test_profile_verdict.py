@@ -13,8 +13,9 @@ from support.profiles import measure, row
 from torch import nn
 
 import lcw_ops
-from lcw_ops.profile import profile, scale_learning_rate
+from lcw_ops.profile import profile, read, scale_learning_rate
 from lcw_ops.profile.remedies import judge
+from lcw_ops.profile.result import json_ready
 from lcw_ops.profile.verdict import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,6 +252,52 @@ def test_a_model_that_fails_is_judged_by_its_rows_so_far():
         verdict = examined(Fails()).verdict()
     assert verdict.not_judged["unused"] == "the model failed"
     assert "vanishing" in verdict.not_judged
+
+
+def test_a_model_that_fails_is_not_healthy(tmp_path):
+    with pytest.warns(RuntimeWarning):
+        result = examined(Fails())
+    verdict = result.verdict()
+    assert not verdict.is_healthy
+    assert "in the middle" in verdict.headline
+    assert "nothing is wrong" not in str(verdict)
+    result.to_json(tmp_path / "p.json")
+    result.to_html(tmp_path / "p.html")
+    assert str(read(tmp_path / "p.json").verdict()) == str(verdict)
+    assert "Nothing is wrong" not in (tmp_path / "p.html").read_text()
+
+
+@pytest.mark.parametrize("try_remedies", [False, True])
+def test_a_profile_from_json_has_the_same_verdict(try_remedies, tmp_path):
+    model = nn.Sequential()
+    # Names that look like numbers in JSON.
+    for name in ("nan", "inf", "2", "</script>", "last"):
+        model.add_module(name, nn.Sequential(nn.Linear(64, 64), nn.Tanh()))
+    with torch.no_grad():
+        model[0][0].weight.mul_(1000)
+        model[3][0].weight.mul_(1000)
+    model[4].requires_grad_(False)
+    x, y = torch.randn(16, 64), torch.randint(64, (16,))
+    result = profile(model, x, y, repeats=1, matmul_rate=1.0, jacobian=False, try_remedies=try_remedies)
+    result.to_json(tmp_path / "p.json")
+    again = read(tmp_path / "p.json")
+    assert again.modules == result.modules
+    assert "model.get_submodule('</script>.0')" in str(again.verdict())
+    assert ("Tried: " in str(again.verdict())) == try_remedies
+    assert str(again.verdict()) == str(result.verdict())
+    assert json_ready(again.verdict().summary()) == json_ready(result.verdict().summary())
+
+
+def test_no_factor_is_proposed_for_a_step_of_zero():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    optimizer = torch.optim.SGD([model[0].weight], lr=0.1)
+    options = {"repeats": 1, "matmul_rate": 1.0, "jacobian": False}
+    verdict = profile(model, torch.randn(16, 8), torch.randint(8, (16,)), optimizer=optimizer, **options).verdict()
+    finding = next(one for one in verdict if one.kind == "learning rate too small")
+    assert finding.figure == 0
+    assert finding.change == ""
 
 
 def test_an_old_profile_without_modules_is_judged():

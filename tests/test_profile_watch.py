@@ -301,3 +301,36 @@ def test_a_watch_is_what_the_function_returns():
         assert isinstance(watched, Watch)
         assert not watched.closed
     assert watched.closed
+
+
+def test_passes_without_gradients_do_not_count():
+    class Part(nn.Module):
+        """A model that runs a part of itself without gradients."""
+
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                state = self.frozen(x)
+            return self.head(state)
+
+    figures = []
+    for validates in (False, True):
+        torch.manual_seed(0)
+        model, x = Part(), torch.randn(16, 8)
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+        with watch(model, optimizer, every=1) as watched:
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                if validates:
+                    with torch.no_grad():
+                        model(1000 * x)
+                    with torch.no_grad(), pytest.raises(RuntimeError):
+                        model(x[:, :3])
+                optimizer.step()
+        figures.append(watched.columns["state_rms"])
+    assert np.isfinite(figures[0]).all()
+    np.testing.assert_array_equal(figures[0], figures[1])

@@ -142,10 +142,19 @@ def test_json_is_read_back_whole(tmp_path):
     assert again._figures() == result._figures()
     again.to_json(tmp_path / "b.json")
     contents = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
-    for content in contents:
-        # A verdict may depend on the model's modules, which are not in the file.
-        content.pop("verdict", None)
     assert contents[0] == contents[1]
+
+
+def test_a_profile_from_csv_has_its_table_page_and_plot(tmp_path):
+    measure(net(), torch.randn(8, 8)).to_csv(tmp_path / "a.csv")
+    again = read(tmp_path / "a.csv")
+    assert "Verdict: " in again.table()
+    assert "threads" not in again.table()
+    assert "GFLOP" not in again.table()
+    again.to_html(tmp_path / "a.html")
+    again.plot(tmp_path / "a.png")
+    assert (tmp_path / "a.html").stat().st_size > 10_000
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_csv_is_read_back(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 from lcw_ops._checks import describe
 from lcw_ops.profile.jacobian import JacobianSpectrum
 from lcw_ops.profile.result import COLUMNS, SCHEMA_VERSION, Profile, Solves, Timing
+from lcw_ops.profile.verdict import KINDS, Finding, Outcome, Verdict
 
 _EMPTY_CELL = "the cell is empty in the file"
 
@@ -66,7 +67,30 @@ def _read_json(path: Path) -> Profile:
         absent=content.get("absent", {}),
         failure=content.get("failure"),
         not_finite=content.get("not_finite"),
+        modules=_modules(content.get("modules", {}), len(columns["name"])),
+        tried=_tried(content.get("verdict", {}), len(columns["name"])),
     )
+
+
+def _modules(lists: dict[str, list], rows: int) -> list[tuple[str, str]]:
+    """Path and class of every row's module; [] if the file is older than this key."""
+    modules = list(zip(lists.get("path", []), lists.get("class", []), strict=False))
+    return modules if len(modules) == rows else []
+
+
+def _tried(verdict: dict, rows: int) -> Verdict | None:
+    """The verdict with its outcomes, which no column tells; None if no change was tried."""
+    found = [one for one in verdict.get("findings", []) if one.get("kind") in KINDS]
+    if not any(one.get("outcome") for one in found):
+        return None
+    findings = [
+        Finding(**{**_fields(Finding, one), "outcome": Outcome(**_fields(Outcome, outcome)) if outcome else None})
+        for one in found
+        for outcome in [one.get("outcome")]
+    ]
+    judged = [kind for kind in verdict.get("judged", []) if kind in KINDS]
+    not_judged = {kind: reason for kind, reason in verdict.get("not_judged", {}).items() if kind in KINDS}
+    return Verdict(findings, judged, not_judged, rows, verdict.get("failure"))
 
 
 def _numbers(values: list) -> np.ndarray:
@@ -91,12 +115,19 @@ def _missing(content: dict, columns: dict[str, np.ndarray]) -> tuple[dict[str, n
 
 def _fields(kind: type, figures: dict) -> dict:
     """The entries that the dataclass has; strings of numbers as numbers, lists as tuples."""
-    return {field.name: _value(figures[field.name]) for field in dataclasses.fields(kind) if field.name in figures}
+    return {
+        field.name: _value(figures[field.name], field.type)
+        for field in dataclasses.fields(kind)
+        if field.name in figures
+    }
 
 
-def _value(value):
+def _value(value, kind):
     if isinstance(value, list):
         return tuple(value)
+    if kind is str:
+        # A module may be called "nan".
+        return value
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 

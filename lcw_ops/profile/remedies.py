@@ -72,7 +72,7 @@ def judge(profile: Measured, kinds: Iterable[str] | None = None) -> Verdict:
                     change=change,
                 )
             )
-    return Verdict(findings, judged, not_judged, len(profile))
+    return Verdict(findings, judged, not_judged, len(profile), profile.failure)
 
 
 def remedy(profile: Measured, kind: str, found: Range) -> tuple[str, str]:
@@ -161,8 +161,10 @@ def _gaf(profile: Measured, found: Range) -> tuple[str, str]:
 
 def _rate(profile: Measured, found: Range) -> tuple[str, str]:
     target = LARGEST_RATIO if found.figure > LARGEST_RATIO else SMALLEST_RATIO
+    if found.figure == 0:
+        return "none of the learning rate's: the step is zero. Look for the layer at which the gradient ends", ""
     method = f"a learning rate at which a step changes the weights by about {target:.0e} of their size"
-    factor = target / found.figure if found.figure > 0 else 1.0
+    factor = target / found.figure
     paths = _paths(profile, found)
     if not paths or len(paths) == len(_paths(profile, Range(0, len(profile) - 1, 0.0))):
         return method, f'[group.update(lr={factor:.1g} * group["lr"]) for group in optimizer.param_groups]'

@@ -69,9 +69,6 @@ TABLE_COLUMNS = {
 # The number of rows that the table shows.
 TABLE_ROWS = 12
 
-# The version of the layout of JSON files. It grows when a key changes its meaning; new keys and columns do not count.
-SCHEMA_VERSION = 1
-
 # The share of the table's rows that is spread evenly, however little happens there.
 EVEN_SHARE = 0.25
 
@@ -311,8 +308,10 @@ class Profile:
         return csv_rows(self.columns, {name: self.is_missing(name) for name in self.columns if name != "name"})
 
     def to_json(self, path: str | Path) -> None:
-        """Write the summary, all columns, and "missing": column -> reason -> ranges of rows [first, last], from 0.
+        """Write the summary, all columns, "modules" and "missing".
 
+        "missing" has column -> reason -> ranges of rows [first, last], from 0. "modules" has the lists "path" and
+        "class", with one element per row: the verdict's changes depend on them.
         See the top of this file for infinities and NaN.
         """
         missing = {
@@ -320,10 +319,12 @@ class Profile:
             for column, numbers in self.missing.items()
             if numbers.any()
         }
+        paths, classes = ([module[part] for module in self.modules] for part in (0, 1))
         content = {
             "schema_version": SCHEMA_VERSION,
             **self.summary(),
             "columns": {name: column.tolist() for name, column in self.columns.items()},
+            **({"modules": {"path": paths, "class": classes}} if self.modules else {}),
             **({"missing": missing} if missing else {}),
         }
         write_atomically(path, lambda file: write_json(file, content))
@@ -406,10 +407,13 @@ def timing_rows(profile: Profile) -> list[list[str]]:
         ]
     if timing.uncounted:
         rows.append(["not counted", ", ".join(timing.uncounted)])
-    rows.append(["matmul rate (float32)", f"{timing.matmul_rate / 1e9:.4g} GFLOP/s"])
+    if not math.isnan(timing.matmul_rate):
+        rows.append(["matmul rate (float32)", f"{timing.matmul_rate / 1e9:.4g} GFLOP/s"])
     if profile.peak_memory_bytes is not None:
         rows.append(["peak memory", f"{profile.peak_memory_bytes / 1e9:.2f} GB"])
-    rows.append(["backend", f"{profile.backend}, {profile.machine['threads']} threads"])
+    if "threads" in profile.machine:
+        # CSV has no machine.
+        rows.append(["backend", f"{profile.backend}, {profile.machine['threads']} threads"])
     return rows
 
 

@@ -134,17 +134,19 @@ class Verdict:
         judged: the kinds that could be judged.
         not_judged: kind -> the reason.
         rows: the number of rows of the profile.
+        failure: the model's error and its place, if the model failed and only the rows before could be judged.
     """
 
     findings: list[Finding] = field(default_factory=list)
     judged: list[str] = field(default_factory=list)
     not_judged: dict[str, str] = field(default_factory=dict)
     rows: int = 0
+    failure: str | None = None
 
     @property
     def is_healthy(self) -> bool:
-        """Whether nothing was found. Kinds that were not judged may still be present."""
-        return not self.findings
+        """Whether the model ran and nothing was found. Kinds that were not judged may still be present."""
+        return not self.findings and self.failure is None
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
@@ -158,7 +160,9 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """One line: the number of findings and the first of them, or that nothing is wrong."""
+        """One line: the model's failure, or the first finding and the number of others, or that nothing is wrong."""
+        if self.failure is not None:
+            return f"the model failed: {self.failure}"
         if not self.findings:
             rows = f"{self.rows:,} row{'' if self.rows == 1 else 's'}"
             return f"nothing is wrong in {rows}, by {len(self.judged)} of {len(KINDS)} checks"
@@ -167,10 +171,13 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """The verdict in words, for a terminal."""
-        if not self.findings:
+        number_found = f"{len(self.findings)} finding{'' if len(self.findings) == 1 else 's'}"
+        if self.failure is not None:
+            found = [f"Verdict: {self.headline}. In the rows before: {number_found}."]
+        elif not self.findings:
             found = [f"Verdict: {self.headline}."]
         else:
-            found = [f"Verdict: {len(self.findings)} finding{'s' if len(self.findings) > 1 else ''}."]
+            found = [f"Verdict: {number_found}."]
         for number, finding in enumerate(self.findings, 1):
             found.append(f"{number}. {finding}")
             if finding.method:
@@ -195,6 +202,7 @@ class Verdict:
             "findings": [asdict(finding) for finding in self.findings],
             "judged": self.judged,
             "not_judged": self.not_judged,
+            **({} if self.failure is None else {"failure": self.failure}),
         }
 
 
@@ -209,7 +217,12 @@ def _figures(profile: Measured, column: str) -> tuple[np.ndarray, np.ndarray]:
     rows = np.flatnonzero(~profile.is_missing(column) & np.isfinite(values))
     if not len(rows):
         reasons = profile.reasons_of(column)
-        most = max(reasons, key=lambda reason: len(reasons[reason]), default="no row has a finite figure")
+        # Of equally frequent reasons that of the first row: their order differs in a profile from a file.
+        most = max(
+            reasons,
+            key=lambda reason: (len(reasons[reason]), -reasons[reason][0]),
+            default="no row has a finite figure",
+        )
         raise NotJudged(f"no row has the figure {column}: {most}")
     return rows, values[rows]
 

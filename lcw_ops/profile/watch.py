@@ -90,7 +90,7 @@ class Watch:
         self._step, self._handles = 0, list[Any]()
         self._states: dict[int, list[tuple[Tensor, int]]] = {}
         self._gradients: dict[int, list[Tensor]] = {}
-        self._is_after_backward = False
+        self._is_after_backward, self._evaluates = False, False
         self._before: dict[int, Tensor] = {}
         self._observation: _Observation | None = None
         self._of_optimizer = [
@@ -163,6 +163,8 @@ class Watch:
         for place, (_, module, _, count) in enumerate(self._rows):
             if count == 1:
                 self._handles.append(module.register_forward_hook(self._recorder(place)))
+        # After the model's own recorder, if it has one.
+        self._handles.append(self._model.register_forward_hook(self._after_forward, always_call=True))
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -175,7 +177,12 @@ class Watch:
         self._gradients.clear()
         self._is_after_backward = False
 
+    def _after_forward(self, *_) -> None:
+        self._evaluates = False
+
     def _before_forward(self, *_) -> None:
+        # The model may run parts of itself without gradients; a pass that begins without them is no training.
+        self._evaluates = not torch.is_grad_enabled()
         # A GradScaler leaves out steps with infinite gradients. What was seen before then is not part of this step.
         if self._is_after_backward and all(parameter.grad is None for parameter in self._parameters()):
             self._forget()
@@ -186,7 +193,7 @@ class Watch:
     def _recorder(self, place: int) -> Callable:
         def record(module: nn.Module, args: tuple, output: Any) -> None:
             tensors = [tensor for tensor in floating(output) if tensor.numel()]
-            if not tensors or torch.compiler.is_compiling():
+            if not tensors or self._evaluates or torch.compiler.is_compiling():
                 return
             state = tensors[0].detach()
             self._states.setdefault(place, []).append((_square_sum(state), state.numel()))
