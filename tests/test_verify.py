@@ -1032,9 +1032,20 @@ def test_wide_recurrences_on_a_gpu_are_judged_as_the_form_that_runs_them():
     }
     assert max(widths["triton"]) == 128
     assert max(widths["cuda"]) == 512
-    assert {1024, 600} <= widths["graph"]
+    assert {1024, 601} <= widths["graph"]
     in_float32 = {case.width for case in cases.cases("orthogonal_filter", "graph") if case.dtype == torch.float32}
-    assert min(in_float32) == 600
+    assert min(in_float32) == 601
+
+
+@pytest.mark.parametrize("backend", backends.IMPLEMENTED["orthogonal_filter"])
+def test_every_class_that_decides_for_16_bits_judges_them(backend):
+    """The class of a recurrence is that of its state, so float32's decides for 16-bit tensors of any width in it."""
+    found = cases.cases("orthogonal_filter", backend)
+    for kind in {case.kind for case in found}:
+        of_class = [case for case in found if case.kind == kind]
+        assert {case.dtype.itemsize for case in of_class} == ({2, 4} if kind.dtype == "float32" else {8}), kind
+        # Kernels read rows of such a width element by element.
+        assert any(case.width % 8 for case in of_class), kind
 
 
 # ---- Mistakes and accidents ------------------------------------------------------------------------------------------
