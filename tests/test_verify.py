@@ -123,6 +123,7 @@ def test_a_process_reads_once(card, behave, folder):
     ("behaviour", "reason"),
     [
         ("hangs", r"^no: timed out in case beside \d+$"),
+        ("hangs while timing", r"^no: timed out in speed, up to 1024$"),
         ("crashes", r"^no: crashed in case up to 4096: SIGSEGV"),
         ("raises", r"^no: crashed in case up to 4096: RuntimeError: CUDA error: an illegal memory access"),
         ("half a line", r"^no: crashed in case up to 4096: it ended in the middle of a line"),
@@ -155,12 +156,13 @@ def test_a_kernel_that_fails_is_not_chosen(behaviour, reason, card, behave):
     assert verdict.reason in report.block()
 
 
-def test_a_time_out_on_a_cpu_is_reported_and_not_kept(behave, folder):
+@pytest.mark.parametrize(("behaviour", "place"), [("hangs", "case beside"), ("hangs while timing", "speed, any")])
+def test_a_time_out_on_a_cpu_is_reported_and_not_kept(behaviour, place, behave, folder):
     """A busy machine may have caused it."""
-    behave("hangs")
+    behave(behaviour)
     report = verify("cpu", ops=[GAF])
     assert not report.right
-    assert "timed out in case" in report.block()
+    assert f"no: timed out in {place}" in report.block()
     assert not list(folder.glob("verdict-*"))
     forget()
     assert backends.choose(GAF, torch.device("cpu")) == "cpp"
@@ -254,7 +256,6 @@ def _state(process: int) -> str:
     [
         ("slow", "right, but 0.70 times as fast as plain torch in speed, any"),
         ("disturbed", "right; not timed: the time of a copy changed by 18%"),
-        ("hangs while timing", "right; not timed: timed out in speed, any"),
     ],
 )
 def test_what_is_right_but_not_faster_is_not_chosen(behaviour, reason, card, behave):
