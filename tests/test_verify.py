@@ -653,6 +653,19 @@ def test_resume_leaves_out_what_has_its_verdicts(card, behave, folder):
     assert sum(line.startswith("run") for line in log()[count:]) == 1
 
 
+@pytest.mark.parametrize(("behaviour", "expected"), [("well", 0), ("slow", 0), ("wrong", 1)])
+def test_a_kept_verdict_decides_about_the_exit_code(behaviour, expected, card, behave, capsys):
+    command = ["verify", "--device", "cuda:0", "--ops", GAF, "--resume"]
+    log = behave(behaviour)
+    assert cli.main(command) == expected
+    first, count = capsys.readouterr().out, len(log())
+    assert cli.main(command) == expected
+    assert [line.split()[0] for line in log()[count:]] == ["describe"]
+    assert re.findall(rf"^{GAF} .*", capsys.readouterr().out, re.MULTILINE) == re.findall(
+        rf"^{GAF} .*", first, re.MULTILINE
+    )
+
+
 def test_kernels_without_such_a_case_are_left_out(card, behave):
     behave("well")
     report = verify("cuda:0", case="GmP, M=8, m=577, float32")
