@@ -798,6 +798,31 @@ def test_a_card_that_is_in_use_is_refused(card, behave, monkeypatch, tmp_path):
             verify("cuda:0", ops=[GAF])
 
 
+@pytest.mark.parametrize(
+    ("user", "is_own"), [("self", True), ("child", True), ("grandchild", True), ("parent", False), ("[N/A]", False)]
+)
+def test_a_card_that_this_process_uses_is_not_refused(user, is_own, card, monkeypatch, tmp_path):
+    """A notebook that has the card open may call lcw_ops.verify()."""
+    if sys.platform != "linux" and "child" in user:
+        pytest.skip("only Linux tells who has started a process")
+    script = "sleep 60 & echo $!; wait" if user == "grandchild" else "echo $$; exec sleep 60"
+    child = subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        started = child.stdout.readline().strip()
+        number = {"self": os.getpid(), "parent": os.getppid(), "[N/A]": "[N/A]"}.get(user, started)
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho 'GPU-01234567-89ab-cdef, {number}, python'\n")
+        tool.chmod(0o755)
+        monkeypatch.setattr(preconditions.shutil, "which", lambda name: str(tool))
+        refusal = re.escape(f"used by another process: {number}, python")
+        with contextlib.nullcontext() if is_own else pytest.raises(Refused, match=refusal):
+            preconditions.refuse_a_busy_card(CARD, FACTS["device"])
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+
+
 def test_a_device_without_kernels_is_refused(card, behave, monkeypatch):
     log = behave("well")
     monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: "not built")

@@ -115,8 +115,23 @@ def refuse_a_busy_card(device: torch.device, uuid: str | None) -> None:
     for line in found.splitlines() if users.returncode == 0 else ():
         user, _, process = line.partition(",")
         # "GPU-" or "MIG-" before the number, and dashes in it.
-        if user.strip()[4:].replace("-", "").lower() == uuid:
+        if user.strip()[4:].replace("-", "").lower() == uuid and not _is_own(process.partition(",")[0].strip()):
             raise Refused(_busy(device, f"used by another process: {process.strip()}"))
+
+
+def _is_own(process: str) -> bool:
+    """Whether the number is that of this process or, on Linux, of one that it started."""
+    seen: set[str] = set()
+    while process not in seen:
+        if process == str(os.getpid()):
+            return True
+        seen.add(process)
+        try:
+            # The name, in parentheses, may have any characters. The state and the parent follow.
+            process = Path(f"/proc/{int(process)}/stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+        except (OSError, ValueError, IndexError):
+            return False
+    return False
 
 
 def _busy(device: torch.device, how: str) -> str:
