@@ -831,13 +831,37 @@ def test_a_device_without_kernels_is_refused(card, behave, monkeypatch):
     assert log() == []
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_never_inside_a_job(name, card, behave, monkeypatch):
+JOB_NAMES = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "SLURM_PROCID"]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [{"WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "2"}, {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}],
+    ids=str,
+)
+def test_never_inside_a_job(job, card, behave, monkeypatch):
     log = behave("well")
-    monkeypatch.setenv(name, "2")
+    for name in JOB_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(Refused, match="belongs to a distributed job"):
         verify("cuda:0")
     assert log() == []
+
+
+@pytest.mark.parametrize(
+    "job",
+    [{"SLURM_NTASKS": "8"}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_PROCID": "0"}, {"PMI_SIZE": "1"}],
+    ids=str,
+)
+def test_one_task_is_no_job(job, monkeypatch):
+    """The shell of an allocation, and srun -n 1."""
+    for name in JOB_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    preconditions.refuse_inside_a_job()
 
 
 def test_a_device_that_cannot_be_opened(card, monkeypatch, tmp_path):

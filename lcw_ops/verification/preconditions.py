@@ -28,12 +28,15 @@ class Refused(RuntimeError):
 
 def refuse_inside_a_job() -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    # torchrun sets the first one, and mpirun the second.
-    sizes = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")]
+    # torchrun sets the first one, Open MPI the second, and MPICH and its kin the third.
+    sizes = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    # The shell of an allocation has the number of tasks too, but no task has been started there.
+    if os.environ.get("SLURM_PROCID"):
+        sizes.append(os.environ.get("SLURM_NTASKS", "1"))
     if distributed or any(size not in ("", "1") for size in sizes):
         raise Refused(
             "verify: this process belongs to a distributed job, whose ranks would disturb the timings. Run lcw-ops "
-            "verify once, before the job; all ranks read the same verdicts."
+            "verify once, before the job, in an allocation of Slurm with srun -n 1; all ranks read the same verdicts."
         )
 
 
