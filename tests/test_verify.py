@@ -156,6 +156,56 @@ def test_a_kernel_that_fails_is_not_chosen(behaviour, reason, card, behave):
     assert verdict.reason in report.block()
 
 
+BROKEN_LINES = [
+    {"case": 1},
+    {"case": ["any"]},
+    {"kind": None, "right": True},
+    {"kind": ["any"], "right": True},
+    {"kind": [["any"], "any"], "right": True},
+    {"kind": ["any", "any"]},
+    {"kind": ["any", "any"], "right": 1},
+    {"kind": ["any", "any"], "right": "yes"},
+    {"kind": ["any", "any"], "right": False},
+    {"kind": ["any", "any"], "right": False, "reason": None},
+    {"kind": ["any", "any"], "times": "2", "faster": True, "label": "x"},
+    {"kind": ["any", "any"], "times": float("nan"), "faster": True, "label": "x"},
+    {"kind": ["any", "any"], "times": 2.0, "label": "x"},
+    {"kind": ["any", "any"], "times": 2.0, "faster": True},
+    {"kind": ["any", "any"], "untimed": 1},
+]
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES, ids=json.dumps)
+def test_a_line_that_lacks_a_part_is_a_crash(line):
+    assert not processes._is_whole(line)
+    with pytest.raises(processes.Lost, match="crashed in a case: it wrote a line that lacks a part"):
+        processes._parse(json.dumps(line).encode(), "a case")
+
+
+@pytest.mark.parametrize("line", [{"kind": ["any", "any"]}, {"kind": ["any", "any"], "times": 2.0}], ids=json.dumps)
+def test_a_broken_line_ends_its_child_and_not_the_run(line, card, behave):
+    behave(json.dumps(line))
+    report = verify("cuda:0", ops=[GAF])
+    assert len(report.kernels) == len(backends.IMPLEMENTED[GAF])
+    for kernel in report.kernels:
+        assert not kernel.right
+        assert kernel.reason.startswith("no: crashed in case any: it wrote a line that lacks a part: b'{")
+
+
+def test_a_class_that_the_op_has_not_proves_nothing(behave, folder):
+    behave(json.dumps({"kind": ["float32", "up to 7"], "right": False, "reason": "an unknown class"}))
+    report = verify("cpu", ops=[GAF])
+    assert report.right
+    assert "unknown" not in report.to_json()
+
+
+@pytest.mark.parametrize("found", ["1", "{}", '{"facts": {}, "used": 0}', '{"facts": {"cpp": 1}, "used": 0}'])
+def test_a_description_that_lacks_a_part_is_a_refusal(found, card, behave):
+    behave(f"done: {found}")
+    with pytest.raises(Refused, match="cuda:0 cannot be opened: a process crashed: its last line lacks a part"):
+        verify("cuda:0", ops=[GAF])
+
+
 @pytest.mark.parametrize(("behaviour", "place"), [("hangs", "case beside"), ("hangs while timing", "speed, any")])
 def test_a_time_out_on_a_cpu_is_reported_and_not_kept(behaviour, place, behave, folder):
     """A busy machine may have caused it."""

@@ -149,11 +149,25 @@ def describe_device(device: torch.device, names: list[str]) -> dict:
     job = {"job": "describe", "device": str(device), "backends": names}
     try:
         *_, last = processes.run(job)
+        found = _described(last, names)
     except processes.Lost as error:
         raise Refused(f"verify: {device} cannot be opened: a process {error}") from error
-    found = last["done"]
     if found["used"] > MOST_USED_BYTES:
         raise Refused(_busy(device, f"in use: {found['used'] / 2**30:.1f} GiB of its memory are taken"))
+    return found
+
+
+def _described(line: dict, names: list[str]) -> dict:
+    """What a child has found out. Raises Lost if a part is missing."""
+    found = line["done"] if isinstance(line.get("done"), dict) else {}
+    facts = found.get("facts")
+    # The parts of a key that this process reads.
+    parts = ("device", "name", "driver")
+    is_whole = isinstance(facts, dict) and all(
+        isinstance(facts.get(name), dict) and facts[name].keys() >= set(parts) for name in names
+    )
+    if not is_whole or not isinstance(found.get("used"), int) or not isinstance(found.get("card", ""), dict | None):
+        raise processes.Lost(f"crashed: its last line lacks a part: {json.dumps(line)[:200]}")
     return found
 
 

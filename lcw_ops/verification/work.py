@@ -161,7 +161,8 @@ class Verification:
                 self._unproved |= {(op, backend, kind) for kind in found if self._only or kind not in wrong}
             for _ in range(steps):
                 bar.advance(f"{name_of(op, backend)}: ended")
-            self._keep(op, backend, {kind: found[kind] for kind in wrong} if is_busy else found, is_busy)
+            kept = {kind: verdict for kind, verdict in found.items() if kind in wrong or not is_busy}
+            self._keep(op, backend, kept, is_busy)
         return found
 
     def _in_threads(self, function: Callable[[Item], Found], items: Iterable[Item], threads: int) -> list[Found]:
