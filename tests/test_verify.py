@@ -831,6 +831,33 @@ def test_info_shows_the_verdicts(card, behave):
     assert "lcw-ops verify --device cuda:0 makes them" in _info._verification_line()
 
 
+UNREADABLE = {
+    "missing": "there is no such file",
+    "folder": "it is not a file",
+    "pipe": "it is not a file",
+    "damaged": "it is not a file that lcw-ops verify --write made",
+    "no list": "it is not a file that lcw-ops verify --write made",
+    "x" * 300: "File name too long",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), UNREADABLE.items(), ids=lambda text: text[:10])
+def test_info_says_that_the_file_of_verdicts_cannot_be_read(name, reason, folder, tmp_path, monkeypatch):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif name in ("damaged", "no list"):
+        path.write_text("{" if name == "damaged" else "{}")
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(path))
+    assert f"LCW_OPS_VERDICTS is {path}, which cannot be read: {reason}; lcw-ops verify" in lcw_ops.info()
+    good = tmp_path / "good"
+    good.write_text("[]")
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(good))
+    assert f"Verdicts about kernels are read from {good}; lcw-ops verify" in lcw_ops.info()
+
+
 # ---- Conditions ------------------------------------------------------------------------------------------------------
 
 

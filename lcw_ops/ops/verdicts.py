@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,6 +285,23 @@ def find_all(op: str, backend: str, device: torch.device) -> Iterator[tuple[Kind
 @functools.cache
 def _shipped() -> dict[str, dict]:
     return verdicts_of(load(shipped_file()))
+
+
+def unreadable_reason() -> str | None:
+    """Returns why the file of LCW_OPS_VERDICTS cannot be read, or None if it can or the variable is unset."""
+    path = shipped_file()
+    if path is None:
+        return None
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "it is not a file"
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        return "there is no such file"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if isinstance(load(path), list) else "it is not a file that lcw-ops verify --write made"
 
 
 def verdicts_of(kernels) -> dict[str, dict]:
