@@ -48,11 +48,12 @@ def main(arguments: list[str]) -> int:
     # Build for this card alone.
     os.environ.setdefault("LCW_OPS_CUDA_ARCHS", architecture(card["generation"]))
     key = gpu_runner.sources_key(*card.values())
+    history = gpu_runner.History(folder, key, kept=results if faked else KEPT)
+    if reason := history.open():
+        return _refuse(reason)
     if not faked:
-        return gpu_runner.run(plan, folder, gpu_runner.History(folder, key), args.again)
-    plan = gpu_fakes.play(plan, results)
-    history = gpu_runner.History(folder, key, kept=results)
-    return gpu_runner.run(plan, folder, history, args.again, gpu_fakes.HEADING)
+        return gpu_runner.run(plan, folder, history, args.again)
+    return gpu_runner.run(gpu_fakes.play(plan, results), folder, history, args.again, gpu_fakes.HEADING)
 
 
 def architecture(generation: str) -> str:

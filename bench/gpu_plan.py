@@ -83,6 +83,8 @@ class Step:
     needs: frozenset[str] = frozenset()
     # A file or folder that the step makes. Without it, a step that has passed runs again.
     makes: Path | None = None
+    # Whether the step runs again although it has passed: it looks itself for the work that is left.
+    repeats: bool = False
     # The file beside the log that gets the standard output; without a name, the log gets it.
     output: str | None = None
     # The tools that are played by others, for the log; empty: none.
@@ -170,7 +172,9 @@ def _unknown_part(word: str, plan: dict[str, list[Step]]) -> str:
 
 def stems() -> list[str]:
     """The methods that have a Triton kernel, by the names of their files in kernels/."""
-    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if path.stem not in ("angles", "common"))
+    # parallel_depth.py and parallel_depth_fused.py are one method.
+    others = ("angles", "common", "parallel_depth_fused")
+    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if path.stem not in others)
 
 
 def _stem(path: Path) -> str:
@@ -198,7 +202,8 @@ def _build() -> list[Step]:
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     needs = {"setuptools"} | ({"wheel"} if _is_old_setuptools() else set())
     info = [sys.executable, "-c", "import lcw_ops; print(lcw_ops.info())"]
-    extension = ROOT / "lcw_ops/_C.abi3.so"
+    # Without nvcc, setup.py builds the C++ kernels alone. Then the step runs again, when nvcc may be there.
+    extension = ROOT / "lcw_ops/_C_cuda.abi3.so"
     return [Step("build", build, needs=frozenset(needs), makes=extension), Step("info", info, CASE_SECONDS)]
 
 
@@ -226,9 +231,9 @@ def _smoke(stem: str | None = None, backend: str | None = None) -> Step:
 def _verify() -> list[Step]:
     """One process for each stem, so that a run that was cut goes on with the next stem; then the verdicts in JSON."""
     verify = [sys.executable, "-m", "lcw_ops.cli", "verify", "--device", "cuda", "--resume"]
-    steps = [Step(f"verify-{stem}", [*verify, "--ops", stem], FILE_SECONDS) for stem in stems()]
+    steps = [Step(f"verify-{stem}", [*verify, "--ops", stem], FILE_SECONDS, repeats=True) for stem in stems()]
     # Every kernel has its verdicts by now, so this process only reads them.
-    return [*steps, Step("verdicts", [*verify, "--json"], FILE_SECONDS, output="verdicts.json")]
+    return [*steps, Step("verdicts", [*verify, "--json"], FILE_SECONDS, output="verdicts.json", repeats=True)]
 
 
 def _test(path: Path, *options: str, seconds: float = FILE_SECONDS, environment: dict | None = None) -> Step:

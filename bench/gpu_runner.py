@@ -6,7 +6,9 @@ process that was cut.
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import shlex
@@ -17,12 +19,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from . import gpu_plan
 from .gpu_plan import KEPT, ROOT, Step
 
 # The steps that ended, one JSON object a line. It stands beside the logs, and in KEPT.
 RECORD = "steps.jsonl"
+# A file in KEPT, locked while ``make gpu`` or one of its steps runs. It has the process id of the step.
+LOCK = "running"
 # The sources on which the outcome of a step depends.
 SOURCES = ("bench", "csrc", "kernels", "lcw_ops", "tests")
 SUFFIXES = (".py", ".h", ".cpp", ".cu")
@@ -55,19 +60,18 @@ class History:
 
     def __init__(self, folder: Path, key: str, kept: Path = KEPT) -> None:
         self._files, self._key = (folder / RECORD, kept / RECORD), key
+        self.lock: IO[str] | None = None
         # Logs that were brought back from another machine count too.
         found = {*self._files, *folder.parent.glob(f"*-logs/{RECORD}")}
-        self._passed = {
-            (line["part"], line["step"]): line["time"]
-            for path in sorted(found)
-            for line in _lines(path)
-            if line["key"] == key and line["result"] == "passed"
-        }
+        lines = [line for path in sorted(found) for line in _lines(path) if line["key"] == key]
+        # The last result counts: with --again, a step that passed may have failed since.
+        last = {(line["part"], line["step"]): line for line in sorted(lines, key=lambda line: str(line["time"]))}
+        self._passed = {place: line["time"] for place, line in last.items() if line["result"] == "passed"}
 
     def passed(self, part: str, step: Step) -> str | None:
         """When the step passed, or None if it must run."""
         is_there = step.makes is None or step.makes.exists()
-        return self._passed.get((part, step.name)) if is_there else None
+        return self._passed.get((part, step.name)) if is_there and not step.repeats else None
 
     def add(self, outcome: Outcome) -> None:
         line = {"key": self._key, "time": _now(), "part": outcome.part, "step": outcome.step}
@@ -75,7 +79,33 @@ class History:
         for path in self._files:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                # A run that was killed may have left half a line.
+                file.write("\n" * (file.tell() > 0) + json.dumps(line))
+
+    def open(self) -> str | None:
+        """Why nothing can be run and recorded now, or None.
+
+        The lock is held until the last process that inherited it has ended: after SIGKILL of ``make gpu`` its step goes
+        on, and would disturb the steps of a second run.
+        """
+        try:
+            for path in self._files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("a").close()
+            self.lock = self._files[-1].with_name(LOCK).open("a+")
+        except OSError as error:
+            return f"cannot write {error.filename} ({error.strerror}); choose a folder for logs with --out"
+        # Some network file systems have no locks.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.lock.seek(0)
+                group = self.lock.read()
+                hint = f"; if that make gpu was killed, end it with: kill -9 -- -{group}" if group else ""
+                return f"another make gpu, or a process that it started, still runs{hint}"
+        self.lock.truncate(0)
+        return None
 
 
 def _lines(path: Path) -> Iterator[dict]:
@@ -90,7 +120,7 @@ def _lines(path: Path) -> Iterator[dict]:
 
 def sources_key(*facts: str) -> str:
     """A hash of these facts and of all sources, whether they are committed or not."""
-    digest = hashlib.sha256("\0".join((sys.version, *facts)).encode())
+    digest = hashlib.sha256("\0".join((sys.version, _triton(), *facts)).encode())
     paths = [ROOT / "setup.py", ROOT / "pyproject.toml"]
     for name in SOURCES:
         for folder, _, names in os.walk(ROOT / name):
@@ -98,6 +128,13 @@ def sources_key(*facts: str) -> str:
     for path in sorted(paths):
         digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 # This runs in its own process: otherwise ``make gpu`` itself would hold some of the card's memory while its steps run.
@@ -192,7 +229,7 @@ class _Part:
             log = self.folder / f"{self.name.replace('/', '-')}.{step.name}.log"
             print(f"{self.name}: {step.name}, log {log.name}", flush=True)
             try:
-                result = _run_step(step, log, min(step.seconds, end - start), self.heading)
+                result = _run_step(step, log, min(step.seconds, end - start), self.heading, self.history.lock)
             except KeyboardInterrupt:
                 self._record(Outcome(self.name, step.name, "ended from outside", time.monotonic() - start))
                 raise
@@ -214,7 +251,7 @@ def _now() -> str:
     return datetime.datetime.now().isoformat(timespec="seconds")
 
 
-def _run_step(step: Step, log: Path, limit: float, heading: str = "") -> str:
+def _run_step(step: Step, log: Path, limit: float, heading: str = "", lock: IO[str] | None = None) -> str:
     """Run one step and return the verdict. Its process appends to the log, which an earlier run may have begun."""
     if limit <= 0:
         return "not reached in time"
@@ -237,7 +274,11 @@ def _run_step(step: Step, log: Path, limit: float, heading: str = "") -> str:
             stdout=output,
             stderr=file if step.output else subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=[lock.fileno()] if lock else [],
         )
+        if lock:
+            lock.truncate(0)
+            print(process.pid, end="", file=lock, flush=True)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:

@@ -37,8 +37,8 @@ nitpicky = True
 # The documentation of these packages would be needed from the network.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|pathlib|collections|typing|os|matplotlib)\..*"),
-    # What a function returns may be of a class that users do not make, and that has no page. Public classes are at most
-    # two levels down: lcw_ops.nn.LCWLinear.
+    # A function may return an object of a class that users do not make, and that has no page. Public classes are at
+    # most two levels down: lcw_ops.nn.LCWLinear.
     ("py:class", r"lcw_ops\.\w+\.\w+\..+"),
     # A type hint that Sphinx cannot parse: dict[str, ...].
     ("py:class", r"dict\[\w+"),

@@ -21,8 +21,8 @@ Instructions of the sm_90 code (Triton 3.7.1) per layer, for the 4 rows of a war
 bias and u: 390 in the first launch and 512 in the third. In each of them tanh takes about 280. For D = 50,000, M = 128
 and N = 64 on an H200 (4.3 TB/s, 0.92 T warp instructions a second), the traffic takes 2.3 ms (1.5 ms without u) and the
 instructions take 1.6 ms. These times are predicted, not measured: no GPU has run this yet. With the matmul's 10 bytes
-an element, a sweep moves 26. With the product inside the scan it would move 10, but its instructions would take 2.0 ms;
-docs/parallel_depth.md has the count.
+an element, a sweep moves 26. parallel_depth_fused.py has the product inside the scan, for permutations of at most 64
+units in float32: it moves 10, but its instructions take 1.9 ms. docs/parallel_depth.md has the count.
 
 At N = 64 a warp holds 4 rows and waits for no other warp. The residual, the largest relative change of a row, needs
 reductions within the warp only: maxima of the bits of magnitudes, compared as integers. A permutation moves no numbers

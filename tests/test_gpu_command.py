@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -319,12 +321,34 @@ def test_what_has_passed_on_these_sources_is_left_out(tmp_path, capsys):
     assert ran(folder=tmp_path / "elsewhere/logs", kept=tmp_path / "fresher") == ["good", "bad", "makes"]
 
 
+def test_verification_runs_again_although_it_has_passed(tmp_path):
+    """Its verdicts belong to one card, which the record of passed steps does not know."""
+    history = gpu_runner.History(tmp_path, "key", tmp_path)
+    for repeats in (False, True):
+        one = dataclasses.replace(step("one", ""), repeats=repeats)
+        history.add(gpu_runner.Outcome("part", "one", "passed", 1.0))
+        passed = gpu_runner.History(tmp_path, "key", tmp_path).passed("part", one)
+        assert (passed is None) == repeats
+    assert all(one.repeats for one in gpu_plan._verify())
+
+
+def test_a_step_that_failed_after_it_had_passed_runs_again(tmp_path):
+    good, key = step("good", ""), "key"
+    for result, expected in (("passed", True), ("failed, exit code 1", False), ("passed", True)):
+        gpu_runner.History(tmp_path, key, kept=tmp_path / "kept").add(gpu_runner.Outcome("part", "good", result, 1.0))
+        history = gpu_runner.History(tmp_path, key, kept=tmp_path / "kept")
+        assert (history.passed("part", good) is not None) == expected
+
+
 def test_a_record_with_half_a_line_is_read(tmp_path):
     line = {"key": "key", "time": "then", "part": "part", "step": "good", "result": "passed"}
     (tmp_path / gpu_runner.RECORD).write_text(json.dumps(line) + '\n[1]\n{"key": 1}\n{"key": "ke')
     history = gpu_runner.History(tmp_path, "key", kept=tmp_path / "kept")
     assert history.passed("part", step("good", "")) == "then"
     assert history.passed("part", step("other", "")) is None
+    history.add(gpu_runner.Outcome("part", "other", "passed", 1.0))
+    again = gpu_runner.History(tmp_path, "key", kept=tmp_path / "fresh")
+    assert [again.passed("part", step(name, "")) is None for name in ("good", "other")] == [False, False]
 
 
 def test_a_killed_run_goes_on_with_the_process_that_was_cut(tmp_path):
@@ -335,7 +359,9 @@ def test_a_killed_run_goes_on_with_the_process_that_was_cut(tmp_path):
         "waits = 'import time; print(2, flush=True); time.sleep(300)'\n"
         "steps += [gpu_plan.Step('two', [sys.executable, '-c', waits])]\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "gpu_runner.run({'part': steps}, folder, gpu_runner.History(folder, 'key', folder / 'kept'))"
+        "history = gpu_runner.History(folder, 'key', folder / 'kept')\n"
+        "assert history.open() is None\n"
+        "gpu_runner.run({'part': steps}, folder, history)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     log, end = tmp_path / "part.two.log", time.monotonic() + 60
@@ -345,11 +371,31 @@ def test_a_killed_run_goes_on_with_the_process_that_was_cut(tmp_path):
     child = children_of(process.pid)
     process.kill()
     process.communicate()
-    for pid in child:
-        os.killpg(pid, signal.SIGKILL)
+    (pid,) = child
+    reason = gpu_runner.History(tmp_path, "key", tmp_path / "kept").open()
+    assert reason is not None, "the step still runs, and would disturb another run"
+    assert reason.endswith(f"kill -9 -- -{pid}")
+    os.killpg(pid, signal.SIGKILL)
+    assert not keeps_running(pid)
+    assert gpu_runner.History(tmp_path, "key", tmp_path / "kept").open() is None
     history = gpu_runner.History(tmp_path, "key", kept=tmp_path / "fresh")
     assert history.passed("part", step("one", "")) is not None
     assert history.passed("part", step("two", "")) is None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    reason = gpu_runner.History(tmp_path / "file/logs", "key", kept=tmp_path).open()
+    assert reason is not None
+    assert reason.startswith(f"cannot write {tmp_path / 'file'}")
+    assert "--out" in reason
+
+
+def test_a_build_without_nvcc_runs_again():
+    """setup.py then builds the C++ kernels alone, and succeeds."""
+    build, _ = PLAN["build"]
+    assert build.makes is not None
+    assert build.makes.name == "_C_cuda.abi3.so"
 
 
 def children_of(pid: int) -> list[int]:
@@ -362,7 +408,10 @@ def test_the_sources_key_follows_every_source(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("before")
+    of_other_triton = mock.patch.object(importlib.metadata, "version", return_value="0.0")
     before = gpu_runner.sources_key("sm_90")
+    with of_other_triton:
+        assert gpu_runner.sources_key("sm_90") != before
     assert gpu_runner.sources_key("sm_90") == before != gpu_runner.sources_key("sm_100")
     (tmp_path / "docs/page.md").write_text("after")
     assert gpu_runner.sources_key("sm_90") == before

@@ -527,6 +527,38 @@ def test_the_stopping_rule_on_given_changes(changes, options, sweeps, converged)
     assert convergence.is_hopeless == (converged is BAD) or converged is GOOD
 
 
+def test_a_change_after_none_is_no_contraction():
+    """A lower bound may be 0 although states change. The next change then says nothing about the remaining error."""
+    convergence = Convergence(1000, 1e-6, torch.float32)
+    convergence.add(0.0)
+    convergence.add(1e-4)
+    assert convergence.contraction == math.inf
+    assert convergence.error == math.inf
+    assert not convergence.has_converged
+    convergence.add(0.0)
+    assert convergence.contraction == 0
+    assert convergence.has_converged
+
+
+def test_a_lower_bound_of_the_change_does_not_decide():
+    """``finish`` is called when the bounds have converged, and the change of all states then decides."""
+    bounds, changes, finished = [0.5, 1e-4, 1e-8], [1e-3, 1e-9], []
+    windows = solver.Windows(None, 1e-6, 1000, 1000)
+    windows.direction = "forward"
+
+    def finish() -> Tensor:
+        finished.append(len(bounds))
+        return torch.tensor(changes.pop(0))
+
+    with solver.record_solves() as solves:
+        assert windows.converge(0, 1000, torch.float32, lambda: torch.tensor(bounds.pop(0)), finish)
+    # After the second bound the estimate is 2e-8, but the change of all states is 1e-3, whose estimate is 2e-6.
+    assert finished == [1, 0]
+    assert (solves[0].sweeps, solves[0].converged) == (3, True)
+    assert solves[0].residual == pytest.approx(1e-9)
+    assert solves[0].contraction == pytest.approx(1e-6)
+
+
 @pytest.mark.parametrize("rho", [0.9, 0.7, 0.5, 0.45, 0.4, 0.3, 0.1, 1e-3])
 def test_the_estimate_of_a_steady_contraction_is_right(rho):
     """The remaining error is the estimated one, and the rule does not use up 16 sweeps if they will not suffice."""

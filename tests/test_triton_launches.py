@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 activations, hypersphere, weight_norm = (KERNELS[s] for s in ("gradient_activation", "hypersphere", "weight_norm"))
 lcw_linear, recurrence, parallel = KERNELS["lcw_linear"], KERNELS["orthogonal_filter"], KERNELS["parallel_depth"]
+fused = KERNELS["parallel_depth_fused"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 YES_OR_NO = (True, False)
@@ -146,6 +147,29 @@ def sweeps(dtype, width, rows, steps, permutes, activation, everything, per_laye
     parallel.activate_(product, bias, optional, scale, activation, everything)
 
 
+def fused_sweeps(width, rows, tied, activation, reverse, everything, tf32):
+    """Compile a sweep with the product inside the scan, and what writes the states."""
+    steps = 500
+    states, first, matrix = (
+        empty(*shape, dtype=F32)
+        for shape in ((steps, rows, width), (rows, width), (*(() if tied else (steps,)), width, width))
+    )
+    scale, index = empty(steps if everything else 1, dtype=F32), torch.arange(width)
+    bias = empty(*((steps, width) if everything else (width,)), dtype=F32)
+    added, slope, beta = states if everything else None, states if reverse else None, None if reverse else scale
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        sweeps = fused.Sweeps(
+            first, states, states.clone(), matrix, None if reverse else bias, added, slope, index, scale, beta,
+            "identity" if reverse else activation, reverse,
+        )  # fmt: skip
+        sweeps.sweep()
+        sweeps.finish(slope)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
 FEATURES = {"features": (2, 3, 17, 100, 255, 256, 1024, 4096, 16384, 20000), "units": (3, 64, 4096)}
 PRODUCT = {"dtype": DTYPES, "rows": (1, 5, 16, 32, 64), "units": (10, 1000, 4096), "features": (7, 500, 1024, 4096)}
 TENSORS = {"dtype": DTYPES, "kind": ("arctan", "tanh", "log"), "tensors": (1, 100)}
@@ -179,6 +203,13 @@ OPTIONS: dict[Callable, dict] = {
         "activation": ACTIVATIONS,
     }
     | dict.fromkeys(("everything", "per_layer"), YES_OR_NO),
+    fused_sweeps: {
+        "width": (64, 1, 16, 17, 32, 33),
+        "rows": (128, 1, 5, 16),
+        "tied": (False, True),
+        "activation": ACTIVATIONS,
+    }
+    | dict.fromkeys(("reverse", "everything", "tf32"), YES_OR_NO),
 }
 
 

@@ -123,6 +123,7 @@ def test_a_process_reads_once(card, behave, folder):
     ("behaviour", "reason"),
     [
         ("hangs", r"^no: timed out in case beside \d+$"),
+        ("hangs while timing", r"^no: timed out in speed, up to 1024$"),
         ("crashes", r"^no: crashed in case up to 4096: SIGSEGV"),
         ("raises", r"^no: crashed in case up to 4096: RuntimeError: CUDA error: an illegal memory access"),
         ("half a line", r"^no: crashed in case up to 4096: it ended in the middle of a line"),
@@ -155,12 +156,63 @@ def test_a_kernel_that_fails_is_not_chosen(behaviour, reason, card, behave):
     assert verdict.reason in report.block()
 
 
-def test_a_time_out_on_a_cpu_is_reported_and_not_kept(behave, folder):
+BROKEN_LINES = [
+    {"case": 1},
+    {"case": ["any"]},
+    {"kind": None, "right": True},
+    {"kind": ["any"], "right": True},
+    {"kind": [["any"], "any"], "right": True},
+    {"kind": ["any", "any"]},
+    {"kind": ["any", "any"], "right": 1},
+    {"kind": ["any", "any"], "right": "yes"},
+    {"kind": ["any", "any"], "right": False},
+    {"kind": ["any", "any"], "right": False, "reason": None},
+    {"kind": ["any", "any"], "times": "2", "faster": True, "label": "x"},
+    {"kind": ["any", "any"], "times": float("nan"), "faster": True, "label": "x"},
+    {"kind": ["any", "any"], "times": 2.0, "label": "x"},
+    {"kind": ["any", "any"], "times": 2.0, "faster": True},
+    {"kind": ["any", "any"], "untimed": 1},
+]
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES, ids=json.dumps)
+def test_a_line_that_lacks_a_part_is_a_crash(line):
+    assert not processes._is_whole(line)
+    with pytest.raises(processes.Lost, match="crashed in a case: it wrote a line that lacks a part"):
+        processes._parse(json.dumps(line).encode(), "a case")
+
+
+@pytest.mark.parametrize("line", [{"kind": ["any", "any"]}, {"kind": ["any", "any"], "times": 2.0}], ids=json.dumps)
+def test_a_broken_line_ends_its_child_and_not_the_run(line, card, behave):
+    behave(json.dumps(line))
+    report = verify("cuda:0", ops=[GAF])
+    assert len(report.kernels) == len(backends.IMPLEMENTED[GAF])
+    for kernel in report.kernels:
+        assert not kernel.right
+        assert kernel.reason.startswith("no: crashed in case any: it wrote a line that lacks a part: b'{")
+
+
+def test_a_class_that_the_op_has_not_proves_nothing(behave, folder):
+    behave(json.dumps({"kind": ["float32", "up to 7"], "right": False, "reason": "an unknown class"}))
+    report = verify("cpu", ops=[GAF])
+    assert report.right
+    assert "unknown" not in report.to_json()
+
+
+@pytest.mark.parametrize("found", ["1", "{}", '{"facts": {}, "used": 0}', '{"facts": {"cpp": 1}, "used": 0}'])
+def test_a_description_that_lacks_a_part_is_a_refusal(found, card, behave):
+    behave(f"done: {found}")
+    with pytest.raises(Refused, match="cuda:0 cannot be opened: a process crashed: its last line lacks a part"):
+        verify("cuda:0", ops=[GAF])
+
+
+@pytest.mark.parametrize(("behaviour", "place"), [("hangs", "case beside"), ("hangs while timing", "speed, any")])
+def test_a_time_out_on_a_cpu_is_reported_and_not_kept(behaviour, place, behave, folder):
     """A busy machine may have caused it."""
-    behave("hangs")
+    behave(behaviour)
     report = verify("cpu", ops=[GAF])
     assert not report.right
-    assert "timed out in case" in report.block()
+    assert f"no: timed out in {place}" in report.block()
     assert not list(folder.glob("verdict-*"))
     forget()
     assert backends.choose(GAF, torch.device("cpu")) == "cpp"
@@ -254,7 +306,6 @@ def _state(process: int) -> str:
     [
         ("slow", "right, but 0.70 times as fast as plain torch in speed, any"),
         ("disturbed", "right; not timed: the time of a copy changed by 18%"),
-        ("hangs while timing", "right; not timed: timed out in speed, any"),
     ],
 )
 def test_what_is_right_but_not_faster_is_not_chosen(behaviour, reason, card, behave):
@@ -652,6 +703,19 @@ def test_resume_leaves_out_what_has_its_verdicts(card, behave, folder):
     assert sum(line.startswith("run") for line in log()[count:]) == 1
 
 
+@pytest.mark.parametrize(("behaviour", "expected"), [("well", 0), ("slow", 0), ("wrong", 1)])
+def test_a_kept_verdict_decides_about_the_exit_code(behaviour, expected, card, behave, capsys):
+    command = ["verify", "--device", "cuda:0", "--ops", GAF, "--resume"]
+    log = behave(behaviour)
+    assert cli.main(command) == expected
+    first, count = capsys.readouterr().out, len(log())
+    assert cli.main(command) == expected
+    assert [line.split()[0] for line in log()[count:]] == ["describe"]
+    assert re.findall(rf"^{GAF} .*", capsys.readouterr().out, re.MULTILINE) == re.findall(
+        rf"^{GAF} .*", first, re.MULTILINE
+    )
+
+
 def test_kernels_without_such_a_case_are_left_out(card, behave):
     behave("well")
     report = verify("cuda:0", case="GmP, M=8, m=577, float32")
@@ -767,6 +831,33 @@ def test_info_shows_the_verdicts(card, behave):
     assert "lcw-ops verify --device cuda:0 makes them" in _info._verification_line()
 
 
+UNREADABLE = {
+    "missing": "there is no such file",
+    "folder": "it is not a file",
+    "pipe": "it is not a file",
+    "damaged": "it is not a file that lcw-ops verify --write made",
+    "no list": "it is not a file that lcw-ops verify --write made",
+    "x" * 300: "File name too long",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), UNREADABLE.items(), ids=lambda text: text[:10])
+def test_info_says_that_the_file_of_verdicts_cannot_be_read(name, reason, folder, tmp_path, monkeypatch):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif name in ("damaged", "no list"):
+        path.write_text("{" if name == "damaged" else "{}")
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(path))
+    assert f"LCW_OPS_VERDICTS is {path}, which cannot be read: {reason}; lcw-ops verify" in lcw_ops.info()
+    good = tmp_path / "good"
+    good.write_text("[]")
+    monkeypatch.setenv("LCW_OPS_VERDICTS", str(good))
+    assert f"Verdicts about kernels are read from {good}; lcw-ops verify" in lcw_ops.info()
+
+
 # ---- Conditions ------------------------------------------------------------------------------------------------------
 
 
@@ -784,6 +875,31 @@ def test_a_card_that_is_in_use_is_refused(card, behave, monkeypatch, tmp_path):
             verify("cuda:0", ops=[GAF])
 
 
+@pytest.mark.parametrize(
+    ("user", "is_own"), [("self", True), ("child", True), ("grandchild", True), ("parent", False), ("[N/A]", False)]
+)
+def test_a_card_that_this_process_uses_is_not_refused(user, is_own, card, monkeypatch, tmp_path):
+    """A notebook that has the card open may call lcw_ops.verify()."""
+    if sys.platform != "linux" and "child" in user:
+        pytest.skip("only Linux tells who has started a process")
+    script = "sleep 60 & echo $!; wait" if user == "grandchild" else "echo $$; exec sleep 60"
+    child = subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        started = child.stdout.readline().strip()
+        number = {"self": os.getpid(), "parent": os.getppid(), "[N/A]": "[N/A]"}.get(user, started)
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho 'GPU-01234567-89ab-cdef, {number}, python'\n")
+        tool.chmod(0o755)
+        monkeypatch.setattr(preconditions.shutil, "which", lambda name: str(tool))
+        refusal = re.escape(f"used by another process: {number}, python")
+        with contextlib.nullcontext() if is_own else pytest.raises(Refused, match=refusal):
+            preconditions.refuse_a_busy_card(CARD, FACTS["device"])
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+
+
 def test_a_device_without_kernels_is_refused(card, behave, monkeypatch):
     log = behave("well")
     monkeypatch.setattr(backends, "missing_reason", lambda op, backend, device_type: "not built")
@@ -792,13 +908,37 @@ def test_a_device_without_kernels_is_refused(card, behave, monkeypatch):
     assert log() == []
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_never_inside_a_job(name, card, behave, monkeypatch):
+JOB_NAMES = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "SLURM_PROCID"]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [{"WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "2"}, {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}],
+    ids=str,
+)
+def test_never_inside_a_job(job, card, behave, monkeypatch):
     log = behave("well")
-    monkeypatch.setenv(name, "2")
+    for name in JOB_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(Refused, match="belongs to a distributed job"):
         verify("cuda:0")
     assert log() == []
+
+
+@pytest.mark.parametrize(
+    "job",
+    [{"SLURM_NTASKS": "8"}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_PROCID": "0"}, {"PMI_SIZE": "1"}],
+    ids=str,
+)
+def test_one_task_is_no_job(job, monkeypatch):
+    """The shell of an allocation, and srun -n 1."""
+    for name in JOB_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    preconditions.refuse_inside_a_job()
 
 
 def test_a_device_that_cannot_be_opened(card, monkeypatch, tmp_path):
@@ -1032,9 +1172,20 @@ def test_wide_recurrences_on_a_gpu_are_judged_as_the_form_that_runs_them():
     }
     assert max(widths["triton"]) == 128
     assert max(widths["cuda"]) == 512
-    assert {1024, 600} <= widths["graph"]
+    assert {1024, 601} <= widths["graph"]
     in_float32 = {case.width for case in cases.cases("orthogonal_filter", "graph") if case.dtype == torch.float32}
-    assert min(in_float32) == 600
+    assert min(in_float32) == 601
+
+
+@pytest.mark.parametrize("backend", backends.IMPLEMENTED["orthogonal_filter"])
+def test_every_class_that_decides_for_16_bits_judges_them(backend):
+    """The class of a recurrence is that of its state, so float32's decides for 16-bit tensors of any width in it."""
+    found = cases.cases("orthogonal_filter", backend)
+    for kind in {case.kind for case in found}:
+        of_class = [case for case in found if case.kind == kind]
+        assert {case.dtype.itemsize for case in of_class} == ({2, 4} if kind.dtype == "float32" else {8}), kind
+        # Kernels read rows of such a width element by element.
+        assert any(case.width % 8 for case in of_class), kind
 
 
 # ---- Mistakes and accidents ------------------------------------------------------------------------------------------

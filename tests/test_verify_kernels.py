@@ -122,7 +122,7 @@ def _write_behind_the_argument(x, result, scratch):
 
 
 def _leave_one_unwritten(x, result, scratch):
-    # What the memory held before the kernel wrote to it.
+    # The last element is the one that the memory held before.
     result[-1, -1] = torch.empty_like(result)[-1, -1]
 
 

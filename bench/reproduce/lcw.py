@@ -14,23 +14,20 @@ that keeps the variance of the pre-activations. Every method has the same grid o
 """
 
 import argparse
-import csv
-import datetime
 import itertools
 import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lcw_ops import init
-from lcw_ops.bench import runner
+from lcw_ops.bench.reproduce import rows
 from lcw_ops.jobs import data
-from lcw_ops.jobs.progress import progress
 from lcw_ops.nn import LCWConv2d, LCWLinear
 from lcw_ops.reference import activation_variance
 
@@ -44,25 +41,6 @@ SEARCH_SEED = 100
 SHARES = (0.1, 1.0)
 
 LAYERS = (nn.Linear, nn.Conv2d, LCWLinear, LCWConv2d)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV. A rate of 0 stands for a net that is not trained."""
-
-    date: str
-    commit: str
-    torch: str
-    experiment: str
-    setting: str
-    method: str
-    learning_rate: float
-    seed: int
-    measure: str
-    figure: float
-
-
-Figure = tuple[str, str, str, float, int, str, float]
 
 
 # ---- Networks -------------------------------------------------------------------------------------------------------
@@ -166,7 +144,7 @@ def _run(
         return train(experiment.build(method, dataset.features, dataset.classes), dataset, share, rate, epochs)
 
 
-def training_figures(name: str, experiments: dict[str, Experiment], seeds: int, epochs: int) -> Iterator[Figure]:
+def training_figures(name: str, experiments: dict[str, Experiment], seeds: int, epochs: int) -> Iterator[rows.Figure]:
     """The rate of each method is the one with the smallest training loss from one seed; then the seeds are reported."""
     for kind, experiment in experiments.items():
         for share in experiment.shares:
@@ -219,7 +197,7 @@ def gradient_ratio(model: nn.Sequential, x: Tensor, y: Tensor) -> float:
     return (first.double().square().mean() / last.double().square().mean()).item()
 
 
-def shift_figures(seeds: int) -> Iterator[Figure]:
+def shift_figures(seeds: int) -> Iterator[rows.Figure]:
     nets = {
         **{f"{SIGMOID_LAYERS} sigmoid layers": (sigmoid_net, SIGMOID["sigmoid"].methods)},
         **{f"{kind}, batch norm": (e.build, e.methods) for kind, e in BATCH_NORM.items()},
@@ -242,19 +220,6 @@ def shift_figures(seeds: int) -> Iterator[Figure]:
 # ---- Command --------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row]) -> str:
-    """The median and the range over the seeds for every setting, measure and method."""
-    of_kind: dict[tuple[str, str, str, float], list[float]] = {}
-    for row in rows:
-        if not row.measure.startswith("search"):
-            of_kind.setdefault((row.setting, row.measure, row.method, row.learning_rate), []).append(row.figure)
-    lines = [f"{'setting':<40}{'measure':<33}{'method':<22}{'rate':>6}{'median':>10}  range"]
-    for (setting, measure, method, rate), figures in of_kind.items():
-        span = f"{min(figures):.3g} to {max(figures):.3g}"
-        lines.append(f"{setting:<40}{measure:<33}{method:<22}{rate:>6g}{statistics.median(figures):>10.3g}  {span}")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -265,25 +230,16 @@ def main(arguments: list[str]) -> int:
         "batch norm": lambda args: training_figures("batch norm", BATCH_NORM, args.seeds, args.epochs),
     }
     parser.add_argument("--experiment", choices=makers, help="default: all")
-    parser.add_argument("--seeds", type=_positive, default=SEEDS, help=f"trainings of each method ({SEEDS})")
-    parser.add_argument("--epochs", type=_positive, default=EPOCHS, help=f"passes over the digits ({EPOCHS})")
+    parser.add_argument("--seeds", type=rows.positive, default=SEEDS, help=f"trainings of each method ({SEEDS})")
+    parser.add_argument("--epochs", type=rows.positive, default=EPOCHS, help=f"passes over the digits ({EPOCHS})")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")
     args = parser.parse_args(arguments)
-    commit = runner._commit()
     names = [args.experiment] if args.experiment else list(makers)
-    rows = []
-    with progress("lcw", _count(names, args.seeds)) as bar:
-        for name in names:
-            for figure in makers[name](args):
-                date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-                rows.append(Row(date, commit, torch.__version__, *figure))
-                bar.advance(f"{rows[-1].setting}, {rows[-1].method}")
-    print(table(rows))
+    figures = itertools.chain.from_iterable(makers[name](args) for name in names)
+    collected = rows.collect("lcw", _count(names, args.seeds), figures)
+    print(rows.table(collected))
     if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(map(asdict, rows))
+        rows.write(collected, args.out)
     return 0
 
 
@@ -293,13 +249,6 @@ def _count(names: list[str], seeds: int) -> int:
     for name, experiments in (("sigmoid", SIGMOID), ("batch norm", BATCH_NORM)):
         counts[name] = sum(len(e.methods) * len(e.shares) * (len(RATES) + 2 * seeds) for e in experiments.values())
     return sum(counts[name] for name in names)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 if __name__ == "__main__":

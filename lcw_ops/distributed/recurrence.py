@@ -25,6 +25,7 @@ from lcw_ops.distributed.group import Group
 from lcw_ops.ops.parallel_depth import op as parallel_depth
 from lcw_ops.ops.parallel_depth import solver
 from lcw_ops.ops.parallel_depth.frame import Frame, get_frame
+from lcw_ops.ops.parallel_depth.scan import multiply_exactly
 from lcw_ops.ops.precision import full_float32
 from lcw_ops.reference import parallel_depth as reference
 
@@ -97,7 +98,7 @@ class _Basis(NamedTuple):
 
 
 def _multiplied(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    solver.multiply_exactly(rows, matrix, out)
+    multiply_exactly(rows, matrix, out)
     return out
 
 

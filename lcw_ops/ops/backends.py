@@ -191,7 +191,7 @@ def _resolve(
         and missing_reason(op, backend, device.type) is None
         and _automatic_reason(op, backend, device, kind) is None
     ]
-    # Of several kernels that are as fast, or that were not measured here, the most preferred one comes first.
+    # If several kernels are as fast, or were not measured here, max takes the most preferred one, which comes first.
     return max(allowed, key=lambda backend: _measured_times(op, backend, device, kind), default="reference")
 
 

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from lcw_ops import _files, _torch
 
 # Increase this number when the cases or the rules of the verification change: older verdicts then no longer hold.
-FORMAT = 2
+FORMAT = 3
 
 # The parts of a key that an update changes for good. A verdict that differs from a new one in these alone is outdated.
 # torch, Triton and CUDA are none of them: two environments with other versions may share a cache folder.
@@ -284,6 +285,23 @@ def find_all(op: str, backend: str, device: torch.device) -> Iterator[tuple[Kind
 @functools.cache
 def _shipped() -> dict[str, dict]:
     return verdicts_of(load(shipped_file()))
+
+
+def unreadable_reason() -> str | None:
+    """Returns why the file of LCW_OPS_VERDICTS cannot be read, or None if it can or the variable is unset."""
+    path = shipped_file()
+    if path is None:
+        return None
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "it is not a file"
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        return "there is no such file"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if isinstance(load(path), list) else "it is not a file that lcw-ops verify --write made"
 
 
 def verdicts_of(kernels) -> dict[str, dict]:

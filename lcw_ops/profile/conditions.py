@@ -86,7 +86,7 @@ def _activated(gradient: Tensor, settings: tuple[str, float, float] | None) -> T
 
 
 def _of_stack(gradients: Tensor) -> list[Figure]:
-    """Of (layers, n, m, ...)."""
+    """The conditions of matrices (layers, n, m, ...)."""
     # Not in 16 bits, whose sums are coarse.
     sizes = gradients.abs() if gradients.is_complex() else gradients
     sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32)).reshape(*sizes.shape[:3], -1)

@@ -230,7 +230,7 @@ class Profile:
         return len(self.columns["name"])
 
     def verdict(self) -> Verdict:
-        """What is wrong, in which rows, and the change that addresses it; or that nothing is wrong.
+        """The findings: the rows that each rests on and the change that addresses it. There may be none.
 
         The outcomes of the changes are there if the profile was made with ``try_remedies=True``. Kinds that could not
         be judged are listed with the reason.

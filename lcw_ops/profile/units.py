@@ -144,7 +144,7 @@ def _resembling(tensor: Tensor, sources: list[Units]) -> int | None:
 
 
 class ModuleKind(NamedTuple):
-    """What the profiler must know of a module's class, to be asked once per class: it takes as long as a small op.
+    """Facts about a module's class. They are asked once per class, because that takes as long as a small op.
 
     Attributes:
         unit_dim: the units' dimension of (module, output) if the class decides it, else None.

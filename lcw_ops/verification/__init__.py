@@ -47,7 +47,7 @@ def verify(
     Args:
         device: "cpu", "cuda", "cuda:1", ...; default: the first GPU, or else the CPU. A GPU must be idle.
         ops: names of ops, as :func:`lcw_ops.info` lists them, or of stems, such as "lcw_linear"; default: all.
-        resume: whether to leave out kernels that already have every verdict.
+        resume: whether not to run kernels that already have every verdict. The report has the kept verdicts.
         quiet: whether to print no progress.
         case: run only cases whose name contains this, and keep no verdict. For looking into a fault.
         write: a file for ``LCW_OPS_VERDICTS``, in which the verdicts are kept instead of the cache folder. Verdicts

@@ -337,6 +337,7 @@ class Net:
         return Case(op, kind, self.name, dtype, self.draw, self.run(solver), width=self.width, plain=plain)
 
 
+# A class of float32 also decides for 16-bit tensors, and for widths that are no multiple of 8: each class judges both.
 NETS = {
     64: [
         Net(1, 1, 5, states=True),
@@ -357,16 +358,25 @@ NETS = {
     256: [
         Net(256, 5, 6, states=True),
         Net(256, 128, 4, "permutation"),
-        Net(200, 1, 9, over_time=True),
+        Net(201, 1, 9, over_time=True),
         Net(256, 5, 3, "each"),
+        Net(256, 5, 3, "permutation", dtype=torch.bfloat16),
+        Net(201, 5, 3, states=True, dtype=torch.float16),
     ],
     512: [
         Net(512, 5, 4, states=True),
         Net(512, 128, 3, "permutation"),
-        Net(400, 1, 5, over_time=True),
+        Net(401, 1, 5, over_time=True),
         Net(512, 5, 2, "each"),
+        Net(512, 5, 2, "permutation", dtype=torch.float16),
+        Net(401, 5, 2, states=True, dtype=torch.bfloat16),
     ],
-    1024: [Net(1024, 5, 2), Net(600, 128, 2, "permutation", over_time=True)],
+    1024: [
+        Net(1024, 5, 2),
+        Net(601, 128, 2, "permutation", over_time=True),
+        Net(1024, 5, 2, "permutation", dtype=torch.bfloat16),
+        Net(601, 5, 2, "permutation", states=True, dtype=torch.float16),
+    ],
 }
 
 

@@ -28,12 +28,15 @@ class Refused(RuntimeError):
 
 def refuse_inside_a_job() -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    # torchrun sets the first one, and mpirun the second.
-    sizes = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")]
+    # torchrun sets the first one, Open MPI the second, and MPICH and its kin the third.
+    sizes = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    # The shell of an allocation has the number of tasks too, but no task has been started there.
+    if os.environ.get("SLURM_PROCID"):
+        sizes.append(os.environ.get("SLURM_NTASKS", "1"))
     if distributed or any(size not in ("", "1") for size in sizes):
         raise Refused(
             "verify: this process belongs to a distributed job, whose ranks would disturb the timings. Run lcw-ops "
-            "verify once, before the job; all ranks read the same verdicts."
+            "verify once, before the job, in an allocation of Slurm with srun -n 1; all ranks read the same verdicts."
         )
 
 
@@ -115,8 +118,23 @@ def refuse_a_busy_card(device: torch.device, uuid: str | None) -> None:
     for line in found.splitlines() if users.returncode == 0 else ():
         user, _, process = line.partition(",")
         # "GPU-" or "MIG-" before the number, and dashes in it.
-        if user.strip()[4:].replace("-", "").lower() == uuid:
+        if user.strip()[4:].replace("-", "").lower() == uuid and not _is_own(process.partition(",")[0].strip()):
             raise Refused(_busy(device, f"used by another process: {process.strip()}"))
+
+
+def _is_own(process: str) -> bool:
+    """Whether the number is that of this process or, on Linux, of one that it started."""
+    seen: set[str] = set()
+    while process not in seen:
+        if process == str(os.getpid()):
+            return True
+        seen.add(process)
+        try:
+            # The name, in parentheses, may have any characters. The state and the parent follow.
+            process = Path(f"/proc/{int(process)}/stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+        except (OSError, ValueError, IndexError):
+            return False
+    return False
 
 
 def _busy(device: torch.device, how: str) -> str:
@@ -131,11 +149,25 @@ def describe_device(device: torch.device, names: list[str]) -> dict:
     job = {"job": "describe", "device": str(device), "backends": names}
     try:
         *_, last = processes.run(job)
+        found = _described(last, names)
     except processes.Lost as error:
         raise Refused(f"verify: {device} cannot be opened: a process {error}") from error
-    found = last["done"]
     if found["used"] > MOST_USED_BYTES:
         raise Refused(_busy(device, f"in use: {found['used'] / 2**30:.1f} GiB of its memory are taken"))
+    return found
+
+
+def _described(line: dict, names: list[str]) -> dict:
+    """What a child has found out. Raises Lost if a part is missing."""
+    found = line["done"] if isinstance(line.get("done"), dict) else {}
+    facts = found.get("facts")
+    # The parts of a key that this process reads.
+    parts = ("device", "name", "driver")
+    is_whole = isinstance(facts, dict) and all(
+        isinstance(facts.get(name), dict) and facts[name].keys() >= set(parts) for name in names
+    )
+    if not is_whole or not isinstance(found.get("used"), int) or not isinstance(found.get("card", ""), dict | None):
+        raise processes.Lost(f"crashed: its last line lacks a part: {json.dumps(line)[:200]}")
     return found
 
 

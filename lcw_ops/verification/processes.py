@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
@@ -175,7 +176,27 @@ def _parse(line: bytes, place: str) -> dict:
         parsed = None
     if not isinstance(parsed, dict):
         raise Lost(f"wrote a line that is not JSON in {place}: {line[:80]!r}")
+    if not _is_whole(parsed):
+        raise Lost(f"crashed in {place}: it wrote a line that lacks a part: {line[:200]!r}")
     return parsed
+
+
+def _is_whole(line: dict) -> bool:
+    """Whether a line about a case or a class has every part that the parent reads, of the right type."""
+    if not isinstance(line.get("case", ""), str):
+        return False
+    if "case" in line or "kind" not in line:
+        return True
+    kind = line["kind"]
+    if not (isinstance(kind, list) and len(kind) == 2 and all(isinstance(part, str) for part in kind)):
+        return False
+    if "times" in line:
+        times, faster, label = (line.get(name) for name in ("times", "faster", "label"))
+        is_number = isinstance(times, float) and math.isfinite(times)
+        return is_number and isinstance(faster, bool) and isinstance(label, str)
+    if "untimed" in line:
+        return isinstance(line["untimed"], str)
+    return line.get("right") is True or (line.get("right") is False and isinstance(line.get("reason"), str))
 
 
 def kill_all() -> None:

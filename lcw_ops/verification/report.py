@@ -60,7 +60,7 @@ class Report:
 
     @property
     def right(self) -> bool:
-        """Whether every kernel that ran was right, and at least one ran."""
+        """Whether every kernel of the report was right, by this run or by a kept verdict, and there is at least one."""
         return bool(self.kernels) and all(kernel.right for kernel in self.kernels)
 
     def to_json(self) -> str:

@@ -110,7 +110,7 @@ class Verification:
     ) -> dict[Kind, Verdict]:
         """The verdicts of one child. If it is lost, every class is a no: a crash may come from any of them.
 
-        A child that is killed while it times kernels has found them right before.
+        A kernel that hangs while it is timed is a no as well, although every case before was right.
         """
         expected = Counter(case.kind for case in self._cases(op, backend))
         wrong = {kind: reason for kind, reason in faults.items() if kind in expected}
@@ -122,11 +122,10 @@ class Verification:
         # By it, the device that a test plays knows the number of cases.
         job["kinds"] = list(expected.elements())
         job["alone"] = "times" if self._device.type == "cpu" else "all"
-        lost, timing = None, False
+        lost = None
         try:
             for line in processes.run(job, turn.wait):
                 if "case" in line:
-                    timing = line["case"].startswith("speed")
                     with self._mutex:
                         self.cases += 1
                         steps -= 1
@@ -145,25 +144,25 @@ class Verification:
             lost = error
         if self._interrupted:
             raise KeyboardInterrupt
-        slow = timing and lost is not None and lost.timed_out
         date = datetime.date.today().isoformat()
         found = {}
         for kind in sorted(expected):
-            if kind in wrong or (lost is not None and not slow):
+            if kind in wrong or lost is not None:
                 found[kind] = Verdict(False, False, None, f"no: {wrong.get(kind) or lost}", date)
             elif right[kind] < expected[kind]:
                 reason = f"no: the process has judged {right[kind]} of {expected[kind]} cases"
                 found[kind] = Verdict(False, False, None, reason, date)
             else:
-                found[kind] = _timed_verdict(ratios.get(kind, []), str(lost) if slow else untimed.get(kind), date)
+                found[kind] = _timed_verdict(ratios.get(kind, []), untimed.get(kind), date)
         # On a busy machine a case may exceed its time. That must not switch a kernel of the CPU off for good.
-        is_busy = self._device.type == "cpu" and lost is not None and lost.timed_out and not slow
+        is_busy = self._device.type == "cpu" and lost is not None and lost.timed_out
         with self._mutex:
             if self._only or is_busy:
                 self._unproved |= {(op, backend, kind) for kind in found if self._only or kind not in wrong}
             for _ in range(steps):
                 bar.advance(f"{name_of(op, backend)}: ended")
-            self._keep(op, backend, {kind: found[kind] for kind in wrong} if is_busy else found, is_busy)
+            kept = {kind: verdict for kind, verdict in found.items() if kind in wrong or not is_busy}
+            self._keep(op, backend, kept, is_busy)
         return found
 
     def _in_threads(self, function: Callable[[Item], Found], items: Iterable[Item], threads: int) -> list[Found]:

@@ -1,11 +1,12 @@
 """The recurrence solved for all layers at once, as an op.
 
-``op`` holds the schemas and the autograd functions; ``solver`` holds the Picard sweeps; ``frame`` holds the basis in
-which the filter's powers are cheap; ``crossover`` holds the sizes at which the sweeps were measured to be faster.
+``op`` holds the schemas and the autograd functions; ``solver`` holds the windows and the stopping rule; ``scan`` makes
+one sweep; ``frame`` holds the basis in which the filter's powers are cheap; ``crossover`` holds the sizes at which the
+sweeps were measured to be faster.
 """
 
 from lcw_ops import _old_names
-from lcw_ops.ops.parallel_depth import crossover, frame, op, solver
+from lcw_ops.ops.parallel_depth import crossover, frame, op, scan, solver
 from lcw_ops.ops.parallel_depth.op import (
     ACTIVATE,
     ADJOINT,
@@ -37,6 +38,7 @@ __all__ = [
     "frame",
     "get_kernels",
     "op",
+    "scan",
     "sequential_backward",
     "sequential_forward",
     "solver",

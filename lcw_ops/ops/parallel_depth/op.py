@@ -21,6 +21,7 @@ from lcw_ops.ops.orthogonal_filter import op as orthogonal_filter
 from lcw_ops.ops.orthogonal_filter.op import COUNT, Needs, new_gradients
 from lcw_ops.ops.parallel_depth import solver
 from lcw_ops.ops.parallel_depth.crossover import Call, device_key, largest_c_faster
+from lcw_ops.ops.parallel_depth.scan import make_scan
 from lcw_ops.reference import parallel_depth as reference
 from lcw_ops.reference.orthogonal_filter import Recurrence, count_steps, orthogonal_filter_backward
 from lcw_ops.reference.orthogonal_filter import orthogonal_filter as solve_sequentially
@@ -287,7 +288,8 @@ def _contiguous_layers(recurrence: Recurrence, activation: str) -> solver.Layers
 
 
 def _make_scan(backend: str, filter: Tensor):
-    return solver.make_scan(get_kernels(backend), get_kernels("reference"), filter)
+    fused = importlib.import_module("lcw_ops.kernels.parallel_depth_fused") if backend == "triton" else None
+    return make_scan(get_kernels(backend), get_kernels("reference"), filter, fused)
 
 
 def _make_forward(recurrence: Recurrence, options: Options, window: int) -> solver.Forward:

@@ -7,7 +7,8 @@ when that is below the tolerance. A window that does not converge is halved; onc
 sequential kernel continues, with one warning.
 
 Cost of a sweep: one batched matmul (2 D M N^2 operations, which read D N^2 weights) and one scan over (D, M, N). The
-time for small batches is that of reading the weights.
+time for small batches is that of reading the weights. On a GPU, a sweep with a permutation of at most 64 units is one
+pass, which reads the states once (kernels/parallel_depth_fused.py).
 """
 
 import math
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcw_ops.ops.parallel_depth.frame import Frame, get_frame
+from lcw_ops.ops.parallel_depth.scan import Layers, Workspace
 from lcw_ops.ops.precision import full_float32
 from lcw_ops.reference import parallel_depth as reference
 
@@ -95,12 +96,16 @@ class Convergence:
     def add(self, change: float) -> None:
         self.changes.append(change)
 
+    def correct(self, change: float) -> None:
+        """Replace the last change, which was a lower bound, by the change of all states."""
+        self.changes[-1] = change
+
     @property
     def contraction(self) -> float:
         if len(self.changes) < 2:
             return math.nan
         before, now = self.changes[-2:]
-        return now / before if before > 0 else 0.0
+        return now / before if before > 0 else math.inf if now > 0 else 0.0
 
     @property
     def error(self) -> float:
@@ -153,180 +158,6 @@ class Convergence:
         )
 
 
-class Layers(NamedTuple):
-    """The arguments of D consecutive layers, each with one entry per layer or shared by all of them.
-
-    weight (D, N, N) or (N, N), of the states' dtype or in 16 bits; bias (D, N), (N,) or None; alpha, beta (1,) or (D,);
-    inputs (D, M, N) or None. ``first`` is the number of the first of these layers in the whole net.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    alpha: Tensor
-    beta: Tensor
-    inputs: Tensor | None
-    activation: str
-    first: int = 0
-
-    def part(self, start: int, stop: int) -> "Layers":
-        def cut(tensor: Tensor | None, shared_dim: int) -> Tensor | None:
-            return tensor if tensor is None or tensor.dim() == shared_dim else tensor[start:stop]
-
-        def cut_scale(scale: Tensor) -> Tensor:
-            return scale if scale.numel() == 1 else scale[start:stop]
-
-        return Layers(
-            cut(self.weight, 2),
-            cut(self.bias, 1),
-            cut_scale(self.alpha),
-            cut_scale(self.beta),
-            None if self.inputs is None else self.inputs[start:stop],
-            self.activation,
-            self.first + start,
-        )
-
-    def to_dtype(self, dtype: torch.dtype) -> "Layers":
-        return self._replace(weight=self.weight.to(dtype))
-
-    def multiply(self, states: Tensor, out: Tensor) -> None:
-        """Write W_l h_{l-1} for all layers l into ``out``; ``states`` (D, M, N) are h_0 to h_{D-1}."""
-        if self.weight.dim() == 3:
-            torch.bmm(states, self.weight.mT, out=out)
-        else:
-            torch.mm(states.flatten(0, 1), self.weight.mT, out=out.flatten(0, 1))
-
-    def multiply_transposed(self, grad_pre: Tensor, out: Tensor) -> None:
-        """Write P_l W_l for all layers l into ``out``; P (D, M, N) is ``grad_pre``, the pre-activations' gradients."""
-        if self.weight.dim() == 3:
-            torch.bmm(grad_pre, self.weight, out=out)
-        else:
-            torch.mm(grad_pre.flatten(0, 1), self.weight, out=out.flatten(0, 1))
-
-
-class _Workspace:
-    """Memory that windows and sweeps reuse."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, like: Tensor) -> Tensor:
-        """An uninitialised tensor with the shape of ``like``."""
-        buffer = self.buffers.get(name)
-        if buffer is None or len(buffer) < len(like):
-            buffer = self.buffers[name] = torch.empty_like(like)
-        return buffer[: len(like)]
-
-
-class _DirectScan:
-    """Sweeps with a filter that the kernels apply directly."""
-
-    def __init__(self, kernels, filter: Tensor) -> None:
-        # Kernels may keep the inverse for as long as this tensor lives. As the tensor is new, that is one call.
-        self.kernels, self.filter = kernels, filter.contiguous().detach()
-        self.transposed = reference.transpose_filter(filter).contiguous()
-
-    def begin(self, continues: bool) -> None:
-        """Begin a window. ``continues`` says whether it starts from the state with which the previous one ended."""
-
-    def finish(self, states: Tensor) -> None:
-        """End a window that has converged."""
-
-    finish_adjoint = finish
-
-    def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
-        arguments = (product, layers.bias, layers.inputs, self.filter, layers.alpha, layers.beta, layers.activation)
-        # The reference's scan multiplies by a matrix, which must not happen in TF32.
-        with full_float32(states.device):
-            return self.kernels.sweep_(states, *arguments)
-
-    def adjoint_sweep(self, layers, gradients, product, outside, slope, scaled) -> Tensor:
-        with full_float32(gradients.device):
-            return self.kernels.adjoint_sweep_(
-                gradients, product, outside, self.transposed, layers.alpha, slope, scaled
-            )
-
-
-class _FrameScan:
-    """Sweeps with a dense filter, in the basis in which it rotates pairs of units.
-
-    The state at the end of a window leaves the basis in float64. It is carried to the next window inside the basis,
-    because leaving and entering again would multiply it by a rounded identity, the same one for every window.
-    """
-
-    def __init__(self, kernels, frame: Frame) -> None:
-        self.kernels, self.frame = kernels, frame
-        self.basis, self.inverse = frame.basis, frame.inverse
-        self.transposed = reference.transpose_filter(frame.rotation)
-        self.one = self.basis.new_ones(1)
-        self.workspace = _Workspace()
-        self.inside: Tensor | None = None
-        self.carried: Tensor | None = None
-
-    def begin(self, continues: bool) -> None:
-        self.inside = self.outside = None
-        if not continues:
-            self.carried = None
-
-    def finish(self, states: Tensor) -> None:
-        self.carried = self.inside[-1].clone()
-        states[-1] = self.carried.double() @ self.frame.exact_basis.mT
-
-    def finish_adjoint(self, gradients: Tensor) -> None:
-        self.carried = self.inside[0].clone()
-        gradients[0] = self.carried.double() @ self.frame.exact_inverse
-
-    def sweep(self, layers: Layers, states: Tensor, product: Tensor | None) -> Tensor:
-        if self.inside is None:
-            self.inside = self.workspace.take("inside", states)
-            self.inside[0] = self._entered(states[0], self.frame.exact_inverse.mT)
-        source = None
-        if product is not None:
-            self.kernels.activate_(product, layers.bias, layers.inputs, layers.beta, layers.activation, False)
-            source = self.workspace.take("source", product)
-            multiply_exactly(product, self.inverse.mT, source)
-        change = self.kernels.sweep_(
-            self.inside, source, None, None, self.frame.rotation, layers.alpha, self.one, "identity"
-        )
-        multiply_exactly(self.inside[1:], self.basis.mT, states[1:])
-        return change
-
-    def adjoint_sweep(self, layers, gradients, product, outside, slope, scaled) -> Tensor:
-        if self.inside is None:
-            self.inside = self.workspace.take("inside", gradients)
-            self.inside[-1] = self._entered(gradients[-1], self.frame.exact_basis)
-            if outside is not None:
-                self.outside = self.workspace.take("outside", outside)
-                multiply_exactly(outside, self.basis, self.outside)
-        source = None
-        if product is not None:
-            source = self.workspace.take("source", product)
-            multiply_exactly(product, self.basis, source)
-        change = self.kernels.adjoint_sweep_(
-            self.inside, source, self.outside, self.transposed, layers.alpha, None, None
-        )
-        multiply_exactly(self.inside[:-1], self.inverse, gradients[:-1])
-        torch.mul(slope, gradients[1:], out=scaled)
-        return change
-
-    def _entered(self, state: Tensor, matrix: Tensor) -> Tensor:
-        return state.double() @ matrix if self.carried is None else self.carried
-
-
-def multiply_exactly(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """rows @ matrix, never in TF32, so that states do not lose precision from layer to layer."""
-    with full_float32(rows.device):
-        torch.mm(rows.reshape(-1, rows.shape[-1]), matrix, out=out.view(-1, out.shape[-1]))
-
-
-def make_scan(kernels, reference_kernels, filter: Tensor):
-    """The scan for this filter: an int64 permutation (N,) or a matrix (N, N)."""
-    if reference.is_permutation(filter):
-        return _DirectScan(kernels, filter)
-    frame = get_frame(filter)
-    # Without a frame, the reference's scan multiplies by powers of the matrix.
-    return _DirectScan(reference_kernels, filter) if frame is None else _FrameScan(kernels, frame)
-
-
 def default_window(weight: Tensor, rows: int, steps: int) -> int:
     """Layers per window: on a GPU all; on a CPU as many as fit into the cache, but at least LEAST_DEFAULT_WINDOW."""
     if not weight.is_cpu:
@@ -355,18 +186,33 @@ class Windows:
         self.scan, self.window = scan, window
         self.tolerance, self.steps = tolerance, steps
         self.asked = window
-        self.workspace = _Workspace()
+        self.workspace = Workspace()
         self.given_up: Convergence | None = None
         # The layer boundary at which the last solved window ended, in the direction of the pass.
         self.next_layer: int | None = None
 
-    def converge(self, first_layer: int, layers: int, dtype: torch.dtype, sweep: Callable[[], Tensor]) -> bool:
-        """Sweep until the window has converged, or cannot converge. Returns whether it has."""
+    def converge(
+        self,
+        first_layer: int,
+        layers: int,
+        dtype: torch.dtype,
+        sweep: Callable[[], Tensor],
+        finish: Callable[[], Tensor] | None = None,
+    ) -> bool:
+        """Sweep until the window has converged, or cannot converge. Returns whether it has.
+
+        With ``finish``, the change that ``sweep`` returns is a lower bound. ``finish`` writes the states of the last
+        sweep and returns the change of all of them, which decides.
+        """
         convergence = Convergence(layers, self.tolerance * math.sqrt(layers / self.steps), dtype)
         while True:
             convergence.add(sweep().item())
+            # Judged by changes of one kind: the corrected one may exceed the one before for its kind alone.
+            is_hopeless = convergence.is_hopeless
+            if finish is not None and convergence.has_converged:
+                convergence.correct(finish().item())
             done = convergence.has_converged
-            if done or convergence.is_hopeless:
+            if done or is_hopeless:
                 break
         _record(convergence.to_solve(self.direction, first_layer))
         if not done:
@@ -428,8 +274,11 @@ class Forward(Windows):
 
     def _solve(self, states: Tensor, layers: Layers) -> bool:
         steps = len(states) - 1
-        layers = layers.to_dtype(states.dtype)
         product = self.workspace.take("product", states[1:])
+        fused = self.scan.start_fused(layers, states, product)
+        if fused is not None:
+            return self.converge(layers.first, steps, states.dtype, fused.sweep, fused.finish)
+        layers = layers.to_dtype(states.dtype)
         self.scan.begin(continues=layers.first == self.next_layer)
         self.scan.sweep(layers, states, None)
 
@@ -521,14 +370,19 @@ class Backward(Windows):
         layers.multiply(states[:-1], slope)
         self.kernels.activate_(slope, layers.bias, layers.inputs, layers.beta, layers.activation, True)
         adjoint[-1] = gradient
-        self.scan.begin(continues=layers.first + steps == self.next_layer)
-        self.scan.adjoint_sweep(layers, adjoint, None, outside, slope, grad_pre)
+        fused = self.scan.start_fused_adjoint(layers, adjoint, outside, slope, product)
+        if fused is not None:
+            sweep, finish = fused.sweep, lambda: fused.finish(grad_pre)
+        else:
+            self.scan.begin(continues=layers.first + steps == self.next_layer)
+            self.scan.adjoint_sweep(layers, adjoint, None, outside, slope, grad_pre)
+            finish = None
 
-        def sweep() -> Tensor:
-            layers.multiply_transposed(grad_pre, product)
-            return self.scan.adjoint_sweep(layers, adjoint, product, outside, slope, grad_pre)
+            def sweep() -> Tensor:
+                layers.multiply_transposed(grad_pre, product)
+                return self.scan.adjoint_sweep(layers, adjoint, product, outside, slope, grad_pre)
 
-        if not self.converge(layers.first, steps, states.dtype, sweep):
+        if not self.converge(layers.first, steps, states.dtype, sweep, finish):
             return None
         self.scan.finish_adjoint(adjoint)
         self.next_layer = layers.first
