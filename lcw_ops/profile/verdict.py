@@ -78,7 +78,7 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.error is not None:
-            return f"not tried: {self.error}"
+            return f"no outcome: {self.error}"
         state = f"it remains in {self.remaining} of {self.rows} rows" if self.remains else "the finding is gone"
         return (
             f"the figure becomes {self.figure:.2g}, the loss {self.loss_before:.4g} -> {self.loss_after:.4g}; {state}"
