@@ -14,7 +14,7 @@ from torch import nn
 from lcw_ops.profile import compare, headline, plot, read
 from lcw_ops.profile.compare import match
 from lcw_ops.profile.headline import elided
-from lcw_ops.profile.result import SCHEMA_VERSION, notable_rows
+from lcw_ops.profile.result import COLUMNS, SCHEMA_VERSION, notable_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,6 +143,26 @@ def test_json_is_read_back_whole(tmp_path):
     again.to_json(tmp_path / "b.json")
     contents = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("column", [*(name for name in COLUMNS if name != "name"), "a column of the future"])
+def test_a_json_file_without_a_column_has_every_form(column, tmp_path):
+    result = made_profile(12, state_rms=[1.0] * 12, gradient_norm=10.0 ** np.arange(12), parameters=[3.0] * 12)
+    result.to_json(tmp_path / "a.json")
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["columns"].pop(column, None)
+    content["missing"][column] = {"it was left out": [[0, 11]]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    again = read(tmp_path / "a.json")
+    kinds = [one.kind for one in again.verdict()]
+    assert ("vanishing" in kinds) == (column != "gradient_norm")
+    assert again.table().startswith("Verdict: ")
+    again.to_html(tmp_path / "a.html")
+    again.to_json(tmp_path / "b.json")
+    assert read(tmp_path / "b.json").table() == again.table()
+    assert compare(result, again).table()
+    if column in COLUMNS:
+        assert again.reason(column, 11) == "the file does not have this column"
 
 
 def test_a_profile_from_csv_has_its_table_page_and_plot(tmp_path):

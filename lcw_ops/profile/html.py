@@ -164,7 +164,7 @@ def _verdict(profile) -> str:
         if finding.outcome is not None:
             lines.append(f"<p>Tried: {html.escape(str(finding.outcome))}</p>")
         items.append(f"<li>{''.join(lines)}</li>")
-    if verdict.failure is not None and not items:
+    if profile.failure is not None and not items:
         items.append("<li>The rows before the failure show no fault by the checks that could be made.</li>")
     elif not items:
         items.append('<li class="well">Nothing is wrong by the checks that could be made.</li>')

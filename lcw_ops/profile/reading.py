@@ -16,6 +16,7 @@ from lcw_ops.profile.jacobian import JacobianSpectrum
 from lcw_ops.profile.result import COLUMNS, SCHEMA_VERSION, Profile, Solves, Timing
 from lcw_ops.profile.verdict import KINDS, Finding, Outcome, Verdict
 
+_NO_COLUMN = "the file does not have this column"
 _EMPTY_CELL = "the cell is empty in the file"
 
 
@@ -49,6 +50,10 @@ def _read_json(path: Path) -> Profile:
         for name, values in content["columns"].items()
     }
     columns["name"] = np.array([str(name) for name in columns["name"]])
+    rows = len(columns["name"])
+    for name in COLUMNS:
+        # An older version did not have it yet. Everything else reads these columns without asking.
+        columns.setdefault(name, np.full(rows, math.nan))
     missing, reasons = _missing(content, columns)
     timing = {"matmul_rate": math.nan, **_fields(Timing, content.get("timing", {}))}
     return Profile(
@@ -57,7 +62,7 @@ def _read_json(path: Path) -> Profile:
         samples=content.get("samples", 0),
         columns=columns,
         jacobians=_of_kind(JacobianSpectrum, content.get("jacobians", {})),
-        timing=Timing(**{**_no_times(len(columns["name"])), **timing}),
+        timing=Timing(**{**_no_times(rows), **timing}),
         peak_memory_bytes=content.get("peak_memory_bytes"),
         backend=content.get("backend", ""),
         machine=content.get("machine", {}),
@@ -67,8 +72,8 @@ def _read_json(path: Path) -> Profile:
         absent=content.get("absent", {}),
         failure=content.get("failure"),
         not_finite=content.get("not_finite"),
-        modules=_modules(content.get("modules", {}), len(columns["name"])),
-        tried=_tried(content.get("verdict", {}), len(columns["name"])),
+        modules=_modules(content.get("modules", {}), rows),
+        tried=_tried(content.get("verdict", {}), rows),
     )
 
 
@@ -104,8 +109,12 @@ def _missing(content: dict, columns: dict[str, np.ndarray]) -> tuple[dict[str, n
         return {}, []
     rows, reasons = len(columns["name"]), list[str]()
     missing = {name: np.zeros(rows, np.uint16) for name in columns if name != "name"}
-    for column, by_reason in content.get("missing", {}).items():
+    every_row = {_NO_COLUMN: [[0, rows - 1]]}
+    absent = {name: every_row for name in columns if name not in content["columns"]}
+    for column, by_reason in {**content.get("missing", {}), **absent}.items():
         for reason, ranges in by_reason.items():
+            if column not in missing:
+                continue
             if reason not in reasons:
                 reasons.append(reason)
             for first, last in ranges:

@@ -78,7 +78,7 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.error is not None:
-            return f"not tried: {self.error}"
+            return f"no outcome: {self.error}"
         state = f"it remains in {self.remaining} of {self.rows} rows" if self.remains else "the finding is gone"
         return (
             f"the figure becomes {self.figure:.2g}, the loss {self.loss_before:.4g} -> {self.loss_after:.4g}; {state}"
@@ -229,7 +229,7 @@ def _figures(profile: Measured, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _weighted(profile: Measured) -> np.ndarray:
     """Whether a row has parameters of its own. Raises NotJudged if the profile does not say so."""
-    if "parameters" not in profile.columns:
+    if "parameters" not in profile.columns or profile.is_missing("parameters").all():
         raise NotJudged("this profile has no column parameters")
     return profile.columns["parameters"] > 0
 
@@ -342,6 +342,8 @@ class _Along(Kind):
 
 class _NonFinite(Kind):
     def find(self, profile: Measured) -> list[Range]:
+        if not len(profile):
+            raise NotJudged("the profile has no rows")
         # Forward, the first row is the cause; backward, the last one is where it begins.
         for column, end in (("state_rms", 0), ("gradient_norm", -1)):
             rows = self._rows(profile, column)
