@@ -105,7 +105,7 @@ def test_a_damaged_gzip_file_is_refused(mnist, content):
     folder, _ = mnist
     name = images.IDX_NAMES["test", "labels"]
     (folder / name).unlink()
-    (folder / f"{name}.gz").write_bytes(content)
+    (folder / f"{name}.gz").write_bytes(DAMAGED[case])
     with pytest.raises(ValueError, match="the file cannot be read"):
         images.load_folder(folder)
 
