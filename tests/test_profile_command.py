@@ -26,6 +26,13 @@ def loss(output, targets):
     return nn.functional.cross_entropy(output, targets)
 def broken():
     raise ValueError("my own mistake")
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+    def forward(self, x):
+        self.first(x)
+        raise RuntimeError("my own mistake, midway")
 class Space:
     batch = torch.zeros(5, 4)
 """
@@ -43,6 +50,12 @@ def here(tmp_path, monkeypatch):
 
 def command(*arguments):
     return cli.main(["profile", *arguments])
+
+
+def test_a_model_that_fails_midway_leaves_its_rows_and_exit_code_1(here, capsys):
+    assert command("--model", "my_own_net:Failing", "--inputs", "my_own_net:batch", "--out", "out") == 1
+    assert "my own mistake, midway" in capsys.readouterr().out
+    assert "first" in read(here / "out" / "report.json").columns["name"]
 
 
 def test_a_model_of_ones_own_is_profiled_in_all_forms(here, capsys):

@@ -29,6 +29,8 @@ FILES: dict[str, Callable[[Profile, Path], None]] = {
 def run(settings: Settings) -> int:
     """Run the command: print a table, and write ``FILES`` into ``settings.out``. Returns the exit code.
 
+    It is 1 if the model failed; the rows before the failure are written all the same.
+
     Raises:
         ValueError, OSError: before any work, if an argument or the folder is wrong.
     """
@@ -49,7 +51,7 @@ def run(settings: Settings) -> int:
         traceback.print_exc()
         return 1
     print(f"{result.table()}\n\nwritten to {folder}: {', '.join(written)}")
-    return 0
+    return 0 if result.failure is None else 1
 
 
 def _imported(flag: str, place: str | None) -> Any:
