@@ -313,7 +313,7 @@ def test_the_report_holds_the_facts_of_the_text(proven_gpu, monkeypatch):
     on_gpu = report["ops"][orthogonal_filter.NAME]["cuda:0"]
     assert on_gpu["backend"] == "triton"
     assert on_gpu["wider"] == [
-        {"above_width_float32": 128, "above_width_float64": 64, "backend": "cuda"},
+        {"above_width_float32": 64, "above_width_float64": 64, "backend": "cuda"},
         {"above_width_float32": 512, "above_width_float64": 256, "backend": "graph"},
     ]
     assert on_gpu["not_chosen"]["cuda"] == "triton comes first"

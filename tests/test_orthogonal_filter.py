@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.numerics import assert_as_exact_as_eager, hostile_layouts
+from support.numerics import assert_as_exact_as_eager, exactness_of_matmul, hostile_layouts
 from support.op_calls import OpCalls
 from support.recurrence import NAMES, make_arguments, make_filter, run
 
@@ -51,6 +51,10 @@ def redraw(arguments):
     return [torch.randn_like(h0).requires_grad_(), *network, torch.randn_like(inputs).requires_grad_()]
 
 
+# The most samples for which a BLAS was seen to add up the lanes of a vector in the end: MKL 2025 on a Xeon with AMX.
+FEW_ROWS = 8
+
+
 def assert_matches_reference(arguments, filter, grad_output=None, **options):
     """Result and every gradient are within twice eager's error.
 
@@ -60,8 +64,12 @@ def assert_matches_reference(arguments, filter, grad_output=None, **options):
     draws = [results_of_three(arguments, filter, grad_output, **options)]
     if grad_output is None and min(tensor.numel() for tensor in arguments) < 64:
         draws += [results_of_three(redraw(arguments), filter, None, **options) for _ in range(3)]
+    # Our kernel adds up in order. Eager torch, in float32 on a CPU, may not.
+    h0 = arguments[0]
+    in_order = h0.dtype != torch.float32 or h0.is_cuda or h0.shape[0] > FEW_ROWS
+    allowance = 1.0 if in_order else exactness_of_matmul(*h0.shape)
     for name, *draw in zip(RESULTS, *draws, strict=True):
-        assert_as_exact_as_eager(name, *(torch.stack(column) for column in zip(*draw, strict=True)))
+        assert_as_exact_as_eager(name, *(torch.stack(column) for column in zip(*draw, strict=True)), allowance)
 
 
 @pytest.mark.parametrize("filter_kind", FILTERS)

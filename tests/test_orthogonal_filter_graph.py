@@ -62,15 +62,20 @@ def by_reference(tensors, grad_output, activation, return_states, dtype):
 def assert_right(tensors, depth, activation="tanh", segment=4, return_states=False):
     h0, weight = tensors[:2]
     shape = (depth + 1, *h0.shape) if return_states else h0.shape
-    grad_output = torch.randn(shape, dtype=h0.dtype, device=h0.device)
-    actual = by_graph(tensors, grad_output, depth, activation, segment, return_states)
-    eager = by_reference(tensors, grad_output, activation, return_states, h0.dtype)
-    exact = by_reference(tensors, grad_output, activation, return_states, torch.float64)
-    eager[2] = eager[2].to(weight.dtype)
-    for name, a, e, x in zip(RESULTS, actual, eager, exact, strict=True):
-        if x is not None:
-            assert a.dtype == e.dtype, name
-            assert_as_exact_as_eager(name, a, e, x)
+    # On a few numbers, such as the gradients of seven alphas, the largest error is a matter of chance.
+    few = min(tensor.numel() for tensor in tensors if tensor is not None) < 64
+    draws = []
+    for _ in range(4 if few else 1):
+        grad_output = torch.randn(shape, dtype=h0.dtype, device=h0.device)
+        actual = by_graph(tensors, grad_output, depth, activation, segment, return_states)
+        eager = by_reference(tensors, grad_output, activation, return_states, h0.dtype)
+        exact = by_reference(tensors, grad_output, activation, return_states, torch.float64)
+        eager[2] = eager[2].to(weight.dtype)
+        draws.append(zip(actual, eager, exact, strict=True))
+    for name, *draw in zip(RESULTS, *draws, strict=True):
+        if draw[0][2] is not None:
+            assert all(a.dtype == e.dtype for a, e, _ in draw), name
+            assert_as_exact_as_eager(name, *(torch.stack(column) for column in zip(*draw, strict=True)))
 
 
 @pytest.mark.parametrize("kind", ["matrix", "permutation", "per_layer"])

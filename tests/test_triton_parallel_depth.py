@@ -9,6 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.exact_scan import EXACT_ACTIVATIONS, exact, exact_scan, normal, scale
 from support.numerics import assert_by_the_rule, needs_more_digits
 from support.pairwise import name_of, pairwise
 from support.triton_process import DEVICE_TYPE, import_kernels
@@ -56,19 +57,6 @@ def make_filter(kind, width):
     return {"random": torch.randperm(width), "identity": unit, "cyclic": unit.roll(1), "pairs": pairs}[kind]
 
 
-def normal(*shape, dtype):
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def scale(steps, dtype, per_layer=True):
-    return (1 - torch.rand(steps if per_layer else 1, dtype=torch.float64) / max(steps, 2)).to(dtype)
-
-
-def exact(tensor):
-    """The numbers in numpy's highest precision, in which float64 results are judged."""
-    return tensor.cpu().double().numpy().astype(np.longdouble)
-
-
 def judge(name, results):
     """Judge triples of results: (the kernel's, plain torch's, the exact one)."""
     dtype = results[0][0].dtype
@@ -77,34 +65,12 @@ def judge(name, results):
     assert_by_the_rule(f"{name} in {dtype}", *zip(*triples, strict=True))
 
 
-EXACT_ACTIVATIONS = {
-    "tanh": np.tanh,
-    "relu": lambda a: np.maximum(a, 0),
-    "sigmoid": lambda a: 1 / (1 + np.exp(-a)),
-    "identity": lambda a: a,
-}
 EXACT_DERIVATIVES = {
     "tanh": lambda a: 1 - np.tanh(a) ** 2,
     "relu": lambda a: (a > 0).astype(a.dtype),
     "sigmoid": lambda a: 1 / (1 + np.exp(-a)) * (1 / (1 + np.exp(a))),
     "identity": np.ones_like,
 }
-
-
-def exact_scan(first, source, filter, alpha):
-    """The exact states, layer by layer."""
-    states = [exact(first)]
-    alpha = np.broadcast_to(exact(alpha), len(source))
-    if not filter.is_floating_point():
-        index = filter.cpu().numpy()
-    else:
-        cosine, sine = exact(filter).reshape(2, -1)
-        partner = np.minimum(np.arange(len(cosine)) ^ 1, len(cosine) - 1)
-    for scale_l, source_l in zip(alpha, source, strict=True):
-        state = states[-1]
-        turned = state[:, index] if not filter.is_floating_point() else cosine * state + sine * state[:, partner]
-        states.append(scale_l * turned + source_l)
-    return np.stack(states)
 
 
 def exact_activation(product, bias, inputs, beta, activation, table=EXACT_ACTIVATIONS):

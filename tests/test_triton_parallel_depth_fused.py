@@ -7,10 +7,10 @@ as its test allows.
 import numpy as np
 import pytest
 import torch
+from support.exact_scan import EXACT_ACTIVATIONS, exact, exact_scan, normal, scale
 from support.numerics import assert_by_the_rule
 from support.pairwise import pairwise
 from support.triton_process import import_kernels
-from test_triton_parallel_depth import EXACT_ACTIVATIONS, exact, exact_scan, normal, scale
 
 import lcw_ops
 from lcw_ops import functional as F
