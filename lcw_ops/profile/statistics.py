@@ -17,7 +17,7 @@ from lcw_ops import _torch
 from lcw_ops.profile.activations import Flat
 from lcw_ops.profile.figures import Figure, Table, attempt, failed, norm, whole
 
-# The entries of a block that is read at once: 512 KB in float64. Measured on an AMD EPYC with 1 MB of cache per core:
+# The entries of a block that is read at once: 512 KB in float64. Measured on a Xeon with 2 MB of cache per core:
 # from 2^15 to 2^17 the time per entry is the same.
 BLOCK = 2**16
 
