@@ -66,6 +66,7 @@ def calls() -> list[Call]:
         Call(zero_sum, "weight, basis", [free], _with_gradients(F.lcw_weight, basis=True)),
         Call(zero_sum, "linear", [few, weight, units], _with_gradients(F.lcw_linear)),
         Call(zero_sum, "linear, basis", [few, free, units], _with_gradients(F.lcw_linear, basis=True)),
+        Call(zero_sum, "linear, 16 bits, odd rows", [(3, 2301), (33, 2301), (33,)], _in_float16(F.lcw_linear)),
         Call(sphere, "direction", [free], _with_gradients(F.hypersphere_direction)),
         Call(weight_norm.NAME, "normalised rows", [weight, units], _with_gradients(F.normalize_scale)),
         *(
@@ -91,6 +92,18 @@ def calls() -> list[Call]:
         Call(gradient_activation.SGD_STEP, "SGD, on the momentum", tensors, _steps(_sgd("momentum"))),
         Call(gradient_activation.ADAMW_STEP, "AdamW", tensors, _steps(_adamw)),
     ]
+
+
+def _in_float16(function: Callable) -> Callable:
+    """``function`` of the inputs rounded to float16; in float64, of the same numbers."""
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        rounded = [tensor.half() for tensor in inputs]
+        if inputs[0].dtype == torch.float64:
+            rounded = [tensor.double() for tensor in rounded]
+        return [function(*rounded).to(inputs[0].dtype)]
+
+    return run
 
 
 def _with_gradients(function: Callable[..., Tensor], **options) -> Callable[[list[Tensor]], list[Tensor]]:
