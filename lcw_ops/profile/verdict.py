@@ -217,7 +217,7 @@ def _figures(profile: Measured, column: str) -> tuple[np.ndarray, np.ndarray]:
     rows = np.flatnonzero(~profile.is_missing(column) & np.isfinite(values))
     if not len(rows):
         reasons = profile.reasons_of(column)
-        # Of equally frequent reasons that of the first row: their order differs in a profile from a file.
+        # If reasons are equally frequent, the first row's counts: their order differs in a profile from a file.
         most = max(
             reasons,
             key=lambda reason: (len(reasons[reason]), -reasons[reason][0]),

@@ -158,7 +158,7 @@ def describe_device(device: torch.device, names: list[str]) -> dict:
 
 
 def _described(line: dict, names: list[str]) -> dict:
-    """What a child has found out. Raises Lost if a part is missing."""
+    """The findings in a child's line. Raises Lost if a part is missing."""
     found = line["done"] if isinstance(line.get("done"), dict) else {}
     facts = found.get("facts")
     # The parts of a key that this process reads.
