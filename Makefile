@@ -7,8 +7,8 @@
 # make bench  the microbenchmarks, quick sizes
 # make gpu    build, test, sanitize and benchmark on this machine's NVIDIA card, with the torch that is installed;
 #             PART=first for half an hour, PART=smoke or another part alone: python -m bench.gpu --help
-# make reproduce   the papers' statements, each with a verdict (about 90 minutes; goes on where it was stopped;
-#                  QUICK=--quick shows in minutes that all of it runs)
+# make reproduce   the papers' statements, each with a verdict (over an hour, not timed as a whole yet; goes on where it
+#                  was stopped; QUICK=--quick takes small sizes and shows that all of it runs)
 # make sanitize   the CPU kernels under the address, undefined-behaviour and thread sanitizers (takes minutes)
 .PHONY: demo test test-slow test-release lint docs bench gpu reproduce sanitize clean
 .DELETE_ON_ERROR:

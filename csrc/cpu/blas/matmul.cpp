@@ -211,7 +211,7 @@ Multiplier choose_multiplier(Pass pass, ScalarType type, LayerSize size, bool de
 
 // The samples as torch's matmul may be given them. With AMX, oneDNN multiplies bfloat16 numbers that lie between the
 // rows of the first operand by 0, so that a NaN there reaches the result (torch 2.13; 30 samples of 21 numbers).
-Tensor without_gaps(const Tensor& x) {
+static Tensor without_gaps(const Tensor& x) {
   const bool has_gaps = x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1 && x.stride(0) > x.size(1);
   return has_gaps ? as_contiguous(x) : x;
 }
